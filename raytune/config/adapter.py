@@ -1,0 +1,70 @@
+"""`adapter`: which parameters are trained, as a union tagged by `method`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section, Text
+
+TargetGroup = Literal["all-linear", "attention", "mlp"]
+
+
+class FullAdapter(Section):
+    """Full fine-tuning: every parameter of the base model is trained."""
+
+    method: Literal["full"]
+    """Train every parameter."""
+
+
+class LoraAdapter(Section):
+    """LoRA (Hu et al. 2021): a frozen base plus a trained update (alpha / rank) * B @ A on chosen linear layers."""
+
+    method: Literal["lora"] = "lora"
+    """Train low-rank updates of linear layers; the base stays frozen."""
+    rank: PositiveInt = 16
+    """Rank r of the update."""
+    alpha: PositiveFloat = 32.0
+    """Scale of the update: it is multiplied by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the update."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get an update: a group (`all-linear`, `attention`, `mlp`), a list of module names, or a regular expression
+    that must match a module's whole name. The output head is never part of a group."""
+    exclude_modules: list[Text] = []
+    """Module names that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside the update that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "default"
+    """Start of the update. `default` (Kaiming, B = 0), `gaussian` and `orthogonal` need no weights; `pissa` and `olora` factorise the
+    base weights; `eva` looks at the activations of the first training batches."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    use_dora: bool = False
+    """Train a magnitude per output beside the direction (DoRA)."""
+    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: the learning rate of B is this many times that of A."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks for modules whose name matches a key (regular expression)."""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Other alphas for modules whose name matches a key (regular expression)."""
+
+
+class QloraAdapter(LoraAdapter):
+    """QLoRA (Dettmers et al. 2023): LoRA over a base held in 4 or 8 bits by bitsandbytes."""
+
+    method: Literal["qlora"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    """LoRA over a quantised base."""
+    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    """Number format of the frozen base."""
+    double_quantization: bool = True
+    """Quantise the 4-bit scales too (saves about 0.4 bit per parameter)."""
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | Auto = "auto"
+    """Dtype that 4-bit weights are expanded to for a product. `auto`: the run's precision."""
+    quant_storage: Literal["uint8", "bf16", "fp16", "fp32"] | Auto = "auto"
+    """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto` chooses."""
+
+
+Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter, Field(discriminator="method")]
+

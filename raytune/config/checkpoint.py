@@ -1,0 +1,22 @@
+"""`checkpoint`: when state is saved and what is kept."""
+
+from typing import Literal
+
+from raytune.config.section import Auto, Duration, NonNegativeInt, PositiveInt, Section, Text
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | Auto = "auto"
+    """Steps between two saves. `auto`: with every evaluation, so that the best one can be kept."""
+    every: Duration | None = None
+    """Save as well when this much time has passed since the last save."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_best: NonNegativeInt = 1
+    """Best checkpoints by `metric` that are kept as well. The final model is the best one."""
+    metric: Text = "validation/loss"
+    """Metric that ranks checkpoints. Without validation rows the last one is the best."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger metric is better."""
+    resume: bool = True
+    """Continue an unfinished run of the same name from its newest checkpoint. false: refuse instead."""

@@ -1,0 +1,72 @@
+"""`data`: the rows, how they become conversations, tokens, targets and packed rows."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, model_validator
+
+from raytune.config.section import Auto, Fraction, NonNegativeInt, PositiveInt, Section, Text
+
+DataFormat = Literal["messages", "alpaca", "prompt_completion", "text"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class DataSource(Section):
+    """One set of rows."""
+
+    path: Text
+    """File (json, jsonl, csv, parquet, txt), glob, `save_to_disk` folder, hub data set id, s3:// gs:// abfs:// URL, or
+    `demo:train`, `demo:validation`, `demo:test` for the built-in task."""
+    format: DataFormat | Auto = "auto"
+    """How a row is read. `auto` recognises it by its columns and refuses to guess when more than one format fits."""
+    split: Text = "train"
+    """Split of a hub data set or a `save_to_disk` folder."""
+    columns: dict[str, Text] = {}
+    """Other column names: the format's field -> the column in the file, for example `{prompt: question, completion: answer}`."""
+    max_rows: PositiveInt | None = None
+    """Read the first rows only."""
+
+
+def _as_list(value: object) -> object:
+    sources = value if isinstance(value, list) else [value]
+    return [{"path": source} if isinstance(source, str) else source for source in sources]
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_as_list)]
+
+
+class DataSection(Section):
+    train: Sources = [DataSource(path="demo:train")]
+    """Training rows: one source or a list. A plain string is a path."""
+    validation: Sources = []
+    """Rows for evaluation while training. Empty with `validation_fraction` 0: no evaluation."""
+    validation_fraction: Fraction = 0.0
+    """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content."""
+    template: Text = "auto"
+    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`, `qwen`, `alpaca`,
+    `plain`), or the path of a Jinja file."""
+    targets: Literal["completion", "assistant", "last", "all"] | list[Role] = "assistant"
+    """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
+    prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is."""
+    max_length: PositiveInt | Auto = "auto"
+    """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
+    too_long: Literal["truncate", "drop", "split", "error"] = "truncate"
+    """What happens to a longer document. `truncate` cuts the end and says how many answers lost tokens; `split` cuts it into several."""
+    packing: Literal["best_fit", "token_budget", "none"] = "best_fit"
+    """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length` tokens) or
+    `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error` lists the bad rows with file and line and stops; `skip` leaves them out and counts them."""
+    store: Text | None = None
+    """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
+    workers: NonNegativeInt = 0
+    """Processes that tokenise. 0: as many as the cluster has CPUs, up to one per 2,000 rows."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> "DataSection":
+        if not self.train:
+            raise ValueError("data.train needs at least one source")
+        if self.validation and self.validation_fraction:
+            raise ValueError("give data.validation or data.validation_fraction, not both")
+        if self.validation_fraction == 1:
+            raise ValueError("data.validation_fraction must leave rows to train on, got 1")
+        return self

@@ -1,0 +1,28 @@
+"""`evaluation`: what is measured on held-out rows, and when."""
+
+from raytune.config.data import Sources
+from raytune.config.section import Auto, PositiveInt, Section
+
+
+class GenerationSection(Section):
+    """Answers written by the model and compared with the data, at the end of the run: base against tuned."""
+
+    rows: Sources
+    """Rows whose last assistant turn is the expected answer: one source or a list."""
+    max_rows: PositiveInt = 200
+    """Rows that are answered."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer, in tokens."""
+    batch_size: PositiveInt = 32
+    """Answers written at once by one worker."""
+
+
+class EvaluationSection(Section):
+    every_steps: PositiveInt | Auto = "auto"
+    """Steps between two evaluations on the validation rows. `auto`: ten over the run. The last step is always evaluated."""
+    at_start: bool = True
+    """Evaluate before the first step, so that the curve begins at the base model."""
+    max_rows: PositiveInt | None = None
+    """Evaluate on the first packed rows only."""
+    generation: GenerationSection | None = None
+    """Compare generated answers of base and tuned model after training."""

@@ -1,0 +1,28 @@
+"""`model`: which weights to start from and how the model computes."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from raytune.config.section import Auto, Section, Text
+
+Attention = Literal["flash_attention_2", "flash_attention_3", "varlen", "flex_attention", "sdpa", "eager"]
+
+
+class ModelSection(Section):
+    base: Text = "demo"
+    """Model to start from: a local folder, a Hugging Face hub id, or `demo` for the tiny model that ships with raytune."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub model. A commit makes the run reproducible."""
+    attention: Attention | Auto = "auto"
+    """Attention kernel. `auto` takes FlashAttention where it is installed, else `varlen` (PyTorch kernels, one call per document).
+    `sdpa` and `eager` build a dense mask over the packed row and pay for the other documents' keys."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Needs `revision` to be a full commit hash."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> "ModelSection":
+        pinned = self.revision is not None and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")
+        if self.trust_remote_code and not pinned:
+            raise ValueError("trust_remote_code: true needs model.revision to be a full 40-digit commit hash")
+        return self

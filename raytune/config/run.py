@@ -1,0 +1,40 @@
+"""`RunConfig`: everything a user can say about a run. Sections only; each lives in its own file."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raytune.config.adapter import Adapter, LoraAdapter
+from raytune.config.checkpoint import CheckpointSection
+from raytune.config.cluster import ClusterSection
+from raytune.config.data import DataSection
+from raytune.config.evaluation import EvaluationSection
+from raytune.config.model import ModelSection
+from raytune.config.section import Section, Text
+from raytune.config.training import TrainingSection
+
+RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+
+class RunConfig(Section):
+    version: Literal[1] = 1
+    """Version of this file format."""
+    name: Annotated[str, Field(pattern=RUN_NAME)] = "run"
+    """Name of the run and of its folder: lower-case letters, digits, dots, dashes and underscores, at most 63. The same name continues
+    an unfinished run."""
+    storage: Text = "runs"
+    """Where run folders live: a folder that every node sees, or an s3:// gs:// abfs:// URL. Relative paths start at the working directory."""
+    model: ModelSection = ModelSection()
+    """Which weights to start from and how the model computes."""
+    data: DataSection = DataSection()
+    """The rows, and how they become tokens and targets."""
+    adapter: Adapter = LoraAdapter()
+    """Which parameters are trained: `method` is `full`, `lora` or `qlora`."""
+    training: TrainingSection = TrainingSection()
+    """Optimisation, precision, memory and sharding."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """What is measured on held-out rows, and when."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When state is saved and what is kept."""
+    cluster: ClusterSection = ClusterSection()
+    """Which Ray cluster, how many workers, and what each of them gets."""

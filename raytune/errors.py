@@ -1,0 +1,43 @@
+"""The kinds of error that raytune raises on purpose. Every one survives pickling, because most cross a Ray process border."""
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_RETRY_LATER = 10
+
+
+class RaytuneError(Exception):
+    """Something went wrong that we can name: the message says what, where, why and what to do about it."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(RaytuneError):
+    """What the user asked for cannot be done as written; nothing was started."""
+
+    exit_code = EXIT_REFUSED
+
+
+class PlanError(UserError):
+    """The run does not fit the machines it was planned for; the message names the nearest settings that do."""
+
+
+class DataError(UserError):
+    """The data cannot be read, or holds rows that cannot be trained on."""
+
+
+class ModelError(UserError):
+    """The model, its tokenizer or its adapter cannot be used as asked."""
+
+
+class CheckpointError(RaytuneError):
+    """A checkpoint is missing, torn, or belongs to another run."""
+
+
+class TrainingError(RaytuneError):
+    """Training itself failed: a loss that is not finite, for example. The message names step and rank."""
+
+
+class ClusterError(RaytuneError):
+    """The cluster could not be reached, or lost what the run needs; running the same command later can succeed."""
+
+    exit_code = EXIT_RETRY_LATER

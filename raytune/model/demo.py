@@ -1,0 +1,162 @@
+"""The embedded base model: a byte tokenizer, a tiny Llama, and the command that made the weights in `demo_base/`.
+
+    python -m raytune.model.demo --output raytune/model/demo_base
+
+The base reads sentences about orders and answers questions on them, but has never seen JSON; teaching it that is the demo
+(`data/demo.py` has both sets of rows). Any user of transformers can load the folder; nothing of raytune is needed.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from raytune.data.demo import demo_rows
+
+# Shapes: B rows, T tokens.
+
+PAD, TURN_START, TURN_END = "<pad>", "<|im_start|>", "<|im_end|>"
+NUM_BYTES = 256
+SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)                # ids 256, 257, 258
+IGNORED = -100
+CONTEXT_LENGTH = 2048
+
+# ChatML. The end-of-turn token is also eos, so a model that ends its turn ends its generation.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
+    "{{- '\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def demo_base_path() -> Path:
+    """The folder with the packaged base: config, weights and tokenizer in the format of transformers."""
+    return Path(__file__).with_name("demo_base")
+
+
+def demo_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer: a token per byte, whose id is the byte, and three special tokens above."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=TURN_END,
+                                        additional_special_tokens=[TURN_START], clean_up_tokenization_spaces=False,
+                                        model_max_length=CONTEXT_LENGTH)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def demo_config(**overrides: Any) -> LlamaConfig:
+    """The base's architecture (0.6 M parameters). Tests shrink it through `overrides`, which are fields of LlamaConfig."""
+    fields: dict[str, Any] = dict(
+        vocab_size=NUM_BYTES + len(SPECIAL_TOKENS), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT_LENGTH, tie_word_embeddings=True,
+        pad_token_id=256, bos_token_id=None, eos_token_id=258, dtype="float32")
+    return LlamaConfig(**(fields | overrides))
+
+
+def train_demo_base(*, num_steps: int, rows_per_step: int, learning_rate: float, seed: int) -> Iterator[tuple[LlamaForCausalLM, float]]:
+    """Pre-train the base from nothing, with the loss on answers only; warm-up, then a linear decay to zero.
+
+    Yields:
+        The model after each step (always the same object) and the loss of that step, in nats per byte.
+    """
+    torch.manual_seed(seed)
+    tokenizer = demo_tokenizer()
+    model = LlamaForCausalLM(demo_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    num_warmup_steps = max(1, num_steps // 20)
+    for step, rows in enumerate(_pretraining_batches(num_steps, rows_per_step, seed)):
+        ids_BT, labels_BT = answer_batch(tokenizer, rows)
+        # Padding is on the right, where a causal model's answers cannot see it, so no attention mask is needed.
+        loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / num_warmup_steps, (num_steps - step) / (num_steps - num_warmup_steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield model, loss.item()
+
+
+def _pretraining_batches(num_steps: int, rows_per_step: int, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """Cut the rows into batches of similar length, so that little is padded, and visit the batches in random order."""
+    random = Random(seed)
+    rows = demo_rows("pretraining", num_steps * rows_per_step, seed)
+    rows.sort(key=lambda row: sum(len(message["content"]) for message in row["messages"]))
+    starts = sorted(range(0, len(rows), rows_per_step), key=lambda _: random.random())
+    return (rows[start:start + rows_per_step] for start in starts)
+
+
+def answer_batch(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Render rows with the chat template, padded on the right; labels are the answers and their end-of-turn tokens."""
+    encoded = tokenizer.apply_chat_template([row["messages"] for row in rows], return_assistant_tokens_mask=True,
+                                            return_dict=True)
+    longest = max(map(len, encoded["input_ids"]))
+    ids_BT = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    labels_BT = torch.full((len(rows), longest), IGNORED)
+    for row, (ids, is_answer) in enumerate(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)):
+        ids_T = torch.tensor(ids)
+        ids_BT[row, :len(ids)] = ids_T
+        labels_BT[row, :len(ids)] = torch.where(torch.tensor(is_answer, dtype=torch.bool), ids_T, IGNORED)
+    return ids_BT, labels_BT
+
+
+def save_demo_base(model: LlamaForCausalLM, folder: Path, how_made: dict[str, Any]) -> None:
+    """Write config, weights, tokenizer and the record of how they were made."""
+    model.generation_config = GenerationConfig(pad_token_id=256, eos_token_id=258, do_sample=False)
+    model.save_pretrained(folder)
+    demo_tokenizer().save_pretrained(folder)
+    (folder / "how_made.json").write_text(json.dumps(how_made, indent=2) + "\n")
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where it prints, else the next character from U+0100 on."""
+    prints = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in prints else next(stand_ins)) for byte in range(NUM_BYTES)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pre-train the demo's base model.")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--rows-per-step", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    recipe = vars(parser.parse_args())
+    folder = recipe.pop("output")
+
+    torch.set_num_threads(1)                                # sums in another order would give other weights
+    started_s = time.process_time()
+    mean_loss = math.log(NUM_BYTES)
+    for step, (model, loss) in enumerate(train_demo_base(**recipe), start=1):
+        mean_loss += 0.02 * (loss - mean_loss)
+        if step % 100 == 0 or step == recipe["num_steps"]:
+            print(f"step {step}: loss {mean_loss:.4f} after {time.process_time() - started_s:.0f} CPU-s", flush=True)
+    save_demo_base(model, folder, {
+        "command": "python -m raytune.model.demo", **recipe, "loss": round(mean_loss, 4),
+        "num_parameters": model.num_parameters(), "cpu_s": round(time.process_time() - started_s),
+        "torch": torch.__version__, "transformers": transformers.__version__})
+
+
+if __name__ == "__main__":
+    main()

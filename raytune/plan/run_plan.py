@@ -1,0 +1,175 @@
+"""`RunPlan`: everything that a worker needs to know, resolved. Frozen, JSON in and out."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
+from raytune.config.data import DataSource
+from raytune.config.model import Attention
+from raytune.config.training import Offload, Optimizer, Precision, Schedule
+
+
+class Plan(BaseModel):
+    """A frozen part of the plan; JSON in and out, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelPlan(Plan):
+    path: str
+    """Local folder or hub id that transformers can load."""
+    revision: str | None
+    trust_remote_code: bool
+    attention: Attention
+    dtype: Precision
+    """Dtype of the loaded weights: bf16 / fp16 where no fp32 master copy of them is trained by PyTorch itself."""
+    compute_dtype: Precision
+    """Dtype of products in forward and backward."""
+    gradient_checkpointing: bool
+    compile: bool
+    liger: bool
+    neftune_noise_alpha: float
+
+
+class DataPlan(Plan):
+    train_store: str
+    validation_store: str | None
+    """Folders of tokenised stores (data.store), readable from every node."""
+    num_rows: int
+    """Packed rows of the training store."""
+    num_tokens: int
+    num_targets: int
+    num_validation_rows: int
+    row_length: int
+
+
+class BatchPlan(Plan):
+    workers: int
+    micro_batch_size: int
+    """Rows per forward pass of one worker."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows per optimizer step over all workers."""
+        return self.workers * self.micro_batch_size * self.accumulation
+
+    @property
+    def equation(self) -> str:
+        return (
+            f"{self.workers} worker{'s' * (self.workers != 1)} x {self.micro_batch_size} rows x "
+            f"{self.accumulation} accumulation = {self.global_batch_size} rows per step"
+        )
+
+
+class OptimizationPlan(Plan):
+    num_steps: int
+    optimizer: Optimizer
+    learning_rate: float
+    lora_plus_ratio: float | None
+    schedule: Schedule
+    warmup_steps: int
+    min_lr_ratio: float
+    decay_ratio: float
+    polynomial_power: float
+    num_cycles: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    max_grad_norm: float
+
+
+class EnginePlan(Plan):
+    kind: Literal["plain", "zero"]
+    zero_stage: Literal[0, 1, 2, 3]
+    offload_optimizer: Offload
+    offload_parameters: Offload
+    nvme_path: str | None
+    deepspeed_overrides: dict
+    """Raw DeepSpeed JSON laid over what zero_engine makes."""
+
+
+class LossPlan(Plan):
+    chunk_tokens: int | None
+    """Target positions projected at once; None: all of them."""
+
+
+class GenerationPlan(Plan):
+    rows: list[DataSource]
+    max_rows: int
+    max_new_tokens: int
+    batch_size: int
+
+
+class EvaluationPlan(Plan):
+    every_steps: int
+    at_start: bool
+    max_rows: int | None
+    generation: GenerationPlan | None
+
+
+class CheckpointPlan(Plan):
+    every_steps: int
+    every_s: float | None
+    keep_last: int
+    keep_best: int
+    metric: str
+    mode: Literal["min", "max"]
+
+
+class ClusterPlan(Plan):
+    device: Literal["cpu", "cuda"]
+    cpus_per_worker: float
+    gpus_per_worker: int
+    threads_per_worker: int
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"]
+    max_failures: int
+    start_timeout_s: float
+    collective_timeout_s: float
+
+
+class MemoryPart(Plan):
+    """Bytes per rank of one part of the run."""
+
+    name: str
+    num_bytes: int
+
+
+class RunPlan(Plan):
+    name: str
+    storage: str
+    """Absolute folder or URL that holds the run folder."""
+    seed: int
+    precision: Precision
+    tf32: bool
+    logging_steps: int
+    template: str
+    model: ModelPlan
+    data: DataPlan
+    adapter: Adapter
+    batch: BatchPlan
+    optimization: OptimizationPlan
+    engine: EnginePlan
+    loss: LossPlan
+    evaluation: EvaluationPlan
+    checkpoint: CheckpointPlan
+    cluster: ClusterPlan
+    memory: list[MemoryPart]
+    """Expected bytes per rank, by part."""
+    num_parameters: int
+    num_trainable: int
+    reasons: list[str]
+    """Why each automatic choice was made, a sentence each."""
+
+    @property
+    def lora(self) -> LoraAdapter | None:
+        """The adapter's settings, or None for full fine-tuning."""
+        return self.adapter if isinstance(self.adapter, LoraAdapter) else None
+
+    @property
+    def qlora(self) -> QloraAdapter | None:
+        """The quantised adapter's settings, or None."""
+        return self.adapter if isinstance(self.adapter, QloraAdapter) else None

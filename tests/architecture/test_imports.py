@@ -1,0 +1,100 @@
+"""The house: floors import downwards only, heavy libraries have named owners, and there are no circles."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "raytune"
+FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "report", "sweeps", "launch", "cli"]
+OWNERS = {
+    "deepspeed": {"training/zero_engine.py"},
+    "ray": {"training/worker.py", "launch/"},
+    "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
+    "peft": {"model/"},
+    "datasets": {"data/sources.py"},
+    "yaml": {"config/load.py"},
+    "fsspec": {"storage.py"},
+    "click": {"cli.py"},
+    "rich": {"cli.py", "launch/progress.py"},
+}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(("raytune", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def imported_names(path: Path) -> set[str]:
+    """Every module that a file imports, lazily or not, by full name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; modules are imported by full name"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    if module == "raytune":
+        return len(FLOORS)  # the package's own file offers the Python API, which reaches everything
+    return FLOORS.index(parts[1]) if parts[1] in FLOORS else 0
+
+
+def own_imports(module: str, path: Path, known: dict[str, Path]) -> set[str]:
+    return {name for name in imported_names(path) if name in known and name not in (module, "raytune")}
+
+
+def test_modules_import_their_own_floor_or_lower() -> None:
+    known = modules()
+    upward = [
+        f"{module} -> {name}"
+        for module, path in known.items()
+        for name in own_imports(module, path, known)
+        if floor(name) > floor(module)
+    ]
+    assert not upward
+
+
+def test_there_are_no_circles() -> None:
+    known = modules()
+    graph = {module: own_imports(module, path, known) for module, path in known.items() if not path.name == "__init__.py"}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for name in graph.get(module, ()):
+                visit(name, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_heavy_library_is_imported_by_its_owners_only(library: str) -> None:
+    strangers = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == library for name in imported_names(path))
+        and not any(str(path.relative_to(PACKAGE)).startswith(owner) for owner in OWNERS[library])
+    ]
+    assert not strangers
+
+
+@pytest.mark.parametrize("floor_name", ["config", "plan"])
+def test_config_and_plan_load_without_torch_ray_or_transformers(floor_name: str) -> None:
+    names = [name for name in modules() if name.startswith(f"raytune.{floor_name}.")]
+    code = f"import sys, {', '.join(names)}; print([m for m in ('torch', 'ray', 'transformers', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
