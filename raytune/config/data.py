@@ -16,6 +16,8 @@ class DataSource(Section):
     path: Text
     """File (json, jsonl, csv, parquet, txt), glob, `save_to_disk` folder, hub data set id, s3:// gs:// abfs:// URL, or
     `demo:train`, `demo:validation`, `demo:test` for the built-in task."""
+    name: Text | None = None
+    """Name of the data set in metrics and reports. Default: the last part of the path, without its ending."""
     format: DataFormat | Auto = "auto"
     """How a row is read. `auto` recognises it by its columns and refuses to guess when more than one format fits."""
     split: Text = "train"

@@ -32,16 +32,24 @@ class ModelPlan(Plan):
     neftune_noise_alpha: float
 
 
-class DataPlan(Plan):
-    train_store: str
-    validation_store: str | None
-    """Folders of tokenised stores (data.store), readable from every node."""
+class StorePlan(Plan):
+    """One tokenised store (data.store), in a folder that every node can read."""
+
+    name: str
+    """Name of the data set in metrics."""
+    path: str
     num_rows: int
-    """Packed rows of the training store."""
+    """Packed rows."""
     num_tokens: int
     num_targets: int
-    num_validation_rows: int
+
+
+class DataPlan(Plan):
+    train: StorePlan
+    validation: list[StorePlan]
+    """One store per validation source, so that each gets its own loss."""
     row_length: int
+    """Tokens that a packed row holds at most."""
 
 
 class BatchPlan(Plan):

@@ -67,7 +67,7 @@ def test_modules_import_their_own_floor_or_lower() -> None:
 
 def test_there_are_no_circles() -> None:
     known = modules()
-    graph = {module: own_imports(module, path, known) for module, path in known.items() if not path.name == "__init__.py"}
+    graph = {module: own_imports(module, path, known) for module, path in known.items() if path.name != "__init__.py"}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:

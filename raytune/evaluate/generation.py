@@ -1,0 +1,55 @@
+"""Answers written by a model: greedy, in batches of similar length."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.utils import GenerationMixin
+
+
+@torch.inference_mode()
+def write_answers(
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """Continue each prompt greedily until the end-of-turn token or `max_new_tokens`.
+
+    Args:
+        prompts: token ids of each prompt, ending where the answer begins.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts continued at once. Neighbours in length share a batch, so that little is padded.
+
+    Returns:
+        The answers' text, in the order of the prompts, without special tokens.
+    """
+    device = next(model.parameters()).device  # pyright: ignore[reportAttributeAccessIssue]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(by_length), batch_size):
+        indices = by_length[start : start + batch_size]
+        longest = len(prompts[indices[-1]])
+        input_ids = torch.full((len(indices), longest), pad, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(indices):
+            length = len(prompts[index])
+            input_ids[row, longest - length :] = torch.tensor(prompts[index])
+            attention_mask[row, longest - length :] = 1
+        written = model.generate(
+            input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for index, tokens in zip(indices, written[:, longest:].tolist()):
+            answers[index] = tokenizer.decode(tokens, skip_special_tokens=True)
+    return answers

@@ -1,0 +1,37 @@
+"""What is due after which step. Pure: the whole policy of a run's calendar, testable without a run."""
+
+from dataclasses import dataclass
+
+from raytune.plan.run_plan import RunPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timetable:
+    """Steps count from 1: "after step n" means after n optimizer updates."""
+
+    num_steps: int
+    log_every: int
+    evaluate_every: int | None
+    save_every: int
+    save_every_s: float | None
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> "Timetable":
+        return cls(
+            num_steps=plan.optimization.num_steps,
+            log_every=plan.logging_steps,
+            evaluate_every=plan.evaluation.every_steps if plan.data.validation else None,
+            save_every=plan.checkpoint.every_steps,
+            save_every_s=plan.checkpoint.every_s,
+        )
+
+    def logs_after(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.num_steps
+
+    def evaluates_after(self, step: int) -> bool:
+        return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.num_steps)
+
+    def saves_after(self, step: int, seconds_since_save: float) -> bool:
+        """`seconds_since_save` must be the same number on every rank, or ranks would disagree about a collective save."""
+        by_time = self.save_every_s is not None and seconds_since_save >= self.save_every_s
+        return by_time or step % self.save_every == 0 or step == self.num_steps

@@ -1,0 +1,35 @@
+"""The calendar of a run."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune.training.timetable import Timetable
+
+
+def table(**changes: object) -> Timetable:
+    values = {"num_steps": 10, "log_every": 2, "evaluate_every": 4, "save_every": 5, "save_every_s": None}
+    return Timetable(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_ten_step_run_reads_like_its_calendar() -> None:
+    steps = range(1, 11)
+    assert [step for step in steps if table().logs_after(step)] == [2, 4, 6, 8, 10]
+    assert [step for step in steps if table().evaluates_after(step)] == [4, 8, 10]
+    assert [step for step in steps if table().saves_after(step, 0.0)] == [5, 10]
+
+
+def test_without_validation_rows_nothing_is_evaluated() -> None:
+    assert not any(table(evaluate_every=None).evaluates_after(step) for step in range(1, 11))
+
+
+def test_time_saves_between_the_steps() -> None:
+    assert table(save_every_s=60.0).saves_after(3, 61.0)
+    assert not table(save_every_s=60.0).saves_after(3, 59.0)
+
+
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50), st.integers(1, 50))
+def test_the_last_step_is_logged_evaluated_and_saved(num_steps: int, log: int, evaluate: int, save: int) -> None:
+    last = table(num_steps=num_steps, log_every=log, evaluate_every=evaluate, save_every=save)
+    assert last.logs_after(num_steps)
+    assert last.evaluates_after(num_steps)
+    assert last.saves_after(num_steps, 0.0)
