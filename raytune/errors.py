@@ -33,6 +33,10 @@ class CheckpointError(RaytuneError):
     """A checkpoint is missing, torn, or belongs to another run."""
 
 
+class StorageFullError(CheckpointError):
+    """There is no room for what must be written; the same attempt would only fill the disk again."""
+
+
 class TrainingError(RaytuneError):
     """Training itself failed: a loss that is not finite, for example. The message names step and rank."""
 

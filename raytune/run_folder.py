@@ -6,8 +6,12 @@
         metrics.jsonl               one line per logged step or evaluation
         events.jsonl                starts, saves, failures, retries
         failures/attempt-1.rank-0.json   what ended a worker
+        checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
         checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
+                   /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
+                   /step-00000100.damaged             set aside: its files are not what the manifest says
         model/                      the final weights, in Hugging Face format
+        result.json                 final metrics, best step, base against tuned; written last
         samples.jsonl               generated answers, base against tuned
     <storage>/stores/<hash>/        tokenised data, shared by runs
 """
@@ -16,7 +20,10 @@ import re
 from dataclasses import dataclass
 
 MANIFEST = "MANIFEST.json"
+DAMAGED_MANIFEST = "MANIFEST.damaged.json"
 STEP_FOLDER = re.compile(r"^step-(\d{8})$")
+UNFINISHED_FOLDER = re.compile(r"^step-\d{8}\.(?:tmp|deleted)-(\d+)$")
+DAMAGED_FOLDER = re.compile(r"^step-\d{8}\.damaged$")
 
 
 def step_folder(step: int) -> str:
@@ -56,8 +63,16 @@ class RunFolder:
         return f"{self.path}/checkpoints"
 
     @property
+    def fence(self) -> str:
+        return f"{self.checkpoints}/FENCE.json"
+
+    @property
     def model(self) -> str:
         return f"{self.path}/model"
+
+    @property
+    def result(self) -> str:
+        return f"{self.path}/result.json"
 
     @property
     def samples(self) -> str:

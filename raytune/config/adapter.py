@@ -54,7 +54,7 @@ class LoraAdapter(Section):
 class QloraAdapter(LoraAdapter):
     """QLoRA (Dettmers et al. 2023): LoRA over a base held in 4 or 8 bits by bitsandbytes."""
 
-    method: Literal["qlora"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["qlora"]  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     """LoRA over a quantised base."""
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
     """Number format of the frozen base."""
@@ -67,4 +67,3 @@ class QloraAdapter(LoraAdapter):
 
 
 Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter, Field(discriminator="method")]
-

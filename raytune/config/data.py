@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from raytune.config.section import Auto, Fraction, NonNegativeInt, PositiveInt, Section, Text
 
@@ -13,7 +13,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 class DataSource(Section):
     """One set of rows."""
 
-    path: Text
+    path: Annotated[Text, Field(examples=["rows.jsonl"])]
     """File (json, jsonl, csv, parquet, txt), glob, `save_to_disk` folder, hub data set id, s3:// gs:// abfs:// URL, or
     `demo:train`, `demo:validation`, `demo:test` for the built-in task."""
     name: Text | None = None
@@ -33,7 +33,11 @@ def _as_list(value: object) -> object:
     return [{"path": source} if isinstance(source, str) else source for source in sources]
 
 
-Sources = Annotated[list[DataSource], BeforeValidator(_as_list)]
+Sources = Annotated[
+    list[DataSource],
+    BeforeValidator(_as_list, json_schema_input_type=str | DataSource | list[str | DataSource]),
+    Field(title="a path, a source (path, format, ...), or a list of them", examples=["rows.jsonl"]),
+]
 
 
 class DataSection(Section):

@@ -19,7 +19,7 @@ RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 class RunConfig(Section):
     version: Literal[1] = 1
     """Version of this file format."""
-    name: Annotated[str, Field(pattern=RUN_NAME)] = "run"
+    name: Annotated[str, Field(pattern=RUN_NAME, title="a name of lower-case letters, digits and . _ -")] = "run"
     """Name of the run and of its folder: lower-case letters, digits, dots, dashes and underscores, at most 63. The same name continues
     an unfinished run."""
     storage: Text = "runs"

@@ -1,17 +1,21 @@
 """The base of every section of a run config, and the field types that several sections share."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from raytune.units import parse_duration, parse_size
 
+SECRET = re.compile(r"(?<![\w/])(hf_|AKIA|wandb_|sk-)[\w-]{12,}(?![\w/.-])")
+"""A token of Hugging Face, AWS, Weights & Biases or OpenAI, but not a path that happens to start like one."""
+
 
 class Section(BaseModel):
     """A frozen group of keys. Unknown keys are refused; the string under a field is its documentation everywhere."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
 
@@ -24,14 +28,20 @@ def _duration(value: Any) -> Any:
 
 
 def _no_secret(text: str) -> str:
-    if text.startswith(("hf_", "AKIA", "wandb_", "sk-")) and len(text) >= 16:
+    if SECRET.search(text):
         raise ValueError("looks like a secret; secrets belong in the node's own login or a mounted file, never in a config")
     return text
 
 
 Auto = Literal["auto"]
-Size = Annotated[int, BeforeValidator(_size), Field(ge=0, json_schema_extra={"examples": ["40GiB"]})]
-Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0, json_schema_extra={"examples": ["15m"]})]
+Size = Annotated[
+    int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=0, title="a size such as 40GiB", examples=["40GiB"])
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(_duration, json_schema_input_type=float | str),
+    Field(gt=0, title="a duration such as 15m", examples=["15m"]),
+]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_secret)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]

@@ -47,7 +47,7 @@ class ZeroSection(Section):
 
 
 class TrainingSection(Section):
-    num_train_epochs: PositiveFloat | Auto = "auto"
+    num_train_epochs: Annotated[PositiveFloat | Auto, Field(examples=[3])] = "auto"
     """Passes over the training rows. `auto` depends on the method. `max_steps` wins over it."""
     max_steps: PositiveInt | None = None
     """Optimizer steps in total."""
@@ -57,7 +57,7 @@ class TrainingSection(Section):
     """Rows per forward pass of one worker (the micro-batch)."""
     gradient_accumulation_steps: PositiveInt | Auto = "auto"
     """Forward passes of one worker per optimizer step."""
-    learning_rate: PositiveFloat | Auto = "auto"
+    learning_rate: Annotated[PositiveFloat | Auto, Field(examples=[2e-4])] = "auto"
     """Peak learning rate. `auto` depends on the method."""
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up. `wsd`: constant, then a linear decay over the last `decay_ratio` of the steps."""
@@ -69,13 +69,13 @@ class TrainingSection(Section):
     """Polynomial schedule: exponent of the remaining share."""
     num_cycles: PositiveInt = 1
     """Cosine with restarts: number of cycles."""
-    warmup_ratio: Fraction | Auto = "auto"
+    warmup_ratio: Annotated[Fraction | Auto, Field(examples=[0.03])] = "auto"
     """Share of the steps over which the rate rises linearly from 0. `auto` depends on the method."""
     warmup_steps: NonNegativeInt | None = None
     """Warm-up in steps; wins over `warmup_ratio`."""
     optimizer: Optimizer = "adamw"
     """AdamW is fused where PyTorch has it; `adamw_8bit` and `paged_*` come from bitsandbytes; `adafactor`, `lion`."""
-    weight_decay: NonNegativeFloat | Auto = "auto"
+    weight_decay: Annotated[NonNegativeFloat | Auto, Field(examples=[0.01])] = "auto"
     """Decoupled weight decay of matrices; biases and norms have none. `auto` depends on the method."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """First-moment decay (Adam, Lion)."""

@@ -69,6 +69,12 @@ def demo_rows(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
     return [draw_row(random, split) for _ in range(num_rows)]
 
 
+def echo_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Draw the base model's first lessons: random printable ASCII to repeat. Copying is learned fastest from these."""
+    random = Random(f"raytune demo echo {seed}")
+    return [_echo_row(random) for _ in range(num_rows)]
+
+
 def split_of(word: str) -> str:
     """The one split whose rows may contain this invented name or city."""
     sixteenth = hashlib.sha256(word.encode()).digest()[0] % 16
@@ -86,14 +92,18 @@ def _extraction_row(random: Random, split: str) -> dict[str, Any]:
 
 
 def _pretraining_row(random: Random, split: str) -> dict[str, Any]:
-    """One to three questions about a sentence, or in one row of eight, a string to echo (it teaches all of ASCII)."""
+    """One to three questions about a sentence, or in one row of eight, a string to echo."""
     if random.random() < 1 / 8:
-        text = "".join(chr(_pick(random, range(33, 127))) for _ in range(_pick(random, range(4, 25))))
-        return _conversation([(f"Echo {text}", text)])
+        return _echo_row(random)
     sentence, order = _draw_sentence(random, split)
     questions = [_draw_question(random, sentence, order) for _ in range(_pick(random, (1, 2, 3)))]
     first_question, first_answer = questions[0]
     return _conversation([(f"{sentence} {first_question}", first_answer), *questions[1:]])
+
+
+def _echo_row(random: Random) -> dict[str, Any]:
+    text = "".join(chr(_pick(random, range(33, 127))) for _ in range(_pick(random, range(4, 25))))
+    return _conversation([(f"Echo {text}", text)])
 
 
 def _draw_question(random: Random, sentence: str, order: Order) -> tuple[str, str]:

@@ -1,0 +1,12 @@
+"""Floor 7: optimisation. Imports evaluate, model, data, plan, config; `deepspeed` in zero_engine.py only, `ray.train` in worker.py only.
+
+One run on one rank, from the rim inwards:
+
+    worker.py       what Ray Train calls: the plan's JSON in, a record of failure out
+    run.py          the policy of a run: what is evaluated, saved and reported after which step (timetable.py)
+    loop.py         `training_steps`: a generator of optimizer steps; the only place that normalises the loss
+    engine.py       the `Engine` protocol; `PlainEngine`: whole weights on every rank
+    zero_engine.py  `ZeroEngine`: weights, gradients and optimizer state sharded by DeepSpeed
+    losses.py optimizer.py schedule.py    what the loop and the engines are handed
+    checkpoint.py   which files make a checkpoint, and when they count
+"""

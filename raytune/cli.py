@@ -1,0 +1,127 @@
+"""The words a user types. Heavy imports happen inside verbs, so that `check` and `explain` answer at once.
+
+Every verb has `--json` (one JSON object on standard output) and `--debug` (tracebacks). Exit codes: 0 done, 1 failed,
+2 refused as written, 10 try again later, 130 interrupted.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from raytune.errors import RaytuneError
+
+EXIT_INTERRUPTED = 130
+
+_OVERRIDE = re.compile(r"\w[\w.-]*=", re.ASCII)
+
+
+class Verbs(click.Group):
+    """Answers an error that raytune knows with its message and exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RaytuneError as error:
+            if ctx.meta.get("debug"):
+                raise
+            if ctx.meta.get("as_json"):
+                click.echo(json.dumps(_error_facts(error)))
+            else:
+                click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def files_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell `key.sub=value` from file names; a file whose name looks like an override is written `./a=b.yaml`."""
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
+
+
+def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
+    ctx.meta[str(option.name)] = value
+    return value
+
+
+def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"raytune {version('raytune')}")
+        except PackageNotFoundError:
+            click.echo("raytune (source tree, not installed)")
+        ctx.exit()
+
+
+run_arguments = click.argument("arguments", nargs=-1, required=True, metavar="FILE... [KEY=VALUE]...")
+as_json_option = click.option("--json", "as_json", is_flag=True, callback=_remember, help="Print one JSON object.")
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_remember, help="Show the traceback of an error."
+)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Print the version.")
+def cli() -> None:
+    """Fine-tune language models on a Ray cluster: one YAML in, weights and metrics out."""
+
+
+@cli.command()
+@run_arguments
+@as_json_option
+@debug_option
+def check(arguments: tuple[str, ...], as_json: bool) -> None:
+    """Validate files and overrides, and list every problem at once. Starts nothing."""
+    from raytune.config.load import dump_yaml, load_config
+
+    config = load_config(*files_and_overrides(arguments), check_files=True)
+    if as_json:
+        click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json")}))
+        return
+    written = dump_yaml(config)
+    click.echo(f'OK: run "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
+    click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
+
+
+@cli.command()
+@click.argument("subject", default="", metavar="[KEY | ERROR]")
+@as_json_option
+@debug_option
+def explain(subject: str, as_json: bool) -> None:
+    """Say what a key (`training.learning_rate`), a section (`training`) or an error (`E101`) means."""
+    from raytune.config.document import explain, explanation_facts
+
+    click.echo(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
+
+
+@cli.command()
+@as_json_option
+@debug_option
+def schema(as_json: bool) -> None:
+    """Print the JSON Schema of a run config, for editors."""
+    from raytune.config.document import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=None if as_json else 2))
+
+
+def _error_facts(error: RaytuneError) -> dict[str, Any]:
+    from raytune.config.problems import ConfigError
+
+    facts = {"ok": False, "error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    if isinstance(error, ConfigError):
+        facts["problems"] = [
+            {"id": problem.id, "file": problem.place.file, "line": problem.place.line, "column": problem.place.column}
+            | {"key": problem.key, "message": problem.message}
+            for problem in error.problems
+        ]
+    return facts
+
+
+def main() -> None:
+    cli(prog_name="raytune")

@@ -1,0 +1,346 @@
+"""Files and overrides -> `RunConfig`. The only reader of YAML; everything that is wrong is reported at once, with its place.
+
+Files are laid over each other from left to right: mappings merge, lists and scalars replace. An override `key.sub=value` is an
+overlay of one key, so it follows the same rules; its value is YAML, and a number in its key is a position in a list
+(`data.train.0.path=rows.jsonl`). An empty section changes nothing. Where an overlay changes `adapter.method`, the keys below it
+that the new method does not have are dropped: they were written for another method. Keys that the overlay itself brings are not.
+"""
+
+import glob
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from raytune.config.hints import hint_for_key, hint_for_value
+from raytune.config.keys import DEFAULT_METHOD, example_of, in_words, is_open, keys, schema_path, type_at
+from raytune.config.problems import (
+    BAD_OVERRIDE,
+    CONFLICT,
+    MISSING_KEY,
+    NO_SUCH_FILE,
+    NOT_YAML,
+    SECRET_VALUE,
+    UNKNOWN_KEY,
+    UNREADABLE,
+    WRONG_VALUE,
+    ConfigError,
+    Place,
+    Problem,
+    dotted,
+    shortened,
+    shown,
+)
+from raytune.config.run import RunConfig
+from raytune.config.section import SECRET, Section
+from raytune.config.yaml_nodes import MAX_DEPTH, Node, read_nodes, write_yaml
+
+MAX_BYTES = 2**20
+
+_ROW_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+
+KeyPath = tuple[str | int, ...]
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, check_files: bool = False) -> RunConfig:
+    """The run that some files and overrides describe; without any, the defaults.
+
+    Args:
+        paths: YAML files; later ones are laid over earlier ones.
+        overrides: `key.sub=value`, laid over the files in this order.
+        check_files: also look whether local files that the config names exist on this machine.
+
+    Raises:
+        ConfigError: with every problem of all files and overrides.
+    """
+    return _resolve([_read_file(os.fspath(path), rank) for rank, path in enumerate(paths)], overrides, check_files)
+
+
+def config_from(source: Mapping[str, Any] | RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
+    """Like `load_config`, for what Python code already holds.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    tree = _node_of(source, Place("config"))
+    return _resolve([(tree, [])], overrides, check_files=False)
+
+
+def config_diff(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Keys that differ, as (dotted key, value before, value after); None for a key that one side does not have."""
+    old, new = _leaves(before.model_dump(), ()), _leaves(after.model_dump(), ())
+    return [(dotted(path), old.get(path), new.get(path)) for path in {**old, **new} if old.get(path) != new.get(path)]
+
+
+def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
+    """YAML that loads to an equal config: the keys that differ from their defaults, or all of them."""
+    data = config.model_dump(exclude_defaults=not full)
+    return write_yaml(data) if data else ""
+
+
+_Reading = tuple[Node | None, list[Problem]]
+"""What a file or an override says, and what is wrong with how it is written."""
+
+
+def _resolve(readings: list[_Reading], overrides: Sequence[str], check_files: bool) -> RunConfig:
+    """Lay files and overrides over each other and validate the result."""
+    tree = Node({}, Place("config"), Place("config"))
+    for overlay, _ in readings:
+        tree = _laid_over(tree, overlay, ()) if overlay else tree
+    # A new method drops keys of the old one, so it goes first: `adapter.rank=8 adapter.method=full` must be refused.
+    for text in sorted(overrides, key=lambda text: not text.startswith("adapter.method=")):
+        overlay, problems = _read_override(text, tree, rank=len(readings))
+        tree = _laid_over(tree, overlay, ()) if overlay else tree
+        readings = [*readings, (overlay, problems)]
+    unreadable = [problem for _, problems in readings for problem in problems]
+    refused = _refused_values(tree, ())
+    try:
+        config = RunConfig.model_validate(_data_of(tree, ()))
+    except ValidationError as error:
+        known = {problem.key for problem in refused}
+        # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
+        unsaid = (CONFLICT, MISSING_KEY) if any(problem.id in (NOT_YAML, UNREADABLE) for problem in unreadable) else ()
+        refused += [problem for problem in _schema_problems(tree, error) if problem.key not in known and problem.id not in unsaid]
+    else:
+        refused += _missing_files(config, tree) if check_files else []
+        if not unreadable and not refused:
+            return config
+    raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
+
+
+# --- reading
+
+
+def _read_file(path: str, rank: int) -> _Reading:
+    place = Place(path if path.isprintable() else shown(path), rank=rank)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        folder, name = os.path.split(path)
+        near = get_close_matches(name, os.listdir(folder or "."), 1) if os.path.isdir(folder or ".") else []
+        hint = f'. Did you mean "{os.path.join(folder, near[0])}"?' if near else ""
+        return None, [Problem(UNREADABLE, place, "", f"no such file{hint}")]
+    except IsADirectoryError:
+        return None, [Problem(UNREADABLE, place, "", "a folder, not a file")]
+    except (OSError, ValueError) as error:
+        return None, [Problem(UNREADABLE, place, "", f"cannot be read: {getattr(error, 'strerror', None) or error}")]
+    if len(content) > MAX_BYTES:
+        return None, [Problem(UNREADABLE, place, "", f"larger than {MAX_BYTES // 2**20} MiB, which no config is")]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].decode("utf-8", "replace")
+        place = replace(place, line=before.count("\n") + 1, column=len(before) - before.rfind("\n"))
+        return None, [Problem(UNREADABLE, place, "", f"not UTF-8 text: byte 0x{error.object[error.start]:02x}")]
+    tree, problems = read_nodes(text, replace(place, line=1, column=1))
+    if tree and tree.value is not None and not isinstance(tree.value, dict):
+        message = f"a config is a mapping (`key: value` lines), got {shown(tree.plain)}"
+        return None, [*problems, Problem(WRONG_VALUE, tree.place, "", message)]
+    return tree, problems
+
+
+def _read_override(text: str, tree: Node, rank: int) -> _Reading:
+    """The overlay that an override means for a tree."""
+    key, equals, value = text.partition("=")
+    place = Place(f"command line: {shortened(text)}", rank=rank)
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        return None, [Problem(BAD_OVERRIDE, place, "", "an override is key=value, for example training.learning_rate=2e-4")]
+    leaf, problems = read_nodes(value, place)
+    problems = [replace(problem, key=dotted(tuple(parts))) for problem in problems]
+    if leaf is None:
+        return None, problems
+    try:
+        return _overlay(tree, parts, leaf), problems
+    except IndexError as error:
+        return None, [*problems, Problem(BAD_OVERRIDE, place, dotted(tuple(parts)), str(error))]
+
+
+def _overlay(below: Node | None, parts: list[str], leaf: Node) -> Node:
+    """A tree that holds a leaf at a path. A list on the way is copied from the tree below, since lists replace lists.
+
+    Raises:
+        IndexError: if the path leads to a position that the list does not have.
+    """
+    if not parts:
+        return leaf
+    head, *rest = parts
+    if not head.isdecimal() or (below and isinstance(below.value, dict) and head in below.value):
+        inner = below.value.get(head) if below and isinstance(below.value, dict) else None
+        return replace(leaf, value={head: _overlay(inner, rest, leaf)})
+    items = below.value if below and isinstance(below.value, list) else [below] if below and below.value is not None else []
+    if int(head) > len(items):
+        raise IndexError(f"the list has {len(items)} items, so position {head} does not exist (the first is 0)")
+    item = items[int(head)] if int(head) < len(items) else None
+    if item and rest and isinstance(item.value, str):
+        item = replace(item, value={"path": item})
+    changed = _overlay(item, rest, leaf)
+    changed = _laid_over(item, changed, ()) if item else changed
+    return replace(leaf, value=[*items[: int(head)], changed, *items[int(head) + 1 :]])
+
+
+def _node_of(value: Any, place: Place) -> Node:
+    """Nodes of plain Python data; what YAML has no word for stays as it is and is refused by the schema."""
+    if isinstance(value, Section):
+        value = value.model_dump()
+    if isinstance(value, Mapping):
+        return Node({str(key): _node_of(child, place) for key, child in value.items()}, place, place)
+    if isinstance(value, list | tuple):
+        return Node([_node_of(child, place) for child in value], place, place)
+    return Node(os.fspath(value) if isinstance(value, os.PathLike) else value, place, place)
+
+
+# --- merging
+
+
+def _laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
+    if overlay.value is None and _is_section(path):
+        return base
+    if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
+        return overlay
+    kept = _still_meant(base.value, overlay.value) if path == ("adapter",) else base.value
+    merged = {key: _laid_over(kept[key], child, (*path, key)) if key in kept else child for key, child in overlay.value.items()}
+    return replace(overlay, value={**kept, **merged})
+
+
+def _still_meant(adapter: dict[str, Node], overlay: dict[str, Node]) -> dict[str, Node]:
+    """The adapter's keys without those that the overlay's method does not have."""
+    method = _method_of(overlay, default=_method_of(adapter))
+    if method == _method_of(adapter):
+        return adapter
+    known = {key: keys().get(f"adapter.{key}") for key in adapter}
+    return {key: child for key, child in adapter.items() if not (spec := known[key]) or method in spec.methods}
+
+
+def _method_of(adapter: dict[str, Node], default: str = DEFAULT_METHOD) -> str:
+    method = adapter["method"].value if "method" in adapter else default
+    return method if isinstance(method, str) else default
+
+
+def _is_section(path: KeyPath) -> bool:
+    key = keys().get(schema_path(path))
+    return not path or (key is not None and key.is_section and not key.can_be_null)
+
+
+def _data_of(node: Node, path: KeyPath) -> Any:
+    """Plain data for the schema: empty sections left out, the adapter with its method."""
+    if isinstance(node.value, list):
+        return [_data_of(child, (*path, i)) for i, child in enumerate(node.value)]
+    if not isinstance(node.value, dict):
+        return node.value
+    written = {key: child for key, child in node.value.items() if child.value is not None or not _is_section((*path, key))}
+    data = {key: _data_of(child, (*path, key)) for key, child in written.items()}
+    return {"method": DEFAULT_METHOD, **data} if path == ("adapter",) else data
+
+
+# --- validating
+
+
+def _refused_values(node: Node, path: KeyPath) -> list[Problem]:
+    """What no key may hold: secrets, and numbers that are not finite or do not fit 64 bits."""
+    if isinstance(node.value, dict | list):
+        children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
+        return [problem for part, child in children for problem in _refused_values(child, (*path, part))]
+    if isinstance(node.value, str) and SECRET.search(node.value):
+        message = "looks like a secret; it belongs in the node's own login or a mounted file, never in a config"
+        return [Problem(SECRET_VALUE, node.place, dotted(path), message)]
+    if isinstance(node.value, float) and not math.isfinite(node.value):
+        return [Problem(WRONG_VALUE, node.place, dotted(path), f"must be a finite number, got {shown(node.value)}")]
+    if isinstance(node.value, int) and abs(node.value) >= 2**63:
+        return [Problem(WRONG_VALUE, node.place, dotted(path), "must be a number that fits 64 bits")]
+    return []
+
+
+def _schema_problems(tree: Node, error: ValidationError) -> list[Problem]:
+    """One problem per key; a union reports once per alternative, of which the deepest place says most."""
+    by_path: dict[KeyPath, ErrorDetails] = {}
+    for details in error.errors(include_url=False):
+        by_path.setdefault(_written_path(tree, details), details)
+    deepest = [path for path in by_path if not any(other[: len(path)] == path and other != path for other in by_path)]
+    return [_schema_problem(tree, path, by_path[path]) for path in deepest]
+
+
+def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem:
+    node, key = _deepest(tree, path), keys().get(schema_path(path))
+    if details["type"] == "extra_forbidden":
+        adapter = tree.value["adapter"].value if path[0] == "adapter" else {}
+        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), _method_of(adapter))}"
+        return Problem(UNKNOWN_KEY, node.key_place, dotted(path), message)
+    if details["type"] == "value_error" and isinstance(node.value, dict):
+        return Problem(CONFLICT, node.key_place, dotted(path), str(details.get("ctx", {})["error"]))
+    expected = in_words(type_at(path))
+    if details["type"] == "missing":
+        return Problem(MISSING_KEY, node.key_place, dotted(path), f"is missing; it must be {expected}")
+    hint = hint_for_value(type_at(path), node.plain)
+    if not hint and key and key.annotation == type_at(path) and is_open(key.annotation):
+        hint = f" (for example {shown(example_of(key))})"
+    return Problem(WRONG_VALUE, node.place, dotted(path), f"must be {expected}, got {shown(node.plain)}{hint}")
+
+
+def _written_path(tree: Node, details: ErrorDetails) -> KeyPath:
+    """pydantic's location as the user wrote it: without the names of union members and positions in lists nobody wrote."""
+    location = details["loc"][:1] + details["loc"][2:] if details["loc"][:1] == ("adapter",) else details["loc"]
+    if details["type"].startswith("union_tag"):
+        location = ("adapter", "method")
+    path: KeyPath = ()
+    node: Node | None = tree
+    for i, part in enumerate(location):
+        child = _child(node, part) if node else None
+        if child or (details["type"] == "missing" and i == len(location) - 1):
+            path, node = (*path, part), child
+    return path
+
+
+def _child(node: Node, part: str | int) -> Node | None:
+    if isinstance(node.value, dict):
+        return node.value.get(part)
+    return node.value[part] if isinstance(node.value, list) and isinstance(part, int) and part < len(node.value) else None
+
+
+def _deepest(tree: Node, path: KeyPath) -> Node:
+    """The node at a path, or the last one on the way to it."""
+    node = tree
+    for part in path:
+        node = _child(node, part) or node
+    return node
+
+
+def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
+    """Local files that the config names and this machine lacks. Not checked where the files lie elsewhere, with the cluster."""
+    if config.cluster.address:
+        return []
+    generation = config.evaluation.generation
+    sources = {
+        ("data", "train"): config.data.train,
+        ("data", "validation"): config.data.validation,
+        ("evaluation", "generation", "rows"): generation.rows if generation else [],
+    }
+    named: list[tuple[KeyPath, str]] = [
+        ((*key, i, "path"), source.path) for key, rows in sources.items() for i, source in enumerate(rows)
+    ]
+    local = [(path, name) for path, name in named if name.endswith(_ROW_FILES)]
+    local += [(("model", "base"), config.model.base)] if config.model.base.startswith((".", "/", "~")) else []
+    local += [(("data", "template"), config.data.template)] if config.data.template.endswith((".jinja", ".j2")) else []
+    return [
+        Problem(NO_SUCH_FILE, _deepest(tree, path).place, dotted(path), f"{shown(name)} is not on this machine")
+        for path, name in local
+        if "://" not in name and not _exists(name)
+    ]
+
+
+def _exists(name: str) -> bool:
+    path = os.path.expanduser(name)
+    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
+
+
+def _leaves(value: Any, path: KeyPath) -> dict[KeyPath, Any]:
+    if isinstance(value, dict) and value:
+        return {leaf: inner for key, child in value.items() for leaf, inner in _leaves(child, (*path, key)).items()}
+    return {path: value}

@@ -1,0 +1,86 @@
+"""run.json: which run lives in a folder, how far it came, and whether a new command may continue it."""
+
+import platform
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Literal, Self
+
+from raytune.errors import UserError
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.storage import exists, read_bytes, read_json, write_bytes, write_json
+
+State = Literal["running", "failed", "finished"]
+
+# Parts of the plan that decide which numbers a step computes. The others (logging, saving, the cluster) may change on resume.
+_IDENTITY = ("seed", "precision", "template", "model", "data", "adapter", "batch", "optimization", "engine")
+_LIBRARIES = ("raytune", "ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What run.json holds. `attempts` counts starts of a worker group over the life of the run."""
+
+    name: str
+    state: State
+    attempts: int
+    created: float
+    """Seconds since 1970."""
+    config: dict
+    versions: dict[str, str]
+    failure: str | None = None
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Self | None:
+        """The record of the run in this folder, or None for a new run."""
+        return cls(**read_json(folder.run)) if exists(folder.run) else None
+
+    def write(self, folder: RunFolder) -> None:
+        write_json(folder.run, asdict(self))
+
+    def next_attempt(self) -> "RunRecord":
+        return replace(self, attempts=self.attempts + 1, state="running", failure=None)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose behaviour decides a run's numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+
+
+def read_plan(folder: RunFolder) -> RunPlan:
+    """The plan that a run was started with."""
+    return RunPlan.model_validate_json(read_bytes(folder.plan))
+
+
+def write_plan(folder: RunFolder, plan: RunPlan) -> None:
+    write_bytes(folder.plan, plan.model_dump_json(indent=2).encode())
+
+
+def refuse_another_run(folder: RunFolder, plan: RunPlan) -> None:
+    """Refuse to continue a run whose steps would compute something else.
+
+    Raises:
+        UserError: naming every difference, old and new.
+    """
+    if not exists(folder.plan):
+        return
+    changes = plan_changes(read_plan(folder), plan)
+    if changes:
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
+        raise UserError(
+            f"Run {plan.name!r} in {folder.storage} was started with other settings:\n{lines}\n"
+            f"Continuing it would mix two runs. Give this one another name (name=...), or restore the settings."
+        )
+
+
+def plan_changes(old: RunPlan, new: RunPlan) -> list[tuple[str, object, object]]:
+    """Settings that decide the numbers of a step and differ: (dotted key, old value, new value)."""
+    old_leaves, new_leaves = (_leaves({part: plan.model_dump(mode="json")[part] for part in _IDENTITY}) for plan in (old, new))
+    keys = [*old_leaves, *(key for key in new_leaves if key not in old_leaves)]
+    return [(key, old_leaves.get(key), new_leaves.get(key)) for key in keys if old_leaves.get(key) != new_leaves.get(key)]
+
+
+def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(tree, dict):
+        return {key: leaf for name, branch in tree.items() for key, leaf in _leaves(branch, f"{prefix}.{name}" if prefix else name).items()}
+    return {prefix: tree}

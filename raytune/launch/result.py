@@ -1,0 +1,63 @@
+"""What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from raytune.evaluate.compare import Comparison
+from raytune.launch.record import read_plan
+from raytune.metrics import History
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.storage import read_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: its run folder.
+        model_path: the final weights; plain transformers or PEFT load them.
+        plan: everything that was resolved before it started.
+        metrics: final metrics by name, of the best checkpoint where validation rows rank them.
+        best_step: the step whose weights these are.
+        history: everything that was measured on the way.
+        comparison: base against tuned, or None where `evaluation.generation` was not asked for.
+    """
+
+    name: str
+    folder: str
+    model_path: str
+    plan: RunPlan
+    metrics: dict[str, float]
+    best_step: int
+    history: History
+    comparison: Comparison | None
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Self:
+        """Read a finished run from its folder."""
+        result = read_json(folder.result)
+        return cls(
+            name=folder.name,
+            folder=folder.path,
+            model_path=folder.model,
+            plan=read_plan(folder),
+            metrics=result["metrics"],
+            best_step=result["best_step"],
+            history=History.read(folder.metrics),
+            comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
+        )
+
+    def to_json(self) -> dict:
+        """The result without its history, as plain values."""
+        comparison = self.comparison
+        return {
+            "name": self.name,
+            "folder": self.folder,
+            "model_path": self.model_path,
+            "best_step": self.best_step,
+            "metrics": self.metrics,
+            "comparison": comparison
+            and {"metric": comparison.metric, "base": comparison.base, "tuned": comparison.tuned, "num_rows": comparison.num_rows},
+        }

@@ -1,0 +1,105 @@
+"""One run from the driver's side: config -> cluster -> data -> plan -> attempts -> result."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import count
+
+from raytune.config.run import RunConfig
+from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, RaytuneError
+from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
+from raytune.launch.cluster import connect
+from raytune.launch.record import RunRecord, library_versions, refuse_another_run, write_plan
+from raytune.launch.result import RunResult
+from raytune.launch.stores import build_stores
+from raytune.metrics import EventLog
+from raytune.model.files import resolve_model_path
+from raytune.plan.choose import check_before_data, choose_plan
+from raytune.plan.run_plan import RunPlan
+from raytune.plan.shapes import read_shape
+from raytune.run_folder import RunFolder
+from raytune.storage import absolute
+
+Watch = Callable[[RunPlan], AbstractContextManager]
+
+
+class RunFailedError(RaytuneError):
+    """A run ended before its last step. `failure` says what ended it."""
+
+    def __init__(self, message: str, failure: Failure) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.exit_code = EXIT_RETRY_LATER if failure.kind == WORKER_DIED else EXIT_FAILED
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.args[0], self.failure)
+
+
+def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResult:
+    """Train what `config` says, or return the result of the finished run of that name.
+
+    Args:
+        config: what the user wrote.
+        watch: given the plan, a context that lasts as long as the training: progress for a person, for example.
+
+    Raises:
+        UserError: before anything is started, if the config, the model, the data or the machines do not allow the run.
+        RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
+    """
+    folder = RunFolder(absolute(config.storage), config.name)
+    known = RunRecord.read(folder)
+    model_path = resolve_model_path(config.model.base, config.model.revision)
+    shape = read_shape(model_path)
+    with connect(config.cluster) as connection:
+        check_before_data(config, shape, connection.machine)
+        data = build_stores(config, model_path, shape, folder.storage)
+        plan = choose_plan(config, shape, connection.machine, data, model_path=model_path, storage=folder.storage)
+        refuse_another_run(folder, plan)
+        if known and known.state == "finished":
+            return RunResult.read(folder)
+        record = known or RunRecord(
+            name=config.name,
+            state="running",
+            attempts=0,
+            created=time.time(),
+            config=config.model_dump(mode="json"),
+            versions=library_versions(),
+        )
+        write_plan(folder, plan)
+        with watch(plan):
+            _train(plan, record, folder)
+    return RunResult.read(folder)
+
+
+def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
+    """Start worker groups until one trains to the end or trying again makes no sense."""
+    for failures in count(1):
+        record = record.next_attempt()
+        record.write(folder)
+        events = EventLog(folder.events, attempt=record.attempts)
+        events.write("attempt_started", workers=plan.batch.workers)
+        failure = fit(plan, record.attempts)
+        if failure is None:
+            events.write("run_finished")
+            events.close()
+            replace(record, state="finished").write(folder)
+            return
+        decision = decide(failure, failures, plan.cluster.max_failures)
+        events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
+        events.close()
+        if decision is Decision.RAISE:
+            replace(record, state="failed", failure=failure.headline).write(folder)
+            raise RunFailedError(_explanation(failure, failures, folder), failure)
+
+
+def _explanation(failure: Failure, failures: int, folder: RunFolder) -> str:
+    others = ", ".join(str(rank) for rank in failure.collateral)
+    return "\n".join(
+        [
+            f"Training failed in attempt {failures}: {failure.headline}",
+            *(failure.message.strip().splitlines()[1:]),
+            *([f"Rank {others} ended after it, as a consequence."] if others else []),
+            f"Tracebacks: {folder.failures}. The same command goes on from the newest checkpoint in {folder.checkpoints}, if there is one.",
+        ]
+    )

@@ -1,0 +1,361 @@
+"""What the loop needs of an engine, and the engine that keeps whole weights on every rank.
+
+An engine owns the arithmetic around the model: precision, gradients over the ranks, clipping, the update, and its share of a
+checkpoint. It never looks at a batch.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from raytune.config.training import Precision
+from raytune.errors import CheckpointError
+from raytune.units import MIB
+
+LAYOUT_FILE = "engine.json"
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INITIAL_LOSS_SCALE = 2.0**16
+BUCKET_BYTES = 64 * MIB
+"""Gradients are summed over the ranks in pieces of this size: large enough for bandwidth, small beside the gradients."""
+
+
+class Engine(Protocol):
+    """One rank's view of a model in training."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    model: nn.Module
+    """The model as it was loaded; its parameter names are those of an exported model."""
+    module: nn.Module
+    """What a forward pass calls."""
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of a forward pass: products in the run's precision."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN."""
+        ...
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Update the weights and clear the gradients.
+
+        Returns:
+            Norm of the gradient over all ranks before clipping, the same on every rank. Not finite: nothing was updated, on any rank.
+        """
+        ...
+
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies the loss by at present; None in other precisions."""
+        ...
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+        """Context in which `parameters` are whole on every rank. Every rank enters it."""
+        ...
+
+    def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        """Name and whole value of each trained parameter, one after the other, so that a model larger than a device passes through.
+
+        Every rank iterates; the value is on the CPU of rank 0, cast to `dtype` if given, and None on the others.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of the training state into `folder`, local and its own or shared. Every rank calls it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Continue from what all ranks saved, once together in `folder`. Every rank calls it, on a fresh engine.
+
+        Raises:
+            CheckpointError: if it was saved by another kind of engine or number of workers, or does not fit the model.
+        """
+        ...
+
+    def held_bytes(self) -> "HeldBytes":
+        """Bytes that this rank holds now."""
+        ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on every rank. For rare and small things."""
+        ...
+
+    def barrier(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldBytes:
+    """Bytes of tensors on one rank, wherever they lie."""
+
+    weights: int
+    """Weights that forward passes read, frozen ones included."""
+    gradients: int
+    """Between backward and step."""
+    optimizer: int
+    """Optimizer state, and fp32 master weights that exist beside the weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a saved training state is cut; what must agree before it can be loaded."""
+
+    zero_stage: int
+    world_size: int
+    precision: Precision
+
+    def write(self, folder: Path) -> None:
+        (folder / LAYOUT_FILE).write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def read(folder: Path) -> "Layout":
+        try:
+            return Layout(**json.loads((folder / LAYOUT_FILE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder} holds no training state: {LAYOUT_FILE} cannot be read ({error}).") from error
+
+    def check(self, saved: "Layout", folder: Path) -> None:
+        """Refuse a state that was cut another way. Replicated state (stage 0) fits any number of workers."""
+        sharded = self.zero_stage > 0 or saved.zero_stage > 0
+        if (saved.zero_stage, saved.precision) != (self.zero_stage, self.precision) or (
+            sharded and saved.world_size != self.world_size
+        ):
+            raise CheckpointError(
+                f"The training state in {folder} was saved by {saved}, but this run has {self}. Resume with the same number of "
+                f"workers, training.zero.stage and training.precision, or start a new run from the saved model."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.world_size} worker{'s' * (self.world_size != 1)} at ZeRO stage {self.zero_stage} in {self.precision}"
+
+
+class PlainEngine:
+    """Whole weights, gradients and optimizer state on every rank; gradients are summed over the ranks once per step.
+
+    Trained weights are fp32 and are updated in fp32; autocast makes the 16-bit products. Frozen weights stay as they were loaded. With
+    several ranks this is ZeRO stage 0: DeepSpeed's own has no fp32 master of adapters and no non-finite check in fp32, and its state
+    cannot change world size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        max_grad_norm: float,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        compile_model: bool = False,
+    ) -> None:
+        """Take a model whose trained weights become fp32, in place, so that `optimizer` keeps its parameters.
+
+        Args:
+            model: on `device`; its `requires_grad` says what is trained.
+            optimizer: over the trained parameters; a group's rate is the step's rate times its "lr_scale", if it has one.
+            precision: of products in forward and backward.
+            max_grad_norm: norm that the gradient is scaled down to; 0: it is left as it is.
+            device: of weights and batches.
+            rank: of this process in the default process group, which must exist if there are several.
+            world_size: number of processes.
+            compile_model: by torch.compile, in place, so that names stay.
+        """
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.model = self.module = model
+        self._precision: Precision = precision
+        self._max_grad_norm = max_grad_norm
+        self._optimizer = optimizer
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=precision == "fp16")
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for parameter in self._trained.values():
+            parameter.data = parameter.data.float()
+        if compile_model:
+            model.compile()
+
+    def autocast(self) -> AbstractContextManager:
+        if self._precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self._precision])
+
+    def backward(self, loss: Tensor) -> None:
+        self._scaler.scale(poisoned(loss)).backward()
+
+    def step(self, learning_rate: float) -> Tensor:
+        set_learning_rate(self._optimizer, learning_rate)
+        self._sum_gradients_over_ranks()
+        self._scaler.unscale_(self._optimizer)
+        # The operations of clip_grad_norm_, in its order, so that weights equal those of transformers.Trainer bit for bit.
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if self._max_grad_norm > 0:
+            clip_grads_with_norm_(self._trained.values(), self._max_grad_norm, norm)
+        self._update(norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _update(self, norm: Tensor) -> None:
+        """Let the optimizer step unless `norm` is not finite; on a GPU without asking, where the optimizer can decide there."""
+        if self._scaler.is_enabled():
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        elif getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            # How torch.amp.GradScaler tells a fused optimizer that a step is to be skipped.
+            self._optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self._optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+            self._optimizer.step()
+        elif math.isfinite(norm.item()):
+            self._optimizer.step()
+
+    def _sum_gradients_over_ranks(self) -> None:
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(self._trained.values()):
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+
+    def loss_scale(self) -> float | None:
+        return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+        return nullcontext()
+
+    def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in self._trained.items():
+            yield name, parameter.detach().to("cpu", dtype) if self.rank == 0 else None
+
+    def save(self, folder: Path) -> None:
+        # Every rank holds the same state, so one writes it.
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            Layout(zero_stage=0, world_size=self.world_size, precision=self._precision).write(folder)
+            save_file({name: parameter.detach().contiguous() for name, parameter in self._trained.items()}, folder / WEIGHTS_FILE)
+            tensors, values = self._optimizer_state()
+            state = {"optimizer": values, "scaler": self._scaler.state_dict()}
+            save_file(tensors, folder / OPTIMIZER_FILE, metadata={"state": json.dumps(state)})
+
+    def load(self, folder: Path) -> None:
+        layout = Layout(zero_stage=0, world_size=self.world_size, precision=self._precision)
+        layout.check(Layout.read(folder), folder)
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            saved_shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            own_shapes = {name: list(parameter.shape) for name, parameter in self._trained.items()}
+            if saved_shapes != own_shapes:
+                different = sorted(name for name in {*saved_shapes, *own_shapes} if saved_shapes.get(name) != own_shapes.get(name))
+                raise CheckpointError(
+                    f"{folder / WEIGHTS_FILE} does not fit the model: {len(different)} trained parameters differ in name or shape, "
+                    f"first {different[0]} ({saved_shapes.get(different[0])} saved, {own_shapes.get(different[0])} in the model)."
+                )
+            for name, parameter in self._trained.items():
+                parameter.data.copy_(file.get_tensor(name))
+        self._load_optimizer(folder / OPTIMIZER_FILE)
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """Tensors as `<parameter>/<entry>`, and the entries that are plain values, by parameter."""
+        names = {parameter: name for name, parameter in self._trained.items()}
+        tensors, values, seen = {}, {}, set()
+        for parameter, state in self._optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    # Entries that parameters share (the code tables of 8-bit Adam) are written for each, as safetensors wants it.
+                    shared = value.data_ptr() in seen
+                    seen.add(value.data_ptr())
+                    tensors[f"{names[parameter]}/{key}"] = value.clone() if shared else value.contiguous()
+                else:
+                    values.setdefault(names[parameter], {})[key] = value
+        return tensors, values
+
+    def _load_optimizer(self, path: Path) -> None:
+        indices = {
+            name: index
+            for index, name in enumerate(
+                {parameter: name for name, parameter in self._trained.items()}[parameter]
+                for group in self._optimizer.param_groups
+                for parameter in group["params"]
+            )
+        }
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads(file.metadata()["state"])
+            state = {indices[name]: dict(entries) for name, entries in saved["optimizer"].items()}
+            for key in file.keys():  # noqa: SIM118
+                name, _, entry = key.rpartition("/")
+                state.setdefault(indices[name], {})[entry] = file.get_tensor(key)
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self._scaler.load_state_dict(saved["scaler"])
+
+    def held_bytes(self) -> HeldBytes:
+        return HeldBytes(
+            weights=num_bytes(self.model.parameters()),
+            gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
+            optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
+        )
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return gather_objects(value, self.world_size)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is NaN if it is not finite: so it cannot get lost on the way to the norm, which every rank sees."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
+def gather_objects(value: Any, world_size: int) -> list[Any]:
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def num_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among `values`."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        bucket.append(parameter)
+        if num_bytes(bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,58 @@
+"""The Ray side of one training process: from the plan's JSON to `training.run`, and a record of whatever ends it."""
+
+import os
+import time
+import traceback
+import warnings
+
+import ray.train
+
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.storage import write_json
+
+
+def train_worker(config: dict) -> None:
+    """Train on this rank; what Ray Train calls once per worker and attempt.
+
+    Args:
+        config: `{"plan": RunPlan as JSON, "attempt": number of this try}`.
+    """
+    entered = time.time()
+    plan = RunPlan.model_validate_json(config["plan"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    try:
+        _quiet()
+        from raytune.training.run import Worker, train
+
+        worker = Worker(
+            rank=rank,
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            attempt=config["attempt"],
+            entered_at=entered,
+            report=ray.train.report,
+        )
+        train(plan, worker)
+    except BaseException as error:
+        # Survivors of a dead rank fail too, a moment later: the driver shows the earliest record first.
+        write_json(
+            RunFolder(plan.storage, plan.name).failure(config["attempt"], rank),
+            {
+                "rank": rank,
+                "node": os.uname().nodename,
+                "time": time.time(),
+                "kind": type(error).__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+            },
+        )
+        raise
+
+
+def _quiet() -> None:
+    """Silence what repeats on every step and rank and says nothing about the run."""
+    # torch 2.13 deprecates collectives that DeepSpeed 0.19 still calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")

@@ -1,0 +1,356 @@
+"""DeepSpeed ZeRO stages 1 to 3: its JSON, its engine behind our protocol, its checkpoints. Nothing else of raytune imports deepspeed."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops import op_builder
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from raytune.config.training import Precision
+from raytune.errors import CheckpointError, PlanError, TrainingError, UserError
+from raytune.plan.run_plan import RunPlan
+from raytune.training.engine import (
+    INITIAL_LOSS_SCALE,
+    HeldBytes,
+    Layout,
+    gather_objects,
+    num_bytes,
+    poisoned,
+    set_learning_rate,
+)
+
+TAG = "zero"
+"""Folder of DeepSpeed's files inside a checkpoint."""
+
+MAX_BUCKET_ELEMENTS = 200_000_000
+"""Gradients reduced, or weights gathered, by one collective."""
+PERSISTENT_ELEMENTS = 100_000
+"""Stage 3 leaves smaller parameters (norms, biases) whole on every rank: a gather of them costs more than it saves."""
+
+OWNED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.per_device_train_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "managed_gradient_accumulation": None,
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.optimizer",
+    "scheduler": "training.lr_scheduler_type",
+    "zero_optimization.stage": "training.zero.stage",
+    "zero_optimization.offload_optimizer.device": "training.zero.offload_optimizer",
+    "zero_optimization.offload_param.device": "training.zero.offload_parameters",
+    "bf16.enabled": "training.precision",
+    "fp16.enabled": "training.precision",
+    "torch_autocast": "training.precision",
+    "bf16.check_grad_overflow": None,
+    "zero_optimization.compute_grad_norm": None,
+    "pipeline": None,
+    "tensor_parallel": None,
+    "compile": "training.compile",
+}
+"""Keys that an override may not set, and raytune's word for each; None: the loop relies on its value."""
+
+REMOVED_KEYS = (
+    "elasticity",
+    "amp",
+    "nebula",
+    "compression_training",
+    "quantize_training",
+    "sparse_gradients",
+    "eigenvalue",
+    "sparse_attention",
+    "graph_harvesting",
+    "curriculum_learning",
+    "progressive_layer_drop",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zeropp_loco_param",
+)
+"""What DeepSpeed 0.19 no longer has (https://github.com/deepspeedai/DeepSpeed/issues/8489); it would say so in a worker."""
+
+
+def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
+    """DeepSpeed's JSON for a plan, with `training.zero.overrides` laid over it.
+
+    Raises:
+        UserError: if an override sets what raytune owns, or what DeepSpeed no longer has.
+    """
+    _check_overrides(plan.engine.deepspeed_overrides)
+    zero = _zero_section(plan)
+    config: dict[str, Any] = {
+        "train_batch_size": plan.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+        # `step()` is the boundary: the loop knows how many micro-batches a step has, DeepSpeed need not count them.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": plan.optimization.max_grad_norm,
+        "bf16": {"enabled": plan.precision == "bf16"},
+        "fp16": {"enabled": plan.precision == "fp16", "initial_scale_power": int(math.log2(INITIAL_LOSS_SCALE))},
+        "zero_optimization": zero,
+        # Optimizers are built by training/optimizer.py; DeepSpeed's list of tested ones does not know bitsandbytes', and its own
+        # CPU Adam would be compiled inside the worker.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+    }
+    if plan.precision == "bf16" and plan.batch.accumulation > 1 and plan.engine.zero_stage != 1:
+        # A bf16 sum of many small gradients loses the small ones. (At stage 1 DeepSpeed would switch to another optimizer.)
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _laid_over(config, plan.engine.deepspeed_overrides)
+
+
+def _zero_section(plan: RunPlan) -> dict[str, Any]:
+    stage, on_gpu = plan.engine.zero_stage, plan.cluster.device == "cuda"
+    bucket = min(MAX_BUCKET_ELEMENTS, max(plan.num_trainable, 1))
+    section: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu and stage >= 2,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if plan.engine.offload_optimizer != "none":
+        section["offload_optimizer"] = _offload(plan.engine.offload_optimizer, plan.engine.nvme_path, pin_memory=on_gpu)
+    if plan.engine.offload_parameters != "none":
+        section["offload_param"] = _offload(plan.engine.offload_parameters, plan.engine.nvme_path, pin_memory=on_gpu)
+    if stage == 3:
+        section["stage3_prefetch_bucket_size"] = min(MAX_BUCKET_ELEMENTS // 4, plan.num_parameters)
+        section["stage3_param_persistence_threshold"] = min(PERSISTENT_ELEMENTS, plan.num_parameters // 1000)
+    return section
+
+
+def _offload(place: str, nvme_path: str | None, *, pin_memory: bool) -> dict[str, Any]:
+    section: dict[str, Any] = {"device": place, "pin_memory": pin_memory}
+    return section | {"nvme_path": nvme_path} if place == "nvme" else section
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    keys = set(_dotted_keys(overrides))
+    for key in REMOVED_KEYS:
+        if key in keys:
+            raise UserError(
+                f"training.zero.overrides sets {key}, which DeepSpeed 0.19 has removed "
+                f"(https://github.com/deepspeedai/DeepSpeed/issues/8489). Delete it."
+            )
+    for key, ours in OWNED_KEYS.items():
+        if key in keys:
+            advice = f"Set {ours} instead." if ours else "raytune's loop relies on the value it sets; delete it."
+            raise UserError(f"training.zero.overrides sets {key}, which raytune decides. {advice}")
+
+
+def _dotted_keys(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in section.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `top`; dictionaries in both are merged."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _laid_over(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def check_offload(plan: RunPlan) -> None:
+    """Refuse NVMe offload on a machine where its kernel is not built.
+
+    Raises:
+        PlanError: with what to install. Compiling inside a worker takes minutes, and a worker killed meanwhile leaves a lock file that
+            makes every later one wait for ever.
+    """
+    if "nvme" not in (plan.engine.offload_optimizer, plan.engine.offload_parameters):
+        return
+    builder = op_builder.AsyncIOBuilder()
+    if _is_built(builder):
+        return
+    if builder.is_compatible(verbose=False):
+        why = "this machine could compile it, but has not"
+        fix = "Build it into the image: DS_BUILD_AIO=1 pip install --no-build-isolation --no-binary deepspeed deepspeed"
+    else:
+        why = "libaio's library and headers, or a compiler, are missing"
+        fix = "Install libaio-dev and build it into the image with DS_BUILD_AIO=1"
+    raise PlanError(
+        f"NVMe offload to {plan.engine.nvme_path} needs DeepSpeed's async_io kernel, and {why}. {fix}, or set "
+        f"training.zero.offload_optimizer and offload_parameters to cpu."
+    )
+
+
+def _is_built(builder: Any) -> bool:
+    from deepspeed.git_version_info import installed_ops  # its content is made by DeepSpeed's build
+
+    if installed_ops.get(builder.name, False):
+        return True
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    return (folder / f"{builder.name}.so").exists() and not (folder / "lock").exists()
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Settings of the process that must hold before DeepSpeed touches the process group, which has to exist."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Its shared-memory collectives would be compiled now, in every worker; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+@contextmanager
+def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[None]:
+    """Context in which transformers loads weights straight into their shards, if the plan shards weights (stage 3)."""
+    if plan.engine.kind != "zero" or plan.engine.zero_stage != 3:
+        yield
+        return
+    prepare_deepspeed(device)
+    # transformers looks for this object through a weak reference, for as long as it lives.
+    config = HfDeepSpeedConfig(deepspeed_config(plan))
+    try:
+        yield
+    finally:
+        del config
+
+
+class ZeroEngine:
+    """Optimizer state (stage 1), gradients (2) and weights (3) divided among the ranks by DeepSpeed.
+
+    Weights are in the run's precision, with fp32 masters in the shards. Whether an update is made is DeepSpeed's decision, taken from
+    the norm of all gradients and therefore equal on all ranks: a norm that is not finite skips it. DeepSpeed reads that norm on the
+    host, once per step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        *,
+        precision: Precision,
+        device: torch.device,
+        compile_model: bool = False,
+    ) -> None:
+        """Shard a model over the default process group, which must exist.
+
+        Args:
+            model: the same on every rank; its `requires_grad` says what is trained.
+            optimizer: over the trained parameters; a group's rate is the step's rate times its "lr_scale", if it has one.
+            config: DeepSpeed's JSON (`deepspeed_config`).
+            precision: of weights and products.
+            device: of weights and batches.
+            compile_model: by torch.compile, in place, so that names stay.
+        """
+        prepare_deepspeed(device)
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.model = model
+        self._precision: Precision = precision
+        self._stage: int = config["zero_optimization"]["stage"]
+        if compile_model:
+            model.compile()
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=config,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],  # pyright: ignore[reportArgumentType]
+        )
+        self.module: nn.Module = self._engine
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over the ranks and the loss of a step is a sum over them, hence the factor (tests/numerics/test_zero_parity).
+        self._engine.backward(poisoned(loss) * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> Tensor:
+        set_learning_rate(self._engine.optimizer, learning_rate)  # pyright: ignore[reportArgumentType]
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "minimum" in str(error) and self._precision == "fp16":
+                raise TrainingError(
+                    "The fp16 loss scale is at its minimum and gradients still overflow: the run diverges. "
+                    "Lower training.learning_rate, or set training.precision to bf16."
+                ) from error
+            raise
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def loss_scale(self) -> float | None:
+        return float(self._engine.optimizer.loss_scale) if self._precision == "fp16" else None
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None, enabled=self._stage == 3)
+
+    def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in self._trained.items():
+            with self.gathered([parameter]):
+                value = parameter.detach().to("cpu", dtype, copy=True) if self.rank == 0 else None
+            yield name, value
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TAG).mkdir(exist_ok=True)
+        # bitsandbytes repacks 4-bit weights for CPU inference in eval mode, and cannot undo that on a shard.
+        self.model.train()
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, client_state=self._universal_info(), save_latest=False, exclude_frozen_parameters=True
+        )
+        if self.rank == 0:
+            self._layout().write(folder)
+
+    def load(self, folder: Path) -> None:
+        self._layout().check(Layout.read(folder), folder)
+        try:
+            # Not strict, because frozen parameters are not in the file.
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        except Exception as error:
+            raise CheckpointError(f"DeepSpeed cannot load {folder} on rank {self.rank}: {error}") from error
+        if path is None:
+            raise CheckpointError(f"{folder / TAG} has no files of DeepSpeed for rank {self.rank}.")
+
+    def _layout(self) -> Layout:
+        return Layout(zero_stage=self._stage, world_size=self.world_size, precision=self._precision)
+
+    def _universal_info(self) -> dict[str, Any]:
+        """What DeepSpeed's `ds_to_universal` looks for in states of stage 1 and 2."""
+        return {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}} if self._stage < 3 else {}
+
+    def held_bytes(self) -> HeldBytes:
+        optimizer: Any = self._engine.optimizer
+        shards = [shard for group in optimizer.averaged_gradients.values() for shard in group or []]
+        whole = [parameter.grad for parameter in self._trained.values()]
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        masters = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        return HeldBytes(
+            weights=num_bytes(_held_weight(parameter) for parameter in self.model.parameters()),
+            gradients=num_bytes([*shards, *whole]),
+            optimizer=num_bytes([*states, *masters]),
+        )
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return gather_objects(value, self.world_size)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def _held_weight(parameter: nn.Parameter) -> Tensor:
+    """The part of a weight that this rank holds between steps."""
+    is_sharded = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+    return parameter.ds_tensor if is_sharded else parameter  # pyright: ignore[reportAttributeAccessIssue]
