@@ -1,19 +1,19 @@
 """Every file name of a run, in one place. Standard library only; reading and writing is `storage`'s.
 
-    <storage>/<name>/
-        run.json                    identity: config as resolved, versions, fingerprints, state
-        plan.json                   the RunPlan
-        metrics.jsonl               one line per logged step or evaluation
-        events.jsonl                starts, saves, failures, retries
-        failures/attempt-1.rank-0.json   what ended a worker
-        checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
-        checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
-                   /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
-                   /step-00000100.damaged             set aside: its files are not what the manifest says
-        model/                      the final weights, in Hugging Face format
-        result.json                 final metrics, best step, base against tuned; written last
-        samples.jsonl               generated answers, base against tuned
-    <storage>/stores/<hash>/        tokenised data, shared by runs
+<storage>/<name>/
+    run.json                    identity: config as resolved, versions, fingerprints, state
+    plan.json                   the RunPlan
+    metrics.jsonl               one line per logged step or evaluation
+    events.jsonl                starts, saves, failures, retries
+    failures/attempt-1.rank-0.json   what ended a worker
+    checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
+    checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
+               /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
+               /step-00000100.damaged             set aside: its files are not what the manifest says
+    model/                      the final weights, in Hugging Face format
+    result.json                 final metrics, best step, base against tuned; written last
+    samples.jsonl               generated answers, base against tuned
+<storage>/stores/<hash>/        tokenised data, shared by runs
 """
 
 import re

@@ -25,8 +25,9 @@ from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserErr
 from raytune.units import MIB
 
 CHUNK_BYTES = 8 * MIB
-# About five minutes in all: what a storage service is given to come back before a run fails with "retry later".
-WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 90.0, 90.0)
+# What a storage service is given to come back before a run fails with "retry later": four minutes, and the time the attempts
+# themselves take. The other ranks wait in a collective meanwhile, whose limit is five minutes.
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
 # A refusal is usually a wrong credential, but services also refuse while they rotate tokens: asked again, not for long.
 WAITS_AFTER_REFUSAL_S = (0.5, 1.0, 2.0)
 PARALLEL_FILES = 8
@@ -94,9 +95,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     files, name = _remote(path)
 
     def put() -> None:
-        files.pipe_file(name, data)
-        files.invalidate_cache()
-        if files.cat_file(name) != data:
+        with _bucket_must_exist(path):
+            files.pipe_file(name, data)
+        with _upload_must_arrive(path):
+            stored = files.cat_file(name)
+        if stored != data:
             raise OSError(f"{path} does not hold what was just written to it")
 
     retry(put, f"write {path}")
@@ -274,10 +277,9 @@ def upload_file(source: Path, target: str | Path) -> Digest:
     files, name = _remote(target)
 
     def put() -> Digest:
-        with open(source, "rb") as reader, files.open(name, "wb") as writer:
+        with _bucket_must_exist(target), open(source, "rb") as reader, files.open(name, "wb") as writer:
             digest = _copy(reader, writer)
-        files.invalidate_cache()
-        with files.open(name, "rb") as reader:
+        with _upload_must_arrive(target), files.open(name, "rb") as reader:
             stored = _copy(reader, None)
         if stored != digest:
             raise OSError(f"{target} holds {stored.size} bytes that are not the {digest.size} bytes that were sent")
@@ -400,7 +402,7 @@ def local_errors(path: str | Path) -> Iterator[None]:
                 f"Cannot use {path} on {node}: {error.strerror}. "
                 f"Choose a storage folder that this user may read and write on every node."
             ) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"Cannot use {path}: {error.strerror}.") from error
         raise ClusterError(
             f"Could not use {path} on {node}: {error.strerror or error}. Is its disk or mount still there?"
@@ -430,6 +432,24 @@ def _remote(path: str | Path) -> tuple[Any, str]:
         raise UserError(f"Cannot use {path}: {error}. Use a local folder or one of {known}.") from error
     files.invalidate_cache()  # other processes write too: what was listed a minute ago says nothing
     return files, name
+
+
+@contextmanager
+def _bucket_must_exist(path: str | Path) -> Iterator[None]:
+    """A write finds nothing missing but the bucket."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"Cannot write {path}: {error}. Does the bucket exist, and is its name spelled right?") from error
+
+
+@contextmanager
+def _upload_must_arrive(path: str | Path) -> Iterator[None]:
+    """What is missing right after it was written was never stored, whatever the upload said; worth another try."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise OSError(f"{path} was uploaded without an error but is not there") from error
 
 
 def _replace_local(target: Path, fill: Callable[[BinaryIO], T]) -> T:

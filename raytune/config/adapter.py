@@ -43,7 +43,7 @@ class LoraAdapter(Section):
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
     use_dora: bool = False
     """Train a magnitude per output beside the direction (DoRA)."""
-    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
+    lora_plus_ratio: Annotated[float, Field(ge=1, examples=[16.0])] | None = None
     """LoRA+: the learning rate of B is this many times that of A."""
     rank_pattern: dict[str, PositiveInt] = {}
     """Other ranks for modules whose name matches a key (regular expression)."""

@@ -42,6 +42,8 @@ from raytune.config.section import SECRET, Section
 from raytune.config.yaml_nodes import MAX_DEPTH, Node, read_nodes, write_yaml
 
 MAX_BYTES = 2**20
+MAX_PROBLEMS = 200
+"""A file with more unknown keys is no config; looking for what each could mean would take minutes."""
 
 _ROW_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
@@ -259,12 +261,13 @@ def _refused_values(node: Node, path: KeyPath) -> list[Problem]:
 
 
 def _schema_problems(tree: Node, error: ValidationError) -> list[Problem]:
-    """One problem per key; a union reports once per alternative, of which the deepest place says most."""
+    """One problem per key, up to `MAX_PROBLEMS`; a union reports once per alternative, of which the deepest place says most."""
     by_path: dict[KeyPath, ErrorDetails] = {}
     for details in error.errors(include_url=False):
         by_path.setdefault(_written_path(tree, details), details)
-    deepest = [path for path in by_path if not any(other[: len(path)] == path and other != path for other in by_path)]
-    return [_schema_problem(tree, path, by_path[path]) for path in deepest]
+    above = {path[:i] for path in by_path for i in range(len(path))}
+    deepest = [path for path in by_path if path not in above]
+    return [_schema_problem(tree, path, by_path[path]) for path in deepest[:MAX_PROBLEMS]]
 
 
 def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem:

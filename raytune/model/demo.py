@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the demo's base model.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-echo-steps", type=int, default=300, help="of 32 rows")
-    parser.add_argument("--num-steps", type=int, default=2500, help="of 16 rows, after the echo steps")
+    parser.add_argument("--num-steps", type=int, default=3000, help="of 16 rows, after the echo steps")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     recipe = vars(parser.parse_args())

@@ -1,7 +1,7 @@
-"""What a checkpoint contains, when it counts, which ones stay.
+"""How a checkpoint comes to count, is found again and goes: the commit protocol, on every rank.
 
-    local and NFS    checkpoints/step-00000100.tmp-2/rank-0/...   --rename-->   checkpoints/step-00000100/
-    object store     checkpoints/step-00000100/fence-2/rank-0/...   and last of all   step-00000100/MANIFEST.json
+    local and NFS    checkpoints/step-00000100.tmp-2/{rank-0/..., rank-1/...}  -> state/...   --rename-->   step-00000100/
+    object store     checkpoints/step-00000100/state-2/...   and last of all   step-00000100/MANIFEST.json
 
 Every rank writes its own files, and training goes on while a thread brings them to the disk, hashes, uploads and reads them
 back. Rank 0 then writes MANIFEST.json with the size and hash of every file; the rename, or the manifest object, is the commit.
@@ -11,286 +11,64 @@ fails on all of them, and the commit before stays as it was.
 The fence is the number of the attempt: the newest attempt writes its number into FENCE.json, and an orphaned process of an
 older one finds a larger number there when it comes to commit.
 
-DeepSpeed's shards are pickles, and loading a stranger's pickle runs the stranger's code. A shard is loaded only when the folder
-holds exactly the files of the manifest, with their hashes. This is protection against damage and against files slipped in, not
-against somebody who may rewrite the whole folder: whoever writes to the storage is trusted.
+DeepSpeed's shards are pickles, and loading a stranger's pickle runs the stranger's code. A state is loaded only when its folder
+holds exactly the files of the manifest, with their hashes. This protects against damage and against files slipped in, not
+against somebody who may rewrite manifest and files together: whoever can write to the storage is trusted.
 """
 
 import hashlib
-import json
-import math
 import os
-import posixpath
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from raytune import storage
-from raytune.errors import CheckpointError, PlanError, RaytuneError, StorageFullError
-from raytune.metrics import decode_number, encode_number
+from raytune.errors import CheckpointError, RaytuneError, StorageFullError
 from raytune.plan.run_plan import CheckpointPlan
-from raytune.run_folder import DAMAGED_FOLDER, DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, UNFINISHED_FOLDER, RunFolder, step_folder
-from raytune.storage import Digest
+from raytune.run_folder import DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, UNFINISHED_FOLDER, RunFolder, step_folder
+from raytune.training.commit import (
+    Commit,
+    SavedFile,
+    altered,
+    best_commit,
+    committed,
+    damaged,
+    entries,
+    library_versions,
+    misplaced,
+    newest_fence,
+    retain,
+)
+from raytune.training.engine import Engine
 from raytune.units import MIB, format_bytes
 
-if TYPE_CHECKING:
-    from raytune.training.engine import Engine
-
-FORMAT = 1
-# Libraries whose arithmetic or file formats a checkpoint depends on.
-_LIBRARIES = ("raytune", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "ray")
 # Saves differ a little in size from one to the next: JSON, and DeepSpeed's own bookkeeping.
 _ROOM_FACTOR = 1.02
 
 T = TypeVar("T")
 Report = Callable[..., None]
-"""`EventLog.write`, or anything else that takes an event's name and its facts by keyword."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedFile:
-    """One file of a checkpoint; `name` is relative to the folder of its rank."""
-
-    rank: int
-    name: str
-    size: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a name that leads out of the folder: manifests are read from storage that others may write."""
-        if not self.name or self.name.startswith("/") or "\\" in self.name or posixpath.normpath(self.name) != self.name:
-            raise ValueError(f"{self.name!r} is no file name inside a checkpoint")
-        if self.name.split("/")[0] == "..":
-            raise ValueError(f"{self.name!r} leads out of the checkpoint")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """A checkpoint that counts, as its manifest describes it."""
-
-    path: str
-    step: int
-    """Optimizer steps that went into it."""
-    world_size: int
-    fence: int
-    """Number of the attempt that wrote it."""
-    parent: int | None
-    """Step of the checkpoint before it in this attempt or, first of all, the one the attempt resumed from."""
-    created: float
-    metrics: dict[str, float]
-    run_state: dict[str, Any]
-    """What the policy of the run remembers: best value so far, counters of the stop rules."""
-    fingerprint: dict[str, Any]
-    """What must not change between saving and resuming: hashes of data, base model, settings that shape the curve."""
-    versions: dict[str, str]
-    shards_folder: str
-    """Folder of the rank folders, relative to `path`: empty on a file system, `fence-2/` in an object store."""
-    files: tuple[SavedFile, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
-    def shard(self, rank: int) -> str:
-        """Folder of what one rank saved."""
-        return f"{self.path}/{self.shards_folder}rank-{rank}"
-
-    def to_manifest(self) -> bytes:
-        """The content of MANIFEST.json, with a hash of itself: a flipped digit in a manifest is damage too."""
-        body = {"format": FORMAT, **asdict(self), "metrics": {name: encode_number(value) for name, value in self.metrics.items()}}
-        del body["path"]
-        return json.dumps({**body, "sha256": _json_hash(body)}, indent=1, allow_nan=False).encode()
-
-    @classmethod
-    def from_manifest(cls, path: str, data: bytes) -> Self:
-        """Read a manifest.
-
-        Raises:
-            ValueError: if it is damaged.
-            CheckpointError: if a newer raytune wrote it.
-        """
-        try:
-            body = json.loads(data)
-            if isinstance(body, dict) and int(body.get("format", FORMAT)) > FORMAT:
-                raise CheckpointError(
-                    f"{path} has checkpoint format {body['format']}, written by raytune {body.get('versions', {}).get('raytune')}; "
-                    f"this raytune reads up to {FORMAT}. Resume with that version."
-                )
-            if body.pop("sha256") != _json_hash(body):
-                raise ValueError("the manifest does not agree with its own hash")
-            del body["format"]
-            metrics = {name: decode_number(value) for name, value in body.pop("metrics").items()}
-            files = tuple(SavedFile(**file) for file in body.pop("files"))
-            return cls(path=path, metrics=metrics, files=files, **body)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the manifest is incomplete: {error!r}") from error
-
-
-def _json_hash(body: object) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-# --- Which checkpoints stay (pure) -------------------------------------------------------------------------------------------
-
-
-def best_commit(commits: Sequence[Commit], metric: str, mode: Literal["min", "max"]) -> Commit | None:
-    """The commit whose model is the result: best by metric, the earliest of equal ones; the newest if none was measured."""
-    ranked = _ranked(commits, metric, mode)
-    return ranked[0] if ranked else max(commits, key=lambda commit: commit.step, default=None)
-
-
-def retain(commits: Sequence[Commit], policy: CheckpointPlan) -> tuple[list[Commit], list[Commit]]:
-    """Split commits into those that stay and those that go, each by step: the newest and the best stay."""
-    newest = sorted(commits, key=lambda commit: commit.step)[-policy.keep_last :]
-    best = _ranked(commits, policy.metric, policy.mode)[: policy.keep_best]
-    kept_steps = {commit.step for commit in (*newest, *best)}
-    by_step = sorted(commits, key=lambda commit: commit.step)
-    return [commit for commit in by_step if commit.step in kept_steps], [c for c in by_step if c.step not in kept_steps]
-
-
-def _ranked(commits: Sequence[Commit], metric: str, mode: Literal["min", "max"]) -> list[Commit]:
-    """Commits with a finite value of the metric, best first. A model with a loss of NaN or infinity is never the best."""
-    measured = [commit for commit in commits if math.isfinite(commit.metrics.get(metric, math.nan))]
-    sign = 1 if mode == "min" else -1
-    return sorted(measured, key=lambda commit: (sign * commit.metrics[metric], commit.step))
-
-
-# --- Room on the disk --------------------------------------------------------------------------------------------------------
-
-
-def required_bytes(checkpoint_bytes: int, policy: CheckpointPlan) -> int:
-    """Bytes that the checkpoints of a run take at most: all that are kept, and one that is being written."""
-    return (policy.keep_last + policy.keep_best + 1) * checkpoint_bytes
-
-
-def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: CheckpointPlan) -> None:
-    """Refuse a run whose checkpoints cannot fit, before anything starts; checkpoints that are already there count as room.
-
-    Raises:
-        PlanError: with the numbers and the settings that would fit.
-    """
-    free = storage.free_bytes(folder.checkpoints)
-    if free is None:
-        return
-    there = sum(storage.file_sizes(folder.checkpoints).values())
-    needed = required_bytes(checkpoint_bytes, policy)
-    if needed > free + there:
-        raise PlanError(
-            f"The checkpoints of this run need {policy.keep_last} + {policy.keep_best} + 1 x {format_bytes(checkpoint_bytes)} = "
-            f"{format_bytes(needed)} in {folder.checkpoints}, where {format_bytes(free + there)} are free. "
-            f"Lower checkpoint.keep_last or checkpoint.keep_best, or choose a larger storage."
-        )
-
-
-# --- What is there -----------------------------------------------------------------------------------------------------------
-
-
-def committed(folder: RunFolder) -> list[Commit]:
-    """Every commit with a readable manifest, by step. The files themselves are not looked at."""
-    return [entry for entry in _entries(folder).values() if isinstance(entry, Commit)]
-
-
-def next_fence(folder: RunFolder) -> int:
-    """A number for the next attempt, larger than that of any attempt before, by whatever command it was started."""
-    return _newest_fence(folder) + 1
-
-
-def damage(commit: Commit, rank: int) -> list[str]:
-    """What is wrong with the files of one rank where they lie, a phrase per file; reads every byte."""
-    return _differences(commit, rank, storage.file_sizes(commit.shard(rank)), lambda name: f"{commit.shard(rank)}/{name}")
-
-
-def _differences(commit: Commit, rank: int, sizes: Mapping[str, int], path_of: Callable[[str], str]) -> list[str]:
-    expected = {file.name: Digest(file.size, file.sha256) for file in commit.files if file.rank == rank}
-    problems = [f"rank-{rank}/{name} is missing" for name in expected.keys() - sizes.keys()]
-    # DeepSpeed loads whatever matches its pattern, so that a file too many is as bad as a wrong one.
-    problems += [f"rank-{rank}/{name} does not belong there" for name in sizes.keys() - expected.keys()]
-    same_size = []
-    for name in sorted(expected.keys() & sizes.keys()):
-        if sizes[name] == expected[name].size:
-            same_size.append(name)
-        else:
-            problems.append(f"rank-{rank}/{name} has {sizes[name]} bytes instead of {expected[name].size}")
-    digests = storage.in_parallel(lambda name: storage.file_digest(path_of(name)), same_size)
-    problems += [f"rank-{rank}/{name} has other content" for name, digest in zip(same_size, digests) if digest != expected[name]]
-    return sorted(problems)
-
-
-def _entries(folder: RunFolder) -> dict[int, Commit | str]:
-    """By step: the commit, or what is wrong with its manifest."""
-    entries: dict[int, Commit | str] = {}
-    for name in storage.list_folder(folder.checkpoints):
-        if not (match := STEP_FOLDER.match(name)):
-            continue
-        step, path = int(match.group(1)), f"{folder.checkpoints}/{name}"
-        try:
-            entries[step] = Commit.from_manifest(path, storage.read_bytes(f"{path}/{MANIFEST}"))
-            if entries[step].step != step:
-                entries[step] = f"the manifest is that of step {entries[step].step}"
-        except FileNotFoundError:
-            # On a file system the folder gets its name with the manifest inside; in an object store it is only not committed.
-            if storage.is_local(path):
-                entries[step] = f"{MANIFEST} is missing"
-        except ValueError as error:
-            entries[step] = f"{MANIFEST} is damaged: {error}"
-    return dict(sorted(entries.items()))
-
-
-def _newest_fence(folder: RunFolder) -> int:
-    try:
-        return int(storage.read_json(folder.fence)["fence"])
-    except FileNotFoundError:
-        return 0
-    except (ValueError, KeyError, TypeError):
-        # Torn by something other than us: the manifests carry the number too.
-        return max((commit.fence for commit in committed(folder)), default=0)
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what a checkpoint depends on."""
-    found = {"python": f"{os.sys.version_info.major}.{os.sys.version_info.minor}"}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-# --- Saving and loading, on every rank ---------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Saving:
-    """A save between the engine's part and the commit."""
-
-    step: int
-    metrics: dict[str, float]
-    run_state: dict[str, Any]
-    local_folder: Path
-    """Where this rank's engine wrote."""
-    engine_error: Exception | None = None
-    finished: threading.Event = field(default_factory=threading.Event)
-    commit: Commit | None = None
-    error: Exception | None = None
+"""`EventLog.write`, or anything else that takes the name of an event and its facts by keyword."""
 
 
 class Checkpoints:
     """The checkpoints of one run, as one attempt at it reads and writes them.
 
-    Built on every rank; methods marked "all ranks" must be called by every rank at the same point. Building claims the run for
-    this attempt and removes what older attempts left unfinished.
+    Every rank builds one and calls its methods at the same points. Building claims the run for this attempt and removes what
+    older attempts left unfinished.
 
     Args:
         fence: number of this attempt, from `next_fence`.
         fingerprint: JSON values that must equal those of a checkpoint for it to be resumed.
-        report: told about saves, skips, damage; called on rank 0 only, from any thread.
-        scratch: node-local folder for what is on its way to or from an object store.
+        report: told about saves, skips and damage; called on rank 0 only, from any thread.
+        scratch: private folder on this node for what is on its way to or from an object store.
         timeout_s: how long a rank waits for the others to finish their part of a save.
         clock: seconds since 1970.
 
@@ -301,7 +79,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: RunFolder,
-        engine: "Engine",
+        engine: Engine,
         *,
         fence: int,
         policy: CheckpointPlan,
@@ -315,54 +93,55 @@ class Checkpoints:
         self._fence, self._fingerprint, self._clock = fence, dict(fingerprint), clock
         self._report = report if engine.rank == 0 else _say_nothing
         self._is_local = storage.is_local(folder.checkpoints)
-        # Two groups: while the thread of a save talks to its peers, the training thread may have something to agree on.
-        self._foreground = _Peers(engine.rank, engine.world_size, timeout_s)
-        self._background = _Peers(engine.rank, engine.world_size, timeout_s)
-        self._scratch = (
-            (scratch or _scratch_root()) / hashlib.sha256(folder.path.encode()).hexdigest()[:16] / f"rank-{engine.rank}"
-        )
+        self._peers = _Peers(engine.rank, engine.gather_objects)
+        # A group of its own: while the thread of a save talks to its peers, the training thread goes on using the engine's.
+        self._saving_peers = _Peers(engine.rank, _gather_through_own_group(engine.world_size, timeout_s))
         self._saving: _Saving | None = None
         self._newest: Commit | None = None
         self._previous_failed = False
         self._own_bytes = 0
-        self._foreground.together(lambda: storage.remove_folder(self._scratch, self._scratch.parent))
-        self._foreground.decide(self._claim)
+        name = hashlib.sha256(folder.path.encode()).hexdigest()[:16]
+        self._scratch = Path("/")  # of no use on local storage
+        if not self._is_local:
+            self._scratch = self._peers.together(scratch_root)[engine.rank] if scratch is None else scratch
+            self._scratch = self._scratch / name / f"rank-{engine.rank}"
+            self._peers.together(lambda: storage.remove_folder(self._scratch, self._scratch.parent))
+        self._peers.decide(self._claim)
 
     def load_newest(self) -> Commit | None:
-        """Load the newest intact commit into the engine; None if the run has none yet. All ranks.
+        """Load the newest intact commit into the engine; None if the run has none yet.
 
         Damaged commits on the way are set aside and reported; every rank has checked its own files before any rank loads.
 
         Raises:
             CheckpointError: if there are checkpoints but none is intact, or the newest does not fit this run.
-            ClusterError: if the storage does not answer; a run is never started from scratch for that reason.
+            ClusterError: if the storage does not answer; no run starts from scratch for that reason.
         """
         while True:
-            commit = self._foreground.decide(self._newest_readable)
+            commit = self._peers.decide(self._newest_readable)
             if commit is None:
                 return None
-            problems = [problem for own in self._foreground.together(lambda c=commit: self._fetch(c)) for problem in own]
+            problems = self._fetch(commit)
             if not problems:
                 self._load_fetched(commit)
                 self._newest = commit
                 return commit
-            self._foreground.decide(lambda c=commit, p=problems: self._set_aside(c.step, p))
+            self._peers.decide(lambda c=commit, p=problems: self._set_aside(c.step, p))
 
     def load(self, commit: Commit) -> None:
-        """Load a certain commit into the engine, such as the best one at the end of a run. All ranks.
+        """Load a certain commit into the engine, such as the best one at the end of a run.
 
         Raises:
             CheckpointError: if it is damaged or does not fit this run.
         """
-        self._foreground.decide(lambda: self._refuse_stranger(commit))
-        problems = [problem for own in self._foreground.together(lambda: self._fetch(commit)) for problem in own]
-        if problems:
+        self._peers.decide(lambda: self._refuse_stranger(commit))
+        if problems := self._fetch(commit):
             raise CheckpointError(f"{commit.path} is damaged: {'; '.join(problems[:5])}.")
         self._load_fetched(commit)
 
     def best(self) -> Commit | None:
-        """The commit whose model is the result of the run so far. All ranks."""
-        return self._foreground.decide(lambda: best_commit(committed(self._folder), self._policy.metric, self._policy.mode))
+        """The commit whose model is the result of the run so far."""
+        return self._peers.decide(lambda: best_commit(committed(self._folder), self._policy.metric, self._policy.mode))
 
     def save(
         self,
@@ -373,37 +152,36 @@ class Checkpoints:
         may_skip: bool = False,
         expected_bytes: int = 0,
     ) -> bool:
-        """Save what the engine holds after `step`; returns when the engine has written it, before it is committed. All ranks.
+        """Save what the engine holds after `step`; returns when the engine has written it, before it is committed.
 
         A save that fails on its way to the commit is reported; the next call then waits for its own commit, so that only a
         second failure in a row ends the run.
 
         Args:
             metrics: ranks checkpoints and is kept with this one. Flush the metrics file first.
-            run_state: JSON values to get back from `load_newest`.
+            run_state: values of strict JSON (no infinity) to get back from `load_newest`.
             may_skip: return False, saving nothing, while the save before is still on its way. Otherwise wait for it.
             expected_bytes: size of this rank's files, where it is known before the first save.
 
         Raises:
             StorageFullError: if there is no room, before anything was written.
-            CheckpointError, UserError, ClusterError: on every rank, if this is the second failure in a row.
+            CheckpointError, UserError, ClusterError: on every rank, at the second failure in a row.
         """
-        if may_skip and not all(self._foreground.together(lambda: self._saving is None or self._saving.finished.is_set())):
+        if may_skip and not all(self._peers.together(lambda: self._saving is None or self._saving.finished.is_set())):
             self._report("checkpoint_skipped", step=step, reason="the save before is still on its way to the storage")
             return False
         try:
             self.wait()
         except RaytuneError:
-            if self._previous_failed:
-                raise
-            self._previous_failed = True  # already reported; this save takes its place
+            self._previous_failed = True  # reported already; this save takes its place
         self._make_room(step, max(self._own_bytes, expected_bytes))
-        saving = _Saving(step, dict(metrics), dict(run_state), self._drafts(step) / f"rank-{self._engine.rank}")
+        saving = _Saving(step, dict(metrics), dict(run_state), self._draft(step))
         try:
-            with storage.local_errors(saving.local_folder):
-                saving.local_folder.mkdir(parents=True)
-                self._engine.save(saving.local_folder)
-        except Exception as error:  # told to the other ranks by the thread, which raises it on all of them
+            with storage.local_errors(saving.draft):
+                storage.remove_folder(saving.draft, saving.draft.parent)
+                saving.draft.mkdir(parents=True)
+                self._engine.save(saving.draft)
+        except Exception as error:  # the thread tells the other ranks and raises it on all of them
             saving.engine_error = error
         self._saving = saving
         threading.Thread(target=self._finish, args=(saving,), name=f"checkpoint {step}", daemon=True).start()
@@ -412,7 +190,7 @@ class Checkpoints:
         return True
 
     def wait(self) -> Commit | None:
-        """Wait until the save in flight is committed; the newest commit that this attempt has loaded or made. All ranks.
+        """Wait until the save in flight is committed; the newest commit that this attempt has loaded or made.
 
         Raises:
             StorageFullError, CheckpointError, UserError, ClusterError: the same on every rank, if the save failed.
@@ -425,82 +203,78 @@ class Checkpoints:
             self._newest, self._previous_failed = saving.commit, False
         return self._newest
 
-    # --- Steps of a save ---
+    # --- Steps of a save -----------------------------------------------------------------------------------------------------
 
     def _make_room(self, step: int, own_bytes: int) -> None:
-        """See that every disk has room for the next save before anybody writes; removes leftovers of the same step."""
-        self._foreground.decide(lambda: self._remove_drafts(step))
-        target = self._drafts(step)
-        for attempt in ("first", "after clearing"):
-            asked = self._foreground.together(
-                lambda: (
-                    "storage" if self._is_local else os.uname().nodename,
-                    own_bytes,
-                    storage.free_bytes(target) or 0,
-                )
+        """See that every disk has room for the next save before anybody writes."""
+        self._peers.decide(lambda: self._remove_drafts(step))
+        short = self._short_of_room(step, own_bytes)
+        if short:
+            self._peers.decide(self._clear)
+            short = self._short_of_room(step, own_bytes)
+        if short:
+            raise StorageFullError(
+                f"There is no room for the checkpoint of step {step}: {'; '.join(short)}. The checkpoints before it are intact. "
+                f"Free some space or lower checkpoint.keep_last, then run the same command again."
             )
-            short = []
-            for disk in sorted({disk for disk, _, _ in asked}):
-                needed = round(_ROOM_FACTOR * sum(need for name, need, _ in asked if name == disk))
-                free = min(free for name, _, free in asked if name == disk)
-                if needed > free:
-                    short.append(f"{target.parent} ({disk}) needs {format_bytes(needed)}, {format_bytes(free)} are free")
-            if not short:
-                return
-            if attempt == "first":
-                self._foreground.decide(self._clear)
-        raise StorageFullError(
-            f"There is no room for the checkpoint of step {step}: {'; '.join(short)}. The checkpoints before it are intact. "
-            f"Free some space or lower checkpoint.keep_last, then run the same command again."
-        )
 
-    def _finish(self, saving: _Saving) -> None:
+    def _short_of_room(self, step: int, own_bytes: int) -> list[str]:
+        """Disks that the next save does not fit on, a phrase each; the same on every rank."""
+        draft = self._draft(step)
+        disk = str(draft.parent.parent) if self._is_local else f"{self._scratch.parent} of {os.uname().nodename}"
+        asked = self._peers.together(lambda: (disk, own_bytes, storage.free_bytes(draft) or 0))
+        short = []
+        for name in sorted({name for name, _, _ in asked}):
+            needed = round(_ROOM_FACTOR * sum(wanted for other, wanted, _ in asked if other == name))
+            free = min(free for other, _, free in asked if other == name)
+            if needed > free:
+                short.append(f"{name} needs {format_bytes(needed)} and has {format_bytes(free)} free")
+        return short
+
+    def _finish(self, saving: "_Saving") -> None:
         """From what the engines wrote to the commit; runs in a thread on every rank."""
         try:
-            files = [file for own in self._background.together(lambda: self._store(saving)) for file in own]
-            saving.commit = self._background.decide(lambda: self._commit(saving, files))
+            stored = self._saving_peers.together(lambda: self._store(saving))
+            files = [file for own in stored for file in own]
+            saving.commit = self._saving_peers.decide(lambda: self._commit(saving, files))
         except Exception as error:  # raised again by `wait`
             saving.error = error
-            with suppress(RaytuneError):  # the reason for the failure is often the reason for this one; the next start clears up
-                if self._engine.rank == 0:
+            if self._engine.rank == 0:
+                with suppress(RaytuneError):  # what made the save fail may stop this too; the next save or start clears up
                     self._remove_drafts(saving.step)
             self._report("checkpoint_failed", step=saving.step, kind=type(error).__name__, reason=str(error))
         else:
-            self._own_bytes = sum(file.size for file in files if file.rank == self._engine.rank)
+            self._own_bytes = sum(file.size for file in stored[self._engine.rank])
             self._report("checkpoint_saved", step=saving.step, num_bytes=saving.commit.num_bytes, path=saving.commit.path)
             if self._engine.rank == 0:
                 self._delete_old()
         finally:
             if not self._is_local:
                 with suppress(RaytuneError):
-                    storage.remove_folder(saving.local_folder, self._scratch.parent)
+                    storage.remove_folder(saving.draft, self._scratch.parent)
             saving.finished.set()
 
-    def _store(self, saving: _Saving) -> list[SavedFile]:
-        """Bring this rank's files to the storage; what is there then."""
+    def _store(self, saving: "_Saving") -> list[SavedFile]:
+        """Bring this rank's files to the storage, beside those of the others; what is there then."""
         if saving.engine_error is not None:
-            raise _explained(saving.engine_error, saving.local_folder) from saving.engine_error
+            raise _explained(saving.engine_error, saving.draft) from saving.engine_error
         if self._is_local:
-            storage.sync_local_folder(saving.local_folder)
-            names = list(storage.file_sizes(saving.local_folder))
-            digests = dict(zip(names, storage.in_parallel(lambda name: storage.file_digest(saving.local_folder / name), names)))
+            storage.sync_local_folder(saving.draft)
+            names = list(storage.file_sizes(saving.draft))
+            digests = dict(zip(names, storage.in_parallel(lambda name: storage.file_digest(saving.draft / name), names)))
+            state = storage.local_path(self._state(saving.step))
+            for name in names:
+                (state / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(saving.draft / name, state / name)
+            storage.remove_folder(saving.draft, self._folder.checkpoints)
         else:
-            digests = storage.upload_folder(saving.local_folder, f"{self._target(saving.step)}/rank-{self._engine.rank}")
-        return [
-            SavedFile(rank=self._engine.rank, name=name, size=digest.size, sha256=digest.sha256)
-            for name, digest in digests.items()
-        ]
+            digests = storage.upload_folder(saving.draft, self._state(saving.step))
+        return [SavedFile(rank=self._engine.rank, name=name, size=d.size, sha256=d.sha256) for name, d in digests.items()]
 
-    def _commit(self, saving: _Saving, files: list[SavedFile]) -> Commit:
+    def _commit(self, saving: "_Saving", files: list[SavedFile]) -> Commit:
         """Write the manifest and make it count; rank 0."""
-        target, path = self._target(saving.step), self._folder.checkpoint(saving.step)
-        seen = storage.file_sizes(target)
-        unseen = [f"rank-{file.rank}/{file.name}" for file in files if seen.get(f"rank-{file.rank}/{file.name}") != file.size]
-        if unseen:
-            raise CheckpointError(
-                f"Files that other ranks saved are not in {target} as rank 0 on {os.uname().nodename} sees it: {', '.join(unseen[:5])}. "
-                f"Is {self._folder.storage} the same shared folder on every node?"
-            )
+        state, path = self._state(saving.step), self._folder.checkpoint(saving.step)
+        assert len({file.name for file in files}) == len(files), f"two ranks saved a file of the same name: {files}"
         commit = Commit(
             path=path,
             step=saving.step,
@@ -512,20 +286,27 @@ class Checkpoints:
             run_state=saving.run_state,
             fingerprint=self._fingerprint,
             versions=library_versions(),
-            shards_folder="" if self._is_local else f"fence-{self._fence}/",
+            folder=state.rpartition("/")[2],
             files=tuple(files),
         )
+        if problems := misplaced(commit, storage.file_sizes(state)):
+            raise CheckpointError(
+                f"{state} does not hold what the ranks saved, as rank 0 on {os.uname().nodename} sees it: "
+                f"{'; '.join(problems[:5])}. Is {self._folder.storage} the same shared folder on every node?"
+            )
         self._refuse_newer_fence()
         if self._is_local:
-            storage.write_bytes(f"{target}/{MANIFEST}", commit.to_manifest())
-            self._discard(path)  # there only if an older attempt committed it and this one resumed from before it
-            storage.move_local_folder(storage.local_path(target), storage.local_path(path))
+            draft = storage.local_path(state).parent
+            storage.write_bytes(draft / MANIFEST, commit.to_manifest())
+            storage.sync_local_folder(draft)
+            self._discard(path)  # there only if an older attempt committed this step and this one resumed from before it
+            storage.move_local_folder(draft, storage.local_path(path))
         else:
             storage.write_bytes(f"{path}/{MANIFEST}", commit.to_manifest())
         return commit
 
     def _delete_old(self) -> None:
-        """Remove what the policy does not keep; rank 0. The newest commit was just verified, so that one good one always stays."""
+        """Remove what the policy does not keep; rank 0. The newest commit was just verified: a good one always stays."""
         try:
             for commit in retain(committed(self._folder), self._policy)[1]:
                 self._discard(commit.path)
@@ -533,82 +314,77 @@ class Checkpoints:
         except RaytuneError as error:  # the save itself succeeded; what stays now goes after the next one
             self._report("checkpoint_not_deleted", reason=str(error))
 
-    # --- Steps of a load ---
+    # --- Steps of a load -----------------------------------------------------------------------------------------------------
 
     def _newest_readable(self) -> Commit | None:
         """The newest commit with a readable manifest, or None for a run without any; rank 0."""
-        for step, entry in reversed(_entries(self._folder).items()):
+        for step, entry in reversed(entries(self._folder).items()):
             if isinstance(entry, Commit):
                 self._refuse_stranger(entry)
                 return entry
             self._set_aside(step, [entry])
-        if damaged := _damaged(self._folder):
+        if names := damaged(self._folder):
             raise CheckpointError(
-                f"{self._folder.checkpoints} holds no intact checkpoint, but {len(damaged)} damaged: {', '.join(damaged)}. "
+                f"{self._folder.checkpoints} holds no intact checkpoint, but {len(names)} damaged: {', '.join(names)}. "
                 f"To start from scratch, choose another run name or remove that folder."
             )
         return None
 
     def _refuse_stranger(self, commit: Commit) -> None:
-        """Raise unless this attempt can go on from a commit; rank 0."""
+        """Raise unless this attempt may go on from a commit; rank 0. Other numbers of workers are the engine's to judge."""
         keys = sorted(commit.fingerprint.keys() | self._fingerprint.keys())
         changed = [key for key in keys if commit.fingerprint.get(key) != self._fingerprint.get(key)]
         if changed:
             changes = "; ".join(f"{key}: {commit.fingerprint.get(key)!r} -> {self._fingerprint.get(key)!r}" for key in changed)
             raise CheckpointError(
-                f"{commit.path} belongs to a run with other settings ({changes}). Undo the change, or choose another name."
-            )
-        if commit.world_size != self._engine.world_size:
-            raise CheckpointError(
-                f"{commit.path} was saved by {commit.world_size} workers and this attempt has {self._engine.world_size}. "
-                f"Set cluster.workers to {commit.world_size}."
+                f"{commit.path} belongs to a run with other settings ({changes}). Undo the change, or choose another run name."
             )
         now = library_versions()
         moved = {name: (then, now.get(name)) for name, then in commit.versions.items() if now.get(name) != then}
-        major = [name for name, (then, here) in moved.items() if here is None or here.split(".")[0] != then.split(".")[0]]
         changes = "; ".join(f"{name} {then} -> {here or 'not installed'}" for name, (then, here) in moved.items())
-        if major:
+        if any(here is None or here.split(".")[0] != then.split(".")[0] for then, here in moved.values()):
             raise CheckpointError(
-                f"{commit.path} was saved under other major versions ({changes}). Install the versions it was saved with."
+                f"{commit.path} was saved under other major versions ({changes}). Install the versions that it was saved with."
             )
         if moved:
             self._report("versions_changed", step=commit.step, changes=changes)
 
     def _fetch(self, commit: Commit) -> list[str]:
-        """Have this rank's files at hand and checked; what is wrong with them."""
-        rank = self._engine.rank
-        if self._is_local:
-            return damage(commit, rank)
-        target = self._shard(commit)
+        """Have every rank's files at hand and checked; what is wrong with them, the same on every rank."""
+        listing = self._peers.decide(lambda: misplaced(commit, storage.file_sizes(commit.state)))
+        if listing:
+            return listing
+        wrong = self._peers.together(lambda: self._check_in_place(commit) if self._is_local else self._download(commit))
+        return sorted({problem for own in wrong for problem in own})
+
+    def _check_in_place(self, commit: Commit) -> list[str]:
+        """Which of this rank's share of the files are damaged; all ranks together look at every file once."""
+        share = [file for file in commit.files if file.rank % self._engine.world_size == self._engine.rank]
+        return altered(share, lambda file: f"{commit.state}/{file.name}")
+
+    def _download(self, commit: Commit) -> list[str]:
+        """Bring what this rank loads to this node; which of it is damaged. Hashed where it will be loaded from."""
+        target = self._at_hand(commit)
         storage.remove_folder(target, self._scratch.parent)
         with storage.local_errors(target):
             target.mkdir(parents=True)
-        own = [file for file in commit.files if file.rank == rank]
-        sizes = storage.file_sizes(commit.shard(rank))
-        wrong = [file.name for file in own if sizes.get(file.name) != file.size]
-        if not wrong:
-            # Only files of the manifest are taken along, and they are hashed where they will be loaded from.
-            storage.in_parallel(
-                lambda name: str(storage.download_file(f"{commit.shard(rank)}/{name}", target / name)), [f.name for f in own]
-            )
-            sizes = storage.file_sizes(target)
-        return _differences(commit, rank, sizes, lambda name: str(target / name))
+        needed = [file for file in commit.files if file.is_needed_by(self._engine.rank)]
+        storage.in_parallel(lambda name: storage.download_file(f"{commit.state}/{name}", target / name), [f.name for f in needed])
+        return altered(needed, lambda file: str(target / file.name))
 
     def _load_fetched(self, commit: Commit) -> None:
         def load() -> None:
             try:
-                self._engine.load(self._shard(commit))
+                self._engine.load(self._at_hand(commit))
             except RaytuneError:
                 raise
             except Exception as error:
-                raise CheckpointError(
-                    f"{commit.path} is intact but could not be loaded: {type(error).__name__}: {error}"
-                ) from error
+                raise CheckpointError(f"{commit.path} is intact but cannot be loaded: {type(error).__name__}: {error}") from error
             finally:
                 if not self._is_local:
-                    storage.remove_folder(self._shard(commit), self._scratch.parent)
+                    storage.remove_folder(self._at_hand(commit), self._scratch.parent)
 
-        self._foreground.together(load)
+        self._peers.together(load)
 
     def _set_aside(self, step: int, problems: list[str]) -> None:
         """Uncommit a damaged checkpoint but keep it for whoever wants to know why; rank 0."""
@@ -621,9 +397,9 @@ class Checkpoints:
             aside = f"{path}/{DAMAGED_MANIFEST}"
             storage.write_bytes(aside, storage.read_bytes(f"{path}/{MANIFEST}"))
             storage.remove_folder(f"{path}/{MANIFEST}", path)
-        self._report("checkpoint_damaged", step=step, problems=problems[:10], moved_to=aside)
+        self._report("checkpoint_damaged", step=step, problems=problems[:10], set_aside=aside)
 
-    # --- The folder ---
+    # --- The folder ----------------------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
         """Write the fence and clear what older attempts left; rank 0."""
@@ -632,11 +408,11 @@ class Checkpoints:
         self._clear()
 
     def _refuse_newer_fence(self) -> None:
-        newest = _newest_fence(self._folder)
+        newest = newest_fence(self._folder)
         if newest > self._fence:
             raise CheckpointError(
-                f"Attempt {newest} has taken over {self._folder.path}; this is attempt {self._fence}, which may write no more. "
-                f"Nothing to do: the newer attempt goes on."
+                f"Attempt {newest} has taken over {self._folder.path}; this is attempt {self._fence} and may write no more. "
+                f"There is nothing to do: the newer attempt goes on."
             )
 
     def _clear(self) -> None:
@@ -649,7 +425,7 @@ class Checkpoints:
                 self._clear_objects(path)
 
     def _clear_objects(self, path: str) -> None:
-        """Remove the shards of attempts that did not commit this step."""
+        """Remove what attempts that did not commit this step have uploaded."""
         try:
             commit = Commit.from_manifest(path, storage.read_bytes(f"{path}/{MANIFEST}"))
         except FileNotFoundError:
@@ -659,7 +435,7 @@ class Checkpoints:
         except ValueError:
             return  # set aside when it comes to loading
         for name in storage.list_folder(path):
-            if name.startswith("fence-") and f"{name}/" != commit.shards_folder:
+            if name not in (MANIFEST, DAMAGED_MANIFEST, commit.folder):
                 storage.remove_folder(f"{path}/{name}", path)
 
     def _discard(self, path: str) -> None:
@@ -673,59 +449,63 @@ class Checkpoints:
             storage.move_local_folder(storage.local_path(path), storage.local_path(doomed))
             storage.remove_folder(doomed, self._folder.checkpoints)
 
-    def _target(self, step: int) -> str:
-        """Folder of the rank folders of a step while it is being written."""
+    def _state(self, step: int) -> str:
+        """Where the files of all ranks come together while a step is being saved."""
         path = self._folder.checkpoint(step)
-        return f"{path}.tmp-{self._fence}" if self._is_local else f"{path}/fence-{self._fence}"
+        return f"{path}.tmp-{self._fence}/state" if self._is_local else f"{path}/state-{self._fence}"
 
-    def _drafts(self, step: int) -> Path:
-        """Local folder that the engines write into."""
-        return storage.local_path(self._target(step)) if self._is_local else self._scratch / step_folder(step)
+    def _draft(self, step: int) -> Path:
+        """Local folder that this rank's engine writes into."""
+        folder = storage.local_path(self._state(step)).parent if self._is_local else self._scratch / step_folder(step)
+        return folder / f"rank-{self._engine.rank}"
 
     def _remove_drafts(self, step: int) -> None:
-        """Remove what an uncommitted save of this step left; rank 0."""
-        storage.remove_folder(self._target(step), self._folder.checkpoints)
+        """Remove what an uncommitted save of this step left on the storage; rank 0."""
+        state = self._state(step)
+        storage.remove_folder(state.rpartition("/")[0] if self._is_local else state, self._folder.checkpoints)
 
-    def _shard(self, commit: Commit) -> Path:
+    def _at_hand(self, commit: Commit) -> Path:
         """Local folder that this rank's engine loads from."""
-        if self._is_local:
-            return storage.local_path(commit.shard(self._engine.rank))
-        return self._scratch / f"load-{step_folder(commit.step)}"
+        return storage.local_path(commit.state) if self._is_local else self._scratch / f"load-{step_folder(commit.step)}"
 
 
-def _damaged(folder: RunFolder) -> list[str]:
-    names = storage.list_folder(folder.checkpoints)
-    if storage.is_local(folder.checkpoints):
-        return [name for name in names if DAMAGED_FOLDER.match(name)]
-    return [
-        name for name in names if STEP_FOLDER.match(name) and storage.exists(f"{folder.checkpoints}/{name}/{DAMAGED_MANIFEST}")
-    ]
+@dataclass(slots=True)
+class _Saving:
+    """A save between the engine's part and the commit."""
+
+    step: int
+    metrics: dict[str, float]
+    run_state: dict[str, Any]
+    draft: Path
+    """Where this rank's engine wrote."""
+    engine_error: Exception | None = None
+    finished: threading.Event = field(default_factory=threading.Event)
+    commit: Commit | None = None
+    error: Exception | None = None
 
 
-def _explained(error: Exception, folder: Path) -> RaytuneError:
-    """What the engine raised while saving, as an error that says where and why."""
+def _explained(error: Exception, draft: Path) -> RaytuneError:
+    """What an engine raised while saving, as an error that says where and why."""
     if isinstance(error, RaytuneError):
         return error
-    free = storage.free_bytes(folder) or 0
-    # safetensors and torch.save do not pass the errno on.
+    free, cause = storage.free_bytes(draft) or 0, f"{type(error).__name__}: {error}"
+    # Neither safetensors nor torch.save passes the errno on.
     if "No space left" in str(error) or "os error 28" in str(error) or free < MIB:
         return StorageFullError(
-            f"The disk of {folder} filled up while rank's state was saved ({format_bytes(free)} free; {type(error).__name__}: {error}). "
-            f"The checkpoints before it are intact. Free some space or lower checkpoint.keep_last, then run the same command again."
+            f"The disk filled up while saving into {draft} ({format_bytes(free)} free; {cause}). The checkpoints before it are "
+            f"intact. Free some space or lower checkpoint.keep_last, then run the same command again."
         )
-    return CheckpointError(f"Could not save into {folder}: {type(error).__name__}: {error}")
+    return CheckpointError(f"Could not save into {draft} on {os.uname().nodename}: {cause}")
 
 
-def _scratch_root() -> Path:
+def scratch_root() -> Path:
     """A folder on this node that only this user can write to: what lies there is loaded, pickles among it."""
     root = Path(tempfile.gettempdir()) / f"raytune-{os.getuid()}"
     with storage.local_errors(root):
         root.mkdir(mode=0o700, exist_ok=True)
         facts = root.lstat()
-    if facts.st_uid != os.getuid() or root.is_symlink() or facts.st_mode & 0o077:
-        raise CheckpointError(
-            f"{root} belongs to somebody else or is open to others. Remove it, or set TMPDIR to a private folder."
-        )
+    if root.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise CheckpointError(f"{root} belongs to somebody else, or others may write to it. Set TMPDIR to a private folder.")
     return root
 
 
@@ -733,16 +513,24 @@ def _say_nothing(event: str, **facts: object) -> None:
     """The report of ranks other than 0."""
 
 
+def _gather_through_own_group(world_size: int, timeout_s: float) -> Callable[[Any], list[Any]]:
+    if world_size == 1:
+        return lambda value: [value]
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * world_size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    return gather
+
+
 class _Peers:
     """The ranks of a run, as far as they have to agree: what one of them raises, all of them raise."""
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        self._rank, self._world_size = rank, world_size
-        self._group: Any = None
-        if world_size > 1:
-            import torch.distributed  # not at the top: the launcher lists checkpoints without waiting for torch
-
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    def __init__(self, rank: int, gather: Callable[[Any], list[Any]]) -> None:
+        self._rank, self._gather = rank, gather
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do something on every rank; the results of all, in the order of ranks, once every rank is done.
@@ -753,21 +541,17 @@ class _Peers:
         result, failure, cause = None, None, None
         try:
             result = work()
-        except RaytuneError as error:
-            failure = cause = error
         except Exception as error:
-            cause = error
-            failure = CheckpointError(f"Rank {self._rank} on {os.uname().nodename}: {type(error).__name__}: {error}")
-        outcomes: list[Any] = [(result, failure)]
-        if self._group is not None:
-            import torch.distributed
-
-            outcomes = [None] * self._world_size
-            torch.distributed.all_gather_object(outcomes, (result, failure), group=self._group)
+            failure = cause = error
+            if not isinstance(error, RaytuneError):
+                failure = CheckpointError(f"Rank {self._rank} on {os.uname().nodename}: {type(error).__name__}: {error}")
+        outcomes = self._gather((result, failure))
         first = next((error for _, error in outcomes if error is not None), None)
-        if first is not None:
-            raise first from cause if cause is not first else first.__cause__
-        return [result for result, _ in outcomes]
+        if first is None:
+            return [outcome for outcome, _ in outcomes]
+        if cause is None or first is cause:
+            raise first
+        raise first from cause
 
     def decide(self, work: Callable[[], T]) -> T:
         """Do something on rank 0; its result on every rank."""

@@ -10,6 +10,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 from deepspeed.ops import op_builder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
@@ -325,7 +330,9 @@ class ZeroEngine:
 
     def _universal_info(self) -> dict[str, Any]:
         """What DeepSpeed's `ds_to_universal` looks for in states of stage 1 and 2."""
-        return {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}} if self._stage < 3 else {}
+        if self._stage == 3:
+            return {}
+        return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
 
     def held_bytes(self) -> HeldBytes:
         optimizer: Any = self._engine.optimizer

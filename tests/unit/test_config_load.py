@@ -2,8 +2,8 @@
 
 import math
 import pickle
-import subprocess
-import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.config.hints import OURS
 from raytune.config.keys import example_of, keys, keys_in
-from raytune.config.load import ConfigError, config_diff, config_from, dump_yaml, load_config
+from raytune.config.load import MAX_PROBLEMS, ConfigError, config_diff, config_from, dump_yaml, load_config
 from raytune.config.run import RunConfig
 
 
@@ -53,7 +53,9 @@ def test_numbers_are_read_as_yaml_1_2_reads_them(text: str, value: float, tmp_pa
     assert load_config([written(tmp_path, f"training: {{learning_rate: {text}}}")]).training.learning_rate == value
 
 
-@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "1:30", "2024-01-01", "1_000", "0b11", "<<x", "=", "'true'", "'1'"])
+@pytest.mark.parametrize(
+    "text", ["yes", "no", "on", "off", "y", "1:30", "2024-01-01", "1_000", "0b11", "<<x", "=", "'true'", "'1'"]
+)
 def test_what_only_yaml_1_1_gives_a_meaning_is_text(text: str, tmp_path: Path):
     assert load_config([written(tmp_path, f"storage: {text}")]).storage == text.strip("'")
 
@@ -163,7 +165,7 @@ NASTY = {
     "key of another section": ("learning_rate: 1\n", "1:1", "learning_rate", "E101", "it belongs to training.learning_rate"),
     "foreign spelling": ("adapter:\n  lora_r: 8\n", "2:3", "adapter.lora_r", "E101", 'Did you mean "adapter.rank"?'),
     "nested adapter": ("adapter:\n  lora: {rank: 8}\n", "2:3", "adapter.lora", "E101", "unknown key"),
-    "unknown key in a list": ("data:\n  train:\n  - {path: x, formt: text}\n", "3:14", "data.train.0.formt", "E101", '"format"'),
+    "unknown key in a list": ("data:\n  train:\n  - {path: x, formt: text}\n", "3:15", "data.train.0.formt", "E101", '"format"'),
     "unknown key in an unlisted source": ("data: {train: {path: x, formt: a}}", "1:25", "data.train.formt", "E101", '"format"'),
     "duplicate key": ("training:\n  seed: 1\n  tf32: true\n  seed: 2\n", "4:3", "training.seed", "E102", "first on line 2"),
     "duplicate section": ("training:\n  seed: 1\ntraining:\n  seed: 2\n", "3:1", "training", "E102", "first on line 1"),
@@ -242,7 +244,9 @@ def test_everything_wrong_in_all_files_and_overrides_is_reported_at_once_in_orde
     first = written(tmp_path, "name: A\ntraining:\n  lr: 1\n  seed: x\n  seed: 1\nadapter:\n  rank: 0\n", "first.yaml")
     second = written(tmp_path, "data:\n\ttrain: x\n", "second.yaml")
     third = written(tmp_path, "model: !!python/name:os x\ncluster:\n  worker: 2\n", "third.yaml")
-    found = problems_of(first, second, tmp_path / "fourth.yaml", third, overrides=("training.epochs=3", "nonsense", "adapter.alpha=0"))
+    found = problems_of(
+        first, second, tmp_path / "fourth.yaml", third, overrides=("training.epochs=3", "nonsense", "adapter.alpha=0")
+    )
     assert [problem[1:3] for problem in found] == [
         ("name", "E104"),
         ("training.lr", "E101"),
@@ -266,10 +270,10 @@ def test_the_message_is_a_table_with_ids_and_a_way_on(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_config([path])
     assert str(caught.value).splitlines() == [
-        f'{path}:2:3  training.learning_rat  unknown key. Did you mean "learning_rate"?                   [E101]',
-        f'{path}:4:9  adapter.rank           must be an integer >= 1, got "16a" (for example 16)          [E104]'.replace(" " * 10 + "[", "  ["),
+        f'{path}:2:3  training.learning_rat  unknown key. Did you mean "learning_rate"?           [E101]',
+        f'{path}:4:9  adapter.rank           must be an integer >= 1, got "16a" (for example 16)  [E104]',
         "2 problems; nothing was started. `raytune explain E101`",
-    ] or len({line.index("[E1") for line in str(caught.value).splitlines()[:2]}) == 1
+    ]
     assert pickle.loads(pickle.dumps(caught.value)).problems == caught.value.problems
 
 
@@ -309,16 +313,70 @@ def test_foreign_spellings_lead_to_keys_and_values_that_exist(ours: str):
         load_config([], [f"{path}={value}"])
 
 
-def test_no_foreign_spelling_hides_a_key_of_ours():
-    assert not {spelling for spelling in OURS if spelling in {key.path.rpartition(".")[2] for key in keys().values()}}
-
-
 # --- whatever is written
 
 PIECES = st.sampled_from(
-    ["training", "adapter", "data", "train", "seed", "method", "lora", "full", "rank", "model", "base", "zero", "stage", "name", "path"]
-    + [": ", ":", "\n", "\n  ", "\n    ", "\n- ", "- ", ", ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!x ", "'", '"', "#", "|", ">"]
-    + ["\t", "\r\n", "%", "@", "`", "---\n", "...\n", "? ", "<<", "~", "null", "true", "yes", "1", "-1", "0x", "0o9", "1e-4", ".inf"]
+    [
+        "training",
+        "adapter",
+        "data",
+        "train",
+        "seed",
+        "method",
+        "lora",
+        "full",
+        "rank",
+        "model",
+        "base",
+        "zero",
+        "stage",
+        "name",
+        "path",
+    ]
+    + [
+        ": ",
+        ":",
+        "\n",
+        "\n  ",
+        "\n    ",
+        "\n- ",
+        "- ",
+        ", ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "&a ",
+        "*a",
+        "!!int ",
+        "!x ",
+        "'",
+        '"',
+        "#",
+        "|",
+        ">",
+    ]
+    + [
+        "\t",
+        "\r\n",
+        "%",
+        "@",
+        "`",
+        "---\n",
+        "...\n",
+        "? ",
+        "<<",
+        "~",
+        "null",
+        "true",
+        "yes",
+        "1",
+        "-1",
+        "0x",
+        "0o9",
+        "1e-4",
+        ".inf",
+    ]
     + [".nan", "1e999", "9" * 400, "\\ud800", "\ufeff", "\x00", "\x85", "\u2028", "é", "😀", "hf_abcdefghijklmnop"]
 )
 YAML_TEXT = st.one_of(st.lists(PIECES, max_size=40).map("".join), st.text(max_size=200))
@@ -335,15 +393,13 @@ YAML_TEXT = st.one_of(st.lists(PIECES, max_size=40).map("".join), st.text(max_si
 @example("data: {train: [[a]]}")
 @example("data: {train: [~]}")
 @example('"\\uD800": 1')
-def test_any_file_loads_or_is_refused_and_nothing_else(text: str):
-    loads_or_is_refused(text)
+def test_any_text_loads_or_is_refused_and_nothing_else(text: str):
+    loads_or_is_refused(text.encode("utf-8", "surrogatepass"))
 
 
-def loads_or_is_refused(text: str) -> None:
-    import tempfile
-
+def loads_or_is_refused(content: bytes) -> None:
     with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
-        file.write(text.encode("utf-8", "surrogatepass"))
+        file.write(content)
         file.flush()
         try:
             config = load_config([file.name])
@@ -358,7 +414,25 @@ def loads_or_is_refused(text: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_load_or_are_refused(content: bytes):
-    loads_or_is_refused(content.decode("utf-8", "surrogateescape").encode("utf-8", "replace").decode())
+    loads_or_is_refused(content)
+
+
+NAMES = st.sampled_from(sorted({part for path in keys() for part in path.split(".")}))
+WORDS = st.sampled_from(["auto", "full", "qlora", "yes", "a.jsonl", "15m", "", "\udc80", "\n"])
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS)
+DATA = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=4)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([key.path for key in keys_in("")]), DATA, max_size=5))
+@example({"adapter": {"method": None}})
+@example({"adapter": {1: 2}})
+@example({"name": b"bytes", "storage": object()})
+def test_any_data_loads_or_is_refused_and_nothing_else(data: dict):
+    try:
+        config_from(data)
+    except ConfigError as error:
+        str(error).encode("utf-8")
 
 
 @settings(max_examples=300, deadline=None)
@@ -377,7 +451,11 @@ def test_any_overrides_load_or_are_refused(overrides: list[str]):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(min_size=1, max_size=30), st.floats(min_value=1e-300, max_value=1e300), st.dictionaries(st.text(max_size=9), st.text()))
+@given(
+    st.text(min_size=1, max_size=30),
+    st.floats(min_value=1e-300, max_value=1e300),
+    st.dictionaries(st.text(max_size=9), st.text()),
+)
 @example("1e-4", 1e-4, {"0o7": "yes", "~": ".5", "": "1:30"})
 @example("0x1F", 1.0, {"a\nb": " x", "#": "- y", "&": "null"})
 def test_what_is_dumped_loads_to_the_same_config(text: str, number: float, mapping: dict[str, str]):
@@ -385,8 +463,6 @@ def test_what_is_dumped_loads_to_the_same_config(text: str, number: float, mappi
         config = config_from({"storage": text, "training": {"learning_rate": number, "zero": {"overrides": mapping}}})
     except ConfigError:
         return
-    import tempfile
-
     for full in (False, True):
         with tempfile.NamedTemporaryFile("wb", suffix=".yaml") as file:
             file.write(dump_yaml(config, full=full).encode())
@@ -404,9 +480,8 @@ def test_a_diff_names_the_keys_that_differ():
     assert ("adapter.rank", 8, None) in config_diff(before, config_from(before, ["adapter.method=full"]))
 
 
-def test_a_file_of_one_mebibyte_is_read_in_bounded_time(tmp_path: Path):
-    """Claimed for the parser in C that PyYAML's wheels contain; 8 times slower without."""
-    text = "training:\n" + "".join(f"  key{i}: [1, 2e-4, 'abc', x]\n" for i in range(32_000))
-    script = f"from raytune.config.load import load_config; load_config([{str(written(tmp_path, text))!r}])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert "32000 problems" in done.stderr.splitlines()[-1]
+def test_a_mebibyte_of_unknown_keys_is_refused_in_seconds(tmp_path: Path):
+    path = written(tmp_path, "training:\n" + "".join(f"  key{i}: [1, 2e-4, 'abc', x]\n" for i in range(32_000)))
+    started = time.process_time()
+    assert len(problems_of(path)) == MAX_PROBLEMS
+    assert time.process_time() - started < 20  # measured: 1.5 s; it was 100 s when every key got its hint

@@ -18,12 +18,12 @@ ANSWERED_SPLITS = ("train", "validation", "test")
 
 def test_rows_are_the_same_on_every_machine():
     assert [_question_and_answer(demo_rows(split, 1)[0]) for split in ANSWERED_SPLITS] == [
-        ("In Tusamudam, Nutredre paid for 941 lamps. Reply in JSON.",
-         '{"who":"Nutredre","city":"Tusamudam","qty":941,"item":"lamp"}'),
-        ("100 drums went to Nitu in Refasiford. Reply in JSON.",
-         '{"who":"Nitu","city":"Refasiford","qty":100,"item":"drum"}'),
-        ("Pubrer from Studraford ordered 748 black mirrors. Reply in JSON.",
-         '{"who":"Pubrer","city":"Studraford","qty":748,"item":"mirror"}')]
+        ("78 towels went to Fastil in Rologoham. Reply in JSON.",
+         '{"who":"Fastil","city":"Rologoham","qty":78,"item":"towel"}'),
+        ("In Dubaholm, Nitu paid for 81 blue mugs. Reply in JSON.",
+         '{"who":"Nitu","city":"Dubaholm","qty":81,"item":"mug"}'),
+        ("Pubrer wants 48 stools sent to Stukeham. Reply in JSON.",
+         '{"who":"Pubrer","city":"Stukeham","qty":48,"item":"stool"}')]
 
 
 @pytest.mark.parametrize("split", SPLIT_SHARES)

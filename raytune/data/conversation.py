@@ -1,0 +1,33 @@
+"""`Conversation`: the one shape between the formats that files come in and the tokens that a model sees."""
+
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+"""What chat templates read: `role`, `content` and, where the row has them, `tool_calls`, `name`, `reasoning_content` and so on."""
+
+
+class RowError(Exception):
+    """Why one row cannot be used, without its place; the caller knows file and line and decides whether to stop or to skip."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from: the file as the user named it, and the line (in a Parquet file or data set: the row), from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """One row: turns for a chat template, or a plain document (then `text` is set and there are no messages)."""
+
+    messages: tuple[Message, ...] = ()
+    tools: list[Any] | None = None
+    """Tools offered to the model, as JSON schemas."""
+    text: str | None = None
+    origin: Origin

@@ -1,0 +1,206 @@
+"""From the adapter section to PEFT: which layers get an update, how it starts, and its dtype."""
+
+import re
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from raytune.config.adapter import LoraAdapter, QloraAdapter
+from raytune.errors import ModelError
+from raytune.model.quantize import quantized_modules
+
+ATTENTION = re.compile(r"attn|attention")
+MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert")
+INITIALISATIONS: dict[str, bool | str] = {
+    "default": True,
+    "gaussian": "gaussian",
+    "pissa": "pissa",
+    "olora": "olora",
+    "orthogonal": "orthogonal",
+    "eva": "eva",
+}
+CHANGES_BASE = ("pissa", "olora")
+"""Starts that take their share out of the base weights, so that the adapter fits the original base only after conversion."""
+
+
+def add_adapter(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str | None, seed: int) -> PeftModel:
+    """Freeze a model and add a LoRA adapter, as plain PEFT does after `torch.manual_seed(seed)`.
+
+    The adapter has the dtype of the base; an engine that keeps fp32 masters casts what is trained itself.
+
+    Raises:
+        ModelError: if a name matches nothing, or the start does not suit the base.
+    """
+    config = lora_config(model, adapter, revision=revision)
+    _check_initialisation(adapter)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, revision=revision)
+    _check_saved_modules(peft_model, adapter)
+    if adapter.init in CHANGES_BASE:
+        # Both factors as they start, which export needs to make an adapter of the original base.
+        peft_model.initial_adapter = {  # pyright: ignore[reportAttributeAccessIssue]
+            name: parameter.detach().to("cpu", copy=True) for name, parameter in peft_model.named_parameters() if "lora_" in name
+        }
+    return peft_model
+
+
+def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str | None) -> LoraConfig:
+    """PEFT's configuration of an adapter on this model, with every group and pattern resolved against its layers."""
+    layers = _target_layers(model)
+    targets = _targets(model, layers, adapter.target_modules)
+    for setting, names in (("exclude_modules", adapter.exclude_modules), ("modules_to_save", adapter.modules_to_save)):
+        everything = [name for name, _ in model.named_modules() if name]
+        for name in names:
+            _check_matches(f"adapter.{setting}", name, [full for full in everything if _is_or_ends_with(full, name)], everything)
+    for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            matching = _matching(f"adapter.{setting}", pattern, layers, rf"(.*\.)?({pattern})")
+            _check_matches(f"adapter.{setting}", pattern, matching, layers)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        # PEFT writes this into adapter_config.json, where readers such as vLLM expect a whole number.
+        lora_alpha=int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        exclude_modules=adapter.exclude_modules or None,
+        modules_to_save=adapter.modules_to_save or None,
+        bias=adapter.bias,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        init_lora_weights=INITIALISATIONS[adapter.init],  # pyright: ignore[reportArgumentType]
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        # Without redistribution of ranks between layers, which would be decided by data and could not be planned.
+        eva_config=EvaConfig(rho=1.0) if adapter.init == "eva" else None,
+        revision=revision,
+    )
+
+
+def _target_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that an update can be added to; the output head is not among them."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head  # bitsandbytes' layers are subclasses of nn.Linear
+    ]
+
+
+def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str]) -> list[str] | str:
+    groups: dict[str, Callable[[str], bool]] = {
+        "all-linear": lambda _: True,
+        "attention": lambda name: ATTENTION.search(name) is not None,
+        "mlp": lambda name: MLP.search(name) is not None and ATTENTION.search(name.rpartition(".")[0]) is None,
+    }
+    if isinstance(asked, str) and asked in groups:
+        chosen = [name for name in layers if groups[asked](name)]
+        _check_matches("adapter.target_modules", asked, chosen, layers)
+        return _shortest_suffixes(chosen, [name for name, _ in model.named_modules()])
+    everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
+    if isinstance(asked, str):
+        matching = _matching("adapter.target_modules", asked, everything, asked)
+        _check_matches("adapter.target_modules", asked, matching, layers)
+        return asked
+    for name in asked:
+        _check_matches("adapter.target_modules", name, [full for full in everything if _is_or_ends_with(full, name)], layers)
+    return list(asked)
+
+
+def _matching(setting: str, pattern: str, names: list[str], whole: str) -> list[str]:
+    try:
+        return [name for name in names if re.fullmatch(whole, name)]
+    except re.error as error:
+        raise ModelError(f"{setting}: {pattern!r} is not a regular expression: {error}.") from error
+
+
+def _is_or_ends_with(full_name: str, name: str) -> bool:
+    """PEFT's rule for a module named in a list."""
+    return full_name == name or full_name.endswith(f".{name}")
+
+
+def _shortest_suffixes(chosen: list[str], everything: list[str]) -> list[str]:
+    """Names that PEFT's rule resolves to exactly `chosen`: `q_proj`, or `attn.c_proj` where `c_proj` alone would take more."""
+    wanted, suffixes = set(chosen), set()
+    for name in chosen:
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            suffix = ".".join(parts[start:])
+            if suffix in suffixes or all(full in wanted for full in everything if _is_or_ends_with(full, suffix)):
+                suffixes.add(suffix)
+                break
+    return sorted(suffixes)
+
+
+def _check_matches(setting: str, asked: str, matching: list[str], names: list[str]) -> None:
+    if matching:
+        return
+    last_parts = sorted({name.rpartition(".")[2] for name in names} - {"0"})
+    near = get_close_matches(asked.rpartition(".")[2], last_parts, n=3, cutoff=0.5)
+    hint = f"Near names: {', '.join(near)}. " if near else ""
+    shown = ", ".join(last_parts[:20]) + (", ..." if len(last_parts) > 20 else "")
+    raise ModelError(f"{setting}: {asked!r} matches no layer of the model. {hint}It has {shown}.")
+
+
+def _check_initialisation(adapter: LoraAdapter) -> None:
+    if isinstance(adapter, QloraAdapter) and adapter.init in CHANGES_BASE:
+        raise ModelError(
+            f"adapter.init: {adapter.init} takes its share out of the base weights, which a quantised base cannot give exactly. "
+            f"Use adapter.method: lora, or adapter.init: default, gaussian or eva."
+        )
+    ranks = {adapter.rank, *adapter.rank_pattern.values()}
+    if adapter.init == "orthogonal" and any(rank % 2 for rank in ranks):
+        raise ModelError(f"adapter.init: orthogonal needs even ranks, but adapter.rank and rank_pattern have {sorted(ranks)}.")
+    if isinstance(adapter, QloraAdapter) and adapter.init == "orthogonal" and adapter.quant_storage == "uint8":
+        raise ModelError(
+            "adapter.init: orthogonal takes its dtype from the base weights, which adapter.quant_storage: uint8 makes integers. "
+            "Set adapter.quant_storage to auto."
+        )
+
+
+def _check_saved_modules(model: PeftModel, adapter: LoraAdapter) -> None:
+    quantized = [name for name in quantized_modules(model) if ".modules_to_save." in name]
+    if quantized:
+        raise ModelError(
+            f"adapter.modules_to_save names quantised layers ({', '.join(quantized[:3])}), which cannot be trained in full. Only "
+            f"embeddings, norms and the output head can, with adapter.method: {adapter.method}."
+        )
+
+
+def initialise_eva(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
+    """Start an adapter from the main directions of its layers' inputs (EVA, Paischer et al. 2024).
+
+    Args:
+        model: with an adapter of `init: eva`, before an engine shards it.
+        inputs: what to pass to the model's forward, for the first batches of training; the same on every rank, and read repeatedly.
+    """
+    batches = list(inputs)
+    if not batches:
+        raise ModelError("adapter.init: eva needs at least one batch of training data.")
+    if any(parameter.numel() == 0 for parameter in model.parameters()):
+        raise ModelError("adapter.init: eva runs the whole model before training, which ZeRO-3 has sharded. Use ZeRO stage 2 or less.")
+    initialize_lora_eva_weights(
+        model,
+        batches,
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=_all_positions,
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
+
+
+def _all_positions(layer_input: Any, _model_input: Any, _name: str) -> Tensor:
+    """Packed rows have no padding: every position counts."""
+    tensor = layer_input[0] if isinstance(layer_input, tuple) else layer_input
+    return tensor.reshape(-1, tensor.shape[-1]).float()
+

@@ -1,0 +1,221 @@
+"""From a plan to a model that is ready to train: weights, quantisation, adapter, attention, activation checkpointing.
+
+Weights come as safetensors only, and no code that lies beside them is run unless the plan says so. Where a live ZeRO-3 configuration
+of transformers exists (training/zero_engine.py makes it), whole weights are sharded as they are loaded, by transformers itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
+from raytune.errors import ModelError
+from raytune.model.adapters import add_adapter
+from raytune.model.attention import check_attention, implementation_name
+from raytune.model.demo import demo_base_path
+from raytune.model.neftune import add_neftune
+from raytune.model.quantize import DTYPES, quantization_config
+from raytune.plan.run_plan import ModelPlan
+
+
+def resolve_model_path(base: str, revision: str | None) -> str:
+    """Where transformers finds a base: the packaged folder for `demo`, an absolute path for a folder, else the hub id.
+
+    Raises:
+        ModelError: if `base` is written like a path but is not a folder, or is a folder without a model.
+    """
+    if base == "demo":
+        return str(demo_base_path())
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"model.revision is {revision}, but model.base {base} is a folder, which has no revisions. Remove it.")
+        _check_folder(folder)
+        return str(folder.resolve())
+    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
+        raise ModelError(
+            f"model.base {base} is not a folder (looked in {folder.absolute()}). Give a folder with config.json and "
+            f"*.safetensors, a hub id such as owner/name, or demo."
+        )
+    return base
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} holds an adapter, not a whole model. Merge it into its base first: raytune merge {folder} --output FOLDER"
+            )
+        raise ModelError(f"{folder} holds no config.json, so it is not a model in the format of transformers.")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        found = f"only {', '.join(pickles)}, which are pickles: loading them can run code" if pickles else "none"
+        raise ModelError(
+            f"{folder} must hold weights as *.safetensors; found {found}. Convert them with transformers, on a machine where you trust "
+            f"the file: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+        )
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that comes with a model."""
+    with _explained(path, revision, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
+    with _explained(path, revision, "config.json"):
+        values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    if not trust_remote_code:
+        _check_own_code(path, values)
+    with _explained(path, revision, "config.json"):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _check_own_code(path: str, config: dict[str, Any]) -> None:
+    """Refuse a model that only its own Python code can compute. Where transformers has the architecture, that code is ignored."""
+    if "auto_map" in config and config.get("model_type") not in _causal_model_types():
+        raise ModelError(
+            f"{path} comes with Python code of its own (auto_map in its config.json) and transformers has no model of type "
+            f"{config.get('model_type')!r}. raytune does not run such code by default. If you have read it and trust it, set "
+            f"model.trust_remote_code to true and model.revision to a full commit hash."
+        )
+
+
+def _causal_model_types() -> set[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def load_model(
+    model: ModelPlan,
+    adapter: Adapter,
+    *,
+    device: torch.device,
+    seed: int,
+    shard: Callable[[nn.Parameter], None] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Load a model ready to train: in training mode, adapter added, `requires_grad` set, documents kept apart.
+
+    Args:
+        device: where it lies afterwards. Ignored where ZeRO-3 places the weights.
+        seed: of the adapter's start. Equal on every rank, and the same as plain PEFT's under `torch.manual_seed(seed)`.
+        shard: called for each quantised weight as soon as it exists, in the same order on every rank. transformers does not shard
+            quantised models as it loads them, so that each rank would hold a whole one; ZeRO-3 gives a function that keeps a share.
+
+    Raises:
+        ModelError: if the model cannot be found, read, or trained as asked.
+    """
+    config = load_config(model.path, model.revision, model.trust_remote_code)
+    check_attention(_model_class(model, config), config, model.attention)
+    arguments: dict[str, Any] = {}
+    if isinstance(adapter, QloraAdapter):
+        arguments["quantization_config"] = quantization_config(adapter, model)
+    _check_quantised_base(model, config, adapter)
+    is_sharded = is_deepspeed_zero3_enabled()
+    if not is_sharded or isinstance(adapter, QloraAdapter):
+        arguments["device_map"] = {"": device}
+    with _explained(model.path, model.revision, "weights"), _sharding(shard):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            revision=model.revision,
+            config=config,
+            trust_remote_code=model.trust_remote_code,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=implementation_name(model.attention),
+            use_safetensors=True,
+            **arguments,
+        )
+    loaded.config.use_cache = False
+    if model.liger:
+        _apply_liger(loaded, device)
+    if model.gradient_checkpointing:
+        # ZeRO-3 gathers weights in hooks around forward; with adapters, only reentrant checkpointing runs them in the recomputation as
+        # it did at first (https://github.com/huggingface/trl/issues/2514).
+        loaded.activation_checkpointing_enable({"use_reentrant": is_sharded})
+    if model.neftune_noise_alpha > 0:
+        add_neftune(loaded, model.neftune_noise_alpha)
+    if isinstance(adapter, FullAdapter):
+        return loaded.requires_grad_(True).train()
+    return add_adapter(loaded, adapter, revision=model.revision, seed=seed).train()
+
+
+def _model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedModel]:
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if reference is None or not model.trust_remote_code:
+        raise ModelError(f"{model.path} is of type {config.model_type}, which is not a causal language model.")
+    return get_class_from_dynamic_module(reference, model.path, revision=model.revision)
+
+
+def _check_quantised_base(model: ModelPlan, config: PretrainedConfig, adapter: Adapter) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = values.get("quant_method", "an unknown method")
+    if method != "bitsandbytes" or not isinstance(adapter, QloraAdapter):
+        raise ModelError(
+            f"{model.path} is already quantised by {method}. Use the original weights as model.base; with adapter.method: qlora they "
+            f"are quantised while they are loaded."
+        )
+
+
+@contextmanager
+def _sharding(shard: Callable[[nn.Parameter], None] | None) -> Iterator[None]:
+    """Context in which each quantised weight is handed to `shard` when it becomes part of a module, before the next is made."""
+    if shard is None:
+        yield
+        return
+
+    def keep_share(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        is_made = isinstance(parameter, nn.Parameter) and not parameter.is_meta
+        if is_made and getattr(parameter, "bnb_quantized", False) and not hasattr(parameter, "ds_id"):
+            shard(parameter)
+
+    handle = register_module_parameter_registration_hook(keep_share)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _apply_liger(model: PreTrainedModel, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ModelError(f"training.liger needs an NVIDIA GPU; this run computes on {device.type}. Set it to false.")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ModelError("training.liger needs the package liger-kernel: pip install liger-kernel, or set it to false.") from error
+    # Our loss layer never makes whole logits, so Liger's loss has no place.
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+@contextmanager
+def _explained(path: str, revision: str | None, what: str) -> Iterator[None]:
+    """Turn what transformers raises about files into a `ModelError` that says what was tried."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        at = f" at revision {revision}" if revision else ""
+        place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"
+        raise ModelError(
+            f"Cannot load the {what} of model {path}{at} from {place}: {_first_lines(error)}\n"
+            f"Check the name, give a local folder with config.json and *.safetensors, or, where machines have no network, download the "
+            f"model first (hf download {path}) and set model.base to that folder."
+        ) from error
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -1,0 +1,63 @@
+"""Bases in 4 or 8 bits: what bitsandbytes is asked for, and what a quantised weight is worth. The model floor's only user of it."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from raytune.config.adapter import QloraAdapter
+from raytune.config.training import Precision
+from raytune.errors import ModelError
+from raytune.plan.run_plan import ModelPlan
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def quantization_config(adapter: QloraAdapter, model: ModelPlan) -> BitsAndBytesConfig:
+    """The quantisation of a base as transformers is told it.
+
+    Raises:
+        ModelError: if the packed numbers would be held in a floating-point dtype that is not the model's: casting the model, as ZeRO
+            does, would destroy them.
+    """
+    if adapter.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = model.compute_dtype if adapter.compute_dtype == "auto" else adapter.compute_dtype
+    storage = compute if adapter.quant_storage == "auto" else adapter.quant_storage
+    if storage not in ("uint8", model.dtype):
+        raise ModelError(
+            f"adapter.quant_storage is {storage} but the model is loaded in {model.dtype}; casting one to the other would destroy the "
+            f"packed 4-bit numbers. Set adapter.quant_storage to {model.dtype}, or to uint8 where ZeRO-3 need not shard the base."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=adapter.quantization,
+        bnb_4bit_use_double_quant=adapter.double_quantization,
+        bnb_4bit_compute_dtype=DTYPES[compute],
+        bnb_4bit_quant_storage=torch.uint8 if storage == "uint8" else DTYPES[storage],
+    )
+
+
+def quantized_modules(model: nn.Module) -> list[str]:
+    """Names of the layers that bitsandbytes holds."""
+    return [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+
+
+def as_seen_in_training(weight: Tensor, config: dict[str, Any]) -> Tensor:
+    """What a weight becomes by being quantised and expanded again; in its own dtype.
+
+    Args:
+        weight: of a linear layer, (outputs, inputs).
+        config: `BitsAndBytesConfig.to_dict()` of the run that trained on it.
+    """
+    if config.get("load_in_8bit"):
+        quantized = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return (quantized.data.float() * quantized.SCB[:, None] / 127).to(weight.dtype)  # pyright: ignore[reportOptionalSubscript]
+    packed, state = bnb.functional.quantize_4bit(
+        weight.contiguous(),
+        quant_type=config["bnb_4bit_quant_type"],
+        compress_statistics=config["bnb_4bit_use_double_quant"],
+    )
+    return bnb.functional.dequantize_4bit(packed, state).to(weight.dtype)

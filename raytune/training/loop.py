@@ -1,0 +1,221 @@
+"""The loop: a generator of optimizer steps. Evaluating, saving, stopping and reporting are sentences of its caller.
+
+The loss is normalised here and nowhere else: every target token of a step weighs the same, on whichever rank and in whichever
+micro-batch it lies, so the curve of a run does not depend on how its global batch is divided.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from raytune.data.batches import Batch
+from raytune.errors import TrainingError
+from raytune.training.engine import Engine
+
+LossSum = Callable[[nn.Module, Batch], Tensor]
+"""Sum of the cross-entropy over the targets of a batch, as an fp32 scalar that has a gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepNumbers:
+    """What is known of a step once somebody waited for it."""
+
+    loss: float
+    """Mean over the targets of the global batch."""
+    grad_norm: float
+    """Before clipping."""
+    updated: bool
+    """False: fp16 overflowed, the step was skipped and the loss scale lowered."""
+    loss_scale: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """An optimizer step that has been made, or on a GPU: queued."""
+
+    step: int
+    """Steps made so far, this one included."""
+    num_targets: int
+    """Targets of the global batch."""
+    learning_rate: float
+    seconds: float
+    """Between the start of the step and its yield; on a GPU, work that is still queued is not in it."""
+    loss_sum: Tensor
+    """Over the targets of this rank."""
+    grad_norm: Tensor
+    """Of the global gradient before clipping; not finite: nothing was updated."""
+    losses: list[Tensor]
+    """Sum over the targets of each micro-batch of this rank."""
+    rows: list[tuple[int, ...]]
+    """Rows of the store in each micro-batch of this rank."""
+    _unread: "_Unread" = field(repr=False)
+
+    def read(self, engine: Engine) -> StepNumbers:
+        """Wait for the step and sum its loss over the ranks. Every rank calls it, on the same steps, and before it saves.
+
+        Raises:
+            TrainingError: on every rank alike, if this step or one since the last read had a loss or gradient that is not finite.
+        """
+        self._unread.check(engine)
+        loss = engine.all_reduce_sum(self.loss_sum.clone()).item() / max(self.num_targets, 1)
+        grad_norm = self.grad_norm.item()
+        if not math.isfinite(loss):
+            raise _divergence(engine, self)
+        return StepNumbers(
+            loss=loss, grad_norm=grad_norm, updated=math.isfinite(grad_norm), loss_scale=engine.loss_scale()
+        )
+
+
+@dataclass(slots=True)
+class _Unread:
+    """Steps whose norm nobody has looked at yet. Looking means waiting for a GPU, so it is done for many steps at once."""
+
+    steps: list[StepResult] = field(default_factory=list)
+
+    def check(self, engine: Engine) -> None:
+        steps, self.steps = self.steps, []
+        if not steps:
+            return
+        # The norm is global and so is a loss in it (`poisoned`): all ranks come to the same verdict and stop together.
+        is_finite = torch.stack([step.grad_norm for step in steps]).isfinite().tolist()
+        for step, fine in zip(steps, is_finite):
+            if not fine and not _is_overflow(engine, step):
+                raise _divergence(engine, step)
+
+
+def _is_overflow(engine: Engine, step: StepResult) -> bool:
+    """Whether fp16's loss scale was too high, which is ordinary: it is lowered and training goes on."""
+    scale = engine.loss_scale()
+    if scale is None or scale < 1:
+        return False
+    return math.isfinite(engine.all_reduce_sum(step.loss_sum.clone()).item())
+
+
+def _divergence(engine: Engine, step: StepResult) -> TrainingError:
+    """The error that every rank raises, from what each knows."""
+    losses = [loss.item() for loss in step.losses]
+    own = [(loss, rows) for loss, rows in zip(losses, step.rows) if not math.isfinite(loss)]
+    culprits = [
+        f"rank {rank}: loss {loss} on rows {', '.join(map(str, rows))}"
+        for rank, found in enumerate(engine.gather_objects(own))
+        for loss, rows in found
+    ]
+    if culprits:
+        what, where = "The loss", "; ".join(culprits)
+    else:
+        norm, rows = step.grad_norm.item(), engine.gather_objects([row for rows in step.rows for row in rows])
+        what = "The gradient"
+        where = f"norm {norm} although every loss is finite; " + "; ".join(
+            f"rank {rank}: rows {', '.join(map(str, own_rows))}" for rank, own_rows in enumerate(rows)
+        )
+    scale = engine.loss_scale()
+    return TrainingError(
+        f"{what} of step {step.step} is not finite ({where}). Learning rate {step.learning_rate:g}"
+        f"{f', loss scale {scale:g}' if scale is not None else ''}. The weights were not updated with it. Look at these rows with "
+        f"`raytune data preview`, lower training.learning_rate or training.max_grad_norm, or train in bf16 rather than fp16."
+    )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of all randomness inside a step (dropout, noise): a function, so that a resumed run draws what the unbroken one drew."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8]) >> 1
+
+
+def training_steps(
+    engine: Engine,
+    batches_of: Callable[[int], Sequence[Batch]],
+    loss_sum: LossSum,
+    learning_rate: Callable[[int], float],
+    *,
+    start: int,
+    stop: int,
+    seed: int,
+) -> Iterator[StepResult]:
+    """Make optimizer steps, one per iteration.
+
+    Args:
+        engine: the model in training.
+        batches_of: this rank's micro-batches of a step, the same number on every rank.
+        loss_sum: loss of a micro-batch.
+        learning_rate: rate of a step, before the factors of parameter groups.
+        start: steps already made.
+        stop: steps made in the end.
+        seed: of dropout and noise.
+
+    Raises:
+        TrainingError: on every rank, for a loss or gradient that is not finite; its step has not updated the weights. On a CPU by the
+            step itself, on a GPU by the next `StepResult.read`.
+    """
+    unread = _Unread()
+    engine.model.train()
+    for step in range(start, stop):
+        started_s = time.perf_counter()
+        torch.manual_seed(step_seed(seed, step, engine.rank))
+        rate = learning_rate(step)
+        losses, rows, num_targets = [], [], 0
+        for batch in batches_of(step):
+            batch = batch.to(engine.device)
+            with engine.autocast():
+                loss = loss_sum(engine.module, batch)
+            num_targets = batch.num_targets_in_step
+            engine.backward(loss / max(num_targets, 1))
+            losses.append(loss.detach())
+            rows.append(batch.rows)
+        grad_norm = engine.step(rate)
+        result = StepResult(
+            step=step + 1,
+            num_targets=num_targets,
+            learning_rate=rate,
+            seconds=time.perf_counter() - started_s,
+            loss_sum=torch.stack(losses).sum(),
+            grad_norm=grad_norm,
+            losses=losses,
+            rows=rows,
+            _unread=unread,
+        )
+        unread.steps.append(result)
+        if engine.device.type == "cpu":
+            unread.check(engine)
+        yield result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationLoss:
+    loss: float
+    """Mean over all targets of all ranks."""
+    num_targets: int
+
+
+def evaluate_loss(engine: Engine, batches: Iterable[Batch], loss_sum: LossSum) -> EvaluationLoss:
+    """Mean loss per target over the batches of all ranks. Every rank calls it, with the same number of batches."""
+    loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    num_targets = 0
+    with evaluating(engine.model), torch.no_grad():
+        for batch in batches:
+            batch = batch.to(engine.device)
+            with engine.autocast():
+                loss += loss_sum(engine.module, batch)
+            num_targets += batch.target_ids.numel()
+    counts = engine.all_reduce_sum(torch.stack([loss, torch.tensor(num_targets, dtype=loss.dtype, device=loss.device)]))
+    loss_of_all, targets_of_all = counts.tolist()
+    return EvaluationLoss(loss=loss_of_all / targets_of_all if targets_of_all else math.nan, num_targets=int(targets_of_all))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in which dropout is off."""
+    model.eval()
+    for module in model.modules():
+        # bitsandbytes repacks a 4-bit weight in place for CPU inference when its layer is in eval mode; a shard does not survive that.
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.training = True
+    try:
+        yield
+    finally:
+        model.train()

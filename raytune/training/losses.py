@@ -1,0 +1,316 @@
+"""The loss: cross-entropy summed over the target positions of a batch. Other positions are never projected onto the vocabulary.
+
+While a loss is computed, two methods of the model are replaced: its output head's `forward` picks the hidden states that predict a
+target, and its own `forward` returns the loss. Everything else (engine, PEFT, hooks, checkpointing) runs as it always does.
+
+With `chunk_tokens` the head goes over the targets a chunk at a time and computes the gradients of the hidden states and of its weights
+while a chunk's logits exist. So all logits never exist together, nothing is recomputed, and under ZeRO-3 the head's weights are not
+gathered again for the backward pass. What a model does to its logits after the head (soft caps, scales) is done to each chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytune.data.batches import Batch
+from raytune.errors import ModelError
+
+# Shapes: N tokens of a batch, M targets among them, C targets of a chunk, D width, V vocabulary.
+
+PRODUCT_ROWS = 16384
+"""Rows of a 16-bit weight gradient that are computed before they are added to the fp32 sum."""
+
+Transform = Callable[[Tensor], Tensor]
+PullBack = Callable[[Tensor], Tensor | None]
+"""From the gradient of a chunk's logits to that of its hidden states; adds to the gradients of the weights on the way."""
+
+
+def attach_loss(model: nn.Module, chunk_tokens: int | None) -> "LossLayer":
+    """The loss of a causal language model, adapted by PEFT or not.
+
+    Args:
+        model: the model itself; `LossLayer.loss_sum` takes what calls it (an engine, a compiled module).
+        chunk_tokens: targets that are projected at a time; None: all of them.
+
+    Raises:
+        ModelError: if the model has no output head, or its logits cannot be computed in chunks.
+    """
+    return LossLayer(model, chunk_tokens)
+
+
+class LossLayer:
+    """Turns a forward pass of its model into a loss."""
+
+    def __init__(self, model: nn.Module, chunk_tokens: int | None) -> None:
+        assert chunk_tokens is None or chunk_tokens > 0
+        self._model = _causal_model(model)
+        self._head = _output_head(self._model)
+        self._chunk_tokens = chunk_tokens
+        self._transform = None if chunk_tokens is None else _transform_after_head(self._model)
+        # Bound once: a compiled caller guards on the identity of these functions.
+        self._replacements = (self._forward_head, self._forward_model)
+        self._originals: tuple[Callable[..., Tensor], Callable[..., Any]] | None = None
+        self._batch: Batch | None = None
+        self._head_output: Tensor | None = None
+
+    def loss_sum(self, module: nn.Module, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        """Run `module` and return the sum of cross-entropy over the batch's targets: nats, an fp32 scalar.
+
+        Without targets the sum is 0 but still hangs on the weights, so that every rank runs the same collectives.
+
+        Args:
+            module: what is called for a forward pass; leads to the model that this layer was made for.
+            inputs: arguments of the forward pass.
+
+        Raises:
+            ModelError: if the model computes its logits past its output head.
+        """
+        self._originals = (self._head.forward, self._model.forward)
+        self._batch = batch
+        try:
+            with _replaced_forward(self._head, self._replacements[0]), _replaced_forward(self._model, self._replacements[1]):
+                return module(**inputs)
+        finally:
+            self._originals = self._batch = self._head_output = None
+
+    def _forward_model(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self._originals is not None and self._batch is not None
+        output = self._originals[1](*args, **kwargs)
+        if self._head_output is None:
+            raise ModelError(
+                f"{type(self._model).__name__} computed its logits without calling its output head "
+                f"({type(self._head).__name__}), so raytune cannot compute its loss."
+            )
+        if self._chunk_tokens is not None:
+            return self._head_output
+        logits_MV = output.logits.flatten(0, -2)
+        return F.cross_entropy(logits_MV.to(_loss_dtype(logits_MV)), self._batch.target_ids, reduction="sum")
+
+    @torch.compiler.disable  # M differs from batch to batch; compiled for each, it would never stop compiling
+    def _forward_head(self, hidden_1ND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self._originals is not None and self._batch is not None
+        hidden_MD = hidden_1ND.flatten(0, -2).index_select(0, self._batch.target_positions)
+        if self._chunk_tokens is None:
+            self._head_output = self._originals[0](hidden_MD[None], *args, **kwargs)
+            return self._head_output
+        self._head_output = _chunked_loss_sum(self._head, self._transform, hidden_MD, self._batch.target_ids, self._chunk_tokens)
+        return hidden_MD.new_zeros(1, 1, 1)  # for the model to transform; `_forward_model` returns the loss instead
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    previous = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+# --- chunks
+
+
+def _chunked_loss_sum(head: nn.Module, transform: Transform | None, hidden_MD: Tensor, target_ids: Tensor, chunk_tokens: int) -> Tensor:
+    with_gradient = torch.is_grad_enabled()
+    projection: Projection
+    if type(head) is nn.Linear and transform is None:
+        projection = LinearProjection(head, _product_dtype(head.weight), with_gradient=with_gradient)
+    else:
+        projection = ModuleProjection(_readable(head), transform, with_gradient=with_gradient)
+    loss = _ChunkedLoss.apply(projection, hidden_MD, target_ids, chunk_tokens, with_gradient, *projection.weights)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and its gradients in the forward pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, projection: "Projection", hidden_MD: Tensor, target_ids: Tensor, chunk_tokens: int, with_gradient: bool,
+        *weights: nn.Parameter,
+    ) -> Tensor:  # fmt: skip
+        hidden_gradient_MD = torch.empty_like(hidden_MD) if with_gradient and hidden_MD.requires_grad else None
+        loss = torch.zeros((), dtype=_loss_dtype(hidden_MD), device=hidden_MD.device)
+        for chunk in _chunks(len(target_ids), chunk_tokens):
+            ids_C1 = target_ids[chunk, None]
+            logits_CV, pull_back = projection.project(hidden_MD[chunk])
+            dtype = logits_CV.dtype
+            log_probabilities_CV = torch.log_softmax(logits_CV, -1, dtype=_loss_dtype(logits_CV))
+            del logits_CV
+            loss -= log_probabilities_CV.gather(1, ids_C1).sum()
+            if with_gradient:
+                # The gradient of cross-entropy is softmax minus one at the target. Subtracted before the cast to 16 bits, which would
+                # round the small difference of a confident prediction away.
+                gradient_CV = log_probabilities_CV.exp_()
+                gradient_CV.scatter_add_(1, ids_C1, gradient_CV.new_full(ids_C1.shape, -1.0))
+                chunk_gradient = pull_back(gradient_CV.to(dtype))
+                if hidden_gradient_MD is not None:
+                    assert chunk_gradient is not None
+                    hidden_gradient_MD[chunk] = chunk_gradient
+        ctx.gradients = (hidden_gradient_MD, projection.gradients)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_gradient_MD, weight_gradients = ctx.gradients
+        ctx.gradients = None  # scaled in place, hence once
+        hidden_gradient_MD = None if hidden_gradient_MD is None else hidden_gradient_MD.mul_(loss_gradient)
+        scaled = [gradient.mul_(loss_gradient).to(dtype) for gradient, dtype in zip(weight_gradients, ctx.dtypes)]
+        return (None, hidden_gradient_MD, None, None, None, *scaled)
+
+
+def _chunks(num_targets: int, chunk_tokens: int) -> Iterator[slice]:
+    """Cut evenly: 1,025 targets in chunks of 1,024 are 513 and 512."""
+    num_chunks = -(-num_targets // chunk_tokens)
+    for chunk in range(num_chunks):
+        yield slice(chunk * num_targets // num_chunks, (chunk + 1) * num_targets // num_chunks)
+
+
+class Projection(Protocol):
+    """A head that can be taken to pieces: from hidden states to logits and, by hand, back."""
+
+    weights: list[nn.Parameter]
+    """The head's trained weights."""
+    gradients: list[Tensor]
+    """Their gradients so far: fp32, because 16 bits would lose what late chunks add; empty if none are asked for."""
+
+    def project(self, hidden_CD: Tensor) -> tuple[Tensor, PullBack]: ...
+
+
+class LinearProjection:
+    """A plain linear head: products are added to the gradient in place."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, with_gradient: bool) -> None:
+        self.weights = [weight for weight in linear.parameters() if weight.requires_grad]
+        self.gradients = _zero_gradients(self.weights) if with_gradient else []
+        self._linear = linear
+        self._weight_VD = linear.weight.detach().to(dtype)
+        self._bias_V = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def project(self, hidden_CD: Tensor) -> tuple[Tensor, PullBack]:
+        dtype, device_type = self._weight_VD.dtype, hidden_CD.device.type
+        hidden_CD = hidden_CD.detach().to(dtype)
+
+        def pull_back(gradient_CV: Tensor) -> Tensor:
+            for weight, gradient in zip(self.weights, self.gradients):
+                if weight is self._linear.weight:
+                    _add_product(gradient, gradient_CV.T, hidden_CD)
+                else:
+                    gradient.add_(gradient_CV.sum(0, dtype=gradient.dtype))
+            return gradient_CV @ self._weight_VD
+
+        return F.linear(hidden_CD, self._weight_VD, self._bias_V), pull_back
+
+
+class ModuleProjection:
+    """Any other head (adapted, quantised, with a transform after it), through autograd, chunk by chunk."""
+
+    def __init__(self, module: nn.Module, transform: Transform | None, *, with_gradient: bool) -> None:
+        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self.gradients = _zero_gradients(self.weights) if with_gradient else []
+        self._module = module
+        self._transform = transform
+        self._with_gradient = with_gradient
+
+    def project(self, hidden_CD: Tensor) -> tuple[Tensor, PullBack]:
+        with torch.set_grad_enabled(self._with_gradient):
+            hidden_1CD = hidden_CD.detach()[None].requires_grad_(self._with_gradient)
+            logits_1CV = self._module(hidden_1CD)
+            if self._transform is not None:
+                logits_1CV = self._transform(logits_1CV)
+
+        def pull_back(gradient_CV: Tensor) -> Tensor:
+            of_hidden, *of_weights = torch.autograd.grad(
+                logits_1CV, [hidden_1CD, *self.weights], gradient_CV[None], allow_unused=True, materialize_grads=True
+            )
+            for gradient, addition in zip(self.gradients, of_weights):
+                gradient.add_(addition)
+            return of_hidden[0]
+
+        return logits_1CV.detach()[0], pull_back
+
+
+def _zero_gradients(weights: list[nn.Parameter]) -> list[Tensor]:
+    return [torch.zeros_like(weight, dtype=_loss_dtype(weight)) for weight in weights]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, without a second matrix of that size when the factors have fewer bits than the total."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    for rows, left_rows in zip(total.split(PRODUCT_ROWS), left.split(PRODUCT_ROWS)):
+        rows.add_(left_rows @ right)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype in which autocast, or the lack of it, multiplies this weight."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+# --- the model's parts
+
+
+def _causal_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's name for what it wraps
+
+
+def _output_head(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head onto a vocabulary; raytune trains causal language models.")
+    # PEFT's `modules_to_save` puts a trained copy beside the module; the copy in use is the head.
+    copies = getattr(head, "modules_to_save", None)
+    return copies[head.active_adapters[0]] if isinstance(copies, nn.ModuleDict) else head
+
+
+def _readable(head: nn.Module) -> nn.Module:
+    """The head without hooks, its own and its submodules', and with every weight at hand.
+
+    It is called once per chunk, and ranks differ in their number of chunks: the hooks of ZeRO-3 would gather a different number of
+    times on each, and wait for each other forever. Instead every weight is read here, once: reading a sharded weight in a forward pass
+    makes ZeRO-3 gather it and count it among those of the module in whose forward pass it was read, which is the head.
+    """
+    for module in head.modules():
+        for name in module._parameters:
+            getattr(module, name)
+    return _without_hooks(head)
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A view of a module: same class, weights and settings, but neither hooks nor a replaced `forward`."""
+    view = module.__class__.__new__(module.__class__)
+    view.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"}
+    view._modules = {name: child and _without_hooks(child) for name, child in module._modules.items()}
+    view._forward_hooks, view._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return view
+
+
+class _Constant(nn.Module):
+    """Stands in for a module when only what happens around it matters: has the module's attributes, returns `output`."""
+
+    def __init__(self, module: nn.Module | None, output: Any = None) -> None:
+        super().__init__()
+        self.__dict__["_module"] = module
+        self.output = output
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output

@@ -1,0 +1,192 @@
+"""metrics.jsonl as writers leave it and as readers see it."""
+
+import json
+import math
+import os
+import subprocess
+import uuid
+from itertools import count
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune import storage
+from raytune.errors import StorageFullError, UserError
+from raytune.metrics import EventLog, History, MetricsWriter, decode_number, encode_number, read_events
+
+
+@pytest.fixture(params=["local", "remote"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "run" / "metrics.jsonl") if request.param == "local" else f"memory://{uuid.uuid4().hex}/metrics.jsonl"
+
+
+def write(path: str, attempt: int, resumed_step: int, steps: list[int], **values: float) -> None:
+    writer = MetricsWriter(path, attempt=attempt, resumed_step=resumed_step)
+    for step in steps:
+        writer.write(step, {"train/loss": step + attempt / 10, **values})
+    writer.close()
+
+
+def test_what_was_written_is_read(path: str) -> None:
+    ticks = count(100.0, 2.0)
+    writer = MetricsWriter(path, attempt=1, resumed_step=0, clock=lambda: next(ticks))
+    writer.write(0, {"validation/loss": 3.0})
+    writer.write(10, {"train/loss": 2.5, "train/learning_rate": 1e-4})
+    writer.write(10, {"validation/loss": 2.0})
+    writer.write(20, {"train/loss": 1.5, "train/learning_rate": 2e-4})
+    writer.close()
+    history = History.read(path)
+    assert history.last_step == 20
+    assert history.names == ["train/learning_rate", "train/loss", "validation/loss"]
+    assert history.series("train/loss") == [(10, 2.5), (20, 1.5)]
+    assert history.last_of("validation/loss") == 2.0
+    assert history.last_of("unknown") is None
+    assert [(point.step, dict(point.values)) for point in history.evaluations] == [
+        (0, {"validation/loss": 3.0}),
+        (10, {"validation/loss": 2.0}),
+    ]
+    assert history.best_of("validation/loss", "min") == (10, 2.0)
+    assert history.seconds_per_step() == pytest.approx(0.3)  # 2 s for steps 0-10, 4 s for steps 10-20
+
+
+def test_no_file_is_an_empty_history(path: str) -> None:
+    history = History.read(path)
+    assert (history.last_step, history.names, history.seconds_per_step()) == (0, [], 0.0)
+    assert read_events(path) == []
+
+
+def test_every_line_is_strict_json(path: str) -> None:
+    write(path, 1, 0, [1], bad=math.nan, worse=math.inf, worst=-math.inf)
+    for line in storage.read_bytes(path).splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    history = History.read(path)
+    assert math.isnan(history.last_of("bad") or 0)
+    assert (history.last_of("worse"), history.last_of("worst")) == (math.inf, -math.inf)
+
+
+@given(st.floats())
+def test_numbers_survive(value: float) -> None:
+    again = decode_number(json.loads(json.dumps(encode_number(value), allow_nan=False)))
+    assert again == value or (math.isnan(again) and math.isnan(value))
+
+
+@pytest.mark.parametrize("value", ["nan", "1.5", None, True, [1.0]])
+def test_what_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="expected a number"):
+        decode_number(value)
+
+
+def test_steps_of_a_dead_attempt_beyond_its_checkpoint_are_gone(path: str) -> None:
+    write(path, 1, 0, [1, 2, 3, 4, 5])
+    write(path, 2, 3, [4])
+    write(path, 3, 4, [5, 6])
+    assert History.read(path).series("train/loss") == [(1, 1.1), (2, 2.1), (3, 3.1), (4, 4.2), (5, 5.3), (6, 6.3)]
+    write(path, 4, 0, [1])
+    assert History.read(path).series("train/loss") == [(1, 1.4)]
+
+
+def test_what_an_orphan_of_a_dead_attempt_still_writes_is_not_seen(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    orphan = MetricsWriter(path, attempt=1, resumed_step=0)
+    orphan.write(1, {"train/loss": 1.1})
+    survivor = MetricsWriter(path, attempt=2, resumed_step=0)
+    for step in (2, 3):
+        orphan.write(step, {"train/loss": -1.0})
+        survivor.write(step - 1, {"train/loss": step - 1 + 0.2})
+    assert History.read(path).series("train/loss") == [(1, 1.2), (2, 2.2)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.integers(0, 6)), min_size=1, max_size=6),
+    st.data(),
+)
+def test_the_history_is_that_of_a_run_without_faults(attempts: list[tuple[int, int]], data: st.DataObject) -> None:
+    lines, reached = [], 0
+    for number, (wish, length) in enumerate(attempts, start=1):
+        resumed = wish % (reached + 1) if number > 1 else 0
+        lines.append({"attempt": number, "time": 0.0, "resumed_step": resumed})
+        lines += [
+            {"attempt": number, "time": 0.0, "step": resumed + i + 1, "loss": float(resumed + i + 1)} for i in range(length)
+        ]
+        reached = resumed + length
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    assert History.parse(content, "x").series("loss") == [(step, float(step)) for step in range(1, reached + 1)]
+    # However much of the end a crash cut off, what is left can be read.
+    History.parse(content[: data.draw(st.integers(0, len(content)))], "x")
+
+
+def test_a_torn_last_line_is_not_there_and_does_not_hurt_the_next_writer(path: str) -> None:
+    write(path, 1, 0, [1, 2])
+    content = storage.read_bytes(path)
+    storage.write_bytes(path, content[:-7])
+    assert History.read(path).last_step == 1
+    write(path, 2, 1, [2])
+    assert History.read(path).series("train/loss") == [(1, 1.1), (2, 2.2)]
+
+
+def test_another_broken_line_is_named(path: str) -> None:
+    write(path, 1, 0, [1, 2])
+    first, rest = storage.read_bytes(path).split(b"\n", 1)
+    storage.write_bytes(path, first + b'\n{"step": oops}\n' + rest)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 "):
+        History.read(path)
+
+
+def test_local_lines_are_visible_at_once_and_remote_ones_after_a_flush(path: str) -> None:
+    writer = MetricsWriter(path, attempt=1, resumed_step=0, upload_every_s=3600)
+    writer.write(1, {"train/loss": 1.0})
+    if storage.is_local(path):
+        assert History.read(path).last_step == 1
+    writer.write(2, {"train/loss": 1.0})
+    writer.flush()
+    assert History.read(path).last_step == 2
+    writer.close()
+
+
+def test_remote_lines_arrive_by_themselves() -> None:
+    path = f"memory://{uuid.uuid4().hex}/metrics.jsonl"
+    writer = MetricsWriter(path, attempt=1, resumed_step=0, upload_every_s=0.01)
+    writer.write(1, {"train/loss": 1.0})
+    for _ in range(200):
+        if History.read(path).last_step == 1:
+            break
+        subprocess.run(["sleep", "0.02"], check=True)
+    assert History.read(path).last_step == 1
+    writer.close()
+
+
+def test_the_best_value_is_finite_and_the_earliest() -> None:
+    values = [math.nan, 2.0, -math.inf, 1.0, 1.0, math.inf]
+    lines = [
+        json.dumps({"attempt": 1, "time": 0.0, "step": i, "m": encode_number(v)}).encode() + b"\n" for i, v in enumerate(values)
+    ]
+    history = History.parse(b"".join(lines), "x")
+    assert history.best_of("m", "min") == (3, 1.0)
+    assert history.best_of("m", "max") == (1, 2.0)
+    assert history.best_of("unknown", "max") is None
+
+
+def test_events_are_read_in_order(path: str) -> None:
+    for attempt in (1, 2):
+        log = EventLog(path, attempt=attempt, clock=lambda: 7.0)
+        log.write("started", rank=0)
+        log.write("checkpoint_saved", step=attempt * 10)
+        log.close()
+    assert read_events(path) == [
+        {"event": "started", "attempt": 1, "time": 7.0, "rank": 0},
+        {"event": "checkpoint_saved", "attempt": 1, "time": 7.0, "step": 10},
+        {"event": "started", "attempt": 2, "time": 7.0, "rank": 0},
+        {"event": "checkpoint_saved", "attempt": 2, "time": 7.0, "step": 20},
+    ]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", attempt=1, resumed_step=0)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, writer._lines._descriptor)  # type: ignore[union-attr]
+    with pytest.raises(StorageFullError, match="disk is full"):
+        writer.write(1, {"train/loss": 1.0})
