@@ -126,6 +126,7 @@ _DEFAULT_PLAN: dict[str, Any] = {
     "batch": {"workers": 1, "micro_batch_size": 2, "accumulation": 2},
     "optimization": {
         "num_steps": 4,
+        "num_rows": 16,
         "optimizer": "adamw",
         "learning_rate": 1e-3,
         "lora_plus_ratio": None,

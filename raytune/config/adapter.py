@@ -37,8 +37,8 @@ class LoraAdapter(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "default"
-    """Start of the update. `default` (Kaiming, B = 0), `gaussian` and `orthogonal` need no weights; `pissa` and `olora` factorise the
-    base weights; `eva` looks at the activations of the first training batches."""
+    """Start of the update. `default` (Kaiming, B = 0), `gaussian` and `orthogonal` need no weights; `pissa` and `olora`
+    factorise the base weights; `eva` looks at the activations of the first training batches."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
     use_dora: bool = False
@@ -63,7 +63,8 @@ class QloraAdapter(LoraAdapter):
     compute_dtype: Literal["bf16", "fp16", "fp32"] | Auto = "auto"
     """Dtype that 4-bit weights are expanded to for a product. `auto`: the run's precision."""
     quant_storage: Literal["uint8", "bf16", "fp16", "fp32"] | Auto = "auto"
-    """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto` chooses."""
+    """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto`
+    chooses."""
 
 
 Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter, Field(discriminator="method")]

@@ -7,8 +7,8 @@ from raytune.config.section import Auto, Duration, NonNegativeFloat, NonNegative
 
 class ClusterSection(Section):
     address: Text | None = None
-    """Ray cluster to join: `auto`, `host:port` or `ray://host:port`. Default: RAY_ADDRESS if it is set, else a cluster is started inside
-    this machine for the time of the run."""
+    """Ray cluster to join: `auto`, `host:port` or `ray://host:port`. Default: RAY_ADDRESS if it is set, else a cluster is
+    started inside this machine for the time of the run."""
     workers: PositiveInt | Auto = "auto"
     """Training processes, one per GPU. `auto`: all GPUs of the cluster, or one worker without any."""
     gpus_per_worker: Literal[0, 1] | Auto = "auto"

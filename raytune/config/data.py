@@ -48,18 +48,19 @@ class DataSection(Section):
     validation_fraction: Fraction = 0.0
     """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content."""
     template: Text = "auto"
-    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`, `qwen`, `alpaca`,
-    `plain`), or the path of a Jinja file."""
+    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`,
+    `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""
     targets: Literal["completion", "assistant", "last", "all"] | list[Role] = "assistant"
     """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
     prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
     too_long: Literal["truncate", "drop", "split", "error"] = "truncate"
-    """What happens to a longer document. `truncate` cuts the end and says how many answers lost tokens; `split` cuts it into several."""
+    """What happens to a longer document. `truncate` cuts the end and says how many answers lost tokens; `split` cuts it into
+    several."""
     packing: Literal["best_fit", "token_budget", "none"] = "best_fit"
-    """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length` tokens) or
-    `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice."""
+    """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length`
+    tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` lists the bad rows with file and line and stops; `skip` leaves them out and counts them."""
     store: Text | None = None

@@ -1,4 +1,4 @@
-"""Files and overrides -> `RunConfig`. The only reader of YAML; everything that is wrong is reported at once, with its place.
+"""Files and overrides -> `RunConfig`. All that is wrong is reported at once, with its place.
 
 Files are laid over each other from left to right: mappings merge, lists and scalars replace. An override `key.sub=value` is an
 overlay of one key, so it follows the same rules; its value is YAML, and a number in its key is a position in a list
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from raytune.config.hints import hint_for_key, hint_for_value
-from raytune.config.keys import DEFAULT_METHOD, example_of, in_words, is_open, keys, schema_path, type_at
+from raytune.config.keys import DEFAULT_METHOD, choices, example_of, in_words, is_open, keys, schema_path, type_at
 from raytune.config.problems import (
     BAD_OVERRIDE,
     CONFLICT,
@@ -48,6 +48,8 @@ MAX_PROBLEMS = 200
 _ROW_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 KeyPath = tuple[str | int, ...]
+Reading = tuple[Node | None, list[Problem]]
+"""What a file or an override says, and what is wrong with how it is written."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, check_files: bool = False) -> RunConfig:
@@ -70,8 +72,7 @@ def config_from(source: Mapping[str, Any] | RunConfig, overrides: Sequence[str] 
     Raises:
         ConfigError: with every problem.
     """
-    tree = _node_of(source, Place("config"))
-    return _resolve([(tree, [])], overrides, check_files=False)
+    return _resolve([(_node_of(source, Place("config")), [])], overrides, check_files=False)
 
 
 def config_diff(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -86,11 +87,7 @@ def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
     return write_yaml(data) if data else ""
 
 
-_Reading = tuple[Node | None, list[Problem]]
-"""What a file or an override says, and what is wrong with how it is written."""
-
-
-def _resolve(readings: list[_Reading], overrides: Sequence[str], check_files: bool) -> RunConfig:
+def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: bool) -> RunConfig:
     """Lay files and overrides over each other and validate the result."""
     tree = Node({}, Place("config"), Place("config"))
     for overlay, _ in readings:
@@ -119,7 +116,7 @@ def _resolve(readings: list[_Reading], overrides: Sequence[str], check_files: bo
 # --- reading
 
 
-def _read_file(path: str, rank: int) -> _Reading:
+def _read_file(path: str, rank: int) -> Reading:
     place = Place(path if path.isprintable() else shown(path), rank=rank)
     try:
         with open(path, "rb") as file:
@@ -148,7 +145,7 @@ def _read_file(path: str, rank: int) -> _Reading:
     return tree, problems
 
 
-def _read_override(text: str, tree: Node, rank: int) -> _Reading:
+def _read_override(text: str, tree: Node, rank: int) -> Reading:
     """The overlay that an override means for a tree."""
     key, equals, value = text.partition("=")
     place = Place(f"command line: {shortened(text)}", rank=rank)
@@ -246,7 +243,7 @@ def _data_of(node: Node, path: KeyPath) -> Any:
 
 
 def _refused_values(node: Node, path: KeyPath) -> list[Problem]:
-    """What no key may hold: secrets, and numbers that are not finite or do not fit 64 bits."""
+    """What pydantic lets pass: secrets, numbers that are not finite or do not fit 64 bits, and `true` where 1 is a choice."""
     if isinstance(node.value, dict | list):
         children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
         return [problem for part, child in children for problem in _refused_values(child, (*path, part))]
@@ -257,6 +254,8 @@ def _refused_values(node: Node, path: KeyPath) -> list[Problem]:
         return [Problem(WRONG_VALUE, node.place, dotted(path), f"must be a finite number, got {shown(node.value)}")]
     if isinstance(node.value, int) and abs(node.value) >= 2**63:
         return [Problem(WRONG_VALUE, node.place, dotted(path), "must be a number that fits 64 bits")]
+    if any(choice == node.value and type(choice) is not type(node.value) for choice in choices(type_at(path))):
+        return [Problem(WRONG_VALUE, node.place, dotted(path), f"must be {in_words(type_at(path))}, got {shown(node.value)}")]
     return []
 
 

@@ -15,8 +15,8 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub model. A commit makes the run reproducible."""
     attention: Attention | Auto = "auto"
-    """Attention kernel. `auto` takes FlashAttention where it is installed, else `varlen` (PyTorch kernels, one call per document).
-    `sdpa` and `eager` build a dense mask over the packed row and pay for the other documents' keys."""
+    """Attention kernel. `auto` takes FlashAttention where it is installed, else `varlen` (PyTorch kernels, one call per
+    document). `sdpa` and `eager` build a dense mask over the packed row and pay for the other documents' keys."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Needs `revision` to be a full commit hash."""
 

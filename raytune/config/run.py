@@ -20,10 +20,11 @@ class RunConfig(Section):
     version: Literal[1] = 1
     """Version of this file format."""
     name: Annotated[str, Field(pattern=RUN_NAME, title="a name of lower-case letters, digits and . _ -")] = "run"
-    """Name of the run and of its folder: lower-case letters, digits, dots, dashes and underscores, at most 63. The same name continues
-    an unfinished run."""
+    """Name of the run and of its folder: lower-case letters, digits, dots, dashes and underscores, at most 63. The same name
+    continues an unfinished run."""
     storage: Text = "runs"
-    """Where run folders live: a folder that every node sees, or an s3:// gs:// abfs:// URL. Relative paths start at the working directory."""
+    """Where run folders live: a folder that every node sees, or an s3:// gs:// abfs:// URL. Relative paths start at the
+    working directory."""
     model: ModelSection = ModelSection()
     """Which weights to start from and how the model computes."""
     data: DataSection = DataSection()

@@ -86,12 +86,13 @@ class TrainingSection(Section):
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""
     precision: Precision | Auto = "auto"
-    """Arithmetic of forward and backward. bf16 and fp16 keep fp32 master weights; fp16 scales the loss. `auto`: bf16 on GPUs that have it,
-    fp32 on CPU."""
+    """Arithmetic of forward and backward. bf16 and fp16 keep fp32 master weights; fp16 scales the loss. `auto`: bf16 on GPUs
+    that have it, fp32 on CPU."""
     tf32: bool = True
     """Allow TF32 products on Ampere and newer GPUs where fp32 is used."""
     gradient_checkpointing: bool | Auto = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more compute. `auto`: only if it does not fit without."""
+    """Recompute activations in the backward pass: less memory, about a third more compute. `auto`: only if it does not fit
+    without."""
     loss: Literal["full", "chunked"] | Auto = "auto"
     """`full` projects all target positions at once, `chunked` a few thousand at a time and never holds all logits. Equal results.
     `auto`: chunked when the logits would exceed 256 MiB."""

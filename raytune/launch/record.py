@@ -12,8 +12,6 @@ from raytune.storage import exists, read_bytes, read_json, write_bytes, write_js
 
 State = Literal["running", "failed", "finished"]
 
-# Parts of the plan that decide which numbers a step computes. The others (logging, saving, the cluster) may change on resume.
-_IDENTITY = ("seed", "precision", "template", "model", "data", "adapter", "batch", "optimization", "engine")
 _LIBRARIES = ("raytune", "ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 
 
@@ -75,7 +73,7 @@ def refuse_another_run(folder: RunFolder, plan: RunPlan) -> None:
 
 def plan_changes(old: RunPlan, new: RunPlan) -> list[tuple[str, object, object]]:
     """Settings that decide the numbers of a step and differ: (dotted key, old value, new value)."""
-    old_leaves, new_leaves = (_leaves({part: plan.model_dump(mode="json")[part] for part in _IDENTITY}) for plan in (old, new))
+    old_leaves, new_leaves = _leaves(old.identity), _leaves(new.identity)
     keys = [*old_leaves, *(key for key in new_leaves if key not in old_leaves)]
     return [(key, old_leaves.get(key), new_leaves.get(key)) for key in keys if old_leaves.get(key) != new_leaves.get(key)]
 

@@ -23,7 +23,7 @@ from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
 from raytune.model.demo import demo_base_path
 from raytune.model.neftune import add_neftune
-from raytune.model.quantize import DTYPES, quantization_config
+from raytune.model.quantize import DTYPES, is_quantized, quantization_config
 from raytune.plan.run_plan import ModelPlan
 
 
@@ -179,10 +179,13 @@ def _sharding(shard: Callable[[nn.Parameter], None] | None) -> Iterator[None]:
         yield
         return
 
+    seen: set[int] = set()
+
     def keep_share(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
-        is_made = isinstance(parameter, nn.Parameter) and not parameter.is_meta
-        if is_made and getattr(parameter, "bnb_quantized", False) and not hasattr(parameter, "ds_id"):
-            shard(parameter)
+        if parameter is None or parameter.is_meta or not is_quantized(parameter) or id(parameter) in seen:
+            return
+        seen.add(id(parameter))  # `shard` may itself put it into a module, which comes back to here
+        shard(parameter)
 
     handle = register_module_parameter_registration_hook(keep_share)
     try:

@@ -40,6 +40,11 @@ def quantization_config(adapter: QloraAdapter, model: ModelPlan) -> BitsAndBytes
     )
 
 
+def is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds packed 4-bit numbers."""
+    return isinstance(parameter, bnb.nn.Params4bit) and parameter.bnb_quantized
+
+
 def quantized_modules(model: nn.Module) -> list[str]:
     """Names of the layers that bitsandbytes holds."""
     return [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]

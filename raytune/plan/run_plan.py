@@ -23,7 +23,8 @@ class ModelPlan(Plan):
     trust_remote_code: bool
     attention: Attention
     dtype: Precision
-    """Dtype of the loaded weights: bf16 / fp16 where no fp32 master copy of them is trained by PyTorch itself."""
+    """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with DeepSpeed's fp32
+    masters beside them)."""
     compute_dtype: Precision
     """Dtype of products in forward and backward."""
     gradient_checkpointing: bool
@@ -50,6 +51,8 @@ class DataPlan(Plan):
     """One store per validation source, so that each gets its own loss."""
     row_length: int
     """Tokens that a packed row holds at most."""
+    num_rows_in_run: int
+    """Rows that are trained, over all epochs; the last step may hold fewer than a whole batch."""
 
 
 class BatchPlan(Plan):
@@ -74,6 +77,8 @@ class BatchPlan(Plan):
 
 class OptimizationPlan(Plan):
     num_steps: int
+    num_rows: int
+    """Packed rows in the whole run, epochs times rows; the batch of the last step may end before it is full."""
     optimizer: Optimizer
     learning_rate: float
     lora_plus_ratio: float | None
@@ -144,6 +149,8 @@ class MemoryPart(Plan):
 
     name: str
     num_bytes: int
+    place: Literal["device", "host", "nvme"] = "device"
+    """Where they lie. On a CPU the device is the host's memory."""
 
 
 class RunPlan(Plan):
@@ -168,7 +175,9 @@ class RunPlan(Plan):
     memory: list[MemoryPart]
     """Expected bytes per rank, by part."""
     num_parameters: int
+    """Of the base model."""
     num_trainable: int
+    """Parameters that are trained; an adapter's come on top of the base."""
     reasons: list[str]
     """Why each automatic choice was made, a sentence each."""
 
@@ -181,3 +190,12 @@ class RunPlan(Plan):
     def qlora(self) -> QloraAdapter | None:
         """The quantised adapter's settings, or None."""
         return self.adapter if isinstance(self.adapter, QloraAdapter) else None
+
+    @property
+    def identity(self) -> dict:
+        """The part of the plan that decides which numbers a step computes; a run resumes only under an equal one.
+
+        How a global batch is divided, where things are logged and saved, and what the cluster looks like may change.
+        """
+        values = self.model_dump(mode="json", include={"seed", "precision", "template", "model", "data", "adapter", "optimization"})
+        return values | {"global_batch_size": self.batch.global_batch_size}

@@ -100,26 +100,27 @@ def _is_overflow(engine: Engine, step: StepResult) -> bool:
 def _divergence(engine: Engine, step: StepResult) -> TrainingError:
     """The error that every rank raises, from what each knows."""
     losses = [loss.item() for loss in step.losses]
-    own = [(loss, rows) for loss, rows in zip(losses, step.rows) if not math.isfinite(loss)]
-    culprits = [
-        f"rank {rank}: loss {loss} on rows {', '.join(map(str, rows))}"
-        for rank, found in enumerate(engine.gather_objects(own))
-        for loss, rows in found
-    ]
-    if culprits:
-        what, where = "The loss", "; ".join(culprits)
-    else:
-        norm, rows = step.grad_norm.item(), engine.gather_objects([row for rows in step.rows for row in rows])
-        what = "The gradient"
-        where = f"norm {norm} although every loss is finite; " + "; ".join(
-            f"rank {rank}: rows {', '.join(map(str, own_rows))}" for rank, own_rows in enumerate(rows)
+    found = [(loss, rows) for loss, rows in zip(losses, step.rows) if not math.isfinite(loss)]
+    by_rank = {rank: found for rank, found in enumerate(engine.gather_objects(found)) if found}
+    if by_rank:
+        what = "The loss"
+        where = "; ".join(
+            f"rank {rank}: {' and '.join(f'{loss} on rows {_listed(rows)}' for loss, rows in found)}" for rank, found in by_rank.items()
         )
+    else:
+        what = "The gradient"
+        rows_of_ranks = engine.gather_objects([row for rows in step.rows for row in rows])
+        where = "every loss is finite; " + "; ".join(f"rank {rank}: rows {_listed(rows)}" for rank, rows in enumerate(rows_of_ranks))
     scale = engine.loss_scale()
     return TrainingError(
         f"{what} of step {step.step} is not finite ({where}). Learning rate {step.learning_rate:g}"
         f"{f', loss scale {scale:g}' if scale is not None else ''}. The weights were not updated with it. Look at these rows with "
         f"`raytune data preview`, lower training.learning_rate or training.max_grad_norm, or train in bf16 rather than fp16."
     )
+
+
+def _listed(rows: Iterable[int]) -> str:
+    return ", ".join(map(str, rows))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

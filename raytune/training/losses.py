@@ -8,7 +8,8 @@ while a chunk's logits exist. So all logits never exist together, nothing is rec
 gathered again for the backward pass. What a model does to its logits after the head (soft caps, scales) is done to each chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -294,23 +295,73 @@ def _readable(head: nn.Module) -> nn.Module:
 
 def _without_hooks(module: nn.Module) -> nn.Module:
     """A view of a module: same class, weights and settings, but neither hooks nor a replaced `forward`."""
+    return _view(module, {name: child and _without_hooks(child) for name, child in module._modules.items()})
+
+
+def _view(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
     view = module.__class__.__new__(module.__class__)
     view.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"}
-    view._modules = {name: child and _without_hooks(child) for name, child in module._modules.items()}
-    view._forward_hooks, view._forward_pre_hooks = OrderedDict(), OrderedDict()
+    view.__dict__ |= {"_modules": dict(children), "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
     return view
 
 
-class _Constant(nn.Module):
-    """Stands in for a module when only what happens around it matters: has the module's attributes, returns `output`."""
+def _transform_after_head(model: nn.Module) -> Transform | None:
+    """What a model does to its logits between its head and its output, such as Gemma's soft cap; None: nothing.
 
-    def __init__(self, module: nn.Module | None, output: Any = None) -> None:
+    The answer comes from the model's own forward method, run with stand-ins for its submodules: the head's returns the logits.
+
+    Raises:
+        ModelError: if that method needs more of its submodules than a stand-in has.
+    """
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    children = {name: child and _StandIn(child, _BackboneOutput()) for name, child in model._modules.items()}
+    logits_of = next((children[name] for name, child in model._modules.items() if child is head), None)
+    view = _view(model, children)
+
+    def transform(logits_1CV: Tensor) -> Tensor:
+        assert logits_of is not None
+        logits_of.output = logits_1CV
+        try:
+            return type(model).forward(view, input_ids=torch.zeros((1, 1), dtype=torch.long)).logits
+        finally:
+            logits_of.output = None
+
+    probe = torch.linspace(-50, 50, 101)[None, None]
+    advice = f"The logits of {type(model).__name__} cannot be computed in chunks. Set training.loss to full."
+    if logits_of is None:
+        raise ModelError(f"{advice} (Its output head is not a direct part of it.)")
+    try:
+        transformed = transform(probe)
+    except Exception as error:
+        raise ModelError(f"{advice} (What it does to them could not be found out: {error!r}.)") from error
+    if transformed.shape != probe.shape:
+        raise ModelError(f"{advice} (It turns logits of shape {tuple(probe.shape)} into {tuple(transformed.shape)}.)")
+    return None if torch.equal(transformed, probe) else transform
+
+
+class _StandIn(nn.Module):
+    """A module of which only the surroundings matter: has its attributes, computes nothing, returns `output`."""
+
+    def __init__(self, module: nn.Module, output: Any) -> None:
         super().__init__()
-        self.__dict__["_module"] = module
+        self.__dict__["_stands_for"] = module  # past nn.Module, which would make it a submodule
         self.output = output
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name)
+        value = getattr(self.__dict__["_stands_for"], name)
+        return self if isinstance(value, nn.Module) else value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
+
+
+class _BackboneOutput:
+    """What a head would be computed from: hidden states under any index, and no other output."""
+
+    last_hidden_state = torch.zeros(1, 1, 1)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None

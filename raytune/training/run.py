@@ -1,26 +1,112 @@
 """The policy of a run, on every rank: where it starts, what is done after which step, and what it leaves behind."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from raytune.data.batches import Batch, evaluation_batches, step_batches
+from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
-from raytune.evaluate.perplexity import bits_per_byte, perplexity
-from raytune.metrics import MetricsWriter
-from raytune.model.load import load_tokenizer
-from raytune.plan.run_plan import RunPlan, StorePlan
+from raytune.metrics import EventLog
+from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import write_json
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
-from raytune.training.answers import compare_answers
-from raytune.training.final_model import write_final_model
-from raytune.training.loop import StepResult, evaluate_loss, training_steps
-from raytune.training.losses import LossLayer, attach_loss
+from raytune.training.final import finish
+from raytune.training.loop import training_steps
+from raytune.training.recorder import Recorder
 from raytune.training.schedule import learning_rate
-from raytune.training.start import start_engine
+from raytune.training.start import prepare_process, start_engine
 from raytune.training.timetable import Timetable
+from raytune.training.validation import Validation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """Who this process is among the workers of an attempt."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    attempt: int
+    report: Callable[[dict[str, float]], None]
+    """Tells whoever waits for news (a sweep, for one). Every rank calls it the same number of times, seconds apart."""
+
+
+def train(plan: RunPlan, worker: Worker) -> None:
+    """Train a plan on this rank, from its newest checkpoint or from the start, to its last step and its final model.
+
+    Raises:
+        RaytuneError: the same on every rank where it concerns all of them.
+    """
+    folder = RunFolder(plan.storage, plan.name)
+    device = prepare_process(plan, worker.local_rank)
+    engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size)
+    timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
+    events = EventLog(folder.events, attempt=worker.attempt)
+    checkpoints = Checkpoints(
+        folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=plan.identity, report=events.write
+    )
+    resumed = checkpoints.load_newest()
+    start = resumed.step if resumed else 0
+    with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=start) as recorder:
+        if start == 0 and plan.evaluation.at_start and validation:
+            recorder.evaluation(0, validation.measure())
+        clock = _SaveClock(plan, engine)
+        for result in training_steps(
+            engine,
+            _batches(plan, worker),
+            loss_sum,
+            lambda step: learning_rate(step, plan.optimization),
+            start=start,
+            stop=timetable.num_steps,
+            seed=plan.seed,
+        ):
+            step = result.step
+            evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step, clock.seconds_since_save())
+            if timetable.logs_after(step) or evaluates or saves:
+                recorder.step(result)  # reads the step, and so stops here if it went wrong
+            measured = validation.measure() if evaluates else {}
+            if evaluates:
+                recorder.evaluation(step, measured)
+                worker.report({"step": step, **measured})
+            if saves:
+                recorder.flush()
+                checkpoints.save(step, metrics=measured, run_state={})
+                clock.saved()
+        checkpoints.wait()
+        finish(plan, engine, checkpoints, recorder, folder)
+    events.close()
+
+
+def _batches(plan: RunPlan, worker: Worker) -> Callable[[int], Sequence[Batch]]:
+    """This rank's micro-batches of a step."""
+    store = Store.open(plan.data.train.path)
+    return lambda step: step_batches(
+        store,
+        step=step,
+        rank=worker.rank,
+        world=worker.world_size,
+        micro_batch_size=plan.batch.micro_batch_size,
+        accumulation=plan.batch.accumulation,
+        num_rows_in_run=plan.optimization.num_rows,
+        seed=plan.seed,
+    )
+
+
+class _SaveClock:
+    """Seconds since the last save by rank 0's clock, so that ranks agree; asked of it only where the plan saves by time."""
+
+    def __init__(self, plan: RunPlan, engine: Engine) -> None:
+        self._engine = engine
+        self._is_used = plan.checkpoint.every_s is not None
+        self._last_s = time.monotonic()
+
+    def seconds_since_save(self) -> float:
+        if not self._is_used:
+            return 0.0
+        return self._engine.gather_objects(time.monotonic() - self._last_s)[0]
+
+    def saved(self) -> None:
+        self._last_s = time.monotonic()

@@ -16,6 +16,9 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from deepspeed.ops import op_builder
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
@@ -41,6 +44,9 @@ MAX_BUCKET_ELEMENTS = 200_000_000
 PERSISTENT_ELEMENTS = 100_000
 """Stage 3 leaves smaller parameters (norms, biases) whole on every rank: a gather of them costs more than it saves."""
 
+RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""Programs that DeepSpeed puts into every checkpoint; a checkpoint of ours holds data only."""
+
 OWNED_KEYS = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.per_device_train_batch_size",
@@ -60,6 +66,7 @@ OWNED_KEYS = {
     "pipeline": None,
     "tensor_parallel": None,
     "compile": "training.compile",
+    "checkpoint": None,
 }
 """Keys that an override may not set, and raytune's word for each; None: the loop relies on its value."""
 
@@ -86,10 +93,11 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
     """DeepSpeed's JSON for a plan, with `training.zero.overrides` laid over it.
 
     Raises:
-        UserError: if an override sets what raytune owns, or what DeepSpeed no longer has.
+        UserError: if an override sets what raytune owns, or what DeepSpeed no longer has; if DeepSpeed lacks the precision.
     """
     _check_overrides(plan.engine.deepspeed_overrides)
-    zero = _zero_section(plan)
+    if plan.precision == "fp16" and plan.cluster.device == "cpu":
+        raise PlanError("DeepSpeed has no fp16 on CPUs. Set training.precision to bf16 or fp32, or training.zero.stage to 0.")
     config: dict[str, Any] = {
         "train_batch_size": plan.batch.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
@@ -99,7 +107,7 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
         "gradient_clipping": plan.optimization.max_grad_norm,
         "bf16": {"enabled": plan.precision == "bf16"},
         "fp16": {"enabled": plan.precision == "fp16", "initial_scale_power": int(math.log2(INITIAL_LOSS_SCALE))},
-        "zero_optimization": zero,
+        "zero_optimization": _zero_section(plan),
         # Optimizers are built by training/optimizer.py; DeepSpeed's list of tested ones does not know bitsandbytes', and its own
         # CPU Adam would be compiled inside the worker.
         "zero_allow_untested_optimizer": True,
@@ -270,6 +278,7 @@ class ZeroEngine:
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],  # pyright: ignore[reportArgumentType]
         )
         self.module: nn.Module = self._engine
+        self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def autocast(self) -> AbstractContextManager:
@@ -314,6 +323,8 @@ class ZeroEngine:
         )
         if self.rank == 0:
             self._layout().write(folder)
+            for script in RECOVERY_SCRIPTS:
+                (folder / script).unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
         self._layout().check(Layout.read(folder), folder)
@@ -336,7 +347,8 @@ class ZeroEngine:
 
     def held_bytes(self) -> HeldBytes:
         optimizer: Any = self._engine.optimizer
-        shards = [shard for group in optimizer.averaged_gradients.values() for shard in group or []]
+        # Stage 3 keeps one buffer for all steps, stages 1 and 2 allocate anew.
+        shards = [optimizer.grad_partitions_flat_buffer] if self._stage == 3 else _flat(optimizer.averaged_gradients.values())
         whole = [parameter.grad for parameter in self._trained.values()]
         states = [value for state in optimizer.state.values() for value in state.values()]
         masters = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
@@ -355,6 +367,18 @@ class ZeroEngine:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+class _DataOnlyFiles(TorchCheckpointEngine):
+    """DeepSpeed's files, read without running code from them; DeepSpeed's own reader executes what a pickle says."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _flat(groups: Iterable[Iterable[Any] | None]) -> list[Any]:
+    return [value for group in groups for value in group or ()]
 
 
 def _held_weight(parameter: nn.Parameter) -> Tensor:

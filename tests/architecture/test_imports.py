@@ -16,7 +16,7 @@ OWNERS = {
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
     "datasets": {"data/sources.py"},
-    "yaml": {"config/load.py"},
+    "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"storage.py"},
     "click": {"cli.py"},
     "rich": {"cli.py", "launch/progress.py"},

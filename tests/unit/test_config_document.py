@@ -35,8 +35,14 @@ def test_a_subject_may_be_nothing_a_section_a_position_a_bare_leaf_or_an_error(s
 
 @pytest.mark.parametrize(
     ("subject", "near"),
-    [("lora_r", "adapter.rank"), ("training.learning_rat", "training.learning_rate"), ("every_steps", "checkpoint.every_steps")]
-    + [("quantisation", "adapter.quantization"), ("E999", "raytune explain"), ("x y", "raytune explain")],
+    [
+        ("lora_r", "adapter.rank"),
+        ("training.learning_rat", "training.learning_rate"),
+        ("every_steps", "checkpoint.every_steps"),
+        ("quantisation", "adapter.quantization"),
+        ("E999", "raytune explain"),
+        ("x y", "raytune explain"),
+    ],
 )
 def test_an_unknown_subject_leads_on(subject: str, near: str):
     with pytest.raises(UserError, match=near):

@@ -1,0 +1,136 @@
+"""From packed rows to tensors: documents laid end to end, without padding.
+
+Shapes: N tokens of the micro-batch, D documents, M targets.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytune.data.order import positions_of_micro_batch, positions_of_step, rows_at
+from raytune.data.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one rank sees in one forward pass."""
+
+    input_ids: Tensor
+    """(1, N) int64."""
+    position_ids: Tensor
+    """(1, N) int64; starts again at 0 with each document."""
+    cumulative_lengths: Tensor
+    """(D + 1,) int32: where each document begins, and N."""
+    max_document_length: int
+    target_positions: Tensor
+    """(M,) int64: where in N the hidden state is that predicts each target, one before the target and in the same document."""
+    target_ids: Tensor
+    """(M,) int64."""
+    num_targets_in_step: int
+    """Targets of the whole global batch (in evaluation: of all evaluated rows), over all ranks and micro-steps."""
+    rows: tuple[int, ...]
+    """Rows of the store, for messages."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_targets(self) -> int:
+        return self.target_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; copies from pinned memory do not wait."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+        return Batch(**moved)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies while it computes."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()})
+
+
+def step_batches(
+    store: Store,
+    *,
+    step: int,
+    rank: int,
+    world: int,
+    micro_batch_size: int,
+    accumulation: int,
+    num_rows_in_run: int,
+    seed: int,
+) -> list[Batch]:
+    """This rank's micro-batches of one optimizer step, `accumulation` of them.
+
+    Args:
+        step: counted from 0.
+        num_rows_in_run: positions that the run visits (epochs x rows of the store). The last step may reach beyond them: those
+            rows are there, so that every rank has something to compute, but carry no targets.
+        seed: of the data order.
+    """
+    in_step = positions_of_step(step, world * micro_batch_size * accumulation)
+    counted = rows_at(in_step[in_step < num_rows_in_run], store.num_rows, seed)
+    num_targets = int(store.num_targets_of_row[counted].sum())
+    batches = []
+    for micro_step in range(accumulation):
+        positions = positions_of_micro_batch(
+            step=step,
+            micro_step=micro_step,
+            rank=rank,
+            world=world,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+        )
+        rows = rows_at(positions, store.num_rows, seed).tolist()
+        batches.append(_make_batch(store, rows, (positions < num_rows_in_run).tolist(), num_targets))
+    return batches
+
+
+def num_evaluation_batches(num_rows: int, *, world: int, micro_batch_size: int, max_rows: int | None) -> int:
+    """Batches that every rank gets from `evaluation_batches`."""
+    return -(-min(num_rows, max_rows or num_rows) // (world * micro_batch_size))
+
+
+def evaluation_batches(
+    store: Store, *, rank: int, world: int, micro_batch_size: int, max_rows: int | None
+) -> Iterator[Batch]:
+    """The first rows of a store in order, divided over the ranks; every rank gets as many batches, the tail without targets."""
+    num_rows = min(store.num_rows, max_rows or store.num_rows)
+    num_targets = int(store.num_targets_of_row[:num_rows].sum())
+    for index in range(num_evaluation_batches(store.num_rows, world=world, micro_batch_size=micro_batch_size, max_rows=max_rows)):
+        first = (index * world + rank) * micro_batch_size
+        positions = range(first, first + micro_batch_size)
+        yield _make_batch(store, [p % num_rows for p in positions], [p < num_rows for p in positions], num_targets)
+
+
+def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], num_targets_in_step: int) -> Batch:
+    """Lay rows end to end.
+
+    Args:
+        counts: whether each row's targets carry loss.
+    """
+    contents = [store.row(row) for row in rows]
+    lengths_D = np.concatenate([row.document_lengths for row in contents])
+    cumulative_D1 = np.zeros(len(lengths_D) + 1, np.int32)
+    np.cumsum(lengths_D, out=cumulative_D1[1:])
+    input_ids_N = np.concatenate([row.input_ids for row in contents]).astype(np.int64)
+    position_ids_N = np.arange(len(input_ids_N)) - np.repeat(cumulative_D1[:-1], lengths_D)
+    is_target_N = np.concatenate([row.is_target & counted for row, counted in zip(contents, counts, strict=True)])
+    targets_M = np.flatnonzero(is_target_N)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids_N).unsqueeze(0),
+        position_ids=torch.from_numpy(position_ids_N).unsqueeze(0),
+        cumulative_lengths=torch.from_numpy(cumulative_D1),
+        max_document_length=int(lengths_D.max()),
+        target_positions=torch.from_numpy(targets_M - 1),
+        target_ids=torch.from_numpy(input_ids_N[targets_M]),
+        num_targets_in_step=num_targets_in_step,
+        rows=tuple(rows),
+    )

@@ -1,0 +1,35 @@
+"""What is a target. Pure: turns and character spans in, a truth value per token out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raytune.data.conversation import Message
+
+Targets = str | tuple[str, ...]
+"""`data.targets`: "completion", "assistant", "last", "all", or roles."""
+
+
+def trained_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
+    """Indices of the turns that carry loss. With "all" the whole text does, turns or not, and the caller does not ask."""
+    assert targets != "all"
+    roles = targets if isinstance(targets, tuple) else ("assistant",)
+    turns = [index for index, message in enumerate(messages) if message["role"] in roles]
+    return turns[-1:] if targets == "last" else turns
+
+
+def target_mask(
+    token_starts: np.ndarray, token_ends: np.ndarray, span_starts: Sequence[int], span_ends: Sequence[int]
+) -> np.ndarray:
+    """Which tokens are targets: those that share text with a span.
+
+    Args:
+        token_starts, token_ends: where each token's text begins and ends; neither may ever decrease.
+        span_starts, span_ends: the trained pieces of text, in the same units.
+    """
+    first = np.searchsorted(token_ends, span_starts, side="right")
+    behind = np.maximum(first, np.searchsorted(token_starts, span_ends, side="left"))
+    depth = np.zeros(len(token_starts) + 1, np.int32)
+    np.add.at(depth, first, 1)
+    np.add.at(depth, behind, -1)
+    return np.cumsum(depth[:-1]) > 0

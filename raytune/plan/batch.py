@@ -1,0 +1,71 @@
+"""The batch equation: workers x rows per forward pass x accumulation = rows per optimizer step."""
+
+from raytune.config.training import TrainingSection
+from raytune.errors import UserError
+from raytune.plan.run_plan import BatchPlan
+
+DEFAULT_ROWS = 16
+MIN_STEPS = 20
+
+
+def default_rows_per_step(rows_in_run: float | None) -> int:
+    """16 packed rows per step (32k tokens at 2,048 per row), fewer where a run would have less than 20 steps.
+
+    QLoRA (Dettmers et al. 2023, table 9) takes 16 rows for all sizes but the largest.
+
+    Args:
+        rows_in_run: rows over all epochs, or None when the number of steps is given.
+    """
+    if rows_in_run is None:
+        return DEFAULT_ROWS
+    return max(1, min(DEFAULT_ROWS, int(rows_in_run / MIN_STEPS)))
+
+
+def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, max_micro_batch: int) -> list[BatchPlan]:
+    """Every way to solve the equation as asked, largest micro-batch first. All have the same rows per step.
+
+    Args:
+        training: any two of rows per step, micro-batch and accumulation fix the third.
+        workers: training processes.
+        wanted_rows: rows per step where the config does not say.
+        max_micro_batch: largest micro-batch that is chosen where the config does not say.
+
+    Raises:
+        UserError: if there is no whole solution; the message names the nearest ones.
+    """
+    total, micro, accumulation = (
+        None if value == "auto" else value
+        for value in (training.global_batch_size, training.per_device_train_batch_size, training.gradient_accumulation_steps)
+    )
+    unit = workers * (micro or 1) * (accumulation or 1)
+    if total is None:
+        total = unit if micro and accumulation else unit * max(1, wanted_rows // unit)
+    elif total % unit or (micro and accumulation and total != unit):
+        raise UserError(_no_solution(total, workers, micro, accumulation))
+    rows_per_worker = total // workers
+    if micro:
+        return [BatchPlan(workers=workers, micro_batch_size=micro, accumulation=rows_per_worker // micro)]
+    if accumulation:
+        return [BatchPlan(workers=workers, micro_batch_size=rows_per_worker // accumulation, accumulation=accumulation)]
+    return [
+        BatchPlan(workers=workers, micro_batch_size=size, accumulation=rows_per_worker // size)
+        for size in range(max(1, min(max_micro_batch, rows_per_worker)), 0, -1)
+        if rows_per_worker % size == 0
+    ]
+
+
+def _no_solution(total: int, workers: int, micro: int | None, accumulation: int | None) -> str:
+    factors = [f"{workers} worker{'s' * (workers != 1)}"]
+    factors += [f"per_device_train_batch_size {micro}"] if micro else []
+    factors += [f"gradient_accumulation_steps {accumulation}"] if accumulation else []
+    unit = workers * (micro or 1) * (accumulation or 1)
+    if micro and accumulation:
+        advice = f"Set it to {unit}, or leave one of the two others out."
+    else:
+        below = total // unit * unit
+        nearest = " or ".join(str(rows) for rows in (below, below + unit) if rows)
+        advice = f"The nearest that are possible: {nearest}; or set cluster.workers to a divisor of {total}."
+    return (
+        f"training.global_batch_size {total} cannot be divided: {' x '.join(factors)} = {unit} rows"
+        f"{'' if micro and accumulation else ', times a whole number,'} must make {total}. {advice}"
+    )

@@ -1,0 +1,67 @@
+"""What a setting is when the config leaves it to the method, the model and the data. Each rule names where it comes from."""
+
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from raytune.config.adapter import Adapter
+from raytune.units import format_count
+
+Method = Literal["full", "lora", "qlora"]
+Value = TypeVar("Value", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[Value]):
+    """A value, and why it was chosen; no reason: the user chose it."""
+
+    value: Value
+    reason: str | None = None
+
+
+# (parameters from, full fine-tuning, adapters). Full: 2e-5 for 7B-13B and 1e-5 for 70B (Tulu 2, Ivison et al. 2023, table 10; Llama 2 chat
+# takes 2e-5). Adapters: 2e-4 up to 13B and 1e-4 above (QLoRA, Dettmers et al. 2023, table 9), ten times the rate of full
+# fine-tuning as "LoRA Without Regret" (Schulman et al. 2025) measured it. Below 1B the best rate grows about as one over the
+# width (Yang et al. 2022, Tensor Programs V), which gives the last two lines.
+_RATES = [(30e9, 1e-5, 1e-4), (1e9, 2e-5, 2e-4), (50e6, 5e-5, 5e-4), (0, 5e-4, 5e-3)]
+
+# (target tokens from, epochs of full fine-tuning, epochs of adapters). 3 epochs are Alpaca's (52k rows, 3M targets) and about QLoRA's on
+# OASST1; Tulu 2 takes 2 on 326k rows; small sets need more passes to be learned at all (LIMA, Zhou et al. 2023: 15 on 1k
+# rows), of which adapters forget less (Biderman et al. 2024, LoRA Learns Less and Forgets Less).
+_EPOCHS = [(100e6, 1.0, 1.0), (10e6, 2.0, 2.0), (1e6, 3.0, 3.0), (0, 3.0, 5.0)]
+
+SHORT_RUN_STEPS = 200
+
+
+def default_learning_rate(method: Method, num_parameters: int) -> Choice[float]:
+    """Peak rate by method and size of the base model."""
+    full, adapter = next((full, adapter) for least, full, adapter in _RATES if num_parameters >= least)
+    rate = full if method == "full" else adapter
+    return Choice(
+        rate, f"training.learning_rate is {rate:g}, the usual rate of {method} for {format_count(num_parameters)} parameters."
+    )
+
+
+def default_epochs(method: Method, num_targets: int) -> Choice[float]:
+    """Passes over the data by method and size of the data."""
+    full, adapter = next((full, adapter) for least, full, adapter in _EPOCHS if num_targets >= least)
+    epochs = full if method == "full" else adapter
+    return Choice(
+        epochs, f"training.num_train_epochs is {epochs:g}: {method} on {format_count(num_targets)} target tokens per pass."
+    )
+
+
+def default_warmup_ratio(num_steps: int) -> Choice[float]:
+    """3 % (QLoRA and Tulu 2 alike), 10 % in a short run, whose Adam moments would not have settled in 3 %."""
+    ratio = 0.1 if num_steps < SHORT_RUN_STEPS else 0.03
+    length = f"{'fewer' if num_steps < SHORT_RUN_STEPS else 'at least'} {'than ' * (num_steps < SHORT_RUN_STEPS)}{SHORT_RUN_STEPS}"
+    return Choice(ratio, f"training.warmup_ratio is {ratio:g}: the run has {length} steps.")
+
+
+def default_weight_decay(method: Method) -> Choice[float]:
+    """0.1 for full fine-tuning (Llama 2 chat, Touvron et al. 2023, section 3.1); 0 for adapters (QLoRA), whose rank already limits them."""
+    decay = 0.1 if method == "full" else 0.0
+    return Choice(decay, f"training.weight_decay is {decay:g}, the usual value of {method}.")
+
+
+def method_of(adapter: Adapter) -> Method:
+    return adapter.method

@@ -1,0 +1,249 @@
+"""Bytes per rank of a run, part by part. Every formula names its source; all lean to the high side.
+
+Not in here: fragmentation and what kernels take for a moment, for which `machine.USABLE_SHARE` leaves room.
+"""
+
+from dataclasses import dataclass
+
+from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.model import Attention
+from raytune.config.training import Offload, Optimizer, Precision
+from raytune.plan.adapter_size import num_trainable, target_modules
+from raytune.plan.run_plan import MemoryPart
+from raytune.plan.shapes import ModelShape
+from raytune.units import GIB, MIB
+
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+STATE_BYTES: dict[Optimizer, float] = {
+    "adamw": 8,
+    "paged_adamw": 8,
+    # Two moments of a byte, and per 256 of them an fp32 scale (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
+    "adamw_8bit": 2 + 2 * 4 / 256,
+    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    "lion": 4,
+}
+"""Optimizer state per trained parameter. Adafactor's depends on shapes: `_adafactor_bytes`."""
+
+CPU_PROCESS_BYTES = GIB
+"""A worker with torch, transformers, peft and deepspeed imported (resident set 0.6-0.9 GiB, measured with the versions in pyproject)."""
+GPU_CONTEXT_BYTES = GIB
+"""CUDA context, cuBLAS and NCCL buffers of a process; 0.5-1 GiB by driver and GPU, which the allocator's figures do not show."""
+PLAIN_BUCKET_BYTES = 64 * MIB
+"""training.engine.BUCKET_BYTES: gradients that PlainEngine sums over the ranks at once."""
+ZERO_BUCKET_ELEMENTS = 200_000_000
+"""training.zero_engine.MAX_BUCKET_ELEMENTS: gradients that DeepSpeed reduces at once."""
+ZERO_LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters, and of the distance within which gathered weights are kept for reuse."""
+
+CHUNK_BYTES = 128 * MIB
+FULL_LOGITS_BYTES = 256 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """All that decides the bytes of a rank."""
+
+    shape: ModelShape
+    adapter: Adapter
+    engine: str
+    """"plain" or "zero"."""
+    zero_stage: int
+    workers: int
+    offload_optimizer: Offload
+    offload_parameters: Offload
+    precision: Precision
+    optimizer: Optimizer
+    attention: Attention
+    has_checkpointing: bool
+    accumulation: int
+    num_tokens: int
+    """Tokens of a micro-batch."""
+    num_targets: int
+    """Target tokens of a micro-batch, at most."""
+    chunk_tokens: int | None
+    is_on_gpu: bool
+
+    @property
+    def num_trainable(self) -> int:
+        return num_trainable(self.adapter, self.shape)
+
+    @property
+    def weight_dtype(self) -> Precision:
+        """Of weights as they are loaded (`ModelPlan.dtype`)."""
+        trains_base = isinstance(self.adapter, FullAdapter)
+        return "fp32" if trains_base and self.engine == "plain" else self.precision
+
+    @property
+    def trained_dtype(self) -> Precision:
+        """Of trained weights: PlainEngine keeps them in fp32, DeepSpeed has fp32 masters beside them."""
+        return "fp32" if self.engine == "plain" else self.precision
+
+    def share(self, from_stage: int) -> int:
+        """Ranks that divide what ZeRO shards from this stage on."""
+        return self.workers if self.zero_stage >= from_stage else 1
+
+
+def memory_parts(work: Workload) -> list[MemoryPart]:
+    """Bytes per rank by part, at the fullest moment of a step."""
+    optimizer_place = {"none": "device", "cpu": "host", "nvme": "nvme"}[work.offload_optimizer]
+    weights_place = {"none": "device", "cpu": "host", "nvme": "nvme"}[work.offload_parameters]
+    overhead = ("CUDA context and libraries", GPU_CONTEXT_BYTES) if work.is_on_gpu else ("process and libraries", CPU_PROCESS_BYTES)
+    parts = [
+        ("weights", _weight_bytes(work), weights_place),
+        ("weights in compute precision", _autocast_bytes(work), "device"),
+        # DeepSpeed keeps the gradients of a sharded optimizer where that optimizer is.
+        ("gradients", _gradient_bytes(work), "host" if optimizer_place != "device" and work.zero_stage >= 2 else "device"),
+        ("optimizer", _optimizer_bytes(work), optimizer_place),
+        ("activations", activation_bytes(work), "device"),
+        ("logits and loss", _loss_bytes(work), "device"),
+        ("communication", _communication_bytes(work), "device"),
+        (*overhead, "device"),
+    ]
+    return [MemoryPart(name=name, num_bytes=round(size), place=place) for name, size, place in parts if size]
+
+
+def bytes_in(parts: list[MemoryPart], place: str) -> int:
+    """Bytes of the parts that lie in one place."""
+    return sum(part.num_bytes for part in parts if part.place == place)
+
+
+def chunk_tokens_for(vocab: int) -> int:
+    """Target positions whose fp32 logits take between 64 and 128 MiB: a power of two."""
+    return 1 << max(0, (CHUNK_BYTES // (4 * vocab)).bit_length() - 1)
+
+
+def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
+    """Whether the fp32 logits of all targets are more than is worth holding (256 MiB)."""
+    return 4 * num_targets * vocab > FULL_LOGITS_BYTES
+
+
+def quantized_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
+    """Weights that bitsandbytes quantises, with their constants.
+
+    Dettmers et al. 2023 (QLoRA), section 3: blocks of 64 with an fp32 scale are 0.5 bit per parameter; double quantisation makes
+    that 8 / 64 + 32 / (64 * 256) = 0.127 bit. int8 has an fp32 scale per output.
+    """
+    weights = shape.num_quantizable
+    if adapter.quantization == "int8":
+        outputs = shape.num_layers * sum(module.outputs for module in shape.layer if module.is_linear)
+        return weights + 4 * outputs
+    scale_bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
+    return weights * (4 + scale_bits) / 8
+
+
+def _weight_bytes(work: Workload) -> float:
+    """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
+    dtype = BYTES[work.weight_dtype]
+    if isinstance(work.adapter, QloraAdapter):
+        base = quantized_bytes(work.adapter, work.shape) + dtype * (work.shape.num_parameters - work.shape.num_quantizable)
+    else:
+        base = dtype * work.shape.num_parameters
+    adapter = 0 if isinstance(work.adapter, FullAdapter) else BYTES[work.trained_dtype] * work.num_trainable
+    return (base + adapter) / work.share(3)
+
+
+def _autocast_bytes(work: Workload) -> float:
+    """torch.autocast casts a trained fp32 weight once per forward pass and keeps the copy until its backward pass (torch.amp, cache)."""
+    if work.engine != "plain" or work.precision == "fp32":
+        return 0
+    num_cast = work.num_trainable
+    if isinstance(work.adapter, FullAdapter):
+        num_cast -= sum(module.num_parameters for module in work.shape.embeddings) if not work.shape.is_tied else 0
+    return BYTES[work.precision] * num_cast
+
+
+def _gradient_bytes(work: Workload) -> float:
+    """ZeRO, section 3: as wide as the trained weights; stage 2 divides by the ranks.
+
+    zero_engine sums bf16 gradients over micro-batches in fp32 except at stage 1; DeepSpeed updates from an fp32 copy of the own shard
+    (`single_partition_of_fp32_groups.grad`).
+    """
+    sums_in_fp32 = work.precision == "bf16" and work.accumulation > 1 and work.zero_stage != 1
+    width = 4 if work.engine == "plain" or sums_in_fp32 else BYTES[work.precision]
+    for_update = 4 / work.share(1) if work.engine == "zero" else 0
+    return work.num_trainable * (width / work.share(2) + for_update)
+
+
+def _optimizer_bytes(work: Workload) -> float:
+    """ZeRO, section 3: Adam's moments 8 bytes per parameter, DeepSpeed's fp32 master 4 (also beside fp32 weights); stage 1 divides both."""
+    state = _adafactor_bytes(work) if work.optimizer == "adafactor" else work.num_trainable * STATE_BYTES[work.optimizer]
+    master = 4 * work.num_trainable if work.engine == "zero" else 0
+    return (state + master) / work.share(1)
+
+
+def _adafactor_bytes(work: Workload) -> float:
+    """Shazeer and Stern 2018: an fp32 number per row and per column of a matrix instead of one per entry."""
+    if isinstance(work.adapter, FullAdapter):
+        return 4 * sum(module.inputs + module.outputs + module.num_biases for module in work.shape.modules())
+    return 4 * sum(module.inputs + module.outputs for module in target_modules(work.adapter, work.shape))
+
+
+def activation_bytes(work: Workload) -> float:
+    """What autograd keeps of the layers for the backward pass, and what that pass needs for the layer it is in.
+
+    Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's. With
+    checkpointing only the input of each layer is kept, and one layer is whole at a time.
+    """
+    shape, width = work.shape, BYTES[work.precision]
+    stream = 4 if work.weight_dtype == "fp32" else width
+    layer = _layer_activation_bytes(work)
+    if work.has_checkpointing:
+        kept = shape.num_layers * work.num_tokens * shape.hidden * stream + layer
+    else:
+        kept = shape.num_layers * layer
+    backward = work.num_tokens * (3 * shape.intermediate * width + 3 * shape.hidden * 4)
+    return kept + backward
+
+
+def _layer_activation_bytes(work: Workload) -> float:
+    """Per layer: norms in fp32, inputs of the linear layers, queries, keys, values and output of attention, branches of the MLP."""
+    shape, width = work.shape, BYTES[work.precision]
+    num_norms = sum(module.kind == "norm" and module.outputs == shape.hidden for module in shape.layer)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = num_norms * shape.hidden * (4 + width)
+    head_norms = (queries + keys) * (4 + width) if any(module.name.endswith("q_norm") for module in shape.layer) else 0
+    attention = width * (2 * queries + 2 * keys)
+    branches = width * shape.intermediate * (4 if shape.has_gate else 2)
+    inputs = width * 2 * shape.hidden
+    per_token = norms + head_norms + attention + branches + inputs + _adapter_activation_bytes(work)
+    return work.num_tokens * per_token + _score_bytes(work)
+
+
+def _adapter_activation_bytes(work: Workload) -> float:
+    """PEFT casts the input of each target anew, and keeps the update's inner activations and, with dropout, its mask."""
+    if not isinstance(work.adapter, LoraAdapter):
+        return 0
+    width = BYTES[work.precision]
+    inputs = sum(module.inputs for module in target_modules(work.adapter, work.shape) if module.is_linear) / work.shape.num_layers
+    return inputs * width * (2 if work.adapter.dropout else 1)
+
+
+def _score_bytes(work: Workload) -> float:
+    """Dense kinds hold a mask over the packed row; `eager` keeps scores and probabilities of every head too. The others hold neither."""
+    pairs = work.num_tokens**2
+    if work.attention == "eager":
+        return pairs * work.shape.heads * 3 * BYTES[work.precision]
+    return pairs / work.shape.num_layers if work.attention == "sdpa" else 0
+
+
+def _loss_bytes(work: Workload) -> float:
+    """Logits in fp32, their gradient, and in 16 bits the projection's own output and gradient (PERFORMANCE.md section 2: 2.6 times)."""
+    width = BYTES[work.precision]
+    held_at_once = work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
+    per_logit = 12 if width == 4 else 12 + 2 * width
+    hidden_gradient = 0 if work.chunk_tokens is None else work.num_targets * work.shape.hidden * 4
+    return held_at_once * work.shape.vocab * per_logit + hidden_gradient
+
+
+def _communication_bytes(work: Workload) -> float:
+    """Buckets of gradients on their way, and at stage 3 the weights that are gathered at a time."""
+    if work.engine == "plain":
+        return min(2 * PLAIN_BUCKET_BYTES, 4 * work.num_trainable) if work.workers > 1 else 0
+    width = BYTES[work.precision]
+    # One bucket fills while another travels (overlap_comm, on GPUs from stage 2).
+    num_buckets = 2 if work.is_on_gpu and work.zero_stage >= 2 else 1
+    buckets = num_buckets * width * min(ZERO_BUCKET_ELEMENTS, work.num_trainable)
+    if work.zero_stage < 3:
+        return buckets
+    whole = _weight_bytes(work) * work.share(3)
+    return buckets + min(whole, ZERO_LIVE_ELEMENTS * width)

@@ -1,0 +1,83 @@
+"""What a run writes down while it trains: rank 0's lines of metrics.jsonl. Every rank calls it, because reading a step is collective."""
+
+import resource
+import time
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+
+from raytune.metrics import MetricsWriter
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.training.engine import Engine
+from raytune.training.loop import StepResult
+
+
+class Recorder:
+    """Turns steps and evaluations into metrics.
+
+    Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
+    `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
+    `validation/...`.
+    """
+
+    def __init__(self, plan: RunPlan, engine: Engine, folder: RunFolder, *, attempt: int, resumed_step: int) -> None:
+        self._plan, self._engine = plan, engine
+        self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step) if engine.rank == 0 else None
+        self._last_step, self._last_s = resumed_step, time.perf_counter()
+        self.metrics: dict[str, float] = {}
+        """The newest value of every metric."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def step(self, result: StepResult) -> None:
+        """Wait for a step and write it down. Every rank calls it.
+
+        Raises:
+            TrainingError: if a loss or gradient since the last call was not finite.
+        """
+        numbers = result.read(self._engine)
+        now = time.perf_counter()
+        steps_per_s = (result.step - self._last_step) / (now - self._last_s)
+        self._last_step, self._last_s = result.step, now
+        batch, store = self._plan.batch.global_batch_size, self._plan.data.train
+        values = {
+            "train/loss": numbers.loss,
+            "train/grad_norm": numbers.grad_norm,
+            "train/learning_rate": result.learning_rate,
+            "train/epoch": min(result.step * batch, self._plan.optimization.num_rows) / store.num_rows,
+            "train/targets_per_s": result.num_targets * steps_per_s,
+            "train/tokens_per_s": store.num_tokens / store.num_rows * batch * steps_per_s,
+            "train/memory_bytes": float(peak_memory_bytes(self._engine.device)),
+        }
+        if numbers.loss_scale is not None:
+            values |= {"train/loss_scale": numbers.loss_scale, "train/updated": float(numbers.updated)}
+        self._write(result.step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write down what the model was worth after a step; the time it took counts for no step."""
+        self._write(step, values)
+        self._last_s = time.perf_counter()
+
+    def flush(self) -> None:
+        """Bring every line to the storage; due before a checkpoint makes its steps part of the history."""
+        if self._writer:
+            self._writer.flush()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics |= values
+        if self._writer:
+            self._writer.write(step, values)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes that this process held: by PyTorch's allocator on a GPU, resident in RAM otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

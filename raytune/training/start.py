@@ -1,0 +1,73 @@
+"""From a plan to a model in an engine, on this rank."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from raytune.data.batches import Batch
+from raytune.model.attention import model_inputs
+from raytune.model.load import load_model
+from raytune.plan.run_plan import RunPlan
+from raytune.training.engine import Engine, PlainEngine
+from raytune.training.loop import LossSum
+from raytune.training.losses import attach_loss
+from raytune.training.optimizer import build_optimizer
+
+
+def prepare_process(plan: RunPlan, local_rank: int) -> torch.device:
+    """Set what holds for the whole process, and return the device it trains on."""
+    torch.set_num_threads(plan.cluster.threads_per_worker)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed looks for its device here
+    torch.backends.cuda.matmul.allow_tf32 = plan.tf32
+    torch.backends.cudnn.allow_tf32 = plan.tf32
+    torch.manual_seed(plan.seed)
+    if plan.cluster.device == "cuda":
+        # Ray shows a worker its own GPUs only, hence index 0 wherever each has one.
+        torch.cuda.set_device(0)
+        return torch.device("cuda", 0)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return torch.device("cpu")
+
+
+def start_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> tuple[Engine, LossSum]:
+    """Load the model, shard it as planned, and make its loss."""
+    make = _zero_engine if plan.engine.kind == "zero" else _plain_engine
+    engine = make(plan, device, rank, world_size)
+    layer = attach_loss(engine.model, plan.loss.chunk_tokens)
+    attention = plan.model.attention
+
+    def loss_sum(module: nn.Module, batch: Batch) -> Tensor:
+        return layer.loss_sum(module, batch, model_inputs(batch, attention))
+
+    return engine, loss_sum
+
+
+def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> Engine:
+    model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed)
+    return PlainEngine(
+        model,
+        build_optimizer(model, plan.optimization, device=device),
+        precision=plan.precision,
+        max_grad_norm=plan.optimization.max_grad_norm,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        compile=plan.model.compile,
+    )
+
+
+def _zero_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> Engine:
+    from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
+
+    check_offload(plan)
+    with sharded_loading(plan, device) as shard:
+        model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
+    return ZeroEngine(
+        model,
+        build_optimizer(model, plan.optimization, device=device),
+        deepspeed_config(plan),
+        precision=plan.precision,
+        device=device,
+        compile_model=plan.model.compile,
+    )

@@ -1,0 +1,49 @@
+"""Loss, perplexity and bits per byte on held-out rows, per data set and over all of them."""
+
+from raytune.data.batches import evaluation_batches
+from raytune.data.store import Store
+from raytune.evaluate.perplexity import bits_per_byte, perplexity
+from raytune.plan.run_plan import RunPlan
+from raytune.training.engine import Engine
+from raytune.training.loop import LossSum, evaluate_loss
+
+
+class Validation:
+    """The validation sets of a run. False if there are none."""
+
+    def __init__(self, plan: RunPlan, engine: Engine, loss_sum: LossSum) -> None:
+        self._plan, self._engine, self._loss_sum = plan, engine, loss_sum
+        self._stores = {store.name: Store.open(store.path) for store in plan.data.validation}
+
+    def __bool__(self) -> bool:
+        return bool(self._stores)
+
+    def measure(self) -> dict[str, float]:
+        """Metrics of the weights as they are now; `validation/loss` weighs every target of every set the same. Every rank calls it."""
+        metrics: dict[str, float] = {}
+        loss_sum, num_targets, num_bytes = 0.0, 0, 0
+        for name, store in self._stores.items():
+            batches = evaluation_batches(
+                store,
+                rank=self._engine.rank,
+                world=self._engine.world_size,
+                micro_batch_size=self._plan.batch.micro_batch_size,
+                max_rows=self._plan.evaluation.max_rows,
+            )
+            measured = evaluate_loss(self._engine, batches, self._loss_sum)
+            # Bytes are counted per store; with `max_rows` its share of them is that of its targets.
+            own_bytes = round(store.num_bytes * measured.num_targets / store.num_targets)
+            loss_sum += measured.loss * measured.num_targets
+            num_targets += measured.num_targets
+            num_bytes += own_bytes
+            if len(self._stores) > 1:
+                metrics |= _named(f"validation/{name}", measured.loss, measured.num_targets, own_bytes)
+        return _named("validation", loss_sum / num_targets, num_targets, num_bytes) | metrics
+
+
+def _named(prefix: str, loss: float, num_targets: int, num_bytes: int) -> dict[str, float]:
+    return {
+        f"{prefix}/loss": loss,
+        f"{prefix}/perplexity": perplexity(loss),
+        f"{prefix}/bits_per_byte": bits_per_byte(loss, num_targets, num_bytes),
+    }
