@@ -75,6 +75,10 @@ class RunFolder:
         return f"{self.path}/result.json"
 
     @property
+    def questions(self) -> str:
+        return f"{self.path}/questions.jsonl"
+
+    @property
     def samples(self) -> str:
         return f"{self.path}/samples.jsonl"
 

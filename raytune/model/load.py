@@ -123,7 +123,7 @@ def load_model(
         arguments["quantization_config"] = quantization_config(adapter, model)
     _check_quantised_base(model, config, adapter)
     is_sharded = is_deepspeed_zero3_enabled()
-    if not is_sharded or isinstance(adapter, QloraAdapter):
+    if not is_sharded:  # then a quantised model is put on the current device
         arguments["device_map"] = {"": device}
     with _explained(model.path, model.revision, "weights"), _sharding(shard):
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,67 @@
+"""Held-out rows as questions: the prompt that a model continues, and the answer that the data expects."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from raytune.config.data import DataSource
+from raytune.data.conversation import Origin, RowError
+from raytune.data.formats import format_of, read_row
+from raytune.data.sources import BadRow, read_source
+from raytune.data.template import ChatTemplate
+from raytune.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    expected: str
+    """The last assistant turn."""
+
+
+def read_questions(
+    sources: Sequence[DataSource], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, *, max_rows: int, downloads: Path
+) -> list[Question]:
+    """Take the first rows of the sources as questions.
+
+    Raises:
+        DataError: if a row is bad, does not end with an answer, or there are no rows; with file and line.
+    """
+    questions: list[Question] = []
+    for source in sources:
+        for file, row in read_source(source, downloads):
+            if len(questions) == max_rows:
+                return questions
+            origin = Origin(file.name, row.line)
+            if isinstance(row, BadRow):
+                raise DataError(f"evaluation.generation.rows: {origin}: {row.reason}")
+            try:
+                conversation = read_row(row.values, format_of(source, row.values), source.columns, origin)
+                prompt = template.prompt(conversation)
+            except RowError as error:
+                raise DataError(f"evaluation.generation.rows: {origin}: {error}. Every row must end with an answer.") from error
+            questions.append(
+                Question(
+                    prompt=prompt,
+                    prompt_ids=tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]),  # pyright: ignore[reportArgumentType]
+                    expected=str(conversation.messages[-1]["content"]),
+                )
+            )
+    if not questions:
+        raise DataError(f"evaluation.generation.rows: {', '.join(source.path for source in sources)} hold no rows.")
+    return questions
+
+
+def to_json_lines(questions: Sequence[Question]) -> bytes:
+    return "".join(json.dumps(asdict(question)) + "\n" for question in questions).encode()
+
+
+def from_json_lines(data: bytes) -> list[Question]:
+    return [
+        Question(prompt=line["prompt"], prompt_ids=tuple(line["prompt_ids"]), expected=line["expected"])
+        for line in map(json.loads, data.splitlines())
+    ]
