@@ -1,7 +1,23 @@
 """raytune: one YAML to a fine-tuned model on a Ray cluster.
 
 Floors, each importing only itself and lower ones:
-`errors, units, storage, run_folder` < `config` < `plan` < `data` < `model` < `evaluate` < `train` < `launch` < `cli`.
+`errors, units, storage, run_folder` < `config` < `plan` < `data` < `model` < `evaluate` < `training` < `launch` < `api, cli`.
 One run passes through them in this order: `config.load` reads the YAML, `launch.run` connects to Ray, `data.store` tokenises
-once, `plan.choose` resolves everything into a `RunPlan`, `train.worker` trains it on every rank, `launch.run` returns a result.
+once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, `launch.run` returns a result.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytune.api import train as train
+
+__all__ = ["train"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `raytune check` and every worker import what they use and no more.
+    if name == "train":
+        from raytune.api import train
+
+        return train
+    raise AttributeError(f"module 'raytune' has no attribute {name!r}")

@@ -110,6 +110,23 @@ def schema(as_json: bool) -> None:
     click.echo(json.dumps(json_schema(), indent=None if as_json else 2))
 
 
+@cli.command()
+@run_arguments
+@as_json_option
+@debug_option
+def train(arguments: tuple[str, ...], as_json: bool) -> None:
+    """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
+    from raytune.config.load import load_config
+
+    config = load_config(*files_and_overrides(arguments), check_files=True)
+
+    from raytune.launch.progress import show_progress, show_result
+    from raytune.launch.run import run
+
+    result = run(config, watch=show_progress)
+    click.echo(json.dumps(result.to_json())) if as_json else show_result(result)
+
+
 def _error_facts(error: RaytuneError) -> dict[str, Any]:
     from raytune.config.problems import ConfigError
 

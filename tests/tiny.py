@@ -6,20 +6,21 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from raytune.config.data import DataSource
 from raytune.data.demo import demo_rows
 from raytune.data.store import StoreInfo, StoreRequest, build_store
-from raytune.data.template import load_tokenizer_for_data, resolve_template, tokenizer_fingerprint
+from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan
 
-TINY_SHAPE = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-)
+TINY_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,9 +48,7 @@ def tiny_rows(num_rows: int = 20, seed: int = 0) -> list[dict[str, Any]]:
 
 def tiny_request(source: str = "demo:train", *, max_rows: int | None = 20, **changes: Any) -> StoreRequest:
     """A request for a store of demo rows in packed rows of 512 tokens; `changes` are fields of StoreRequest."""
-    from raytune.config.data import DataSource
-
-    tokenizer = load_tokenizer_for_data(str(demo_base_path()))
+    tokenizer = open_tokenizer(str(demo_base_path()))
     fields: dict[str, Any] = {
         "sources": (DataSource(path=source, max_rows=max_rows),),
         "template": resolve_template("auto", tokenizer),
@@ -81,7 +80,7 @@ def tiny_plan(**changes: Any) -> RunPlan:
     """A valid plan: one worker, plain engine, full fine-tuning of the demo base in fp32 for 4 steps of 4 rows.
 
     Args:
-        changes: fields of RunPlan. A dict is laid over the default's fields (`batch={"workers": 2}`); anything else replaces them.
+        changes: fields of RunPlan. A dict is laid over its default (`batch={"workers": 2}`); anything else replaces it.
             `data` has to name a real store before the plan is trained: `data={"train": store_plan(tiny_store(folder))}`.
     """
     return RunPlan.model_validate(_laid_over(_DEFAULT_PLAN, changes))

@@ -190,7 +190,7 @@ class _Composer:
                 raise self.refused(event, path, "a key must be plain text")
             key, place = event.value, self.place_at(event.start_mark)
             node = self.node(next(self.events), (*path, key), place)
-            if key == "<<":
+            if key == "<<" and event.implicit[0]:
                 message = "merge keys (<<) are not supported; write the keys, or give a second file as an overlay"
                 self.problems.append(Problem(REFUSED_YAML, place, dotted((*path, key)), message))
             elif key in lines:

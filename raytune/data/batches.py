@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune.data.order import positions_of_micro_batch, positions_of_step, rows_at
+from raytune.data.order import positions_of_step, rows_at, share_of_rank
 from raytune.data.store import Store
 
 
@@ -76,20 +76,13 @@ def step_batches(
         seed: of the data order.
     """
     in_step = positions_of_step(step, world * micro_batch_size * accumulation)
-    counted = rows_at(in_step[in_step < num_rows_in_run], store.num_rows, seed)
-    num_targets = int(store.num_targets_of_row[counted].sum())
+    rows = rows_at(in_step, store.num_rows, seed)
+    counts = in_step < num_rows_in_run
+    num_targets = int(store.num_targets_of_row[rows[counts]].sum())
     batches = []
     for micro_step in range(accumulation):
-        positions = positions_of_micro_batch(
-            step=step,
-            micro_step=micro_step,
-            rank=rank,
-            world=world,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-        )
-        rows = rows_at(positions, store.num_rows, seed).tolist()
-        batches.append(_make_batch(store, rows, (positions < num_rows_in_run).tolist(), num_targets))
+        share = share_of_rank(micro_step=micro_step, rank=rank, world=world, micro_batch_size=micro_batch_size)
+        batches.append(_make_batch(store, rows[share].tolist(), counts[share].tolist(), num_targets))
     return batches
 
 

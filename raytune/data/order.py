@@ -1,4 +1,4 @@
-"""Which rows a step sees: a function of (seed, step, rank), not a state. Resuming, on any world size, needs the step number alone.
+"""Which rows a step sees: a function of (seed, step, rank), not a state. Resuming on any world size needs the step number alone.
 
 Each epoch visits all rows once, in the order of a keyed permutation (a Feistel network; values outside the range are sent round
 again, "cycle walking": Black and Rogaway 2002). Nothing is stored or shuffled.
@@ -47,12 +47,10 @@ def positions_of_step(step: int, global_batch_size: int) -> np.ndarray:
     return np.arange(step * global_batch_size, (step + 1) * global_batch_size, dtype=np.int64)
 
 
-def positions_of_micro_batch(
-    *, step: int, micro_step: int, rank: int, world: int, micro_batch_size: int, accumulation: int
-) -> np.ndarray:
-    """This rank's share of the step's positions in one forward pass. Over all ranks and micro-steps they are the global batch."""
-    first = ((step * accumulation + micro_step) * world + rank) * micro_batch_size
-    return np.arange(first, first + micro_batch_size, dtype=np.int64)
+def share_of_rank(*, micro_step: int, rank: int, world: int, micro_batch_size: int) -> slice:
+    """Where in the step's global batch this rank's rows of one forward pass lie. The shares of all ranks and micro-steps tile it."""
+    first = (micro_step * world + rank) * micro_batch_size
+    return slice(first, first + micro_batch_size)
 
 
 def rows_of_micro_batch(
@@ -67,19 +65,13 @@ def rows_of_micro_batch(
     seed: int,
 ) -> np.ndarray:
     """Rows of one forward pass of one rank."""
-    positions = positions_of_micro_batch(
-        step=step,
-        micro_step=micro_step,
-        rank=rank,
-        world=world,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-    )
-    return rows_at(positions, num_rows, seed)
+    positions = positions_of_step(step, world * micro_batch_size * accumulation)
+    share = share_of_rank(micro_step=micro_step, rank=rank, world=world, micro_batch_size=micro_batch_size)
+    return rows_at(positions[share], num_rows, seed)
 
 
 def _feistel(value: Any, sides: tuple[int, int], keys: tuple[int, ...]) -> Any:
-    """Permute 0..left*right-1, one int or a uint64 array of them: two digits take turns at being shifted by a hash of the other."""
+    """Permute 0..left*right-1, one int or a uint64 array: two digits take turns at being shifted by a hash of the other."""
     left_side, right_side = sides
     left, right = value // right_side, value % right_side
     for key_left, key_right in zip(keys[::2], keys[1::2], strict=True):

@@ -3,15 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
-from raytune.data.conversation import Origin, RowError
-from raytune.data.formats import format_of, read_row
-from raytune.data.sources import BadRow, read_source
+from raytune.data.conversation import RowError
 from raytune.data.template import ChatTemplate
+from raytune.data.tokenising import read_conversations
 from raytune.errors import DataError
 
 
@@ -32,25 +32,18 @@ def read_questions(
         DataError: if a row is bad, does not end with an answer, or there are no rows; with file and line.
     """
     questions: list[Question] = []
-    for source in sources:
-        for file, row in read_source(source, downloads):
-            if len(questions) == max_rows:
-                return questions
-            origin = Origin(file.name, row.line)
-            if isinstance(row, BadRow):
-                raise DataError(f"evaluation.generation.rows: {origin}: {row.reason}")
-            try:
-                conversation = read_row(row.values, format_of(source, row.values), source.columns, origin)
-                prompt = template.prompt(conversation)
-            except RowError as error:
-                raise DataError(f"evaluation.generation.rows: {origin}: {error}. Every row must end with an answer.") from error
-            questions.append(
-                Question(
-                    prompt=prompt,
-                    prompt_ids=tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]),  # pyright: ignore[reportArgumentType]
-                    expected=str(conversation.messages[-1]["content"]),
-                )
+    for conversation in islice(chain.from_iterable(read_conversations(source, downloads) for source in sources), max_rows):
+        try:
+            prompt = template.prompt(conversation)
+        except RowError as error:
+            raise DataError(f"evaluation.generation.rows: {conversation.origin}: {error}. Every row must end with an answer.") from error
+        questions.append(
+            Question(
+                prompt=prompt,
+                prompt_ids=tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]),  # pyright: ignore[reportArgumentType]
+                expected=str(conversation.messages[-1]["content"]),
             )
+        )
     if not questions:
         raise DataError(f"evaluation.generation.rows: {', '.join(source.path for source in sources)} hold no rows.")
     return questions

@@ -13,7 +13,7 @@ from ray.exceptions import RaySystemError
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError
 from raytune.launch.probe import probe_accelerator
-from raytune.plan.choose import Machine
+from raytune.plan.machine import Machine
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import ray
 
+from raytune.config.model import Attention
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
@@ -12,7 +14,8 @@ class Accelerator:
     name: str | None
     memory_bytes: int | None
     supports_bf16: bool
-    attention: tuple[str, ...]
+    attention: tuple[Attention, ...]
+    """Kinds that work, the preferred one first."""
 
 
 def probe_accelerator(on_gpu: bool) -> Accelerator:
@@ -32,10 +35,12 @@ def _probe_gpu() -> Accelerator:
     from raytune.model.attention import available_attention
 
     device = torch.device("cuda")
+    supports_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    options = available_attention(device, torch.bfloat16 if supports_bf16 else torch.float16)
     properties = torch.cuda.get_device_properties(device)
     return Accelerator(
         name=properties.name,
         memory_bytes=properties.total_memory,
-        supports_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
-        attention=tuple(available_attention(device)),
+        supports_bf16=supports_bf16,
+        attention=tuple(option.name for option in options if option.available),
     )

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from raytune.errors import RaytuneError
+from raytune.launch.result import RunResult
 from raytune.metrics import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -19,6 +20,14 @@ from raytune.units import format_bytes, format_count, format_seconds
 
 REFRESH_S = 1.0
 LINE_EVERY_S = 10.0
+
+_SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
+    ("loss", "train/loss", "{:.4f}".format),
+    ("validation loss", "validation/loss", "{:.4f}".format),
+    ("learning rate", "train/learning_rate", "{:.2e}".format),
+    ("tokens/s", "train/tokens_per_s", format_count),
+    ("memory of rank 0", "train/memory_bytes", format_bytes),
+]
 
 
 @contextmanager
@@ -77,16 +86,31 @@ class _Watcher:
         step = history.last_step if history else 0
         if not history or not step:
             return [("step", f"0/{num_steps}"), ("state", f"starting workers, {format_seconds(time.monotonic() - self.started)}")]
-        last = history.last_of("train/loss")
         seconds_left = (num_steps - step) * history.seconds_per_step()
-        facts = [
+        return [
             ("step", f"{step}/{num_steps}"),
-            ("loss", f"{last:.4f}"),
-            ("learning rate", f"{history.last_of('train/learning_rate'):.2e}"),
-            ("tokens/s", format_count(history.last_of("train/tokens_per_s"))),
-            ("memory per worker", format_bytes(history.last_of("train/memory_bytes"))),
+            *(
+                (label, form(value))
+                for label, name, form in _SHOWN
+                if (value := history.last_of(name)) is not None
+            ),
             ("left", format_seconds(seconds_left)),
         ]
-        if (validation := history.last_of("validation/loss")) is not None:
-            facts.insert(2, ("validation loss", f"{validation:.4f}"))
-        return facts
+
+
+def show_result(result: RunResult, console: Console | None = None) -> None:
+    """Print where the model lies and what it is worth: base against tuned."""
+    console = console or Console()
+    if result.comparison:
+        comparison = result.comparison
+        table = Table(title=f"{comparison.num_rows} held-out rows", title_justify="left")
+        for heading in ("", "base", "tuned", "gain"):
+            table.add_column(heading, justify="right" if heading else "left")
+        table.add_row(comparison.metric, f"{comparison.base:.1%}", f"{comparison.tuned:.1%}", f"{comparison.gain:+.1%}")
+        for label, name, digits in (("validation loss", "validation/loss", 4), ("perplexity", "validation/perplexity", 3)):
+            series = result.history.series(name)
+            if len(series) > 1:
+                base, tuned = series[0][1], result.metrics[name]
+                table.add_row(label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}")
+        console.print(table)
+    console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", highlight=False, soft_wrap=True)

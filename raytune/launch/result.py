@@ -1,6 +1,6 @@
 """What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self
 
 from raytune.evaluate.compare import Comparison
@@ -51,13 +51,11 @@ class RunResult:
 
     def to_json(self) -> dict:
         """The result without its history, as plain values."""
-        comparison = self.comparison
         return {
             "name": self.name,
             "folder": self.folder,
             "model_path": self.model_path,
             "best_step": self.best_step,
             "metrics": self.metrics,
-            "comparison": comparison
-            and {"metric": comparison.metric, "base": comparison.base, "tuned": comparison.tuned, "num_rows": comparison.num_rows},
+            "comparison": self.comparison and asdict(self.comparison),
         }

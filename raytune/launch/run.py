@@ -7,19 +7,22 @@ from dataclasses import replace
 from itertools import count
 
 from raytune.config.run import RunConfig
+from raytune.evaluate.questions import to_json_lines
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, RaytuneError
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect
 from raytune.launch.record import RunRecord, library_versions, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
-from raytune.launch.stores import build_stores
+from raytune.launch.stores import DataBuilder
+from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
-from raytune.model.files import resolve_model_path
-from raytune.plan.choose import check_before_data, choose_plan
+from raytune.model.load import resolve_model_path
+from raytune.plan.choose import choose_plan
+from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import read_shape
+from raytune.plan.shapes import read_model_shape
 from raytune.run_folder import RunFolder
-from raytune.storage import absolute
+from raytune.storage import absolute, write_bytes
 
 Watch = Callable[[RunPlan], AbstractContextManager]
 
@@ -50,11 +53,12 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     folder = RunFolder(absolute(config.storage), config.name)
     known = RunRecord.read(folder)
     model_path = resolve_model_path(config.model.base, config.model.revision)
-    shape = read_shape(model_path)
+    shape = read_model_shape(config.model.base, config.model.revision)
+    row_length = choose_row_length(config, shape)
     with connect(config.cluster) as connection:
         check_before_data(config, shape, connection.machine)
-        data = build_stores(config, model_path, shape, folder.storage)
-        plan = choose_plan(config, shape, connection.machine, data, model_path=model_path, storage=folder.storage)
+        data = DataBuilder(config, model_path, row_length, folder.storage)
+        plan = choose_plan(config, shape, connection.machine, data.build(), model_path=model_path, storage=folder.storage)
         refuse_another_run(folder, plan)
         if known and known.state == "finished":
             return RunResult.read(folder)
@@ -67,6 +71,8 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
             versions=library_versions(),
         )
         write_plan(folder, plan)
+        if questions := data.questions():
+            write_bytes(folder.questions, to_json_lines(questions))
         with watch(plan):
             _train(plan, record, folder)
     return RunResult.read(folder)

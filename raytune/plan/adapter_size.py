@@ -4,7 +4,7 @@ import re
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter
 from raytune.errors import ModelError
-from raytune.plan.shapes import Module, ModelShape
+from raytune.plan.shapes import ModelShape, Module
 
 _KINDS_OF_GROUP = {"all-linear": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
@@ -68,9 +68,10 @@ def num_saved_copies(adapter: LoraAdapter, shape: ModelShape) -> int:
     saved = {module.name: module for module in shape.modules() if _is_inside(module.name, adapter.modules_to_save)}
     for name in adapter.modules_to_save:
         if not any(_is_inside(module, [name]) for module in saved):
+            others = ", ".join(module.name for module in (*shape.embeddings, shape.final_norm, shape.head))
             raise ModelError(
                 f"adapter.modules_to_save names {name!r}, which this {shape.model_type} model does not have. "
-                f"It has {', '.join(module.name for module in (*shape.embeddings, shape.final_norm, shape.head))}, and its layers."
+                f"It has {others}, and the modules of its layers."
             )
     return sum(module.num_parameters for module in saved.values())
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from raytune.config.adapter import Adapter
 from raytune.units import format_count
 
 Method = Literal["full", "lora", "qlora"]
@@ -18,15 +17,15 @@ class Choice(Generic[Value]):
     reason: str | None = None
 
 
-# (parameters from, full fine-tuning, adapters). Full: 2e-5 for 7B-13B and 1e-5 for 70B (Tulu 2, Ivison et al. 2023, table 10; Llama 2 chat
-# takes 2e-5). Adapters: 2e-4 up to 13B and 1e-4 above (QLoRA, Dettmers et al. 2023, table 9), ten times the rate of full
-# fine-tuning as "LoRA Without Regret" (Schulman et al. 2025) measured it. Below 1B the best rate grows about as one over the
-# width (Yang et al. 2022, Tensor Programs V), which gives the last two lines.
+# (parameters from, full fine-tuning, adapters). Full: 2e-5 for 7B and 13B, 1e-5 for 70B (Tulu 2, Ivison et al. 2023; Llama 2 chat,
+# Touvron et al. 2023, takes 2e-5). Adapters: 2e-4 for 7B and 13B, 1e-4 above (QLoRA, Dettmers et al. 2023), ten times the rate
+# of full fine-tuning, as "LoRA Without Regret" (Schulman et al. 2025) measured it. Below 1B the best rate grows about as one
+# over the width (Yang et al. 2022, Tensor Programs V); the last two lines continue the table that way and are not published.
 _RATES = [(30e9, 1e-5, 1e-4), (1e9, 2e-5, 2e-4), (50e6, 5e-5, 5e-4), (0, 5e-4, 5e-3)]
 
-# (target tokens from, epochs of full fine-tuning, epochs of adapters). 3 epochs are Alpaca's (52k rows, 3M targets) and about QLoRA's on
-# OASST1; Tulu 2 takes 2 on 326k rows; small sets need more passes to be learned at all (LIMA, Zhou et al. 2023: 15 on 1k
-# rows), of which adapters forget less (Biderman et al. 2024, LoRA Learns Less and Forgets Less).
+# (target tokens from, epochs of full fine-tuning, epochs of adapters). 3 is Alpaca's number (Taori et al. 2023, 52k rows) and
+# QLoRA's on OASST1 within a third; Tulu 2 takes 2 on 326k rows. Small sets need more passes to be learned at all (LIMA, Zhou et
+# al. 2023: 15 on 1k rows), and adapters forget less meanwhile (Biderman et al. 2024, LoRA Learns Less and Forgets Less).
 _EPOCHS = [(100e6, 1.0, 1.0), (10e6, 2.0, 2.0), (1e6, 3.0, 3.0), (0, 3.0, 5.0)]
 
 SHORT_RUN_STEPS = 200
@@ -51,17 +50,16 @@ def default_epochs(method: Method, num_targets: int) -> Choice[float]:
 
 
 def default_warmup_ratio(num_steps: int) -> Choice[float]:
-    """3 % (QLoRA and Tulu 2 alike), 10 % in a short run, whose Adam moments would not have settled in 3 %."""
-    ratio = 0.1 if num_steps < SHORT_RUN_STEPS else 0.03
-    length = f"{'fewer' if num_steps < SHORT_RUN_STEPS else 'at least'} {'than ' * (num_steps < SHORT_RUN_STEPS)}{SHORT_RUN_STEPS}"
-    return Choice(ratio, f"training.warmup_ratio is {ratio:g}: the run has {length} steps.")
+    """3 % (QLoRA and Tulu 2 alike), 10 % in a short run, where 3 % would be a handful of steps."""
+    is_short = num_steps < SHORT_RUN_STEPS
+    ratio = 0.1 if is_short else 0.03
+    return Choice(
+        ratio,
+        f"training.warmup_ratio is {ratio:g}: the run has {'fewer than' if is_short else 'at least'} {SHORT_RUN_STEPS} steps.",
+    )
 
 
 def default_weight_decay(method: Method) -> Choice[float]:
-    """0.1 for full fine-tuning (Llama 2 chat, Touvron et al. 2023, section 3.1); 0 for adapters (QLoRA), whose rank already limits them."""
+    """0.1 for full fine-tuning (Llama 2 chat); 0 for adapters (QLoRA), whose rank already limits what they can do."""
     decay = 0.1 if method == "full" else 0.0
     return Choice(decay, f"training.weight_decay is {decay:g}, the usual value of {method}.")
-
-
-def method_of(adapter: Adapter) -> Method:
-    return adapter.method

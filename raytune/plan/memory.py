@@ -9,7 +9,7 @@ from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapt
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision
 from raytune.plan.adapter_size import num_trainable, target_modules
-from raytune.plan.run_plan import MemoryPart
+from raytune.plan.run_plan import MemoryPart, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB, MIB
 
@@ -17,7 +17,7 @@ BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATE_BYTES: dict[Optimizer, float] = {
     "adamw": 8,
     "paged_adamw": 8,
-    # Two moments of a byte, and per 256 of them an fp32 scale (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
+    # Two moments of a byte, and an fp32 scale per 256 of them (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
     "adamw_8bit": 2 + 2 * 4 / 256,
     "paged_adamw_8bit": 2 + 2 * 4 / 256,
     "lion": 4,
@@ -25,7 +25,7 @@ STATE_BYTES: dict[Optimizer, float] = {
 """Optimizer state per trained parameter. Adafactor's depends on shapes: `_adafactor_bytes`."""
 
 CPU_PROCESS_BYTES = GIB
-"""A worker with torch, transformers, peft and deepspeed imported (resident set 0.6-0.9 GiB, measured with the versions in pyproject)."""
+"""Resident set of a worker that has imported torch, transformers, peft and deepspeed."""
 GPU_CONTEXT_BYTES = GIB
 """CUDA context, cuBLAS and NCCL buffers of a process; 0.5-1 GiB by driver and GPU, which the allocator's figures do not show."""
 PLAIN_BUCKET_BYTES = 64 * MIB
@@ -47,7 +47,7 @@ class Workload:
     adapter: Adapter
     engine: str
     """"plain" or "zero"."""
-    zero_stage: int
+    zero_stage: ZeroStage
     workers: int
     offload_optimizer: Offload
     offload_parameters: Offload
@@ -87,7 +87,9 @@ def memory_parts(work: Workload) -> list[MemoryPart]:
     """Bytes per rank by part, at the fullest moment of a step."""
     optimizer_place = {"none": "device", "cpu": "host", "nvme": "nvme"}[work.offload_optimizer]
     weights_place = {"none": "device", "cpu": "host", "nvme": "nvme"}[work.offload_parameters]
-    overhead = ("CUDA context and libraries", GPU_CONTEXT_BYTES) if work.is_on_gpu else ("process and libraries", CPU_PROCESS_BYTES)
+    overhead = (
+        ("CUDA context and libraries", GPU_CONTEXT_BYTES) if work.is_on_gpu else ("process and libraries", CPU_PROCESS_BYTES)
+    )
     parts = [
         ("weights", _weight_bytes(work), weights_place),
         ("weights in compute precision", _autocast_bytes(work), "device"),
@@ -143,7 +145,7 @@ def _weight_bytes(work: Workload) -> float:
 
 
 def _autocast_bytes(work: Workload) -> float:
-    """torch.autocast casts a trained fp32 weight once per forward pass and keeps the copy until its backward pass (torch.amp, cache)."""
+    """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp, cache)."""
     if work.engine != "plain" or work.precision == "fp32":
         return 0
     num_cast = work.num_trainable
@@ -155,8 +157,8 @@ def _autocast_bytes(work: Workload) -> float:
 def _gradient_bytes(work: Workload) -> float:
     """ZeRO, section 3: as wide as the trained weights; stage 2 divides by the ranks.
 
-    zero_engine sums bf16 gradients over micro-batches in fp32 except at stage 1; DeepSpeed updates from an fp32 copy of the own shard
-    (`single_partition_of_fp32_groups.grad`).
+    zero_engine sums bf16 gradients over micro-batches in fp32 except at stage 1; DeepSpeed updates from an fp32 copy of the own
+    shard (`single_partition_of_fp32_groups.grad`).
     """
     sums_in_fp32 = work.precision == "bf16" and work.accumulation > 1 and work.zero_stage != 1
     width = 4 if work.engine == "plain" or sums_in_fp32 else BYTES[work.precision]
@@ -165,7 +167,7 @@ def _gradient_bytes(work: Workload) -> float:
 
 
 def _optimizer_bytes(work: Workload) -> float:
-    """ZeRO, section 3: Adam's moments 8 bytes per parameter, DeepSpeed's fp32 master 4 (also beside fp32 weights); stage 1 divides both."""
+    """ZeRO, section 3: 8 bytes of Adam moments, 4 of DeepSpeed's fp32 master (beside fp32 weights too); stage 1 divides both."""
     state = _adafactor_bytes(work) if work.optimizer == "adafactor" else work.num_trainable * STATE_BYTES[work.optimizer]
     master = 4 * work.num_trainable if work.engine == "zero" else 0
     return (state + master) / work.share(1)
@@ -196,7 +198,7 @@ def activation_bytes(work: Workload) -> float:
 
 
 def _layer_activation_bytes(work: Workload) -> float:
-    """Per layer: norms in fp32, inputs of the linear layers, queries, keys, values and output of attention, branches of the MLP."""
+    """Norms in fp32, inputs of the linear layers, queries, keys, values and output of attention, branches of the MLP."""
     shape, width = work.shape, BYTES[work.precision]
     num_norms = sum(module.kind == "norm" and module.outputs == shape.hidden for module in shape.layer)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -219,7 +221,7 @@ def _adapter_activation_bytes(work: Workload) -> float:
 
 
 def _score_bytes(work: Workload) -> float:
-    """Dense kinds hold a mask over the packed row; `eager` keeps scores and probabilities of every head too. The others hold neither."""
+    """`sdpa` holds a mask over the packed row, `eager` scores and probabilities of every head too; the others hold neither."""
     pairs = work.num_tokens**2
     if work.attention == "eager":
         return pairs * work.shape.heads * 3 * BYTES[work.precision]
@@ -227,7 +229,7 @@ def _score_bytes(work: Workload) -> float:
 
 
 def _loss_bytes(work: Workload) -> float:
-    """Logits in fp32, their gradient, and in 16 bits the projection's own output and gradient (PERFORMANCE.md section 2: 2.6 times)."""
+    """Logits and their gradient in fp32, about 2.6 times the logits (PERFORMANCE.md, section 2), and the projection's 16-bit copies."""
     width = BYTES[work.precision]
     held_at_once = work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
     per_logit = 12 if width == 4 else 12 + 2 * width

@@ -9,6 +9,8 @@ from raytune.config.data import DataSource
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 
+ZeroStage = Literal[0, 1, 2, 3]
+
 
 class Plan(BaseModel):
     """A frozen part of the plan; JSON in and out, unknown keys refused."""
@@ -23,8 +25,8 @@ class ModelPlan(Plan):
     trust_remote_code: bool
     attention: Attention
     dtype: Precision
-    """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with DeepSpeed's fp32
-    masters beside them)."""
+    """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with DeepSpeed's
+    fp32 masters beside them)."""
     compute_dtype: Precision
     """Dtype of products in forward and backward."""
     gradient_checkpointing: bool
@@ -51,8 +53,6 @@ class DataPlan(Plan):
     """One store per validation source, so that each gets its own loss."""
     row_length: int
     """Tokens that a packed row holds at most."""
-    num_rows_in_run: int
-    """Rows that are trained, over all epochs; the last step may hold fewer than a whole batch."""
 
 
 class BatchPlan(Plan):
@@ -97,7 +97,7 @@ class OptimizationPlan(Plan):
 
 class EnginePlan(Plan):
     kind: Literal["plain", "zero"]
-    zero_stage: Literal[0, 1, 2, 3]
+    zero_stage: ZeroStage
     offload_optimizer: Offload
     offload_parameters: Offload
     nvme_path: str | None
@@ -197,5 +197,7 @@ class RunPlan(Plan):
 
         How a global batch is divided, where things are logged and saved, and what the cluster looks like may change.
         """
-        values = self.model_dump(mode="json", include={"seed", "precision", "template", "model", "data", "adapter", "optimization"})
+        values = self.model_dump(
+            mode="json", include={"seed", "precision", "template", "model", "data", "adapter", "optimization"}
+        )
         return values | {"global_batch_size": self.batch.global_batch_size}

@@ -157,8 +157,9 @@ def find_config(base: str, revision: str | None, hub_cache: Path) -> Path:
     if path.is_file():
         return path
     raise ModelError(
-        f"model.base {base!r}{f' at revision {revision!r}' if revision else ''} is neither a folder nor in the Hugging Face cache "
-        f"{hub_cache}. Download it first (hf download {base}{f' --revision {revision}' if revision else ''}), or give a local folder."
+        f"model.base {base!r}{f' at revision {revision!r}' if revision else ''} is neither a folder nor in the Hugging Face "
+        f"cache {hub_cache}. Download it first (hf download {base}{f' --revision {revision}' if revision else ''}), or give a "
+        f"local folder."
     )
 
 
@@ -195,7 +196,9 @@ class _Numbers:
         value = self.config.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{self.source}: {key} must be a positive whole number, got {value!r}. Is this a complete model config?")
+            raise ModelError(
+                f"{self.source}: {key} must be a positive whole number, got {value!r}. Is this a complete model config?"
+            )
         return value
 
     def flag(self, key: str, default: bool) -> bool:

@@ -17,6 +17,7 @@ against somebody who may rewrite manifest and files together: whoever can write 
 """
 
 import hashlib
+import json
 import os
 import tempfile
 import threading
@@ -164,9 +165,11 @@ class Checkpoints:
             expected_bytes: size of this rank's files, where it is known before the first save.
 
         Raises:
+            ValueError: if `run_state` is not strict JSON.
             StorageFullError: if there is no room, before anything was written.
             CheckpointError, UserError, ClusterError: on every rank, at the second failure in a row.
         """
+        json.dumps(run_state, allow_nan=False)  # here, where the traceback still leads to whoever made it
         if may_skip and not all(self._peers.together(lambda: self._saving is None or self._saving.finished.is_set())):
             self._report("checkpoint_skipped", step=step, reason="the save before is still on its way to the storage")
             return False

@@ -107,7 +107,7 @@ class Commit:
             if body["format"] > FORMAT:
                 raise CheckpointError(
                     f"{path} has checkpoint format {body['format']}, but this raytune reads formats up to {FORMAT}. "
-                    f"Resume with raytune {body['versions']['raytune']}."
+                    f"Resume with the raytune that wrote it ({body['versions'].get('raytune', 'version unknown')})."
                 )
             del body["format"]
             metrics = {name: decode_number(value) for name, value in body.pop("metrics").items()}

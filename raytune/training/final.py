@@ -1,19 +1,99 @@
-"""What a run leaves behind: the best weights in Hugging Face format, base against tuned, and the result."""
+"""What a run leaves behind: the best weights in Hugging Face format, answers of base and tuned model, and the result."""
 
 import json
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-
+from raytune.config.adapter import FullAdapter
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
-from raytune.evaluate.questions import Question, from_json_lines
-from raytune.model.export import write_final_weights
-from raytune.model.inference import load_for_generation, without_adapter
-from raytune.plan.run_plan import RunPlan
+from raytune.evaluate.questions import from_json_lines
+from raytune.model.export import save_adapter, save_model
+from raytune.model.inference import base_then_tuned
+from raytune.model.load import load_tokenizer
+from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import read_bytes, write_bytes, write_json
+from raytune.storage import download_folder, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
 from raytune.training.checkpoint import Checkpoints
-from raytune.training.engine import Engine
+from raytune.training.engine import DTYPES, Engine
 from raytune.training.recorder import Recorder
+
+
+def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Recorder, folder: RunFolder) -> None:
+    """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step."""
+    newest, best = checkpoints.wait(), checkpoints.best()
+    assert newest is not None
+    assert best is not None, "the last step is always saved"
+    if best.step != newest.step:
+        checkpoints.load(best)
+    write_model(plan, engine, folder)
+    engine.barrier()
+    comparison = compare_answers(plan, engine, folder, plan.evaluation.generation) if plan.evaluation.generation else None
+    if engine.rank == 0:
+        write_json(
+            folder.result,
+            {
+                "best_step": best.step,
+                "metrics": recorder.metrics | best.metrics,
+                "comparison": comparison and asdict(comparison),
+            },
+        )
+
+
+def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
+    """Write the weights that the engine holds as a model that plain transformers or PEFT load. Every rank takes part in the gathering.
+
+    Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
+    """
+    is_full = isinstance(plan.adapter, FullAdapter)
+    state = engine.trainable_state(DTYPES[plan.precision] if is_full else None)
+    if engine.rank != 0:
+        for _ in state:
+            pass
+        return
+    tensors = ((name, tensor) for name, tensor in state if tensor is not None)
+    with TemporaryDirectory() as scratch:
+        target = local_path(folder.model) if is_local(folder.model) else Path(scratch)
+        if is_full:
+            save_model(engine.model, tensors, target)
+        else:
+            save_adapter(engine.model, dict(tensors), target)
+        load_tokenizer(plan.model.path, plan.model.revision).save_pretrained(target)
+        if not is_local(folder.model):
+            upload_folder(target, folder.model)
+
+
+def compare_answers(plan: RunPlan, engine: Engine, folder: RunFolder, generation: GenerationPlan) -> Comparison:
+    """Let base and tuned model answer the questions, each rank its share, from the files that a user would load.
+
+    Returns:
+        The comparison over all ranks' answers, on every rank; rank 0 writes the answers to samples.jsonl.
+    """
+    questions = from_json_lines(read_bytes(folder.questions))
+    own = range(engine.rank, len(questions), engine.world_size)
+    tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+    with TemporaryDirectory() as scratch:
+        if is_local(folder.model):
+            saved = local_path(folder.model)
+        else:
+            saved = Path(scratch)
+            download_folder(folder.model, saved)
+        base, tuned = [
+            write_answers(
+                model,
+                tokenizer,
+                [questions[index].prompt_ids for index in own],
+                max_new_tokens=generation.max_new_tokens,
+                batch_size=generation.batch_size,
+            )
+            for model in base_then_tuned(plan, saved, engine.device)
+        ]
+    samples = [
+        Sample(row=index, prompt=questions[index].prompt, expected=questions[index].expected, base=before, tuned=after)
+        for index, before, after in zip(own, base, tuned)
+    ]
+    everything = sorted((sample for part in engine.gather_objects(samples) for sample in part), key=lambda sample: sample.row)
+    if engine.rank == 0:
+        write_bytes(folder.samples, "".join(json.dumps(sample.to_json()) + "\n" for sample in everything).encode())
+    return compare_exact_match(everything)

@@ -72,10 +72,12 @@ class LossLayer:
         """
         self._originals = (self._head.forward, self._model.forward)
         self._batch = batch
+        after_head = self._head.register_forward_hook(self._keep_hooked_output)
         try:
             with _replaced_forward(self._head, self._replacements[0]), _replaced_forward(self._model, self._replacements[1]):
                 return module(**inputs)
         finally:
+            after_head.remove()
             self._originals = self._batch = self._head_output = None
 
     def _forward_model(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,7 +101,16 @@ class LossLayer:
             self._head_output = self._originals[0](hidden_MD[None], *args, **kwargs)
             return self._head_output
         self._head_output = _chunked_loss_sum(self._head, self._transform, hidden_MD, self._batch.target_ids, self._chunk_tokens)
-        return hidden_MD.new_zeros(1, 1, 1)  # for the model to transform; `_forward_model` returns the loss instead
+        is_trained = any(weight.requires_grad for weight in self._head.parameters())
+        return self._head_output if is_trained else self._head_output.detach()
+
+    def _keep_hooked_output(self, head: nn.Module, arguments: Any, output: Tensor) -> None:
+        """Take the loss as it left the head's hooks: those of ZeRO-3 gather the head's weights again when their gradients arrive.
+
+        The loss of a frozen head bypasses them, and its weights are gathered once per step instead of twice.
+        """
+        if output.requires_grad:
+            self._head_output = output
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from raytune.config.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError, UserError
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import (
+    DTYPES,
     INITIAL_LOSS_SCALE,
     HeldBytes,
     Layout,
@@ -223,18 +224,25 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 @contextmanager
-def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[None]:
-    """Context in which transformers loads weights straight into their shards, if the plan shards weights (stage 3)."""
-    if plan.engine.kind != "zero" or plan.engine.zero_stage != 3:
-        yield
+def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Callable[[nn.Parameter], None] | None]:
+    """Context in which transformers loads weights straight into their shards, if the plan shards weights (stage 3).
+
+    Yields:
+        A function that leaves this rank its shard of a parameter, for weights that transformers does not shard itself: quantised ones
+        (https://github.com/huggingface/peft/issues/2016). None if weights are not sharded.
+    """
+    if plan.engine.zero_stage != 3:
+        yield None
         return
     prepare_deepspeed(device)
+    config = deepspeed_config(plan)
     # transformers looks for this object through a weak reference, for as long as it lives.
-    config = HfDeepSpeedConfig(deepspeed_config(plan))
+    alive = HfDeepSpeedConfig(config)
+    shards = deepspeed.zero.Init(config_dict_or_path=config)
     try:
-        yield
+        yield lambda parameter: shards._convert_to_zero_parameters([parameter])
     finally:
-        del config
+        del alive
 
 
 class ZeroEngine:
@@ -270,6 +278,7 @@ class ZeroEngine:
         self.model = model
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
+        _cast_unsharded(model, DTYPES[precision])
         if compile_model:
             model.compile()
         self._engine, _, _, _ = deepspeed.initialize(
@@ -376,6 +385,14 @@ class _DataOnlyFiles(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what DeepSpeed leaves alone once some weights are sharded: adapters and norms of another dtype would not fit the others."""
+    for parameter in model.parameters():
+        is_packed = hasattr(parameter, "quant_state")
+        if parameter.is_floating_point() and not is_packed and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _flat(groups: Iterable[Iterable[Any] | None]) -> list[Any]:

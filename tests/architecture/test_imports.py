@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
-FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "report", "sweeps", "launch", "cli"]
+FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "report", "sweeps", "launch", "api", "cli"]
 OWNERS = {
     "deepspeed": {"training/zero_engine.py"},
     "ray": {"training/worker.py", "launch/"},

@@ -135,10 +135,7 @@ def test_the_schema_accepts_what_is_dumped():
 
 @pytest.mark.parametrize("key", [key for key in keys().values() if not key.is_section], ids=lambda key: key.path)
 def test_the_example_of_a_key_fits_the_schema(key):
-    value = example_of(key)
-    if isinstance(value, list):
-        value = [item.model_dump() if hasattr(item, "model_dump") else item for item in value]
-    data = nested({}, key.path.split("."), value)
+    data = nested(key.path.split("."), example_of(key))
     if key.path.startswith("adapter.") and key.path != "adapter.method":
         data["adapter"]["method"] = key.methods[-1]
     for rows in (data.get("data", {}).get("train"), data.get("data", {}).get("validation")):
@@ -151,8 +148,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
     jsonschema.Draft7Validator(json_schema()).validate(data)
 
 
-def nested(data: dict, parts: list[str], value: object) -> dict:
-    return {parts[0]: nested({}, parts[1:], value) if parts[1:] else value}
+def nested(parts: list[str], value: object) -> dict:
+    return {parts[0]: nested(parts[1:], value) if parts[1:] else value}
 
 
 def test_the_markdown_tables_hold_every_key():

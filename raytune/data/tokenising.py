@@ -1,0 +1,455 @@
+"""From rows to tokens and targets, one shard of the sources at a time. A shard is one call of a top-level function with a picklable
+task and result, so that shards can run in any process that sees the files.
+
+Text is rendered whole and tokenised once, and targets are found by where a token's text lies, so tokens are exactly those of
+`apply_chat_template(tokenize=True)`. For byte-level BPE that place follows from the tokens' own lengths, and the tokenizer need not
+track offsets, which takes it twice as long.
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from raytune.config.data import DataFormat, DataSource
+from raytune.data.conversation import Conversation, Origin, RowError
+from raytune.data.formats import format_of, read_row
+from raytune.data.masking import Targets, target_mask
+from raytune.data.sources import BadRow, ScannedFile, Segment, find_files, read_segment, scan
+from raytune.data.split import Side, side_of
+from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer
+from raytune.errors import DataError
+
+TooLong = Literal["truncate", "drop", "split", "error"]
+
+NUM_EXAMPLES = 5
+_DOCUMENTS_AT_ONCE = 256
+
+DOCUMENTS_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("is_target", pa.list_(pa.uint8())),
+        ("num_bytes", pa.int64()),
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+    ]
+)
+"""A shard's documents on disk, before they are packed. `num_bytes`: UTF-8 bytes of the text behind the targets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenisingOptions:
+    """What is done with every row of every source."""
+
+    tokenizer_path: str
+    tokenizer_revision: str | None
+    trust_remote_code: bool
+    template: str
+    targets: Targets
+    max_length: int
+    too_long: TooLong
+    side: Side | Literal["all"]
+    validation_fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPart:
+    """A segment of a file and how its rows are read."""
+
+    segment: Segment
+    file_index: int
+    format: DataFormat
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask:
+    parts: tuple[ShardPart, ...]
+    max_rows: int | None
+    """Rows that are read at most."""
+    options: TokenisingOptions
+    output: str
+    """Arrow file that is written."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened to rows: counts by what happened, and the first few of each with their place."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
+        self.counts[what] += 1
+        if origin is not None and len(examples := self.examples.setdefault(what, [])) < NUM_EXAMPLES:
+            examples.append(f"{origin}: {reason}" if reason else str(origin))
+
+    def merge(self, other: "Tally") -> None:
+        self.counts.update(other.counts)
+        for what, examples in other.examples.items():
+            mine = self.examples.setdefault(what, [])
+            mine.extend(examples[: NUM_EXAMPLES - len(mine)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    path: str
+    tally: Tally
+
+
+def tokenise_shard(task: ShardTask) -> ShardResult:
+    """Read, render and tokenise a shard's rows and write its documents to `task.output`, in the order of the rows."""
+    tally = Tally()
+    options = task.options
+    encoder, template = _encoder_and_template(
+        options.tokenizer_path, options.tokenizer_revision, options.trust_remote_code, options.template
+    )
+    with pa.OSFile(task.output, "wb") as sink, pa.ipc.new_file(sink, DOCUMENTS_SCHEMA) as writer:
+        for is_text, rows in groupby(_conversations(task, tally), key=lambda row: row[0].text is not None):
+            while batch := list(islice(rows, _DOCUMENTS_AT_ONCE)):
+                if is_text:
+                    documents = _text_documents(batch, encoder)
+                else:
+                    assert template is not None
+                    documents = _chat_documents(batch, encoder, template, options.targets, tally)
+                pieces = [piece for document in documents for piece in _fitted(document, options, tally)]
+                for piece in pieces:
+                    if not encoder.is_special[piece.input_ids[np.flatnonzero(piece.is_target)[-1]]] and not piece.is_cut:
+                        tally.add("without_end_token")
+                if pieces:
+                    writer.write_batch(_record_batch(pieces))
+    return ShardResult(path=task.output, tally=tally)
+
+
+def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]]) -> list[DataFormat]:
+    """The format of each source, by its first good row.
+
+    Raises:
+        DataError: if a source has no good row, or its format cannot be told.
+    """
+    formats = []
+    for source, files in zip(sources, scanned, strict=True):
+        tally = Tally()
+        rows = ((file.file.name, row) for file in files for part in file.segments for row in read_segment(part))
+        for name, row in rows:
+            if not isinstance(row, BadRow):
+                formats.append(format_of(source, row.values))
+                break
+            tally.add("bad_rows", Origin(name, row.line), row.reason)
+        else:
+            if tally.counts:
+                raise bad_rows_error(tally)
+            raise DataError(f"{source.path} has no rows.")
+    return formats
+
+
+def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversation]:
+    """All conversations of a source up to `max_rows`, in order, without bad rows; for previews and generated answers.
+
+    Raises:
+        DataError: if the source has no good row, or its format cannot be told.
+    """
+    scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
+    (name,) = formats_of([source], [scanned])
+    parts = [
+        ShardPart(segment=segment, file_index=0, format=name, columns=source.columns)
+        for file in scanned
+        for segment in file.segments
+    ]
+    return (conversation for conversation, _ in _read(parts, source.max_rows, Tally(), "all", 0.0))
+
+
+def bad_rows_error(tally: Tally) -> DataError:
+    return _rows_error(tally, "bad_rows", "cannot be used", "Repair them, or leave them out with data.on_bad_row: skip.")
+
+
+def too_long_error(tally: Tally, max_length: int) -> DataError:
+    return _rows_error(
+        tally,
+        "too_long",
+        f"are longer than data.max_length, {max_length} tokens",
+        "Raise data.max_length, or set data.too_long to truncate, drop or split.",
+    )
+
+
+def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:
+    count, examples = tally.counts[what], tally.examples[what]
+    rows = "1 row" if count == 1 else f"{count} rows"
+    more = [f"  and {count - len(examples)} more"] if count > len(examples) else []
+    return DataError("\n".join([f"{rows} {are}:", *(f"  {example}" for example in examples), *more, fix]))
+
+
+# --- Tokens of texts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """Tokens of several texts, one after the other. Places are bytes (UTF-8) in the concatenation of all texts."""
+
+    input_ids: np.ndarray
+    first_tokens: np.ndarray
+    """Index of each text's first token, and the number of tokens."""
+    starts: np.ndarray
+    ends: np.ndarray
+    first_bytes: np.ndarray
+    """Place of each text's first byte, and the number of bytes."""
+    token_bytes: np.ndarray
+    """Bytes of text that each token adds; 0 for special tokens."""
+
+
+class TextEncoder:
+    """A tokenizer, and where its tokens lie in the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._eos = tokenizer.eos_token_id
+        self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self._name = tokenizer.name_or_path
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        size = max(vocabulary.values(), default=0) + 1
+        self.is_special = np.zeros(size, bool)
+        self.is_special[[i for i, token in added.items() if token.special]] = True
+        self.is_special[tokenizer.all_special_ids] = True
+        self._normaliser, is_byte_level = _byte_level_bpe(self._backend)
+        self._lengths: np.ndarray | None = None
+        if is_byte_level:
+            self._lengths = np.zeros(size, np.int64)
+            self._lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
+            for i, token in added.items():
+                self._lengths[i] = len(token.content.encode())
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Tokenise texts as they are: no special token is added."""
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        first_bytes = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        return self._encode_by_length(texts, first_bytes) or self._encode_by_offset(texts, first_bytes)
+
+    def document_tokens(self, input_ids: np.ndarray) -> tuple[list[int], np.ndarray, list[int]]:
+        """What stands before a plain document's tokens, the tokens, and what stands behind them.
+
+        Raises:
+            DataError: if the tokenizer has no end-of-text token.
+        """
+        if self._eos is None:
+            raise DataError(
+                f"Plain text needs an end-of-text token, but the tokenizer '{self._name}' has none. "
+                f"Set eos_token in its tokenizer_config.json."
+            )
+        return self._bos, input_ids, [self._eos]
+
+    def _encode_by_length(self, texts: Sequence[str], first_bytes: np.ndarray) -> EncodedTexts | None:
+        """Places from the lengths of the tokens, or None where they do not add up to the texts."""
+        if self._lengths is None:
+            return None
+        if self._normaliser == "NFC" and not all(unicodedata.is_normalized("NFC", text) for text in texts):
+            return None
+        input_ids, first_tokens = _flat_ids(self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
+        lengths = self._lengths[input_ids]
+        ends = np.cumsum(lengths)
+        # A token that swallows white space beside it, for one, makes the sums differ.
+        if not np.array_equal(np.concatenate([[0], ends])[first_tokens], first_bytes):
+            return None
+        token_bytes = np.where(self.is_special[input_ids], 0, lengths)
+        return EncodedTexts(input_ids, first_tokens, ends - lengths, ends, first_bytes, token_bytes)
+
+    def _encode_by_offset(self, texts: Sequence[str], first_bytes: np.ndarray) -> EncodedTexts:
+        """Places that the tokenizer has tracked, from characters to bytes."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        input_ids, first_tokens = _flat_ids(encodings)
+        numbers = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        places = np.fromiter(numbers, np.int64, 2 * len(input_ids)).reshape(-1, 2)
+        for index, text in enumerate(texts):
+            in_text = slice(first_tokens[index], first_tokens[index + 1])
+            if not text.isascii():
+                places[in_text] = _bytes_before(text)[places[in_text]]
+            places[in_text] += first_bytes[index]
+        # Neither may ever decrease; a token without text of its own lies where the one before it ended.
+        starts, ends = np.maximum.accumulate(places[:, 0]), np.maximum.accumulate(places[:, 1])
+        covered = np.concatenate([[0], ends[:-1]])
+        token_bytes = np.where(self.is_special[input_ids], 0, np.maximum(0, ends - np.maximum(starts, covered)))
+        return EncodedTexts(input_ids, first_tokens, starts, ends, first_bytes, token_bytes)
+
+
+def _flat_ids(encodings: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    ids = [encoding.ids for encoding in encodings]
+    first_tokens = np.concatenate([[0], np.cumsum([len(one) for one in ids], dtype=np.int64)])
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(first_tokens[-1])), first_tokens
+
+
+def _bytes_before(text: str) -> np.ndarray:
+    """UTF-8 bytes before each character of a text, and its size."""
+    code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _byte_level_bpe(backend: Any) -> tuple[str | None, bool]:
+    """The normaliser's name, and whether a token's characters are the bytes of the text that it stands for."""
+    description = json.loads(backend.to_str())
+    normaliser = (description["normalizer"] or {}).get("type")
+    before = description["pre_tokenizer"] or {}
+    steps = before.get("pretokenizers", [before])
+    is_byte_level = (
+        description["model"]["type"] == "BPE"
+        and normaliser in (None, "NFC")
+        and sum(step.get("type") == "ByteLevel" for step in steps) == 1
+        and all(
+            not step.get("add_prefix_space") if step.get("type") == "ByteLevel" else step.get("behavior") == "Isolated"
+            for step in steps
+        )
+    )
+    return normaliser, is_byte_level
+
+
+# --- Documents ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    input_ids: np.ndarray
+    is_target: np.ndarray
+    token_bytes: np.ndarray
+    file_index: int
+    origin: Origin
+    is_cut: bool = False
+
+
+@lru_cache(maxsize=2)
+def _encoder_and_template(
+    path: str, revision: str | None, trust_remote_code: bool, template: str
+) -> tuple[TextEncoder, ChatTemplate | None]:
+    """Loaded once per process, which may tokenise many shards. Plain text needs no template."""
+    tokenizer = open_tokenizer(path, revision, trust_remote_code)
+    return TextEncoder(tokenizer), ChatTemplate(tokenizer, template) if template else None
+
+
+def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
+    return _read(task.parts, task.max_rows, tally, task.options.side, task.options.validation_fraction)
+
+
+def _read(
+    parts: Sequence[ShardPart], max_rows: int | None, tally: Tally, side: Side | Literal["all"], validation_fraction: float
+) -> Iterator[tuple[Conversation, int]]:
+    """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
+    rows = ((part, row) for part in parts for row in read_segment(part.segment))
+    for part, row in islice(rows, max_rows):
+        tally.add("rows")
+        origin = Origin(part.segment.file.name, row.line)
+        if isinstance(row, BadRow):
+            tally.add("bad_rows", origin, row.reason)
+        elif side != "all" and side_of(row.values, validation_fraction) != side:
+            tally.add("other_side")
+        else:
+            try:
+                yield read_row(row.values, part.format, part.columns, origin), part.file_index
+            except RowError as error:
+                tally.add("bad_rows", origin, str(error))
+
+
+def _chat_documents(
+    rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, template: ChatTemplate, targets: Targets, tally: Tally
+) -> Iterator[_Document]:
+    usable, texts, spans = [], [], []
+    for row, rendered in zip(rows, template.render([row for row, _ in rows], targets), strict=True):
+        if isinstance(rendered, RowError):
+            tally.add("bad_rows", row[0].origin, str(rendered))
+        else:
+            usable.append(row)
+            texts.append(rendered.text)
+            spans.append(rendered.targets)
+    encoded = encoder.encode(texts)
+    places = [
+        (int(first) + _byte_of(text, start), int(first) + _byte_of(text, end))
+        for text, text_spans, first in zip(texts, spans, encoded.first_bytes)
+        for start, end in text_spans
+    ]
+    is_target = target_mask(encoded.starts, encoded.ends, [start for start, _ in places], [end for _, end in places])
+    # Nothing comes before a document's first token that could predict it.
+    is_target[encoded.first_tokens[:-1][np.diff(encoded.first_tokens) > 0]] = False
+    for index, (conversation, file_index) in enumerate(usable):
+        tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
+        yield _Document(
+            encoded.input_ids[tokens], is_target[tokens], encoded.token_bytes[tokens], file_index, conversation.origin
+        )
+
+
+def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder) -> Iterator[_Document]:
+    """Plain documents: every token is a target but the first, which nothing predicts."""
+    encoded = encoder.encode([row.text or "" for row, _ in rows])
+    for index, (conversation, file_index) in enumerate(rows):
+        tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
+        before, ids, behind = encoder.document_tokens(encoded.input_ids[tokens])
+        input_ids = np.concatenate([np.array(before, np.int32), ids, np.array(behind, np.int32)])
+        token_bytes = np.pad(encoded.token_bytes[tokens], (len(before), len(behind)))
+        is_target = np.arange(len(input_ids)) > 0
+        yield _Document(input_ids, is_target, token_bytes, file_index, conversation.origin)
+
+
+def _fitted(document: _Document, options: TokenisingOptions, tally: Tally) -> list[_Document]:
+    """The document, or what the policy for long ones makes of it, without pieces that have no target."""
+    num_tokens, limit = len(document.input_ids), options.max_length
+    pieces = [document]
+    if num_tokens > limit:
+        tally.add("too_long", document.origin, f"{num_tokens} tokens")
+        if options.too_long in ("drop", "error"):
+            return []
+        if options.too_long == "truncate":
+            if document.is_target[limit:].any():
+                tally.add("answers_cut", document.origin, f"{num_tokens} tokens")
+            pieces = [_piece(document, 0, limit)]
+        else:
+            # The last token of a piece begins the next one, which then predicts every target just once.
+            pieces = [_piece(document, start, start + limit) for start in range(0, num_tokens - 1, max(1, limit - 1))]
+    trained = [piece for piece in pieces if piece.is_target.any()]
+    if not trained:
+        cut = "its targets lie behind data.max_length" if document.is_target.any() else "no turn of it is a target"
+        tally.add("no_target", document.origin, cut)
+    for piece in trained:
+        tally.add("documents")
+        tally.counts["targets"] += int(piece.is_target.sum())
+    return trained
+
+
+def _piece(document: _Document, start: int, stop: int) -> _Document:
+    is_target = document.is_target[start:stop].copy()
+    is_target[0] = False
+    return _Document(
+        document.input_ids[start:stop],
+        is_target,
+        document.token_bytes[start:stop],
+        document.file_index,
+        document.origin,
+        is_cut=stop < len(document.input_ids),
+    )
+
+
+def _record_batch(documents: Sequence[_Document]) -> pa.RecordBatch:
+    offsets = np.concatenate([[0], np.cumsum([len(document.input_ids) for document in documents])]).astype(np.int32)
+    input_ids = np.concatenate([document.input_ids for document in documents])
+    is_target = np.concatenate([document.is_target for document in documents])
+    return pa.record_batch(
+        [
+            pa.ListArray.from_arrays(offsets, pa.array(input_ids)),
+            pa.ListArray.from_arrays(offsets, pa.array(is_target.view(np.uint8))),
+            pa.array([int(document.token_bytes[document.is_target].sum()) for document in documents], pa.int64()),
+            pa.array([document.file_index for document in documents], pa.int32()),
+            pa.array([document.origin.line for document in documents], pa.int64()),
+        ],
+        schema=DOCUMENTS_SCHEMA,
+    )
+
+
+def _byte_of(text: str, character: int) -> int:
+    return character if text.isascii() else len(text[:character].encode())

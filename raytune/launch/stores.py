@@ -1,0 +1,129 @@
+"""The data of a run, made ready before any worker exists: tokenised stores by CPU tasks of the cluster, and the questions of its end."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from raytune.config.data import DataSource
+from raytune.config.run import RunConfig
+from raytune.data.sources import source_name
+from raytune.data.store import StoreInfo, StoreRequest, build_store
+from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.errors import DataError
+from raytune.evaluate.questions import Question, read_questions
+from raytune.plan.machine import DataFacts
+from raytune.plan.run_plan import StorePlan
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+STORES_FOLDER = "stores"
+
+
+class DataBuilder:
+    """Builds everything that a run reads, with the tokenizer and the template that all of it shares.
+
+    Args:
+        model_path: folder or hub id whose tokenizer is used.
+        row_length: tokens per packed row.
+        storage: absolute folder or URL of the run folders; stores go to `data.store`, or `stores` in there.
+    """
+
+    def __init__(self, config: RunConfig, model_path: str, row_length: int, storage: str) -> None:
+        self._config, self._model_path, self._row_length = config, model_path, row_length
+        self._folder = config.data.store or f"{storage}/{STORES_FOLDER}"
+        model = config.model
+        self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code)
+        self._template = self._needed_template(self._tokenizer)
+
+    def build(self) -> DataFacts:
+        """Tokenise training and validation rows, or find them tokenised by an earlier run.
+
+        Raises:
+            DataError: if rows cannot be used or none is left.
+        """
+        data = self._config.data
+        fraction = data.validation_fraction
+        train = self._store(data.train, side="train" if fraction else "all")
+        if fraction:
+            held_out = {"validation": self._store(data.train, side="validation")}
+        else:
+            held_out = {name: self._store([source], side="all") for name, source in _named(data.validation).items()}
+        return DataFacts(
+            train=_store_plan("train", train),
+            validation=tuple(_store_plan(name, info) for name, info in held_out.items()),
+            longest_document=train.longest_document,
+        )
+
+    def questions(self) -> list[Question]:
+        """The rows that both models answer at the end of the run; none if `evaluation.generation` is not asked for."""
+        generation = self._config.evaluation.generation
+        if generation is None:
+            return []
+        if not self._template:
+            raise DataError("evaluation.generation needs a chat template to ask with. Set data.template.")
+        with TemporaryDirectory() as downloads:
+            return read_questions(
+                generation.rows,
+                ChatTemplate(self._tokenizer, self._template),
+                self._tokenizer,
+                max_rows=generation.max_rows,
+                downloads=Path(downloads),
+            )
+
+    def _needed_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template's text; empty where only plain text is trained, which needs none."""
+        data = self._config.data
+        sources = [*data.train, *data.validation]
+        if all(source.format == "text" for source in sources) and not self._config.evaluation.generation:
+            return ""
+        return resolve_template(data.template, tokenizer)
+
+    def _store(self, sources: Sequence[DataSource], side: str) -> StoreInfo:
+        data, model = self._config.data, self._config.model
+        request = StoreRequest(
+            sources=tuple(sources),
+            template=self._template,
+            targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+            max_length=self._row_length,
+            too_long=data.too_long,
+            packing=data.packing,
+            on_bad_row=data.on_bad_row,
+            tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
+            side=side,  # pyright: ignore[reportArgumentType]
+            validation_fraction=data.validation_fraction,
+        )
+        return build_store(
+            request,
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            folder=self._folder,
+            parallel_map=_map_on_cluster,
+        )
+
+
+def _map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[Result]:
+    """Results in the order of the tasks: one task is done here, where the tokenizer is loaded already, several by the cluster's CPUs."""
+    if len(tasks) <= 1:
+        return map(function, tasks)
+    remote = ray.remote(num_cpus=1)(function)
+    return ray.get([remote.remote(task) for task in tasks])
+
+
+def _named(sources: Sequence[DataSource]) -> dict[str, DataSource]:
+    """Sources by their name in metrics; later ones of the same name get a number."""
+    named: dict[str, DataSource] = {}
+    for source in sources:
+        name = source_name(source)
+        number = sum(other == name or other.startswith(f"{name}-") for other in named)
+        named[f"{name}-{number + 1}" if number else name] = source
+    return named
+
+
+def _store_plan(name: str, info: StoreInfo) -> StorePlan:
+    return StorePlan(name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets)

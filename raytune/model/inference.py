@@ -1,0 +1,39 @@
+"""Saved models for writing answers: what plain transformers and PEFT make of the files of a run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from raytune.config.adapter import FullAdapter, QloraAdapter
+from raytune.model.quantize import DTYPES, quantization_config
+from raytune.plan.run_plan import RunPlan
+
+
+def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterator[PreTrainedModel | PeftModel]:
+    """First the base model of a run, then the tuned one as it was saved in `folder`; one of them on the device at a time."""
+    yield (model := _load(plan, plan.model.path, plan.model.revision, device))
+    if isinstance(plan.adapter, FullAdapter):
+        del model  # the caller has let go of it as well
+        yield _load(plan, str(folder), None, device)
+    else:
+        yield PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:
+    model = plan.model
+    arguments = {}
+    if isinstance(plan.adapter, QloraAdapter):
+        arguments["quantization_config"] = quantization_config(plan.adapter, model)
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=DTYPES[model.compute_dtype],
+        attn_implementation="sdpa",  # padding on the left and a cache of keys, which the kernels for packed rows do not know
+        use_safetensors=True,
+        device_map={"": device},
+        **arguments,
+    ).eval()

@@ -1,0 +1,320 @@
+"""From a config, a model's shape, the machines and the data to a `RunPlan`, in which no "auto" is left. Pure.
+
+A launcher calls, in this order: `shapes.read_model_shape`, `requirements.check_before_data`, `requirements.choose_row_length`;
+then it builds the stores, and then calls `choose_plan`.
+"""
+
+import math
+from typing import TypeVar
+
+from raytune.config.adapter import FullAdapter
+from raytune.config.run import RunConfig
+from raytune.config.training import TrainingSection
+from raytune.errors import DataError, UserError
+from raytune.plan.adapter_size import num_trainable
+from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
+from raytune.plan.defaults import (
+    Choice,
+    default_epochs,
+    default_learning_rate,
+    default_warmup_ratio,
+    default_weight_decay,
+)
+from raytune.plan.fitting import Fit, Setting, choose_fit, room_of_worker
+from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
+from raytune.plan.requirements import (
+    Device,
+    check_before_data,
+    choose_attention,
+    choose_device,
+    choose_precision,
+    choose_row_length,
+    choose_workers,
+    resolve_adapter,
+)
+from raytune.plan.run_plan import (
+    BatchPlan,
+    CheckpointPlan,
+    ClusterPlan,
+    DataPlan,
+    EnginePlan,
+    EvaluationPlan,
+    GenerationPlan,
+    LossPlan,
+    ModelPlan,
+    OptimizationPlan,
+    RunPlan,
+)
+from raytune.plan.shapes import ModelShape
+from raytune.units import format_bytes
+
+EVALUATIONS_PER_RUN = 10
+METRICS = ("loss", "perplexity", "bits_per_byte")
+"""What training.run measures on each validation set and on all of them together."""
+
+Value = TypeVar("Value")
+
+
+class _Reasons(list[str]):
+    """Sentences about choices, in the order in which they were made."""
+
+    def taken(self, choice: Choice[Value]) -> Value:
+        if choice.reason:
+            self.append(choice.reason)
+        return choice.value
+
+
+def choose_plan(
+    config: RunConfig, shape: ModelShape, machine: Machine, data: DataFacts, *, model_path: str, storage: str
+) -> RunPlan:
+    """Resolve everything.
+
+    Args:
+        config: what the user wrote.
+        shape: of the base model.
+        machine: the cluster.
+        data: the stores, built with rows of `choose_row_length` tokens.
+        model_path: the base model as workers load it: a local folder or a hub id.
+        storage: absolute folder or URL of the run folders.
+
+    Raises:
+        UserError: (or PlanError, ModelError) if it cannot be done as asked; the message says what could.
+        DataError: if the data has nothing to learn from.
+    """
+    check_before_data(config, shape, machine)
+    if not data.train.num_targets:
+        raise DataError(f"The training store {data.train.path} has no target tokens, so nothing can be learned from it.")
+    reasons = _Reasons()
+    training, method = config.training, config.adapter.method
+    device = choose_device(config, machine)
+    workers = reasons.taken(choose_workers(config, machine, device))
+    precision = reasons.taken(choose_precision(config, machine, device))
+    adapter = reasons.taken(resolve_adapter(config.adapter, precision))
+    attention = reasons.taken(choose_attention(config, machine, device, precision))
+    row_length = choose_row_length(config, shape)
+    if config.data.max_length == "auto":
+        reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
+
+    epochs = training.num_train_epochs
+    if training.max_steps is None and epochs == "auto":
+        epochs = reasons.taken(default_epochs(method, data.train.num_targets))
+    rows_in_epochs = None if training.max_steps is not None or epochs == "auto" else math.ceil(epochs * data.train.num_rows)
+    setting = Setting(
+        device=device,
+        workers=workers,
+        precision=precision,
+        adapter=adapter,
+        attention=attention,
+        row_length=row_length,
+        rows_per_step=default_rows_per_step(rows_in_epochs),
+    )
+    fit = choose_fit(config, setting, shape, machine, data)
+    num_steps = training.max_steps or math.ceil((rows_in_epochs or 0) / fit.batch.global_batch_size)
+    reasons += _reasons_for_fit(config, fit, setting, machine, shape)
+
+    num_rows = rows_in_epochs or num_steps * fit.batch.global_batch_size
+    optimization = _optimization(config, shape, num_steps, num_rows, reasons)
+    evaluation = _evaluation(config, num_steps, reasons)
+    return RunPlan(
+        name=config.name,
+        storage=storage,
+        seed=training.seed,
+        precision=precision,
+        tf32=training.tf32,
+        logging_steps=training.logging_steps,
+        template=config.data.template,
+        model=ModelPlan(
+            path=model_path,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            attention=attention,
+            dtype="fp32" if fit.zero_stage == 0 and isinstance(adapter, FullAdapter) else precision,
+            compute_dtype=precision,
+            gradient_checkpointing=fit.has_checkpointing,
+            compile=training.compile,
+            liger=training.liger,
+            neftune_noise_alpha=training.neftune_noise_alpha,
+        ),
+        data=DataPlan(
+            train=data.train,
+            validation=list(data.validation),
+            row_length=row_length,
+        ),
+        adapter=adapter,
+        batch=fit.batch,
+        optimization=optimization,
+        engine=_engine(config, fit),
+        loss=LossPlan(chunk_tokens=fit.chunk_tokens),
+        evaluation=evaluation,
+        checkpoint=_checkpoint(config, data, evaluation, reasons),
+        cluster=_cluster(config, device),
+        memory=fit.memory,
+        num_parameters=shape.num_parameters,
+        num_trainable=num_trainable(adapter, shape),
+        reasons=list(reasons),
+    )
+
+
+def _reasons_for_fit(config: RunConfig, fit: Fit, setting: Setting, machine: Machine, shape: ModelShape) -> list[str]:
+    training = config.training
+    room = room_of_worker(setting, machine).device
+    needed = format_bytes(bytes_in(fit.memory, "device"))
+    compared = f"{needed} per worker of the {format_bytes(room)} that can be used" if room else f"{needed} per worker"
+    reasons = []
+    if training.global_batch_size == "auto":
+        rows = fit.batch.global_batch_size
+        reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, setting, training)}.")
+    if training.per_device_train_batch_size == "auto":
+        tokens = fit.batch.micro_batch_size * setting.row_length
+        reasons.append(
+            f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
+        )
+    if training.gradient_accumulation_steps == "auto":
+        reasons.append(f"training.gradient_accumulation_steps is {fit.batch.accumulation}: {fit.batch.equation}.")
+    if training.zero.stage == "auto":
+        reasons.append(f"training.zero.stage is {fit.zero_stage}, the lowest that fits and that the settings allow: {compared}.")
+    if training.gradient_checkpointing == "auto":
+        why = "it would not fit without" if fit.has_checkpointing else "it fits without"
+        reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
+    if training.loss == "auto" and fit.chunk_tokens:
+        reasons.append(
+            f"training.loss is chunked, {fit.chunk_tokens} targets at a time: all logits (vocabulary {shape.vocab}) would exceed "
+            f"{format_bytes(FULL_LOGITS_BYTES)}."
+        )
+    elif training.loss == "auto":
+        reasons.append(f"training.loss is full: the logits of all targets stay below {format_bytes(FULL_LOGITS_BYTES)}.")
+    return reasons
+
+
+def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection) -> str:
+    if training.per_device_train_batch_size != "auto" and training.gradient_accumulation_steps != "auto":
+        return batch.equation
+    if batch.global_batch_size > setting.rows_per_step:
+        return "the fewest rows that the other settings allow"
+    if setting.rows_per_step < DEFAULT_ROWS:
+        return f"few rows, so that the run has about {MIN_STEPS} steps or more"
+    return f"{DEFAULT_ROWS} rows, in whole parts for each worker"
+
+
+def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows: int, reasons: _Reasons) -> OptimizationPlan:
+    training, adapter = config.training, config.adapter
+    rate = training.learning_rate
+    if rate == "auto":
+        rate = reasons.taken(default_learning_rate(adapter.method, shape.num_parameters))
+    decay = training.weight_decay
+    if decay == "auto":
+        decay = reasons.taken(default_weight_decay(adapter.method))
+    return OptimizationPlan(
+        num_steps=num_steps,
+        num_rows=num_rows,
+        optimizer=training.optimizer,
+        learning_rate=rate,
+        lora_plus_ratio=None if isinstance(adapter, FullAdapter) else adapter.lora_plus_ratio,
+        schedule=training.lr_scheduler_type,
+        warmup_steps=_warmup_steps(training, num_steps, reasons),
+        min_lr_ratio=training.min_lr_ratio,
+        decay_ratio=training.decay_ratio,
+        polynomial_power=training.polynomial_power,
+        num_cycles=training.num_cycles,
+        weight_decay=decay,
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+
+def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) -> int:
+    if training.warmup_steps is not None:
+        if training.warmup_steps > num_steps:
+            raise UserError(
+                f"training.warmup_steps is {training.warmup_steps}, but the run has {num_steps} steps. Set it to less, or use "
+                f"training.warmup_ratio."
+            )
+        return training.warmup_steps
+    if training.warmup_ratio != "auto":
+        return math.ceil(training.warmup_ratio * num_steps)
+    # The first step of a warm-up has rate 0: the only step of a run must not be it.
+    return min(math.ceil(reasons.taken(default_warmup_ratio(num_steps)) * num_steps), num_steps - 1)
+
+
+def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
+    zero = config.training.zero
+    return EnginePlan(
+        kind="plain" if fit.zero_stage == 0 else "zero",
+        zero_stage=fit.zero_stage,
+        offload_optimizer=zero.offload_optimizer,
+        offload_parameters=zero.offload_parameters,
+        nvme_path=zero.nvme_path,
+        deepspeed_overrides=zero.overrides,
+    )
+
+
+def _evaluation(config: RunConfig, num_steps: int, reasons: _Reasons) -> EvaluationPlan:
+    section, generation = config.evaluation, config.evaluation.generation
+    every_steps = section.every_steps
+    if every_steps == "auto":
+        every_steps = max(1, num_steps // EVALUATIONS_PER_RUN)
+        reasons.append(f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {num_steps} steps.")
+    return EvaluationPlan(
+        every_steps=every_steps,
+        at_start=section.at_start,
+        max_rows=section.max_rows,
+        generation=None
+        if generation is None
+        else GenerationPlan(
+            rows=generation.rows,
+            max_rows=generation.max_rows,
+            max_new_tokens=generation.max_new_tokens,
+            batch_size=generation.batch_size,
+        ),
+    )
+
+
+def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, reasons: _Reasons) -> CheckpointPlan:
+    section = config.checkpoint
+    every_steps = section.every_steps
+    if every_steps == "auto":
+        every_steps = evaluation.every_steps
+        reasons.append(f"checkpoint.every_steps is {every_steps}, as evaluation.every_steps, so that the best step can be kept.")
+    keep_best = section.keep_best
+    if not data.validation and keep_best:
+        keep_best = 0
+        reasons.append(
+            "checkpoint.keep_best is 0: without validation rows there is no metric, and the last checkpoint is the best."
+        )
+    elif data.validation:
+        _check_metric(section.metric, data)
+    return CheckpointPlan(
+        every_steps=every_steps,
+        every_s=section.every,
+        keep_last=section.keep_last,
+        keep_best=keep_best,
+        metric=section.metric,
+        mode=section.mode,
+    )
+
+
+def _check_metric(metric: str, data: DataFacts) -> None:
+    prefixes = ["validation", *(f"validation/{store.name}" for store in data.validation)]
+    known = [f"{prefix}/{name}" for prefix in prefixes for name in METRICS]
+    if metric not in known:
+        raise UserError(
+            f"checkpoint.metric is {metric!r}, which this run does not measure. Set it to one of: {', '.join(known)}."
+        )
+
+
+def _cluster(config: RunConfig, device: Device) -> ClusterPlan:
+    section = config.cluster
+    threads = section.threads_per_worker
+    return ClusterPlan(
+        device=device,
+        cpus_per_worker=section.cpus_per_worker,
+        gpus_per_worker=1 if device == "cuda" else 0,
+        threads_per_worker=max(1, int(section.cpus_per_worker)) if threads == "auto" else threads,
+        placement=section.placement,
+        max_failures=section.max_failures,
+        start_timeout_s=section.start_timeout,
+        collective_timeout_s=section.collective_timeout,
+    )

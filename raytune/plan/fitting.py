@@ -1,0 +1,237 @@
+"""Which micro-batch, ZeRO stage and activation checkpointing fit into memory, and what would fit where nothing does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.model import Attention
+from raytune.config.run import RunConfig
+from raytune.config.training import Precision
+from raytune.errors import PlanError, UserError
+from raytune.plan.batch import possible_batches
+from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
+from raytune.plan.memory import Workload, bytes_in, chunk_tokens_for, exceeds_full_logits, memory_parts
+from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages, resolve_adapter
+from raytune.plan.run_plan import BatchPlan, MemoryPart, ZeroStage
+from raytune.plan.shapes import ModelShape
+from raytune.units import format_bytes
+
+# Tokens per forward pass above which little gets faster: a GPU is busy with 8k (PERFORMANCE.md, goals), a CPU core with far
+# fewer.
+TOKENS_PER_MICRO_BATCH: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
+MAX_ADVICE = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is decided before memory is looked at."""
+
+    device: Device
+    workers: int
+    precision: Precision
+    adapter: Adapter
+    attention: Attention
+    row_length: int
+    rows_per_step: int
+    """Where the config does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """One way to run, with its bytes."""
+
+    batch: BatchPlan
+    zero_stage: ZeroStage
+    has_checkpointing: bool
+    chunk_tokens: int | None
+    memory: list[MemoryPart]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that a worker may fill; None: not known."""
+
+    device: int | None
+    host: int | None
+
+    def holds(self, memory: list[MemoryPart]) -> bool:
+        return all(
+            room is None or bytes_in(memory, place) <= room for place, room in (("device", self.device), ("host", self.host))
+        )
+
+
+def choose_fit(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Fit:
+    """The first way that fits: without checkpointing before with, lowest ZeRO stage, largest micro-batch.
+
+    Raises:
+        PlanError: if none fits; the message names the nearest settings that do.
+    """
+    room = room_of_worker(setting, machine)
+    ways = list(_ways(config, setting, shape, data))
+    for way in ways:
+        if room.holds(way.memory):
+            return way
+    smallest = min(ways, key=lambda way: bytes_in(way.memory, "device"))
+    advice = [
+        text for text, changed in _changes(config, setting, shape, machine) if _fits(changed, setting, shape, machine, data)
+    ]
+    raise PlanError(_too_large(smallest, room, setting, advice[:MAX_ADVICE]))
+
+
+def room_of_worker(setting: Setting, machine: Machine) -> Room:
+    """What the plan may fill, per worker."""
+    on_gpu = setting.device == "cuda"
+    on_node = machine.workers_on_a_node(setting.workers, per_gpu=on_gpu)
+    host = int(USABLE_SHARE * machine.host_memory_bytes / on_node) if machine.host_memory_bytes else None
+    if not on_gpu:
+        return Room(device=host, host=host)
+    return Room(device=int(USABLE_SHARE * machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None, host=host)
+
+
+def _ways(config: RunConfig, setting: Setting, shape: ModelShape, data: DataFacts) -> Iterator[Fit]:
+    wanted = config.training.gradient_checkpointing
+    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // setting.row_length)
+    batches = possible_batches(config.training, setting.workers, setting.rows_per_step, max_micro_batch)
+    stages = possible_stages(config, setting.device, setting.workers, setting.precision)
+    for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
+        for stage in stages:
+            for batch in batches:
+                yield _way(config, setting, shape, data, batch, stage, has_checkpointing)
+
+
+def _way(
+    config: RunConfig,
+    setting: Setting,
+    shape: ModelShape,
+    data: DataFacts,
+    batch: BatchPlan,
+    stage: ZeroStage,
+    has_checkpointing: bool,
+) -> Fit:
+    num_tokens = batch.micro_batch_size * setting.row_length
+    num_targets = most_targets(data, num_tokens)
+    is_chunked = config.training.loss == "chunked" or (
+        config.training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab)
+    )
+    chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
+    work = Workload(
+        shape=shape,
+        adapter=setting.adapter,
+        engine="plain" if stage == 0 else "zero",
+        zero_stage=stage,
+        workers=setting.workers,
+        offload_optimizer=config.training.zero.offload_optimizer,
+        offload_parameters=config.training.zero.offload_parameters,
+        precision=setting.precision,
+        optimizer=config.training.optimizer,
+        attention=setting.attention,
+        has_checkpointing=has_checkpointing,
+        accumulation=batch.accumulation,
+        num_tokens=num_tokens,
+        num_targets=num_targets,
+        chunk_tokens=chunk_tokens,
+        is_on_gpu=setting.device == "cuda",
+    )
+    return Fit(
+        batch=batch,
+        zero_stage=stage,
+        has_checkpointing=has_checkpointing,
+        chunk_tokens=chunk_tokens,
+        memory=memory_parts(work),
+    )
+
+
+def most_targets(data: DataFacts, num_tokens: int) -> int:
+    """Target tokens of a micro-batch: twice the data's mean share, because rows differ, at most all of them."""
+    share = data.train.num_targets / data.train.num_tokens
+    return min(num_tokens, int(2 * share * num_tokens) + 1)
+
+
+def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> bool:
+    """Whether anything fits after a change of the config."""
+    try:
+        precision = choose_precision(config, machine, setting.device).value
+        changed = Setting(
+            device=setting.device,
+            workers=choose_workers(config, machine, setting.device).value,
+            precision=precision,
+            adapter=resolve_adapter(config.adapter, precision).value,
+            attention=setting.attention,
+            row_length=setting.row_length if config.data.max_length == "auto" else config.data.max_length,
+            rows_per_step=setting.rows_per_step,
+        )
+        room = room_of_worker(changed, machine)
+        return any(room.holds(way.memory) for way in _ways(config, changed, shape, data))
+    except UserError:
+        return False
+
+
+def _changes(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[tuple[str, RunConfig]]:
+    """Changes of one kind that save memory, the ones that change the result least first."""
+    training, zero, adapter = config.training, config.training.zero, config.adapter
+
+    def with_training(**values: object) -> RunConfig:
+        return config.model_copy(update={"training": training.model_copy(update=values)})
+
+    def with_zero(**values: object) -> RunConfig:
+        return with_training(zero=zero.model_copy(update=values))
+
+    if training.gradient_checkpointing is False:
+        yield "training.gradient_checkpointing=true", with_training(gradient_checkpointing=True)
+    if training.loss == "full":
+        yield "training.loss=chunked", with_training(loss="chunked")
+    micro = training.per_device_train_batch_size
+    if micro != "auto" and micro > 1:
+        smaller: dict[str, object] = {"per_device_train_batch_size": 1}
+        if training.gradient_accumulation_steps != "auto":
+            smaller["gradient_accumulation_steps"] = training.gradient_accumulation_steps * micro
+        yield " ".join(f"training.{key}={value}" for key, value in smaller.items()), with_training(**smaller)
+    if zero.stage != "auto":
+        for stage in range(zero.stage + 1, 4):
+            yield f"training.zero.stage={stage}", with_zero(stage=stage)
+    slots = machine.num_gpus if setting.device == "cuda" else 0
+    for workers in range(setting.workers + 1, slots + 1):
+        yield (
+            f"cluster.workers={workers}",
+            config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": workers})}),
+        )
+    if setting.device == "cuda" and zero.offload_optimizer == "none":
+        yield "training.zero.offload_optimizer=cpu", with_zero(offload_optimizer="cpu")
+    if setting.device == "cuda" and zero.offload_parameters == "none":
+        both: dict[str, object] = {"offload_optimizer": "cpu", "offload_parameters": "cpu", "stage": 3}
+        yield "training.zero.offload_optimizer=cpu training.zero.offload_parameters=cpu", with_zero(**both)
+    length = setting.row_length // 2
+    while length >= 128:
+        yield (
+            f"data.max_length={length}",
+            config.model_copy(update={"data": config.data.model_copy(update={"max_length": length})}),
+        )
+        length //= 2
+    if training.optimizer in ("adamw", "paged_adamw"):
+        yield "training.optimizer=adamw_8bit", with_training(optimizer="adamw_8bit")
+    if isinstance(adapter, FullAdapter):
+        yield "adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()})
+    if not isinstance(adapter, QloraAdapter):
+        kept = adapter.model_dump(exclude={"method"}) if isinstance(adapter, LoraAdapter) else {}
+        yield "adapter.method=qlora", config.model_copy(update={"adapter": QloraAdapter(method="qlora", **kept)})
+
+
+def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str:
+    device = "GPU" if setting.device == "cuda" else "the node's memory, per worker"
+    needed = bytes_in(way.memory, "device")
+    if room.device is not None and needed > room.device:
+        where, place, limit = device, "device", room.device
+    else:
+        assert room.host is not None
+        needed, where, place, limit = bytes_in(way.memory, "host"), "the host's memory, per worker", "host", room.host
+    parts = sorted((part for part in way.memory if part.place == place), key=lambda part: -part.num_bytes)
+    listed = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
+    nearest = (
+        f"What would fit: {'; or '.join(advice)}."
+        if advice
+        else "No single change fits: use more or larger machines, or a smaller model."
+    )
+    return (
+        f"The run does not fit: a worker needs at least {format_bytes(needed)} of {where}, and {format_bytes(limit)} "
+        f"({USABLE_SHARE:.0%}) can be used ({way.batch.equation}, ZeRO stage {way.zero_stage}: {listed}). {nearest}"
+    )

@@ -1,0 +1,232 @@
+"""What can be decided or refused without the data: device, workers, precision, attention, row length, possible ZeRO stages."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
+from raytune.config.model import Attention
+from raytune.config.run import RunConfig
+from raytune.config.training import Precision
+from raytune.errors import PlanError, UserError
+from raytune.plan.adapter_size import num_trainable
+from raytune.plan.defaults import Choice
+from raytune.plan.machine import Machine
+from raytune.plan.run_plan import ZeroStage
+from raytune.plan.shapes import ModelShape
+
+Device = Literal["cpu", "cuda"]
+DEFAULT_ROW_LENGTH = 2048
+STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
+FLASH: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
+WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
+
+
+@dataclass(frozen=True, slots=True)
+class StageLimit:
+    """ZeRO stages that one setting leaves, and why."""
+
+    lowest: int
+    highest: int
+    because: str
+
+
+def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
+    """Tokens per packed row; the store is built with it, before the rest is planned.
+
+    Raises:
+        UserError: if it is more than the model has positions for.
+    """
+    wanted = config.data.max_length
+    if wanted == "auto":
+        return min(DEFAULT_ROW_LENGTH, shape.max_positions)
+    if wanted > shape.max_positions:
+        raise UserError(
+            f"data.max_length is {wanted}, but {config.model.base} ({shape.model_type}) has {shape.max_positions} positions. "
+            f"Set data.max_length to {shape.max_positions} or less; data.too_long says what happens to longer documents."
+        )
+    return wanted
+
+
+def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) -> None:
+    """Refuse what cannot work whatever the rows are, before minutes go into tokenising them.
+
+    Raises:
+        UserError: (or PlanError, ModelError) with what to set instead.
+    """
+    choose_row_length(config, shape)
+    num_trainable(config.adapter, shape)
+    device = choose_device(config, machine)
+    workers = choose_workers(config, machine, device).value
+    precision = choose_precision(config, machine, device).value
+    choose_attention(config, machine, device, precision)
+    possible_stages(config, device, workers, precision)
+    _check_adapter(config)
+    _check_kernels(config, device)
+    _check_metric(config)
+
+
+def choose_device(config: RunConfig, machine: Machine) -> Device:
+    """A GPU wherever the cluster has one and the config does not decline it."""
+    wanted = config.cluster.gpus_per_worker
+    if wanted == 1 and not machine.num_gpus:
+        raise PlanError(
+            "cluster.gpus_per_worker is 1, but the cluster has no GPU. Set it to 0 to train on CPUs, or join another cluster."
+        )
+    return "cuda" if machine.num_gpus and wanted != 0 else "cpu"
+
+
+def choose_workers(config: RunConfig, machine: Machine, device: Device) -> Choice[int]:
+    """All GPUs, or one CPU worker, whose threads share the cores better than processes would."""
+    section = config.cluster
+    if section.workers == "auto":
+        if device == "cuda":
+            return Choice(machine.num_gpus, f"cluster.workers is {machine.num_gpus}: one for each GPU of the cluster.")
+        return Choice(1, "cluster.workers is 1: without GPUs, more processes only share the same cores.")
+    workers = section.workers
+    if device == "cuda" and workers > machine.num_gpus:
+        raise PlanError(
+            f"cluster.workers is {workers}, but the cluster has {machine.num_gpus} GPUs. Set it to {machine.num_gpus} or less."
+        )
+    most_on_cpus = int(machine.num_cpus / section.cpus_per_worker) if section.cpus_per_worker else workers
+    if workers > most_on_cpus:
+        smaller = f"set cluster.workers to {most_on_cpus} or " if most_on_cpus else ""
+        raise PlanError(
+            f"cluster.workers {workers} x cpus_per_worker {section.cpus_per_worker:g} is more than the {machine.num_cpus} CPUs of "
+            f"the cluster: Ray would wait for ever. To continue, {smaller}lower cluster.cpus_per_worker."
+        )
+    if section.placement == "strict_spread" and workers > machine.num_nodes:
+        raise PlanError(
+            f"cluster.placement is strict_spread, one worker per node, but there are {workers} workers and {machine.num_nodes} "
+            f"nodes. Set cluster.workers to {machine.num_nodes}, or placement to spread."
+        )
+    return Choice(workers)
+
+
+def choose_precision(config: RunConfig, machine: Machine, device: Device) -> Choice[Precision]:
+    """bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."""
+    wanted = config.training.precision
+    if wanted == "auto":
+        if device == "cpu":
+            return Choice("fp32", "training.precision is fp32: exact, and few CPUs compute bf16 faster.")
+        if machine.supports_bf16:
+            return Choice("bf16", f"training.precision is bf16: {machine.gpu_name} has it, and it needs no loss scaling.")
+        return Choice("fp16", f"training.precision is fp16: {machine.gpu_name} has no bf16. The loss is scaled.")
+    if wanted == "bf16" and device == "cuda" and not machine.supports_bf16:
+        raise PlanError(f"training.precision is bf16, which {machine.gpu_name} does not have. Set it to fp16 or fp32.")
+    return Choice(wanted)
+
+
+def choose_attention(config: RunConfig, machine: Machine, device: Device, precision: Precision) -> Choice[Attention]:
+    """The first kind that the machine prefers and that computes in this precision."""
+    usable: list[Attention] = [
+        kind for kind in machine.attention if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
+    ]
+    wanted = config.model.attention
+    if wanted == "auto":
+        if not usable:
+            raise PlanError("No kind of attention works on this cluster's machines. Check that their PyTorch sees its device.")
+        why = "documents are kept apart without a mask" if usable[0] not in ("sdpa", "eager") else "nothing faster works here"
+        return Choice(usable[0], f"model.attention is {usable[0]}: {why}.")
+    if wanted not in usable:
+        in_fp32 = f" in {precision}" if wanted in machine.attention else ""
+        raise PlanError(f"model.attention {wanted} does not work on this cluster{in_fp32}. Set it to {' or '.join(usable)}.")
+    return Choice(wanted)
+
+
+def possible_stages(config: RunConfig, device: Device, workers: int, precision: Precision) -> list[ZeroStage]:
+    """ZeRO stages that the settings leave, lowest first; the one that is asked for, if one is.
+
+    Raises:
+        PlanError: if they leave none.
+    """
+    limits = _stage_limits(config, device, precision)
+    wanted = config.training.zero.stage
+    if wanted != "auto":
+        limits = [StageLimit(wanted, wanted, f"training.zero.stage is {wanted}"), *limits]
+    floor = max(limits, key=lambda limit: limit.lowest)
+    ceiling = min(limits, key=lambda limit: limit.highest)
+    if floor.lowest > ceiling.highest:
+        raise PlanError(
+            f"{_capitalised(floor.because)}, which needs ZeRO stage {floor.lowest} or higher; but {ceiling.because}, which "
+            f"allows at most stage {ceiling.highest}. Change one of the two."
+        )
+    # One worker has nobody to share with: a higher stage would only cost time.
+    highest = floor.lowest if workers == 1 else ceiling.highest
+    return [stage for stage in STAGES if floor.lowest <= stage <= highest]
+
+
+def _stage_limits(config: RunConfig, device: Device, precision: Precision) -> list[StageLimit]:
+    training, zero, adapter = config.training, config.training.zero, config.adapter
+    limits = [StageLimit(0, 3, "ZeRO has stages 0 to 3")]
+    if zero.overrides:
+        limits.append(StageLimit(1, 3, "training.zero.overrides is for DeepSpeed, which runs from stage 1 on"))
+    if zero.offload_optimizer != "none":
+        lowest = 3 if zero.offload_optimizer == "nvme" else 1
+        limits.append(StageLimit(lowest, 3, f"training.zero.offload_optimizer is {zero.offload_optimizer}"))
+    if zero.offload_parameters != "none":
+        limits.append(StageLimit(3, 3, f"training.zero.offload_parameters is {zero.offload_parameters}"))
+    if training.compile:
+        limits.append(StageLimit(0, 2, "training.compile is true, and the hooks of stage 3 would break the graph"))
+    if training.optimizer == "adafactor":
+        limits.append(StageLimit(0, 0, "training.optimizer is adafactor, which needs whole matrices where ZeRO has flat shards"))
+    if precision == "fp16" and device == "cpu":
+        limits.append(StageLimit(0, 0, "training.precision is fp16 on CPUs, for which DeepSpeed needs AVX512-FP16"))
+    if isinstance(adapter, QloraAdapter) and adapter.quantization == "int8":
+        limits.append(StageLimit(0, 2, "adapter.quantization is int8, whose weights cannot be sharded"))
+    if isinstance(adapter, QloraAdapter) and adapter.quant_storage not in ("auto", _compute_dtype(adapter, precision)):
+        limits.append(
+            StageLimit(
+                0, 2, f"adapter.quant_storage {adapter.quant_storage} is not the compute dtype, so that weights cannot be sharded"
+            )
+        )
+    if isinstance(adapter, LoraAdapter) and adapter.init in WEIGHT_BASED_INITS:
+        limits.append(StageLimit(0, 2, f"adapter.init is {adapter.init}, which looks at whole weights"))
+    return limits
+
+
+def resolve_adapter(adapter: Adapter, precision: Precision) -> Choice[Adapter]:
+    """The adapter section with its dtypes resolved."""
+    if not isinstance(adapter, QloraAdapter):
+        return Choice(adapter)
+    compute = _compute_dtype(adapter, precision)
+    storage = compute if adapter.quant_storage == "auto" else adapter.quant_storage
+    reasons = []
+    if adapter.compute_dtype == "auto":
+        reasons.append(f"adapter.compute_dtype is {compute}, the run's precision.")
+    if adapter.quant_storage == "auto":
+        reasons.append(f"adapter.quant_storage is {storage}, the compute dtype, so that ZeRO-3 could shard the base.")
+    resolved = adapter.model_copy(update={"compute_dtype": compute, "quant_storage": storage})
+    return Choice(resolved, " ".join(reasons) or None)
+
+
+def _compute_dtype(adapter: QloraAdapter, precision: Precision) -> Precision:
+    return precision if adapter.compute_dtype == "auto" else adapter.compute_dtype
+
+
+def _check_adapter(config: RunConfig) -> None:
+    adapter = config.adapter
+    if isinstance(adapter, QloraAdapter) and adapter.init == "pissa":
+        raise UserError(
+            "adapter.init pissa splits the base weights, which a quantised base no longer has. "
+            "Set adapter.method to lora, or adapter.init to olora."
+        )
+
+
+def _check_kernels(config: RunConfig, device: Device) -> None:
+    if config.training.liger and device == "cpu":
+        raise PlanError("training.liger needs GPUs: its kernels are written in Triton. Set it to false.")
+
+
+def _check_metric(config: RunConfig) -> None:
+    has_validation = bool(config.data.validation or config.data.validation_fraction)
+    is_asked_for = "metric" in config.checkpoint.model_fields_set
+    if is_asked_for and not has_validation:
+        raise UserError(
+            f"checkpoint.metric is {config.checkpoint.metric!r}, but nothing is evaluated: the config has neither data.validation "
+            f"nor data.validation_fraction. Give one of them, or leave checkpoint.metric out."
+        )
+
+
+def _capitalised(text: str) -> str:
+    """A sentence may begin with a key, which stays as it is written."""
+    return text if "." in text.split()[0] else text[:1].upper() + text[1:]
