@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytune.api import train as train
 
+__version__ = "0.1.0"
 __all__ = ["train"]
 
 

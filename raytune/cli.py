@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+import raytune
 from raytune.errors import RaytuneError
 
 EXIT_INTERRUPTED = 130
@@ -50,12 +51,7 @@ def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
 
 def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            click.echo(f"raytune {version('raytune')}")
-        except PackageNotFoundError:
-            click.echo("raytune (source tree, not installed)")
+        click.echo(f"raytune {raytune.__version__}")
         ctx.exit()
 
 

@@ -24,8 +24,10 @@ from typing import Literal, Self
 from raytune.errors import RaytuneError, UserError
 from raytune.storage import exists, is_local, local_errors, local_path, read_bytes, write_bytes
 
-# An object store cannot append: the whole file is written again, at most this often.
-UPLOAD_EVERY_S = 15.0
+# An object store cannot append: the whole file is written again, at most this often. Events are few, and the last ones before
+# a process dies tell most.
+UPLOAD_METRICS_EVERY_S = 15.0
+UPLOAD_EVENTS_EVERY_S = 1.0
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -165,7 +167,7 @@ class MetricsWriter:
         attempt: int,
         resumed_step: int,
         clock: Callable[[], float] = time.time,
-        upload_every_s: float = UPLOAD_EVERY_S,
+        upload_every_s: float = UPLOAD_METRICS_EVERY_S,
     ) -> None:
         self._attempt, self._clock = attempt, clock
         self._lines = _lines(path, upload_every_s)
@@ -186,10 +188,15 @@ class MetricsWriter:
 
 
 class EventLog:
-    """Adds lines to an events file: starts, saves, failures. Threads may share it."""
+    """Adds lines to an events file: starts, saves, failures. Threads may share it, and processes may write to the same file."""
 
     def __init__(
-        self, path: str | Path, *, attempt: int, clock: Callable[[], float] = time.time, upload_every_s: float = UPLOAD_EVERY_S
+        self,
+        path: str | Path,
+        *,
+        attempt: int,
+        clock: Callable[[], float] = time.time,
+        upload_every_s: float = UPLOAD_EVENTS_EVERY_S,
     ) -> None:
         self._attempt, self._clock = attempt, clock
         self._lines = _lines(path, upload_every_s)
@@ -254,28 +261,33 @@ class _LocalLines:
 
 
 class _RemoteLines:
-    """Keeps the whole content and a thread that uploads it when it has changed."""
+    """Gathers lines, and a thread that adds them to what the object holds by then.
+
+    Two writers keep each other's lines unless they upload in the same fraction of a second: an object store cannot append, and
+    not every one can refuse to overwrite.
+    """
 
     def __init__(self, path: str, upload_every_s: float) -> None:
         self._path, self._every_s = path, upload_every_s
-        content = read_bytes(path) if exists(path) else b""
-        self._content = bytearray(content[: content.rfind(b"\n") + 1])
-        self._uploaded = len(self._content)
+        self._pending = bytearray()
         self._adding, self._uploading = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._upload_for_ever, name=f"upload {path}", daemon=True).start()
 
     def add(self, record: Mapping[str, object]) -> None:
         with self._adding:
-            self._content += _encode(record)
+            self._pending += _encode(record)
 
     def flush(self) -> None:
         with self._uploading:
             with self._adding:
-                content = bytes(self._content)
-            if len(content) > self._uploaded:
-                write_bytes(self._path, content)
-                self._uploaded = len(content)
+                lines = bytes(self._pending)
+            if not lines:
+                return
+            content = read_bytes(self._path) if exists(self._path) else b""
+            write_bytes(self._path, content[: content.rfind(b"\n") + 1] + lines)
+            with self._adding:
+                del self._pending[: len(lines)]
 
     def close(self) -> None:
         self._closed.set()

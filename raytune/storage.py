@@ -14,7 +14,7 @@ import posixpath
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserErr
 from raytune.units import MIB
 
 CHUNK_BYTES = 8 * MIB
-# What a storage service is given to come back before a run fails with "retry later": four minutes, and the time the attempts
-# themselves take. The other ranks wait in a collective meanwhile, whose limit is five minutes.
-WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
+# What a storage service is given to come back before a run fails with "retry later". The other ranks wait in a collective
+# meanwhile, whose limit is five minutes. A time and not a count, because s3fs tries for up to a minute by itself.
+PATIENCE_S = 240.0
 # A refusal is usually a wrong credential, but services also refuse while they rotate tokens: asked again, not for long.
-WAITS_AFTER_REFUSAL_S = (0.5, 1.0, 2.0)
+PATIENCE_AFTER_REFUSAL_S = 5.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 PARALLEL_FILES = 8
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
@@ -336,9 +337,10 @@ def retry(
     action: Callable[[], T],
     what: str,
     *,
-    waits_s: Sequence[float] = WAITS_S,
-    waits_after_refusal_s: Sequence[float] = WAITS_AFTER_REFUSAL_S,
+    patience_s: float = PATIENCE_S,
+    patience_after_refusal_s: float = PATIENCE_AFTER_REFUSAL_S,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> T:
     """Do something with remote storage, again and again while it fails for a reason that may pass.
 
@@ -349,9 +351,9 @@ def retry(
         FileNotFoundError: at once; the storage has answered.
         StorageFullError: at once, if the disk of this machine is full.
         UserError: if the storage still refuses access after a few seconds, or there are no credentials.
-        ClusterError: if it still fails after all waits.
+        ClusterError: if it still fails when patience is at its end.
     """
-    tried = 0
+    started, tried, wait = clock(), 0, FIRST_WAIT_S
     while True:
         try:
             return action()
@@ -362,22 +364,21 @@ def retry(
                 raise UserError(f"Could not {what}: no credentials for this storage on {os.uname().nodename}. {error}") from error
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise _full(what, error) from error
-            refused = isinstance(error, PermissionError)
-            waits = waits_after_refusal_s if refused else waits_s
-            if tried >= len(waits):
-                cause = f"{type(error).__name__}: {error}"
+            refused, cause = isinstance(error, PermissionError), f"{type(error).__name__}: {error}"
+            tried, elapsed = tried + 1, clock() - started
+            if elapsed + wait > (patience_after_refusal_s if refused else patience_s):
                 if refused:
                     raise UserError(
                         f"Could not {what}: the storage refuses access ({cause}). "
                         f"Give the credentials or the role of {os.uname().nodename} the right to read, write and list there."
                     ) from error
                 raise ClusterError(
-                    f"Could not {what} after {tried + 1} attempts over {sum(waits):.0f} s ({cause}). "
+                    f"Could not {what} in {tried} attempts over {elapsed:.0f} s ({cause}). "
                     f"When the storage is back, run the same command again: nothing that was committed is lost."
                 ) from error
-            _log.warning("could not %s (%s: %s); trying again in %s s", what, type(error).__name__, error, waits[tried])
-            sleep(waits[tried])
-            tried += 1
+            _log.warning("could not %s (%s); trying again in %s s", what, cause, wait)
+            sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
 
 
 def _full(what: str, error: OSError) -> StorageFullError:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
@@ -12,6 +13,9 @@ from raytune.data.store import StoreInfo, StoreRequest, build_store
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For property tests (`@PATIENT` above `@given`): no time limits per example, which a busy machine breaks."""
 
 TINY_SHAPE = {
     "hidden_size": 32,
@@ -71,9 +75,7 @@ def tiny_store(folder: Path, source: str = "demo:train", *, max_rows: int | None
 
 def store_plan(info: StoreInfo, name: str = "train") -> StorePlan:
     """A store as the plan names it."""
-    return StorePlan(
-        name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets
-    )
+    return StorePlan(name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets)
 
 
 def tiny_plan(**changes: Any) -> RunPlan:

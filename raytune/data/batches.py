@@ -4,7 +4,7 @@ Shapes: N tokens of the micro-batch, D documents, M targets.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from raytune.data.order import positions_of_step, rows_at, share_of_rank
 from raytune.data.store import Store
+
+_TENSORS = ("input_ids", "position_ids", "cumulative_lengths", "target_positions", "target_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +46,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; copies from pinned memory do not wait."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()
-        }
-        return Batch(**moved)
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which a GPU copies while it computes."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()})
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
 
 def step_batches(
@@ -91,9 +88,7 @@ def num_evaluation_batches(num_rows: int, *, world: int, micro_batch_size: int, 
     return -(-min(num_rows, max_rows or num_rows) // (world * micro_batch_size))
 
 
-def evaluation_batches(
-    store: Store, *, rank: int, world: int, micro_batch_size: int, max_rows: int | None
-) -> Iterator[Batch]:
+def evaluation_batches(store: Store, *, rank: int, world: int, micro_batch_size: int, max_rows: int | None) -> Iterator[Batch]:
     """The first rows of a store in order, divided over the ranks; every rank gets as many batches, the tail without targets."""
     num_rows = min(store.num_rows, max_rows or store.num_rows)
     num_targets = int(store.num_targets_of_row[:num_rows].sum())

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""What chat templates read: `role`, `content` and, where the row has them, `tool_calls`, `name`, `reasoning_content` and so on."""
+"""What chat templates read: `role`, `content` and, where the row has them, `tool_calls`, `name`, `reasoning_content`."""
 
 
 class RowError(Exception):
     """Why one row cannot be used, without its place; the caller knows file and line and decides whether to stop or to skip."""
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
 
 
 @dataclass(frozen=True, slots=True)

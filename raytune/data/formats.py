@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune.config.data import DataFormat, DataSource
-from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.conversation import Conversation, Message, Origin, RowError, kind_of
 from raytune.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -46,7 +46,7 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
                 f"`columns: {{{FORMATS[source.format].required[0]}: {next(iter(row), 'name')}}}`."
             )
         return source.format
-    candidates = [
+    candidates: list[DataFormat] = [
         name
         for name, format in FORMATS.items()
         if set(source.columns) <= set(format.fields) and not _missing(name, source.columns, row)
@@ -80,14 +80,14 @@ def _messages(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conve
     column = columns.get("messages", "messages")
     messages = _present(row, column)
     if not isinstance(messages, list):
-        raise RowError(f"'{column}' is {_kind(messages)}, expected a list of turns")
+        raise RowError(f"'{column}' is {kind_of(messages)}, expected a list of turns")
     if not messages:
         raise RowError(f"'{column}' is an empty list")
     tools = row.get(columns.get("tools", "tools"))
     if isinstance(tools, str):
         tools = _json(tools, "tools")
     if tools is not None and not isinstance(tools, list):
-        raise RowError(f"'tools' is {_kind(tools)}, expected a list")
+        raise RowError(f"'tools' is {kind_of(tools)}, expected a list")
     return Conversation(
         messages=tuple(_message(message, f"{column}[{index}]") for index, message in enumerate(messages)),
         tools=tools or None,
@@ -97,7 +97,7 @@ def _messages(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conve
 
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
-        raise RowError(f"'{place}' is {_kind(message)}, expected an object with role and content")
+        raise RowError(f"'{place}' is {kind_of(message)}, expected an object with role and content")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         raise RowError(f"'{place}.role' is {role!r}, expected one of {', '.join(ROLES)}")
@@ -107,7 +107,7 @@ def _message(message: Any, place: str) -> Message:
         return message
     if isinstance(content, list):
         return message | {"content": _text_of_parts(content, f"{place}.content")}
-    raise RowError(f"'{place}.content' is {_kind(content)}, expected text")
+    raise RowError(f"'{place}.content' is {kind_of(content)}, expected text")
 
 
 def _text_of_parts(parts: list[Any], place: str) -> str:
@@ -144,7 +144,7 @@ def _alpaca(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Convers
 
 
 def _prompt_completion(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conversation:
-    """A prompt and what follows it, both text. The template wraps them as user and assistant; `plain` adds nothing between them."""
+    """A prompt and what follows it. The template wraps them as user and assistant; `plain` adds nothing between them."""
     return _exchange(
         system=_optional_text(row, columns.get("system", "system")),
         prompt=_text(row, columns.get("prompt", "prompt")),
@@ -193,7 +193,7 @@ def _present(row: Mapping[str, Any], column: str) -> Any:
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = _present(row, column)
     if not isinstance(value, str):
-        raise RowError(f"'{column}' is {_kind(value)}, expected text")
+        raise RowError(f"'{column}' is {kind_of(value)}, expected text")
     return value
 
 
@@ -206,11 +206,6 @@ def _json(text: str, place: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise RowError(f"'{place}' is text that is not JSON ({error})") from error
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:

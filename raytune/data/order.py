@@ -48,7 +48,7 @@ def positions_of_step(step: int, global_batch_size: int) -> np.ndarray:
 
 
 def share_of_rank(*, micro_step: int, rank: int, world: int, micro_batch_size: int) -> slice:
-    """Where in the step's global batch this rank's rows of one forward pass lie. The shares of all ranks and micro-steps tile it."""
+    """Where this rank's rows of one forward pass lie in the step's global batch, which the shares of all tile."""
     first = (micro_step * world + rank) * micro_batch_size
     return slice(first, first + micro_batch_size)
 

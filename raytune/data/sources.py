@@ -1,4 +1,4 @@
-"""Where rows come from. Files are read as streams by our own readers, which name every bad row by file and line, in constant memory.
+"""Where rows come from. Our own readers stream files in constant memory and name every bad row by file and line.
 
 `datasets` is imported here only, and only for hub data sets and `save_to_disk` folders: of a damaged file it says neither the
 line nor always the name, and it empties rows with lone surrogates without a word (FAULTS.md).
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 from raytune.config.data import DataSource
+from raytune.data.conversation import kind_of
 from raytune.data.demo import demo_rows
 from raytune.errors import DataError, RaytuneError
 from raytune.storage import download_file, is_local, list_folder, local_errors, local_path
@@ -115,7 +116,8 @@ def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
     if local.is_dir():
         if not any((local / marker).exists() for marker in ("state.json", "dataset_dict.json")):
             raise DataError(
-                f"{path} is a folder, but not one that `save_to_disk` wrote. Name its files, for example '{path.rstrip('/')}/*.jsonl'."
+                f"{path} is a folder, but not one that `save_to_disk` wrote. "
+                f"Name its files, for example '{path.rstrip('/')}/*.jsonl'."
             )
         return [SourceFile(path, str(local), "dataset", source.split)]
     if local.is_file():
@@ -219,7 +221,7 @@ def _json_row(data: bytes, line: int) -> Row | BadRow:
 def _checked_row(values: Any, line: int, *, suspicious: bool) -> Row | BadRow:
     """A row if it is an object whose text can be encoded. Only an escape (`\\ud800`) can bring in half a character."""
     if not isinstance(values, dict):
-        return BadRow(f"a {type(values).__name__}, expected an object with named columns", line)
+        return BadRow(f"{kind_of(values)}, expected an object with named columns", line)
     if suspicious:
         try:
             json.dumps(values, ensure_ascii=False).encode()
@@ -309,9 +311,7 @@ class _Window:
         found = self.peek()
         if not found or found not in expected:
             what = f"found {found!r}" if found else "the file ends"
-            raise DataError(
-                f"{self._name}:{self.line_of_next()}: expected {' or '.join(expected)} in a JSON array, but {what}."
-            )
+            raise DataError(f"{self._name}:{self.line_of_next()}: expected {' or '.join(expected)} in a JSON array, but {what}.")
         self.at += 1
         return found
 
@@ -490,12 +490,13 @@ def _load_dataset(file: SourceFile) -> Any:
     """
     import datasets
 
+    loaded: Any
     with _named_errors(file):
         if os.path.isdir(file.path):
             loaded = datasets.load_from_disk(file.path)
             if isinstance(loaded, datasets.DatasetDict):
                 if file.split not in loaded:
-                    raise DataError(f"{file.name} has no split '{file.split}', only {', '.join(loaded)}.")
+                    raise DataError(f"{file.name} has no split '{file.split}', only {', '.join(map(str, loaded))}.")
                 loaded = loaded[file.split]
             return loaded
         name, _, subset = file.path.partition(":")

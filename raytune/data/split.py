@@ -1,4 +1,4 @@
-"""Which side of a split a row is on: a function of its content, so that the same row lies on the same side in every file and order."""
+"""Which side of a split a row is on: a function of its content, so that a row lies on the same side in every file and order."""
 
 import hashlib
 import json

@@ -42,7 +42,16 @@ from raytune.data.tokenising import (
     too_long_error,
 )
 from raytune.errors import DataError
-from raytune.storage import file_digest, is_local, local_errors, local_path, move_local_folder, read_json, sync_local_folder, write_json
+from raytune.storage import (
+    file_digest,
+    is_local,
+    local_errors,
+    local_path,
+    move_local_folder,
+    read_json,
+    sync_local_folder,
+    write_json,
+)
 
 ROWS_FILE = "rows.arrow"
 META_FILE = "meta.json"
@@ -260,7 +269,9 @@ def build_store(
             the first rows with file and line.
     """
     if not is_local(folder):
-        raise DataError(f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts.")
+        raise DataError(
+            f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
+        )
     stores = local_path(folder)
     draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
     try:
@@ -277,6 +288,7 @@ def build_store(
             tokenizer_path=tokenizer_path,
             tokenizer_revision=tokenizer_revision,
             trust_remote_code=trust_remote_code,
+            tokenizer_fingerprint=request.tokenizer_fingerprint,
             template=request.template,
             targets=request.targets,
             max_length=request.max_length,
@@ -329,7 +341,8 @@ def _shards(
         parts = []
         for file in files:
             parts += [
-                ShardPart(segment=segment, file_index=file_index, format=name, columns=source.columns) for segment in file.segments
+                ShardPart(segment=segment, file_index=file_index, format=name, columns=source.columns)
+                for segment in file.segments
             ]
             file_index += 1
         step = len(parts) if source.max_rows is not None else per_shard

@@ -1,9 +1,9 @@
 """Chat templates: which one, the text it makes of a conversation, and where in that text each turn lies.
 
 Templates need no `{% generation %}` markers. An answer begins where the template's own generation prompt for the turns before it
-ends, since that is where the model will begin to write; it ends with the end-of-turn text that the template puts behind an answer.
+ends, since that is where the model will begin to write; it ends with the end-of-turn text that the template puts behind answers.
 Where a template's prompt is no prefix of the whole text (a template that opens a thought, say), the turn is found by marking its
-content with a character that no text has, and checking that nothing else changed. Markers, where a template has them, are obeyed.
+content with characters that no text has, and checking that nothing else changed. Markers, where a template has them, are obeyed.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raytune.data.conversation import Conversation, Message, RowError
+from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets, trained_turns
 from raytune.errors import DataError, ModelError
 
@@ -74,7 +75,8 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if not tokenizer.chat_template:
             raise DataError(
                 f"The tokenizer '{tokenizer.name_or_path}' has no chat template, and data.template is 'auto'. "
-                f"Set data.template to the one that the model was trained with ({', '.join(SHIPPED)}) or to a Jinja file."
+                f"Set data.template to the one that the model was trained with ({', '.join(SHIPPED)}) or to a Jinja file; "
+                f"if the rows are plain documents, give their source format: text."
             )
         text = tokenizer.get_chat_template()
     elif template in SHIPPED:
@@ -93,8 +95,8 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
             raise DataError(f"data.template: {path} is not UTF-8: {error}.") from error
     if re.search(r"\beos_token\b", text) and tokenizer.eos_token is None:
         raise DataError(
-            f"The chat template ends turns with eos_token, but the tokenizer '{tokenizer.name_or_path}' has none, so a model would "
-            f"never learn to stop. Set eos_token in its tokenizer_config.json, or choose another data.template."
+            f"The chat template ends turns with eos_token, but the tokenizer '{tokenizer.name_or_path}' has none, so a model "
+            f"would never learn to stop. Set eos_token in its tokenizer_config.json, or choose another data.template."
         )
     return text
 
@@ -123,7 +125,13 @@ class ChatTemplate:
         self._ends = {role: self._end_of_turn(roles) for role, roles in _PROBES.items()}
         self._patterns = {role: re.compile(r"\s*" + re.escape(end)) for role, end in self._ends.items() if end}
         probe = _probe(_PROBES["assistant"])
-        if isinstance(rendered := self.render([probe], "assistant")[0], RowError) and _is_ours(rendered):
+        try:
+            self._apply([list(probe.messages)], None, False)
+        except TemplateSyntaxError as error:
+            raise DataError(f"data.template: line {error.lineno} is not Jinja: {error.message}.") from error
+        except Exception:  # a template may refuse the probe and still be right for the rows
+            pass
+        if isinstance(rendered := self.render([probe], "assistant")[0], _Undelimited):
             raise DataError(f"data.template: {rendered}")
 
     @property
@@ -199,10 +207,11 @@ class ChatTemplate:
         content = (message.get("content") or "").strip()
         if isinstance(prompt, str) and text.startswith(prompt):
             start = len(prompt)
+            found = text.find(content, start)
+            content_end = found + len(content) if found >= 0 else start
         else:
-            start = self._content_span(row, turn, text)[0]
-        found = text.find(content, start)
-        content_end = found + len(content) if found >= 0 else start
+            start, content_end = self._content_span(row, turn, text)
+            found = start
         pattern = self._patterns.get("assistant")
         if found >= 0 and not message.get("tool_calls"):
             if pattern is None:
@@ -235,7 +244,7 @@ class ChatTemplate:
         shown = self._texts([(marked, row.tools, False)])[0]
         if isinstance(shown, str) and left and shown.count(left) == shown.count(right) == 1:
             start, end = shown.index(left), shown.index(right) - 1
-            if shown.replace(left, "").replace(right, "") == text:
+            if shown.replace(left, "").replace(right, "") == text and (end > start) == (core != ""):
                 return start, end
         raise _Undelimited(f"it does not say where the {row.messages[turn]['role']}'s text in turn {turn + 1} begins and ends")
 
@@ -245,16 +254,19 @@ class ChatTemplate:
         Args:
             last_prompt: only pieces behind this prompt count; if it is no prefix of the text, only the last piece does.
         """
-        _, indices = render_jinja_template(
+        variables: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
+        rendered: Any = render_jinja_template(
             conversations=[[_without_nulls(message) for message in row.messages]],
             tools=row.tools,
             chat_template=self.text,
             return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
+            **variables,
         )
         pattern = self._patterns.get("assistant")
-        ends = [(start, pattern.match(text, end) if pattern else None, end) for start, end in indices[0]]
-        spans = [(start, match.end() if match else end) for start, match, end in ends]
+        spans: list[tuple[int, int]] = []
+        for start, end in rendered[1][0]:
+            behind = pattern.match(text, end) if pattern else None
+            spans.append((start, behind.end() if behind else end))
         if isinstance(last_prompt, RowError) or not text.startswith(last_prompt):
             return spans[-1:]
         return [(max(start, len(last_prompt)), end) for start, end in spans if end > len(last_prompt)]
@@ -306,13 +318,7 @@ class _Undelimited(RowError):
         )
 
 
-def _is_ours(error: RowError) -> bool:
-    return isinstance(error, _Undelimited)
-
-
 def _probe(roles: tuple[str, ...]) -> Conversation:
-    from raytune.data.conversation import Origin
-
     messages = tuple({"role": role, "content": f"Probe{index}of{role}"} for index, role in enumerate(roles))
     return Conversation(messages=messages, origin=Origin("probe", 1))
 
@@ -323,7 +329,7 @@ def _without_nulls(message: Message) -> Message:
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The tokenizer of the `tokenizers` library below, with neither padding nor truncation left on by an earlier call."""
-    backend = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -1,12 +1,13 @@
-"""From rows to tokens and targets, one shard of the sources at a time. A shard is one call of a top-level function with a picklable
-task and result, so that shards can run in any process that sees the files.
+"""From rows to tokens and targets, one shard of the sources at a time.
 
+A shard is one call of a top-level function with a picklable task and result: it can run in any process that sees the files.
 Text is rendered whole and tokenised once, and targets are found by where a token's text lies, so tokens are exactly those of
-`apply_chat_template(tokenize=True)`. For byte-level BPE that place follows from the tokens' own lengths, and the tokenizer need not
-track offsets, which takes it twice as long.
+`apply_chat_template(tokenize=True)`. For byte-level BPE that place follows from the tokens' own lengths, and the tokenizer need
+not track offsets, which takes it twice as long.
 """
 
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from raytune.data.formats import format_of, read_row
 from raytune.data.masking import Targets, target_mask
 from raytune.data.sources import BadRow, ScannedFile, Segment, find_files, read_segment, scan
 from raytune.data.split import Side, side_of
-from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer
+from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 
 TooLong = Literal["truncate", "drop", "split", "error"]
@@ -53,6 +54,7 @@ class TokenisingOptions:
     tokenizer_path: str
     tokenizer_revision: str | None
     trust_remote_code: bool
+    tokenizer_fingerprint: str
     template: str
     targets: Targets
     max_length: int
@@ -111,7 +113,11 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
     tally = Tally()
     options = task.options
     encoder, template = _encoder_and_template(
-        options.tokenizer_path, options.tokenizer_revision, options.trust_remote_code, options.template
+        options.tokenizer_path,
+        options.tokenizer_revision,
+        options.trust_remote_code,
+        options.tokenizer_fingerprint,
+        options.template,
     )
     with pa.OSFile(task.output, "wb") as sink, pa.ipc.new_file(sink, DOCUMENTS_SCHEMA) as writer:
         for is_text, rows in groupby(_conversations(task, tally), key=lambda row: row[0].text is not None):
@@ -153,10 +159,10 @@ def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[Scanned
 
 
 def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversation]:
-    """All conversations of a source up to `max_rows`, in order, without bad rows; for previews and generated answers.
+    """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
 
     Raises:
-        DataError: if the source has no good row, or its format cannot be told.
+        DataError: at the first row that cannot be used, or if there is none, or their format cannot be told.
     """
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
     (name,) = formats_of([source], [scanned])
@@ -165,7 +171,13 @@ def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversa
         for file in scanned
         for segment in file.segments
     ]
-    return (conversation for conversation, _ in _read(parts, source.max_rows, Tally(), "all", 0.0))
+    tally = Tally()
+    for conversation, _ in _read(parts, source.max_rows, tally, "all", 0.0):
+        if tally.counts["bad_rows"]:
+            break
+        yield conversation
+    if tally.counts["bad_rows"]:
+        raise bad_rows_error(tally)
 
 
 def bad_rows_error(tally: Tally) -> DataError:
@@ -213,8 +225,8 @@ class TextEncoder:
         self._backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._eos = tokenizer.eos_token_id
-        self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self._eos: Any = tokenizer.eos_token_id
+        self._bos: list[Any] = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._name = tokenizer.name_or_path
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
@@ -328,10 +340,15 @@ class _Document:
 
 @lru_cache(maxsize=2)
 def _encoder_and_template(
-    path: str, revision: str | None, trust_remote_code: bool, template: str
+    path: str, revision: str | None, trust_remote_code: bool, fingerprint: str, template: str
 ) -> tuple[TextEncoder, ChatTemplate | None]:
     """Loaded once per process, which may tokenise many shards. Plain text needs no template."""
     tokenizer = open_tokenizer(path, revision, trust_remote_code)
+    if tokenizer_fingerprint(tokenizer) != fingerprint:
+        raise DataError(
+            f"The tokenizer at '{path}' on {os.uname().nodename} is not the one that this run was planned with. "
+            f"Put the same model files on every node, or give a hub id with model.revision."
+        )
     return TextEncoder(tokenizer), ChatTemplate(tokenizer, template) if template else None
 
 

@@ -1,5 +1,6 @@
 """What to do when an attempt at a run fails. Pure: a failure in, a decision out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -26,6 +27,11 @@ class Failure:
     """Ranks that failed afterwards."""
 
     @property
+    def cause(self) -> tuple[str, str]:
+        """What is equal when the same error comes again, on whichever rank."""
+        return self.kind, self.message
+
+    @property
     def headline(self) -> str:
         where = "" if self.rank is None else f"rank {self.rank}" + (f" on {self.node}" if self.node else "") + ": "
         first_line = self.message.strip().splitlines()[0] if self.message.strip() else "no message"
@@ -37,13 +43,15 @@ class Decision(Enum):
     RAISE = "raise"
 
 
-def decide(failure: Failure, failures_so_far: int, max_failures: int) -> Decision:
+def decide(failures: Sequence[Failure], max_failures: int) -> Decision:
     """Try again unless the same would happen again, or the budget is spent.
 
     Args:
-        failures_so_far: failed attempts of this command, this one included.
+        failures: of this command so far, the newest last.
         max_failures: failed attempts after which the run goes on.
     """
-    if failure.kind in _PERMANENT or failures_so_far > max_failures:
+    newest = failures[-1]
+    repeated = len(failures) > 1 and newest.kind != WORKER_DIED and newest.cause == failures[-2].cause
+    if newest.kind in _PERMANENT or repeated or len(failures) > max_failures:
         return Decision.RAISE
     return Decision.RETRY

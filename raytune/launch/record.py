@@ -1,8 +1,6 @@
 """run.json: which run lives in a folder, how far it came, and whether a new command may continue it."""
 
-import platform
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Literal, Self
 
 from raytune.errors import UserError
@@ -11,9 +9,6 @@ from raytune.run_folder import RunFolder
 from raytune.storage import exists, read_bytes, read_json, write_bytes, write_json
 
 State = Literal["running", "failed", "finished"]
-
-_LIBRARIES = ("raytune", "ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
@@ -38,11 +33,6 @@ class RunRecord:
 
     def next_attempt(self) -> "RunRecord":
         return replace(self, attempts=self.attempts + 1, state="running", failure=None)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries whose behaviour decides a run's numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def read_plan(folder: RunFolder) -> RunPlan:

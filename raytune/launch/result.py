@@ -21,6 +21,7 @@ class RunResult:
         plan: everything that was resolved before it started.
         metrics: final metrics by name, of the best checkpoint where validation rows rank them.
         best_step: the step whose weights these are.
+        held_bytes: for each rank its node and the bytes of weights, gradients and optimizer state that it held.
         history: everything that was measured on the way.
         comparison: base against tuned, or None where `evaluation.generation` was not asked for.
     """
@@ -31,6 +32,7 @@ class RunResult:
     plan: RunPlan
     metrics: dict[str, float]
     best_step: int
+    held_bytes: list[dict]
     history: History
     comparison: Comparison | None
 
@@ -45,6 +47,7 @@ class RunResult:
             plan=read_plan(folder),
             metrics=result["metrics"],
             best_step=result["best_step"],
+            held_bytes=result["held_bytes"],
             history=History.read(folder.metrics),
             comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
         )

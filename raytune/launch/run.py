@@ -4,14 +4,13 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import count
 
 from raytune.config.run import RunConfig
 from raytune.evaluate.questions import to_json_lines
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, RaytuneError
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect
-from raytune.launch.record import RunRecord, library_versions, refuse_another_run, write_plan
+from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.stores import DataBuilder
 from raytune.launch.trainer import fit
@@ -23,6 +22,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.plan.shapes import read_model_shape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
+from raytune.versions import library_versions
 
 Watch = Callable[[RunPlan], AbstractContextManager]
 
@@ -80,7 +80,8 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
 
 def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
     """Start worker groups until one trains to the end or trying again makes no sense."""
-    for failures in count(1):
+    failures: list[Failure] = []
+    while True:
         record = record.next_attempt()
         record.write(folder)
         events = EventLog(folder.events, attempt=record.attempts)
@@ -91,19 +92,20 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
             events.close()
             replace(record, state="finished").write(folder)
             return
-        decision = decide(failure, failures, plan.cluster.max_failures)
+        failures.append(failure)
+        decision = decide(failures, plan.cluster.max_failures)
         events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
         events.close()
         if decision is Decision.RAISE:
             replace(record, state="failed", failure=failure.headline).write(folder)
-            raise RunFailedError(_explanation(failure, failures, folder), failure)
+            raise RunFailedError(_explanation(failure, len(failures), folder), failure)
 
 
-def _explanation(failure: Failure, failures: int, folder: RunFolder) -> str:
+def _explanation(failure: Failure, num_attempts: int, folder: RunFolder) -> str:
     others = ", ".join(str(rank) for rank in failure.collateral)
     return "\n".join(
         [
-            f"Training failed in attempt {failures}: {failure.headline}",
+            f"Training failed in attempt {num_attempts}: {failure.headline}",
             *(failure.message.strip().splitlines()[1:]),
             *([f"Rank {others} ended after it, as a consequence."] if others else []),
             f"Tracebacks: {folder.failures}. The same command goes on from the newest checkpoint in {folder.checkpoints}, if there is one.",

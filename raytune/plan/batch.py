@@ -8,17 +8,17 @@ DEFAULT_ROWS = 16
 MIN_STEPS = 20
 
 
-def default_rows_per_step(rows_in_run: float | None) -> int:
+def default_rows_per_step(num_rows: int, rows_in_epochs: int | None) -> int:
     """16 packed rows per step (32k tokens at 2,048 per row), fewer where a run would have less than 20 steps.
 
-    QLoRA (Dettmers et al. 2023, table 9) takes 16 rows for all sizes but the largest.
+    16 is QLoRA's number for most sizes (Dettmers et al. 2023, appendix B).
 
     Args:
-        rows_in_run: rows over all epochs, or None when the number of steps is given.
+        num_rows: rows of the store.
+        rows_in_epochs: rows over all epochs, or None when the number of steps is given.
     """
-    if rows_in_run is None:
-        return DEFAULT_ROWS
-    return max(1, min(DEFAULT_ROWS, int(rows_in_run / MIN_STEPS)))
+    most = num_rows if rows_in_epochs is None else rows_in_epochs // MIN_STEPS
+    return max(1, min(DEFAULT_ROWS, most))
 
 
 def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, max_micro_batch: int) -> list[BatchPlan]:

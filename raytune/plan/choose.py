@@ -11,7 +11,7 @@ from raytune.config.adapter import FullAdapter
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, UserError
-from raytune.plan.adapter_size import num_trainable
+from raytune.plan.adapter_size import trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.defaults import (
     Choice,
@@ -51,7 +51,7 @@ from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
 METRICS = ("loss", "perplexity", "bits_per_byte")
-"""What training.run measures on each validation set and on all of them together."""
+"""What training.validation measures on all validation sets together, and on each where there are several."""
 
 Value = TypeVar("Value")
 
@@ -86,7 +86,7 @@ def choose_plan(
     if not data.train.num_targets:
         raise DataError(f"The training store {data.train.path} has no target tokens, so nothing can be learned from it.")
     reasons = _Reasons()
-    training, method = config.training, config.adapter.method
+    training = config.training
     device = choose_device(config, machine)
     workers = reasons.taken(choose_workers(config, machine, device))
     precision = reasons.taken(choose_precision(config, machine, device))
@@ -96,26 +96,25 @@ def choose_plan(
     if config.data.max_length == "auto":
         reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
 
-    epochs = training.num_train_epochs
-    if training.max_steps is None and epochs == "auto":
-        epochs = reasons.taken(default_epochs(method, data.train.num_targets))
-    rows_in_epochs = None if training.max_steps is not None or epochs == "auto" else math.ceil(epochs * data.train.num_rows)
+    rows_in_epochs = _rows_in_epochs(config, data, reasons)
     setting = Setting(
         device=device,
         workers=workers,
         precision=precision,
         adapter=adapter,
+        trained=trained_size(adapter, shape),
         attention=attention,
         row_length=row_length,
-        rows_per_step=default_rows_per_step(rows_in_epochs),
+        rows_per_step=default_rows_per_step(data.train.num_rows, rows_in_epochs),
     )
     fit = choose_fit(config, setting, shape, machine, data)
-    num_steps = training.max_steps or math.ceil((rows_in_epochs or 0) / fit.batch.global_batch_size)
     reasons += _reasons_for_fit(config, fit, setting, machine, shape)
 
-    num_rows = rows_in_epochs or num_steps * fit.batch.global_batch_size
+    rows_per_step = fit.batch.global_batch_size
+    num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
+    num_steps = math.ceil(num_rows / rows_per_step)
     optimization = _optimization(config, shape, num_steps, num_rows, reasons)
-    evaluation = _evaluation(config, num_steps, reasons)
+    evaluation = _evaluation(config, data, num_steps, reasons)
     return RunPlan(
         name=config.name,
         storage=storage,
@@ -123,7 +122,7 @@ def choose_plan(
         precision=precision,
         tf32=training.tf32,
         logging_steps=training.logging_steps,
-        template=config.data.template,
+        template=data.template,
         model=ModelPlan(
             path=model_path,
             revision=config.model.revision,
@@ -151,9 +150,20 @@ def choose_plan(
         cluster=_cluster(config, device),
         memory=fit.memory,
         num_parameters=shape.num_parameters,
-        num_trainable=num_trainable(adapter, shape),
+        num_trainable=setting.trained.num_trainable,
         reasons=list(reasons),
     )
+
+
+def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> int | None:
+    """Rows over all epochs; None when the number of steps is given instead."""
+    training = config.training
+    if training.max_steps is not None:
+        return None
+    epochs = training.num_train_epochs
+    if epochs == "auto":
+        epochs = reasons.taken(default_epochs(config.adapter.method, data.train.num_targets))
+    return math.ceil(epochs * data.train.num_rows)
 
 
 def _reasons_for_fit(config: RunConfig, fit: Fit, setting: Setting, machine: Machine, shape: ModelShape) -> list[str]:
@@ -193,7 +203,7 @@ def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection) -> 
     if batch.global_batch_size > setting.rows_per_step:
         return "the fewest rows that the other settings allow"
     if setting.rows_per_step < DEFAULT_ROWS:
-        return f"few rows, so that the run has about {MIN_STEPS} steps or more"
+        return f"fewer than {DEFAULT_ROWS}, because the data has few rows (at least {MIN_STEPS} steps, no row twice in a step)"
     return f"{DEFAULT_ROWS} rows, in whole parts for each worker"
 
 
@@ -251,12 +261,13 @@ def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
     )
 
 
-def _evaluation(config: RunConfig, num_steps: int, reasons: _Reasons) -> EvaluationPlan:
+def _evaluation(config: RunConfig, data: DataFacts, num_steps: int, reasons: _Reasons) -> EvaluationPlan:
     section, generation = config.evaluation, config.evaluation.generation
     every_steps = section.every_steps
     if every_steps == "auto":
         every_steps = max(1, num_steps // EVALUATIONS_PER_RUN)
-        reasons.append(f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {num_steps} steps.")
+        if data.validation:
+            reasons.append(f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {num_steps} steps.")
     return EvaluationPlan(
         every_steps=every_steps,
         at_start=section.at_start,
@@ -264,8 +275,6 @@ def _evaluation(config: RunConfig, num_steps: int, reasons: _Reasons) -> Evaluat
         generation=None
         if generation is None
         else GenerationPlan(
-            rows=generation.rows,
-            max_rows=generation.max_rows,
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.batch_size,
         ),
@@ -277,13 +286,12 @@ def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, 
     every_steps = section.every_steps
     if every_steps == "auto":
         every_steps = evaluation.every_steps
-        reasons.append(f"checkpoint.every_steps is {every_steps}, as evaluation.every_steps, so that the best step can be kept.")
+        why = "with every evaluation" if data.validation else f"about {EVALUATIONS_PER_RUN} times in the run"
+        reasons.append(f"checkpoint.every_steps is {every_steps}: {why}.")
     keep_best = section.keep_best
     if not data.validation and keep_best:
         keep_best = 0
-        reasons.append(
-            "checkpoint.keep_best is 0: without validation rows there is no metric, and the last checkpoint is the best."
-        )
+        reasons.append("checkpoint.keep_best is 0: without validation rows the last checkpoint counts as the best.")
     elif data.validation:
         _check_metric(section.metric, data)
     return CheckpointPlan(
@@ -297,7 +305,8 @@ def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, 
 
 
 def _check_metric(metric: str, data: DataFacts) -> None:
-    prefixes = ["validation", *(f"validation/{store.name}" for store in data.validation)]
+    several = data.validation if len(data.validation) > 1 else ()
+    prefixes = ["validation", *(f"validation/{store.name}" for store in several)]
     known = [f"{prefix}/{name}" for prefix in prefixes for name in METRICS]
     if metric not in known:
         raise UserError(

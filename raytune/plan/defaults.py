@@ -17,8 +17,8 @@ class Choice(Generic[Value]):
     reason: str | None = None
 
 
-# (parameters from, full fine-tuning, adapters). Full: 2e-5 for 7B and 13B, 1e-5 for 70B (Tulu 2, Ivison et al. 2023; Llama 2 chat,
-# Touvron et al. 2023, takes 2e-5). Adapters: 2e-4 for 7B and 13B, 1e-4 above (QLoRA, Dettmers et al. 2023), ten times the rate
+# (parameters from, full fine-tuning, adapters). Full: 2e-5 for 7B and 13B, 1e-5 for 70B (Tulu 2, Ivison et al. 2023; 2e-5 for
+# Llama 2 chat, Touvron et al. 2023). Adapters: 2e-4 for 7B and 13B, 1e-4 above (QLoRA, Dettmers et al. 2023), ten times the rate
 # of full fine-tuning, as "LoRA Without Regret" (Schulman et al. 2025) measured it. Below 1B the best rate grows about as one
 # over the width (Yang et al. 2022, Tensor Programs V); the last two lines continue the table that way and are not published.
 _RATES = [(30e9, 1e-5, 1e-4), (1e9, 2e-5, 2e-4), (50e6, 5e-5, 5e-4), (0, 5e-4, 5e-3)]

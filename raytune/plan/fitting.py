@@ -8,6 +8,7 @@ from raytune.config.model import Attention
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
+from raytune.plan.adapter_size import TrainedSize, trained_size
 from raytune.plan.batch import possible_batches
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import Workload, bytes_in, chunk_tokens_for, exceeds_full_logits, memory_parts
@@ -30,6 +31,7 @@ class Setting:
     workers: int
     precision: Precision
     adapter: Adapter
+    trained: TrainedSize
     attention: Attention
     row_length: int
     rows_per_step: int
@@ -117,6 +119,7 @@ def _way(
     work = Workload(
         shape=shape,
         adapter=setting.adapter,
+        trained=setting.trained,
         engine="plain" if stage == 0 else "zero",
         zero_stage=stage,
         workers=setting.workers,
@@ -156,6 +159,7 @@ def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machi
             workers=choose_workers(config, machine, setting.device).value,
             precision=precision,
             adapter=resolve_adapter(config.adapter, precision).value,
+            trained=setting.trained if config.adapter == setting.adapter else trained_size(config.adapter, shape),
             attention=setting.attention,
             row_length=setting.row_length if config.data.max_length == "auto" else config.data.max_length,
             rows_per_step=setting.rows_per_step,

@@ -34,13 +34,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFacts:
-    """The tokenised stores of a run."""
+    """The tokenised stores of a run, and what was learned in building them."""
 
     train: StorePlan
     validation: tuple[StorePlan, ...] = ()
     longest_document: int
     """Tokens of the longest training document."""
-
-    @property
-    def targets_per_row(self) -> float:
-        return self.train.num_targets / self.train.num_rows
+    template: str = ""
+    """Text of the chat template that made them; empty for plain text."""

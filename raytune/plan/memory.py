@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision
-from raytune.plan.adapter_size import num_trainable, target_modules
+from raytune.plan.adapter_size import TrainedSize
 from raytune.plan.run_plan import MemoryPart, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB, MIB
@@ -17,12 +17,12 @@ BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATE_BYTES: dict[Optimizer, float] = {
     "adamw": 8,
     "paged_adamw": 8,
-    # Two moments of a byte, and an fp32 scale per 256 of them (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
+    # Two moments of a byte, and an fp32 scale per 256 of them (Dettmers et al. 2022, 8-bit Optimizers).
     "adamw_8bit": 2 + 2 * 4 / 256,
     "paged_adamw_8bit": 2 + 2 * 4 / 256,
     "lion": 4,
 }
-"""Optimizer state per trained parameter. Adafactor's depends on shapes: `_adafactor_bytes`."""
+"""Optimizer state per trained parameter. Adafactor's depends on shapes."""
 
 CPU_PROCESS_BYTES = GIB
 """Resident set of a worker that has imported torch, transformers, peft and deepspeed."""
@@ -45,6 +45,7 @@ class Workload:
 
     shape: ModelShape
     adapter: Adapter
+    trained: TrainedSize
     engine: str
     """"plain" or "zero"."""
     zero_stage: ZeroStage
@@ -62,10 +63,6 @@ class Workload:
     """Target tokens of a micro-batch, at most."""
     chunk_tokens: int | None
     is_on_gpu: bool
-
-    @property
-    def num_trainable(self) -> int:
-        return num_trainable(self.adapter, self.shape)
 
     @property
     def weight_dtype(self) -> Precision:
@@ -140,15 +137,15 @@ def _weight_bytes(work: Workload) -> float:
         base = quantized_bytes(work.adapter, work.shape) + dtype * (work.shape.num_parameters - work.shape.num_quantizable)
     else:
         base = dtype * work.shape.num_parameters
-    adapter = 0 if isinstance(work.adapter, FullAdapter) else BYTES[work.trained_dtype] * work.num_trainable
+    adapter = 0 if isinstance(work.adapter, FullAdapter) else BYTES[work.trained_dtype] * work.trained.num_trainable
     return (base + adapter) / work.share(3)
 
 
 def _autocast_bytes(work: Workload) -> float:
-    """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp, cache)."""
+    """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp)."""
     if work.engine != "plain" or work.precision == "fp32":
         return 0
-    num_cast = work.num_trainable
+    num_cast = work.trained.num_trainable
     if isinstance(work.adapter, FullAdapter):
         num_cast -= sum(module.num_parameters for module in work.shape.embeddings) if not work.shape.is_tied else 0
     return BYTES[work.precision] * num_cast
@@ -163,61 +160,69 @@ def _gradient_bytes(work: Workload) -> float:
     sums_in_fp32 = work.precision == "bf16" and work.accumulation > 1 and work.zero_stage != 1
     width = 4 if work.engine == "plain" or sums_in_fp32 else BYTES[work.precision]
     for_update = 4 / work.share(1) if work.engine == "zero" else 0
-    return work.num_trainable * (width / work.share(2) + for_update)
+    return work.trained.num_trainable * (width / work.share(2) + for_update)
 
 
 def _optimizer_bytes(work: Workload) -> float:
     """ZeRO, section 3: 8 bytes of Adam moments, 4 of DeepSpeed's fp32 master (beside fp32 weights too); stage 1 divides both."""
-    state = _adafactor_bytes(work) if work.optimizer == "adafactor" else work.num_trainable * STATE_BYTES[work.optimizer]
-    master = 4 * work.num_trainable if work.engine == "zero" else 0
+    if work.optimizer == "adafactor":
+        # A number per row and per column of a matrix instead of one per entry (Shazeer and Stern 2018).
+        return 4 * work.trained.num_sides
+    state = work.trained.num_trainable * STATE_BYTES[work.optimizer]
+    master = 4 * work.trained.num_trainable if work.engine == "zero" else 0
     return (state + master) / work.share(1)
-
-
-def _adafactor_bytes(work: Workload) -> float:
-    """Shazeer and Stern 2018: an fp32 number per row and per column of a matrix instead of one per entry."""
-    if isinstance(work.adapter, FullAdapter):
-        return 4 * sum(module.inputs + module.outputs + module.num_biases for module in work.shape.modules())
-    return 4 * sum(module.inputs + module.outputs for module in target_modules(work.adapter, work.shape))
 
 
 def activation_bytes(work: Workload) -> float:
     """What autograd keeps of the layers for the backward pass, and what that pass needs for the layer it is in.
 
-    Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's. With
-    checkpointing only the input of each layer is kept, and one layer is whole at a time.
+    Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's; a test
+    holds it against what autograd saves. With checkpointing only the input of each layer is kept, and one layer at a time whole.
     """
     shape, width = work.shape, BYTES[work.precision]
-    stream = 4 if work.weight_dtype == "fp32" else width
-    layer = _layer_activation_bytes(work)
+    layer = layer_activation_bytes(work)
     if work.has_checkpointing:
-        kept = shape.num_layers * work.num_tokens * shape.hidden * stream + layer
+        kept = shape.num_layers * work.num_tokens * shape.hidden * BYTES[work.weight_dtype] + layer
     else:
         kept = shape.num_layers * layer
     backward = work.num_tokens * (3 * shape.intermediate * width + 3 * shape.hidden * 4)
     return kept + backward
 
 
-def _layer_activation_bytes(work: Workload) -> float:
-    """Norms in fp32, inputs of the linear layers, queries, keys, values and output of attention, branches of the MLP."""
+def layer_activation_bytes(work: Workload) -> float:
+    """One layer: norms, inputs of linear layers, queries, keys, values and output of attention, branches of the MLP."""
     shape, width = work.shape, BYTES[work.precision]
-    num_norms = sum(module.kind == "norm" and module.outputs == shape.hidden for module in shape.layer)
+    trains_base = isinstance(work.adapter, FullAdapter)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = num_norms * shape.hidden * (4 + width)
-    head_norms = (queries + keys) * (4 + width) if any(module.name.endswith("q_norm") for module in shape.layer) else 0
-    attention = width * (2 * queries + 2 * keys)
-    branches = width * shape.intermediate * (4 if shape.has_gate else 2)
-    inputs = width * 2 * shape.hidden
-    per_token = norms + head_norms + attention + branches + inputs + _adapter_activation_bytes(work)
-    return work.num_tokens * per_token + _score_bytes(work)
+    # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
+    per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
+    widths_of_norms = sum(per_head.get(module.name, module.outputs) for module in shape.layer if module.kind == "norm")
+    normalised = widths_of_norms * (4 + (BYTES[work.weight_dtype] if trains_base else 0))
+    # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
+    is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
+    attention = width * (2 * queries + 2 * keys + is_fused * (queries + 2 * keys))
+    # gate, its activation, up, their product; or the input and the elementary steps of GPT-2's gelu_new.
+    branches = width * shape.intermediate * (4 if shape.has_gate else 5)
+    inputs = _linear_input_bytes(work)
+    return work.num_tokens * (normalised + attention + branches + inputs) + _score_bytes(work)
 
 
-def _adapter_activation_bytes(work: Workload) -> float:
-    """PEFT casts the input of each target anew, and keeps the update's inner activations and, with dropout, its mask."""
+def _linear_input_bytes(work: Workload) -> float:
+    """Inputs of linear layers that no other part keeps, per token.
+
+    Layers that read the same values share them, except where each casts them anew: autocast from an fp32 stream, and PEFT for
+    each target in another dtype, which also keeps the update's inner activations and, with dropout, what was dropped.
+    """
+    shape, width = work.shape, BYTES[work.precision]
+    shared = 2 * shape.hidden * width
     if not isinstance(work.adapter, LoraAdapter):
-        return 0
-    width = BYTES[work.precision]
-    inputs = sum(module.inputs for module in target_modules(work.adapter, work.shape) if module.is_linear) / work.shape.num_layers
-    return inputs * width * (2 if work.adapter.dropout else 1)
+        # All but the last of attention and of the MLP read from the stream.
+        num_readers = sum(module.is_linear for module in shape.layer) - 2
+        return num_readers * shape.hidden * width if work.weight_dtype != work.precision else shared
+    cast = work.trained.target_inputs * width / shape.num_layers
+    inner = work.trained.target_ranks * width / shape.num_layers
+    has_own_copies = work.trained_dtype != work.precision or work.adapter.dropout > 0
+    return inner + (cast if has_own_copies else shared) + (cast if work.adapter.dropout else 0)
 
 
 def _score_bytes(work: Workload) -> float:
@@ -229,7 +234,7 @@ def _score_bytes(work: Workload) -> float:
 
 
 def _loss_bytes(work: Workload) -> float:
-    """Logits and their gradient in fp32, about 2.6 times the logits (PERFORMANCE.md, section 2), and the projection's 16-bit copies."""
+    """Logits, their softmax and their gradient in fp32 (2.6 times the logits in PERFORMANCE.md, section 2); copies in 16 bits."""
     width = BYTES[work.precision]
     held_at_once = work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
     per_logit = 12 if width == 4 else 12 + 2 * width
@@ -240,11 +245,11 @@ def _loss_bytes(work: Workload) -> float:
 def _communication_bytes(work: Workload) -> float:
     """Buckets of gradients on their way, and at stage 3 the weights that are gathered at a time."""
     if work.engine == "plain":
-        return min(2 * PLAIN_BUCKET_BYTES, 4 * work.num_trainable) if work.workers > 1 else 0
+        return min(2 * PLAIN_BUCKET_BYTES, 4 * work.trained.num_trainable) if work.workers > 1 else 0
     width = BYTES[work.precision]
     # One bucket fills while another travels (overlap_comm, on GPUs from stage 2).
     num_buckets = 2 if work.is_on_gpu and work.zero_stage >= 2 else 1
-    buckets = num_buckets * width * min(ZERO_BUCKET_ELEMENTS, work.num_trainable)
+    buckets = num_buckets * width * min(ZERO_BUCKET_ELEMENTS, work.trained.num_trainable)
     if work.zero_stage < 3:
         return buckets
     whole = _weight_bytes(work) * work.share(3)

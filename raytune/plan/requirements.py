@@ -8,7 +8,7 @@ from raytune.config.model import Attention
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
-from raytune.plan.adapter_size import num_trainable
+from raytune.plan.adapter_size import saved_modules, trained_size
 from raytune.plan.defaults import Choice
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import ZeroStage
@@ -54,13 +54,13 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
         UserError: (or PlanError, ModelError) with what to set instead.
     """
     choose_row_length(config, shape)
-    num_trainable(config.adapter, shape)
+    trained_size(config.adapter, shape)
     device = choose_device(config, machine)
     workers = choose_workers(config, machine, device).value
     precision = choose_precision(config, machine, device).value
     choose_attention(config, machine, device, precision)
     possible_stages(config, device, workers, precision)
-    _check_adapter(config)
+    _check_adapter(config, shape, precision)
     _check_kernels(config, device)
     _check_metric(config)
 
@@ -91,8 +91,8 @@ def choose_workers(config: RunConfig, machine: Machine, device: Device) -> Choic
     if workers > most_on_cpus:
         smaller = f"set cluster.workers to {most_on_cpus} or " if most_on_cpus else ""
         raise PlanError(
-            f"cluster.workers {workers} x cpus_per_worker {section.cpus_per_worker:g} is more than the {machine.num_cpus} CPUs of "
-            f"the cluster: Ray would wait for ever. To continue, {smaller}lower cluster.cpus_per_worker."
+            f"cluster.workers {workers} x cpus_per_worker {section.cpus_per_worker:g} is more than the {machine.num_cpus} CPUs "
+            f"of the cluster: Ray would wait for ever. To continue, {smaller}lower cluster.cpus_per_worker."
         )
     if section.placement == "strict_spread" and workers > machine.num_nodes:
         raise PlanError(
@@ -107,7 +107,7 @@ def choose_precision(config: RunConfig, machine: Machine, device: Device) -> Cho
     wanted = config.training.precision
     if wanted == "auto":
         if device == "cpu":
-            return Choice("fp32", "training.precision is fp32: exact, and few CPUs compute bf16 faster.")
+            return Choice("fp32", "training.precision is fp32, the exact one; bf16 is faster on CPUs with AMX.")
         if machine.supports_bf16:
             return Choice("bf16", f"training.precision is bf16: {machine.gpu_name} has it, and it needs no loss scaling.")
         return Choice("fp16", f"training.precision is fp16: {machine.gpu_name} has no bf16. The loss is scaled.")
@@ -173,12 +173,9 @@ def _stage_limits(config: RunConfig, device: Device, precision: Precision) -> li
         limits.append(StageLimit(0, 0, "training.precision is fp16 on CPUs, for which DeepSpeed needs AVX512-FP16"))
     if isinstance(adapter, QloraAdapter) and adapter.quantization == "int8":
         limits.append(StageLimit(0, 2, "adapter.quantization is int8, whose weights cannot be sharded"))
-    if isinstance(adapter, QloraAdapter) and adapter.quant_storage not in ("auto", _compute_dtype(adapter, precision)):
-        limits.append(
-            StageLimit(
-                0, 2, f"adapter.quant_storage {adapter.quant_storage} is not the compute dtype, so that weights cannot be sharded"
-            )
-        )
+    if isinstance(adapter, QloraAdapter) and _quant_storage(adapter, precision) != precision:
+        because = f"adapter.quant_storage is {adapter.quant_storage}, which cannot be sharded with weights in {precision}"
+        limits.append(StageLimit(0, 2, because))
     if isinstance(adapter, LoraAdapter) and adapter.init in WEIGHT_BASED_INITS:
         limits.append(StageLimit(0, 2, f"adapter.init is {adapter.init}, which looks at whole weights"))
     return limits
@@ -189,12 +186,12 @@ def resolve_adapter(adapter: Adapter, precision: Precision) -> Choice[Adapter]:
     if not isinstance(adapter, QloraAdapter):
         return Choice(adapter)
     compute = _compute_dtype(adapter, precision)
-    storage = compute if adapter.quant_storage == "auto" else adapter.quant_storage
+    storage = _quant_storage(adapter, precision)
     reasons = []
     if adapter.compute_dtype == "auto":
         reasons.append(f"adapter.compute_dtype is {compute}, the run's precision.")
     if adapter.quant_storage == "auto":
-        reasons.append(f"adapter.quant_storage is {storage}, the compute dtype, so that ZeRO-3 could shard the base.")
+        reasons.append(f"adapter.quant_storage is {storage}, as all other weights, so that ZeRO-3 could shard the base.")
     resolved = adapter.model_copy(update={"compute_dtype": compute, "quant_storage": storage})
     return Choice(resolved, " ".join(reasons) or None)
 
@@ -203,12 +200,35 @@ def _compute_dtype(adapter: QloraAdapter, precision: Precision) -> Precision:
     return precision if adapter.compute_dtype == "auto" else adapter.compute_dtype
 
 
-def _check_adapter(config: RunConfig) -> None:
+def _quant_storage(adapter: QloraAdapter, precision: Precision) -> Precision | Literal["uint8"]:
+    return precision if adapter.quant_storage == "auto" else adapter.quant_storage
+
+
+def _check_adapter(config: RunConfig, shape: ModelShape, precision: Precision) -> None:
+    """Refuse what model.adapters and model.quantize would refuse once the weights are loaded."""
     adapter = config.adapter
-    if isinstance(adapter, QloraAdapter) and adapter.init == "pissa":
+    if isinstance(adapter, LoraAdapter) and adapter.init == "orthogonal":
+        odd = sorted(rank for rank in {adapter.rank, *adapter.rank_pattern.values()} if rank % 2)
+        if odd:
+            raise UserError(f"adapter.init is orthogonal, which needs even ranks, but there is rank {odd[0]}. Use an even one.")
+    if not isinstance(adapter, QloraAdapter):
+        return
+    if adapter.init in ("pissa", "olora"):
         raise UserError(
-            "adapter.init pissa splits the base weights, which a quantised base no longer has. "
-            "Set adapter.method to lora, or adapter.init to olora."
+            f"adapter.init {adapter.init} takes its share out of the base weights, which a quantised base cannot give exactly. "
+            f"Set adapter.method to lora, or adapter.init to default, gaussian or eva."
+        )
+    storage = _quant_storage(adapter, precision)
+    if adapter.quantization != "int8" and storage not in ("uint8", precision):
+        raise UserError(
+            f"adapter.quant_storage is {storage}, but the other weights are in {precision}: casting one to the other would "
+            f"destroy the packed numbers. Set it to auto, {precision} or uint8."
+        )
+    quantised = [module.name for module in saved_modules(adapter, shape) if module.kind in ("attention", "mlp")]
+    if quantised:
+        raise UserError(
+            f"adapter.modules_to_save takes in {quantised[0]}, which adapter.method qlora quantises, so that it cannot be "
+            f"trained in full. Name embeddings, norms or the output head only, or set adapter.method to lora."
         )
 
 
@@ -222,8 +242,8 @@ def _check_metric(config: RunConfig) -> None:
     is_asked_for = "metric" in config.checkpoint.model_fields_set
     if is_asked_for and not has_validation:
         raise UserError(
-            f"checkpoint.metric is {config.checkpoint.metric!r}, but nothing is evaluated: the config has neither data.validation "
-            f"nor data.validation_fraction. Give one of them, or leave checkpoint.metric out."
+            f"checkpoint.metric is {config.checkpoint.metric!r}, but nothing is evaluated: the config has neither "
+            f"data.validation nor data.validation_fraction. Give one of them, or leave checkpoint.metric out."
         )
 
 

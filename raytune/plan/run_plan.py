@@ -5,7 +5,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
-from raytune.config.data import DataSource
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 
@@ -25,8 +24,8 @@ class ModelPlan(Plan):
     trust_remote_code: bool
     attention: Attention
     dtype: Precision
-    """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with DeepSpeed's
-    fp32 masters beside them)."""
+    """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with
+    DeepSpeed's fp32 masters beside them)."""
     compute_dtype: Precision
     """Dtype of products in forward and backward."""
     gradient_checkpointing: bool
@@ -69,10 +68,9 @@ class BatchPlan(Plan):
 
     @property
     def equation(self) -> str:
-        return (
-            f"{self.workers} worker{'s' * (self.workers != 1)} x {self.micro_batch_size} rows x "
-            f"{self.accumulation} accumulation = {self.global_batch_size} rows per step"
-        )
+        workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
+        rows = f"{self.micro_batch_size} row{'s' * (self.micro_batch_size != 1)}"
+        return f"{workers} x {rows} x {self.accumulation} accumulation = {self.global_batch_size} rows per step"
 
 
 class OptimizationPlan(Plan):
@@ -111,8 +109,8 @@ class LossPlan(Plan):
 
 
 class GenerationPlan(Plan):
-    rows: list[DataSource]
-    max_rows: int
+    """How the questions of the run folder are answered; which rows they come from is the launcher's matter."""
+
     max_new_tokens: int
     batch_size: int
 
@@ -162,6 +160,7 @@ class RunPlan(Plan):
     tf32: bool
     logging_steps: int
     template: str
+    """Text of the chat template; empty where only plain text is trained."""
     model: ModelPlan
     data: DataPlan
     adapter: Adapter

@@ -85,8 +85,10 @@ class ModelShape:
     def parameters_by_kind(self) -> dict[str, int]:
         """Parameters of each kind of module; a tied head has none. Biases count with their module."""
         counts: dict[str, int] = {"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0}
-        for module in self.modules():
+        for module in (*self.embeddings, self.final_norm):
             counts[module.kind] += module.num_parameters
+        for module in self.layer:
+            counts[module.kind] += self.num_layers * module.num_parameters
         return counts | {"head": 0 if self.is_tied else self.head.num_parameters}
 
     @property
@@ -96,11 +98,6 @@ class ModelShape:
     @property
     def num_biases(self) -> int:
         return sum(module.num_biases for module in self.modules())
-
-    @property
-    def num_in_layer(self) -> int:
-        """Parameters of one layer."""
-        return sum(module.num_parameters for module in self.layer)
 
     @property
     def num_quantizable(self) -> int:

@@ -43,13 +43,13 @@ from raytune.training.commit import (
     committed,
     damaged,
     entries,
-    library_versions,
     misplaced,
     newest_fence,
     retain,
 )
 from raytune.training.engine import Engine
 from raytune.units import MIB, format_bytes
+from raytune.versions import library_versions
 
 # Saves differ a little in size from one to the next: JSON, and DeepSpeed's own bookkeeping.
 _ROOM_FACTOR = 1.02
@@ -91,7 +91,8 @@ class Checkpoints:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder, self._engine, self._policy = folder, engine, policy
-        self._fence, self._fingerprint, self._clock = fence, dict(fingerprint), clock
+        self._fence, self._clock = fence, clock
+        self._fingerprint = json.loads(json.dumps(fingerprint))  # as a manifest gives it back: lists for tuples
         self._report = report if engine.rank == 0 else _say_nothing
         self._is_local = storage.is_local(folder.checkpoints)
         self._peers = _Peers(engine.rank, engine.gather_objects)

@@ -5,11 +5,8 @@ import json
 import math
 import posixpath
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Self
 
 from raytune import storage
@@ -21,8 +18,6 @@ from raytune.storage import Digest
 from raytune.units import format_bytes
 
 FORMAT = 1
-# Libraries whose arithmetic or file formats a checkpoint depends on.
-_LIBRARIES = ("raytune", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "ray")
 # DeepSpeed's name for what only the rank that saved it will load. It saves downloads, and correctness does not hang on it.
 _SHARD = re.compile(r"zero_pp_rank_\d+_")
 
@@ -249,12 +244,3 @@ def altered(files: Iterable[SavedFile], path_of: Callable[[SavedFile], str]) -> 
     by_name = {file.name: file for file in files}
     digests = storage.in_parallel(lambda name: storage.file_digest(path_of(by_name[name])), by_name)
     return [f"{file.name} has other content" for file, digest in zip(by_name.values(), digests) if digest != file.digest]
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what a checkpoint depends on."""
-    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -1,6 +1,7 @@
 """What a run leaves behind: the best weights in Hugging Face format, answers of base and tuned model, and the result."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,6 @@ from raytune.config.adapter import FullAdapter
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
-from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
 from raytune.model.load import load_tokenizer
 from raytune.plan.run_plan import GenerationPlan, RunPlan
@@ -21,7 +21,10 @@ from raytune.training.recorder import Recorder
 
 
 def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Recorder, folder: RunFolder) -> None:
-    """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step."""
+    """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
+
+    The result also says what each rank held of the model and its optimizer: bytes, measured on the engine rather than planned.
+    """
     newest, best = checkpoints.wait(), checkpoints.best()
     assert newest is not None
     assert best is not None, "the last step is always saved"
@@ -29,6 +32,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
         checkpoints.load(best)
     write_model(plan, engine, folder)
     engine.barrier()
+    held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes())})
     comparison = compare_answers(plan, engine, folder, plan.evaluation.generation) if plan.evaluation.generation else None
     if engine.rank == 0:
         write_json(
@@ -36,6 +40,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
             {
                 "best_step": best.step,
                 "metrics": recorder.metrics | best.metrics,
+                "held_bytes": held,
                 "comparison": comparison and asdict(comparison),
             },
         )
@@ -46,6 +51,7 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
 
     Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
     """
+    from raytune.model.export import save_adapter, save_model
     is_full = isinstance(plan.adapter, FullAdapter)
     state = engine.trainable_state(DTYPES[plan.precision] if is_full else None)
     if engine.rank != 0:

@@ -1,17 +1,18 @@
 """The loss: cross-entropy summed over the target positions of a batch. Other positions are never projected onto the vocabulary.
 
-While a loss is computed, two methods of the model are replaced: its output head's `forward` picks the hidden states that predict a
-target, and its own `forward` returns the loss. Everything else (engine, PEFT, hooks, checkpointing) runs as it always does.
+While a loss is computed, two methods of the model are replaced: its output head's `forward` picks the hidden states that predict
+a target, and its own `forward` returns the loss. All else (engine, PEFT, hooks, checkpointing) runs as it always does.
 
-With `chunk_tokens` the head goes over the targets a chunk at a time and computes the gradients of the hidden states and of its weights
-while a chunk's logits exist. So all logits never exist together, nothing is recomputed, and under ZeRO-3 the head's weights are not
-gathered again for the backward pass. What a model does to its logits after the head (soft caps, scales) is done to each chunk.
+With `chunk_tokens` the head goes over the targets a chunk at a time and computes the gradients of the hidden states and of its
+weights while a chunk's logits exist. So all logits never exist together and nothing is recomputed. What a model does to its
+logits after the head (soft caps, scales) is done to each chunk.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ PRODUCT_ROWS = 16384
 """Rows of a 16-bit weight gradient that are computed before they are added to the fp32 sum."""
 
 Transform = Callable[[Tensor], Tensor]
-PullBack = Callable[[Tensor], Tensor | None]
-"""From the gradient of a chunk's logits to that of its hidden states; adds to the gradients of the weights on the way."""
+PullBack = Callable[[Tensor, list[Tensor]], Tensor]
+"""From the gradient of a chunk's logits to that of its hidden states; adds to the gradients of the trained weights on the way."""
 
 
 def attach_loss(model: nn.Module, chunk_tokens: int | None) -> "LossLayer":
@@ -52,11 +53,10 @@ class LossLayer:
         self._head = _output_head(self._model)
         self._chunk_tokens = chunk_tokens
         self._transform = None if chunk_tokens is None else _transform_after_head(self._model)
-        # Bound once: a compiled caller guards on the identity of these functions.
-        self._replacements = (self._forward_head, self._forward_model)
-        self._originals: tuple[Callable[..., Tensor], Callable[..., Any]] | None = None
-        self._batch: Batch | None = None
-        self._head_output: Tensor | None = None
+        # M differs from batch to batch; compiled for each, the head would never stop compiling.
+        self._new_head_forward = torch.compiler.disable(self._forward_head)
+        self._new_model_forward = self._forward_model
+        self._pass: _Pass | None = None
 
     def loss_sum(self, module: nn.Module, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Run `module` and return the sum of cross-entropy over the batch's targets: nats, an fp32 scalar.
@@ -70,51 +70,64 @@ class LossLayer:
         Raises:
             ModelError: if the model computes its logits past its output head.
         """
-        self._originals = (self._head.forward, self._model.forward)
-        self._batch = batch
+        self._pass = _Pass(batch, self._head.forward, self._model.forward)
         after_head = self._head.register_forward_hook(self._keep_hooked_output)
         try:
-            with _replaced_forward(self._head, self._replacements[0]), _replaced_forward(self._model, self._replacements[1]):
+            with _forward_replaced(self._head, self._new_head_forward), _forward_replaced(self._model, self._new_model_forward):
                 return module(**inputs)
         finally:
             after_head.remove()
-            self._originals = self._batch = self._head_output = None
+            self._pass = None
 
     def _forward_model(self, *args: Any, **kwargs: Any) -> Tensor:
-        assert self._originals is not None and self._batch is not None
-        output = self._originals[1](*args, **kwargs)
-        if self._head_output is None:
+        now = self._pass
+        assert now is not None
+        output = now.model_forward(*args, **kwargs)
+        if now.head_output is None:
             raise ModelError(
                 f"{type(self._model).__name__} computed its logits without calling its output head "
                 f"({type(self._head).__name__}), so raytune cannot compute its loss."
             )
         if self._chunk_tokens is not None:
-            return self._head_output
+            return now.head_output
         logits_MV = output.logits.flatten(0, -2)
-        return F.cross_entropy(logits_MV.to(_loss_dtype(logits_MV)), self._batch.target_ids, reduction="sum")
+        return F.cross_entropy(logits_MV.to(_loss_dtype(logits_MV)), now.batch.target_ids, reduction="sum")
 
-    @torch.compiler.disable  # M differs from batch to batch; compiled for each, it would never stop compiling
     def _forward_head(self, hidden_1ND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert self._originals is not None and self._batch is not None
-        hidden_MD = hidden_1ND.flatten(0, -2).index_select(0, self._batch.target_positions)
+        now = self._pass
+        assert now is not None
+        hidden_MD = hidden_1ND.flatten(0, -2).index_select(0, now.batch.target_positions)
         if self._chunk_tokens is None:
-            self._head_output = self._originals[0](hidden_MD[None], *args, **kwargs)
-            return self._head_output
-        self._head_output = _chunked_loss_sum(self._head, self._transform, hidden_MD, self._batch.target_ids, self._chunk_tokens)
-        is_trained = any(weight.requires_grad for weight in self._head.parameters())
-        return self._head_output if is_trained else self._head_output.detach()
+            now.head_output = now.head_forward(hidden_MD[None], *args, **kwargs)
+            return now.head_output
+        projection = _projection(self._head, self._transform)
+        ids_M, grad = now.batch.target_ids, torch.is_grad_enabled()
+        loss = cast(Tensor, _ChunkedLoss.apply(projection, hidden_MD, ids_M, self._chunk_tokens, grad, *projection.weights))
+        now.head_output = loss
+        return loss if projection.weights else loss.detach()
 
     def _keep_hooked_output(self, head: nn.Module, arguments: Any, output: Tensor) -> None:
-        """Take the loss as it left the head's hooks: those of ZeRO-3 gather the head's weights again when their gradients arrive.
+        """Take the loss as it left the head's hooks: those of ZeRO-3 gather the head again, to receive its weights' gradients.
 
-        The loss of a frozen head bypasses them, and its weights are gathered once per step instead of twice.
+        A frozen head receives none. Its loss bypasses the hooks, and it is gathered once per step instead of twice.
         """
-        if output.requires_grad:
-            self._head_output = output
+        if output.requires_grad and self._pass is not None:
+            self._pass.head_output = output
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One forward pass."""
+
+    batch: Batch
+    head_forward: Callable[..., Tensor]
+    model_forward: Callable[..., Any]
+    head_output: Tensor | None = None
+    """The loss, or without chunks the logits of the targets."""
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     previous = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -133,131 +146,120 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
 # --- chunks
 
 
-def _chunked_loss_sum(head: nn.Module, transform: Transform | None, hidden_MD: Tensor, target_ids: Tensor, chunk_tokens: int) -> Tensor:
-    with_gradient = torch.is_grad_enabled()
-    projection: Projection
-    if type(head) is nn.Linear and transform is None:
-        projection = LinearProjection(head, _product_dtype(head.weight), with_gradient=with_gradient)
-    else:
-        projection = ModuleProjection(_readable(head), transform, with_gradient=with_gradient)
-    loss = _ChunkedLoss.apply(projection, hidden_MD, target_ids, chunk_tokens, with_gradient, *projection.weights)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and its gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any, projection: "Projection", hidden_MD: Tensor, target_ids: Tensor, chunk_tokens: int, with_gradient: bool,
+        ctx: Any,
+        projection: "Projection",
+        hidden_MD: Tensor,
+        target_ids: Tensor,
+        chunk_tokens: int,
+        with_gradient: bool,
         *weights: nn.Parameter,
-    ) -> Tensor:  # fmt: skip
-        hidden_gradient_MD = torch.empty_like(hidden_MD) if with_gradient and hidden_MD.requires_grad else None
+    ) -> Tensor:
         loss = torch.zeros((), dtype=_loss_dtype(hidden_MD), device=hidden_MD.device)
+        hidden_gradient_MD = torch.empty_like(hidden_MD) if with_gradient else None
+        # fp32: 16 bits would lose what late chunks add to a large sum, and fp16 overflow before the loss is divided.
+        weight_gradients = [torch.zeros_like(weight, dtype=_loss_dtype(weight)) for weight in weights if with_gradient]
         for chunk in _chunks(len(target_ids), chunk_tokens):
             ids_C1 = target_ids[chunk, None]
-            logits_CV, pull_back = projection.project(hidden_MD[chunk])
+            with torch.set_grad_enabled(with_gradient):
+                logits_CV, pull_back = projection.project(hidden_MD[chunk].detach())
             dtype = logits_CV.dtype
             log_probabilities_CV = torch.log_softmax(logits_CV, -1, dtype=_loss_dtype(logits_CV))
             del logits_CV
             loss -= log_probabilities_CV.gather(1, ids_C1).sum()
-            if with_gradient:
-                # The gradient of cross-entropy is softmax minus one at the target. Subtracted before the cast to 16 bits, which would
-                # round the small difference of a confident prediction away.
+            if hidden_gradient_MD is not None:
+                # The gradient of cross-entropy: softmax, minus one at the target. Subtracted before the cast to 16 bits, which
+                # would round the small difference of a confident prediction away.
                 gradient_CV = log_probabilities_CV.exp_()
                 gradient_CV.scatter_add_(1, ids_C1, gradient_CV.new_full(ids_C1.shape, -1.0))
-                chunk_gradient = pull_back(gradient_CV.to(dtype))
-                if hidden_gradient_MD is not None:
-                    assert chunk_gradient is not None
-                    hidden_gradient_MD[chunk] = chunk_gradient
-        ctx.gradients = (hidden_gradient_MD, projection.gradients)
-        ctx.dtypes = [weight.dtype for weight in weights]
+                hidden_gradient_MD[chunk] = pull_back(gradient_CV.to(dtype), weight_gradients)
+        ctx.gradients = (hidden_gradient_MD, *weight_gradients)
+        ctx.dtypes = (hidden_MD.dtype, *(weight.dtype for weight in weights))
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient_MD, weight_gradients = ctx.gradients
-        ctx.gradients = None  # scaled in place, hence once
-        hidden_gradient_MD = None if hidden_gradient_MD is None else hidden_gradient_MD.mul_(loss_gradient)
-        scaled = [gradient.mul_(loss_gradient).to(dtype) for gradient, dtype in zip(weight_gradients, ctx.dtypes)]
-        return (None, hidden_gradient_MD, None, None, None, *scaled)
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, hence once
+        of_hidden, *of_weights = (gradient.mul_(loss_gradient).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes))
+        return None, of_hidden, None, None, None, *of_weights
 
 
 def _chunks(num_targets: int, chunk_tokens: int) -> Iterator[slice]:
-    """Cut evenly: 1,025 targets in chunks of 1,024 are 513 and 512."""
+    """Cut evenly: 1,025 targets in chunks of 1,024 are 512 and 513."""
     num_chunks = -(-num_targets // chunk_tokens)
     for chunk in range(num_chunks):
         yield slice(chunk * num_targets // num_chunks, (chunk + 1) * num_targets // num_chunks)
 
 
 class Projection(Protocol):
-    """A head that can be taken to pieces: from hidden states to logits and, by hand, back."""
+    """From hidden states to logits, and by hand back."""
 
     weights: list[nn.Parameter]
     """The head's trained weights."""
-    gradients: list[Tensor]
-    """Their gradients so far: fp32, because 16 bits would lose what late chunks add; empty if none are asked for."""
 
     def project(self, hidden_CD: Tensor) -> tuple[Tensor, PullBack]: ...
 
 
 class LinearProjection:
-    """A plain linear head: products are added to the gradient in place."""
+    """A plain linear head: its weight's gradient is summed up in place."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, with_gradient: bool) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         self.weights = [weight for weight in linear.parameters() if weight.requires_grad]
-        self.gradients = _zero_gradients(self.weights) if with_gradient else []
         self._linear = linear
+        kind = linear.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else linear.weight.dtype
         self._weight_VD = linear.weight.detach().to(dtype)
         self._bias_V = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def project(self, hidden_CD: Tensor) -> tuple[Tensor, PullBack]:
-        dtype, device_type = self._weight_VD.dtype, hidden_CD.device.type
-        hidden_CD = hidden_CD.detach().to(dtype)
+        hidden_CD = hidden_CD.to(self._weight_VD.dtype)
 
-        def pull_back(gradient_CV: Tensor) -> Tensor:
-            for weight, gradient in zip(self.weights, self.gradients):
+        def pull_back(gradient_CV: Tensor, weight_gradients: list[Tensor]) -> Tensor:
+            for weight, total in zip(self.weights, weight_gradients):
                 if weight is self._linear.weight:
-                    _add_product(gradient, gradient_CV.T, hidden_CD)
+                    _add_product(total, gradient_CV.T, hidden_CD)
                 else:
-                    gradient.add_(gradient_CV.sum(0, dtype=gradient.dtype))
+                    total.add_(gradient_CV.sum(0, dtype=total.dtype))
             return gradient_CV @ self._weight_VD
 
         return F.linear(hidden_CD, self._weight_VD, self._bias_V), pull_back
 
 
 class ModuleProjection:
-    """Any other head (adapted, quantised, with a transform after it), through autograd, chunk by chunk."""
+    """Any other head (adapted, quantised, with a transform after it), by autograd."""
 
-    def __init__(self, module: nn.Module, transform: Transform | None, *, with_gradient: bool) -> None:
+    def __init__(self, module: nn.Module, transform: Transform | None) -> None:
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
-        self.gradients = _zero_gradients(self.weights) if with_gradient else []
         self._module = module
         self._transform = transform
-        self._with_gradient = with_gradient
 
     def project(self, hidden_CD: Tensor) -> tuple[Tensor, PullBack]:
-        with torch.set_grad_enabled(self._with_gradient):
-            hidden_1CD = hidden_CD.detach()[None].requires_grad_(self._with_gradient)
-            logits_1CV = self._module(hidden_1CD)
-            if self._transform is not None:
-                logits_1CV = self._transform(logits_1CV)
+        hidden_1CD = hidden_CD[None].requires_grad_(torch.is_grad_enabled())
+        logits_1CV = self._module(hidden_1CD)
+        if self._transform is not None:
+            logits_1CV = self._transform(logits_1CV)
 
-        def pull_back(gradient_CV: Tensor) -> Tensor:
+        def pull_back(gradient_CV: Tensor, weight_gradients: list[Tensor]) -> Tensor:
             of_hidden, *of_weights = torch.autograd.grad(
                 logits_1CV, [hidden_1CD, *self.weights], gradient_CV[None], allow_unused=True, materialize_grads=True
             )
-            for gradient, addition in zip(self.gradients, of_weights):
-                gradient.add_(addition)
+            for total, of_weight in zip(weight_gradients, of_weights):
+                total.add_(of_weight)
             return of_hidden[0]
 
         return logits_1CV.detach()[0], pull_back
 
 
-def _zero_gradients(weights: list[nn.Parameter]) -> list[Tensor]:
-    return [torch.zeros_like(weight, dtype=_loss_dtype(weight)) for weight in weights]
+def _projection(head: nn.Module, transform: Transform | None) -> Projection:
+    if type(head) is nn.Linear and transform is None:
+        return LinearProjection(head)
+    _read_weights(head)
+    return ModuleProjection(_without_hooks(head), transform)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -269,21 +271,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         rows.add_(left_rows @ right)
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype in which autocast, or the lack of it, multiplies this weight."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
 # --- the model's parts
 
 
 def _causal_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's name for what it wraps
+    get_base_model = getattr(model, "get_base_model", None)  # PEFT's name for what it wraps
+    return model if get_base_model is None else get_base_model()
 
 
 def _output_head(model: nn.Module) -> nn.Module:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head onto a vocabulary; raytune trains causal language models.")
     # PEFT's `modules_to_save` puts a trained copy beside the module; the copy in use is the head.
@@ -291,21 +288,23 @@ def _output_head(model: nn.Module) -> nn.Module:
     return copies[head.active_adapters[0]] if isinstance(copies, nn.ModuleDict) else head
 
 
-def _readable(head: nn.Module) -> nn.Module:
-    """The head without hooks, its own and its submodules', and with every weight at hand.
+def _read_weights(head: nn.Module) -> None:
+    """Read every weight below the head, so that ZeRO-3 gathers it.
 
-    It is called once per chunk, and ranks differ in their number of chunks: the hooks of ZeRO-3 would gather a different number of
-    times on each, and wait for each other forever. Instead every weight is read here, once: reading a sharded weight in a forward pass
-    makes ZeRO-3 gather it and count it among those of the module in whose forward pass it was read, which is the head.
+    Reading a sharded weight in a forward pass makes DeepSpeed gather it and count it among those of the module whose forward pass
+    it is, the head, from then on. It must not depend on the batch, for a gather needs all ranks.
     """
     for module in head.modules():
         for name in module._parameters:
             getattr(module, name)
-    return _without_hooks(head)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """A view of a module: same class, weights and settings, but neither hooks nor a replaced `forward`."""
+    """A view of a module: same class, weights and settings, but neither hooks nor a replaced `forward`.
+
+    A head in pieces is called once per chunk, and ranks differ in their number of chunks: the hooks of ZeRO-3 on its submodules
+    would gather a different number of times on each, and wait for each other for ever.
+    """
     return _view(module, {name: child and _without_hooks(child) for name, child in module._modules.items()})
 
 
@@ -324,29 +323,29 @@ def _transform_after_head(model: nn.Module) -> Transform | None:
     Raises:
         ModelError: if that method needs more of its submodules than a stand-in has.
     """
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    children = {name: child and _StandIn(child, _BackboneOutput()) for name, child in model._modules.items()}
-    logits_of = next((children[name] for name, child in model._modules.items() if child is head), None)
-    view = _view(model, children)
+    head = cast(Any, model).get_output_embeddings()
+    stand_ins = {name: child and _StandIn(child, _BackboneOutput()) for name, child in model._modules.items()}
+    stands_for_head = next((stand_ins[name] for name, child in model._modules.items() if child is head), None)
+    view = _view(model, stand_ins)
 
     def transform(logits_1CV: Tensor) -> Tensor:
-        assert logits_of is not None
-        logits_of.output = logits_1CV
+        assert stands_for_head is not None
+        stands_for_head.output = logits_1CV
         try:
             return type(model).forward(view, input_ids=torch.zeros((1, 1), dtype=torch.long)).logits
         finally:
-            logits_of.output = None
+            stands_for_head.output = None
 
     probe = torch.linspace(-50, 50, 101)[None, None]
-    advice = f"The logits of {type(model).__name__} cannot be computed in chunks. Set training.loss to full."
-    if logits_of is None:
-        raise ModelError(f"{advice} (Its output head is not a direct part of it.)")
+    refusal = f"The logits of {type(model).__name__} cannot be computed in chunks. Set training.loss to full."
+    if stands_for_head is None:
+        raise ModelError(f"{refusal} (Its output head is not a direct part of it.)")
     try:
         transformed = transform(probe)
     except Exception as error:
-        raise ModelError(f"{advice} (What it does to them could not be found out: {error!r}.)") from error
+        raise ModelError(f"{refusal} (What it does to them after its head could not be found out: {error!r}.)") from error
     if transformed.shape != probe.shape:
-        raise ModelError(f"{advice} (It turns logits of shape {tuple(probe.shape)} into {tuple(transformed.shape)}.)")
+        raise ModelError(f"{refusal} (It makes {tuple(transformed.shape)} of logits of shape {tuple(probe.shape)}.)")
     return None if torch.equal(transformed, probe) else transform
 
 

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.metrics import EventLog

@@ -53,7 +53,7 @@ def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: in
         device=device,
         rank=rank,
         world_size=world_size,
-        compile=plan.model.compile,
+        compile_model=plan.model.compile,
     )
 
 

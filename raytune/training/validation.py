@@ -31,8 +31,7 @@ class Validation:
                 max_rows=self._plan.evaluation.max_rows,
             )
             measured = evaluate_loss(self._engine, batches, self._loss_sum)
-            # Bytes are counted per store; with `max_rows` its share of them is that of its targets.
-            own_bytes = round(store.num_bytes * measured.num_targets / store.num_targets)
+            own_bytes = int(store.num_bytes_of_row[: self._plan.evaluation.max_rows].sum())
             loss_sum += measured.loss * measured.num_targets
             num_targets += measured.num_targets
             num_bytes += own_bytes

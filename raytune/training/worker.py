@@ -18,7 +18,6 @@ def train_worker(config: dict) -> None:
     Args:
         config: `{"plan": RunPlan as JSON, "attempt": number of this try}`.
     """
-    entered = time.time()
     plan = RunPlan.model_validate_json(config["plan"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -31,7 +30,6 @@ def train_worker(config: dict) -> None:
             world_size=context.get_world_size(),
             local_rank=context.get_local_rank(),
             attempt=config["attempt"],
-            entered_at=entered,
             report=ray.train.report,
         )
         train(plan, worker)

@@ -1,19 +1,21 @@
 """Short runs of real plans, which the tests divide, shard, interrupt and compare."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
+from raytune.errors import TrainingError
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.training.engine import Engine, HeldBytes
-from raytune.training.loop import StepNumbers, training_steps
+from raytune.training.loop import LossSum, StepNumbers, StepResult, training_steps
 from raytune.training.schedule import learning_rate
 from raytune.training.start import prepare_process, start_engine
 from tests.numerics.processes import run_on_ranks
@@ -32,6 +34,8 @@ SAME_SUMS = 1e-6
 class Material:
     model: Path
     with_dropout: Path
+    other_with_dropout: Path
+    """The same with other weights."""
     store: StorePlan
 
 
@@ -43,7 +47,7 @@ class Outcome:
     weights: dict[str, Tensor]
     """What was trained, on rank 0; empty on others."""
     held: HeldBytes
-    """After the last step, or between backward and step where a run was asked to stop there."""
+    """After the last step."""
     dtypes: set[torch.dtype]
 
     @property
@@ -60,7 +64,6 @@ class Change:
     load: Path | None = None
     save: Path | None = None
     """Folder that gets the state after the last step, in a folder per rank."""
-    spoil: "Spoil | None" = None
     num_rows_in_run: int = 10**6
 
 
@@ -70,14 +73,15 @@ class Spoil:
 
     step: int
     rank: int
-    what: str = field(metadata={"values": ("loss", "gradient")})
+    what: Literal["loss", "gradient"]
 
 
 def make_material(folder: Path) -> Material:
     return Material(
         model=save_tiny_model(folder / "model"),
         with_dropout=save_tiny_model(folder / "with_dropout", attention_dropout=0.1),
-        store=store_plan(tiny_store(folder / "stores", max_rows=40)),
+        other_with_dropout=save_tiny_model(folder / "other_with_dropout", seed=1, attention_dropout=0.1),
+        store=store_plan(tiny_store(folder / "stores", max_rows=40, max_length=288)),
     )
 
 
@@ -109,7 +113,9 @@ def make_plan(material: Material, *, workers: int = 1, stage: int = 0, accumulat
         "num_parameters": num_parameters,
         "num_trainable": num_parameters,
     }
-    return tiny_plan(**_merged(fields, changes))
+    for key, change in changes.items():
+        fields[key] = fields[key] | change if isinstance(fields.get(key), dict) else change
+    return tiny_plan(**fields)
 
 
 def run(plan: RunPlan, change: Change | None = None) -> list[Any]:
@@ -123,23 +129,56 @@ def train(plan: RunPlan, change: Change | None = None) -> Outcome:
     engine, loss_sum, batches_of = start(plan, num_rows_in_run=change.num_rows_in_run)
     if change.load is not None:
         engine.load(change.load)
-    numbers = []
-    for result in training_steps(
-        engine,
-        batches_of,
-        loss_sum if change.spoil is None else _spoiled(loss_sum, change.spoil, engine, _Steps(batches_of)),
-        lambda step: learning_rate(step, plan.optimization),
-        start=change.start,
-        stop=change.stop,
-        seed=plan.seed,
-    ):
-        numbers.append(result.read(engine))
+    numbers = [result.read(engine) for result in steps_of(plan, engine, loss_sum, batches_of, change)]
     if change.save is not None:
         engine.save(change.save / f"rank-{engine.rank}")
     return outcome(engine, numbers)
 
 
-def start(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> tuple[Engine, Callable[..., Tensor], Callable[[int], Sequence[Batch]]]:
+def train_spoiled(plan: RunPlan, spoil: Spoil) -> tuple[str, Outcome]:
+    """Train until the run stops itself; what it said and what it left. The message is empty if it went on to the end."""
+    engine, loss_sum, batches_of = start(plan)
+    now = -1
+
+    def watched_batches(step: int) -> Sequence[Batch]:
+        nonlocal now
+        now = step
+        return batches_of(step)
+
+    def spoiled_loss(module: nn.Module, batch: Batch) -> Tensor:
+        loss = loss_sum(module, batch)
+        if (now, engine.rank) != (spoil.step, spoil.rank):
+            return loss
+        if spoil.what == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss
+        return loss * math.inf
+
+    numbers = []
+    try:
+        for result in steps_of(plan, engine, spoiled_loss, watched_batches):
+            numbers.append(result.read(engine))
+    except TrainingError as error:
+        return str(error), outcome(engine, numbers)
+    return "", outcome(engine, numbers)
+
+
+def steps_of(
+    plan: RunPlan, engine: Engine, loss_sum: LossSum, batches_of: Callable[[int], Sequence[Batch]], change: Change | None = None
+) -> Iterator[StepResult]:
+    change = change or Change()
+    return training_steps(
+        engine,
+        batches_of,
+        loss_sum,
+        lambda step: learning_rate(step, plan.optimization),
+        start=change.start,
+        stop=change.stop,
+        seed=plan.seed,
+    )
+
+
+def start(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> tuple[Engine, LossSum, Callable[[int], Sequence[Batch]]]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     engine, loss_sum = start_engine(plan, prepare_process(plan, rank), rank, world)
     store = Store.open(plan.data.train.path)
@@ -163,3 +202,14 @@ def outcome(engine: Engine, numbers: list[StepNumbers]) -> Outcome:
     held = engine.held_bytes()
     weights = {name: value.clone() for name, value in engine.trainable_state() if value is not None}
     return Outcome(numbers=numbers, weights=weights, held=held, dtypes={parameter.dtype for parameter in engine.model.parameters()})
+
+
+def largest_difference(one: Outcome, other: Outcome) -> float:
+    """Between the weights of two runs of the same model."""
+    assert one.weights.keys() == other.weights.keys()
+    return max((one.weights[name] - other.weights[name]).abs().max().item() for name in one.weights)
+
+
+def relative_difference(losses: Sequence[float], other: Sequence[float]) -> float:
+    assert len(losses) == len(other)
+    return max(abs(one - two) / abs(two) for one, two in zip(losses, other))

@@ -182,6 +182,18 @@ def test_events_are_read_in_order(path: str) -> None:
     ]
 
 
+def test_two_writers_keep_each_others_lines(path: str) -> None:
+    driver, worker = EventLog(path, attempt=1, upload_every_s=3600), EventLog(path, attempt=1, upload_every_s=3600)
+    driver.write("attempt_started")
+    driver.flush()
+    worker.write("checkpoint_saved")
+    worker.flush()
+    driver.write("attempt_failed")
+    driver.close()
+    worker.close()
+    assert [event["event"] for event in read_events(path)] == ["attempt_started", "checkpoint_saved", "attempt_failed"]
+
+
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")

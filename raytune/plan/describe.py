@@ -1,0 +1,108 @@
+"""A plan in words, as it is shown before a run starts. Pure: strings out."""
+
+from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
+from raytune.plan.memory import bytes_in
+from raytune.plan.run_plan import MemoryPart, RunPlan
+from raytune.units import format_bytes, format_count
+
+PLACES = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
+
+
+def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
+    """What is going to happen, as (label, value) lines."""
+    return [
+        ("model", f"{plan.model.path}, {format_count(plan.num_parameters)} parameters in {plan.model.dtype}"),
+        ("method", _method(plan)),
+        ("data", _data(plan)),
+        ("batch", plan.batch.equation),
+        ("run", _length(plan)),
+        ("optimizer", _optimizer(plan)),
+        ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
+        ("engine", _engine(plan)),
+        ("attention", plan.model.attention),
+        ("loss", f"{plan.loss.chunk_tokens} targets at a time" if plan.loss.chunk_tokens else "all targets at once"),
+        ("evaluation", _evaluation(plan)),
+        ("checkpoints", _checkpoints(plan)),
+        *_memory(plan.memory),
+    ]
+
+
+def plan_text(plan: RunPlan) -> str:
+    """The table in aligned columns, and below it the reasons of every automatic choice."""
+    rows = plan_table(plan)
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{width}}  {value}" for label, value in rows]
+    reasons = ["", "Chosen automatically:", *(f"  {reason}" for reason in plan.reasons)] if plan.reasons else []
+    return "\n".join([*lines, *reasons])
+
+
+def _method(plan: RunPlan) -> str:
+    share = f"{format_count(plan.num_trainable)} trained parameters ({plan.num_trainable / plan.num_parameters:.3g} of the base)"
+    return (
+        f"{_adapter(plan.adapter)}, {share}" if not isinstance(plan.adapter, FullAdapter) else "full fine-tuning, all parameters"
+    )
+
+
+def _adapter(adapter: Adapter) -> str:
+    if isinstance(adapter, FullAdapter):
+        return "full"
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+    quantised = f" over a base in {adapter.quantization}" if isinstance(adapter, QloraAdapter) else ""
+    return f"{adapter.method} rank {adapter.rank} on {targets}{quantised}"
+
+
+def _data(plan: RunPlan) -> str:
+    train = plan.data.train
+    fill = train.num_tokens / (train.num_rows * plan.data.row_length)
+    held_out = "".join(f"; {store.name}: {store.num_rows} rows" for store in plan.data.validation)
+    return (
+        f"{train.num_rows} rows of up to {plan.data.row_length} tokens ({fill:.0%} full), "
+        f"{format_count(train.num_targets)} target tokens{held_out}"
+    )
+
+
+def _length(plan: RunPlan) -> str:
+    train, rows_per_step = plan.data.train, plan.batch.global_batch_size
+    epochs = plan.optimization.num_rows / train.num_rows
+    tokens = train.num_tokens / train.num_rows * rows_per_step
+    return f"{plan.optimization.num_steps} steps, {epochs:.3g} epochs, about {format_count(tokens)} tokens per step"
+
+
+def _optimizer(plan: RunPlan) -> str:
+    settings = plan.optimization
+    return (
+        f"{settings.optimizer}, learning rate {settings.learning_rate:g} ({settings.schedule}, {settings.warmup_steps} warm-up "
+        f"steps), weight decay {settings.weight_decay:g}"
+    )
+
+
+def _engine(plan: RunPlan) -> str:
+    engine = plan.engine
+    words = ["PyTorch, whole weights on every worker" if engine.kind == "plain" else f"DeepSpeed ZeRO stage {engine.zero_stage}"]
+    words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer != "none" else []
+    words += [f"weights on {engine.offload_parameters}"] if engine.offload_parameters != "none" else []
+    words += ["activation checkpointing"] if plan.model.gradient_checkpointing else []
+    return ", ".join(words)
+
+
+def _evaluation(plan: RunPlan) -> str:
+    if not plan.data.validation:
+        return "none: no validation rows"
+    at_start = " and before the first" if plan.evaluation.at_start else ""
+    return f"every {plan.evaluation.every_steps} steps, after the last{at_start}"
+
+
+def _checkpoints(plan: RunPlan) -> str:
+    settings = plan.checkpoint
+    best = f", the {settings.keep_best} best by {settings.metric}" if settings.keep_best else ""
+    return f"every {settings.every_steps} steps; kept: the last {settings.keep_last}{best}"
+
+
+def _memory(memory: list[MemoryPart]) -> list[tuple[str, str]]:
+    lines = []
+    for place, label in PLACES.items():
+        parts = sorted((part for part in memory if part.place == place), key=lambda part: -part.num_bytes)
+        if parts:
+            listed = " + ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
+            lines.append((label, f"{format_bytes(bytes_in(memory, place))}: {listed}"))
+    return lines

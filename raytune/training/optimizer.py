@@ -1,0 +1,139 @@
+"""Optimizers: which parameters form a group, and which class updates them.
+
+The learning rate of a group is the schedule's value times its `lr_scale` (`engine.set_learning_rate`).
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytune.config.training import Optimizer
+from raytune.plan.run_plan import OptimizationPlan
+
+NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+"""Names of parameters without weight decay: transformers.Trainer's rule."""
+LORA_EMBEDDING_RATE = 1e-6
+"""LoRA+ trains low-rank updates of embeddings at this fixed rate (PEFT's create_loraplus_optimizer)."""
+
+FUSED_DEVICES = {"cpu", "cuda"}
+
+Group = dict[str, Any]
+
+
+def build_optimizer(model: nn.Module, plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a model's trained parameters, which may be sharded by ZeRO-3.
+
+    Each of its groups has `names`, the parameters' names in order, and `lr_scale` beside the usual settings.
+
+    Args:
+        model: the model as loaded; parameters that do not require a gradient are left out.
+        device: where updates are computed.
+    """
+    return OPTIMIZERS[plan.optimizer](parameter_groups(model, plan), plan, device)
+
+
+def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
+    """The trained parameters, grouped by weight decay, scale of the learning rate and bits of state, in the model's order.
+
+    Biases, norms and everything of one dimension are not decayed. With LoRA+ (Hayou et al. 2024) the matrices B and parameters of
+    one dimension learn `lora_plus_ratio` times as fast, except low-rank updates of embeddings.
+    """
+    undecayed, embeddings = set(_undecayed_names(model)), set(_embedding_names(model))
+    groups: dict[tuple, Group] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = _lr_scale(name, parameter, plan)
+        settings: Group = {
+            "lr": plan.learning_rate * scale,
+            "lr_scale": scale,
+            "weight_decay": 0.0 if name in undecayed else plan.weight_decay,
+        }
+        if plan.optimizer in EIGHT_BIT:
+            # 8 bits are too coarse for the rare and large updates of an embedding (Dettmers et al. 2021).
+            settings["optim_bits"] = 32 if name in embeddings else 8
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _undecayed_names(model: nn.Module) -> Iterator[str]:
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            if isinstance(module, nn.LayerNorm) or NO_DECAY_NAMES.search(name.lower()) or _num_dimensions(parameter) < 2:
+                yield name
+
+
+def _embedding_names(model: nn.Module) -> Iterator[str]:
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            yield from (name for name, _ in module.named_parameters(module_name, recurse=False))
+
+
+def _lr_scale(name: str, parameter: nn.Parameter, plan: OptimizationPlan) -> float:
+    if plan.lora_plus_ratio is None:
+        return 1.0
+    if "lora_embedding_" in name:
+        return LORA_EMBEDDING_RATE / plan.learning_rate
+    return plan.lora_plus_ratio if "lora_B" in name or _num_dimensions(parameter) < 2 else 1.0
+
+
+def _num_dimensions(parameter: nn.Parameter) -> int:
+    """Dimensions of the whole parameter; a shard of ZeRO-3 is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# --- one function per kind of optimizer
+
+
+def _adamw(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, **_adam_settings(plan), fused=device.type in FUSED_DEVICES)
+
+
+def _bitsandbytes_adamw(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    class AdamW(bitsandbytes.optim.AdamW):
+        """Reads the bits of state from the group. bitsandbytes keeps them per parameter, in a table of the whole process that
+        outlives the optimizer and does not know the flat parameters of ZeRO."""
+
+        def get_config(self, gindex: int, pindex: int, group: Group) -> dict[str, Any]:
+            return super().get_config(gindex, pindex, group) | {"optim_bits": group.get("optim_bits", 32)}
+
+    # Pages spill into host memory, where all state of the CPU is anyway.
+    is_paged = plan.optimizer in PAGED and device.type == "cuda"
+    return AdamW(groups, **_adam_settings(plan), is_paged=is_paged)
+
+
+def _adafactor(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    # As transformers.Trainer sets it: the rate is the schedule's, whatever the size of the parameters.
+    return Adafactor(groups, lr=plan.learning_rate, scale_parameter=False, relative_step=False)  # pyright: ignore[reportArgumentType]
+
+
+def _lion(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.Lion(groups, lr=plan.learning_rate, betas=(plan.beta1, plan.beta2))
+
+
+def _adam_settings(plan: OptimizationPlan) -> dict[str, Any]:
+    return {"lr": plan.learning_rate, "betas": (plan.beta1, plan.beta2), "eps": plan.epsilon}
+
+
+EIGHT_BIT: set[Optimizer] = {"adamw_8bit", "paged_adamw_8bit"}
+PAGED: set[Optimizer] = {"paged_adamw", "paged_adamw_8bit"}
+
+OPTIMIZERS: dict[Optimizer, Callable[[list[Group], OptimizationPlan, torch.device], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _bitsandbytes_adamw,
+    "paged_adamw": _bitsandbytes_adamw,
+    "paged_adamw_8bit": _bitsandbytes_adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}

@@ -1,0 +1,83 @@
+"""The same training written plainly, with transformers, peft and bitsandbytes as their documents show it, and none of our training code."""
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
+
+from raytune.data.batches import Batch, step_batches
+from raytune.data.store import Store
+from raytune.plan.run_plan import RunPlan
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def plain_lora_losses(plan: RunPlan) -> list[float]:
+    """LoRA on all linear layers, by peft and torch."""
+    return _losses(AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32), plan)
+
+
+def plain_qlora_losses(plan: RunPlan) -> list[float]:
+    """The same over a base that bitsandbytes holds in NF4, with its constants quantised too."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        plan.model.path, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
+    )
+    return _losses(model, plan)
+
+
+def _losses(model: torch.nn.Module, plan: RunPlan) -> list[float]:
+    assert plan.lora is not None
+    torch.manual_seed(plan.seed)
+    config = LoraConfig(r=plan.lora.rank, lora_alpha=int(plan.lora.alpha), target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = plan.optimization
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.learning_rate, eps=settings.epsilon, weight_decay=settings.weight_decay
+    )
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
+    store = Store.open(plan.data.train.path)
+    losses = []
+    for step in range(settings.num_steps):
+        batches = step_batches(
+            store,
+            step=step,
+            rank=0,
+            world=1,
+            micro_batch_size=plan.batch.micro_batch_size,
+            accumulation=plan.batch.accumulation,
+            num_rows_in_run=10**6,
+            seed=plan.seed,
+        )
+        num_targets = sum(batch.target_ids.numel() for batch in batches)
+        loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Each document alone, as (1, L) ids and labels in the way of transformers: -100 where there is no target."""
+    labels = torch.full_like(batch.input_ids, -100)
+    labels[0, batch.target_positions + 1] = batch.target_ids
+    ends = batch.cumulative_lengths.tolist()
+    return [(batch.input_ids[:, first:last], labels[:, first:last]) for first, last in zip(ends, ends[1:])]
+
+
+def document_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return F.cross_entropy(logits, labels[0, 1:], reduction="sum")

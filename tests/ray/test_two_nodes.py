@@ -1,0 +1,109 @@
+"""Real runs on two nodes: weights are really divided, what they leave loads without raytune, and nothing of them stays behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors, list_placement_groups
+
+from raytune.api import train
+from raytune.launch.result import RunResult
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "rank": 8},
+    "qlora": {"method": "qlora", "rank": 8},
+}
+
+
+def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "storage": str(storage),
+        "data": {"train": {"path": "demo:train", "max_rows": 200}, "validation": {"path": "demo:validation", "max_rows": 40}, "max_length": 512},
+        "training": {"max_steps": 6, "global_batch_size": 4, "learning_rate": 1e-3, "zero": {"stage": 3}},
+        "cluster": {"address": cluster.address, "workers": 2, "placement": "strict_spread"},
+        **sections,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
+    """A finished ZeRO-3 run of each method, one worker per node."""
+    storage = tmp_path_factory.mktemp("runs")
+    return {name: train(config(cluster, storage, name, adapter=adapter), progress=False) for name, adapter in METHODS.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_rank_holds_half_of_the_weights_under_zero_3(runs: dict[str, RunResult], method: str) -> None:
+    result = runs[method]
+    bytes_per_weight = {"full": 4, "lora": 4, "qlora": 0.5}[method]
+    half_of_the_base = result.plan.num_parameters * bytes_per_weight / 2
+    held = [rank["weights"] for rank in result.held_bytes]
+    assert len(held) == 2
+    # Above the half: norms and other small weights stay whole, adapters come on top, and NF4 leaves embeddings and constants in more bits.
+    slack = {"full": 1.15, "lora": 1.5, "qlora": 3.0}[method]
+    assert all(half_of_the_base <= rank <= slack * half_of_the_base for rank in held), (held, half_of_the_base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_validation_loss(runs: dict[str, RunResult], method: str) -> None:
+    losses = [loss for _, loss in runs[method].history.series("validation/loss")]
+    assert losses[-1] < losses[0]
+
+
+LOGITS = """
+import json, sys, torch
+assert "raytune" not in sys.modules
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, kind = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+if kind == "full":
+    model = AutoModelForCausalLM.from_pretrained(folder)
+else:
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True)
+with torch.no_grad():
+    logits = model.float().eval()(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits
+print(json.dumps({"sum": logits.double().sum().item(), "raytune": any(name.startswith("raytune") for name in sys.modules)}))
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_saved_model_loads_in_a_process_without_raytune(runs: dict[str, RunResult], method: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOGITS, runs[method].model_path, method], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not json.loads(done.stdout.splitlines()[-1])["raytune"]
+
+
+def test_a_run_leaves_no_placement_group_no_actor_and_all_resources(cluster: Cluster, runs: dict[str, RunResult]) -> None:
+    ray.init(address=cluster.address, ignore_reinit_error=True)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and ray.available_resources().get("CPU") != 2.0:
+            time.sleep(0.5)
+        assert ray.available_resources()["CPU"] == 2.0
+        assert [group for group in list_placement_groups(address=cluster.address) if group.state == "CREATED"] == []
+        alive = [actor.class_name for actor in list_actors(address=cluster.address) if actor.state == "ALIVE"]
+        assert [name for name in alive if "Worker" in name or "Controller" in name] == []
+    finally:
+        ray.shutdown()
+
+
+def test_a_finished_run_is_not_trained_again(cluster: Cluster, runs: dict[str, RunResult]) -> None:
+    first = runs["lora"]
+    storage = Path(first.folder).parent
+    again = train(config(cluster, storage, "lora", adapter=METHODS["lora"]), progress=False)
+    assert again.metrics == first.metrics
+    assert again.history == first.history

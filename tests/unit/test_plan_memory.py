@@ -1,0 +1,177 @@
+"""Bytes of a run against published figures, against what autograd keeps, and against what an engine holds."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.training import Precision
+from raytune.model.adapters import add_adapter
+from raytune.plan.adapter_size import trained_size
+from raytune.plan.memory import (
+    Workload,
+    bytes_in,
+    chunk_tokens_for,
+    layer_activation_bytes,
+    memory_parts,
+)
+from raytune.plan.shapes import ModelShape, model_shape
+from raytune.training.engine import PlainEngine
+from raytune.units import MIB
+from tests.unit.plan_cases import DEMO, LLAMA_2_70B, LLAMA_3_8B
+from tests.unit.test_plan_shapes import CONFIGS
+
+FULL = FullAdapter(method="full")
+
+
+def workload(shape: ModelShape = LLAMA_3_8B, adapter: Adapter = FULL, **changes: Any) -> Workload:
+    values = {
+        "engine": "plain" if changes.get("zero_stage", 0) == 0 else "zero",
+        "zero_stage": 0,
+        "workers": 1,
+        "offload_optimizer": "none",
+        "offload_parameters": "none",
+        "precision": "bf16",
+        "optimizer": "adamw",
+        "attention": "varlen",
+        "has_checkpointing": False,
+        "accumulation": 1,
+        "num_tokens": 2048,
+        "num_targets": 2048,
+        "chunk_tokens": None,
+        "is_on_gpu": True,
+    }
+    return Workload(shape=shape, adapter=adapter, trained=trained_size(adapter, shape), **(values | changes))
+
+
+def by_part(work: Workload) -> dict[str, int]:
+    return {part.name: part.num_bytes for part in memory_parts(work)}
+
+
+def test_mixed_precision_adam_takes_the_published_bytes_per_parameter() -> None:
+    """ZeRO's 2 weights + 2 gradients + 12 optimizer; PERFORMANCE.md section 3 has the same, and 18 with fp32 gradients."""
+    parameters = LLAMA_3_8B.num_parameters
+    sharded = by_part(workload(zero_stage=1))
+    assert [sharded[name] / parameters for name in ("weights", "optimizer")] == [2, 12]
+    assert sharded["gradients"] / parameters == 2 + 4, "2 in bf16 and the fp32 copy that DeepSpeed updates from"
+    plain = by_part(workload())
+    assert [plain[name] / parameters for name in ("weights", "gradients", "optimizer")] == [4, 4, 8]
+    small = by_part(workload(optimizer="adamw_8bit"))
+    assert small["optimizer"] / parameters == pytest.approx(2, rel=0.02)
+
+
+def test_a_70b_base_in_nf4_has_the_published_size() -> None:
+    """PERFORMANCE.md section 3: 39.5 GB with bf16 embeddings and head. (Decimal; the difference is rounding in that figure.)"""
+    adapter = QloraAdapter(method="qlora", rank=1, target_modules="attention")
+    work = workload(LLAMA_2_70B, adapter, zero_stage=2)
+    base = by_part(work)["weights"] - 2 * work.trained.num_trainable
+    per_quantised = (base - 2 * (LLAMA_2_70B.num_parameters - LLAMA_2_70B.num_quantizable)) / LLAMA_2_70B.num_quantizable
+    assert per_quantised == pytest.approx(0.516, abs=0.0005)
+    assert base / 1e9 == pytest.approx(36.3, abs=0.1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_zero_stages_divide_what_they_should(workers: int) -> None:
+    whole = by_part(workload(zero_stage=1, workers=1))
+    for stage in (1, 2, 3):
+        parts = by_part(workload(zero_stage=stage, workers=workers))
+        parameters = LLAMA_3_8B.num_parameters
+        assert parts["optimizer"] == round(12 * parameters / workers)
+        assert parts["gradients"] == round(2 * parameters / (workers if stage >= 2 else 1) + 4 * parameters / workers)
+        assert parts["weights"] == round(whole["weights"] / (workers if stage == 3 else 1))
+
+
+def test_higher_stages_and_checkpointing_never_take_more() -> None:
+    for has_checkpointing in (False, True):
+        totals = [
+            bytes_in(memory_parts(workload(zero_stage=stage, workers=8, has_checkpointing=has_checkpointing)), "device")
+            for stage in (1, 2, 3)
+        ]
+        assert totals == sorted(totals, reverse=True)
+    with_, without = by_part(workload(has_checkpointing=True)), by_part(workload())
+    assert with_["activations"] < without["activations"] / 5
+
+
+def test_offloading_moves_bytes_to_the_host() -> None:
+    kept = memory_parts(workload(zero_stage=3, workers=4))
+    moved = memory_parts(workload(zero_stage=3, workers=4, offload_optimizer="cpu", offload_parameters="cpu"))
+    assert {part.name for part in moved if part.place == "host"} == {"weights", "gradients", "optimizer"}
+    assert sum(part.num_bytes for part in kept) == sum(part.num_bytes for part in moved)
+    on_disk = memory_parts(workload(zero_stage=3, workers=4, offload_optimizer="nvme"))
+    assert {part.name for part in on_disk if part.place == "nvme"} == {"optimizer"}
+
+
+@pytest.mark.parametrize("vocab", [259, 32_000, 50_257, 128_256, 262_208])
+def test_a_chunk_of_logits_is_between_64_and_128_mib(vocab: int) -> None:
+    assert 64 * MIB < 4 * vocab * chunk_tokens_for(vocab) <= 128 * MIB
+
+
+def test_chunks_bound_the_logits() -> None:
+    whole, chunked = workload(num_tokens=8192, num_targets=8192), workload(num_tokens=8192, num_targets=8192, chunk_tokens=256)
+    assert by_part(chunked)["logits and loss"] < by_part(whole)["logits and loss"] / 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("adapter", [FULL, LoraAdapter(rank=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "gpt2"])
+def test_planned_activations_are_those_that_autograd_keeps(family: str, adapter: Adapter, precision: Precision) -> None:
+    """Within 20 %, of tensors saved in the layers of transformers' models, PlainEngine's casts of weights included."""
+    # Wide enough that activations dwarf what has a fixed size, such as the rotary embedding's tables.
+    changes = {"n_embd": 128, "n_head": 8, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if family == "gpt2" else {}
+    wide = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    config = type(CONFIGS[family])(**({"num_hidden_layers": 3, "vocab_size": 101, "pad_token_id": 0} | (changes or wide)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    if not isinstance(adapter, FullAdapter):
+        model = add_adapter(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), adapter, revision=None, seed=0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    shape = model_shape(config.to_dict(), "x")
+    work = workload(shape, adapter, precision=precision, num_tokens=512)
+    planned = shape.num_layers * layer_activation_bytes(work)
+    casts = by_part(work).get("weights in compute precision", 0)
+    assert planned + casts == pytest.approx(saved_bytes(model, precision, num_tokens=512), rel=0.2)
+
+
+def saved_bytes(model: Any, precision: Precision, num_tokens: int) -> int:
+    """Bytes of all tensors, but weights, that autograd keeps in a forward pass without the head."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    body = getattr(model, "base_model", model)
+    body = getattr(body, "model", body).base_model if hasattr(model, "peft_config") else model.base_model
+    ids = torch.zeros((1, num_tokens), dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        output = body(input_ids=ids, position_ids=torch.arange(num_tokens)[None], use_cache=False)[0]
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("adapter", [FULL, LoraAdapter(rank=8)], ids=["full", "lora"])
+def test_a_plain_engine_holds_the_planned_weights_gradients_and_optimizer(adapter: Adapter) -> None:
+    from raytune.model.demo import demo_config
+
+    model = AutoModelForCausalLM.from_config(demo_config())
+    if isinstance(adapter, LoraAdapter):
+        model = add_adapter(model, adapter, revision=None, seed=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    engine = PlainEngine(model, optimizer, precision="fp32", max_grad_norm=1.0, device=torch.device("cpu"))
+    ids = torch.zeros((1, 8), dtype=torch.long)
+    engine.backward(engine.module(input_ids=ids).logits.sum())
+    parts = by_part(workload(DEMO, adapter, precision="fp32", is_on_gpu=False))
+    assert parts["gradients"] == engine.held_bytes().gradients
+    engine.step(1e-3)
+    held = engine.held_bytes()
+    assert parts["weights"] == held.weights
+    num_step_counters = len(trained)
+    assert parts["optimizer"] == held.optimizer - 4 * num_step_counters
