@@ -110,6 +110,23 @@ def schema(as_json: bool) -> None:
 @run_arguments
 @as_json_option
 @debug_option
+def plan(arguments: tuple[str, ...], as_json: bool) -> None:
+    """Resolve everything and show it: batch, steps, memory per worker, and why. Tokenises the data, trains nothing."""
+    from raytune.config.load import load_config
+
+    config = load_config(*files_and_overrides(arguments), check_files=True)
+
+    from raytune.launch.run import plan_run
+    from raytune.plan.describe import plan_text
+
+    resolved = plan_run(config)
+    click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
+
+
+@cli.command()
+@run_arguments
+@as_json_option
+@debug_option
 def train(arguments: tuple[str, ...], as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
     from raytune.config.load import load_config

@@ -27,9 +27,7 @@ import pyarrow as pa
 from raytune.config.data import DataFormat, DataSource
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing, pack
-from raytune.data.sources import ScannedFile, find_files, scan
-from raytune.data.split import Side
-from raytune.data.tokenising import (
+from raytune.data.shards import (
     ShardPart,
     ShardResult,
     ShardTask,
@@ -37,10 +35,10 @@ from raytune.data.tokenising import (
     TokenisingOptions,
     TooLong,
     bad_rows_error,
-    formats_of,
-    tokenise_shard,
     too_long_error,
 )
+from raytune.data.sources import ScannedFile, find_files, scan
+from raytune.data.split import Side
 from raytune.errors import DataError
 from raytune.storage import (
     file_digest,
@@ -70,7 +68,7 @@ _TOKENS_PER_RECORD_BATCH = 1 << 20
 _MIN_SHARD_SEGMENTS = 2
 _MAX_SHARDS = 256
 # Modules whose code decides what a store holds.
-_CODE = ("conversation", "formats", "masking", "packing", "sources", "split", "store", "template", "tokenising")
+_CODE = ("conversation", "formats", "masking", "packing", "shards", "sources", "split", "store", "template", "tokenising")
 
 ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]
 
@@ -238,13 +236,13 @@ class _MappedBatch:
         ids, targets = batch.column("input_ids"), batch.column("is_target")
         documents = batch.column("document_lengths")
         return cls(
-            token_offsets=ids.offsets.to_numpy(),
-            input_ids=ids.values.to_numpy(),
+            token_offsets=_view(ids.offsets, np.int64),
+            input_ids=_view(ids.values, np.int32),
             is_target_bits=np.frombuffer(targets.values.buffers()[1], np.uint8),
-            document_offsets=documents.offsets.to_numpy(),
-            document_lengths=documents.values.to_numpy(),
-            files=batch.column("files").values.to_numpy(),
-            lines=batch.column("lines").values.to_numpy(),
+            document_offsets=_view(documents.offsets, np.int32),
+            document_lengths=_view(documents.values, np.int32),
+            files=_view(batch.column("files").values, np.int32),
+            lines=_view(batch.column("lines").values, np.int64),
         )
 
 
@@ -272,6 +270,8 @@ def build_store(
         raise DataError(
             f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
         )
+    from raytune.data.tokenising import formats_of, tokenise_shard  # workers open stores and need none of its libraries
+
     stores = local_path(folder)
     draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
     try:
@@ -392,14 +392,14 @@ class _Documents:
 
     def __init__(self, paths: Sequence[str]) -> None:
         batches = [batch for path in paths for batch in _batches_of(path)]
-        offsets = [batch.column("input_ids").offsets.to_numpy() for batch in batches]
-        self._input_ids = [batch.column("input_ids").values.to_numpy() for batch in batches]
-        self._is_target = [batch.column("is_target").values.to_numpy().view(bool) for batch in batches]
+        offsets = [_view(batch.column("input_ids").offsets, np.int32) for batch in batches]
+        self._input_ids = [_view(batch.column("input_ids").values, np.int32) for batch in batches]
+        self._is_target = [_view(batch.column("is_target").values, np.uint8).view(bool) for batch in batches]
         self._batch = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
         self._start = np.concatenate([one[:-1] for one in offsets])
         self.lengths = np.concatenate([np.diff(one) for one in offsets])
         self.num_bytes = _joined([batch.column("num_bytes") for batch in batches])
-        self.files = _joined([batch.column("file") for batch in batches])
+        self.files = _joined([batch.column("file") for batch in batches], np.int32)
         self.lines = _joined([batch.column("line") for batch in batches])
 
     def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -428,7 +428,7 @@ def _write_rows(path: Path, shard_paths: Sequence[str], request: StoreRequest) -
     with local_errors(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _ROWS_SCHEMA) as writer:
         for some_rows in _in_batches(rows, documents.lengths):
             batch = _record_batch(some_rows, documents)
-            num_targets += int(batch.column("num_targets").to_numpy().sum())
+            num_targets += int(_view(batch.column("num_targets"), np.int64).sum())
             writer.write_batch(batch)
     return {
         "num_rows": len(rows),
@@ -533,5 +533,10 @@ def _code_fingerprint() -> str:
     return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _CODE)).hexdigest()
 
 
-def _joined(columns: Sequence[pa.Array]) -> np.ndarray:
-    return np.concatenate([column.to_numpy() for column in columns])
+def _joined(columns: Sequence[pa.Array], dtype: type = np.int64) -> np.ndarray:
+    return np.concatenate([_view(column, dtype) for column in columns])
+
+
+def _view(array: pa.Array, dtype: type) -> np.ndarray:
+    """An array's numbers where they lie. `array.to_numpy()` gives the same, and imports pandas."""
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]

@@ -9,9 +9,8 @@ not track offsets, which takes it twice as long.
 import json
 import os
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -25,14 +24,12 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import format_of, read_row
 from raytune.data.masking import Targets, target_mask
-from raytune.data.sources import BadRow, ScannedFile, Segment, find_files, read_segment, scan
+from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TokenisingOptions, bad_rows_error
+from raytune.data.sources import BadRow, ScannedFile, find_files, read_segment, scan
 from raytune.data.split import Side, side_of
 from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 
-TooLong = Literal["truncate", "drop", "split", "error"]
-
-NUM_EXAMPLES = 5
 _DOCUMENTS_AT_ONCE = 256
 
 DOCUMENTS_SCHEMA = pa.schema(
@@ -45,67 +42,6 @@ DOCUMENTS_SCHEMA = pa.schema(
     ]
 )
 """A shard's documents on disk, before they are packed. `num_bytes`: UTF-8 bytes of the text behind the targets."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenisingOptions:
-    """What is done with every row of every source."""
-
-    tokenizer_path: str
-    tokenizer_revision: str | None
-    trust_remote_code: bool
-    tokenizer_fingerprint: str
-    template: str
-    targets: Targets
-    max_length: int
-    too_long: TooLong
-    side: Side | Literal["all"]
-    validation_fraction: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardPart:
-    """A segment of a file and how its rows are read."""
-
-    segment: Segment
-    file_index: int
-    format: DataFormat
-    columns: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardTask:
-    parts: tuple[ShardPart, ...]
-    max_rows: int | None
-    """Rows that are read at most."""
-    options: TokenisingOptions
-    output: str
-    """Arrow file that is written."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What happened to rows: counts by what happened, and the first few of each with their place."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
-        self.counts[what] += 1
-        if origin is not None and len(examples := self.examples.setdefault(what, [])) < NUM_EXAMPLES:
-            examples.append(f"{origin}: {reason}" if reason else str(origin))
-
-    def merge(self, other: "Tally") -> None:
-        self.counts.update(other.counts)
-        for what, examples in other.examples.items():
-            mine = self.examples.setdefault(what, [])
-            mine.extend(examples[: NUM_EXAMPLES - len(mine)])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardResult:
-    path: str
-    tally: Tally
 
 
 def tokenise_shard(task: ShardTask) -> ShardResult:
@@ -178,26 +114,6 @@ def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversa
         yield conversation
     if tally.counts["bad_rows"]:
         raise bad_rows_error(tally)
-
-
-def bad_rows_error(tally: Tally) -> DataError:
-    return _rows_error(tally, "bad_rows", "cannot be used", "Repair them, or leave them out with data.on_bad_row: skip.")
-
-
-def too_long_error(tally: Tally, max_length: int) -> DataError:
-    return _rows_error(
-        tally,
-        "too_long",
-        f"are longer than data.max_length, {max_length} tokens",
-        "Raise data.max_length, or set data.too_long to truncate, drop or split.",
-    )
-
-
-def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:
-    count, examples = tally.counts[what], tally.examples[what]
-    rows = "1 row" if count == 1 else f"{count} rows"
-    more = [f"  and {count - len(examples)} more"] if count > len(examples) else []
-    return DataError("\n".join([f"{rows} {are}:", *(f"  {example}" for example in examples), *more, fix]))
 
 
 # --- Tokens of texts -----------------------------------------------------------------------------------------------------------

@@ -1,19 +1,23 @@
 """Reaching a Ray cluster: join the one that was named, or start one inside this machine for the time of the run."""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 from ray.exceptions import RaySystemError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError
-from raytune.launch.probe import probe_accelerator
+from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.plan.machine import Machine
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -21,37 +25,32 @@ PACKAGE = Path(__file__).parents[1]
 POLL_INTERVAL_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A cluster that this process drives."""
-
-    address: str
-    is_embedded: bool
-    machine: Machine
+def named_address(section: ClusterSection) -> str | None:
+    """The cluster that the user named; None: this machine is to be one for the time of the run."""
+    return section.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
-def connect(section: ClusterSection) -> Iterator[Connection]:
-    """Join or start a cluster for the duration of the block.
+def connect(section: ClusterSection) -> Iterator[Machine]:
+    """Join or start a cluster for the duration of the block, and say what it has.
 
     The address is `cluster.address`, else RAY_ADDRESS (which `ray job submit` sets), else a cluster is started here and ended afterwards.
 
     Raises:
         ClusterError: if the cluster does not answer or runs another Ray version.
     """
-    address = section.address or os.environ.get("RAY_ADDRESS")
+    address = named_address(section)
     joined_before = ray.is_initialized()
     environment = _worker_environment(section)
     os.environ.update(environment)
     try:
         if joined_before:
-            context = ray.get_runtime_context()
-            address = address or context.gcs_address
+            pass  # a notebook's own connection, or a trial of a sweep
         elif address:
             _join(address, environment)
         else:
             _start(section)
-        yield Connection(address or "local", is_embedded=address is None, machine=_machine())
+        yield _machine()
     finally:
         if not joined_before:
             ray.shutdown()
@@ -72,16 +71,19 @@ def _join(address: str, environment: dict[str, str]) -> None:
 
 
 def _start(section: ClusterSection) -> None:
-    workers = 1 if section.workers == "auto" else section.workers
-    # Ray only counts CPUs, it does not give them: more workers than cores share them, slowly but correctly.
-    num_cpus = max(os.cpu_count() or 1, int(workers * section.cpus_per_worker + 0.999))
     ray.init(
         address="local",
-        num_cpus=num_cpus,
+        num_cpus=_embedded_cpus(section),
         include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def _embedded_cpus(section: ClusterSection) -> int:
+    """Ray only counts CPUs, it does not give them: more workers than cores share them, slowly but correctly."""
+    workers = 1 if section.workers == "auto" else section.workers
+    return max(os.cpu_count() or 1, math.ceil(workers * section.cpus_per_worker))
 
 
 def _worker_environment(section: ClusterSection) -> dict[str, str]:
@@ -102,7 +104,7 @@ def _machine() -> Machine:
     resources = ray.cluster_resources()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     num_gpus = int(resources.get("GPU", 0))
-    accelerator = probe_accelerator(on_gpu=num_gpus > 0)
+    accelerator = probe_accelerator(num_gpus)
     return Machine(
         num_nodes=len(nodes),
         num_cpus=int(resources.get("CPU", 0)),
@@ -113,3 +115,26 @@ def _machine() -> Machine:
         supports_bf16=accelerator.supports_bf16,
         attention=accelerator.attention,
     )
+
+
+def this_machine(section: ClusterSection) -> Machine:
+    """What a cluster embedded in this machine would have, without starting one."""
+    accelerator = accelerator_here()
+    return Machine(
+        num_nodes=1,
+        num_cpus=_embedded_cpus(section),
+        host_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_gpus=accelerator.count,
+        gpu_name=accelerator.name,
+        gpu_memory_bytes=accelerator.memory_bytes,
+        supports_bf16=accelerator.supports_bf16,
+        attention=accelerator.attention,
+    )
+
+
+def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[Result]:
+    """Results in the order of the tasks: a single task is done here, where the tokenizer is loaded already, several by the cluster's CPUs."""
+    if len(tasks) <= 1:
+        return map(function, tasks)
+    remote = ray.remote(num_cpus=1)(function)
+    return ray.get([remote.remote(task) for task in tasks])

@@ -1,6 +1,6 @@
 """What one worker's machine can do, asked of a worker process itself, because the driver may have no GPU or another one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -11,6 +11,8 @@ from raytune.config.model import Attention
 class Accelerator:
     """The device that a worker trains on. Memory and name are None on a CPU."""
 
+    count: int
+    """Devices that were looked at or for."""
     name: str | None
     memory_bytes: int | None
     supports_bf16: bool
@@ -18,19 +20,23 @@ class Accelerator:
     """Kinds that work, the preferred one first."""
 
 
-def probe_accelerator(on_gpu: bool) -> Accelerator:
-    """Look at a GPU of the cluster, or at nothing on a CPU cluster, where the answer needs no process."""
-    if not on_gpu:
+def probe_accelerator(num_gpus: int) -> Accelerator:
+    """Look at a GPU of the cluster, by a task on it; a CPU cluster needs no look."""
+    if not num_gpus:
         return _CPU
-    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(_probe_gpu).remote())
+    return replace(ray.get(ray.remote(num_gpus=1, num_cpus=0)(accelerator_here).remote()), count=num_gpus)
 
 
-# What model.attention offers on every CPU; a test holds the two against each other.
-_CPU = Accelerator(name=None, memory_bytes=None, supports_bf16=True, attention=("varlen", "sdpa", "eager"))
+# What model.attention offers on every CPU (a test holds the two against each other).
+_CPU = Accelerator(count=0, name=None, memory_bytes=None, supports_bf16=True, attention=("varlen", "sdpa", "eager"))
 
 
-def _probe_gpu() -> Accelerator:
+def accelerator_here() -> Accelerator:
+    """The GPUs that this process sees."""
     import torch
+
+    if not torch.cuda.is_available():
+        return _CPU
 
     from raytune.model.attention import available_attention
 
@@ -39,6 +45,7 @@ def _probe_gpu() -> Accelerator:
     options = available_attention(device, torch.bfloat16 if supports_bf16 else torch.float16)
     properties = torch.cuda.get_device_properties(device)
     return Accelerator(
+        count=torch.cuda.device_count(),
         name=properties.name,
         memory_bytes=properties.total_memory,
         supports_bf16=supports_bf16,

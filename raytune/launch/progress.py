@@ -14,6 +14,7 @@ from rich.table import Table
 from raytune.errors import RaytuneError
 from raytune.launch.result import RunResult
 from raytune.metrics import History
+from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.units import format_bytes, format_count, format_seconds
@@ -32,8 +33,10 @@ _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
 
 @contextmanager
 def show_progress(plan: RunPlan, stream: TextIO = sys.stderr) -> Iterator[None]:
-    """Show the run's progress until the block ends."""
-    watcher = _Watcher(plan, Console(file=stream))
+    """Show the plan, and then the run's progress until the block ends."""
+    console = Console(file=stream)
+    console.print(f"{plan_text(plan)}\n", highlight=False, soft_wrap=True)
+    watcher = _Watcher(plan, console)
     thread = threading.Thread(target=watcher.watch, name="progress", daemon=True)
     thread.start()
     try:

@@ -6,20 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from raytune.config.run import RunConfig
-from raytune.evaluate.questions import to_json_lines
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, RaytuneError
+from raytune.evaluate.questions import to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
-from raytune.launch.cluster import connect
+from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
+from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
-from raytune.launch.stores import DataBuilder
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
-from raytune.model.load import resolve_model_path
-from raytune.plan.choose import choose_plan
-from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import read_model_shape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.versions import library_versions
@@ -52,13 +48,9 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     """
     folder = RunFolder(absolute(config.storage), config.name)
     known = RunRecord.read(folder)
-    model_path = resolve_model_path(config.model.base, config.model.revision)
-    shape = read_model_shape(config.model.base, config.model.revision)
-    row_length = choose_row_length(config, shape)
-    with connect(config.cluster) as connection:
-        check_before_data(config, shape, connection.machine)
-        data = DataBuilder(config, model_path, row_length, folder.storage)
-        plan = choose_plan(config, shape, connection.machine, data.build(), model_path=model_path, storage=folder.storage)
+    with connect(config.cluster) as machine:
+        prepared = prepare(config, machine, map_on_cluster)
+        plan = prepared.plan
         refuse_another_run(folder, plan)
         if known and known.state == "finished":
             return RunResult.read(folder)
@@ -71,11 +63,22 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
             versions=library_versions(),
         )
         write_plan(folder, plan)
-        if questions := data.questions():
-            write_bytes(folder.questions, to_json_lines(questions))
+        write_bytes(folder.questions, to_json_lines(prepared.questions))
         with watch(plan):
             _train(plan, record, folder)
     return RunResult.read(folder)
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """The plan that `run` would follow: on the cluster that the config or RAY_ADDRESS names, else on this machine. Tokenises the data.
+
+    Raises:
+        UserError: as `run` does.
+    """
+    if named_address(config.cluster):
+        with connect(config.cluster) as machine:
+            return prepare(config, machine, map_on_cluster).plan
+    return prepare(config, this_machine(config.cluster), map).plan
 
 
 def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:

@@ -1,25 +1,20 @@
-"""The data of a run, made ready before any worker exists: tokenised stores by CPU tasks of the cluster, and the questions of its end."""
+"""The data of a run, made ready before any worker exists: tokenised stores, and the questions of its end."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
-import ray
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
 from raytune.data.sources import source_name
-from raytune.data.store import StoreInfo, StoreRequest, build_store
+from raytune.data.store import ParallelMap, StoreInfo, StoreRequest, build_store
 from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
 from raytune.plan.machine import DataFacts
 from raytune.plan.run_plan import StorePlan
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 STORES_FOLDER = "stores"
 
@@ -31,10 +26,12 @@ class DataBuilder:
         model_path: folder or hub id whose tokenizer is used.
         row_length: tokens per packed row.
         storage: absolute folder or URL of the run folders; stores go to `data.store`, or `stores` in there.
+        parallel_map: does the tokenising.
     """
 
-    def __init__(self, config: RunConfig, model_path: str, row_length: int, storage: str) -> None:
+    def __init__(self, config: RunConfig, model_path: str, row_length: int, storage: str, parallel_map: ParallelMap) -> None:
         self._config, self._model_path, self._row_length = config, model_path, row_length
+        self._parallel_map = parallel_map
         self._folder = config.data.store or f"{storage}/{STORES_FOLDER}"
         model = config.model
         self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code)
@@ -103,16 +100,8 @@ class DataBuilder:
             tokenizer_revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             folder=self._folder,
-            parallel_map=_map_on_cluster,
+            parallel_map=self._parallel_map,
         )
-
-
-def _map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[Result]:
-    """Results in the order of the tasks: one task is done here, where the tokenizer is loaded already, several by the cluster's CPUs."""
-    if len(tasks) <= 1:
-        return map(function, tasks)
-    remote = ray.remote(num_cpus=1)(function)
-    return ray.get([remote.remote(task) for task in tasks])
 
 
 def _named(sources: Sequence[DataSource]) -> dict[str, DataSource]:

@@ -1,6 +1,5 @@
 """One attempt: a Ray Train worker group that trains a plan, and what ended it where it failed."""
 
-import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 

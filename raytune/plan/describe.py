@@ -1,6 +1,6 @@
 """A plan in words, as it is shown before a run starts. Pure: strings out."""
 
-from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
+from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.memory import bytes_in
 from raytune.plan.run_plan import MemoryPart, RunPlan
 from raytune.units import format_bytes, format_count
@@ -37,15 +37,13 @@ def plan_text(plan: RunPlan) -> str:
 
 
 def _method(plan: RunPlan) -> str:
-    share = f"{format_count(plan.num_trainable)} trained parameters ({plan.num_trainable / plan.num_parameters:.3g} of the base)"
-    return (
-        f"{_adapter(plan.adapter)}, {share}" if not isinstance(plan.adapter, FullAdapter) else "full fine-tuning, all parameters"
-    )
+    if isinstance(plan.adapter, FullAdapter):
+        return "full fine-tuning, all parameters"
+    share = 100 * plan.num_trainable / plan.num_parameters
+    return f"{_adapter(plan.adapter)}, {format_count(plan.num_trainable)} trained parameters ({share:.3g}% of the base)"
 
 
-def _adapter(adapter: Adapter) -> str:
-    if isinstance(adapter, FullAdapter):
-        return "full"
+def _adapter(adapter: LoraAdapter) -> str:
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
     quantised = f" over a base in {adapter.quantization}" if isinstance(adapter, QloraAdapter) else ""
     return f"{adapter.method} rank {adapter.rank} on {targets}{quantised}"

@@ -8,5 +8,6 @@ One run on one rank, from the rim inwards:
     engine.py       the `Engine` protocol; `PlainEngine`: whole weights on every rank
     zero_engine.py  `ZeroEngine`: weights, gradients and optimizer state sharded by DeepSpeed
     losses.py optimizer.py schedule.py    what the loop and the engines are handed
-    checkpoint.py   which files make a checkpoint, and when they count
+    checkpoint.py   the commit protocol: how a checkpoint comes to count, is found again and goes
+    commit.py       a committed checkpoint as its manifest describes it; which ones stay
 """

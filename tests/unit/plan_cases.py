@@ -36,7 +36,7 @@ def gpus(num_gpus: int, memory_gib: int = 80, num_nodes: int = 1, *, host_gib: i
 
 
 DEMO = read_model_shape("demo")
-LLAMA_2_70B = model_shape(
+LLAMA_3_70B = model_shape(
     {
         "model_type": "llama",
         "hidden_size": 8192,
@@ -44,10 +44,10 @@ LLAMA_2_70B = model_shape(
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
     },
-    "Llama-2-70B",
+    "Llama-3-70B",
 )
 LLAMA_3_8B = model_shape(
     {

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets
+from raytune.data.shards import Tally
 from raytune.data.template import (
     SHIPPED,
     TEMPLATES_FOLDER,
@@ -21,7 +22,7 @@ from raytune.data.template import (
     resolve_template,
     tokenizer_fingerprint,
 )
-from raytune.data.tokenising import Tally, TextEncoder, _chat_documents
+from raytune.data.tokenising import TextEncoder, _chat_documents
 from raytune.errors import DataError, ModelError
 from tests.tiny import PATIENT, tiny_rows, tiny_tokenizer
 
@@ -178,7 +179,8 @@ MARKED = {
     ),
     "gemma": (
         "{{- (message.content | trim) + '<end_of_turn>\\n' }}",
-        f"{{%- if message.role == 'assistant' %}}{BEGIN}{{{{- (message.content | trim) + '<end_of_turn>' }}}}{END}{{{{- '\\n' }}}}"
+        f"{{%- if message.role == 'assistant' %}}{BEGIN}{{{{- (message.content | trim) + '<end_of_turn>' }}}}{END}"
+        "{{- '\\n' }}"
         "{%- else %}{{- (message.content | trim) + '<end_of_turn>\\n' }}{%- endif %}",
     ),
     "plain": (

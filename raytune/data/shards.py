@@ -1,0 +1,98 @@
+"""What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raytune.config.data import DataFormat
+from raytune.data.conversation import Origin
+from raytune.data.masking import Targets
+from raytune.data.sources import Segment
+from raytune.data.split import Side
+from raytune.errors import DataError
+
+TooLong = Literal["truncate", "drop", "split", "error"]
+
+NUM_EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenisingOptions:
+    """What is done with every row of every source."""
+
+    tokenizer_path: str
+    tokenizer_revision: str | None
+    trust_remote_code: bool
+    tokenizer_fingerprint: str
+    template: str
+    targets: Targets
+    max_length: int
+    too_long: TooLong
+    side: Side | Literal["all"]
+    validation_fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPart:
+    """A segment of a file and how its rows are read."""
+
+    segment: Segment
+    file_index: int
+    format: DataFormat
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask:
+    parts: tuple[ShardPart, ...]
+    max_rows: int | None
+    """Rows that are read at most."""
+    options: TokenisingOptions
+    output: str
+    """Arrow file that is written."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened to rows: counts by what happened, and the first few of each with their place."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
+        self.counts[what] += 1
+        if origin is not None and len(examples := self.examples.setdefault(what, [])) < NUM_EXAMPLES:
+            examples.append(f"{origin}: {reason}" if reason else str(origin))
+
+    def merge(self, other: "Tally") -> None:
+        self.counts.update(other.counts)
+        for what, examples in other.examples.items():
+            mine = self.examples.setdefault(what, [])
+            mine.extend(examples[: NUM_EXAMPLES - len(mine)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    path: str
+    tally: Tally
+
+
+def bad_rows_error(tally: Tally) -> DataError:
+    return _rows_error(tally, "bad_rows", "cannot be used", "Repair them, or leave them out with data.on_bad_row: skip.")
+
+
+def too_long_error(tally: Tally, max_length: int) -> DataError:
+    return _rows_error(
+        tally,
+        "too_long",
+        f"are longer than data.max_length, {max_length} tokens",
+        "Raise data.max_length, or set data.too_long to truncate, drop or split.",
+    )
+
+
+def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:
+    count, examples = tally.counts[what], tally.examples[what]
+    rows = "1 row" if count == 1 else f"{count} rows"
+    more = [f"  and {count - len(examples)} more"] if count > len(examples) else []
+    return DataError("\n".join([f"{rows} {are}:", *(f"  {example}" for example in examples), *more, fix]))

@@ -1,0 +1,39 @@
+"""Everything about a run that is settled before anything of it is started: its data and its plan."""
+
+from dataclasses import dataclass
+
+from raytune.config.run import RunConfig
+from raytune.data.store import ParallelMap
+from raytune.evaluate.questions import Question
+from raytune.launch.stores import DataBuilder
+from raytune.model.load import resolve_model_path
+from raytune.plan.choose import choose_plan
+from raytune.plan.machine import Machine
+from raytune.plan.requirements import check_before_data, choose_row_length
+from raytune.plan.run_plan import RunPlan
+from raytune.plan.shapes import read_model_shape
+from raytune.storage import absolute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    plan: RunPlan
+    questions: list[Question]
+    """What both models answer at its end."""
+
+
+def prepare(config: RunConfig, machine: Machine, parallel_map: ParallelMap) -> Prepared:
+    """Refuse what cannot work, tokenise the data (or find it tokenised), and plan.
+
+    Raises:
+        UserError: if the config, the model, the data or the machines do not allow the run.
+    """
+    shape = read_model_shape(config.model.base, config.model.revision)
+    model_path = resolve_model_path(config.model.base, config.model.revision)
+    check_before_data(config, shape, machine)
+    storage = absolute(config.storage)
+    data = DataBuilder(config, model_path, choose_row_length(config, shape), storage, parallel_map)
+    plan = choose_plan(config, shape, machine, data.build(), model_path=model_path, storage=storage)
+    return Prepared(plan=plan, questions=data.questions())
