@@ -29,7 +29,7 @@ CHUNK_BYTES = 8 * MIB
 # meanwhile, whose limit is five minutes. A time and not a count, because s3fs tries for up to a minute by itself.
 PATIENCE_S = 240.0
 # A refusal is usually a wrong credential, but services also refuse while they rotate tokens: asked again, not for long.
-PATIENCE_AFTER_REFUSAL_S = 5.0
+PATIENCE_AFTER_REFUSAL_S = 15.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 PARALLEL_FILES = 8
 

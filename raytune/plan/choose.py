@@ -20,7 +20,7 @@ from raytune.plan.defaults import (
     default_warmup_ratio,
     default_weight_decay,
 )
-from raytune.plan.fitting import Fit, Setting, choose_fit, room_of_worker
+from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.requirements import (
@@ -108,7 +108,7 @@ def choose_plan(
         rows_per_step=default_rows_per_step(data.train.num_rows, rows_in_epochs),
     )
     fit = choose_fit(config, setting, shape, machine, data)
-    reasons += _reasons_for_fit(config, fit, setting, machine, shape)
+    reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
 
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
@@ -166,7 +166,9 @@ def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> in
     return math.ceil(epochs * data.train.num_rows)
 
 
-def _reasons_for_fit(config: RunConfig, fit: Fit, setting: Setting, machine: Machine, shape: ModelShape) -> list[str]:
+def _reasons_for_fit(
+    config: RunConfig, fit: Fit, setting: Setting, machine: Machine, shape: ModelShape, data: DataFacts
+) -> list[str]:
     training = config.training
     room = room_of_worker(setting, machine).device
     needed = format_bytes(bytes_in(fit.memory, "device"))
@@ -176,7 +178,7 @@ def _reasons_for_fit(config: RunConfig, fit: Fit, setting: Setting, machine: Mac
         rows = fit.batch.global_batch_size
         reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, setting, training)}.")
     if training.per_device_train_batch_size == "auto":
-        tokens = fit.batch.micro_batch_size * setting.row_length
+        tokens = fit.batch.micro_batch_size * longest_row(config, setting.row_length, data)
         reasons.append(
             f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.model import Attention
@@ -21,6 +22,11 @@ from raytune.units import format_bytes
 # fewer.
 TOKENS_PER_MICRO_BATCH: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
 MAX_ADVICE = 3
+MIN_ROW_LENGTH = 128
+"""Shorter rows are not advised."""
+
+Change = tuple[str, RunConfig]
+"""As it would be written on the command line, and the config with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +80,8 @@ def choose_fit(config: RunConfig, setting: Setting, shape: ModelShape, machine: 
         if room.holds(way.memory):
             return way
     smallest = min(ways, key=lambda way: bytes_in(way.memory, "device"))
-    advice = [
-        text for text, changed in _changes(config, setting, shape, machine) if _fits(changed, setting, shape, machine, data)
-    ]
-    raise PlanError(_too_large(smallest, room, setting, advice[:MAX_ADVICE]))
+    advice = islice(_advice(config, setting, shape, machine, data), MAX_ADVICE)
+    raise PlanError(_too_large(smallest, room, setting, list(advice)))
 
 
 def room_of_worker(setting: Setting, machine: Machine) -> Room:
@@ -92,7 +96,7 @@ def room_of_worker(setting: Setting, machine: Machine) -> Room:
 
 def _ways(config: RunConfig, setting: Setting, shape: ModelShape, data: DataFacts) -> Iterator[Fit]:
     wanted = config.training.gradient_checkpointing
-    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // setting.row_length)
+    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(config, setting.row_length, data))
     batches = possible_batches(config.training, setting.workers, setting.rows_per_step, max_micro_batch)
     stages = possible_stages(config, setting.device, setting.workers, setting.precision)
     for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
@@ -110,7 +114,7 @@ def _way(
     stage: ZeroStage,
     has_checkpointing: bool,
 ) -> Fit:
-    num_tokens = batch.micro_batch_size * setting.row_length
+    num_tokens = batch.micro_batch_size * longest_row(config, setting.row_length, data)
     num_targets = most_targets(data, num_tokens)
     is_chunked = config.training.loss == "chunked" or (
         config.training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab)
@@ -144,6 +148,11 @@ def _way(
     )
 
 
+def longest_row(config: RunConfig, row_length: int, data: DataFacts) -> int:
+    """Tokens of the longest row: without packing, those of the longest document."""
+    return min(row_length, data.longest_document) if config.data.packing == "none" else row_length
+
+
 def most_targets(data: DataFacts, num_tokens: int) -> int:
     """Target tokens of a micro-batch: twice the data's mean share, because rows differ, at most all of them."""
     share = data.train.num_targets / data.train.num_tokens
@@ -170,54 +179,68 @@ def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machi
         return False
 
 
-def _changes(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[tuple[str, RunConfig]]:
-    """Changes of one kind that save memory, the ones that change the result least first."""
+def _advice(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Iterator[str]:
+    """Of each kind of change the smallest with which the run fits."""
+    for changes in _kinds_of_change(config, setting, machine):
+        fitting = (text for text, changed in changes if _fits(changed, setting, shape, machine, data))
+        if (text := next(fitting, None)) is not None:
+            yield text
+
+
+def _kinds_of_change(config: RunConfig, setting: Setting, machine: Machine) -> Iterator[list[Change]]:
+    """Changes that save memory, smallest first in each list; lists whose changes leave the result as it is come first."""
     training, zero, adapter = config.training, config.training.zero, config.adapter
 
-    def with_training(**values: object) -> RunConfig:
-        return config.model_copy(update={"training": training.model_copy(update=values)})
+    def with_training(text: str, **values: object) -> Change:
+        return text, config.model_copy(update={"training": training.model_copy(update=values)})
 
-    def with_zero(**values: object) -> RunConfig:
-        return with_training(zero=zero.model_copy(update=values))
+    def with_zero(text: str, **values: object) -> Change:
+        return with_training(text, zero=zero.model_copy(update=values))
+
+    def with_workers(workers: int) -> Change:
+        cluster = config.cluster.model_copy(update={"workers": workers})
+        return f"cluster.workers={workers}", config.model_copy(update={"cluster": cluster})
+
+    def with_row_length(length: int) -> Change:
+        return f"data.max_length={length}", config.model_copy(
+            update={"data": config.data.model_copy(update={"max_length": length})}
+        )
 
     if training.gradient_checkpointing is False:
-        yield "training.gradient_checkpointing=true", with_training(gradient_checkpointing=True)
+        yield [with_training("training.gradient_checkpointing=true", gradient_checkpointing=True)]
     if training.loss == "full":
-        yield "training.loss=chunked", with_training(loss="chunked")
-    micro = training.per_device_train_batch_size
-    if micro != "auto" and micro > 1:
-        smaller: dict[str, object] = {"per_device_train_batch_size": 1}
-        if training.gradient_accumulation_steps != "auto":
-            smaller["gradient_accumulation_steps"] = training.gradient_accumulation_steps * micro
-        yield " ".join(f"training.{key}={value}" for key, value in smaller.items()), with_training(**smaller)
+        yield [with_training("training.loss=chunked", loss="chunked")]
+    if training.per_device_train_batch_size not in ("auto", 1):
+        yield [_with_smallest_micro_batch(config)]
     if zero.stage != "auto":
-        for stage in range(zero.stage + 1, 4):
-            yield f"training.zero.stage={stage}", with_zero(stage=stage)
-    slots = machine.num_gpus if setting.device == "cuda" else 0
-    for workers in range(setting.workers + 1, slots + 1):
-        yield (
-            f"cluster.workers={workers}",
-            config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": workers})}),
-        )
-    if setting.device == "cuda" and zero.offload_optimizer == "none":
-        yield "training.zero.offload_optimizer=cpu", with_zero(offload_optimizer="cpu")
-    if setting.device == "cuda" and zero.offload_parameters == "none":
-        both: dict[str, object] = {"offload_optimizer": "cpu", "offload_parameters": "cpu", "stage": 3}
-        yield "training.zero.offload_optimizer=cpu training.zero.offload_parameters=cpu", with_zero(**both)
-    length = setting.row_length // 2
-    while length >= 128:
-        yield (
-            f"data.max_length={length}",
-            config.model_copy(update={"data": config.data.model_copy(update={"max_length": length})}),
-        )
-        length //= 2
+        yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
+    if setting.device == "cuda":
+        larger = {setting.workers * 2**power for power in range(1, 10)} | {machine.num_gpus}
+        yield [with_workers(workers) for workers in sorted(larger) if setting.workers < workers <= machine.num_gpus]
+        optimizer, weights = "training.zero.offload_optimizer=cpu", "training.zero.offload_parameters=cpu"
+        if zero.offload_optimizer == "none":
+            yield [with_zero(optimizer, offload_optimizer="cpu")]
+        if zero.offload_parameters == "none":
+            yield [with_zero(f"{optimizer} {weights}", offload_optimizer="cpu", offload_parameters="cpu")]
+    lengths = (setting.row_length // 2**power for power in range(1, 16))
+    yield [with_row_length(length) for length in lengths if length >= MIN_ROW_LENGTH]
     if training.optimizer in ("adamw", "paged_adamw"):
-        yield "training.optimizer=adamw_8bit", with_training(optimizer="adamw_8bit")
+        yield [with_training("training.optimizer=adamw_8bit", optimizer="adamw_8bit")]
     if isinstance(adapter, FullAdapter):
-        yield "adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()})
+        yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}))]
     if not isinstance(adapter, QloraAdapter):
         kept = adapter.model_dump(exclude={"method"}) if isinstance(adapter, LoraAdapter) else {}
-        yield "adapter.method=qlora", config.model_copy(update={"adapter": QloraAdapter(method="qlora", **kept)})
+        yield [("adapter.method=qlora", config.model_copy(update={"adapter": QloraAdapter(method="qlora", **kept)}))]
+
+
+def _with_smallest_micro_batch(config: RunConfig) -> Change:
+    """One row per forward pass, at the same rows per step."""
+    training = config.training
+    changed: dict[str, object] = {"per_device_train_batch_size": 1}
+    if training.gradient_accumulation_steps != "auto" and training.per_device_train_batch_size != "auto":
+        changed["gradient_accumulation_steps"] = training.gradient_accumulation_steps * training.per_device_train_batch_size
+    text = " ".join(f"training.{key}={value}" for key, value in changed.items())
+    return text, config.model_copy(update={"training": training.model_copy(update=changed)})
 
 
 def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.machine import Machine
@@ -67,7 +69,7 @@ def test_every_plan_is_whole(
     sections: dict[str, Any] = {"data": {"validation": ["a.jsonl", "b.jsonl"]}} if has_validation else {}
     try:
         plan = planned(machine, shape, facts, adapter=adapter, training=training, **sections)
-    except UserError:
+    except (UserError, ValidationError):
         return
     batch, optimization = plan.batch, plan.optimization
     assert batch.workers * batch.micro_batch_size * batch.accumulation == batch.global_batch_size
@@ -174,6 +176,12 @@ def test_the_micro_batch_fills_the_device_up_to_8k_tokens() -> None:
     assert planned(gpus(1)).batch.micro_batch_size == 4
     assert planned(gpus(1), data={"max_length": 512}).batch.micro_batch_size == 16
     assert planned(CPU).batch.micro_batch_size == 1
+
+
+def test_rows_without_packing_are_as_long_as_the_longest_document() -> None:
+    facts = replace(data(), longest_document=512)
+    assert planned(gpus(1), facts=facts).batch.micro_batch_size == 4
+    assert planned(gpus(1), facts=facts, data={"packing": "none"}).batch.micro_batch_size == 16
 
 
 def test_the_loss_is_chunked_where_logits_are_large() -> None:
