@@ -2,8 +2,8 @@
 
 `sources` reads rows and names every bad one by file and line; `split` holds rows out; `formats` turns a row into a
 `Conversation`; `template` renders it and finds each turn's text; `masking` says which tokens are targets; `tokenising` does all
-of that for one shard of the sources (`shards` are its tasks and results); `packing` lays documents into rows; `store` keeps the rows content-addressed on disk;
-`order` says which rows a step sees, as a function of the step; `batches` makes tensors of them.
+of that for one shard of the sources (`shards` has its tasks and results); `packing` lays documents into rows; `store` keeps the
+rows content-addressed on disk; `order` says which rows a step sees, as a function of the step; `batches` makes tensors of them.
 
 Only `batches` imports torch itself, only `template` and `tokenising` transformers, and only `sources` may import `datasets`.
 """

@@ -207,7 +207,7 @@ def _read_json_lines(segment: Segment) -> Iterator[Row | BadRow]:
 
 def _json_row(data: bytes, line: int) -> Row | BadRow:
     try:
-        values = json.loads(data.decode(), object_pairs_hook=_object)
+        values = json.loads(data.decode().rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}", line)
     except json.JSONDecodeError as error:

@@ -7,6 +7,7 @@ A store is built in a folder of its own and renamed into place whole, so that wh
 build it at once. The address is a hash of the request, of the content of the sources and of the code that reads them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -315,7 +316,7 @@ def build_store(
         }
         write_json(built / META_FILE, meta | {"checksum": _checksum(meta)})
         sync_local_folder(built)
-        return _put_in_place(built, final)
+        return _put_in_place(built, final, _info(final, meta))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -476,24 +477,25 @@ def _record_batch(rows: Sequence[list[int]], documents: _Documents) -> pa.Record
 # --- Finding and placing -----------------------------------------------------------------------------------------------------
 
 
-def _put_in_place(built: Path, final: Path) -> StoreInfo:
+def _put_in_place(built: Path, final: Path, info: StoreInfo) -> StoreInfo:
     """Rename a built store to its address. Another builder's store, finished first, is as good; a damaged one is replaced."""
     while True:
         try:
             os.rename(built, final)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
             if (found := _intact(final)) is not None:
                 return found
-            if not final.exists():
-                raise
             aside = final.with_name(f"damaged-{uuid.uuid4().hex[:12]}")
             with suppress(FileNotFoundError):  # another builder was quicker
                 move_local_folder(final, aside)
+            if _intact(aside) is not None:  # another builder has just put a good one there
+                with suppress(OSError):
+                    os.rename(aside, final)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            found = _intact(final)
-            assert found is not None, "what was just written and synced must be readable"
-            return found
+            return info
 
 
 def _intact(folder: Path) -> StoreInfo | None:
@@ -512,9 +514,11 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     """The meta file's content, or None if there is none or it is not what was written."""
     try:
         meta = read_json(folder / META_FILE)
-        checksum = meta.pop("checksum")
-    except (FileNotFoundError, ValueError, AttributeError, KeyError):
+    except (FileNotFoundError, ValueError):
         return None
+    if not isinstance(meta, dict):
+        return None
+    checksum = meta.pop("checksum", None)
     return meta if checksum == _checksum(meta) else None
 
 

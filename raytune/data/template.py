@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -27,6 +28,8 @@ SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MAX_TEMPLATE_BYTES = 1 << 20
+# transformers keeps one compiled template per text, which can follow the markers of one rendering only.
+_ONE_AT_A_TIME = Lock()
 # Private-use characters stand around a turn's content while it is being looked for.
 _MARK_PAIRS = (("\ue0f0", "\ue0f1"), ("\uf8e0", "\uf8e1"), ("\U000f0000", "\U000f0001"))
 # What each role's end-of-turn text is learned from.
@@ -255,13 +258,14 @@ class ChatTemplate:
             last_prompt: only pieces behind this prompt count; if it is no prefix of the text, only the last piece does.
         """
         variables: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
-        rendered: Any = render_jinja_template(
-            conversations=[[_without_nulls(message) for message in row.messages]],
-            tools=row.tools,
-            chat_template=self.text,
-            return_assistant_tokens_mask=True,
-            **variables,
-        )
+        with _ONE_AT_A_TIME:
+            rendered: Any = render_jinja_template(
+                conversations=[[_without_nulls(message) for message in row.messages]],
+                tools=row.tools,
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **variables,
+            )
         pattern = self._patterns.get("assistant")
         spans: list[tuple[int, int]] = []
         for start, end in rendered[1][0]:

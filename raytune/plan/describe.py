@@ -2,10 +2,10 @@
 
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.memory import bytes_in
-from raytune.plan.run_plan import MemoryPart, RunPlan
+from raytune.plan.run_plan import MemoryPart, Place, RunPlan
 from raytune.units import format_bytes, format_count
 
-PLACES = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
+PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
 
 
 def plan_table(plan: RunPlan) -> list[tuple[str, str]]:

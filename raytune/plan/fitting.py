@@ -57,15 +57,14 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes that a worker may fill; None: not known."""
+    """Bytes that a worker may fill; None: not known, or nothing lies there."""
 
     device: int | None
     host: int | None
 
     def holds(self, memory: list[MemoryPart]) -> bool:
-        return all(
-            room is None or bytes_in(memory, place) <= room for place, room in (("device", self.device), ("host", self.host))
-        )
+        on_device = self.device is None or bytes_in(memory, "device") <= self.device
+        return on_device and (self.host is None or bytes_in(memory, "host") <= self.host)
 
 
 def choose_fit(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Fit:
@@ -90,7 +89,7 @@ def room_of_worker(setting: Setting, machine: Machine) -> Room:
     on_node = machine.workers_on_a_node(setting.workers, per_gpu=on_gpu)
     host = int(USABLE_SHARE * machine.host_memory_bytes / on_node) if machine.host_memory_bytes else None
     if not on_gpu:
-        return Room(device=host, host=host)
+        return Room(device=host, host=None)
     return Room(device=int(USABLE_SHARE * machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None, host=host)
 
 
@@ -244,13 +243,13 @@ def _with_smallest_micro_batch(config: RunConfig) -> Change:
 
 
 def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str:
-    device = "GPU" if setting.device == "cuda" else "the node's memory, per worker"
-    needed = bytes_in(way.memory, "device")
-    if room.device is not None and needed > room.device:
-        where, place, limit = device, "device", room.device
-    else:
-        assert room.host is not None
-        needed, where, place, limit = bytes_in(way.memory, "host"), "the host's memory, per worker", "host", room.host
+    needed, limit, place, where = bytes_in(way.memory, "device"), room.device, "device", "GPU memory"
+    if setting.device == "cpu":
+        where = "the node's memory, per worker"
+    elif limit is None or needed <= limit:
+        needed, limit, place, where = bytes_in(way.memory, "host"), room.host, "host", "the host's memory, per worker"
+    assert limit is not None
+    assert needed > limit
     parts = sorted((part for part in way.memory if part.place == place), key=lambda part: -part.num_bytes)
     listed = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
     nearest = (

@@ -9,7 +9,7 @@ from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapt
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision
 from raytune.plan.adapter_size import TrainedSize
-from raytune.plan.run_plan import MemoryPart, ZeroStage
+from raytune.plan.run_plan import MemoryPart, Place, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB, MIB
 
@@ -34,6 +34,8 @@ ZERO_BUCKET_ELEMENTS = 200_000_000
 """training.zero_engine.MAX_BUCKET_ELEMENTS: gradients that DeepSpeed reduces at once."""
 ZERO_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters, and of the distance within which gathered weights are kept for reuse."""
+ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 
 CHUNK_BYTES = 128 * MIB
 FULL_LOGITS_BYTES = 256 * MIB
@@ -82,26 +84,30 @@ class Workload:
 
 def memory_parts(work: Workload) -> list[MemoryPart]:
     """Bytes per rank by part, at the fullest moment of a step."""
-    optimizer_place = {"none": "device", "cpu": "host", "nvme": "nvme"}[work.offload_optimizer]
-    weights_place = {"none": "device", "cpu": "host", "nvme": "nvme"}[work.offload_parameters]
-    overhead = (
-        ("CUDA context and libraries", GPU_CONTEXT_BYTES) if work.is_on_gpu else ("process and libraries", CPU_PROCESS_BYTES)
-    )
+    host: Place = "host" if work.is_on_gpu else "device"
+    places: dict[Offload, Place] = {"none": "device", "cpu": host, "nvme": "nvme"}
+    optimizer_place, weights_place = places[work.offload_optimizer], places[work.offload_parameters]
+    # DeepSpeed keeps the gradients of a sharded optimizer where that optimizer computes.
+    gradients_place = host if optimizer_place != "device" and work.zero_stage >= 2 else "device"
+    in_passes = activation_bytes(work) + _loss_bytes(work)
+    # The update comes when forward and backward have given their memory back.
+    for_update = _update_bytes(work) - (in_passes if gradients_place == "device" else 0)
+    overhead = "CUDA context and libraries" if work.is_on_gpu else "process and libraries"
     parts = [
         ("weights", _weight_bytes(work), weights_place),
         ("weights in compute precision", _autocast_bytes(work), "device"),
-        # DeepSpeed keeps the gradients of a sharded optimizer where that optimizer is.
-        ("gradients", _gradient_bytes(work), "host" if optimizer_place != "device" and work.zero_stage >= 2 else "device"),
+        ("gradients", _gradient_bytes(work), gradients_place),
         ("optimizer", _optimizer_bytes(work), optimizer_place),
         ("activations", activation_bytes(work), "device"),
         ("logits and loss", _loss_bytes(work), "device"),
+        ("update", max(0, for_update), gradients_place),
         ("communication", _communication_bytes(work), "device"),
-        (*overhead, "device"),
+        (overhead, GPU_CONTEXT_BYTES if work.is_on_gpu else CPU_PROCESS_BYTES, "device"),
     ]
     return [MemoryPart(name=name, num_bytes=round(size), place=place) for name, size, place in parts if size]
 
 
-def bytes_in(parts: list[MemoryPart], place: str) -> int:
+def bytes_in(parts: list[MemoryPart], place: Place) -> int:
     """Bytes of the parts that lie in one place."""
     return sum(part.num_bytes for part in parts if part.place == place)
 
@@ -154,13 +160,19 @@ def _autocast_bytes(work: Workload) -> float:
 def _gradient_bytes(work: Workload) -> float:
     """ZeRO, section 3: as wide as the trained weights; stage 2 divides by the ranks.
 
-    zero_engine sums bf16 gradients over micro-batches in fp32 except at stage 1; DeepSpeed updates from an fp32 copy of the own
-    shard (`single_partition_of_fp32_groups.grad`).
+    zero_engine sums bf16 gradients over micro-batches in fp32, except at stage 1.
     """
     sums_in_fp32 = work.precision == "bf16" and work.accumulation > 1 and work.zero_stage != 1
-    width = 4 if work.engine == "plain" or sums_in_fp32 else BYTES[work.precision]
-    for_update = 4 / work.share(1) if work.engine == "zero" else 0
-    return work.trained.num_trainable * (width / work.share(2) + for_update)
+    width = 4 if sums_in_fp32 else BYTES[work.trained_dtype]
+    return work.trained.num_trainable * width / work.share(2)
+
+
+def _update_bytes(work: Workload) -> float:
+    """DeepSpeed updates from an fp32 copy of the own shard of the gradients, at stage 3 of a sub-group at a time."""
+    if work.engine == "plain":
+        return 0
+    own_shard = work.trained.num_trainable / work.share(1)
+    return 4 * (min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard)
 
 
 def _optimizer_bytes(work: Workload) -> float:

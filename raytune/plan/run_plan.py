@@ -9,6 +9,7 @@ from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 
 ZeroStage = Literal[0, 1, 2, 3]
+Place = Literal["device", "host", "nvme"]
 
 
 class Plan(BaseModel):
@@ -147,7 +148,7 @@ class MemoryPart(Plan):
 
     name: str
     num_bytes: int
-    place: Literal["device", "host", "nvme"] = "device"
+    place: Place = "device"
     """Where they lie. On a CPU the device is the host's memory."""
 
 

@@ -1,4 +1,4 @@
-"""Floor 7: optimisation. Imports evaluate, model, data, plan, config; `deepspeed` in zero_engine.py only, `ray.train` in worker.py only.
+"""Floor 7: optimisation. Imports lower floors; deepspeed in zero_engine.py only, ray.train in worker.py only.
 
 One run on one rank, from the rim inwards:
 

@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Update the weights and clear the gradients.
 
         Returns:
-            Norm of the gradient over all ranks before clipping, the same on every rank. Not finite: nothing was updated, on any rank.
+            Norm of the gradient over all ranks before clipping, the same on every rank. If it is not finite, nothing was updated.
         """
         ...
 
@@ -69,7 +69,7 @@ class Engine(Protocol):
         ...
 
     def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
-        """Name and whole value of each trained parameter, one after the other, so that a model larger than a device passes through.
+        """Name and whole value of each trained parameter, one after the other: a model larger than a device passes through.
 
         Every rank iterates; the value is on the CPU of rank 0, cast to `dtype` if given, and None on the others.
         """
@@ -150,9 +150,9 @@ class Layout:
 class PlainEngine:
     """Whole weights, gradients and optimizer state on every rank; gradients are summed over the ranks once per step.
 
-    Trained weights are fp32 and are updated in fp32; autocast makes the 16-bit products. Frozen weights stay as they were loaded. With
-    several ranks this is ZeRO stage 0: DeepSpeed's own has no fp32 master of adapters and no non-finite check in fp32, and its state
-    cannot change world size.
+    Trained weights are fp32 and are updated in fp32; autocast makes the 16-bit products. Frozen weights stay as they were loaded.
+    With several ranks this is ZeRO stage 0, without DeepSpeed, whose own stage 0 reports no gradient norm and updates with NaN in
+    fp32. What is saved here fits any number of ranks.
     """
 
     def __init__(
@@ -265,10 +265,13 @@ class PlainEngine:
             saved_shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             own_shapes = {name: list(parameter.shape) for name, parameter in self._trained.items()}
             if saved_shapes != own_shapes:
-                different = sorted(name for name in {*saved_shapes, *own_shapes} if saved_shapes.get(name) != own_shapes.get(name))
+                different = sorted(
+                    name for name in {*saved_shapes, *own_shapes} if saved_shapes.get(name) != own_shapes.get(name)
+                )
+                saved, own = saved_shapes.get(different[0]), own_shapes.get(different[0])
                 raise CheckpointError(
                     f"{folder / WEIGHTS_FILE} does not fit the model: {len(different)} trained parameters differ in name or shape, "
-                    f"first {different[0]} ({saved_shapes.get(different[0])} saved, {own_shapes.get(different[0])} in the model)."
+                    f"first {different[0]} ({saved} saved, {own} in the model)."
                 )
             for name, parameter in self._trained.items():
                 parameter.data.copy_(file.get_tensor(name))
@@ -276,7 +279,7 @@ class PlainEngine:
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """Tensors as `<parameter>/<entry>`, and the entries that are plain values, by parameter."""
-        names = {parameter: name for name, parameter in self._trained.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
         tensors, values, seen = {}, {}, set()
         for parameter, state in self._optimizer.state.items():
             for key, value in state.items():
@@ -290,14 +293,9 @@ class PlainEngine:
         return tensors, values
 
     def _load_optimizer(self, path: Path) -> None:
-        indices = {
-            name: index
-            for index, name in enumerate(
-                {parameter: name for name, parameter in self._trained.items()}[parameter]
-                for group in self._optimizer.param_groups
-                for parameter in group["params"]
-            )
-        }
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
+        in_order = [names[parameter] for group in self._optimizer.param_groups for parameter in group["params"]]
+        indices = {name: index for index, name in enumerate(in_order)}
         with safe_open(path, framework="pt") as file:
             saved = json.loads(file.metadata()["state"])
             state = {indices[name]: dict(entries) for name, entries in saved["optimizer"].items()}

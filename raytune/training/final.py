@@ -10,6 +10,7 @@ from raytune.config.adapter import FullAdapter
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
+from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
 from raytune.model.load import load_tokenizer
 from raytune.plan.run_plan import GenerationPlan, RunPlan
@@ -51,7 +52,6 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
 
     Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
     """
-    from raytune.model.export import save_adapter, save_model
     is_full = isinstance(plan.adapter, FullAdapter)
     state = engine.trainable_state(DTYPES[plan.precision] if is_full else None)
     if engine.rank != 0:

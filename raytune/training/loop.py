@@ -67,9 +67,7 @@ class StepResult:
         grad_norm = self.grad_norm.item()
         if not math.isfinite(loss):
             raise _divergence(engine, self)
-        return StepNumbers(
-            loss=loss, grad_norm=grad_norm, updated=math.isfinite(grad_norm), loss_scale=engine.loss_scale()
-        )
+        return StepNumbers(loss=loss, grad_norm=grad_norm, updated=math.isfinite(grad_norm), loss_scale=engine.loss_scale())
 
 
 @dataclass(slots=True)
@@ -105,17 +103,20 @@ def _divergence(engine: Engine, step: StepResult) -> TrainingError:
     if by_rank:
         what = "The loss"
         where = "; ".join(
-            f"rank {rank}: {' and '.join(f'{loss} on rows {_listed(rows)}' for loss, rows in found)}" for rank, found in by_rank.items()
+            f"rank {rank}: {' and '.join(f'{loss} on rows {_listed(rows)}' for loss, rows in found)}"
+            for rank, found in by_rank.items()
         )
     else:
         what = "The gradient"
         rows_of_ranks = engine.gather_objects([row for rows in step.rows for row in rows])
-        where = "every loss is finite; " + "; ".join(f"rank {rank}: rows {_listed(rows)}" for rank, rows in enumerate(rows_of_ranks))
+        where = "every loss is finite; " + "; ".join(
+            f"rank {rank}: rows {_listed(rows)}" for rank, rows in enumerate(rows_of_ranks)
+        )
     scale = engine.loss_scale()
     return TrainingError(
         f"{what} of step {step.step} is not finite ({where}). Learning rate {step.learning_rate:g}"
-        f"{f', loss scale {scale:g}' if scale is not None else ''}. The weights were not updated with it. Look at these rows with "
-        f"`raytune data preview`, lower training.learning_rate or training.max_grad_norm, or train in bf16 rather than fp16."
+        f"{f', loss scale {scale:g}' if scale is not None else ''}. The weights were not updated with it. Look at these rows, "
+        f"lower training.learning_rate or training.max_grad_norm, or train in bf16 rather than fp16."
     )
 
 
@@ -124,7 +125,7 @@ def _listed(rows: Iterable[int]) -> str:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of all randomness inside a step (dropout, noise): a function, so that a resumed run draws what the unbroken one drew."""
+    """Seed of what is random inside a step (dropout, noise): a function, so that a resumed run draws what the unbroken drew."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8]) >> 1
 
 
@@ -150,8 +151,8 @@ def training_steps(
         seed: of dropout and noise.
 
     Raises:
-        TrainingError: on every rank, for a loss or gradient that is not finite; its step has not updated the weights. On a CPU by the
-            step itself, on a GPU by the next `StepResult.read`.
+        TrainingError: on every rank, for a loss or gradient that is not finite; its step has not updated the weights. On a CPU
+            the step itself raises, on a GPU the next `StepResult.read`.
     """
     unread = _Unread()
     engine.model.train()
@@ -213,7 +214,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Context in which dropout is off."""
     model.eval()
     for module in model.modules():
-        # bitsandbytes repacks a 4-bit weight in place for CPU inference when its layer is in eval mode; a shard does not survive that.
+        # In eval mode, bitsandbytes repacks a 4-bit weight in place for CPU inference, which a shard does not survive.
         if hasattr(getattr(module, "weight", None), "quant_state"):
             module.training = True
     try:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 1 to 3: its JSON, its engine behind our protocol, its checkpoints. Nothing else of raytune imports deepspeed."""
+"""DeepSpeed ZeRO, stages 1 to 3: its JSON, its engine behind our protocol, its checkpoints."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from deepspeed.ops import op_builder
+from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -182,12 +182,12 @@ def check_offload(plan: RunPlan) -> None:
     """Refuse NVMe offload on a machine where its kernel is not built.
 
     Raises:
-        PlanError: with what to install. Compiling inside a worker takes minutes, and a worker killed meanwhile leaves a lock file that
-            makes every later one wait for ever.
+        PlanError: with what to install. Compiling inside a worker takes minutes, and a worker killed meanwhile leaves a lock file
+            that makes every later one wait for ever.
     """
     if "nvme" not in (plan.engine.offload_optimizer, plan.engine.offload_parameters):
         return
-    builder = op_builder.AsyncIOBuilder()
+    builder = AsyncIOBuilder()
     if _is_built(builder):
         return
     if builder.is_compatible(verbose=False):
@@ -228,8 +228,8 @@ def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Callable[[n
     """Context in which transformers loads weights straight into their shards, if the plan shards weights (stage 3).
 
     Yields:
-        A function that leaves this rank its shard of a parameter, for weights that transformers does not shard itself: quantised ones
-        (https://github.com/huggingface/peft/issues/2016). None if weights are not sharded.
+        A function that leaves this rank its shard of a parameter, for weights that transformers does not shard itself: quantised
+        ones (https://github.com/huggingface/peft/issues/2016). None if weights are not sharded.
     """
     if plan.engine.zero_stage != 3:
         yield None
@@ -248,9 +248,8 @@ def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Callable[[n
 class ZeroEngine:
     """Optimizer state (stage 1), gradients (2) and weights (3) divided among the ranks by DeepSpeed.
 
-    Weights are in the run's precision, with fp32 masters in the shards. Whether an update is made is DeepSpeed's decision, taken from
-    the norm of all gradients and therefore equal on all ranks: a norm that is not finite skips it. DeepSpeed reads that norm on the
-    host, once per step.
+    Weights are in the run's precision, with fp32 masters in the shards. Where the norm of all gradients is not finite, DeepSpeed
+    skips the update, so on all ranks or on none. It reads that norm on the host, once per step.
     """
 
     def __init__(
@@ -281,12 +280,8 @@ class ZeroEngine:
         _cast_unsharded(model, DTYPES[precision])
         if compile_model:
             model.compile()
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=config,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],  # pyright: ignore[reportArgumentType]
-        )
+        trained: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, model_parameters=trained)[0]
         self.module: nn.Module = self._engine
         self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -295,11 +290,11 @@ class ZeroEngine:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over the ranks and the loss of a step is a sum over them, hence the factor (tests/numerics/test_zero_parity).
+        # DeepSpeed averages over the ranks and the loss of a step is a sum over them, hence the factor (test_zero_parity.py).
         self._engine.backward(poisoned(loss) * self.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> Tensor:
-        set_learning_rate(self._engine.optimizer, learning_rate)  # pyright: ignore[reportArgumentType]
+        set_learning_rate(self._engine.optimizer, learning_rate)
         try:
             self._engine.step()
         except Exception as error:
@@ -388,7 +383,7 @@ class _DataOnlyFiles(TorchCheckpointEngine):
 
 
 def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what DeepSpeed leaves alone once some weights are sharded: adapters and norms of another dtype would not fit the others."""
+    """Cast what DeepSpeed leaves alone once some weights are sharded: adapters and norms that are not in the run's precision."""
     for parameter in model.parameters():
         is_packed = hasattr(parameter, "quant_state")
         if parameter.is_floating_point() and not is_packed and not hasattr(parameter, "ds_id"):

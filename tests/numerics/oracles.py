@@ -1,4 +1,6 @@
-"""The same training written plainly, with transformers, peft and bitsandbytes as their documents show it, and none of our training code."""
+"""The same training, written plainly with transformers, peft and bitsandbytes, and with none of our training code."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +43,7 @@ def _losses(model: torch.nn.Module, plan: RunPlan) -> list[float]:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = plan.optimization
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings.learning_rate, eps=settings.epsilon, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, eps=settings.epsilon, weight_decay=settings.weight_decay)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
     store = Store.open(plan.data.train.path)
     losses = []
@@ -75,7 +75,7 @@ def documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     labels = torch.full_like(batch.input_ids, -100)
     labels[0, batch.target_positions + 1] = batch.target_ids
     ends = batch.cumulative_lengths.tolist()
-    return [(batch.input_ids[:, first:last], labels[:, first:last]) for first, last in zip(ends, ends[1:])]
+    return [(batch.input_ids[:, first:last], labels[:, first:last]) for first, last in pairwise(ends)]
 
 
 def document_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Imported once per test session, by the server that the ranks are forked from; a rank then starts in a moment.
-PRELOADED = ["torch", "deepspeed", "transformers", "peft", "raytune.training.zero_engine"]
+PRELOADED = ["tests.numerics.runs", "raytune.training.zero_engine"]
 GRACE_S = 15.0
 
 
@@ -31,8 +31,8 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, 
         timeout_s: after which all ranks are ended.
 
     Returns:
-        What each rank returned, in order of rank. An exception that a rank raised is returned in its place if it is one of raytune's;
-        so a test can claim that every rank stops.
+        What each rank returned, in order of rank; or the exception that it raised, if that is one of raytune's: so a test can claim
+        that every rank stops.
 
     Raises:
         RankError: if a rank raised anything else, died, or was still running at the time limit.

@@ -101,7 +101,7 @@ def make_plan(material: Material, *, workers: int = 1, stage: int = 0, accumulat
             "micro_batch_size": GLOBAL_BATCH // workers // accumulation,
         },
         "engine": {"kind": "zero" if stage else "plain", "zero_stage": stage},
-        # epsilon: Adam divides by |gradient| + epsilon, and would blow the rounding of gradients that are almost 0 up to a full step.
+        # epsilon: Adam divides by |gradient| + epsilon; where gradients are almost 0, their rounding would become a full step.
         "optimization": {
             "num_steps": NUM_STEPS,
             "schedule": "linear",
@@ -154,10 +154,9 @@ def train_spoiled(plan: RunPlan, spoil: Spoil) -> tuple[str, Outcome]:
             return loss
         return loss * math.inf
 
-    numbers = []
+    numbers: list[StepNumbers] = []
     try:
-        for result in steps_of(plan, engine, spoiled_loss, watched_batches):
-            numbers.append(result.read(engine))
+        numbers.extend(result.read(engine) for result in steps_of(plan, engine, spoiled_loss, watched_batches))
     except TrainingError as error:
         return str(error), outcome(engine, numbers)
     return "", outcome(engine, numbers)
@@ -201,7 +200,9 @@ def start(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> tuple[Engine, LossS
 def outcome(engine: Engine, numbers: list[StepNumbers]) -> Outcome:
     held = engine.held_bytes()
     weights = {name: value.clone() for name, value in engine.trainable_state() if value is not None}
-    return Outcome(numbers=numbers, weights=weights, held=held, dtypes={parameter.dtype for parameter in engine.model.parameters()})
+    return Outcome(
+        numbers=numbers, weights=weights, held=held, dtypes={parameter.dtype for parameter in engine.model.parameters()}
+    )
 
 
 def largest_difference(one: Outcome, other: Outcome) -> float:

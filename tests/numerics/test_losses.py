@@ -39,18 +39,16 @@ from raytune.training.losses import attach_loss
 
 VOCABULARY = 97
 NUM_TOKENS = 40
-SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-GPT2_SHAPE: dict[str, Any] = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+SHAPE: dict[str, Any] = SPECIAL_TOKENS | {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2_SHAPE: dict[str, Any] = SPECIAL_TOKENS | {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 torch.set_num_threads(1)
 
@@ -64,7 +62,7 @@ def tied() -> nn.Module:
 
 
 def soft_capped() -> nn.Module:
-    # Eager: a soft cap on attention scores, which sdpa does not have.
+    # Eager: it caps attention scores too, which sdpa cannot.
     config = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
     return Gemma2ForCausalLM(config)
 
@@ -187,7 +185,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "frozen head", "adapted head", "saved head", "soft cap"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "frozen head", "adapted head", "saved head", "logits divided"])
 def test_chunks_never_hold_the_logits_of_all_targets(kind: str) -> None:
     num_targets, chunk_tokens = 36, 4
     model, batch = build(kind), make_batch(num_targets)
@@ -212,20 +210,20 @@ def test_evaluation_computes_the_same_value_and_keeps_no_graph(chunk_tokens: int
 @pytest.mark.parametrize("kind", ["untied", "saved head", "adapted head", "soft cap"])
 @pytest.mark.parametrize("how", ["bf16 weights", "bf16 autocast", "fp16 autocast"])
 def test_chunks_in_16_bits_are_as_near_to_the_truth_as_all_logits_are(kind: str, how: str) -> None:
-    truth, model, batch = build(kind).double(), build(kind), make_batch(38)
-    exact = gradients(truth, defined_loss(truth, batch))
+    truth, model = build(kind).double(), build(kind)
     if how == "bf16 weights":
         model.bfloat16()
     dtype = torch.float16 if how.startswith("fp16") else torch.bfloat16
-
-    def error(chunk_tokens: int | None) -> float:
-        with torch.autocast("cpu", dtype, enabled="autocast" in how):
-            loss = our_loss(model, batch, chunk_tokens)
-        computed = gradients(model, loss)
-        return sum(float((computed[name].double() - value).norm() ** 2) for name, value in exact.items()) ** 0.5
-
-    # Both errors are the same roundings of the backbone plus independent ones of the head; 10 % is for those.
-    assert error(3) <= 1.1 * error(None)
+    squared_errors = {1: 0.0, None: 0.0}
+    for batch in [make_batch(38, seed) for seed in range(5)]:
+        exact = gradients(truth, defined_loss(truth, batch))
+        for chunk_tokens in squared_errors:
+            with torch.autocast("cpu", dtype, enabled="autocast" in how):
+                loss = our_loss(model, batch, chunk_tokens)
+            computed = gradients(model, loss)
+            squared_errors[chunk_tokens] += sum(float((computed[name] - value).norm() ** 2) for name, value in exact.items())
+    # Two samples of the same rounding noise: over these batches the ratio is 0.84 to 1.07. bf16 sums over chunks make it 1.4 to 1.8.
+    assert squared_errors[1] ** 0.5 <= 1.2 * squared_errors[None] ** 0.5
 
 
 def test_fp16_gradients_of_many_targets_do_not_overflow_before_the_loss_is_divided() -> None:
@@ -253,7 +251,7 @@ def test_dropout_in_an_adapted_head_is_applied() -> None:
     torch.testing.assert_close(one_chunk, whole, rtol=2e-6, atol=0)
     assert_same_gradients(gradients(model, loss(23)), gradients(model, loss(None)), atol=1e-6)
     model.eval()
-    assert abs(float(loss(23) - one_chunk)) > 1e-2
+    assert abs(float((loss(23) - one_chunk).detach())) > 1e-2
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -335,7 +333,16 @@ def test_logits_that_cannot_be_chunked_are_refused_with_the_way_out() -> None:
 
 # --- ZeRO-3: weights and gradients divided between two processes
 
-SHARDED_KINDS = ["untied", "tied", "adapted head", "DoRA on the head", "saved head", "adapted head and soft cap"]
+SHARDED_CASES = [
+    ("untied", None),
+    ("untied", 8),
+    ("tied", 8),
+    ("adapted head", None),
+    ("adapted head", 8),
+    ("DoRA on the head", 8),
+    ("saved head", 8),
+    ("adapted head and soft cap", 8),
+]
 TARGETS = [(23, 0), (9, 17), (0, 5), (20, 20)]
 """Targets of rank 0 and rank 1 per step, so that they differ in their number of chunks."""
 RATE = 0.1
@@ -362,35 +369,34 @@ def sharded_worker(rank: int, port: int, results: Any) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.init_distributed("gloo", verbose=False)
-    for kind in SHARDED_KINDS:
-        for chunk_tokens in (None, 8):
-            model = build(kind)
-            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-            zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2000}
-            engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=torch.optim.SGD(trained.values(), lr=RATE),
-                config={
-                    "train_micro_batch_size_per_gpu": 1,
-                    "zero_allow_untested_optimizer": True,
-                    "gradient_clipping": 0.0,
-                    "zero_optimization": zero,
-                },
-            )
-            layer, error = attach_loss(model, chunk_tokens), 0.0
-            for step, (sizes, expected) in enumerate(zip(TARGETS, unsharded_gradients(kind))):
-                batch = make_batch(sizes[rank], 10 * step + rank)
-                if step == 2:  # an evaluation in between must not upset the order in which weights are gathered
-                    with torch.no_grad():
-                        layer.loss_sum(engine, batch, inputs_of(batch))
-                loss = layer.loss_sum(engine, batch, inputs_of(batch))
-                # DeepSpeed averages over the two ranks.
-                engine.backward(loss / sum(sizes) * 2, scale_wrt_gas=False)
-                for name, weight in trained.items():
-                    error = max(error, float((safe_get_full_grad(weight) - expected[name]).abs().max()))
-                engine.step()
-            if rank == 0:
-                results.put((kind, chunk_tokens, error))
+    for kind, chunk_tokens in SHARDED_CASES:
+        model = build(kind)
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2000}
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(trained.values(), lr=RATE),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.0,
+                "zero_optimization": zero,
+            },
+        )
+        layer, error = attach_loss(model, chunk_tokens), 0.0
+        for step, (sizes, expected) in enumerate(zip(TARGETS, unsharded_gradients(kind))):
+            batch = make_batch(sizes[rank], 10 * step + rank)
+            if step == 2:  # an evaluation in between must not upset the order in which weights are gathered
+                with torch.no_grad():
+                    layer.loss_sum(engine, batch, inputs_of(batch))
+            loss = layer.loss_sum(engine, batch, inputs_of(batch))
+            # DeepSpeed averages over the two ranks.
+            engine.backward(loss / sum(sizes) * 2, scale_wrt_gas=False)
+            for name, weight in trained.items():
+                error = max(error, float((safe_get_full_grad(weight) - expected[name]).abs().max()))
+            engine.step()
+        if rank == 0:
+            results.put((kind, chunk_tokens, error))
 
 
 def test_gradients_under_zero_3_are_those_of_one_process() -> None:
@@ -404,7 +410,7 @@ def test_gradients_under_zero_3_are_those_of_one_process() -> None:
         worker.start()
     try:
         errors = {}
-        while len(errors) < 2 * len(SHARDED_KINDS):
+        while len(errors) < len(SHARDED_CASES):
             try:
                 kind, chunk_tokens, error = results.get(timeout=2)
                 errors[kind, chunk_tokens] = error

@@ -69,8 +69,7 @@ def test_a_resumed_adapter_equals_the_unbroken_one(workers: int, stage: int, mat
     plan = make_plan(material, workers=workers, stage=stage, adapter=adapter)
     assert_resumes_exactly(plan, plan, tmp_path)
     largest_file = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    # Moments and master of 4 KiB of adapter and DeepSpeed's bookkeeping, not the 100 KiB of the base.
-    assert largest_file < 64 * 1024
+    assert largest_file < 4 * plan.num_parameters  # no file holds the base
 
 
 def test_the_loss_scale_of_fp16_is_resumed(material: Material, tmp_path: Path) -> None:
@@ -98,7 +97,7 @@ def test_shards_refuse_another_number_of_workers_and_another_stage(material: Mat
 
 def test_a_state_of_another_model_is_refused_with_the_first_difference(material: Material, tmp_path: Path) -> None:
     train(make_plan(material, adapter=LORA), Change(stop=1, save=tmp_path))
-    with pytest.raises(CheckpointError, match=r"lora_A.default.weight \(\[4, 32\] saved, \[8, 32\] in the model\)"):
+    with pytest.raises(CheckpointError, match=r"down_proj.lora_A.default.weight \(\[4, 64\] saved, \[8, 64\] in the model\)"):
         train(make_plan(material, adapter=LORA | {"rank": 8}), Change(load=merged(tmp_path)))
 
 

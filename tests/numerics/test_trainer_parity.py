@@ -57,7 +57,9 @@ def plan_of(material: Material) -> RunPlan:
     )
 
 
-def trained_by_trainer(plan: RunPlan, documents: list[Document], batch_size: int, folder: Path) -> tuple[dict[str, Tensor], list[float]]:
+def trained_by_trainer(
+    plan: RunPlan, documents: list[Document], batch_size: int, folder: Path
+) -> tuple[dict[str, Tensor], list[float]]:
     settings = plan.optimization
     model = LlamaForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     trainer = InOrder(
@@ -134,7 +136,9 @@ def trained_by_raytune(
     def batches_of(step: int) -> list[Batch]:
         rows_of_step = documents[step * batch_size * ACCUMULATION :][: batch_size * ACCUMULATION]
         num_targets = sum(label != IGNORED for document in rows_of_step for label in document.labels)
-        return [laid_end_to_end(rows_of_step[first:][:batch_size], num_targets) for first in range(0, len(rows_of_step), batch_size)]
+        return [
+            laid_end_to_end(rows_of_step[first:][:batch_size], num_targets) for first in range(0, len(rows_of_step), batch_size)
+        ]
 
     loss_sum: LossSum = make_loss(model)
     steps = training_steps(

@@ -171,7 +171,7 @@ class _Payload:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self) -> tuple:
         return Path.touch, (self.path,)
 
 

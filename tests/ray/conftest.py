@@ -27,7 +27,7 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
     started = Cluster(
         initialize_head=True,
         connect=False,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "_temp_dir": str(short_tmp)},
+        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0},
     )
     started.add_node(num_cpus=1)
     started.wait_for_nodes()

@@ -1,5 +1,6 @@
 """Masks are exact for every shipped template and for templates of others, without `{% generation %}` markers."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -35,12 +36,16 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 @cache
 def llama_2_like() -> PreTrainedTokenizerFast:
     """As SentencePiece converted: white space is U+2581, unknown characters fall back to bytes, <s> is put in front."""
-    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *SPECIAL, *bytes_], show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
-    vocabulary = backend.get_vocab()
+    normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    names = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *trained.get_vocab()]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizer
+    backend.add_special_tokens(["<unk>", *SPECIAL])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )

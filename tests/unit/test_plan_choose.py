@@ -408,6 +408,12 @@ def test_a_cpu_run_that_exceeds_its_node_is_refused() -> None:
         planned(small, LLAMA_3_8B, adapter={"method": "full"})
 
 
+def test_offloading_more_than_the_host_holds_is_refused() -> None:
+    offload = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
+    with pytest.raises(PlanError, match=r"of the host's memory, per worker.*ZeRO stage 3: optimizer"):
+        planned(gpus(2, 80, host_gib=64), LLAMA_3_8B, adapter={"method": "full"}, training={"zero": offload})
+
+
 def test_unknown_memory_refuses_nothing() -> None:
     unknown = Machine(
         num_nodes=1,
