@@ -7,6 +7,7 @@ Every verb has `--json` (one JSON object on standard output) and `--debug` (trac
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -138,6 +139,24 @@ def train(arguments: tuple[str, ...], as_json: bool) -> None:
 
     result = run(config, watch=show_progress)
     click.echo(json.dumps(result.to_json())) if as_json else show_result(result)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the merged model; new or empty.")
+@click.option("--base", help="Base model, if not the one that the adapter names: a folder, a hub id, or demo.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Dtype of the result. Default: that of the base.")
+@click.option(
+    "--original-base", is_flag=True, help="QLoRA: merge into the original weights, not into the quantised ones that training saw."
+)
+@as_json_option
+@debug_option
+def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_base: bool, as_json: bool) -> None:
+    """Merge an adapter into its base, shard by shard, as a stand-alone model with tokenizer and chat template."""
+    from raytune.model.merge import merge_adapter
+
+    merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base)
+    click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
 
 
 def _error_facts(error: RaytuneError) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class ChatTemplate:
         self._has_markers = _MARKERS.search(text) is not None
         self._ends: dict[str, str] = {}
         self._ends = {role: self._end_of_turn(roles) for role, roles in _PROBES.items()}
+        self._frame = self._learned_frame()
         self._patterns = {role: re.compile(r"\s*" + re.escape(end)) for role, end in self._ends.items() if end}
         probe = _probe(_PROBES["assistant"])
         try:
@@ -152,11 +153,18 @@ class ChatTemplate:
         if targets == "all":
             return [text if isinstance(text, RowError) else Rendered(text, [(0, len(text))]) for text in texts]
         turns = [trained_turns(row.messages, targets) for row in conversations]
-        prompts = self._prompts(conversations, turns)
-        return [
-            text if isinstance(text, RowError) else self._found(row, text, row_turns, row_prompts, targets)
-            for row, text, row_turns, row_prompts in zip(conversations, texts, turns, prompts, strict=True)
+        closing = [
+            self._closing_answer(row, text) if row_turns == [len(row.messages) - 1] and isinstance(text, str) else None
+            for row, text, row_turns in zip(conversations, texts, turns, strict=True)
         ]
+        prompts = self._prompts(conversations, [[] if span else turns[index] for index, span in enumerate(closing)])
+        rendered: list[Rendered | RowError] = []
+        for row, text, row_turns, span, row_prompts in zip(conversations, texts, turns, closing, prompts, strict=True):
+            if isinstance(text, RowError):
+                rendered.append(text)
+            else:
+                rendered.append(Rendered(text, [span]) if span else self._found(row, text, row_turns, row_prompts, targets))
+        return rendered
 
     def prompt(self, conversation: Conversation) -> str:
         """The text that a model continues with the last answer of the conversation, which is left out.
@@ -203,6 +211,33 @@ class ChatTemplate:
         for (index, turn), text in zip(wanted, texts, strict=True):
             prompts[index][turn] = text
         return prompts
+
+    def _closing_answer(self, row: Conversation, text: str) -> tuple[int, int] | None:
+        """Where the last answer lies if question, answer and what stands around them are the end of the text, letter by letter.
+
+        True of nearly every row with one answer, and it saves rendering the prompt. None if it cannot be told this way.
+        """
+        if self._frame is None or len(row.messages) < 2:
+            return None
+        question, answer = row.messages[-2:]
+        content = answer.get("content")
+        if (question["role"], answer["role"]) != ("user", "assistant") or answer.keys() != {"role", "content"}:
+            return None
+        between, gap, behind = self._frame
+        if not text.endswith(f"{question.get('content')}{between}{gap}{content}{behind}"):
+            return None
+        return len(text) - len(f"{gap}{content}{behind}"), len(text) - len(behind) + len(behind.rstrip())
+
+    def _learned_frame(self) -> tuple[str, str, str] | None:
+        """The text between a question and the end of the prompt, from there to the answer, and behind it; of a probe."""
+        probe = _probe(_PROBES["assistant"])
+        question, answer = (message["content"] for message in probe.messages)
+        text, prompt = self._texts([(list(probe.messages), None, False), (list(probe.messages[:1]), None, True)])
+        if self._has_markers or not (isinstance(text, str) and isinstance(prompt, str) and text.startswith(prompt)):
+            return None
+        _, found_question, between = prompt.rpartition(question)
+        gap, found_answer, behind = text[len(prompt) :].partition(answer)
+        return (between, gap, behind) if found_question and found_answer and behind.strip() else None
 
     def _answer_span(self, row: Conversation, turn: int, text: str, prompt: str | RowError) -> tuple[int, int]:
         """What the model writes in an assistant turn: from the end of the prompt to the end of the end-of-turn text."""

@@ -54,6 +54,7 @@ class DataBuilder:
             train=_store_plan("train", train),
             validation=tuple(_store_plan(name, info) for name, info in held_out.items()),
             longest_document=train.longest_document,
+            template=self._template,
         )
 
     def questions(self) -> list[Question]:

@@ -47,9 +47,8 @@ def add_adapter(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
     _check_saved_modules(peft_model, adapter)
     if adapter.init in CHANGES_BASE:
         # Both factors as they start, which export needs to make an adapter of the original base.
-        peft_model.initial_adapter = {  # pyright: ignore[reportAttributeAccessIssue]
-            name: parameter.detach().to("cpu", copy=True) for name, parameter in peft_model.named_parameters() if "lora_" in name
-        }
+        start = {name: value.detach().to("cpu", copy=True) for name, value in peft_model.named_parameters() if ".lora_" in name}
+        peft_model.initial_adapter = start  # pyright: ignore[reportArgumentType]
     return peft_model
 
 
@@ -182,13 +181,15 @@ def initialise_eva(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
 
     Args:
         model: with an adapter of `init: eva`, before an engine shards it.
-        inputs: what to pass to the model's forward, for the first batches of training; the same on every rank, and read repeatedly.
+        inputs: what to pass to the model's forward, for the first batches of training; the same on every rank.
     """
     batches = list(inputs)
     if not batches:
         raise ModelError("adapter.init: eva needs at least one batch of training data.")
     if any(parameter.numel() == 0 for parameter in model.parameters()):
-        raise ModelError("adapter.init: eva runs the whole model before training, which ZeRO-3 has sharded. Use ZeRO stage 2 or less.")
+        raise ModelError(
+            "adapter.init: eva runs the whole model before training, but ZeRO-3 has sharded it. Set training.zero.stage to 2."
+        )
     initialize_lora_eva_weights(
         model,
         batches,
@@ -203,4 +204,3 @@ def _all_positions(layer_input: Any, _model_input: Any, _name: str) -> Tensor:
     """Packed rows have no padding: every position counts."""
     tensor = layer_input[0] if isinstance(layer_input, tuple) else layer_input
     return tensor.reshape(-1, tensor.shape[-1]).float()
-

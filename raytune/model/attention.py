@@ -1,8 +1,8 @@
 """Attention over packed rows: every document attends to itself only, whichever kernel computes it.
 
-`varlen` is ours and is registered with transformers under that name: PyTorch's variable-length FlashAttention on CUDA, one call of
-`scaled_dot_product_attention` per document elsewhere. So are the dense kinds. FlashAttention's packages and flex attention are called by
-transformers itself; `model_inputs` hands over what makes each kind keep documents apart.
+`varlen` is ours and is registered with transformers under that name: PyTorch's variable-length FlashAttention on CUDA, one call
+of `scaled_dot_product_attention` per document elsewhere. So are the dense kinds. FlashAttention's packages and flex attention are
+called by transformers itself; `model_inputs` hands over what makes each kind keep documents apart.
 """
 
 import inspect
@@ -72,7 +72,9 @@ def _missing_for_flash(device: torch.device, half: bool) -> str | None:
     return None if half else "it computes in bf16 or fp16 only"
 
 
-def _flash_option(name: Attention, installed: bool, package: str, missing: str | None, *, minimum_capability: int) -> AttentionOption:
+def _flash_option(
+    name: Attention, installed: bool, package: str, missing: str | None, *, minimum_capability: int
+) -> AttentionOption:
     if missing is None and torch.cuda.get_device_capability()[0] < minimum_capability:
         missing = f"it needs compute capability {minimum_capability}.0"
     if missing is None and not installed:
@@ -121,8 +123,8 @@ def _support(model_class: type[PreTrainedModel], config: PretrainedConfig) -> di
 
 def implementation_name(attention: Attention) -> str:
     """The name that transformers knows this kind by (`attn_implementation`)."""
-    # Some models of transformers 5.23 (gpt-oss, OPT) build their dense masks without looking at positions, so that documents see each
-    # other; the dense kinds are therefore ours too, under names of their own.
+    # Some models of transformers 5.23 (gpt-oss, OPT) build their dense masks without looking at positions, so that documents see
+    # each other; the dense kinds are therefore ours too, under names of their own.
     return {"sdpa": "packed_dense", "eager": "packed_in_steps"}.get(attention, attention)
 
 
@@ -137,8 +139,8 @@ def model_inputs(batch: Batch, attention: Attention) -> dict[str, Any]:
         "max_length_k": batch.max_document_length,
         "use_cache": False,
     }
-    # transformers hands a mask of four dimensions to the layers as it is, so it builds none and does not ask the GPU where positions
-    # restart.
+    # transformers hands a mask of four dimensions to the layers as it is, so it builds none and does not ask the GPU where
+    # positions restart.
     match attention:
         case "varlen":
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.input_ids.device)
@@ -188,8 +190,8 @@ def varlen_attention(
     if call.ends is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
             raise ModelError(
-                f"{type(module).__name__} does not hand the lengths of documents to its attention, so model.attention: varlen cannot "
-                f"keep them apart. Set model.attention to sdpa."
+                f"{type(module).__name__} does not hand the lengths of documents to its attention, so model.attention: varlen "
+                f"cannot keep them apart. Set model.attention to sdpa."
             )
         output = _dense(query, key, value, attention_mask, call)
     elif call.has_kernel_for(query):
@@ -215,7 +217,8 @@ def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """`dense_attention` in elementary steps instead of PyTorch's kernels."""
-    return dense_attention(module, query, key, value, attention_mask, **options, in_steps=True)
+    options["in_steps"] = True
+    return dense_attention(module, query, key, value, attention_mask, **options)
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -301,6 +304,7 @@ def _window_of(module: nn.Module) -> int | None:
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    assert call.ends is not None
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -313,6 +317,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
         window_size=(-1 if call.window is None else call.window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(output, Tensor)  # a pair only where auxiliary outputs are asked for
     return output[None]
 
 
@@ -325,9 +330,8 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Ten
     # The backward pass of one split is one concatenation; of slices it would be a row of zeros per document.
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
-        length = q.shape[2]
-        is_cut = call.window is not None and call.window < length
-        mask = _in_window(length, call.window, q.device) if is_cut else None
+        length, window = q.shape[2], call.window
+        mask = _in_window(length, window, q.device) if window is not None and window < length else None
         outputs.append(_dense(q, k, v, mask, call))
     return torch.cat(outputs, dim=1)
 

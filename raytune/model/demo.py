@@ -111,10 +111,10 @@ def _batches_of_like_length(rows: list[dict[str, Any]], rows_per_batch: int, see
 
 def answer_batch(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Render rows with the chat template, padded on the right; labels are the answers and their end-of-turn tokens."""
-    encoded = tokenizer.apply_chat_template([row["messages"] for row in rows], return_assistant_tokens_mask=True,
-                                            return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template([row["messages"] for row in rows], return_assistant_tokens_mask=True,
+                                                 return_dict=True)
     longest = max(map(len, encoded["input_ids"]))
-    ids_BT = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    ids_BT = torch.full((len(rows), longest), PAD_ID)
     labels_BT = torch.full((len(rows), longest), IGNORED)
     for row, (ids, is_answer) in enumerate(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)):
         ids_T = torch.tensor(ids)

@@ -1,30 +1,84 @@
 """Weights to files that plain transformers and PEFT load: a whole model as sharded safetensors, or an adapter alone."""
 
+import copy
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, groupby
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
+from raytune.model.quantize import quantized_modules
 from raytune.units import GIB
 
 MAX_SHARD_BYTES = 5 * GIB
-INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_QUANTIZATION = "base_quantization.json"
+"""How the base was quantised while an adapter was trained on it; merging reads it, PEFT does not."""
+ADAPTER = "default"
+LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
-def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Write an adapter and its config.
+def save_adapter(model: PeftModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter that plain PEFT loads onto the base as its author published it.
 
     Args:
         model: the adapted model; its own weights may be sharded, they are not read.
-        state: the adapter's whole weights, by the names of `model.named_parameters()`.
+        state: trained parameters by the names of `model.named_parameters()`, whole and on the CPU.
     """
-    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    folder.mkdir(parents=True, exist_ok=True)
+    config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER])  # pyright: ignore[reportAssignmentType]
+    state = dict(state)
+    initial: dict[str, Tensor] | None = getattr(model, "initial_adapter", None)
+    if initial is not None:
+        state, config = _for_original_base(state, initial, config)
+    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    # Entries may share memory or be transposed views, neither of which safetensors takes.
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    _save_quantization(model, folder)
+
+
+def _for_original_base(
+    state: dict[str, Tensor], initial: dict[str, Tensor], config: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Turn an adapter whose start was taken out of the base (PiSSA, OLoRA) into one of the original base.
+
+    The base was W - s B0 A0 and is W again, so the update s B A becomes s (B A - B0 A0): twice the rank, the same scale.
+    """
+    converted = dict(state)
+    for name, start in initial.items():
+        if ".lora_A." in name:
+            converted[name] = torch.cat([state[name].float(), start.float()], dim=0).to(state[name].dtype)
+        elif ".lora_B." in name:
+            converted[name] = torch.cat([state[name].float(), -start.float()], dim=1).to(state[name].dtype)
+    scale = 2**0.5 if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.r *= 2
+    config.lora_alpha *= scale  # pyright: ignore[reportAttributeAccessIssue]
+    config.rank_pattern = {pattern: 2 * rank for pattern, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {pattern: scale * alpha for pattern, alpha in (config.alpha_pattern or {}).items()}
+    return converted, config
+
+
+def _save_quantization(model: PeftModel, folder: Path) -> None:
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return
+    prefix = "base_model.model."
+    # A layer with an update lies one level deeper, as its `base_layer`.
+    modules = [name.removeprefix(prefix).removesuffix(".base_layer") for name in quantized_modules(model)]
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    record = {"dtype": str(model.dtype).removeprefix("torch."), "modules": modules, "config": values}
+    (folder / BASE_QUANTIZATION).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def save_model(
@@ -33,60 +87,85 @@ def save_model(
     """Write config and weights; no more than one shard of them is held at a time.
 
     Args:
-        model: whose config is written; its own weights may be sharded, they are not read.
-        tensors: every weight once, by the names of `model.named_parameters()`, which leave out a tied head.
+        model: whose configuration is written; its own weights may be sharded, they are not read.
+        tensors: every parameter once, by the names of `model.named_parameters()`, which leave out a tied head.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, max_shard_bytes)
-    dtype = None
-    for name, tensor in tensors:
-        writer.add(name, tensor)
-        dtype = tensor.dtype
-    writer.close()
-    config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
-    config.pop("use_cache", None)  # switched off for training only
-    type(model.config).from_dict(config).save_pretrained(folder)
-    if model.generation_config is not None:
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # switched off for training only
+    config.architectures = [type(model).__name__]
+    write_weights(config, _as_published(model, chain(tensors, _buffers(model))), folder, max_shard_bytes)
+    if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
-class ShardWriter:
-    """Writes tensors to `model-00001-of-00003.safetensors` and so on with their index, or to one file if they fit into it."""
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What belongs to a model's files besides its parameters; every rank holds it whole."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer.detach().cpu()
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self._folder, self._max_shard_bytes = folder, max_shard_bytes
-        self._shard: dict[str, Tensor] = {}
-        self._shard_bytes = self._total_bytes = 0
-        self._names_of_shard: list[list[str]] = []
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._shard and self._shard_bytes + size > self._max_shard_bytes:
-            self._write()
-        self._shard[name] = tensor.contiguous()
-        self._shard_bytes += size
-        self._total_bytes += size
+def _as_published(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Undo what transformers changes when it loads (fused experts, other names), a layer at a time, as other tools expect it."""
+    if not getattr(model, "_weight_conversions", None):
+        yield from tensors
+        return
+    for _, layer in groupby(tensors, key=lambda entry: match.group(1) if (match := LAYER.match(entry[0])) else ""):
+        yield from revert_weight_conversion(model, dict(layer)).items()
 
-    def close(self) -> None:
-        """Write what is left, then give the files the names that say how many there are."""
-        if self._shard:
-            self._write()
-        num_shards = len(self._names_of_shard)
-        if num_shards == 1:
-            self._draft(0).rename(self._folder / "model.safetensors")
-            return
-        weight_map = {}
-        for index, names in enumerate(self._names_of_shard):
-            file = f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
-            self._draft(index).rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))
 
-    def _draft(self, index: int) -> Path:
-        return self._folder / f"shard-{index}.safetensors.tmp"
+def write_weights(
+    config: PretrainedConfig, tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write config and sharded weights from a stream of tensors; no more than one shard is in memory.
 
-    def _write(self) -> None:
-        save_file(self._shard, self._draft(len(self._names_of_shard)), metadata={"format": "pt"})
-        self._names_of_shard.append(list(self._shard))
-        self._shard, self._shard_bytes = {}, 0
+    Args:
+        tensors: names and values, each once, on the CPU.
+        max_shard_bytes: size of a file at most, unless one tensor is larger.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Path] = []
+    part_of: dict[str, int] = {}
+    num_bytes = 0
+    dtypes: dict[torch.dtype, int] = {}
+    for shard in _shards(tensors, max_shard_bytes):
+        # How many files there will be is known at the end only, hence the other name until then.
+        path = folder / f"model-{len(parts) + 1:05d}.partial"
+        save_file(shard, path, metadata={"format": "pt"})
+        part_of |= dict.fromkeys(shard, len(parts))
+        parts.append(path)
+        for tensor in shard.values():
+            num_bytes += tensor.nbytes
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel()
+    names = _file_names(len(parts))
+    for path, name in zip(parts, names, strict=True):
+        path.replace(folder / name)
+    if len(names) > 1:
+        index = {
+            "metadata": {"total_size": num_bytes},
+            "weight_map": {name: names[part] for name, part in sorted(part_of.items())},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = copy.deepcopy(config)
+    config.dtype = max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtypes[dtype])
+    config.save_pretrained(folder)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    num_bytes = 0
+    for name, tensor in tensors:
+        if shard and num_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard, num_bytes = {}, 0
+        shard[name] = tensor.contiguous()
+        num_bytes += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,7 +1,8 @@
 """From a plan to a model that is ready to train: weights, quantisation, adapter, attention, activation checkpointing.
 
-Weights come as safetensors only, and no code that lies beside them is run unless the plan says so. Where a live ZeRO-3 configuration
-of transformers exists (training/zero_engine.py makes it), whole weights are sharded as they are loaded, by transformers itself.
+Weights come as safetensors only, and no code that lies beside them is run unless the plan says so. Where a live ZeRO-3
+configuration of transformers exists (training/zero_engine.py makes it), whole weights are sharded as they are loaded, by
+transformers itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ def resolve_model_path(base: str, revision: str | None) -> str:
     folder = Path(base).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ModelError(f"model.revision is {revision}, but model.base {base} is a folder, which has no revisions. Remove it.")
+            raise ModelError(f"model.revision is {revision}, but model.base {base} is a folder, which has none. Remove it.")
         _check_folder(folder)
         return str(folder.resolve())
     if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
@@ -60,14 +61,15 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
-                f"{folder} holds an adapter, not a whole model. Merge it into its base first: raytune merge {folder} --output FOLDER"
+                f"{folder} holds an adapter, not a whole model. Merge it into its base first: "
+                f"raytune merge {folder} --output FOLDER"
             )
         raise ModelError(f"{folder} holds no config.json, so it is not a model in the format of transformers.")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         found = f"only {', '.join(pickles)}, which are pickles: loading them can run code" if pickles else "none"
         raise ModelError(
-            f"{folder} must hold weights as *.safetensors; found {found}. Convert them with transformers, on a machine where you trust "
+            f"{folder} must hold weights as *.safetensors; found {found}. Convert them with transformers, if you trust "
             f"the file: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
         )
 
@@ -118,7 +120,8 @@ def load_model(
         device: where it lies afterwards. Ignored where ZeRO-3 places the weights.
         seed: of the adapter's start. Equal on every rank, and the same as plain PEFT's under `torch.manual_seed(seed)`.
         shard: called for each quantised weight as soon as it exists, in the same order on every rank. transformers does not shard
-            quantised models as it loads them, so that each rank would hold a whole one; ZeRO-3 gives a function that keeps a share.
+            quantised models as it loads them, so that each rank would hold a whole one; ZeRO-3 gives a function that keeps a
+            share.
 
     Raises:
         ModelError: if the model cannot be found, read, or trained as asked.
@@ -147,8 +150,8 @@ def load_model(
     if model.liger:
         _apply_liger(loaded, device)
     if model.gradient_checkpointing:
-        # ZeRO-3 gathers weights in hooks around forward; with adapters, only reentrant checkpointing runs them in the recomputation as
-        # it did at first (https://github.com/huggingface/trl/issues/2514).
+        # ZeRO-3 gathers weights in hooks around forward; with adapters, only reentrant checkpointing runs them in the
+        # recomputation as it did at first (https://github.com/huggingface/trl/issues/2514).
         loaded.activation_checkpointing_enable({"use_reentrant": is_sharded})
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
@@ -158,8 +161,9 @@ def load_model(
 
 
 def _model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedModel]:
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+    known: Any = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        return known[type(config)]
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     if reference is None or not model.trust_remote_code:
         raise ModelError(f"{model.path} is of type {config.model_type}, which is not a causal language model.")
@@ -174,8 +178,8 @@ def _check_quantised_base(model: ModelPlan, config: PretrainedConfig, adapter: A
     method = values.get("quant_method", "an unknown method")
     if method != "bitsandbytes" or not isinstance(adapter, QloraAdapter):
         raise ModelError(
-            f"{model.path} is already quantised by {method}. Use the original weights as model.base; with adapter.method: qlora they "
-            f"are quantised while they are loaded."
+            f"{model.path} is already quantised by {method}. Use the original weights as model.base; with adapter.method: qlora "
+            f"they are quantised while they are loaded."
         )
 
 
@@ -207,7 +211,7 @@ def _apply_liger(model: PreTrainedModel, device: torch.device) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ModelError("training.liger needs the package liger-kernel: pip install liger-kernel, or set it to false.") from error
+        raise ModelError("training.liger needs the package liger-kernel: install it, or set training.liger to false.") from error
     # Our loss layer never makes whole logits, so Liger's loss has no place.
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
@@ -222,8 +226,8 @@ def _explained(path: str, revision: str | None, what: str) -> Iterator[None]:
         place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"
         raise ModelError(
             f"Cannot load the {what} of model {path}{at} from {place}: {_first_lines(error)}\n"
-            f"Check the name, give a local folder with config.json and *.safetensors, or, where machines have no network, download the "
-            f"model first (hf download {path}) and set model.base to that folder."
+            f"Check the name, give a local folder with config.json and *.safetensors, or, where machines have no network, "
+            f"download the model first (hf download {path}) and set model.base to that folder."
         ) from error
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 def add_neftune(model: PreTrainedModel, noise_alpha: float) -> None:
     """Add noise of at most alpha / sqrt(L * D) to the embeddings while training, L being the length of a token's document.
 
-    For one document this is transformers' rule. In a packed row L stays the document's, so that packing does not weaken the noise.
+    For one document this is transformers' rule. In a packed row L stays the document's, so that packing does not weaken it.
     """
     lengths_T: list[Tensor] = []
 

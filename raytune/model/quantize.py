@@ -1,9 +1,10 @@
-"""Bases in 4 or 8 bits: what bitsandbytes is asked for, and what a quantised weight is worth. The model floor's only user of it."""
+"""Bases in 4 or 8 bits: what bitsandbytes is asked for, and what a weight becomes by it."""
 
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
@@ -19,8 +20,8 @@ def quantization_config(adapter: QloraAdapter, model: ModelPlan) -> BitsAndBytes
     """The quantisation of a base as transformers is told it.
 
     Raises:
-        ModelError: if the packed numbers would be held in a floating-point dtype that is not the model's: casting the model, as ZeRO
-            does, would destroy them.
+        ModelError: if the packed numbers would be held in a floating-point dtype that is not the model's: casting the model, as
+            ZeRO does, would destroy them.
     """
     if adapter.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -28,8 +29,8 @@ def quantization_config(adapter: QloraAdapter, model: ModelPlan) -> BitsAndBytes
     storage = compute if adapter.quant_storage == "auto" else adapter.quant_storage
     if storage not in ("uint8", model.dtype):
         raise ModelError(
-            f"adapter.quant_storage is {storage} but the model is loaded in {model.dtype}; casting one to the other would destroy the "
-            f"packed 4-bit numbers. Set adapter.quant_storage to {model.dtype}, or to uint8 where ZeRO-3 need not shard the base."
+            f"adapter.quant_storage is {storage} but the model is loaded in {model.dtype}; casting one to the other would "
+            f"destroy the packed 4-bit numbers. Set adapter.quant_storage to auto ({model.dtype}), or to uint8."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -58,11 +59,11 @@ def as_seen_in_training(weight: Tensor, config: dict[str, Any]) -> Tensor:
         config: `BitsAndBytesConfig.to_dict()` of the run that trained on it.
     """
     if config.get("load_in_8bit"):
-        quantized = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to(weight.device)
-        return (quantized.data.float() * quantized.SCB[:, None] / 127).to(weight.dtype)  # pyright: ignore[reportOptionalSubscript]
-    packed, state = bnb.functional.quantize_4bit(
+        numbers, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return functional.int8_vectorwise_dequant(numbers, scales).to(weight.dtype)
+    packed, state = functional.quantize_4bit(
         weight.contiguous(),
         quant_type=config["bnb_4bit_quant_type"],
         compress_statistics=config["bnb_4bit_use_double_quant"],
     )
-    return bnb.functional.dequantize_4bit(packed, state).to(weight.dtype)
+    return functional.dequantize_4bit(packed, state).to(weight.dtype)

@@ -29,6 +29,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_LOSS_SCALE = 2.0**16
+STEPS_BEFORE_GROWTH = 2000
+"""Steps without overflow after which fp16's loss scale is doubled; an overflow halves it at once."""
 BUCKET_BYTES = 64 * MIB
 """Gradients are summed over the ranks in pieces of this size: large enough for bandwidth, small beside the gradients."""
 
@@ -184,7 +186,9 @@ class PlainEngine:
         self._precision: Precision = precision
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
-        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=precision == "fp16")
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
+        )
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         for parameter in self._trained.values():
             parameter.data = parameter.data.float()
@@ -270,8 +274,8 @@ class PlainEngine:
                 )
                 saved, own = saved_shapes.get(different[0]), own_shapes.get(different[0])
                 raise CheckpointError(
-                    f"{folder / WEIGHTS_FILE} does not fit the model: {len(different)} trained parameters differ in name or shape, "
-                    f"first {different[0]} ({saved} saved, {own} in the model)."
+                    f"{folder / WEIGHTS_FILE} does not fit the model: {len(different)} trained parameters differ in name or "
+                    f"shape, first {different[0]} ({saved} saved, {own} in the model)."
                 )
             for name, parameter in self._trained.items():
                 parameter.data.copy_(file.get_tensor(name))

@@ -65,7 +65,9 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
             save_model(engine.model, tensors, target)
         else:
             save_adapter(engine.model, dict(tensors), target)
-        load_tokenizer(plan.model.path, plan.model.revision).save_pretrained(target)
+        tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+        tokenizer.chat_template = plan.template or tokenizer.chat_template
+        tokenizer.save_pretrained(target)
         if not is_local(folder.model):
             upload_folder(target, folder.model)
 

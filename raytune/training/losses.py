@@ -164,19 +164,13 @@ class _ChunkedLoss(torch.autograd.Function):
         # fp32: 16 bits would lose what late chunks add to a large sum, and fp16 overflow before the loss is divided.
         weight_gradients = [torch.zeros_like(weight, dtype=_loss_dtype(weight)) for weight in weights if with_gradient]
         for chunk in _chunks(len(target_ids), chunk_tokens):
-            ids_C1 = target_ids[chunk, None]
             with torch.set_grad_enabled(with_gradient):
                 logits_CV, pull_back = projection.project(hidden_MD[chunk].detach())
-            dtype = logits_CV.dtype
-            log_probabilities_CV = torch.log_softmax(logits_CV, -1, dtype=_loss_dtype(logits_CV))
-            del logits_CV
-            loss -= log_probabilities_CV.gather(1, ids_C1).sum()
-            if hidden_gradient_MD is not None:
-                # The gradient of cross-entropy: softmax, minus one at the target. Subtracted before the cast to 16 bits, which
-                # would round the small difference of a confident prediction away.
-                gradient_CV = log_probabilities_CV.exp_()
-                gradient_CV.scatter_add_(1, ids_C1, gradient_CV.new_full(ids_C1.shape, -1.0))
-                hidden_gradient_MD[chunk] = pull_back(gradient_CV.to(dtype), weight_gradients)
+            chunk_loss, gradient_CV = _cross_entropy(logits_CV, target_ids[chunk], with_gradient)
+            loss += chunk_loss
+            if hidden_gradient_MD is not None and gradient_CV is not None:
+                hidden_gradient_MD[chunk] = pull_back(gradient_CV, weight_gradients)
+            del logits_CV, gradient_CV, pull_back  # before the next chunk's exist
         ctx.gradients = (hidden_gradient_MD, *weight_gradients)
         ctx.dtypes = (hidden_MD.dtype, *(weight.dtype for weight in weights))
         return loss
@@ -187,6 +181,20 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, hence once
         of_hidden, *of_weights = (gradient.mul_(loss_gradient).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes))
         return None, of_hidden, None, None, None, *of_weights
+
+
+def _cross_entropy(logits_CV: Tensor, target_ids: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum over a chunk, and its gradient in the dtype of the logits."""
+    ids_C1 = target_ids[:, None]
+    log_probabilities_CV = torch.log_softmax(logits_CV, -1, dtype=_loss_dtype(logits_CV))
+    loss = -log_probabilities_CV.gather(1, ids_C1).sum()
+    if not with_gradient:
+        return loss, None
+    # Softmax, minus one at the target. Subtracted before the cast to 16 bits, which would round the small difference of a
+    # confident prediction away.
+    gradient_CV = log_probabilities_CV.exp_()
+    gradient_CV.scatter_add_(1, ids_C1, gradient_CV.new_full(ids_C1.shape, -1.0))
+    return loss, gradient_CV.to(logits_CV.dtype)
 
 
 def _chunks(num_targets: int, chunk_tokens: int) -> Iterator[slice]:

@@ -30,6 +30,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import (
     DTYPES,
     INITIAL_LOSS_SCALE,
+    STEPS_BEFORE_GROWTH,
     HeldBytes,
     Layout,
     gather_objects,
@@ -108,7 +109,12 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "gradient_clipping": plan.optimization.max_grad_norm,
         "bf16": {"enabled": plan.precision == "bf16"},
-        "fp16": {"enabled": plan.precision == "fp16", "initial_scale_power": int(math.log2(INITIAL_LOSS_SCALE))},
+        "fp16": {
+            "enabled": plan.precision == "fp16",
+            "initial_scale_power": int(math.log2(INITIAL_LOSS_SCALE)),
+            "loss_scale_window": STEPS_BEFORE_GROWTH,
+            "hysteresis": 1,
+        },
         "zero_optimization": _zero_section(plan),
         # Optimizers are built by training/optimizer.py; DeepSpeed's list of tested ones does not know bitsandbytes', and its own
         # CPU Adam would be compiled inside the worker.
@@ -352,8 +358,11 @@ class ZeroEngine:
 
     def held_bytes(self) -> HeldBytes:
         optimizer: Any = self._engine.optimizer
-        # Stage 3 keeps one buffer for all steps, stages 1 and 2 allocate anew.
-        shards = [optimizer.grad_partitions_flat_buffer] if self._stage == 3 else _flat(optimizer.averaged_gradients.values())
+        if self._stage == 3:
+            shards = [optimizer.grad_partitions_flat_buffer]
+        else:
+            # Where a stage-2 shard of gradients lies depends on its dtype.
+            shards = _flat([*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()])
         whole = [parameter.grad for parameter in self._trained.values()]
         states = [value for state in optimizer.state.values() for value in state.values()]
         masters = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups

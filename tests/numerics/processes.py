@@ -21,7 +21,7 @@ class RankError(AssertionError):
     """A rank failed, died or did not answer in time; the message has what each rank said."""
 
 
-def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
     """Call `function(*arguments)` on every rank of a new gloo group.
 
     Args:
@@ -31,8 +31,8 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, 
         timeout_s: after which all ranks are ended.
 
     Returns:
-        What each rank returned, in order of rank; or the exception that it raised, if that is one of raytune's: so a test can claim
-        that every rank stops.
+        What each rank returned, in order of rank; or the exception that it raised, if that is one of raytune's: so a test can
+        claim that every rank stops.
 
     Raises:
         RankError: if a rank raised anything else, died, or was still running at the time limit.
@@ -101,7 +101,7 @@ def _rank_main(
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120))
         try:
             outcome = True, function(*arguments)
         except RaytuneError as error:

@@ -137,7 +137,12 @@ def train(plan: RunPlan, change: Change | None = None) -> Outcome:
 
 def train_spoiled(plan: RunPlan, spoil: Spoil) -> tuple[str, Outcome]:
     """Train until the run stops itself; what it said and what it left. The message is empty if it went on to the end."""
-    engine, loss_sum, batches_of = start(plan)
+    return until_stopped(plan, *start(plan), spoil)
+
+
+def until_stopped(
+    plan: RunPlan, engine: Engine, loss_sum: LossSum, batches_of: Callable[[int], Sequence[Batch]], spoil: Spoil
+) -> tuple[str, Outcome]:
     now = -1
 
     def watched_batches(step: int) -> Sequence[Batch]:
@@ -178,8 +183,17 @@ def steps_of(
 
 
 def start(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> tuple[Engine, LossSum, Callable[[int], Sequence[Batch]]]:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     engine, loss_sum = start_engine(plan, prepare_process(plan, rank), rank, world)
+    return engine, loss_sum, batches_of_rank(plan, num_rows_in_run=num_rows_in_run)
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batches_of_rank(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> Callable[[int], Sequence[Batch]]:
+    rank, world = rank_and_world()
     store = Store.open(plan.data.train.path)
 
     def batches_of(step: int) -> list[Batch]:
@@ -194,7 +208,7 @@ def start(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> tuple[Engine, LossS
             seed=plan.seed,
         )
 
-    return engine, loss_sum, batches_of
+    return batches_of
 
 
 def outcome(engine: Engine, numbers: list[StepNumbers]) -> Outcome:

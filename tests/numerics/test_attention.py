@@ -13,37 +13,73 @@ from raytune.errors import ModelError
 from raytune.model.attention import available_attention, check_attention, implementation_name, model_inputs
 
 LENGTHS = [7, 1, 20, 12, 1]
-SMALL: dict[str, Any] = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaConfig": {},
-    "MistralConfig": dict(sliding_window=4),
-    "Qwen2Config": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "MistralConfig": {"sliding_window": 4},
+    "Qwen2Config": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "Qwen3Config": {},
-    "Qwen2MoeConfig": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1, num_experts=4, num_experts_per_tok=2,
-                           moe_intermediate_size=16, shared_expert_intermediate_size=16),
-    "MixtralConfig": dict(num_local_experts=4),
+    "Qwen2MoeConfig": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "MixtralConfig": {"num_local_experts": 4},
     "GemmaConfig": {},
-    "Gemma2Config": dict(sliding_window=4, attn_logit_softcapping=2.0),
-    "Gemma3TextConfig": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-    "Phi3Config": dict(sliding_window=4, original_max_position_embeddings=64),
-    "PhimoeConfig": dict(sliding_window=4, num_local_experts=4),
+    "Gemma2Config": {"sliding_window": 4, "attn_logit_softcapping": 2.0},
+    "Gemma3TextConfig": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3Config": {"sliding_window": 4, "original_max_position_embeddings": 64},
+    "PhimoeConfig": {"sliding_window": 4, "num_local_experts": 4},
     "Olmo2Config": {},
-    "GPT2Config": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    "GPT2Config": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
     "GPTNeoXConfig": {},
-    "DeepseekV3Config": dict(num_key_value_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16, kv_lora_rank=16,
-                             n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
-                             first_k_dense_replace=1),
-    "GptOssConfig": dict(sliding_window=4, num_local_experts=4, layer_types=["sliding_attention", "full_attention"]),
-}  # fmt: skip
+    "DeepseekV3Config": {
+        "num_key_value_heads": 4,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
+    "GptOssConfig": {"sliding_window": 4, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"]},
+}
 
 
 def small_config(name: str) -> PretrainedConfig:
     fields = SMALL | CONFIGS[name]
     if name == "GPT2Config":
-        fields = {key: value for key, value in fields.items() if key in CONFIGS[name] or key == "vocab_size" or key.endswith("_id")}
+        shared = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+        fields = {key: value for key, value in fields.items() if key in CONFIGS[name] or key in shared}
     return getattr(transformers, name)(**fields)
 
 
@@ -109,7 +145,7 @@ def test_generation_from_padded_prompts_is_that_of_transformers(name: str, atten
     prompts = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(2))
     is_token = torch.ones_like(prompts)
     is_token[0, :4] = 0
-    arguments: dict[str, Any] = dict(attention_mask=is_token, max_new_tokens=8, do_sample=False, use_cache=True)
+    arguments: dict[str, Any] = {"attention_mask": is_token, "max_new_tokens": 8, "do_sample": False, "use_cache": True}
     expected = model.generate(prompts, **arguments)
     model.set_attn_implementation(implementation_name(attention))
     assert model.generate(prompts, **arguments).tolist() == expected.tolist()

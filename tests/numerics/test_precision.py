@@ -8,9 +8,13 @@ from torch import Tensor, nn
 
 from raytune.data.batches import Batch
 from raytune.errors import TrainingError
+from raytune.model.attention import model_inputs
+from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import INITIAL_LOSS_SCALE
 from raytune.training.loop import evaluate_loss, step_seed
+from raytune.training.losses import attach_loss
+from raytune.training.optimizer import build_optimizer
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     LORA,
@@ -18,15 +22,19 @@ from tests.numerics.runs import (
     SAME_SUMS,
     Change,
     Material,
+    Outcome,
     Spoil,
+    batches_of_rank,
     make_plan,
     relative_difference,
     start,
     steps_of,
     train,
     train_spoiled,
+    until_stopped,
 )
 
+CPU = torch.device("cpu")
 FP16 = {"precision": "fp16", "model": {"compute_dtype": "fp16"}}
 # One unit in the last of fp16's eleven bits.
 FP16_UNIT = 2**-11
@@ -48,6 +56,45 @@ def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale
         assert [numbers.updated for numbers in outcome.numbers] == [True, True, False, True, True, True]
         assert [numbers.loss_scale for numbers in outcome.numbers][1:4] == [INITIAL_LOSS_SCALE, *[INITIAL_LOSS_SCALE / 2] * 2]
         assert all(math.isfinite(loss) for loss in outcome.losses)
+
+
+def train_fp16_shards(plan: RunPlan, stage: int, spoil: Spoil) -> tuple[str, Outcome]:
+    """The same on shards. DeepSpeed believes that no CPU computes in fp16; PyTorch does."""
+    from deepspeed.accelerator import get_accelerator
+
+    from raytune.training.zero_engine import ZeroEngine, deepspeed_config
+
+    get_accelerator().is_fp16_supported = lambda: True
+    zero = plan.model_copy(update={"engine": plan.engine.model_copy(update={"kind": "zero", "zero_stage": stage})})
+    on_gpu = zero.model_copy(update={"cluster": plan.cluster.model_copy(update={"device": "cuda"})})
+    in_fp32 = zero.model_copy(update={"precision": "fp32"})
+    config = deepspeed_config(in_fp32) | {"fp16": deepspeed_config(on_gpu)["fp16"]}
+    model = load_model(plan.model, plan.adapter, device=CPU, seed=plan.seed)
+    optimizer = build_optimizer(model, plan.optimization, device=CPU)
+    engine = ZeroEngine(model, optimizer, config, precision="fp16", device=CPU)
+    layer = attach_loss(engine.model, None)
+    return until_stopped(
+        plan,
+        engine,
+        lambda module, batch: layer.loss_sum(module, batch, model_inputs(batch, "varlen")),
+        batches_of_rank(plan),
+        spoil,
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_shards_skip_an_overflow_and_stop_at_a_bad_loss(stage: int, material: Material) -> None:
+    plan = make_plan(material, workers=2, precision="fp16", model={"dtype": "fp16", "compute_dtype": "fp16"})
+    exact = train(make_plan(material))
+    for message, outcome in run_on_ranks(train_fp16_shards, 2, plan, stage, Spoil(step=2, rank=1, what="gradient")):
+        assert message == ""
+        assert [numbers.updated for numbers in outcome.numbers] == [True, True, False, True, True, True]
+        assert [numbers.loss_scale for numbers in outcome.numbers][1:4] == [INITIAL_LOSS_SCALE, *[INITIAL_LOSS_SCALE / 2] * 2]
+        assert relative_difference(outcome.losses[:3], exact.losses[:3]) <= FP16_UNIT
+        assert outcome.dtypes == {torch.float16}
+    for message, outcome in run_on_ranks(train_fp16_shards, 2, plan, stage, Spoil(step=2, rank=1, what="loss")):
+        assert "The loss of step 3 is not finite (rank 1: inf on rows" in message
+        assert len(outcome.numbers) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_fp16_too(material: Material) -> None:

@@ -116,10 +116,11 @@ def test_each_stage_divides_what_it_promises_to_divide(material: Material) -> No
     held = {stage: run_on_ranks(held_before_the_step, 2, plan) for stage, plan in plans.items()}
     weights = held[0][0].weights
     assert [held[stage][rank].weights for stage in (0, 1, 2) for rank in (0, 1)] == [weights] * 6
-    # Norms stay whole on every rank (stage3_param_persistence_threshold), everything is padded to a multiple of the ranks.
-    assert [held[3][rank].weights for rank in (0, 1)] == pytest.approx([weights / 2] * 2, rel=0.05)
-    gradients = [held[stage][0].gradients for stage in (0, 1, 2, 3)]
-    assert gradients == pytest.approx([weights, weights, weights / 2, weights / 2], rel=0.05)
+    assert [held[3][rank].weights for rank in (0, 1)] == pytest.approx([weights / 2] * 2, rel=0.01)
+    for rank in (0, 1):
+        gradients = [held[stage][rank].gradients for stage in (0, 1, 2, 3)]
+        # Stage 2 keeps the parameter that lies across the border of two shards whole on one of them.
+        assert gradients == pytest.approx([weights, weights, weights / 2, weights / 2], rel=0.2)
     # Plain: two moments of 4 bytes. ZeRO: two moments and a master, on half of the parameters.
     optimizer = [held[stage][0].optimizer for stage in (0, 1, 2, 3)]
     assert optimizer == pytest.approx([2 * weights, 1.5 * weights, 1.5 * weights, 1.5 * weights], rel=0.01)

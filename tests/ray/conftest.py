@@ -1,36 +1,46 @@
-"""Two raylets on this machine, each with room for one worker, as two nodes of a cluster."""
+"""Clusters on this machine, one at a time: raylets that are nodes to Ray."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 
-@pytest.fixture(scope="session")
-def short_tmp() -> Iterator[Path]:
-    """A folder with a short name: Ray's sockets lie in it, and a socket's path has at most 107 characters."""
-    folder = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes, each with room for one worker; `cluster.address` joins it."""
+    with running_cluster(cpus_of_nodes=[1, 1]) as started:
+        yield started
 
 
-@pytest.fixture(scope="session")
-def cluster(short_tmp: Path) -> Iterator[Cluster]:
-    """A running cluster of two one-CPU nodes with a dashboard; its address is `cluster.address`."""
-    os.environ["RAY_TMPDIR"] = str(short_tmp)
+@pytest.fixture(scope="module")
+def one_node() -> Iterator[Cluster]:
+    """A node with room for two workers. Jobs need it: raylets of one machine share a folder, and unpack a job's files over each other."""
+    with running_cluster(cpus_of_nodes=[2]) as started:
+        yield started
+
+
+@contextmanager
+def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
+    # Ray's sockets lie in this folder, and the path of a socket has at most 107 characters.
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    os.environ["RAY_TMPDIR"] = folder
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    head, *others = cpus_of_nodes
     started = Cluster(
-        initialize_head=True,
-        connect=False,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0},
+        initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, "dashboard_port": 0}
     )
-    started.add_node(num_cpus=1)
-    started.wait_for_nodes()
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    try:
+        for num_cpus in others:
+            started.add_node(num_cpus=num_cpus)
+        started.wait_for_nodes()
+        yield started
+    finally:
+        ray.shutdown()
+        started.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

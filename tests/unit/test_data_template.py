@@ -259,6 +259,7 @@ def test_tokens_and_masks_equal_those_of_transformers_on_a_marked_template(name:
         wanted[0] = False
         differing = [index for index, (ours, theirs) in enumerate(zip(mask, wanted)) if ours != theirs]
         assert not differing, (tokenizer.convert_ids_to_tokens(ids), differing)
+        assert trained_text(template, row, "last") == trained_text(template, row)[-1:]
 
     holds()
 

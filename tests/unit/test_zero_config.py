@@ -36,7 +36,7 @@ def test_the_config_of_a_lora_run_on_eight_gpus() -> None:
         "managed_gradient_accumulation": False,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-        "fp16": {"enabled": False, "initial_scale_power": 16},
+        "fp16": {"enabled": False, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,

@@ -1,0 +1,254 @@
+"""An adapter laid into its base, tensor by tensor: memory holds a shard of the result and the adapter, never the model.
+
+PEFT's own layers do the arithmetic, on a model whose weights do not exist but for the layer at hand. A base that was quantised in
+training is first turned into what the training saw: quantised and expanded again.
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from raytune.config.training import Precision
+from raytune.errors import ModelError
+from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
+from raytune.model.load import load_config, load_tokenizer, resolve_model_path
+from raytune.model.quantize import DTYPES, as_seen_in_training
+
+BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def merge_adapter(
+    adapter_folder: Path,
+    output_folder: Path,
+    *,
+    base: str | None = None,
+    dtype: Precision | None = None,
+    dequantise: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model that a base and its adapter make together, with tokenizer and chat template.
+
+    Args:
+        base: folder, hub id or `demo`; None: the one that the adapter names.
+        dtype: of the result; None: as in the base's files.
+        dequantise: for an adapter trained on a quantised base: merge into the weights that training saw (quantised and expanded
+            again), so that the result computes what was trained. False: into the original weights.
+
+    Raises:
+        ModelError: if the adapter is missing, damaged or not of this base, or the output exists.
+    """
+    if output_folder.exists() and any(output_folder.iterdir()):
+        raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
+    peft_config = _adapter_config(adapter_folder)
+    base = base or peft_config.base_model_name_or_path
+    if not base:
+        raise ModelError(f"{adapter_folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
+    path = resolve_model_path(base, None)
+    config = load_config(path, peft_config.revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
+    weights = _BaseWeights(_base_folder(path, peft_config.revision))
+    merger = _Merger(config, adapter_folder, _quantization(adapter_folder) if dequantise else None)
+
+    output_folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
+    try:
+        tensors = _cast(merger.merged(weights), None if dtype is None else DTYPES[dtype])
+        merged_config = copy.deepcopy(config)
+        merged_config.tie_word_embeddings = merger.stays_tied
+        merged_config.architectures = [type(merger.model).__name__]
+        write_weights(merged_config, tensors, unfinished, max_shard_bytes)
+        if (weights.folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(weights.folder).save_pretrained(unfinished)
+        has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
+        load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder)).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        if output_folder.exists():
+            output_folder.rmdir()
+        unfinished.rename(output_folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _adapter_config(folder: Path) -> PeftConfig:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no {name}, so it is not an adapter in the format of PEFT.")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+
+
+def _quantization(folder: Path) -> dict[str, Any] | None:
+    path = folder / BASE_QUANTIZATION
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _base_folder(path: str, revision: str | None) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=BASE_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"The base {path} is neither a folder nor in this machine's cache, and cannot be downloaded: {error}. "
+            f"Name a folder with --base."
+        ) from error
+
+
+def _cast(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+@dataclass(frozen=True)
+class _BaseWeights:
+    """The safetensors files of a base, read a tensor at a time."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for path in self._files():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        yield name, file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} cannot be read: {error}. It is damaged or incomplete; download it again.") from error
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            return [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [self.folder / "model.safetensors"]
+
+
+class _Merger:
+    """The base's layers without weights, wrapped by PEFT, and what the adapter does to each tensor of the base."""
+
+    def __init__(self, config: PretrainedConfig, adapter_folder: Path, quantization: dict[str, Any] | None) -> None:
+        with torch.device("meta"):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self._embedding = _name_of(self.model, self.model.get_input_embeddings())
+        self._head = _name_of(self.model, self.model.get_output_embeddings())
+        self._is_tied = bool(config.get_text_config().tie_word_embeddings) and self._head is not None
+        self._quantization = quantization
+        try:
+            PeftModel.from_pretrained(self.model, str(adapter_folder), low_cpu_mem_usage=True, torch_device="cpu")
+        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(
+                f"The adapter in {adapter_folder} cannot be put on this base: {error}. Its file is damaged, or it was trained on "
+                f"another base."
+            ) from error
+        self._layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        self._replaced = self._replacements()
+
+    @property
+    def stays_tied(self) -> bool:
+        """Whether embedding and head are one tensor after merging, if they were before."""
+        touched = {name.rpartition(".")[0] for name in self._replaced} | set(self._layers)
+        return self._is_tied and not touched & {self._embedding, self._head}
+
+    def merged(self, weights: _BaseWeights) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the merged model, in the order of the base's files."""
+        merged, written, embedding = set(), set(), None
+        for published_name, tensor in weights:
+            name = self._own_name(published_name)
+            module_name = name.rpartition(".")[0]
+            if name == f"{self._embedding}.weight":
+                embedding = tensor
+            if module_name in self._layers and name.endswith(".weight"):
+                merged.add(module_name)
+            written.add(name)
+            yield published_name, self._merged(name, tensor)
+        head = f"{self._head}.weight"
+        if self._is_tied and not self.stays_tied and head not in written:
+            assert embedding is not None, "a tied head comes from the embedding"
+            merged.add(self._head)
+            yield head, self._merged(head, embedding)
+        missing = sorted(set(self._layers) - merged)
+        if missing:
+            raise ModelError(
+                f"The adapter updates {len(missing)} layers whose weights are not in {weights.folder} under their names, first "
+                f"{missing[0]}. It cannot be merged; load it with PEFT instead."
+            )
+
+    def _merged(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self._replaced:
+            return self._replaced[name].to(tensor.dtype)
+        module_name, _, part = name.rpartition(".")
+        if part != "weight":
+            return tensor
+        weight = self._as_trained_on(module_name, tensor)
+        if module_name not in self._layers:
+            return weight
+        return _merged_weight(self._layers[module_name], weight)
+
+    def _as_trained_on(self, module_name: str, weight: Tensor) -> Tensor:
+        if self._quantization is None or module_name not in self._quantization["modules"]:
+            return weight
+        loaded = weight.to(getattr(torch, self._quantization["dtype"]))
+        layer = self._layers.get(module_name) or self.model.get_submodule(module_name)
+        # bitsandbytes holds GPT-2's layers the other way round.
+        is_turned = isinstance(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer, Conv1D)
+        seen = as_seen_in_training(loaded.T if is_turned else loaded, self._quantization["config"])
+        return (seen.T if is_turned else seen).to(weight.dtype)
+
+    def _own_name(self, published: str) -> str:
+        """The name of a tensor of the files in the model; bases are published with or without their outermost name."""
+        prefix = f"{self.model.base_model_prefix}."
+        for name in (published, prefix + published, published.removeprefix(prefix)):
+            if name in self._names:
+                return name
+        return published
+
+    def _replacements(self) -> dict[str, Tensor]:
+        """Tensors that the adapter holds in full: biases, and modules that were trained whole."""
+        replaced = {
+            name.replace(".base_layer.", "."): parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if not parameter.is_meta and ".lora_" not in name and ".modules_to_save." not in name
+        }
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                trained: nn.Module = module.modules_to_save[ADAPTER]
+                replaced |= {f"{name}.{part}": tensor for part, tensor in trained.state_dict().items()}
+        return replaced
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+@torch.no_grad()
+def _merged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """The weight of one layer with its update, computed in fp32 by PEFT."""
+    base: Any = layer.get_base_layer()
+    nowhere = base.weight
+    base.weight = nn.Parameter(weight.float(), requires_grad=False)
+    try:
+        layer.merge(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    except ValueError as error:
+        raise ModelError(f"The adapter makes a weight that is not finite: {error}") from error
+    merged = base.weight.detach().to(weight.dtype)
+    base.weight = nowhere
+    return merged

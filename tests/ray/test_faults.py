@@ -1,0 +1,110 @@
+"""What a user meets when a run goes wrong: a cause, named once, or no interruption at all."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from raytune.api import train
+from raytune.errors import DataError, RaytuneError, UserError
+from raytune.launch.run import RunFailedError
+from raytune.metrics import History, read_events
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "storage": str(storage),
+        "data": {"train": {"path": "demo:train", "max_rows": 100}, "max_length": 256},
+        "training": {"max_steps": 30, "global_batch_size": 2, "learning_rate": 1e-3, "zero": {"stage": 2}},
+        "checkpoint": {"every_steps": 5},
+        "cluster": {"address": cluster.address, "workers": 2},
+        **sections,
+    }
+
+
+def pid_of_a_worker() -> int | None:
+    """A Ray Train worker of this machine that is in its training function."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and b"ray::RayTrainWorker" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+        except OSError:
+            continue
+    return None
+
+
+def kill_a_worker_after(metrics: Path, step: int) -> None:
+    """Wait until a run has made some steps, then end one of its workers the hard way."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if History.read(metrics).last_step >= step and (pid := pid_of_a_worker()):
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_losses_of_the_unbroken_one(cluster: Cluster, tmp_path: Path) -> None:
+    unbroken = train(config(cluster, tmp_path, "unbroken"), progress=False)
+    killer = threading.Thread(target=kill_a_worker_after, args=(tmp_path / "killed" / "metrics.jsonl", 12))
+    killer.start()
+    survived = train(config(cluster, tmp_path, "killed"), progress=False)
+    killer.join()
+    events = [event["event"] for event in read_events(tmp_path / "killed" / "events.jsonl")]
+    assert events.count("attempt_started") == 2, "nothing was killed"
+    assert survived.history.series("train/loss") == unbroken.history.series("train/loss")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_names_its_step(cluster: Cluster, tmp_path: Path) -> None:
+    hopeless = config(cluster, tmp_path, "diverging", adapter={"method": "full"})
+    hopeless["training"] |= {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0}
+    with pytest.raises(RunFailedError, match=r"TrainingError: The (loss|gradient) of step \d+ is not finite") as caught:
+        train(hopeless, progress=False)
+    record = json.loads((tmp_path / "diverging" / "run.json").read_text())
+    assert record["attempts"] == 1, "what would only happen again is not tried again"
+    assert record["state"] == "failed"
+    assert caught.value.exit_code == 1
+
+
+def test_continuing_a_run_with_other_settings_is_refused_with_the_difference(cluster: Cluster, tmp_path: Path) -> None:
+    short = config(cluster, tmp_path, "short")
+    short["training"] |= {"max_steps": 2}
+    train(short, progress=False)
+    with pytest.raises(UserError, match=r"optimization\.learning_rate: 0\.001 -> 0\.002"):
+        train(short, progress=False, **{"training.learning_rate": 2e-3})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.train": "no-such-file.jsonl"}, "no-such-file.jsonl"),
+        ({"model.base": "./no-such-model"}, "no-such-model"),
+        ({"cluster.workers": 64}, "CPUs of the cluster"),
+        ({"evaluation.generation.rows": "no-such-questions.jsonl"}, "no-such-questions.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_worker_starts(
+    cluster: Cluster, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((UserError, DataError), match=message):
+        train(config(cluster, tmp_path, "refused"), progress=False, **change)
+    assert not (tmp_path / "refused" / "run.json").exists()
+
+
+def test_an_error_of_a_run_survives_pickling() -> None:
+    import pickle
+
+    from raytune.launch.attempts import Failure
+
+    failure = Failure(attempt=1, rank=0, node="n", kind="WorkerDied", message="gone", traceback="")
+    error: RaytuneError = pickle.loads(pickle.dumps(RunFailedError("message", failure)))
+    assert isinstance(error, RunFailedError)
+    assert (str(error), error.failure, error.exit_code) == ("message", failure, 10)
