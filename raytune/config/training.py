@@ -62,7 +62,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up. `wsd`: constant, then a linear decay over the last `decay_ratio` of the steps."""
     min_lr_ratio: Fraction = 0.0
-    """Where cosine, linear, polynomial and WSD end, as a share of the peak."""
+    """Where the schedule ends, as a share of the peak (`constant` stays at the peak)."""
     decay_ratio: Fraction = 0.2
     """WSD: share of the steps that decays."""
     polynomial_power: PositiveFloat = 2.0

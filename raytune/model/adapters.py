@@ -39,12 +39,12 @@ def add_adapter(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
     """
     config = lora_config(model, adapter, revision=revision)
     _check_initialisation(adapter)
+    _check_saved_modules(model, adapter)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, revision=revision)
-    _check_saved_modules(peft_model, adapter)
     if adapter.init in CHANGES_BASE:
         # Both factors as they start, which export needs to make an adapter of the original base.
         start = {name: value.detach().to("cpu", copy=True) for name, value in peft_model.named_parameters() if ".lora_" in name}
@@ -167,12 +167,14 @@ def _check_initialisation(adapter: LoraAdapter) -> None:
         )
 
 
-def _check_saved_modules(model: PeftModel, adapter: LoraAdapter) -> None:
-    quantized = [name for name in quantized_modules(model) if ".modules_to_save." in name]
+def _check_saved_modules(model: PreTrainedModel, adapter: LoraAdapter) -> None:
+    quantized = [
+        name for name in quantized_modules(model) if any(_is_or_ends_with(name, saved) for saved in adapter.modules_to_save)
+    ]
     if quantized:
         raise ModelError(
-            f"adapter.modules_to_save names quantised layers ({', '.join(quantized[:3])}), which cannot be trained in full. Only "
-            f"embeddings, norms and the output head can, with adapter.method: {adapter.method}."
+            f"adapter.modules_to_save names quantised layers ({', '.join(quantized[:3])}), which cannot be trained in full. With "
+            f"adapter.method: {adapter.method}, only embeddings, norms and the output head can."
         )
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -64,7 +64,7 @@ def merge_adapter(
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
     weights = _BaseWeights(_base_folder(path, peft_config.revision))
-    merger = _Merger(config, adapter_folder, _quantization(adapter_folder) if dequantise else None)
+    merger = _Merger(config, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
@@ -144,7 +144,9 @@ class _BaseWeights:
 class _Merger:
     """The base's layers without weights, wrapped by PEFT, and what the adapter does to each tensor of the base."""
 
-    def __init__(self, config: PretrainedConfig, adapter_folder: Path, quantization: dict[str, Any] | None) -> None:
+    def __init__(
+        self, config: PretrainedConfig, folder: Path, peft_config: PeftConfig, quantization: dict[str, Any] | None
+    ) -> None:
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -153,12 +155,20 @@ class _Merger:
         self._is_tied = bool(config.get_text_config().tie_word_embeddings) and self._head is not None
         self._quantization = quantization
         try:
-            PeftModel.from_pretrained(self.model, str(adapter_folder), low_cpu_mem_usage=True, torch_device="cpu")
+            peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
+            # Loading a whole PEFT model would send the weights to where the base is: nowhere.
+            loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
-                f"The adapter in {adapter_folder} cannot be put on this base: {error}. Its file is damaged, or it was trained on "
-                f"another base."
+                f"The adapter in {folder} cannot be put on this base: {_one_line(error)}. Its file is damaged, or it was trained "
+                f"on another base."
             ) from error
+        foreign = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]
+        if foreign:
+            raise ModelError(
+                f"The adapter in {folder} does not fit this base: {len(foreign)} of its tensors are missing or have no layer, first "
+                f"{foreign[0]}. Name the base that it was trained on with --base."
+            )
         self._layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
         self._replaced = self._replacements()
 
@@ -252,3 +262,7 @@ def _merged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
     merged = base.weight.detach().to(weight.dtype)
     base.weight = nowhere
     return merged
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

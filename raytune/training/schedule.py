@@ -36,8 +36,9 @@ def _constant(progress: float, plan: OptimizationPlan) -> float:
 
 def _wsd(progress: float, plan: OptimizationPlan) -> float:
     """Warm-up, stable, decay (Hu et al. 2024): constant, then a straight line down over the last `decay_ratio` of all steps."""
-    num_decay_steps = min(round(plan.decay_ratio * plan.num_steps), plan.num_steps - plan.warmup_steps)
-    num_steps_left = (1 - progress) * (plan.num_steps - plan.warmup_steps)
+    num_steps = plan.num_steps - plan.warmup_steps
+    num_decay_steps = min(round(plan.decay_ratio * plan.num_steps), num_steps)
+    num_steps_left = round((1 - progress) * num_steps)
     return min(1.0, num_steps_left / max(1, num_decay_steps))
 
 

@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from raytune.config.training import Optimizer
 from raytune.errors import CheckpointError
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.runs import (
@@ -70,6 +71,13 @@ def test_a_resumed_adapter_equals_the_unbroken_one(workers: int, stage: int, mat
     assert_resumes_exactly(plan, plan, tmp_path)
     largest_file = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert largest_file < 4 * plan.num_parameters  # no file holds the base
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_every_optimizer_resumes_exactly(optimizer: str, material: Material, tmp_path: Path) -> None:
+    plan = make_plan(material)
+    plan = plan.model_copy(update={"optimization": plan.optimization.model_copy(update={"optimizer": optimizer})})
+    assert_resumes_exactly(plan, plan, tmp_path)
 
 
 def test_the_loss_scale_of_fp16_is_resumed(material: Material, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -249,6 +249,8 @@ def test_tokens_and_masks_equal_those_of_transformers_on_a_marked_template(name:
     @settings(PATIENT, max_examples=25, derandomize=True)
     @given(CHATS)
     def holds(row: Conversation) -> None:
+        # transformers 5.23 takes an answer that ends in token 0 for one that ends nowhere, and marks the rest of the text.
+        assume(name != "plain" or row.messages[0]["content"])
         expected = tokenizer.apply_chat_template(
             list(row.messages), chat_template=oracle, return_dict=True, return_assistant_tokens_mask=True
         )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_an_adapter_as_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_without_network_says_what_to_do() -> None:
-    with pytest.raises(ModelError, match=r"owner/name at revision abc.*hf download"):
+    with pytest.raises(ModelError, match=r"(?s)owner/name at revision abc.*hf download"):
         load_model(model_plan(Path("owner/name"), revision="abc"), FULL, device=CPU, seed=0)
     with pytest.raises(ModelError, match=r"tokenizer of model owner/name"):
         load_tokenizer("owner/name")
@@ -166,9 +167,12 @@ def test_neftune_is_the_rule_of_transformers_for_one_document_and_silent_in_eval
 
 def test_neftune_noise_follows_the_length_of_each_document(base: Path) -> None:
     model = load_model(model_plan(base, neftune_noise_alpha=5.0), FULL, device=CPU, seed=0)
-    from tests.numerics.test_attention import packed_batch
-
-    batch = packed_batch([4, 64], vocabulary=250)
+    batch: Any = SimpleNamespace(
+        input_ids=torch.randint(0, 250, (1, 68), generator=torch.Generator().manual_seed(1)),
+        position_ids=torch.cat([torch.arange(4), torch.arange(64)])[None],
+        cumulative_lengths=torch.tensor([0, 4, 68], dtype=torch.int32),
+        max_document_length=64,
+    )
     noisy: list[torch.Tensor] = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: noisy.append(output))
     torch.manual_seed(0)
