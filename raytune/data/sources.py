@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
@@ -167,26 +167,6 @@ def read_segment(segment: Segment) -> Iterator[Row | BadRow]:
         DataError: if the rest of the file cannot be read at all.
     """
     return _READERS[segment.file.kind](segment)
-
-
-def read_source(source: DataSource, downloads: Path) -> Iterator[tuple[SourceFile, Row | BadRow]]:
-    """All rows of a source up to `max_rows`, file after file, without fingerprints; for previews and generation."""
-    return islice(
-        (
-            (file, row)
-            for file in find_files(source, downloads)
-            for segment in scan(file, source.max_rows).segments
-            for row in read_segment(segment)
-        ),
-        source.max_rows,
-    )
-
-
-def first_row(scanned: list[ScannedFile]) -> Row | None:
-    """The first good row of a source, to recognise its format by."""
-    segments = (segment for file in scanned for segment in file.segments)
-    rows = (row for segment in segments for row in read_segment(segment))
-    return next((row for row in rows if isinstance(row, Row)), None)
 
 
 # --- Readers -----------------------------------------------------------------------------------------------------------------

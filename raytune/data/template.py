@@ -138,11 +138,6 @@ class ChatTemplate:
         if isinstance(rendered := self.render([probe], "assistant")[0], _Undelimited):
             raise DataError(f"data.template: {rendered}")
 
-    @property
-    def ends_answers(self) -> bool:
-        """Whether some text of its own, such as an end-of-text token, follows every answer."""
-        return bool(self._ends["assistant"])
-
     def render(self, conversations: Sequence[Conversation], targets: Targets) -> list[Rendered | RowError]:
         """Render conversations and find the text that carries loss.
 

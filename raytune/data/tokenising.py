@@ -164,8 +164,8 @@ class TextEncoder:
         first_bytes = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         return self._encode_by_length(texts, first_bytes) or self._encode_by_offset(texts, first_bytes)
 
-    def document_tokens(self, input_ids: np.ndarray) -> tuple[list[int], np.ndarray, list[int]]:
-        """What stands before a plain document's tokens, the tokens, and what stands behind them.
+    def around_documents(self) -> tuple[list[int], list[int]]:
+        """The tokens that stand before and behind those of a plain document.
 
         Raises:
             DataError: if the tokenizer has no end-of-text token.
@@ -175,7 +175,7 @@ class TextEncoder:
                 f"Plain text needs an end-of-text token, but the tokenizer '{self._name}' has none. "
                 f"Set eos_token in its tokenizer_config.json."
             )
-        return self._bos, input_ids, [self._eos]
+        return self._bos, [self._eos]
 
     def _encode_by_length(self, texts: Sequence[str], first_bytes: np.ndarray) -> EncodedTexts | None:
         """Places from the lengths of the tokens, or None where they do not add up to the texts."""
@@ -320,11 +320,11 @@ def _chat_documents(
 
 def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder) -> Iterator[_Document]:
     """Plain documents: every token is a target but the first, which nothing predicts."""
+    before, behind = encoder.around_documents()
     encoded = encoder.encode([row.text or "" for row, _ in rows])
     for index, (conversation, file_index) in enumerate(rows):
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
-        before, ids, behind = encoder.document_tokens(encoded.input_ids[tokens])
-        input_ids = np.concatenate([np.array(before, np.int32), ids, np.array(behind, np.int32)])
+        input_ids = np.concatenate([np.array(before, np.int32), encoded.input_ids[tokens], np.array(behind, np.int32)])
         token_bytes = np.pad(encoded.token_bytes[tokens], (len(before), len(behind)))
         is_target = np.arange(len(input_ids)) > 0
         yield _Document(input_ids, is_target, token_bytes, file_index, conversation.origin)

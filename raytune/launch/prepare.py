@@ -6,7 +6,7 @@ from raytune.config.run import RunConfig
 from raytune.data.store import ParallelMap
 from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
-from raytune.model.load import resolve_model_path
+from raytune.model.files import resolve_model_path
 from raytune.plan.choose import choose_plan
 from raytune.plan.machine import Machine
 from raytune.plan.requirements import check_before_data, choose_row_length

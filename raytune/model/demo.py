@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.data.demo import demo_rows, echo_rows
+from raytune.plan.shapes import DEMO_BASE
 
 # Shapes: B rows, T tokens.
 
@@ -49,7 +50,7 @@ CHAT_TEMPLATE = (
 
 def demo_base_path() -> Path:
     """The folder with the packaged base: config, weights and tokenizer in the format of transformers."""
-    return Path(__file__).with_name("demo_base")
+    return DEMO_BASE
 
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:

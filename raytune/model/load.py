@@ -29,49 +29,9 @@ from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
-from raytune.model.demo import demo_base_path
 from raytune.model.neftune import add_neftune
 from raytune.model.quantize import DTYPES, is_quantized, quantization_config
 from raytune.plan.run_plan import ModelPlan
-
-
-def resolve_model_path(base: str, revision: str | None) -> str:
-    """Where transformers finds a base: the packaged folder for `demo`, an absolute path for a folder, else the hub id.
-
-    Raises:
-        ModelError: if `base` is written like a path but is not a folder, or is a folder without a model.
-    """
-    if base == "demo":
-        return str(demo_base_path())
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ModelError(f"model.revision is {revision}, but model.base {base} is a folder, which has none. Remove it.")
-        _check_folder(folder)
-        return str(folder.resolve())
-    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
-        raise ModelError(
-            f"model.base {base} is not a folder (looked in {folder.absolute()}). Give a folder with config.json and "
-            f"*.safetensors, a hub id such as owner/name, or demo."
-        )
-    return base
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{folder} holds an adapter, not a whole model. Merge it into its base first: "
-                f"raytune merge {folder} --output FOLDER"
-            )
-        raise ModelError(f"{folder} holds no config.json, so it is not a model in the format of transformers.")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        found = f"only {', '.join(pickles)}, which are pickles: loading them can run code" if pickles else "none"
-        raise ModelError(
-            f"{folder} must hold weights as *.safetensors; found {found}. Convert them with transformers, if you trust "
-            f"the file: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
-        )
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

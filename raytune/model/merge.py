@@ -27,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from raytune.config.training import Precision
 from raytune.errors import ModelError
 from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
-from raytune.model.load import load_config, load_tokenizer, resolve_model_path
+from raytune.model.files import resolve_model_path
+from raytune.model.load import load_config, load_tokenizer
 from raytune.model.quantize import DTYPES, as_seen_in_training
 
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -156,7 +157,10 @@ class _Merger:
         self._quantization = quantization
         try:
             peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
-            # Loading a whole PEFT model would send the weights to where the base is: nowhere.
+            self._layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+            for layer in self._layers.values():
+                # PEFT sends an update to where its base is, and would drop it if that were nowhere.
+                layer.get_base_layer().weight = nn.Parameter(torch.empty(0), requires_grad=False)
             loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
@@ -169,7 +173,6 @@ class _Merger:
                 f"The adapter in {folder} does not fit this base: {len(foreign)} of its tensors are missing or have no layer, first "
                 f"{foreign[0]}. Name the base that it was trained on with --base."
             )
-        self._layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
         self._replaced = self._replacements()
 
     @property
@@ -236,7 +239,7 @@ class _Merger:
         replaced = {
             name.replace(".base_layer.", "."): parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if not parameter.is_meta and ".lora_" not in name and ".modules_to_save." not in name
+            if not parameter.is_meta and parameter.numel() and ".lora_" not in name and ".modules_to_save." not in name
         }
         for name, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -253,14 +256,13 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
 def _merged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
     """The weight of one layer with its update, computed in fp32 by PEFT."""
     base: Any = layer.get_base_layer()
-    nowhere = base.weight
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
     try:
         layer.merge(safe_merge=True)  # pyright: ignore[reportCallIssue]
     except ValueError as error:
         raise ModelError(f"The adapter makes a weight that is not finite: {error}") from error
     merged = base.weight.detach().to(weight.dtype)
-    base.weight = nowhere
+    base.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     return merged
 
 

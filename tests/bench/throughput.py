@@ -34,6 +34,7 @@ from raytune.config.model import Attention
 from raytune.data.batches import step_batches
 from raytune.data.store import Store, StoreRequest, build_store
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.plan.memory import chunk_tokens_for
 from raytune.plan.run_plan import RunPlan
 from raytune.training.loop import training_steps
 from raytune.training.start import start_engine
@@ -75,12 +76,12 @@ class Material:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl and test.jsonl")
-    parser.add_argument("--documents", type=int, default=160, help="rows of GSM8K that are trained on")
+    parser.add_argument("--documents", type=int, default=64, help="rows of GSM8K that are trained on")
     parser.add_argument("--row-length", type=int, default=2048, help="tokens of a packed row")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of an epoch")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of an epoch")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192, help="8192: the head has as large a share of the model as in Llama 3.2 1B")
+    parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", action="store_true", help="append the figures to tests/bench/baselines/throughput.jsonl")
     options = parser.parse_args()
@@ -144,6 +145,7 @@ def make_material(folder: Path, options: argparse.Namespace) -> Material:
     rows_per_step = -(-train.num_rows // options.steps)
     plan = tiny_plan(
         model={"path": model_path},
+        loss={"chunk_tokens": chunk_tokens_for(options.vocabulary)},
         data={"train": store_plan(train.info), "row_length": options.row_length},
         batch={"micro_batch_size": 1, "accumulation": rows_per_step},
         optimization={"num_steps": -(-train.num_rows // rows_per_step), "num_rows": train.num_rows, "learning_rate": LEARNING_RATE},

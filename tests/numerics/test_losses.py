@@ -222,7 +222,7 @@ def test_chunks_in_16_bits_are_as_near_to_the_truth_as_all_logits_are(kind: str,
                 loss = our_loss(model, batch, chunk_tokens)
             computed = gradients(model, loss)
             squared_errors[chunk_tokens] += sum(float((computed[name] - value).norm() ** 2) for name, value in exact.items())
-    # Two samples of the same rounding noise: over these batches the ratio is 0.84 to 1.07. bf16 sums over chunks make it 1.4 to 1.8.
+    # Two samples of the same rounding noise: over these batches the ratio is 0.84 to 1.07. Sums in bf16 make it 1.4 to 1.8.
     assert squared_errors[1] ** 0.5 <= 1.2 * squared_errors[None] ** 0.5
 
 

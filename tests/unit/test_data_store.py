@@ -346,7 +346,7 @@ def test_a_process_with_another_tokenizer_refuses_to_tokenise(tmp_path: Path) ->
 
 
 def test_a_store_behind_a_url_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.store is s3://bucket/stores.*every node mounts"):
+    with pytest.raises(DataError, match=r"data.store is s3://bucket/stores.*every node mounts"):
         build_store(tiny_request(), tokenizer_path=str(demo_base_path()), folder="s3://bucket/stores")
 
 

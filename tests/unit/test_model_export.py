@@ -68,23 +68,24 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.float()
 
 
-def logits_without_raytune(folder: Path, base: Path | None = None) -> torch.Tensor:
-    """Logits of a whole model, or of an adapter on `base`, from a process that cannot import raytune."""
+def logits_without_raytune(base: Path, adapter: Path, merged: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of an adapter on its base and of a merged model, from a process that cannot import raytune."""
+    results = merged.parent / "logits.pt"
     code = f"""
 import sys, torch
 sys.modules["raytune"] = None
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained({str(base or folder)!r})
-if {base is not None}:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, {str(folder)!r})
 ids = torch.tensor({IDS.tolist()})
+adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(adapter)!r})
+merged = AutoModelForCausalLM.from_pretrained({str(merged)!r})
 with torch.inference_mode():
-    torch.save(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float(), {str(folder / "logits.pt")!r})
+    torch.save([model.eval()(input_ids=ids).logits for model in (adapted, merged)], {str(results)!r})
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300, cwd=folder)
-    return torch.load(folder / "logits.pt")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300, cwd=merged.parent)
+    adapted_logits, merged_logits = torch.load(results)
+    return adapted_logits, merged_logits
 
 
 CASES: dict[str, tuple[str, LoraAdapter]] = {
@@ -141,8 +142,8 @@ def test_what_is_written_needs_no_raytune(bases: dict[str, Path], tmp_path: Path
     model = trained(bases["tied"], LoraAdapter(rank=4, init="pissa"))
     save_adapter(model, state(model), tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
-    torch.testing.assert_close(logits_without_raytune(tmp_path / "adapter", bases["tied"]), logits(model), rtol=1e-4, atol=2e-4)
-    torch.testing.assert_close(logits_without_raytune(tmp_path / "merged"), logits(model), rtol=1e-4, atol=2e-4)
+    for computed in logits_without_raytune(bases["tied"], tmp_path / "adapter", tmp_path / "merged"):
+        torch.testing.assert_close(computed, logits(model), rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
@@ -170,15 +171,16 @@ def test_an_adapter_of_a_quantised_base_merges_to_what_was_trained(
 
 def test_a_quantised_gpt2_merges_to_what_was_trained(bases: dict[str, Path], tmp_path: Path) -> None:
     model = trained(bases["gpt2"], QloraAdapter(method="qlora", rank=4)).train()
-    model.config.resid_pdrop = 0.0
-    for module in model.modules():
+    for module in model.modules():  # in training mode without dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.config.attn_pdrop = 0.0
-    expected = logits(model.eval().train())
+    for block in model.base_model.model.transformer.h:
+        block.attn.config.attn_pdrop = block.attn.attn_dropout.p = 0.0
+    expected = logits(model)
     save_adapter(model, state(model), tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, rtol=1e-4, atol=2e-4)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=2e-4)
 
 
 def test_an_adapter_names_its_base_and_holds_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.attention import model_inputs
 from raytune.model.demo import demo_base_path
-from raytune.model.load import load_config, load_model, load_tokenizer, resolve_model_path
+from raytune.model.files import resolve_model_path
+from raytune.model.load import load_config, load_model, load_tokenizer
 from raytune.model.quantize import quantized_modules
 from raytune.plan.run_plan import ModelPlan
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan
@@ -101,7 +102,7 @@ def test_a_quantised_base_is_refused_unless_it_is_qlora(base: Path, tmp_path: Pa
 def test_a_full_model_is_ready_to_train(base: Path, dtype: str) -> None:
     model = load_model(model_plan(base, dtype=dtype, gradient_checkpointing=True), FULL, device=CPU, seed=0)
     assert model.training
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
     assert model.config.use_cache is False
