@@ -1,4 +1,4 @@
-"""An adapter laid into its base, tensor by tensor: memory holds a shard of the result and the adapter, never the model.
+"""An adapter laid into its base, tensor by tensor: memory holds two shards of the result, one layer and the adapter.
 
 PEFT's own layers do the arithmetic, on a model whose weights do not exist but for the layer at hand. A base that was quantised in
 training is first turned into what the training saw: quantised and expanded again.
@@ -155,6 +155,8 @@ class _Merger:
         self._head = _name_of(self.model, self.model.get_output_embeddings())
         self._is_tied = bool(config.get_text_config().tie_word_embeddings) and self._head is not None
         self._quantization = quantization
+        # The start is overwritten by what was trained; some starts would need the base's weights.
+        peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
             peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
             self._layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
@@ -170,8 +172,8 @@ class _Merger:
         foreign = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]
         if foreign:
             raise ModelError(
-                f"The adapter in {folder} does not fit this base: {len(foreign)} of its tensors are missing or have no layer, first "
-                f"{foreign[0]}. Name the base that it was trained on with --base."
+                f"The adapter in {folder} does not fit this base: {len(foreign)} of its tensors are missing or have no layer, "
+                f"first {foreign[0]}. Name the base that it was trained on with --base."
             )
         self._replaced = self._replacements()
 

@@ -37,7 +37,7 @@ ZERO_LIVE_ELEMENTS = 1_000_000_000
 ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 
-CHUNK_BYTES = 128 * MIB
+CHUNK_BYTES = 64 * MIB
 FULL_LOGITS_BYTES = 256 * MIB
 
 
@@ -113,7 +113,7 @@ def bytes_in(parts: list[MemoryPart], place: Place) -> int:
 
 
 def chunk_tokens_for(vocab: int) -> int:
-    """Target positions whose fp32 logits take between 64 and 128 MiB: a power of two."""
+    """Target positions whose fp32 logits take between 32 and 64 MiB: a power of two. Larger chunks cost memory and save no time (tests/bench/loss.py)."""
     return 1 << max(0, (CHUNK_BYTES // (4 * vocab)).bit_length() - 1)
 
 

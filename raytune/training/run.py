@@ -73,7 +73,6 @@ def train(plan: RunPlan, worker: Worker) -> None:
                 recorder.flush()
                 checkpoints.save(step, metrics=measured, run_state={})
                 clock.saved()
-        checkpoints.wait()
         finish(plan, engine, checkpoints, recorder, folder)
     events.close()
 
@@ -81,16 +80,21 @@ def train(plan: RunPlan, worker: Worker) -> None:
 def _batches(plan: RunPlan, worker: Worker) -> Callable[[int], Sequence[Batch]]:
     """This rank's micro-batches of a step."""
     store = Store.open(plan.data.train.path)
-    return lambda step: step_batches(
-        store,
-        step=step,
-        rank=worker.rank,
-        world=worker.world_size,
-        micro_batch_size=plan.batch.micro_batch_size,
-        accumulation=plan.batch.accumulation,
-        num_rows_in_run=plan.optimization.num_rows,
-        seed=plan.seed,
-    )
+
+    def batches_of(step: int) -> Sequence[Batch]:
+        batches = step_batches(
+            store,
+            step=step,
+            rank=worker.rank,
+            world=worker.world_size,
+            micro_batch_size=plan.batch.micro_batch_size,
+            accumulation=plan.batch.accumulation,
+            num_rows_in_run=plan.optimization.num_rows,
+            seed=plan.seed,
+        )
+        return [batch.pin_memory() for batch in batches] if plan.cluster.device == "cuda" else batches
+
+    return batches_of
 
 
 class _SaveClock:

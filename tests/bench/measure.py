@@ -33,7 +33,7 @@ def tree_cpu_s(pid: int | None = None) -> float:
 
 
 def interleaved(rivals: Mapping[str, Rival], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each rival in each round; a round runs all of them one after the other, so that drifts of the machine hit all."""
+    """CPU seconds of each rival in each round; a round runs all of them in turn, so that drifts of the machine hit all."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, make_ready in rivals.items():

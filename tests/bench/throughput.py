@@ -12,14 +12,19 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import tokenizers
 import torch
@@ -31,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from raytune.config.data import DataSource
 from raytune.config.model import Attention
-from raytune.data.batches import step_batches
+from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store, StoreRequest, build_store
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.plan.memory import chunk_tokens_for
@@ -49,8 +54,9 @@ BATCH = 8
 LEARNING_RATE = 1e-3
 NUM_HELD_OUT = 40
 
-OURS = "raytune"
-EXPECTED = {"transformers.Trainer, pad to longest": 2.3, "TRL SFTTrainer(packing=True)": 1.6, "raytune, dense mask": 1.3}
+OURS, DENSE = "raytune", "raytune, dense mask"
+TRAINER, TRL = "transformers.Trainer, pad to longest", "TRL SFTTrainer(packing=True)"
+EXPECTED = {TRAINER: 2.3, TRL: 1.6, DENSE: 1.3}
 """How many times the CPU seconds of ours each rival should need."""
 
 Document = dict[str, list[int]]
@@ -96,13 +102,13 @@ def compare(material: Material, options: argparse.Namespace) -> None:
     trained: dict[str, nn.Module] = {}
     rivals: dict[str, Rival] = {
         OURS: lambda: raytune_rival(material, "varlen", trained, OURS),
-        "transformers.Trainer, pad to longest": lambda: trainer_rival(material, trained, "transformers.Trainer, pad to longest"),
-        "TRL SFTTrainer(packing=True)": lambda: trl_rival(material, trained, "TRL SFTTrainer(packing=True)"),
-        "raytune, dense mask": lambda: raytune_rival(material, "sdpa", trained, "raytune, dense mask"),
+        TRAINER: lambda: trainer_rival(material, trained),
+        TRL: lambda: trl_rival(material, trained),
+        DENSE: lambda: raytune_rival(material, "sdpa", trained, DENSE),
     }
     if find_spec("trl") is None:
-        del rivals["TRL SFTTrainer(packing=True)"]
-        report("throughput", {"skipped": "TRL SFTTrainer(packing=True)", "why": "trl is not installed: pip install raytune[bench]"}, False)
+        del rivals[TRL]
+        report("throughput", {"rival": TRL, "skipped": "trl is not installed: pip install 'raytune[bench]'"}, False)
     seconds = interleaved(rivals, options.rounds)
     num_targets = material.plan.data.train.num_targets
     shared = {
@@ -148,7 +154,11 @@ def make_material(folder: Path, options: argparse.Namespace) -> Material:
         loss={"chunk_tokens": chunk_tokens_for(options.vocabulary)},
         data={"train": store_plan(train.info), "row_length": options.row_length},
         batch={"micro_batch_size": 1, "accumulation": rows_per_step},
-        optimization={"num_steps": -(-train.num_rows // rows_per_step), "num_rows": train.num_rows, "learning_rate": LEARNING_RATE},
+        optimization={
+            "num_steps": -(-train.num_rows // rows_per_step),
+            "num_rows": train.num_rows,
+            "learning_rate": LEARNING_RATE,
+        },
     )
     return Material(folder=folder, plan=plan, documents=documents_of(train), held_out=documents_of(held_out))
 
@@ -232,13 +242,13 @@ def loss_of(model: nn.Module, documents: Sequence[Document]) -> float:
 # --- the rivals
 
 
-def raytune_rival(material: Material, attention: Attention, trained: dict[str, nn.Module], name: str) -> Any:
+def raytune_rival(material: Material, attention: Attention, trained: dict[str, nn.Module], name: str) -> Callable[[], None]:
     plan = material.plan.model_copy(update={"model": material.plan.model.model_copy(update={"attention": attention})})
     engine, loss_sum = start_engine(plan, torch.device("cpu"), 0, 1)
     trained[name] = engine.model
     store = Store.open(plan.data.train.path)
 
-    def batches_of(step: int) -> Sequence[Any]:
+    def batches_of(step: int) -> list[Batch]:
         return step_batches(
             store,
             step=step,
@@ -259,7 +269,7 @@ def raytune_rival(material: Material, attention: Attention, trained: dict[str, n
     return work
 
 
-def trainer_rival(material: Material, trained: dict[str, nn.Module], name: str) -> Any:
+def trainer_rival(material: Material, trained: dict[str, nn.Module]) -> Callable[[], None]:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     num_batches = -(-len(material.documents) // BATCH)
@@ -273,11 +283,11 @@ def trainer_rival(material: Material, trained: dict[str, nn.Module], name: str) 
         train_dataset=material.documents,  # pyright: ignore[reportArgumentType]
         data_collator=DataCollatorForSeq2Seq(transformers.AutoTokenizer.from_pretrained(material.model), padding="longest"),
     )
-    trained[name] = trainer.model
+    trained[TRAINER] = trainer.model
     return lambda: _train(trainer, material)
 
 
-def trl_rival(material: Material, trained: dict[str, nn.Module], name: str) -> Any:
+def trl_rival(material: Material, trained: dict[str, nn.Module]) -> Callable[[], None]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -295,7 +305,7 @@ def trl_rival(material: Material, trained: dict[str, nn.Module], name: str) -> A
         train_dataset=Dataset.from_list(material.documents),
         processing_class=transformers.AutoTokenizer.from_pretrained(material.model),
     )
-    trained[name] = trainer.model
+    trained[TRL] = trainer.model
     return lambda: _train(trainer, material)
 
 

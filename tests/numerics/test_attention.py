@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune.errors import ModelError
 from raytune.model.attention import available_attention, check_attention, implementation_name, model_inputs
@@ -83,7 +83,7 @@ def small_config(name: str) -> PretrainedConfig:
     return getattr(transformers, name)(**fields)
 
 
-def small_model(name: str, attention: str) -> PreTrainedModel:
+def small_model(name: str, attention: str) -> Any:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_config(small_config(name), attn_implementation=attention, dtype=torch.float32)
@@ -104,7 +104,7 @@ def packed_batch(lengths: list[int] = LENGTHS, vocabulary: int = 61) -> Any:
     )
 
 
-def alone(model: PreTrainedModel, batch: Any) -> torch.Tensor:
+def alone(model: Any, batch: Any) -> torch.Tensor:
     """Logits of each document by itself, through transformers' eager attention."""
     model.set_attn_implementation("eager")
     bounds = batch.cumulative_lengths.tolist()
@@ -172,7 +172,8 @@ def test_a_document_sees_nothing_of_its_neighbours() -> None:
 @pytest.mark.parametrize("name", ["MambaConfig", "JambaConfig", "Qwen3NextConfig", "BloomConfig"])
 def test_a_model_that_cannot_keep_documents_apart_is_refused(name: str) -> None:
     config = getattr(transformers, name)()
-    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    known: Any = transformers.AutoModelForCausalLM._model_mapping
+    model_class = known[type(config)]
     with pytest.raises(ModelError, match="packed rows"):
         check_attention(model_class, config, "varlen")
 

@@ -167,7 +167,7 @@ def test_neftune_is_the_rule_of_transformers_for_one_document_and_silent_in_eval
 
 
 def test_neftune_noise_follows_the_length_of_each_document(base: Path) -> None:
-    model = load_model(model_plan(base, neftune_noise_alpha=5.0), FULL, device=CPU, seed=0)
+    model: Any = load_model(model_plan(base, neftune_noise_alpha=5.0), FULL, device=CPU, seed=0)
     batch: Any = SimpleNamespace(
         input_ids=torch.randint(0, 250, (1, 68), generator=torch.Generator().manual_seed(1)),
         position_ids=torch.cat([torch.arange(4), torch.arange(64)])[None],

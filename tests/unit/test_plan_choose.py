@@ -187,7 +187,7 @@ def test_rows_without_packing_are_as_long_as_the_longest_document() -> None:
 def test_the_loss_is_chunked_where_logits_are_large() -> None:
     chunked = planned(gpus(1), LLAMA_3_8B, adapter={"method": "lora"}).loss.chunk_tokens
     assert chunked is not None
-    assert 64 * MIB < 4 * chunked * 128256 <= 128 * MIB
+    assert 32 * MIB < 4 * chunked * 128256 <= 64 * MIB
     assert planned(gpus(1), LLAMA_3_8B, training={"loss": "full"}).loss.chunk_tokens is None
     assert planned(CPU).loss.chunk_tokens is None
     assert planned(CPU, training={"loss": "chunked"}).loss.chunk_tokens is not None

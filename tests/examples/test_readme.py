@@ -1,0 +1,123 @@
+"""Every command of the README, run as it is written there, in a folder of its own; and the claims that stand beside them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raytune.launch.result import RunResult
+from raytune.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def commands() -> list[str]:
+    """Lines of the README's bash blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's relative paths mean what they mean in a checkout."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    shutil.copy(ROOT / "launch.py", folder)
+    (folder / "raytune").symlink_to(ROOT / "raytune")
+    return folder
+
+
+def run(command: str, folder: Path, tmp: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README with this test's interpreter."""
+    return subprocess.run(
+        [sys.executable, *command.split()[1:]],
+        cwd=folder,
+        env=os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def ray_tmp() -> str:
+    folder = Path("/tmp") / f"rr{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def quickstart(folder: Path, ray_tmp: str) -> subprocess.CompletedProcess[str]:
+    (command,) = [line.split("&&")[-1].strip() for line in commands() if "install -e . " in line]
+    assert command == ".venv/bin/python launch.py train configs/recipes/quickstart.yaml"
+    return run(command, folder, ray_tmp)
+
+
+def test_the_quickstart_takes_held_out_exact_match_from_under_10_to_over_95_percent(
+    quickstart: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    assert quickstart.returncode == 0, quickstart.stderr
+    result = RunResult.read(RunFolder(str(folder / "runs"), "quickstart"))
+    assert result.comparison is not None
+    assert result.comparison.num_rows == 200
+    assert result.comparison.base < 0.10
+    assert result.comparison.tuned >= 0.95
+    assert f"{result.comparison.tuned:.1%}" in quickstart.stdout, "the table at the end shows it"
+
+
+def test_the_samples_of_the_quickstart_are_the_answers_that_were_counted(
+    quickstart: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    result = RunResult.read(RunFolder(str(folder / "runs"), "quickstart"))
+    samples = [json.loads(line) for line in (folder / "runs/quickstart/samples.jsonl").read_text().splitlines()]
+    assert result.comparison is not None
+    assert sum(sample["tuned"] == sample["expected"] for sample in samples) / len(samples) == result.comparison.tuned
+
+
+OTHERS = [line for line in commands() if line.startswith(".venv/bin/python launch.py")]
+
+
+def test_the_readme_has_commands_besides_the_first_two() -> None:
+    assert len(OTHERS) >= 5
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_the_other_commands_work(
+    quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str, command: str
+) -> None:
+    done = run(command, folder, ray_tmp)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_example_works(folder: Path, ray_tmp: str) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (folder / "example.py").write_text(example)
+    done = run("python example.py", folder, ray_tmp)
+    assert done.returncode == 0, done.stderr
+    assert "from-python/model" in done.stdout
+
+
+def test_ci_runs_the_readme_test_command_word_for_word() -> None:
+    (command,) = [line for line in commands() if line.endswith("-m pytest")]
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_readme_yaml_is_a_valid_config() -> None:
+    from raytune.config.load import load_config
+
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    path = Path("/tmp") / f"readme-{os.getpid()}.yaml"
+    path.write_text(example)
+    try:
+        assert load_config([path]).adapter.method == "qlora"
+    finally:
+        path.unlink()
