@@ -125,8 +125,9 @@ def measure_all(folder: Path, options: argparse.Namespace) -> None:
         device=device,
         ceiling_flops=measure_matmul(device),
     )
-    for method in options.methods:
-        report("gpu_steps", {"size": options.size, "method": method, **measure(material, method, options)}, options.output)
+    with process_group(folder, device):
+        for method in options.methods:
+            report("gpu_steps", {"size": options.size, "method": method, **measure(material, method, options)}, options.output)
 
 
 # --- what is trained
@@ -236,8 +237,7 @@ def measure(material: Material, method: str, options: argparse.Namespace) -> dic
     free_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with process_group(plan, material.folder):
-        seconds, last_loss = timed_steps(plan, material, options)
+    seconds, last_loss = timed_steps(plan, material, options)
     flops = flops_per_step(plan, material.store, read_model_shape(str(material.model)))
     flops_per_s = flops * options.steps / seconds
     sheet = next((value for name, value in DATA_SHEET_FLOPS.items() if name in name_of(device)), None)
@@ -355,13 +355,10 @@ def flops_per_step(plan: RunPlan, store: Store, shape: ModelShape) -> float:
 
 
 @contextmanager
-def process_group(plan: RunPlan, folder: Path) -> Iterator[None]:
-    """Context of a process group of one, which DeepSpeed needs; PlainEngine does without."""
-    if plan.engine.kind == "plain":
-        yield
-        return
-    store = dist.FileStore(str(folder / f"rendezvous-{time.monotonic_ns()}"), 1)
-    dist.init_process_group("nccl" if plan.cluster.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
+def process_group(folder: Path, device: torch.device) -> Iterator[None]:
+    """Context of a process group of one. DeepSpeed needs it, and the same one for all its engines; PlainEngine does without."""
+    rendezvous = dist.FileStore(str(folder / f"rendezvous-{os.getpid()}"), 1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=rendezvous, rank=0, world_size=1)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ class InOrder(Trainer):
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer takes a LOCAL_RANK, which other tests leave behind, for a distributed run."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 def make_documents(num_documents: int) -> list[Document]:
