@@ -14,9 +14,7 @@ from raytune.launch.run import run
 Path = str | PathLike[str]
 
 
-def train(
-    config: Path | Sequence[Path] | Mapping[str, Any] | RunConfig, *, progress: bool = True, **overrides: Any
-) -> RunResult:
+def train(config: Path | Sequence[Path] | Mapping[str, Any] | RunConfig, *, progress: bool = True, **overrides: Any) -> RunResult:
     """Train as `raytune train` does: plan, start or join a Ray cluster, and leave weights in the run folder.
 
     Args:
@@ -26,8 +24,8 @@ def train(
             `**{"training.max_steps": 20}`.
 
     Returns:
-        The finished run: `metrics`, `model_path`, `folder`, `plan`, `history`, `comparison`. A finished run of the same name and settings is
-        returned without training it again.
+        The finished run: `metrics`, `model_path`, `folder`, `plan`, `history`, `comparison`. A finished run of the same name and
+        settings is returned without training it again.
 
     Raises:
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.

@@ -1,6 +1,7 @@
 """Sizes, durations and counts: parsed and printed in one way each."""
 
 import re
+from collections.abc import Mapping
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -29,7 +30,7 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * _DURATIONS[unit] for number, unit in parts)
 
 
-def _parse(text: str, units: dict[str, float], expected: str) -> float:
+def _parse(text: str, units: Mapping[str, float], expected: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     by_lower = {unit.lower(): scale for unit, scale in units.items()}
     if not match or match.group(2).lower() not in by_lower:

@@ -19,17 +19,50 @@ from raytune.errors import DataError
 SPLIT_SHARES = {"pretraining": 8, "train": 5, "validation": 1, "test": 2}
 INSTRUCTION = "Reply in JSON."
 
-ITEMS = ("apron", "basket", "bell", "blanket", "book", "bottle", "bowl", "candle", "carpet", "chair", "clock", "drum",
-         "flute", "hammer", "helmet", "kettle", "ladder", "lamp", "mirror", "mug", "pillow", "plate", "rope", "saw",
-         "spoon", "stool", "table", "tent", "towel", "vase", "violin", "wheel")
+ITEMS = (
+    "apron",
+    "basket",
+    "bell",
+    "blanket",
+    "book",
+    "bottle",
+    "bowl",
+    "candle",
+    "carpet",
+    "chair",
+    "clock",
+    "drum",
+    "flute",
+    "hammer",
+    "helmet",
+    "kettle",
+    "ladder",
+    "lamp",
+    "mirror",
+    "mug",
+    "pillow",
+    "plate",
+    "rope",
+    "saw",
+    "spoon",
+    "stool",
+    "table",
+    "tent",
+    "towel",
+    "vase",
+    "violin",
+    "wheel",
+)
 COLOURS = ("black", "blue", "brown", "green", "grey", "pink", "red", "white")
 MONTHS = ("January", "March", "April", "May", "June", "July", "August", "October")
-TEMPLATES = ("{who} from {city} ordered {goods}{date}.",
-             "{who} in {city} bought {goods}{date}.",
-             "{goods} went to {who} in {city}{date}.",
-             "In {city}, {who} paid for {goods}{date}.",
-             "{who} wants {goods} sent to {city}{date}.",
-             "{city}: {goods} for {who}{date}.")
+TEMPLATES = (
+    "{who} from {city} ordered {goods}{date}.",
+    "{who} in {city} bought {goods}{date}.",
+    "{goods} went to {who} in {city}{date}.",
+    "In {city}, {who} paid for {goods}{date}.",
+    "{who} wants {goods} sent to {city}{date}.",
+    "{city}: {goods} for {who}{date}.",
+)
 
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "st", "tr")
 _VOWELS = ("a", "e", "i", "o", "u")
@@ -118,7 +151,7 @@ def _draw_question(random: Random, sentence: str, order: Order) -> tuple[str, st
         left, right = _pick(random, ('""', "{}", "[]", "()", "::", ",,"))
         return f"Put {key} in {left}{right}.", f"{left}{values[key]}{right}"
     if kind < 0.9:
-        keys = _shuffle(random, tuple(values))[:_pick(random, (2, 3, 4))]
+        keys = _shuffle(random, tuple(values))[: _pick(random, (2, 3, 4))]
         return f"List {', '.join(keys)}.", "; ".join(f"{key}={values[key]}" for key in keys)
     return "Repeat.", sentence
 
@@ -150,8 +183,13 @@ def _draw_word(random: Random, split: str, endings: Sequence[str], unlike: str =
 
 
 def _conversation(turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content}
-                         for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)]}
+    return {
+        "messages": [
+            {"role": role, "content": content}
+            for turn in turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+    }
 
 
 # Python promises the same sequence in every version for `Random.random()` alone, not for `choice` or `shuffle`.

@@ -1,15 +1,15 @@
 """Answers written by a model: greedy, in batches of similar length."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.utils import GenerationMixin
 
 
 @torch.inference_mode()
 def write_answers(
-    model: GenerationMixin,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -19,6 +19,7 @@ def write_answers(
     """Continue each prompt greedily until the end-of-turn token or `max_new_tokens`.
 
     Args:
+        model: a causal language model of transformers, or PEFT's around one.
         prompts: token ids of each prompt, ending where the answer begins.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts continued at once. Neighbours in length share a batch, so that little is padded.
@@ -26,7 +27,7 @@ def write_answers(
     Returns:
         The answers' text, in the order of the prompts, without special tokens.
     """
-    device = next(model.parameters()).device  # pyright: ignore[reportAttributeAccessIssue]
+    device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -50,6 +51,7 @@ def write_answers(
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
-        for index, tokens in zip(indices, written[:, longest:].tolist()):
-            answers[index] = tokenizer.decode(tokens, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        for index, text in zip(indices, texts):
+            answers[index] = text
     return answers

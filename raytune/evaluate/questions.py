@@ -36,7 +36,9 @@ def read_questions(
         try:
             prompt = template.prompt(conversation)
         except RowError as error:
-            raise DataError(f"evaluation.generation.rows: {conversation.origin}: {error}. Every row must end with an answer.") from error
+            raise DataError(
+                f"evaluation.generation.rows: {conversation.origin}: {error}. Every row must end with an answer."
+            ) from error
         questions.append(
             Question(
                 prompt=prompt,

@@ -7,7 +7,16 @@ from enum import Enum
 WORKER_DIED = "WorkerDied"
 
 # What the same attempt would only meet again: wrong input, a loss that is not finite, a model that does not fit.
-_PERMANENT = {"UserError", "ConfigError", "PlanError", "DataError", "ModelError", "TrainingError", "OutOfMemoryError", "StorageFullError"}
+_PERMANENT = {
+    "UserError",
+    "ConfigError",
+    "PlanError",
+    "DataError",
+    "ModelError",
+    "TrainingError",
+    "OutOfMemoryError",
+    "StorageFullError",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

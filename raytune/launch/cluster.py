@@ -34,7 +34,8 @@ def named_address(section: ClusterSection) -> str | None:
 def connect(section: ClusterSection) -> Iterator[Machine]:
     """Join or start a cluster for the duration of the block, and say what it has.
 
-    The address is `cluster.address`, else RAY_ADDRESS (which `ray job submit` sets), else a cluster is started here and ended afterwards.
+    The address is `cluster.address`, else RAY_ADDRESS (which `ray job submit` sets), else a cluster is started here and ended
+    afterwards.
 
     Raises:
         ClusterError: if the cluster does not answer or runs another Ray version.
@@ -57,16 +58,16 @@ def connect(section: ClusterSection) -> Iterator[Machine]:
 
 
 def _join(address: str, environment: dict[str, str]) -> None:
-    # Inside a job the working directory already carries this package; from outside, the cluster gets the very code that plans the run.
+    # Inside a job the working directory carries this package already; from outside, the cluster gets the code that plans the run.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env: dict = {"env_vars": environment} if in_job else {"env_vars": environment, "py_modules": [str(PACKAGE)]}
     try:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RaySystemError, RuntimeError, TimeoutError) as error:
         raise ClusterError(
-            f"No Ray cluster answers at {address} ({type(error).__name__}: {error}). Check cluster.address or RAY_ADDRESS, that the "
-            f"cluster runs Ray {ray.__version__}, and that RAY_AUTH_TOKEN is set if it asks for a token; unset both addresses to run "
-            f"on this machine."
+            f"No Ray cluster answers at {address} ({type(error).__name__}: {error}). Check cluster.address or RAY_ADDRESS, that "
+            f"the cluster runs Ray {ray.__version__}, and that RAY_AUTH_TOKEN is set if it asks for a token. To run on this "
+            f"machine, unset both addresses."
         ) from error
 
 
@@ -133,7 +134,7 @@ def this_machine(section: ClusterSection) -> Machine:
 
 
 def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[Result]:
-    """Results in the order of the tasks: a single task is done here, where the tokenizer is loaded already, several by the cluster's CPUs."""
+    """Results in the order of the tasks. One task is done here, where the tokenizer is loaded already; several by the cluster's CPUs."""
     if len(tasks) <= 1:
         return map(function, tasks)
     remote = ray.remote(num_cpus=1)(function)

@@ -75,7 +75,9 @@ class _Watcher:
         return line
 
     def _table(self) -> Table:
-        table = Table(title=f"raytune · {self.plan.name}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=f"raytune · {self.plan.name}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
         for label, value in self._facts():
             table.add_row(f"[dim]{label}[/dim]", value)
         return table
@@ -92,11 +94,7 @@ class _Watcher:
         seconds_left = (num_steps - step) * history.seconds_per_step()
         return [
             ("step", f"{step}/{num_steps}"),
-            *(
-                (label, form(value))
-                for label, name, form in _SHOWN
-                if (value := history.last_of(name)) is not None
-            ),
+            *((label, form(value)) for label, name, form in _SHOWN if (value := history.last_of(name)) is not None),
             ("left", format_seconds(seconds_left)),
         ]
 

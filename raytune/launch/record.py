@@ -10,6 +10,7 @@ from raytune.storage import exists, read_bytes, read_json, write_bytes, write_js
 
 State = Literal["running", "failed", "finished"]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """What run.json holds. `attempts` counts starts of a worker group over the life of the run."""
@@ -70,5 +71,9 @@ def plan_changes(old: RunPlan, new: RunPlan) -> list[tuple[str, object, object]]
 
 def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
     if isinstance(tree, dict):
-        return {key: leaf for name, branch in tree.items() for key, leaf in _leaves(branch, f"{prefix}.{name}" if prefix else name).items()}
+        return {
+            key: leaf
+            for name, branch in tree.items()
+            for key, leaf in _leaves(branch, f"{prefix}.{name}" if prefix else name).items()
+        }
     return {prefix: tree}

@@ -70,7 +70,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """The plan that `run` would follow: on the cluster that the config or RAY_ADDRESS names, else on this machine. Tokenises the data.
+    """The plan that `run` would follow on the cluster that is named, or else on this machine. Tokenises the data.
 
     Raises:
         UserError: as `run` does.
@@ -111,6 +111,7 @@ def _explanation(failure: Failure, num_attempts: int, folder: RunFolder) -> str:
             f"Training failed in attempt {num_attempts}: {failure.headline}",
             *(failure.message.strip().splitlines()[1:]),
             *([f"Rank {others} ended after it, as a consequence."] if others else []),
-            f"Tracebacks: {folder.failures}. The same command goes on from the newest checkpoint in {folder.checkpoints}, if there is one.",
+            f"Tracebacks: {folder.failures}.",
+            f"The same command goes on from the newest checkpoint in {folder.checkpoints}, if there is one.",
         ]
     )

@@ -34,7 +34,9 @@ def fit(plan: RunPlan, attempt: int) -> Failure | None:
             placement_strategy=cluster.placement.upper(),
         ),
         run_config=RunConfig(
-            name=f"attempt-{attempt}", storage_path=folder.ray, failure_config=FailureConfig(max_failures=0, controller_failure_limit=0)
+            name=f"attempt-{attempt}",
+            storage_path=folder.ray,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
     try:

@@ -60,24 +60,41 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=TURN_END,
-                                        additional_special_tokens=[TURN_START], clean_up_tokenization_spaces=False,
-                                        model_max_length=CONTEXT_LENGTH)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT_LENGTH,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def demo_config(**overrides: Any) -> LlamaConfig:
     """The base's architecture (0.6 M parameters). Tests shrink it through `overrides`, which are fields of LlamaConfig."""
-    ours = {"vocab_size": NUM_BYTES + len(SPECIAL_TOKENS), "hidden_size": 128, "intermediate_size": 384,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT_LENGTH, "tie_word_embeddings": True, "initializer_range": 0.06,
-            "pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": TURN_END_ID, "dtype": "float32"}
+    ours = {
+        "vocab_size": NUM_BYTES + len(SPECIAL_TOKENS),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.06,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": None,
+        "eos_token_id": TURN_END_ID,
+        "dtype": "float32",
+    }
     return LlamaConfig(**(ours | overrides))
 
 
-def train_demo_base(model: LlamaForCausalLM, *, num_echo_steps: int, num_steps: int, learning_rate: float,
-                    seed: int) -> Iterator[float]:
+def train_demo_base(
+    model: LlamaForCausalLM, *, num_echo_steps: int, num_steps: int, learning_rate: float, seed: int
+) -> Iterator[float]:
     """Pre-train a fresh model with the loss on answers only; warm-up, then a linear decay to zero.
 
     Measured: after 100 CPU-s on questions alone the model cannot copy a name (loss 1.4); with 300 echo steps first, it can.
@@ -87,8 +104,10 @@ def train_demo_base(model: LlamaForCausalLM, *, num_echo_steps: int, num_steps: 
     """
     tokenizer = demo_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    batches = [*_batches_of_like_length(echo_rows(32 * num_echo_steps, seed), 32, seed),
-               *_batches_of_like_length(demo_rows("pretraining", 16 * num_steps, seed), 16, seed)]
+    batches = [
+        *_batches_of_like_length(echo_rows(32 * num_echo_steps, seed), 32, seed),
+        *_batches_of_like_length(demo_rows("pretraining", 16 * num_steps, seed), 16, seed),
+    ]
     for step, rows in enumerate(batches):
         ids_BT, labels_BT = answer_batch(tokenizer, rows)
         # Padding is on the right, where a causal model's answers cannot see it, so no attention mask is needed.
@@ -107,20 +126,21 @@ def _batches_of_like_length(rows: list[dict[str, Any]], rows_per_batch: int, see
     random = Random(seed)
     rows = sorted(rows, key=lambda row: sum(len(message["content"]) for message in row["messages"]))
     starts = sorted(range(0, len(rows), rows_per_batch), key=lambda _: random.random())
-    return [rows[start:start + rows_per_batch] for start in starts]
+    return [rows[start : start + rows_per_batch] for start in starts]
 
 
 def answer_batch(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Render rows with the chat template, padded on the right; labels are the answers and their end-of-turn tokens."""
-    encoded: Any = tokenizer.apply_chat_template([row["messages"] for row in rows], return_assistant_tokens_mask=True,
-                                                 return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template(
+        [row["messages"] for row in rows], return_assistant_tokens_mask=True, return_dict=True
+    )
     longest = max(map(len, encoded["input_ids"]))
     ids_BT = torch.full((len(rows), longest), PAD_ID)
     labels_BT = torch.full((len(rows), longest), IGNORED)
     for row, (ids, is_answer) in enumerate(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)):
         ids_T = torch.tensor(ids)
-        ids_BT[row, :len(ids)] = ids_T
-        labels_BT[row, :len(ids)] = torch.where(torch.tensor(is_answer, dtype=torch.bool), ids_T, IGNORED)
+        ids_BT[row, : len(ids)] = ids_T
+        labels_BT[row, : len(ids)] = torch.where(torch.tensor(is_answer, dtype=torch.bool), ids_T, IGNORED)
     return ids_BT, labels_BT
 
 
@@ -149,7 +169,7 @@ def main() -> None:
     recipe = vars(parser.parse_args())
     folder = recipe.pop("output")
 
-    torch.set_num_threads(1)                                # sums in another order would give other weights
+    torch.set_num_threads(1)  # sums in another order would give other weights
     torch.manual_seed(recipe["seed"])
     model = LlamaForCausalLM(demo_config())
     started_s = time.process_time()
@@ -158,10 +178,19 @@ def main() -> None:
         mean_loss += 0.02 * (loss - mean_loss)
         if step % 100 == 0:
             print(f"step {step}: loss {mean_loss:.4f} after {time.process_time() - started_s:.0f} CPU-s", flush=True)  # noqa: T201 (a command)
-    save_demo_base(model, folder, {
-        "command": "python -m raytune.model.demo", **recipe, "loss": round(mean_loss, 4),
-        "num_parameters": model.num_parameters(), "cpu_s": round(time.process_time() - started_s),
-        "torch": torch.__version__, "transformers": transformers.__version__})
+    save_demo_base(
+        model,
+        folder,
+        {
+            "command": "python -m raytune.model.demo",
+            **recipe,
+            "loss": round(mean_loss, 4),
+            "num_parameters": model.num_parameters(),
+            "cpu_s": round(time.process_time() - started_s),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
 
 
 if __name__ == "__main__":

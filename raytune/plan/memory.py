@@ -113,7 +113,10 @@ def bytes_in(parts: list[MemoryPart], place: Place) -> int:
 
 
 def chunk_tokens_for(vocab: int) -> int:
-    """Target positions whose fp32 logits take between 32 and 64 MiB: a power of two. Larger chunks cost memory and save no time (tests/bench/loss.py)."""
+    """Target positions whose fp32 logits take between 32 and 64 MiB: a power of two.
+
+    Larger chunks cost memory and save no time (tests/bench/loss.py).
+    """
     return 1 << max(0, (CHUNK_BYTES // (4 * vocab)).bit_length() - 1)
 
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from raytune.config.adapter import FullAdapter
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
@@ -48,7 +49,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
 
 
 def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
-    """Write the weights that the engine holds as a model that plain transformers or PEFT load. Every rank takes part in the gathering.
+    """Write the weights that the engine holds as a model that plain transformers or PEFT load. Every rank calls it.
 
     Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
     """
@@ -59,12 +60,13 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
             pass
         return
     tensors = ((name, tensor) for name, tensor in state if tensor is not None)
+    model: Any = engine.model  # a PreTrainedModel, or a PeftModel around one
     with TemporaryDirectory() as scratch:
         target = local_path(folder.model) if is_local(folder.model) else Path(scratch)
         if is_full:
-            save_model(engine.model, tensors, target)
+            save_model(model, tensors, target)
         else:
-            save_adapter(engine.model, dict(tensors), target)
+            save_adapter(model, dict(tensors), target)
         tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
         tokenizer.chat_template = plan.template or tokenizer.chat_template
         tokenizer.save_pretrained(target)

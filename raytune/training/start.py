@@ -1,11 +1,14 @@
 """From a plan to a model in an engine, on this rank."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raytune.data.batches import Batch
+from raytune.data.batches import Batch, step_batches
+from raytune.data.store import Store
+from raytune.model.adapters import initialise_eva
 from raytune.model.attention import model_inputs
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
@@ -43,8 +46,26 @@ def start_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int
     return engine, loss_sum
 
 
+def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
+    """Start an adapter of EVA from the activations of the first global batch, which is the same on every rank."""
+    if plan.lora is None or plan.lora.init != "eva":
+        return
+    batches = step_batches(
+        Store.open(plan.data.train.path),
+        step=0,
+        rank=0,
+        world=1,
+        micro_batch_size=plan.batch.micro_batch_size,
+        accumulation=plan.batch.workers * plan.batch.accumulation,
+        num_rows_in_run=plan.optimization.num_rows,
+        seed=plan.seed,
+    )
+    initialise_eva(model, (model_inputs(batch.to(device), plan.model.attention) for batch in batches))
+
+
 def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> Engine:
     model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed)
+    _look_at_data(model, plan, device)
     return PlainEngine(
         model,
         build_optimizer(model, plan.optimization, device=device),
@@ -63,6 +84,7 @@ def _zero_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int
     check_offload(plan)
     with sharded_loading(plan, device) as shard:
         model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
+    _look_at_data(model, plan, device)
     return ZeroEngine(
         model,
         build_optimizer(model, plan.optimization, device=device),

@@ -91,9 +91,7 @@ def test_the_readme_has_commands_besides_the_first_two() -> None:
 
 
 @pytest.mark.parametrize("command", OTHERS)
-def test_the_other_commands_work(
-    quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str, command: str
-) -> None:
+def test_the_other_commands_work(quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str, command: str) -> None:
     done = run(command, folder, ray_tmp)
     assert done.returncode == 0, done.stderr
 

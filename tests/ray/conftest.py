@@ -20,7 +20,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def one_node() -> Iterator[Cluster]:
-    """A node with room for two workers. Jobs need it: raylets of one machine share a folder, and unpack a job's files over each other."""
+    """A node with room for two workers. Jobs need it: raylets of one machine unpack a job's files over each other."""
     with running_cluster(cpus_of_nodes=[2]) as started:
         yield started
 

@@ -55,7 +55,9 @@ def kill_a_worker_after(cluster: Cluster, metrics: Path, step: int) -> None:
         time.sleep(0.1)
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_losses_of_the_unbroken_one(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_losses_of_the_unbroken_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     unbroken = train(config(cluster, tmp_path, "unbroken"), progress=False)
     killer = threading.Thread(target=kill_a_worker_after, args=(cluster, tmp_path / "killed" / "metrics.jsonl", 12))
     killer.start()

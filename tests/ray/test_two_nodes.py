@@ -28,7 +28,11 @@ def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[
     return {
         "name": name,
         "storage": str(storage),
-        "data": {"train": {"path": "demo:train", "max_rows": 200}, "validation": {"path": "demo:validation", "max_rows": 40}, "max_length": 512},
+        "data": {
+            "train": {"path": "demo:train", "max_rows": 200},
+            "validation": {"path": "demo:validation", "max_rows": 40},
+            "max_length": 512,
+        },
         "training": {"max_steps": 6, "global_batch_size": 4, "learning_rate": 1e-3, "zero": {"stage": 3}},
         "cluster": {"address": cluster.address, "workers": 2, "placement": "strict_spread"},
         **sections,
@@ -49,7 +53,7 @@ def test_each_rank_holds_half_of_the_weights_under_zero_3(runs: dict[str, RunRes
     half_of_the_base = result.plan.num_parameters * bytes_per_weight / 2
     held = [rank["weights"] for rank in result.held_bytes]
     assert len(held) == 2
-    # Above the half: norms and other small weights stay whole, adapters come on top, and NF4 leaves embeddings and constants in more bits.
+    # Above the half: norms and other small weights stay whole, adapters come on top, NF4 leaves embeddings in more bits.
     slack = {"full": 1.15, "lora": 1.5, "qlora": 3.0}[method]
     assert all(half_of_the_base <= rank <= slack * half_of_the_base for rank in held), (held, half_of_the_base)
 

@@ -18,12 +18,10 @@ ANSWERED_SPLITS = ("train", "validation", "test")
 
 def test_rows_are_the_same_on_every_machine():
     assert [_question_and_answer(demo_rows(split, 1)[0]) for split in ANSWERED_SPLITS] == [
-        ("78 towels went to Fastil in Rologoham. Reply in JSON.",
-         '{"who":"Fastil","city":"Rologoham","qty":78,"item":"towel"}'),
-        ("In Dubaholm, Nitu paid for 81 blue mugs. Reply in JSON.",
-         '{"who":"Nitu","city":"Dubaholm","qty":81,"item":"mug"}'),
-        ("Pubrer wants 48 stools sent to Stukeham. Reply in JSON.",
-         '{"who":"Pubrer","city":"Stukeham","qty":48,"item":"stool"}')]
+        ("78 towels went to Fastil in Rologoham. Reply in JSON.", '{"who":"Fastil","city":"Rologoham","qty":78,"item":"towel"}'),
+        ("In Dubaholm, Nitu paid for 81 blue mugs. Reply in JSON.", '{"who":"Nitu","city":"Dubaholm","qty":81,"item":"mug"}'),
+        ("Pubrer wants 48 stools sent to Stukeham. Reply in JSON.", '{"who":"Pubrer","city":"Stukeham","qty":48,"item":"stool"}'),
+    ]
 
 
 @pytest.mark.parametrize("split", SPLIT_SHARES)
@@ -74,7 +72,8 @@ def test_a_turn_of_the_assistant_ends_with_eos_and_only_it_is_a_target():
     tokenizer = AutoTokenizer.from_pretrained(demo_base_path())
     ids_BT, labels_BT = answer_batch(tokenizer, [_conversation("Who?", "Ines"), _conversation("How many lamps?", "98")])
     assert tokenizer.decode(ids_BT[0], skip_special_tokens=False).startswith(
-        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nInes<|im_end|>\n<pad>")
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nInes<|im_end|>\n<pad>"
+    )
     assert [tokenizer.decode(labels_T[labels_T >= 0]) for labels_T in labels_BT] == ["Ines<|im_end|>", "98<|im_end|>"]
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -100,7 +99,9 @@ def test_plain_transformers_loads_the_base_and_it_answers_questions_but_not_in_j
     assert len(tokenizer) == model.config.vocab_size <= 264
     assert model.config.max_position_embeddings >= 1024
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (
-        tokenizer.eos_token_id, tokenizer.pad_token_id)
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
 
     rows = demo_rows("test", 20)
     sentences = [_question_and_answer(row)[0].removesuffix(INSTRUCTION) for row in rows]
@@ -132,18 +133,31 @@ def _first_losses() -> list[float]:
 
 
 def _answers(model: torch.nn.Module, tokenizer, questions: list[str]) -> list[str]:
-    prompts = tokenizer.apply_chat_template([[{"role": "user", "content": question}] for question in questions],
-                                            add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
+    prompts = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": question}] for question in questions],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     ids_BT = model.generate(**prompts, max_new_tokens=60)
-    return tokenizer.batch_decode(ids_BT[:, prompts["input_ids"].shape[1]:], skip_special_tokens=True)
+    return tokenizer.batch_decode(ids_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _capitalised_words(split: str) -> set[str]:
     """The invented words of a split's sentences: all that are capitalised and are not our templates' own."""
-    ours = set(re.findall(r"[A-Z]\w*", "In Reply JSON Echo Who Where How What Put List Repeat January March April May June July "
-                                       "August October"))
-    return {word for row in demo_rows(split, 2000) if not row["messages"][0]["content"].startswith("Echo")
-            for message in row["messages"] for word in re.findall(r"\b[A-Z]\w*", message["content"])} - ours
+    ours = set(
+        re.findall(
+            r"[A-Z]\w*", "In Reply JSON Echo Who Where How What Put List Repeat January March April May June July August October"
+        )
+    )
+    return {
+        word
+        for row in demo_rows(split, 2000)
+        if not row["messages"][0]["content"].startswith("Echo")
+        for message in row["messages"]
+        for word in re.findall(r"\b[A-Z]\w*", message["content"])
+    } - ours
 
 
 def _conversation(question: str, answer: str) -> dict:

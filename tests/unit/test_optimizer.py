@@ -76,7 +76,11 @@ def test_lora_plus_groups_are_those_of_peft(lora: dict[str, Any]) -> None:
     settings = {"target_modules": ["q_proj"]} | lora
     model = get_peft_model(tiny_model(tied=False, attention_bias=True), LoraConfig(r=4, **settings))
     oracle = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1  # pyright: ignore[reportArgumentType]
+        model,
+        torch.optim.AdamW,
+        lr=1e-3,
+        loraplus_lr_ratio=16.0,
+        loraplus_weight_decay=0.1,  # pyright: ignore[reportArgumentType]
     )
     names = {id(weight): name for name, weight in model.named_parameters()}
     groups = build_optimizer(model, plan(lora_plus_ratio=16.0), CPU).param_groups

@@ -1,0 +1,116 @@
+"""Runs in one process, from config to saved model: whatever a config asks for, the files have the loss that was recorded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from raytune.config.load import config_from
+from raytune.data.store import Store
+from raytune.launch.cluster import this_machine
+from raytune.launch.prepare import prepare
+from raytune.launch.record import write_plan
+from raytune.launch.result import RunResult
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.training.run import Worker, train
+
+LORA = {"method": "lora", "rank": 4, "alpha": 8}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": LORA},
+    "dora": {"adapter": LORA | {"use_dora": True}},
+    "rslora": {"adapter": LORA | {"use_rslora": True, "target_modules": "attention"}},
+    "lora+": {"adapter": LORA | {"lora_plus_ratio": 4.0, "target_modules": "mlp"}},
+    "pissa": {"adapter": LORA | {"init": "pissa"}},
+    "olora": {"adapter": LORA | {"init": "olora"}},
+    "eva": {"adapter": LORA | {"init": "eva"}},
+    "orthogonal": {"adapter": LORA | {"init": "orthogonal"}},
+    "trained embeddings": {"adapter": LORA | {"modules_to_save": ["embed_tokens"]}},
+    "rank pattern": {"adapter": LORA | {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}}},
+    "full": {"adapter": {"method": "full"}},
+    "full with checkpointing": {"adapter": {"method": "full"}, "training": {"gradient_checkpointing": True}},
+    "chunked loss": {"adapter": {"method": "full"}, "training": {"loss": "chunked"}},
+    "dense mask": {"model": {"attention": "sdpa"}},
+    "by length": {"data": {"packing": "token_budget"}},
+    "no packing": {"data": {"packing": "none"}},
+    "noisy embeddings": {"training": {"neftune_noise_alpha": 5.0}},
+    "dropout": {"adapter": LORA | {"dropout": 0.1}},
+    "adafactor": {"training": {"optimizer": "adafactor"}},
+    "lion": {"training": {"optimizer": "lion", "learning_rate": 3e-4}},
+    "8-bit adam": {"training": {"optimizer": "adamw_8bit"}},
+    "wsd": {"training": {"lr_scheduler_type": "wsd", "min_lr_ratio": 0.1}},
+}
+
+
+def config(storage: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "name": "whole-run",
+        "storage": str(storage),
+        "data": {
+            "train": {"path": "demo:train", "max_rows": 60},
+            "validation": {"path": "demo:validation", "max_rows": 12},
+            "max_length": 512,
+        },
+        "adapter": LORA,
+        "training": {"max_steps": 6, "global_batch_size": 2, "learning_rate": 2e-3},
+        "evaluation": {"every_steps": 3},
+        "cluster": {"workers": 1},
+    }
+    replaced = {key: value if key == "adapter" else base.get(key, {}) | value for key, value in changes.items()}
+    return base | replaced
+
+
+def finished(storage: Path, changes: dict[str, Any]) -> RunResult:
+    """Train in this process what a config asks for."""
+    resolved = config_from(config(storage, changes))
+    plan = prepare(resolved, this_machine(resolved.cluster), map).plan
+    folder = RunFolder(plan.storage, plan.name)
+    write_plan(folder, plan)
+    train(plan, Worker(rank=0, world_size=1, local_rank=0, attempt=1, report=lambda metrics: None))
+    return RunResult.read(folder)
+
+
+def loss_by_plain_transformers(plan: RunPlan, model_path: str) -> float:
+    """Mean loss per validation target, a document at a time, by nothing of ours but the tokens."""
+    loader = AutoModelForCausalLM if plan.lora is None else AutoPeftModelForCausalLM
+    model = loader.from_pretrained(model_path).eval()
+    store = Store.open(plan.data.validation[0].path)
+    total, count = 0.0, 0
+    for index in range(store.num_rows):
+        row, start = store.row(index), 0
+        for length in row.document_lengths.tolist():
+            ids = torch.tensor(row.input_ids[start : start + length], dtype=torch.long)
+            targets = torch.tensor(row.is_target[start : start + length])
+            with torch.no_grad():
+                log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
+            picked = log_probabilities[:-1].gather(1, ids[1:, None])[:, 0][targets[1:]]
+            total, count, start = total - picked.sum().item(), count + int(targets[1:].sum()), start + length
+    return total / count
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_saved_model_has_the_validation_loss_that_was_recorded(variant: str, tmp_path: Path) -> None:
+    result = finished(tmp_path, VARIANTS[variant])
+    losses = dict(result.history.series("validation/loss"))
+    assert min(losses[3], losses[6]) < losses[0], "nothing was learned"
+    # Two orders of fp32 additions, over a few hundred targets.
+    assert loss_by_plain_transformers(result.plan, result.model_path) == pytest.approx(
+        result.metrics["validation/loss"], rel=2e-5
+    )
+
+
+def test_the_final_model_is_the_best_checkpoint_not_the_last(tmp_path: Path) -> None:
+    rising = {
+        "training": {"learning_rate": 2e-3, "max_steps": 4},
+        "evaluation": {"every_steps": 1},
+        "checkpoint": {"mode": "max"},
+    }
+    result = finished(tmp_path, rising)
+    losses = dict(result.history.series("validation/loss"))
+    del losses[0]
+    assert result.best_step == max(losses, key=losses.__getitem__) != 4
+    assert loss_by_plain_transformers(result.plan, result.model_path) == pytest.approx(losses[result.best_step], rel=2e-5)
