@@ -134,7 +134,7 @@ def this_machine(section: ClusterSection) -> Machine:
 
 
 def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[Result]:
-    """Results in the order of the tasks. One task is done here, where the tokenizer is loaded already; several by the cluster's CPUs."""
+    """Results in the order of the tasks. One task is done here, where the tokenizer is loaded; several by the cluster's CPUs."""
     if len(tasks) <= 1:
         return map(function, tasks)
     remote = ray.remote(num_cpus=1)(function)

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: rank 0's lines of metrics.jsonl. Every rank takes part, since reading a step is collective."""
+"""What a run writes down while it trains: rank 0's lines of metrics.jsonl. Reading a step is collective, so all take part."""
 
 import resource
 import time
