@@ -19,7 +19,7 @@ class Validation:
         return bool(self._stores)
 
     def measure(self) -> dict[str, float]:
-        """Metrics of the weights as they are; in `validation/loss` every target of every set weighs the same. All ranks call it."""
+        """Metrics of the weights as they are; in `validation/loss` each target of each set weighs the same. All ranks call it."""
         metrics: dict[str, float] = {}
         loss_sum, num_targets, num_bytes = 0.0, 0, 0
         for name, store in self._stores.items():
