@@ -102,16 +102,23 @@ class _Watcher:
 def show_result(result: RunResult, console: Console | None = None) -> None:
     """Print where the model lies and what it is worth: base against tuned."""
     console = console or Console()
-    if result.comparison:
-        comparison = result.comparison
-        table = Table(title=f"{comparison.num_rows} held-out rows", title_justify="left")
-        for heading in ("", "base", "tuned", "gain"):
-            table.add_column(heading, justify="right" if heading else "left")
-        table.add_row(comparison.metric, f"{comparison.base:.1%}", f"{comparison.tuned:.1%}", f"{comparison.gain:+.1%}")
-        for label, name, digits in (("validation loss", "validation/loss", 4), ("perplexity", "validation/perplexity", 3)):
-            series = result.history.series(name)
-            if len(series) > 1:
-                base, tuned = series[0][1], result.metrics[name]
-                table.add_row(label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}")
+    rows = list(_comparisons(result))
+    if rows:
+        title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
+        table = Table("", "base", "tuned", "gain", title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", highlight=False, soft_wrap=True)
+
+
+def _comparisons(result: RunResult) -> Iterator[tuple[str, str, str, str]]:
+    """Name, base, tuned and difference of whatever was measured on both."""
+    if result.comparison:
+        metric = result.comparison
+        yield metric.metric, f"{metric.base:.1%}", f"{metric.tuned:.1%}", f"{metric.gain:+.1%}"
+    for label, name, digits in (("validation loss", "validation/loss", 4), ("perplexity", "validation/perplexity", 3)):
+        series = result.history.series(name)
+        if series and series[0][0] == 0:  # measured before the first step
+            base, tuned = series[0][1], result.metrics[name]
+            yield label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}"
