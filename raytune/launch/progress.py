@@ -9,7 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from raytune.errors import RaytuneError
 from raytune.launch.result import RunResult
@@ -105,7 +105,8 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
     rows = list(_comparisons(result))
     if rows:
         title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
-        table = Table("", "base", "tuned", "gain", title=title, title_justify="left")
+        numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain")]
+        table = Table("", *numbers, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
