@@ -35,7 +35,7 @@ class Verbs(click.Group):
                 click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo("interrupted; the same command continues from the newest checkpoint, if the run has one", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 

@@ -3,6 +3,9 @@
 import logging
 import math
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,10 +54,17 @@ def connect(section: ClusterSection) -> Iterator[Machine]:
             _join(address, environment)
         else:
             _start(section)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end_in_order)  # Ray has just set its own
         yield _machine()
     finally:
         if not joined_before:
             ray.shutdown()
+
+
+def _end_in_order(signal_number: int, frame: object) -> None:
+    """`ray job stop` and Kubernetes ask first: what was started here is ended before this process goes."""
+    sys.exit(128 + signal_number)
 
 
 def _join(address: str, environment: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, read_bytes, read_json, write_bytes, write_json
 
-State = Literal["running", "failed", "finished"]
+State = Literal["running", "interrupted", "failed", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,7 +89,13 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
         record.write(folder)
         events = EventLog(folder.events, attempt=record.attempts)
         events.write("attempt_started", workers=plan.batch.workers)
-        failure = fit(plan, record.attempts)
+        try:
+            failure = fit(plan, record.attempts)
+        except (KeyboardInterrupt, SystemExit):
+            events.write("run_interrupted")
+            events.close()
+            replace(record, state="interrupted").write(folder)
+            raise
         if failure is None:
             events.write("run_finished")
             events.close()

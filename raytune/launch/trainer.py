@@ -1,5 +1,9 @@
 """One attempt: a Ray Train worker group that trains a plan, and what ended it where it failed."""
 
+import threading
+from queue import SimpleQueue
+
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -8,6 +12,8 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import list_folder, read_json
 from raytune.training.worker import train_worker
+
+INTERRUPT_TIMEOUT_S = 20.0
 
 
 def fit(plan: RunPlan, attempt: int) -> Failure | None:
@@ -39,11 +45,33 @@ def fit(plan: RunPlan, attempt: int) -> Failure | None:
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
+    error = _ended_with(trainer)
+    return None if error is None else _first_failure(folder, attempt, error)
+
+
+def _ended_with(trainer: TorchTrainer) -> Exception | None:
+    """What `fit` raised: TrainingFailedError, or whatever Ray raises when its controller or a bucket is lost.
+
+    It runs in a thread of its own, because in the main thread Ray takes over Ctrl-C and ends this process without a word.
+    """
+    outcome: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+            outcome.put(None)
+        except Exception as error:
+            outcome.put(error)
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
     try:
-        trainer.fit()
-    except Exception as error:  # TrainingFailedError, but also whatever Ray raises when its controller or a bucket is lost
-        return _first_failure(folder, attempt, error)
-    return None
+        return outcome.get()
+    except BaseException:
+        # Controller and workers live as long as their driver is connected, on whichever cluster.
+        ray.shutdown()
+        thread.join(timeout=INTERRUPT_TIMEOUT_S)
+        raise
 
 
 def _first_failure(folder: RunFolder, attempt: int, error: Exception) -> Failure:

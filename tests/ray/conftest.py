@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import ray
@@ -31,6 +33,8 @@ def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     os.environ["RAY_TMPDIR"] = folder
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    # A job's `python` is found on the PATH of the raylet that starts it.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     head, *others = cpus_of_nodes
     started = Cluster(
         initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, "dashboard_port": 0}

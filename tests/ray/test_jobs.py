@@ -1,6 +1,5 @@
 """`ray job submit`: logs and exit code come back, for a run that works and for one that cannot."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ def submit(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         timeout=380,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         check=False,
     )
 
