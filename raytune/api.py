@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 from raytune.config.load import config_from, load_config
@@ -11,10 +11,10 @@ from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
 
-Path = str | PathLike[str]
+File = str | PathLike[str]
 
 
-def train(config: Path | Sequence[Path] | Mapping[str, Any] | RunConfig, *, progress: bool = True, **overrides: Any) -> RunResult:
+def train(config: File | Sequence[File] | Mapping[str, Any] | RunConfig, *, progress: bool = True, **overrides: Any) -> RunResult:
     """Train as `raytune train` does: plan, start or join a Ray cluster, and leave weights in the run folder.
 
     Args:
@@ -31,7 +31,7 @@ def train(config: Path | Sequence[Path] | Mapping[str, Any] | RunConfig, *, prog
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
-    texts = [f"{key}={json.dumps(value)}" for key, value in _leaves(overrides)]
+    texts = [f"{key}={json.dumps(value, default=fspath)}" for key, value in _leaves(overrides)]
     if isinstance(config, RunConfig | Mapping):
         resolved = config_from(config, texts)
     else:

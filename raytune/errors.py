@@ -33,6 +33,10 @@ class CheckpointError(RaytuneError):
     """A checkpoint is missing, torn, or belongs to another run."""
 
 
+class TakenOverError(CheckpointError):
+    """A newer attempt at the same run has begun; this one may write no more and is not to be tried again."""
+
+
 class StorageFullError(CheckpointError):
     """There is no room for what must be written; the same attempt would only fill the disk again."""
 

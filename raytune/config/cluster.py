@@ -16,7 +16,7 @@ class ClusterSection(Section):
     cpus_per_worker: NonNegativeFloat = 1.0
     """CPUs that Ray sets aside for a worker."""
     threads_per_worker: PositiveInt | Auto = "auto"
-    """Compute threads of a worker. `auto`: `cpus_per_worker`, at least one."""
+    """Compute threads of a worker. `auto`: on CPUs its share of all cores, beside a GPU `cpus_per_worker`; at least one."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """How workers lie on nodes: close together (`pack`) or one per node (`strict_spread`)."""
     max_failures: NonNegativeInt = 3

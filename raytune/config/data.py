@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raytune.config.section import Auto, Fraction, NonNegativeInt, PositiveInt, Section, Text
+from raytune.config.section import Auto, Fraction, PositiveInt, Section, Text
 
 DataFormat = Literal["messages", "alpaca", "prompt_completion", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
@@ -65,8 +65,6 @@ class DataSection(Section):
     """`error` lists the bad rows with file and line and stops; `skip` leaves them out and counts them."""
     store: Text | None = None
     """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
-    workers: NonNegativeInt = 0
-    """Processes that tokenise. 0: as many as the cluster has CPUs, up to one per 2,000 rows."""
 
     @model_validator(mode="after")
     def _has_rows(self) -> "DataSection":

@@ -16,7 +16,6 @@ _SPELLINGS = {
     "data.targets": "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss roles_to_train mask_prompt",
     "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length model_max_length max_tokens row_length",
     "data.packing": "sample_packing pad_to_sequence_len group_by_length",
-    "data.workers": "dataset_num_proc preprocessing_num_workers dataset_processes dataset_prepared_workers",
     "data.train.columns": "dataset_text_field field_messages prompt_column response_column",
     "data.train.max_rows": "max_samples max_train_samples",
     "evaluation.max_rows": "max_eval_samples",

@@ -138,6 +138,13 @@ class ChatTemplate:
         if isinstance(rendered := self.render([probe], "assistant")[0], _Undelimited):
             raise DataError(f"data.template: {rendered}")
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The token that ends an answer, if the template's end of turn begins with a special token of its own."""
+        end = self._ends["assistant"]
+        ids: Any = self._tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+        return ids[:1] if ids and ids[0] in self._tokenizer.added_tokens_decoder else []
+
     def render(self, conversations: Sequence[Conversation], targets: Targets) -> list[Rendered | RowError]:
         """Render conversations and find the text that carries loss.
 

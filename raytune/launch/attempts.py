@@ -16,6 +16,7 @@ _PERMANENT = {
     "TrainingError",
     "OutOfMemoryError",
     "StorageFullError",
+    "TakenOverError",
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
-from ray.exceptions import RaySystemError
+from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError
@@ -54,7 +54,7 @@ def connect(section: ClusterSection) -> Iterator[Machine]:
             _join(address, environment)
         else:
             _start(section)
-        if threading.current_thread() is threading.main_thread():
+        if not joined_before and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _end_in_order)  # Ray has just set its own
         yield _machine()
     finally:
@@ -148,4 +148,7 @@ def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) ->
     if len(tasks) <= 1:
         return map(function, tasks)
     remote = ray.remote(num_cpus=1)(function)
-    return ray.get([remote.remote(task) for task in tasks])
+    try:
+        return ray.get([remote.remote(task) for task in tasks])
+    except RayTaskError as error:
+        raise error.cause from None  # what the task raised, without Ray's traceback around it

@@ -32,8 +32,9 @@ class RunRecord:
     def write(self, folder: RunFolder) -> None:
         write_json(folder.run, asdict(self))
 
-    def next_attempt(self) -> "RunRecord":
-        return replace(self, attempts=self.attempts + 1, state="running", failure=None)
+    def next_attempt(self, at_least: int) -> "RunRecord":
+        """The record of another attempt, numbered above all known ones and no lower than `at_least`."""
+        return replace(self, attempts=max(self.attempts + 1, at_least), state="running", failure=None)
 
 
 def read_plan(folder: RunFolder) -> RunPlan:

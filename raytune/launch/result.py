@@ -5,7 +5,7 @@ from typing import Self
 
 from raytune.evaluate.compare import Comparison
 from raytune.launch.record import read_plan
-from raytune.metrics import History
+from raytune.metrics import History, decode_number, encode_number
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
@@ -19,7 +19,7 @@ class RunResult:
         folder: its run folder.
         model_path: the final weights; plain transformers or PEFT load them.
         plan: everything that was resolved before it started.
-        metrics: final metrics by name, of the best checkpoint where validation rows rank them.
+        metrics: metrics by name: `validation/...` of the best step, `train/...` of the last one.
         best_step: the step whose weights these are.
         held_bytes: for each rank its node and the bytes of weights, gradients and optimizer state that it held.
         history: everything that was measured on the way.
@@ -45,7 +45,7 @@ class RunResult:
             folder=folder.path,
             model_path=folder.model,
             plan=read_plan(folder),
-            metrics=result["metrics"],
+            metrics={name: decode_number(value) for name, value in result["metrics"].items()},
             best_step=result["best_step"],
             held_bytes=result["held_bytes"],
             history=History.read(folder.metrics),
@@ -59,6 +59,6 @@ class RunResult:
             "folder": self.folder,
             "model_path": self.model_path,
             "best_step": self.best_step,
-            "metrics": self.metrics,
+            "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
             "comparison": self.comparison and asdict(self.comparison),
         }

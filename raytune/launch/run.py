@@ -1,12 +1,13 @@
 """One run from the driver's side: config -> cluster -> data -> plan -> attempts -> result."""
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from raytune.config.run import RunConfig
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, RaytuneError
+from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, TakenOverError, UserError
 from raytune.evaluate.questions import to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
@@ -18,7 +19,10 @@ from raytune.metrics import EventLog
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
+from raytune.training.commit import next_fence
 from raytune.versions import library_versions
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[RunPlan], AbstractContextManager]
 
@@ -29,7 +33,7 @@ class RunFailedError(RaytuneError):
     def __init__(self, message: str, failure: Failure) -> None:
         super().__init__(message)
         self.failure = failure
-        self.exit_code = EXIT_RETRY_LATER if failure.kind == WORKER_DIED else EXIT_FAILED
+        self.exit_code = EXIT_RETRY_LATER if failure.kind in (WORKER_DIED, ClusterError.__name__) else EXIT_FAILED
 
     def __reduce__(self) -> tuple:
         return type(self), (self.args[0], self.failure)
@@ -54,6 +58,11 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         refuse_another_run(folder, plan)
         if known and known.state == "finished":
             return RunResult.read(folder)
+        if known and not config.checkpoint.resume:
+            raise UserError(
+                f"Run {config.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
+                f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
+            )
         record = known or RunRecord(
             name=config.name,
             state="running",
@@ -85,7 +94,8 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
     """Start worker groups until one trains to the end or trying again makes no sense."""
     failures: list[Failure] = []
     while True:
-        record = record.next_attempt()
+        # Another command may have started attempts of this run meanwhile: its numbers count.
+        record = (RunRecord.read(folder) or record).next_attempt(at_least=next_fence(folder))
         record.write(folder)
         events = EventLog(folder.events, attempt=record.attempts)
         events.write("attempt_started", workers=plan.batch.workers)
@@ -106,15 +116,17 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
         events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
         events.close()
         if decision is Decision.RAISE:
-            replace(record, state="failed", failure=failure.headline).write(folder)
-            raise RunFailedError(_explanation(failure, len(failures), folder), failure)
+            if failure.kind != TakenOverError.__name__:  # then the record is the newer attempt's
+                replace(record, state="failed", failure=failure.headline).write(folder)
+            raise RunFailedError(_explanation(failure, folder), failure)
+        logger.warning("Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline)
 
 
-def _explanation(failure: Failure, num_attempts: int, folder: RunFolder) -> str:
+def _explanation(failure: Failure, folder: RunFolder) -> str:
     others = ", ".join(str(rank) for rank in failure.collateral)
     return "\n".join(
         [
-            f"Training failed in attempt {num_attempts}: {failure.headline}",
+            f"Training failed in attempt {failure.attempt}: {failure.headline}",
             *(failure.message.strip().splitlines()[1:]),
             *([f"Rank {others} ended after it, as a consequence."] if others else []),
             f"Tracebacks: {folder.failures}.",

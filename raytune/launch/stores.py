@@ -15,6 +15,7 @@ from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
 from raytune.plan.machine import DataFacts
 from raytune.plan.run_plan import StorePlan
+from raytune.storage import is_local
 
 STORES_FOLDER = "stores"
 
@@ -32,6 +33,11 @@ class DataBuilder:
     def __init__(self, config: RunConfig, model_path: str, row_length: int, storage: str, parallel_map: ParallelMap) -> None:
         self._config, self._model_path, self._row_length = config, model_path, row_length
         self._parallel_map = parallel_map
+        if config.data.store is None and not is_local(storage):
+            raise DataError(
+                f"storage is {storage}, but tokenised rows are mapped into memory from files. Set data.store to a folder that "
+                f"every node mounts, beside the URL for the run folders."
+            )
         self._folder = config.data.store or f"{storage}/{STORES_FOLDER}"
         model = config.model
         self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code)

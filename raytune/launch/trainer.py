@@ -60,8 +60,8 @@ def _ended_with(trainer: TorchTrainer) -> Exception | None:
         try:
             trainer.fit()
             outcome.put(None)
-        except Exception as error:
-            outcome.put(error)
+        except BaseException as error:
+            outcome.put(error if isinstance(error, Exception) else RuntimeError(f"Ray ended with {error!r}"))
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()

@@ -16,7 +16,7 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
     """First the base model of a run, then the tuned one as it was saved in `folder`; one of them on the device at a time."""
     yield (model := _load(plan, plan.model.path, plan.model.revision, device))
     if isinstance(plan.adapter, FullAdapter):
-        del model  # the caller has let go of it as well
+        del model  # the caller lets go of it as well
         yield _load(plan, str(folder), None, device)
     else:
         yield PeftModel.from_pretrained(model, str(folder)).eval()

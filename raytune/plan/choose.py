@@ -147,7 +147,7 @@ def choose_plan(
         loss=LossPlan(chunk_tokens=fit.chunk_tokens),
         evaluation=evaluation,
         checkpoint=_checkpoint(config, data, evaluation, reasons),
-        cluster=_cluster(config, device),
+        cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
@@ -316,14 +316,16 @@ def _check_metric(metric: str, data: DataFacts) -> None:
         )
 
 
-def _cluster(config: RunConfig, device: Device) -> ClusterPlan:
+def _cluster(config: RunConfig, device: Device, machine: Machine, workers: int) -> ClusterPlan:
     section = config.cluster
     threads = section.threads_per_worker
+    reserved = max(1, int(section.cpus_per_worker))
+    share = machine.num_cpus // workers if device == "cpu" else reserved
     return ClusterPlan(
         device=device,
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=1 if device == "cuda" else 0,
-        threads_per_worker=max(1, int(section.cpus_per_worker)) if threads == "auto" else threads,
+        threads_per_worker=max(reserved, share) if threads == "auto" else threads,
         placement=section.placement,
         max_failures=section.max_failures,
         start_timeout_s=section.start_timeout,

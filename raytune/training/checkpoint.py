@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from raytune import storage
-from raytune.errors import CheckpointError, RaytuneError, StorageFullError
+from raytune.errors import CheckpointError, RaytuneError, StorageFullError, TakenOverError
 from raytune.plan.run_plan import CheckpointPlan
 from raytune.run_folder import DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, UNFINISHED_FOLDER, RunFolder, step_folder
 from raytune.training.commit import (
@@ -414,7 +414,7 @@ class Checkpoints:
     def _refuse_newer_fence(self) -> None:
         newest = newest_fence(self._folder)
         if newest > self._fence:
-            raise CheckpointError(
+            raise TakenOverError(
                 f"Attempt {newest} has taken over {self._folder.path}; this is attempt {self._fence} and may write no more. "
                 f"There is nothing to do: the newer attempt goes on."
             )

@@ -8,9 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from raytune.config.adapter import FullAdapter
+from raytune.data.template import ChatTemplate
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
+from raytune.metrics import encode_number
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
 from raytune.model.load import load_tokenizer
@@ -41,7 +43,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
             folder.result,
             {
                 "best_step": best.step,
-                "metrics": recorder.metrics | best.metrics,
+                "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
                 "held_bytes": held,
                 "comparison": comparison and asdict(comparison),
             },
@@ -83,22 +85,27 @@ def compare_answers(plan: RunPlan, engine: Engine, folder: RunFolder, generation
     questions = from_json_lines(read_bytes(folder.questions))
     own = range(engine.rank, len(questions), engine.world_size)
     tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+    stop_ids = ChatTemplate(tokenizer, plan.template).stop_ids
     with TemporaryDirectory() as scratch:
         if is_local(folder.model):
             saved = local_path(folder.model)
         else:
             saved = Path(scratch)
             download_folder(folder.model, saved)
-        base, tuned = [
-            write_answers(
-                model,
-                tokenizer,
-                [questions[index].prompt_ids for index in own],
-                max_new_tokens=generation.max_new_tokens,
-                batch_size=generation.batch_size,
+        answers = []
+        for model in base_then_tuned(plan, saved, engine.device):
+            answers.append(
+                write_answers(
+                    model,
+                    tokenizer,
+                    [questions[index].prompt_ids for index in own],
+                    max_new_tokens=generation.max_new_tokens,
+                    batch_size=generation.batch_size,
+                    stop_ids=stop_ids,
+                )
             )
-            for model in base_then_tuned(plan, saved, engine.device)
-        ]
+            del model  # before the next one is loaded
+        base, tuned = answers
     samples = [
         Sample(row=index, prompt=questions[index].prompt, expected=questions[index].expected, base=before, tuned=after)
         for index, before, after in zip(own, base, tuned)

@@ -26,7 +26,8 @@ class Worker:
 
     rank: int
     world_size: int
-    local_rank: int
+    device_index: int
+    """Of its device among those that this process sees; on a CPU, its number on the node."""
     attempt: int
     report: Callable[[dict[str, float]], None]
     """Tells whoever waits for news (a sweep, for one). Every rank calls it the same number of times, seconds apart."""
@@ -39,12 +40,17 @@ def train(plan: RunPlan, worker: Worker) -> None:
         RaytuneError: the same on every rank where it concerns all of them.
     """
     folder = RunFolder(plan.storage, plan.name)
-    device = prepare_process(plan, worker.local_rank)
+    device = prepare_process(plan, worker.device_index)
     engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size)
     timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
-    events = EventLog(folder.events, attempt=worker.attempt)
+    events = EventLog(folder.events, attempt=worker.attempt) if worker.rank == 0 else None
     checkpoints = Checkpoints(
-        folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=plan.identity, report=events.write
+        folder,
+        engine,
+        fence=worker.attempt,
+        policy=plan.checkpoint,
+        fingerprint=plan.identity,
+        report=events.write if events else _say_nothing,
     )
     resumed = checkpoints.load_newest()
     start = resumed.step if resumed else 0
@@ -74,7 +80,12 @@ def train(plan: RunPlan, worker: Worker) -> None:
                 checkpoints.save(step, metrics=measured, run_state={})
                 clock.saved()
         finish(plan, engine, checkpoints, recorder, folder)
-    events.close()
+    if events:
+        events.close()
+
+
+def _say_nothing(event: str, **facts: object) -> None:
+    """Events are rank 0's to write."""
 
 
 def _batches(plan: RunPlan, worker: Worker) -> Callable[[int], Sequence[Batch]]:

@@ -18,17 +18,20 @@ from raytune.training.losses import attach_loss
 from raytune.training.optimizer import build_optimizer
 
 
-def prepare_process(plan: RunPlan, local_rank: int) -> torch.device:
-    """Set what holds for the whole process, and return the device it trains on."""
+def prepare_process(plan: RunPlan, device_index: int) -> torch.device:
+    """Set what holds for the whole process, and return the device it trains on.
+
+    Args:
+        device_index: of a GPU among those that this process sees; on a CPU, any number of its own on this node.
+    """
     torch.set_num_threads(plan.cluster.threads_per_worker)
-    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed looks for its device here
+    os.environ["LOCAL_RANK"] = str(device_index)  # DeepSpeed looks for its device here
     torch.backends.cuda.matmul.allow_tf32 = plan.tf32
     torch.backends.cudnn.allow_tf32 = plan.tf32
     torch.manual_seed(plan.seed)
     if plan.cluster.device == "cuda":
-        # Ray shows a worker its own GPUs only, hence index 0 wherever each has one.
-        torch.cuda.set_device(0)
-        return torch.device("cuda", 0)
+        torch.cuda.set_device(device_index)
+        return torch.device("cuda", device_index)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return torch.device("cpu")
 

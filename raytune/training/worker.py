@@ -4,8 +4,10 @@ import os
 import time
 import traceback
 import warnings
+from contextlib import suppress
 
 import ray.train
+import ray.train.torch
 
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -28,25 +30,33 @@ def train_worker(config: dict) -> None:
         worker = Worker(
             rank=rank,
             world_size=context.get_world_size(),
-            local_rank=context.get_local_rank(),
+            device_index=_device_index(plan),
             attempt=config["attempt"],
             report=ray.train.report,
         )
         train(plan, worker)
     except BaseException as error:
         # Survivors of a dead rank fail too, a moment later: the driver shows the earliest record first.
-        write_json(
-            RunFolder(plan.storage, plan.name).failure(config["attempt"], rank),
-            {
-                "rank": rank,
-                "node": os.uname().nodename,
-                "time": time.time(),
-                "kind": type(error).__name__,
-                "message": str(error),
-                "traceback": traceback.format_exc(),
-            },
-        )
+        with suppress(Exception):  # what made the run fail may be the storage itself
+            write_json(
+                RunFolder(plan.storage, plan.name).failure(config["attempt"], rank),
+                {
+                    "rank": rank,
+                    "node": os.uname().nodename,
+                    "time": time.time(),
+                    "kind": type(error).__name__,
+                    "message": str(error),
+                    "traceback": traceback.format_exc(),
+                },
+            )
         raise
+
+
+def _device_index(plan: RunPlan) -> int:
+    """Index of this worker's device among those of its node that the process sees: Ray shows each worker all of them."""
+    if plan.cluster.device == "cpu":
+        return ray.train.get_context().get_local_rank()
+    return ray.train.torch.get_device().index
 
 
 def _quiet() -> None:

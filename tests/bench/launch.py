@@ -226,7 +226,7 @@ def train_bare(plan_file: Path, marks_file: Path) -> None:
 
     dist.init_process_group("gloo")
     plan = RunPlan.model_validate_json(plan_file.read_text())
-    train(plan, Worker(rank=rank, world_size=world_size, local_rank=rank, attempt=1, report=lambda metrics: None))
+    train(plan, Worker(rank=rank, world_size=world_size, device_index=rank, attempt=1, report=lambda metrics: None))
     dist.destroy_process_group()
 
 

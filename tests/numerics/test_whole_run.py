@@ -70,7 +70,7 @@ def finished(storage: Path, changes: dict[str, Any]) -> RunResult:
     plan = prepare(resolved, this_machine(resolved.cluster), map).plan
     folder = RunFolder(plan.storage, plan.name)
     write_plan(folder, plan)
-    train(plan, Worker(rank=0, world_size=1, local_rank=0, attempt=1, report=lambda metrics: None))
+    train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda metrics: None))
     return RunResult.read(folder)
 
 
