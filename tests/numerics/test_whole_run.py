@@ -4,19 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
 
 from raytune.config.load import config_from
-from raytune.data.store import Store
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
-from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
+from tests.numerics.saved_models import loss_by_plain_transformers
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
 
@@ -72,24 +68,6 @@ def finished(storage: Path, changes: dict[str, Any]) -> RunResult:
     write_plan(folder, plan)
     train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda metrics: None))
     return RunResult.read(folder)
-
-
-def loss_by_plain_transformers(plan: RunPlan, model_path: str) -> float:
-    """Mean loss per validation target, a document at a time, by nothing of ours but the tokens."""
-    loader = AutoModelForCausalLM if plan.lora is None else AutoPeftModelForCausalLM
-    model = loader.from_pretrained(model_path).eval()
-    store = Store.open(plan.data.validation[0].path)
-    total, count = 0.0, 0
-    for index in range(store.num_rows):
-        row, start = store.row(index), 0
-        for length in row.document_lengths.tolist():
-            ids = torch.tensor(row.input_ids[start : start + length], dtype=torch.long)
-            targets = torch.tensor(row.is_target[start : start + length])
-            with torch.no_grad():
-                log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
-            picked = log_probabilities[:-1].gather(1, ids[1:, None])[:, 0][targets[1:]]
-            total, count, start = total - picked.sum().item(), count + int(targets[1:].sum()), start + length
-    return total / count
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

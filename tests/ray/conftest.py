@@ -31,6 +31,7 @@ def one_node() -> Iterator[Cluster]:
 def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     # Ray's sockets lie in this folder, and the path of a socket has at most 107 characters.
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    before = dict(os.environ)
     os.environ["RAY_TMPDIR"] = folder
     os.environ["RAY_AUTH_MODE"] = "disabled"
     # A job's `python` is found on the PATH of the raylet that starts it.
@@ -47,4 +48,6 @@ def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     finally:
         ray.shutdown()
         started.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
