@@ -78,11 +78,13 @@ def choose_device(config: RunConfig, machine: Machine) -> Device:
 def choose_workers(config: RunConfig, machine: Machine, device: Device) -> Choice[int]:
     """All GPUs, or one CPU worker, whose threads share the cores better than processes would."""
     section = config.cluster
-    if section.workers == "auto":
-        if device == "cuda":
-            return Choice(machine.num_gpus, f"cluster.workers is {machine.num_gpus}: one for each GPU of the cluster.")
-        return Choice(1, "cluster.workers is 1: without GPUs, more processes only share the same cores.")
-    workers = section.workers
+    if section.workers != "auto":
+        choice = Choice(section.workers)
+    elif device == "cuda":
+        choice = Choice(machine.num_gpus, f"cluster.workers is {machine.num_gpus}: one for each GPU of the cluster.")
+    else:
+        choice = Choice(1, "cluster.workers is 1: without GPUs, more processes only share the same cores.")
+    workers = choice.value
     if device == "cuda" and workers > machine.num_gpus:
         raise PlanError(
             f"cluster.workers is {workers}, but the cluster has {machine.num_gpus} GPUs. Set it to {machine.num_gpus} or less."
@@ -99,7 +101,7 @@ def choose_workers(config: RunConfig, machine: Machine, device: Device) -> Choic
             f"cluster.placement is strict_spread, one worker per node, but there are {workers} workers and {machine.num_nodes} "
             f"nodes. Set cluster.workers to {machine.num_nodes}, or placement to spread."
         )
-    return Choice(workers)
+    return choice
 
 
 def choose_precision(config: RunConfig, machine: Machine, device: Device) -> Choice[Precision]:
