@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets, trained_turns
 from raytune.errors import DataError, ModelError
+from raytune.plan.shapes import model_files
 
 TEMPLATES_FOLDER = Path(__file__).with_name("templates")
 SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))
@@ -43,7 +44,7 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error
     if not tokenizer.is_fast:

@@ -103,6 +103,7 @@ def _worker_environment(section: ClusterSection) -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(section.start_timeout),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(section.collective_timeout),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that nothing listens to yet
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_USAGE_STATS_ENABLED": "0",

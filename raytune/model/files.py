@@ -3,17 +3,18 @@
 from pathlib import Path
 
 from raytune.errors import ModelError
-from raytune.plan.shapes import DEMO_BASE
+from raytune.plan.shapes import DEMO
 
 
 def resolve_model_path(base: str, revision: str | None) -> str:
-    """Where transformers finds a base: the packaged folder for `demo`, an absolute path for a folder, else the hub id.
+    """Where transformers finds a base: `demo` as it is (`plan.shapes.model_files` finds it on
+    each machine), an absolute path for a folder, else the hub id.
 
     Raises:
         ModelError: if `base` is written like a path but is not a folder, or is a folder without a model.
     """
-    if base == "demo":
-        return str(DEMO_BASE)
+    if base == DEMO:
+        return DEMO
     folder = Path(base).expanduser()
     if folder.is_dir():
         if revision is not None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.model.quantize import DTYPES, quantization_config
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.shapes import model_files
 
 
 def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterator[PreTrainedModel | PeftModel]:
@@ -28,7 +29,7 @@ def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) 
     if isinstance(plan.adapter, QloraAdapter):
         arguments["quantization_config"] = quantization_config(plan.adapter, model)
     return AutoModelForCausalLM.from_pretrained(
-        path,
+        model_files(path),
         revision=revision,
         trust_remote_code=model.trust_remote_code,
         dtype=DTYPES[model.compute_dtype],

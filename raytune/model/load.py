@@ -32,22 +32,23 @@ from raytune.model.attention import check_attention, implementation_name
 from raytune.model.neftune import add_neftune
 from raytune.model.quantize import DTYPES, is_quantized, quantization_config
 from raytune.plan.run_plan import ModelPlan
+from raytune.plan.shapes import model_files
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that comes with a model."""
     with _explained(path, revision, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
     with _explained(path, revision, "config.json"):
-        values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+        values, _ = PretrainedConfig.get_config_dict(model_files(path), revision=revision)
     if not trust_remote_code:
         _check_own_code(path, values)
     with _explained(path, revision, "config.json"):
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _check_own_code(path: str, config: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ def load_model(
         arguments["device_map"] = {"": device}
     with _explained(model.path, model.revision, "weights"), _sharding(shard):
         loaded = AutoModelForCausalLM.from_pretrained(
-            model.path,
+            model_files(model.path),
             revision=model.revision,
             config=config,
             trust_remote_code=model.trust_remote_code,

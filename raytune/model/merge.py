@@ -30,6 +30,7 @@ from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_
 from raytune.model.files import resolve_model_path
 from raytune.model.load import load_config, load_tokenizer
 from raytune.model.quantize import DTYPES, as_seen_in_training
+from raytune.plan.shapes import model_files
 
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -60,7 +61,7 @@ def merge_adapter(
     base = base or peft_config.base_model_name_or_path
     if not base:
         raise ModelError(f"{adapter_folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
-    path = resolve_model_path(base, None)
+    path = model_files(resolve_model_path(base, None))
     config = load_config(path, peft_config.revision)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from raytune.errors import ModelError
 
+DEMO = "demo"
+"""Name of the model that ships with raytune, in configs and plans."""
 DEMO_BASE = Path(__file__).parents[1] / "model" / "demo_base"
 
 Kind = Literal["embedding", "attention", "mlp", "norm", "head"]
@@ -126,6 +128,11 @@ def read_model_shape(base: str, revision: str | None = None, hub_cache: Path | N
     return model_shape(config, str(path))
 
 
+def model_files(path: str) -> str:
+    """What transformers is to open for `ModelPlan.path`: `demo` is wherever raytune lies on the machine that asks."""
+    return str(DEMO_BASE) if path == DEMO else path
+
+
 def default_hub_cache() -> Path:
     """Where huggingface_hub keeps models (its environment variables, in its order)."""
     if path := os.environ.get("HF_HUB_CACHE"):
@@ -140,7 +147,7 @@ def find_config(base: str, revision: str | None, hub_cache: Path) -> Path:
     Raises:
         ModelError: if it is not here.
     """
-    if base == "demo":
+    if base == DEMO:
         return DEMO_BASE / "config.json"
     folder = Path(base).expanduser()
     if folder.is_dir():

@@ -18,6 +18,7 @@ from raytune.model.files import resolve_model_path
 from raytune.model.load import load_config, load_model, load_tokenizer
 from raytune.model.quantize import quantized_modules
 from raytune.plan.run_plan import ModelPlan
+from raytune.plan.shapes import model_files
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan
 
 CPU = torch.device("cpu")
@@ -42,7 +43,8 @@ def changed_config(base: Path, folder: Path, **values: Any) -> Path:
 
 
 def test_a_base_is_the_demo_a_folder_or_a_hub_id(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_model_path("demo", None) == str(demo_base_path())
+    assert resolve_model_path("demo", None) == "demo"
+    assert model_files("demo") == str(demo_base_path())
     monkeypatch.chdir(base.parent)
     assert resolve_model_path(base.name, None) == str(base)
     assert resolve_model_path("meta-llama/Llama-3.2-1B", "main") == "meta-llama/Llama-3.2-1B"
