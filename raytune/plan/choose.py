@@ -10,7 +10,7 @@ from typing import TypeVar
 from raytune.config.adapter import FullAdapter
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
-from raytune.errors import DataError, UserError
+from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.adapter_size import trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.defaults import (
@@ -109,6 +109,7 @@ def choose_plan(
     )
     fit = choose_fit(config, setting, shape, machine, data)
     reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
+    _check_generation(config, fit, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
@@ -313,6 +314,19 @@ def _check_metric(metric: str, data: DataFacts) -> None:
     if metric not in known:
         raise UserError(
             f"checkpoint.metric is {metric!r}, which this run does not measure. Set it to one of: {', '.join(known)}."
+        )
+
+
+def _check_generation(config: RunConfig, fit: Fit, shape: ModelShape, machine: Machine, device: Device) -> None:
+    """Refuse answers at the end of a run whose workers have no room for a whole model in 16 bits beside their engine."""
+    if config.evaluation.generation is None or device == "cpu" or machine.gpu_memory_bytes is None:
+        return
+    held, whole = bytes_in(fit.memory, "device"), 2 * shape.num_parameters
+    if held + whole > machine.gpu_memory_bytes:
+        raise PlanError(
+            f"evaluation.generation loads the whole model on every worker at the end ({format_bytes(whole)}) beside what "
+            f"training holds ({format_bytes(held)}), but the GPU has {format_bytes(machine.gpu_memory_bytes)}. "
+            f"Leave evaluation.generation out."
         )
 
 
