@@ -33,6 +33,7 @@ def test_a_submitted_run_trains_on_the_cluster_and_brings_its_logs_back(one_node
         "configs/recipes/quickstart.yaml",
         f"storage={tmp_path}",
         "training.max_steps=2",
+        "training.warmup_steps=0",
         "data.train.0.max_rows=40",
         "data.validation.0.max_rows=8",
         "evaluation.generation=null",
