@@ -1,7 +1,7 @@
 """Every file name of a run, in one place. Standard library only; reading and writing is `storage`'s.
 
 <storage>/<name>/
-    run.json                    identity: config as resolved, versions, fingerprints, state
+    run.json                    identity: config as resolved, versions, attempts, state
     plan.json                   the RunPlan
     metrics.jsonl               one line per logged step or evaluation
     events.jsonl                starts, saves, failures, retries
