@@ -14,6 +14,16 @@
     result.json                 final metrics, best step, base against tuned; written last
     samples.jsonl               generated answers, base against tuned
 <storage>/stores/<hash>/        tokenised data, shared by runs
+
+<storage>/<name of a sweep>/
+    sweep.json                  identity: config as resolved, versions
+    ledger.jsonl                trials, what was decided about them, how they ended; the truth that a sweep resumes from
+    trials/trial-007/           the run folder of a trial
+    result.json                 every trial ranked; written last
+    trials.jsonl  trials.csv    the same, a line per trial
+    best.yaml                   config that trains the winner again
+    report.html  figures/       the page and its figures
+    tune/                       Ray Tune's own files, an experiment per command
 """
 
 import re
@@ -96,3 +106,56 @@ class RunFolder:
 
     def failure(self, attempt: int, rank: int) -> str:
         return f"{self.failures}/attempt-{attempt}.rank-{rank}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFolder:
+    """Paths of one sweep below `storage`, a local folder or an fsspec URL."""
+
+    storage: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def sweep(self) -> str:
+        return f"{self.path}/sweep.json"
+
+    @property
+    def ledger(self) -> str:
+        return f"{self.path}/ledger.jsonl"
+
+    @property
+    def trials(self) -> str:
+        """The `storage` of the trials' run folders."""
+        return f"{self.path}/trials"
+
+    @property
+    def result(self) -> str:
+        return f"{self.path}/result.json"
+
+    @property
+    def trials_jsonl(self) -> str:
+        return f"{self.path}/trials.jsonl"
+
+    @property
+    def trials_csv(self) -> str:
+        return f"{self.path}/trials.csv"
+
+    @property
+    def best(self) -> str:
+        return f"{self.path}/best.yaml"
+
+    @property
+    def tune(self) -> str:
+        return f"{self.path}/tune"
+
+    def trial(self, name: str) -> RunFolder:
+        """The run folder of a trial."""
+        return RunFolder(self.trials, name)
+
+    def assignment(self, name: str) -> str:
+        """Config and plan that a trial is to follow."""
+        return f"{self.trial(name).path}/trial.json"

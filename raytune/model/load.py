@@ -29,6 +29,7 @@ from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
+from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
 from raytune.model.quantize import DTYPES, is_quantized, quantization_config
 from raytune.plan.run_plan import ModelPlan
@@ -74,6 +75,7 @@ def load_model(
     device: torch.device,
     seed: int,
     shard: Callable[[nn.Parameter], None] | None = None,
+    kept: KeptBase | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model ready to train: in training mode, adapter added, `requires_grad` set, documents kept apart.
 
@@ -83,10 +85,24 @@ def load_model(
         shard: called for each quantised weight as soon as it exists, in the same order on every rank. transformers does not shard
             quantised models as it loads them, so that each rank would hold a whole one; ZeRO-3 gives a function that keeps a
             share.
+        kept: where the base may still be, and is kept for the next model.
 
     Raises:
         ModelError: if the model cannot be found, read, or trained as asked.
     """
+    base = kept.take(model, adapter) if kept else None
+    base = _load_base(model, adapter, device, shard) if base is None else base
+    if isinstance(adapter, FullAdapter):
+        return base.requires_grad_(True).train()
+    adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
+    if kept:
+        kept.keep(model, adapter, adapted)
+    return adapted
+
+
+def _load_base(
+    model: ModelPlan, adapter: Adapter, device: torch.device, shard: Callable[[nn.Parameter], None] | None
+) -> PreTrainedModel:
     config = load_config(model.path, model.revision, model.trust_remote_code)
     check_attention(_model_class(model, config), config, model.attention)
     arguments: dict[str, Any] = {}
@@ -116,9 +132,7 @@ def load_model(
         loaded.activation_checkpointing_enable({"use_reentrant": is_sharded})
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
-    if isinstance(adapter, FullAdapter):
-        return loaded.requires_grad_(True).train()
-    return add_adapter(loaded, adapter, revision=model.revision, seed=seed).train()
+    return loaded
 
 
 def _model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.metrics import EventLog
+from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints
@@ -31,6 +32,8 @@ class Worker:
     attempt: int
     report: Callable[[dict[str, float]], None]
     """Tells whoever waits for news (a sweep, for one). Every rank calls it the same number of times, seconds apart."""
+    kept: KeptBase | None = None
+    """Where a process that trains one run after the other keeps the base."""
 
 
 def train(plan: RunPlan, worker: Worker) -> None:
@@ -41,7 +44,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
     """
     folder = RunFolder(plan.storage, plan.name)
     device = prepare_process(plan, worker.device_index)
-    engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size)
+    engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
     timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
     events = EventLog(folder.events, attempt=worker.attempt) if worker.rank == 0 else None
     checkpoints = Checkpoints(
@@ -74,11 +77,14 @@ def train(plan: RunPlan, worker: Worker) -> None:
             measured = validation.measure() if evaluates else {}
             if evaluates:
                 recorder.evaluation(step, measured)
-                worker.report({"step": step, **measured})
             if saves:
                 recorder.flush()
                 checkpoints.save(step, metrics=measured, run_state={})
                 clock.saved()
+            if timetable.is_rung(step):
+                checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
+            if evaluates:
+                worker.report({"step": step, **measured})
         finish(plan, engine, checkpoints, recorder, folder)
     if events:
         events.close()

@@ -10,6 +10,7 @@ from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.model.adapters import initialise_eva
 from raytune.model.attention import model_inputs
+from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import Engine, PlainEngine
@@ -36,10 +37,14 @@ def prepare_process(plan: RunPlan, device_index: int) -> torch.device:
     return torch.device("cpu")
 
 
-def start_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> tuple[Engine, LossSum]:
-    """Load the model, shard it as planned, and make its loss."""
-    make = _zero_engine if plan.engine.kind == "zero" else _plain_engine
-    engine = make(plan, device, rank, world_size)
+def start_engine(
+    plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None = None
+) -> tuple[Engine, LossSum]:
+    """Load the model, or take up the base that is kept, shard it as planned, and make its loss."""
+    if plan.engine.kind == "zero":
+        engine = _zero_engine(plan, device)
+    else:
+        engine = _plain_engine(plan, device, rank, world_size, kept)
     layer = attach_loss(engine.model, plan.loss.chunk_tokens)
     attention = plan.model.attention
 
@@ -66,8 +71,8 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
     initialise_eva(model, (model_inputs(batch.to(device), plan.model.attention) for batch in batches))
 
 
-def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> Engine:
-    model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed)
+def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None) -> Engine:
+    model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, kept=kept)
     _look_at_data(model, plan, device)
     return PlainEngine(
         model,
@@ -81,7 +86,7 @@ def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: in
     )
 
 
-def _zero_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int) -> Engine:
+def _zero_engine(plan: RunPlan, device: torch.device) -> Engine:
     from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
 
     check_offload(plan)

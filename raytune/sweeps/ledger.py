@@ -1,0 +1,147 @@
+"""The ledger of a sweep: its trials, what was decided about them, how they ended. One JSON object per line, only ever added.
+
+It is what a sweep resumes from, whatever process died: Ray Tune's own state is a cache beside it. Lines come in the order of the
+decisions, on which asynchronous halving depends.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raytune.metrics import EventLog, decode_number, encode_number, read_events
+from raytune.sweeps.halving import Decision, Standings, Verdict
+from raytune.sweeps.trial import Trial
+
+End = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """One decision about a trial."""
+
+    trial: str
+    step: int
+    amount: float
+    """Training that the trial had had, in the unit of the rungs."""
+    value: float
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a trial ended."""
+
+    state: End
+    cause: str | None = None
+    is_final: bool = True
+    """False: it failed for a reason that may pass, and the next command tries it again."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What a ledger says."""
+
+    num_commands: int = 0
+    trials: dict[str, Trial] = field(default_factory=dict)
+    decisions: list[Decided] = field(default_factory=list)
+    ends: dict[str, Ended] = field(default_factory=dict)
+    wall_s: float = 0.0
+    """Over all commands, from a command's first line to its last."""
+
+    @property
+    def standings(self) -> Standings:
+        """Values at rungs, in the order in which they were judged."""
+        standings = Standings()
+        for decided in self.decisions:
+            if decided.decision.rung is not None:
+                standings.note(decided.decision.rung, decided.trial, decided.value)
+        return standings
+
+    def verdict_on(self, trial: str) -> Decided | None:
+        """The decision that ended a trial, if one did."""
+        against = (decided for decided in self.decisions if decided.trial == trial)
+        return next((decided for decided in against if decided.decision.verdict is not Verdict.GO_ON), None)
+
+    def rung_of(self, trial: str) -> int | None:
+        """Index of the last rung that a trial has reached."""
+        rungs = [d.decision.rung for d in self.decisions if d.trial == trial and d.decision.rung is not None]
+        return max(rungs, default=None)
+
+
+def read_ledger(path: str) -> Known:
+    """What the ledger of a sweep says; nothing for a new sweep."""
+    known = Known()
+    spans: dict[int, tuple[float, float]] = {}
+    for line in read_events(path):
+        first_s, _ = spans.get(line["attempt"], (line["time"], 0.0))
+        spans[line["attempt"]] = first_s, line["time"]
+        _note(known, line)
+    known.num_commands = max(spans, default=0)
+    known.wall_s = sum(last_s - first_s for first_s, last_s in spans.values())
+    return known
+
+
+def _note(known: Known, line: Mapping[str, Any]) -> None:
+    match line["event"]:
+        case "trial_assigned":
+            known.trials[line["trial"]] = Trial(number=line["number"], values=line["values"])
+            known.ends.pop(line["trial"], None)
+        case "trial_decided":
+            decision = Decision(Verdict(line["verdict"]), line["rung"], line["cut"])
+            value = decode_number(line["value"])
+            known.decisions.append(
+                Decided(trial=line["trial"], step=line["step"], amount=line["amount"], value=value, decision=decision)
+            )
+        case "trial_ended":
+            known.ends[line["trial"]] = Ended(state=line["state"], cause=line["cause"], is_final=line["is_final"])
+
+
+class Ledger:
+    """Writes the ledger for one command, and knows what it says."""
+
+    def __init__(self, path: str) -> None:
+        self.known = read_ledger(path)
+        self._log = EventLog(path, attempt=self.known.num_commands + 1)
+        self._write("sweep_started")
+
+    def assign(self, trial: Trial) -> None:
+        self._write("trial_assigned", trial=trial.name, number=trial.number, values=dict(trial.values))
+
+    def decide(self, decided: Decided) -> None:
+        """Note a decision; it counts once this returns."""
+        decision = decided.decision
+        self._write(
+            "trial_decided",
+            trial=decided.trial,
+            step=decided.step,
+            amount=decided.amount,
+            value=encode_number(decided.value),
+            verdict=decision.verdict.value,
+            rung=decision.rung,
+            cut=decision.cut,
+        )
+
+    def end(self, trial: str, ended: Ended) -> None:
+        self._write("trial_ended", trial=trial, state=ended.state, cause=ended.cause, is_final=ended.is_final)
+
+    def close(self) -> None:
+        self._write("sweep_ended")
+        self._log.close()
+
+    def _write(self, event: str, **facts: object) -> None:
+        self._log.write(event, **facts)
+        self._log.flush()
+        _note(self.known, {"event": event, **facts})
+
+
+def end_of(decided: Decided, metric: str) -> Ended:
+    """What a decision against a trial makes of it, in words."""
+    if decided.decision.verdict is Verdict.FAIL:
+        return Ended(state="failed", cause=f"{metric} is {decided.value} after step {decided.step}")
+    cut = "" if decided.decision.cut is None else f" against a cut of {_short(decided.decision.cut)}"
+    return Ended(state="stopped", cause=f"after step {decided.step}: {_short(decided.value)}{cut}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else str(value)

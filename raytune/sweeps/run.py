@@ -1,0 +1,203 @@
+"""One sweep from the driver's side: config -> cluster -> trials and their plans -> Ray Tune -> result."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from raytune.config.load import dump_yaml
+from raytune.config.run import RunConfig
+from raytune.config.sweep import SweepSection
+from raytune.data.store import ParallelMap
+from raytune.errors import UserError
+from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
+from raytune.launch.lease import hold
+from raytune.launch.prepare import Preparation
+from raytune.launch.record import refuse_another_run
+from raytune.launch.stores import STORES_FOLDER
+from raytune.plan.machine import Machine
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder, SweepFolder
+from raytune.storage import absolute, exists, read_json, write_bytes, write_json
+from raytune.sweeps.collect import collect
+from raytune.sweeps.ledger import Ended, Known, Ledger, read_ledger
+from raytune.sweeps.results import SweepResult
+from raytune.sweeps.search import Listed, Optuna, Source, TrialSearch
+from raytune.sweeps.space import check_space, corners, trial_config, trials_of
+from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
+from raytune.sweeps.trial import Trial
+from raytune.sweeps.tuner import run_trials
+from raytune.versions import library_versions
+
+Watch = Callable[[SweepPlan, Ledger], AbstractContextManager]
+"""Given the plan and the ledger, a context that lasts as long as the trials: progress for a person, for example."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A sweep that is ready to start."""
+
+    plan: SweepPlan
+    trials: list[Trial]
+    """All trials; with Optuna none are known before the first has ended."""
+    plans: list[RunPlan]
+    """Of the trials, or of the corners of the space."""
+
+
+class Planner:
+    """Makes configs and plans of trials. What several trials read is tokenised once.
+
+    Args:
+        config: of the sweep.
+        machine: the whole cluster.
+    """
+
+    def __init__(self, config: RunConfig, folder: SweepFolder, machine: Machine, parallel_map: ParallelMap) -> None:
+        self._config, self._folder = config, folder
+        self.slots = num_slots(machine, config, _workers(config))
+        self._preparation = Preparation(share_of(machine, self.slots), parallel_map)
+
+    def config(self, trial: Trial) -> RunConfig:
+        """The run config of a trial: in the sweep's folder, ranked by the sweep's metric, without questions at its end."""
+        section, config = _section(self._config), trial_config(self._config, trial)
+        store = config.data.store or f"{absolute(self._config.storage)}/{STORES_FOLDER}"
+        return config.model_copy(
+            update={
+                "storage": self._folder.trials,
+                "data": config.data.model_copy(update={"store": store}),
+                "evaluation": config.evaluation.model_copy(update={"generation": None}),
+                "checkpoint": config.checkpoint.model_copy(update={"metric": section.metric, "mode": section.mode}),
+                "cluster": config.cluster.model_copy(update={"workers": _workers(config)}),
+            }
+        )
+
+    def plan(self, trial: Trial) -> RunPlan:
+        """The plan of a trial, without its rungs.
+
+        Raises:
+            UserError: if it cannot be done; the message names the trial's values.
+        """
+        try:
+            return self._preparation.prepare(self.config(trial)).plan
+        except UserError as error:
+            values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
+            raise type(error)(f"With {values}: {error}") from error
+
+
+def sweep(config: RunConfig, watch: Watch = lambda plan, ledger: nullcontext()) -> SweepResult:
+    """Search the space of a sweep, or go on where an earlier command stopped; a finished sweep is only read.
+
+    Raises:
+        UserError: before anything is started, if a point of the space is no valid config or fits no machine, or the sweep of that
+            name was another one.
+    """
+    section, folder = _section(config), _folder(config)
+    _refuse_another_sweep(folder, config)
+    if _is_finished(folder, section):
+        return SweepResult.read(folder.result)
+    with hold(RunFolder(folder.storage, folder.name)) as lease, connect(config.cluster) as machine:
+        parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
+        planner = Planner(config, folder, machine, parallel_map)
+        resolved = _resolve(config, planner)
+        write_json(folder.sweep, {"config": config.model_dump(mode="json"), "versions": library_versions()})
+        with closing(Ledger(folder.ledger)) as ledger:
+            search = _search(config, folder, planner, resolved, ledger)
+            with watch(resolved.plan, ledger):
+                run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, lease.check)
+        return _written(folder, config, resolved.plan)
+
+
+def plan_of_sweep(config: RunConfig) -> Resolved:
+    """What `sweep` would do, on the cluster that is named, or else on this machine. Tokenises the data, trains nothing.
+
+    Raises:
+        UserError: as `sweep` does.
+    """
+    folder = _folder(config)
+    if named_address(config.cluster):
+        with connect(config.cluster) as machine:
+            parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
+            return _resolve(config, Planner(config, folder, machine, parallel_map))
+    return _resolve(config, Planner(config, folder, this_machine(config.cluster), map))
+
+
+def _resolve(config: RunConfig, planner: Planner) -> Resolved:
+    section = _section(config)
+    check_space(config, section)
+    trials = [] if section.search == "optuna" else trials_of(section, config)
+    # Beside the trials themselves, so that a longer or another search of this space cannot run into a wall later.
+    points = [Trial(number=number, values=values) for number, values in enumerate(corners(section, config))]
+    plans = [planner.plan(trial) for trial in [*trials, *points]]
+    num_trials = len(trials) or section.trials
+    plan = plan_sweep(section, config.name, num_trials, plans, planner.slots)
+    return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)
+
+
+def _search(config: RunConfig, folder: SweepFolder, planner: Planner, resolved: Resolved, ledger: Ledger) -> TrialSearch:
+    known = ledger.known
+    again = [trial for name, trial in known.trials.items() if not _is_out(known, name)]
+    section = _section(config)
+    source: Source = Optuna(section, config) if section.search == "optuna" else Listed(resolved.trials)
+
+    def assign(trial: Trial) -> None:
+        plan = planner.plan(trial)
+        plan = plan.model_copy(update={"rungs": resolved.plan.rung_steps(plan)})
+        refuse_another_run(folder.trial(trial.name), plan)
+        values = {"config": planner.config(trial).model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
+        write_json(folder.assignment(trial.name), values)
+        if trial.name not in known.ends or known.ends[trial.name].state == "failed":
+            ledger.assign(trial)
+
+    def refused(trial: Trial, error: Exception) -> None:
+        ledger.assign(trial)
+        ledger.end(trial.name, Ended(state="failed", cause=str(error)))
+
+    first_number = 1 + max((trial.number for trial in known.trials.values()), default=-1)
+    return TrialSearch(source, again, first_number, assign, refused, ledger.best_of)
+
+
+def _is_out(known: Known, name: str) -> bool:
+    """Whether a trial failed for good: trying it again would only end alike."""
+    end = known.ends.get(name)
+    return end is not None and end.state == "failed" and end.is_final
+
+
+def _is_finished(folder: SweepFolder, section: SweepSection) -> bool:
+    if not exists(folder.result):
+        return False
+    known = read_ledger(folder.ledger)
+    return SweepResult.read(folder.result).num_trials_asked == len(known.ends)
+
+
+def _refuse_another_sweep(folder: SweepFolder, config: RunConfig) -> None:
+    if not exists(folder.sweep):
+        return
+    was = read_json(folder.sweep)["config"]
+
+
+def _written(folder: SweepFolder, config: RunConfig, plan: SweepPlan) -> SweepResult:
+    """Collect the result and leave it in the sweep's folder."""
+    section = _section(config)
+    result = collect(folder, plan, list(section.space))
+    write_json(folder.result, result.to_json())
+    write_bytes(folder.trials_jsonl, result.trials_jsonl().encode())
+    write_bytes(folder.trials_csv, result.trials_csv().encode())
+    if result.best:
+        best = trial_config(config, result.best.trial).model_copy(update={"name": f"{config.name}-best"})
+        write_bytes(folder.best, dump_yaml(best).encode())
+    return result
+
+
+def _section(config: RunConfig) -> SweepSection:
+    if config.sweep is None:
+        raise UserError("This config has no `sweep` section, so there is nothing to search. Train it with `raytune train`.")
+    return config.sweep
+
+
+def _folder(config: RunConfig) -> SweepFolder:
+    return SweepFolder(absolute(config.storage), config.name)
+
+
+def _workers(config: RunConfig) -> int:
+    """Workers of a trial: one, unless the config says otherwise, so that as many trials as possible run side by side."""
+    return 1 if config.cluster.workers == "auto" else config.cluster.workers
