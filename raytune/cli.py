@@ -75,15 +75,22 @@ def cli() -> None:
 @debug_option
 def check(arguments: tuple[str, ...], as_json: bool) -> None:
     """Validate files and overrides, and list every problem at once. Starts nothing."""
-    from raytune.config.load import dump_yaml, load_config
+    from raytune.config.load import dump_yaml, load_config, overridden
+    from raytune.config.problems import shown
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    files, overrides = files_and_overrides(arguments)
+    config = load_config(files, overrides, check_files=True)
+    changes = overridden(files, config)
     if as_json:
-        click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json")}))
+        named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
+        click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
         return
     written = dump_yaml(config)
     click.echo(f'OK: run "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
     click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
+    if changes:
+        click.echo("Changed on the command line:")
+        click.echo("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
 
 
 @cli.command()

@@ -7,9 +7,11 @@ from raytune.config.section import Auto, Duration, NonNegativeInt, PositiveInt, 
 
 class CheckpointSection(Section):
     every_steps: PositiveInt | Auto = "auto"
-    """Steps between two saves. `auto`: with every evaluation, so that the best one can be kept."""
+    """Steps between two saves. `auto`: with every evaluation, so that the best one can be kept. If it neither divides
+    `evaluation.every_steps` nor is a multiple of it, each of these saves is evaluated as well."""
     every: Duration | None = None
-    """Save as well when this much time has passed since the last save."""
+    """Save as well when this much time has passed since the last save. For safety only: such a save is not evaluated, and so
+    never the best one, unless an evaluation is due."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
     keep_best: NonNegativeInt = 1

@@ -19,7 +19,8 @@ class GenerationSection(Section):
 
 class EvaluationSection(Section):
     every_steps: PositiveInt | Auto = "auto"
-    """Steps between two evaluations on the validation rows. `auto`: ten over the run. The last step is always evaluated."""
+    """Steps between two evaluations on the validation rows. `auto`: ten over the run. The last step is always evaluated,
+    and what `checkpoint.every_steps` saves, unless one of the two numbers divides the other."""
     at_start: bool = True
     """Evaluate before the first step, so that the curve begins at the base model."""
     max_rows: PositiveInt | None = None

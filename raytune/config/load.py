@@ -77,8 +77,19 @@ def config_from(source: Mapping[str, Any] | RunConfig, overrides: Sequence[str] 
 
 def config_diff(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
     """Keys that differ, as (dotted key, value before, value after); None for a key that one side does not have."""
-    old, new = _leaves(before.model_dump(), ()), _leaves(after.model_dump(), ())
+    old, new = _leaves(before.model_dump(mode="json"), ()), _leaves(after.model_dump(mode="json"), ())
     return [(dotted(path), old.get(path), new.get(path)) for path in {**old, **new} if old.get(path) != new.get(path)]
+
+
+def overridden(paths: Sequence[str | Path], config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """What overrides changed in files that became `config` with them, as `config_diff` says it.
+
+    Nothing if the files are only valid with the overrides: then there was no run before that could have changed.
+    """
+    try:
+        return config_diff(load_config(paths), config)
+    except ConfigError:
+        return []
 
 
 def dump_yaml(config: RunConfig, *, full: bool = False) -> str:

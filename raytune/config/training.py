@@ -1,6 +1,6 @@
 """`training`: optimisation, precision, memory and sharding."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,18 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "a
 Schedule = Literal["linear", "cosine", "constant", "wsd", "polynomial", "cosine_with_restarts"]
 Offload = Literal["none", "cpu", "nvme"]
 
+_ADAMW: tuple[Optimizer, ...] = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+_READERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "adam_beta1": ("optimizer", (*_ADAMW, "lion")),
+    "adam_beta2": ("optimizer", (*_ADAMW, "lion")),
+    "adam_epsilon": ("optimizer", _ADAMW),
+    "min_lr_ratio": ("lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),
+    "decay_ratio": ("lr_scheduler_type", ("wsd",)),
+    "polynomial_power": ("lr_scheduler_type", ("polynomial",)),
+    "num_cycles": ("lr_scheduler_type", ("cosine_with_restarts",)),
+}
+"""Settings that only some optimizers or schedules read: the key that chooses among those, and its values that do."""
+
 
 class ZeroSection(Section):
     """DeepSpeed ZeRO: what is sharded over the workers."""
@@ -30,8 +42,8 @@ class ZeroSection(Section):
     """Where the optimizer state lives: on the device, in host memory or on NVMe."""
     offload_parameters: Offload = "none"
     """Where sharded weights live (stage 3)."""
-    nvme_path: Text | None = None
-    """Folder on a local NVMe disk, for `nvme` offload."""
+    nvme_path: Annotated[Text, Field(pattern="^/", title="an absolute path such as /nvme", examples=["/nvme"])] | None = None
+    """Folder on a local NVMe disk, for `nvme` offload: an absolute path, since workers have working directories of their own."""
     overrides: dict[str, Any] = {}
     """Raw DeepSpeed JSON laid over the config that raytune makes; for keys that raytune has no word for."""
 
@@ -62,13 +74,13 @@ class TrainingSection(Section):
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up. `wsd`: constant, then a linear decay over the last `decay_ratio` of the steps."""
     min_lr_ratio: Fraction = 0.0
-    """Where the schedule ends, as a share of the peak (`constant` stays at the peak)."""
+    """Where the schedule ends, as a share of the peak. Refused with `constant`, which stays at the peak."""
     decay_ratio: Fraction = 0.2
-    """WSD: share of the steps that decays."""
+    """Share of the steps that decays. For `wsd` only."""
     polynomial_power: PositiveFloat = 2.0
-    """Polynomial schedule: exponent of the remaining share."""
+    """Exponent of the remaining share. For `polynomial` only."""
     num_cycles: PositiveInt = 1
-    """Cosine with restarts: number of cycles."""
+    """Number of cycles. For `cosine_with_restarts` only."""
     warmup_ratio: Annotated[Fraction | Auto, Field(examples=[0.03])] = "auto"
     """Share of the steps over which the rate rises linearly from 0. `auto` depends on the method."""
     warmup_steps: NonNegativeInt | None = None
@@ -78,11 +90,11 @@ class TrainingSection(Section):
     weight_decay: Annotated[NonNegativeFloat | Auto, Field(examples=[0.01])] = "auto"
     """Decoupled weight decay of matrices; biases and norms have none. `auto` depends on the method."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """First-moment decay (Adam, Lion)."""
+    """First-moment decay. For AdamW and Lion."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Second-moment decay (Adam, Lion)."""
+    """Second-moment decay. For AdamW and Lion."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Denominator offset of Adam."""
+    """Denominator offset. For AdamW only."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""
     precision: Precision | Auto = "auto"
@@ -123,4 +135,16 @@ class TrainingSection(Section):
             )
         if self.warmup_steps is not None and self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_is_read(self) -> "TrainingSection":
+        """Refuse a setting that would be ignored. At its default it is no wish of anybody's: a dumped config has all of them."""
+        for key, (chooser, readers) in _READERS.items():
+            value, chosen = getattr(self, key), getattr(self, chooser)
+            if chosen not in readers and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {value:g}, but {chooser} {chosen} does not read it; leave it out, or set {chooser} to "
+                    f"{' or '.join(readers)}"
+                )
         return self

@@ -19,7 +19,7 @@ from raytune.metrics import EventLog
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
-from raytune.training.commit import next_fence
+from raytune.training.commit import next_fence, refuse_small_disk
 from raytune.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
                 f"Run {config.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
                 f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
             )
+        refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
         record = known or RunRecord(
             name=config.name,
             state="running",

@@ -8,6 +8,7 @@ import math
 from typing import TypeVar
 
 from raytune.config.adapter import FullAdapter
+from raytune.config.checkpoint import CheckpointSection
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
@@ -150,6 +151,7 @@ def choose_plan(
         checkpoint=_checkpoint(config, data, evaluation, reasons),
         cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
+        checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
         reasons=list(reasons),
@@ -271,8 +273,15 @@ def _evaluation(config: RunConfig, data: DataFacts, num_steps: int, reasons: _Re
         every_steps = max(1, num_steps // EVALUATIONS_PER_RUN)
         if data.validation:
             reasons.append(f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {num_steps} steps.")
+    at_saves = bool(data.validation) and _saves_miss_evaluations(config.checkpoint, every_steps)
+    if at_saves:
+        reasons.append(
+            f"evaluation.every_steps is {every_steps}, but what checkpoint.every_steps {config.checkpoint.every_steps} saves is "
+            f"evaluated as well: only so can the best be kept."
+        )
     return EvaluationPlan(
         every_steps=every_steps,
+        at_saves=at_saves,
         at_start=section.at_start,
         max_rows=section.max_rows,
         generation=None
@@ -282,6 +291,16 @@ def _evaluation(config: RunConfig, data: DataFacts, num_steps: int, reasons: _Re
             batch_size=generation.batch_size,
         ),
     )
+
+
+def _saves_miss_evaluations(section: CheckpointSection, evaluate_every: int) -> bool:
+    """Whether saves and evaluations fall on different steps, so that hardly a checkpoint would have the metric that ranks it.
+
+    Where each evaluation is saved, or each save evaluated, nothing is amiss.
+    """
+    if section.every_steps == "auto" or not section.keep_best:
+        return False
+    return section.every_steps % evaluate_every != 0 and evaluate_every % section.every_steps != 0
 
 
 def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, reasons: _Reasons) -> CheckpointPlan:
@@ -342,6 +361,5 @@ def _cluster(config: RunConfig, device: Device, machine: Machine, workers: int) 
         threads_per_worker=max(reserved, share) if threads == "auto" else threads,
         placement=section.placement,
         max_failures=section.max_failures,
-        start_timeout_s=section.start_timeout,
         collective_timeout_s=section.collective_timeout,
     )

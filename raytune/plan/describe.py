@@ -86,14 +86,16 @@ def _engine(plan: RunPlan) -> str:
 def _evaluation(plan: RunPlan) -> str:
     if not plan.data.validation:
         return "none: no validation rows"
+    at_saves = f" and every {plan.checkpoint.every_steps}" if plan.evaluation.at_saves else ""
     at_start = " and before the first" if plan.evaluation.at_start else ""
-    return f"every {plan.evaluation.every_steps} steps, after the last{at_start}"
+    return f"every {plan.evaluation.every_steps}{at_saves} steps, after the last{at_start}"
 
 
 def _checkpoints(plan: RunPlan) -> str:
     settings = plan.checkpoint
     best = f", the {settings.keep_best} best by {settings.metric}" if settings.keep_best else ""
-    return f"every {settings.every_steps} steps; kept: the last {settings.keep_last}{best}"
+    size = format_bytes(plan.checkpoint_bytes)
+    return f"every {settings.every_steps} steps, {size} each; kept: the last {settings.keep_last}{best}"
 
 
 def _memory(memory: list[MemoryPart]) -> list[tuple[str, str]]:

@@ -12,7 +12,14 @@ from raytune.errors import PlanError, UserError
 from raytune.plan.adapter_size import TrainedSize, trained_size
 from raytune.plan.batch import possible_batches
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
-from raytune.plan.memory import Workload, bytes_in, chunk_tokens_for, exceeds_full_logits, memory_parts
+from raytune.plan.memory import (
+    Workload,
+    bytes_in,
+    checkpoint_bytes,
+    chunk_tokens_for,
+    exceeds_full_logits,
+    memory_parts,
+)
 from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages, resolve_adapter
 from raytune.plan.run_plan import BatchPlan, MemoryPart, ZeroStage
 from raytune.plan.shapes import ModelShape
@@ -53,6 +60,7 @@ class Fit:
     has_checkpointing: bool
     chunk_tokens: int | None
     memory: list[MemoryPart]
+    checkpoint_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,7 @@ def _way(
         has_checkpointing=has_checkpointing,
         chunk_tokens=chunk_tokens,
         memory=memory_parts(work),
+        checkpoint_bytes=checkpoint_bytes(work),
     )
 
 

@@ -1,4 +1,4 @@
-"""Bytes per rank of a run, part by part. Every formula names its source; all lean to the high side.
+"""Bytes of a run, per rank and part by part, and of its checkpoints. Every formula names its source; all lean to the high side.
 
 Not in here: fragmentation and what kernels take for a moment, for which `machine.USABLE_SHARE` leaves room.
 """
@@ -112,6 +112,21 @@ def bytes_in(parts: list[MemoryPart], place: Place) -> int:
     return sum(part.num_bytes for part in parts if part.place == place)
 
 
+def checkpoint_bytes(work: Workload) -> int:
+    """Bytes of one checkpoint over all ranks: what is trained and its optimizer's state, never a frozen base.
+
+    PlainEngine.save writes fp32 weights and the state once, from rank 0. DeepSpeed (ZeroEngine.save) writes fp32 masters and the
+    state, a shard per rank, and below stage 3, where weights are whole, the weights of the run's precision once as well; a tied
+    head among them even if it is frozen, because DeepSpeed leaves out frozen parameters by their first name only.
+    """
+    trained = work.trained.num_trainable
+    num_whole = 0
+    if work.zero_stage in (1, 2):
+        keeps_head = work.shape.is_tied and not isinstance(work.adapter, FullAdapter)
+        num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
+    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole)
+
+
 def chunk_tokens_for(vocab: int) -> int:
     """Target positions whose fp32 logits take between 32 and 64 MiB: a power of two.
 
@@ -180,12 +195,16 @@ def _update_bytes(work: Workload) -> float:
 
 def _optimizer_bytes(work: Workload) -> float:
     """ZeRO, section 3: 8 bytes of Adam moments, 4 of DeepSpeed's fp32 master (beside fp32 weights too); stage 1 divides both."""
+    master = 4 * work.trained.num_trainable if work.engine == "zero" else 0
+    return (_state_bytes(work) + master) / work.share(1)
+
+
+def _state_bytes(work: Workload) -> float:
+    """Optimizer state over all ranks."""
     if work.optimizer == "adafactor":
         # A number per row and per column of a matrix instead of one per entry (Shazeer and Stern 2018).
         return 4 * work.trained.num_sides
-    state = work.trained.num_trainable * STATE_BYTES[work.optimizer]
-    master = 4 * work.trained.num_trainable if work.engine == "zero" else 0
-    return (state + master) / work.share(1)
+    return work.trained.num_trainable * STATE_BYTES[work.optimizer]
 
 
 def activation_bytes(work: Workload) -> float:

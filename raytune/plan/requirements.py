@@ -9,6 +9,7 @@ from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.adapter_size import saved_modules, trained_size
+from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import ZeroStage
@@ -19,6 +20,8 @@ DEFAULT_ROW_LENGTH = 2048
 STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
 FLASH: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
 WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
+WITHOUT_LIGER = ("gpt2", "gpt_neox")
+"""Architectures that liger-kernel's table of models (MODEL_TYPE_TO_APPLY_LIGER_FN) lacks: it would log so and go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,9 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     precision = choose_precision(config, machine, device).value
     choose_attention(config, machine, device, precision)
     possible_stages(config, device, workers, precision)
+    check_overrides(config.training.zero.overrides)
     _check_adapter(config, shape, precision)
-    _check_kernels(config, device)
+    _check_kernels(config, shape, device)
     _check_metric(config)
 
 
@@ -234,9 +238,13 @@ def _check_adapter(config: RunConfig, shape: ModelShape, precision: Precision) -
         )
 
 
-def _check_kernels(config: RunConfig, device: Device) -> None:
-    if config.training.liger and device == "cpu":
+def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
+    if not config.training.liger:
+        return
+    if device == "cpu":
         raise PlanError("training.liger needs GPUs: its kernels are written in Triton. Set it to false.")
+    if shape.model_type in WITHOUT_LIGER:
+        raise PlanError(f"training.liger has no kernels for a {shape.model_type} model and would do nothing. Set it to false.")
 
 
 def _check_metric(config: RunConfig) -> None:

@@ -118,6 +118,8 @@ class GenerationPlan(Plan):
 
 class EvaluationPlan(Plan):
     every_steps: int
+    at_saves: bool
+    """Also wherever a checkpoint is due by its step, so that its metric is known when the best one is sought."""
     at_start: bool
     max_rows: int | None
     generation: GenerationPlan | None
@@ -139,7 +141,6 @@ class ClusterPlan(Plan):
     threads_per_worker: int
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"]
     max_failures: int
-    start_timeout_s: float
     collective_timeout_s: float
 
 
@@ -174,6 +175,8 @@ class RunPlan(Plan):
     cluster: ClusterPlan
     memory: list[MemoryPart]
     """Expected bytes per rank, by part."""
+    checkpoint_bytes: int
+    """Expected size of one checkpoint, over all ranks."""
     num_parameters: int
     """Of the base model."""
     num_trainable: int

@@ -146,7 +146,10 @@ def _ranked(commits: Sequence[Commit], metric: str, mode: Literal["min", "max"])
 
 
 def required_bytes(checkpoint_bytes: int, policy: CheckpointPlan) -> int:
-    """Bytes that the checkpoints of a run take at most: all that are kept, and one that is being written."""
+    """Bytes that the checkpoints of a run take at most: all that are kept, and one that is being written.
+
+    When the final model is written, nothing else is any more; it is smaller than a checkpoint and takes the room of that one.
+    """
     return (policy.keep_last + policy.keep_best + 1) * checkpoint_bytes
 
 

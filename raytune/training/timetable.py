@@ -12,6 +12,8 @@ class Timetable:
     num_steps: int
     log_every: int
     evaluate_every: int | None
+    evaluate_at_saves: bool
+    """Where a save is due by its step; those by time are not evaluated, since clocks would decide how much is measured."""
     save_every: int
     save_every_s: float | None
 
@@ -21,6 +23,7 @@ class Timetable:
             num_steps=plan.optimization.num_steps,
             log_every=plan.logging_steps,
             evaluate_every=plan.evaluation.every_steps if plan.data.validation else None,
+            evaluate_at_saves=plan.evaluation.at_saves,
             save_every=plan.checkpoint.every_steps,
             save_every_s=plan.checkpoint.every_s,
         )
@@ -29,7 +32,10 @@ class Timetable:
         return step % self.log_every == 0 or step == self.num_steps
 
     def evaluates_after(self, step: int) -> bool:
-        return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.num_steps)
+        if self.evaluate_every is None:
+            return False
+        at_save = self.evaluate_at_saves and step % self.save_every == 0
+        return at_save or step % self.evaluate_every == 0 or step == self.num_steps
 
     def saves_after(self, step: int, seconds_since_save: float) -> bool:
         """`seconds_since_save` must be the same number on every rank, or ranks would disagree about a collective save."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from raytune.config.training import Precision
-from raytune.errors import CheckpointError, PlanError, TrainingError, UserError
+from raytune.errors import CheckpointError, PlanError, TrainingError
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import (
     DTYPES,
@@ -50,55 +50,13 @@ PERSISTENT_ELEMENTS = 100_000
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """Programs that DeepSpeed puts into every checkpoint; a checkpoint of ours holds data only."""
 
-OWNED_KEYS = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.per_device_train_batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "managed_gradient_accumulation": None,
-    "gradient_clipping": "training.max_grad_norm",
-    "optimizer": "training.optimizer",
-    "scheduler": "training.lr_scheduler_type",
-    "zero_optimization.stage": "training.zero.stage",
-    "zero_optimization.offload_optimizer.device": "training.zero.offload_optimizer",
-    "zero_optimization.offload_param.device": "training.zero.offload_parameters",
-    "bf16.enabled": "training.precision",
-    "fp16.enabled": "training.precision",
-    "torch_autocast": "training.precision",
-    "bf16.check_grad_overflow": None,
-    "zero_optimization.compute_grad_norm": None,
-    "pipeline": None,
-    "tensor_parallel": None,
-    "compile": "training.compile",
-    "checkpoint": None,
-}
-"""Keys that an override may not set, and raytune's word for each; None: the loop relies on its value."""
-
-REMOVED_KEYS = (
-    "elasticity",
-    "amp",
-    "nebula",
-    "compression_training",
-    "quantize_training",
-    "sparse_gradients",
-    "eigenvalue",
-    "sparse_attention",
-    "graph_harvesting",
-    "curriculum_learning",
-    "progressive_layer_drop",
-    "zero_optimization.mics_shard_size",
-    "zero_optimization.mics_hierarchical_params_gather",
-    "zero_optimization.zeropp_loco_param",
-)
-"""What DeepSpeed 0.19 no longer has (https://github.com/deepspeedai/DeepSpeed/issues/8489); it would say so in a worker."""
-
 
 def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
-    """DeepSpeed's JSON for a plan, with `training.zero.overrides` laid over it.
+    """DeepSpeed's JSON for a plan, with `training.zero.overrides` (checked by plan.deepspeed_keys) laid over it.
 
     Raises:
-        UserError: if an override sets what raytune owns, or what DeepSpeed no longer has; if DeepSpeed lacks the precision.
+        PlanError: if DeepSpeed lacks the precision.
     """
-    _check_overrides(plan.engine.deepspeed_overrides)
     if plan.precision == "fp16" and plan.cluster.device == "cpu":
         raise PlanError("DeepSpeed has no fp16 on CPUs. Set training.precision to bf16 or fp32, or training.zero.stage to 0.")
     config: dict[str, Any] = {
@@ -152,27 +110,6 @@ def _zero_section(plan: RunPlan) -> dict[str, Any]:
 def _offload(place: str, nvme_path: str | None, *, pin_memory: bool) -> dict[str, Any]:
     section: dict[str, Any] = {"device": place, "pin_memory": pin_memory}
     return section | {"nvme_path": nvme_path} if place == "nvme" else section
-
-
-def _check_overrides(overrides: dict[str, Any]) -> None:
-    keys = set(_dotted_keys(overrides))
-    for key in REMOVED_KEYS:
-        if key in keys:
-            raise UserError(
-                f"training.zero.overrides sets {key}, which DeepSpeed 0.19 has removed "
-                f"(https://github.com/deepspeedai/DeepSpeed/issues/8489). Delete it."
-            )
-    for key, ours in OWNED_KEYS.items():
-        if key in keys:
-            advice = f"Set {ours} instead." if ours else "raytune's loop relies on the value it sets; delete it."
-            raise UserError(f"training.zero.overrides sets {key}, which raytune decides. {advice}")
-
-
-def _dotted_keys(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in section.items():
-        yield prefix + key
-        if isinstance(value, dict):
-            yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
 def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

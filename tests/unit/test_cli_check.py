@@ -42,7 +42,26 @@ def test_a_good_config_is_summarised_with_exit_code_0(good: str):
         "  name: tiny",
         "  training:",
         "    seed: 8",
+        "Changed on the command line:",
+        "  training.seed: 7 -> 8",
     ]
+
+
+def test_what_overrides_change_is_told_with_what_they_drop(good: str):
+    assert "Changed" not in CliRunner().invoke(cli, ["check", good]).stdout
+    assert "Changed" not in CliRunner().invoke(cli, ["check", good, "training.seed=7"]).stdout
+    told = CliRunner().invoke(cli, ["check", good, "adapter.method=full", "storage=/runs", "--json"]).stdout
+    changes = {change["key"]: (change["before"], change["after"]) for change in json.loads(told)["overridden"]}
+    assert (changes["storage"], changes["adapter.method"]) == (("runs", "/runs"), ("lora", "full"))
+    assert changes["adapter.rank"] == (16, None)
+
+
+def test_files_that_need_their_overrides_are_checked_with_them(tmp_path: Path):
+    incomplete = tmp_path / "incomplete.yaml"
+    incomplete.write_text("training: {zero: {offload_optimizer: nvme}}")
+    assert CliRunner().invoke(cli, ["check", str(incomplete)]).exit_code == 2
+    done = CliRunner().invoke(cli, ["check", str(incomplete), "training.zero.nvme_path=/nvme"])
+    assert (done.exit_code, "Changed" in done.stdout) == (0, False)
 
 
 def test_a_bad_config_is_refused_on_stderr_with_exit_code_2_and_no_traceback(bad: str):

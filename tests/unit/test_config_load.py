@@ -209,7 +209,7 @@ NASTY = {
     "merge key": ("data: &a {workers: 1}\ntraining: {<<: *a}\n", "2:12", "training.<<", "E108", "merge keys"),
     "two documents": ("name: a\n---\nname: b\n", "2:1", "", "E108", "second document"),
     "list as a key": ("? [a]\n: 1\n", "1:3", "", "E108", "a key must be plain text"),
-    "deep nesting": ("training: " + "[" * 3000, "", "training", "E108", "more than 32 levels"),
+    "deep nesting": ("training: " + "[" * 900, "", "training", "E108", "more than 32 levels"),
     "alias bomb": (
         "storage: [&a x]\n" + "".join(f"k{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh")),
         "", "", "E108", "more than 50 aliases",
@@ -217,6 +217,7 @@ NASTY = {
     "wide alias bomb": ("storage: &a [" + "x, " * 9000 + "]\nname: [*a, *a]\n", "2:12", "name.1", "E108", "10,000 values"),
     "token": ("model: {base: hf_abcdefghijklmnopqrstuvwx}", "1:15", "model.base", "E110", "looks like a secret"),
     "token in free JSON": ("training: {zero: {overrides: {t: hf_abcdefghijklmnop}}}", "", "overrides.t", "E110", "secret"),
+    "relative NVMe path": ("training: {zero: {nvme_path: nvme}}", "1:30", "zero.nvme_path", "E104", "an absolute path such as"),
     "traversal": ("name: ../../x", "1:7", "name", "E104", "a name of lower-case letters"),
     "absolute name": ("name: /tmp/x", "1:7", "name", "E104", "a name of"),
     "option as a name": ("name: -rf", "1:7", "name", "E104", "a name of"),
@@ -233,6 +234,28 @@ def test_a_nasty_file_is_refused_with_place_key_and_reason(nasty, tmp_path: Path
     assert any(
         problem[0].endswith(place) and problem[1].endswith(key) and problem[2] == id and words in problem[3] for problem in found
     ), found
+
+
+IGNORED = {
+    "adam_beta1": (0.8, "optimizer", "adafactor", "lion"),
+    "adam_beta2": (0.99, "optimizer", "adafactor", "paged_adamw"),
+    "adam_epsilon": (1e-6, "optimizer", "lion", "adamw_8bit"),
+    "min_lr_ratio": (0.1, "lr_scheduler_type", "constant", "cosine"),
+    "decay_ratio": (0.3, "lr_scheduler_type", "cosine", "wsd"),
+    "polynomial_power": (3.0, "lr_scheduler_type", "linear", "polynomial"),
+    "num_cycles": (2, "lr_scheduler_type", "cosine", "cosine_with_restarts"),
+}
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_setting_that_would_be_ignored_is_refused_unless_it_is_the_default(key: str):
+    value, chooser, deaf, listening = IGNORED[key]
+    problem = problems_of(overrides=(f"training.{chooser}={deaf}", f"training.{key}={value}"))[0]
+    assert problem[1:3] == ("training", "E105")
+    assert f"{key} is {value:g}, but {chooser} {deaf} does not read it" in problem[3]
+    assert listening in problem[3]
+    load_config([], [f"training.{chooser}={listening}", f"training.{key}={value}"])
+    load_config([], [f"training.{chooser}={deaf}", f"training.{key}={keys()[f'training.{key}'].default}"])
 
 
 def test_everything_wrong_in_all_files_and_overrides_is_reported_at_once_in_order(tmp_path: Path):

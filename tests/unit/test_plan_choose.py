@@ -18,7 +18,8 @@ from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import ModelShape
+from raytune.plan.shapes import ModelShape, model_shape
+from raytune.training.timetable import Timetable
 from raytune.units import GIB, MIB
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, LLAMA_3_70B, config, data, gpus, planned
 
@@ -108,7 +109,7 @@ def test_the_plan_of_the_quickstart_is_the_golden_one() -> None:
     )
     content = json.loads(plan.model_dump_json())
     # The demo model is retrained now and then; its size and place are not what this test is about.
-    del content["memory"], content["num_parameters"], content["num_trainable"]
+    del content["memory"], content["checkpoint_bytes"], content["num_parameters"], content["num_trainable"]
     content["reasons"] = [reason for reason in content["reasons"] if "parameters" not in reason and " GiB" not in reason]
     if os.environ.get("RAYTUNE_WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
@@ -216,6 +217,35 @@ def test_evaluations_are_ten_and_checkpoints_go_with_them() -> None:
     assert (alone.evaluation.every_steps, alone.checkpoint.keep_best) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "save", "at_saves"), [(40, 50, True), (40, 60, True), (40, 10, False), (10, 40, False), (40, 40, False)]
+)
+def test_saves_between_evaluations_are_evaluated_so_that_the_best_can_be_found(evaluate: int, save: int, at_saves: bool) -> None:
+    sections: dict[str, Any] = {"data": {"validation": "a.jsonl"}, "evaluation": {"every_steps": evaluate}}
+    facts = data(validation=("a",))
+    plan = planned(facts=facts, checkpoint={"every_steps": save}, **sections)
+    assert plan.evaluation.at_saves is at_saves
+    assert any(f"what checkpoint.every_steps {save} saves is evaluated" in reason for reason in plan.reasons) is at_saves
+    assert not planned(facts=facts, checkpoint={"every_steps": save, "keep_best": 0}, **sections).evaluation.at_saves
+    assert not planned(evaluation={"every_steps": evaluate}, checkpoint={"every_steps": save}).evaluation.at_saves
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_every_save_is_measured_or_every_measurement_saved(evaluate: int, save: int) -> None:
+    plan = planned(
+        facts=data(validation=("a",)),
+        data={"validation": "a.jsonl"},
+        training={"max_steps": 120},
+        evaluation={"every_steps": evaluate},
+        checkpoint={"every_steps": save},
+    )
+    calendar, steps = Timetable.of(plan), range(1, 121)
+    saved = {step for step in steps if calendar.saves_after(step, 0.0)}
+    measured = {step for step in steps if calendar.evaluates_after(step)}
+    assert saved <= measured or measured <= saved
+
+
 def test_a_run_of_one_step_is_not_spent_on_warm_up() -> None:
     assert planned(training={"max_steps": 1}).optimization.warmup_steps == 0
     assert planned(training={"max_steps": 1, "warmup_ratio": 1.0}).optimization.warmup_steps == 1
@@ -306,7 +336,8 @@ NO_DATA_NEEDED: dict[str, tuple[Machine, dict[str, Any], str]] = {
         {"adapter": {"method": "qlora", "modules_to_save": ["down_proj"]}},
         "takes in model.layers.0.mlp.down_proj",
     ),
-    "liger on CPU": (CPU, {"training": {"liger": True}}, "Set it to false"),
+    "liger on CPU": (CPU, {"training": {"liger": True}}, "its kernels are written in Triton. Set it to false"),
+    "DeepSpeed's batch": (CPU, {"training": {"zero": {"overrides": {"train_batch_size": 8}}}}, "Set training.global_batch_size"),
     "no such layer": (CPU, {"adapter": {"method": "lora", "target_modules": ["query"]}}, "matches no module"),
     "metric without rows": (CPU, {"checkpoint": {"metric": "validation/loss"}}, "neither data.validation nor"),
     "rows longer than the model": (CPU, {"data": {"max_length": 10**6}}, "Set data.max_length to"),
@@ -318,6 +349,13 @@ def test_what_cannot_work_is_refused_before_the_data_is_read(name: str) -> None:
     machine, sections, message = NO_DATA_NEEDED[name]
     with pytest.raises(UserError, match=message):
         check_before_data(config(**sections), DEMO, machine)
+
+
+def test_liger_is_refused_for_a_model_that_it_has_no_kernels_for() -> None:
+    gpt2 = model_shape({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100}, "x")
+    with pytest.raises(PlanError, match="no kernels for a gpt2 model"):
+        check_before_data(config(training={"liger": True}), gpt2, gpus(1))
+    check_before_data(config(training={"liger": True}), DEMO, gpus(1))
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:

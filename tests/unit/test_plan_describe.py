@@ -14,8 +14,19 @@ def test_the_table_says_what_is_trained_on_what_for_how_long() -> None:
     assert table["batch"] == "8 workers x 2 rows x 1 accumulation = 16 rows per step"
     assert table["run"] == "1875 steps, 3 epochs, about 32.8k tokens per step"
     assert table["data"] == "10000 rows of up to 2048 tokens (100% full), 6.83M target tokens; held_out: 50 rows"
+    assert table["checkpoints"] == "every 187 steps, 480 MiB each; kept: the last 2, the 1 best by validation/loss"
     assert table["memory per worker"].startswith(f"{sum(part.num_bytes for part in plan.memory) / 2**30:.3g} GiB: ")
     assert "weights" in table["memory per worker"]
+
+
+def test_evaluations_at_saves_are_told() -> None:
+    plan = planned(
+        facts=data(validation=("a",)),
+        data={"validation": "a.jsonl"},
+        evaluation={"every_steps": 40},
+        checkpoint={"every_steps": 50},
+    )
+    assert dict(plan_table(plan))["evaluation"] == "every 40 and every 50 steps, after the last and before the first"
 
 
 def test_the_text_is_aligned_and_ends_with_every_reason() -> None:

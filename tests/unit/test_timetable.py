@@ -8,6 +8,7 @@ from raytune.training.timetable import Timetable
 
 def table(**changes: object) -> Timetable:
     values = {"num_steps": 10, "log_every": 2, "evaluate_every": 4, "save_every": 5, "save_every_s": None}
+    values |= {"evaluate_at_saves": False}
     return Timetable(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -18,8 +19,13 @@ def test_a_ten_step_run_reads_like_its_calendar() -> None:
     assert [step for step in steps if table().saves_after(step, 0.0)] == [5, 10]
 
 
+def test_saves_that_are_due_by_step_can_be_evaluated_too() -> None:
+    assert [step for step in range(1, 11) if table(evaluate_at_saves=True).evaluates_after(step)] == [4, 5, 8, 10]
+
+
 def test_without_validation_rows_nothing_is_evaluated() -> None:
-    assert not any(table(evaluate_every=None).evaluates_after(step) for step in range(1, 11))
+    nothing = table(evaluate_every=None, evaluate_at_saves=True)
+    assert not any(nothing.evaluates_after(step) for step in range(1, 11))
 
 
 def test_time_saves_between_the_steps() -> None:

@@ -5,21 +5,14 @@ from typing import Any
 
 import pytest
 
-from raytune.errors import PlanError, UserError
-from raytune.training.zero_engine import OWNED_KEYS, REMOVED_KEYS, check_offload, deepspeed_config
+from raytune.errors import PlanError
+from raytune.training.zero_engine import check_offload, deepspeed_config
 from tests.tiny import tiny_plan
 
 
 def config(**changes: Any) -> dict[str, Any]:
     engine = {"kind": "zero", "zero_stage": 3} | changes.pop("engine", {})
     return deepspeed_config(tiny_plan(engine=engine, num_parameters=8_000_000_000, num_trainable=40_000_000, **changes))
-
-
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """`{"a": {"b": value}}` for `a.b`."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def test_the_config_of_a_lora_run_on_eight_gpus() -> None:
@@ -60,26 +53,6 @@ def test_overrides_are_laid_over_key_by_key() -> None:
     assert made["zero_optimization"]["sub_group_size"] == 7
     assert made["zero_optimization"]["stage"] == 3
     assert made["steps_per_print"] == 3
-
-
-@pytest.mark.parametrize("key", REMOVED_KEYS)
-def test_what_deepspeed_removed_is_refused_before_a_worker_starts(key: str) -> None:
-    with pytest.raises(UserError, match=f"sets {key}, which DeepSpeed 0.19 has removed"):
-        config(engine={"deepspeed_overrides": nested(key, {"enabled": True})})
-
-
-@pytest.mark.parametrize("key", OWNED_KEYS)
-def test_what_raytune_decides_is_refused_with_its_own_word(key: str) -> None:
-    with pytest.raises(UserError, match=f"sets {key}, which raytune decides.*{OWNED_KEYS[key] or 'delete it'}"):
-        config(engine={"deepspeed_overrides": nested(key, 1)})
-
-
-def test_our_list_of_removed_keys_is_deepspeeds() -> None:
-    from deepspeed.runtime import config as deepspeed_own
-
-    theirs = {*deepspeed_own._REMOVED_TOP_LEVEL_CONFIG_KEYS}
-    theirs |= {f"zero_optimization.{key}" for key in deepspeed_own._REMOVED_ZERO_CONFIG_KEYS}
-    assert theirs == set(REMOVED_KEYS)
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
