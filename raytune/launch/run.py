@@ -1,14 +1,14 @@
-"""One run from the driver's side: config -> cluster -> data -> plan -> attempts -> result."""
+"""One run from the driver's side: config -> cluster -> data -> plan (`run`), plan -> attempts -> result (`train_plan`)."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from raytune.config.run import RunConfig
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, TakenOverError, UserError
-from raytune.evaluate.questions import to_json_lines
+from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.prepare import prepare
@@ -18,7 +18,7 @@ from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import absolute, write_bytes
+from raytune.storage import write_bytes
 from raytune.training.commit import next_fence
 from raytune.versions import library_versions
 
@@ -50,31 +50,48 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         UserError: before anything is started, if the config, the model, the data or the machines do not allow the run.
         RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
     """
-    folder = RunFolder(absolute(config.storage), config.name)
-    known = RunRecord.read(folder)
     with connect(config.cluster) as machine:
         prepared = prepare(config, machine, map_on_cluster)
-        plan = prepared.plan
-        refuse_another_run(folder, plan)
-        if known and known.state == "finished":
-            return RunResult.read(folder)
-        if known and not config.checkpoint.resume:
-            raise UserError(
-                f"Run {config.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
-                f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
-            )
-        record = known or RunRecord(
-            name=config.name,
-            state="running",
-            attempts=0,
-            created=time.time(),
-            config=config.model_dump(mode="json"),
-            versions=library_versions(),
+        return train_plan(prepared.plan, prepared.questions, config, watch)
+
+
+def train_plan(
+    plan: RunPlan, questions: Sequence[Question], config: RunConfig, watch: Watch = lambda plan: nullcontext()
+) -> RunResult:
+    """Train a ready plan on the cluster that this process is connected to, or return the result of the finished run of its name.
+
+    Args:
+        plan: what is trained, in the folder that it names.
+        questions: what both models answer at the end.
+        config: what the plan was made from; it goes into the record, and says whether an unfinished run may be continued.
+        watch: as for `run`.
+
+    Raises:
+        UserError: if the folder holds another run, or an unfinished one that is not to be continued.
+        RunFailedError: as `run` does.
+    """
+    folder = RunFolder(plan.storage, plan.name)
+    known = RunRecord.read(folder)
+    refuse_another_run(folder, plan)
+    if known and known.state == "finished":
+        return RunResult.read(folder)
+    if known and not config.checkpoint.resume:
+        raise UserError(
+            f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
+            f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
         )
-        write_plan(folder, plan)
-        write_bytes(folder.questions, to_json_lines(prepared.questions))
-        with watch(plan):
-            _train(plan, record, folder)
+    record = known or RunRecord(
+        name=plan.name,
+        state="running",
+        attempts=0,
+        created=time.time(),
+        config=config.model_dump(mode="json"),
+        versions=library_versions(),
+    )
+    write_plan(folder, plan)
+    write_bytes(folder.questions, to_json_lines(questions))
+    with watch(plan):
+        _train(plan, record, folder)
     return RunResult.read(folder)
 
 
