@@ -24,9 +24,9 @@ def wait_for(task: ray.ObjectRef, what: str, timeout_s: float) -> Any:
         ClusterError: if it has not ended after `timeout_s`, with what is free and what there is.
     """
     ready, _ = ray.wait([task], timeout=min(QUIET_S, timeout_s))
-    if not ready:
+    if not ready and timeout_s > QUIET_S:
         _log.warning("waiting for %s, at most %s; %s", what, format_seconds(timeout_s), _free())
-        ready, _ = ray.wait([task], timeout=max(0.0, timeout_s - QUIET_S))
+        ready, _ = ray.wait([task], timeout=timeout_s - QUIET_S)
     if not ready:
         ray.cancel(task, force=True)
         raise ClusterError(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from ray.cluster_utils import Cluster
 
 from raytune.api import train
 from raytune.config.cluster import ClusterSection
-from raytune.errors import ClusterError, UserError
+from raytune.errors import ClusterError, TakenOverError, UserError
 from raytune.launch.cluster import connect, map_on_cluster
+from raytune.launch.lease import Lease, this_process
 from raytune.metrics import History
+from raytune.run_folder import RunFolder
+from raytune.storage import write_bytes, write_json
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -59,6 +63,10 @@ def test_of_two_commands_on_one_run_one_trains_and_the_other_is_refused_with_its
     assert not (tmp_path / "twice/lease").exists()
 
 
+def double(number: int) -> int:
+    return 2 * number
+
+
 def test_a_wait_for_cpus_that_others_hold_ends_with_what_is_free(connection: None) -> None:
     @ray.remote(num_cpus=2)
     class Other:
@@ -68,9 +76,9 @@ def test_a_wait_for_cpus_that_others_hold_ends_with_what_is_free(connection: Non
     other = Other.remote()
     assert ray.get(other.ready.remote())
     with pytest.raises(ClusterError, match=r"for a free CPU .*free in the cluster: 0 of 2 CPUs"):
-        map_on_cluster(str, [1, 2], start_timeout=2)
+        map_on_cluster(double, [1, 2], start_timeout=2)
     ray.kill(other)
-    assert map_on_cluster(str, [1, 2], start_timeout=60) == ["1", "2"]
+    assert map_on_cluster(double, [1, 2], start_timeout=60) == [2, 4]
 
 
 def test_a_connection_to_another_cluster_than_the_named_one_is_refused(one_node: Cluster, connection: None) -> None:
@@ -106,3 +114,23 @@ def test_ctrl_c_ends_the_run_and_leaves_a_connection_that_was_there_before(conne
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert ray.available_resources().get("CPU") == 2, "the workers are gone"
+
+
+def test_a_run_that_was_taken_over_ends_with_the_name_of_its_new_holder_and_leaves_its_files_alone(
+    connection: None, tmp_path: Path
+) -> None:
+    folder = RunFolder(str(tmp_path), "lost")
+    other = Lease(number=9, token="another", holder=replace(this_process(), pid=1234567, host="elsewhere"))
+
+    def take_over() -> None:
+        while History.read(folder.metrics).last_step < 2:
+            time.sleep(0.2)
+        write_bytes(f"{folder.leases}/9.json", other.encode())
+        write_json(folder.run, json.loads(Path(folder.run).read_text()) | {"attempts": 9})
+
+    threading.Thread(target=take_over, daemon=True).start()
+    endless = config(tmp_path, "lost", training={"max_steps": 100_000, "global_batch_size": 2, "learning_rate": 1e-3})
+    with pytest.raises(TakenOverError, match=r"Run 'lost' .* taken over by process 1234567 on elsewhere"):
+        train(endless, progress=False)
+    assert json.loads(Path(folder.run).read_text())["attempts"] == 9
+    assert Path(folder.leases, "9.json").read_bytes() == other.encode()

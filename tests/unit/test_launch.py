@@ -71,9 +71,9 @@ def test_a_file_of_another_raytune_is_refused_with_its_name_the_misfit_and_the_w
 ) -> None:
     path = getattr(folder, file)
     change(path, **values)
+    read = RunRecord.read if file == "run" else RunResult.read
     with pytest.raises(UserError, match=rf"{path} .*{misfit}.*raytune 0\.0\.1 wrote it.*another name") as caught:
-        RunRecord.read(folder)
-        RunResult.read(folder)
+        read(folder)
     assert caught.value.exit_code == 2
 
 
