@@ -8,7 +8,7 @@ from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
 from raytune.model.files import resolve_model_path
 from raytune.plan.choose import choose_plan
-from raytune.plan.machine import Machine
+from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.shapes import read_model_shape
@@ -30,10 +30,27 @@ def prepare(config: RunConfig, machine: Machine, parallel_map: ParallelMap) -> P
     Raises:
         UserError: if the config, the model, the data or the machines do not allow the run.
     """
-    shape = read_model_shape(config.model.base, config.model.revision)
-    model_path = resolve_model_path(config.model.base, config.model.revision)
-    check_before_data(config, shape, machine)
-    storage = absolute(config.storage)
-    data = DataBuilder(config, model_path, choose_row_length(config, shape), storage, parallel_map)
-    plan = choose_plan(config, shape, machine, data.build(), model_path=model_path, storage=storage)
-    return Prepared(plan=plan, questions=data.questions())
+    return Preparation(machine, parallel_map).prepare(config)
+
+
+class Preparation:
+    """Prepares runs that may differ in any setting. Data that several of them read is looked at once."""
+
+    def __init__(self, machine: Machine, parallel_map: ParallelMap) -> None:
+        self._machine, self._parallel_map = machine, parallel_map
+        self._data: dict[str, tuple[DataFacts, list[Question]]] = {}
+
+    def prepare(self, config: RunConfig) -> Prepared:
+        """See `prepare`."""
+        shape = read_model_shape(config.model.base, config.model.revision)
+        model_path = resolve_model_path(config.model.base, config.model.revision)
+        check_before_data(config, shape, self._machine)
+        storage = absolute(config.storage)
+        row_length = choose_row_length(config, shape)
+        read = [config.data, config.model, config.evaluation.generation, row_length, storage]
+        if (key := repr(read)) not in self._data:
+            builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map)
+            self._data[key] = builder.build(), builder.questions()
+        facts, questions = self._data[key]
+        plan = choose_plan(config, shape, self._machine, facts, model_path=model_path, storage=storage)
+        return Prepared(plan=plan, questions=questions)

@@ -173,6 +173,8 @@ class RunPlan(Plan):
     evaluation: EvaluationPlan
     checkpoint: CheckpointPlan
     cluster: ClusterPlan
+    rungs: tuple[int, ...] = ()
+    """Steps after which a sweep judges this trial: it is evaluated and saved there. None outside of sweeps."""
     memory: list[MemoryPart]
     """Expected bytes per rank, by part."""
     checkpoint_bytes: int
