@@ -106,6 +106,11 @@ class RunFolder:
         """Folder that Ray Train keeps its own files in; nothing of ours depends on it."""
         return f"{self.path}/ray"
 
+    @property
+    def placement_groups(self) -> str:
+        """A file for each of Ray's placement groups that workers of this run hold, named like it."""
+        return f"{self.path}/placement_groups"
+
     def checkpoint(self, step: int) -> str:
         return f"{self.checkpoints}/{step_folder(step)}"
 

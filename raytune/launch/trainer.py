@@ -12,13 +12,15 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune.launch.attempts import WORKER_DIED, Failure
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import list_folder, read_json
+from raytune.storage import list_folder, read_json, remove_folder, write_json
 from raytune.training.worker import train_worker
 
 INTERRUPT_TIMEOUT_S = 20.0
@@ -55,10 +57,37 @@ def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | Non
             name=f"attempt-{attempt}",
             storage_path=folder.ray,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            callbacks=[_NotedPlacementGroup(folder)],
         ),
     )
-    error = _ended_with(trainer, check)
-    return None if error is None else _first_failure(folder, attempt, error)
+    try:
+        error = _ended_with(trainer, check)
+    finally:
+        release_placement_groups(folder)
+    return None if error is None else first_failure(folder, attempt, error)
+
+
+class _NotedPlacementGroup(WorkerGroupCallback):
+    """Writes down what the workers of a run hold, in the controller.
+
+    Ray frees a placement group when the job of its creator ends; before that, where a controller dies with its driver, only a
+    helper does that asks the dashboard, which a cluster need not have (https://github.com/ray-project/ray/pull/58515).
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group.id.hex()
+        write_json(f"{self._folder.placement_groups}/{group}.json", {})
+
+
+def release_placement_groups(folder: RunFolder) -> None:
+    """Free what worker groups of a run still hold; its controllers must have ended."""
+    for name in list_folder(folder.placement_groups):
+        group = PlacementGroupID(bytes.fromhex(name.removesuffix(".json")))
+        remove_placement_group(PlacementGroup(group))
+        remove_folder(f"{folder.placement_groups}/{name}", folder.placement_groups)
 
 
 class _Trainer(TorchTrainer):
@@ -122,7 +151,7 @@ def _ended_with(trainer: _Trainer, check: Callable[[], None]) -> Exception | Non
         raise
 
 
-def _first_failure(folder: RunFolder, attempt: int, error: Exception) -> Failure:
+def first_failure(folder: RunFolder, attempt: int, error: Exception) -> Failure:
     """The earliest of the workers' own records; a rank that Ray lost without one comes before the survivors it took along."""
     prefix = f"attempt-{attempt}."
     records = sorted(

@@ -7,21 +7,22 @@ group does the work, and its metrics file says how far it is.
 
 import gc
 import math
-import os
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
+import torch.distributed as dist
 from ray import tune
 
 from raytune.config.run import RunConfig
+from raytune.errors import EXIT_RETRY_LATER
 from raytune.launch.attempts import Failure
-from raytune.launch.run import RunFailedError, train_plan
-from raytune.launch.trainer import fit
+from raytune.launch.run import Attempt, RunFailedError, train_plan
+from raytune.launch.trainer import first_failure, fit
 from raytune.metrics import History
+from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import read_json
@@ -29,6 +30,7 @@ from raytune.sweeps.schedule import AMOUNT, FAILURE, MAY_PASS, STEP
 from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.training.run import Worker, train
+from raytune.training.worker import recorded
 
 REPORTED = "reported_step"
 
@@ -55,21 +57,22 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any], sweep: SweepPlan, folder: SweepFolder) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._sweep, self._folder = sweep, folder
-        self._reported_step = -1
+        self._reported_step = 0
         self._talk: _Conversation | None = None
+        self._kept = KeptBase()
 
     def step(self) -> dict[str, Any]:
         if self._talk is None:
             assignment = Assignment.read(self._folder.assignment(self.config[TRIAL]))
             reporter = _Reporter(self._sweep, assignment.plan, self._reported_step)
-            self._talk = _Conversation(lambda say: _run(assignment, reporter.to(say)))
+            self._talk = _Conversation(lambda say: _run(assignment, reporter.to(say), self._kept))
         result = self._talk.next_result()
         self._reported_step = result.get(STEP, self._reported_step)
         return result
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self.config, self._reported_step = new_config, -1
+        self.config, self._reported_step = new_config, 0
         return True
 
     def cleanup(self) -> None:
@@ -144,7 +147,7 @@ class _Reporter:
     """From what a run measures to what Tune is told: each evaluation once, in order.
 
     Args:
-        after_step: what Tune was told before; -1: nothing.
+        after_step: the last that Tune was told of; 0: none. What was measured before the first step compares nothing.
     """
 
     def __init__(self, sweep: SweepPlan, plan: RunPlan, after_step: int) -> None:
@@ -162,50 +165,64 @@ class _Reporter:
 
     def evaluation(self, values: Mapping[str, float]) -> None:
         step = int(values[STEP])
-        if step <= self._after_step or not step:  # before the first step nothing is compared
+        if step <= self._after_step:
             return
         self._after_step = step
         self._say({**values, STEP: step, AMOUNT: self._sweep.amount_at(self._plan, step)})
 
     def failure(self, error: RunFailedError) -> None:
-        may_pass = error.exit_code == 10
-        self._say({FAILURE: error.failure.headline, MAY_PASS: may_pass, self._sweep.metric: math.nan, STEP: max(self._after_step, 0), AMOUNT: 0.0})
+        may_pass = error.exit_code == EXIT_RETRY_LATER
+        facts = {FAILURE: error.failure.headline, MAY_PASS: may_pass}
+        # Tune wants the metric in every result.
+        self._say({**facts, self._sweep.metric: math.nan, STEP: self._after_step, AMOUNT: 0.0})
 
 
-def _run(assignment: Assignment, reporter: _Reporter) -> None:
-    """Train a trial to its end, telling what it measures, from what earlier attempts have measured on."""
+def _run(assignment: Assignment, reporter: _Reporter, kept: KeptBase) -> None:
+    """Train a trial to its end, telling what it measures; first what earlier attempts at it have measured."""
     plan = assignment.plan
     metrics = RunFolder(plan.storage, plan.name).metrics
     reporter.history(History.read(metrics))
-    if plan.batch.workers == 1:
-        attempt = _Here(reporter)
-    else:
-        attempt = lambda plan, number: fit(plan, number, while_waiting=lambda: reporter.history(History.read(metrics)))
     try:
-        train_plan(plan, [], assignment.config, fit=attempt)
+        train_plan(plan, [], assignment.config, attempt=_here(reporter, kept) if plan.batch.workers == 1 else _elsewhere(reporter))
     except RunFailedError as error:
         reporter.failure(error)
         raise
     reporter.history(History.read(metrics))
 
 
-class _Here:
-    """An attempt in this process."""
+def _elsewhere(reporter: _Reporter) -> Attempt:
+    """Attempts on worker groups, whose metrics file is read while they train."""
 
-    def __init__(self, reporter: _Reporter) -> None:
-        self._reporter = reporter
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
+        metrics = RunFolder(plan.storage, plan.name).metrics
 
-    def __call__(self, plan: RunPlan, attempt: int) -> Failure | None:
-        worker = Worker(rank=0, world_size=1, device_index=0, attempt=attempt, report=self._reporter.evaluation)
+        def look() -> None:
+            check()
+            reporter.history(History.read(metrics))
+
+        return fit(plan, number, look)
+
+    return attempt
+
+
+def _here(reporter: _Reporter, kept: KeptBase) -> Attempt:
+    """Attempts in this process."""
+
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
+        def report(values: Mapping[str, float]) -> None:
+            check()
+            reporter.evaluation(values)
+
+        if plan.engine.kind == "zero" and not dist.is_initialized():
+            backend = "nccl" if plan.cluster.device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # DeepSpeed wants one, alone or not
+        worker = Worker(rank=0, world_size=1, device_index=0, attempt=number, report=report, kept=kept)
         try:
-            train(plan, worker)
+            with recorded(plan, number, rank=0):
+                train(plan, worker)
         except Exception as error:
-            return Failure(
-                attempt=attempt,
-                rank=0,
-                node=os.uname().nodename,
-                kind=type(error).__name__,
-                message=str(error),
-                traceback=traceback.format_exc(),
-            )
+            kept.drop()
+            return first_failure(RunFolder(plan.storage, plan.name), number, error)
         return None
+
+    return attempt

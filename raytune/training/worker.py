@@ -4,7 +4,8 @@ import os
 import time
 import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import ray.train
 import ray.train.torch
@@ -22,24 +23,30 @@ def train_worker(config: dict) -> None:
     """
     plan = RunPlan.model_validate_json(config["plan"])
     context = ray.train.get_context()
-    rank = context.get_world_rank()
-    try:
-        _quiet()
+    with recorded(plan, config["attempt"], context.get_world_rank()):
         from raytune.training.run import Worker, train
 
         worker = Worker(
-            rank=rank,
+            rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             device_index=_device_index(plan),
             attempt=config["attempt"],
             report=ray.train.report,
         )
         train(plan, worker)
+
+
+@contextmanager
+def recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
+    """Context in which a rank trains: without noise, and with a record of whatever ends it."""
+    _quiet()
+    try:
+        yield
     except BaseException as error:
         # Survivors of a dead rank fail too, a moment later: the driver shows the earliest record first.
         with suppress(Exception):  # what made the run fail may be the storage itself
             write_json(
-                RunFolder(plan.storage, plan.name).failure(config["attempt"], rank),
+                RunFolder(plan.storage, plan.name).failure(attempt, rank),
                 {
                     "rank": rank,
                     "node": os.uname().nodename,
