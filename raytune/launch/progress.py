@@ -1,26 +1,22 @@
 """A run as a person sees it while it goes on: one live table in a terminal, plain lines elsewhere. Reads metrics.jsonl only."""
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Column, Table
 
 from raytune.errors import RaytuneError
+from raytune.launch.live import showing
 from raytune.launch.result import RunResult
 from raytune.metrics import History
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.units import format_bytes, format_count, format_seconds
-
-REFRESH_S = 1.0
-LINE_EVERY_S = 10.0
 
 _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "train/loss", "{:.4f}".format),
@@ -36,45 +32,27 @@ def show_progress(plan: RunPlan, stream: TextIO = sys.stderr) -> Iterator[None]:
     """Show the plan, and then the run's progress until the block ends."""
     console = Console(file=stream)
     console.print(f"{plan_text(plan)}\n", highlight=False, soft_wrap=True)
-    watcher = _Watcher(plan, console)
-    thread = threading.Thread(target=watcher.watch, name="progress", daemon=True)
-    thread.start()
-    try:
+    view = _View(plan)
+    with showing(console, view.table, view.new_lines):
         yield
-    finally:
-        watcher.finished.set()
-        thread.join(timeout=10)
 
 
-class _Watcher:
-    """Follows the metrics file of a run in a thread of its own."""
+class _View:
+    """A run as its metrics file shows it."""
 
-    def __init__(self, plan: RunPlan, console: Console) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
         self.path = RunFolder(plan.storage, plan.name).metrics
-        self.console = console
-        self.finished = threading.Event()
         self.started = time.monotonic()
+        self.last_line = ""
 
-    def watch(self) -> None:
-        if self.console.is_terminal:
-            with Live(self._table(), console=self.console, refresh_per_second=4, transient=False) as live:
-                while not self.finished.wait(REFRESH_S):
-                    live.update(self._table())
-                live.update(self._table())
-        else:
-            last_line = ""
-            while not self.finished.wait(LINE_EVERY_S):
-                last_line = self._print_if_new(last_line)
-            self._print_if_new(last_line)
-
-    def _print_if_new(self, last_line: str) -> str:
+    def new_lines(self) -> Iterator[str]:
         line = "  ".join(f"{label} {value}" for label, value in self._facts())
-        if line != last_line:
-            self.console.print(line, highlight=False, soft_wrap=True)
-        return line
+        if line != self.last_line:
+            self.last_line = line
+            yield line
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
         table = Table(
             title=f"raytune · {self.plan.name}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
         )

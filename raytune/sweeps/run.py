@@ -1,11 +1,11 @@
 """One sweep from the driver's side: config -> cluster -> trials and their plans -> Ray Tune -> result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from raytune.config.load import dump_yaml
+from raytune.config.load import config_diff, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.config.sweep import SweepSection
 from raytune.data.store import ParallelMap
@@ -18,19 +18,22 @@ from raytune.launch.stores import STORES_FOLDER
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import absolute, exists, read_json, write_bytes, write_json
+from raytune.storage import absolute, exists, read_bytes, read_json, write_bytes, write_json
+from raytune.sweeps.board import Board
 from raytune.sweeps.collect import collect
 from raytune.sweeps.ledger import Ended, Known, Ledger, read_ledger
-from raytune.sweeps.results import SweepResult
+from raytune.sweeps.results import SweepResult, trials_csv, trials_jsonl
 from raytune.sweeps.search import Listed, Optuna, Source, TrialSearch
-from raytune.sweeps.space import check_space, corners, trial_config, trials_of
+from raytune.sweeps.space import check_space, corners, space_of, trial_config, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
-from raytune.versions import library_versions
 
-Watch = Callable[[SweepPlan, Ledger], AbstractContextManager]
-"""Given the plan and the ledger, a context that lasts as long as the trials: progress for a person, for example."""
+Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
+"""Given the plan, what the ledger says and the board, a context that lasts as long as the trials: progress for a person."""
+
+MAY_CHANGE = ("sweep.trials", "sweep.max_concurrent", "cluster.", "checkpoint.keep_", "training.logging_steps")
+"""Beginnings of keys that may change between two commands of one sweep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,27 +87,29 @@ class Planner:
             raise type(error)(f"With {values}: {error}") from error
 
 
-def sweep(config: RunConfig, watch: Watch = lambda plan, ledger: nullcontext()) -> SweepResult:
+def sweep(config: RunConfig, watch: Watch = lambda plan, known, board: nullcontext()) -> SweepResult:
     """Search the space of a sweep, or go on where an earlier command stopped; a finished sweep is only read.
 
     Raises:
         UserError: before anything is started, if a point of the space is no valid config or fits no machine, or the sweep of that
             name was another one.
     """
-    section, folder = _section(config), _folder(config)
+    folder = _folder(config)
     _refuse_another_sweep(folder, config)
-    if _is_finished(folder, section):
-        return SweepResult.read(folder.result)
+    if _is_finished(folder, config):
+        return SweepResult.from_json(read_json(folder.result))
     with hold(RunFolder(folder.storage, folder.name)) as lease, connect(config.cluster) as machine:
         parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
         planner = Planner(config, folder, machine, parallel_map)
         resolved = _resolve(config, planner)
-        write_json(folder.sweep, {"config": config.model_dump(mode="json"), "versions": library_versions()})
-        with closing(Ledger(folder.ledger)) as ledger:
-            search = _search(config, folder, planner, resolved, ledger)
-            with watch(resolved.plan, ledger):
-                run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, lease.check)
-        return _written(folder, config, resolved.plan)
+        write_bytes(folder.sweep, config.model_dump_json(indent=2).encode())
+        board = Board(resolved.plan.mode)
+        with closing(Ledger(folder.ledger)) as ledger, watch(resolved.plan, ledger.known, board):
+            search = _search(config, folder, planner, resolved, ledger, board)
+            run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
+        result = collect(folder, resolved.plan, list(_section(config).space))
+        _write(folder, config, result)
+    return result
 
 
 def plan_of_sweep(config: RunConfig) -> Resolved:
@@ -123,69 +128,82 @@ def plan_of_sweep(config: RunConfig) -> Resolved:
 
 def _resolve(config: RunConfig, planner: Planner) -> Resolved:
     section = _section(config)
-    check_space(config, section)
-    trials = [] if section.search == "optuna" else trials_of(section, config)
-    # Beside the trials themselves, so that a longer or another search of this space cannot run into a wall later.
-    points = [Trial(number=number, values=values) for number, values in enumerate(corners(section, config))]
+    check_space(config)
+    trials = [] if section.search == "optuna" else trials_of(config)
+    # Beside the trials themselves, so that a longer search of this space cannot run into a wall later.
+    points = [Trial(number=number, values=values) for number, values in enumerate(corners(space_of(config)))]
     plans = [planner.plan(trial) for trial in [*trials, *points]]
-    num_trials = len(trials) or section.trials
-    plan = plan_sweep(section, config.name, num_trials, plans, planner.slots)
+    plan = plan_sweep(section, config.name, len(trials) or section.trials, plans, planner.slots)
     return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)
 
 
-def _search(config: RunConfig, folder: SweepFolder, planner: Planner, resolved: Resolved, ledger: Ledger) -> TrialSearch:
+def _search(
+    config: RunConfig, folder: SweepFolder, planner: Planner, resolved: Resolved, ledger: Ledger, board: Board
+) -> TrialSearch:
+    """Where the trials of this command come from: first those of earlier commands, unless they failed for good."""
     known = ledger.known
-    again = [trial for name, trial in known.trials.items() if not _is_out(known, name)]
-    section = _section(config)
-    source: Source = Optuna(section, config) if section.search == "optuna" else Listed(resolved.trials)
+    again = [trial for name, trial in known.trials.items() if not _failed_for_good(known, name)]
+    source: Source = Listed(resolved.trials) if resolved.trials else Optuna(config)
 
-    def assign(trial: Trial) -> None:
-        plan = planner.plan(trial)
-        plan = plan.model_copy(update={"rungs": resolved.plan.rung_steps(plan)})
-        refuse_another_run(folder.trial(trial.name), plan)
-        values = {"config": planner.config(trial).model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
-        write_json(folder.assignment(trial.name), values)
-        if trial.name not in known.ends or known.ends[trial.name].state == "failed":
+    def assign(trial: Trial) -> bool:
+        end = known.ends.get(trial.name)
+        if end is None or end.state == "failed":
             ledger.assign(trial)
+        try:
+            plan = planner.plan(trial)
+            plan = plan.model_copy(update={"rungs": resolved.plan.rung_steps(plan)})
+            refuse_another_run(folder.trial(trial.name), plan)
+        except UserError as error:
+            ledger.end(trial.name, Ended(state="failed", cause=str(error)))
+            return False
+        told = {"config": planner.config(trial).model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
+        write_json(folder.assignment(trial.name), told)
+        return True
 
-    def refused(trial: Trial, error: Exception) -> None:
-        ledger.assign(trial)
-        ledger.end(trial.name, Ended(state="failed", cause=str(error)))
-
-    first_number = 1 + max((trial.number for trial in known.trials.values()), default=-1)
-    return TrialSearch(source, again, first_number, assign, refused, ledger.best_of)
+    return TrialSearch(source, again, len(known.trials), assign, lambda trial: board.of(trial.name).best)
 
 
-def _is_out(known: Known, name: str) -> bool:
-    """Whether a trial failed for good: trying it again would only end alike."""
+def _failed_for_good(known: Known, name: str) -> bool:
+    """Whether trying a trial again would only end alike."""
     end = known.ends.get(name)
     return end is not None and end.state == "failed" and end.is_final
 
 
-def _is_finished(folder: SweepFolder, section: SweepSection) -> bool:
+def _is_finished(folder: SweepFolder, config: RunConfig) -> bool:
+    """Whether every trial that is asked for has ended, and the result was written after that."""
     if not exists(folder.result):
         return False
-    known = read_ledger(folder.ledger)
-    return SweepResult.read(folder.result).num_trials_asked == len(known.ends)
+    known, section = read_ledger(folder.ledger), _section(config)
+    num_trials = section.trials if section.search == "optuna" else len(trials_of(config))
+    ends = [known.ends.get(trial.name) for trial in known.trials.values()]
+    return len(ends) >= num_trials and all(end is not None and end.is_final for end in ends)
 
 
 def _refuse_another_sweep(folder: SweepFolder, config: RunConfig) -> None:
+    """Refuse to continue a sweep whose trials would be other ones, or judged in another way.
+
+    More trials, and other machines for them, are no other sweep.
+    """
     if not exists(folder.sweep):
         return
-    was = read_json(folder.sweep)["config"]
+    was = RunConfig.model_validate_json(read_bytes(folder.sweep))
+    changes = [change for change in config_diff(was, config) if not change[0].startswith(MAY_CHANGE)]
+    if changes:
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
+        raise UserError(
+            f"Sweep {config.name!r} in {folder.storage} was started with other settings:\n{lines}\n"
+            f"Continuing it would mix two sweeps. Give this one another name (name=...), or restore the settings."
+        )
 
 
-def _written(folder: SweepFolder, config: RunConfig, plan: SweepPlan) -> SweepResult:
-    """Collect the result and leave it in the sweep's folder."""
-    section = _section(config)
-    result = collect(folder, plan, list(section.space))
-    write_json(folder.result, result.to_json())
-    write_bytes(folder.trials_jsonl, result.trials_jsonl().encode())
-    write_bytes(folder.trials_csv, result.trials_csv().encode())
+def _write(folder: SweepFolder, config: RunConfig, result: SweepResult) -> None:
+    """Leave the result in the sweep's folder."""
+    write_bytes(folder.trials_jsonl, trials_jsonl(result).encode())
+    write_bytes(folder.trials_csv, trials_csv(result).encode())
     if result.best:
         best = trial_config(config, result.best.trial).model_copy(update={"name": f"{config.name}-best"})
         write_bytes(folder.best, dump_yaml(best).encode())
-    return result
+    write_json(folder.result, result.to_json())
 
 
 def _section(config: RunConfig) -> SweepSection:

@@ -4,14 +4,14 @@ Both first give out again what an earlier command of the sweep has assigned: eac
 goes on where it stood, so that Tune and Optuna know all of the sweep.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
 from raytune.config.run import RunConfig
-from raytune.config.sweep import SweepSection
-from raytune.sweeps.space import draw
+from raytune.sweeps.space import draw, space_of
 from raytune.sweeps.trial import Trial
 
 TRIAL = "trial"
@@ -54,38 +54,43 @@ class Optuna:
     """Trials that Optuna's sampler (TPE) proposes from the values of the ones before.
 
     Args:
-        run: whose values expressions may refer to.
+        config: of the sweep.
     """
 
-    def __init__(self, section: SweepSection, run: RunConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         import optuna
 
+        assert config.sweep is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        direction = "minimize" if section.mode == "min" else "maximize"
-        self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=section.seed), direction=direction)
-        self._states = optuna.trial.TrialState
-        self._section, self._run = section, run
+        direction = "minimize" if config.sweep.mode == "min" else "maximize"
+        self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.sweep.seed), direction=direction)
+        self._failed = optuna.trial.TrialState.FAIL
+        self._space, self._num_trials = space_of(config), config.sweep.trials
+        self._first = [dict(point) for point in config.sweep.first]
         self._asked: dict[int, Any] = {}
-        for point in section.first:
-            self._study.enqueue_trial(dict(point))
 
     def next(self, number: int) -> Trial | None:
-        if number >= self._section.trials:
+        if number >= self._num_trials:
             return None
-        asked = self._asked[number] = self._study.ask()
-        return Trial(number=number, values=draw(self._section.space, _OptunaChooser(asked), self._run))
+        given = self._first[number] if number < len(self._first) else {}
+        return Trial(number=number, values=self._drawn(number, given))
 
     def again(self, trial: Trial) -> None:
-        self._study.enqueue_trial(dict(trial.values))
-        asked = self._asked[trial.number] = self._study.ask()
-        draw(self._section.space, _OptunaChooser(asked), self._run)
+        self._drawn(trial.number, trial.values)
 
     def finished(self, trial: Trial, value: float | None) -> None:
         asked = self._asked.pop(trial.number)
         if value is None:
-            self._study.tell(asked, state=self._states.FAIL)
+            self._study.tell(asked, state=self._failed)
         else:
             self._study.tell(asked, value)
+
+    def _drawn(self, number: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A point through Optuna's hands, with the values that are given already."""
+        if given:
+            self._study.enqueue_trial({key: _category(value) for key, value in given.items()})
+        asked = self._asked[number] = self._study.ask()
+        return draw(self._space, _OptunaChooser(asked))
 
 
 class _OptunaChooser:
@@ -95,15 +100,18 @@ class _OptunaChooser:
         self._asked = asked
 
     def choice(self, key: str, options: Sequence[Any]) -> Any:
-        # Optuna wants plain values for categories; lists and mappings are chosen by their place.
-        if all(option is None or isinstance(option, bool | int | float | str) for option in options):
-            return self._asked.suggest_categorical(key, options)
-        return options[self._asked.suggest_categorical(key, range(len(options)))]
+        # Optuna wants plain values for categories: lists and mappings are named by their text.
+        by_name = {_category(option): option for option in options}
+        return by_name[self._asked.suggest_categorical(key, list(by_name))]
 
     def number(self, key: str, low: float, high: float, step: float | None, is_log: bool, is_integer: bool) -> float:
         if is_integer:
             return self._asked.suggest_int(key, int(low), int(high), step=int(step or 1), log=is_log)
         return self._asked.suggest_float(key, low, high, step=step, log=is_log)
+
+
+def _category(option: Any) -> Any:
+    return option if option is None or isinstance(option, bool | int | float | str) else json.dumps(option, sort_keys=True)
 
 
 class TrialSearch(Searcher):
