@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from raytune.config.adapter import LoraAdapter
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
+from raytune.config.sweep import ConfigKey
 
-DEFAULT_METHOD = LoraAdapter().method
 REQUIRED = object()
 """Stands where a default would be, for a key that must be given."""
 
@@ -26,7 +25,12 @@ class Key:
     default: Any
     sentence: str
     methods: tuple[str, ...] = ()
-    """Adapter methods that have this key; empty for keys outside `adapter`."""
+    """Methods of the surrounding union (`adapter`, `sweep.stopping`) that have this key; empty for keys outside of one."""
+
+    @property
+    def union(self) -> str:
+        """Path of the section tagged by `method` that holds this key, if its `methods` are not empty."""
+        return next((path for path in unions() if self.path.startswith(f"{path}.")), "")
 
     @property
     def is_section(self) -> bool:
@@ -51,17 +55,45 @@ def keys_in(section: str) -> list[Key]:
     return [key for path, key in keys().items() if path.rpartition(".")[0] == section]
 
 
+@cache
+def unions() -> dict[str, str]:
+    """Sections of which each method has its own keys: their paths, and the method that holds where none is written."""
+    found = {path: key for path, key in keys().items() if key.is_section and len(_methods_of_all(key.annotation)) > 1}
+    return {path: key.default.method for path, key in found.items()}
+
+
+def union_above(path: tuple[str | int, ...]) -> str:
+    """The union that a written path leads into or to, or nothing."""
+    return next((union for union in unions() if f"{schema_path(path)}.".startswith(f"{union}.")), "")
+
+
+def names_keys(path: tuple[str | int, ...]) -> bool:
+    """Whether the names in the mapping at a path are dotted keys themselves, as in `sweep.space`."""
+    container = _container(type_at(path))
+    return get_origin(container) is dict and get_args(container)[0] == ConfigKey
+
+
+@lru_cache(maxsize=10_000)
 def schema_path(path: tuple[str | int, ...]) -> str:
-    """The dotted path of a written key, without its positions in lists."""
-    return ".".join(part for part in path if isinstance(part, str))
+    """The dotted path of a written key, without its positions in lists and the names in mappings of sections."""
+    known, is_name = "", False
+    for part in path:
+        if is_name or not isinstance(part, str):
+            is_name = False
+            continue
+        known = f"{known}.{part}".lstrip(".")
+        container = _container(keys()[known].annotation) if known in keys() else None
+        is_name = get_origin(container) is dict and bool(_sections(container))
+    return known
 
 
+@lru_cache(maxsize=10_000)
 def type_at(path: tuple[str | int, ...]) -> Any:
     """The type of what is written at a path, which may lead into lists and free mappings."""
     annotation, known = Any, ()
     for part in path:
-        known = (*known, part)
-        key = keys().get(schema_path(known)) if isinstance(part, str) else None
+        above, known = schema_path(known), (*known, part)
+        key = keys().get(schema_path(known)) if schema_path(known) != above else None
         annotation = key.annotation if key else _item(annotation)
     return annotation
 
@@ -106,10 +138,10 @@ def _keys_below(prefix: str, section: type[Section], methods: tuple[str, ...]) -
 
 
 def _merged(first: Key, second: Key) -> Key:
-    """One key for the same name in two adapter methods."""
+    """One key for the same name in two methods of a union."""
     default = second.default if first.default is REQUIRED else first.default
     both = replace(first, default=default, methods=(*first.methods, *second.methods))
-    if first.path != "adapter.method":
+    if not first.path.endswith(".method"):
         return both
     methods = Literal[tuple(choices(first.annotation) + choices(second.annotation))]
     lines = [f"`{key.methods[-1]}`: {key.sentence}" if len(key.methods) == 1 else key.sentence for key in (first, second)]
@@ -119,6 +151,10 @@ def _merged(first: Key, second: Key) -> Key:
 def _methods(section: type[Section]) -> tuple[str, ...]:
     method = section.model_fields.get("method")
     return tuple(choices(method.annotation)) if method else ()
+
+
+def _methods_of_all(annotation: Any) -> list[str]:
+    return [method for section in _sections(annotation) for method in _methods(section)]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
