@@ -75,14 +75,17 @@ def cli() -> None:
 @debug_option
 def check(arguments: tuple[str, ...], as_json: bool) -> None:
     """Validate files and overrides, and list every problem at once. Starts nothing."""
-    from raytune.config.load import dump_yaml, load_config
+    from raytune.config.load import dump_yaml, load_with_places
+    from raytune.sweeps.space import check_space
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    config, places = load_with_places(*files_and_overrides(arguments), check_files=True)
+    if config.sweep is not None:
+        check_space(config, places)
     if as_json:
         click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json")}))
         return
     written = dump_yaml(config)
-    click.echo(f'OK: run "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
+    click.echo(f'OK: {"sweep" if config.sweep else "run"} "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
     click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
 
 
@@ -113,9 +116,9 @@ def schema(as_json: bool) -> None:
 @debug_option
 def plan(arguments: tuple[str, ...], as_json: bool) -> None:
     """Resolve everything and show it: batch, steps, memory per worker, and why. Tokenises the data, trains nothing."""
-    from raytune.config.load import load_config
+    from raytune.config.load import as_one_run, load_config
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=True))
 
     from raytune.launch.run import plan_run
     from raytune.plan.describe import plan_text
@@ -130,9 +133,9 @@ def plan(arguments: tuple[str, ...], as_json: bool) -> None:
 @debug_option
 def train(arguments: tuple[str, ...], as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
-    from raytune.config.load import load_config
+    from raytune.config.load import as_one_run, load_config
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=True))
 
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run

@@ -67,10 +67,15 @@ def union_above(path: tuple[str | int, ...]) -> str:
     return next((union for union in unions() if f"{schema_path(path)}.".startswith(f"{union}.")), "")
 
 
+def is_mapping(annotation: Any) -> bool:
+    """Whether a type is a mapping of any names to values."""
+    return get_origin(_container(annotation)) is dict
+
+
 def names_keys(path: tuple[str | int, ...]) -> bool:
     """Whether the names in the mapping at a path are dotted keys themselves, as in `sweep.space`."""
     container = _container(type_at(path))
-    return get_origin(container) is dict and get_args(container)[0] == ConfigKey
+    return container is not None and get_args(container)[0] == ConfigKey
 
 
 @lru_cache(maxsize=10_000)
@@ -165,9 +170,13 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
 def _container(annotation: Any) -> Any:
     """The list or dict among the alternatives of a type, without its annotations."""
-    bare = [get_args(part)[0] if get_origin(part) is Annotated else part for part in _alternatives(annotation)]
+    bare = [_bare(part) for part in _alternatives(annotation)]
     return next((part for part in bare if get_origin(part) in (list, dict)), None)
 
 
@@ -177,7 +186,7 @@ def _item(annotation: Any) -> Any:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    inside = [*_alternatives(annotation), *_alternatives(_item(annotation))]
+    inside = [_bare(part) for part in (*_alternatives(annotation), *_alternatives(_item(annotation)))]
     return [part for part in inside if isinstance(part, type) and issubclass(part, Section)]
 
 
@@ -193,7 +202,7 @@ def _examples(annotation: Any) -> list[Any]:
 def _sample(annotation: Any) -> Any:
     """Some value of a type."""
     fixed = [choice for choice in choices(annotation) if choice != "auto"]
-    bare = [get_args(part)[0] if get_origin(part) is Annotated else part for part in _alternatives(annotation)]
+    bare = [_bare(part) for part in _alternatives(annotation)]
     if _container(annotation) is not None:
         inner = _sample(_item(annotation))
         return [inner] if get_origin(_container(annotation)) is list else {"name": inner}
@@ -204,7 +213,7 @@ def _words(annotation: Any) -> str:
     titles = [field.title for field in _fields(annotation) if field.title]
     if titles:
         return titles[0]
-    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    bare = _bare(annotation)
     limits = [limit for field in _fields(annotation) for limit in field.metadata]
     if get_origin(bare) is list:
         return f"a list ({in_words(get_args(bare)[0])})"

@@ -177,12 +177,28 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool) -> RunC
         # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
         unsaid = (CONFLICT, MISSING_KEY) if any(problem.id in (NOT_YAML, UNREADABLE) for problem in unreadable) else ()
         refused += [problem for problem in _schema_problems(tree, error) if problem.key not in known and problem.id not in unsaid]
+        refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
         refused += space_problems(config, lambda *path: _deepest(tree, path))
         if not unreadable and not refused:
             return _self_contained(config)
     raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
+
+
+def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
+    """What is wrong with those dimensions of a sweep that are well-formed, where something else is not."""
+    sweep = _child(tree, "sweep")
+    space = _child(sweep, "space") if sweep else None
+    written = space.value if space and isinstance(space.value, dict) else {}
+    keys_refused = {key for key in written if any(f"{key_refused}.".startswith(f"sweep.space.{key}.") for key_refused in refused)}
+    rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in keys_refused}
+    try:
+        config = RunConfig.model_validate({"sweep": {"space": rest}})
+    except ValidationError:
+        return []
+    found = space_problems(config, lambda *path: _deepest(tree, path))
+    return [problem for problem in found if problem.key.startswith("sweep.space.")]
 
 
 def _stacked(overlays: Iterable[Node | None]) -> Node:
