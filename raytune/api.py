@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
-from raytune.config.load import config_from, load_config
+from raytune.config.load import as_one_run, config_from, load_config
 from raytune.config.run import RunConfig
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
@@ -37,6 +37,7 @@ def train(config: File | Sequence[File] | Mapping[str, Any] | RunConfig, *, prog
     else:
         paths = [config] if isinstance(config, str | PathLike) else config
         resolved = load_config([str(path) for path in paths], texts)
+    resolved = as_one_run(resolved)
     return run(resolved, watch=show_progress) if progress else run(resolved)
 
 

@@ -75,18 +75,21 @@ def cli() -> None:
 @debug_option
 def check(arguments: tuple[str, ...], as_json: bool) -> None:
     """Validate files and overrides, and list every problem at once. Starts nothing."""
-    from raytune.config.load import dump_yaml, load_config, overridden
+    from raytune.config.load import dump_yaml, load_with_places, overridden
     from raytune.config.problems import shown
+    from raytune.sweeps.space import check_space
 
     files, overrides = files_and_overrides(arguments)
-    config = load_config(files, overrides, check_files=True)
+    config, places = load_with_places(files, overrides, check_files=True)
+    if config.sweep is not None:
+        check_space(config, places)
     changes = overridden(files, config)
     if as_json:
         named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
         click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
         return
     written = dump_yaml(config)
-    click.echo(f'OK: run "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
+    click.echo(f'OK: {"sweep" if config.sweep else "run"} "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
     click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
     if changes:
         click.echo("Changed on the command line:")
@@ -120,9 +123,9 @@ def schema(as_json: bool) -> None:
 @debug_option
 def plan(arguments: tuple[str, ...], as_json: bool) -> None:
     """Resolve everything and show it: batch, steps, memory per worker, and why. Tokenises the data, trains nothing."""
-    from raytune.config.load import load_config
+    from raytune.config.load import as_one_run, load_config
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=True))
 
     from raytune.launch.run import plan_run
     from raytune.plan.describe import plan_text
@@ -137,9 +140,9 @@ def plan(arguments: tuple[str, ...], as_json: bool) -> None:
 @debug_option
 def train(arguments: tuple[str, ...], as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
-    from raytune.config.load import load_config
+    from raytune.config.load import as_one_run, load_config
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=True))
 
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run

@@ -109,7 +109,7 @@ def _properties(key: Key) -> str:
     if not keys_in(key.path):
         rows |= {"default": _default_text(key), "example": f"{key.path}={_flow(example_of(key))}"}
     if key.methods:
-        rows |= {"only with": f"adapter.method {' or '.join(key.methods)}"}
+        rows |= {"only with": f"{key.union}.method {' or '.join(key.methods)}"}
     return "\n".join(f"{name:9}  {text}" for name, text in rows.items())
 
 

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from typing import Any
 
-from raytune.config.keys import choices, keys, keys_in
+from raytune.config.keys import choices, keys, keys_in, unions
 
 _SPELLINGS = {
     "model.base": "base_model model_name_or_path model_name model_id pretrained_model_name_or_path model_path",
@@ -39,7 +39,7 @@ _SPELLINGS = {
     "adapter.quant_storage": "bnb_4bit_quant_storage",
     "training": "train trainer training_args optimization",
     "training.num_train_epochs": "num_epochs epochs n_epochs max_epochs",
-    "training.max_steps": "num_steps train_steps max_train_steps",
+    "training.max_steps": "num_steps train_steps max_train_steps max_t max_iter max_resource sweep.budget",
     "training.global_batch_size": "batch_size train_batch_size effective_batch_size total_batch_size",
     "training.per_device_train_batch_size": "micro_batch_size train_micro_batch_size_per_gpu per_device_batch_size",
     "training.gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps grad_acc_steps",
@@ -78,8 +78,45 @@ _SPELLINGS = {
     "cluster.address": "ray_address",
     "name": "run_name experiment_name",
     "storage": "output_dir save_dir output_path storage_path",
+    "sweep": "tune tune_config hyperparameter_search hpo sweeps",
+    "sweep.run": "base_config config_file sweep.program sweep.recipe",
+    "sweep.space": "param_space search_space sweep.config sweep.params sweep.parameters sweep.hyperparameters",
+    "sweep.first": "points_to_evaluate enqueue_trials",
+    "sweep.trials": "num_samples n_trials num_trials max_trials sweep.count sweep.runs",
+    "sweep.search": "search_alg searcher sampler sweep.method",
+    "sweep.mode": "sweep.goal sweep.direction",
+    "sweep.stopping": "early_stopping pruner early_terminate",
+    "sweep.stopping.method": "sweep.scheduler",
+    "sweep.stopping.unit": "time_attr",
+    "sweep.stopping.grace": "grace_period min_resource min_iter min_t",
+    "sweep.stopping.reduction_factor": "eta sweep.rf",
+    "sweep.max_concurrent": "max_concurrent_trials n_jobs max_parallel_trials",
+    "sweep.space.choice": "sweep.values categorical",
+    "sweep.space.grid": "grid_search",
+    "sweep.space.uniform": "quniform",
+    "sweep.space.log_uniform": "loguniform qloguniform log_uniform_values",
+    "sweep.space.integer": "randint qrandint int_uniform",
+    "sweep.space.log_integer": "lograndint qlograndint",
+    "sweep.space.expression": "sample_from",
+    "sweep.space.step": "sweep.q",
+    "sweep.space.when": "sweep.condition sweep.if",
 }
-"""Our key (with a value where the spelling implies one) -> what Hugging Face, TRL, Axolotl, LLaMA-Factory and others call it."""
+"""Our key (with a value where the spelling implies one) -> what Hugging Face, TRL, Axolotl, LLaMA-Factory, Ray Tune, Optuna and
+others call it. `sweep.scheduler`: only within the section."""
+
+_REFUSED_WORDS = {
+    ("sweep.stopping.method", word): reason
+    for words, reason in {
+        "pbt pb2 population_based_training PopulationBasedTraining": "; population based training copies checkpoints from one trial "
+        "to another while they run, and trials do not share theirs here (trials packed into one model will)",
+        "bohb": "; BOHB ties a search to Hyperband; say search: optuna with method: hyperband",
+        "median_stopping median_stopping_rule MedianStoppingRule MedianPruner": '. Did you mean "median"?',
+        "async_hyperband asynchyperband ASHAScheduler successive_halving SuccessiveHalvingPruner": '. Did you mean "asha"?',
+        "fifo FIFOScheduler NopPruner": '. Did you mean "none"?',
+    }.items()
+    for word in words.split()
+}
+"""Words of other tools that are no value of a key here, and why not or what to write."""
 
 OURS = {spelling: ours for ours, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 
@@ -90,7 +127,7 @@ def hint_for_key(section: str, name: str, method: str) -> str:
     Args:
         section: dotted path of the section that holds the key, `""` for the top level.
         name: the key as written.
-        method: the adapter method of the run.
+        method: the method of the union, such as `adapter`, that the section is or lies in.
     """
     path = f"{section}.{name}".lstrip(".")
     if path in keys():
@@ -99,10 +136,9 @@ def hint_for_key(section: str, name: str, method: str) -> str:
     here = [key.path.rpartition(".")[2] for key in keys_in(section) if not key.methods or method in key.methods]
     near = get_close_matches(plain, here, 1, cutoff=0.75)
     elsewhere = [known for known in keys() if known.rpartition(".")[2] == plain and not known.startswith(f"{path}.")]
-    if near:
-        return f'. Did you mean "{near[0]}"?'
-    if plain in OURS:
-        return f'. Did you mean "{OURS[plain]}"?'
+    ours = OURS.get(f"{section.partition('.')[0]}.{plain}") or OURS.get(plain)
+    if near or ours:
+        return f'. Did you mean "{near[0] if near else ours}"?'
     if elsewhere:
         return f" here; it belongs to {_this_or_that(elsewhere)}"
     near = get_close_matches(plain, here, 1) or get_close_matches(path.lower(), keys(), 1, cutoff=0.75)
@@ -112,14 +148,16 @@ def hint_for_key(section: str, name: str, method: str) -> str:
     return f". Known here: {', '.join(here)}" if here and len(here) <= 12 else f". `raytune explain {section}` lists the keys"
 
 
-def hint_for_value(annotation: Any, value: object) -> str:
+def hint_for_value(path: str, annotation: Any, value: object) -> str:
     """A sentence that names the allowed value next to the one that was written, or nothing."""
     if not isinstance(value, str):
         return ""
-    if annotation == keys()["adapter"].annotation:
-        near = [f"method: {method}" for method in choices(keys()["adapter.method"].annotation) if method == value]
-    else:
-        near = get_close_matches(value.lower(), [str(choice) for choice in choices(annotation)], 1)
+    if (path, value) in _REFUSED_WORDS:
+        return _REFUSED_WORDS[path, value]
+    if path in unions():
+        near = [f"method: {method}" for method in choices(keys()[f"{path}.method"].annotation) if method == value]
+        return f'. Did you mean "{near[0]}"?' if near else _REFUSED_WORDS.get((f"{path}.method", value), "")
+    near = get_close_matches(value.lower(), [str(choice) for choice in choices(annotation)], 1)
     return f'. Did you mean "{near[0]}"?' if near else ""
 
 

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from raytune.config.adapter import LoraAdapter
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
+from raytune.config.sweep import ConfigKey
 
-DEFAULT_METHOD = LoraAdapter().method
 REQUIRED = object()
 """Stands where a default would be, for a key that must be given."""
 
@@ -26,7 +25,12 @@ class Key:
     default: Any
     sentence: str
     methods: tuple[str, ...] = ()
-    """Adapter methods that have this key; empty for keys outside `adapter`."""
+    """Methods of the surrounding union (`adapter`, `sweep.stopping`) that have this key; empty for keys outside of one."""
+
+    @property
+    def union(self) -> str:
+        """Path of the section tagged by `method` that holds this key, if its `methods` are not empty."""
+        return next((path for path in unions() if self.path.startswith(f"{path}.")), "")
 
     @property
     def is_section(self) -> bool:
@@ -51,17 +55,50 @@ def keys_in(section: str) -> list[Key]:
     return [key for path, key in keys().items() if path.rpartition(".")[0] == section]
 
 
+@cache
+def unions() -> dict[str, str]:
+    """Sections of which each method has its own keys: their paths, and the method that holds where none is written."""
+    found = {path: key for path, key in keys().items() if key.is_section and len(_methods_of_all(key.annotation)) > 1}
+    return {path: key.default.method for path, key in found.items()}
+
+
+def union_above(path: tuple[str | int, ...]) -> str:
+    """The union that a written path leads into or to, or nothing."""
+    return next((union for union in unions() if f"{schema_path(path)}.".startswith(f"{union}.")), "")
+
+
+def is_mapping(annotation: Any) -> bool:
+    """Whether a type is a mapping of any names to values."""
+    return get_origin(_container(annotation)) is dict
+
+
+def names_keys(path: tuple[str | int, ...]) -> bool:
+    """Whether the names in the mapping at a path are dotted keys themselves, as in `sweep.space`."""
+    container = _container(type_at(path))
+    return container is not None and get_args(container)[0] == ConfigKey
+
+
+@lru_cache(maxsize=10_000)
 def schema_path(path: tuple[str | int, ...]) -> str:
-    """The dotted path of a written key, without its positions in lists."""
-    return ".".join(part for part in path if isinstance(part, str))
+    """The dotted path of a written key, without its positions in lists and the names in mappings of sections."""
+    known, is_name = "", False
+    for part in path:
+        if is_name or not isinstance(part, str):
+            is_name = False
+            continue
+        known = f"{known}.{part}".lstrip(".")
+        container = _container(keys()[known].annotation) if known in keys() else None
+        is_name = get_origin(container) is dict and bool(_sections(container))
+    return known
 
 
+@lru_cache(maxsize=10_000)
 def type_at(path: tuple[str | int, ...]) -> Any:
     """The type of what is written at a path, which may lead into lists and free mappings."""
     annotation, known = Any, ()
     for part in path:
-        known = (*known, part)
-        key = keys().get(schema_path(known)) if isinstance(part, str) else None
+        above, known = schema_path(known), (*known, part)
+        key = keys().get(schema_path(known)) if schema_path(known) != above else None
         annotation = key.annotation if key else _item(annotation)
     return annotation
 
@@ -106,10 +143,10 @@ def _keys_below(prefix: str, section: type[Section], methods: tuple[str, ...]) -
 
 
 def _merged(first: Key, second: Key) -> Key:
-    """One key for the same name in two adapter methods."""
+    """One key for the same name in two methods of a union."""
     default = second.default if first.default is REQUIRED else first.default
     both = replace(first, default=default, methods=(*first.methods, *second.methods))
-    if first.path != "adapter.method":
+    if not first.path.endswith(".method"):
         return both
     methods = Literal[tuple(choices(first.annotation) + choices(second.annotation))]
     lines = [f"`{key.methods[-1]}`: {key.sentence}" if len(key.methods) == 1 else key.sentence for key in (first, second)]
@@ -121,6 +158,10 @@ def _methods(section: type[Section]) -> tuple[str, ...]:
     return tuple(choices(method.annotation)) if method else ()
 
 
+def _methods_of_all(annotation: Any) -> list[str]:
+    return [method for section in _sections(annotation) for method in _methods(section)]
+
+
 def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, UnionType):
         return [inner for part in get_args(annotation) for inner in _alternatives(part)]
@@ -129,9 +170,13 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
 def _container(annotation: Any) -> Any:
     """The list or dict among the alternatives of a type, without its annotations."""
-    bare = [get_args(part)[0] if get_origin(part) is Annotated else part for part in _alternatives(annotation)]
+    bare = [_bare(part) for part in _alternatives(annotation)]
     return next((part for part in bare if get_origin(part) in (list, dict)), None)
 
 
@@ -141,7 +186,7 @@ def _item(annotation: Any) -> Any:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    inside = [*_alternatives(annotation), *_alternatives(_item(annotation))]
+    inside = [_bare(part) for part in (*_alternatives(annotation), *_alternatives(_item(annotation)))]
     return [part for part in inside if isinstance(part, type) and issubclass(part, Section)]
 
 
@@ -157,7 +202,7 @@ def _examples(annotation: Any) -> list[Any]:
 def _sample(annotation: Any) -> Any:
     """Some value of a type."""
     fixed = [choice for choice in choices(annotation) if choice != "auto"]
-    bare = [get_args(part)[0] if get_origin(part) is Annotated else part for part in _alternatives(annotation)]
+    bare = [_bare(part) for part in _alternatives(annotation)]
     if _container(annotation) is not None:
         inner = _sample(_item(annotation))
         return [inner] if get_origin(_container(annotation)) is list else {"name": inner}
@@ -168,7 +213,7 @@ def _words(annotation: Any) -> str:
     titles = [field.title for field in _fields(annotation) if field.title]
     if titles:
         return titles[0]
-    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    bare = _bare(annotation)
     limits = [limit for field in _fields(annotation) for limit in field.metadata]
     if get_origin(bare) is list:
         return f"a list ({in_words(get_args(bare)[0])})"

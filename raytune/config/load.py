@@ -2,14 +2,15 @@
 
 Files are laid over each other from left to right: mappings merge, lists and scalars replace. An override `key.sub=value` is an
 overlay of one key, so it follows the same rules; its value is YAML, and a number in its key is a position in a list
-(`data.train.0.path=rows.jsonl`). An empty section changes nothing. Where an overlay changes `adapter.method`, the keys below it
-that the new method does not have are dropped: they were written for another method. Keys that the overlay itself brings are not.
+(`data.train.0.path=rows.jsonl`). An empty section changes nothing. Where an overlay changes the `method` of a section such as
+`adapter`, the keys that the new method does not have are dropped: they were written for another method. Keys that the overlay
+itself brings are not. The file that `sweep.run` names lies below everything else.
 """
 
 import glob
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +20,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from raytune.config.hints import hint_for_key, hint_for_value
-from raytune.config.keys import DEFAULT_METHOD, choices, example_of, in_words, is_open, keys, schema_path, type_at
+from raytune.config.keys import (
+    choices,
+    example_of,
+    in_words,
+    is_open,
+    keys,
+    names_keys,
+    schema_path,
+    type_at,
+    union_above,
+    unions,
+)
 from raytune.config.problems import (
     BAD_OVERRIDE,
     CONFLICT,
@@ -39,7 +51,10 @@ from raytune.config.problems import (
 )
 from raytune.config.run import RunConfig
 from raytune.config.section import SECRET, Section
+from raytune.config.space import space_problems
+from raytune.config.sweep import KINDS
 from raytune.config.yaml_nodes import MAX_DEPTH, Node, read_nodes, write_yaml
+from raytune.errors import UserError
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 200
@@ -50,6 +65,8 @@ _ROW_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 KeyPath = tuple[str | int, ...]
 Reading = tuple[Node | None, list[Problem]]
 """What a file or an override says, and what is wrong with how it is written."""
+Places = Mapping[str, Place]
+"""Where each key was written, by its dotted path."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, check_files: bool = False) -> RunConfig:
@@ -63,7 +80,15 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, c
     Raises:
         ConfigError: with every problem of all files and overrides.
     """
-    return _resolve([_read_file(os.fspath(path), rank) for rank, path in enumerate(paths)], overrides, check_files)
+    return load_with_places(paths, overrides, check_files=check_files)[0]
+
+
+def load_with_places(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), *, check_files: bool = False
+) -> tuple[RunConfig, Places]:
+    """Like `load_config`; also says where each key was written, for what is found to be wrong later."""
+    tree, config = _resolve([_read_file(os.fspath(path), rank) for rank, path in enumerate(paths)], overrides, check_files)
+    return config, {dotted(path): place for path, place in _places_in(tree, ())}
 
 
 def config_from(source: Mapping[str, Any] | RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
@@ -72,7 +97,41 @@ def config_from(source: Mapping[str, Any] | RunConfig, overrides: Sequence[str] 
     Raises:
         ConfigError: with every problem.
     """
-    return _resolve([(_node_of(source, Place("config")), [])], overrides, check_files=False)
+    return _resolve([(_node_of(source, Place("config")), [])], overrides, check_files=False)[1]
+
+
+def config_with(config: RunConfig, values: Mapping[str, Any], places: Places | None = None) -> RunConfig:
+    """A config with the values of some dotted keys laid over it, as an overlay file with these keys would be.
+
+    Args:
+        places: where to say that the value of a key was written.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    tree = _node_of(config, Place("config"))
+    misplaced = []
+    for key in sorted(values, key=_is_no_method):
+        place = (places or {}).get(key, Place(key))
+        try:
+            tree = _laid_over(tree, _overlay(tree, key.split("."), _node_of(values[key], place)), ())
+        except IndexError as error:
+            misplaced.append(Problem(BAD_OVERRIDE, place, key, str(error)))
+    return _validated(tree, misplaced, check_files=False)
+
+
+def as_one_run(config: RunConfig) -> RunConfig:
+    """The same config, if it describes one run.
+
+    Raises:
+        UserError: if it describes a sweep.
+    """
+    if config.sweep is not None:
+        raise UserError(
+            "This is a sweep (the config has a `sweep` section): run it with `raytune sweep`, and look at it with "
+            "`raytune sweep --dry-run`. With sweep=null it is one run."
+        )
+    return config
 
 
 def config_diff(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -98,17 +157,29 @@ def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
     return write_yaml(data) if data else ""
 
 
-def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: bool) -> RunConfig:
+def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: bool) -> tuple[Node, RunConfig]:
     """Lay files and overrides over each other and validate the result."""
-    tree = Node({}, Place("config"), Place("config"))
-    for overlay, _ in readings:
-        tree = _laid_over(tree, overlay, ()) if overlay else tree
     # A new method drops keys of the old one, so it goes first: `adapter.rank=8 adapter.method=full` must be refused.
-    for text in sorted(overrides, key=lambda text: not text.startswith("adapter.method=")):
+    overrides = sorted(overrides, key=lambda text: _is_no_method(text.partition("=")[0]))
+    above = readings + [_read_override(text, _stacked([]), rank=len(readings)) for text in overrides]
+    below = _files_below(above)
+    tree = _stacked(overlay for overlay, _ in below + readings if overlay)
+    readings = below + readings
+    for text in overrides:
         overlay, problems = _read_override(text, tree, rank=len(readings))
         tree = _laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
     unreadable = [problem for _, problems in readings for problem in problems]
+    unreadable += _same_name(below, tree)
+    return tree, _validated(tree, unreadable, check_files)
+
+
+def _validated(tree: Node, unreadable: list[Problem], check_files: bool) -> RunConfig:
+    """The config that a tree describes.
+
+    Raises:
+        ConfigError: with every problem of the tree, and those that were found before.
+    """
     refused = _refused_values(tree, ())
     try:
         config = RunConfig.model_validate(_data_of(tree, ()))
@@ -117,11 +188,105 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
         # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
         unsaid = (CONFLICT, MISSING_KEY) if any(problem.id in (NOT_YAML, UNREADABLE) for problem in unreadable) else ()
         refused += [problem for problem in _schema_problems(tree, error) if problem.key not in known and problem.id not in unsaid]
+        refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
+        refused += space_problems(config, lambda *path: _deepest(tree, path))
         if not unreadable and not refused:
-            return config
+            return _self_contained(config)
     raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
+
+
+def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
+    """What is wrong with those dimensions of a sweep that are well-formed, where something else is not."""
+    sweep = _child(tree, "sweep")
+    space = _child(sweep, "space") if sweep else None
+    written = space.value if space and isinstance(space.value, dict) else {}
+    keys_refused = {key for key in written if any(f"{key_refused}.".startswith(f"sweep.space.{key}.") for key_refused in refused)}
+    rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in keys_refused}
+    try:
+        config = RunConfig.model_validate({"sweep": {"space": rest}})
+    except ValidationError:
+        return []
+    found = space_problems(config, lambda *path: _deepest(tree, path))
+    return [problem for problem in found if problem.key.startswith("sweep.space.")]
+
+
+def _stacked(overlays: Iterable[Node | None]) -> Node:
+    tree = Node({}, Place("config"), Place("config"))
+    for overlay in overlays:
+        tree = _laid_over(tree, overlay, ()) if overlay else tree
+    return tree
+
+
+def _is_no_method(key: str) -> bool:
+    return key.strip() not in {f"{union}.method" for union in unions()}
+
+
+def _self_contained(config: RunConfig) -> RunConfig:
+    """A config that means the same wherever it is read: the file that `sweep.run` named is in it."""
+    sweep = config.sweep
+    return config if sweep is None or sweep.run is None else config.model_copy(update={"sweep": sweep.model_copy(update={"run": None})})
+
+
+# --- the run of a sweep
+
+
+def _files_below(above: list[Reading]) -> list[Reading]:
+    """The file that `sweep.run` names, the file that this one names, and so on; the lowest first."""
+    below: list[Reading] = []
+    seen = {_real_path(overlay.place.file) for overlay, _ in above if overlay and overlay.place.line}
+    named = _named_run(above)
+    while named is not None:
+        folder = os.path.dirname(named.place.file) if named.place.line else ""
+        path = os.path.join(folder, named.value)
+        if _real_path(path) in seen:
+            return [(None, [Problem(CONFLICT, named.place, "sweep.run", f"{shown(path)} would be laid over itself")]), *below]
+        seen.add(_real_path(path))
+        overlay, problems = _read_file(path, rank=len(above) + len(below))
+        # A file that cannot be opened is named where somebody asked for it.
+        problems = [
+            problem if problem.place.line else Problem(problem.id, named.place, "sweep.run", f"{shown(path)}: {problem.message}")
+            for problem in problems
+        ]
+        below = [(overlay, problems), *below]
+        named = _named_run([(overlay, problems)])
+    return below
+
+
+def _named_run(readings: list[Reading]) -> Node | None:
+    """What the topmost `sweep.run` says, if it can be the name of a file."""
+    for overlay, _ in reversed(readings):
+        sweep = _child(overlay, "sweep") if overlay else None
+        run = _child(sweep, "run") if sweep else None
+        if run and isinstance(run.value, str) and run.value:
+            return run
+    return None
+
+
+def _same_name(below: list[Reading], tree: Node) -> list[Problem]:
+    """A sweep that shares its name, and so its folder, with the run that it is laid over."""
+    run = _named_run([(tree, [])])
+    names = [_child(each, "name") for each in (_stacked(overlay for overlay, _ in below), tree)]
+    theirs, mine = (name.value if name else RunConfig().name for name in names)
+    if run is None or mine != theirs or not isinstance(mine, str) or not any(overlay for overlay, _ in below):
+        return []
+    message = f"the sweep has the name of its run, {shown(mine)}, and so its folder; give it another, such as name: {mine}-sweep"
+    return [Problem(CONFLICT, run.place, "sweep.run", message)]
+
+
+def _real_path(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return path
+
+
+def _places_in(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Place]]:
+    children = node.value.items() if isinstance(node.value, dict) else ()
+    for key, child in children:
+        yield (*path, key), child.key_place
+        yield from _places_in(child, (*path, key))
 
 
 # --- reading
@@ -160,7 +325,7 @@ def _read_override(text: str, tree: Node, rank: int) -> Reading:
     """The overlay that an override means for a tree."""
     key, equals, value = text.partition("=")
     place = Place(f"command line: {shortened(text)}", rank=rank)
-    parts = key.strip().split(".")
+    parts = _parts(key.strip())
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         return None, [Problem(BAD_OVERRIDE, place, "", "an override is key=value, for example training.learning_rate=2e-4")]
     leaf, problems = read_nodes(value, place)
@@ -171,6 +336,21 @@ def _read_override(text: str, tree: Node, rank: int) -> Reading:
         return _overlay(tree, parts, leaf), problems
     except IndexError as error:
         return None, [*problems, Problem(BAD_OVERRIDE, place, dotted(tuple(parts)), str(error))]
+
+
+def _parts(key: str) -> list[str]:
+    """The parts of a dotted key. In a mapping whose names are keys, such a name is one part: `sweep.space`, `adapter.rank`."""
+    parts = key.split(".")
+    for i in range(1, len(parts)):
+        if names_keys(tuple(int(part) if part.isdecimal() else part for part in parts[:i])):
+            known = [end for end in range(i + 1, len(parts) + 1) if _without_positions(parts[i:end]) in keys()]
+            end = max(known, default=len(parts))
+            return [*parts[:i], ".".join(parts[i:end]), *parts[end:]]
+    return parts
+
+
+def _without_positions(parts: list[str]) -> str:
+    return ".".join(part for part in parts if not part.isdecimal())
 
 
 def _overlay(below: Node | None, parts: list[str], leaf: Node) -> Node:
@@ -215,22 +395,27 @@ def _laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
         return base
     if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
         return overlay
-    kept = _still_meant(base.value, overlay.value) if path == ("adapter",) else base.value
+    kept = _still_meant(base.value, overlay.value, path)
     merged = {key: _laid_over(kept[key], child, (*path, key)) if key in kept else child for key, child in overlay.value.items()}
     return replace(overlay, value={**kept, **merged})
 
 
-def _still_meant(adapter: dict[str, Node], overlay: dict[str, Node]) -> dict[str, Node]:
-    """The adapter's keys without those that the overlay's method does not have."""
-    method = _method_of(overlay, default=_method_of(adapter))
-    if method == _method_of(adapter):
-        return adapter
-    known = {key: keys().get(f"adapter.{key}") for key in adapter}
-    return {key: child for key, child in adapter.items() if not (spec := known[key]) or method in spec.methods}
+def _still_meant(base: dict[str, Node], overlay: dict[str, Node], path: KeyPath) -> dict[str, Node]:
+    """The keys below an overlay, without those that were written for another method or another kind of dimension than its own."""
+    section = schema_path(path)
+    if section == "sweep.space" and len(path) == len(("sweep", "space", "key")):
+        return {} if any(kind in overlay and kind not in base for kind in KINDS) else base
+    if section not in unions():
+        return base
+    method = _method_of(overlay, default=_method_of(base, unions()[section]))
+    if method == _method_of(base, unions()[section]):
+        return base
+    known = {key: keys().get(f"{section}.{key}") for key in base}
+    return {key: child for key, child in base.items() if not (spec := known[key]) or method in spec.methods}
 
 
-def _method_of(adapter: dict[str, Node], default: str = DEFAULT_METHOD) -> str:
-    method = adapter["method"].value if "method" in adapter else default
+def _method_of(section: dict[str, Node], default: str) -> str:
+    method = section["method"].value if "method" in section else default
     return method if isinstance(method, str) else default
 
 
@@ -240,14 +425,15 @@ def _is_section(path: KeyPath) -> bool:
 
 
 def _data_of(node: Node, path: KeyPath) -> Any:
-    """Plain data for the schema: empty sections left out, the adapter with its method."""
+    """Plain data for the schema: empty sections left out, those that have a method with it."""
     if isinstance(node.value, list):
         return [_data_of(child, (*path, i)) for i, child in enumerate(node.value)]
     if not isinstance(node.value, dict):
         return node.value
     written = {key: child for key, child in node.value.items() if child.value is not None or not _is_section((*path, key))}
     data = {key: _data_of(child, (*path, key)) for key, child in written.items()}
-    return {"method": DEFAULT_METHOD, **data} if path == ("adapter",) else data
+    section = schema_path(path)
+    return {"method": unions()[section], **data} if section in unions() else data
 
 
 # --- validating
@@ -283,15 +469,16 @@ def _schema_problems(tree: Node, error: ValidationError) -> list[Problem]:
 def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem:
     node, key = _deepest(tree, path), keys().get(schema_path(path))
     if details["type"] == "extra_forbidden":
-        adapter = tree.value["adapter"].value if path[0] == "adapter" else {}
-        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), _method_of(adapter))}"
+        union = union_above(path[:-1])
+        method = _method_of(_deepest(tree, tuple(union.split("."))).value, unions()[union]) if union else ""
+        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), method)}"
         return Problem(UNKNOWN_KEY, node.key_place, dotted(path), message)
     if details["type"] == "value_error" and isinstance(node.value, dict):
         return Problem(CONFLICT, node.key_place, dotted(path), str(details.get("ctx", {})["error"]))
     expected = in_words(type_at(path))
     if details["type"] == "missing":
         return Problem(MISSING_KEY, node.key_place, dotted(path), f"is missing; it must be {expected}")
-    hint = hint_for_value(type_at(path), node.plain)
+    hint = hint_for_value(schema_path(path), type_at(path), node.plain)
     if not hint and key and key.annotation == type_at(path) and is_open(key.annotation):
         hint = f" (for example {shown(example_of(key))})"
     return Problem(WRONG_VALUE, node.place, dotted(path), f"must be {expected}, got {shown(node.plain)}{hint}")
@@ -299,9 +486,11 @@ def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem
 
 def _written_path(tree: Node, details: ErrorDetails) -> KeyPath:
     """pydantic's location as the user wrote it: without the names of union members and positions in lists nobody wrote."""
-    location = details["loc"][:1] + details["loc"][2:] if details["loc"][:1] == ("adapter",) else details["loc"]
+    location = details["loc"]
+    tag = next((i for i in range(1, len(location)) if schema_path(location[:i]) in unions()), len(location))
+    location = location[:tag] + location[tag + 1 :]
     if details["type"].startswith("union_tag"):
-        location = ("adapter", "method")
+        location = (*location, "method")
     path: KeyPath = ()
     node: Node | None = tree
     for i, part in enumerate(location):

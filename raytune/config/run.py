@@ -11,6 +11,7 @@ from raytune.config.data import DataSection
 from raytune.config.evaluation import EvaluationSection
 from raytune.config.model import ModelSection
 from raytune.config.section import Section, Text
+from raytune.config.sweep import SweepSection
 from raytune.config.training import TrainingSection
 
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -39,3 +40,5 @@ class RunConfig(Section):
     """When state is saved and what is kept."""
     cluster: ClusterSection = ClusterSection()
     """Which Ray cluster, how many workers, and what each of them gets."""
+    sweep: SweepSection | None = None
+    """Train many variants of this run, early losers stopped: which keys vary and how."""

@@ -1,4 +1,4 @@
-"""A trial: one point of the search space. A value; what runs it is somebody else's matter."""
+"""`Trial`: one point of a search space."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
+    """One point of the space: a value. What runs it is somebody else's matter."""
+
     number: int
     values: Mapping[str, Any]
-    """By dotted config key, drawn and derived ones alike: JSON values. A key whose condition does not hold is absent."""
+    """Dotted config key -> value, drawn ones and derived ones; JSON values. A key whose `when` is false is absent."""
 
     @property
     def name(self) -> str:
-        """Name of its run folder."""
-        return f"trial-{self.number:03d}"
+        """Name of the trial and of its run folder."""
+        return f"trial-{self.number:03}"

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
-FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "report", "sweeps", "launch", "api", "cli"]
+FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "launch", "sweeps", "report", "api", "cli"]
 OWNERS = {
     "deepspeed": {"training/zero_engine.py"},
     "ray": {"training/worker.py", "launch/"},

@@ -133,6 +133,9 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         "training": {"zero": {"stage": 3, "nvme_path": "/nvme"}},
         "model": {"revision": "0" * 40},
     }
+    if key.path.startswith("sweep."):
+        dimension = {"uniform": [0, 100]} if key.path == "sweep.space.step" else {"choice": [2]}
+        base["sweep"] = {"space": {"adapter.rank" if key.path != "sweep.space.step" else "adapter.alpha": {"choice": [4]}}}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])
