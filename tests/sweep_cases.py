@@ -90,9 +90,12 @@ def halved_sweep(num_trials: int = 16, seed: int = 0, *, with_failures: bool = T
         cause = None
         for step in range(5, NUM_STEPS + 1, 5):
             value = 6.479 * math.exp(-speed * step) + 0.002 + 0.01 * off * source.random()
-            if with_failures and number == 3 and step == 15:
-                state, cause = "failed", "NonFiniteError: loss is nan at step 15 on rank 0, rows 112-127. Lower training.learning_rate."
-                curve.append((15, math.nan))
+            if with_failures and number == 3 and step == 10:
+                state, cause = (
+                    "failed",
+                    "NonFiniteError: loss is nan at step 10 on rank 0, rows 112-127. Lower training.learning_rate.",
+                )
+                curve.append((step, math.nan))
                 break
             curve.append((step, value))
             if step in at_rung:
@@ -107,7 +110,7 @@ def halved_sweep(num_trials: int = 16, seed: int = 0, *, with_failures: bool = T
             5,
             points[5],
             state="failed",
-            cause="OutOfMemoryError: worker 0 on node 10.0.0.7 was killed at 15.2 of 15.6 GiB.\nLower training.per_device_train_batch_size.",
+            cause="OutOfMemoryError: worker 0 was killed at 15.2 of 15.6 GiB.\nLower training.per_device_train_batch_size.",
         )
     return sweep_result(trials, keys=(*KEYS, "adapter.lora_plus_ratio"))
 
@@ -115,17 +118,40 @@ def halved_sweep(num_trials: int = 16, seed: int = 0, *, with_failures: bool = T
 def odd_values() -> SweepResult:
     """Values of every JSON kind, text that looks like markup and formulas, NaN, a mode of max, a trial that only waits."""
     values: list[dict[str, Any]] = [
-        {"adapter.method": "lora", "adapter.target_modules": ["q_proj", "v_proj"], "training.max_grad_norm": None, "data.packing": True},
+        {
+            "adapter.method": "lora",
+            "adapter.target_modules": ["q_proj", "v_proj"],
+            "training.max_grad_norm": None,
+            "data.packing": True,
+        },
         {"adapter.method": "<script>alert(1)</script>", "adapter.target_modules": "all-linear", "data.packing": False},
-        {"adapter.method": "$\\frac{1}$ & \"quoted\" 'text'", "adapter.target_modules": [], "training.max_grad_norm": 1.0, "data.packing": True},
+        {
+            "adapter.method": "$\\frac{1}$ & \"quoted\" 'text'",
+            "adapter.target_modules": [],
+            "training.max_grad_norm": 1.0,
+            "data.packing": True,
+        },
         {"adapter.method": "full", "training.max_grad_norm": 0.5, "data.packing": False, "adapter.target_modules": "schön, 中文"},
         {"adapter.method": "lora", "adapter.target_modules": "x" * 300, "training.max_grad_norm": None, "data.packing": True},
     ]
-    curves = [((10, 0.25), (30, 0.5), (60, 0.75)), ((10, 0.1),), ((10, math.nan), (30, math.inf)), ((10, 0.7), (30, math.nan)), ()]
+    curves = [
+        ((10, 0.25), (30, 0.5), (60, 0.75)),
+        ((10, 0.1),),
+        ((10, math.nan), (30, math.inf)),
+        ((10, 0.7), (30, math.nan)),
+        (),
+    ]
     states: list[State] = ["finished", "stopped", "failed", "failed", "waiting"]
     return sweep_result(
         [
-            trial_result(number, values[number], curves[number], state=states[number], mode="max", cause="</pre><img src=x onerror=alert(1)>")
+            trial_result(
+                number,
+                values[number],
+                curves[number],
+                state=states[number],
+                mode="max",
+                cause="</pre><img src=x onerror=alert(1)>",
+            )
             for number in range(5)
         ],
         keys=("adapter.method", "adapter.target_modules", "training.max_grad_norm", "data.packing"),
@@ -144,16 +170,22 @@ def cases() -> dict[str, SweepResult]:
         "one": sweep_result([trial_result(0, {"adapter.rank": 8}, ((10, 1.0), (60, 0.5)))], keys=("adapter.rank",)),
         "none": sweep_result([]),
         "all failed": sweep_result(
-            [trial_result(n, {"training.learning_rate": rate}, state="failed", cause="boom") for n, rate in enumerate(learning_rates)]
+            [
+                trial_result(n, {"training.learning_rate": rate}, state="failed", cause="boom")
+                for n, rate in enumerate(learning_rates)
+            ]
         ),
         "never measured": sweep_result([trial_result(n, {"adapter.rank": 2**n}, state="running", step=3) for n in range(4)]),
         "all NaN": sweep_result(
             [trial_result(n, {"adapter.rank": 2**n}, ((10, math.nan),), state="failed", cause="NaN") for n in range(5)]
         ),
         "no rungs": sweep_result(
-            [trial_result(n, {"adapter.rank": 2**n}, ((5, 2.0), (17, 1.0 + n)), state="stopped", rungs=()) for n in range(5)], rungs=()
+            [trial_result(n, {"adapter.rank": 2**n}, ((5, 2.0), (17, 1.0 + n)), state="stopped", rungs=()) for n in range(5)],
+            rungs=(),
         ),
         "equal values": sweep_result([trial_result(n, {"adapter.rank": 2**n}, ((10, 1.0), (60, 1.0))) for n in range(5)]),
-        "negative metric": sweep_result([trial_result(n, {"adapter.rank": 2**n}, ((10, -1.0), (60, -5.0 - n))) for n in range(5)]),
+        "negative metric": sweep_result(
+            [trial_result(n, {"adapter.rank": 2**n}, ((10, -1.0), (60, -5.0 - n))) for n in range(5)]
+        ),
         "odd values": odd_values(),
     }

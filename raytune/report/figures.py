@@ -9,15 +9,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from raytune.sweeps.results import SweepResult, TrialResult, importance, metric_text, rung_text, short_keys, value_text, worker_time
+from raytune.sweeps.results import State, SweepResult, TrialResult, importance, is_number, rung_text, short_keys, value_text
 
 DOTS_PER_INCH = 160
 WIDTH_IN = 9.6
@@ -45,10 +49,24 @@ class Theme:
 
 
 LIGHT = Theme(
-    paper="#ffffff", ink="#1a1d21", muted="#5c636b", faint="#dfe2e6", near="#a9c6e3", far="#0f4174", best="#d55e00", failed="#8a2f6b"
+    paper="#ffffff",
+    ink="#1a1d21",
+    muted="#5c636b",
+    faint="#dfe2e6",
+    near="#86aed6",
+    far="#0f4174",
+    best="#d55e00",
+    failed="#8a2f6b",
 )
 DARK = Theme(
-    paper="#16191d", ink="#e8eaed", muted="#a0a7af", faint="#363c43", near="#39577a", far="#a9d2ff", best="#ff9e3d", failed="#e58fc6"
+    paper="#16191d",
+    ink="#e8eaed",
+    muted="#a0a7af",
+    faint="#363c43",
+    near="#436488",
+    far="#a9d2ff",
+    best="#ff9e3d",
+    failed="#e58fc6",
 )
 
 
@@ -71,58 +89,34 @@ def learning_curves(result: SweepResult, theme: Theme = LIGHT) -> Figure:
     if not values:
         return _empty(figure, axes, theme, f"No trial measured {result.metric}.")
     steps = [step for _, curve in curves for step, _ in curve]
-    seen: set[str] = set()
+    count = Counter(_fate(result, trial) for trial in result.trials)
+    handles: dict[tuple[int, int, str], Line2D] = {}
     for trial, curve in reversed(curves):  # the best are drawn last, over the others
         if not curve:
             continue
-        style = _curve_style(result, trial, theme)
         is_best = best is not None and trial.trial.number == best.trial.number
-        label = f"best: {trial.trial.name}" if is_best else style.label
-        colour = theme.best if is_best else style.colour
-        axes.plot(
-            *zip(*curve),
-            color=colour,
-            linewidth=2.6 if is_best else 1.2,
-            zorder=4 if is_best else 2,
-            label=None if label in seen else label,
-            marker="." if len(curve) == 1 else None,
-        )
-        seen.add(label)
-        if trial.state in ("stopped", "failed"):
-            mark = "x" if trial.state == "failed" else "o"
-            size = 7 if trial.state == "failed" else 4.5
-            axes.plot(*curve[-1], color=colour, marker=mark, markersize=size, markeredgewidth=1.6 if mark == "x" else 0, zorder=5)
-    budget = max(trial.num_steps for trial in result.trials)
-    _step_axis(axes, theme, steps, result.rungs, budget)
+        colour = theme.best if is_best else _fate_colour(result, trial, theme)
+        width = 2.6 if is_best else 1.2
+        mark = _MARKS.get(trial.state, "." if len(curve) == 1 else "")
+        axes.plot(*zip(*curve), color=colour, linewidth=width, zorder=4 if is_best else 2)
+        axes.plot(*curve[-1], color=colour, marker=mark, **_MARK_STYLE, zorder=5)
+        fate = _fate(result, trial)
+        label = f"best: {trial.trial.name}" if is_best else f"{fate}: {count[fate]}"
+        place = (-1, 0, label) if is_best else (_FATES.index(trial.state), -trial.num_rungs, label)
+        handles[place] = Line2D([], [], color=colour, linewidth=width, marker=mark, label=label, **_MARK_STYLE)
+    _step_axis(axes, theme, steps, result.rungs, max(trial.num_steps for trial in result.trials))
     if is_log(values):
         axes.set_yscale("log")
         _log_ticks(axes.yaxis)
     axes.set_xlabel("step")
     axes.set_ylabel(result.metric)
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda index: _legend_place(labels[index]))
-    axes.legend(
-        [handles[index] for index in order],
-        [labels[index] for index in order],
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.ink,
-    )
+    _legend(axes, theme, [handles[place] for place in sorted(handles)])
     return _finished(figure)
 
 
-@dataclass(frozen=True, slots=True)
-class _CurveStyle:
-    label: str
-    colour: str
-
-
-def _curve_style(result: SweepResult, trial: TrialResult, theme: Theme) -> _CurveStyle:
-    count = Counter(_fate(result, other) for other in result.trials)
-    fate = _fate(result, trial)
-    return _CurveStyle(f"{fate} ({count[fate]})", _fate_colour(result, trial, theme))
+_FATES: tuple[State, ...] = ("finished", "running", "waiting", "stopped", "failed")
+_MARKS: dict[State, str] = {"stopped": "o", "failed": "x"}
+_MARK_STYLE = {"markersize": 5.5, "markeredgewidth": 1.5}
 
 
 def _fate(result: SweepResult, trial: TrialResult) -> str:
@@ -141,15 +135,8 @@ def _fate_colour(result: SweepResult, trial: TrialResult, theme: Theme) -> str:
     return _hex(_ramp(theme)(min(1.0, place)))
 
 
-def _legend_place(label: str) -> tuple[int, str]:
-    for place, start in enumerate(("best", "finished", "still running", "stopped", "failed")):
-        if label.startswith(start):
-            return place, label
-    return 9, label
-
-
 def _step_axis(axes: Axes, theme: Theme, steps: Sequence[int], rungs: Sequence[int], budget: int) -> None:
-    """Logarithmic where the first measurement lies far from the last, since rungs are spaced by a factor; rungs are named on top."""
+    """Logarithmic where the first measurement lies far from the last, as rungs are spaced by a factor; rungs are named on top."""
     positive = [step for step in steps if step > 0]
     if positive and max(budget, *positive) >= 20 * min(positive):
         if 0 in steps:
@@ -161,19 +148,26 @@ def _step_axis(axes: Axes, theme: Theme, steps: Sequence[int], rungs: Sequence[i
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.02)
     for index, rung in enumerate(rungs):
         if rung <= budget:
             axes.axvline(rung, color=theme.muted, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
             axes.text(
-                rung, 1.01, f"rung {index + 1}", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=theme.muted
+                rung,
+                1.01,
+                f"rung {index + 1}",
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=theme.muted,
             )
 
 
 def _apart(places: Sequence[int]) -> list[int]:
     """The places without those that would be written over the next one."""
-    kept = [place for place, following in zip(places, places[1:]) if place == 0 or following >= 1.25 * place]
+    kept = [place for place, following in pairwise(places) if place == 0 or following >= 1.25 * place]
     return [*kept, places[-1]]
 
 
@@ -194,7 +188,8 @@ class _Scale:
     is_category: bool = False
 
 
-_NOT_SET_PLACE = -0.09
+_BELOW = 0.09
+"""Below a scale of numbers lie, so far apart, what is no number: `null` and not being set."""
 
 
 def parallel_coordinates(result: SweepResult, theme: Theme = LIGHT) -> Figure:
@@ -206,7 +201,10 @@ def parallel_coordinates(result: SweepResult, theme: Theme = LIGHT) -> Figure:
     if not trials or not keys:
         reason = f"No trial has a value of {result.metric}." if not trials else "No key varies among the trials."
         return _empty(figure, axes, theme, reason)
-    scales = [_scale(title, [trial.trial.values.get(key, _NOT_SET) for trial in result.trials]) for key, title in zip(keys, short_keys(keys))]
+    scales = [
+        _scale(title, [trial.trial.values.get(key, _NOT_SET) for trial in result.trials])
+        for key, title in zip(keys, short_keys(keys))
+    ]
     metric = _metric_scale(result, [trial.value for trial in trials if trial.value is not None])
     jitter = [_jitter(scale, key, trials) if scale.is_category else {} for scale, key in zip(scales, keys)]
 
@@ -220,11 +218,18 @@ def parallel_coordinates(result: SweepResult, theme: Theme = LIGHT) -> Figure:
     for trial in failed:
         axes.plot(places[:-1], line(trial), color=theme.failed, linewidth=1, linestyle=(0, (4, 3)), zorder=1, alpha=0.8)
         axes.plot(places[-2], line(trial)[-1], color=theme.failed, marker="x", markersize=6, markeredgewidth=1.4, zorder=1)
-    ramp = _ramp(theme)
+    ramp, thin = _ramp(theme), 1.3 if len(trials) <= 40 else 0.8
     for index, trial in reversed(list(enumerate(trials))):
-        colour = theme.best if index == 0 else ramp(1 - index / max(1, len(trials) - 1))
+        colour = theme.best if index == 0 else ramp((1 - index / max(1, len(trials) - 1)) ** 2)
         heights = [*line(trial), metric.place(trial.value)]
-        axes.plot(places, heights, color=colour, linewidth=2.6 if index == 0 else 1.3, zorder=4 if index == 0 else 2, solid_joinstyle="round")
+        axes.plot(
+            places,
+            heights,
+            color=colour,
+            linewidth=2.6 if index == 0 else thin,
+            zorder=4 if index == 0 else 2,
+            solid_joinstyle="round",
+        )
     for place, scale in enumerate([*scales, metric]):
         axes.plot([place, place], [0, 1], color=theme.ink, linewidth=1, zorder=3)
         for height, label in scale.ticks:
@@ -239,9 +244,9 @@ def parallel_coordinates(result: SweepResult, theme: Theme = LIGHT) -> Figure:
                 zorder=6,
                 bbox={"boxstyle": "round,pad=0.12", "facecolor": theme.paper, "edgecolor": "none", "alpha": 0.8},
             )
-        axes.text(place, 1.06, _wrapped(scale.title), fontsize=9, ha="center", va="bottom", color=theme.ink, fontweight="bold")
+        axes.text(place, 1.045, _wrapped(scale.title), fontsize=9, ha="center", va="bottom", color=theme.ink, fontweight="bold")
     axes.set_xlim(-0.15, len(keys) + 0.35)
-    axes.set_ylim(-0.14, 1.16)
+    axes.set_ylim(min(height for scale in scales for height, _ in scale.ticks) - 0.05, 1.16)
     axes.set_axis_off()
     return _finished(figure)
 
@@ -251,9 +256,7 @@ _NOT_SET = object()
 
 def _keys_that_vary(result: SweepResult) -> list[str]:
     """In the order of the space; where there are more than can be drawn, the most important ones."""
-    varying = [
-        key for key in result.keys if len({_name(trial.trial.values.get(key, _NOT_SET)) for trial in result.trials}) > 1
-    ]
+    varying = [key for key in result.keys if len({_name(trial.trial.values.get(key, _NOT_SET)) for trial in result.trials}) > 1]
     if len(varying) <= MOST_AXES:
         return varying
     first = {item.key for item in importance(result.trials, varying, result.mode).keys[:MOST_AXES]}
@@ -265,23 +268,24 @@ def _name(value: object) -> str:
 
 
 def _scale(title: str, values: Sequence[Any]) -> _Scale:
-    present = [value for value in values if value is not _NOT_SET]
-    not_set = [(_NOT_SET_PLACE, "not set")] if len(present) < len(values) else []
-    if present and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
-        numbers = sorted(set(present))
-        place = _number_place(numbers[0], numbers[-1], is_log(numbers))
-        ticks = numbers if len(numbers) <= 6 else _round_numbers(numbers[0], numbers[-1], is_log(numbers))
-        labelled = [(place(number), value_text(number)) for number in ticks]
-        return _Scale(title, lambda value: _NOT_SET_PLACE if value is _NOT_SET else place(value), [*labelled, *not_set])
-    names = list(dict.fromkeys(sorted(_name(value) for value in present)))
+    if any(is_number(value) for value in values) and all(is_number(value) or value in (None, _NOT_SET) for value in values):
+        return _number_scale(title, values)
+    names = sorted({_name(value) for value in values}, key=lambda name: (name != "not set", name))
     heights = {name: (index + 0.5) / len(names) for index, name in enumerate(names)}
-    every = max(1, math.ceil(len(names) / MOST_CATEGORIES))
-    return _Scale(
-        title,
-        lambda value: _NOT_SET_PLACE if value is _NOT_SET else heights[_name(value)],
-        [*((heights[name], name) for name in names[::every]), *not_set],
-        is_category=True,
-    )
+    every = math.ceil(len(names) / MOST_CATEGORIES)
+    ticks = [(heights[name], name) for name in names[::every]]
+    return _Scale(title, lambda value: heights[_name(value)], ticks, is_category=True)
+
+
+def _number_scale(title: str, values: Sequence[Any]) -> _Scale:
+    numbers = sorted({value for value in values if is_number(value)})
+    low, high, log = numbers[0], numbers[-1], is_log(numbers)
+    place = _number_place(low, high, log)
+    others = [value for value in (None, _NOT_SET) if value in values]
+    below = {_name(value): -_BELOW * (index + 1) for index, value in enumerate(others)}
+    labelled = numbers if len(numbers) <= 6 else _round_numbers(low, high, log)
+    ticks = [*_ticks(place, labelled, low, high), *((height, name) for name, height in below.items())]
+    return _Scale(title, lambda value: place(value) if is_number(value) else below[_name(value)], ticks)
 
 
 def _metric_scale(result: SweepResult, values: Sequence[float]) -> _Scale:
@@ -292,11 +296,14 @@ def _metric_scale(result: SweepResult, values: Sequence[float]) -> _Scale:
     def place(value: float) -> float:
         return 1 - upward(value) if result.mode == "min" else upward(value)
 
-    numbers = sorted({low, high, *_round_numbers(low, high, is_log(values))})
-    ticks = [(place(number), metric_text(number)) for number in numbers]
-    ends = [tick for tick in ticks if tick[0] in (0.0, 1.0, 0.5) and (tick[0] != 0.5 or low == high)]
-    inner = [tick for tick in ticks if all(abs(tick[0] - end[0]) > 0.06 for end in ends)]
-    return _Scale(result.metric, place, [*ends, *inner])
+    return _Scale(result.metric, place, _ticks(place, _round_numbers(low, high, is_log(values)), low, high))
+
+
+def _ticks(place: Callable[[float], float], numbers: Sequence[float], low: float, high: float) -> list[tuple[float, str]]:
+    """Both ends of an axis, and of the numbers between them those that have room."""
+    ends = [(place(end), value_text(end)) for end in dict.fromkeys((low, high))]
+    inner = [(place(number), value_text(number)) for number in numbers if low < number < high]
+    return [*ends, *(tick for tick in inner if all(abs(tick[0] - end) > 0.05 for end, _ in ends))]
 
 
 def _number_place(low: float, high: float, log: bool) -> Callable[[float], float]:
@@ -328,8 +335,7 @@ def _jitter(scale: _Scale, key: str, trials: Sequence[TrialResult]) -> dict[int,
     width = 0.5 / max(2, len(scale.ticks))
     return {
         number: width * (0.5 - (index + 0.5) / len(numbers))
-        for place, numbers in by_place.items()
-        if place >= 0
+        for numbers in by_place.values()
         for index, number in enumerate(numbers)
     }
 
@@ -341,7 +347,7 @@ def importance_bars(result: SweepResult, theme: Theme = LIGHT) -> Figure:
     """Share of the differences between trials that each key explains by itself; a line marks what chance reaches."""
     found = importance(result.trials, result.keys, result.mode)
     shown = [item for item in found.keys if item.share is not None][: 2 * MOST_AXES]
-    figure, axes = _figure(theme, 1.1 + 0.34 * max(2, len(shown)))
+    figure, axes = _figure(theme, 1.3 + 0.34 * max(2, len(shown)))
     if not shown:
         return _empty(figure, axes, theme, "Too few trials, or too little difference between them, to tell.")
     heights = [-index for index in range(len(shown))]
@@ -350,13 +356,14 @@ def importance_bars(result: SweepResult, theme: Theme = LIGHT) -> Figure:
     for height, item in zip(heights, shown):
         if item.chance is not None:
             axes.plot([item.chance] * 2, [height - 0.4, height + 0.4], color=theme.best, linewidth=2, zorder=3)
-        beyond = max(item.share or 0.0, item.chance or 0.0)
-        axes.text(beyond + 0.012, height, f"{item.share:.0%}", va="center", fontsize=9, color=theme.ink)
+        axes.text(1.07, height, f"{item.share:.0%}", va="center", ha="right", fontsize=9, color=theme.ink)
     axes.set_yticks(heights, [_shortened(item.key, 40) for item in shown])
-    axes.set_xlim(0, 1.06)
+    axes.set_xlim(0, 1.08)
     axes.set_ylim(-len(shown) + 0.4, 0.6)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-    axes.set_xlabel(f"share of the differences explained at step {found.step}, {found.num_trials} trials")
+    axes.set_xlabel(f"share of the differences between {found.num_trials} trials at step {found.step}")
+    handle = Line2D([], [], color=theme.best, linewidth=2, label="what chance stays below 19 times in 20")
+    figure.legend(handles=[handle], loc="outside lower right", frameon=False, fontsize=9, labelcolor=theme.ink, handlelength=1)
     axes.grid(axis="y", visible=False)
     return _finished(figure)
 
@@ -366,25 +373,47 @@ def budget_bars(result: SweepResult, theme: Theme = LIGHT) -> Figure:
     figure, axes = _figure(theme, 2.5)
     if result.spent_worker_s <= 0 and result.full_worker_s <= 0:
         return _empty(figure, axes, theme, "Nothing was spent.")
-    scale, unit = (3600.0, "hours") if max(result.spent_worker_s, result.full_worker_s) >= 2 * 3600 else (1.0, "seconds")
-    axes.barh(1, result.full_worker_s / scale, height=0.55, facecolor="none", edgecolor=theme.muted, linewidth=1.2, hatch="///", zorder=2)
+    is_long = max(result.spent_worker_s, result.full_worker_s) >= 2 * 3600
+    scale, unit, digits = (3600.0, "hours", 2) if is_long else (1.0, "seconds", 0)
+    axes.barh(
+        1,
+        result.full_worker_s / scale,
+        height=0.55,
+        facecolor="none",
+        edgecolor=theme.muted,
+        linewidth=1.2,
+        hatch="///",
+        zorder=2,
+    )
     left = 0.0
     for label, seconds, colour in _spending(result, theme):
-        text = f"{label}: {worker_time(seconds, result.device)}"
-        axes.barh(0, seconds / scale, left=left, height=0.55, color=colour, edgecolor=theme.paper, linewidth=0.8, label=text, zorder=2)
+        text = f"{label}: {seconds / scale:,.{digits}f} {unit}"
+        axes.barh(
+            0, seconds / scale, left=left, height=0.55, color=colour, edgecolor=theme.paper, linewidth=0.8, label=text, zorder=2
+        )
         left += seconds / scale
     if result.saved_share > 0.02:
         axes.annotate(
-            "", (result.full_worker_s / scale, 0), (left, 0), arrowprops={"arrowstyle": "<->", "color": theme.muted, "shrinkA": 2, "shrinkB": 0}
+            "",
+            (result.full_worker_s / scale, 0),
+            (left, 0),
+            arrowprops={"arrowstyle": "<->", "color": theme.muted, "shrinkA": 2, "shrinkB": 0},
         )
-        axes.text((left + result.full_worker_s / scale) / 2, 0.06, f"{result.saved_share:.0%} saved", ha="center", va="bottom", fontsize=9, color=theme.ink)
+        axes.text(
+            (left + result.full_worker_s / scale) / 2,
+            0.06,
+            f"{result.saved_share:.0%} saved",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=theme.ink,
+        )
     axes.set_yticks([0, 1], ["spent", "full grid"])
     axes.set_ylim(-0.5, 1.5)
     axes.set_xlabel(f"{'GPU' if result.device == 'cuda' else 'CPU-worker'} {unit}")
     axes.xaxis.set_major_locator(AutoLocator())
     axes.grid(axis="y", visible=False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, labelcolor=theme.ink)
+    _legend(axes, theme, axes.get_legend_handles_labels()[0])
     return _finished(figure)
 
 
@@ -423,6 +452,14 @@ def _figure(theme: Theme, height_in: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _legend(axes: Axes, theme: Theme, handles: Sequence[Any]) -> None:
+    """Right of the axes, where nothing lies below it."""
+    if handles:
+        axes.legend(
+            handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, labelcolor=theme.ink
+        )
+
+
 def _empty(figure: Figure, axes: Axes, theme: Theme, reason: str) -> Figure:
     """A figure that says why there is nothing to see."""
     figure.set_figheight(1.6)
@@ -432,10 +469,19 @@ def _empty(figure: Figure, axes: Axes, theme: Theme, reason: str) -> Figure:
 
 
 def _finished(figure: Figure) -> Figure:
+    """Text as it is: no formulas, and a box for what the font cannot draw."""
+    known = _drawable()
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
+        text.set_text("".join(letter if letter == "\n" or ord(letter) in known else "□" for letter in text.get_text()))
     return figure
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """Every character of the font that comes with matplotlib."""
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 def _log_ticks(axis: Any) -> None:

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from raytune.metrics import decode_number, encode_number
 from raytune.sweeps.trial import Trial
@@ -186,7 +186,7 @@ def ranked(results: Iterable[TrialResult], mode: Mode) -> list[TrialResult]:
 
 
 def trial_records(result: SweepResult) -> list[dict[str, Any]]:
-    """One flat record per trial, best first. Keys that are not set in a trial are missing; only trials that may win have a rank."""
+    """One flat record per trial, best first. Keys that a trial does not set are missing; only trials that may win have a rank."""
     return [
         {
             "rank": rank if trial.is_ranked else None,
@@ -232,17 +232,16 @@ def _field(record: Mapping[str, Any], column: str) -> str:
 
 
 def result_table(result: SweepResult) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the ranked table, for people: rank, trial, metric, a column per key, steps, what became of it, cost."""
-    headings = ["", "trial", result.metric, *short_keys(result.keys), "steps", "state", "worker time"]
+    """Headings and rows of the ranked table, for people: rank, trial, metric, steps, what became of it, and a column per key."""
+    headings = ["", "trial", result.metric, "steps", "state", *short_keys(result.keys)]
     rows = [
         [
             str(rank) if trial.is_ranked else "",
             trial.trial.name,
             metric_text(trial.value),
-            *(value_text(trial.trial.values[key]) if key in trial.trial.values else "" for key in result.keys),
             f"{trial.step}/{trial.num_steps}",
-            state_text(trial),
-            format_seconds(trial.worker_s),
+            trial.state,
+            *(value_text(trial.trial.values[key]) if key in trial.trial.values else "" for key in result.keys),
         ]
         for rank, trial in enumerate(result.trials, start=1)
     ]
@@ -263,6 +262,11 @@ def summary(result: SweepResult) -> list[str]:
     return [_best_sentence(result), _states_sentence(result), _cost_sentence(result)]
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a key is a number, which `true` is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def value_text(value: object) -> str:
     """A value of a key, as it would stand in YAML: numbers in four digits, text as it is."""
     if isinstance(value, str):
@@ -280,7 +284,7 @@ def metric_text(value: float | None) -> str:
 
 
 def state_text(trial: TrialResult) -> str:
-    """`stopped at rung 1`, `finished`: what became of it. Rungs are counted from one for people."""
+    """`stopped at rung 1`, `finished`: what became of it."""
     return f"stopped at rung {trial.num_rungs}" if trial.state == "stopped" and trial.num_rungs else trial.state
 
 
@@ -297,8 +301,8 @@ def _best_sentence(result: SweepResult) -> str:
     values = ", ".join(f"{key} {value_text(value)}" for key, value in best.trial.values.items())
     extreme = "lowest" if result.mode == "min" else "highest"
     return (
-        f"Best is {best.trial.name}: {result.metric} {metric_text(best.value)} ({extreme}) after {best.step} of {best.num_steps} steps"
-        + (f", with {values}." if values else ".")
+        f"Best is {best.trial.name}: {result.metric} {metric_text(best.value)} ({extreme}), "
+        f"trained for {best.step} of {best.num_steps} steps{f', with {values}' if values else ''}."
     )
 
 
@@ -309,7 +313,7 @@ def _states_sentence(result: SweepResult) -> str:
         words.append(f"{count['finished']} finished")
     if count["stopped"]:
         at = Counter(trial.rung for trial in result.trials if trial.state == "stopped" and trial.rung is not None)
-        places = ", ".join(f"{at[rung]} at {rung_text(result, rung)}" for rung in sorted(at))
+        places = "; ".join(f"{at[rung]} at {rung_text(result, rung)}" for rung in sorted(at))
         words.append(f"{count['stopped']} stopped early" + (f" ({places})" if places else ""))
     words += [f"{count[state]} {word}" for state, word in _OTHER_STATES if count[state]]
     return f"{len(result.trials)} trial{'' if len(result.trials) == 1 else 's'}: {', '.join(words) or 'none started'}."
@@ -319,8 +323,8 @@ _OTHER_STATES: tuple[tuple[State, str], ...] = (("failed", "failed"), ("running"
 
 
 def rung_text(result: SweepResult, rung: int) -> str:
-    """`rung 1 (step 10)`."""
-    return f"rung {rung + 1}" + (f" (step {result.rungs[rung]})" if rung < len(result.rungs) else "")
+    """`rung 1, step 10`. Rungs are counted from one for people."""
+    return f"rung {rung + 1}" + (f", step {result.rungs[rung]}" if rung < len(result.rungs) else "")
 
 
 def _cost_sentence(result: SweepResult) -> str:
@@ -373,15 +377,17 @@ def importance(results: Sequence[TrialResult], keys: Sequence[str], mode: Mode) 
 
     Values become ranks, so that one outlier does not outweigh all others (Kruskal and Wallis 1952); logarithms would change
     nothing. A number with many values is cut into up to six bins of equally many trials, any other value is a group of its
-    own, and so is not being set. The share is epsilon squared (Kelley 1935), 1 - (within / (n - k)) / (total / (n - 1)): near zero
-    on average for a key that does not matter, however many groups it has.
+    own, and so is not being set. The share is epsilon squared (Kelley 1935), 1 - (within / (n - k)) / (total / (n - 1)): near
+    zero on average for a key that does not matter, however many groups it has.
 
     Limits: keys are looked at one by one, hence shares need not add up to one. What two keys do together only is not seen, and
     keys that vary together (a derived key; a search that homes in) share the credit. Few trials tell little: see `chance`.
     """
     step, compared = _comparable(results)
     if step is None:
-        return Importance(step=None, num_trials=len(compared), keys=tuple(KeyImportance(key=key, share=None, chance=None) for key in keys))
+        return Importance(
+            step=None, num_trials=len(compared), keys=tuple(KeyImportance(key=key, share=None, chance=None) for key in keys)
+        )
     sign = 1.0 if mode == "min" else -1.0
     ranks = _midranks([sign * value if math.isfinite(value) else math.inf for _, value in compared])
     shuffled = [random.Random(seed).sample(ranks, len(ranks)) for seed in range(NUM_SHUFFLES)]
@@ -390,7 +396,9 @@ def importance(results: Sequence[TrialResult], keys: Sequence[str], mode: Mode) 
         groups = _groups([trial.trial.values.get(key, _NOT_SET) for trial, _ in compared])
         share = _explained_share(groups, ranks)
         by_chance = [_explained_share(groups, order) or 0.0 for order in shuffled] if share is not None else None
-        found.append(KeyImportance(key=key, share=share, chance=sorted(by_chance)[int(0.95 * NUM_SHUFFLES)] if by_chance else None))
+        found.append(
+            KeyImportance(key=key, share=share, chance=sorted(by_chance)[int(0.95 * NUM_SHUFFLES)] if by_chance else None)
+        )
     found.sort(key=lambda item: -1.0 if item.share is None else item.share, reverse=True)
     return Importance(step=step, num_trials=len(compared), keys=tuple(found))
 
@@ -418,13 +426,13 @@ def _value_at(trial: TrialResult, step: int) -> float | None:
 
 
 def _groups(values: Sequence[object]) -> list[int]:
-    """The group of each value: bins for numbers with many values, otherwise one group per value."""
+    """The group of each value: bins for numbers if there are many, otherwise one group per value."""
     names = ["not set" if value is _NOT_SET else json.dumps(value, sort_keys=True) for value in values]
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = [value for value in values if is_number(value)]
     num_bins = max(2, min(MOST_BINS, round(math.sqrt(len(values)))))
-    if len(numbers) == sum(value is not _NOT_SET for value in values) and len(set(numbers)) > num_bins:
-        places = iter(_midranks(numbers))
-        names = [name if name == "not set" else str(int(next(places) * num_bins / len(numbers))) for name in names]
+    if len(set(numbers)) > num_bins:
+        bins = iter([f"bin {int(rank * num_bins / len(numbers))}" for rank in _midranks(numbers)])
+        names = [next(bins) if is_number(value) else name for value, name in zip(values, names)]
     numbered = {name: group for group, name in enumerate(dict.fromkeys(names))}
     return [numbered[name] for name in names]
 
