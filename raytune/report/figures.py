@@ -70,6 +70,9 @@ DARK = Theme(
 )
 
 
+Drawing = Callable[[SweepResult, Theme], Figure]
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     file = io.BytesIO()
@@ -185,7 +188,8 @@ class _Scale:
     title: str
     place: Callable[[Any], float]
     ticks: list[tuple[float, str]]
-    is_category: bool = False
+    is_discrete: bool = False
+    """Few places, which many trials share."""
 
 
 _BELOW = 0.09
@@ -206,7 +210,7 @@ def parallel_coordinates(result: SweepResult, theme: Theme = LIGHT) -> Figure:
         for key, title in zip(keys, short_keys(keys))
     ]
     metric = _metric_scale(result, [trial.value for trial in trials if trial.value is not None])
-    jitter = [_jitter(scale, key, trials) if scale.is_category else {} for scale, key in zip(scales, keys)]
+    jitter = [_jitter(scale, key, trials) if scale.is_discrete else {} for scale, key in zip(scales, keys)]
 
     def line(trial: TrialResult) -> list[float]:
         return [
@@ -274,7 +278,7 @@ def _scale(title: str, values: Sequence[Any]) -> _Scale:
     heights = {name: (index + 0.5) / len(names) for index, name in enumerate(names)}
     every = math.ceil(len(names) / MOST_CATEGORIES)
     ticks = [(heights[name], name) for name in names[::every]]
-    return _Scale(title, lambda value: heights[_name(value)], ticks, is_category=True)
+    return _Scale(title, lambda value: heights[_name(value)], ticks, is_discrete=True)
 
 
 def _number_scale(title: str, values: Sequence[Any]) -> _Scale:
@@ -285,7 +289,7 @@ def _number_scale(title: str, values: Sequence[Any]) -> _Scale:
     below = {_name(value): -_BELOW * (index + 1) for index, value in enumerate(others)}
     labelled = numbers if len(numbers) <= 6 else _round_numbers(low, high, log)
     ticks = [*_ticks(place, labelled, low, high), *((height, name) for name, height in below.items())]
-    return _Scale(title, lambda value: place(value) if is_number(value) else below[_name(value)], ticks)
+    return _Scale(title, lambda value: place(value) if is_number(value) else below[_name(value)], ticks, len(numbers) <= 6)
 
 
 def _metric_scale(result: SweepResult, values: Sequence[float]) -> _Scale:
@@ -328,11 +332,12 @@ def _round_numbers(low: float, high: float, log: bool) -> list[float]:
 
 
 def _jitter(scale: _Scale, key: str, trials: Sequence[TrialResult]) -> dict[int, float]:
-    """Offsets that fan out the trials of one category, best on top."""
+    """Offsets by trial that fan out those of one place, best on top."""
     by_place: dict[float, list[int]] = {}
     for trial in trials:
         by_place.setdefault(scale.place(trial.trial.values.get(key, _NOT_SET)), []).append(trial.trial.number)
-    width = 0.5 / max(2, len(scale.ticks))
+    gaps = [higher - lower for lower, higher in pairwise(sorted(by_place))]
+    width = 0.5 * min([0.16, *gaps])
     return {
         number: width * (0.5 - (index + 0.5) / len(numbers))
         for numbers in by_place.values()
@@ -392,7 +397,7 @@ def budget_bars(result: SweepResult, theme: Theme = LIGHT) -> Figure:
             0, seconds / scale, left=left, height=0.55, color=colour, edgecolor=theme.paper, linewidth=0.8, label=text, zorder=2
         )
         left += seconds / scale
-    if result.saved_share > 0.02:
+    if result.is_complete and result.saved_share > 0.02:
         axes.annotate(
             "",
             (result.full_worker_s / scale, 0),
@@ -462,9 +467,9 @@ def _legend(axes: Axes, theme: Theme, handles: Sequence[Any]) -> None:
 
 def _empty(figure: Figure, axes: Axes, theme: Theme, reason: str) -> Figure:
     """A figure that says why there is nothing to see."""
-    figure.set_figheight(1.6)
+    figure.set_figheight(0.6)
     axes.set_axis_off()
-    axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=11, color=theme.muted, transform=axes.transAxes)
+    axes.text(0, 0.5, reason, va="center", fontsize=11, color=theme.ink, transform=axes.transAxes)
     return _finished(figure)
 
 

@@ -8,17 +8,16 @@ import base64
 import hashlib
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from raytune.report.figures import DARK, LIGHT, Theme, budget_bars, importance_bars, learning_curves, parallel_coordinates, png
+from raytune.report.figures import DARK, LIGHT, Drawing, budget_bars, importance_bars, learning_curves, parallel_coordinates, png
 from raytune.storage import write_bytes
 from raytune.sweeps.results import (
     KeyImportance,
@@ -41,7 +40,7 @@ MOST_TRIED = 12
 LONG_CAUSE = 160
 LONG_VALUE = 24
 
-_FIGURES: tuple[tuple[str, Callable[[SweepResult, Theme], Figure], str, str], ...] = (
+_FIGURES: tuple[tuple[str, Drawing, str, str], ...] = (
     (
         "learning_curves",
         learning_curves,
@@ -106,7 +105,16 @@ def sweep_page(
     found = importance(result.trials, result.keys, result.mode)
     return _template().render(
         result=result,
-        policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'",
+        policy="; ".join(
+            (
+                "default-src 'none'",
+                "img-src data:",
+                f"style-src {_hash(style)}",
+                f"script-src {_hash(script)}",
+                "base-uri 'none'",
+                "form-action 'none'",
+            )
+        ),
         style=Markup(style),
         script=Markup(script),
         best=best,
@@ -146,7 +154,7 @@ def _facts(result: SweepResult) -> list[_Fact]:
     """What is to be seen first."""
     best = result.best
     finished = sum(trial.state == "finished" for trial in result.trials)
-    saved = f"{result.saved_share:.0%}" if result.full_worker_s > 0 else "–"
+    saved = f"{result.saved_share:.0%}" if result.is_complete and result.full_worker_s > 0 else "–"
     return [
         _Fact(
             f"best {result.metric}",
@@ -322,7 +330,7 @@ def _png_size(image: bytes) -> tuple[int, int]:
 
 
 @cache
-def _template():
+def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_own("sweep_page.html"))
 

@@ -130,6 +130,12 @@ class SweepResult:
         return next((trial for trial in ranked(self.trials, self.mode) if trial.is_ranked), None)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every trial has ended and at least one was trained to the end: only then can a saving be told."""
+        states = {trial.state for trial in self.trials}
+        return "finished" in states and not states & {"waiting", "running"}
+
+    @property
     def saved_share(self) -> float:
         """Share of the full grid's worker seconds that were not needed; below zero where faults cost more than stopping saved."""
         return 1 - self.spent_worker_s / self.full_worker_s if self.full_worker_s > 0 else 0.0
@@ -333,6 +339,8 @@ def _cost_sentence(result: SweepResult) -> str:
         return f"{spent}."
     full = f"training every trial to the end would take about {worker_time(result.full_worker_s, result.device)}"
     saved = result.saved_share
+    if not result.is_complete:
+        return f"{spent}; {full}."
     return f"{spent}; {full}: {abs(saved):.0%} {'saved' if saved >= 0 else 'more than that was spent'}."
 
 

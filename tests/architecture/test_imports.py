@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
-FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "report", "sweeps", "launch", "api", "cli"]
+FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "launch", "sweeps", "report", "api", "cli"]
 OWNERS = {
     "deepspeed": {"training/zero_engine.py"},
     "ray": {"training/worker.py", "launch/"},
@@ -19,7 +19,9 @@ OWNERS = {
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"storage.py"},
     "click": {"cli.py"},
-    "rich": {"cli.py", "launch/progress.py"},
+    "rich": {"cli.py", "launch/progress.py", "sweeps/progress.py"},
+    "matplotlib": {"report/figures.py"},
+    "jinja2": {"data/template.py", "report/sweep_page.py"},
 }
 
 
