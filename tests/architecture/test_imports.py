@@ -19,7 +19,9 @@ OWNERS = {
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"storage.py"},
     "click": {"cli.py"},
-    "rich": {"cli.py", "launch/progress.py"},
+    "rich": {"cli.py", "launch/progress.py", "sweeps/progress.py"},
+    "matplotlib": {"report/figures.py"},
+    "jinja2": {"data/template.py", "report/sweep_page.py"},
 }
 
 

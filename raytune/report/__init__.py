@@ -1,0 +1,1 @@
+"""What a person reads afterwards: figures, and pages that need nothing but a browser."""

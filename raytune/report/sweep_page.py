@@ -1,0 +1,349 @@
+"""The page that a sweep leaves: one HTML file that needs neither network nor server, and the figures beside it as PNG files.
+
+Nothing on the page can run but its own few lines of JavaScript, and nothing can be fetched: everything is escaped, and the policy
+in its head allows one script and one style sheet, by hash, and images that are part of the page.
+"""
+
+import base64
+import hashlib
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from raytune.report.figures import DARK, LIGHT, Drawing, budget_bars, importance_bars, learning_curves, parallel_coordinates, png
+from raytune.storage import write_bytes
+from raytune.sweeps.results import (
+    KeyImportance,
+    SweepResult,
+    TrialResult,
+    importance,
+    is_number,
+    metric_text,
+    short_keys,
+    state_text,
+    summary,
+    value_text,
+    worker_time,
+)
+from raytune.units import format_seconds
+from raytune.versions import library_versions
+
+PAGE, FIGURES = "report.html", "figures"
+MOST_TRIED = 12
+LONG_CAUSE = 160
+LONG_VALUE = 24
+
+_FIGURES: tuple[tuple[str, Drawing, str, str], ...] = (
+    (
+        "learning_curves",
+        learning_curves,
+        "Learning curves.",
+        "Each line is a trial; it ends in a dot where it was stopped and in a cross where it failed. At a dotted line (a rung) a "
+        "trial had to be among the best so far to go on. Lines that cross after a rung are a sign that it came too early.",
+    ),
+    (
+        "parallel_coordinates",
+        parallel_coordinates,
+        "Parallel coordinates.",
+        "Each line is a trial, from its values on the left to its metric on the right, where better is higher; the darker (on a "
+        "dark page: the brighter) the better its rank. Look where the strong lines gather: at the end of an axis the range was "
+        "too narrow; all over an axis the key does not matter. Dashed lines failed.",
+    ),
+    (
+        "importance",
+        importance_bars,
+        "Importance of each key.",
+        "How much of the differences in rank between trials each key explains by itself, at the last step that most of them "
+        "reached. A bar that does not pass its orange mark may be chance. Derived keys share the credit of what they follow.",
+    ),
+    (
+        "budget",
+        budget_bars,
+        "Where the budget went.",
+        "Time of workers, by what became of the trials, against the time that training every trial to the end would take.",
+    ),
+)
+
+
+def write_sweep_page(result: SweepResult, config_text: str, folder: str) -> str:
+    """Write the page and its figures into a folder, local or on an object store.
+
+    Args:
+        config_text: the sweep as the user asked for it, YAML.
+
+    Returns:
+        The path of the page.
+    """
+    light = {name: png(draw(result, LIGHT)) for name, draw, _, _ in _FIGURES}
+    dark = {name: png(draw(result, DARK)) for name, draw, _, _ in _FIGURES}
+    folder = folder.rstrip("/")
+    for name, image in light.items():
+        write_bytes(f"{folder}/{FIGURES}/{name}.png", image)
+    page = f"{folder}/{PAGE}"
+    write_bytes(page, sweep_page(result, config_text, library_versions(), light, dark).encode())
+    return page
+
+
+def sweep_page(
+    result: SweepResult, config_text: str, versions: Mapping[str, str], light: Mapping[str, bytes], dark: Mapping[str, bytes]
+) -> str:
+    """The page as HTML.
+
+    Args:
+        light, dark: PNG files by figure, for readers whose pages are light or dark.
+    """
+    style, script = _own("sweep_page.css"), _own("sweep_page.js")
+    best = result.best
+    winner, states, cost = summary(result)
+    found = importance(result.trials, result.keys, result.mode)
+    return _template().render(
+        result=result,
+        policy="; ".join(
+            (
+                "default-src 'none'",
+                "img-src data:",
+                f"style-src {_hash(style)}",
+                f"script-src {_hash(script)}",
+                "base-uri 'none'",
+                "form-action 'none'",
+            )
+        ),
+        style=Markup(style),
+        script=Markup(script),
+        best=best,
+        winner=winner,
+        states=states,
+        cost=cost,
+        command=f"raytune train --from-sweep {shlex.quote(result.folder)}",
+        facts=_facts(result),
+        searched=_searched(result, {item.key: item for item in found.keys}),
+        compared_at=found.step,
+        num_compared=found.num_trials,
+        headings=_headings(result),
+        rows=[_row(result, rank, trial) for rank, trial in enumerate(result.trials, start=1)],
+        figures=[
+            _PageFigure(title, caption, _data_url(light[name]), _data_url(dark[name]), *_png_size(light[name]))
+            for name, _, title, caption in _FIGURES
+        ]
+        if result.trials
+        else [],
+        failures=[_failure(trial) for trial in result.trials if trial.state == "failed"],
+        config_text=config_text,
+        versions=versions,
+    )
+
+
+# --- Facts and keys ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    label: str
+    value: str
+    note: str
+
+
+def _facts(result: SweepResult) -> list[_Fact]:
+    """What is to be seen first."""
+    best = result.best
+    finished = sum(trial.state == "finished" for trial in result.trials)
+    saved = f"{result.saved_share:.0%}" if result.is_complete and result.full_worker_s > 0 else "–"
+    return [
+        _Fact(
+            f"best {result.metric}",
+            metric_text(best.value if best else None),
+            best.trial.name if best else "no trial has a value",
+        ),
+        _Fact("trials", str(len(result.trials)), f"{finished} trained to the end"),
+        _Fact("spent", format_seconds(result.wall_s), worker_time(result.spent_worker_s, result.device)),
+        _Fact("saved", saved, f"of {worker_time(result.full_worker_s, result.device)} for the full grid"),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Searched:
+    """A key of the space as a row."""
+
+    key: str
+    tried: str
+    set_in: str
+    winner: str
+    share: str
+    chance: str
+
+
+def _searched(result: SweepResult, found: Mapping[str, KeyImportance]) -> list[_Searched]:
+    best = result.best
+    rows = []
+    for key in result.keys:
+        values = [trial.trial.values[key] for trial in result.trials if key in trial.trial.values]
+        item = found[key]
+        rows.append(
+            _Searched(
+                key=key,
+                tried=_tried(values),
+                set_in=f"{len(values)} of {len(result.trials)}",
+                winner=_shortened(value_text(best.trial.values[key])) if best and key in best.trial.values else "–",
+                share="–" if item.share is None else f"{item.share:.0%}",
+                chance="–" if item.chance is None else f"{item.chance:.0%}",
+            )
+        )
+    return rows
+
+
+def _tried(values: Sequence[object]) -> str:
+    """The values, or from where to where they reach if they are many numbers."""
+    numbers = sorted({value for value in values if is_number(value)})
+    others = list(dict.fromkeys(_shortened(value_text(value)) for value in values if not is_number(value)))
+    if len(numbers) > MOST_TRIED:
+        texts = [f"{value_text(numbers[0])} to {value_text(numbers[-1])} ({len(numbers)} values)", *others]
+    else:
+        texts = [*map(value_text, numbers), *others]
+    more = f" and {len(texts) - MOST_TRIED} more" if len(texts) > MOST_TRIED else ""
+    return (", ".join(texts[:MOST_TRIED]) or "–") + more
+
+
+# --- Ranked table ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Heading:
+    text: str
+    is_number: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cell:
+    text: str
+    sort: str = ""
+    """What the column is sorted by; empty comes last."""
+    is_number: bool = False
+    is_long: bool = False
+    link: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    kind: str
+    cells: list[_Cell]
+
+
+def _headings(result: SweepResult) -> list[_Heading]:
+    facts = [_Heading("#", True), _Heading("trial"), _Heading(result.metric, True), _Heading("steps", True), _Heading("state")]
+    keys = [_Heading(title, _is_numeric(result, key)) for key, title in zip(result.keys, short_keys(result.keys))]
+    return [*facts, *keys, _Heading("worker time", True), _Heading("cause")]
+
+
+def _is_numeric(result: SweepResult, key: str) -> bool:
+    values = (trial.trial.values.get(key) for trial in result.trials)
+    return all(value is None or is_number(value) for value in values)
+
+
+def _row(result: SweepResult, rank: int, trial: TrialResult) -> _Row:
+    best = result.best
+    is_best = best is not None and trial.trial.number == best.trial.number
+    cause = (trial.cause or "").strip().partition("\n")[0]
+    cells = [
+        _Cell(text=str(rank) if trial.is_ranked else "", sort=str(rank) if trial.is_ranked else "", is_number=True),
+        _Cell(text=trial.trial.name, sort=trial.trial.name, link=_link(result, trial)),
+        _Cell(text=metric_text(trial.value), sort=_sort(trial.value), is_number=True),
+        _Cell(text=f"{trial.step}/{trial.num_steps}", sort=str(trial.step), is_number=True),
+        _Cell(text=state_text(trial), sort=state_text(trial)),
+        *(
+            _Cell(text=_shortened(value_text(value)), sort=_sort(value), is_number=_is_numeric(result, key))
+            if (value := trial.trial.values.get(key, _NOT_SET)) is not _NOT_SET
+            else _Cell(text="")
+            for key in result.keys
+        ),
+        _Cell(text=format_seconds(trial.worker_s), sort=str(trial.worker_s), is_number=True),
+        _Cell(text=_shortened(cause, LONG_CAUSE), sort=cause, is_long=True),
+    ]
+    return _Row("best" if is_best else "failed" if trial.state == "failed" else "other", cells)
+
+
+_NOT_SET = object()
+
+
+def _sort(value: object) -> str:
+    if is_number(value):
+        return repr(value) if math.isfinite(value) else ""
+    return "" if value is None else value_text(value)
+
+
+def _link(result: SweepResult, trial: TrialResult) -> str | None:
+    """The trial's folder as seen from the page, where it lies below the sweep's."""
+    root = result.folder.rstrip("/") + "/"
+    return f"./{quote(trial.folder.removeprefix(root))}/" if trial.folder.startswith(root) else None
+
+
+# --- Figures and failures ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _PageFigure:
+    title: str
+    caption: str
+    light: str
+    dark: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    name: str
+    step: int
+    num_steps: int
+    cause: str
+    values: str
+    folder: str
+
+
+def _failure(trial: TrialResult) -> _Failure:
+    return _Failure(
+        name=trial.trial.name,
+        step=trial.step,
+        num_steps=trial.num_steps,
+        cause=(trial.cause or "No cause was recorded.").strip(),
+        values=", ".join(f"{key} {_shortened(value_text(value), 80)}" for key, value in trial.trial.values.items()),
+        folder=trial.folder,
+    )
+
+
+def _data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def _png_size(image: bytes) -> tuple[int, int]:
+    """Width and height, which a PNG file names in its first chunk."""
+    return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
+
+
+# --- Template ----------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(_own("sweep_page.html"))
+
+
+def _own(name: str) -> str:
+    """A file that lies beside this one."""
+    return files("raytune.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """The word by which a policy allows an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _shortened(text: str, most: int = LONG_VALUE) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
