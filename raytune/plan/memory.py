@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision
-from raytune.plan.adapter_size import TrainedSize
+from raytune.plan.adapter_size import TrainedSize, saved_modules
 from raytune.plan.run_plan import MemoryPart, Place, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB, MIB
@@ -23,6 +23,7 @@ STATE_BYTES: dict[Optimizer, float] = {
     "lion": 4,
 }
 """Optimizer state per trained parameter. Adafactor's depends on shapes."""
+EIGHT_BIT: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit")
 
 CPU_PROCESS_BYTES = GIB
 """Resident set of a worker that has imported torch, transformers, peft and deepspeed."""
@@ -204,7 +205,14 @@ def _state_bytes(work: Workload) -> float:
     if work.optimizer == "adafactor":
         # A number per row and per column of a matrix instead of one per entry (Shazeer and Stern 2018).
         return 4 * work.trained.num_sides
-    return work.trained.num_trainable * STATE_BYTES[work.optimizer]
+    # training.optimizer leaves embeddings at 32 bits (Dettmers et al. 2022, section 2.3).
+    num_exact = _num_trained_embeddings(work) if work.optimizer in EIGHT_BIT else 0
+    return (work.trained.num_trainable - num_exact) * STATE_BYTES[work.optimizer] + num_exact * STATE_BYTES["adamw"]
+
+
+def _num_trained_embeddings(work: Workload) -> int:
+    trained = work.shape.embeddings if isinstance(work.adapter, FullAdapter) else saved_modules(work.adapter, work.shape)
+    return sum(module.num_parameters for module in trained if module.kind == "embedding")
 
 
 def activation_bytes(work: Workload) -> float:

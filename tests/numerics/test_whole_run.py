@@ -81,6 +81,20 @@ def test_the_saved_model_has_the_validation_loss_that_was_recorded(variant: str,
     )
 
 
+def test_the_best_checkpoint_is_found_though_saves_and_evaluations_fall_on_different_steps(tmp_path: Path) -> None:
+    changes = {
+        "training": {"learning_rate": 2e-3, "max_steps": 4},
+        "evaluation": {"every_steps": 3},
+        "checkpoint": {"every_steps": 2, "mode": "max"},  # the loss falls: the earlier of two is "best"
+    }
+    result = finished(tmp_path, changes)
+    losses = dict(result.history.series("validation/loss"))
+    assert losses.keys() == {0, 2, 3, 4}
+    assert losses[2] > losses[4]
+    assert result.best_step == 2
+    assert result.metrics["validation/loss"] == losses[2]
+
+
 def test_the_final_model_is_the_best_checkpoint_not_the_last(tmp_path: Path) -> None:
     rising = {
         "training": {"learning_rate": 2e-3, "max_steps": 4},

@@ -93,6 +93,7 @@ def test_continuing_a_run_with_other_settings_is_refused_with_the_difference(clu
         ({"data.train": "no-such-file.jsonl"}, "no-such-file.jsonl"),
         ({"model.base": "./no-such-model"}, "no-such-model"),
         ({"cluster.workers": 64}, "CPUs of the cluster"),
+        ({"checkpoint.keep_last": 10**9}, r"The checkpoints of this run need 1000000001 x .* are free"),
         ({"evaluation.generation.rows": "no-such-questions.jsonl"}, "no-such-questions.jsonl"),
     ],
 )
