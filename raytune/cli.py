@@ -89,7 +89,8 @@ def check(arguments: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
         return
     written = dump_yaml(config)
-    click.echo(f'OK: {"sweep" if config.sweep else "run"} "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
+    what = "sweep" if config.sweep else "run"
+    click.echo(f'OK: {what} "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
     click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
     if changes:
         click.echo("Changed on the command line:")
@@ -135,20 +136,79 @@ def plan(arguments: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@run_arguments
+@click.argument("arguments", nargs=-1, metavar="FILE... [KEY=VALUE]...")
+@click.option("--from-sweep", metavar="FOLDER", help="Train the winner of a finished sweep again, instead of a file.")
 @as_json_option
 @debug_option
-def train(arguments: tuple[str, ...], as_json: bool) -> None:
+def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
     from raytune.config.load import as_one_run, load_config
 
-    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=True))
+    files, overrides = files_and_overrides(arguments)
+    if from_sweep is None:
+        if not files:
+            raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
+        config = as_one_run(load_config(files, overrides, check_files=True))
+    else:
+        from raytune.sweeps.winner import winner_config
+
+        config = winner_config(from_sweep, files, overrides)
 
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
 
     result = run(config, watch=show_progress)
-    click.echo(json.dumps(result.to_json())) if as_json else show_result(result)
+    facts = result.to_json()
+    if from_sweep is not None:
+        from raytune.sweeps.winner import against_trial
+
+        comparison = against_trial(from_sweep, result)
+        facts |= {"against_trial": comparison.to_json()}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    show_result(result)
+    if from_sweep is not None:
+        click.echo(comparison.sentence)
+
+
+@cli.command()
+@run_arguments
+@click.option("--dry-run", is_flag=True, help="Show trials, rungs and expected cost; tokenise the data, train nothing.")
+@as_json_option
+@debug_option
+def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
+    from raytune.config.load import dump_yaml, load_with_places
+    from raytune.sweeps.space import check_space
+
+    config, places = load_with_places(*files_and_overrides(arguments), check_files=True)
+    if config.sweep is not None:
+        check_space(config, places)
+
+    if dry_run:
+        from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
+        from raytune.sweeps.run import plan_of_sweep
+
+        resolved = plan_of_sweep(config)
+        if as_json:
+            click.echo(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
+        else:
+            click.echo(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
+        return
+
+    from raytune.report.sweep_page import write_sweep_page
+    from raytune.sweeps.live import show_sweep
+    from raytune.sweeps.progress import show_sweep_result
+    from raytune.sweeps.run import sweep
+
+    result = sweep(config, watch=show_sweep)
+    page = write_sweep_page(result, dump_yaml(config), result.folder)
+    if as_json:
+        click.echo(json.dumps({**result.to_json(), "report": page}))
+        return
+    show_sweep_result(result)
+    click.echo(f"report   {page}\nretrain  raytune train --from-sweep {result.folder}")
 
 
 @cli.command()

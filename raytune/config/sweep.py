@@ -105,14 +105,13 @@ class AshaStopping(_Rungs):
 
 
 class HyperbandStopping(_Rungs):
-    """Hyperband (Li et al. 2018), asynchronous: ASHA with several first rungs, in case early losses mislead."""
+    """Hyperband (Li et al. 2018), Ray Tune's: groups of trials with different first rungs, in case early losses mislead."""
 
     method: Literal["hyperband"]
-    """As `asha`, in `brackets` of which each has a later first rung than the one before."""
+    """Groups with different first rungs; within a group, trials wait at a rung until all are there, and the best
+    1 / `reduction_factor` go on."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """One trial in this many goes on at a rung, and each rung is this many times the one before."""
-    brackets: PositiveInt = 3
-    """Groups of trials; the first rung of each is `reduction_factor` times that of the one before."""
 
 
 class MedianStopping(_Rungs):

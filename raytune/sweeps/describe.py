@@ -1,6 +1,8 @@
 """A sweep in words, before it runs. Pure: strings out."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.sweep_plan import SweepPlan
@@ -41,6 +43,24 @@ def trials_text(trials: Sequence[Trial], plans: Sequence[RunPlan], plan: SweepPl
         judged = f"judged after {steps}" if steps else "not judged"
         lines.append(f"{trial.name}  {values}  ({judged} of {trial_plan.optimization.num_steps} steps)")
     return "\n".join(lines)
+
+
+def dry_run_facts(plan: SweepPlan, trials: Sequence[Trial], plans: Sequence[RunPlan]) -> dict[str, Any]:
+    """The same as data."""
+    return {
+        "ok": True,
+        **asdict(plan),
+        "expected_cost": {"rounds": plan.cost.expected, "share_of_full": plan.cost.share, "full_rounds": plan.cost.full},
+        "trials": [
+            {
+                "name": trial.name,
+                "values": dict(trial.values),
+                "rung_steps": plan.rung_steps(trial_plan),
+                "num_steps": trial_plan.optimization.num_steps,
+            }
+            for trial, trial_plan in zip(trials, plans)
+        ],
+    }
 
 
 def _rungs(plan: SweepPlan) -> str:
