@@ -41,6 +41,12 @@ class StorageFullError(CheckpointError):
     """There is no room for what must be written; the same attempt would only fill the disk again."""
 
 
+class RunHeldError(RaytuneError):
+    """Another command is at work on the same run; running this one when it has ended can succeed."""
+
+    exit_code = EXIT_RETRY_LATER
+
+
 class TrainingError(RaytuneError):
     """Training itself failed: a loss that is not finite, for example. The message names step and rank."""
 

@@ -6,6 +6,7 @@
     metrics.jsonl               one line per logged step or evaluation
     events.jsonl                starts, saves, failures, retries
     failures/attempt-1.rank-0.json   what ended a worker
+    lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
     checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
                /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
@@ -85,6 +86,10 @@ class RunFolder:
     @property
     def failures(self) -> str:
         return f"{self.path}/failures"
+
+    @property
+    def leases(self) -> str:
+        return f"{self.path}/lease"
 
     @property
     def ray(self) -> str:

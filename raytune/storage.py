@@ -106,6 +106,49 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     retry(put, f"write {path}")
 
 
+def create_bytes(path: str | Path, data: bytes) -> bool:
+    """Create a file that is not there yet. Of any number of processes that create one file, one succeeds.
+
+    Readers may see it before it is whole. An object store that cannot refuse to overwrite lets the last writer win, and the ones
+    before it learn that only by reading the file again later.
+
+    Args:
+        data: unlike what any other process would write.
+
+    Returns:
+        Whether the file holds `data`; False if somebody else's is there.
+
+    Raises:
+        StorageFullError, UserError, ClusterError: see `retry`.
+    """
+    if is_local(path):
+        return _create_local(local_path(path), data)
+    files, name = _remote(path)
+
+    def create() -> bool:
+        with suppress(FileExistsError), _bucket_must_exist(path):  # may be our own: the answer to an earlier try was lost
+            files.pipe_file(name, data, mode="create")
+        with _upload_must_arrive(path):
+            return files.cat_file(name) == data
+
+    return retry(create, f"create {path}")
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    with local_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        _sync(path.parent)
+    return True
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
@@ -225,6 +268,13 @@ def remove_folder(path: str | Path, root: str | Path) -> None:
             real.unlink()
         else:
             shutil.rmtree(real)  # does not follow links inside
+
+
+def remove_empty_folder(path: str | Path) -> None:
+    """Remove a folder if nothing is in it. An object store has no empty folders."""
+    if is_local(path):
+        with suppress(OSError):
+            os.rmdir(local_path(path))
 
 
 def _remove_remote(path: str, root: str) -> None:

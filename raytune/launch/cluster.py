@@ -6,17 +6,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
-from raytune.errors import ClusterError
+from raytune.errors import ClusterError, UserError
 from raytune.launch.probe import accelerator_here, probe_accelerator
+from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
 
 Task = TypeVar("Task")
@@ -41,22 +43,23 @@ def connect(section: ClusterSection) -> Iterator[Machine]:
     afterwards.
 
     Raises:
-        ClusterError: if the cluster does not answer or runs another Ray version.
+        ClusterError: if the cluster does not answer, runs another Ray version, or has no room for a worker on any node.
+        UserError: if this process is connected to another cluster than the one that `cluster.address` names.
     """
     address = named_address(section)
     joined_before = ray.is_initialized()
     environment = _worker_environment(section)
     os.environ.update(environment)
     try:
-        if joined_before:
-            pass  # a notebook's own connection, or a trial of a sweep
+        if joined_before:  # a notebook's own connection, or a trial of a sweep
+            _refuse_another_cluster(section.address)
         elif address:
             _join(address, environment)
         else:
             _start(section)
         if not joined_before and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _end_in_order)  # Ray has just set its own
-        yield _machine()
+        yield _machine(section)
     finally:
         if not joined_before:
             ray.shutdown()
@@ -81,6 +84,18 @@ def _join(address: str, environment: dict[str, str]) -> None:
         ) from error
 
 
+def _refuse_another_cluster(address: str | None) -> None:
+    """Only `host:port` can be held against a connection: `auto` is whatever is there, and ray:// names a door of the cluster."""
+    if address is None or address == "auto" or "://" in address:
+        return
+    connected, named = ray.get_runtime_context().gcs_address, canonicalize_bootstrap_address(address)
+    if named != connected:
+        raise UserError(
+            f"cluster.address is {address}, but this process is connected to the Ray cluster at {connected}. Call ray.shutdown() "
+            f"first to go to the named cluster, or leave cluster.address out to use this one."
+        )
+
+
 def _start(section: ClusterSection) -> None:
     ray.init(
         address="local",
@@ -88,6 +103,8 @@ def _start(section: ClusterSection) -> None:
         include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
         log_to_driver=False,
         logging_level=logging.WARNING,
+        # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
+        _system_config={"prestart_worker_first_driver": False},
     )
 
 
@@ -112,21 +129,46 @@ def _worker_environment(section: ClusterSection) -> dict[str, str]:
     }
 
 
-def _machine() -> Machine:
-    resources = ray.cluster_resources()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    num_gpus = int(resources.get("GPU", 0))
-    accelerator = probe_accelerator(num_gpus)
+def _machine(section: ClusterSection) -> Machine:
+    nodes = nodes_for_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], section)
+    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    accelerator = probe_accelerator(num_gpus, section.start_timeout)
     return Machine(
         num_nodes=len(nodes),
-        num_cpus=int(resources.get("CPU", 0)),
-        host_memory_bytes=int(min(node["Resources"].get("memory", 0) for node in nodes)),
+        num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+        host_memory_bytes=int(min(node.get("memory", 0) for node in nodes)),
         num_gpus=num_gpus,
         gpu_name=accelerator.name,
         gpu_memory_bytes=accelerator.memory_bytes,
         supports_bf16=accelerator.supports_bf16,
         attention=accelerator.attention,
     )
+
+
+def nodes_for_workers(nodes: Sequence[Mapping[str, float]], section: ClusterSection) -> list[Mapping[str, float]]:
+    """Those of a cluster's nodes that can hold a worker: a head without CPUs is none of them, nor one without a GPU beside GPUs.
+
+    Args:
+        nodes: what each has, by Ray's names of resources.
+
+    Raises:
+        ClusterError: if there is none.
+    """
+    on_gpus = section.gpus_per_worker != 0 and any(node.get("GPU", 0) >= 1 for node in nodes)
+    least_cpus = section.cpus_per_worker
+    fitting = [
+        node
+        for node in nodes
+        if node.get("CPU", 0) >= least_cpus and (node.get("GPU", 0) >= 1 if on_gpus else node.get("CPU", 0) > 0)
+    ]
+    if not fitting:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        gpu = " and a GPU" if on_gpus else ""
+        raise ClusterError(
+            f"No node of the cluster can hold a worker, which takes {least_cpus:g} CPUs (cluster.cpus_per_worker){gpu}. "
+            f"Its nodes have: {have}. Lower cluster.cpus_per_worker, or try again when larger nodes have joined."
+        )
+    return fitting
 
 
 def this_machine(section: ClusterSection) -> Machine:
@@ -144,12 +186,22 @@ def this_machine(section: ClusterSection) -> Machine:
     )
 
 
-def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[Result]:
-    """Results in the order of the tasks. One task is done here, where the tokenizer is loaded; several by the cluster's CPUs."""
+def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task], *, start_timeout: float) -> Iterable[Result]:
+    """Results in the order of the tasks. One task is done here, where the tokenizer is loaded; several by the cluster's CPUs.
+
+    Raises:
+        ClusterError: if no CPU of the cluster is free within `start_timeout` seconds.
+    """
     if len(tasks) <= 1:
         return map(function, tasks)
+    # How long a task takes is the data's business, so only the way to the first CPU has a limit.
+    wait_for(ray.remote(num_cpus=1)(_nothing).remote(), "a free CPU to tokenise data on", start_timeout)
     remote = ray.remote(num_cpus=1)(function)
     try:
         return ray.get([remote.remote(task) for task in tasks])
     except RayTaskError as error:
         raise error.cause from None  # what the task raised, without Ray's traceback around it
+
+
+def _nothing() -> None:
+    """A task that tells that tasks can run."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from raytune.config.model import Attention
+from raytune.launch.waiting import wait_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +21,16 @@ class Accelerator:
     """Kinds that work, the preferred one first."""
 
 
-def probe_accelerator(num_gpus: int) -> Accelerator:
-    """Look at a GPU of the cluster, by a task on it; a CPU cluster needs no look."""
+def probe_accelerator(num_gpus: int, start_timeout: float) -> Accelerator:
+    """Look at a GPU of the cluster, by a task on it; a CPU cluster needs no look.
+
+    Raises:
+        ClusterError: if no GPU is free within `start_timeout` seconds.
+    """
     if not num_gpus:
         return _CPU
-    return replace(ray.get(ray.remote(num_gpus=1, num_cpus=0)(accelerator_here).remote()), count=num_gpus)
+    look = ray.remote(num_gpus=1, num_cpus=0)(accelerator_here).remote()
+    return replace(wait_for(look, "a free GPU to look at", start_timeout), count=num_gpus)
 
 
 # What model.attention offers on every CPU (a test holds the two against each other).

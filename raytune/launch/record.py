@@ -1,8 +1,13 @@
 """run.json: which run lives in a folder, how far it came, and whether a new command may continue it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Self
 
+from pydantic import ValidationError
+
+import raytune
 from raytune.errors import UserError
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -26,8 +31,15 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: RunFolder) -> Self | None:
-        """The record of the run in this folder, or None for a new run."""
-        return cls(**read_json(folder.run)) if exists(folder.run) else None
+        """The record of the run in this folder, or None for a new run.
+
+        Raises:
+            UserError: if another raytune wrote it.
+        """
+        if not exists(folder.run):
+            return None
+        with readable(folder.run, folder):
+            return cls(**read_json(folder.run))
 
     def write(self, folder: RunFolder) -> None:
         write_json(folder.run, asdict(self))
@@ -38,8 +50,43 @@ class RunRecord:
 
 
 def read_plan(folder: RunFolder) -> RunPlan:
-    """The plan that a run was started with."""
-    return RunPlan.model_validate_json(read_bytes(folder.plan))
+    """The plan that a run was started with.
+
+    Raises:
+        UserError: if another raytune wrote it.
+    """
+    with readable(folder.plan, folder):
+        return RunPlan.model_validate_json(read_bytes(folder.plan))
+
+
+@contextmanager
+def readable(path: str, folder: RunFolder) -> Iterator[None]:
+    """Say what to do where a file of the run cannot be understood: raytune promises that of its own version's files only."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        writer = _writer(folder)
+        by = f"raytune {writer} wrote it" if writer else "another raytune wrote it, or it was edited"
+        raise UserError(
+            f"{path} is not what raytune {raytune.__version__} reads: {_misfits(error)}. Probably {by}. Continue or read this "
+            f"run with the raytune that wrote it, or give a new run another name (name=...)."
+        ) from error
+
+
+def _misfits(error: Exception) -> str:
+    """What does not fit, in a line."""
+    if isinstance(error, ValidationError):
+        problems = [f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg']}" for problem in error.errors()]
+        return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error).removeprefix("RunRecord.__init__() ")
+
+
+def _writer(folder: RunFolder) -> str | None:
+    """Version of the raytune that started a run, as far as its record tells."""
+    try:
+        return str(read_json(folder.run)["versions"]["raytune"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
 
 
 def write_plan(folder: RunFolder, plan: RunPlan) -> None:

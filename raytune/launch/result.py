@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from raytune.evaluate.compare import Comparison
-from raytune.launch.record import read_plan
+from raytune.launch.record import read_plan, readable
 from raytune.metrics import History, decode_number, encode_number
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -38,17 +38,26 @@ class RunResult:
 
     @classmethod
     def read(cls, folder: RunFolder) -> Self:
-        """Read a finished run from its folder."""
-        result = read_json(folder.result)
+        """Read a finished run from its folder.
+
+        Raises:
+            UserError: if another raytune wrote it.
+        """
+        plan, history = read_plan(folder), History.read(folder.metrics)
+        with readable(folder.result, folder):
+            return cls._of(read_json(folder.result), folder, plan, history)
+
+    @classmethod
+    def _of(cls, result: dict, folder: RunFolder, plan: RunPlan, history: History) -> Self:
         return cls(
             name=folder.name,
             folder=folder.path,
             model_path=folder.model,
-            plan=read_plan(folder),
+            plan=plan,
             metrics={name: decode_number(value) for name, value in result["metrics"].items()},
             best_step=result["best_step"],
             held_bytes=result["held_bytes"],
-            history=History.read(folder.metrics),
+            history=history,
             comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
         )
 

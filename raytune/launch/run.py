@@ -1,16 +1,18 @@
-"""One run from the driver's side: config -> cluster -> data -> plan -> attempts -> result."""
+"""One run from the driver's side: config -> cluster -> data -> plan (`run`), plan -> attempts -> result (`train_plan`)."""
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 
 from raytune.config.run import RunConfig
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, TakenOverError, UserError
-from raytune.evaluate.questions import to_json_lines
+from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
+from raytune.launch.lease import Holding, hold
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
@@ -48,34 +50,69 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
 
     Raises:
         UserError: before anything is started, if the config, the model, the data or the machines do not allow the run.
+        RunHeldError: before anything is started, if another command is at work on the run.
+        TakenOverError: if another command took the run over while this one gave no sign of life.
         RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
     """
-    folder = RunFolder(absolute(config.storage), config.name)
+    with _held_unless_finished(RunFolder(absolute(config.storage), config.name)) as lease, connect(config.cluster) as machine:
+        prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
+        return _train_held(prepared.plan, prepared.questions, config, watch, lease)
+
+
+def train_plan(
+    plan: RunPlan, questions: Sequence[Question], config: RunConfig, watch: Watch = lambda plan: nullcontext()
+) -> RunResult:
+    """Train a ready plan on the cluster that this process is connected to, or return the result of the finished run of its name.
+
+    Args:
+        plan: what is trained, in the folder that it names.
+        questions: what both models answer at the end.
+        config: what the plan was made from; it goes into the record, and says whether an unfinished run may be continued.
+        watch: as for `run`.
+
+    Raises:
+        UserError: if the folder holds another run, or an unfinished one that is not to be continued.
+        RunHeldError, TakenOverError, RunFailedError: as `run` does.
+    """
+    with _held_unless_finished(RunFolder(plan.storage, plan.name)) as lease:
+        return _train_held(plan, questions, config, watch, lease)
+
+
+@contextmanager
+def _held_unless_finished(folder: RunFolder) -> Iterator[Holding | None]:
+    """A finished run is only read, by any number of commands at once and where nobody may write."""
+    record = RunRecord.read(folder)
+    with nullcontext() if record and record.state == "finished" else hold(folder) as lease:
+        yield lease
+
+
+def _train_held(
+    plan: RunPlan, questions: Sequence[Question], config: RunConfig, watch: Watch, lease: Holding | None
+) -> RunResult:
+    folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
-    with connect(config.cluster) as machine:
-        prepared = prepare(config, machine, map_on_cluster)
-        plan = prepared.plan
-        refuse_another_run(folder, plan)
-        if known and known.state == "finished":
-            return RunResult.read(folder)
-        if known and not config.checkpoint.resume:
-            raise UserError(
-                f"Run {config.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
-                f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
-            )
-        refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
-        record = known or RunRecord(
-            name=config.name,
-            state="running",
-            attempts=0,
-            created=time.time(),
-            config=config.model_dump(mode="json"),
-            versions=library_versions(),
+    refuse_another_run(folder, plan)
+    if known and known.state == "finished":
+        return RunResult.read(folder)
+    if known and not config.checkpoint.resume:
+        raise UserError(
+            f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
+            f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
         )
-        write_plan(folder, plan)
-        write_bytes(folder.questions, to_json_lines(prepared.questions))
-        with watch(plan):
-            _train(plan, record, folder)
+    assert lease is not None, "a run that is not finished is held"
+    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
+    record = known or RunRecord(
+        name=plan.name,
+        state="running",
+        attempts=0,
+        created=time.time(),
+        config=config.model_dump(mode="json"),
+        versions=library_versions(),
+    )
+    write_plan(folder, plan)
+    write_bytes(folder.questions, to_json_lines(questions))
+    with watch(plan):
+        _train(plan, record, folder, lease)
     return RunResult.read(folder)
 
 
@@ -87,38 +124,39 @@ def plan_run(config: RunConfig) -> RunPlan:
     """
     if named_address(config.cluster):
         with connect(config.cluster) as machine:
-            return prepare(config, machine, map_on_cluster).plan
+            return prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout)).plan
     return prepare(config, this_machine(config.cluster), map).plan
 
 
-def _train(plan: RunPlan, record: RunRecord, folder: RunFolder) -> None:
+def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, lease: Holding) -> None:
     """Start worker groups until one trains to the end or trying again makes no sense."""
     failures: list[Failure] = []
     while True:
-        # Another command may have started attempts of this run meanwhile: its numbers count.
-        record = (RunRecord.read(folder) or record).next_attempt(at_least=next_fence(folder))
+        record = record.next_attempt(at_least=max(next_fence(folder), lease.number))
+        lease.renew()
         record.write(folder)
-        events = EventLog(folder.events, attempt=record.attempts)
-        events.write("attempt_started", workers=plan.batch.workers)
-        try:
-            failure = fit(plan, record.attempts)
-        except (KeyboardInterrupt, SystemExit):
-            events.write("run_interrupted")
-            events.close()
-            replace(record, state="interrupted").write(folder)
-            raise
-        if failure is None:
-            events.write("run_finished")
-            events.close()
-            replace(record, state="finished").write(folder)
-            return
-        failures.append(failure)
-        decision = decide(failures, plan.cluster.max_failures)
-        events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
-        events.close()
+        with closing(EventLog(folder.events, attempt=record.attempts)) as events:
+            events.write("attempt_started", workers=plan.batch.workers)
+            try:
+                failure = fit(plan, record.attempts, lease.check)
+            except (KeyboardInterrupt, SystemExit):
+                with suppress(TakenOverError):
+                    lease.renew()
+                    events.write("run_interrupted")
+                    replace(record, state="interrupted").write(folder)
+                raise
+            if failure is not None and failure.kind == TakenOverError.__name__:
+                raise TakenOverError(failure.message)
+            lease.renew()  # what is written now is for the holder to write
+            if failure is None:
+                events.write("run_finished")
+                replace(record, state="finished").write(folder)
+                return
+            failures.append(failure)
+            decision = decide(failures, plan.cluster.max_failures)
+            events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
         if decision is Decision.RAISE:
-            if failure.kind != TakenOverError.__name__:  # then the record is the newer attempt's
-                replace(record, state="failed", failure=failure.headline).write(folder)
+            replace(record, state="failed", failure=failure.headline).write(folder)
             raise RunFailedError(_explanation(failure, folder), failure)
         logger.warning("Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline)
 

@@ -1,11 +1,19 @@
 """One attempt: a Ray Train worker group that trains a plan, and what ended it where it failed."""
 
 import threading
-from queue import SimpleQueue
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune.launch.attempts import WORKER_DIED, Failure
 from raytune.plan.run_plan import RunPlan
@@ -14,20 +22,24 @@ from raytune.storage import list_folder, read_json
 from raytune.training.worker import train_worker
 
 INTERRUPT_TIMEOUT_S = 20.0
+CHECK_EVERY_S = 0.5
 
 
-def fit(plan: RunPlan, attempt: int) -> Failure | None:
+def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | None:
     """Train `plan` on a worker group of its own; returns when every worker has ended.
 
     Ray Train's own retries stay off: it would repeat what cannot succeed, and does not retry a worker lost while starting. Its
     checkpoint index stays empty for the same reason that each attempt has a name of its own: our commits decide where to resume.
+
+    Args:
+        check: called all the time; what it raises ends the workers, and is raised here.
 
     Returns:
         None if the plan was trained to its end, else the first thing that went wrong.
     """
     folder = RunFolder(plan.storage, plan.name)
     cluster = plan.cluster
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={"plan": plan.model_dump_json(), "attempt": attempt},
         torch_config=TorchConfig(
@@ -45,14 +57,48 @@ def fit(plan: RunPlan, attempt: int) -> Failure | None:
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
-    error = _ended_with(trainer)
+    error = _ended_with(trainer, check)
     return None if error is None else _first_failure(folder, attempt, error)
 
 
-def _ended_with(trainer: TorchTrainer) -> Exception | None:
+class _Trainer(TorchTrainer):
+    """A trainer whose controller another thread can end. Ray 2.60 ends it for a Ctrl-C in the main thread only, and the process
+    with it."""
+
+    _controller: Any = None
+    _is_ended = False
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # As in Ray, but that the handle is kept.
+        self._controller = (
+            ray.remote(TrainController)
+            .options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+                runtime_env={"env_vars": {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"} | get_env_vars_to_propagate()},
+            )
+            .remote(**arguments)
+        )
+        if self._is_ended:
+            self.end()
+        ray.get(self._controller.run.remote())
+        return ray.get(self._controller.get_result.remote())
+
+    def end(self) -> None:
+        """End workers and controller, whoever opened the connection to the cluster: it may serve others too."""
+        self._is_ended = True
+        if self._controller is None:
+            return
+        with suppress(RayError):  # it answers by ending
+            ray.get(self._controller.abort.remote(), timeout=INTERRUPT_TIMEOUT_S)
+        with suppress(RayError, ValueError):
+            ray.kill(self._controller)
+
+
+def _ended_with(trainer: _Trainer, check: Callable[[], None]) -> Exception | None:
     """What `fit` raised: TrainingFailedError, or whatever Ray raises when its controller or a bucket is lost.
 
-    It runs in a thread of its own, because in the main thread Ray takes over Ctrl-C and ends this process without a word.
+    It runs in a thread of its own, because a signal that arrives while the main thread is inside Ray may be lost or end it.
     """
     outcome: SimpleQueue[Exception | None] = SimpleQueue()
 
@@ -66,10 +112,12 @@ def _ended_with(trainer: TorchTrainer) -> Exception | None:
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
     try:
-        return outcome.get()
+        while True:
+            with suppress(Empty):
+                return outcome.get(timeout=CHECK_EVERY_S)
+            check()
     except BaseException:
-        # Controller and workers live as long as their driver is connected, on whichever cluster.
-        ray.shutdown()
+        trainer.end()
         thread.join(timeout=INTERRUPT_TIMEOUT_S)
         raise
 

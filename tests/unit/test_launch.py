@@ -1,0 +1,83 @@
+"""What the launcher settles without a cluster: which nodes count, and what it says about files of another raytune."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raytune.config.cluster import ClusterSection
+from raytune.errors import ClusterError, UserError
+from raytune.launch.cluster import nodes_for_workers
+from raytune.launch.record import RunRecord, read_plan, write_plan
+from raytune.launch.result import RunResult
+from raytune.run_folder import RunFolder
+from tests.tiny import tiny_plan
+
+HEAD = {"memory": 1e9}
+SMALL = {"CPU": 2.0, "memory": 4e9}
+LARGE = {"CPU": 8.0, "memory": 8e9}
+WITH_GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 8e9}
+
+
+def test_a_head_without_cpus_is_no_node_for_workers() -> None:
+    assert nodes_for_workers([HEAD, SMALL, LARGE], ClusterSection()) == [SMALL, LARGE]
+    assert nodes_for_workers([HEAD, SMALL, LARGE], ClusterSection(cpus_per_worker=4)) == [LARGE]
+
+
+def test_beside_gpus_only_nodes_with_gpus_count_unless_training_is_on_cpus() -> None:
+    assert nodes_for_workers([HEAD, LARGE, WITH_GPUS], ClusterSection()) == [WITH_GPUS]
+    assert nodes_for_workers([HEAD, LARGE, WITH_GPUS], ClusterSection(gpus_per_worker=0)) == [LARGE, WITH_GPUS]
+    assert nodes_for_workers([HEAD, {"GPU": 1.0}], ClusterSection(cpus_per_worker=0)) == [{"GPU": 1.0}]
+
+
+def test_a_cluster_without_room_for_a_worker_is_refused_with_what_its_nodes_have() -> None:
+    with pytest.raises(ClusterError, match=r"takes 16 CPUs .* and a GPU.*0 CPUs, 0 GPUs; 8 CPUs, 2 GPUs"):
+        nodes_for_workers([HEAD, WITH_GPUS], ClusterSection(cpus_per_worker=16))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A finished run as far as its files go."""
+    folder = RunFolder(str(tmp_path), "tiny")
+    write_plan(folder, tiny_plan(storage=str(tmp_path)))
+    record = RunRecord(name="tiny", state="finished", attempts=1, created=0.0, config={}, versions={"raytune": "0.0.1"})
+    record.write(folder)
+    Path(folder.result).write_text(json.dumps({"metrics": {}, "best_step": 4, "held_bytes": [], "comparison": None}))
+    return folder
+
+
+def change(path: str, **values: object) -> None:
+    """Lay values over a JSON file; None removes a key."""
+    content = json.loads(Path(path).read_text()) | values
+    Path(path).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_files_of_this_raytune_are_read(folder: RunFolder) -> None:
+    assert RunResult.read(folder).plan == read_plan(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "misfit"),
+    [
+        ("run", {"attempt": 3}, r"unexpected keyword argument 'attempt'"),
+        ("run", {"attempts": None}, r"missing 1 required .*'attempts'"),
+        ("plan", {"seed": "x"}, r"seed: Input should be a valid integer"),
+        ("plan", {"colour": "blue", "batch": None}, r"batch: Field required; colour: Extra inputs are not permitted"),
+        ("result", {"best_step": None}, r"'best_step' is missing"),
+    ],
+)
+def test_a_file_of_another_raytune_is_refused_with_its_name_the_misfit_and_the_way_out(
+    folder: RunFolder, file: str, values: dict, misfit: str
+) -> None:
+    path = getattr(folder, file)
+    change(path, **values)
+    read = RunRecord.read if file == "run" else RunResult.read
+    with pytest.raises(UserError, match=rf"{path} .*{misfit}.*raytune 0\.0\.1 wrote it.*another name") as caught:
+        read(folder)
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_that_is_not_json_is_refused_with_its_name(folder: RunFolder) -> None:
+    Path(folder.run).write_text("{")
+    with pytest.raises(UserError, match=rf"{folder.run} .*it was edited"):
+        RunRecord.read(folder)
