@@ -103,6 +103,8 @@ def _start(section: ClusterSection) -> None:
         include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
         log_to_driver=False,
         logging_level=logging.WARNING,
+        # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
+        _system_config={"prestart_worker_first_driver": False},
     )
 
 

@@ -139,7 +139,8 @@ def lives(holder: Holder) -> bool | None:
 
 def _system() -> str | None:
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{os.uname().nodename} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
 

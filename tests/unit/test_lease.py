@@ -168,7 +168,9 @@ def test_a_claim_is_numbered_above_every_attempt_before(folder: RunFolder) -> No
     assert claim_by(folder, ELSEWHERE).number == 7
 
 
-def test_of_many_that_start_at_once_one_gets_the_run(folder: RunFolder) -> None:
+def test_of_many_that_start_at_once_one_gets_the_run(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+
     def start(number: int) -> Lease | None:
         try:
             return claim(folder, this_process())

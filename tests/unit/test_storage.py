@@ -6,6 +6,8 @@ import os
 import pickle
 import subprocess
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -94,6 +96,36 @@ def test_what_was_written_is_read(root: str) -> None:
     assert storage.list_folder(root) == ["a"]
     assert storage.file_sizes(root) == {"a/b.bin": 5, "a/c.json": len(storage.read_bytes(f"{root}/a/c.json"))}
     assert storage.file_digest(f"{root}/a/b.bin") == Digest(5, hashlib.sha256(b"newer").hexdigest())
+
+
+def test_a_file_is_created_once(root: str) -> None:
+    assert storage.create_bytes(f"{root}/deep/file", b"first")
+    assert not storage.create_bytes(f"{root}/deep/file", b"second")
+    assert storage.read_bytes(f"{root}/deep/file") == b"first"
+
+
+def test_of_many_that_create_a_local_file_at_once_one_succeeds(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / f"folder-{number}" / "file"
+        with ThreadPoolExecutor(8) as pool:
+            created = list(pool.map(partial(storage.create_bytes, path), [b"%d" % i for i in range(8)]))
+        assert storage.read_bytes(path) == b"%d" % created.index(True)
+        assert created.count(True) == 1
+
+
+@pytest.mark.parametrize("fault", ["500", "lost", "half"])
+def test_a_file_is_created_although_the_first_try_goes_wrong(fault: str, no_waiting: list[float]) -> None:
+    path = f"faulty://{uuid.uuid4().hex}/file"
+    FaultyFileSystem.faults = [fault]
+    assert storage.create_bytes(path, b"content") == (fault != "half"), "half a file is somebody's, as far as one can tell"
+
+
+def test_only_an_empty_folder_is_removed_as_one(tmp_path: Path) -> None:
+    storage.write_bytes(tmp_path / "full" / "file", b"")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "empty", "missing"):
+        storage.remove_empty_folder(tmp_path / name)
+    assert storage.list_folder(tmp_path) == ["full"]
 
 
 def test_what_is_not_there_is_missing_and_nothing_else(root: str) -> None:
