@@ -26,6 +26,7 @@ from raytune.sweeps.results import (
     importance,
     is_number,
     metric_text,
+    plain_text,
     short_keys,
     state_text,
     summary,
@@ -255,7 +256,7 @@ def _table(result: SweepResult) -> tuple[list[_Heading], list[_Row]]:
 
 def _cells(result: SweepResult, rank: int, trial: TrialResult, numeric: Mapping[str, bool]) -> list[_Cell]:
     place = str(rank) if trial.is_ranked else ""
-    cause = (trial.cause or "").strip().partition("\n")[0]
+    cause = plain_text(trial.cause).partition("\n")[0]
     values = trial.trial.values
     return [
         _Cell(text=place, sort=place, is_number=True),
@@ -314,7 +315,7 @@ def _failure(trial: TrialResult) -> _Failure:
         name=trial.trial.name,
         step=trial.step,
         num_steps=trial.num_steps,
-        cause=(trial.cause or "No cause was recorded.").strip(),
+        cause=plain_text(trial.cause) or "No cause was recorded.",
         values=", ".join(f"{key} {_shortened(value_text(value), 80)}" for key, value in trial.trial.values.items()),
         folder=trial.folder,
     )
