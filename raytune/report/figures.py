@@ -119,7 +119,7 @@ def learning_curves(result: SweepResult, theme: Theme = LIGHT) -> Figure:
 
 _FATES: tuple[State, ...] = ("finished", "running", "waiting", "stopped", "failed")
 _MARKS: dict[State, str] = {"stopped": "o", "failed": "x"}
-_MARK_STYLE = {"markersize": 5.5, "markeredgewidth": 1.5}
+_MARK_STYLE: dict[str, Any] = {"markersize": 5.5, "markeredgewidth": 1.5}
 
 
 def _fate(result: SweepResult, trial: TrialResult) -> str:
@@ -337,7 +337,7 @@ def _jitter(scale: _Scale, key: str, trials: Sequence[TrialResult]) -> dict[int,
     for trial in trials:
         by_place.setdefault(scale.place(trial.trial.values.get(key, _NOT_SET)), []).append(trial.trial.number)
     gaps = [higher - lower for lower, higher in pairwise(sorted(by_place))]
-    width = 0.5 * min([0.16, *gaps])
+    width = 0.5 * min([0.1, *gaps])
     return {
         number: width * (0.5 - (index + 0.5) / len(numbers))
         for numbers in by_place.values()

@@ -26,6 +26,7 @@ from raytune.sweeps.results import (
     importance,
     is_number,
     metric_text,
+    plain_text,
     short_keys,
     state_text,
     summary,
@@ -53,8 +54,9 @@ _FIGURES: tuple[tuple[str, Drawing, str, str], ...] = (
         parallel_coordinates,
         "Parallel coordinates.",
         "Each line is a trial, from its values on the left to its metric on the right, where better is higher; the darker (on a "
-        "dark page: the brighter) the better its rank. Look where the strong lines gather: at the end of an axis the range was "
-        "too narrow; all over an axis the key does not matter. Dashed lines failed.",
+        "dark page: the brighter) the better its rank. Trials that share a value are fanned out, the best on top. Look where the "
+        "strong lines gather: at the end of an axis the range was too narrow; all over an axis the key does not matter. Dashed "
+        "lines failed.",
     ),
     (
         "importance",
@@ -103,6 +105,7 @@ def sweep_page(
     best = result.best
     winner, states, cost = summary(result)
     found = importance(result.trials, result.keys, result.mode)
+    headings, rows = _table(result)
     return _template().render(
         result=result,
         policy="; ".join(
@@ -126,8 +129,8 @@ def sweep_page(
         searched=_searched(result, {item.key: item for item in found.keys}),
         compared_at=found.step,
         num_compared=found.num_trials,
-        headings=_headings(result),
-        rows=[_row(result, rank, trial) for rank, trial in enumerate(result.trials, start=1)],
+        headings=headings,
+        rows=rows,
         figures=[
             _PageFigure(title, caption, _data_url(light[name]), _data_url(dark[name]), *_png_size(light[name]))
             for name, _, title, caption in _FIGURES
@@ -235,46 +238,47 @@ class _Row:
     cells: list[_Cell]
 
 
-def _headings(result: SweepResult) -> list[_Heading]:
+def _table(result: SweepResult) -> tuple[list[_Heading], list[_Row]]:
+    numeric = {
+        key: all(value is None or is_number(value) for value in (trial.trial.values.get(key) for trial in result.trials))
+        for key in result.keys
+    }
     facts = [_Heading("#", True), _Heading("trial"), _Heading(result.metric, True), _Heading("steps", True), _Heading("state")]
-    keys = [_Heading(title, _is_numeric(result, key)) for key, title in zip(result.keys, short_keys(result.keys))]
-    return [*facts, *keys, _Heading("worker time", True), _Heading("cause")]
-
-
-def _is_numeric(result: SweepResult, key: str) -> bool:
-    values = (trial.trial.values.get(key) for trial in result.trials)
-    return all(value is None or is_number(value) for value in values)
-
-
-def _row(result: SweepResult, rank: int, trial: TrialResult) -> _Row:
+    keys = [_Heading(title, numeric[key]) for key, title in zip(result.keys, short_keys(result.keys))]
+    headings = [*facts, *keys, _Heading("worker time", True), _Heading("cause")]
     best = result.best
-    is_best = best is not None and trial.trial.number == best.trial.number
-    cause = (trial.cause or "").strip().partition("\n")[0]
-    cells = [
-        _Cell(text=str(rank) if trial.is_ranked else "", sort=str(rank) if trial.is_ranked else "", is_number=True),
+    rows = []
+    for rank, trial in enumerate(result.trials, start=1):
+        kind = "best" if trial is best else "failed" if trial.state == "failed" else "other"
+        rows.append(_Row(kind, _cells(result, rank, trial, numeric)))
+    return headings, rows
+
+
+def _cells(result: SweepResult, rank: int, trial: TrialResult, numeric: Mapping[str, bool]) -> list[_Cell]:
+    place = str(rank) if trial.is_ranked else ""
+    cause = plain_text(trial.cause).partition("\n")[0]
+    values = trial.trial.values
+    return [
+        _Cell(text=place, sort=place, is_number=True),
         _Cell(text=trial.trial.name, sort=trial.trial.name, link=_link(result, trial)),
-        _Cell(text=metric_text(trial.value), sort=_sort(trial.value), is_number=True),
+        _Cell(text=metric_text(trial.value), sort="" if trial.value is None else _sort(trial.value), is_number=True),
         _Cell(text=f"{trial.step}/{trial.num_steps}", sort=str(trial.step), is_number=True),
         _Cell(text=state_text(trial), sort=state_text(trial)),
         *(
-            _Cell(text=_shortened(value_text(value)), sort=_sort(value), is_number=_is_numeric(result, key))
-            if (value := trial.trial.values.get(key, _NOT_SET)) is not _NOT_SET
+            _Cell(text=_shortened(value_text(values[key])), sort=_sort(values[key]), is_number=numeric[key])
+            if key in values
             else _Cell(text="")
             for key in result.keys
         ),
         _Cell(text=format_seconds(trial.worker_s), sort=str(trial.worker_s), is_number=True),
         _Cell(text=_shortened(cause, LONG_CAUSE), sort=cause, is_long=True),
     ]
-    return _Row("best" if is_best else "failed" if trial.state == "failed" else "other", cells)
-
-
-_NOT_SET = object()
 
 
 def _sort(value: object) -> str:
     if is_number(value):
         return repr(value) if math.isfinite(value) else ""
-    return "" if value is None else value_text(value)
+    return value_text(value)
 
 
 def _link(result: SweepResult, trial: TrialResult) -> str | None:
@@ -311,7 +315,7 @@ def _failure(trial: TrialResult) -> _Failure:
         name=trial.trial.name,
         step=trial.step,
         num_steps=trial.num_steps,
-        cause=(trial.cause or "No cause was recorded.").strip(),
+        cause=plain_text(trial.cause) or "No cause was recorded.",
         values=", ".join(f"{key} {_shortened(value_text(value), 80)}" for key, value in trial.trial.values.items()),
         folder=trial.folder,
     )

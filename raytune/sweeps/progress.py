@@ -7,7 +7,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from raytune.sweeps.results import SweepResult, result_table, summary
+from raytune.sweeps.results import SweepResult, plain_text, result_table, summary
 
 MOST_ROWS = 30
 WIDE = 200
@@ -31,7 +31,7 @@ def show_sweep_result(result: SweepResult, console: Console | None = None) -> No
         console.print(Text(f"{' and '.join(hidden)} in {result.folder}/trials.csv"), soft_wrap=True)
     for trial in result.trials:
         if trial.state == "failed":
-            cause = next(iter((trial.cause or "").strip().splitlines()), "no cause was recorded")
+            cause = plain_text(trial.cause).partition("\n")[0] or "no cause was recorded"
             console.print(Text(f"{trial.trial.name} failed: {cause}"), soft_wrap=True)
     for sentence in summary(result):
         console.print(Text(sentence), soft_wrap=True)

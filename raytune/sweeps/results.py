@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def trial_records(result: SweepResult) -> list[dict[str, Any]]:
             "num_steps": trial.num_steps,
             "rungs_reached": trial.num_rungs,
             "worker_s": round(trial.worker_s, 3),
-            "cause": trial.cause,
+            "cause": plain_text(trial.cause) or None,
             "folder": trial.folder,
             **{key: trial.trial.values[key] for key in result.keys if key in trial.trial.values},
         }
@@ -266,6 +267,14 @@ def short_keys(keys: Sequence[str]) -> list[str]:
 def summary(result: SweepResult) -> list[str]:
     """The sweep in three sentences: who won, what became of the others, what it cost."""
     return [_best_sentence(result), _states_sentence(result), _cost_sentence(result)]
+
+
+def plain_text(text: str | None) -> str:
+    """A message as anything can show it: Ray's carry colours of a terminal, and files' names may not be text at all."""
+    return _NO_TEXT.sub("", text or "").encode(errors="replace").decode().strip()
+
+
+_NO_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -135,6 +135,11 @@ def test_what_looks_like_markup_is_shown_and_not_obeyed() -> None:
     assert "exact_match <b>" in page.text["code"]
 
 
+def test_colours_of_a_terminal_are_not_on_the_page() -> None:
+    page = page_of(sweep_result([trial_result(0, {}, state="failed", cause="\x1b[31mboom\x1b[0m \udcff")]))
+    assert page.text["pre"][0] == "boom ?"
+
+
 def test_a_hostile_name_and_folder_stay_text() -> None:
     trials = [trial_result(0, {"adapter.rank": 8}, ((60, 1.0),))]
     folder = "/runs/$(rm -rf ~)'\"><script>"

@@ -17,6 +17,7 @@ from raytune.sweeps.results import (
     SweepResult,
     TrialResult,
     importance,
+    plain_text,
     ranked,
     result_table,
     short_keys,
@@ -158,6 +159,15 @@ def test_nothing_is_said_to_be_saved_before_the_sweep_has_ended_or_when_no_trial
 )
 def test_values_read_as_in_yaml(value: object, text: str) -> None:
     assert value_text(value) == text
+
+
+def test_messages_lose_what_only_a_terminal_understands() -> None:
+    ray = '\x1b[36mray::train()\x1b[39m (pid=7)\r\n  File "\udcff.py"\x00\n\tboom\x1b[0m\n'
+    assert plain_text(ray) == 'ray::train() (pid=7)\n  File "?.py"\n\tboom'
+    assert plain_text(None) == ""
+    failed = sweep_result([trial_result(0, {}, state="failed", cause=ray)])
+    assert "trial-000 failed: ray::train() (pid=7)" in shown(failed, 80)
+    assert json.loads(trials_jsonl(failed))["cause"] == plain_text(ray)
 
 
 def test_work_is_told_in_the_unit_of_its_device() -> None:
