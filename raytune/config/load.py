@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,8 @@ def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
     sweep = _child(tree, "sweep")
     space = _child(sweep, "space") if sweep else None
     written = space.value if space and isinstance(space.value, dict) else {}
-    keys_refused = {key for key in written if any(f"{key_refused}.".startswith(f"sweep.space.{key}.") for key_refused in refused)}
-    rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in keys_refused}
+    blamed = {max((key for key in written if f"{key_refused}.".startswith(f"sweep.space.{key}.")), default="") for key_refused in refused}
+    rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in blamed}
     try:
         config = RunConfig.model_validate({"sweep": {"space": rest}})
     except ValidationError:
@@ -330,9 +331,9 @@ def _read_override(text: str, tree: Node, rank: int) -> Reading:
 def _parts(key: str) -> list[str]:
     """The parts of a dotted key. In a mapping whose names are keys, such a name is one part: `sweep.space`, `adapter.rank`."""
     parts = key.split(".")
-    for i in range(1, len(parts)):
+    for i in range(1, min(len(parts), MAX_DEPTH)):
         if names_keys(tuple(int(part) if part.isdecimal() else part for part in parts[:i])):
-            known = [end for end in range(i + 1, len(parts) + 1) if _without_positions(parts[i:end]) in keys()]
+            known = [end for end in range(i + 1, min(len(parts), MAX_DEPTH) + 1) if _without_positions(parts[i:end]) in keys()]
             end = max(known, default=len(parts))
             return [*parts[:i], ".".join(parts[i:end]), *parts[end:]]
     return parts
@@ -408,6 +409,7 @@ def _method_of(section: dict[str, Node], default: str) -> str:
     return method if isinstance(method, str) else default
 
 
+@lru_cache(maxsize=10_000)
 def _is_section(path: KeyPath) -> bool:
     key = keys().get(schema_path(path))
     return not path or (key is not None and key.is_section and not key.can_be_null)
