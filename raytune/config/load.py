@@ -171,17 +171,19 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool) -> RunC
         ConfigError: with every problem of the tree, and those that were found before.
     """
     refused = _refused_values(tree, ())
+    # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
+    is_partial = any(problem.id in (NOT_YAML, UNREADABLE) or problem.key == "sweep.run" for problem in unreadable)
+    unsaid = (CONFLICT, MISSING_KEY) if is_partial else ()
     try:
         config = RunConfig.model_validate(_data_of(tree, ()))
     except ValidationError as error:
         known = {problem.key for problem in refused}
-        # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
-        unsaid = (CONFLICT, MISSING_KEY) if any(problem.id in (NOT_YAML, UNREADABLE) for problem in unreadable) else ()
         refused += [problem for problem in _schema_problems(tree, error) if problem.key not in known and problem.id not in unsaid]
         refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
-        refused += space_problems(config, lambda *path: _deepest(tree, path))
+        written = space_problems(config, lambda *path: _deepest(tree, path))
+        refused += [problem for problem in written if problem.id not in unsaid]
         if not unreadable and not refused:
             return _self_contained(config)
     raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))

@@ -139,16 +139,18 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         "model": {"revision": "0" * 40},
     }
     if key.path.startswith("sweep."):
-        dimension = {"uniform": [1, 100]} if key.path == "sweep.space.step" else [4]
-        base["sweep"] = {"space": {"adapter.alpha": dimension}}
+        dimension = {"uniform": [1, 100]} if key.path == "sweep.space.step" else {"choice": [4]}
+        base["sweep"] = {"space": {"adapter.alpha": dimension, "adapter.rank": [4]}}
         base["sweep"] |= {"stopping": {"method": key.methods[-1]}} if key.methods else {}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
     path = path.replace("sweep.space.", "sweep.space.adapter.alpha.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])
     at: Any = config.model_dump()
-    for part in path.replace("adapter.alpha", "adapter/alpha").split(".") if key.path.startswith("sweep.space.") else path.split("."):
-        at = at[int(part)] if part.isdigit() else at[part.replace("/", ".")]
+    if key.path.startswith("sweep.space."):
+        at, path = at["sweep"]["space"]["adapter.alpha"], path.rpartition(".")[2]
+    for part in path.split("."):
+        at = at[int(part)] if part.isdigit() else at[part]
     assert at == schema.dump_python(schema.validate_python(value))
     assert config_from(yaml.safe_load(dump_yaml(config, full=True))) == config
     assert config_from(yaml.safe_load(dump_yaml(config))) == config
