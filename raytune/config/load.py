@@ -194,7 +194,10 @@ def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
     sweep = _child(tree, "sweep")
     space = _child(sweep, "space") if sweep else None
     written = space.value if space and isinstance(space.value, dict) else {}
-    blamed = {max((key for key in written if f"{key_refused}.".startswith(f"sweep.space.{key}.")), default="") for key_refused in refused}
+    blamed = {
+        max((key for key in written if f"{key_refused}.".startswith(f"sweep.space.{key}.")), default="")
+        for key_refused in refused
+    }
     rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in blamed}
     try:
         config = RunConfig.model_validate({"sweep": {"space": rest}})
@@ -218,7 +221,11 @@ def _is_no_method(key: str) -> bool:
 def _self_contained(config: RunConfig) -> RunConfig:
     """A config that means the same wherever it is read: the file that `sweep.run` named is in it."""
     sweep = config.sweep
-    return config if sweep is None or sweep.run is None else config.model_copy(update={"sweep": sweep.model_copy(update={"run": None})})
+    return (
+        config
+        if sweep is None or sweep.run is None
+        else config.model_copy(update={"sweep": sweep.model_copy(update={"run": None})})
+    )
 
 
 # --- the run of a sweep

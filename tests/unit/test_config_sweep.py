@@ -97,7 +97,8 @@ def test_problems_of_both_files_are_reported_with_their_own_places(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("run", "id", "words"), [("bas.yaml", "E107", 'Did you mean "'), (".", "E107", "a folder"), ("base.yaml", "E105", "name: base-sweep")]
+    ("run", "id", "words"),
+    [("bas.yaml", "E107", 'Did you mean "'), (".", "E107", "a folder"), ("base.yaml", "E105", "name: base-sweep")],
 )
 def test_a_run_that_cannot_lie_below_is_refused_where_it_is_named(run: str, id: str, words: str, tmp_path: Path):
     written(tmp_path, "name: base\ndata: {validation: demo:validation}\n", "base.yaml")
@@ -241,7 +242,14 @@ def test_one_wrong_dimension_does_not_hide_the_others(tmp_path: Path):
         "training.seed: 3",
         rest="  trials: none",
     )
-    assert [problem[0].rpartition("yaml:")[2] for problem in problems_of(text, tmp_path)] == ["4:20", "5:20", "6:43", "7:5", "8:20", "9:11"]
+    assert [problem[0].rpartition("yaml:")[2] for problem in problems_of(text, tmp_path)] == [
+        "4:20",
+        "5:20",
+        "6:43",
+        "7:5",
+        "8:20",
+        "9:11",
+    ]
 
 
 @pytest.mark.parametrize(

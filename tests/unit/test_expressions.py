@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from raytune.config.expressions import ExpressionError, parse_expression
 
-RUN = {"adapter.rank": 8, "training.learning_rate": 3e-4, "adapter.method": "lora", "data.store": None, "training.max_steps": "auto"}
+RUN = {
+    "adapter.rank": 8,
+    "training.learning_rate": 3e-4,
+    "adapter.method": "lora",
+    "data.store": None,
+    "training.max_steps": "auto",
+}
 
 
 def value(text: str) -> object:

@@ -134,7 +134,11 @@ def test_first_points_come_first_and_the_keys_they_leave_out_are_drawn():
 
 
 def test_a_grid_is_crossed_with_the_draws_of_the_others():
-    space = {"adapter.rank": {"grid": [4, 8]}, "training.seed": {"grid": [1, 2, 3]}, "training.weight_decay": {"uniform": [0, 0.1]}}
+    space = {
+        "adapter.rank": {"grid": [4, 8]},
+        "training.seed": {"grid": [1, 2, 3]},
+        "training.weight_decay": {"uniform": [0, 0.1]},
+    }
     found = points(sweep(space, trials=2))
     assert [(point["adapter.rank"], point["training.seed"]) for point in found] == [(r, s) for r in (4, 8) for s in (1, 2, 3)] * 2
     assert len({point["training.weight_decay"] for point in found[:6]}) == 1
@@ -153,20 +157,30 @@ def test_a_grid_alone_is_complete_whatever_the_number_of_trials():
 def test_a_small_space_is_tried_to_its_last_point_and_none_twice():
     space = {"training.seed": {"integer": [1, 20]}, "adapter.rank": list(range(1, 26))}
     found = points(sweep(space, trials=1000))
-    assert {(point["training.seed"], point["adapter.rank"]) for point in found} == {(s, r) for s in range(1, 21) for r in range(1, 26)}
+    assert {(point["training.seed"], point["adapter.rank"]) for point in found} == {
+        (s, r) for s in range(1, 21) for r in range(1, 26)
+    }
     assert len(found) == 500
     assert len(points(sweep({"training.seed": [1, 2]}, trials=16))) == 2
 
 
 def test_expressions_see_other_keys_in_any_order_and_the_run():
-    space = {"adapter.alpha": "adapter.rank * training.logging_steps", "adapter.rank": "training.max_steps // 4", "training.max_steps": [40]}
+    space = {
+        "adapter.alpha": "adapter.rank * training.logging_steps",
+        "adapter.rank": "training.max_steps // 4",
+        "training.max_steps": [40],
+    }
     (point,) = points(sweep(space, {"training": {"logging_steps": 3}}))
     assert point == {"adapter.alpha": 30, "adapter.rank": 10, "training.max_steps": 40}
     assert list(point) == list(space)
 
 
 def test_a_key_that_is_not_drawn_has_the_value_of_the_run_for_expressions():
-    space = {"adapter.rank": {"choice": [64], "when": "training.seed > 1"}, "training.seed": [1, 2], "adapter.alpha": "adapter.rank"}
+    space = {
+        "adapter.rank": {"choice": [64], "when": "training.seed > 1"},
+        "training.seed": [1, 2],
+        "adapter.alpha": "adapter.rank",
+    }
     found = {point["training.seed"]: point for point in points(sweep(space, {"adapter": {"rank": 8}}))}
     assert found[1] == {"training.seed": 1, "adapter.alpha": 8}
     assert found[2] == {"adapter.rank": 64, "training.seed": 2, "adapter.alpha": 64}
