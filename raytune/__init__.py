@@ -11,16 +11,17 @@ once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trai
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytune.api import sweep as sweep
     from raytune.api import train as train
 
 __version__ = "0.1.0"
-__all__ = ["train"]
+__all__ = ["sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `raytune check` and every worker import what they use and no more.
-    if name == "train":
-        from raytune.api import train
+    if name in __all__:
+        from raytune import api
 
-        return train
+        return getattr(api, name)
     raise AttributeError(f"module 'raytune' has no attribute {name!r}")

@@ -3,18 +3,22 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raytune.config.load import as_one_run, config_from, load_config
+from raytune.config.load import as_one_run, config_from, dump_yaml, load_config
 from raytune.config.run import RunConfig
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
 
+if TYPE_CHECKING:
+    from raytune.sweeps.results import SweepResult
+
 File = str | PathLike[str]
+Config = File | Sequence[File] | Mapping[str, Any] | RunConfig
 
 
-def train(config: File | Sequence[File] | Mapping[str, Any] | RunConfig, *, progress: bool = True, **overrides: Any) -> RunResult:
+def train(config: Config, *, progress: bool = True, **overrides: Any) -> RunResult:
     """Train as `raytune train` does: plan, start or join a Ray cluster, and leave weights in the run folder.
 
     Args:
@@ -31,14 +35,39 @@ def train(config: File | Sequence[File] | Mapping[str, Any] | RunConfig, *, prog
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
+    resolved = as_one_run(_resolved(config, overrides))
+    return run(resolved, watch=show_progress) if progress else run(resolved)
+
+
+def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepResult":
+    """Search as `raytune sweep` does: train variants of a run, stop early losers, and leave a ranked table and a page.
+
+    Args:
+        config, progress, overrides: as for `train`; the config has a `sweep` section.
+
+    Returns:
+        The finished sweep: `trials` (best first), `best`, `folder` (with best.yaml, which `train` takes, and report.html). A
+        finished sweep of the same name and settings is returned without training again.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, with every problem and what to do about it.
+    """
+    from raytune.report.sweep_page import write_sweep_page
+    from raytune.sweeps.live import show_sweep
+    from raytune.sweeps.run import sweep
+
+    resolved = _resolved(config, overrides)
+    result = sweep(resolved, watch=show_sweep) if progress else sweep(resolved)
+    write_sweep_page(result, dump_yaml(resolved), result.folder)
+    return result
+
+
+def _resolved(config: Config, overrides: Mapping[str, Any]) -> RunConfig:
     texts = [f"{key}={json.dumps(value, default=fspath)}" for key, value in _leaves(overrides)]
     if isinstance(config, RunConfig | Mapping):
-        resolved = config_from(config, texts)
-    else:
-        paths = [config] if isinstance(config, str | PathLike) else config
-        resolved = load_config([str(path) for path in paths], texts)
-    resolved = as_one_run(resolved)
-    return run(resolved, watch=show_progress) if progress else run(resolved)
+        return config_from(config, texts)
+    paths = [config] if isinstance(config, str | PathLike) else config
+    return load_config([str(path) for path in paths], texts)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,17 +182,19 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool) -> RunC
         ConfigError: with every problem of the tree, and those that were found before.
     """
     refused = _refused_values(tree, ())
+    # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
+    is_partial = any(problem.id in (NOT_YAML, UNREADABLE) or problem.key == "sweep.run" for problem in unreadable)
+    unsaid = (CONFLICT, MISSING_KEY) if is_partial else ()
     try:
         config = RunConfig.model_validate(_data_of(tree, ()))
     except ValidationError as error:
         known = {problem.key for problem in refused}
-        # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
-        unsaid = (CONFLICT, MISSING_KEY) if any(problem.id in (NOT_YAML, UNREADABLE) for problem in unreadable) else ()
         refused += [problem for problem in _schema_problems(tree, error) if problem.key not in known and problem.id not in unsaid]
         refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
-        refused += space_problems(config, lambda *path: _deepest(tree, path))
+        written = space_problems(config, lambda *path: _deepest(tree, path))
+        refused += [problem for problem in written if problem.id not in unsaid]
         if not unreadable and not refused:
             return _self_contained(config)
     raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
@@ -202,8 +205,11 @@ def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
     sweep = _child(tree, "sweep")
     space = _child(sweep, "space") if sweep else None
     written = space.value if space and isinstance(space.value, dict) else {}
-    keys_refused = {key for key in written if any(f"{key_refused}.".startswith(f"sweep.space.{key}.") for key_refused in refused)}
-    rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in keys_refused}
+    blamed = {
+        max((key for key in written if f"{key_refused}.".startswith(f"sweep.space.{key}.")), default="")
+        for key_refused in refused
+    }
+    rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in blamed}
     try:
         config = RunConfig.model_validate({"sweep": {"space": rest}})
     except ValidationError:
@@ -226,7 +232,11 @@ def _is_no_method(key: str) -> bool:
 def _self_contained(config: RunConfig) -> RunConfig:
     """A config that means the same wherever it is read: the file that `sweep.run` named is in it."""
     sweep = config.sweep
-    return config if sweep is None or sweep.run is None else config.model_copy(update={"sweep": sweep.model_copy(update={"run": None})})
+    return (
+        config
+        if sweep is None or sweep.run is None
+        else config.model_copy(update={"sweep": sweep.model_copy(update={"run": None})})
+    )
 
 
 # --- the run of a sweep
@@ -341,9 +351,9 @@ def _read_override(text: str, tree: Node, rank: int) -> Reading:
 def _parts(key: str) -> list[str]:
     """The parts of a dotted key. In a mapping whose names are keys, such a name is one part: `sweep.space`, `adapter.rank`."""
     parts = key.split(".")
-    for i in range(1, len(parts)):
+    for i in range(1, min(len(parts), MAX_DEPTH)):
         if names_keys(tuple(int(part) if part.isdecimal() else part for part in parts[:i])):
-            known = [end for end in range(i + 1, len(parts) + 1) if _without_positions(parts[i:end]) in keys()]
+            known = [end for end in range(i + 1, min(len(parts), MAX_DEPTH) + 1) if _without_positions(parts[i:end]) in keys()]
             end = max(known, default=len(parts))
             return [*parts[:i], ".".join(parts[i:end]), *parts[end:]]
     return parts
@@ -419,6 +429,7 @@ def _method_of(section: dict[str, Node], default: str) -> str:
     return method if isinstance(method, str) else default
 
 
+@lru_cache(maxsize=10_000)
 def _is_section(path: KeyPath) -> bool:
     key = keys().get(schema_path(path))
     return not path or (key is not None and key.is_section and not key.can_be_null)

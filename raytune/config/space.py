@@ -112,7 +112,7 @@ def _point_problems(section: SweepSection, position: int, node_at: NodeAt) -> It
         dimension = section.space.get(key)
         if dimension is None:
             near = get_close_matches(key, section.space, 1)
-            message = f'is no key of sweep.space{f". Did you mean {shown(near[0])}?" if near else ""}'
+            message = f"is no key of sweep.space{f'. Did you mean {shown(near[0])}?' if near else ''}"
             yield Problem(UNKNOWN_KEY, node.key_place, dotted(path), message)
         elif dimension.kind == "expression":
             yield Problem(WRONG_VALUE, node.key_place, dotted(path), f"follows from {shown(dimension.expression)}; leave it out")

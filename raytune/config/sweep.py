@@ -13,15 +13,11 @@ ConfigKey = Annotated[str, Field(title="a config key")]
 """A dotted key of a run config. A mapping with such names has one level, however many dots they have."""
 
 _Options = Annotated[list[Any], Field(min_length=1, title="a list of values", examples=[[4, 8]])]
-_Range = Annotated[
-    list[float], Field(min_length=2, max_length=2, title="two numbers [low, high]", examples=[[1.0, 2.0]])
-]  # both are reached
-_IntegerRange = Annotated[
-    list[int], Field(min_length=2, max_length=2, title="two integers [low, high]", examples=[[4, 16]])
-]
-_Expression = Annotated[
-    Text, Field(title="an expression such as 2 * adapter.rank", examples=["2 * adapter.rank"])
-]
+_Range = Annotated[list[float], Field(min_length=2, max_length=2, title="two numbers [low, high]", examples=[[1.0, 2.0]])]
+_IntegerRange = Annotated[list[int], Field(min_length=2, max_length=2, title="two integers [low, high]", examples=[[4, 16]])]
+_Expression = Annotated[Text, Field(title="an expression such as 2 * adapter.rank", examples=["2 * adapter.rank"])]
+
+_Condition = Annotated[Text, Field(title="a condition such as adapter.rank >= 16", examples=["adapter.rank >= 16"])]
 
 
 class Dimension(Section):
@@ -44,7 +40,7 @@ class Dimension(Section):
     """A value that follows from other keys. Plain text means the same."""
     step: PositiveInt | PositiveFloat | None = None
     """Only low + k * step, up to the high end (with `uniform` and `integer`)."""
-    when: Annotated[_Expression, Field(examples=["adapter.rank >= 16"])] | None = None
+    when: _Condition | None = None
     """The key is drawn only where this is true; elsewhere the run's own value holds."""
 
     @property

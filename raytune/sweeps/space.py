@@ -161,7 +161,16 @@ def draw(space: Space, chooser: Chooser) -> dict[str, Any]:
     Raises:
         ConfigError: if an expression has no value for it, such as a division by zero.
     """
+    values, problems = _point(space, chooser)
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def _point(space: Space, chooser: Chooser) -> tuple[dict[str, Any], list[Problem]]:
+    """A point as far as its expressions have values, and the problems of those that have none."""
     values: dict[str, Any] = {}
+    problems: list[Problem] = []
 
     def value_of(key: str) -> Any:
         return values[key] if key in values else run_value(space.run, key)
@@ -173,8 +182,8 @@ def draw(space: Space, chooser: Chooser) -> dict[str, Any]:
             values[axis.key] = _drawn(axis, chooser, value_of)
         except ExpressionError as error:
             message = f"{error}{_with(_known(axis, values))}"
-            raise ConfigError([Problem(WRONG_VALUE, Place(_space_key(axis.key)), _space_key(axis.key), message)]) from error
-    return {key: values[key] for key in space.keys if key in values}
+            problems.append(Problem(WRONG_VALUE, Place(_space_key(axis.key)), _space_key(axis.key), message))
+    return {key: values[key] for key in space.keys if key in values}, problems
 
 
 def trials_of(run: RunConfig) -> list[Trial]:
@@ -241,8 +250,7 @@ def check_space(run: RunConfig, places: Places | None = None) -> None:
     """
     space, section = space_of(run), _section(run)
     found: dict[tuple[str, str], Problem] = {}
-    choosers = [(f"corner {i}", {}, chooser) for i, chooser in enumerate(_corner_choosers(space))]
-    choosers += [(f"first {i}", given, GivenChooser(given, _random(section, i, 0))) for i, given in enumerate(section.first)]
+    firsts = [GivenChooser(given, _random(section, i, 0)) for i, given in enumerate(section.first)]
     seen: set[str] = set()
 
     def note(problems: list[Problem]) -> None:
@@ -258,14 +266,11 @@ def check_space(run: RunConfig, places: Places | None = None) -> None:
             except ConfigError as error:
                 note(error.problems)
 
-    for _, given, chooser in choosers:
-        try:
-            values = draw(space, chooser)
-        except ConfigError as error:
-            note(error.problems)
-            continue
+    for chooser in (*_corner_choosers(space), *firsts):
+        values, problems = _point(space, chooser)
+        note(problems)
         check(values)
-        for key in given.keys() - values.keys():
+        for key in chooser.given.keys() - values.keys() if chooser in firsts else ():
             message = f"{key} is given in sweep.first, but its condition does not hold there: {shown(section.space[key].when)}"
             note([Problem(CONFLICT, Place("sweep.first"), "sweep.first", message)])
     if not found:

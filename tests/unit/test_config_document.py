@@ -138,6 +138,14 @@ def test_the_example_of_a_key_fits_the_schema(key):
     data = nested(key.path.split("."), example_of(key))
     if key.path.startswith("adapter.") and key.path != "adapter.method":
         data["adapter"]["method"] = key.methods[-1]
+    if sweep := data.get("sweep"):
+        stated = sweep.setdefault("space", {"adapter.rank": [4, 8]})
+        sweep["space"] = {"adapter.rank": stated} if key.path.startswith("sweep.space.") else stated
+        sweep |= (
+            {"stopping": {**sweep.get("stopping", {}), "method": key.methods[-1]}}
+            if key.methods and key.path != "sweep.stopping.method"
+            else {}
+        )
     for rows in (data.get("data", {}).get("train"), data.get("data", {}).get("validation")):
         if isinstance(rows, dict):
             rows.setdefault("path", "a.jsonl")

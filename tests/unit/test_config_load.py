@@ -121,25 +121,34 @@ def test_a_later_override_wins():
     assert load_config([], ["training.seed=1", "training.seed=2"]).training.seed == 2
 
 
-LEAVES = [key for key in keys().values() if not keys_in(key.path) and not key.path.startswith("evaluation.generation.rows.")]
+LEAVES = [
+    key
+    for key in keys().values()
+    if not keys_in(key.path) and not key.path.startswith("evaluation.generation.rows.") and key.path != "sweep.run"
+]
+"""A loaded config holds the keys of the file that `sweep.run` names, not its name."""
 
 
 @pytest.mark.parametrize("key", LEAVES, ids=lambda key: key.path)
 def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
     base = {
-        "adapter": {"method": key.methods[-1]} if key.methods else {},
+        "adapter": {"method": key.methods[-1]} if key.union == "adapter" else {},
         "evaluation": {"generation": {"rows": "a.jsonl"}},
         "data": {"train": "a.jsonl", "validation": "b.jsonl"} if key.path != "data.validation_fraction" else {},
         "training": {"zero": {"stage": 3, "nvme_path": "/nvme"}},
         "model": {"revision": "0" * 40},
     }
     if key.path.startswith("sweep."):
-        dimension = {"uniform": [0, 100]} if key.path == "sweep.space.step" else {"choice": [2]}
-        base["sweep"] = {"space": {"adapter.rank" if key.path != "sweep.space.step" else "adapter.alpha": {"choice": [4]}}}
+        dimension = {"uniform": [1, 100]} if key.path == "sweep.space.step" else {"choice": [4]}
+        base["sweep"] = {"space": {"adapter.alpha": dimension, "adapter.rank": [4]}}
+        base["sweep"] |= {"stopping": {"method": key.methods[-1]}} if key.methods else {}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
+    path = path.replace("sweep.space.", "sweep.space.adapter.alpha.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])
     at: Any = config.model_dump()
+    if key.path.startswith("sweep.space."):
+        at, path = at["sweep"]["space"]["adapter.alpha"], path.rpartition(".")[2]
     for part in path.split("."):
         at = at[int(part)] if part.isdigit() else at[part]
     assert at == schema.dump_python(schema.validate_python(value))
