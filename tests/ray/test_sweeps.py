@@ -1,0 +1,345 @@
+"""Real sweeps on two nodes: trials are judged as Ray Tune's ASHA would judge them, the winner is what it claims to be, and nothing
+that was stopped holds anything."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray import tune
+from ray.cluster_utils import Cluster
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.util import placement_group_table
+
+from raytune.api import sweep, train
+from raytune.launch.record import RunRecord
+from raytune.metrics import History, read_events
+from raytune.run_folder import RunFolder, SweepFolder
+from raytune.storage import read_json
+from raytune.sweeps.ledger import read_ledger
+from raytune.sweeps.results import SweepResult
+from raytune.sweeps.winner import against_trial, winner_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+STEPS, GRACE, FACTOR = 27, 3, 3
+
+
+def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "name": name,
+        "storage": str(storage),
+        "data": {
+            "train": {"path": "demo:train", "max_rows": 120},
+            "validation": {"path": "demo:validation", "max_rows": 24},
+            "max_length": 512,
+        },
+        "training": {"max_steps": STEPS, "global_batch_size": 2, "warmup_steps": 1},
+        "evaluation": {"every_steps": STEPS},
+        "cluster": {"address": cluster.address, "workers": 1},
+    }
+    return {key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in (base | sections).items()}
+
+
+def space_of_16() -> dict[str, Any]:
+    return {
+        "trials": 16,
+        "space": {
+            "adapter.rank": {"choice": [2, 4, 8, 16]},
+            "adapter.alpha": "2 * adapter.rank",
+            "training.learning_rate": {"log_uniform": [1e-4, 2e-2]},
+        },
+        "stopping": {"method": "asha", "grace": GRACE, "reduction_factor": FACTOR},
+    }
+
+
+def free_cpus_again(cluster: Cluster) -> bool:
+    """Whether all CPUs are free and no placement group is left, within a moment."""
+    ray.init(address=cluster.address, ignore_reinit_error=True)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+            if ray.available_resources().get("CPU") == 2.0 and not groups:
+                return True
+            time.sleep(0.5)
+        return False
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sixteen(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """A finished sweep of 16 trials of one worker."""
+    storage = tmp_path_factory.mktemp("sweeps")
+    return sweep(config(cluster, storage, "sixteen", sweep=space_of_16()), progress=False)
+
+
+def test_every_trial_ends_and_most_end_early(sixteen: SweepResult) -> None:
+    states = [trial.state for trial in sixteen.trials]
+    assert len(states) == 16
+    assert set(states) == {"finished", "stopped"}
+    assert 8 <= states.count("stopped") < 16
+    assert sixteen.spent_worker_s < sixteen.full_worker_s
+
+
+def test_trials_that_were_stopped_were_stopped_at_a_rung(sixteen: SweepResult) -> None:
+    assert sixteen.rungs == (3, 9)
+    assert {trial.step for trial in sixteen.trials if trial.state == "stopped"} <= {3, 9}
+
+
+def test_the_decisions_are_those_of_ray_tunes_asha(sixteen: SweepResult) -> None:
+    theirs = ASHAScheduler(
+        time_attr="step", metric="loss", mode="min", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR
+    )
+    known: set[str] = set()
+    decisions = read_ledger(f"{sixteen.folder}/ledger.jsonl").decisions
+    assert len(decisions) > 16
+    for decided in decisions:
+        trial: Any = SimpleNamespace(trial_id=decided.trial)
+        if decided.trial not in known:
+            known.add(decided.trial)
+            theirs.on_trial_add(None, trial)  # pyright: ignore[reportArgumentType]
+        action = theirs.on_trial_result(None, trial, {"step": decided.step, "loss": decided.value})  # pyright: ignore[reportArgumentType]
+        assert (action == TrialScheduler.STOP) == (decided.decision.verdict.value == "stop"), decided
+
+
+def test_the_winner_trained_alone_has_the_value_of_its_trial(sixteen: SweepResult) -> None:
+    best = sixteen.best
+    assert best is not None
+    assert best.state == "finished"
+    # On as many threads as the trial had beside its neighbour: sums in another order differ by 1e-6.
+    alone = train(winner_config(sixteen.folder, overrides=["cluster.threads_per_worker=1"]), progress=False)
+    comparison = against_trial(sixteen.folder, alone)
+    assert comparison.value == comparison.trial_value
+    trial_history = History.read(f"{best.folder}/metrics.jsonl")
+    assert alone.history.series("train/loss") == trial_history.series("train/loss"), "warm worker, kept base: the same curve"
+
+
+def test_all_trials_see_the_same_rows_from_one_store(sixteen: SweepResult) -> None:
+    plans = [read_json(f"{trial.folder}/plan.json") for trial in sixteen.trials]
+    assert len({plan["data"]["train"]["path"] for plan in plans}) == 1
+    assert len({plan["seed"] for plan in plans}) == 1
+    assert len({plan["optimization"]["learning_rate"] for plan in plans}) == 16
+
+
+def test_the_result_is_readable_by_ray_tunes_own_tools(sixteen: SweepResult) -> None:
+    grid = tune.ResultGrid(tune.ExperimentAnalysis(f"{sixteen.folder}/tune/command-1"))
+    assert len(grid) == 16
+    frame = grid.get_dataframe()
+    assert set(frame["config/adapter.rank"]) <= {2, 4, 8, 16}
+    theirs = grid.get_best_result(metric="validation/loss", mode="min")
+    assert sixteen.best is not None
+    assert theirs.config is not None
+    assert theirs.config["trial"] == sixteen.best.trial.name
+
+
+def test_what_a_sweep_leaves_is_whole(sixteen: SweepResult) -> None:
+    folder = Path(sixteen.folder)
+    assert len((folder / "trials.csv").read_text().splitlines()) == 17
+    assert len([json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]) == 16
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert SweepResult.from_json(read_json(folder / "result.json")) == sixteen
+    assert not any((folder / "trials" / t.trial.name / "checkpoints").exists() for t in sixteen.trials if t.state == "stopped")
+
+
+def test_a_finished_sweep_is_only_read(cluster: Cluster, sixteen: SweepResult) -> None:
+    before = (Path(sixteen.folder) / "ledger.jsonl").read_bytes()
+    again = sweep(config(cluster, Path(sixteen.folder).parent, "sixteen", sweep=space_of_16()), progress=False)
+    assert again == sixteen
+    assert (Path(sixteen.folder) / "ledger.jsonl").read_bytes() == before
+
+
+def test_stopped_trials_hold_nothing(cluster: Cluster, sixteen: SweepResult) -> None:
+    assert free_cpus_again(cluster)
+
+
+def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluster: Cluster, tmp_path: Path) -> None:
+    sharded = config(
+        cluster,
+        tmp_path,
+        "sharded",
+        training={"zero": {"stage": 3}},
+        cluster={"address": cluster.address, "workers": 2, "placement": "strict_spread"},
+        sweep={
+            "space": {"training.learning_rate": {"grid": [1e-2, 1e-3, 1e-4]}},
+            "stopping": {"grace": GRACE, "reduction_factor": FACTOR},
+        },
+    )
+    result = sweep(sharded, progress=False)
+    assert [trial.state for trial in result.trials] == ["finished", "stopped", "stopped"]
+    assert result.best is not None
+    assert result.best.trial.values == {"training.learning_rate": 1e-2}
+    held = read_json(f"{result.best.folder}/result.json")["held_bytes"]
+    assert len(held) == 2, "it was sharded over two workers"
+    assert free_cpus_again(cluster)
+    alone = train(winner_config(result.folder), progress=False)
+    comparison = against_trial(result.folder, alone)
+    assert comparison.value == pytest.approx(comparison.trial_value, rel=1e-6)
+
+
+def test_a_trial_that_diverges_fails_with_its_cause_and_never_wins(cluster: Cluster, tmp_path: Path) -> None:
+    with_a_dead_one = config(
+        cluster,
+        tmp_path,
+        "diverging",
+        adapter={"method": "full"},
+        training={"max_grad_norm": 0.0, "max_steps": 9},
+        sweep={"space": {"training.learning_rate": {"grid": [1e30, 1e-3]}}, "stopping": {"grace": 3}},
+    )
+    result = sweep(with_a_dead_one, progress=False)
+    dead, alive = sorted(result.trials, key=lambda trial: trial.trial.number)
+    assert (dead.state, alive.state) == ("failed", "finished")
+    assert "not finite" in (dead.cause or "")
+    assert RunRecord.read(RunFolder(f"{result.folder}/trials", dead.trial.name)).attempts == 1  # pyright: ignore[reportOptionalMemberAccess]
+    assert result.best is not None
+    assert result.best.trial == alive.trial
+    assert dead.step < 9
+
+
+def test_a_trial_whose_process_is_killed_is_continued_and_the_others_go_on(cluster: Cluster, tmp_path: Path) -> None:
+    patient = config(
+        cluster,
+        tmp_path,
+        "killed",
+        training={"max_steps": 60},
+        checkpoint={"every_steps": 5},
+        sweep={"space": {"training.learning_rate": {"grid": [1e-3, 2e-3]}}, "stopping": {"method": "none"}},
+    )
+    first = RunFolder(str(tmp_path / "killed" / "trials"), "trial-000")
+    pids: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not pids:
+            if History.read(first.metrics).last_step >= 12 and (lease := sorted(Path(first.leases).glob("*.json"))):
+                pids.append(read_json(lease[-1])["holder"]["pid"])
+                os.kill(pids[0], signal.SIGKILL)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = sweep(patient, progress=False)
+    killer.join()
+    assert pids, "nothing was killed"
+    assert [trial.state for trial in result.trials] == ["finished", "finished"]
+    assert [event["event"] for event in read_events(first.events)].count("attempt_started") == 2
+    unbroken = train(
+        {key: value for key, value in patient.items() if key != "sweep"} | {"name": "unbroken"},
+        progress=False,
+        **{"training.learning_rate": 1e-3},
+    )
+    assert History.read(first.metrics).series("train/loss") == unbroken.history.series("train/loss")
+
+
+@pytest.mark.parametrize("method", ["hyperband", "median"])
+def test_ray_tunes_other_rules_stop_trials_too(cluster: Cluster, tmp_path: Path, method: str) -> None:
+    result = sweep(
+        config(
+            cluster,
+            tmp_path,
+            method,
+            sweep={
+                "space": {"training.learning_rate": {"grid": [1e-2, 5e-3, 2e-5, 1e-5, 3e-5, 2e-2]}},
+                "stopping": {"method": method, "grace": 3},
+            },
+        ),
+        progress=False,
+    )
+    assert {trial.state for trial in result.trials} == {"finished", "stopped"}
+    assert result.best is not None
+    assert result.best.trial.values["training.learning_rate"] >= 5e-3
+    assert result.best.state == "finished"
+
+
+def test_optuna_proposes_points_inside_the_space_after_the_first_ones(cluster: Cluster, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    section = {
+        "search": "optuna",
+        "trials": 5,
+        "first": [{"training.learning_rate": 5e-3, "adapter.rank": 4}],
+        "space": {
+            "adapter.rank": {"choice": [2, 4, 8]},
+            "adapter.alpha": "2 * adapter.rank",
+            "training.learning_rate": {"log_uniform": [1e-4, 1e-2]},
+        },
+        "stopping": {"grace": 3},
+    }
+    result = sweep(config(cluster, tmp_path, "optuna", training={"max_steps": 9}, sweep=section), progress=False)
+    by_number = sorted(result.trials, key=lambda trial: trial.trial.number)
+    assert len(by_number) == 5
+    assert by_number[0].trial.values == {"adapter.rank": 4, "adapter.alpha": 8, "training.learning_rate": 5e-3}
+    for trial in by_number:
+        values = trial.trial.values
+        assert values["adapter.rank"] in (2, 4, 8)
+        assert values["adapter.alpha"] == 2 * values["adapter.rank"]
+        assert 1e-4 <= values["training.learning_rate"] <= 1e-2
+    assert len({json.dumps(trial.trial.values) for trial in by_number}) == 5
+
+
+def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster, tmp_path: Path) -> None:
+    values = config(cluster, tmp_path, "broken", sweep=space_of_16() | {"trials": 8}, training={"max_steps": 81})
+    file = tmp_path / "sweep.yaml"
+    file.write_text(json.dumps(values))
+    command = [sys.executable, "launch.py", "sweep", str(file)]
+    folder = SweepFolder(str(tmp_path), "broken")
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while len(read_ledger(folder.ledger).ends) < 3:
+            assert driver.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        driver.kill()
+        driver.wait()
+    before = read_ledger(folder.ledger)
+    finished = {name for name, end in before.ends.items()}
+    attempts = {name: RunRecord.read(folder.trial(name)).attempts for name in finished}  # pyright: ignore[reportOptionalMemberAccess]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    after = read_ledger(folder.ledger)
+    assert set(after.trials) == {f"trial-{number:03d}" for number in range(8)}
+    assert all(end.is_final for end in after.ends.values())
+    assert {name: after.ends[name] for name in finished} == {name: before.ends[name] for name in finished}
+    assert {name: RunRecord.read(folder.trial(name)).attempts for name in finished} == attempts, "ended trials were left alone"  # pyright: ignore[reportOptionalMemberAccess]
+    result = SweepResult.from_json(read_json(folder.result))
+    assert result.best is not None
+    assert math.isfinite(result.best.value or math.nan)
+    assert free_cpus_again(cluster)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter.rank": {"choice": [0, 8]}}, "adapter.rank"),
+        ({"data.max_length": {"choice": [512, 4096]}}, "positions"),
+        ({"cluster.workers": {"choice": [1, 64]}}, "CPUs"),
+    ],
+)
+def test_a_space_with_a_point_that_cannot_be_trained_is_refused_before_anything_starts(
+    cluster: Cluster, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    from raytune.errors import UserError
+
+    with pytest.raises(UserError, match=message):
+        sweep(config(cluster, tmp_path, "refused", sweep={"space": change}), progress=False)
+    assert not (tmp_path / "refused" / "ledger.jsonl").exists()
+
+
+def test_another_sweep_under_the_same_name_is_refused_with_the_difference(cluster: Cluster, sixteen: SweepResult) -> None:
+    from raytune.errors import UserError
+
+    other = space_of_16() | {"metric": "validation/perplexity"}
+    with pytest.raises(UserError, match=r"sweep\.metric: validation/loss -> validation/perplexity"):
+        sweep(config(cluster, Path(sixteen.folder).parent, "sixteen", sweep=other), progress=False)
