@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
 from raytune.data import sources, tokenising
+from raytune.data.build import StoreRequest, build_store
 from raytune.data.shards import ShardResult, ShardTask
-from raytune.data.store import Store, StoreInfo, StoreRequest, build_store
+from raytune.data.store import Store, StoreInfo
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.data.tokenising import TextEncoder, read_conversations
 from raytune.errors import DataError
