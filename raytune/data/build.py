@@ -35,7 +35,7 @@ from raytune.data.shards import (
 )
 from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side
-from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum, joined, read_info, read_meta, view
+from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, joined, read_info, read_meta, view
 from raytune.errors import DataError
 from raytune.storage import (
     file_digest,
@@ -188,7 +188,7 @@ def build_store(
             **sizes,
             "report": {**_REPORT, **tally.counts, "examples": tally.examples},
         }
-        write_json(built / META_FILE, meta | {"checksum": checksum(meta)})
+        write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
         sync_local_folder(built)
         return _put_in_place(built, final, read_info(final, meta))
     finally:

@@ -175,7 +175,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     if not isinstance(meta, dict):
         return None
     checksum = meta.pop("checksum", None)
-    return meta if checksum == checksum(meta) else None
+    return meta if checksum == checksum_of(meta) else None
 
 
 def read_info(folder: Path, meta: dict[str, Any]) -> StoreInfo:
@@ -183,7 +183,7 @@ def read_info(folder: Path, meta: dict[str, Any]) -> StoreInfo:
     return StoreInfo(path=str(folder), report=meta["report"], **{name: meta[name] for name in counts})
 
 
-def checksum(meta: dict[str, Any]) -> str:
+def checksum_of(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 

@@ -139,11 +139,9 @@ def test_a_loss_that_is_not_finite_names_file_and_line_of_its_documents(tmp_path
     hopeless = {
         "adapter": {"method": "full"},
         "data": {"train": str(rows)},
-        "training": {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0},
+        "training": {"learning_rate": 1e38, "warmup_steps": 0, "max_grad_norm": 0},
     }
-    message = (
-        rf"The loss of step 2 is not finite \(rank 0: nan on rows \d+(, \d+)* \(({rows}:\d+, ){{4}}{rows}:\d+ and \d+ more\)"
-    )
+    message = rf"The loss of step 2 is not finite \(rank 0: nan on rows \d+(, \d+)* \({rows}:\d+, {rows}:\d+"
     with pytest.raises(TrainingError, match=message):
         finished(tmp_path, hopeless)
 

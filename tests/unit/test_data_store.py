@@ -100,6 +100,8 @@ def test_every_document_of_a_row_is_traced_to_its_line(tmp_path: Path) -> None:
         pieces = np.split(row.input_ids, np.cumsum(row.document_lengths)[:-1])
         lines = [tokenizer.decode(piece, skip_special_tokens=True).split()[1] for piece in pieces]
         assert store.origins(index) == [f"{path}:{line}" for line in lines]
+    first = store.origins(0)
+    assert store.named([0]) == f"rows 0 ({', '.join(first[:5])} and {len(first) - 5} more)"
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
