@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, settings
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
+from raytune.data.build import StoreRequest, build_store
 from raytune.data.demo import demo_rows
-from raytune.data.store import StoreInfo, StoreRequest, build_store
+from raytune.data.store import StoreInfo
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan

@@ -53,23 +53,6 @@ def share_of_rank(*, micro_step: int, rank: int, world: int, micro_batch_size: i
     return slice(first, first + micro_batch_size)
 
 
-def rows_of_micro_batch(
-    *,
-    step: int,
-    micro_step: int,
-    rank: int,
-    world: int,
-    micro_batch_size: int,
-    accumulation: int,
-    num_rows: int,
-    seed: int,
-) -> np.ndarray:
-    """Rows of one forward pass of one rank."""
-    positions = positions_of_step(step, world * micro_batch_size * accumulation)
-    share = share_of_rank(micro_step=micro_step, rank=rank, world=world, micro_batch_size=micro_batch_size)
-    return rows_at(positions[share], num_rows, seed)
-
-
 def _feistel(value: Any, sides: tuple[int, int], keys: tuple[int, ...]) -> Any:
     """Permute 0..left*right-1, one int or a uint64 array: two digits take turns at being shifted by a hash of the other."""
     left_side, right_side = sides

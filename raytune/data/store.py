@@ -1,119 +1,31 @@
-"""The tokenised store: packed rows in an Arrow file, under an address that covers everything that decides its tokens.
+"""The tokenised store as workers read it: packed rows in an Arrow file, mapped into memory.
 
-    <folder>/<address>/rows.arrow    a record per packed row; workers map it into memory
+    <folder>/<address>/rows.arrow    a record per packed row
     <folder>/<address>/meta.json     counts, report, size and hash of rows.arrow; written last
 
-A store is built in a folder of its own and renamed into place whole, so that who finds one finds a complete one, however many
-build it at once. The address is a hash of the request, of the content of the sources and of the code that reads them.
+`build` makes stores. Reading one needs none of the libraries that building it does.
 """
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raytune.config.data import DataFormat, DataSource
-from raytune.data.masking import Targets
-from raytune.data.packing import Packing, pack
-from raytune.data.shards import (
-    ShardPart,
-    ShardResult,
-    ShardTask,
-    Tally,
-    TokenisingOptions,
-    TooLong,
-    bad_rows_error,
-    too_long_error,
-)
-from raytune.data.sources import ScannedFile, find_files, scan
-from raytune.data.split import Side
 from raytune.errors import DataError
-from raytune.storage import (
-    file_digest,
-    is_local,
-    local_errors,
-    local_path,
-    move_local_folder,
-    read_json,
-    sync_local_folder,
-    write_json,
-)
+from raytune.storage import local_path, read_json
 
 ROWS_FILE = "rows.arrow"
 META_FILE = "meta.json"
-_ROWS_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.large_list(pa.int32())),
-        ("is_target", pa.large_list(pa.bool_())),
-        ("document_lengths", pa.list_(pa.int32())),
-        ("files", pa.list_(pa.int32())),
-        ("lines", pa.list_(pa.int64())),
-        ("num_targets", pa.int64()),
-        ("num_bytes", pa.int64()),
-    ]
-)
-_TOKENS_PER_RECORD_BATCH = 1 << 20
-_MIN_SHARD_SEGMENTS = 2
-_MAX_SHARDS = 256
-# Modules whose code decides what a store holds.
-_CODE = ("conversation", "formats", "masking", "packing", "shards", "sources", "split", "store", "template", "tokenising")
-
-ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreRequest:
-    """What a store is to hold."""
-
-    sources: tuple[DataSource, ...]
-    template: str
-    """Jinja text (`template.resolve_template`); empty if all sources are plain text."""
-    targets: Targets
-    max_length: int
-    """Tokens per packed row, and the longest document."""
-    too_long: TooLong
-    packing: Packing
-    on_bad_row: Literal["error", "skip"]
-    tokenizer_fingerprint: str
-    """`template.tokenizer_fingerprint`."""
-    side: Side | Literal["all"] = "all"
-    """With `validation_fraction`, the side of the split that the store holds."""
-    validation_fraction: float = 0.0
-
-    def address(self, fingerprints: Sequence[Sequence[str]]) -> str:
-        """Name of the store: equal for equal tokens in equal rows.
-
-        Args:
-            fingerprints: for each source, those of its files.
-        """
-        what = asdict(self) | {
-            "sources": [
-                {
-                    "format": source.format,
-                    "columns": source.columns,
-                    "max_rows": source.max_rows,
-                    "files": list(files),
-                    # Messages about a row name its file, wherever that lies.
-                    "name": source.path.rstrip("/").split("/")[-1],
-                }
-                for source, files in zip(self.sources, fingerprints, strict=True)
-            ],
-            "code": _code_fingerprint(),
-        }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+NUM_NAMED = 5
+"""Documents that a message names of the rows it is about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +68,7 @@ class Store:
             DataError: if there is none, or it is not what its builder left.
         """
         folder = local_path(path)
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         rows = folder / ROWS_FILE
         if meta is None or not rows.is_file() or rows.stat().st_size != meta["size"]:
             raise DataError(
@@ -166,16 +78,16 @@ class Store:
         return cls(folder, meta)
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self.info = _info(folder, meta)
+        self.info = read_info(folder, meta)
         self._files: list[str] = meta["source_files"]
         # An open map keeps the file alive even if the store is deleted.
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS_FILE)))
         batches = [self._reader.get_batch(index) for index in range(self._reader.num_record_batches)]
         self._first_rows = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._batches = [_MappedBatch.of(batch) for batch in batches]
-        self.num_targets_of_row = _joined([batch.column("num_targets") for batch in batches])
+        self.num_targets_of_row = joined([batch.column("num_targets") for batch in batches])
         """int64."""
-        self.num_bytes_of_row = _joined([batch.column("num_bytes") for batch in batches])
+        self.num_bytes_of_row = joined([batch.column("num_bytes") for batch in batches])
         """int64; UTF-8 bytes of the text behind each row's targets."""
 
     @property
@@ -213,6 +125,13 @@ class Store:
         documents = slice(batch.document_offsets[place], batch.document_offsets[place + 1])
         return [f"{self._files[file]}:{line}" for file, line in zip(batch.files[documents], batch.lines[documents])]
 
+    def named(self, rows: Iterable[int]) -> str:
+        """Rows in words that a user finds them by: file and line of their first documents."""
+        indices = list(rows)
+        origins = [origin for index in indices for origin in self.origins(index)]
+        more = f" and {len(origins) - NUM_NAMED} more" if len(origins) > NUM_NAMED else ""
+        return f"rows {', '.join(map(str, indices))} ({', '.join(origins[:NUM_NAMED])}{more})"
+
     def _place(self, index: int) -> tuple["_MappedBatch", int]:
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of a store of {self.num_rows}")
@@ -237,280 +156,17 @@ class _MappedBatch:
         ids, targets = batch.column("input_ids"), batch.column("is_target")
         documents = batch.column("document_lengths")
         return cls(
-            token_offsets=_view(ids.offsets, np.int64),
-            input_ids=_view(ids.values, np.int32),
+            token_offsets=view(ids.offsets, np.int64),
+            input_ids=view(ids.values, np.int32),
             is_target_bits=np.frombuffer(targets.values.buffers()[1], np.uint8),
-            document_offsets=_view(documents.offsets, np.int32),
-            document_lengths=_view(documents.values, np.int32),
-            files=_view(batch.column("files").values, np.int32),
-            lines=_view(batch.column("lines").values, np.int64),
+            document_offsets=view(documents.offsets, np.int32),
+            document_lengths=view(documents.values, np.int32),
+            files=view(batch.column("files").values, np.int32),
+            lines=view(batch.column("lines").values, np.int64),
         )
 
 
-def build_store(
-    request: StoreRequest,
-    *,
-    tokenizer_path: str,
-    folder: str | Path,
-    tokenizer_revision: str | None = None,
-    trust_remote_code: bool = False,
-    parallel_map: ParallelMap = map,
-) -> StoreInfo:
-    """Tokenise and pack what the request asks for, or find that it was done before.
-
-    Args:
-        tokenizer_path: folder or hub id of the tokenizer, for every process that `parallel_map` uses.
-        folder: local folder for stores, readable and writable for all these processes.
-        parallel_map: calls a function on every task and gives the results in order.
-
-    Raises:
-        DataError: if rows cannot be used (and the policy is to stop), or nothing is left to train on; the message has counts, and
-            the first rows with file and line.
-    """
-    if not is_local(folder):
-        raise DataError(
-            f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
-        )
-    from raytune.data.tokenising import formats_of, tokenise_shard  # workers open stores and need none of its libraries
-
-    stores = local_path(folder)
-    draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
-    try:
-        with local_errors(stores):
-            draft.mkdir(parents=True)
-        scanned = [
-            [scan(file, source.max_rows) for file in find_files(source, draft / "downloads")] for source in request.sources
-        ]
-        address = request.address([[file.fingerprint for file in files] for files in scanned])
-        final = stores / address
-        if (found := _intact(final)) is not None:
-            return found
-        options = TokenisingOptions(
-            tokenizer_path=tokenizer_path,
-            tokenizer_revision=tokenizer_revision,
-            trust_remote_code=trust_remote_code,
-            tokenizer_fingerprint=request.tokenizer_fingerprint,
-            template=request.template,
-            targets=request.targets,
-            max_length=request.max_length,
-            too_long=request.too_long,
-            side=request.side,
-            validation_fraction=request.validation_fraction,
-        )
-        formats = formats_of(request.sources, scanned)
-        tasks = _shards(request.sources, scanned, formats, options, draft)
-        results = list(parallel_map(tokenise_shard, tasks))
-        tally = _checked_tally(request, results)
-        built = draft / "store"
-        built.mkdir()
-        sizes = _write_rows(built / ROWS_FILE, [result.path for result in results], request)
-        digest = file_digest(built / ROWS_FILE)
-        files = [file.file.name for source_files in scanned for file in source_files]
-        meta = {
-            "address": address,
-            "source_files": files,
-            "size": digest.size,
-            "sha256": digest.sha256,
-            **sizes,
-            "report": {**_REPORT, **tally.counts, "examples": tally.examples},
-        }
-        write_json(built / META_FILE, meta | {"checksum": _checksum(meta)})
-        sync_local_folder(built)
-        return _put_in_place(built, final, _info(final, meta))
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-_REPORT = dict.fromkeys(
-    ("rows", "documents", "targets", "bad_rows", "too_long", "answers_cut", "no_target", "other_side", "without_end_token"), 0
-)
-
-
-def _shards(
-    sources: Sequence[DataSource],
-    scanned: Sequence[Sequence[ScannedFile]],
-    formats: Sequence[DataFormat],
-    options: TokenisingOptions,
-    draft: Path,
-) -> list[ShardTask]:
-    """Divide all segments into tasks of similar size, in order. A source of which only the first rows count is one task."""
-    groups: list[tuple[list[ShardPart], int | None]] = []
-    num_segments = sum(len(file.segments) for files in scanned for file in files)
-    per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
-    file_index = 0
-    for source, files, name in zip(sources, scanned, formats, strict=True):
-        parts = []
-        for file in files:
-            parts += [
-                ShardPart(segment=segment, file_index=file_index, format=name, columns=source.columns)
-                for segment in file.segments
-            ]
-            file_index += 1
-        step = len(parts) if source.max_rows is not None else per_shard
-        groups += [(parts[start : start + step], source.max_rows) for start in range(0, len(parts), max(1, step))]
-    return [
-        ShardTask(parts=tuple(parts), max_rows=max_rows, options=options, output=str(draft / f"shard-{index:05d}.arrow"))
-        for index, (parts, max_rows) in enumerate(groups)
-    ]
-
-
-def _checked_tally(request: StoreRequest, results: Sequence[ShardResult]) -> Tally:
-    """What happened in all shards.
-
-    Raises:
-        DataError: if a policy says to stop, or nothing is left.
-    """
-    tally = Tally()
-    for result in results:
-        tally.merge(result.tally)
-    counts = tally.counts
-    if counts["bad_rows"] and request.on_bad_row == "error":
-        raise bad_rows_error(tally)
-    if counts["too_long"] and request.too_long == "error":
-        raise too_long_error(tally, request.max_length)
-    if not counts["documents"]:
-        reasons = {
-            "bad_rows": "cannot be used",
-            "too_long": f"are longer than data.max_length, {request.max_length} tokens (data.too_long: {request.too_long})",
-            "no_target": f"have no target (data.targets: {request.targets})",
-            "other_side": f"lie on the other side of the split (data.validation_fraction: {request.validation_fraction})",
-        }
-        lost = [f"  {counts[what]} {why}{_first(tally, what)}" for what, why in reasons.items() if counts[what]]
-        names = ", ".join(source.path for source in request.sources)
-        raise DataError("\n".join([f"No row of {names} can be trained on. Of {counts['rows']} rows", *lost]))
-    return tally
-
-
-def _first(tally: Tally, what: str) -> str:
-    return f"; the first is {tally.examples[what][0]}" if what in tally.examples else ""
-
-
-# --- Writing -----------------------------------------------------------------------------------------------------------------
-
-
-class _Documents:
-    """The documents of all shards, memory-mapped."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        batches = [batch for path in paths for batch in _batches_of(path)]
-        offsets = [_view(batch.column("input_ids").offsets, np.int32) for batch in batches]
-        self._input_ids = [_view(batch.column("input_ids").values, np.int32) for batch in batches]
-        self._is_target = [_view(batch.column("is_target").values, np.uint8).view(bool) for batch in batches]
-        self._batch = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
-        self._start = np.concatenate([one[:-1] for one in offsets])
-        self.lengths = np.concatenate([np.diff(one) for one in offsets])
-        self.num_bytes = _joined([batch.column("num_bytes") for batch in batches])
-        self.files = _joined([batch.column("file") for batch in batches], np.int32)
-        self.lines = _joined([batch.column("line") for batch in batches])
-
-    def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and targets of documents, end to end."""
-        places = list(zip(self._batch[documents], self._start[documents], self._start[documents] + self.lengths[documents]))
-        return (
-            np.concatenate([self._input_ids[batch][start:stop] for batch, start, stop in places]),
-            np.concatenate([self._is_target[batch][start:stop] for batch, start, stop in places]),
-        )
-
-
-def _batches_of(path: str) -> Iterator[pa.RecordBatch]:
-    reader = pa.ipc.open_file(pa.memory_map(path))
-    return (reader.get_batch(index) for index in range(reader.num_record_batches))
-
-
-def _write_rows(path: Path, shard_paths: Sequence[str], request: StoreRequest) -> dict[str, int]:
-    """Pack the documents of all shards and write the rows.
-
-    Returns:
-        The counts of `StoreInfo`.
-    """
-    documents = _Documents(shard_paths)
-    rows = pack(documents.lengths, request.max_length, request.packing)
-    num_targets = 0
-    with local_errors(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _ROWS_SCHEMA) as writer:
-        for some_rows in _in_batches(rows, documents.lengths):
-            batch = _record_batch(some_rows, documents)
-            num_targets += int(_view(batch.column("num_targets"), np.int64).sum())
-            writer.write_batch(batch)
-    return {
-        "num_rows": len(rows),
-        "num_documents": len(documents.lengths),
-        "num_tokens": int(documents.lengths.sum(dtype=np.int64)),
-        "num_targets": num_targets,
-        "num_bytes": int(documents.num_bytes.sum()),
-        "longest_document": int(documents.lengths.max()),
-    }
-
-
-def _in_batches(rows: Sequence[list[int]], lengths: np.ndarray) -> Iterator[list[list[int]]]:
-    some_rows, num_tokens = [], 0
-    for row in rows:
-        some_rows.append(row)
-        num_tokens += int(lengths[row].sum())
-        if num_tokens >= _TOKENS_PER_RECORD_BATCH:
-            yield some_rows
-            some_rows, num_tokens = [], 0
-    if some_rows:
-        yield some_rows
-
-
-def _record_batch(rows: Sequence[list[int]], documents: _Documents) -> pa.RecordBatch:
-    members = np.concatenate([np.asarray(row) for row in rows])
-    document_offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    lengths = documents.lengths[members]
-    token_offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[document_offsets]
-    input_ids, is_target = documents.tokens(members)
-    offsets = pa.array(document_offsets, pa.int32())
-    return pa.record_batch(
-        [
-            pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(input_ids)),
-            pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(is_target)),
-            pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
-            pa.ListArray.from_arrays(offsets, pa.array(documents.files[members])),
-            pa.ListArray.from_arrays(offsets, pa.array(documents.lines[members])),
-            pa.array(np.add.reduceat(is_target, token_offsets[:-1], dtype=np.int64)),
-            pa.array(np.add.reduceat(documents.num_bytes[members], document_offsets[:-1])),
-        ],
-        schema=_ROWS_SCHEMA,
-    )
-
-
-# --- Finding and placing -----------------------------------------------------------------------------------------------------
-
-
-def _put_in_place(built: Path, final: Path, info: StoreInfo) -> StoreInfo:
-    """Rename a built store to its address. Another builder's store, finished first, is as good; a damaged one is replaced."""
-    while True:
-        try:
-            os.rename(built, final)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            if (found := _intact(final)) is not None:
-                return found
-            aside = final.with_name(f"damaged-{uuid.uuid4().hex[:12]}")
-            with suppress(FileNotFoundError):  # another builder was quicker
-                move_local_folder(final, aside)
-            if _intact(aside) is not None:  # another builder has just put a good one there
-                with suppress(OSError):
-                    os.rename(aside, final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            return info
-
-
-def _intact(folder: Path) -> StoreInfo | None:
-    """The store in a folder if it is complete and every byte is what was written; else None."""
-    meta = _read_meta(folder)
-    if meta is None:
-        return None
-    try:
-        digest = file_digest(folder / ROWS_FILE)
-    except FileNotFoundError:
-        return None
-    return _info(folder, meta) if (digest.size, digest.sha256) == (meta["size"], meta["sha256"]) else None
-
-
-def _read_meta(folder: Path) -> dict[str, Any] | None:
+def read_meta(folder: Path) -> dict[str, Any] | None:
     """The meta file's content, or None if there is none or it is not what was written."""
     try:
         meta = read_json(folder / META_FILE)
@@ -519,28 +175,22 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     if not isinstance(meta, dict):
         return None
     checksum = meta.pop("checksum", None)
-    return meta if checksum == _checksum(meta) else None
+    return meta if checksum == checksum_of(meta) else None
 
 
-def _info(folder: Path, meta: dict[str, Any]) -> StoreInfo:
+def read_info(folder: Path, meta: dict[str, Any]) -> StoreInfo:
     counts = ("num_rows", "num_documents", "num_tokens", "num_targets", "num_bytes", "longest_document")
     return StoreInfo(path=str(folder), report=meta["report"], **{name: meta[name] for name in counts})
 
 
-def _checksum(meta: dict[str, Any]) -> str:
+def checksum_of(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-@cache
-def _code_fingerprint() -> str:
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _CODE)).hexdigest()
+def joined(columns: Sequence[pa.Array], dtype: type = np.int64) -> np.ndarray:
+    return np.concatenate([view(column, dtype) for column in columns])
 
 
-def _joined(columns: Sequence[pa.Array], dtype: type = np.int64) -> np.ndarray:
-    return np.concatenate([_view(column, dtype) for column in columns])
-
-
-def _view(array: pa.Array, dtype: type) -> np.ndarray:
+def view(array: pa.Array, dtype: type) -> np.ndarray:
     """An array's numbers where they lie. `array.to_numpy()` gives the same, and imports pandas."""
     return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]

@@ -24,8 +24,9 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import format_of, read_row
 from raytune.data.masking import Targets, target_mask
+from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TokenisingOptions, bad_rows_error
-from raytune.data.sources import BadRow, ScannedFile, find_files, read_segment, scan
+from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side, side_of
 from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError

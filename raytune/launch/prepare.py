@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from raytune.config.run import RunConfig
-from raytune.data.store import ParallelMap
+from raytune.data.build import ParallelMap
 from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
 from raytune.model.files import resolve_model_path

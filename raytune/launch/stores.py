@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
+from raytune.data.build import ParallelMap, StoreRequest, build_store
 from raytune.data.sources import source_name
-from raytune.data.store import ParallelMap, StoreInfo, StoreRequest, build_store
+from raytune.data.store import StoreInfo
 from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raytune.config.adapter import FullAdapter, QloraAdapter
-from raytune.model.quantize import DTYPES, quantization_config
+from raytune.model.dtypes import DTYPES
+from raytune.model.quantize import quantization_config
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.shapes import model_files
 

@@ -29,9 +29,10 @@ from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
+from raytune.model.dtypes import DTYPES
 from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
-from raytune.model.quantize import DTYPES, is_quantized, quantization_config
+from raytune.model.quantize import is_quantized, quantization_config
 from raytune.plan.run_plan import ModelPlan
 from raytune.plan.shapes import model_files
 

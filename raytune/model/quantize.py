@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from raytune.config.adapter import QloraAdapter
-from raytune.config.training import Precision
 from raytune.errors import ModelError
+from raytune.model.dtypes import DTYPES
 from raytune.plan.run_plan import ModelPlan
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quantization_config(adapter: QloraAdapter, model: ModelPlan) -> BitsAndBytesConfig:

@@ -22,7 +22,7 @@ from raytune.plan.defaults import (
     default_weight_decay,
 )
 from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
-from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.requirements import (
     Device,
@@ -110,7 +110,7 @@ def choose_plan(
     )
     fit = choose_fit(config, setting, shape, machine, data)
     reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
-    _check_generation(config, fit, shape, machine, device)
+    _check_generation(config, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
@@ -336,16 +336,15 @@ def _check_metric(metric: str, data: DataFacts) -> None:
         )
 
 
-def _check_generation(config: RunConfig, fit: Fit, shape: ModelShape, machine: Machine, device: Device) -> None:
-    """Refuse answers at the end of a run whose workers have no room for a whole model in 16 bits beside their engine."""
+def _check_generation(config: RunConfig, shape: ModelShape, machine: Machine, device: Device) -> None:
+    """Refuse answers at the end of a run whose workers have no room for a whole model in 16 bits; the engine is gone by then."""
     if config.evaluation.generation is None or device == "cpu" or machine.gpu_memory_bytes is None:
         return
-    held, whole = bytes_in(fit.memory, "device"), 2 * shape.num_parameters
-    if held + whole > machine.gpu_memory_bytes:
+    whole, room = 2 * shape.num_parameters, int(USABLE_SHARE * machine.gpu_memory_bytes)
+    if whole > room:
         raise PlanError(
-            f"evaluation.generation loads the whole model on every worker at the end ({format_bytes(whole)}) beside what "
-            f"training holds ({format_bytes(held)}), but the GPU has {format_bytes(machine.gpu_memory_bytes)}. "
-            f"Leave evaluation.generation out."
+            f"evaluation.generation loads the whole model on every worker at the end ({format_bytes(whole)}), but of the GPU's "
+            f"memory {format_bytes(room)} can be used. Leave evaluation.generation out."
         )
 
 

@@ -9,5 +9,7 @@ One run on one rank, from the rim inwards:
     zero_engine.py  `ZeroEngine`: weights, gradients and optimizer state sharded by DeepSpeed
     losses.py optimizer.py schedule.py    what the loop and the engines are handed
     checkpoint.py   the commit protocol: how a checkpoint comes to count, is found again and goes
+    checkpoint_folder.py    where checkpoints lie, and what one attempt may do there
+    peers.py        ranks that agree: what one of them raises, all of them raise
     commit.py       a committed checkpoint as its manifest describes it; which ones stay
 """

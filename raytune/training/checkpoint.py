@@ -25,16 +25,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from raytune import storage
-from raytune.errors import CheckpointError, RaytuneError, StorageFullError, TakenOverError
+from raytune.errors import CheckpointError, RaytuneError, StorageFullError
 from raytune.plan.run_plan import CheckpointPlan
-from raytune.run_folder import DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, UNFINISHED_FOLDER, RunFolder, step_folder
+from raytune.run_folder import RunFolder, step_folder
+from raytune.training.checkpoint_folder import CheckpointFolder
 from raytune.training.commit import (
     Commit,
     SavedFile,
@@ -44,17 +42,16 @@ from raytune.training.commit import (
     damaged,
     entries,
     misplaced,
-    newest_fence,
     retain,
 )
 from raytune.training.engine import Engine
+from raytune.training.peers import Peers, gather_in_own_group
 from raytune.units import MIB, format_bytes
 from raytune.versions import library_versions
 
 # Saves differ a little in size from one to the next: JSON, and DeepSpeed's own bookkeeping.
 _ROOM_FACTOR = 1.02
 
-T = TypeVar("T")
 Report = Callable[..., None]
 """`EventLog.write`, or anything else that takes the name of an event and its facts by keyword."""
 
@@ -94,21 +91,21 @@ class Checkpoints:
         self._fence, self._clock = fence, clock
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as a manifest gives it back: lists for tuples
         self._report = report if engine.rank == 0 else _say_nothing
-        self._is_local = storage.is_local(folder.checkpoints)
-        self._peers = _Peers(engine.rank, engine.gather_objects)
+        self._place = CheckpointFolder(folder, fence)
+        self._peers = Peers(engine.rank, engine.gather_objects, CheckpointError)
         # A group of its own: while the thread of a save talks to its peers, the training thread goes on using the engine's.
-        self._saving_peers = _Peers(engine.rank, _gather_through_own_group(engine.world_size, timeout_s))
+        self._saving_peers = Peers(engine.rank, gather_in_own_group(engine.world_size, timeout_s), CheckpointError)
         self._saving: _Saving | None = None
         self._newest: Commit | None = None
         self._previous_failed = False
         self._own_bytes = 0
         name = hashlib.sha256(folder.path.encode()).hexdigest()[:16]
         self._scratch = Path("/")  # of no use on local storage
-        if not self._is_local:
+        if not self._place.is_local:
             self._scratch = self._peers.together(scratch_root)[engine.rank] if scratch is None else scratch
             self._scratch = self._scratch / name / f"rank-{engine.rank}"
             self._peers.together(lambda: storage.remove_folder(self._scratch, self._scratch.parent))
-        self._peers.decide(self._claim)
+        self._peers.decide(self._place.claim)
 
     def load_newest(self) -> Commit | None:
         """Load the newest intact commit into the engine; None if the run has none yet.
@@ -145,15 +142,7 @@ class Checkpoints:
         """The commit whose model is the result of the run so far."""
         return self._peers.decide(lambda: best_commit(committed(self._folder), self._policy.metric, self._policy.mode))
 
-    def save(
-        self,
-        step: int,
-        *,
-        metrics: Mapping[str, float],
-        run_state: Mapping[str, Any],
-        may_skip: bool = False,
-        expected_bytes: int = 0,
-    ) -> bool:
+    def save(self, step: int, *, metrics: Mapping[str, float]) -> None:
         """Save what the engine holds after `step`; returns when the engine has written it, before it is committed.
 
         A save that fails on its way to the commit is reported; the next call then waits for its own commit, so that only a
@@ -161,25 +150,17 @@ class Checkpoints:
 
         Args:
             metrics: ranks checkpoints and is kept with this one. Flush the metrics file first.
-            run_state: values of strict JSON (no infinity) to get back from `load_newest`.
-            may_skip: return False, saving nothing, while the save before is still on its way. Otherwise wait for it.
-            expected_bytes: size of this rank's files, where it is known before the first save.
 
         Raises:
-            ValueError: if `run_state` is not strict JSON.
             StorageFullError: if there is no room, before anything was written.
             CheckpointError, UserError, ClusterError: on every rank, at the second failure in a row.
         """
-        json.dumps(run_state, allow_nan=False)  # here, where the traceback still leads to whoever made it
-        if may_skip and not all(self._peers.together(lambda: self._saving is None or self._saving.finished.is_set())):
-            self._report("checkpoint_skipped", step=step, reason="the save before is still on its way to the storage")
-            return False
         try:
             self.wait()
         except RaytuneError:
             self._previous_failed = True  # reported already; this save takes its place
-        self._make_room(step, max(self._own_bytes, expected_bytes))
-        saving = _Saving(step, dict(metrics), dict(run_state), self._draft(step))
+        self._make_room(step)
+        saving = _Saving(step, dict(metrics), self._draft(step))
         try:
             with storage.local_errors(saving.draft):
                 storage.remove_folder(saving.draft, saving.draft.parent)
@@ -191,7 +172,6 @@ class Checkpoints:
         threading.Thread(target=self._finish, args=(saving,), name=f"checkpoint {step}", daemon=True).start()
         if self._previous_failed:
             self.wait()
-        return True
 
     def wait(self) -> Commit | None:
         """Wait until the save in flight is committed; the newest commit that this attempt has loaded or made.
@@ -209,24 +189,24 @@ class Checkpoints:
 
     # --- Steps of a save -----------------------------------------------------------------------------------------------------
 
-    def _make_room(self, step: int, own_bytes: int) -> None:
+    def _make_room(self, step: int) -> None:
         """See that every disk has room for the next save before anybody writes."""
-        self._peers.decide(lambda: self._remove_drafts(step))
-        short = self._short_of_room(step, own_bytes)
+        self._peers.decide(lambda: self._place.remove_unfinished(step))
+        short = self._short_of_room(step)
         if short:
-            self._peers.decide(self._clear)
-            short = self._short_of_room(step, own_bytes)
+            self._peers.decide(self._place.clear)
+            short = self._short_of_room(step)
         if short:
             raise StorageFullError(
                 f"There is no room for the checkpoint of step {step}: {'; '.join(short)}. The checkpoints before it are intact. "
                 f"Free some space or lower checkpoint.keep_last, then run the same command again."
             )
 
-    def _short_of_room(self, step: int, own_bytes: int) -> list[str]:
+    def _short_of_room(self, step: int) -> list[str]:
         """Disks that the next save does not fit on, a phrase each; the same on every rank."""
         draft = self._draft(step)
-        disk = str(draft.parent.parent) if self._is_local else f"{self._scratch.parent} of {os.uname().nodename}"
-        asked = self._peers.together(lambda: (disk, own_bytes, storage.free_bytes(draft) or 0))
+        disk = str(draft.parent.parent) if self._place.is_local else f"{self._scratch.parent} of {os.uname().nodename}"
+        asked = self._peers.together(lambda: (disk, self._own_bytes, storage.free_bytes(draft) or 0))
         short = []
         for name in sorted({name for name, _, _ in asked}):
             needed = round(_ROOM_FACTOR * sum(wanted for other, wanted, _ in asked if other == name))
@@ -245,7 +225,7 @@ class Checkpoints:
             saving.error = error
             if self._engine.rank == 0:
                 with suppress(RaytuneError):  # what made the save fail may stop this too; the next save or start clears up
-                    self._remove_drafts(saving.step)
+                    self._place.remove_unfinished(saving.step)
             self._report("checkpoint_failed", step=saving.step, kind=type(error).__name__, reason=str(error))
         else:
             self._own_bytes = sum(file.size for file in stored[self._engine.rank])
@@ -253,7 +233,7 @@ class Checkpoints:
             if self._engine.rank == 0:
                 self._delete_old()
         finally:
-            if not self._is_local:
+            if not self._place.is_local:
                 with suppress(RaytuneError):
                     storage.remove_folder(saving.draft, self._scratch.parent)
             saving.finished.set()
@@ -262,32 +242,31 @@ class Checkpoints:
         """Bring this rank's files to the storage, beside those of the others; what is there then."""
         if saving.engine_error is not None:
             raise _explained(saving.engine_error, saving.draft) from saving.engine_error
-        if self._is_local:
+        if self._place.is_local:
             storage.sync_local_folder(saving.draft)
             names = list(storage.file_sizes(saving.draft))
             digests = dict(zip(names, storage.in_parallel(lambda name: storage.file_digest(saving.draft / name), names)))
-            state = storage.local_path(self._state(saving.step))
+            state = storage.local_path(self._place.state_of_step(saving.step))
             for name in names:
                 (state / name).parent.mkdir(parents=True, exist_ok=True)
                 os.rename(saving.draft / name, state / name)
-            storage.remove_folder(saving.draft, self._folder.checkpoints)
+            storage.remove_folder(saving.draft, self._place.path)
         else:
-            digests = storage.upload_folder(saving.draft, self._state(saving.step))
+            digests = storage.upload_folder(saving.draft, self._place.state_of_step(saving.step))
         return [SavedFile(rank=self._engine.rank, name=name, size=d.size, sha256=d.sha256) for name, d in digests.items()]
 
     def _commit(self, saving: "_Saving", files: list[SavedFile]) -> Commit:
         """Write the manifest and make it count; rank 0."""
-        state, path = self._state(saving.step), self._folder.checkpoint(saving.step)
+        state = self._place.state_of_step(saving.step)
         assert len({file.name for file in files}) == len(files), f"two ranks saved a file of the same name: {files}"
         commit = Commit(
-            path=path,
+            path=self._place.of_step(saving.step),
             step=saving.step,
             world_size=self._engine.world_size,
             fence=self._fence,
             parent=self._newest.step if self._newest else None,
             created=self._clock(),
             metrics=saving.metrics,
-            run_state=saving.run_state,
             fingerprint=self._fingerprint,
             versions=library_versions(),
             folder=state.rpartition("/")[2],
@@ -298,22 +277,14 @@ class Checkpoints:
                 f"{state} does not hold what the ranks saved, as rank 0 on {os.uname().nodename} sees it: "
                 f"{'; '.join(problems[:5])}. Is {self._folder.storage} the same shared folder on every node?"
             )
-        self._refuse_newer_fence()
-        if self._is_local:
-            draft = storage.local_path(state).parent
-            storage.write_bytes(draft / MANIFEST, commit.to_manifest())
-            storage.sync_local_folder(draft)
-            self._discard(path)  # there only if an older attempt committed this step and this one resumed from before it
-            storage.move_local_folder(draft, storage.local_path(path))
-        else:
-            storage.write_bytes(f"{path}/{MANIFEST}", commit.to_manifest())
+        self._place.commit(commit)
         return commit
 
     def _delete_old(self) -> None:
         """Remove what the policy does not keep; rank 0. The newest commit was just verified: a good one always stays."""
         try:
             for commit in retain(committed(self._folder), self._policy)[1]:
-                self._discard(commit.path)
+                self._place.discard(commit.path)
                 self._report("checkpoint_deleted", step=commit.step)
         except RaytuneError as error:  # the save itself succeeded; what stays now goes after the next one
             self._report("checkpoint_not_deleted", reason=str(error))
@@ -358,7 +329,7 @@ class Checkpoints:
         listing = self._peers.decide(lambda: misplaced(commit, storage.file_sizes(commit.state)))
         if listing:
             return listing
-        wrong = self._peers.together(lambda: self._check_in_place(commit) if self._is_local else self._download(commit))
+        wrong = self._peers.together(lambda: self._check_in_place(commit) if self._place.is_local else self._download(commit))
         return sorted({problem for own in wrong for problem in own})
 
     def _check_in_place(self, commit: Commit) -> list[str]:
@@ -385,92 +356,25 @@ class Checkpoints:
             except Exception as error:
                 raise CheckpointError(f"{commit.path} is intact but cannot be loaded: {type(error).__name__}: {error}") from error
             finally:
-                if not self._is_local:
+                if not self._place.is_local:
                     storage.remove_folder(self._at_hand(commit), self._scratch.parent)
 
         self._peers.together(load)
 
     def _set_aside(self, step: int, problems: list[str]) -> None:
-        """Uncommit a damaged checkpoint but keep it for whoever wants to know why; rank 0."""
-        path = self._folder.checkpoint(step)
-        if self._is_local:
-            aside = f"{path}.damaged"
-            storage.remove_folder(aside, self._folder.checkpoints)
-            storage.move_local_folder(storage.local_path(path), storage.local_path(aside))
-        else:
-            aside = f"{path}/{DAMAGED_MANIFEST}"
-            storage.write_bytes(aside, storage.read_bytes(f"{path}/{MANIFEST}"))
-            storage.remove_folder(f"{path}/{MANIFEST}", path)
+        aside = self._place.set_aside(step)
         self._report("checkpoint_damaged", step=step, problems=problems[:10], set_aside=aside)
 
-    # --- The folder ----------------------------------------------------------------------------------------------------------
-
-    def _claim(self) -> None:
-        """Write the fence and clear what older attempts left; rank 0."""
-        self._refuse_newer_fence()
-        storage.write_json(self._folder.fence, {"fence": self._fence})
-        self._clear()
-
-    def _refuse_newer_fence(self) -> None:
-        newest = newest_fence(self._folder)
-        if newest > self._fence:
-            raise TakenOverError(
-                f"Attempt {newest} has taken over {self._folder.path}; this is attempt {self._fence} and may write no more. "
-                f"There is nothing to do: the newer attempt goes on."
-            )
-
-    def _clear(self) -> None:
-        """Remove what no commit refers to; rank 0."""
-        for name in storage.list_folder(self._folder.checkpoints):
-            path = f"{self._folder.checkpoints}/{name}"
-            if (match := UNFINISHED_FOLDER.match(name)) and int(match.group(1)) <= self._fence:
-                storage.remove_folder(path, self._folder.checkpoints)
-            elif STEP_FOLDER.match(name) and not self._is_local:
-                self._clear_objects(path)
-
-    def _clear_objects(self, path: str) -> None:
-        """Remove what attempts that did not commit this step have uploaded."""
-        try:
-            commit = Commit.from_manifest(path, storage.read_bytes(f"{path}/{MANIFEST}"))
-        except FileNotFoundError:
-            if not storage.exists(f"{path}/{DAMAGED_MANIFEST}"):
-                storage.remove_folder(path, self._folder.checkpoints)
-            return
-        except ValueError:
-            return  # set aside when it comes to loading
-        for name in storage.list_folder(path):
-            if name not in (MANIFEST, DAMAGED_MANIFEST, commit.folder):
-                storage.remove_folder(f"{path}/{name}", path)
-
-    def _discard(self, path: str) -> None:
-        """Uncommit a checkpoint in one step, then remove it at leisure; rank 0."""
-        if not self._is_local:
-            storage.remove_folder(f"{path}/{MANIFEST}", path)
-            storage.remove_folder(path, self._folder.checkpoints)
-        elif storage.exists(path):
-            doomed = f"{path}.deleted-{self._fence}"
-            storage.remove_folder(doomed, self._folder.checkpoints)
-            storage.move_local_folder(storage.local_path(path), storage.local_path(doomed))
-            storage.remove_folder(doomed, self._folder.checkpoints)
-
-    def _state(self, step: int) -> str:
-        """Where the files of all ranks come together while a step is being saved."""
-        path = self._folder.checkpoint(step)
-        return f"{path}.tmp-{self._fence}/state" if self._is_local else f"{path}/state-{self._fence}"
+    # --- Folders of this rank ------------------------------------------------------------------------------------------------
 
     def _draft(self, step: int) -> Path:
         """Local folder that this rank's engine writes into."""
-        folder = storage.local_path(self._state(step)).parent if self._is_local else self._scratch / step_folder(step)
+        folder = self._place.draft_of_step(step) if self._place.is_local else self._scratch / step_folder(step)
         return folder / f"rank-{self._engine.rank}"
-
-    def _remove_drafts(self, step: int) -> None:
-        """Remove what an uncommitted save of this step left on the storage; rank 0."""
-        state = self._state(step)
-        storage.remove_folder(state.rpartition("/")[0] if self._is_local else state, self._folder.checkpoints)
 
     def _at_hand(self, commit: Commit) -> Path:
         """Local folder that this rank's engine loads from."""
-        return storage.local_path(commit.state) if self._is_local else self._scratch / f"load-{step_folder(commit.step)}"
+        return storage.local_path(commit.state) if self._place.is_local else self._scratch / f"load-{step_folder(commit.step)}"
 
 
 @dataclass(slots=True)
@@ -479,7 +383,6 @@ class _Saving:
 
     step: int
     metrics: dict[str, float]
-    run_state: dict[str, Any]
     draft: Path
     """Where this rank's engine wrote."""
     engine_error: Exception | None = None
@@ -515,48 +418,3 @@ def scratch_root() -> Path:
 
 def _say_nothing(event: str, **facts: object) -> None:
     """The report of ranks other than 0."""
-
-
-def _gather_through_own_group(world_size: int, timeout_s: float) -> Callable[[Any], list[Any]]:
-    if world_size == 1:
-        return lambda value: [value]
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * world_size
-        dist.all_gather_object(values, value, group=group)
-        return values
-
-    return gather
-
-
-class _Peers:
-    """The ranks of a run, as far as they have to agree: what one of them raises, all of them raise."""
-
-    def __init__(self, rank: int, gather: Callable[[Any], list[Any]]) -> None:
-        self._rank, self._gather = rank, gather
-
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Do something on every rank; the results of all, in the order of ranks, once every rank is done.
-
-        Raises:
-            RaytuneError: the error of the lowest rank that failed, on every rank.
-        """
-        result, failure, cause = None, None, None
-        try:
-            result = work()
-        except Exception as error:
-            failure = cause = error
-            if not isinstance(error, RaytuneError):
-                failure = CheckpointError(f"Rank {self._rank} on {os.uname().nodename}: {type(error).__name__}: {error}")
-        outcomes = self._gather((result, failure))
-        first = next((error for _, error in outcomes if error is not None), None)
-        if first is None:
-            return [outcome for outcome, _ in outcomes]
-        if cause is None or first is cause:
-            raise first
-        raise first from cause
-
-    def decide(self, work: Callable[[], T]) -> T:
-        """Do something on rank 0; its result on every rank."""
-        return self.together(lambda: work() if self._rank == 0 else None)[0]  # pyright: ignore[reportReturnType]

@@ -62,8 +62,6 @@ class Commit:
     """Step of the checkpoint before it in this attempt or, first of all, the one the attempt resumed from."""
     created: float
     metrics: dict[str, float]
-    run_state: dict[str, Any]
-    """What the policy of the run remembers: best value so far, counters of the stop rules."""
     fingerprint: dict[str, Any]
     """What must not change between saving and resuming: hashes of data and base model, settings that shape the curve."""
     versions: dict[str, str]

@@ -4,6 +4,7 @@ An engine owns the arithmetic around the model: precision, gradients over the ra
 checkpoint. It never looks at a batch.
 """
 
+import gc
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -21,13 +22,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytune.config.training import Precision
 from raytune.errors import CheckpointError
+from raytune.model.dtypes import DTYPES
 from raytune.units import MIB
 
 LAYOUT_FILE = "engine.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_LOSS_SCALE = 2.0**16
 STEPS_BEFORE_GROWTH = 2000
 """Steps without overflow after which fp16's loss scale is doubled; an overflow halves it at once."""
@@ -91,6 +92,13 @@ class Engine(Protocol):
 
     def held_bytes(self) -> "HeldBytes":
         """Bytes that this rank holds now."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the model and of everything that was made to train it; the memory is free if nobody else refers to them.
+
+        Afterwards `rank`, `world_size`, `device` and the collectives are all that is left of the engine.
+        """
         ...
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -316,6 +324,10 @@ class PlainEngine:
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
         )
 
+    def release(self) -> None:
+        del self.model, self.module, self._trained, self._optimizer
+        free_memory(self.device)
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -345,6 +357,13 @@ def gather_objects(value: Any, world_size: int) -> list[Any]:
     values: list[Any] = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back the memory of tensors that nobody refers to; models and their layers refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def num_bytes(values: Iterable[Any]) -> int:

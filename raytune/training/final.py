@@ -2,17 +2,24 @@
 
 import json
 import os
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from raytune.config.adapter import FullAdapter
 from raytune.data.template import ChatTemplate
+from raytune.errors import RaytuneError
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
 from raytune.metrics import encode_number
+from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
 from raytune.model.load import load_tokenizer
@@ -20,24 +27,32 @@ from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
 from raytune.training.checkpoint import Checkpoints
-from raytune.training.engine import DTYPES, Engine
+from raytune.training.engine import Engine
+from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.recorder import Recorder
+
+PATIENCE_S = 12 * 3600.0
+"""How long ranks wait for each other at the end, where rank 0 writes a whole model and may upload it. A rank that dies is noticed
+at once, whatever this says."""
 
 
 def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Recorder, folder: RunFolder) -> None:
     """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
 
-    The result also says what each rank held of the model and its optimizer: bytes, measured on the engine rather than planned.
+    The engine is released before base and tuned model are loaded, so that they have the device to themselves: the caller holds
+    no other reference to its model. The result also says what each rank held of model and optimizer until then: bytes, measured
+    on the engine rather than planned.
     """
+    peers = Peers(engine.rank, gather_in_own_group(engine.world_size, PATIENCE_S), RaytuneError)
     newest, best = checkpoints.wait(), checkpoints.best()
     assert newest is not None
     assert best is not None, "the last step is always saved"
     if best.step != newest.step:
         checkpoints.load(best)
-    write_model(plan, engine, folder)
-    engine.barrier()
+    peers.together(lambda: write_model(plan, engine, folder))
     held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes())})
-    comparison = compare_answers(plan, engine, folder, plan.evaluation.generation) if plan.evaluation.generation else None
+    engine.release()
+    comparison = compare_answers(plan, engine, peers, folder, plan.evaluation.generation) if plan.evaluation.generation else None
     if engine.rank == 0:
         write_json(
             folder.result,
@@ -57,15 +72,24 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
     """
     is_full = isinstance(plan.adapter, FullAdapter)
     state = engine.trainable_state(DTYPES[plan.precision] if is_full else None)
-    if engine.rank != 0:
-        for _ in state:
-            pass
-        return
+    try:
+        if engine.rank == 0:
+            _write_files(plan, engine.model, state, folder)
+    finally:
+        deque(state, maxlen=0)  # gathering a parameter takes all ranks, also where rank 0 could not write the one before
+
+
+def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | None]], folder: RunFolder) -> None:
+    """Write config, weights and tokenizer.
+
+    Args:
+        model: a PreTrainedModel, or a PeftModel around one.
+        state: its trained parameters by name.
+    """
     tensors = ((name, tensor) for name, tensor in state if tensor is not None)
-    model: Any = engine.model  # a PreTrainedModel, or a PeftModel around one
     with TemporaryDirectory() as scratch:
         target = local_path(folder.model) if is_local(folder.model) else Path(scratch)
-        if is_full:
+        if isinstance(plan.adapter, FullAdapter):
             save_model(model, tensors, target)
         else:
             save_adapter(model, dict(tensors), target)
@@ -76,14 +100,27 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
             upload_folder(target, folder.model)
 
 
-def compare_answers(plan: RunPlan, engine: Engine, folder: RunFolder, generation: GenerationPlan) -> Comparison:
+def compare_answers(plan: RunPlan, engine: Engine, peers: Peers, folder: RunFolder, generation: GenerationPlan) -> Comparison:
     """Let base and tuned model answer the questions, each rank its share, from the files that a user would load.
+
+    Args:
+        engine: released; says which share is this rank's, and on which device.
 
     Returns:
         The comparison over all ranks' answers, on every rank; rank 0 writes the answers to samples.jsonl.
     """
+    share = slice(engine.rank, None, engine.world_size)
+    parts = peers.together(lambda: _answered(plan, share, engine.device, folder, generation))
+    samples = sorted((sample for part in parts for sample in part), key=lambda sample: sample.row)
+    if engine.rank == 0:
+        write_bytes(folder.samples, "".join(json.dumps(sample.to_json()) + "\n" for sample in samples).encode())
+    return compare_exact_match(samples)
+
+
+def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFolder, generation: GenerationPlan) -> list[Sample]:
+    """A share of the questions with the answers of base and tuned model."""
     questions = from_json_lines(read_bytes(folder.questions))
-    own = range(engine.rank, len(questions), engine.world_size)
+    own = range(len(questions))[share]
     tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
     stop_ids = ChatTemplate(tokenizer, plan.template).stop_ids
     with TemporaryDirectory() as scratch:
@@ -93,7 +130,7 @@ def compare_answers(plan: RunPlan, engine: Engine, folder: RunFolder, generation
             saved = Path(scratch)
             download_folder(folder.model, saved)
         answers = []
-        for model in base_then_tuned(plan, saved, engine.device):
+        for model in base_then_tuned(plan, saved, device):
             answers.append(
                 write_answers(
                     model,
@@ -106,11 +143,7 @@ def compare_answers(plan: RunPlan, engine: Engine, folder: RunFolder, generation
             )
             del model  # before the next one is loaded
         base, tuned = answers
-    samples = [
+    return [
         Sample(row=index, prompt=questions[index].prompt, expected=questions[index].expected, base=before, tuned=after)
         for index, before, after in zip(own, base, tuned)
     ]
-    everything = sorted((sample for part in engine.gather_objects(samples) for sample in part), key=lambda sample: sample.row)
-    if engine.rank == 0:
-        write_bytes(folder.samples, "".join(json.dumps(sample.to_json()) + "\n" for sample in everything).encode())
-    return compare_exact_match(everything)

@@ -6,7 +6,6 @@ micro-batch it lies, so the curve of a run does not depend on how its global bat
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from raytune.training.engine import Engine
 
 LossSum = Callable[[nn.Module, Batch], Tensor]
 """Sum of the cross-entropy over the targets of a batch, as an fp32 scalar that has a gradient."""
+NameRows = Callable[[Iterable[int]], str]
+"""Rows of the store in words that somebody finds them by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,6 @@ class StepResult:
     num_targets: int
     """Targets of the global batch."""
     learning_rate: float
-    seconds: float
-    """Between the start of the step and its yield; on a GPU, work that is still queued is not in it."""
     loss_sum: Tensor
     """Over the targets of this rank."""
     grad_norm: Tensor
@@ -54,6 +53,7 @@ class StepResult:
     """Sum over the targets of each micro-batch of this rank."""
     rows: list[tuple[int, ...]]
     """Rows of the store in each micro-batch of this rank."""
+    _named: NameRows = field(repr=False)
     _unread: "_Unread" = field(repr=False)
 
     def read(self, engine: Engine) -> StepNumbers:
@@ -98,20 +98,17 @@ def _is_overflow(engine: Engine, step: StepResult) -> bool:
 def _divergence(engine: Engine, step: StepResult) -> TrainingError:
     """The error that every rank raises, from what each knows."""
     losses = [loss.item() for loss in step.losses]
-    found = [(loss, rows) for loss, rows in zip(losses, step.rows) if not math.isfinite(loss)]
+    found = [(loss, step._named(rows)) for loss, rows in zip(losses, step.rows) if not math.isfinite(loss)]
     by_rank = {rank: found for rank, found in enumerate(engine.gather_objects(found)) if found}
     if by_rank:
         what = "The loss"
         where = "; ".join(
-            f"rank {rank}: {' and '.join(f'{loss} on rows {_listed(rows)}' for loss, rows in found)}"
-            for rank, found in by_rank.items()
+            f"rank {rank}: {' and '.join(f'{loss} on {rows}' for loss, rows in found)}" for rank, found in by_rank.items()
         )
     else:
         what = "The gradient"
-        rows_of_ranks = engine.gather_objects([row for rows in step.rows for row in rows])
-        where = "every loss is finite; " + "; ".join(
-            f"rank {rank}: rows {_listed(rows)}" for rank, rows in enumerate(rows_of_ranks)
-        )
+        rows_of_ranks = engine.gather_objects(step._named([row for rows in step.rows for row in rows]))
+        where = "every loss is finite; " + "; ".join(f"rank {rank}: {rows}" for rank, rows in enumerate(rows_of_ranks))
     scale = engine.loss_scale()
     return TrainingError(
         f"{what} of step {step.step} is not finite ({where}). Learning rate {step.learning_rate:g}"
@@ -120,8 +117,8 @@ def _divergence(engine: Engine, step: StepResult) -> TrainingError:
     )
 
 
-def _listed(rows: Iterable[int]) -> str:
-    return ", ".join(map(str, rows))
+def _numbered(rows: Iterable[int]) -> str:
+    return f"rows {', '.join(map(str, rows))}"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -138,6 +135,7 @@ def training_steps(
     start: int,
     stop: int,
     seed: int,
+    named: NameRows = _numbered,
 ) -> Iterator[StepResult]:
     """Make optimizer steps, one per iteration.
 
@@ -149,6 +147,7 @@ def training_steps(
         start: steps already made.
         stop: steps made in the end.
         seed: of dropout and noise.
+        named: what an error calls the rows of a micro-batch.
 
     Raises:
         TrainingError: on every rank, for a loss or gradient that is not finite; its step has not updated the weights. On a CPU
@@ -157,7 +156,6 @@ def training_steps(
     unread = _Unread()
     engine.model.train()
     for step in range(start, stop):
-        started_s = time.perf_counter()
         torch.manual_seed(step_seed(seed, step, engine.rank))
         rate = learning_rate(step)
         losses, rows, num_targets = [], [], 0
@@ -174,11 +172,11 @@ def training_steps(
             step=step + 1,
             num_targets=num_targets,
             learning_rate=rate,
-            seconds=time.perf_counter() - started_s,
             loss_sum=torch.stack(losses).sum(),
             grad_norm=grad_norm,
             losses=losses,
             rows=rows,
+            _named=named,
             _unread=unread,
         )
         unread.steps.append(result)

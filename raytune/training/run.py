@@ -46,6 +46,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
     device = prepare_process(plan, worker.device_index)
     engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
     timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
+    store = Store.open(plan.data.train.path)
     events = EventLog(folder.events, attempt=worker.attempt) if worker.rank == 0 else None
     checkpoints = Checkpoints(
         folder,
@@ -63,12 +64,13 @@ def train(plan: RunPlan, worker: Worker) -> None:
         clock = _SaveClock(plan, engine)
         for result in training_steps(
             engine,
-            _batches(plan, worker),
+            _batches(plan, store, worker),
             loss_sum,
             lambda step: learning_rate(step, plan.optimization),
             start=start,
             stop=timetable.num_steps,
             seed=plan.seed,
+            named=store.named,
         ):
             step = result.step
             evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step, clock.seconds_since_save())
@@ -79,12 +81,13 @@ def train(plan: RunPlan, worker: Worker) -> None:
                 recorder.evaluation(step, measured)
             if saves:
                 recorder.flush()
-                checkpoints.save(step, metrics=measured, run_state={})
+                checkpoints.save(step, metrics=measured)
                 clock.saved()
             if timetable.is_rung(step):
                 checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
             if evaluates:
                 worker.report({"step": step, **measured})
+        del loss_sum, validation  # beside the engine, all that holds the model
         finish(plan, engine, checkpoints, recorder, folder)
     if events:
         events.close()
@@ -94,9 +97,8 @@ def _say_nothing(event: str, **facts: object) -> None:
     """Events are rank 0's to write."""
 
 
-def _batches(plan: RunPlan, worker: Worker) -> Callable[[int], Sequence[Batch]]:
+def _batches(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Sequence[Batch]]:
     """This rank's micro-batches of a step."""
-    store = Store.open(plan.data.train.path)
 
     def batches_of(step: int) -> Sequence[Batch]:
         batches = step_batches(

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO, stages 1 to 3: its JSON, its engine behind our protocol, its checkpoints."""
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -18,21 +19,24 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from raytune.config.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
+from raytune.model.dtypes import DTYPES
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import (
-    DTYPES,
     INITIAL_LOSS_SCALE,
     STEPS_BEFORE_GROWTH,
     HeldBytes,
     Layout,
+    free_memory,
     gather_objects,
     num_bytes,
     poisoned,
@@ -309,6 +313,12 @@ class ZeroEngine:
             optimizer=num_bytes([*states, *masters]),
         )
 
+    def release(self) -> None:
+        self._engine.destroy()
+        del self.model, self.module, self._trained, self._engine
+        _forget_modules()
+        free_memory(self.device)
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         return tensor
@@ -326,6 +336,13 @@ class _DataOnlyFiles(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _forget_modules() -> None:
+    """Empty what DeepSpeed 0.19 would keep modules in for the life of the process: a stack of stage 3, and a method's cache."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # pyright: ignore[reportAttributeAccessIssue]
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:

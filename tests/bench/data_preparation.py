@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
-from raytune.data.store import StoreInfo, StoreRequest, build_store
+from raytune.data.build import StoreRequest, build_store
+from raytune.data.store import StoreInfo
 from raytune.data.template import TEMPLATES_FOLDER, open_tokenizer, tokenizer_fingerprint
 from tests.bench.measure import Rival, interleaved, ratios, report
 

@@ -37,7 +37,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from raytune.config.data import DataSource
 from raytune.config.model import Attention
 from raytune.data.batches import Batch, step_batches
-from raytune.data.store import Store, StoreRequest, build_store
+from raytune.data.build import StoreRequest, build_store
+from raytune.data.store import Store
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.plan.memory import chunk_tokens_for
 from raytune.plan.run_plan import RunPlan

@@ -34,7 +34,8 @@ from raytune.config.adapter import FullAdapter
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.batches import Batch, step_batches
-from raytune.data.store import Store, StoreRequest, build_store
+from raytune.data.build import StoreRequest, build_store
+from raytune.data.store import Store
 from raytune.data.template import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import UserError
 from raytune.model.attention import available_attention

@@ -1,18 +1,28 @@
 """Runs in one process, from config to saved model: whatever a config asks for, the files have the loss that was recorded."""
 
+import gc
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from raytune.config.load import config_from
+from raytune.errors import TrainingError
+from raytune.evaluate.questions import to_json_lines
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
 from raytune.run_folder import RunFolder
+from raytune.storage import write_bytes
+from raytune.training import final
 from raytune.training.run import Worker, train
 from tests.numerics.saved_models import loss_by_plain_transformers
+from tests.tiny import tiny_rows
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
 
@@ -63,9 +73,11 @@ def config(storage: Path, changes: dict[str, Any]) -> dict[str, Any]:
 def finished(storage: Path, changes: dict[str, Any]) -> RunResult:
     """Train in this process what a config asks for."""
     resolved = config_from(config(storage, changes))
-    plan = prepare(resolved, this_machine(resolved.cluster), map).plan
+    prepared = prepare(resolved, this_machine(resolved.cluster), map)
+    plan = prepared.plan
     folder = RunFolder(plan.storage, plan.name)
     write_plan(folder, plan)
+    write_bytes(folder.questions, to_json_lines(prepared.questions))
     train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda metrics: None))
     return RunResult.read(folder)
 
@@ -93,6 +105,59 @@ def test_the_best_checkpoint_is_found_though_saves_and_evaluations_fall_on_diffe
     assert losses[2] > losses[4]
     assert result.best_step == 2
     assert result.metrics["validation/loss"] == losses[2]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "file", "saved_as"),
+    [
+        ({"method": "full"}, "model.safetensors", torch.bfloat16),
+        (LORA, "adapter_model.safetensors", torch.float32),
+    ],
+    ids=["full", "lora"],
+)
+def test_a_run_in_bf16_saves_what_its_products_were_made_of(
+    adapter: dict[str, Any], file: str, saved_as: torch.dtype, tmp_path: Path
+) -> None:
+    result = finished(tmp_path, {"adapter": adapter, "training": {"precision": "bf16"}})
+    assert {tensor.dtype for tensor in load_file(Path(result.model_path) / file).values()} == {saved_as}
+    # Training rounded every factor of a product to 8 bits, by up to 2^-9 of its value; here products are exact. A logit sums up
+    # many of them, whose errors have either sign, and the loss is a mean over hundreds of logits: no more than one such error.
+    assert loss_by_plain_transformers(result.plan, result.model_path) == pytest.approx(
+        result.metrics["validation/loss"], rel=2**-9
+    )
+
+
+def test_the_engine_is_gone_when_base_and_tuned_model_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parameters() -> set[int]:
+        return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter)}
+
+    compare_answers, seen = final.compare_answers, []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(parameters())
+        return compare_answers(*arguments)
+
+    monkeypatch.setattr(final, "compare_answers", watched)
+    gc.collect()
+    before = parameters()
+    generation = {"rows": "demo:test", "max_rows": 2, "max_new_tokens": 4}
+    result = finished(tmp_path, {"evaluation": {"generation": generation}})
+    assert result.comparison is not None
+    assert len(seen) == 1
+    assert seen[0] <= before
+
+
+def test_a_loss_that_is_not_finite_names_file_and_line_of_its_documents(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(60)))
+    hopeless = {
+        "adapter": {"method": "full"},
+        "data": {"train": str(rows)},
+        "training": {"learning_rate": 1e38, "warmup_steps": 0, "max_grad_norm": 0},
+    }
+    message = rf"The loss of step 2 is not finite \(rank 0: nan on rows \d+(, \d+)* \({rows}:\d+, {rows}:\d+"
+    with pytest.raises(TrainingError, match=message):
+        finished(tmp_path, hopeless)
 
 
 def test_the_final_model_is_the_best_checkpoint_not_the_last(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def save_steps(folder: RunFolder, losses: dict[int, float], fence: int = 1, **ch
     for step, loss in losses.items():
         train(engine, range(done, step))
         done = step
-        checkpoints.save(step, metrics={"validation/loss": loss}, run_state={"best": str(loss)})
+        checkpoints.save(step, metrics={"validation/loss": loss})
         checkpoints.wait()
     return engine
 
@@ -135,7 +135,7 @@ def test_what_was_saved_is_loaded_with_everything_beside_it(folder: RunFolder) -
     commit = checkpoints.load_newest()
     assert commit is not None
     assert (commit.step, commit.fence, commit.parent, commit.world_size) == (5, 1, 3, 1)
-    assert (commit.metrics, commit.run_state) == ({"validation/loss": math.inf}, {"best": "inf"})
+    assert commit.metrics == {"validation/loss": math.inf}
     assert commit.fingerprint == FINGERPRINT
     assert commit.versions["torch"] == torch.__version__
     assert equal(engine, engine_at(5))
@@ -176,27 +176,12 @@ def test_nothing_but_what_is_kept_remains(folder: RunFolder, tmp_path: Path) -> 
 def test_training_goes_on_while_a_save_is_on_its_way(folder: RunFolder) -> None:
     engine = engine_at(1)
     checkpoints, _ = open_checkpoints(folder, engine)
-    checkpoints.save(1, metrics={}, run_state={})
+    checkpoints.save(1, metrics={})
     train(engine, range(1, 4))
     checkpoints.wait()
     other = engine_at(0)
     open_checkpoints(folder, other)[0].load_newest()
     assert equal(other, engine_at(1))
-
-
-def test_a_save_may_be_skipped_while_the_one_before_is_on_its_way(folder: RunFolder) -> None:
-    checkpoints, events = open_checkpoints(folder, engine_at(0))
-    assert checkpoints.save(1, metrics={}, run_state={})
-    saving = checkpoints._saving
-    assert saving is not None
-    saving.finished.wait()
-    saving.finished.clear()  # as if the upload took long
-    assert not checkpoints.save(2, metrics={}, run_state={}, may_skip=True)
-    assert [facts["step"] for facts in events.named("checkpoint_skipped")] == [2]
-    saving.finished.set()
-    assert checkpoints.save(3, metrics={}, run_state={}, may_skip=True)
-    checkpoints.wait()
-    assert steps_of(folder) == [1, 3]
 
 
 def test_events_go_to_the_events_file(local_folder: RunFolder) -> None:
@@ -253,7 +238,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_older_intact_one(folder: RunF
         assert file in facts["problems"][0]
     # The run goes on, saves the same step again, and finds it again.
     train(engine, range(3, 5))
-    checkpoints.save(5, metrics={}, run_state={})
+    checkpoints.save(5, metrics={})
     checkpoints.wait()
     again = engine_at(0)
     assert open_checkpoints(folder, again, fence=3)[0].load_newest()
@@ -361,8 +346,8 @@ def test_a_state_that_does_not_fit_the_model_is_no_damage(folder: RunFolder) -> 
 
 
 @given(st.floats(), st.dictionaries(st.text(), st.integers()))
-def test_manifests_survive(loss: float, state: dict[str, int]) -> None:
-    commit = commit_at(7, loss, run_state=state)
+def test_manifests_survive(loss: float, fingerprint: dict[str, int]) -> None:
+    commit = commit_at(7, loss, fingerprint=fingerprint)
     again = Commit.from_manifest(commit.path, commit.to_manifest())
     assert repr(again) == repr(commit)
 
@@ -396,7 +381,7 @@ def test_the_protocol_on_s3(s3: str, tmp_path: Path) -> None:
     assert commit.step == 3
     assert equal(engine, engine_at(3))
     assert [facts["step"] for facts in events.named("checkpoint_damaged")] == [4]
-    orphan.save(9, metrics={}, run_state={})
+    orphan.save(9, metrics={})
     with pytest.raises(CheckpointError, match="Attempt 3 has taken over"):
         orphan.wait()
     assert steps_of(folder) == [1, 3]
@@ -428,11 +413,11 @@ def stumbling() -> Stumbling:
 def test_one_failed_save_is_reported_and_the_next_takes_its_place(folder: RunFolder) -> None:
     engine = stumbling()
     checkpoints, events = open_checkpoints(folder, engine)
-    checkpoints.save(1, metrics={}, run_state={})
+    checkpoints.save(1, metrics={})
     engine.failures = 1
     checkpoints.wait()
-    checkpoints.save(2, metrics={}, run_state={})
-    checkpoints.save(3, metrics={}, run_state={})
+    checkpoints.save(2, metrics={})
+    checkpoints.save(3, metrics={})
     assert steps_of(folder) == [1, 3]
     (failed,) = events.named("checkpoint_failed")
     assert failed["step"] == 2
@@ -443,12 +428,12 @@ def test_one_failed_save_is_reported_and_the_next_takes_its_place(folder: RunFol
 def test_two_failed_saves_end_the_run_and_leave_the_older_commit(folder: RunFolder) -> None:
     engine = stumbling()
     checkpoints, _ = open_checkpoints(folder, engine)
-    checkpoints.save(1, metrics={}, run_state={})
+    checkpoints.save(1, metrics={})
     checkpoints.wait()
     engine.failures = 2
-    checkpoints.save(2, metrics={}, run_state={})
+    checkpoints.save(2, metrics={})
     with pytest.raises(CheckpointError, match="fell off the bus"):
-        checkpoints.save(3, metrics={}, run_state={})
+        checkpoints.save(3, metrics={})
     assert steps_of(folder) == [1]
     assert storage.list_folder(folder.checkpoints) == ["FENCE.json", "step-00000001"]
 
@@ -457,7 +442,7 @@ def test_a_failed_last_save_is_raised_by_wait(folder: RunFolder) -> None:
     engine = stumbling()
     checkpoints, _ = open_checkpoints(folder, engine)
     engine.failures = 1
-    checkpoints.save(1, metrics={}, run_state={})
+    checkpoints.save(1, metrics={})
     with pytest.raises(CheckpointError, match="fell off the bus"):
         checkpoints.wait()
     assert steps_of(folder) == []
@@ -467,11 +452,11 @@ def test_a_disk_that_fills_up_leaves_the_older_commit_and_nothing_torn(small_dis
     folder = RunFolder(str(small_disk), "run")
     engine = engine_at(1, width=500)  # 3 MiB of weights and moments
     checkpoints, events = open_checkpoints(folder, engine)
-    checkpoints.save(1, metrics={}, run_state={})
+    checkpoints.save(1, metrics={})
     checkpoints.wait()
     (small_disk / "somebody-elses").write_bytes(bytes(1 << 20))
     checkpoints._own_bytes = 0  # so that room is not asked for beforehand
-    checkpoints.save(2, metrics={}, run_state={})
+    checkpoints.save(2, metrics={})
     with pytest.raises(StorageFullError, match="disk filled up"):
         checkpoints.wait()
     assert events.named("checkpoint_failed")[0]["kind"] == "StorageFullError"
@@ -484,16 +469,16 @@ def test_a_disk_that_fills_up_leaves_the_older_commit_and_nothing_torn(small_dis
 def test_a_save_that_cannot_fit_is_refused_before_it_starts_and_leftovers_are_cleared_first(small_disk: Path) -> None:
     folder = RunFolder(str(small_disk), "run")
     checkpoints, _ = open_checkpoints(folder, engine_at(1, width=500))
-    checkpoints.save(1, metrics={}, run_state={})
+    checkpoints.save(1, metrics={})
     checkpoints.wait()
     leftover = f"{folder.checkpoints}/step-00000009.tmp-1/rank-0/half"
     storage.write_bytes(leftover, bytes(2 << 20))
-    assert checkpoints.save(2, metrics={}, run_state={}) is True  # 3 MiB needed, 1 MiB free, 2 MiB in the leftover
+    checkpoints.save(2, metrics={})  # 3 MiB needed, 1 MiB free, 2 MiB in the leftover
     checkpoints.wait()
     assert not storage.exists(leftover)
     (small_disk / "somebody-elses").write_bytes(bytes(1 << 17))
     with pytest.raises(StorageFullError, match=r"step 3: .*small/run/checkpoints needs 2.* MiB and has .* free"):
-        checkpoints.save(3, metrics={}, run_state={})
+        checkpoints.save(3, metrics={})
     assert steps_of(folder) == [1, 2]
 
 
@@ -514,7 +499,7 @@ engine = engine_at(0, width=700)
 checkpoints, _ = open_checkpoints(RunFolder(sys.argv[1], "run"), engine)
 for step in range(1, 10_000):
     train(engine, range(step - 1, step))
-    checkpoints.save(step, metrics={}, run_state={})
+    checkpoints.save(step, metrics={})
 """
 
 
@@ -548,7 +533,7 @@ def test_an_orphan_of_an_older_attempt_commits_nothing(folder: RunFolder) -> Non
     orphan, events = open_checkpoints(folder, engine_at(1), fence=1)
     assert next_fence(folder) == 2
     open_checkpoints(folder, engine_at(0), fence=2)
-    orphan.save(1, metrics={}, run_state={})
+    orphan.save(1, metrics={})
     with pytest.raises(CheckpointError, match="Attempt 2 has taken over"):
         orphan.wait()
     assert steps_of(folder) == []
@@ -595,7 +580,7 @@ def test_links_in_a_checkpoint_are_not_followed_when_it_goes(local_folder: RunFo
     engine = engine_at(0)
     checkpoints, _ = open_checkpoints(local_folder, engine)
     for step in (1, 2, 3, 4):
-        checkpoints.save(step, metrics={"validation/loss": -step}, run_state={})
+        checkpoints.save(step, metrics={"validation/loss": -step})
         checkpoints.wait()
         if step == 1:
             (Path(committed(local_folder)[0].state) / "link").symlink_to(tmp_path / "precious")
@@ -616,7 +601,6 @@ def commit_at(step: int, loss: float | None = None, **changes: Any) -> Commit:
         parent=None,
         created=0.0,
         metrics=metrics,
-        run_state={},
         fingerprint={},
         versions={},
         folder="state",
@@ -704,7 +688,7 @@ def plain_ranks(rank: int, tmp: str) -> None:
     folder = RunFolder(f"{tmp}/storage", "run")
     checkpoints, events = open_checkpoints(folder, engine, scratch=Path(tmp) / "scratch")
     for step in (1, 2):
-        checkpoints.save(step, metrics={}, run_state={"step": step})
+        checkpoints.save(step, metrics={})
         checkpoints.wait()
     names = {(file.rank, file.name) for file in committed(folder)[-1].files}
     assert names >= {(0, "of-rank-0"), (1, "of-rank-1"), (0, "weights.safetensors")}
@@ -714,7 +698,7 @@ def plain_ranks(rank: int, tmp: str) -> None:
     if rank == 0:
         Path(folder.checkpoints, "stumble").touch()
     engine.barrier()
-    checkpoints.save(3, metrics={}, run_state={})
+    checkpoints.save(3, metrics={})
     with pytest.raises(CheckpointError, match="fell off the bus"):
         checkpoints.wait()
     engine.barrier()
@@ -733,7 +717,7 @@ def plain_ranks(rank: int, tmp: str) -> None:
 
     # Storage that is not shared between the nodes is noticed at the first save.
     apart, _ = open_checkpoints(RunFolder(f"{tmp}/node-{rank}", "run"), engine)
-    apart.save(1, metrics={}, run_state={})
+    apart.save(1, metrics={})
     with pytest.raises(CheckpointError, match="same shared folder on every node"):
         apart.wait()
 
@@ -741,7 +725,7 @@ def plain_ranks(rank: int, tmp: str) -> None:
     if rank == 0:
         storage.write_json(folder.fence, {"fence": 7})
     engine.barrier()
-    checkpoints.save(4, metrics={}, run_state={})
+    checkpoints.save(4, metrics={})
     with pytest.raises(CheckpointError, match="Attempt 7 has taken over"):
         checkpoints.wait()
 
@@ -780,9 +764,9 @@ def zero_ranks(rank: int, tmp: str) -> None:
         engine = zero_engine(stage)
         checkpoints, _ = open_checkpoints(folder, engine, scratch=Path(tmp) / "scratch")
         train(engine, range(2))
-        checkpoints.save(2, metrics={}, run_state={})
+        checkpoints.save(2, metrics={})
         train(engine, range(2, 4))  # while the files are on their way
-        checkpoints.save(4, metrics={}, run_state={})
+        checkpoints.save(4, metrics={})
         checkpoints.wait()
         train(engine, range(4, 6))
         expected = weights(engine)

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data.order import positions_of_step, row_at, rows_at, rows_of_micro_batch
+from raytune.data.order import positions_of_step, row_at, rows_at, share_of_rank
 from tests.tiny import PATIENT
 
 ROWS = st.integers(1, 300)
@@ -46,22 +46,13 @@ def test_the_rows_of_a_step_do_not_depend_on_how_its_batch_is_divided(
     num_rows: int, seed: int, step: int, division: tuple[int, int, int]
 ) -> None:
     world, micro_batch_size, accumulation = division
-    seen = [
-        row
+    batch = rows_at(positions_of_step(step, 12), num_rows, seed)
+    shares = [
+        share_of_rank(micro_step=micro_step, rank=rank, world=world, micro_batch_size=micro_batch_size)
         for micro_step in range(accumulation)
         for rank in range(world)
-        for row in rows_of_micro_batch(
-            step=step,
-            micro_step=micro_step,
-            rank=rank,
-            world=world,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            num_rows=num_rows,
-            seed=seed,
-        ).tolist()
     ]
-    assert seen == rows_at(positions_of_step(step, 12), num_rows, seed).tolist()
+    assert [row for share in shares for row in batch[share].tolist()] == batch.tolist()
 
 
 def test_all_orders_of_a_few_rows_are_about_equally_likely() -> None:

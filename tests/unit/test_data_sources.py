@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
-from raytune.data import sources
-from raytune.data.sources import BadRow, Row, find_files, read_segment, scan, source_name
+from raytune.data import readers
+from raytune.data.readers import BadRow, Row, read_segment
+from raytune.data.sources import find_files, scan, source_name
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
@@ -141,7 +142,8 @@ def test_a_huge_line_is_refused_in_constant_memory(tmp_path: Path) -> None:
     code = (
         "import resource\n"
         "from raytune.config.data import DataSource\n"
-        "from raytune.data.sources import *\n"
+        "from raytune.data.readers import read_segment\n"
+        "from raytune.data.sources import find_files, scan\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"(file,) = find_files(DataSource(path={str(path)!r}), None)\n"
         "rows = [row for segment in scan(file, None).segments for row in read_segment(segment)]\n"
@@ -154,7 +156,7 @@ def test_a_huge_line_is_refused_in_constant_memory(tmp_path: Path) -> None:
 
 
 def test_long_lines_of_text_and_csv_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
     long = b"x" * 5000
     (tmp_path / "a.txt").write_bytes(b"good\n" + long + b"\ngood\n" + long)
     assert [line for line, _ in bad(read(tmp_path / "a.txt"))] == [2, 4]

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
 from raytune.data import sources, tokenising
+from raytune.data.build import StoreRequest, build_store
 from raytune.data.shards import ShardResult, ShardTask
-from raytune.data.store import Store, StoreInfo, StoreRequest, build_store
+from raytune.data.store import Store, StoreInfo
 from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.data.tokenising import TextEncoder, read_conversations
 from raytune.errors import DataError
@@ -99,6 +100,8 @@ def test_every_document_of_a_row_is_traced_to_its_line(tmp_path: Path) -> None:
         pieces = np.split(row.input_ids, np.cumsum(row.document_lengths)[:-1])
         lines = [tokenizer.decode(piece, skip_special_tokens=True).split()[1] for piece in pieces]
         assert store.origins(index) == [f"{path}:{line}" for line in lines]
+    first = store.origins(0)
+    assert store.named([0]) == f"rows 0 ({', '.join(first[:5])} and {len(first) - 5} more)"
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

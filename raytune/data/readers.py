@@ -1,0 +1,294 @@
+"""Rows out of a segment of a source, streamed in constant memory; every bad row is named by file and line."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TextIO
+
+from raytune.data.conversation import kind_of
+from raytune.data.demo import demo_rows
+from raytune.data.sources import BOM, FileKind, Segment, load_dataset, named_errors
+from raytune.errors import DataError
+from raytune.units import MIB, format_bytes
+
+MAX_ROW_BYTES = 32 * MIB
+"""A longer line is refused rather than read into memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    values: dict[str, Any]
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    reason: str
+    line: int
+
+
+def read_segment(segment: Segment) -> Iterator[Row | BadRow]:
+    """The rows of a segment in order, bad ones included. Blank lines are not rows.
+
+    Raises:
+        DataError: if the rest of the file cannot be read at all.
+    """
+    return _READERS[segment.file.kind](segment)
+
+
+def _read_json(segment: Segment) -> Iterator[Row | BadRow]:
+    reader = _read_json_array if segment.stop is None else _read_json_lines
+    return reader(segment)
+
+
+def _read_json_lines(segment: Segment) -> Iterator[Row | BadRow]:
+    for line, data in _lines(segment):
+        if data is None:
+            yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
+        elif not data.isspace():
+            yield _json_row(data, line)
+
+
+def _json_row(data: bytes, line: int) -> Row | BadRow:
+    try:
+        values = json.loads(data.decode().rstrip(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}", line)
+    except json.JSONDecodeError as error:
+        torn = "; the file ends in the middle of the row" if not data.endswith(b"\n") else ""
+        return BadRow(f"not JSON: {error.msg} at column {error.colno}{torn}", line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not usable JSON: {error}", line)
+    return _checked_row(values, line, suspicious=b"\\ud" in data or b"\\uD" in data)
+
+
+def _checked_row(values: Any, line: int, *, suspicious: bool) -> Row | BadRow:
+    """A row if it is an object whose text can be encoded. Only an escape (`\\ud800`) can bring in half a character."""
+    if not isinstance(values, dict):
+        return BadRow(f"{kind_of(values)}, expected an object with named columns", line)
+    if suspicious:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return BadRow(f"half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character", line)
+    return Row(values, line)
+
+
+class _UnusableElement(ValueError):
+    """JSON that is well formed but that we refuse."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _UnusableElement(f"the key '{twice}' appears twice in one object")
+    return values
+
+
+def _read_json_array(segment: Segment) -> Iterator[Row | BadRow]:
+    """The objects of one JSON array. A syntax error ends the file: what follows it cannot be told apart from what precedes it."""
+    name, decoder = segment.file.name, json.JSONDecoder(object_pairs_hook=_object)
+    with open(segment.file.path, encoding="utf-8-sig", newline="") as stream:
+        text = _Window(stream, name)
+        text.skip("[")
+        if text.peek() == "]":
+            return
+        while True:
+            line = text.line_of_next()
+            try:
+                element, end = text.decode(decoder)
+                suspicious = "\\ud" in text.buffer[text.at : end].lower()
+                row = _checked_row(element, line, suspicious=suspicious)
+            except _UnusableElement as error:
+                _, end = text.decode(json.JSONDecoder())
+                row = BadRow(f"not usable JSON: {error}", line)
+            text.at = end
+            yield row
+            if text.skip(",]") == "]":
+                return
+
+
+class _Window:
+    """A window on a text stream for the JSON decoder."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self.buffer, self.at = "", 0
+        self._stream, self._name = stream, name
+        self._line, self._counted = 1, 0
+
+    def decode(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
+        """The value that begins here and where it ends, reading on until it is whole.
+
+        Raises:
+            DataError: if there is no whole value.
+        """
+        line = self.line_of_next()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.buffer, self.at)
+                # A number at the end of the buffer may go on behind it.
+                if end < len(self.buffer) or not self._read_more():
+                    return value, end
+            except (json.JSONDecodeError, RecursionError) as error:
+                too_long = len(self.buffer) - self.at > MAX_ROW_BYTES
+                if too_long or isinstance(error, RecursionError) or not self._read_more():
+                    reason = f"an element is longer than {format_bytes(MAX_ROW_BYTES)}" if too_long else str(error)
+                    raise DataError(
+                        f"{self._name}:{line}: the JSON array cannot be read from here on: {reason}. "
+                        f"Repair the file, or write one object per line (jsonl), where only the bad line is lost."
+                    ) from error
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            while self.at < len(self.buffer):
+                if not self.buffer[self.at].isspace():
+                    return self.buffer[self.at]
+                self.at += 1
+            if not self._read_more():
+                return ""
+
+    def skip(self, expected: str) -> str:
+        """Step over the next character, which must be one of `expected`."""
+        found = self.peek()
+        if not found or found not in expected:
+            what = f"found {found!r}" if found else "the file ends"
+            raise DataError(f"{self._name}:{self.line_of_next()}: expected {' or '.join(expected)} in a JSON array, but {what}.")
+        self.at += 1
+        return found
+
+    def line_of_next(self) -> int:
+        self.peek()
+        self._count_lines()
+        return self._line
+
+    def _read_more(self) -> bool:
+        """Drop what was decoded and read on, in growing steps so that a long element is not decoded too often."""
+        try:
+            more = self._stream.read(max(1 << 16, len(self.buffer)))
+        except UnicodeDecodeError as error:
+            line = self._line + self.buffer.count("\n", self._counted)
+            raise DataError(f"{self._name}: not UTF-8 after line {line}: byte 0x{error.object[error.start]:02x}.") from error
+        if not more:
+            return False
+        self._count_lines()
+        self.buffer = self.buffer[self.at :] + more
+        self.at = self._counted = 0
+        return True
+
+    def _count_lines(self) -> None:
+        self._line += self.buffer.count("\n", self._counted, self.at)
+        self._counted = self.at
+
+
+def _read_csv(segment: Segment) -> Iterator[Row | BadRow]:
+    """Rows of a CSV file under the names in its first row. A quoted field may hold line breaks; a row's line is its first."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    problems: list[str] = []
+    reader = csv.reader(_csv_lines(segment, problems), strict=True, delimiter="\t" if segment.file.kind == "tsv" else ",")
+    try:
+        columns = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{segment.file.name}:1: the header cannot be read: {error}.") from error
+    if problems or len(set(columns)) < len(columns) or not all(column.strip() for column in columns):
+        reason = problems[0] if problems else f"every column needs a name of its own, found {columns}"
+        raise DataError(f"{segment.file.name}:1: the header cannot be used: {reason}.")
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield BadRow(f"not CSV: {error}", line)
+            continue
+        if fields is None:
+            return
+        if problems:
+            yield BadRow(problems.pop(0), line)
+            problems.clear()
+        elif fields and len(fields) != len(columns):
+            yield BadRow(f"{len(fields)} fields, but the header names {len(columns)}", line)
+        elif fields:
+            yield Row(dict(zip(columns, fields)), line)
+
+
+def _csv_lines(segment: Segment, problems: list[str]) -> Iterator[str]:
+    for _, data in _lines(segment):
+        if data is None:
+            problems.append(f"a line is longer than {format_bytes(MAX_ROW_BYTES)}")
+            yield "\n"
+            continue
+        try:
+            yield data.decode()
+        except UnicodeDecodeError as error:
+            problems.append(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}")
+            yield data.decode(errors="replace")
+
+
+def _read_txt(segment: Segment) -> Iterator[Row | BadRow]:
+    """A document per line, as `datasets` reads text files."""
+    for line, data in _lines(segment):
+        if data is None:
+            yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
+        elif not data.isspace():
+            try:
+                yield Row({"text": data.decode().rstrip("\r\n")}, line)
+            except UnicodeDecodeError as error:
+                yield BadRow(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}", line)
+
+
+def _read_parquet(segment: Segment) -> Iterator[Row | BadRow]:
+    import pyarrow.parquet
+
+    with named_errors(segment.file), pyarrow.parquet.ParquetFile(segment.file.path) as parquet:
+        batches = parquet.iter_batches(batch_size=256, row_groups=list(range(segment.start, segment.stop or 0)))
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for line, values in enumerate(rows, segment.first_line):
+            yield Row(values, line)
+
+
+def _read_dataset(segment: Segment) -> Iterator[Row | BadRow]:
+    with named_errors(segment.file):
+        dataset = load_dataset(segment.file)
+        assert segment.stop is not None
+        for index in range(segment.start, segment.stop):
+            yield Row(dataset[index], index + 1)
+
+
+def _read_demo(segment: Segment) -> Iterator[Row | BadRow]:
+    assert segment.stop is not None
+    return (Row(values, line) for line, values in enumerate(demo_rows(segment.file.path, segment.stop), 1))
+
+
+_READERS: dict[FileKind, Callable[[Segment], Iterator[Row | BadRow]]] = {
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+    "txt": _read_txt,
+    "parquet": _read_parquet,
+    "dataset": _read_dataset,
+    "demo": _read_demo,
+}
+
+
+def _lines(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
+    """Lines of a segment with their numbers; None in place of one that is too long. A byte order mark is not part of line 1."""
+    with open(segment.file.path, "rb") as stream:
+        stream.seek(segment.start)
+        if segment.start == 0 and stream.read(len(BOM)) != BOM:
+            stream.seek(0)
+        line = segment.first_line
+        while segment.stop is None or stream.tell() < segment.stop:
+            data = stream.readline(MAX_ROW_BYTES + 1)
+            if not data:
+                return
+            if len(data) <= MAX_ROW_BYTES:
+                yield line, data
+            else:
+                while data and not data.endswith(b"\n"):
+                    data = stream.readline(MAX_ROW_BYTES)
+                yield line, None
+            line += 1
