@@ -95,7 +95,9 @@ def _seconds_to_the_end(result: TrialResult, history: History) -> float | None:
         return None
     steps_left = result.num_steps - result.step
     # Evaluations and saves lie between the points too, as they would for the rest of the trial.
-    spans = [(b.time - a.time, b.step - a.step) for a, b in pairwise(history.points) if a.attempt == b.attempt and b.step > a.step]
+    spans = [
+        (b.time - a.time, b.step - a.step) for a, b in pairwise(history.points) if a.attempt == b.attempt and b.step > a.step
+    ]
     steps = sum(count for _, count in spans)
     if not steps:
         return None

@@ -183,7 +183,9 @@ def _run(assignment: Assignment, reporter: _Reporter, kept: KeptBase) -> None:
     metrics = RunFolder(plan.storage, plan.name).metrics
     reporter.history(History.read(metrics))
     try:
-        train_plan(plan, [], assignment.config, attempt=_here(reporter, kept) if plan.batch.workers == 1 else _elsewhere(reporter))
+        train_plan(
+            plan, [], assignment.config, attempt=_here(reporter, kept) if plan.batch.workers == 1 else _elsewhere(reporter)
+        )
     except RunFailedError as error:
         reporter.failure(error)
         raise

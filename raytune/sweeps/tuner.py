@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.logger import JsonLoggerCallback

@@ -56,9 +56,7 @@ def against_trial(folder: str, run: RunResult) -> AgainstTrial:
     best = result.best
     assert best is not None, "it was just trained"
     assert best.value is not None
-    return AgainstTrial(
-        trial=best.trial.name, metric=result.metric, trial_value=best.value, value=run.metrics[result.metric]
-    )
+    return AgainstTrial(trial=best.trial.name, metric=result.metric, trial_value=best.value, value=run.metrics[result.metric])
 
 
 def read_sweep(folder: str) -> SweepResult:

@@ -99,9 +99,7 @@ def test_trials_that_were_stopped_were_stopped_at_a_rung(sixteen: SweepResult) -
 
 
 def test_the_decisions_are_those_of_ray_tunes_asha(sixteen: SweepResult) -> None:
-    theirs = ASHAScheduler(
-        time_attr="step", metric="loss", mode="min", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR
-    )
+    theirs = ASHAScheduler(time_attr="step", metric="loss", mode="min", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR)
     known: set[str] = set()
     decisions = read_ledger(f"{sixteen.folder}/ledger.jsonl").decisions
     assert len(decisions) > 16
