@@ -223,7 +223,7 @@ def test_corners_of_a_large_space_are_bounded_and_hold_every_extreme_with_condit
     found = corners(space_of(sweep(space)))
     assert len(found) <= MAX_CORNERS
     assert found == corners(space_of(sweep(space)))
-    for key, values in {**dict.fromkeys(list(space)[:12], {0, 1, 2}), "adapter.lora_plus_ratio": {4.0, 16.0}}.items():
+    for key, values in {**{key: {0, 1, 2} for key in list(space)[:12]}, "adapter.lora_plus_ratio": {4.0, 16.0}}.items():
         assert {point[key] for point in found if key in point} == values
 
 
@@ -266,12 +266,16 @@ def test_every_invalid_corner_is_reported_at_once_at_its_key(tmp_path: Path):
     adapter.dropout: 1 / (adapter.rank - 8)
 """
     assert refusal(tmp_path, text) == [
-        ("5:5", "adapter.alpha", "must be a number > 0, got -2 (with adapter.rank 2)"),
-        ("5:5", "adapter.alpha", "must be a number > 0, got 0 (with adapter.rank 4)"),
-        ("6:5", "training.max_steps", "x"),
+        ("5:5", "adapter.alpha", "must be a number > 0, got -2 (for example 32.0) (with adapter.rank 2)"),
+        ("5:5", "adapter.alpha", "must be a number > 0, got 0 (for example 32.0) (with adapter.rank 4)"),
+        (
+            "6:5",
+            "training.max_steps",
+            "training: warmup_steps 50 is more than max_steps 10 (with training.max_steps 10, training.warmup_steps 50)",
+        ),
         ("8:5", "training.weight_decay", "training.learning_rate is 'auto', which is no number"),
-        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.16666666666666666 (with adapter.rank 2)"),
-        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.25 (with adapter.rank 4)"),
+        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.16666666666666666 (for example 0.0) (with adapter.rank 2)"),
+        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.25 (for example 0.0) (with adapter.rank 4)"),
         ("9:5", "adapter.dropout", "1 / (adapter.rank - 8) divides by zero (with adapter.rank 8)"),
     ]
 
