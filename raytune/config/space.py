@@ -126,7 +126,8 @@ def _point_problems(section: SweepSection, position: int, node_at: NodeAt) -> It
 def holds(dimension: Dimension, value: Any) -> bool:
     """Whether a dimension can give a value."""
     if dimension.kind in ("choice", "grid"):
-        return any(value == option and type(value) is type(option) for option in getattr(dimension, dimension.kind))
+        options = getattr(dimension, dimension.kind)
+        return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in options)
     if isinstance(value, bool) or not isinstance(value, int if "integer" in dimension.kind else int | float):
         return False
     low, high = getattr(dimension, dimension.kind)
