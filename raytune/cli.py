@@ -89,8 +89,8 @@ def check(arguments: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
         return
     written = dump_yaml(config)
-    what = "sweep" if config.sweep else "run"
-    click.echo(f'OK: {what} "{config.name}", {"as written here, the rest by default:" if written else "all by default"}')
+    what, how = "sweep" if config.sweep else "run", "as written here, the rest by default:" if written else "all by default"
+    click.echo(f'OK: {what} "{config.name}", {how}')
     click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
     if changes:
         click.echo("Changed on the command line:")

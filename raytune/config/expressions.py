@@ -90,9 +90,9 @@ def _names(tree: ast.expr) -> list[str]:
     match tree:
         case ast.Constant(value=bool() | str() | None):
             return []
-        case ast.Constant(value=int() | float() as value) if value <= _MAX_INTEGER or (
-            isinstance(value, float) and value < math.inf
-        ):
+        case ast.Constant(value=int(value)) if value <= _MAX_INTEGER:
+            return []
+        case ast.Constant(value=float(value)) if math.isfinite(value):
             return []
         case ast.Name(id=name):
             return [] if name in _WORDS else [name]
@@ -109,9 +109,7 @@ def _names(tree: ast.expr) -> list[str]:
         case ast.Call(ast.Name(id=function), arguments, []) if function in _FUNCTIONS:
             _, least, most = _FUNCTIONS[function]
             if not least <= len(arguments) <= most:
-                raise ExpressionError(
-                    f"{function}() takes {least} to {most} values" if most > least else f"{function}() takes one"
-                )
+                raise ExpressionError(f"{function}() takes {least if least == most else f'{least} to {most}'} values")
             return [name for value in arguments for name in _names(value)]
     raise ExpressionError(f"{ast.unparse(tree)!r} is not allowed; an expression has {_SUPPORTED}")
 

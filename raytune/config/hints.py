@@ -107,8 +107,8 @@ others call it. `sweep.scheduler`: only within the section."""
 _REFUSED_WORDS = {
     ("sweep.stopping.method", word): reason
     for words, reason in {
-        "pbt pb2 population_based_training PopulationBasedTraining": "; population based training copies checkpoints from one trial "
-        "to another while they run, and trials do not share theirs here (trials packed into one model will)",
+        "pbt pb2 population_based_training PopulationBasedTraining": "; population based training copies checkpoints from "
+        "one trial to another while they run, and trials do not share theirs here (trials packed into one model will)",
         "bohb": "; BOHB ties a search to Hyperband; say search: optuna with method: hyperband",
         "median_stopping median_stopping_rule MedianStoppingRule MedianPruner": '. Did you mean "median"?',
         "async_hyperband asynchyperband ASHAScheduler successive_halving SuccessiveHalvingPruner": '. Did you mean "asha"?',

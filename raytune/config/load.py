@@ -206,8 +206,8 @@ def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
     space = _child(sweep, "space") if sweep else None
     written = space.value if space and isinstance(space.value, dict) else {}
     blamed = {
-        max((key for key in written if f"{key_refused}.".startswith(f"sweep.space.{key}.")), default="")
-        for key_refused in refused
+        max((key for key in written if f"{problem}.".startswith(f"sweep.space.{key}.")), key=len, default="")
+        for problem in refused
     }
     rest = {key: _data_of(child, ("sweep", "space", key)) for key, child in written.items() if key not in blamed}
     try:
@@ -231,12 +231,9 @@ def _is_no_method(key: str) -> bool:
 
 def _self_contained(config: RunConfig) -> RunConfig:
     """A config that means the same wherever it is read: the file that `sweep.run` named is in it."""
-    sweep = config.sweep
-    return (
-        config
-        if sweep is None or sweep.run is None
-        else config.model_copy(update={"sweep": sweep.model_copy(update={"run": None})})
-    )
+    if config.sweep is None:
+        return config
+    return config.model_copy(update={"sweep": config.sweep.model_copy(update={"run": None})})
 
 
 # --- the run of a sweep

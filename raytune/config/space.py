@@ -126,7 +126,8 @@ def _point_problems(section: SweepSection, position: int, node_at: NodeAt) -> It
 def holds(dimension: Dimension, value: Any) -> bool:
     """Whether a dimension can give a value."""
     if dimension.kind in ("choice", "grid"):
-        return any(value == option and type(value) is type(option) for option in getattr(dimension, dimension.kind))
+        options = getattr(dimension, dimension.kind)
+        return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in options)
     if isinstance(value, bool) or not isinstance(value, int if "integer" in dimension.kind else int | float):
         return False
     low, high = getattr(dimension, dimension.kind)
@@ -149,7 +150,7 @@ def _value_refusal(key: str, value: Any, dimension: Dimension) -> str | None:
         expected = in_words(annotation)
         if dimension.kind in ("uniform", "log_uniform") and _accepts(key, int(value)) and not _accepts(key, float(int(value))):
             return f"{key} must be {expected}; draw it with integer or log_integer"
-        reasons = [str(details["ctx"]["error"]) for details in error.errors() if details["type"] == "value_error"]
+        reasons = [str(each.get("ctx", {})["error"]) for each in error.errors() if each["type"] == "value_error"]
         hint = hint_for_value(schema_path(_path(key)), annotation, value)
         return f"{key} must be {expected}, got {shown(value)}{hint}{f' ({reasons[0]})' if reasons else ''}"
     return None

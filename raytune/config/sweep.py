@@ -9,6 +9,8 @@ from raytune.config.section import Auto, NonNegativeInt, PositiveFloat, Positive
 KINDS = ("choice", "grid", "uniform", "log_uniform", "integer", "log_integer", "expression")
 """The ways to draw a value; a dimension has exactly one of them."""
 
+MAX_STEPS = 1_000_000
+
 ConfigKey = Annotated[str, Field(title="a config key")]
 """A dotted key of a run config. A mapping with such names has one level, however many dots they have."""
 
@@ -63,8 +65,12 @@ class Dimension(Section):
                 raise ValueError(f"{self.kind} goes from low to high, got [{low:g}, {high:g}]")
             if self.kind.startswith("log_") and low <= 0:
                 raise ValueError(f"{self.kind} needs a low end above 0, got {low:g}")
+            if self.kind == "uniform" and not high - low < float("inf"):
+                raise ValueError(f"the range [{low:g}, {high:g}] is too wide")
             if self.step is not None and self.step > high - low:
                 raise ValueError(f"step {self.step:g} is wider than the range [{low:g}, {high:g}]")
+            if self.step is not None and (high - low) / self.step > MAX_STEPS:
+                raise ValueError(f"step {self.step:g} is too fine for the range [{low:g}, {high:g}]; leave it out")
         return self
 
 

@@ -11,8 +11,9 @@ from raytune.plan.run_plan import ModelPlan
 class KeptBase:
     """Holds the base of the newest model, with the adapter that was trained on it, until another base is asked for.
 
-    Only what leaves its base as it was is kept: a model that trains biases or whole modules, that takes its start out of the base's
-    weights, or that was compiled around its adapter is loaded anew. So a model on a kept base equals one on a fresh base bit for bit.
+    Only what leaves its base as it was is kept: a model that trains biases or whole modules, that takes its start out of the
+    base's weights, or that was compiled around its adapter is loaded anew. So a model on a kept base equals one on a fresh base
+    bit for bit.
     """
 
     def __init__(self) -> None:

@@ -393,7 +393,7 @@ def _crossed(options: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[GivenChoo
 
 
 def _identity(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 def _space_key(key: str) -> str:

@@ -139,13 +139,10 @@ def test_the_example_of_a_key_fits_the_schema(key):
     if key.path.startswith("adapter.") and key.path != "adapter.method":
         data["adapter"]["method"] = key.methods[-1]
     if sweep := data.get("sweep"):
-        stated = sweep.setdefault("space", {"adapter.rank": [4, 8]})
-        sweep["space"] = {"adapter.rank": stated} if key.path.startswith("sweep.space.") else stated
-        sweep |= (
-            {"stopping": {**sweep.get("stopping", {}), "method": key.methods[-1]}}
-            if key.methods and key.path != "sweep.stopping.method"
-            else {}
-        )
+        space = {"adapter.rank": [4, 8]}
+        sweep["space"] = {"adapter.rank": sweep["space"]} if key.path.startswith("sweep.space.") else sweep.get("space", space)
+        if key.methods and key.path != "sweep.stopping.method":
+            sweep["stopping"]["method"] = key.methods[-1]
     for rows in (data.get("data", {}).get("train"), data.get("data", {}).get("validation")):
         if isinstance(rows, dict):
             rows.setdefault("path", "a.jsonl")

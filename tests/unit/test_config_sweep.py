@@ -14,7 +14,12 @@ from raytune.config.sweep import AshaStopping, MedianStopping
 from raytune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-RUN = "name: base\ndata: {validation: demo:validation}\nadapter: {method: qlora, rank: 8, quantization: int8}\ntraining: {seed: 1}\n"
+RUN = """\
+name: base
+data: {validation: demo:validation}
+adapter: {method: qlora, rank: 8, quantization: int8}
+training: {seed: 1}
+"""
 
 
 def written(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
@@ -170,14 +175,26 @@ REFUSED = {
     "name": (space("name: [a]"), "4:5", "sweep.space.name", "E101", "the same for all trials"),
     "address": (space("cluster.address: [a]"), "4:5", "sweep.space.cluster.address", "E101", "the same for all trials"),
     "itself": (space("sweep.trials: [1]"), "4:5", "sweep.space.sweep.trials", "E101", "sweep is the same for all trials"),
-    "plain value": (space("adapter.rank: 8"), "4:19", "sweep.space.adapter.rank", "E104", "must be a list of values, an expression"),
+    "plain value": (
+        space("adapter.rank: 8"),
+        "4:19",
+        "sweep.space.adapter.rank",
+        "E104",
+        "must be a list of values, an expression",
+    ),
     "nothing": (space("adapter.rank:"), "4:18", "sweep.space.adapter.rank", "E104", "got nothing"),
     "no options": (space("adapter.rank: []"), "4:19", "sweep.space.adapter.rank", "E104", "got []"),
-    "wrong option": (space("adapter.rank: [8, a]"), "4:23", "sweep.space.adapter.rank.1", "E104", "an integer >= 1, got \"a\""),
-    "near word": (space("training.optimizer: [adamv]"), "4:26", "adapter.0".replace("adapter", "training.optimizer"), "E104", '"adamw"'),
+    "wrong option": (space("adapter.rank: [8, a]"), "4:23", "sweep.space.adapter.rank.1", "E104", 'an integer >= 1, got "a"'),
+    "near word": (space("training.optimizer: [adamv]"), "4:26", "training.optimizer.0", "E104", '"adamw"'),
     "wrong end": (space("adapter.rank: {integer: [0, 8]}"), "4:30", "sweep.space.adapter.rank.0", "E104", "got 0"),
     "text end": (space("training.learning_rate: {uniform: [0, high]}"), "4:43", "uniform.1", "E104", 'a number, got "high"'),
-    "fractions of an integer": (space("adapter.rank: {uniform: [1, 8]}"), "4:30", "rank.0", "E104", "draw it with integer or log_integer"),
+    "fractions of an integer": (
+        space("adapter.rank: {uniform: [1, 8]}"),
+        "4:30",
+        "rank.0",
+        "E104",
+        "draw it with integer or log_integer",
+    ),
     "one end": (space("adapter.alpha: {uniform: [1]}"), "4:30", "adapter.alpha.uniform", "E104", "two numbers [low, high]"),
     "reversed": (space("adapter.alpha: {uniform: [2, 1]}"), "4:5", "adapter.alpha", "E105", "goes from low to high, got [2, 1]"),
     "log of nothing": (space("adapter.dropout: {log_uniform: [0, 1]}"), "4:5", "adapter.dropout", "E105", "above 0, got 0"),
@@ -191,36 +208,111 @@ REFUSED = {
     "no expression": (space("adapter.alpha: 2 *"), "4:20", "adapter.alpha", "E104", '"2 *" is no expression'),
     "call": (space("adapter.alpha: open('x')"), "4:20", "adapter.alpha", "E104", "is not allowed"),
     "unknown name": (space("adapter.alpha: 2 * adapter.rnk"), "4:20", "adapter.alpha", "E101", 'Did you mean "adapter.rank"?'),
-    "bare word": (space("training.warmup_ratio: auto"), "4:28", "warmup_ratio", "E101", "text needs quotes inside an expression: 'auto'"),
-    "condition": (space("adapter.rank: {choice: [1], when: rank > 3}"), "4:39", "adapter.rank", "E101", 'Did you mean "adapter.rank"?'),
+    "bare word": (
+        space("training.warmup_ratio: auto"),
+        "4:28",
+        "warmup_ratio",
+        "E101",
+        "text needs quotes inside an expression: 'auto'",
+    ),
+    "condition": (
+        space("adapter.rank: {choice: [1], when: rank > 3}"),
+        "4:39",
+        "adapter.rank",
+        "E101",
+        'Did you mean "adapter.rank"?',
+    ),
     "circle": (
         space("adapter.alpha: 2 * adapter.rank", "adapter.rank: {choice: [1], when: adapter.alpha > 1}"),
-        "4:5", "adapter.alpha", "E105", "depends on itself: adapter.alpha -> adapter.rank -> adapter.alpha",
+        "4:5",
+        "adapter.alpha",
+        "E105",
+        "depends on itself: adapter.alpha -> adapter.rank -> adapter.alpha",
     ),
-    "part of a drawn key": (space("data.train: [a]", "data.train.0.path: [b]"), "5:5", "data.train.0.path", "E105", "lies in data.train"),
-    "unknown first": (space("adapter.rank: [1]", rest="  first: [{adapter.rnk: 1}]"), "5:12", "first.0.adapter.rnk", "E101", '"adapter.rank"'),
-    "first outside": (space("adapter.rank: [1]", rest="  first: [{adapter.rank: 2}]"), "5:26", "first.0.adapter.rank", "E104", "got 2"),
+    "part of a drawn key": (
+        space("data.train: [a]", "data.train.0.path: [b]"),
+        "5:5",
+        "data.train.0.path",
+        "E105",
+        "lies in data.train",
+    ),
+    "unknown first": (
+        space("adapter.rank: [1]", rest="  first: [{adapter.rnk: 1}]"),
+        "5:12",
+        "first.0.adapter.rnk",
+        "E101",
+        '"adapter.rank"',
+    ),
+    "first outside": (
+        space("adapter.rank: [1]", rest="  first: [{adapter.rank: 2}]"),
+        "5:26",
+        "first.0.adapter.rank",
+        "E104",
+        "got 2",
+    ),
     "first off the grid": (
         space("adapter.dropout: {uniform: [0, 0.2], step: 0.05}", rest="  first: [{adapter.dropout: 0.07}]"),
-        "5:29", "first.0.adapter.dropout", "E104", "in steps of 0.05",
+        "5:29",
+        "first.0.adapter.dropout",
+        "E104",
+        "in steps of 0.05",
     ),
-    "derived first": (space("adapter.alpha: 2 * 3", rest="  first: [{adapter.alpha: 2}]"), "5:12", "adapter.alpha", "E104", "leave it out"),
-    "pbt": (space("adapter.rank: [1]", rest="  stopping: {method: pbt}"), "5:22", "stopping.method", "E104", "trials do not share theirs"),
+    "derived first": (
+        space("adapter.alpha: 2 * 3", rest="  first: [{adapter.alpha: 2}]"),
+        "5:12",
+        "adapter.alpha",
+        "E104",
+        "leave it out",
+    ),
+    "pbt": (
+        space("adapter.rank: [1]", rest="  stopping: {method: pbt}"),
+        "5:22",
+        "stopping.method",
+        "E104",
+        "trials do not share theirs",
+    ),
     "pbt as text": (space("adapter.rank: [1]", rest="  stopping: pbt"), "5:13", "stopping", "E104", "copies checkpoints"),
     "asha as text": (space("adapter.rank: [1]", rest="  stopping: asha"), "5:13", "stopping", "E104", '"method: asha"'),
-    "Ray's median": (space("adapter.rank: [1]", rest="  stopping: {method: median_stopping}"), "5:22", "stopping.method", "E104", '"median"'),
+    "Ray's median": (
+        space("adapter.rank: [1]", rest="  stopping: {method: median_stopping}"),
+        "5:22",
+        "stopping.method",
+        "E104",
+        '"median"',
+    ),
     "key of another method": (
         space("adapter.rank: [1]", rest="  stopping: {method: none, grace: 1}"),
-        "5:28", "stopping.grace", "E101", "unknown key for method none",
+        "5:28",
+        "stopping.grace",
+        "E101",
+        "unknown key for method none",
     ),
-    "Ray's grace": (space("adapter.rank: [1]", rest="  stopping: {grace_period: 1}"), "5:14", "grace_period", "E101", '"sweep.stopping.grace"'),
+    "Ray's grace": (
+        space("adapter.rank: [1]", rest="  stopping: {grace_period: 1}"),
+        "5:14",
+        "grace_period",
+        "E101",
+        '"sweep.stopping.grace"',
+    ),
     "Ray's samples": (space("adapter.rank: [1]", rest="  num_samples: 1"), "5:3", "sweep.num_samples", "E101", '"sweep.trials"'),
-    "Ray's scheduler": (space("adapter.rank: [1]", rest="  scheduler: a"), "5:3", "sweep.scheduler", "E101", '"sweep.stopping.method"'),
+    "Ray's scheduler": (
+        space("adapter.rank: [1]", rest="  scheduler: a"),
+        "5:3",
+        "sweep.scheduler",
+        "E101",
+        '"sweep.stopping.method"',
+    ),
     "Ray's space": ("sweep:\n  param_space: {}\n", "2:3", "sweep.param_space", "E101", '"sweep.space"'),
     "no space": ("sweep:\n  trials: 3\n", "1:1", "sweep.space", "E103", "a mapping of config keys"),
     "empty space": ("sweep:\n  space: {}\n", "2:10", "sweep.space", "E104", "a mapping of config keys"),
-    "nothing measured": ("sweep:\n  metric: validation/loss\n  space: {training.seed: [1]}\n", "2:11", "sweep.metric", "E105", "no validation"),
-}  # fmt: skip
+    "nothing measured": (
+        "sweep:\n  metric: validation/loss\n  space: {training.seed: [1]}\n",
+        "2:11",
+        "sweep.metric",
+        "E105",
+        "no validation",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
@@ -242,14 +334,8 @@ def test_one_wrong_dimension_does_not_hide_the_others(tmp_path: Path):
         "training.seed: 3",
         rest="  trials: none",
     )
-    assert [problem[0].rpartition("yaml:")[2] for problem in problems_of(text, tmp_path)] == [
-        "4:20",
-        "5:20",
-        "6:43",
-        "7:5",
-        "8:20",
-        "9:11",
-    ]
+    places = [problem[0].rpartition("yaml:")[2] for problem in problems_of(text, tmp_path)]
+    assert places == ["4:20", "5:20", "6:43", "7:5", "8:20", "9:11"]
 
 
 @pytest.mark.parametrize(

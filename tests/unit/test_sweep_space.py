@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from click.testing import CliRunner
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from raytune.cli import cli
+from raytune.config.keys import keys
 from raytune.config.load import ConfigError, config_from, load_with_places
 from raytune.config.run import RunConfig
 from raytune.config.space import holds
+from raytune.config.sweep import KINDS
 from raytune.sweeps.space import (
     MAX_CORNERS,
     RandomChooser,
@@ -223,7 +227,7 @@ def test_corners_of_a_large_space_are_bounded_and_hold_every_extreme_with_condit
     found = corners(space_of(sweep(space)))
     assert len(found) <= MAX_CORNERS
     assert found == corners(space_of(sweep(space)))
-    for key, values in {**dict.fromkeys(list(space)[:12], {0, 1, 2}), "adapter.lora_plus_ratio": {4.0, 16.0}}.items():
+    for key, values in {**{key: {0, 1, 2} for key in list(space)[:12]}, "adapter.lora_plus_ratio": {4.0, 16.0}}.items():
         assert {point[key] for point in found if key in point} == values
 
 
@@ -266,12 +270,20 @@ def test_every_invalid_corner_is_reported_at_once_at_its_key(tmp_path: Path):
     adapter.dropout: 1 / (adapter.rank - 8)
 """
     assert refusal(tmp_path, text) == [
-        ("5:5", "adapter.alpha", "must be a number > 0, got -2 (with adapter.rank 2)"),
-        ("5:5", "adapter.alpha", "must be a number > 0, got 0 (with adapter.rank 4)"),
-        ("6:5", "training.max_steps", "x"),
+        ("5:5", "adapter.alpha", "must be a number > 0, got -2 (for example 32.0) (with adapter.rank 2)"),
+        ("5:5", "adapter.alpha", "must be a number > 0, got 0 (for example 32.0) (with adapter.rank 4)"),
+        (
+            "6:5",
+            "training.max_steps",
+            "training: warmup_steps 50 is more than max_steps 10 (with training.max_steps 10, training.warmup_steps 50)",
+        ),
         ("8:5", "training.weight_decay", "training.learning_rate is 'auto', which is no number"),
-        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.16666666666666666 (with adapter.rank 2)"),
-        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.25 (with adapter.rank 4)"),
+        (
+            "9:5",
+            "adapter.dropout",
+            "must be a number >= 0 and < 1, got -0.16666666666666666 (for example 0.0) (with adapter.rank 2)",
+        ),
+        ("9:5", "adapter.dropout", "must be a number >= 0 and < 1, got -0.25 (for example 0.0) (with adapter.rank 4)"),
         ("9:5", "adapter.dropout", "1 / (adapter.rank - 8) divides by zero (with adapter.rank 8)"),
     ]
 
@@ -296,6 +308,49 @@ def test_a_first_point_that_its_condition_rules_out_is_refused(tmp_path: Path):
     ((_, key, message),) = refusal(tmp_path, text + "  first: [{adapter.rank: 4, training.seed: 1}]\n")
     assert key == "sweep.first"
     assert "condition does not hold" in message
+
+
+def test_the_check_verb_reports_corners_with_their_places(tmp_path: Path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "data: {validation: demo:validation}\nsweep:\n  space:\n    adapter.rank: [4, 8]\n    adapter.alpha: adapter.rank - 4\n"
+    )
+    done = CliRunner().invoke(cli, ["check", str(path)])
+    assert done.exit_code == 2
+    assert f"{path}:5:5  sweep.space.adapter.alpha  must be a number > 0, got 0" in done.output
+
+
+KEYS = st.sampled_from([*keys(), "adapter.rank_pattern.q", "data.train.0.max_rows", "nonsense", "training.zero.overrides.a"])
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["auto", "2 * adapter.rank", "lora", ""])
+)
+ANY_DIMENSION = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=3),
+    st.dictionaries(st.sampled_from([*KINDS, "step", "when"]), st.one_of(SCALARS, st.lists(SCALARS, max_size=2)), max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(KEYS, ANY_DIMENSION, min_size=1, max_size=4), st.lists(st.dictionaries(KEYS, SCALARS, max_size=2), max_size=2)
+)
+@example({"adapter.alpha": {"uniform": [0, 1e300], "step": 1e-300}}, [])
+@example({"training.weight_decay": {"uniform": [-1e308, 1e308]}}, [])
+@example({"training.seed": {"integer": [0, 2**62], "step": 1e300}}, [])
+@example({"training.seed": {"log_integer": [1, 2**62]}}, [])
+@example({"data.train.7.path": ["x"]}, [])
+@example({"data.train.0.max_rows": "data.train"}, [])
+def test_any_space_passes_or_is_refused_and_nothing_else(space, first):
+    try:
+        run = sweep(space, first=first, trials=3)
+        check_space(run)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        assert all(trial_config(run, trial) for trial in trials_of(run))
+        return
+    assert all(line.isprintable() for line in message.splitlines())
 
 
 def test_a_good_space_passes():
