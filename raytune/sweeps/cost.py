@@ -25,8 +25,8 @@ class ExpectedCost:
 def expected_cost(halving: Halving, num_trials: int, budget: float, seed: int = 0) -> ExpectedCost:
     """Mean over many random orders, judged by the very rule that will judge the trials.
 
-    Trials are taken to arrive one after the other and to keep their rank from rung to rung. Both are idealisations: trials that run
-    side by side are judged by fewer others and cost a little more.
+    Trials are taken to arrive one after the other and to keep their rank from rung to rung. Both are idealisations: trials that
+    run side by side are judged by fewer others and cost a little more.
 
     Args:
         budget: full training of a trial, in the unit of the rungs.

@@ -1,7 +1,7 @@
 """After how much training trials are compared, by stopping rule. Pure: numbers in, numbers out.
 
-Amounts count rounds of `grace`: Ray's Hyperband makes a bracket for each power of the reduction factor below the budget, and counted
-in tokens that would be a dozen brackets of no use.
+Amounts count rounds of `grace`: Ray's Hyperband makes a bracket for each power of the reduction factor below the budget, and
+counted in tokens that would be a dozen brackets of no use.
 """
 
 import math

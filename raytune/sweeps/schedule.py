@@ -1,7 +1,7 @@
 """Which trials Ray Tune lets go on: our asynchronous halving, or its own Hyperband and median rule, all behind the same guard.
 
-The guard is what Ray's schedulers lack: a trial whose metric is not finite fails at once, an error that would only come again is not
-tried again, and whatever is decided is in the ledger before it happens.
+The guard is what Ray's schedulers lack: a trial whose metric is not finite fails at once, an error that would only come again is
+not tried again, and whatever is decided is in the ledger before it happens.
 """
 
 import math
@@ -18,8 +18,8 @@ from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
 
 AMOUNT, STEP, FAILURE, MAY_PASS = "amount", "step", "failure", "may_pass"
-"""Keys of a trial's results beside its metrics: training so far in rounds of `grace`, the step, why it failed, and whether that may
-pass."""
+"""Keys of a trial's results beside its metrics: training so far in rounds of `grace`, the step, why it failed, and whether that
+may pass."""
 
 
 class _Guard:

@@ -1,7 +1,7 @@
 """Where Ray Tune gets its trials from: a list that was drawn beforehand, or Optuna.
 
-Both first give out again what an earlier command of the sweep has assigned: each trial then reports what it has measured before and
-goes on where it stood, so that Tune and Optuna know all of the sweep.
+Both first give out again what an earlier command of the sweep has assigned: each trial then reports what it has measured before
+and goes on where it stood, so that Tune and Optuna know all of the sweep.
 """
 
 import json

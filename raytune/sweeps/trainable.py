@@ -1,8 +1,8 @@
 """A trial as Ray Tune runs it: one actor, one conversation about results, and a run underneath.
 
-A trial of one worker trains in the actor itself, which Tune keeps warm for the next trial: libraries stay imported and, where the
-base is frozen, its weights stay loaded. A trial of several workers is driven from a light actor on the head node: a Ray Train worker
-group does the work, and its metrics file says how far it is.
+A trial of one worker trains in the actor itself, which Tune keeps warm for the next trial: libraries stay imported and, where
+the base is frozen, its weights stay loaded. A trial of several workers is driven from a light actor on the head node: a Ray Train
+worker group does the work, and its metrics file says how far it is.
 """
 
 import gc

@@ -25,7 +25,7 @@ HEAD_NODE = {"node:__internal_head__": 0.001}
 """Resource that every head node has: a driver placed by it takes no CPU that a worker waits for."""
 CHECK_EVERY_S = 0.5
 ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # one logger, which ResultGrid reads, is asked for; TensorBoard's is slow to import
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the one that ResultGrid reads is asked for; TensorBoard's is slow to import
     "TUNE_MAX_PENDING_TRIALS_PG": "auto",
     "RAY_AIR_NEW_OUTPUT": "0",
 }

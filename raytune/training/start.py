@@ -41,10 +41,8 @@ def start_engine(
     plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None = None
 ) -> tuple[Engine, LossSum]:
     """Load the model, or take up the base that is kept, shard it as planned, and make its loss."""
-    if plan.engine.kind == "zero":
-        engine = _zero_engine(plan, device)
-    else:
-        engine = _plain_engine(plan, device, rank, world_size, kept)
+    is_plain = plan.engine.kind == "plain"
+    engine = _plain_engine(plan, device, rank, world_size, kept) if is_plain else _zero_engine(plan, device)
     layer = attach_loss(engine.model, plan.loss.chunk_tokens)
     attention = plan.model.attention
 

@@ -1,5 +1,5 @@
-"""Real sweeps on two nodes: trials are judged as Ray Tune's ASHA would judge them, the winner is what it claims to be, and nothing
-that was stopped holds anything."""
+"""Real sweeps on two nodes: trials are judged as Ray Tune's ASHA would judge them, the winner is what it claims to be, and what was
+stopped holds nothing."""
 
 import json
 import math

@@ -1,6 +1,7 @@
 """Asynchronous halving decides as Ray Tune's ASHA does, and better where a trial is dead."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_rungs_ascend_from_the_grace_and_stay_below_the_budget(grace_and_budget:
     grace, budget = grace_and_budget
     rungs = halving_rungs(grace, budget, factor)
     assert rungs[0] == grace
-    assert all(later == earlier * factor for earlier, later in zip(rungs, rungs[1:]))
+    assert all(later == earlier * factor for earlier, later in pairwise(rungs))
     assert rungs[-1] < budget <= rungs[-1] * factor
 
 
