@@ -102,7 +102,9 @@ class Ledger:
 
     def __init__(self, path: str) -> None:
         self.known = read_ledger(path)
-        self._log = EventLog(path, attempt=self.known.num_commands + 1)
+        self.command = self.known.num_commands + 1
+        """Number of this command among all that worked at the sweep."""
+        self._log = EventLog(path, attempt=self.command)
         self._write("sweep_started")
 
     def assign(self, trial: Trial) -> None:

@@ -10,6 +10,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.logger import JsonLoggerCallback
 
+from raytune.launch.record import RunRecord
 from raytune.launch.trainer import release_placement_groups
 from raytune.plan.run_plan import ClusterPlan
 from raytune.run_folder import SweepFolder
@@ -63,7 +64,7 @@ def run_trials(
             trial_dirname_creator=_name_of,
         ),
         run_config=tune.RunConfig(
-            name=f"command-{ledger.known.num_commands}",
+            name=f"command-{ledger.command}",
             storage_path=folder.tune,
             callbacks=[JsonLoggerCallback(), _Ending(folder, ledger, board)],
             # Actors that die with their node; what fails inside a trial is retried there, or not.
@@ -102,9 +103,16 @@ class _Ending(tune.Callback):
         name = trial.config[TRIAL]
         self._board.active(name, "ended")
         if name not in self._ledger.known.ends:
-            self._ledger.end(name, Ended(state="finished"))
+            self._ledger.end(name, self._end_of(name))
         if self._ledger.known.ends[name].state != "finished":
             drop_checkpoints(self._folder, name)
+
+    def _end_of(self, name: str) -> Ended:
+        """A trial that ended without a decision of its own has trained to its end, or Hyperband let it wait and then gave it up."""
+        record = RunRecord.read(self._folder.trial(name))
+        if record is not None and record.state == "finished":
+            return Ended(state="finished")
+        return Ended(state="stopped", cause=f"after step {self._board.of(name).step}, where it had waited for others")
 
     def on_trial_error(self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         name = trial.config[TRIAL]
