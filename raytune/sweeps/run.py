@@ -8,7 +8,7 @@ from functools import partial
 from raytune.config.load import config_diff, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.config.sweep import SweepSection
-from raytune.data.store import ParallelMap
+from raytune.data.build import ParallelMap
 from raytune.errors import UserError
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import hold
