@@ -511,6 +511,9 @@ def test_a_process_killed_while_saving_leaves_an_intact_commit(local_folder: Run
         while not steps_of(local_folder) or not unfinished(local_folder):
             assert process.poll() is None, "the process ended by itself"
             assert time.monotonic() < deadline
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)  # so that what is seen is what the kill finds
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
