@@ -7,20 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
 from raytune.config.load import config_from
-from raytune.errors import TrainingError
+from raytune.errors import RaytuneError, TrainingError
 from raytune.evaluate.questions import to_json_lines
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
+from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
 from raytune.training import final
 from raytune.training.run import Worker, train
+from tests.numerics.processes import run_on_ranks
 from tests.numerics.saved_models import loss_by_plain_transformers
 from tests.tiny import tiny_rows
 
@@ -72,14 +75,24 @@ def config(storage: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 def finished(storage: Path, changes: dict[str, Any]) -> RunResult:
     """Train in this process what a config asks for."""
+    folder, plan = prepared_run(storage, changes)
+    train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda metrics: None))
+    return RunResult.read(folder)
+
+
+def prepared_run(storage: Path, changes: dict[str, Any]) -> tuple[RunFolder, RunPlan]:
     resolved = config_from(config(storage, changes))
     prepared = prepare(resolved, this_machine(resolved.cluster), map)
     plan = prepared.plan
     folder = RunFolder(plan.storage, plan.name)
     write_plan(folder, plan)
     write_bytes(folder.questions, to_json_lines(prepared.questions))
-    train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda metrics: None))
-    return RunResult.read(folder)
+    return folder, plan
+
+
+def train_rank(plan: RunPlan) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    train(plan, Worker(rank=rank, world_size=world_size, device_index=rank, attempt=1, report=lambda metrics: None))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -145,6 +158,31 @@ def test_the_engine_is_gone_when_base_and_tuned_model_are_loaded(tmp_path: Path,
     assert result.comparison is not None
     assert len(seen) == 1
     assert seen[0] <= before
+
+
+SHARDED = {
+    "adapter": {"method": "full"},
+    "cluster": {"workers": 2},
+    "training": {"zero": {"stage": 3}, "max_steps": 2, "global_batch_size": 2},
+}
+
+
+def test_sharded_ranks_share_the_questions_and_leave_one_model(tmp_path: Path) -> None:
+    generation = {"rows": "demo:test", "max_rows": 3, "max_new_tokens": 4}
+    folder, plan = prepared_run(tmp_path, SHARDED | {"evaluation": {"generation": generation}})
+    run_on_ranks(train_rank, 2, plan)
+    result = RunResult.read(folder)
+    assert [sample["row"] for sample in map(json.loads, Path(folder.samples).read_text().splitlines())] == [0, 1, 2]
+    assert loss_by_plain_transformers(plan, result.model_path) == pytest.approx(result.metrics["validation/loss"], rel=2e-5)
+
+
+def test_a_model_that_rank_0_cannot_write_stops_every_rank_with_the_reason(tmp_path: Path) -> None:
+    folder, plan = prepared_run(tmp_path, SHARDED)
+    Path(folder.model).write_text("a file where the model's folder belongs")
+    for error in run_on_ranks(train_rank, 2, plan):
+        assert isinstance(error, RaytuneError)
+        assert "Rank 0 on" in str(error)
+        assert folder.model in str(error)
 
 
 def test_a_loss_that_is_not_finite_names_file_and_line_of_its_documents(tmp_path: Path) -> None:
