@@ -1,5 +1,6 @@
 """Ray Tune at work on a sweep: from a plan and a ledger to trials that have ended."""
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -22,12 +23,11 @@ from raytune.sweeps.search import TRIAL, TrialSearch
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trainable import TrialActor
 
-HEAD_NODE = {"node:__internal_head__": 0.001}
-"""Resource that every head node has: a driver placed by it takes no CPU that a worker waits for."""
+HEAD_NODE = "node:__internal_head__"
+"""Resource of which every head node has one: a driver that is placed by it takes no CPU that a worker waits for."""
 CHECK_EVERY_S = 0.5
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the one that ResultGrid reads is asked for; TensorBoard's is slow to import
-    "TUNE_MAX_PENDING_TRIALS_PG": "auto",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
@@ -48,9 +48,12 @@ def run_trials(
         check: called all the time; what it raises ends the sweep, and is raised here.
     """
     os.environ.update(ENVIRONMENT)
+    # Hyperband fills its groups with trials that have not started yet; others draw one when there is room for it.
+    waits_for_others = plan.stopping == "hyperband"
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.num_trials if waits_for_others else plan.slots)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(TrialActor, sweep=plan, folder=folder), tune.PlacementGroupFactory([resources_of(plan, cluster)])
+            tune.with_parameters(TrialActor, sweep=plan, folder=folder), tune.PlacementGroupFactory(bundles_of(plan, cluster))
         ),
         tune_config=tune.TuneConfig(
             metric=plan.metric,
@@ -58,7 +61,7 @@ def run_trials(
             search_alg=search,
             scheduler=make_scheduler(plan, ledger, board),
             num_samples=-1,  # the search says when it has no more
-            max_concurrent_trials=plan.slots,
+            max_concurrent_trials=None if waits_for_others else plan.slots,
             reuse_actors=True,
             trial_name_creator=_name_of,
             trial_dirname_creator=_name_of,
@@ -76,11 +79,14 @@ def run_trials(
     _in_thread(tuner.fit, check)
 
 
-def resources_of(plan: SweepPlan, cluster: ClusterPlan) -> dict[str, float]:
-    """What Tune sets aside for a trial: a worker's share where it trains in its actor, else next to nothing on the head node."""
+def bundles_of(plan: SweepPlan, cluster: ClusterPlan) -> list[dict[str, float]]:
+    """What Tune sets aside for a trial: a worker's resources where it trains in its actor, and in any case a share of the head
+    node, by which no more than `plan.slots` trials run at once."""
+    share = {HEAD_NODE: math.floor(1e4 / plan.slots) / 1e4}
     if plan.workers > 1:
-        return HEAD_NODE
-    return {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
+        return [share]
+    worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
+    return [{name: amount for name, amount in worker.items() if amount}, share]
 
 
 def _name_of(trial: TuneTrial) -> str:
