@@ -83,10 +83,9 @@ def bundles_of(plan: SweepPlan, cluster: ClusterPlan) -> list[dict[str, float]]:
     """What Tune sets aside for a trial: a worker's resources where it trains in its actor, and in any case a share of the head
     node, by which no more than `plan.slots` trials run at once."""
     share = {HEAD_NODE: math.floor(1e4 / plan.slots) / 1e4}
-    if plan.workers > 1:
-        return [share]
-    worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
-    return [{name: amount for name, amount in worker.items() if amount}, share]
+    of_worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
+    needed = {name: amount for name, amount in of_worker.items() if amount}
+    return [share] if plan.workers > 1 or not needed else [needed, share]
 
 
 def _name_of(trial: TuneTrial) -> str:
@@ -114,7 +113,7 @@ class _Ending(tune.Callback):
             drop_checkpoints(self._folder, name)
 
     def _end_of(self, name: str) -> Ended:
-        """A trial that ended without a decision of its own has trained to its end, or Hyperband let it wait and then gave it up."""
+        """A trial that ended without a decision of its own has trained to its end, or has waited in Hyperband for nothing."""
         record = RunRecord.read(self._folder.trial(name))
         if record is not None and record.state == "finished":
             return Ended(state="finished")

@@ -6,11 +6,11 @@ All three train the same trials (rank x alpha x learning rate on the demo task) 
 
 - raytune sweep: one-worker trials, ASHA;
 - one after another: `raytune.train` for each trial, to its end;
-- plain Tune: `tune.Tuner` with Ray's own ASHAScheduler over a function that runs a TorchTrainer of one worker, as Ray documents it;
-  the loop inside is ours, so that only what is around it differs.
+- plain Tune: `tune.Tuner` with Ray's own ASHAScheduler over a function that runs a TorchTrainer of one worker, as Ray documents
+  it; the loop inside is ours, so that only what is around it differs.
 
-Compared are makespan (wall), CPU seconds of the driver's tree and of Ray's daemons and workers, and the wall time of a trial before
-its first step: from when the search hands it out, or the trainable's function begins, to the line of its first step.
+Compared are makespan (wall), CPU seconds of the driver's tree and of Ray's daemons and workers, and the wall time of a trial
+before its first step: from when the search hands it out, or the trainable's function begins, to the line of its first step.
 """
 
 import argparse
