@@ -12,14 +12,22 @@ PACKAGE = ROOT / "raytune"
 FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "launch", "sweeps", "report", "api", "cli"]
 OWNERS = {
     "deepspeed": {"training/zero_engine.py"},
-    "ray": {"training/worker.py", "launch/"},
+    "ray": {
+        "training/worker.py",
+        "launch/",
+        "sweeps/search.py",
+        "sweeps/schedule.py",
+        "sweeps/trainable.py",
+        "sweeps/tuner.py",
+    },
+    "optuna": {"sweeps/search.py"},
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
     "datasets": {"data/sources.py"},
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"storage.py"},
     "click": {"cli.py"},
-    "rich": {"cli.py", "launch/progress.py", "sweeps/progress.py"},
+    "rich": {"cli.py", "launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
     "matplotlib": {"report/figures.py"},
     "jinja2": {"data/template.py", "report/sweep_page.py"},
 }
