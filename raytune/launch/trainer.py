@@ -57,7 +57,7 @@ def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | Non
             name=f"attempt-{attempt}",
             storage_path=folder.ray,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            callbacks=[_NotedPlacementGroup(folder)],
+            callbacks=[_NotedPlacementGroup(folder)],  # pyright: ignore[reportArgumentType]  (Ray takes its own kinds too)
         ),
     )
     try:

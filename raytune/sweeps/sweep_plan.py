@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raytune.config.run import RunConfig
-from raytune.config.sweep import SweepSection
+from raytune.config.sweep import AshaStopping, HyperbandStopping, NoStopping, SweepSection
 from raytune.errors import UserError
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
@@ -15,6 +15,7 @@ from raytune.sweeps.rungs import rungs_of
 
 DEFAULT_RUNGS = 3
 """Where `grace` is automatic, this many comparisons lie before the end of a trial."""
+DEFAULT_FACTOR = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,18 +80,20 @@ def plan_sweep(section: SweepSection, name: str, num_trials: int, plans: Sequenc
         UserError: if the first comparison would come after the end of every trial.
     """
     stopping = section.stopping
-    unit = getattr(stopping, "unit", "steps")
+    unit = "steps" if isinstance(stopping, NoStopping) else stopping.unit
+    factor = float(stopping.reduction_factor) if isinstance(stopping, AshaStopping | HyperbandStopping) else DEFAULT_FACTOR
     budget = max(plan.optimization.num_steps * units_per_step(plan, unit) for plan in plans)
-    factor = float(getattr(stopping, "reduction_factor", 3))
-    grace = getattr(stopping, "grace", "auto")
-    if grace == "auto":
+    if isinstance(stopping, NoStopping) or stopping.grace == "auto":
         grace = max(units_per_step(plans[0], unit), budget / factor**DEFAULT_RUNGS)
         grace = float(math.ceil(grace)) if unit == "steps" else grace
-    if stopping.method != "none" and grace >= budget:
+    else:
+        grace = float(stopping.grace)
+    if grace >= budget and not isinstance(stopping, NoStopping):
         raise UserError(
             f"sweep.stopping.grace is {grace:g} {unit}, but trials end after {budget:g}: none would ever be stopped. Set it to "
             f"less, train for longer, or set sweep.stopping.method to none."
         )
+    budget = round(budget / grace, 9)
     return SweepPlan(
         name=name,
         num_trials=num_trials,
@@ -98,10 +101,10 @@ def plan_sweep(section: SweepSection, name: str, num_trials: int, plans: Sequenc
         mode=section.mode,
         stopping=stopping.method,
         unit=unit,
-        grace=float(grace),
+        grace=grace,
         reduction_factor=factor,
-        budget=round(budget / float(grace), 9),
-        rungs=rungs_of(stopping.method, budget / float(grace), factor),
+        budget=budget,
+        rungs=rungs_of(stopping.method, budget, factor),
         slots=slots,
         workers=max(plan.batch.workers for plan in plans),
     )

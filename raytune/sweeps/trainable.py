@@ -133,12 +133,12 @@ class _Conversation:
             self._said.put({})
 
     def _say(self, result: dict[str, Any]) -> None:
-        self.leave_if_over()
+        self._leave_if_over()
         self._said.put(result)
         self._may_go_on.acquire()
-        self.leave_if_over()
+        self._leave_if_over()
 
-    def leave_if_over(self) -> None:
+    def _leave_if_over(self) -> None:
         if self._is_over:
             raise TrialStopped
 

@@ -42,7 +42,7 @@ def recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
     _quiet()
     try:
         yield
-    except BaseException as error:
+    except Exception as error:
         # Survivors of a dead rank fail too, a moment later: the driver shows the earliest record first.
         with suppress(Exception):  # what made the run fail may be the storage itself
             write_json(
