@@ -109,13 +109,14 @@ def test_ci_runs_the_readme_test_command_word_for_word() -> None:
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_readme_yaml_is_a_valid_config() -> None:
+def test_the_readme_yamls_are_valid_configs(tmp_path: Path) -> None:
     from raytune.config.load import load_config
+    from raytune.sweeps.space import check_space
 
-    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    path = Path("/tmp") / f"readme-{os.getpid()}.yaml"
-    path.write_text(example)
-    try:
-        assert load_config([path]).adapter.method == "qlora"
-    finally:
-        path.unlink()
+    run, sweep = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my-run.yaml").write_text(run)
+    (tmp_path / "sweep.yaml").write_text(sweep)
+    assert load_config([tmp_path / "my-run.yaml"]).adapter.method == "qlora"
+    config = load_config([tmp_path / "sweep.yaml"])
+    assert config.model.base == "Qwen/Qwen3-8B"
+    check_space(config)
