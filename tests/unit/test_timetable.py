@@ -8,7 +8,7 @@ from raytune.training.timetable import Timetable
 
 def table(**changes: object) -> Timetable:
     values = {"num_steps": 10, "log_every": 2, "evaluate_every": 4, "save_every": 5, "save_every_s": None}
-    values |= {"evaluate_at_saves": False}
+    values |= {"evaluate_at_saves": False, "rungs": ()}
     return Timetable(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -26,6 +26,12 @@ def test_saves_that_are_due_by_step_can_be_evaluated_too() -> None:
 def test_without_validation_rows_nothing_is_evaluated() -> None:
     nothing = table(evaluate_every=None, evaluate_at_saves=True)
     assert not any(nothing.evaluates_after(step) for step in range(1, 11))
+
+
+def test_rungs_are_evaluated_and_saved() -> None:
+    with_rungs = table(rungs=(1, 7))
+    assert [step for step in range(1, 11) if with_rungs.evaluates_after(step)] == [1, 4, 7, 8, 10]
+    assert [step for step in range(1, 11) if with_rungs.saves_after(step, 0.0)] == [1, 5, 7, 10]
 
 
 def test_time_saves_between_the_steps() -> None:
