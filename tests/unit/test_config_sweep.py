@@ -160,7 +160,7 @@ def test_another_stopping_method_drops_only_the_keys_it_does_not_have(tmp_path: 
 
 def test_unions_are_found_wherever_they_are():
     assert unions() == {"adapter": "lora", "sweep.stopping": "asha"}
-    assert keys()["sweep.stopping.brackets"].methods == ("hyperband",)
+    assert keys()["sweep.stopping.reduction_factor"].methods == ("asha", "hyperband")
     assert keys()["sweep.stopping.grace"].union == "sweep.stopping"
     assert type_at(("sweep", "space", "adapter.rank", "integer", 0)) is int
 
