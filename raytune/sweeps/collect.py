@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 from raytune.launch.record import read_plan
 from raytune.metrics import History, read_events
@@ -23,14 +24,9 @@ def collect(folder: SweepFolder, plan: SweepPlan, keys: Sequence[str]) -> SweepR
         keys: of the space.
     """
     known = read_ledger(folder.ledger)
-    results, plans = [], []
-    for trial in sorted(known.trials.values(), key=lambda trial: trial.number):
-        run = folder.trial(trial.name)
-        trial_plan = read_plan(run) if exists(run.plan) else None
-        plans += [trial_plan] if trial_plan else []
-        results.append(_trial_result(trial, run, trial_plan, known, plan))
-    best_first = ranked(results, plan.mode)
-    rungs = plan.rung_steps(plans[0]) if plans else ()
+    traces = [_Trace.read(folder, trial) for trial in sorted(known.trials.values(), key=lambda trial: trial.number)]
+    plans = [trace.plan for trace in traces if trace.plan]
+    results = [_trial_result(trace, known, plan) for trace in traces]
     return SweepResult(
         name=folder.name,
         folder=folder.path,
@@ -38,31 +34,72 @@ def collect(folder: SweepFolder, plan: SweepPlan, keys: Sequence[str]) -> SweepR
         mode=plan.mode,
         device=plans[0].cluster.device if plans else "cpu",
         keys=tuple(keys),
-        rungs=rungs,
-        trials=tuple(best_first),
+        rungs=plan.rung_steps(plans[0]) if plans else (),
+        trials=tuple(ranked(results, plan.mode)),
         wall_s=known.wall_s,
         spent_worker_s=sum(result.worker_s for result in results),
-        full_worker_s=_full_worker_s(results, folder),
+        full_worker_s=_full_worker_s(traces),
     )
 
 
-def _trial_result(trial: Trial, run: RunFolder, trial_plan: RunPlan | None, known: Known, plan: SweepPlan) -> TrialResult:
-    history, end = History.read(run.metrics), known.ends.get(trial.name)
-    curve = tuple((step, value) for step, value in history.series(plan.metric) if step)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trace:
+    """What a trial left in its run folder."""
+
+    trial: Trial
+    run: RunFolder
+    plan: RunPlan | None
+    history: History
+    seconds: float
+    """At work, over all attempts."""
+
+    @classmethod
+    def read(cls, folder: SweepFolder, trial: Trial) -> Self:
+        run = folder.trial(trial.name)
+        history = History.read(run.metrics)
+        return cls(
+            trial=trial,
+            run=run,
+            plan=read_plan(run) if exists(run.plan) else None,
+            history=history,
+            seconds=seconds_at_work(read_events(run.events), history),
+        )
+
+    @property
+    def workers(self) -> int:
+        return self.plan.batch.workers if self.plan else 1
+
+    @property
+    def seconds_to_the_end(self) -> float | None:
+        """Of the whole trial, had it trained to its end at its own pace; None if it made no steps to tell by."""
+        # Evaluations and saves lie between the points too, as they would for the rest of the trial.
+        spans = [
+            (later.time - point.time, later.step - point.step)
+            for point, later in pairwise(self.history.points)
+            if later.attempt == point.attempt
+        ]
+        num_steps = sum(steps for _, steps in spans)
+        if not num_steps or self.plan is None:
+            return None
+        steps_left = self.plan.optimization.num_steps - self.history.last_step
+        return self.seconds + steps_left * sum(seconds for seconds, _ in spans) / num_steps
+
+
+def _trial_result(trace: _Trace, known: Known, plan: SweepPlan) -> TrialResult:
+    end = known.ends.get(trace.trial.name)
+    curve = tuple((step, value) for step, value in trace.history.series(plan.metric) if step)
     finite = [value for _, value in curve if math.isfinite(value)]
-    best = (min if plan.mode == "min" else max)(finite, default=None)
-    started = history.last_step > 0
     return TrialResult(
-        trial=trial,
-        state=end.state if end else "running" if started else "waiting",
-        value=best,
-        step=history.last_step,
-        num_steps=trial_plan.optimization.num_steps if trial_plan else 0,
-        rung=known.rung_of(trial.name),
-        worker_s=seconds_at_work(read_events(run.events), history) * (trial_plan.batch.workers if trial_plan else 1),
+        trial=trace.trial,
+        state=end.state if end else "running" if trace.history.last_step else "waiting",
+        value=(min if plan.mode == "min" else max)(finite, default=None),
+        step=trace.history.last_step,
+        num_steps=trace.plan.optimization.num_steps if trace.plan else 0,
+        rung=known.rung_of(trace.trial.name),
+        worker_s=trace.seconds * trace.workers,
         cause=end.cause if end else None,
         curve=curve,
-        folder=run.path,
+        folder=trace.run.path,
     )
 
 
@@ -76,30 +113,8 @@ def seconds_at_work(events: Sequence[dict[str, Any]], history: History) -> float
     return sum(max(times) - min(times) for times in signs.values())
 
 
-def _full_worker_s(results: Sequence[TrialResult], folder: SweepFolder) -> float:
-    """Worker seconds if every trial had trained to its end: its own start-up, and its own seconds per step for the rest.
-
-    A trial that has no steps to be measured by counts as the mean of the others.
-    """
-    full = [
-        seconds
-        for result in results
-        if (seconds := _seconds_to_the_end(result, History.read(folder.trial(result.trial.name).metrics))) is not None
-    ]
+def _full_worker_s(traces: Sequence[_Trace]) -> float:
+    """Worker seconds if every trial had trained to its end. One without steps to tell by counts as the mean of the others."""
+    full = [seconds * trace.workers for trace in traces if (seconds := trace.seconds_to_the_end) is not None]
     mean = sum(full) / len(full) if full else 0.0
-    return sum(full) + mean * (len(results) - len(full))
-
-
-def _seconds_to_the_end(result: TrialResult, history: History) -> float | None:
-    if not result.step:
-        return None
-    steps_left = result.num_steps - result.step
-    # Evaluations and saves lie between the points too, as they would for the rest of the trial.
-    spans = [
-        (b.time - a.time, b.step - a.step) for a, b in pairwise(history.points) if a.attempt == b.attempt and b.step > a.step
-    ]
-    steps = sum(count for _, count in spans)
-    if not steps:
-        return None
-    workers = 1
-    return result.worker_s + workers * steps_left * sum(seconds for seconds, _ in spans) / steps
+    return sum(full) + mean * (len(traces) - len(full))
