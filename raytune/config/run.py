@@ -10,6 +10,7 @@ from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataSection
 from raytune.config.evaluation import EvaluationSection
 from raytune.config.model import ModelSection
+from raytune.config.provider import ProviderSection
 from raytune.config.section import Section, Text
 from raytune.config.training import TrainingSection
 
@@ -39,3 +40,5 @@ class RunConfig(Section):
     """When state is saved and what is kept."""
     cluster: ClusterSection = ClusterSection()
     """Which Ray cluster, how many workers, and what each of them gets."""
+    provider: ProviderSection = ProviderSection()
+    """What only you know about the machines: `cluster render` writes it into cluster files. Training reads none of it."""
