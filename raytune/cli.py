@@ -184,7 +184,7 @@ def cluster() -> None:
 @as_json_option
 @debug_option
 def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None, as_json: bool) -> None:
-    """Write the cluster of a run (cluster.instance, cluster.nodes, cluster.spot, provider) as a commented file. Calls no cloud."""
+    """Write the cluster of a run (its sections cluster and provider) as a commented file. Calls no cloud."""
     from raytune.config.load import load_config
     from raytune.launch.kuberay import kuberay_yaml
     from raytune.launch.provider import KUBERAY, cluster_spec

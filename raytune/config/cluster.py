@@ -12,8 +12,8 @@ class ClusterSection(Section):
     """Ray cluster to join: `auto`, `host:port` or `ray://host:port`. Default: RAY_ADDRESS if it is set, else a cluster is
     started inside this machine for the time of the run."""
     instance: Annotated[Text, Field(examples=["p5.48xlarge"])] | None = None
-    """Instance type of the nodes, by the hardware catalogue (configs/hardware/instances.yaml). With it `plan` needs no cluster, and
-    knows seconds and dollars."""
+    """Instance type of the nodes, by the hardware catalogue (configs/hardware/instances.yaml). With it `plan` needs no cluster,
+    and knows seconds and dollars."""
     nodes: PositiveInt = 1
     """Nodes of that type that a plan counts on."""
     spot: bool = False

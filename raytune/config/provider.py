@@ -49,8 +49,7 @@ class KubernetesSection(Section):
     user_id: PositiveInt = 1000
     """User and group that the pods run as."""
     rdma_resource: Identifier | None = None
-    """Resource of an InfiniBand device plugin, for example rdma/ib; a worker asks for as many as it has interfaces. EFA needs none
-    named."""
+    """Resource of an InfiniBand device plugin, for example rdma/ib: a worker asks for one per interface. EFA needs none."""
 
 
 class ProviderSection(Section):
@@ -71,7 +70,7 @@ class ProviderSection(Section):
     security_group: Identifier | None = None
     """AWS: id of the security group that `cluster render --target network` makes. Ray's own would let everybody reach port 22."""
     machine_image: Identifier | None = None
-    """AWS: AMI id. GCP: source image. Azure: publisher:offer:sku:version or an image's resource id. With GPU driver and Docker."""
+    """AWS: AMI id. GCP: source image. Azure: publisher:offer:sku:version or a resource id. It has the GPU driver and Docker."""
     head_instance: Identifier | None = None
     """Type of the head, which needs no GPU. Default: m6i.2xlarge, n2-standard-8, Standard_D8s_v5."""
     reservation: Identifier | None = None
@@ -89,8 +88,8 @@ class ProviderSection(Section):
     jump_host: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]+@[A-Za-z0-9.-]+$", title="user@host")] | None = None
     """Host to reach the nodes through, if your machine is not in their network: they have private addresses only."""
     hosts: list[Address] = []
-    """Machines that run already: the head's address, then the workers'. As many as `cluster.nodes`, and the head trains too; or one
-    more, and it does not."""
+    """Machines that run already: the head's address, then the workers'. With as many as `cluster.nodes` the head trains too, with
+    one more it does not."""
     container: Image | None = None
     """Image that has the whole environment (cluster/image/Dockerfile), pinned by digest."""
     environment: Path | None = None
@@ -102,7 +101,7 @@ class ProviderSection(Section):
     shared_kind: Literal["nfs4", "lustre"] = "nfs4"
     """How it is mounted."""
     nccl_profile: Path | None = None
-    """GCP a3: file on the nodes that sets NCCL's environment for GPUDirect; its installer writes it. Default: where it does so."""
+    """GCP a3: file on the nodes that sets NCCL's environment for GPUDirect. Default: where its installer writes it."""
     token_file: Path = "~/.ray/auth_token"
     """Ray's authentication token on the machine that runs `cluster up`, which creates it if there is none."""
     hub_token_file: Path | None = None

@@ -1,6 +1,6 @@
 """What a cluster is to be, and the commented files that describe it to Ray, KubeRay or a cloud. Pure: values in, text out.
 
-The templates are data, in `cluster/`: one per cloud and GPU family. This file says what each needs to know and refuses what is missing.
+The templates are data, in `cluster/`: one per cloud and GPU family. This file says what each needs and refuses what is missing.
 """
 
 import json
@@ -26,11 +26,15 @@ PACKAGED_TEMPLATES = Path(__file__).resolve().parent / "cluster_files"
 """Where an installed wheel has them (pyproject.toml, force-include)."""
 
 FAMILIES = {
-    "p4d": "aws/p4", "p4de": "aws/p4", "p5": "aws/p5", "p5e": "aws/p5", "p5en": "aws/p5", "g5": "aws/g", "g6": "aws/g", "g6e": "aws/g",
-    "a2-highgpu": "gcp/a2", "a2-ultragpu": "gcp/a2", "a3-highgpu": "gcp/a3", "a3-megagpu": "gcp/a3",
-    "Standard_ND96asr_v4": "azure/nd-a100", "Standard_ND96amsr_A100_v4": "azure/nd-a100", "Standard_ND96isr_H100_v5": "azure/nd-h100",
-}  # fmt: skip
-"""Instance family -> template of its `ray up` file."""
+    "aws/p4": ("p4d", "p4de"),
+    "aws/p5": ("p5", "p5e", "p5en"),
+    "aws/g": ("g5", "g6", "g6e"),
+    "gcp/a2": ("a2-highgpu", "a2-ultragpu"),
+    "gcp/a3": ("a3-highgpu", "a3-megagpu"),
+    "azure/nd-a100": ("Standard_ND96asr_v4", "Standard_ND96amsr_A100_v4"),
+    "azure/nd-h100": ("Standard_ND96isr_H100_v5",),
+}
+"""Template of a `ray up` file -> the instance families that it is for."""
 NETWORKS = {"aws": "aws/network.yaml", "gcp": "gcp/network.sh", "azure": "azure/network.json"}
 KUBERAY = {"kuberay": "kuberay/rayjob.yaml", "kuberay-cluster": "kuberay/raycluster.yaml"}
 HEADS = {"aws": "m6i.2xlarge", "gcp": "n2-standard-8", "azure": "Standard_D8s_v5"}
@@ -107,8 +111,8 @@ def cluster_spec(config: RunConfig, catalogue: Catalogue, target: Target) -> Clu
     section, user = config.cluster, config.provider
     if section.instance is None:
         raise UserError(
-            "cluster.instance is not set: a cluster file needs the type of its GPU nodes, for example cluster.instance=p5.48xlarge. "
-            "configs/hardware/instances.yaml lists those that raytune knows."
+            "cluster.instance is not set: a cluster file needs the type of its GPU nodes, for example "
+            "cluster.instance=p5.48xlarge. configs/hardware/instances.yaml lists those that raytune knows."
         )
     instance = catalogue.instance(section.instance)
     spec = ClusterSpec(
@@ -153,7 +157,7 @@ def render(spec: ClusterSpec, target: Target, facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701
+        autoescape=False,
     )
     filters: dict[str, Callable[..., str]] = {"q": json.dumps, "sh": shlex.quote}
     environment.filters.update(filters)
@@ -177,13 +181,15 @@ def template_of(spec: ClusterSpec, target: Target) -> str:
     if place == "hosts":
         return "on-prem/hosts.yaml"
     name = spec.instance.name
-    family = FAMILIES.get(name) or FAMILIES.get(name.partition(".")[0]) or FAMILIES.get(name.rpartition("-")[0])
-    if family is None:
+    family = {name, name.partition(".")[0], name.rpartition("-")[0]}
+    template = next((template for template, families in FAMILIES.items() if family.intersection(families)), None)
+    if template is None:
+        known = ", ".join(family for families in FAMILIES.values() for family in families)
         raise UserError(
-            f"There is no `ray up` template for {name}. Templates exist for {', '.join(FAMILIES)}; for other machines start them "
-            f"yourself and list their addresses in provider.hosts, or use --target kuberay."
+            f"There is no `ray up` template for {name}, only for {known}. Start other machines yourself and list their addresses "
+            f"in provider.hosts, or use --target kuberay."
         )
-    return f"{family}.yaml"
+    return f"{template}.yaml"
 
 
 def place_of(spec: ClusterSpec) -> Cloud | Literal["hosts"]:
@@ -208,12 +214,12 @@ def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
     shared = "://" in spec.storage or f"{spec.storage}/".startswith(f"{user.mount_point.rstrip('/')}/")
     if target != "network" and not shared:
         problems.append(
-            f"storage: {spec.storage} is on one machine only; use a folder below {user.mount_point} (provider.mount_point), or a URL"
+            f"storage: {spec.storage} is on one machine; use a folder below {user.mount_point} (provider.mount_point) or a URL"
         )
     if target == "ray-up" and user.hosts and len(user.hosts) not in (spec.num_nodes, spec.num_nodes + 1):
         problems.append(
-            f"provider.hosts: {len(user.hosts)} addresses for cluster.nodes={spec.num_nodes}; give {spec.num_nodes} (the head trains "
-            f"too) or {spec.num_nodes + 1}"
+            f"provider.hosts: {len(user.hosts)} addresses for cluster.nodes={spec.num_nodes}; give {spec.num_nodes} (the head "
+            f"trains too) or {spec.num_nodes + 1}"
         )
     if len(set(user.hosts)) < len(user.hosts):
         problems.append("provider.hosts: an address is given twice")

@@ -146,7 +146,8 @@ def _ray(arguments: Sequence[str], config: dict[str, Any]) -> None:
     done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *arguments], env=environment, check=False)
     if done.returncode:
         raise ClusterError(
-            f"`ray {' '.join(arguments)}` ended with {done.returncode}; its last lines above say why. The same command can be run again."
+            f"`ray {' '.join(arguments)}` ended with {done.returncode}; its last lines above say why. The command can be run "
+            f"again."
         )
 
 
@@ -173,7 +174,6 @@ def _version_check(spec: ClusterSpec) -> str:
 
 def _azure_image(image: str) -> dict[str, str]:
     """ARM parameters of `publisher:offer:sku:version`, or of an image's resource id."""
+    names = ("imagePublisher", "imageOffer", "imageSku", "imageVersion")
     parts = image.split(":")
-    return (
-        dict(zip(("imagePublisher", "imageOffer", "imageSku", "imageVersion"), parts)) if len(parts) == 4 else {"imageId": image}
-    )
+    return dict(zip(names, parts)) if len(parts) == len(names) else {"imageId": image}

@@ -46,7 +46,7 @@ FAMILIES = {
     "on-prem": ["dgx-a100-80gb", "dgx-h100"],
 }
 INSTANCES = [name for names in FAMILIES.values() for name in names]
-CLOUDS = {name: cloud for cloud, names in FAMILIES.items() for name in names}
+CLOUDS = {instance.name: instance.cloud for instance in load_catalogue().instances.values()}
 MARKETS: dict[str, dict[str, Any]] = {
     "on-demand": {},
     "spot": {"cluster": {"spot": True}},
@@ -54,32 +54,17 @@ MARKETS: dict[str, dict[str, Any]] = {
 }
 SIZES = {"7b": 1, "13b": 1, "34b": 2, "70b": 4}
 """Model size -> nodes of eight 80 GB GPUs on which a full fine-tuning under ZeRO-3 fits."""
-ON_80_GB = [
-    "p4de.24xlarge",
-    "p5.48xlarge",
-    "a2-ultragpu-8g",
-    "a3-megagpu-8g",
-    "Standard_ND96amsr_A100_v4",
-    "Standard_ND96isr_H100_v5",
-]
-"""A100 and H100 of each cloud."""
+A100S = ["p4de.24xlarge", "a2-ultragpu-8g", "Standard_ND96amsr_A100_v4", "dgx-a100-80gb"]
+H100S = ["p5.48xlarge", "a3-megagpu-8g", "Standard_ND96isr_H100_v5", "dgx-h100"]
 
 
-def spec_of(
-    instance: str,
-    target: Target = "ray-up",
-    *,
-    name: str = "example",
-    nodes: int = 2,
-    storage: str = "/shared/runs",
-    **sections: Any,
-) -> ClusterSpec:
+def spec_of(instance: str, target: Target = "ray-up", *, name: str = "example", nodes: int = 2, **sections: Any) -> ClusterSpec:
     """The cluster that a complete user config describes; `sections` are laid over it."""
     user = {"client_cidr": CLIENT, "container": f"registry.example.com/raytune@{DIGEST}", "shared_export": "10.0.0.9:/runs"}
     kubernetes = {"storage_claim": "runs", "hub_secret": "hub-token"}
     config = {
         "name": name,
-        "storage": storage,
+        "storage": "/shared/runs",
         "cluster": {"instance": instance, "nodes": nodes, **sections.pop("cluster", {})},
         "provider": {**user, **FACTS[CLOUDS[instance]], "kubernetes": kubernetes, **sections.pop("provider", {})},
         **sections,
