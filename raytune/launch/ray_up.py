@@ -17,6 +17,9 @@ from raytune.launch.provider import ClusterSpec, Target, place_of, render
 NCCL_PROFILES = {"tcpx": "/var/lib/tcpx/lib64/nccl-env-profile.sh", "tcpxo": "/var/lib/tcpxo/lib64/nccl-env-profile.sh"}
 """Where Google's installers put NCCL's environment."""
 
+EFA = "/opt/amazon"
+"""Where AWS's images have the EFA library and NCCL's plug-in for it."""
+
 SPOT, RESERVED, ON_DEMAND = "spot", "reserved", "on-demand"
 
 
@@ -72,20 +75,31 @@ def efa_interfaces(spec: ClusterSpec) -> list[Interface]:
 
 def worker_environment(spec: ClusterSpec) -> list[str]:
     """Shell statements before `ray start` on a GPU node: its caches, and what the fast network wants."""
-    fabric, hosts = spec.instance.fabric, place_of(spec) == "hosts"
+    fabric, hosts, several = spec.instance.fabric, place_of(spec) == "hosts", spec.num_nodes > 1
     lines = [] if hosts else ["export HF_HUB_CACHE=/mnt/nvme/huggingface"]
     if fabric == "efa":
-        return [*lines, "export FI_PROVIDER=efa NCCL_SOCKET_IFNAME=^docker,lo,veth"]
-    if fabric in NCCL_PROFILES:
-        profile = spec.user.nccl_profile or NCCL_PROFILES[fabric]
-        refusal = f'{{ echo "GPUDirect is not installed: no {profile}" >&2; exit 1; }}'
+        # Without the plug-in NCCL would use sockets and say nothing.
+        plugin = f"find -L {EFA}/ofi-nccl -name 'libnccl-net*.so' | grep -q ."
         return [
             *lines,
-            f"test -r {profile} || {refusal}",
+            *(
+                [f'{plugin} || {{ echo "EFA is not installed: no libnccl-net in {EFA}/ofi-nccl" >&2; exit 1; }}']
+                if several
+                else []
+            ),
+            "export FI_PROVIDER=efa NCCL_SOCKET_IFNAME=^docker,lo,veth",
+            f"export LD_LIBRARY_PATH={EFA}/ofi-nccl/lib:{EFA}/ofi-nccl/lib/x86_64-linux-gnu:{EFA}/efa/lib:$LD_LIBRARY_PATH",
+        ]
+    if fabric in NCCL_PROFILES:
+        profile = spec.user.nccl_profile or NCCL_PROFILES[fabric]
+        refused = f'{{ echo "GPUDirect is not installed: no {profile}" >&2; exit 1; }}'
+        return [
+            *lines,
+            f"test -r {profile} || {refused}",
             f". {profile}",
             f"export LD_LIBRARY_PATH={Path(profile).parent}:$LD_LIBRARY_PATH",
         ]
-    if fabric == "infiniband" and not hosts and spec.num_nodes > 1 and spec.instance.cloud == "azure":
+    if fabric == "infiniband" and not hosts and several and spec.instance.cloud == "azure":
         return [*lines, "export NCCL_IB_DISABLE=1"]
     return lines
 
@@ -93,7 +107,9 @@ def worker_environment(spec: ClusterSpec) -> list[str]:
 def fabric_run_options(spec: ClusterSpec) -> list[str]:
     """Options of the container that give it the fast network."""
     fabric = spec.instance.fabric
-    if fabric in ("efa", "infiniband"):
+    if fabric == "efa":
+        return ["--device=/dev/infiniband", f"--volume={EFA}:{EFA}:ro"]
+    if fabric == "infiniband":
         azure = ["--volume=/etc/nccl.conf:/etc/nccl.conf:ro", "--volume=/opt/microsoft:/opt/microsoft:ro"]
         return ["--device=/dev/infiniband", *(azure if spec.instance.cloud == "azure" else [])]
     if fabric in NCCL_PROFILES:

@@ -160,6 +160,20 @@ def test_gpudirect_takes_nccls_environment_from_the_node_and_refuses_a_node_with
     assert done.stdout.strip() == "started with its-own-setting", done.stderr
 
 
+def test_efa_takes_its_libraries_from_the_node_and_refuses_one_without_them(tmp_path: Path) -> None:
+    start = data_of("p5.48xlarge")["worker_start_ray_commands"][-1].replace("/opt/amazon", str(tmp_path))
+    stub = f"ray() {{ echo $FI_PROVIDER $LD_LIBRARY_PATH; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "EFA is not installed" in refused.stderr
+    folder = tmp_path / "ofi-nccl" / "lib"
+    folder.mkdir(parents=True)
+    (folder / "libnccl-net.so").touch()
+    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"efa {folder}:"), done.stderr
+    assert "--volume=/opt/amazon:/opt/amazon:ro" in data_of("p5.48xlarge")["docker"]["worker_run_options"]
+
+
 def test_nodes_of_azure_without_a_scale_set_say_that_they_lack_infiniband() -> None:
     text = text_of("Standard_ND96isr_H100_v5", nodes=2)
     assert "ATTENTION" in text
