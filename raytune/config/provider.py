@@ -24,14 +24,32 @@ def _address(text: str) -> str:
 
 Identifier = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", title="an identifier")]
 """A name that clouds and shells take as it is: no spaces, no quotes."""
-Path = Annotated[Text, Field(pattern=r"^[~/][A-Za-z0-9._/+-]*$", title="an absolute path without spaces")]
-Login = Annotated[Text, Field(pattern=r"^[a-z_][a-z0-9_-]*$", title="a login name")]
-KubernetesName = Annotated[Text, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", title="a Kubernetes name")]
-Image = Annotated[Text, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/-]*@sha256:[0-9a-f]{64}$", title="an image with its digest")]
-ClientRange = Annotated[Text, AfterValidator(_client_range), Field(title="a range of addresses such as 203.0.113.7/32")]
-Address = Annotated[Text, AfterValidator(_address), Field(title="an IPv4 address")]
+Path = Annotated[
+    Text, Field(pattern=r"^[~/][A-Za-z0-9._/+-]*$", title="an absolute path without spaces", examples=["/opt/raytune"])
+]
+Login = Annotated[Text, Field(pattern=r"^[a-z_][a-z0-9_-]*$", title="a login name", examples=["ubuntu"])]
+KubernetesName = Annotated[
+    Text, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", title="a Kubernetes name", examples=["default"])
+]
+Image = Annotated[
+    Text,
+    Field(
+        pattern=r"^[a-z0-9][A-Za-z0-9._:/-]*@sha256:[0-9a-f]{64}$",
+        title="an image with its digest",
+        examples=["registry.example.com/raytune@sha256:" + 64 * "0"],
+    ),
+]
+ClientRange = Annotated[
+    Text, AfterValidator(_client_range), Field(title="a range of addresses such as 203.0.113.7/32", examples=["203.0.113.7/32"])
+]
+Address = Annotated[Text, AfterValidator(_address), Field(title="an IPv4 address", examples=["10.0.0.1"])]
 SshPublicKey = Annotated[
-    Text, Field(pattern=r"^(ssh-(ed25519|rsa)|ecdsa-[a-z0-9-]+) [A-Za-z0-9+/=]+( [\w@.-]+)?$", title="a public ssh key")
+    Text,
+    Field(
+        pattern=r"^(ssh-(ed25519|rsa)|ecdsa-[a-z0-9-]+) [A-Za-z0-9+/=]+( [\w@.-]+)?$",
+        title="a public ssh key",
+        examples=["ssh-ed25519 AAAA me"],
+    ),
 ]
 
 
@@ -85,9 +103,14 @@ class ProviderSection(Section):
     """Private key of that login, on the machine that runs `cluster up`."""
     ssh_public_key: SshPublicKey | None = None
     """GCP: the public half, one line of text; it goes into the metadata of the nodes."""
-    jump_host: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]+@[A-Za-z0-9.-]+$", title="user@host")] | None = None
+    jump_host: (
+        Annotated[
+            Text, Field(pattern=r"^[A-Za-z0-9_.-]+@[A-Za-z0-9.-]+$", title="user@host", examples=["me@gateway.example.com"])
+        ]
+        | None
+    ) = None
     """Host to reach the nodes through, if your machine is not in their network: they have private addresses only."""
-    hosts: list[Address] = []
+    hosts: Annotated[list[Address], Field(examples=[["10.0.0.1", "10.0.0.2"]])] = []
     """Machines that run already: the head's address, then the workers'. With as many as `cluster.nodes` the head trains too, with
     one more it does not."""
     container: Image | None = None
@@ -96,7 +119,10 @@ class ProviderSection(Section):
     """Without a container: folder of the virtual environment on every node."""
     mount_point: Path = "/shared"
     """Folder where nodes see the shared storage."""
-    shared_export: Annotated[Text, Field(pattern=r"^[A-Za-z0-9.@_-]+:/[A-Za-z0-9._/-]*$", title="server:/path")] | None = None
+    shared_export: (
+        Annotated[Text, Field(pattern=r"^[A-Za-z0-9.@_-]+:/[A-Za-z0-9._/-]*$", title="server:/path", examples=["10.0.0.9:/runs"])]
+        | None
+    ) = None
     """Export to mount there on cloud nodes: `server:/path`. Default: the machine image mounts it."""
     shared_kind: Literal["nfs4", "lustre"] = "nfs4"
     """How it is mounted."""

@@ -80,6 +80,7 @@ def worker_environment(spec: ClusterSpec) -> list[str]:
     if fabric == "efa":
         # Without the plug-in NCCL would use sockets and say nothing.
         plugin = f"find -L {EFA}/ofi-nccl -name 'libnccl-net*.so' | grep -q ."
+        refused = f'{{ echo "EFA is not installed: no libnccl-net in {EFA}/ofi-nccl" >&2; exit 1; }}'
         return [
             *lines,
             *(

@@ -1,4 +1,4 @@
-"""The image has the versions that pyproject.toml asks for and the kernels that DeepSpeed would otherwise build in the middle of a run."""
+"""The image has the versions that pyproject.toml asks for, and the kernels that DeepSpeed would else build during a run."""
 
 import re
 import tomllib
