@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import raytune
-from raytune.errors import RaytuneError
+from raytune.errors import RaytuneError, UserError
 
 EXIT_INTERRUPTED = 130
 
@@ -116,18 +116,35 @@ def schema(as_json: bool) -> None:
 
 @cli.command()
 @run_arguments
+@click.option("--tokens", help="Training tokens of an epoch, such as 50M, instead of the data's; with cluster.instance.")
+@click.option("--compare", metavar="NAMES", help="Rank instance types: all, a cloud (aws, gcp, azure), or names with commas.")
 @as_json_option
 @debug_option
-def plan(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Resolve everything and show it: batch, steps, memory per worker, and why. Tokenises the data, trains nothing."""
+def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as_json: bool) -> None:
+    """Resolve everything and show it: batch, steps, memory per worker, time and money, and why. Trains nothing.
+
+    With cluster.instance it needs neither the cluster nor the model's weights, and tokenises nothing: the amount of data is taken
+    from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
+    """
     from raytune.config.load import load_config
+    from raytune.plan.ahead import compare as compare_instances
+    from raytune.plan.ahead import named_instances, plan_ahead
+    from raytune.plan.describe import comparison_text, plan_text
 
-    config = load_config(*files_and_overrides(arguments), check_files=True)
+    num_tokens = None if tokens is None else _count(tokens)
+    config = load_config(*files_and_overrides(arguments), check_files=tokens is None)
+    if compare is not None:
+        candidates = compare_instances(config, named_instances(compare), num_tokens)
+        click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
+        return
+    if config.cluster.instance:
+        resolved = plan_ahead(config, num_tokens)
+    elif tokens is not None:
+        raise UserError("--tokens is for a plan without cluster and data. Set cluster.instance too, or leave it out.")
+    else:
+        from raytune.launch.run import plan_run
 
-    from raytune.launch.run import plan_run
-    from raytune.plan.describe import plan_text
-
-    resolved = plan_run(config)
+        resolved = plan_run(config)
     click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
 
 
@@ -219,6 +236,15 @@ def cluster_down(cluster_file: Path) -> None:
     from raytune.launch.ray_up import down
 
     down(cluster_file)
+
+
+def _count(text: str) -> int:
+    from raytune.units import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise UserError(f"--tokens: {error}.") from error
 
 
 def _error_facts(error: RaytuneError) -> dict[str, Any]:

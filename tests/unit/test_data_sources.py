@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, source_name
 from raytune.data import sources
-from raytune.data.sources import BadRow, Row, find_files, read_segment, scan, source_name
+from raytune.data.sources import BadRow, Row, find_files, read_segment, scan
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
