@@ -8,6 +8,7 @@ from raytune.config.load import config_from
 from raytune.launch.kuberay import kuberay_yaml
 from raytune.launch.provider import KUBERAY, ClusterSpec, Target, cluster_spec
 from raytune.launch.ray_up import ray_up_text
+from raytune.plan.ahead import compare
 from raytune.plan.hardware import load_catalogue
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -52,10 +53,23 @@ MARKETS: dict[str, dict[str, Any]] = {
     "spot": {"cluster": {"spot": True}},
     "reserved": {"provider": {"reservation": "cr-0a1b2c3d4e5f60718"}},
 }
-SIZES = {"7b": 1, "13b": 1, "34b": 2, "70b": 4}
-"""Model size -> nodes of eight 80 GB GPUs on which a full fine-tuning under ZeRO-3 fits."""
+SIZES = {
+    "7b": "meta-llama/Llama-2-7b-hf",
+    "13b": "meta-llama/Llama-2-13b-hf",
+    "34b": "codellama/CodeLlama-34b-hf",
+    "70b": "meta-llama/Llama-2-70b-hf",
+}
 A100S = ["p4de.24xlarge", "a2-ultragpu-8g", "Standard_ND96amsr_A100_v4", "dgx-a100-80gb"]
 H100S = ["p5.48xlarge", "a3-megagpu-8g", "Standard_ND96isr_H100_v5", "dgx-h100"]
+
+
+def nodes_by_plan(size: str, instance: str) -> int:
+    """The fewest nodes on which a full fine-tuning under ZeRO-3 fits, by `raytune plan --compare`."""
+    run = {"model": {"base": SIZES[size]}, "adapter": {"method": "full"}, "training": {"zero": {"stage": 3}}}
+    (candidate,) = compare(config_from(run), [load_catalogue().instance(instance)], num_tokens=10_000_000)
+    assert candidate.plan is not None
+    assert candidate.plan.cost is not None
+    return candidate.plan.cost.num_nodes
 
 
 def spec_of(instance: str, target: Target = "ray-up", *, name: str = "example", nodes: int = 2, **sections: Any) -> ClusterSpec:

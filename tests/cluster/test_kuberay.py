@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from raytune.config.load import config_from
 from raytune.launch.kuberay import CPUS_FOR_OTHERS
 from raytune.launch.provider import KUBERAY, Target
-from tests.cluster.cases import A100S, H100S, INSTANCES, MARKETS, SIZES, manifests_of, spec_of, text_of
+from tests.cluster.cases import A100S, H100S, INSTANCES, MARKETS, SIZES, manifests_of, nodes_by_plan, spec_of, text_of
 
 CRDS = Path(__file__).parent / "crds"
 QUEUED = {"provider": {"kubernetes": {"queue": "gpus", "storage_claim": "runs"}}}
@@ -82,10 +82,11 @@ def test_every_manifest_fits_the_schema(instance: str, market: str, target: Targ
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("instance", A100S + H100S)
 def test_manifests_for_7b_to_70b_ask_for_all_gpus_of_their_nodes(instance: str, size: str, target: Target) -> None:
-    manifest = manifests_of(instance, target, name=f"llama-{size}", nodes=SIZES[size])[-1]
+    nodes = nodes_by_plan(size, instance)
+    manifest = manifests_of(instance, target, name=f"llama-{size}", nodes=nodes)[-1]
     assert problems(manifest) == []
     (group,) = cluster_of(manifest)["workerGroupSpecs"]
-    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [SIZES[size]] * 3
+    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [nodes] * 3
     (container,) = group["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert container["resources"]["limits"] == container["resources"]["requests"]

@@ -20,7 +20,20 @@ from raytune.config.load import config_from
 from raytune.errors import UserError
 from raytune.launch.provider import KUBERAY, cluster_name, cluster_spec
 from raytune.plan.hardware import load_catalogue
-from tests.cluster.cases import A100S, CLOUDS, FACTS, FAMILIES, H100S, INSTANCES, MARKETS, SIZES, data_of, spec_of, text_of
+from tests.cluster.cases import (
+    A100S,
+    CLOUDS,
+    FACTS,
+    FAMILIES,
+    H100S,
+    INSTANCES,
+    MARKETS,
+    SIZES,
+    data_of,
+    nodes_by_plan,
+    spec_of,
+    text_of,
+)
 
 AWS, GCP, AZURE = FAMILIES["aws"], FAMILIES["gcp"], FAMILIES["azure"]
 ROOT = Path(__file__).parents[2]
@@ -45,7 +58,8 @@ def test_ray_accepts_every_file(instance: str, market: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("instance", A100S + H100S)
 def test_files_for_7b_to_70b_on_a100_and_h100_start_their_nodes_and_a_head_that_does_no_work(instance: str, size: str) -> None:
-    nodes = SIZES[size]
+    nodes = nodes_by_plan(size, instance)
+    assert nodes == {"7b": 1, "13b": 1, "34b": 2, "70b": 4}[size]
     hosts = {"provider": {"hosts": [f"10.0.0.{number}" for number in range(1, nodes + 2)]}} if instance.startswith("dgx") else {}
     config = prepared(data_of(instance, name=f"llama-{size}", nodes=nodes, **hosts))
     assert config["cluster_name"] == f"llama-{size}"
