@@ -49,6 +49,7 @@ def ray_up_text(spec: ClusterSpec, target: Target = "ray-up") -> str:
         "gcs_folder": gcs_folder,
         "local_disks": not hosts,
         "activate": "" if user.container else f"export PATH={user.environment}/bin:$PATH; ",
+        "login": _login_setup(spec),
         "version_check": _version_check(spec),
         "worker_environment": worker_environment(spec),
         "fabric_run_options": fabric_run_options(spec),
@@ -180,6 +181,13 @@ def _read(cluster_file: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict) or "type" not in config["provider"]:
         raise UserError(f"{cluster_file} is no cluster file for `ray up`: it has no provider.type.")
     return config
+
+
+def _login_setup(spec: ClusterSpec) -> str:
+    """A command that makes every later login find Ray and carry the token; the same however often it runs."""
+    path = "" if spec.user.container else f" PATH={spec.user.environment}/bin:$PATH"
+    line = f"export RAY_AUTH_MODE=token{path}  # by raytune"
+    return f"touch ~/.bashrc; sed -i '/# by raytune$/d' ~/.bashrc; echo '{line}' >> ~/.bashrc"
 
 
 def _version_check(spec: ClusterSpec) -> str:

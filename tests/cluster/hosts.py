@@ -1,4 +1,4 @@
-"""Machines made of namespaces of this one, with their own addresses, processes, homes, /dev/shm and sshd. Making them needs root."""
+"""Machines made of namespaces of this one, with addresses, processes, homes, /dev/shm and sshd of their own. Needs root."""
 
 import os
 import shutil

@@ -174,6 +174,18 @@ def test_gpudirect_takes_nccls_environment_from_the_node_and_refuses_a_node_with
     assert done.stdout.strip() == "started with its-own-setting", done.stderr
 
 
+def test_logins_find_ray_and_carry_the_token_however_often_the_file_is_used(tmp_path: Path) -> None:
+    """Or `ray down` would end nothing: it types `ray stop` in a login, and takes no notice when there is no `ray`."""
+    login, _ = data_of("dgx-h100", provider={"container": None, "environment": "/opt/raytune"})["setup_commands"]
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'\n")
+    for _ in range(2):
+        subprocess.run(["bash", "-c", f"({login})"], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=True)
+    assert (tmp_path / ".bashrc").read_text().splitlines() == [
+        "alias ll='ls -l'",
+        "export RAY_AUTH_MODE=token PATH=/opt/raytune/bin:$PATH  # by raytune",
+    ]
+
+
 def test_efa_takes_its_libraries_from_the_node_and_refuses_one_without_them(tmp_path: Path) -> None:
     start = data_of("p5.48xlarge")["worker_start_ray_commands"][-1].replace("/opt/amazon", str(tmp_path))
     stub = f"ray() {{ echo $FI_PROVIDER $LD_LIBRARY_PATH; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
@@ -218,7 +230,7 @@ def test_shell_commands_parse(instance: str) -> None:
 
 
 def test_a_node_with_another_ray_is_refused() -> None:
-    (check,) = data_of("dgx-h100", provider={"container": None, "environment": sys.prefix})["setup_commands"]
+    _, check = data_of("dgx-h100", provider={"container": None, "environment": sys.prefix})["setup_commands"]
     assert subprocess.run(["bash", "-c", check], check=False).returncode == 0
     older = subprocess.run(["bash", "-c", check.replace("2.60.0", "2.59.0")], capture_output=True, text=True, check=False)
     assert older.returncode == 1

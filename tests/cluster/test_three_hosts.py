@@ -1,4 +1,4 @@
-"""The whole way on three hosts: render, `ray up` over ssh, `ray job submit`, train on both workers, see the result, `ray down`."""
+"""The whole way on three hosts: render, `ray up` over ssh, `ray job submit`, train on both workers, results, `ray down`."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,12 @@ def test_a_submitted_job_trains_on_both_workers_and_leaves_its_model_on_shared_s
     shutil.copy(ROOT / "launch.py", code)
     storage = cluster.folder / "shared" / "runs"
     settings = [f"name={method}", f"storage={storage}", f"adapter.method={method}", "cluster.placement=strict_spread"]
-    settings += ["training.max_steps=6", "evaluation.every_steps=6", "evaluation.generation.max_rows=4"]
+    settings += [
+        "training.max_steps=6",
+        "training.warmup_steps=1",
+        "evaluation.every_steps=6",
+        "evaluation.generation.max_rows=4",
+    ]
     submitted = ["job", "submit", "--address", address, "--working-dir", str(code), "--entrypoint-num-cpus", "0.5", "--"]
     job = cluster.ray(*submitted, "python", "launch.py", "train", "configs/recipes/quickstart.yaml", *settings)
     assert job.returncode == 0, job.stdout[-6000:] + job.stderr[-3000:]
@@ -134,3 +140,8 @@ def test_ray_down_ends_the_cluster(cluster: Cluster, address: str) -> None:
     ended = cluster.raytune("cluster", "down", str(cluster.file))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert cluster.ray_processes(cluster.hosts[0]) == []
+    # Ray ends the workers of such hosts by ending the head: they go when they have looked for it in vain.
+    deadline = time.monotonic() + 180
+    while any(cluster.ray_processes(host) for host in cluster.hosts) and time.monotonic() < deadline:
+        time.sleep(2)
+    assert [cluster.ray_processes(host) for host in cluster.hosts] == [[], [], []]
