@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import raytune
-from raytune.errors import RaytuneError
+from raytune.errors import RaytuneError, UserError
 
 EXIT_INTERRUPTED = 130
 
@@ -120,18 +120,35 @@ def schema(as_json: bool) -> None:
 
 @cli.command()
 @run_arguments
+@click.option("--tokens", help="Training tokens of an epoch, such as 50M, instead of the data's; with cluster.instance.")
+@click.option("--compare", metavar="NAMES", help="Rank instance types: all, a cloud (aws, gcp, azure), or names with commas.")
 @as_json_option
 @debug_option
-def plan(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Resolve everything and show it: batch, steps, memory per worker, and why. Tokenises the data, trains nothing."""
+def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as_json: bool) -> None:
+    """Resolve everything and show it: batch, steps, memory per worker, time and money, and why. Trains nothing.
+
+    With cluster.instance it needs neither the cluster nor the model's weights, and tokenises nothing: the amount of data is taken
+    from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
+    """
     from raytune.config.load import as_one_run, load_config
+    from raytune.plan.ahead import compare as compare_instances
+    from raytune.plan.ahead import named_instances, plan_ahead
+    from raytune.plan.describe import comparison_text, plan_text
 
-    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=True))
+    num_tokens = None if tokens is None else _count(tokens)
+    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=tokens is None))
+    if compare is not None:
+        candidates = compare_instances(config, named_instances(compare), num_tokens)
+        click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
+        return
+    if config.cluster.instance:
+        resolved = plan_ahead(config, num_tokens)
+    elif tokens is not None:
+        raise UserError("--tokens is for a plan without cluster and data. Set cluster.instance too, or leave it out.")
+    else:
+        from raytune.launch.run import plan_run
 
-    from raytune.launch.run import plan_run
-    from raytune.plan.describe import plan_text
-
-    resolved = plan_run(config)
+        resolved = plan_run(config)
     click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
 
 
@@ -227,6 +244,70 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_ba
 
     merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base)
     click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+@cli.group()
+def cluster() -> None:
+    """Describe a cluster in files that Ray, KubeRay and clouds read, and start or end it with Ray's own commands."""
+
+
+@cluster.command("render")
+@run_arguments
+@click.option(
+    "--target",
+    type=click.Choice(["ray-up", "network", "kuberay", "kuberay-cluster"]),
+    default="ray-up",
+    show_default=True,
+    help="A file for `ray up`; the network and roles it stands on; a KubeRay RayJob; a RayCluster.",
+)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write. Default: standard output.")
+@as_json_option
+@debug_option
+def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None, as_json: bool) -> None:
+    """Write the cluster of a run (its sections cluster and provider) as a commented file. Calls no cloud."""
+    from raytune.config.load import load_config
+    from raytune.launch.kuberay import kuberay_yaml
+    from raytune.launch.provider import KUBERAY, cluster_spec
+    from raytune.launch.ray_up import ray_up_text
+    from raytune.plan.hardware import load_catalogue
+
+    spec = cluster_spec(load_config(*files_and_overrides(arguments)), load_catalogue(), target)
+    text = kuberay_yaml(spec, target) if target in KUBERAY else ray_up_text(spec, target)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps({"ok": True, "target": target, "output": output and str(output), "text": text}))
+    else:
+        click.echo(f"{target} file of {spec.name}: {output}" if output else text, nl=bool(output))
+
+
+@cluster.command("up")
+@click.argument("cluster_file", type=click.Path(path_type=Path))
+@debug_option
+def cluster_up(cluster_file: Path) -> None:
+    """Start or update the cluster of a rendered file: `ray up`, with a token made before if there is none."""
+    from raytune.launch.ray_up import up
+
+    up(cluster_file)
+
+
+@cluster.command("down")
+@click.argument("cluster_file", type=click.Path(path_type=Path))
+@debug_option
+def cluster_down(cluster_file: Path) -> None:
+    """End the cluster of a rendered file: `ray down`."""
+    from raytune.launch.ray_up import down
+
+    down(cluster_file)
+
+
+def _count(text: str) -> int:
+    from raytune.units import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise UserError(f"--tokens: {error}.") from error
 
 
 def _error_facts(error: RaytuneError) -> dict[str, Any]:

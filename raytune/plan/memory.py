@@ -78,6 +78,11 @@ class Workload:
         """Of trained weights: PlainEngine keeps them in fp32, DeepSpeed has fp32 masters beside them."""
         return "fp32" if self.engine == "plain" else self.precision
 
+    @property
+    def all_weight_bytes(self) -> float:
+        """Weights of all ranks together, each counted once."""
+        return _weight_bytes(self) * self.share(3)
+
     def share(self, from_stage: int) -> int:
         """Ranks that divide what ZeRO shards from this stage on."""
         return self.workers if self.zero_stage >= from_stage else 1
@@ -246,6 +251,8 @@ def layer_activation_bytes(work: Workload) -> float:
     # gate, its activation, up, their product; or the input and the elementary steps of GPT-2's gelu_new.
     branches = width * shape.intermediate * (4 if shape.has_gate else 5)
     inputs = _linear_input_bytes(work)
+    # Each expert gathers the rows of its tokens.
+    inputs += sum(width * module.copies_per_token * module.inputs for module in shape.layer if module.kind == "experts")
     return work.num_tokens * (normalised + attention + branches + inputs) + _score_bytes(work)
 
 
@@ -294,5 +301,4 @@ def _communication_bytes(work: Workload) -> float:
     buckets = num_buckets * width * min(ZERO_BUCKET_ELEMENTS, work.trained.num_trainable)
     if work.zero_stage < 3:
         return buckets
-    whole = _weight_bytes(work) * work.share(3)
-    return buckets + min(whole, ZERO_LIVE_ELEMENTS * width)
+    return buckets + min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * width)
