@@ -58,9 +58,11 @@ def over_nodes(findings: Sequence[tuple[str, Finding]]) -> Finding:
         return ok(name, text if len(findings) == 1 else f"{len(findings)} nodes: {text}")
     bad = [(node, finding) for node, finding in findings if finding.status != "ok"]
     fixes = list(dict.fromkeys(finding.fix for _, finding in bad if finding.status == status))
-    return Finding(
-        name=name, status=status, seen="; ".join(f"{node}: {finding.seen}" for node, finding in bad), fix=" ".join(fixes)
-    )
+    where: dict[str, list[str]] = {}
+    for node, finding in bad:
+        where.setdefault(finding.seen, []).append(node)
+    parts = [f"{', '.join(nodes)}: {what}" for what, nodes in where.items()]
+    return Finding(name=name, status=status, seen="; ".join(parts), fix=" ".join(fixes))
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
