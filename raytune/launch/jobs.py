@@ -47,6 +47,7 @@ EXIT_STOPPED = 143
 
 _PUSH_CPUS = 0.01
 _POLL_S = 1.0
+_START_WAIT_S = 60.0
 _PATIENCE_S = 120.0
 """Longest silence of a dashboard while logs are followed."""
 
@@ -137,20 +138,26 @@ class Jobs:
         Raises:
             UserError: if there is a job of that name.
         """
-        try:
-            with _answered(self.url):
-                self._client.submit_job(
-                    entrypoint=entrypoint,
-                    submission_id=submission_id,
-                    # Everybody who reaches the dashboard reads these: nothing secret belongs here.
-                    runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                    metadata=metadata,
-                    **entrypoint_place(self._nodes()),
-                )
-        except RuntimeError as error:
-            if "already exists" in str(error):
-                raise UserError(f"There is a job {submission_id} on {self.url} already. Give this one another --name.") from error
-            raise ClusterError(f"{self.url} did not take the job: {error}") from error
+        deadline = time.monotonic() + _START_WAIT_S
+        while True:
+            try:
+                with _answered(self.url):
+                    self._client.submit_job(
+                        entrypoint=entrypoint,
+                        submission_id=submission_id,
+                        # Everybody who reaches the dashboard reads these: nothing secret belongs here.
+                        runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                        metadata=metadata,
+                        **entrypoint_place(self._nodes()),
+                    )
+                return
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    raise UserError(f"There is a job {submission_id} on {self.url}. Give this one another --name.") from error
+                # A head that has just started has a dashboard a few seconds before it takes jobs.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise ClusterError(f"{self.url} did not take the job: {error}") from error
+            time.sleep(_POLL_S)
 
     def _nodes(self) -> list[dict[str, Any]]:
         """Living nodes as the dashboard lists them; none if it does not tell."""

@@ -124,7 +124,7 @@ def test_no_secret_and_no_old_run_reaches_the_cluster(
 
 def test_a_job_name_is_taken_once(one_node: Cluster, submitted: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     again = raytune(one_node, "submit", "run.yaml", "--name", "first-job", cwd=submitted[1])
-    assert (again.returncode, "already" in again.stderr) == (2, True)
+    assert (again.returncode, "There is a job first-job" in again.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

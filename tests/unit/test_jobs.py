@@ -173,7 +173,7 @@ def test_a_dashboard_that_wants_a_token_is_refused_with_how_to_give_one(guarded:
 
 def test_a_dashboard_that_is_not_there_can_be_tried_again_later(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:2")  # not preferred to the target
-    with pytest.raises(ClusterError, match="No dashboard answers at http://127.0.0.1:1 ") as error:
+    with pytest.raises(ClusterError, match=r"No dashboard answers at http://127\.0\.0\.1:1 ") as error:
         Jobs("http://127.0.0.1:1")
     assert error.value.exit_code == 10
 
