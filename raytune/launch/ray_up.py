@@ -77,7 +77,10 @@ def efa_interfaces(spec: ClusterSpec) -> list[Interface]:
 def worker_environment(spec: ClusterSpec) -> list[str]:
     """Shell statements before `ray start` on a GPU node: its caches, and what the fast network wants."""
     fabric, hosts, several = spec.instance.fabric, place_of(spec) == "hosts", spec.num_nodes > 1
-    lines = [] if hosts else ["export HF_HUB_CACHE=/mnt/nvme/huggingface"]
+    # Gloo would go by the host's name, which often means its loopback; the interface that leads to the others is meant.
+    other = "$RAY_HEAD_IP" if not spec.head_trains else f"${{RAY_HEAD_IP:-{spec.user.hosts[-1]}}}"
+    lines = [f"export GLOO_SOCKET_IFNAME=$(ip -o route get {other} | sed 's/.* dev \\([^ ]*\\).*/\\1/')"] if several else []
+    lines += [] if hosts else ["export HF_HUB_CACHE=/mnt/nvme/huggingface"]
     if fabric == "efa":
         # Without the plug-in NCCL would use sockets and say nothing.
         plugin = f"find -L {EFA}/ofi-nccl -name 'libnccl-net*.so' | grep -q ."
@@ -102,8 +105,8 @@ def worker_environment(spec: ClusterSpec) -> list[str]:
             f"export LD_LIBRARY_PATH={Path(profile).parent}:$LD_LIBRARY_PATH",
         ]
     if fabric == "infiniband" and not hosts and several and spec.instance.cloud == "azure":
-        return [*lines, "export NCCL_IB_DISABLE=1"]
-    return lines
+        return [*lines, "export NCCL_IB_DISABLE=1 NCCL_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME"]
+    return [*lines, *(["export NCCL_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME"] if several else [])]
 
 
 def fabric_run_options(spec: ClusterSpec) -> list[str]:

@@ -159,12 +159,28 @@ def test_gcp_machines_have_a_card_for_every_gpu_network_and_no_public_address(in
     assert ("reservationAffinity" in gpu["node_config"]) == (market == "reserved")
 
 
+NO_NETWORK = "ip() { echo $4 via 192.168.7.1 dev fabric0 src 192.168.7.5 uid 0; }"
+"""A shell whose `ip route get` says that every address lies behind one interface."""
+
+
+@pytest.mark.parametrize("instance", ["a2-ultragpu-8g", "dgx-h100", "p5.48xlarge"])
+def test_nodes_talk_over_the_interface_that_leads_to_the_others(instance: str) -> None:
+    """Gloo goes by the host's name otherwise, which is the loopback on many machines: two nodes never find each other."""
+    start = data_of(instance)["worker_start_ray_commands"][-1].replace('|| { echo "EFA', '|| { : "EFA').replace("exit 1", ":")
+    stub = f"{NO_NETWORK}; ray() {{ echo $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    gloo, nccl = done.stdout.split()
+    assert gloo == "fabric0"
+    assert nccl == ("^docker,lo,veth" if instance.startswith("p5") else "fabric0")
+    assert "SOCKET_IFNAME" not in text_of("dgx-h100", nodes=1, provider={"hosts": ["10.0.0.1"]})
+
+
 @pytest.mark.parametrize("instance", ["a3-highgpu-8g", "a3-megagpu-8g"])
 def test_gpudirect_takes_nccls_environment_from_the_node_and_refuses_a_node_without_it(instance: str, tmp_path: Path) -> None:
     profile = tmp_path / "lib64" / "nccl-env-profile.sh"
     start = data_of(instance, provider={"nccl_profile": str(profile)})["worker_start_ray_commands"][-1]
     assert "NCCL_" not in start, "what Google's installer says is not written down here"
-    stub = f"ray() {{ echo started with $NCCL_TEST; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    stub = f"{NO_NETWORK}; ray() {{ echo started with $NCCL_TEST; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
     refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert str(profile) in refused.stderr
@@ -188,7 +204,7 @@ def test_logins_find_ray_and_carry_the_token_however_often_the_file_is_used(tmp_
 
 def test_efa_takes_its_libraries_from_the_node_and_refuses_one_without_them(tmp_path: Path) -> None:
     start = data_of("p5.48xlarge")["worker_start_ray_commands"][-1].replace("/opt/amazon", str(tmp_path))
-    stub = f"ray() {{ echo $FI_PROVIDER $LD_LIBRARY_PATH; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    stub = f"{NO_NETWORK}; ray() {{ echo $FI_PROVIDER $LD_LIBRARY_PATH; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
     refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert "EFA is not installed" in refused.stderr
