@@ -39,8 +39,9 @@ LOCAL = "local"
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Where a target may be named, first found first; `ray job` reads the same."""
 
-# A run that is asked to end closes its workers and its record; Ray kills it 3 s later by default.
-STOP_WAIT_S = 60
+# A run that is asked to end closes its workers, within 20 s, and its record; Ray kills it after 3 s by default. It also waits
+# this long in vain where nobody buries dead processes, as in a container without an init.
+STOP_WAIT_S = 30
 STOP_TIMEOUT_S = 90.0
 EXIT_STOPPED = 143
 """Of a job that was stopped, as of a process that SIGTERM ended."""

@@ -196,6 +196,7 @@ def _storage(inspectors: Mapping[str, Any], storage: str | None) -> Finding:
                 failures.update({(writer, reader): what for writer, what in misread.items()})
     finally:
         _ask({name: handle.remove_tokens.remote(storage) for name, handle in inspectors.items()})
+        _ask({name: handle.remove_new_storage.remote(storage) for name, handle in inspectors.items()})
     return judge_shared_storage(storage, failures, list(inspectors))
 
 

@@ -13,8 +13,6 @@ import pytest
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-from tests.ray.conftest import running_cluster
-
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
@@ -171,14 +169,3 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it_in_order(one_node: Cluster, tmp_
     record = json.loads((folder / "shared" / "long" / "run.json").read_text())
     assert record["state"] == "interrupted", "the run wrote its end itself"
     assert raytune(one_node, "stop", "long-job").returncode == 0  # it has ended already
-
-
-def test_a_job_runs_off_a_head_without_cpus(one_node: Cluster, tmp_path: Path) -> None:
-    folder = project(tmp_path / "e", "off-head", steps=1)
-    with running_cluster(cpus_of_nodes=[0, 2]) as cluster:
-        done = raytune(cluster, "submit", "run.yaml", "data.train.path=/no/rows.jsonl", "--name", "off", cwd=folder)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert cluster.head_node is not None
-        details = JobSubmissionClient(dashboard(cluster)).get_job_info("off")
-        assert details.driver_node_id is not None
-        assert details.driver_node_id != cluster.head_node.node_id

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 import ray
 
@@ -48,15 +49,17 @@ class Inspector:
             time.sleep(0.5)
 
     def remove_tokens(self, storage: str) -> None:
-        """Leave the storage as it was found. Where nodes do not share it, each has one of its own."""
+        """Remove what all nodes wrote here. Where they do not share the storage, each has one of its own."""
         folder = f"{storage}/{FOLDER}"
-        try:
+        with suppress(RaytuneError, OSError):  # another node may be at it
             if not is_local(storage) or exists(folder):
                 remove_folder(folder, storage)
-            if self._storage_was_there is False:
+
+    def remove_new_storage(self, storage: str) -> None:
+        """Remove a storage folder that is here since the tokens only; after every node has removed those."""
+        if self._storage_was_there is False:
+            with suppress(RaytuneError, OSError):
                 remove_empty_folder(storage)
-        except (RaytuneError, OSError):  # another node was faster
-            return
 
 
 def _file(storage: str, node: str) -> str:
