@@ -66,6 +66,8 @@ class ModelShape:
     """Whether the MLP multiplies two branches (SwiGLU, GeGLU)."""
     is_tied: bool
     """Whether the output head is the embedding."""
+    scales_norms_in_fp32: bool = False
+    """Whether norms multiply by their weight before they go back to 16 bits (Gemma)."""
     layers_name: str
     layer: tuple[Module, ...]
     """Modules of one layer; all layers are alike."""
@@ -329,6 +331,7 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
         max_positions=numbers.count("max_position_embeddings", family.max_positions),
         has_gate=True,
         is_tied=numbers.flag("tie_word_embeddings", family.is_tied),
+        scales_norms_in_fp32=model_type.startswith("gemma"),
         layers_name="model.layers",
         layer=(
             *entering,
