@@ -98,10 +98,10 @@ def test_a_circle_of_links_ends(tmp_path: Path):
 
 def test_a_folder_without_the_package_gets_it_and_a_checkout_takes_its_own(tmp_path: Path):
     alone = contents(write(tmp_path, **{"run.yaml": ""}))
-    assert {"raytune/cli.py", "raytune/model/demo_base/model.safetensors"} <= alone.files.keys()
+    assert {"raytune/cli/__main__.py", "raytune/model/demo_base/model.safetensors"} <= alone.files.keys()
     assert alone.command == ("python", "-m", "raytune.cli")
     checkout = contents(ROOT)
-    assert checkout.files["raytune/cli.py"] == ROOT / "raytune" / "cli.py"
+    assert checkout.files["raytune/cli/__main__.py"] == ROOT / "raytune" / "cli" / "__main__.py"
     assert checkout.command == ("python", "launch.py")
 
 
