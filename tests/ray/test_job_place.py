@@ -15,7 +15,8 @@ def test_a_job_runs_off_a_head_without_cpus(tmp_path: Path) -> None:
     folder = project(tmp_path / "e", "off-head", steps=1)
     with running_cluster(cpus_of_nodes=[0, 2]) as cluster:
         done = raytune(cluster, "submit", "run.yaml", "data.train.path=/no/rows.jsonl", "--name", "off", cwd=folder)
-        assert done.returncode == 2, done.stdout + done.stderr
+        # How it fails is another test's claim: two raylets of one machine unpack a job's files over each other.
+        assert "job off failed" in done.stderr, done.stdout + done.stderr
         assert cluster.head_node is not None
         details = JobSubmissionClient(dashboard(cluster)).get_job_info("off")
         assert details.driver_node_id is not None
