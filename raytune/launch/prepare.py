@@ -8,6 +8,7 @@ from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
 from raytune.model.files import resolve_model_path
 from raytune.plan.choose import choose_plan
+from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
@@ -30,6 +31,10 @@ def prepare(config: RunConfig, machine: Machine, parallel_map: ParallelMap) -> P
     Raises:
         UserError: if the config, the model, the data or the machines do not allow the run.
     """
+    if config.cluster.instance and machine.num_gpus:
+        catalogue = load_catalogue()
+        instance = catalogue.instance(config.cluster.instance)
+        machine = machine.known_as(instance, catalogue.gpu_of(instance))
     shape = read_model_shape(config.model.base, config.model.revision)
     model_path = resolve_model_path(config.model.base, config.model.revision)
     check_before_data(config, shape, machine)

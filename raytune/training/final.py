@@ -21,14 +21,16 @@ from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import DTYPES, Engine
-from raytune.training.recorder import Recorder
+from raytune.training.recorder import Recorder, peak_memory_bytes
 
 
 def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Recorder, folder: RunFolder) -> None:
     """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
 
-    The result also says what each rank held of the model and its optimizer: bytes, measured on the engine rather than planned.
+    The result also says what was measured of what the plan had counted: what each rank held of the model and its optimizer, the
+    most that its process held while it trained, and the seconds of a step.
     """
+    peak_bytes = peak_memory_bytes(engine.device)
     newest, best = checkpoints.wait(), checkpoints.best()
     assert newest is not None
     assert best is not None, "the last step is always saved"
@@ -36,7 +38,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
         checkpoints.load(best)
     write_model(plan, engine, folder)
     engine.barrier()
-    held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes())})
+    held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes()), "peak": peak_bytes})
     comparison = compare_answers(plan, engine, folder, plan.evaluation.generation) if plan.evaluation.generation else None
     if engine.rank == 0:
         write_json(
@@ -45,6 +47,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
                 "best_step": best.step,
                 "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
                 "held_bytes": held,
+                "median_step_s": recorder.median_step_s,
                 "comparison": comparison and asdict(comparison),
             },
         )
