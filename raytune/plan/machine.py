@@ -54,6 +54,10 @@ class Machine:
         slots = self.num_gpus if per_gpu else self.num_cpus
         return max(1, min(workers, -(-slots // self.num_nodes)))
 
+    def known_as(self, instance: Instance, gpu: Gpu) -> Self:
+        """A cluster that exists, with the rates and the price of what its nodes are said to be."""
+        return replace(self, instance=instance, speed=Speed.of(instance, gpu))
+
     def with_nodes(self, num_nodes: int) -> Self:
         """The same with more or fewer of its nodes."""
         return replace(
