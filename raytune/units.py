@@ -6,6 +6,7 @@ from collections.abc import Mapping
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
 _SIZES = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -38,6 +39,19 @@ def _parse(text: str, units: Mapping[str, float], expected: str) -> float:
     return float(match.group(1)) * by_lower[match.group(2).lower()]
 
 
+def parse_count(text: str) -> int:
+    """A count such as `50M`, `1.5B` or `20000`.
+
+    Raises:
+        ValueError: if the text is no positive number, with or without one of k, M, B and T.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*", text)
+    count = round(float(match.group(1)) * _COUNTS[match.group(2).lower()]) if match else 0
+    if not count:
+        raise ValueError(f"expected a count such as 50M or 20000, got {text!r}")
+    return count
+
+
 def format_bytes(num_bytes: float) -> str:
     """`1.50 GiB`, `312 MiB`, `64.0 KiB`, `12 B`: three significant digits in the largest unit that keeps the number above one."""
     for unit, scale in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
@@ -64,3 +78,8 @@ def format_count(count: float) -> str:
         if abs(count) >= scale:
             return f"{count / scale:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def format_dollars(usd: float) -> str:
+    """`$0.42`, `$37.10`, `$1,284`."""
+    return f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}"

@@ -173,6 +173,8 @@ _DEFAULT_PLAN: dict[str, Any] = {
     },
     "memory": [],
     "checkpoint_bytes": 0,
+    "step_time": None,
+    "cost": None,
     "num_parameters": 0,
     "num_trainable": 0,
     "reasons": [],

@@ -1,6 +1,8 @@
 """`cluster`: which Ray cluster, how many workers, and what each of them gets."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from raytune.config.section import Auto, Duration, NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Text
 
@@ -9,6 +11,13 @@ class ClusterSection(Section):
     address: Text | None = None
     """Ray cluster to join: `auto`, `host:port` or `ray://host:port`. Default: RAY_ADDRESS if it is set, else a cluster is
     started inside this machine for the time of the run."""
+    instance: Annotated[Text, Field(examples=["p5.48xlarge"])] | None = None
+    """Instance type of the nodes, by the hardware catalogue (configs/hardware/instances.yaml). With it `plan` needs no cluster,
+    and knows seconds and dollars."""
+    nodes: PositiveInt = 1
+    """Nodes of that type that a plan counts on."""
+    spot: bool = False
+    """Whether they are spot (preemptible) nodes: cheaper, and taken away now and then."""
     workers: PositiveInt | Auto = "auto"
     """Training processes, one per GPU. `auto`: all GPUs of the cluster, or one worker without any."""
     gpus_per_worker: Literal[0, 1] | Auto = "auto"

@@ -1,5 +1,7 @@
 """`data`: the rows, how they become conversations, tokens, targets and packed rows."""
 
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -75,3 +77,21 @@ class DataSection(Section):
         if self.validation_fraction == 1:
             raise ValueError("data.validation_fraction must leave rows to train on, got 1")
         return self
+
+
+def source_name(source: DataSource) -> str:
+    """Name of a source in metrics: as configured, else the last part of its path without its ending."""
+    if source.name is not None:
+        return source.name
+    last = source.path.rstrip("/").split("/")[-1].split(":")[-1]
+    return PurePath(last).stem.strip("*?[].") or last
+
+
+def named_sources(sources: Sequence[DataSource]) -> dict[str, DataSource]:
+    """Sources by their name in metrics; later ones of the same name get a number."""
+    named: dict[str, DataSource] = {}
+    for source in sources:
+        name = source_name(source)
+        number = sum(other == name or other.startswith(f"{name}-") for other in named)
+        named[f"{name}-{number + 1}" if number else name] = source
+    return named

@@ -10,6 +10,7 @@ from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataSection
 from raytune.config.evaluation import EvaluationSection
 from raytune.config.model import ModelSection
+from raytune.config.provider import ProviderSection
 from raytune.config.section import Section, Text
 from raytune.config.sweep import SweepSection
 from raytune.config.training import TrainingSection
@@ -42,3 +43,5 @@ class RunConfig(Section):
     """Which Ray cluster, how many workers, and what each of them gets."""
     sweep: SweepSection | None = None
     """Train many variants of this run, early losers stopped: which keys vary and how."""
+    provider: ProviderSection = ProviderSection()
+    """What only you know about the machines: `cluster render` writes it into cluster files. Training reads none of it."""

@@ -73,14 +73,6 @@ class ScannedFile:
     segments: tuple[Segment, ...]
 
 
-def source_name(source: DataSource) -> str:
-    """Name of a source in metrics: as configured, else the last part of its path without its ending."""
-    if source.name is not None:
-        return source.name
-    last = source.path.rstrip("/").split("/")[-1].split(":")[-1]
-    return Path(last).stem.strip("*?[].") or last
-
-
 def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
     """The files behind a source, in the order in which they are read. Files behind a URL are copied to `downloads` first.
 

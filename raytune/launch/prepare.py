@@ -8,6 +8,7 @@ from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
 from raytune.model.files import resolve_model_path
 from raytune.plan.choose import choose_plan
+from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
@@ -42,9 +43,14 @@ class Preparation:
 
     def prepare(self, config: RunConfig) -> Prepared:
         """See `prepare`."""
+        machine = self._machine
+        if config.cluster.instance and machine.num_gpus:
+            catalogue = load_catalogue()
+            instance = catalogue.instance(config.cluster.instance)
+            machine = machine.known_as(instance, catalogue.gpu_of(instance))
         shape = read_model_shape(config.model.base, config.model.revision)
         model_path = resolve_model_path(config.model.base, config.model.revision)
-        check_before_data(config, shape, self._machine)
+        check_before_data(config, shape, machine)
         storage = absolute(config.storage)
         row_length = choose_row_length(config, shape)
         read = [config.data, config.model, config.evaluation.generation, row_length, storage]
@@ -52,5 +58,5 @@ class Preparation:
             builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map)
             self._data[key] = builder.build(), builder.questions()
         facts, questions = self._data[key]
-        plan = choose_plan(config, shape, self._machine, facts, model_path=model_path, storage=storage)
+        plan = choose_plan(config, shape, machine, facts, model_path=model_path, storage=storage)
         return Prepared(plan=plan, questions=questions)

@@ -88,7 +88,18 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    console.print(_planned_and_measured(result))
     console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", highlight=False, soft_wrap=True)
+
+
+def _planned_and_measured(result: RunResult) -> Table:
+    """What the plan expected of the rank that holds most, and what it held."""
+    table = Table("", Column("planned", justify="right"), Column("measured", justify="right"))
+    names = {"peak": "peak of a worker", "step_s": "seconds per step"}
+    for name, planned, measured in result.planned_and_measured:
+        form = "{:.3g}".format if name == "step_s" else format_bytes
+        table.add_row(names.get(name, name), *("-" if value is None else form(value) for value in (planned, measured)))
+    return table
 
 
 def _comparisons(result: RunResult) -> Iterator[tuple[str, str, str, str]]:

@@ -6,6 +6,7 @@ from typing import Self
 from raytune.evaluate.compare import Comparison
 from raytune.launch.record import read_plan, readable
 from raytune.metrics import History, decode_number, encode_number
+from raytune.plan.memory import bytes_in
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
@@ -21,7 +22,9 @@ class RunResult:
         plan: everything that was resolved before it started.
         metrics: metrics by name: `validation/...` of the best step, `train/...` of the last one.
         best_step: the step whose weights these are.
-        held_bytes: for each rank its node and the bytes of weights, gradients and optimizer state that it held.
+        held_bytes: for each rank its node, the bytes of weights, gradients and optimizer state that it held, and the peak of its
+            process: by the allocator on a GPU, resident in RAM otherwise.
+        median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
         comparison: base against tuned, or None where `evaluation.generation` was not asked for.
     """
@@ -33,6 +36,7 @@ class RunResult:
     metrics: dict[str, float]
     best_step: int
     held_bytes: list[dict]
+    median_step_s: float | None
     history: History
     comparison: Comparison | None
 
@@ -57,6 +61,7 @@ class RunResult:
             metrics={name: decode_number(value) for name, value in result["metrics"].items()},
             best_step=result["best_step"],
             held_bytes=result["held_bytes"],
+            median_step_s=result["median_step_s"],
             history=history,
             comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
         )
@@ -70,4 +75,26 @@ class RunResult:
             "best_step": self.best_step,
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
             "comparison": self.comparison and asdict(self.comparison),
+            "planned_and_measured": [
+                {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured
+            ],
         }
+
+    @property
+    def planned_and_measured(self) -> list[tuple[str, float | None, float | None]]:
+        """Name, planned and measured value: bytes of the rank that held most, and `step_s`. None: not known.
+
+        Gradients are gone between steps, when a rank is looked at, so only what stays is compared.
+        """
+        parts = {part.name: part.num_bytes for part in self.plan.memory}
+
+        def most(key: str) -> float | None:
+            return max((rank[key] for rank in self.held_bytes), default=None)
+
+        step_time = self.plan.step_time
+        return [
+            ("weights", parts.get("weights"), most("weights")),
+            ("optimizer", parts.get("optimizer"), most("optimizer")),
+            ("peak", bytes_in(self.plan.memory, "device"), most("peak")),
+            ("step_s", step_time and step_time.seconds, self.median_step_s),
+        ]

@@ -6,10 +6,9 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, named_sources
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
-from raytune.data.sources import source_name
 from raytune.data.store import StoreInfo
 from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.errors import DataError
@@ -56,7 +55,7 @@ class DataBuilder:
         if fraction:
             held_out = {"validation": self._store(data.train, side="validation")}
         else:
-            held_out = {name: self._store([source], side="all") for name, source in _named(data.validation).items()}
+            held_out = {name: self._store([source], side="all") for name, source in named_sources(data.validation).items()}
         return DataFacts(
             train=_store_plan("train", train),
             validation=tuple(_store_plan(name, info) for name, info in held_out.items()),
@@ -110,16 +109,6 @@ class DataBuilder:
             folder=self._folder,
             parallel_map=self._parallel_map,
         )
-
-
-def _named(sources: Sequence[DataSource]) -> dict[str, DataSource]:
-    """Sources by their name in metrics; later ones of the same name get a number."""
-    named: dict[str, DataSource] = {}
-    for source in sources:
-        name = source_name(source)
-        number = sum(other == name or other.startswith(f"{name}-") for other in named)
-        named[f"{name}-{number + 1}" if number else name] = source
-    return named
 
 
 def _store_plan(name: str, info: StoreInfo) -> StorePlan:

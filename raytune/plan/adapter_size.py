@@ -7,6 +7,8 @@ from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter
 from raytune.errors import ModelError
 from raytune.plan.shapes import ModelShape, Module
 
+WITHOUT_UPDATE = ("norm", "experts", "router")
+"""Kinds of modules that are no layers of PEFT's."""
 _KINDS_OF_GROUP = {"all-linear": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
 
@@ -59,7 +61,7 @@ def target_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     found = [
         module
         for module in shape.modules()
-        if module.kind != "norm"
+        if module.kind not in WITHOUT_UPDATE
         and _is_wanted(module, wanted)
         and not _has_name(module.name, adapter.exclude_modules)
         and not _is_left_to_saving(module.name, adapter.modules_to_save)
@@ -99,7 +101,8 @@ def saved_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
                 f"adapter.modules_to_save names {name!r}, which this {shape.model_type} model does not have. "
                 f"It has {others}, and the modules of its layers."
             )
-    return [module for module in shape.modules() if _is_saved(module.name, adapter.modules_to_save)]
+    wanted = adapter.modules_to_save
+    return [module for module in shape.modules() if _is_saved(module.name, wanted)] if wanted else []
 
 
 def _is_wanted(module: Module, wanted: str | list[str]) -> bool:

@@ -7,13 +7,14 @@ then it builds the stores, and then calls `choose_plan`.
 import math
 from typing import TypeVar
 
-from raytune.config.adapter import FullAdapter
+from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.config.checkpoint import CheckpointSection
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.adapter_size import trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
+from raytune.plan.cost import cost_of
 from raytune.plan.defaults import (
     Choice,
     default_epochs,
@@ -23,7 +24,7 @@ from raytune.plan.defaults import (
 )
 from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
-from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
+from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in, quantized_bytes
 from raytune.plan.requirements import (
     Device,
     check_before_data,
@@ -38,6 +39,7 @@ from raytune.plan.run_plan import (
     BatchPlan,
     CheckpointPlan,
     ClusterPlan,
+    CostPlan,
     DataPlan,
     EnginePlan,
     EvaluationPlan,
@@ -110,6 +112,10 @@ def choose_plan(
     )
     fit = choose_fit(config, setting, shape, machine, data)
     reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
+    reasons += (
+        [_qlora_and_zero_3(setting.adapter, fit, shape)] if isinstance(setting.adapter, QloraAdapter) and workers > 1 else []
+    )
+    reasons += [data.assumption] if data.assumption else []
     _check_generation(config, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
@@ -151,6 +157,8 @@ def choose_plan(
         checkpoint=_checkpoint(config, data, evaluation, reasons),
         cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
+        step_time=fit.step_time,
+        cost=_cost(config, fit, machine, num_steps),
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
@@ -187,10 +195,13 @@ def _reasons_for_fit(
         )
     if training.gradient_accumulation_steps == "auto":
         reasons.append(f"training.gradient_accumulation_steps is {fit.batch.accumulation}: {fit.batch.equation}.")
+    of_all = "in the fastest way that fits, by the plan's arithmetic"
     if training.zero.stage == "auto":
-        reasons.append(f"training.zero.stage is {fit.zero_stage}, the lowest that fits and that the settings allow: {compared}.")
+        why = of_all if fit.step_time else "the lowest that fits and that the settings allow"
+        reasons.append(f"training.zero.stage is {fit.zero_stage}, {why}: {compared}.")
     if training.gradient_checkpointing == "auto":
         why = "it would not fit without" if fit.has_checkpointing else "it fits without"
+        why = of_all if fit.step_time else why
         reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
     if training.loss == "auto" and fit.chunk_tokens:
         reasons.append(
@@ -200,6 +211,30 @@ def _reasons_for_fit(
     elif training.loss == "auto":
         reasons.append(f"training.loss is full: the logits of all targets stay below {format_bytes(FULL_LOGITS_BYTES)}.")
     return reasons
+
+
+def _qlora_and_zero_3(adapter: QloraAdapter, fit: Fit, shape: ModelShape) -> str:
+    """What ZeRO-3 would do for a quantised base, or does."""
+    packed = format_bytes(quantized_bytes(adapter, shape))
+    if fit.zero_stage < 3:
+        return f"QLoRA under ZeRO-3 is possible but not wanted here: the packed base ({packed}) lies whole on every worker."
+    return (
+        f"QLoRA under ZeRO-3 is possible: packed weights are sharded while they load, and each pass of each micro-batch gathers "
+        f"them ({packed}). A lower stage gathers nothing, but needs room for the whole packed base on every worker."
+    )
+
+
+def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> CostPlan | None:
+    if machine.instance is None or fit.step_time is None:
+        return None
+    return cost_of(
+        machine.instance,
+        num_nodes=machine.num_nodes,
+        is_spot=config.cluster.spot,
+        num_steps=num_steps,
+        step_s=fit.step_time.seconds,
+        checkpoint_bytes=fit.checkpoint_bytes,
+    )
 
 
 def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection) -> str:

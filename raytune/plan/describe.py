@@ -1,9 +1,12 @@
 """A plan in words, as it is shown before a run starts. Pure: strings out."""
 
+from collections.abc import Sequence
+
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
+from raytune.plan.ahead import Candidate
 from raytune.plan.memory import bytes_in
 from raytune.plan.run_plan import MemoryPart, Place, RunPlan
-from raytune.units import format_bytes, format_count
+from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
 
@@ -24,6 +27,8 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("evaluation", _evaluation(plan)),
         ("checkpoints", _checkpoints(plan)),
         *_memory(plan.memory),
+        *_time(plan),
+        *_money(plan),
     ]
 
 
@@ -34,6 +39,43 @@ def plan_text(plan: RunPlan) -> str:
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
     reasons = ["", "Chosen automatically:", *(f"  {reason}" for reason in plan.reasons)] if plan.reasons else []
     return "\n".join([*lines, *reasons])
+
+
+def comparison_text(candidates: Sequence[Candidate]) -> str:
+    """Instance types for a job in aligned columns, in the order given; below, why some cannot hold it."""
+    heading = ("instance", "nodes", "GPUs", "ZeRO", "per GPU", "step", "tokens/s", "binds", "time", "on demand", "spot")
+    rows = [heading, *(_candidate_row(one.plan) for one in candidates if one.plan)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    refused = [f"  {one.instance.name}: {_first_sentence(one.refusal or '')}" for one in candidates if not one.plan]
+    return "\n".join([*lines, *(["", "No room for it on:", *refused] if refused else [])])
+
+
+def _candidate_row(plan: RunPlan) -> tuple[str, ...]:
+    step, cost = plan.step_time, plan.cost
+    assert step is not None
+    assert cost is not None
+    return (
+        cost.instance,
+        str(cost.num_nodes),
+        str(plan.batch.workers),
+        f"{plan.engine.zero_stage}{' +ckpt' * plan.model.gradient_checkpointing}",
+        format_bytes(bytes_in(plan.memory, "device")),
+        _short_time(step.seconds),
+        format_count(step.tokens_per_s),
+        step.binds,
+        format_seconds(3600 * cost.hours),
+        format_dollars(cost.usd) if cost.usd else "-",
+        "-" if cost.spot_usd is None else format_dollars(cost.spot_usd),
+    )
+
+
+def _first_sentence(text: str) -> str:
+    return text.split(" (", 1)[0] + "."
+
+
+def _short_time(seconds: float) -> str:
+    return f"{seconds:.2g}s" if seconds < 1 else format_seconds(seconds)
 
 
 def _method(plan: RunPlan) -> str:
@@ -106,3 +148,37 @@ def _memory(memory: list[MemoryPart]) -> list[tuple[str, str]]:
             listed = " + ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
             lines.append((label, f"{format_bytes(bytes_in(memory, place))}: {listed}"))
     return lines
+
+
+def _time(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.step_time is None:
+        return []
+    step = plan.step_time
+    overlapped = {"communication": step.communication_s, "offload": step.offload_s}
+    beside = "".join(f", beside {name} {_short_time(seconds)}" for name, seconds in overlapped.items() if seconds)
+    return [
+        (
+            "time per step",
+            f"{_short_time(step.seconds)}: products {_short_time(step.compute_s)} + memory traffic "
+            f"{_short_time(step.memory_s)}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
+        )
+    ]
+
+
+def _money(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.cost is None:
+        return []
+    cost = plan.cost
+    nodes = f"{cost.num_nodes} x {cost.instance}"
+    spot = "no spot price known" if cost.spot_usd is None else f"{format_dollars(cost.spot_usd)} spot"
+    price = f"{format_dollars(cost.usd)} on demand, {spot} (list prices of {cost.price_date})" if cost.usd else "not rented"
+    kind = "spot" if cost.is_spot else "on demand"
+    return [
+        ("all steps", f"{format_seconds(3600 * cost.hours)} on {nodes}: {price}"),
+        (
+            "interruptions",
+            f"one in {format_seconds(cost.between_interruptions_s)} ({kind}, assumed) costs about "
+            f"{format_seconds(cost.lost_s_per_interruption)} and {format_dollars(cost.lost_usd_per_interruption)} with a save "
+            f"every {format_seconds(cost.save_every_s)}, which loses least",
+        ),
+    ]

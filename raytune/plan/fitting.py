@@ -21,8 +21,9 @@ from raytune.plan.memory import (
     memory_parts,
 )
 from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages, resolve_adapter
-from raytune.plan.run_plan import BatchPlan, MemoryPart, ZeroStage
+from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
 from raytune.plan.shapes import ModelShape
+from raytune.plan.throughput import Speed, step_time
 from raytune.units import format_bytes
 
 # Tokens per forward pass above which little gets faster: a GPU is busy with 8k (PERFORMANCE.md, goals), a CPU core with far
@@ -32,8 +33,11 @@ MAX_ADVICE = 3
 MIN_ROW_LENGTH = 128
 """Shorter rows are not advised."""
 
-Change = tuple[str, RunConfig]
-"""As it would be written on the command line, and the config with it."""
+WORTH_CHOOSING = 0.98
+"""A way is taken before a simpler one if its step takes less than this share of the other's: nearer figures say nothing."""
+
+Change = tuple[str, RunConfig, Machine]
+"""As it would be written on the command line, the config with it, and the machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,8 @@ class Fit:
     chunk_tokens: int | None
     memory: list[MemoryPart]
     checkpoint_bytes: int
+    step_time: StepTimePlan | None
+    """None where the machines' speed is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +82,27 @@ class Room:
 
 
 def choose_fit(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Fit:
-    """The first way that fits: without checkpointing before with, lowest ZeRO stage, largest micro-batch.
+    """The fastest way that fits; where nobody knows, the first: without checkpointing before with, lowest ZeRO stage, largest
+    micro-batch.
 
     Raises:
         PlanError: if none fits; the message names the nearest settings that do.
     """
     room = room_of_worker(setting, machine)
-    ways = list(_ways(config, setting, shape, data))
-    for way in ways:
-        if room.holds(way.memory):
-            return way
+    ways = list(_ways(config, setting, shape, machine.speed, data))
+    if fitting := [way for way in ways if room.holds(way.memory)]:
+        return _fastest(fitting)
     smallest = min(ways, key=lambda way: bytes_in(way.memory, "device"))
     advice = islice(_advice(config, setting, shape, machine, data), MAX_ADVICE)
     raise PlanError(_too_large(smallest, room, setting, list(advice)))
+
+
+def _fastest(ways: list[Fit]) -> Fit:
+    best = ways[0]
+    for way in ways[1:]:
+        if way.step_time and best.step_time and way.step_time.seconds < WORTH_CHOOSING * best.step_time.seconds:
+            best = way
+    return best
 
 
 def room_of_worker(setting: Setting, machine: Machine) -> Room:
@@ -101,7 +115,7 @@ def room_of_worker(setting: Setting, machine: Machine) -> Room:
     return Room(device=int(USABLE_SHARE * machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None, host=host)
 
 
-def _ways(config: RunConfig, setting: Setting, shape: ModelShape, data: DataFacts) -> Iterator[Fit]:
+def _ways(config: RunConfig, setting: Setting, shape: ModelShape, speed: Speed | None, data: DataFacts) -> Iterator[Fit]:
     wanted = config.training.gradient_checkpointing
     max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(config, setting.row_length, data))
     batches = possible_batches(config.training, setting.workers, setting.rows_per_step, max_micro_batch)
@@ -109,19 +123,21 @@ def _ways(config: RunConfig, setting: Setting, shape: ModelShape, data: DataFact
     for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
         for stage in stages:
             for batch in batches:
-                yield _way(config, setting, shape, data, batch, stage, has_checkpointing)
+                yield _way(config, setting, shape, speed, data, batch, stage, has_checkpointing)
 
 
 def _way(
     config: RunConfig,
     setting: Setting,
     shape: ModelShape,
+    speed: Speed | None,
     data: DataFacts,
     batch: BatchPlan,
     stage: ZeroStage,
     has_checkpointing: bool,
 ) -> Fit:
-    num_tokens = batch.micro_batch_size * longest_row(config, setting.row_length, data)
+    row_tokens = longest_row(config, setting.row_length, data)
+    num_tokens = batch.micro_batch_size * row_tokens
     num_targets = most_targets(data, num_tokens)
     is_chunked = config.training.loss == "chunked" or (
         config.training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab)
@@ -153,6 +169,7 @@ def _way(
         chunk_tokens=chunk_tokens,
         memory=memory_parts(work),
         checkpoint_bytes=checkpoint_bytes(work),
+        step_time=step_time(work, speed, row_tokens) if speed else None,
     )
 
 
@@ -182,7 +199,7 @@ def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machi
             rows_per_step=setting.rows_per_step,
         )
         room = room_of_worker(changed, machine)
-        return any(room.holds(way.memory) for way in _ways(config, changed, shape, data))
+        return any(room.holds(way.memory) for way in _ways(config, changed, shape, None, data))
     except UserError:
         return False
 
@@ -190,7 +207,7 @@ def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machi
 def _advice(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Iterator[str]:
     """Of each kind of change the smallest with which the run fits."""
     for changes in _kinds_of_change(config, setting, machine):
-        fitting = (text for text, changed in changes if _fits(changed, setting, shape, machine, data))
+        fitting = (text for text, changed, machines in changes if _fits(changed, setting, shape, machines, data))
         if (text := next(fitting, None)) is not None:
             yield text
 
@@ -200,31 +217,37 @@ def _kinds_of_change(config: RunConfig, setting: Setting, machine: Machine) -> I
     training, zero, adapter = config.training, config.training.zero, config.adapter
 
     def with_training(text: str, **values: object) -> Change:
-        return text, config.model_copy(update={"training": training.model_copy(update=values)})
+        return text, config.model_copy(update={"training": training.model_copy(update=values)}), machine
 
     def with_zero(text: str, **values: object) -> Change:
         return with_training(text, zero=zero.model_copy(update=values))
 
     def with_workers(workers: int) -> Change:
         cluster = config.cluster.model_copy(update={"workers": workers})
-        return f"cluster.workers={workers}", config.model_copy(update={"cluster": cluster})
+        return f"cluster.workers={workers}", config.model_copy(update={"cluster": cluster}), machine
+
+    def with_nodes(nodes: int) -> Change:
+        cluster = config.cluster.model_copy(update={"nodes": nodes})
+        return f"cluster.nodes={nodes}", config.model_copy(update={"cluster": cluster}), machine.with_nodes(nodes)
 
     def with_row_length(length: int) -> Change:
-        return f"data.max_length={length}", config.model_copy(
-            update={"data": config.data.model_copy(update={"max_length": length})}
-        )
+        data = config.data.model_copy(update={"max_length": length})
+        return f"data.max_length={length}", config.model_copy(update={"data": data}), machine
 
     if training.gradient_checkpointing is False:
         yield [with_training("training.gradient_checkpointing=true", gradient_checkpointing=True)]
     if training.loss == "full":
         yield [with_training("training.loss=chunked", loss="chunked")]
     if training.per_device_train_batch_size not in ("auto", 1):
-        yield [_with_smallest_micro_batch(config)]
+        text, changed = _with_smallest_micro_batch(config)
+        yield [(text, changed, machine)]
     if zero.stage != "auto":
         yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
     if setting.device == "cuda":
         larger = {setting.workers * 2**power for power in range(1, 10)} | {machine.num_gpus}
         yield [with_workers(workers) for workers in sorted(larger) if setting.workers < workers <= machine.num_gpus]
+        if machine.instance and config.cluster.workers == "auto":
+            yield [with_nodes(machine.num_nodes * 2**power) for power in range(1, 7)]
         optimizer, weights = "training.zero.offload_optimizer=cpu", "training.zero.offload_parameters=cpu"
         if zero.offload_optimizer == "none":
             yield [with_zero(optimizer, offload_optimizer="cpu")]
@@ -235,13 +258,14 @@ def _kinds_of_change(config: RunConfig, setting: Setting, machine: Machine) -> I
     if training.optimizer in ("adamw", "paged_adamw"):
         yield [with_training("training.optimizer=adamw_8bit", optimizer="adamw_8bit")]
     if isinstance(adapter, FullAdapter):
-        yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}))]
+        yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}), machine)]
     if not isinstance(adapter, QloraAdapter):
         kept = adapter.model_dump(exclude={"method"}) if isinstance(adapter, LoraAdapter) else {}
-        yield [("adapter.method=qlora", config.model_copy(update={"adapter": QloraAdapter(method="qlora", **kept)}))]
+        qlora = config.model_copy(update={"adapter": QloraAdapter(method="qlora", **kept)})
+        yield [("adapter.method=qlora", qlora, machine)]
 
 
-def _with_smallest_micro_batch(config: RunConfig) -> Change:
+def _with_smallest_micro_batch(config: RunConfig) -> tuple[str, RunConfig]:
     """One row per forward pass, at the same rows per step."""
     training = config.training
     changed: dict[str, object] = {"per_device_train_batch_size": 1}

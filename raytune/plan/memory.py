@@ -78,6 +78,17 @@ class Workload:
         """Of trained weights: PlainEngine keeps them in fp32, DeepSpeed has fp32 masters beside them."""
         return "fp32" if self.engine == "plain" else self.precision
 
+    @property
+    def all_weight_bytes(self) -> float:
+        """Weights that ZeRO-3 would share out, each counted once."""
+        dtype, trained = BYTES[self.weight_dtype], BYTES[self.trained_dtype] * self.trained.num_trainable
+        if isinstance(self.adapter, FullAdapter):
+            return dtype * self.shape.num_parameters
+        if not isinstance(self.adapter, QloraAdapter):
+            return dtype * self.shape.num_parameters + trained
+        whole = self.shape.num_parameters - self.shape.num_quantizable
+        return packed_bytes(self.adapter, self.shape) + dtype * whole + trained
+
     def share(self, from_stage: int) -> int:
         """Ranks that divide what ZeRO shards from this stage on."""
         return self.workers if self.zero_stage >= from_stage else 1
@@ -142,28 +153,31 @@ def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
 
 
 def quantized_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
-    """Weights that bitsandbytes quantises, with their constants.
+    """Weights that bitsandbytes quantises, with their constants."""
+    return packed_bytes(adapter, shape) + constant_bytes(adapter, shape)
+
+
+def packed_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
+    """Weights that bitsandbytes quantises: half a byte each, or one in int8."""
+    return shape.num_quantizable * (1 if adapter.quantization == "int8" else 0.5)
+
+
+def constant_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
+    """What it takes to read packed weights; ZeRO-3 leaves it whole on every rank.
 
     Dettmers et al. 2023 (QLoRA), section 3: blocks of 64 with an fp32 scale are 0.5 bit per parameter; double quantisation makes
     that 8 / 64 + 32 / (64 * 256) = 0.127 bit. int8 has an fp32 scale per output.
     """
-    weights = shape.num_quantizable
     if adapter.quantization == "int8":
-        outputs = shape.num_layers * sum(module.outputs for module in shape.layer if module.is_linear)
-        return weights + 4 * outputs
-    scale_bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
-    return weights * (4 + scale_bits) / 8
+        return 4 * shape.num_layers * sum(module.outputs for module in shape.layer if module.is_linear)
+    bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
+    return shape.num_quantizable * bits / 8
 
 
 def _weight_bytes(work: Workload) -> float:
     """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
-    dtype = BYTES[work.weight_dtype]
-    if isinstance(work.adapter, QloraAdapter):
-        base = quantized_bytes(work.adapter, work.shape) + dtype * (work.shape.num_parameters - work.shape.num_quantizable)
-    else:
-        base = dtype * work.shape.num_parameters
-    adapter = 0 if isinstance(work.adapter, FullAdapter) else BYTES[work.trained_dtype] * work.trained.num_trainable
-    return (base + adapter) / work.share(3)
+    constants = constant_bytes(work.adapter, work.shape) if isinstance(work.adapter, QloraAdapter) else 0
+    return work.all_weight_bytes / work.share(3) + constants
 
 
 def _autocast_bytes(work: Workload) -> float:
@@ -232,20 +246,38 @@ def activation_bytes(work: Workload) -> float:
 
 
 def layer_activation_bytes(work: Workload) -> float:
-    """One layer: norms, inputs of linear layers, queries, keys, values and output of attention, branches of the MLP."""
+    """One layer: norms, inputs of linear layers, queries, keys, values and output of attention, branches of the MLP.
+
+    What is kept once per model (tables of rotary embeddings) counts by its share.
+    """
     shape, width = work.shape, BYTES[work.precision]
     trains_base = isinstance(work.adapter, FullAdapter)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
     widths_of_norms = sum(per_head.get(module.name, module.outputs) for module in shape.layer if module.kind == "norm")
-    normalised = widths_of_norms * (4 + (BYTES[work.weight_dtype] if trains_base else 0))
+    width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
+    normalised = widths_of_norms * (4 + (width_of_normalised if trains_base else 0))
+    # The first norm of all is in front of everything that a frozen base trains.
+    normalised -= 0 if trains_base else 4 * shape.hidden / shape.num_layers
+    rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
+    normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
+    # An adapter in another dtype keeps casts of its inputs instead of the inputs, which are counted below.
+    keeps_casts = not trains_base and work.trained_dtype != work.precision
     # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
     is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
     attention = width * (2 * queries + 2 * keys + is_fused * (queries + 2 * keys))
+    if work.attention != "eager":
+        attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
+    if work.attention == "varlen" and not work.is_on_gpu and not keeps_casts:
+        attention += width * queries  # outputs document by document, and end to end
+    has_rotary = len(shape.embeddings) == 1
+    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / shape.num_layers if has_rotary else 0
     # gate, its activation, up, their product; or the input and the elementary steps of GPT-2's gelu_new.
-    branches = width * shape.intermediate * (4 if shape.has_gate else 5)
+    branches = width * shape.intermediate * ((4 if shape.has_gate else 5) - keeps_casts)
     inputs = _linear_input_bytes(work)
+    # Each expert gathers the rows of its tokens.
+    inputs += sum(width * module.copies_per_token * module.inputs for module in shape.layer if module.kind == "experts")
     return work.num_tokens * (normalised + attention + branches + inputs) + _score_bytes(work)
 
 
@@ -294,5 +326,4 @@ def _communication_bytes(work: Workload) -> float:
     buckets = num_buckets * width * min(ZERO_BUCKET_ELEMENTS, work.trained.num_trainable)
     if work.zero_stage < 3:
         return buckets
-    whole = _weight_bytes(work) * work.share(3)
-    return buckets + min(whole, ZERO_LIVE_ELEMENTS * width)
+    return buckets + min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * width)

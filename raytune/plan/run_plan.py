@@ -10,6 +10,7 @@ from raytune.config.training import Offload, Optimizer, Precision, Schedule
 
 ZeroStage = Literal[0, 1, 2, 3]
 Place = Literal["device", "host", "nvme"]
+Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
 
 class Plan(BaseModel):
@@ -153,6 +154,44 @@ class MemoryPart(Plan):
     """Where they lie. On a CPU the device is the host's memory."""
 
 
+class StepTimePlan(Plan):
+    """Seconds of an optimizer step, by arithmetic (plan.throughput). Products and memory traffic follow each other on the GPU;
+    the rest overlaps with them."""
+
+    compute_s: float
+    memory_s: float
+    communication_s: float
+    offload_s: float
+    seconds: float
+    binds: Bound
+    """What a faster one of would make the step shorter."""
+    tokens_per_s: float
+    """Over all workers."""
+
+
+class CostPlan(Plan):
+    """What the training steps cost on rented nodes (plan.cost), list prices of a day."""
+
+    instance: str
+    num_nodes: int
+    is_spot: bool
+    hours: float
+    usd: float
+    """On demand; 0 for machines that are not rented."""
+    spot_usd: float | None
+    """None: no spot price is known."""
+    save_s: float
+    """Of one checkpoint."""
+    between_interruptions_s: float
+    """Assumed mean time, of all nodes together."""
+    save_every_s: float
+    """Seconds between saves that lose least; at most the whole run."""
+    lost_s_per_interruption: float
+    """Expected, with saves that often."""
+    lost_usd_per_interruption: float
+    price_date: str
+
+
 class RunPlan(Plan):
     name: str
     storage: str
@@ -179,6 +218,10 @@ class RunPlan(Plan):
     """Expected bytes per rank, by part."""
     checkpoint_bytes: int
     """Expected size of one checkpoint, over all ranks."""
+    step_time: StepTimePlan | None
+    """Expected; None where the speed of the machines is not known (no cluster.instance)."""
+    cost: CostPlan | None
+    """Expected; None without cluster.instance."""
     num_parameters: int
     """Of the base model."""
     num_trainable: int

@@ -1,14 +1,14 @@
 """The shape of a model from its `config.json`: its modules, their names as transformers gives them, and every parameter counted.
 
-Dense decoders only. Another architecture is an entry in `_READERS`.
+Decoders whose layers are alike, dense or mixtures of experts. Another architecture is an entry in `_READERS`.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raytune.errors import ModelError
 
@@ -16,7 +16,7 @@ DEMO = "demo"
 """Name of the model that ships with raytune, in configs and plans."""
 DEMO_BASE = Path(__file__).parents[1] / "model" / "demo_base"
 
-Kind = Literal["embedding", "attention", "mlp", "norm", "head"]
+Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,10 @@ class Module:
     """Width of the input; rows of an embedding. 1 for a norm."""
     outputs: int
     has_bias: bool = False
+    copies: int = 1
+    """Of experts, whose matrices are one parameter each: neither PEFT's nor bitsandbytes' linear layers."""
+    copies_per_token: int = 1
+    """Experts that a token passes through."""
 
     @property
     def is_linear(self) -> bool:
@@ -41,7 +45,7 @@ class Module:
 
     @property
     def num_parameters(self) -> int:
-        return self.inputs * self.outputs + self.num_biases
+        return self.copies * self.inputs * self.outputs + self.num_biases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,7 @@ class ModelShape:
     num_layers: int
     hidden: int
     intermediate: int
+    """Width of what a token passes through in the MLP: of all its experts together."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -61,6 +66,8 @@ class ModelShape:
     """Whether the MLP multiplies two branches (SwiGLU, GeGLU)."""
     is_tied: bool
     """Whether the output head is the embedding."""
+    scales_norms_in_fp32: bool = False
+    """Whether norms multiply by their weight before they go back to 16 bits (Gemma)."""
     layers_name: str
     layer: tuple[Module, ...]
     """Modules of one layer; all layers are alike."""
@@ -73,20 +80,14 @@ class ModelShape:
         yield from self.embeddings
         for index in range(self.num_layers):
             for module in self.layer:
-                yield Module(
-                    name=f"{self.layers_name}.{index}.{module.name}",
-                    kind=module.kind,
-                    inputs=module.inputs,
-                    outputs=module.outputs,
-                    has_bias=module.has_bias,
-                )
+                yield replace(module, name=f"{self.layers_name}.{index}.{module.name}")
         yield self.final_norm
         yield self.head
 
     @property
     def parameters_by_kind(self) -> dict[str, int]:
         """Parameters of each kind of module; a tied head has none. Biases count with their module."""
-        counts: dict[str, int] = {"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0}
+        counts: dict[str, int] = dict.fromkeys(get_args(Kind), 0)
         for module in (*self.embeddings, self.final_norm):
             counts[module.kind] += module.num_parameters
         for module in self.layer:
@@ -100,6 +101,12 @@ class ModelShape:
     @property
     def num_biases(self) -> int:
         return sum(module.num_biases for module in self.modules())
+
+    @property
+    def num_product_weights(self) -> int:
+        """Weights of the layers that a token is multiplied by."""
+        in_products = [module for module in self.layer if module.kind in ("attention", "mlp", "experts", "router")]
+        return self.num_layers * sum(module.copies_per_token * module.inputs * module.outputs for module in in_products)
 
     @property
     def num_quantizable(self) -> int:
@@ -227,6 +234,13 @@ class _Family:
     head_dim: int | None = None
     kv_heads: int | None = None
     max_positions: int
+    num_experts: int = 0
+    """0: the MLP is dense."""
+    experts_per_token: int = 0
+    expert_width: int | None = None
+    """None: it is `intermediate_size`, else `moe_intermediate_size`."""
+    shared_width: int | None = None
+    """Of an expert that every token passes through."""
 
 
 _GEMMA_2_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -250,6 +264,26 @@ _LLAMA_LIKE = {
         max_positions=131_072,
     ),
     "phi3": _Family(is_fused=True, max_positions=4096),
+    "mixtral": _Family(kv_heads=8, num_experts=8, experts_per_token=2, max_positions=131_072),
+    "qwen2_moe": _Family(
+        input_bias=True,
+        kv_heads=16,
+        num_experts=60,
+        experts_per_token=4,
+        expert_width=1408,
+        shared_width=5632,
+        max_positions=32_768,
+    ),
+    "qwen3_moe": _Family(
+        input_bias=None,
+        output_bias=None,
+        has_head_norms=True,
+        kv_heads=4,
+        num_experts=128,
+        experts_per_token=8,
+        expert_width=768,
+        max_positions=32_768,
+    ),
 }
 
 
@@ -264,7 +298,7 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
     head_dim = numbers.count("head_dim", family.head_dim or hidden // heads)
     vocab = numbers.count("vocab_size")
     attention_bias = numbers.flag("attention_bias", False)
-    input_bias = attention_bias if family.input_bias is None else family.input_bias
+    input_bias = attention_bias if family.input_bias is None else numbers.flag("qkv_bias", family.input_bias)
     output_bias = attention_bias if family.output_bias is None else family.output_bias
     mlp_bias = family.mlp_bias_key is not None and numbers.flag(family.mlp_bias_key, False)
 
@@ -277,11 +311,13 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
     queries, keys = heads * head_dim, kv_heads * head_dim
     if family.is_fused:
         entering = [attention("qkv_proj", hidden, queries + 2 * keys, input_bias)]
-        branches = [mlp("gate_up_proj", hidden, 2 * intermediate)]
+        mlps = [mlp("gate_up_proj", hidden, 2 * intermediate), mlp("down_proj", intermediate, hidden)]
     else:
         widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         entering = [attention(name, hidden, width, input_bias) for name, width in widths.items()]
-        branches = [mlp("gate_proj", hidden, intermediate), mlp("up_proj", hidden, intermediate)]
+        mlps = [mlp(name, hidden, intermediate) for name in ("gate_proj", "up_proj")] + [mlp("down_proj", intermediate, hidden)]
+    if family.num_experts:
+        mlps, intermediate = _experts(numbers, family, hidden)
     head_norms = ("self_attn.q_norm", "self_attn.k_norm") if family.has_head_norms else ()
     return ModelShape(
         model_type=model_type,
@@ -295,19 +331,51 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
         max_positions=numbers.count("max_position_embeddings", family.max_positions),
         has_gate=True,
         is_tied=numbers.flag("tie_word_embeddings", family.is_tied),
+        scales_norms_in_fp32=model_type.startswith("gemma"),
         layers_name="model.layers",
         layer=(
             *entering,
             attention("o_proj", queries, hidden, output_bias),
             *(_norm(name, head_dim) for name in head_norms),
-            *branches,
-            mlp("down_proj", intermediate, hidden),
+            *mlps,
             *(_norm(name, hidden) for name in family.norms),
         ),
         embeddings=(_embedding("model.embed_tokens", vocab, hidden),),
         final_norm=_norm("model.norm", hidden),
         head=_head(hidden, vocab),
     )
+
+
+def _experts(numbers: _Numbers, family: _Family, hidden: int) -> tuple[list[Module], int]:
+    """Router, experts and what they share, and the width of all that a token passes through.
+
+    Raises:
+        ModelError: if some layers have experts and others none.
+    """
+    if numbers.config.get("mlp_only_layers") or (numbers.config.get("decoder_sparse_step") or 1) != 1:
+        raise ModelError(f"{numbers.source}: raytune plans a mixture of experts only if every layer has them.")
+    num_experts = numbers.count("num_experts", numbers.count("num_local_experts", family.num_experts))
+    per_token = numbers.count("num_experts_per_tok", family.experts_per_token)
+    width = (
+        numbers.count("moe_intermediate_size", family.expert_width) if family.expert_width else numbers.count("intermediate_size")
+    )
+    modules = [
+        Module(name="mlp.gate", kind="router", inputs=hidden, outputs=num_experts),
+        # Both branches and the way back: three matrices of an expert, in two parameters.
+        Module(
+            name="mlp.experts", kind="experts", inputs=hidden, outputs=3 * width, copies=num_experts, copies_per_token=per_token
+        ),
+    ]
+    if not family.shared_width:
+        return modules, per_token * width
+    shared = numbers.count("shared_expert_intermediate_size", family.shared_width)
+    sides = {"gate_proj": (hidden, shared), "up_proj": (hidden, shared), "down_proj": (shared, hidden)}
+    modules += [
+        Module(name=f"mlp.shared_expert.{name}", kind="mlp", inputs=inputs, outputs=outputs)
+        for name, (inputs, outputs) in sides.items()
+    ]
+    modules += [Module(name="mlp.shared_expert_gate", kind="mlp", inputs=hidden, outputs=1)]
+    return modules, per_token * width + shared
 
 
 def _gpt2(numbers: _Numbers) -> ModelShape:

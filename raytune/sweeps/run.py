@@ -117,8 +117,7 @@ def sweep(
             name was another one.
         ClusterError: if Ray lost what the sweep itself needs.
     """
-    folder = _folder(config)
-    check_space(config, places)
+    folder = _checked(config, places)
     _refuse_another_sweep(folder, config)
     if _is_finished(folder, config):
         return read_sweep(folder.path)
@@ -146,8 +145,7 @@ def plan_of_sweep(config: RunConfig, places: Places | None = None) -> Resolved:
     Raises:
         UserError: as `sweep` does.
     """
-    folder = _folder(config)
-    check_space(config, places)
+    folder = _checked(config, places)
     if named_address(config.cluster):
         with connect(config.cluster) as machine:
             parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
@@ -267,7 +265,10 @@ def _section(config: RunConfig) -> SweepSection:
     return config.sweep
 
 
-def _folder(config: RunConfig) -> SweepFolder:
+def _checked(config: RunConfig, places: Places | None) -> SweepFolder:
+    """The folder of a sweep whose space has no point that is no valid config."""
+    _section(config)
+    check_space(config, places)
     return SweepFolder(absolute(config.storage), config.name)
 
 

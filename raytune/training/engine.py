@@ -319,7 +319,7 @@ class PlainEngine:
 
     def held_bytes(self) -> HeldBytes:
         return HeldBytes(
-            weights=num_bytes(self.model.parameters()),
+            weights=num_bytes(self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
         )
@@ -339,6 +339,13 @@ class PlainEngine:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def constant_bytes(model: nn.Module) -> int:
+    """Bytes of the scales of 4-bit weights, which are no parameters and lie whole on every rank."""
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    nested = [getattr(state, "state2", None) for state in states]
+    return num_bytes(getattr(state, "absmax", None) for state in (*states, *nested))
 
 
 def poisoned(loss: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from raytune.storage import download_folder, is_local, local_path, read_bytes, u
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
 from raytune.training.peers import Peers, gather_in_own_group
-from raytune.training.recorder import Recorder
+from raytune.training.recorder import Recorder, peak_memory_bytes
 
 PATIENCE_S = 12 * 3600.0
 """How long ranks wait for each other at the end, where rank 0 writes a whole model and may upload it. A rank that dies is noticed
@@ -40,17 +40,18 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
     """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
 
     The engine is released before base and tuned model are loaded, so that they have the device to themselves: the caller holds
-    no other reference to its model. The result also says what each rank held of model and optimizer until then: bytes, measured
-    on the engine rather than planned.
+    no other reference to its model. The result also says what was measured of what the plan had counted: what each rank held of
+    model and optimizer until then, the most that its process held while it trained, and the seconds of a step.
     """
     peers = Peers(engine.rank, gather_in_own_group(engine.world_size, PATIENCE_S), RaytuneError)
+    peak_bytes = peak_memory_bytes(engine.device)
     newest, best = checkpoints.wait(), checkpoints.best()
     assert newest is not None
     assert best is not None, "the last step is always saved"
     if best.step != newest.step:
         checkpoints.load(best)
     peers.together(lambda: write_model(plan, engine, folder))
-    held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes())})
+    held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes()), "peak": peak_bytes})
     engine.release()
     comparison = compare_answers(plan, engine, peers, folder, plan.evaluation.generation) if plan.evaluation.generation else None
     if engine.rank == 0:
@@ -60,6 +61,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
                 "best_step": best.step,
                 "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
                 "held_bytes": held,
+                "median_step_s": recorder.median_step_s,
                 "comparison": comparison and asdict(comparison),
             },
         )

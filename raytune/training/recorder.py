@@ -1,6 +1,7 @@
 """What a run writes down while it trains: rank 0's lines of metrics.jsonl. Reading a step is collective, so all take part."""
 
 import resource
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -26,6 +27,7 @@ class Recorder:
         self._plan, self._engine = plan, engine
         self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step) if engine.rank == 0 else None
         self._last_step, self._last_s = resumed_step, time.perf_counter()
+        self._step_seconds: list[float] = []
         self.metrics: dict[str, float] = {}
         """The newest value of every metric."""
 
@@ -45,6 +47,7 @@ class Recorder:
         numbers = result.read(self._engine)
         now = time.perf_counter()
         steps_per_s = (result.step - self._last_step) / (now - self._last_s)
+        self._step_seconds.append(1 / steps_per_s)
         self._last_step, self._last_s = result.step, now
         batch, store = self._plan.batch.global_batch_size, self._plan.data.train
         values = {
@@ -64,6 +67,11 @@ class Recorder:
         """Write down what the model was worth after a step; the time it took counts for no step."""
         self._write(step, values)
         self._last_s = time.perf_counter()
+
+    @property
+    def median_step_s(self) -> float | None:
+        """Seconds of a step of this attempt, the median over its logged intervals; None if it made none."""
+        return statistics.median(self._step_seconds) if self._step_seconds else None
 
     def flush(self) -> None:
         """Bring every line to the storage; due before a checkpoint makes its steps part of the history."""

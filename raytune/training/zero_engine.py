@@ -36,6 +36,7 @@ from raytune.training.engine import (
     STEPS_BEFORE_GROWTH,
     HeldBytes,
     Layout,
+    constant_bytes,
     free_memory,
     gather_objects,
     num_bytes,
@@ -308,7 +309,7 @@ class ZeroEngine:
         states = [value for state in optimizer.state.values() for value in state.values()]
         masters = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
         return HeldBytes(
-            weights=num_bytes(_held_weight(parameter) for parameter in self.model.parameters()),
+            weights=num_bytes(_held_weight(parameter) for parameter in self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes([*shards, *whole]),
             optimizer=num_bytes([*states, *masters]),
         )

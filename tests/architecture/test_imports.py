@@ -26,10 +26,10 @@ OWNERS = {
     "datasets": {"data/sources.py"},
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"storage.py"},
-    "click": {"cli.py"},
-    "rich": {"cli.py", "launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
+    "click": {"cli/"},
+    "rich": {"launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
     "matplotlib": {"report/figures.py"},
-    "jinja2": {"data/template.py", "report/sweep_page.py"},
+    "jinja2": {"data/template.py", "launch/provider.py", "report/sweep_page.py"},
 }
 
 

@@ -37,9 +37,9 @@ def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     # A job's `python` is found on the PATH of the raylet that starts it.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     head, *others = cpus_of_nodes
-    started = Cluster(
-        initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, "dashboard_port": 0}
-    )
+    # Free ports: the agent that starts jobs has a fixed one by default, and dies if another cluster on this machine holds it.
+    ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+    started = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, **ports})
     try:
         for num_cpus in others:
             started.add_node(num_cpus=num_cpus)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, source_name
 from raytune.data import readers
 from raytune.data.readers import BadRow, Row, read_segment
-from raytune.data.sources import find_files, scan, source_name
+from raytune.data.sources import find_files, scan
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 

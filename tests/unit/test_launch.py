@@ -1,22 +1,28 @@
 """What the launcher settles without a cluster: which nodes count, and what it says about files of another raytune."""
 
 import json
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster import nodes_for_workers
+from raytune.launch.progress import show_result
 from raytune.launch.record import RunRecord, read_plan, write_plan
 from raytune.launch.result import RunResult
 from raytune.run_folder import RunFolder
+from raytune.units import GIB
 from tests.tiny import tiny_plan
 
 HEAD = {"memory": 1e9}
 SMALL = {"CPU": 2.0, "memory": 4e9}
 LARGE = {"CPU": 8.0, "memory": 8e9}
 WITH_GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 8e9}
+HELD = [{"node": "a", "weights": rank * GIB, "gradients": 0, "optimizer": GIB, "peak": 3 * GIB} for rank in (1, 2)]
 
 
 def test_a_head_without_cpus_is_no_node_for_workers() -> None:
@@ -42,18 +48,38 @@ def folder(tmp_path: Path) -> RunFolder:
     write_plan(folder, tiny_plan(storage=str(tmp_path)))
     record = RunRecord(name="tiny", state="finished", attempts=1, created=0.0, config={}, versions={"raytune": "0.0.1"})
     record.write(folder)
-    Path(folder.result).write_text(json.dumps({"metrics": {}, "best_step": 4, "held_bytes": [], "comparison": None}))
+    result = {"metrics": {}, "best_step": 4, "held_bytes": HELD, "median_step_s": 0.5, "comparison": None}
+    Path(folder.result).write_text(json.dumps(result))
     return folder
 
 
 def change(path: str, **values: object) -> None:
     """Lay values over a JSON file; None removes a key."""
     content = json.loads(Path(path).read_text()) | values
-    Path(path).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    gone = [key for key, value in values.items() if value is None]
+    Path(path).write_text(json.dumps({key: value for key, value in content.items() if key not in gone}))
 
 
 def test_files_of_this_raytune_are_read(folder: RunFolder) -> None:
     assert RunResult.read(folder).plan == read_plan(folder)
+
+
+def test_what_was_planned_stands_beside_what_was_measured(folder: RunFolder) -> None:
+    memory = [{"name": "weights", "num_bytes": 2 * GIB}, {"name": "activations", "num_bytes": GIB}]
+    write_plan(folder, tiny_plan(storage=folder.storage, memory=memory))
+    result = RunResult.read(folder)
+    assert result.planned_and_measured == [
+        ("weights", 2 * GIB, 2 * GIB),
+        ("optimizer", None, GIB),
+        ("peak", 3 * GIB, 3 * GIB),
+        ("step_s", None, 0.5),
+    ]
+    assert result.to_json()["planned_and_measured"][3] == {"name": "step_s", "planned": None, "measured": 0.5}
+    console = Console(file=StringIO(), width=100)
+    show_result(result, console)
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert re.search(r"weights +│ +2 GiB │ +2 GiB", shown)
+    assert re.search(r"seconds per step +│ +- │ +0\.5", shown)
 
 
 @pytest.mark.parametrize(

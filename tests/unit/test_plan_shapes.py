@@ -33,6 +33,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma untied": transformers.GemmaConfig(**SMALL, tie_word_embeddings=False),
     "gemma2": transformers.Gemma2Config(**SMALL),
     "gemma3": transformers.Gemma3TextConfig(**SMALL),
+    "mixtral": transformers.MixtralConfig(**SMALL),
+    "qwen2_moe": transformers.Qwen2MoeConfig(
+        **SMALL, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=20
+    ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SMALL, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16),
     "phi3": transformers.Phi3Config(**SMALL, pad_token_id=0),
     "gpt2": transformers.GPT2Config(vocab_size=101, n_positions=64, n_embd=24, n_layer=3, n_head=4),
     "gpt2 with n_inner": transformers.GPT2Config(vocab_size=101, n_positions=64, n_embd=24, n_layer=3, n_head=4, n_inner=50),
@@ -74,9 +79,31 @@ def test_the_number_of_parameters_is_exact(name: str) -> None:
     assert shape.max_positions == config.max_position_embeddings
 
 
+def test_a_token_passes_through_its_experts_only() -> None:
+    shape = model_shape(CONFIGS["qwen2_moe"].to_dict(), "x")
+    attention = 24 * 24 * 2 + 24 * 12 * 2
+    assert shape.num_product_weights == 3 * (attention + 24 * 5 + 2 * 3 * 24 * 16 + 3 * 24 * 20 + 24)
+    assert shape.intermediate == 2 * 16 + 20
+    assert shape.num_quantizable == 3 * (attention + 3 * 24 * 20 + 24), "bitsandbytes leaves experts and the router as they are"
+
+
+def test_layers_that_differ_are_refused() -> None:
+    config = CONFIGS["qwen3_moe"].to_dict() | {"mlp_only_layers": [0]}
+    with pytest.raises(ModelError, match="only if every layer has them"):
+        model_shape(config, "x")
+
+
 @pytest.mark.parametrize(
     ("config_class", "millions"),
-    [("LlamaConfig", 6738), ("MistralConfig", 7242), ("GemmaConfig", 8538), ("Phi3Config", 3821), ("GPT2Config", 124)],
+    [
+        ("LlamaConfig", 6738),
+        ("MistralConfig", 7242),
+        ("GemmaConfig", 8538),
+        ("Phi3Config", 3821),
+        ("MixtralConfig", 46703),
+        ("Qwen2MoeConfig", 14316),
+        ("GPT2Config", 124),
+    ],
 )
 def test_what_a_hub_config_leaves_out_is_filled_in_as_transformers_does(config_class: str, millions: int) -> None:
     """Hub files hold only what differs from the class's defaults; here nothing differs."""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.units import GIB, format_bytes, format_count, format_seconds, parse_duration, parse_size
+from raytune.units import GIB, format_bytes, format_count, format_dollars, format_seconds, parse_count, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("40GiB", 40 * GIB), ("80GB", 80 * 10**9), ("1.5 KiB", 1536), ("0b", 0)])
@@ -43,3 +43,18 @@ def test_durations_are_printed_in_two_units(seconds: float, text: str) -> None:
 
 def test_counts_are_printed_with_three_digits() -> None:
     assert [format_count(count) for count in (950, 12_500, 7_240_000_000)] == ["950", "12.5k", "7.24B"]
+
+
+@pytest.mark.parametrize(("text", "count"), [("50M", 50_000_000), ("1.5b", 1_500_000_000), ("20000", 20_000), (" 3 k ", 3000)])
+def test_counts_are_read(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "-5M", "5MM", "1e6"])
+def test_what_is_no_count_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="such as 50M"):
+        parse_count(text)
+
+
+def test_dollars_have_cents_below_a_hundred() -> None:
+    assert [format_dollars(usd) for usd in (0.421, 37.1, 1284.4)] == ["$0.42", "$37.10", "$1,284"]

@@ -1,0 +1,21 @@
+"""The words a user types. Heavy imports happen inside verbs, so that `check` and `explain` answer at once.
+
+Every verb has `--json` (one JSON object on standard output) and `--debug` (tracebacks). Exit codes: 0 done, 1 failed,
+2 refused as written, 10 try again later, 130 interrupted.
+"""
+
+from raytune.cli.checks import doctor, preflight
+from raytune.cli.clusters import cluster
+from raytune.cli.configs import check, explain, schema
+from raytune.cli.group import cli, files_and_overrides
+from raytune.cli.jobs import logs, status, stop, submit
+from raytune.cli.runs import merge, plan, sweep, train
+
+__all__ = ["cli", "files_and_overrides", "main"]
+
+for verb in (check, explain, schema, plan, train, sweep, merge, cluster, preflight, doctor, submit, status, logs, stop):
+    cli.add_command(verb)
+
+
+def main() -> None:
+    cli(prog_name="raytune")

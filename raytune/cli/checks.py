@@ -1,0 +1,62 @@
+"""Verbs that examine the nodes of a cluster, or this machine: preflight, doctor."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from raytune.cli.group import as_json_option, debug_option, files_and_overrides
+from raytune.errors import EXIT_FAILED, UserError
+
+if TYPE_CHECKING:
+    from raytune.launch.checks.finding import Finding
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[FILE]... [KEY=VALUE]...")
+@click.option("--expect", metavar="RATE", help="What a node's network should give per second, such as 50GB. Default: not known.")
+@as_json_option
+@debug_option
+def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> None:
+    """Check every node of the cluster: versions, GPUs, disks, clocks, shared storage, and a real all-reduce.
+
+    Exit code 0: nothing failed. 1: something did; each line says what to do. 10: the cluster could not be reached.
+    """
+    from raytune.config.load import config_from, load_config
+    from raytune.units import parse_size
+
+    files, overrides = files_and_overrides(arguments)
+    config = load_config(files, overrides) if files else config_from({}, overrides)
+    try:
+        expected = parse_size(expect.removesuffix("/s")) if expect else None
+    except ValueError as error:
+        raise UserError(f"--expect: {error}") from error
+
+    from raytune.launch.preflight import examine_cluster
+    from raytune.storage import absolute
+
+    storage = absolute(config.storage) if "storage" in config.model_fields_set else None
+    _show_findings(examine_cluster(config.cluster, storage, expected_bytes_per_s=expected), as_json)
+
+
+@click.command()
+@click.option("--storage", help="Where runs will go, to look at its disk too.")
+@as_json_option
+@debug_option
+def doctor(storage: str | None, as_json: bool) -> None:
+    """Check this machine in a second: packages, GPUs, memory, disks, ports, tokens. Starts nothing.
+
+    Exit code 0: nothing failed. 1: something did; each line says what to do.
+    """
+    from raytune.launch.doctor import examine_this_machine
+
+    _show_findings(examine_this_machine(storage), as_json)
+
+
+def _show_findings(findings: "Sequence[Finding]", as_json: bool) -> None:
+    from raytune.launch.checks.finding import findings_json, findings_text, worst
+
+    click.echo(json.dumps(findings_json(findings)) if as_json else findings_text(findings))
+    if worst(findings) == "fail":
+        click.get_current_context().exit(EXIT_FAILED)

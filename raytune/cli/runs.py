@@ -1,0 +1,148 @@
+"""Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.errors import UserError
+
+
+@click.command()
+@run_arguments
+@click.option("--tokens", help="Training tokens of an epoch, such as 50M, instead of the data's; with cluster.instance.")
+@click.option("--compare", metavar="NAMES", help="Rank instance types: all, a cloud (aws, gcp, azure), or names with commas.")
+@as_json_option
+@debug_option
+def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as_json: bool) -> None:
+    """Resolve everything and show it: batch, steps, memory per worker, time and money, and why. Trains nothing.
+
+    With cluster.instance it needs neither the cluster nor the model's weights, and tokenises nothing: the amount of data is taken
+    from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
+    """
+    from raytune.config.load import as_one_run, load_config
+    from raytune.plan.ahead import compare as compare_instances
+    from raytune.plan.ahead import named_instances, plan_ahead
+    from raytune.plan.describe import comparison_text, plan_text
+
+    num_tokens = None if tokens is None else _count(tokens)
+    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=tokens is None))
+    if compare is not None:
+        candidates = compare_instances(config, named_instances(compare), num_tokens)
+        click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
+        return
+    if config.cluster.instance:
+        resolved = plan_ahead(config, num_tokens)
+    elif tokens is not None:
+        raise UserError("--tokens is for a plan without cluster and data. Set cluster.instance too, or leave it out.")
+    else:
+        from raytune.launch.run import plan_run
+
+        resolved = plan_run(config)
+    click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="FILE... [KEY=VALUE]...")
+@click.option("--from-sweep", metavar="FOLDER", help="Train the winner of a finished sweep again, instead of a file.")
+@as_json_option
+@debug_option
+def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
+    """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
+    from raytune.config.load import as_one_run, load_config
+
+    files, overrides = files_and_overrides(arguments)
+    if from_sweep is None:
+        if not files:
+            raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
+        config = as_one_run(load_config(files, overrides, check_files=True))
+    else:
+        from raytune.sweeps.winner import winner_config
+
+        config = winner_config(from_sweep, files, overrides)
+
+    from raytune.launch.progress import show_progress, show_result
+    from raytune.launch.run import run
+
+    result = run(config, watch=show_progress)
+    facts, comparison = result.to_json(), None
+    if from_sweep is not None:
+        from raytune.sweeps.winner import against_trial
+
+        comparison = against_trial(from_sweep, result)
+        facts |= {"against_trial": comparison.to_json() if comparison else None}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    show_result(result)
+    if comparison:
+        click.echo(comparison.sentence)
+
+
+@click.command()
+@run_arguments
+@click.option("--dry-run", is_flag=True, help="Show trials, rungs and expected cost; tokenise the data, train nothing.")
+@as_json_option
+@debug_option
+def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
+    from raytune.config.load import dump_yaml, load_with_places
+
+    config, places = load_with_places(*files_and_overrides(arguments), check_files=True)
+
+    if dry_run:
+        from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
+        from raytune.sweeps.run import plan_of_sweep
+
+        resolved = plan_of_sweep(config, places)
+        if as_json:
+            click.echo(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
+        else:
+            click.echo(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
+        return
+
+    from raytune.report.sweep_page import write_sweep_page
+    from raytune.sweeps.live import show_sweep
+    from raytune.sweeps.progress import show_sweep_result
+    from raytune.sweeps.run import sweep
+    from raytune.sweeps.winner import require_winner
+
+    result = sweep(config, watch=show_sweep, places=places)
+    page = write_sweep_page(result, dump_yaml(config), result.folder)
+    if not as_json:
+        show_sweep_result(result)
+        click.echo(f"report   {page}")
+    require_winner(result)
+    if as_json:
+        click.echo(json.dumps({**result.to_json(), "report": page}))
+    else:
+        click.echo(f"retrain  raytune train --from-sweep {result.folder}")
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the merged model; new or empty.")
+@click.option("--base", help="Base model, if not the one that the adapter names: a folder, a hub id, or demo.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Dtype of the result. Default: that of the base.")
+@click.option(
+    "--original-base", is_flag=True, help="QLoRA: merge into the original weights, not into the quantised ones that training saw."
+)
+@as_json_option
+@debug_option
+def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_base: bool, as_json: bool) -> None:
+    """Merge an adapter into its base, shard by shard, as a stand-alone model with tokenizer and chat template."""
+    from raytune.model.merge import merge_adapter
+
+    merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base)
+    click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+def _count(text: str) -> int:
+    from raytune.units import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise UserError(f"--tokens: {error}.") from error

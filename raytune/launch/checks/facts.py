@@ -1,0 +1,384 @@
+"""What one machine is like, as far as runs depend on it. Looks and changes nothing; imports no heavy library."""
+
+import glob
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from raytune.errors import RaytuneError
+from raytune.storage import free_bytes, is_local
+from raytune.units import MIB
+from raytune.versions import library_versions
+
+NVIDIA_SMI_TIMEOUT_S = 20.0
+SOCKET_SETTINGS = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "FI_PROVIDER")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """A GPU as the driver lists it, whatever this process may use."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpLock:
+    """A lock that the build of a DeepSpeed kernel has left, or holds."""
+
+    path: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """A place that runs write to."""
+
+    path: str
+    free_bytes: int | None
+    """None: not known, as of a bucket."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFacts:
+    """One machine, as the process that looked saw it."""
+
+    host: str
+    versions: dict[str, str]
+    """Of raytune, Python and the libraries that are installed."""
+    gpus: tuple[GpuFacts, ...]
+    driver: str | None
+    driver_cuda: str | None
+    """The newest CUDA that the driver runs."""
+    torch_cuda: str | None
+    """The CUDA that torch was built for; None: built for CPUs."""
+    nccl: str | None
+    memory_bytes: int
+    shared_memory_bytes: int
+    """Free in /dev/shm."""
+    disks: dict[str, Disk]
+    """By use: `storage`, `scratch`."""
+    op_locks: tuple[OpLock, ...]
+    auth_mode: str | None
+    """RAY_AUTH_MODE; None: not set."""
+    token_file: str | None
+    token_file_mode: int | None
+    """Permission bits; None: no file."""
+    resolves_to: tuple[str, ...]
+    """Addresses that the machine's own name has for itself."""
+    addresses: dict[str, str]
+    """Addresses of its interfaces, by their names."""
+    settings: dict[str, str]
+    """Those of SOCKET_SETTINGS that are set."""
+    fabric_devices: tuple[str, ...]
+    """InfiniBand and EFA devices."""
+    open_files: int
+    """Limit of open files of a process."""
+
+
+def machine_facts(storage: str | None = None) -> MachineFacts:
+    """Look at the machine of this process. Takes well below a second, but where a driver is slow.
+
+    Args:
+        storage: where runs go, if that is known.
+    """
+    gpus, driver, driver_cuda = _gpus()
+    token = _token_file()
+    return MachineFacts(
+        host=socket.gethostname(),
+        versions=library_versions(),
+        gpus=gpus,
+        driver=driver,
+        driver_cuda=driver_cuda,
+        torch_cuda=_torch_cuda(),
+        nccl=_nccl(),
+        memory_bytes=_memory_bytes(),
+        shared_memory_bytes=_free("/dev/shm") or 0,
+        disks={"scratch": _disk(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())}
+        | ({"storage": _disk(storage)} if storage else {}),
+        op_locks=tuple(_op_locks()),
+        auth_mode=os.environ.get("RAY_AUTH_MODE"),
+        token_file=str(token) if token.exists() else None,
+        token_file_mode=token.stat().st_mode & 0o777 if token.exists() else None,
+        resolves_to=_resolves_to(socket.gethostname()),
+        addresses=_addresses(),
+        settings={name: os.environ[name] for name in SOCKET_SETTINGS if os.environ.get(name)},
+        fabric_devices=tuple(sorted(os.listdir("/sys/class/infiniband"))) if os.path.isdir("/sys/class/infiniband") else (),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+
+
+def _gpus() -> tuple[tuple[GpuFacts, ...], str | None, str | None]:
+    """GPUs, driver and the CUDA of the driver. `nvidia-smi` sees all GPUs, whatever CUDA_VISIBLE_DEVICES says."""
+    listed = _nvidia_smi("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+    rows = [[part.strip() for part in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    gpus = tuple(GpuFacts(name=name, memory_bytes=int(float(memory)) * MIB) for name, memory, _ in rows if memory[:1].isdigit())
+    cuda = re.search(r"CUDA Version: *([\d.]+)", _nvidia_smi()) if gpus else None
+    return gpus, rows[0][2] if rows else None, cuda[1] if cuda else None
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False, env=_plain()
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _plain() -> Mapping[str, str]:
+    return os.environ | {"LC_ALL": "C"}
+
+
+def _torch_cuda() -> str | None:
+    """From torch's own version file: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return None
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^cuda(?:: [^=]+)? = ['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _nccl() -> str | None:
+    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _memory_bytes() -> int:
+    """Of the machine, or of the container if that has less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdecimal() else machine
+
+
+def _free(path: str) -> int | None:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _disk(path: str) -> Disk:
+    if not is_local(path):
+        return Disk(path=path, free_bytes=None)
+    try:
+        return Disk(path=path, free_bytes=free_bytes(path))
+    except (RaytuneError, OSError):
+        return Disk(path=path, free_bytes=None)
+
+
+def _op_locks() -> list[OpLock]:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    locks = []
+    for pattern in ("*/lock", "*/*/lock"):
+        for path in sorted(glob.glob(os.path.join(root, pattern))):
+            try:
+                locks.append(OpLock(path=path, age_s=max(0.0, time.time() - os.stat(path).st_mtime)))
+            except FileNotFoundError:  # that build has just ended
+                continue
+    return locks
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _resolves_to(name: str) -> tuple[str, ...]:
+    try:
+        return tuple(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)))
+    except OSError:
+        return ()
+
+
+def _addresses() -> dict[str, str]:
+    """IPv4 addresses by interface, of those that are up."""
+    import fcntl
+    import struct
+
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:  # SIOCGIFADDR
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # no address
+                continue
+            addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
+
+
+# --- Of a machine that a person sits at ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeatFacts:
+    """What matters besides where raytune is started by hand."""
+
+    requirements: tuple[str, ...] | None
+    """Of raytune, as its package declares them; None: neither installed nor in a checkout."""
+    installed: dict[str, str]
+    """Versions of what it requires, by name."""
+    missing_modules: tuple[str, ...]
+    """Libraries that are installed and still cannot be found by import."""
+    python: tuple[int, int]
+    machine: str
+    cpu_flags: frozenset[str]
+    """Of /proc/cpuinfo; empty where that does not tell."""
+    listening: dict[int, str]
+    """Ports that something listens on, and the address it listens on."""
+    ray_processes: dict[int, str]
+    """Processes of Ray that this user may see: by pid, the name."""
+    cache: str
+    """Where Hugging Face keeps what it loads."""
+    cache_is_writable: bool
+    is_offline: bool
+    encoding: str
+    torch_sees: str | None
+    """What torch says of this machine's GPUs, or why it fails; None: there is no GPU, so it was not asked."""
+
+
+def seat_facts(gpus: tuple[GpuFacts, ...], *, torch_timeout_s: float = 90.0) -> SeatFacts:
+    """Look at this machine as a place to start from. torch is asked, in a process of its own, only where there is a GPU."""
+    requirements = _requirements()
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface"), "hub"
+    )
+    return SeatFacts(
+        requirements=requirements,
+        installed=_installed(requirements or ()),
+        missing_modules=tuple(
+            name for name in ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets") if not _found(name)
+        ),
+        python=sys.version_info[:2],
+        machine=platform.machine(),
+        cpu_flags=_cpu_flags(),
+        listening=_listening(),
+        ray_processes=_ray_processes(),
+        cache=cache,
+        cache_is_writable=_may_write(Path(cache)),
+        is_offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        encoding=sys.getfilesystemencoding(),
+        torch_sees=_torch_sees(torch_timeout_s) if gpus else None,
+    )
+
+
+def _requirements() -> tuple[str, ...] | None:
+    """What raytune requires, without its extras: as pip recorded it, or from the checkout that this is."""
+    project = Path(__file__).parents[3] / "pyproject.toml"
+    if project.exists():
+        import tomllib
+
+        declared = tomllib.loads(project.read_text()).get("project", {})
+        if declared.get("name") == "raytune":
+            return tuple(declared["dependencies"])
+    from importlib.metadata import requires
+
+    try:
+        return tuple(line for line in requires("raytune") or () if "extra ==" not in line)
+    except PackageNotFoundError:
+        return None
+
+
+def _installed(requirements: tuple[str, ...]) -> dict[str, str]:
+    from packaging.requirements import Requirement
+
+    versions = {}
+    for line in requirements:
+        name = Requirement(line).name
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def _listening() -> dict[int, str]:
+    ports = {}
+    for table, is_any in (("/proc/net/tcp", "00000000"), ("/proc/net/tcp6", "0" * 32)):
+        try:
+            rows = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            _, local, _, state, *_ = row.split()
+            if state == "0A":  # LISTEN
+                address, port = local.split(":")
+                ports[int(port, 16)] = "every address" if address == is_any else "this machine or one address"
+    return ports
+
+
+def _ray_processes() -> dict[int, str]:
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # gone, or another user's
+            continue
+        program = words[0].decode(errors="replace")
+        name = program.rpartition("/")[2]
+        if name in ("raylet", "gcs_server") or program.startswith("ray::"):
+            found[int(folder.name)] = name
+    return found
+
+
+def _may_write(path: Path) -> bool:
+    """Whether the folder can be written to or made."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return os.access(path, os.W_OK)
+
+
+def _torch_sees(timeout_s: float) -> str:
+    script = (
+        "import torch\n"
+        "count = torch.cuda.device_count()\n"
+        "for index in range(count): torch.ones(8, device=f'cuda:{index}').sum().item()\n"
+        "print(f'{count} GPUs')"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {timeout_s:.0f} s"
+    return done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -1,0 +1,15 @@
+"""`raytune doctor`: whether this machine can train, in a second or two and without starting anything."""
+
+from raytune.launch.checks.facts import machine_facts, seat_facts
+from raytune.launch.checks.finding import Finding
+from raytune.launch.checks.judge import judge_machine, judge_seat
+
+
+def examine_this_machine(storage: str | None = None) -> list[Finding]:
+    """Look at this machine, and say what stands in the way of a run.
+
+    Args:
+        storage: where runs would go; None looks at the scratch disk only.
+    """
+    machine = machine_facts(storage)
+    return [*judge_seat(machine, seat_facts(machine.gpus)), *judge_machine(machine)]

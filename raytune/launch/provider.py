@@ -1,0 +1,232 @@
+"""What a cluster is to be, and the commented files that describe it to Ray, KubeRay or a cloud. Pure: values in, text out.
+
+The templates are data, in `cluster/`: one per cloud and GPU family. This file says what each needs and refuses what is missing.
+"""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from raytune.config.load import dump_yaml
+from raytune.config.provider import ProviderSection
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.plan.hardware import Catalogue, Cloud, Instance
+from raytune.units import GIB
+
+Target = Literal["ray-up", "network", "kuberay", "kuberay-cluster"]
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "cluster"
+PACKAGED_TEMPLATES = Path(__file__).resolve().parent / "cluster_files"
+"""Where an installed wheel has them (pyproject.toml, force-include)."""
+
+FAMILIES = {
+    "aws/p4": ("p4d", "p4de"),
+    "aws/p5": ("p5", "p5e", "p5en"),
+    "aws/g": ("g5", "g6", "g6e"),
+    "gcp/a2": ("a2-highgpu", "a2-ultragpu"),
+    "gcp/a3": ("a3-highgpu", "a3-megagpu"),
+    "azure/nd-a100": ("Standard_ND96asr_v4", "Standard_ND96amsr_A100_v4"),
+    "azure/nd-h100": ("Standard_ND96isr_H100_v5",),
+}
+"""Template of a `ray up` file -> the instance families that it is for."""
+NETWORKS = {"aws": "aws/network.yaml", "gcp": "gcp/network.sh", "azure": "azure/network.json"}
+KUBERAY = {"kuberay": "kuberay/rayjob.yaml", "kuberay-cluster": "kuberay/raycluster.yaml"}
+HEADS = {"aws": "m6i.2xlarge", "gcp": "n2-standard-8", "azure": "Standard_D8s_v5"}
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "ray-up aws": ("zone", "subnet", "security_group", "machine_image", "key_name"),
+    "ray-up gcp": ("account", "zone", "machine_image", "ssh_public_key"),
+    "ray-up azure": ("account", "resource_group", "machine_image"),
+    "ray-up hosts": (),
+    "network aws": ("client_cidr", "network"),
+    "network gcp": ("client_cidr", "account"),
+    "network azure": ("client_cidr", "account", "resource_group"),
+    "kuberay": ("container",),
+}
+"""Keys of `provider` without which a file cannot be written."""
+
+LONGEST_NAME = 40
+"""Of a cluster's name: KubeRay allows 47 letters to a RayJob, and some names get an ending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """A cluster in numbers and names; all that the templates read."""
+
+    name: str
+    """Letters, digits and dashes, starting with a letter."""
+    instance: Instance
+    num_nodes: int
+    """Nodes with GPUs; the head comes on top, except where it is one of `user.hosts` that trains too."""
+    spot: bool
+    user: ProviderSection
+    storage: str
+    """Where run folders go: a folder or a URL."""
+    run_yaml: str
+    """The run, as a config file."""
+    ray_version: str
+
+    @property
+    def head_trains(self) -> bool:
+        """Whether the head is one of the GPU nodes."""
+        return len(self.user.hosts) == self.num_nodes
+
+    @property
+    def shm_gib(self) -> int:
+        """Shared memory of a GPU node: Ray's object store and NCCL's buffers; a quarter of all memory."""
+        return max(8, self.instance.host_memory_bytes // 4 // GIB)
+
+    @property
+    def region(self) -> str:
+        return self.user.region or (self.instance.regions[0] if self.instance.regions else "")
+
+    @property
+    def head_instance(self) -> str:
+        return self.user.head_instance or HEADS[self.instance.cloud]
+
+    @property
+    def bucket(self) -> str | None:
+        """The bucket that run folders go to, if they go to one."""
+        scheme, separator, rest = self.storage.partition("://")
+        return rest.partition("/")[0] if separator and scheme in ("s3", "gs", "gcs") else None
+
+    @property
+    def unique_id(self) -> str:
+        """Four characters that tell the Azure resources of this cluster from others."""
+        return sha256(f"{self.user.resource_group}/{self.name}".encode()).hexdigest()[:4]
+
+
+def cluster_spec(config: RunConfig, catalogue: Catalogue, target: Target) -> ClusterSpec:
+    """The cluster that a run config describes, if it says all that a file of this kind needs.
+
+    Raises:
+        UserError: with every key that is missing or cannot be meant.
+    """
+    section, user = config.cluster, config.provider
+    if section.instance is None:
+        raise UserError(
+            "cluster.instance is not set: a cluster file needs the type of its GPU nodes, for example "
+            "cluster.instance=p5.48xlarge. configs/hardware/instances.yaml lists those that raytune knows."
+        )
+    instance = catalogue.instance(section.instance)
+    spec = ClusterSpec(
+        name=cluster_name(config.name),
+        instance=instance,
+        num_nodes=section.nodes,
+        spot=section.spot,
+        user=user,
+        storage=config.storage,
+        run_yaml=dump_yaml(config.model_copy(update={"provider": ProviderSection()})),
+        ray_version=version("ray"),
+    )
+    problems = [f"{key}: needed, not set" for key in _missing(spec, target)] + _contradictions(spec, target)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise UserError(
+            f"No {target} file can be written for {instance.name} ({instance.cloud}):{lines}\nSee `explain provider`."
+        )
+    return spec
+
+
+def cluster_name(run_name: str) -> str:
+    """A run's name as clouds and Kubernetes allow names: letters, digits and dashes, starting with a letter."""
+    letters = "".join(letter if letter.isalnum() else "-" for letter in run_name)
+    letters = letters if letters[0].isalpha() else f"run-{letters}"
+    return letters[:LONGEST_NAME].strip("-")
+
+
+def render(spec: ClusterSpec, target: Target, facts: dict[str, Any]) -> str:
+    """Fill a template.
+
+    Args:
+        facts: what the target's own module works out, beside `spec`.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = TEMPLATES if TEMPLATES.is_dir() else PACKAGED_TEMPLATES
+    # Not HTML: values are quoted for YAML or the shell where they stand, and checked by the config's patterns before.
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    filters: dict[str, Callable[..., str]] = {"q": json.dumps, "sh": shlex.quote}
+    environment.filters.update(filters)
+    text = environment.get_template(f"{template_of(spec, target)}.j2").render(spec=spec, user=spec.user, **facts)
+    return text if text.endswith("\n") else text + "\n"
+
+
+def template_of(spec: ClusterSpec, target: Target) -> str:
+    """The template's path below `cluster/`, without its ending.
+
+    Raises:
+        UserError: if there is none for this kind of machine.
+    """
+    if target in KUBERAY:
+        return KUBERAY[target]
+    place = place_of(spec)
+    if target == "network":
+        if place in NETWORKS:
+            return NETWORKS[place]
+        raise UserError("Hosts that run already have their network; there is nothing to make (--target network is for clouds).")
+    if place == "hosts":
+        return "on-prem/hosts.yaml"
+    name = spec.instance.name
+    family = {name, name.partition(".")[0], name.rpartition("-")[0]}
+    template = next((template for template, families in FAMILIES.items() if family.intersection(families)), None)
+    if template is None:
+        known = ", ".join(family for families in FAMILIES.values() for family in families)
+        raise UserError(
+            f"There is no `ray up` template for {name}, only for {known}. Start other machines yourself and list their addresses "
+            f"in provider.hosts, or use --target kuberay."
+        )
+    return f"{template}.yaml"
+
+
+def place_of(spec: ClusterSpec) -> Cloud | Literal["hosts"]:
+    """Who starts the machines: a cloud, or nobody because they run already."""
+    return "hosts" if spec.user.hosts or spec.instance.cloud == "on-prem" else spec.instance.cloud
+
+
+def _missing(spec: ClusterSpec, target: Target) -> list[str]:
+    kind = "kuberay" if target in KUBERAY else f"{target} {place_of(spec)}"
+    missing = [f"provider.{key}" for key in NEEDED.get(kind, ()) if getattr(spec.user, key) is None]
+    if target == "ray-up" and not (spec.user.container or spec.user.environment):
+        missing.append("provider.container or provider.environment")
+    if target == "ray-up" and place_of(spec) == "hosts" and not spec.user.hosts:
+        missing.append("provider.hosts")
+    if target in KUBERAY and "://" not in spec.storage and spec.user.kubernetes.storage_claim is None:
+        missing.append("provider.kubernetes.storage_claim (or a URL as storage)")
+    return missing
+
+
+def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
+    user, problems = spec.user, []
+    shared = "://" in spec.storage or f"{spec.storage}/".startswith(f"{user.mount_point.rstrip('/')}/")
+    if target != "network" and not shared:
+        problems.append(
+            f"storage: {spec.storage} is on one machine; use a folder below {user.mount_point} (provider.mount_point) or a URL"
+        )
+    if target == "ray-up" and user.hosts and len(user.hosts) not in (spec.num_nodes, spec.num_nodes + 1):
+        problems.append(
+            f"provider.hosts: {len(user.hosts)} addresses for cluster.nodes={spec.num_nodes}; give {spec.num_nodes} (the head "
+            f"trains too) or {spec.num_nodes + 1}"
+        )
+    if len(set(user.hosts)) < len(user.hosts):
+        problems.append("provider.hosts: an address is given twice")
+    if target == "ray-up" and place_of(spec) in ("aws", "gcp") and user.zone and not user.zone.startswith(spec.region):
+        problems.append(f"provider.zone: {user.zone} does not lie in region {spec.region}")
+    if user.reservation and spec.spot:
+        problems.append("provider.reservation: reserved nodes are not spot nodes; drop it or set cluster.spot=false")
+    if user.capacity_block and not user.reservation:
+        problems.append("provider.capacity_block: needs provider.reservation, the id of the block")
+    return problems

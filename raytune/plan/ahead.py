@@ -1,0 +1,177 @@
+"""Plans for machines that need not exist yet, of models and data that need not be here: with `cluster.instance`.
+
+Nothing is started and nothing tokenised: how much data there is, is said (`plan --tokens 50M`) or taken from its files' sizes.
+"""
+
+import glob
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune.config.data import DataSource, named_sources
+from raytune.config.run import RunConfig
+from raytune.errors import PlanError, UserError
+from raytune.plan.batch import DEFAULT_ROWS
+from raytune.plan.choose import choose_plan
+from raytune.plan.hardware import Catalogue, Instance, load_catalogue
+from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.references import planned_shape
+from raytune.plan.requirements import choose_row_length
+from raytune.plan.run_plan import RunPlan, StorePlan
+from raytune.plan.shapes import ModelShape
+from raytune.units import format_count
+
+BYTES_PER_TOKEN = 4
+"""Of text and the keys around it, in files of English rows; other languages have fewer."""
+MAX_NODES = 16
+"""Largest cluster that a comparison looks at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An instance type, and the plan on as few of them as hold the job; or why there is none."""
+
+    instance: Instance
+    plan: RunPlan | None
+    refusal: str | None
+
+    @property
+    def usd(self) -> float | None:
+        """By which candidates are ranked: spot where the config says so and a price is known."""
+        cost = self.plan and self.plan.cost
+        if not cost:
+            return None
+        return cost.spot_usd if cost.is_spot and cost.spot_usd is not None else cost.usd
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "instance": self.instance.name,
+            "usd": self.usd,
+            "plan": self.plan and self.plan.model_dump(mode="json"),
+            "refusal": self.refusal,
+        }
+
+
+def plan_ahead(config: RunConfig, num_tokens: int | None = None) -> RunPlan:
+    """The plan of a run on `cluster.nodes` nodes of type `cluster.instance`.
+
+    Args:
+        config: what the user wrote.
+        num_tokens: training tokens of an epoch; None: by the sizes of the files.
+
+    Raises:
+        UserError: (or PlanError, ModelError) if it cannot be done as asked.
+    """
+    assert config.cluster.instance is not None
+    catalogue = load_catalogue()
+    instance = catalogue.instance(config.cluster.instance)
+    shape = planned_shape(config.model.base, config.model.revision)
+    data = assumed_data(config, choose_row_length(config, shape), num_tokens)
+    return _plan(config, shape, data, instance, catalogue, config.cluster.nodes)
+
+
+def compare(config: RunConfig, instances: Iterable[Instance], num_tokens: int | None = None) -> list[Candidate]:
+    """The job on each of some instance types, cheapest first; those that cannot hold it last.
+
+    Args:
+        config: what the user wrote; `cluster.instance` and `cluster.nodes` do not count.
+        instances: to compare.
+        num_tokens: as for `plan_ahead`.
+
+    Raises:
+        UserError: if the config asks for what no machine could do.
+    """
+    catalogue = load_catalogue()
+    shape = planned_shape(config.model.base, config.model.revision)
+    data = assumed_data(config, choose_row_length(config, shape), num_tokens)
+    candidates = [_candidate(config, shape, data, instance, catalogue) for instance in instances]
+    return sorted(candidates, key=lambda one: (one.usd is None, not one.usd, one.usd or 0.0, one.instance.name))
+
+
+def named_instances(names: str) -> list[Instance]:
+    """`all`, a cloud (`aws`), or instance types, separated by commas.
+
+    Raises:
+        UserError: if a name is not in the catalogue.
+    """
+    catalogue = load_catalogue()
+    every = list(catalogue.instances.values())
+    wanted: dict[str, Instance] = {}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        group = [instance for instance in every if name in ("all", instance.cloud)]
+        wanted |= {instance.name: instance for instance in group or [catalogue.instance(name)]}
+    return list(wanted.values())
+
+
+def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> DataFacts:
+    """Stores as they will probably be: full rows in which every token is a target.
+
+    Raises:
+        UserError: if nothing says how much data there is.
+    """
+    if num_tokens is not None:
+        source = "as --tokens says"
+    elif (num_bytes := _file_bytes(config.data.train)) is not None:
+        num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), f"at {BYTES_PER_TOKEN} bytes of its files per token"
+    elif config.training.max_steps is not None:
+        num_tokens, source = config.training.max_steps * DEFAULT_ROWS * row_length, "enough for training.max_steps"
+    else:
+        paths = ", ".join(source.path for source in config.data.train)
+        raise UserError(
+            f"How many tokens data.train ({paths}) has cannot be seen from here: it is not in local files. Say it, for example "
+            f"`plan --tokens 50M`."
+        )
+    held_out = config.data.validation_fraction or 0.01
+    names = ["validation"] if config.data.validation_fraction else list(named_sources(config.data.validation))
+    return DataFacts(
+        train=_store("train", num_tokens, row_length),
+        validation=tuple(_store(name, math.ceil(held_out * num_tokens), row_length) for name in names),
+        longest_document=row_length,
+        assumption=f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows.",
+    )
+
+
+def _store(name: str, num_tokens: int, row_length: int) -> StorePlan:
+    num_rows = math.ceil(num_tokens / row_length)
+    return StorePlan(name=name, path="", num_rows=num_rows, num_tokens=num_tokens, num_targets=num_tokens)
+
+
+def _file_bytes(sources: Iterable[DataSource]) -> int | None:
+    """Bytes of all local files; None if a source has none here."""
+    total = 0
+    for source in sources:
+        files = [Path(name) for name in glob.glob(str(Path(source.path).expanduser())) if Path(name).is_file()]
+        if not files:
+            return None
+        total += sum(file.stat().st_size for file in files)
+    return total
+
+
+def _candidate(config: RunConfig, shape: ModelShape, data: DataFacts, instance: Instance, catalogue: Catalogue) -> Candidate:
+    refusal = None
+    for nodes in _numbers_of_nodes(config, instance):
+        try:
+            plan = _plan(config, shape, data, instance, catalogue, nodes)
+            return Candidate(instance=instance, plan=plan, refusal=None)
+        except PlanError as error:
+            refusal = str(error)
+    return Candidate(instance=instance, plan=None, refusal=refusal)
+
+
+def _numbers_of_nodes(config: RunConfig, instance: Instance) -> list[int]:
+    """1, 2, 4 ...; as many as the workers need where the config says how many there are."""
+    workers = config.cluster.workers
+    if workers != "auto":
+        return [-(-workers // instance.num_gpus)]
+    return [2**power for power in range(MAX_NODES.bit_length())]
+
+
+def _plan(
+    config: RunConfig, shape: ModelShape, data: DataFacts, instance: Instance, catalogue: Catalogue, num_nodes: int
+) -> RunPlan:
+    machine = Machine.rented(instance, catalogue.gpu_of(instance), num_nodes)
+    cluster = config.cluster.model_copy(update={"instance": instance.name, "nodes": num_nodes})
+    config = config.model_copy(update={"cluster": cluster})
+    return choose_plan(config, shape, machine, data, model_path=config.model.base, storage=config.storage)

@@ -1,0 +1,191 @@
+"""Seconds of an optimizer step from arithmetic: products, memory traffic, communication and offload of a rank. Pure.
+
+Documents are taken to be as long as rows, which makes a step longer than it is; evaluation, saves, stragglers and the start are
+left out. Rows are mapped from files and are thousands of times smaller than what moves between GPUs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raytune.config.adapter import FullAdapter, QloraAdapter
+from raytune.plan.hardware import Fabric, Gpu, Instance
+from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, quantized_bytes
+from raytune.plan.run_plan import Bound, StepTimePlan
+
+LINK_SHARE: dict[Fabric | Literal["intra"], float] = {
+    "intra": 0.8,
+    "efa": 0.8,
+    "infiniband": 0.9,
+    "tcpx": 0.7,
+    "tcpxo": 0.8,
+    "tcp": 0.6,
+}
+"""Of a link's rate, what large collectives of NCCL reach; nccl-tests as published, not measured here."""
+LAYER_SHARE = 0.8
+"""Of what the largest products reach, what a layer's reach, with all that is not counted here: so that full fine-tuning of an 8B
+model on H100s comes to the 40 to 58 % of the data sheet that are published (torchtitan's performance page)."""
+MEMORY_SHARE = 0.8
+"""Of a GPU's memory bandwidth, what elementwise kernels reach."""
+HOST_ADAM_PER_S = 4e9
+"""Parameters per second that DeepSpeed's CPU Adam updates on a node (Ren et al. 2021, ZeRO-Offload, table 4: 1e9 in 0.25 s)."""
+NVME_BYTES_PER_S = 5e9
+"""Of a node's local disks together, reading or writing; assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Rates of a cluster of equal nodes, as one of its GPUs meets them."""
+
+    flops: float
+    """Products in 16 bits that a GPU reaches per second in layers."""
+    memory_bytes_per_s: float
+    host_bytes_per_s: float
+    intra_bytes_per_s: float
+    """Between GPUs of a node, one direction per GPU."""
+    inter_bytes_per_s: float
+    """Of a node to others, one direction."""
+    gpus_per_node: int
+
+    @classmethod
+    def of(cls, instance: Instance, gpu: Gpu) -> "Speed":
+        """What an instance type reaches in practice."""
+        return cls(
+            flops=gpu.bf16_flops * gpu.practical_share * LAYER_SHARE,
+            memory_bytes_per_s=gpu.memory_bytes_per_s * MEMORY_SHARE,
+            host_bytes_per_s=gpu.host_bytes_per_s * LINK_SHARE["intra"],
+            intra_bytes_per_s=instance.intra_bytes_per_s * LINK_SHARE["intra"],
+            inter_bytes_per_s=instance.inter_bytes_per_s * LINK_SHARE[instance.fabric],
+            gpus_per_node=instance.num_gpus,
+        )
+
+
+def step_time(work: Workload, speed: Speed, row_tokens: int) -> StepTimePlan:
+    """Seconds of one optimizer step.
+
+    A GPU does its products and its memory traffic one after the other; collectives and copies to the host overlap with them, so
+    that the longest of the three binds (Rajbhandari et al. 2020, ZeRO, section 7; DeepSpeed's overlap_comm and prefetch).
+
+    Args:
+        work: what a rank does per micro-batch, and how often.
+        speed: of the machines.
+        row_tokens: tokens of a row; a document is taken to be as long.
+    """
+    compute_s = work.accumulation * flops_per_micro_batch(work, row_tokens) / speed.flops
+    memory_s = _memory_traffic_bytes(work) / speed.memory_bytes_per_s
+    communication_s = _communication_s(work, speed)
+    offload_s = _offload_s(work, speed)
+    parts: dict[Bound, float] = {
+        "compute": compute_s,
+        "memory bandwidth": memory_s,
+        "communication": communication_s,
+        "offload": offload_s,
+    }
+    on_gpu = compute_s + memory_s
+    seconds = max(on_gpu, communication_s, offload_s)
+    overlapped: Bound = "communication" if communication_s >= offload_s else "offload"
+    binds = overlapped if parts[overlapped] > on_gpu else "compute" if compute_s >= memory_s else "memory bandwidth"
+    tokens = work.workers * work.accumulation * work.num_tokens
+    return StepTimePlan(
+        compute_s=compute_s,
+        memory_s=memory_s,
+        communication_s=communication_s,
+        offload_s=offload_s,
+        seconds=seconds,
+        binds=binds,
+        tokens_per_s=tokens / seconds,
+    )
+
+
+def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
+    """Floating-point operations of a forward and a backward pass of one rank.
+
+    Per weight and token: 2 in the forward pass, 2 for the gradient of the input, 2 for that of the weight, which a frozen weight
+    has not (Kaplan et al. 2020, section 2.1: 6 P; LoRA 4 P and 6 per weight of the adapter); checkpointing repeats the forward
+    pass of the layers. The head sees targets only. Attention has 2 products forward and 5 backward, since FlashAttention computes
+    scores again (Dao 2023, section 3.2), of 2 x width x length each, of which causality needs half.
+    """
+    shape = work.shape
+    trains_base = isinstance(work.adapter, FullAdapter)
+    forward = 2
+    passes = forward + (4 if trains_base else 2)
+    again = forward if work.has_checkpointing else 0
+    layers = (passes + again) * shape.num_product_weights * work.num_tokens
+    head = passes * shape.head.inputs * shape.head.outputs * work.num_targets
+    adapter = 0 if trains_base else (6 + again) * work.trained.num_trainable * work.num_tokens
+    products = 2 + 5 + (2 if work.has_checkpointing else 0)
+    attention = shape.num_layers * products * row_tokens * shape.heads * shape.head_dim * work.num_tokens
+    return float(layers + head + adapter + attention)
+
+
+def _memory_traffic_bytes(work: Workload) -> float:
+    """What a step moves through a GPU's memory besides the operands of products.
+
+    Elementwise steps write and read what autograd keeps, forward and backward, and once more where it is recomputed. QLoRA reads
+    packed weights and writes them in 16 bits in every pass (Dettmers et al. 2023, section 3). Adam reads and writes fp32 weight
+    and moments, reads the gradient and writes the weight: 30 bytes per trained parameter of the own shard.
+    """
+    passes = 3 if work.has_checkpointing else 2
+    elementwise = 2 * passes * work.shape.num_layers * layer_activation_bytes(work)
+    logits = 4 * 4 * work.shape.vocab * work.num_targets
+    dequantised = 0.0
+    if isinstance(work.adapter, QloraAdapter):
+        written = BYTES[work.precision] * work.shape.num_quantizable
+        dequantised = passes * (quantized_bytes(work.adapter, work.shape) + written)
+    updated = 0 if work.offload_optimizer != "none" else 30 * work.trained.num_trainable / work.share(1)
+    return work.accumulation * (elementwise + logits + dequantised) + updated
+
+
+def _communication_s(work: Workload, speed: Speed) -> float:
+    """Seconds of a step's collectives.
+
+    Rajbhandari et al. 2020, section 7: stages 0 and 1 move twice the gradients, stage 2 the gradients of each micro-batch and the
+    updated weights, stage 3 gathers the weights forward and backward (and to recompute) and scatters gradients, per micro-batch.
+    PlainEngine sums fp32 gradients once per step, DeepSpeed's stage 1 those of the run's precision.
+    """
+    if work.workers == 1:
+        return 0.0
+    trained = work.trained.num_trainable
+    if work.engine == "plain":
+        return 2 * _collective_s(4 * trained, work.workers, speed)
+    width = BYTES[work.precision]
+    gradients = _collective_s(width * trained, work.workers, speed)
+    if work.zero_stage == 1:
+        return 2 * gradients
+    if work.zero_stage == 2:
+        return (work.accumulation + 1) * gradients
+    gathers = 3 if work.has_checkpointing else 2
+    return work.accumulation * (gathers * _collective_s(work.all_weight_bytes, work.workers, speed) + gradients)
+
+
+def _collective_s(num_bytes: float, workers: int, speed: Speed) -> float:
+    """Gather or scatter of `num_bytes` over all ranks: NCCL passes each byte into each node once, and to each GPU once.
+
+    Thakur et al. 2005 (Optimization of Collective Communication Operations), section 4: a share of (n - 1) / n.
+    """
+    on_node = min(workers, speed.gpus_per_node)
+    nodes = -(-workers // speed.gpus_per_node)
+    inside = num_bytes * (on_node - 1) / on_node / speed.intra_bytes_per_s
+    between = num_bytes * (nodes - 1) / nodes / speed.inter_bytes_per_s
+    return max(inside, between)
+
+
+def _offload_s(work: Workload, speed: Speed) -> float:
+    """Seconds of copies to and from the host or its disks, and of the update there.
+
+    Ren et al. 2021 (ZeRO-Offload), section 4: gradients of the own shard go out once per step and updated weights come back; the
+    host updates its ranks' shards. Offloaded weights come in with every gather (Rajbhandari et al. 2021, ZeRO-Infinity). Disks
+    read and write the state (12 bytes per parameter) once per step, and read the weights.
+    """
+    seconds = 0.0
+    on_node = min(work.workers, speed.gpus_per_node)
+    own_shard = work.trained.num_trainable / work.share(1)
+    if work.offload_optimizer != "none":
+        seconds += 2 * BYTES[work.precision] * own_shard / speed.host_bytes_per_s + own_shard * on_node / HOST_ADAM_PER_S
+    if work.offload_optimizer == "nvme":
+        seconds += 2 * 12 * own_shard * on_node / NVME_BYTES_PER_S
+    if work.offload_parameters != "none":
+        gathers = 3 if work.has_checkpointing else 2
+        read = work.accumulation * gathers * work.all_weight_bytes / work.share(3)
+        seconds += read / speed.host_bytes_per_s
+        seconds += read * on_node / NVME_BYTES_PER_S if work.offload_parameters == "nvme" else 0
+    return seconds

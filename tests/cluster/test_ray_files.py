@@ -1,0 +1,334 @@
+"""Every `ray up` file passes Ray's own validation and the cloud's, and says nothing that Ray would silently ignore."""
+
+import copy
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from raytune.cli import cli
+from raytune.config.load import config_from
+from raytune.errors import UserError
+from raytune.launch.provider import KUBERAY, cluster_name, cluster_spec
+from raytune.plan.hardware import load_catalogue
+from tests.cluster.cases import (
+    A100S,
+    CLOUDS,
+    FACTS,
+    FAMILIES,
+    H100S,
+    INSTANCES,
+    MARKETS,
+    SIZES,
+    data_of,
+    nodes_by_plan,
+    spec_of,
+    text_of,
+)
+
+AWS, GCP, AZURE = FAMILIES["aws"], FAMILIES["gcp"], FAMILIES["azure"]
+ROOT = Path(__file__).parents[2]
+
+
+def prepared(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray makes of a file before it calls a cloud."""
+    config = prepare_config(copy.deepcopy(config))
+    validate_config(config)
+    return config
+
+
+@pytest.mark.parametrize("market", MARKETS)
+@pytest.mark.parametrize("instance", INSTANCES)
+def test_ray_accepts_every_file(instance: str, market: str) -> None:
+    config = prepared(data_of(instance, **copy.deepcopy(MARKETS[market])))
+    workers = [node for name, node in config["available_node_types"].items() if name != "head"]
+    assert [(node["min_workers"], node["max_workers"]) for node in workers] == [(2, 2)]
+    assert config["max_workers"] == 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("instance", A100S + H100S)
+def test_files_for_7b_to_70b_on_a100_and_h100_start_their_nodes_and_a_head_that_does_no_work(instance: str, size: str) -> None:
+    nodes = nodes_by_plan(size, instance)
+    assert nodes == {"7b": 1, "13b": 1, "34b": 2, "70b": 4}[size]
+    hosts = {"provider": {"hosts": [f"10.0.0.{number}" for number in range(1, nodes + 2)]}} if instance.startswith("dgx") else {}
+    config = prepared(data_of(instance, name=f"llama-{size}", nodes=nodes, **hosts))
+    assert config["cluster_name"] == f"llama-{size}"
+    if hosts:
+        assert len(config["provider"]["worker_ips"]) == nodes
+    else:
+        assert config["available_node_types"]["gpu"]["min_workers"] == nodes
+        assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 8
+        assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
+
+
+KEYS = {
+    "aws": {"type", "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"},
+    "gcp": {"type", "project_id", "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"},
+    "azure": {"type", "location", "subscription_id", "resource_group", "unique_id", "subnet_mask", "use_internal_ips"}
+    | {"cache_stopped_nodes", "availability_zone"},
+    "on-prem": {"type", "head_ip", "worker_ips"},
+}
+"""Of `provider`, what Ray's code for each cloud reads (Ray accepts any other key and ignores it)."""
+
+
+@pytest.mark.parametrize("instance", INSTANCES)
+def test_a_file_has_no_key_that_ray_would_silently_ignore(instance: str) -> None:
+    config = data_of(instance)
+    assert set(config["provider"]) <= KEYS[CLOUDS[instance]]
+    assert set(config["auth"]) <= {"ssh_user", "ssh_private_key", "ssh_public_key", "ssh_proxy_command"}
+    # Of the top level Ray's schema is strict, but it lets `min_workers` pass, which only the local provider reads.
+    assert "min_workers" not in config or config["provider"]["type"] == "local"
+
+
+@pytest.mark.parametrize("market", [*MARKETS, "capacity-block"])
+@pytest.mark.parametrize("instance", AWS)
+def test_aws_accepts_the_parameters_of_head_and_workers(instance: str, market: str) -> None:
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    block = {"provider": {"reservation": "cr-0a1b2c3d4e5f60718", "capacity_block": True}}
+    config = data_of(instance, **copy.deepcopy(MARKETS.get(market, block)))
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    assert shape is not None
+    for node in config["available_node_types"].values():
+        parameters = {key: value for key, value in node["node_config"].items() if key != "SubnetIds"}  # Ray's own key
+        report = ParamValidator().validate(parameters | {"MinCount": 1, "MaxCount": 1}, shape)
+        assert not report.has_errors(), report.generate_report()
+    wanted = {"spot": "spot", "capacity-block": "capacity-block"}.get(market)
+    options = config["available_node_types"]["gpu"]["node_config"].get("InstanceMarketOptions", {})
+    assert options.get("MarketType") == wanted
+    reserved = "CapacityReservationSpecification" in config["available_node_types"]["gpu"]["node_config"]
+    assert reserved == (market in ("reserved", "capacity-block"))
+
+
+@pytest.mark.parametrize(
+    ("instance", "cards", "with_ip"), [("p4d", 4, 4), ("p4de", 4, 4), ("p5", 32, 8), ("p5e", 32, 8), ("p5en", 16, 1)]
+)
+def test_every_network_card_of_a_p_instance_carries_efa(instance: str, cards: int, with_ip: int) -> None:
+    (name,) = [known for known in AWS if known.startswith(f"{instance}.")]
+    interfaces = data_of(name)["available_node_types"]["gpu"]["node_config"]["NetworkInterfaces"]
+    assert [interface["NetworkCardIndex"] for interface in interfaces] == list(range(cards))
+    assert [interface["DeviceIndex"] for interface in interfaces] == [0] + [1] * (cards - 1)
+    assert [interface["InterfaceType"] for interface in interfaces].count("efa") == with_ip
+    assert interfaces[0]["InterfaceType"] == "efa", "the first card cannot do without IP"
+    assert {(interface["SubnetId"], *interface["Groups"]) for interface in interfaces} == {
+        (FACTS["aws"]["subnet"], FACTS["aws"]["security_group"])
+    }
+
+
+@pytest.mark.parametrize("instance", AZURE)
+def test_azure_parameters_are_those_of_rays_machine_template(instance: str) -> None:
+    template = json.loads((resources.files("ray.autoscaler._private._azure") / "azure-vm-template.json").read_text())
+    for node in data_of(instance, cluster={"spot": True})["available_node_types"].values():
+        (parameters,) = node["node_config"].values()
+        assert set(parameters) <= set(template["parameters"])
+        types = {int: "int", str: "string", bool: "bool", dict: "object"}
+        assert all(template["parameters"][key]["type"] == types[type(value)] for key, value in parameters.items())
+
+
+# https://cloud.google.com/compute/docs/reference/rest/v1/instances: what a machine can be made of.
+GCP_KEYS = {"machineType", "disks", "networkInterfaces", "serviceAccounts", "metadata", "shieldedInstanceConfig"} | {
+    "resourcePolicies",
+    "scheduling",
+    "reservationAffinity",
+}
+
+
+@pytest.mark.parametrize("market", MARKETS)
+@pytest.mark.parametrize(
+    ("instance", "networks"), [("a2-highgpu-8g", 1), ("a2-ultragpu-8g", 1), ("a3-highgpu-8g", 5), ("a3-megagpu-8g", 9)]
+)
+def test_gcp_machines_have_a_card_for_every_gpu_network_and_no_public_address(instance: str, networks: int, market: str) -> None:
+    head, gpu = data_of(instance, **copy.deepcopy(MARKETS[market]))["available_node_types"].values()
+    assert set(head["node_config"]) | set(gpu["node_config"]) <= GCP_KEYS
+    interfaces = gpu["node_config"]["networkInterfaces"]
+    assert len({interface["subnetwork"] for interface in interfaces}) == networks
+    assert all("accessConfigs" not in interface for interface in interfaces + head["node_config"]["networkInterfaces"])
+    assert (gpu["node_config"]["scheduling"].get("provisioningModel") == "SPOT") == (market == "spot")
+    assert ("reservationAffinity" in gpu["node_config"]) == (market == "reserved")
+
+
+NO_NETWORK = "ip() { echo $4 via 192.168.7.1 dev fabric0 src 192.168.7.5 uid 0; }"
+"""A shell whose `ip route get` says that every address lies behind one interface."""
+
+
+@pytest.mark.parametrize("instance", ["a2-ultragpu-8g", "dgx-h100", "p5.48xlarge"])
+def test_nodes_talk_over_the_interface_that_leads_to_the_others(instance: str) -> None:
+    """Gloo goes by the host's name otherwise, which is the loopback on many machines: two nodes never find each other."""
+    start = data_of(instance)["worker_start_ray_commands"][-1].replace('|| { echo "EFA', '|| { : "EFA').replace("exit 1", ":")
+    stub = f"{NO_NETWORK}; ray() {{ echo $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    gloo, nccl = done.stdout.split()
+    assert gloo == "fabric0"
+    assert nccl == ("^docker,lo,veth" if instance.startswith("p5") else "fabric0")
+    assert "SOCKET_IFNAME" not in text_of("dgx-h100", nodes=1, provider={"hosts": ["10.0.0.1"]})
+
+
+@pytest.mark.parametrize("instance", ["a3-highgpu-8g", "a3-megagpu-8g"])
+def test_gpudirect_takes_nccls_environment_from_the_node_and_refuses_a_node_without_it(instance: str, tmp_path: Path) -> None:
+    profile = tmp_path / "lib64" / "nccl-env-profile.sh"
+    start = data_of(instance, provider={"nccl_profile": str(profile)})["worker_start_ray_commands"][-1]
+    assert "NCCL_" not in start, "what Google's installer says is not written down here"
+    stub = f"{NO_NETWORK}; ray() {{ echo started with $NCCL_TEST; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert str(profile) in refused.stderr
+    profile.parent.mkdir()
+    profile.write_text("export NCCL_TEST=its-own-setting\n")
+    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "started with its-own-setting", done.stderr
+
+
+def test_logins_find_ray_and_carry_the_token_however_often_the_file_is_used(tmp_path: Path) -> None:
+    """Or `ray down` would end nothing: it types `ray stop` in a login, and takes no notice when there is no `ray`."""
+    login, _ = data_of("dgx-h100", provider={"container": None, "environment": "/opt/raytune"})["setup_commands"]
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'\n")
+    for _ in range(2):
+        subprocess.run(["bash", "-c", f"({login})"], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=True)
+    assert (tmp_path / ".bashrc").read_text().splitlines() == [
+        "alias ll='ls -l'",
+        "export RAY_AUTH_MODE=token PATH=/opt/raytune/bin:$PATH  # by raytune",
+    ]
+
+
+def test_efa_takes_its_libraries_from_the_node_and_refuses_one_without_them(tmp_path: Path) -> None:
+    start = data_of("p5.48xlarge")["worker_start_ray_commands"][-1].replace("/opt/amazon", str(tmp_path))
+    stub = f"{NO_NETWORK}; ray() {{ echo $FI_PROVIDER $LD_LIBRARY_PATH; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "EFA is not installed" in refused.stderr
+    folder = tmp_path / "ofi-nccl" / "lib"
+    folder.mkdir(parents=True)
+    (folder / "libnccl-net.so").touch()
+    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"efa {folder}:"), done.stderr
+    assert "--volume=/opt/amazon:/opt/amazon:ro" in data_of("p5.48xlarge")["docker"]["worker_run_options"]
+
+
+def test_nodes_of_azure_without_a_scale_set_say_that_they_lack_infiniband() -> None:
+    text = text_of("Standard_ND96isr_H100_v5", nodes=2)
+    assert "ATTENTION" in text
+    assert "NCCL_IB_DISABLE=1" in data_of("Standard_ND96isr_H100_v5", nodes=2)["worker_start_ray_commands"][-1]
+    assert "ATTENTION" not in text_of("Standard_ND96isr_H100_v5", nodes=1)
+    scale_set = {"hosts": ["10.0.0.4", "10.0.0.5", "10.0.0.6"]}
+    assert data_of("Standard_ND96isr_H100_v5", nodes=2, provider=scale_set)["provider"]["type"] == "local"
+    assert "NCCL_IB_DISABLE" not in text_of("Standard_ND96isr_H100_v5", nodes=2, provider=scale_set)
+
+
+def test_the_head_trains_too_where_there_is_no_other_machine_for_it() -> None:
+    alone = data_of("dgx-h100", provider={"hosts": ["10.0.0.1", "10.0.0.2"]})
+    assert "--num-cpus=0" not in alone["head_start_ray_commands"][-1]
+    assert "--gpus=all" in alone["docker"]["head_run_options"]
+    apart = data_of("dgx-h100")
+    assert "--num-cpus=0" in apart["head_start_ray_commands"][-1]
+    assert "--gpus=all" not in apart["docker"]["head_run_options"]
+
+
+@pytest.mark.parametrize("instance", INSTANCES)
+def test_shell_commands_parse(instance: str) -> None:
+    config = data_of(instance)
+    lists = [value for key, value in config.items() if key.endswith("_commands")]
+    lists += [node.get("initialization_commands", []) for node in config.get("available_node_types", {}).values()]
+    for command in [command for commands in lists for command in commands]:
+        # As Ray wraps it: one quoted argument of `bash -c` over ssh.
+        subprocess.run(["bash", "-n", "-c", f"true && ({command})"], check=True)
+
+
+def test_a_node_with_another_ray_is_refused() -> None:
+    _, check = data_of("dgx-h100", provider={"container": None, "environment": sys.prefix})["setup_commands"]
+    assert subprocess.run(["bash", "-c", check], check=False).returncode == 0
+    older = subprocess.run(["bash", "-c", check.replace("2.60.0", "2.59.0")], capture_output=True, text=True, check=False)
+    assert older.returncode == 1
+    assert "this node has Ray 2.60.0, not 2.59.0" in older.stderr
+
+
+@pytest.mark.parametrize("instance", INSTANCES)
+def test_big_shared_memory_and_the_nodes_own_disks_reach_the_container(instance: str) -> None:
+    options = data_of(instance)["docker"]["worker_run_options"]
+    (shared,) = [int(option.removeprefix("--shm-size=").removesuffix("g")) for option in options if "--shm-size" in option]
+    assert shared >= spec_of(instance).instance.host_memory_bytes / 2**30 / 5
+    assert "--ulimit=memlock=-1:-1" in options
+    assert ("--volume=/mnt/nvme:/mnt/nvme" in options) == (CLOUDS[instance] != "on-prem")
+    fabric = spec_of(instance).instance.fabric
+    assert ("--device=/dev/infiniband" in options) == (fabric in ("efa", "infiniband"))
+
+
+def test_a_jump_host_and_a_hub_login_are_written_where_ray_reads_them() -> None:
+    config = data_of(
+        "p5.48xlarge", provider={"jump_host": "me@bastion.example.com", "hub_token_file": "~/.cache/huggingface/token"}
+    )
+    assert shlex.split(config["auth"]["ssh_proxy_command"]) == ["ssh", "-W", "%h:%p", "me@bastion.example.com"]
+    assert config["file_mounts"]["~/.cache/huggingface/token"] == "~/.cache/huggingface/token"
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"provider": {"zone": None, "subnet": None}}, ["provider.zone: needed", "provider.subnet: needed"]),
+        ({"provider": {"container": None}}, ["provider.container or provider.environment: needed"]),
+        ({"storage": "runs"}, ["storage: runs is on one machine", "/shared"]),
+        ({"storage": "/sharedness/runs"}, ["storage: /sharedness/runs is on one machine"]),
+        ({"cluster": {"spot": True}, "provider": {"reservation": "cr-1"}}, ["reserved nodes are not spot nodes"]),
+        ({"provider": {"capacity_block": True}}, ["needs provider.reservation"]),
+        ({"provider": {"zone": "eu-west-1a"}}, ["eu-west-1a does not lie in region us-east-1"]),
+        ({"provider": {"hosts": ["10.0.0.1", "10.0.0.1"]}}, ["given twice"]),
+        ({"provider": {"hosts": ["10.0.0.1"]}}, ["1 addresses for cluster.nodes=2"]),
+    ],
+)
+def test_what_is_missing_or_cannot_be_meant_is_refused_all_at_once(sections: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        spec_of("p5.48xlarge", **sections)
+    assert all(words in str(refused.value) for words in said), str(refused.value)
+
+
+def test_a_config_without_an_instance_type_is_told_which_key_it_needs() -> None:
+    with pytest.raises(UserError, match=r"cluster\.instance is not set"):
+        cluster_spec(config_from({}), load_catalogue(), "ray-up")
+
+
+def test_machines_without_a_template_are_pointed_to_hosts_and_kuberay() -> None:
+    with pytest.raises(UserError, match=r"provider\.hosts, or use --target kuberay"):
+        text_of("p3.16xlarge")
+
+
+@pytest.mark.parametrize("name", ["run", "my.run_2", "7b-lora", "x" * 63, "a" * 39 + ".b"])
+def test_a_clusters_name_is_one_that_clouds_and_kubernetes_allow(name: str) -> None:
+    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", cluster_name(name))
+
+
+OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
+
+
+def test_an_overlay_is_shipped_for_every_cloud() -> None:
+    assert {path.name.partition("-")[0] for path in OVERLAYS} >= {"aws", "gcp", "azure", "on"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_a_shipped_overlay_renders_with_the_quickstart_for_every_target(overlay: Path, tmp_path: Path) -> None:
+    command = ["cluster", "render", str(ROOT / "configs/recipes/quickstart.yaml"), str(overlay)]
+    for target in ("ray-up", "network", *KUBERAY):
+        if target == "ray-up" or "on-prem" not in overlay.name:
+            output = tmp_path / target
+            done = CliRunner().invoke(cli, [*command, "--target", target, "--output", str(output)])
+            assert done.exit_code == 0, done.output
+            assert CliRunner().invoke(cli, [*command, "--target", target]).stdout == output.read_text()
+    prepared(yaml.safe_load((tmp_path / "ray-up").read_text()))
+
+
+def test_a_refusal_on_the_command_line_names_the_keys_and_ends_with_2() -> None:
+    done = CliRunner().invoke(
+        cli, ["cluster", "render", str(ROOT / "configs/recipes/quickstart.yaml"), "cluster.instance=p5.48xlarge"]
+    )
+    assert done.exit_code == 2
+    assert "provider.zone: needed" in done.stderr

@@ -1,0 +1,100 @@
+"""Bytes that a rank holds of a run, part by part, for every way to run that the plan knows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune.plan.run_plan import RunPlan
+from raytune.training.start import prepare_process, start_engine
+from tests.numerics.runs import batches_of_rank, rank_and_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """On one rank."""
+
+    weights: int
+    gradients: int
+    """Between backward pass and update."""
+    optimizer: int
+    activations: int
+    """What autograd keeps of the layers at the end of a forward pass."""
+    num_tokens: int
+    num_targets: int
+
+
+def measure_all(plans: Sequence[RunPlan]) -> list[Measured]:
+    """A step of each plan on this rank, one after the other."""
+    return [measure(plan) for plan in plans]
+
+
+def measure(plan: RunPlan) -> Measured:
+    """One step of two micro-batches, of which the second meets what the first left behind."""
+    rank, world = rank_and_world()
+    engine, loss_sum = start_engine(plan, prepare_process(plan, rank), rank, world)
+    batches = [batch.to(engine.device) for batch in batches_of_rank(plan)(0)]
+    kept = gradients = 0
+    for index, batch in enumerate(batches):
+        with Keeping(engine.model) as keeping, engine.autocast():
+            loss = loss_sum(engine.module, batch)
+        kept = keeping.num_bytes
+        engine.backward(loss / 1000)
+        gradients = engine.held_bytes().gradients
+        if (index + 1) % plan.batch.accumulation == 0:
+            engine.step(1e-4)
+    held = engine.held_bytes()
+    return Measured(
+        weights=held.weights,
+        gradients=gradients,
+        optimizer=held.optimizer,
+        activations=kept,
+        num_tokens=batches[-1].input_ids.numel(),
+        num_targets=int(batches[-1].num_targets),
+    )
+
+
+class Keeping:
+    """Counts the bytes of what autograd keeps between the first layer's input and the last one's output, weights aside."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+        self._first, self._last = layers[0], layers[-1]
+        self._model = model
+        self._kept: dict[int, Tensor] = {}
+        self._inside = False
+
+    def __enter__(self) -> "Keeping":
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._hooks.__enter__()
+        self._handles = [
+            self._first.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._last.register_forward_hook(self._end),
+        ]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self.num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+        self._kept.clear()
+
+    def _begin(self, *_: Any) -> None:
+        self._inside = True
+
+    def _end(self, *_: Any) -> None:
+        self._inside = False
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        # At stage 3 a weight lies elsewhere each time it is gathered, and what is kept of it is its name.
+        is_weight = any(_pointer(tensor) == _pointer(parameter) for parameter in self._model.parameters())
+        if self._inside and not is_weight:
+            self._kept.setdefault(_pointer(tensor), tensor)
+        return tensor
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

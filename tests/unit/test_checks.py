@@ -1,0 +1,337 @@
+"""Claims about judging machines: each fact that stands in the way of a run is told with its node and its fix."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune.launch.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, SeatFacts, machine_facts, seat_facts
+from raytune.launch.checks.finding import Finding, fail, findings_json, findings_text, ok, over_nodes, warn, worst
+from raytune.launch.checks.judge import judge_machine, judge_seat
+from raytune.launch.checks.nodes import (
+    ClockReading,
+    Reduction,
+    is_slow,
+    judge_alike,
+    judge_all_reduce,
+    judge_clocks,
+    judge_names,
+    judge_pairs,
+    judge_shared_storage,
+    judge_tokens,
+    judge_versions,
+    nodes_apart,
+    rounds_of_pairs,
+)
+from raytune.units import GIB, MIB
+
+H100 = GpuFacts(name="NVIDIA H100 80GB HBM3", memory_bytes=80 * GIB)
+A100 = GpuFacts(name="NVIDIA A100-SXM4-80GB", memory_bytes=80 * GIB)
+
+
+def gpu_machine(**changes: object) -> MachineFacts:
+    """A healthy machine with 8 GPUs, as `machine_facts` would describe it."""
+    healthy = MachineFacts(
+        host="gpu-1",
+        versions={"raytune": "0.1.0", "python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cu128"},
+        gpus=(H100,) * 8,
+        driver="570.86",
+        driver_cuda="12.8",
+        torch_cuda="12.8",
+        nccl="2.27.3",
+        memory_bytes=2000 * GIB,
+        shared_memory_bytes=1000 * GIB,
+        disks={"scratch": Disk(path="/tmp", free_bytes=900 * GIB), "storage": Disk(path="/shared", free_bytes=9000 * GIB)},
+        op_locks=(),
+        auth_mode="token",
+        token_file="/home/me/.ray/auth_token",
+        token_file_mode=0o600,
+        resolves_to=("10.0.0.1",),
+        addresses={"lo": "127.0.0.1", "eth0": "10.0.0.1"},
+        settings={},
+        fabric_devices=("rdmap0",),
+        open_files=65536,
+    )
+    return replace(healthy, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def seat(**changes: object) -> SeatFacts:
+    healthy = SeatFacts(
+        requirements=("ray[default]==2.60.0", "torch>=2.11,<2.14"),
+        installed={"ray": "2.60.0", "torch": "2.13.0+cu128"},
+        missing_modules=(),
+        python=(3, 12),
+        machine="x86_64",
+        cpu_flags=frozenset({"avx2"}),
+        listening={22: "every address"},
+        ray_processes={},
+        cache="/home/me/.cache/huggingface/hub",
+        cache_is_writable=True,
+        is_offline=False,
+        encoding="utf-8",
+        torch_sees="8 GPUs",
+    )
+    return replace(healthy, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_healthy_machine_passes_every_check():
+    findings = [*judge_machine(gpu_machine(), promised_gpus=8), *judge_seat(gpu_machine(), seat())]
+    assert [finding for finding in findings if finding.status != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status", "seen", "fix"),
+    [
+        ({"gpus": (H100,) * 7}, "GPUs", "fail", "Ray promises 8, the driver lists 7 × NVIDIA H100", "nvidia-smi"),
+        ({"gpus": (H100,) * 9}, "GPUs", "warn", "Ray uses 8 of 9", "Restart Ray"),
+        ({"torch_cuda": None}, "driver, CUDA, NCCL", "fail", "built for CPUs", "build of torch"),
+        ({"driver_cuda": "11.8"}, "driver, CUDA, NCCL", "fail", "(CUDA 11.8), torch for CUDA 12.8", "Update the driver"),
+        ({"memory_bytes": 2 * GIB}, "memory", "warn", "2 GiB", "one worker"),
+        ({"shared_memory_bytes": 64 * MIB}, "/dev/shm", "fail", "64 MiB", "--shm-size"),
+        ({"shared_memory_bytes": GIB}, "/dev/shm", "warn", "1 GiB", "--shm-size"),
+        (
+            {"disks": {"storage": Disk(path="/s", free_bytes=MIB)}},
+            "disk of storage",
+            "fail",
+            "1 MiB free at /s",
+            "storage=FOLDER",
+        ),
+        (
+            {"disks": {"scratch": Disk(path="/t", free_bytes=9 * GIB)}},
+            "disk of scratch",
+            "warn",
+            "9 GiB free at /t",
+            "--temp-dir",
+        ),
+        ({"op_locks": (OpLock(path="/c/lock", age_s=7200),)}, "kernel build locks", "fail", "/c/lock is 2h00m old", "rm /c/lock"),
+        ({"token_file_mode": 0o644}, "token file", "warn", "has mode 644", "chmod 600 /home/me/.ray/auth_token"),
+        ({"open_files": 1024}, "open files", "warn", "limit 1024", "ulimit -n 65536"),
+    ],
+)
+def test_what_is_wrong_with_a_machine_is_told_with_its_fix(changes: dict, name: str, status: str, seen: str, fix: str):
+    findings = {finding.name: finding for finding in judge_machine(gpu_machine(**changes), promised_gpus=8)}
+    assert findings[name].status == status
+    assert seen in findings[name].seen
+    assert fix in findings[name].fix
+    assert [other for other, finding in findings.items() if finding.status != "ok"] == [name]
+
+
+def test_what_is_right_is_not_complained_about():
+    assert worst(judge_machine(gpu_machine(op_locks=(OpLock(path="/c/lock", age_s=60),)))) == "ok"  # a build is running
+    assert worst(judge_machine(gpu_machine(disks={"storage": Disk(path="s3://b", free_bytes=None)}))) == "ok"
+    assert worst(judge_machine(gpu_machine(open_files=-1))) == "ok"
+    cpu = gpu_machine(gpus=(), driver=None, driver_cuda=None, torch_cuda=None, nccl=None)
+    assert worst(judge_machine(cpu, promised_gpus=0)) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status", "seen", "fix"),
+    [
+        ({"python": (3, 10)}, "Python", "fail", "3.10", "python3.12"),
+        ({"python": (3, 13)}, "Python", "fail", "3.13", "python3.12"),
+        ({"installed": {"torch": "2.13.0"}}, "packages", "fail", "ray[default]==2.60.0 is missing", "'ray[default]==2.60.0'"),
+        (
+            {"installed": {"ray": "2.59.0", "torch": "2.13.0"}},
+            "packages",
+            "fail",
+            "ray 2.59.0 (needs ==2.60.0)",
+            "'ray[default]==",
+        ),
+        ({"missing_modules": ("torch",)}, "packages", "fail", "torch cannot be imported", "--force-reinstall 'torch"),
+        ({"requirements": None}, "packages", "warn", "not known", "pip install"),
+        ({"torch_sees": "4 GPUs"}, "torch", "warn", "4 GPUs of 8", "CUDA_VISIBLE_DEVICES"),
+        ({"torch_sees": "CUDA error: out of memory"}, "torch", "fail", "out of memory", "nvidia-smi"),
+        ({"cpu_flags": frozenset({"sse2"})}, "CPU", "warn", "without AVX2", "newer CPU"),
+        ({"ray_processes": {7: "ray::RayTrainWorker"}}, "Ray processes", "warn", "ray::RayTrainWorker (7)", "kill 7"),
+        ({"listening": {8265: "this machine or one address"}}, "ports 6379, 8265", "warn", "8265", "--dashboard-port"),
+        ({"cache_is_writable": False}, "Hugging Face cache", "fail", "cannot be written", "HF_HOME"),
+        ({"encoding": "ascii"}, "locale", "warn", "ascii", "C.UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_the_place_to_start_from_is_told_with_its_fix(
+    changes: dict, name: str, status: str, seen: str, fix: str
+):
+    findings = {finding.name: finding for finding in judge_seat(gpu_machine(), seat(**changes))}
+    assert (findings[name].status, seen in findings[name].seen, fix in findings[name].fix) == (status, True, True), findings[name]
+    assert [other for other, finding in findings.items() if finding.status != "ok"] == [name]
+
+
+def test_a_dashboard_that_is_open_to_everybody_fails_and_one_with_a_token_does_not():
+    running = seat(listening={8265: "every address", 6379: "every address"}, ray_processes={1: "raylet", 2: "gcs_server"})
+    (opened,) = [one for one in judge_seat(gpu_machine(auth_mode="disabled"), running) if one.name.startswith("ports")]
+    assert (opened.status, "RAY_AUTH_MODE=token" in opened.fix) == ("fail", True)
+    (guarded,) = [one for one in judge_seat(gpu_machine(auth_mode="token"), running) if one.name.startswith("ports")]
+    assert guarded.status == "ok"
+
+
+def test_a_look_at_this_machine_finds_its_packages_and_its_memory():
+    machine = machine_facts("/tmp")
+    here = seat_facts(machine.gpus)
+    assert set(machine.disks) == {"scratch", "storage"}
+    assert machine.memory_bytes > GIB
+    assert machine.addresses["lo"] == "127.0.0.1"
+    assert here.requirements is not None
+    assert {"ray", "torch", "deepspeed", "pydantic"} <= here.installed.keys()
+
+
+# --- Several nodes -------------------------------------------------------------------------------------------------------------
+
+NODES = {f"gpu-{index}": gpu_machine(host=f"gpu-{index}", resolves_to=(f"10.0.0.{index}",)) for index in (1, 2, 3)}
+
+
+def changed(node: str, **changes: object) -> dict[str, MachineFacts]:
+    return {**NODES, node: replace(NODES[node], **changes)}  # pyright: ignore[reportArgumentType]
+
+
+def test_equal_nodes_pass():
+    judges: list[Callable[[dict[str, MachineFacts]], Finding]] = [
+        judge_versions,
+        judge_alike,
+        judge_names,
+        lambda nodes: judge_tokens(nodes, is_reachable=True),
+    ]
+    assert [judge(NODES).status for judge in judges] == ["ok"] * 4
+
+
+def test_a_node_with_another_version_is_named_with_both():
+    finding = judge_versions(changed("gpu-2", versions=NODES["gpu-2"].versions | {"ray": "2.59.0"}))
+    assert (finding.status, finding.seen) == ("fail", "ray: 2.59.0 on gpu-2; 2.60.0 elsewhere")
+    missing = judge_versions(changed("gpu-3", versions={"raytune": "0.1.0", "python": "3.11.7", "ray": "2.60.0"}))
+    assert missing.seen == "torch: missing on gpu-3; 2.13.0+cu128 elsewhere"
+
+
+def test_a_node_with_other_gpus_is_named():
+    finding = judge_alike(changed("gpu-2", gpus=(A100,) * 8))
+    assert (finding.status, finding.seen) == (
+        "warn",
+        "gpu-2 has 8 × NVIDIA A100-SXM4-80GB; 8 × NVIDIA H100 80GB HBM3 elsewhere",
+    )
+    assert judge_alike(changed("gpu-2", gpus=())).status == "ok"  # a head without GPUs
+
+
+def test_a_node_whose_name_leads_to_itself_is_named_unless_the_interface_is_set():
+    finding = judge_names(changed("gpu-2", resolves_to=("127.0.1.1",)))
+    assert (finding.status, finding.seen) == ("fail", "gpu-2 resolves its own name to 127.0.1.1")
+    assert judge_names(changed("gpu-2", resolves_to=())).seen == "gpu-2 resolves its own name to nothing"
+    assert judge_names(changed("gpu-2", resolves_to=("127.0.1.1",), settings={"GLOO_SOCKET_IFNAME": "eth0"})).status == "ok"
+    assert judge_names({"one": gpu_machine(resolves_to=("127.0.0.1",))}).status == "ok"
+
+
+def test_a_cluster_without_a_token_is_told_and_one_that_disagrees_fails():
+    assert judge_tokens({"a": gpu_machine(auth_mode=None)}, is_reachable=True).status == "warn"
+    assert judge_tokens({"a": gpu_machine(auth_mode=None)}, is_reachable=False).status == "ok"
+    assert judge_tokens(changed("gpu-2", auth_mode="disabled"), is_reachable=True).status == "fail"
+
+
+def test_only_a_clock_that_is_surely_off_is_told():
+    def reading(ahead_s: float, round_trip_s: float) -> ClockReading:
+        return ClockReading(ahead_s=ahead_s, round_trip_s=round_trip_s)
+
+    off = judge_clocks({"a": [reading(0.0, 0.001)], "b": [reading(-9.0, 8.0), reading(-5.0, 0.2)]})
+    assert (off.status, off.seen) == ("warn", "b is 5.0 s behind (± 0.1 s)")
+    assert judge_clocks({"a": [reading(3.0, 4.0)]}).status == "ok"  # the way alone may explain 2 s of it
+    assert judge_clocks({"a": [reading(1.9, 0.0)]}).status == "ok"
+
+
+def test_a_node_with_a_storage_of_its_own_is_named_among_three():
+    nodes = ["a", "b", "c"]
+    failures = dict.fromkeys([("a", "b"), ("b", "a"), ("c", "b"), ("b", "c")], "the file is not there")
+    finding = judge_shared_storage("/runs", failures, nodes)
+    assert (finding.status, finding.seen) == ("fail", "/runs on b is not the one that the other nodes have")
+
+
+def test_of_two_nodes_with_storages_of_their_own_both_are_named():
+    finding = judge_shared_storage(
+        "/runs", {("a", "b"): "the file is not there", ("b", "a"): "the file is not there"}, ["a", "b"]
+    )
+    assert finding.seen == "b does not read what a wrote to /runs: the file is not there; 2 such pairs"
+    alone = judge_shared_storage("/runs", {("b", "b"): "Permission denied", ("b", "a"): "?"}, ["a", "b"])
+    assert alone.seen == "b: Permission denied"
+
+
+@given(st.integers(3, 40), st.data())
+def test_one_node_apart_is_found_in_any_number_of_nodes(num_nodes: int, data: st.DataObject):
+    nodes = [str(index) for index in range(num_nodes)]
+    apart = data.draw(st.sampled_from(nodes))
+    failures = {(one, other): "gone" for one in nodes for other in nodes if (one == apart) != (other == apart)}
+    assert nodes_apart(failures, nodes) == [apart]
+    assert nodes_apart({}, nodes) == []
+    assert nodes_apart({(one, other): "gone" for one in nodes for other in nodes if one != other}, nodes) == []
+
+
+@given(st.integers(0, 65))
+def test_pairs_make_a_ring_and_share_no_node_in_a_round(num_nodes: int):
+    nodes = [str(index) for index in range(num_nodes)]
+    rounds = rounds_of_pairs(nodes)
+    pairs = [pair for one_round in rounds for pair in one_round]
+    assert len(set(map(frozenset, pairs))) == len(pairs) == {0: 0, 1: 0, 2: 1}.get(num_nodes, num_nodes)
+    for one_round in rounds:
+        together = [node for pair in one_round for node in pair]
+        assert len(together) == len(set(together))
+
+
+@given(st.integers(3, 30), st.data())
+def test_the_slow_node_is_found_by_its_pairs(num_nodes: int, data: st.DataObject):
+    nodes = [str(index) for index in range(num_nodes)]
+    slow = data.draw(st.sampled_from(nodes))
+    pairs = {
+        pair: Reduction(num_bytes=GIB, seconds=1.0 if slow in pair else data.draw(st.floats(0.1, 0.12)), num_ranks=2)
+        for one_round in rounds_of_pairs(nodes)
+        for pair in one_round
+    }
+    finding = judge_pairs(pairs, nodes)
+    assert finding.status == "fail"
+    assert finding.seen.startswith(f"{slow} reaches 1.07 GB/s")
+
+
+def test_equal_pairs_name_nobody():
+    pairs = {pair: Reduction(num_bytes=GIB, seconds=0.1, num_ranks=2) for pair in [("a", "b"), ("b", "c"), ("c", "a")]}
+    assert judge_pairs(pairs, ["a", "b", "c"]).status == "ok"
+
+
+def test_bus_bandwidth_is_counted_as_nccl_tests_does():
+    assert Reduction(num_bytes=8 * 10**9, seconds=1.0, num_ranks=8).bytes_per_s == 14e9
+    assert Reduction(num_bytes=10**9, seconds=1.0, num_ranks=2).bytes_per_s == 1e9
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(1.0, "ok"), (1.4, "warn"), (4.0, "fail")])
+def test_an_all_reduce_is_held_against_what_the_network_should_give(seconds: float, status: str):
+    slow = [Reduction(num_bytes=10**6, seconds=1.0, num_ranks=2), Reduction(num_bytes=10**9, seconds=seconds, num_ranks=2)]
+    finding = judge_all_reduce(slow, 1e9)
+    assert finding.status == status
+    assert is_slow(finding, 1e9) == (status != "ok")
+    assert judge_all_reduce(slow, None).status == "ok"
+    assert is_slow(judge_all_reduce(slow, None), None)  # nothing says that it is fast
+    assert judge_all_reduce([], 1e9).seen == "one worker, nothing to reduce"
+
+
+# --- Words ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_line_tells_what_all_nodes_have_or_who_stands_out():
+    alike = over_nodes([("a", ok("memory", "2 GiB")), ("b", ok("memory", "2 GiB"))])
+    assert alike == ok("memory", "2 nodes: 2 GiB")
+    assert over_nodes([("a", ok("memory", "2 GiB")), ("b", ok("memory", "3 GiB"))]).seen == "2 nodes: 1 × 2 GiB; 1 × 3 GiB"
+    mixed = over_nodes(
+        [("a", ok("m", "x")), ("b", warn("m", "y", "do b")), ("c", fail("m", "z", "do c")), ("d", fail("m", "z", "do c"))]
+    )
+    assert mixed == fail("m", "b: y; c, d: z", "do c")
+
+
+def test_findings_are_a_table_with_fixes_and_a_count():
+    findings = [ok("memory", "2 GiB"), fail("/dev/shm", "64 MiB free", "make it larger")]
+    assert findings_text(findings).splitlines() == [
+        "ok    memory    2 GiB",
+        "FAIL  /dev/shm  64 MiB free",
+        "                fix: make it larger",
+        "2 checks: 1 ok, 0 to look at, 1 failed",
+    ]
+    assert findings_json(findings) == {
+        "ok": False,
+        "checks": [
+            {"name": "memory", "status": "ok", "seen": "2 GiB", "fix": ""},
+            {"name": "/dev/shm", "status": "fail", "seen": "64 MiB free", "fix": "make it larger"},
+        ],
+    }
