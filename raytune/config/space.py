@@ -24,6 +24,7 @@ FIXED = (
     "storage",
     "sweep",
     "cluster",
+    "provider",
     "evaluation.generation",
     "checkpoint.metric",
     "checkpoint.mode",
