@@ -51,14 +51,17 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
 
     Raises:
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
+        raytune.errors.RaytuneError: after the page was written, if no trial has a usable value.
     """
     from raytune.report.sweep_page import write_sweep_page
     from raytune.sweeps.live import show_sweep
     from raytune.sweeps.run import sweep
+    from raytune.sweeps.winner import require_winner
 
     resolved = _resolved(config, overrides)
     result = sweep(resolved, watch=show_sweep) if progress else sweep(resolved)
     write_sweep_page(result, dump_yaml(resolved), result.folder)
+    require_winner(result)
     return result
 
 

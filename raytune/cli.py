@@ -158,17 +158,17 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
     from raytune.launch.run import run
 
     result = run(config, watch=show_progress)
-    facts = result.to_json()
+    facts, comparison = result.to_json(), None
     if from_sweep is not None:
         from raytune.sweeps.winner import against_trial
 
         comparison = against_trial(from_sweep, result)
-        facts |= {"against_trial": comparison.to_json()}
+        facts |= {"against_trial": comparison.to_json() if comparison else None}
     if as_json:
         click.echo(json.dumps(facts))
         return
     show_result(result)
-    if from_sweep is not None:
+    if comparison:
         click.echo(comparison.sentence)
 
 
@@ -180,17 +180,14 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
 def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
     from raytune.config.load import dump_yaml, load_with_places
-    from raytune.sweeps.space import check_space
 
     config, places = load_with_places(*files_and_overrides(arguments), check_files=True)
-    if config.sweep is not None:
-        check_space(config, places)
 
     if dry_run:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
         from raytune.sweeps.run import plan_of_sweep
 
-        resolved = plan_of_sweep(config)
+        resolved = plan_of_sweep(config, places)
         if as_json:
             click.echo(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
         else:
@@ -201,14 +198,18 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     from raytune.sweeps.live import show_sweep
     from raytune.sweeps.progress import show_sweep_result
     from raytune.sweeps.run import sweep
+    from raytune.sweeps.winner import require_winner
 
-    result = sweep(config, watch=show_sweep)
+    result = sweep(config, watch=show_sweep, places=places)
     page = write_sweep_page(result, dump_yaml(config), result.folder)
+    if not as_json:
+        show_sweep_result(result)
+        click.echo(f"report   {page}")
+    require_winner(result)
     if as_json:
         click.echo(json.dumps({**result.to_json(), "report": page}))
-        return
-    show_sweep_result(result)
-    click.echo(f"report   {page}\nretrain  raytune train --from-sweep {result.folder}")
+    else:
+        click.echo(f"retrain  raytune train --from-sweep {result.folder}")
 
 
 @cli.command()

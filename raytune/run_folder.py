@@ -17,7 +17,7 @@
 <storage>/stores/<hash>/        tokenised data, shared by runs
 
 <storage>/<name of a sweep>/
-    sweep.json                  identity: config as resolved, versions
+    sweep.json                  identity: config as resolved
     ledger.jsonl                trials, what was decided about them, how they ended; the truth that a sweep resumes from
     trials/trial-007/           the run folder of a trial
     result.json                 every trial ranked; written last

@@ -109,7 +109,7 @@ _REFUSED_WORDS = {
     for words, reason in {
         "pbt pb2 population_based_training PopulationBasedTraining": "; population based training copies checkpoints from "
         "one trial to another while they run, and trials do not share theirs here (trials packed into one model will)",
-        "bohb": "; BOHB ties a search to Hyperband; say search: optuna with method: hyperband",
+        "bohb": "; BOHB ties a search to Hyperband; the nearest here is search: optuna with method: asha",
         "median_stopping median_stopping_rule MedianStoppingRule MedianPruner": '. Did you mean "median"?',
         "async_hyperband asynchyperband ASHAScheduler successive_halving SuccessiveHalvingPruner": '. Did you mean "asha"?',
         "fifo FIFOScheduler NopPruner": '. Did you mean "none"?',

@@ -18,7 +18,17 @@ from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.sweep import Dimension, SweepSection
 
-FIXED = ("version", "name", "storage", "sweep", "cluster.address")
+FIXED = (
+    "version",
+    "name",
+    "storage",
+    "sweep",
+    "cluster",
+    "evaluation.generation",
+    "checkpoint.metric",
+    "checkpoint.mode",
+    "checkpoint.resume",
+)
 """Keys that are the same for all trials, with what is below them."""
 
 Path = tuple[str | int, ...]
@@ -47,11 +57,19 @@ def space_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
     if circle:
         message = f"depends on itself: {' -> '.join(circle)}"
         found.append(Problem(CONFLICT, node_at("sweep", "space", circle[0]).key_place, f"sweep.space.{circle[0]}", message))
-    has_validation = bool(config.data.validation) or config.data.validation_fraction > 0
-    if config.sweep.metric.startswith("validation/") and not has_validation:
-        message = "no trial would measure it: there are no validation rows (data.validation, data.validation_fraction)"
+    message = _metric_refusal(config, config.sweep.metric)
+    if message:
         found.append(Problem(CONFLICT, node_at("sweep", "metric").place, "sweep.metric", message))
     return found
+
+
+def _metric_refusal(config: RunConfig, metric: str) -> str | None:
+    """Why trials cannot be compared by a metric: they are compared where they are evaluated."""
+    if not metric.startswith("validation/"):
+        return f"trials are compared by what is measured on validation rows (validation/loss, ...), got {shown(metric)}"
+    if not config.data.validation and not config.data.validation_fraction:
+        return "no trial would measure it: there are no validation rows (data.validation, data.validation_fraction)"
+    return None
 
 
 def parsed(dimension: Dimension) -> tuple[Expression | None, Expression | None]:

@@ -165,3 +165,12 @@ class SweepSection(Section):
     """Seed of the draws. The seed of training is `training.seed`, the same for all trials unless it is in the space."""
     max_concurrent: PositiveInt | Auto = "auto"
     """Trials that run at once. `auto`: as many as the cluster has room for."""
+
+    @model_validator(mode="after")
+    def _search_goes_with_the_rest(self) -> "SweepSection":
+        if self.search == "optuna" and self.stopping.method == "hyperband":
+            raise ValueError("hyperband draws all trials before the first has ended, so optuna would learn nothing; use asha")
+        grid = next((key for key, dimension in self.space.items() if dimension.grid is not None), None)
+        if self.search == "optuna" and grid is not None:
+            raise ValueError(f"a grid is tried in full, but optuna chooses what it tries; make {grid} a choice")
+        return self

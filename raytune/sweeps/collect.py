@@ -86,14 +86,16 @@ class _Trace:
 
 
 def _trial_result(trace: _Trace, known: Known, plan: SweepPlan) -> TrialResult:
-    end = known.ends.get(trace.trial.name)
-    curve = tuple((step, value) for step, value in trace.history.series(plan.metric) if step)
+    end, against = known.ends.get(trace.trial.name), known.verdict_on(trace.trial.name)
+    # Workers that are told to stop from afar may have made a few steps more.
+    last_step = min(trace.history.last_step, against.step) if against else trace.history.last_step
+    curve = tuple((step, value) for step, value in trace.history.series(plan.metric) if 0 < step <= last_step)
     finite = [value for _, value in curve if math.isfinite(value)]
     return TrialResult(
         trial=trace.trial,
-        state=end.state if end else "running" if trace.history.last_step else "waiting",
+        state=end.state if end else "running" if last_step else "waiting",
         value=(min if plan.mode == "min" else max)(finite, default=None),
-        step=trace.history.last_step,
+        step=last_step,
         num_steps=trace.plan.optimization.num_steps if trace.plan else 0,
         rung=known.rung_of(trace.trial.name),
         worker_s=trace.seconds * trace.workers,

@@ -49,7 +49,7 @@ def dry_run_facts(plan: SweepPlan, trials: Sequence[Trial], plans: Sequence[RunP
     """The same as data."""
     return {
         "ok": True,
-        **asdict(plan),
+        **{key: value for key, value in asdict(plan).items() if key != "cost"},
         "expected_cost": {"rounds": plan.cost.expected, "share_of_full": plan.cost.share, "full_rounds": plan.cost.full},
         "trials": [
             {

@@ -43,6 +43,8 @@ class Known:
     """What a ledger says."""
 
     num_commands: int = 0
+    comparison: dict[str, Any] = field(default_factory=dict)
+    """How the first command compared trials."""
     trials: dict[str, Trial] = field(default_factory=dict)
     decisions: list[Decided] = field(default_factory=list)
     ends: dict[str, Ended] = field(default_factory=dict)
@@ -62,6 +64,15 @@ class Known:
         """The decision that ended a trial, if one did."""
         against = (decided for decided in self.decisions if decided.trial == trial)
         return next((decided for decided in against if decided.decision.verdict is not Verdict.GO_ON), None)
+
+    def has_ended(self, trial: str) -> bool:
+        """Whether a trial has ended for good: trying it again would only end alike."""
+        end = self.ends.get(trial)
+        return end is not None and end.is_final
+
+    @property
+    def unended(self) -> list[Trial]:
+        return [trial for trial in self.trials.values() if not self.has_ended(trial.name)]
 
     def rung_of(self, trial: str) -> int | None:
         """Index of the last rung that a trial has reached."""
@@ -84,6 +95,8 @@ def read_ledger(path: str) -> Known:
 
 def _note(known: Known, line: Mapping[str, Any]) -> None:
     match line["event"]:
+        case "sweep_started" if not known.comparison:
+            known.comparison = dict(line["comparison"])
         case "trial_assigned":
             known.trials[line["trial"]] = Trial(number=line["number"], values=line["values"])
             known.ends.pop(line["trial"], None)
@@ -98,14 +111,18 @@ def _note(known: Known, line: Mapping[str, Any]) -> None:
 
 
 class Ledger:
-    """Writes the ledger for one command, and knows what it says."""
+    """Writes the ledger for one command, and knows what it says.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        comparison: how this command compares trials, in JSON values.
+    """
+
+    def __init__(self, path: str, comparison: Mapping[str, Any]) -> None:
         self.known = read_ledger(path)
         self.command = self.known.num_commands + 1
         """Number of this command among all that worked at the sweep."""
         self._log = EventLog(path, attempt=self.command)
-        self._write("sweep_started")
+        self._write("sweep_started", comparison=dict(comparison))
 
     def assign(self, trial: Trial) -> None:
         self._write("trial_assigned", trial=trial.name, number=trial.number, values=dict(trial.values))

@@ -1,7 +1,7 @@
 """Where Ray Tune gets its trials from: a list that was drawn beforehand, or Optuna.
 
-Both first give out again what an earlier command of the sweep has assigned: each trial then reports what it has measured before
-and goes on where it stood, so that Tune and Optuna know all of the sweep.
+Both first give out again what an earlier command of the sweep has assigned and not ended: such a trial then reports what it has
+measured before, and goes on where it stood. Optuna is told of the ended ones directly.
 """
 
 import json
@@ -55,15 +55,18 @@ class Optuna:
 
     Args:
         config: of the sweep.
+        num_known: trials that earlier commands have assigned.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, num_known: int = 0) -> None:
         import optuna
 
         assert config.sweep is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         direction = "minimize" if config.sweep.mode == "min" else "maximize"
-        self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.sweep.seed), direction=direction)
+        # Known trials draw nothing, so a resumed sampler of the same seed would propose the first points again.
+        sampler = optuna.samplers.TPESampler(seed=config.sweep.seed + num_known)
+        self._study = optuna.create_study(sampler=sampler, direction=direction)
         self._failed = optuna.trial.TrialState.FAIL
         self._space, self._num_trials = space_of(config), config.sweep.trials
         self._first = [dict(point) for point in config.sweep.first]
@@ -118,7 +121,7 @@ class TrialSearch(Searcher):
     """Hands trials to Ray Tune, each with its assignment written before Tune hears of it.
 
     Args:
-        known: trials of earlier commands that take part again, in their order.
+        known: trials of earlier commands that have not ended, in their order.
         first_number: of the trials that nobody has assigned yet.
         assign: writes what a trial is to follow; called on the driver. Returns whether it can be built.
         value_of: the value of the metric that a trial has come to; None where it failed.
@@ -159,8 +162,9 @@ class TrialSearch(Searcher):
         return trial
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        trial = self._running.pop(trial_id)
-        self._source.finished(trial, None if error else self._value_of(trial))
+        trial = self._running.pop(trial_id, None)
+        if trial is not None:  # Tune says it twice of some
+            self._source.finished(trial, None if error else self._value_of(trial))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger has it."""

@@ -40,18 +40,23 @@ class SweepPlan:
     """Trials that run at once."""
     workers: int
     """Of a trial."""
+    cost: ExpectedCost
+    """Over all trials. Rules other than halving are not predicted: their worst case is the full grid."""
 
     @property
     def halving(self) -> Halving:
         return Halving(rungs=self.rungs, reduction_factor=self.reduction_factor, mode=self.mode)
 
     @property
-    def cost(self) -> ExpectedCost:
-        """Expected rounds over all trials. Rules other than halving are not predicted: their worst case is the full grid."""
-        if self.stopping == "asha":
-            return expected_cost(self.halving, self.num_trials, self.budget)
-        full = self.num_trials * self.budget
-        return ExpectedCost(full=full, expected=full)
+    def comparison(self) -> dict[str, object]:
+        """What must not change while trials are compared; JSON values."""
+        return {"unit": self.unit, "grace": self.grace, "rungs": list(self.rungs), "budget": self.budget}
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether trials wait at rungs. Hyperband fills its groups with trials that have not started yet; with other rules a
+        trial is drawn when there is room for it."""
+        return self.stopping == "hyperband"
 
     def rung_at(self, amount: float) -> int | None:
         """Index of the last rung at or below an amount."""
@@ -94,6 +99,8 @@ def plan_sweep(section: SweepSection, name: str, num_trials: int, plans: Sequenc
             f"less, train for longer, or set sweep.stopping.method to none."
         )
     budget = round(budget / grace, 9)
+    rungs = rungs_of(stopping.method, budget, factor)
+    halving = Halving(rungs=rungs if stopping.method == "asha" else (), reduction_factor=factor, mode=section.mode)
     return SweepPlan(
         name=name,
         num_trials=num_trials,
@@ -104,9 +111,10 @@ def plan_sweep(section: SweepSection, name: str, num_trials: int, plans: Sequenc
         grace=grace,
         reduction_factor=factor,
         budget=budget,
-        rungs=rungs_of(stopping.method, budget, factor),
+        rungs=rungs,
         slots=slots,
         workers=max(plan.batch.workers for plan in plans),
+        cost=expected_cost(halving, num_trials, budget),
     )
 
 

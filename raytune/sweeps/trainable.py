@@ -8,7 +8,8 @@ worker group does the work, and its metrics file says how far it is.
 import gc
 import math
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -17,8 +18,9 @@ import torch.distributed as dist
 from ray import tune
 
 from raytune.config.run import RunConfig
-from raytune.errors import EXIT_RETRY_LATER
+from raytune.errors import EXIT_RETRY_LATER, RaytuneError, RunHeldError
 from raytune.launch.attempts import Failure
+from raytune.launch.lease import EXPIRES_S
 from raytune.launch.run import Attempt, RunFailedError, train_plan
 from raytune.launch.trainer import first_failure, fit
 from raytune.metrics import History
@@ -29,10 +31,12 @@ from raytune.storage import read_json
 from raytune.sweeps.schedule import AMOUNT, FAILURE, MAY_PASS, STEP
 from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
+from raytune.training.commit import committed
 from raytune.training.run import Worker, train
 from raytune.training.worker import recorded
 
 REPORTED = "reported_step"
+TRY_AGAIN_EVERY_S = 2.0
 
 
 class TrialStopped(SystemExit):
@@ -65,7 +69,7 @@ class TrialActor(tune.Trainable):
         if self._talk is None:
             assignment = Assignment.read(self._folder.assignment(self.config[TRIAL]))
             reporter = _Reporter(self._sweep, assignment.plan, self._reported_step)
-            self._talk = _Conversation(lambda say: _run(assignment, reporter.to(say), self._kept))
+            self._talk = _Conversation(lambda talk: _run(assignment, reporter, talk, self._kept))
         result = self._talk.next_result()
         self._reported_step = result.get(STEP, self._reported_step)
         return result
@@ -91,9 +95,13 @@ class TrialActor(tune.Trainable):
 
 
 class _Conversation:
-    """Work in a thread of its own that says one result at a time, and goes on only when it is asked for the next."""
+    """Work in a thread of its own that says one result at a time, and goes on only when it is asked for the next.
 
-    def __init__(self, work: Callable[[Callable[[dict[str, Any]], None]], None]) -> None:
+    Args:
+        work: is given this conversation, to `say` its results in and to `leave_if_over` between them.
+    """
+
+    def __init__(self, work: Callable[["_Conversation"], None]) -> None:
         self._said: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
         self._may_go_on = threading.Semaphore(0)
         self._is_over = False
@@ -116,14 +124,34 @@ class _Conversation:
         return self._last
 
     def end(self) -> None:
-        """Stop the work where it next says something, and wait until it has ended."""
+        """Stop the work where it next looks, and wait until it has ended."""
         self._is_over = True
         self._may_go_on.release()
         self._thread.join()
 
-    def _run(self, work: Callable[[Callable[[dict[str, Any]], None]], None]) -> None:
+    def say(self, result: dict[str, Any]) -> None:
+        """Called by the work: returns when the next result is asked for.
+
+        Raises:
+            TrialStopped: if none will be.
+        """
+        self.leave_if_over()
+        self._said.put(result)
+        self._may_go_on.acquire()
+        self.leave_if_over()
+
+    def leave_if_over(self) -> None:
+        """Called by the work, between results.
+
+        Raises:
+            TrialStopped: if it is not to go on.
+        """
+        if self._is_over:
+            raise TrialStopped
+
+    def _run(self, work: Callable[["_Conversation"], None]) -> None:
         try:
-            work(self._say)
+            work(self)
         except TrialStopped:
             return
         except BaseException as error:
@@ -132,19 +160,9 @@ class _Conversation:
         else:
             self._said.put({})
 
-    def _say(self, result: dict[str, Any]) -> None:
-        self._leave_if_over()
-        self._said.put(result)
-        self._may_go_on.acquire()
-        self._leave_if_over()
-
-    def _leave_if_over(self) -> None:
-        if self._is_over:
-            raise TrialStopped
-
 
 class _Reporter:
-    """From what a run measures to what Tune is told: each evaluation once, in order.
+    """From what a run measures to results for Tune: each evaluation once, in order.
 
     Args:
         after_step: the last that Tune was told of; 0: none. What was measured before the first step compares nothing.
@@ -152,73 +170,96 @@ class _Reporter:
 
     def __init__(self, sweep: SweepPlan, plan: RunPlan, after_step: int) -> None:
         self._sweep, self._plan, self._after_step = sweep, plan, after_step
-        self._say: Callable[[dict[str, Any]], None] = lambda result: None
 
-    def to(self, say: Callable[[dict[str, Any]], None]) -> "_Reporter":
-        self._say = say
-        return self
+    def new(self, evaluations: Iterable[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
+        """Results of those that were not reported yet."""
+        for values in evaluations:
+            step = int(values[STEP])
+            if step > self._after_step:
+                self._after_step = step
+                yield {**values, STEP: step, AMOUNT: self._sweep.amount_at(self._plan, step)}
 
-    def history(self, history: History) -> None:
-        """Report what a metrics file has that was not reported yet."""
-        for point in history.evaluations:
-            self.evaluation({STEP: point.step, **point.values})
-
-    def evaluation(self, values: Mapping[str, float]) -> None:
-        step = int(values[STEP])
-        if step <= self._after_step:
-            return
-        self._after_step = step
-        self._say({**values, STEP: step, AMOUNT: self._sweep.amount_at(self._plan, step)})
-
-    def failure(self, error: RunFailedError) -> None:
-        may_pass = error.exit_code == EXIT_RETRY_LATER
-        facts = {FAILURE: error.failure.headline, MAY_PASS: may_pass}
+    def failure(self, error: RaytuneError) -> dict[str, Any]:
+        cause = error.failure.headline if isinstance(error, RunFailedError) else str(error)
+        facts = {FAILURE: cause, MAY_PASS: error.exit_code == EXIT_RETRY_LATER}
         # Tune wants the metric in every result.
-        self._say({**facts, self._sweep.metric: math.nan, STEP: self._after_step, AMOUNT: 0.0})
+        return {**facts, self._sweep.metric: math.nan, STEP: self._after_step, AMOUNT: 0.0}
 
 
-def _run(assignment: Assignment, reporter: _Reporter, kept: KeptBase) -> None:
+def _run(assignment: Assignment, reporter: _Reporter, talk: _Conversation, kept: KeptBase) -> None:
     """Train a trial to its end, telling what it measures; first what earlier attempts at it have measured."""
     plan = assignment.plan
-    metrics = RunFolder(plan.storage, plan.name).metrics
-    reporter.history(History.read(metrics))
+    folder = RunFolder(plan.storage, plan.name)
+
+    def tell() -> None:
+        for result in reporter.new(_evaluations(folder)):
+            talk.say(result)
+
+    tell()
+    attempt = _here(reporter, talk, kept) if plan.batch.workers == 1 else _elsewhere(reporter, talk)
     try:
-        train_plan(
-            plan, [], assignment.config, attempt=_here(reporter, kept) if plan.batch.workers == 1 else _elsewhere(reporter)
-        )
-    except RunFailedError as error:
-        reporter.failure(error)
+        _train_when_free(lambda: train_plan(plan, [], assignment.config, attempt=attempt), talk)
+    except RaytuneError as error:
+        talk.say(reporter.failure(error))
         raise
-    reporter.history(History.read(metrics))
+    tell()
 
 
-def _elsewhere(reporter: _Reporter) -> Attempt:
+def _evaluations(folder: RunFolder) -> list[dict[str, float]]:
+    return [{STEP: point.step, **point.values} for point in History.read(folder.metrics).evaluations]
+
+
+def _train_when_free(train: Callable[[], object], talk: _Conversation) -> None:
+    """Train; where the actor before this one has just died, as soon as its lease has expired."""
+    deadline = time.monotonic() + 2 * EXPIRES_S
+    while True:
+        try:
+            train()
+        except RunHeldError:
+            if time.monotonic() > deadline:
+                raise
+            talk.leave_if_over()
+            time.sleep(TRY_AGAIN_EVERY_S)
+        else:
+            return
+
+
+def _elsewhere(reporter: _Reporter, talk: _Conversation) -> Attempt:
     """Attempts on worker groups, whose metrics file is read while they train."""
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
-        metrics = RunFolder(plan.storage, plan.name).metrics
+        folder = RunFolder(plan.storage, plan.name)
 
         def look() -> None:
             check()
-            reporter.history(History.read(metrics))
+            talk.leave_if_over()
+            # Whoever judges the trial may let it wait, and continue it elsewhere: so no rung before its step is committed.
+            saved = max((commit.step for commit in committed(folder)), default=0)
+            unsaved_rung = next((rung for rung in plan.rungs if rung > saved), math.inf)
+            for result in reporter.new(values for values in _evaluations(folder) if values[STEP] < unsaved_rung):
+                talk.say(result)
 
         return fit(plan, number, look)
 
     return attempt
 
 
-def _here(reporter: _Reporter, kept: KeptBase) -> Attempt:
+def _here(reporter: _Reporter, talk: _Conversation, kept: KeptBase) -> Attempt:
     """Attempts in this process."""
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
         def report(values: Mapping[str, float]) -> None:
+            for result in reporter.new([values]):
+                talk.say(result)
+
+        def still() -> None:
             check()
-            reporter.evaluation(values)
+            talk.leave_if_over()
 
         if plan.engine.kind == "zero" and not dist.is_initialized():
             backend = "nccl" if plan.cluster.device == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # DeepSpeed wants one, alone or not
-        worker = Worker(rank=0, world_size=1, device_index=0, attempt=number, report=report, kept=kept)
+        worker = Worker(rank=0, world_size=1, device_index=0, attempt=number, report=report, check=still, kept=kept)
         try:
             with recorded(plan, number, rank=0):
                 train(plan, worker)

@@ -8,26 +8,30 @@ from typing import Any
 
 from raytune.config.load import load_config
 from raytune.config.run import RunConfig
-from raytune.errors import UserError
+from raytune.errors import ClusterError, TrainingError, UserError
+from raytune.launch.record import readable
 from raytune.launch.result import RunResult
-from raytune.run_folder import SweepFolder
+from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, download_file, exists, read_json
+from raytune.sweeps.ledger import read_ledger
 from raytune.sweeps.results import SweepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstTrial:
-    """A retrained winner beside its trial."""
+    """A retrained winner beside its trial, after the last step at which both were measured."""
 
     trial: str
     metric: str
+    step: int
     trial_value: float
     value: float
 
     @property
     def sentence(self) -> str:
         difference = self.value - self.trial_value
-        return f"{self.metric} {self.value:.6g} against {self.trial_value:.6g} of {self.trial}: {difference:+.2g}"
+        values = f"{self.metric} {self.value:.6g} against {self.trial_value:.6g} of {self.trial}"
+        return f"{values} after step {self.step}: {difference:+.2g}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,20 +54,48 @@ def winner_config(folder: str, overlays: Sequence[str] = (), overrides: Sequence
         return load_config([best, *overlays], overrides)
 
 
-def against_trial(folder: str, run: RunResult) -> AgainstTrial:
-    """How a retrained winner compares with its trial, by the metric of the sweep."""
+def against_trial(folder: str, run: RunResult) -> AgainstTrial | None:
+    """How a retrained winner compares with its trial, by the metric of the sweep; None where no step was measured in both."""
     result = read_sweep(folder)
-    best = result.best
-    assert best is not None, "it was just trained"
-    assert best.value is not None
-    return AgainstTrial(trial=best.trial.name, metric=result.metric, trial_value=best.value, value=run.metrics[result.metric])
+    assert result.best is not None, "it was just trained"
+    of_trial, of_run = dict(result.best.curve), dict(run.history.series(result.metric))
+    step = max(of_trial.keys() & of_run.keys(), default=None)
+    if step is None:
+        return None
+    return AgainstTrial(
+        trial=result.best.trial.name, metric=result.metric, step=step, trial_value=of_trial[step], value=of_run[step]
+    )
+
+
+def require_winner(result: SweepResult) -> None:
+    """Say that a sweep has come to nothing, if it has.
+
+    Raises:
+        ClusterError: if no trial has a usable value, and one failed for a reason that may pass.
+        TrainingError: if no trial has one.
+    """
+    if result.best is not None:
+        return
+    sweep = sweep_folder(result.folder)
+    causes = sorted({trial.cause for trial in result.trials if trial.cause})
+    message = "\n".join(
+        [
+            f"No trial of sweep {result.name!r} has a usable value of {result.metric}: there is no winner.",
+            *(f"  {cause}" for cause in causes[:3]),
+            *([f"  and {len(causes) - 3} other causes"] if len(causes) > 3 else []),
+            f"The report in {sweep.path} has every trial.",
+        ]
+    )
+    if read_ledger(sweep.ledger).unended:
+        raise ClusterError(f"{message} The same command tries those again whose failure may pass.")
+    raise TrainingError(f"{message} Change the space or the run, and give the sweep another name (name=...).")
 
 
 def read_sweep(folder: str) -> SweepResult:
     """The result of a finished sweep.
 
     Raises:
-        UserError: if the folder holds none.
+        UserError: if the folder holds none, or another raytune wrote it.
     """
     sweep = sweep_folder(folder)
     if not exists(sweep.result):
@@ -71,7 +103,8 @@ def read_sweep(folder: str) -> SweepResult:
             f"{sweep.path} holds no finished sweep (no result.json). Give the folder that `raytune sweep` has named, or run that "
             f"command again to finish it."
         )
-    return SweepResult.from_json(read_json(sweep.result))
+    with readable(sweep.result, RunFolder(sweep.storage, sweep.name)):
+        return SweepResult.from_json(read_json(sweep.result))
 
 
 def sweep_folder(folder: str) -> SweepFolder:

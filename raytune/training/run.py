@@ -32,6 +32,8 @@ class Worker:
     attempt: int
     report: Callable[[dict[str, float]], None]
     """Tells whoever waits for news (a sweep, for one). Every rank calls it the same number of times, seconds apart."""
+    check: Callable[[], None] = lambda: None
+    """Called after every step; what it raises ends the run in order. For a process that nobody else can end."""
     kept: KeptBase | None = None
     """Where a process that trains one run after the other keeps the base."""
 
@@ -72,6 +74,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
             seed=plan.seed,
             named=store.named,
         ):
+            worker.check()
             step = result.step
             evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step, clock.seconds_since_save())
             if timetable.logs_after(step) or evaluates or saves:

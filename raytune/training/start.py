@@ -32,6 +32,7 @@ def prepare_process(plan: RunPlan, device_index: int) -> torch.device:
     torch.manual_seed(plan.seed)
     if plan.cluster.device == "cuda":
         torch.cuda.set_device(device_index)
+        torch.cuda.reset_peak_memory_stats()  # of a run before this one in the process
         return torch.device("cuda", device_index)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return torch.device("cpu")

@@ -1,4 +1,5 @@
-"""Ctrl-C, and the SIGTERM of `ray job stop` and Kubernetes: the run says what it does next time and leaves no process behind."""
+"""Ctrl-C, and the SIGTERM of `ray job stop` and Kubernetes: a run and a sweep say what they do next time, and leave no process
+behind."""
 
 import json
 import os
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from raytune.metrics import History
+from raytune.run_folder import SweepFolder
+from raytune.sweeps.ledger import read_ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -32,36 +36,66 @@ def processes_of(ray_tmp: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int, tmp_path: Path) -> None:
-    ray_tmp = tempfile.mkdtemp(prefix="ri", dir="/tmp")
+@pytest.fixture
+def ray_tmp() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="ri", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def interrupted(arguments: list[str], number: signal.Signals, is_under_way: Callable[[], bool], ray_tmp: str) -> tuple[int, str]:
+    """Exit code and messages of a command that gets a signal once it is under way; nothing of its cluster is left after it."""
     environment = os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
-    command = [
-        sys.executable,
-        "launch.py",
-        "train",
-        "configs/recipes/quickstart.yaml",
-        f"storage={tmp_path}",
-        "training.logging_steps=1",
-    ]
+    command = [sys.executable, "launch.py", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 150
-        while History.read(tmp_path / "quickstart/metrics.jsonl").last_step < 2:
+        while not is_under_way():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "no step was made"
             time.sleep(0.2)
         assert processes_of(ray_tmp), "this is how they are found"
         process.send_signal(number)
-        _, messages = process.communicate(timeout=60)
-        assert process.returncode == exit_code
-        assert json.loads((tmp_path / "quickstart/run.json").read_text())["state"] == "interrupted"
-        assert number != signal.SIGINT or "the same command continues" in messages
+        _, messages = process.communicate(timeout=90)
         deadline = time.monotonic() + 20
         while processes_of(ray_tmp) and time.monotonic() < deadline:
             time.sleep(0.5)
         assert processes_of(ray_tmp) == []
+        return process.returncode, messages
     finally:
         process.kill()
-        shutil.rmtree(ray_tmp, ignore_errors=True)
+
+
+SIGNALS = pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@SIGNALS
+def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str) -> None:
+    arguments = ["train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
+    metrics = tmp_path / "quickstart/metrics.jsonl"
+    code, messages = interrupted(arguments, number, lambda: History.read(metrics).last_step >= 2, ray_tmp)
+    assert code == exit_code
+    assert json.loads((tmp_path / "quickstart/run.json").read_text())["state"] == "interrupted"
+    assert number != signal.SIGINT or "the same command continues" in messages
+
+
+@SIGNALS
+def test_an_interrupted_sweep_ends_in_order_and_none_of_its_trials_counts_as_ended(
+    number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str
+) -> None:
+    arguments = ["sweep", "configs/sweeps/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
+    arguments += ["sweep.stopping.method=none", "training.max_steps=400"]
+    folder = SweepFolder(str(tmp_path), "quickstart-sweep")
+
+    def is_under_way() -> bool:
+        return any(History.read(folder.trial(name).metrics).last_step >= 2 for name in read_ledger(folder.ledger).trials)
+
+    code, messages = interrupted(arguments, number, is_under_way, ray_tmp)
+    assert code == exit_code, messages
+    known = read_ledger(folder.ledger)
+    assert known.trials
+    assert known.ends == {}
+    states = {json.loads(path.read_text())["state"] for path in tmp_path.glob("quickstart-sweep/trials/*/run.json")}
+    assert states == {"interrupted"}
+    assert number != signal.SIGINT or "the same command continues" in messages

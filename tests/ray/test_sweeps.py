@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.util import placement_group_table
 
 from raytune.api import sweep, train
+from raytune.errors import TrainingError, UserError
 from raytune.launch.record import RunRecord
 from raytune.metrics import History, read_events
 from raytune.run_folder import RunFolder, SweepFolder
@@ -63,19 +66,25 @@ def space_of_16() -> dict[str, Any]:
     }
 
 
-def free_cpus_again(cluster: Cluster) -> bool:
-    """Whether all CPUs are free and no placement group is left, within a moment."""
-    ray.init(address=cluster.address, ignore_reinit_error=True)
+@contextmanager
+def connected(cluster: Cluster) -> Iterator[None]:
+    """One job for the whole block: at a job's end Ray would free what it held anyway."""
+    ray.init(address=cluster.address)
     try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-            if ray.available_resources().get("CPU") == 2.0 and not groups:
-                return True
-            time.sleep(0.5)
-        return False
+        yield
     finally:
         ray.shutdown()
+
+
+def is_all_free() -> bool:
+    """Whether all CPUs are free and no placement group is left, within a moment."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        if ray.available_resources().get("CPU") == 2.0 and not groups:
+            return True
+        time.sleep(0.5)
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +167,6 @@ def test_a_finished_sweep_is_only_read(cluster: Cluster, sixteen: SweepResult) -
     assert (Path(sixteen.folder) / "ledger.jsonl").read_bytes() == before
 
 
-def test_stopped_trials_hold_nothing(cluster: Cluster, sixteen: SweepResult) -> None:
-    assert free_cpus_again(cluster)
-
-
 def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluster: Cluster, tmp_path: Path) -> None:
     sharded = config(
         cluster,
@@ -174,13 +179,17 @@ def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluste
             "stopping": {"grace": GRACE, "reduction_factor": FACTOR},
         },
     )
-    result = sweep(sharded, progress=False)
+    with connected(cluster):
+        result = sweep(sharded, progress=False)
+        assert is_all_free()
     assert [trial.state for trial in result.trials] == ["finished", "stopped", "stopped"]
+    assert {trial.step for trial in result.trials} == {3, STEPS}
     assert result.best is not None
     assert result.best.trial.values == {"training.learning_rate": 1e-2}
     held = read_json(f"{result.best.folder}/result.json")["held_bytes"]
     assert len(held) == 2, "it was sharded over two workers"
-    assert free_cpus_again(cluster)
+    folders = [Path(trial.folder) / "checkpoints" for trial in result.trials]
+    assert [folder.exists() for folder in folders] == [True, False, False]
     alone = train(winner_config(result.folder), progress=False)
     comparison = against_trial(result.folder, alone)
     assert comparison.value == pytest.approx(comparison.trial_value, rel=1e-6)
@@ -242,18 +251,13 @@ def test_a_trial_whose_process_is_killed_is_continued_and_the_others_go_on(clust
 
 @pytest.mark.parametrize("method", ["hyperband", "median"])
 def test_ray_tunes_other_rules_stop_trials_too(cluster: Cluster, tmp_path: Path, method: str) -> None:
-    result = sweep(
-        config(
-            cluster,
-            tmp_path,
-            method,
-            sweep={
-                "space": {"training.learning_rate": {"grid": [1e-2, 5e-3, 2e-5, 1e-5, 3e-5, 2e-2]}},
-                "stopping": {"method": method, "grace": 3},
-            },
-        ),
-        progress=False,
-    )
+    section = {
+        "space": {"training.learning_rate": {"grid": [1e-2, 5e-3, 2e-5, 1e-5, 3e-5, 2e-2]}},
+        "stopping": {"method": method, "grace": 3},
+    }
+    with connected(cluster):
+        result = sweep(config(cluster, tmp_path, method, sweep=section), progress=False)
+        assert is_all_free()
     assert {trial.state for trial in result.trials} == {"finished", "stopped"}
     assert result.best is not None
     assert result.best.trial.values["training.learning_rate"] >= 5e-3
@@ -302,7 +306,8 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster
         driver.kill()
         driver.wait()
     before = read_ledger(folder.ledger)
-    finished = {name for name, end in before.ends.items()}
+    finished = set(before.ends)
+    running = [name for name in before.trials if name not in finished]
     attempts = {name: RunRecord.read(folder.trial(name)).attempts for name in finished}  # pyright: ignore[reportOptionalMemberAccess]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -314,7 +319,29 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster
     result = SweepResult.from_json(read_json(folder.result))
     assert result.best is not None
     assert math.isfinite(result.best.value or math.nan)
-    assert free_cpus_again(cluster)
+    resumed_steps = [step for name in running for step in resumes(folder.trial(name))]
+    assert max(resumed_steps) > 0, "a trial that was running went on from its checkpoint"
+    with connected(cluster):
+        assert is_all_free()
+
+
+def resumes(run: RunFolder) -> list[int]:
+    """Steps at which attempts at a run began."""
+    return [json.loads(line).get("resumed_step", 0) for line in Path(run.metrics).read_text().splitlines()]
+
+
+def test_a_sweep_without_a_usable_trial_fails_after_it_has_written_its_page(cluster: Cluster, tmp_path: Path) -> None:
+    hopeless = config(
+        cluster,
+        tmp_path,
+        "hopeless",
+        adapter={"method": "full"},
+        training={"max_grad_norm": 0.0, "max_steps": 6},
+        sweep={"space": {"training.learning_rate": {"grid": [1e30, 2e30]}}, "stopping": {"grace": 3}},
+    )
+    with pytest.raises(TrainingError, match=r"there is no winner(.|\n)*not finite"):
+        sweep(hopeless, progress=False)
+    assert (tmp_path / "hopeless" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -322,22 +349,18 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster
     [
         ({"adapter.rank": {"choice": [0, 8]}}, "adapter.rank"),
         ({"data.max_length": {"choice": [512, 4096]}}, "positions"),
-        ({"cluster.workers": {"choice": [1, 64]}}, "CPUs"),
+        ({"cluster.workers": {"choice": [1, 2]}}, "cluster is the same for all trials"),
     ],
 )
 def test_a_space_with_a_point_that_cannot_be_trained_is_refused_before_anything_starts(
     cluster: Cluster, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    from raytune.errors import UserError
-
     with pytest.raises(UserError, match=message):
         sweep(config(cluster, tmp_path, "refused", sweep={"space": change}), progress=False)
     assert not (tmp_path / "refused" / "ledger.jsonl").exists()
 
 
 def test_another_sweep_under_the_same_name_is_refused_with_the_difference(cluster: Cluster, sixteen: SweepResult) -> None:
-    from raytune.errors import UserError
-
     other = space_of_16() | {"metric": "validation/perplexity"}
     with pytest.raises(UserError, match=r"sweep\.metric: validation/loss -> validation/perplexity"):
         sweep(config(cluster, Path(sixteen.folder).parent, "sixteen", sweep=other), progress=False)

@@ -8,6 +8,7 @@ from raytune.launch.record import write_plan
 from raytune.metrics import EventLog, MetricsWriter
 from raytune.run_folder import SweepFolder
 from raytune.sweeps.collect import collect
+from raytune.sweeps.cost import ExpectedCost
 from raytune.sweeps.halving import Decision, Verdict
 from raytune.sweeps.ledger import Decided, Ended, Ledger
 from raytune.sweeps.sweep_plan import SweepPlan
@@ -27,6 +28,7 @@ PLAN = SweepPlan(
     rungs=(1.0, 3.0),
     slots=1,
     workers=2,
+    cost=ExpectedCost(full=12.0, expected=6.0),
 )
 
 
@@ -63,14 +65,12 @@ def leave_run(folder: SweepFolder, name: str, num_steps: int, *, workers: int, s
 @pytest.mark.parametrize("workers", [1, 2])
 def test_spent_and_full_worker_seconds_are_those_of_all_workers(workers: int, tmp_path: Path) -> None:
     folder = SweepFolder(str(tmp_path), "s")
-    ledger = Ledger(folder.ledger)
+    ledger = Ledger(folder.ledger, {})
     for number in range(3):
         ledger.assign(Trial(number=number, values={"training.seed": number}))
     leave_run(folder, "trial-000", 40, workers=workers, start_up_s=20, step_s=2)
     leave_run(folder, "trial-001", 10, workers=workers, start_up_s=20, step_s=2)
-    ledger.decide(
-        Decided(trial="trial-001", step=10, amount=1.0, value=4.0, decision=Decision(Verdict.STOP, rung=0, cut=3.0))
-    )
+    ledger.decide(Decided(trial="trial-001", step=10, amount=1.0, value=4.0, decision=Decision(Verdict.STOP, rung=0, cut=3.0)))
     ledger.end("trial-000", Ended(state="finished"))
     ledger.end("trial-001", Ended(state="stopped", cause="after step 10: 4 against a cut of 3"))
     result = collect(folder, PLAN, ["training.seed"])

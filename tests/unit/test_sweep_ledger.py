@@ -17,14 +17,14 @@ def decided(trial: str, value: float, verdict: Verdict = Verdict.GO_ON, rung: in
 
 
 def test_a_second_command_knows_all_that_the_first_decided(tmp_path: Path) -> None:
-    first = Ledger(str(tmp_path / "ledger.jsonl"))
+    first = Ledger(str(tmp_path / "ledger.jsonl"), {})
     first.assign(Trial(number=0, values={"adapter.rank": 8}))
     first.assign(Trial(number=1, values={"adapter.rank": 4}))
     first.decide(decided("trial-000", 0.25))
     first.decide(decided("trial-001", 0.75, Verdict.STOP))
     first.end("trial-001", Ended(state="stopped", cause="after step 10"))
     # The process is killed here: nothing is closed.
-    second = Ledger(str(tmp_path / "ledger.jsonl"))
+    second = Ledger(str(tmp_path / "ledger.jsonl"), {})
     assert second.command == 2
     assert second.known.trials == first.known.trials
     assert second.known.decisions == first.known.decisions
@@ -34,10 +34,10 @@ def test_a_second_command_knows_all_that_the_first_decided(tmp_path: Path) -> No
 
 def test_a_torn_last_line_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    Ledger(str(path)).assign(Trial(number=0, values={}))
+    Ledger(str(path), {}).assign(Trial(number=0, values={}))
     with path.open("a") as file:
         file.write('{"event": "trial_ended", "tri')
-    known = Ledger(str(path)).known
+    known = Ledger(str(path), {}).known
     assert list(known.trials) == ["trial-000"]
     assert known.ends == {}
 
@@ -45,12 +45,12 @@ def test_a_torn_last_line_is_not_there(tmp_path: Path) -> None:
 def test_resumed_standings_judge_as_the_unbroken_ones_would(tmp_path: Path) -> None:
     rule = Halving(rungs=(1.0, 3.0), reduction_factor=3, mode="min")
     arrivals = [("a", 0.9), ("b", 0.5), ("c", 0.7), ("d", 0.1), ("e", 0.6), ("f", 0.2)]
-    unbroken = Ledger(str(tmp_path / "unbroken.jsonl"))
+    unbroken = Ledger(str(tmp_path / "unbroken.jsonl"), {})
     standings = unbroken.known.standings
     expected = [rule.decide(standings, name, 1.0, value) for name, value in arrivals]
     broken = []
     for name, value in arrivals:  # a new process for each
-        ledger = Ledger(str(tmp_path / "broken.jsonl"))
+        ledger = Ledger(str(tmp_path / "broken.jsonl"), {})
         decision = rule.decide(ledger.known.standings, name, 1.0, value)
         ledger.decide(Decided(trial=name, step=1, amount=1.0, value=value, decision=decision))
         broken.append(decision)
@@ -59,14 +59,30 @@ def test_resumed_standings_judge_as_the_unbroken_ones_would(tmp_path: Path) -> N
 
 def test_values_that_are_not_finite_are_kept_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    Ledger(str(path)).decide(decided("trial-000", math.nan, Verdict.FAIL, rung=None))
+    Ledger(str(path), {}).decide(decided("trial-000", math.nan, Verdict.FAIL, rung=None))
     (entry,) = read_ledger(str(path)).decisions
     assert math.isnan(entry.value)
     assert all(json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines())
 
 
+def test_the_ledger_keeps_how_the_first_command_compared(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.jsonl")
+    Ledger(path, {"rungs": [1.0, 3.0]})
+    second = Ledger(path, {"rungs": [2.0]})
+    assert second.known.comparison == {"rungs": [1.0, 3.0]}
+
+
+def test_only_a_final_end_is_an_end(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / "ledger.jsonl"), {})
+    for number in range(3):
+        ledger.assign(Trial(number=number, values={}))
+    ledger.end("trial-000", Ended(state="failed", cause="its node was lost", is_final=False))
+    ledger.end("trial-001", Ended(state="failed", cause="the loss is nan"))
+    assert [trial.name for trial in ledger.known.unended] == ["trial-000", "trial-002"]
+
+
 def test_a_trial_that_is_assigned_again_has_not_ended(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path / "ledger.jsonl"))
+    ledger = Ledger(str(tmp_path / "ledger.jsonl"), {})
     trial = Trial(number=0, values={})
     ledger.assign(trial)
     ledger.end(trial.name, Ended(state="failed", cause="its node was lost", is_final=False))

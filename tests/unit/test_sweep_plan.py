@@ -14,6 +14,7 @@ from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from tests.tiny import PATIENT, tiny_plan
 
 GIB = 2**30
+VALIDATED: dict[str, Any] = {"data": {"validation_fraction": 0.1}}
 
 
 def trial_plan(num_steps: int = 81, global_batch: int = 4, tokens_per_row: int = 100) -> RunPlan:
@@ -25,7 +26,7 @@ def trial_plan(num_steps: int = 81, global_batch: int = 4, tokens_per_row: int =
 
 
 def sweep_plan(plans: list[RunPlan], **stopping: Any) -> SweepPlan:
-    section = config_from({"sweep": {"space": {"training.seed": [1, 2]}, "metric": "train/loss", "stopping": stopping}}).sweep
+    section = config_from({"sweep": {"space": {"training.seed": [1, 2]}, "stopping": stopping}, **VALIDATED}).sweep
     assert section is not None
     return plan_sweep(section, "s", num_trials=2, plans=plans, slots=1)
 
@@ -101,8 +102,8 @@ def machine(**facts: Any) -> Machine:
 def test_as_many_trials_run_at_once_as_their_workers_find_room(
     facts: dict[str, Any], cluster: dict[str, Any], max_concurrent: Any, slots: int
 ) -> None:
-    section = {"space": {"training.seed": [1, 2]}, "metric": "train/loss", "max_concurrent": max_concurrent}
-    run = config_from({"cluster": cluster, "sweep": section})
+    section = {"space": {"training.seed": [1, 2]}, "max_concurrent": max_concurrent}
+    run = config_from({"cluster": cluster, "sweep": section, **VALIDATED})
     workers = cluster.get("workers", 1)
     assert num_slots(machine(**facts), run, workers) == slots
 

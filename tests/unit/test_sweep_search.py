@@ -21,8 +21,8 @@ SPACE = {
 
 
 def config(**section: Any) -> RunConfig:
-    values = {"space": SPACE, "trials": 8, "metric": "train/loss", **section}
-    return config_from({"sweep": values})
+    values = {"space": SPACE, "trials": 8, **section}
+    return config_from({"sweep": values, "data": {"validation_fraction": 0.1}})
 
 
 def search(source: Source, known: list[Trial] | None = None, unbuildable: tuple[str, ...] = ()) -> TrialSearch:
@@ -89,6 +89,19 @@ def test_optuna_gives_out_known_trials_again_unchanged_and_learns_from_them() ->
     assert len(told) == 8
     rates = [trial.params["training.learning_rate"] for trial in told]
     assert rates[:5] == [values["training.learning_rate"] for values in made_up[:5]]
+
+
+def test_optuna_proposes_nothing_twice_after_a_resume() -> None:
+    pytest.importorskip("optuna")
+    made_up = suggestions(search(Optuna(config(search="optuna", trials=6))))
+    source = Optuna(config(search="optuna", trials=12), num_known=6)
+    for number, values in enumerate(made_up):
+        trial = Trial(number=number, values={key: value for key, value in values.items() if key != "trial"})
+        source.again(trial)
+        source.finished(trial, float(number))
+    more = suggestions(TrialSearch(source, [], 6, lambda trial: True, lambda trial: 0.0))
+    rates = [values["training.learning_rate"] for values in [*made_up, *more]]
+    assert len(set(rates)) == len(rates) == 12
 
 
 def test_optunas_proposals_follow_what_trials_came_to() -> None:
