@@ -10,12 +10,17 @@ from raytune.cli.group import as_json_option, debug_option, files_and_overrides
 from raytune.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
+    from raytune.config.cluster import ClusterSection
     from raytune.launch.checks.finding import Finding
 
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[FILE]... [KEY=VALUE]...")
-@click.option("--expect", metavar="RATE", help="What a node's network should give per second, such as 50GB. Default: not known.")
+@click.option(
+    "--expect",
+    metavar="RATE",
+    help="What a node's network should give per second, such as 50GB. Default: of cluster.instance.",
+)
 @as_json_option
 @debug_option
 def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> None:
@@ -24,14 +29,10 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
     Exit code 0: nothing failed. 1: something did; each line says what to do. 10: the cluster could not be reached.
     """
     from raytune.config.load import config_from, load_config
-    from raytune.units import parse_size
 
     files, overrides = files_and_overrides(arguments)
     config = load_config(files, overrides) if files else config_from({}, overrides)
-    try:
-        expected = parse_size(expect.removesuffix("/s")) if expect else None
-    except ValueError as error:
-        raise UserError(f"--expect: {error}") from error
+    expected = expected_rate(expect, config.cluster)
 
     from raytune.launch.preflight import examine_cluster
     from raytune.storage import absolute
@@ -52,6 +53,19 @@ def doctor(storage: str | None, as_json: bool) -> None:
     from raytune.launch.doctor import examine_this_machine
 
     _show_findings(examine_this_machine(storage), as_json)
+
+
+def expected_rate(text: str | None, section: "ClusterSection") -> float | None:
+    """Bytes per second that a node's network should give, as written or by the catalogue; None: not known."""
+    from raytune.plan.hardware import load_catalogue
+    from raytune.units import parse_size
+
+    if text is None:
+        return load_catalogue().instance(section.instance).inter_bytes_per_s if section.instance else None
+    try:
+        return parse_size(text.removesuffix("/s"))
+    except ValueError as error:
+        raise UserError(f"--expect: {error}") from error
 
 
 def _show_findings(findings: "Sequence[Finding]", as_json: bool) -> None:

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytune.cli.checks import expected_rate
+from raytune.config.load import config_from
+from raytune.errors import UserError
 from raytune.launch.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, SeatFacts, machine_facts, seat_facts
 from raytune.launch.checks.finding import Finding, fail, findings_json, findings_text, ok, over_nodes, warn, worst
 from raytune.launch.checks.judge import judge_machine, judge_seat
@@ -25,6 +28,7 @@ from raytune.launch.checks.nodes import (
     nodes_apart,
     rounds_of_pairs,
 )
+from raytune.plan.hardware import load_catalogue
 from raytune.units import GIB, MIB
 
 H100 = GpuFacts(name="NVIDIA H100 80GB HBM3", memory_bytes=80 * GIB)
@@ -335,3 +339,12 @@ def test_findings_are_a_table_with_fixes_and_a_count():
             {"name": "/dev/shm", "status": "fail", "seen": "64 MiB free", "fix": "make it larger"},
         ],
     }
+
+
+def test_the_network_is_expected_to_be_that_of_the_instance_type_unless_said_otherwise() -> None:
+    on_p5 = config_from({"cluster": {"instance": "p5.48xlarge"}}).cluster
+    assert expected_rate(None, on_p5) == load_catalogue().instance("p5.48xlarge").inter_bytes_per_s
+    assert expected_rate("10GB/s", on_p5) == 10e9
+    assert expected_rate(None, config_from({}).cluster) is None
+    with pytest.raises(UserError, match="--expect"):
+        expected_rate("fast", on_p5)
