@@ -403,7 +403,7 @@ def test_gradients_under_zero_3_are_those_of_one_process() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # inherits the imports, which cost more than the test
+    context = multiprocessing.get_context("spawn")  # a fork would wait for OpenMP threads that stayed in its parent
     results = context.Queue()
     workers = [context.Process(target=sharded_worker, args=(rank, port, results), daemon=True) for rank in range(2)]
     for worker in workers:
