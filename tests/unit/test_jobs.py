@@ -1,10 +1,11 @@
 """Claims about jobs that need no cluster: where a job goes, what is refused, and what its end means."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path):
     config.write_text("storage: /shared\n")
     for words in (["submit", str(config), "--working-dir", str(tmp_path)], ["status"], ["logs"], ["stop", "x"]):
         # TEST-NET: a connection would take its time-out.
-        done = launch(*words, "--target", "http://192.0.2.99:8265", "--json")
+        done = launch(*words, "--target", "http://192.0.2.99:8265", "--json", environment=without_token(tmp_path))
         facts = json.loads(done.stdout)
         assert (done.returncode, facts["error"]) == (2, "UserError"), done.stderr
         assert "Nothing was sent" in facts["message"]
@@ -206,5 +207,11 @@ NO_CLUSTER = object.__new__(Jobs)
 """Jobs of nowhere: any use of it fails."""
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(LAUNCH), *arguments], capture_output=True, text=True, timeout=60, check=False)
+def without_token(home: Path) -> dict[str, str]:
+    """The environment of a user who has no token, as everybody has one for whom Ray has started a cluster."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | {"HOME": str(home)}
+
+
+def launch(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(LAUNCH), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
