@@ -1,6 +1,6 @@
 """run.json: which run lives in a folder, how far it came, and whether a new command may continue it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Self
@@ -101,12 +101,20 @@ def refuse_another_run(folder: RunFolder, plan: RunPlan) -> None:
     """
     if not exists(folder.plan):
         return
-    changes = plan_changes(read_plan(folder), plan)
+    refuse_changes("run", plan.name, folder.storage, plan_changes(read_plan(folder), plan))
+
+
+def refuse_changes(kind: str, name: str, storage: str, changes: Sequence[tuple[str, object, object]]) -> None:
+    """Refuse to continue a run or a sweep with other settings: (dotted key, old value, new value).
+
+    Raises:
+        UserError: if there are any.
+    """
     if changes:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
         raise UserError(
-            f"Run {plan.name!r} in {folder.storage} was started with other settings:\n{lines}\n"
-            f"Continuing it would mix two runs. Give this one another name (name=...), or restore the settings."
+            f"{kind.capitalize()} {name!r} in {storage} was started with other settings:\n{lines}\n"
+            f"Continuing it would mix two {kind}s. Give this one another name (name=...), or restore the settings."
         )
 
 

@@ -73,7 +73,7 @@ def _rungs(plan: SweepPlan) -> str:
 
 def _amount(plan: SweepPlan, rounds: float) -> str:
     units = rounds * plan.grace
-    return f"{units:g} steps" if plan.unit == "steps" else f"{format_count(units)} tokens"
+    return f"{units:g} step{'s' * (units != 1)}" if plan.unit == "steps" else f"{format_count(units)} tokens"
 
 
 def _cost(plan: SweepPlan) -> str:

@@ -2,31 +2,25 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 from raytune.config.load import config_diff, dump_yaml
 from raytune.config.run import RunConfig
-from raytune.config.sweep import SweepSection
-from raytune.data.build import ParallelMap
-from raytune.errors import PlanError, UserError
+from raytune.errors import UserError
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import hold
-from raytune.launch.prepare import Preparation
-from raytune.launch.record import readable, refuse_another_run
-from raytune.launch.stores import STORES_FOLDER
+from raytune.launch.record import readable, refuse_another_run, refuse_changes
 from raytune.metrics import History
-from raytune.plan.machine import Machine
-from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, exists, read_bytes, remove_folder, write_bytes, write_json
 from raytune.sweeps.board import Board
 from raytune.sweeps.collect import collect
 from raytune.sweeps.ledger import Ended, Known, Ledger, read_ledger
+from raytune.sweeps.planner import Planner, Resolved, resolve, section_of
 from raytune.sweeps.results import SweepResult, trials_csv, trials_jsonl
 from raytune.sweeps.search import Listed, Optuna, Source, TrialSearch
-from raytune.sweeps.space import Places, check_space, corners, space_of, trial_config, trials_of
-from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
+from raytune.sweeps.space import Places, check_space, trials_of
+from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
 from raytune.sweeps.winner import read_sweep
@@ -36,72 +30,6 @@ Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
 
 MAY_CHANGE = ("sweep.trials", "sweep.max_concurrent", "cluster.", "provider.", "checkpoint.keep_", "training.logging_steps")
 """Beginnings of keys that may change between two commands of one sweep."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """A sweep that is ready to start."""
-
-    plan: SweepPlan
-    trials: list[Trial]
-    """All trials; with Optuna none are known before the first has ended."""
-    plans: list[RunPlan]
-    """Of the trials, or of the corners of the space."""
-
-
-class Planner:
-    """Makes configs and plans of trials. What several trials read is tokenised once.
-
-    Args:
-        config: of the sweep.
-        machine: the whole cluster.
-    """
-
-    def __init__(self, config: RunConfig, folder: SweepFolder, machine: Machine, parallel_map: ParallelMap) -> None:
-        self._config, self._folder = config, folder
-        self.slots = num_slots(machine, config, _workers(config))
-        self._preparation = Preparation(share_of(machine, self.slots), parallel_map)
-
-    def config(self, trial: Trial) -> RunConfig:
-        """The run config of a trial: in the sweep's folder, without questions at its end."""
-        config = self._ranked(trial)
-        store = config.data.store or f"{absolute(self._config.storage)}/{STORES_FOLDER}"
-        return config.model_copy(
-            update={
-                "storage": self._folder.trials,
-                "data": config.data.model_copy(update={"store": store}),
-                "evaluation": config.evaluation.model_copy(update={"generation": None}),
-                "checkpoint": config.checkpoint.model_copy(update={"resume": True}),
-            }
-        )
-
-    def winner(self, trial: Trial) -> RunConfig:
-        """The run config that trains a trial again, beside the sweep."""
-        return self._ranked(trial).model_copy(update={"name": f"{self._config.name}-best"})
-
-    def _ranked(self, trial: Trial) -> RunConfig:
-        """A trial's config with its number of workers and the metric of the sweep."""
-        section, config = _section(self._config), trial_config(self._config, trial)
-        return config.model_copy(
-            update={
-                "checkpoint": config.checkpoint.model_copy(update={"metric": section.metric, "mode": section.mode}),
-                "cluster": config.cluster.model_copy(update={"workers": _workers(config)}),
-            }
-        )
-
-    def plan(self, trial: Trial) -> RunPlan:
-        """The plan of a trial, without its rungs.
-
-        Raises:
-            UserError: if it cannot be done; the message names the trial's values.
-        """
-        try:
-            return self._preparation.prepare(self.config(trial)).plan
-        except UserError as error:
-            values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
-            shared = f" {self.slots} trials share the machines: a smaller sweep.max_concurrent leaves more to each."
-            is_crowded = isinstance(error, PlanError) and self.slots > 1
-            raise type(error)(f"With {values}: {error}{shared if is_crowded else ''}") from error
 
 
 def sweep(
@@ -124,7 +52,7 @@ def sweep(
     with hold(RunFolder(folder.storage, folder.name)) as lease, connect(config.cluster) as machine:
         parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
         planner = Planner(config, folder, machine, parallel_map)
-        resolved = _resolve(config, planner)
+        resolved = resolve(config, planner)
         known = read_ledger(folder.ledger)
         _refuse_other_rungs(folder, resolved.plan, known)
         _refuse_other_trials(folder, planner, known)
@@ -134,7 +62,7 @@ def sweep(
         with closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger, watch(resolved.plan, ledger.known, board):
             search = _search(config, folder, planner, resolved, ledger, board)
             run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
-        result = collect(folder, resolved.plan, list(_section(config).space))
+        result = collect(folder, resolved.plan, list(section_of(config).space))
         _write(folder, planner, result)
     return result
 
@@ -149,18 +77,8 @@ def plan_of_sweep(config: RunConfig, places: Places | None = None) -> Resolved:
     if named_address(config.cluster):
         with connect(config.cluster) as machine:
             parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
-            return _resolve(config, Planner(config, folder, machine, parallel_map))
-    return _resolve(config, Planner(config, folder, this_machine(config.cluster), map))
-
-
-def _resolve(config: RunConfig, planner: Planner) -> Resolved:
-    section = _section(config)
-    trials = [] if section.search == "optuna" else trials_of(config)
-    # Beside the trials themselves, so that a longer search of this space cannot run into a wall later.
-    points = [Trial(number=number, values=values) for number, values in enumerate(corners(space_of(config)))]
-    plans = [planner.plan(trial) for trial in [*trials, *points]]
-    plan = plan_sweep(section, config.name, len(trials) or section.trials, plans, planner.slots)
-    return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)
+            return resolve(config, Planner(config, folder, machine, parallel_map))
+    return resolve(config, Planner(config, folder, this_machine(config.cluster), map))
 
 
 def _search(
@@ -198,7 +116,7 @@ def _is_finished(folder: SweepFolder, config: RunConfig) -> bool:
     """Whether every trial that is asked for has ended, and the result was written after that."""
     if not exists(folder.result):
         return False
-    known, section = read_ledger(folder.ledger), _section(config)
+    known, section = read_ledger(folder.ledger), section_of(config)
     num_trials = section.trials if section.search == "optuna" else len(trials_of(config))
     return len(known.trials) >= num_trials and not known.unended
 
@@ -213,12 +131,7 @@ def _refuse_another_sweep(folder: SweepFolder, config: RunConfig) -> None:
     with readable(folder.sweep, RunFolder(folder.storage, folder.name)):
         was = RunConfig.model_validate_json(read_bytes(folder.sweep))
     changes = [change for change in config_diff(was, config) if not change[0].startswith(MAY_CHANGE)]
-    if changes:
-        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
-        raise UserError(
-            f"Sweep {config.name!r} in {folder.storage} was started with other settings:\n{lines}\n"
-            f"Continuing it would mix two sweeps. Give this one another name (name=...), or restore the settings."
-        )
+    refuse_changes("sweep", folder.name, folder.storage, changes)
 
 
 def _refuse_other_rungs(folder: SweepFolder, plan: SweepPlan, known: Known) -> None:
@@ -228,16 +141,11 @@ def _refuse_other_rungs(folder: SweepFolder, plan: SweepPlan, known: Known) -> N
         UserError: naming every difference.
     """
     changes = [
-        f"  {key}: {known.comparison[key]} -> {value}"
+        (f"{key} of the comparison", known.comparison[key], value)
         for key, value in plan.comparison.items()
         if key in known.comparison and known.comparison[key] != value
     ]
-    if changes:
-        raise UserError(
-            f"Trials of sweep {folder.name!r} in {folder.storage} were compared after other amounts of training:\n"
-            + "\n".join(changes)
-            + "\nGive the new sweep another name (name=...), or set sweep.stopping.grace and the data to what they were."
-        )
+    refuse_changes("sweep", folder.name, folder.storage, changes)
 
 
 def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) -> None:
@@ -259,19 +167,8 @@ def _write(folder: SweepFolder, planner: Planner, result: SweepResult) -> None:
     write_json(folder.result, result.to_json())
 
 
-def _section(config: RunConfig) -> SweepSection:
-    if config.sweep is None:
-        raise UserError("This config has no `sweep` section, so there is nothing to search. Train it with `raytune train`.")
-    return config.sweep
-
-
 def _checked(config: RunConfig, places: Places | None) -> SweepFolder:
     """The folder of a sweep whose space has no point that is no valid config."""
-    _section(config)
+    section_of(config)
     check_space(config, places)
     return SweepFolder(absolute(config.storage), config.name)
-
-
-def _workers(config: RunConfig) -> int:
-    """Workers of a trial: one, unless the config says otherwise, so that as many trials as possible run side by side."""
-    return 1 if config.cluster.workers == "auto" else config.cluster.workers

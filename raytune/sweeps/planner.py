@@ -1,0 +1,109 @@
+"""What a sweep is going to do: configs and plans of its trials, and how they are compared. Starts nothing."""
+
+from dataclasses import dataclass
+
+from raytune.config.run import RunConfig
+from raytune.config.sweep import SweepSection
+from raytune.data.build import ParallelMap
+from raytune.errors import PlanError, UserError
+from raytune.launch.prepare import Preparation
+from raytune.launch.stores import STORES_FOLDER
+from raytune.plan.machine import Machine
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import SweepFolder
+from raytune.storage import absolute
+from raytune.sweeps.space import corners, space_of, trial_config, trials_of
+from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
+from raytune.sweeps.trial import Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A sweep that is ready to start."""
+
+    plan: SweepPlan
+    trials: list[Trial]
+    """All trials; with Optuna none are known before the first has ended."""
+    plans: list[RunPlan]
+    """Of the trials, or of the corners of the space."""
+
+
+class Planner:
+    """Makes configs and plans of trials. What several trials read is tokenised once.
+
+    Args:
+        config: of the sweep.
+        machine: the whole cluster.
+    """
+
+    def __init__(self, config: RunConfig, folder: SweepFolder, machine: Machine, parallel_map: ParallelMap) -> None:
+        self._config, self._folder = config, folder
+        self.slots = num_slots(machine, config, _workers(config))
+        self._preparation = Preparation(share_of(machine, self.slots), parallel_map)
+
+    def config(self, trial: Trial) -> RunConfig:
+        """The run config of a trial: in the sweep's folder, without questions at its end."""
+        config = self._ranked(trial)
+        store = config.data.store or f"{absolute(self._config.storage)}/{STORES_FOLDER}"
+        return config.model_copy(
+            update={
+                "storage": self._folder.trials,
+                "data": config.data.model_copy(update={"store": store}),
+                "evaluation": config.evaluation.model_copy(update={"generation": None}),
+                "checkpoint": config.checkpoint.model_copy(update={"resume": True}),
+            }
+        )
+
+    def winner(self, trial: Trial) -> RunConfig:
+        """The run config that trains a trial again, beside the sweep."""
+        return self._ranked(trial).model_copy(update={"name": f"{self._config.name}-best"})
+
+    def _ranked(self, trial: Trial) -> RunConfig:
+        """A trial's config with its number of workers and the metric of the sweep."""
+        section, config = section_of(self._config), trial_config(self._config, trial)
+        return config.model_copy(
+            update={
+                "checkpoint": config.checkpoint.model_copy(update={"metric": section.metric, "mode": section.mode}),
+                "cluster": config.cluster.model_copy(update={"workers": _workers(config)}),
+            }
+        )
+
+    def plan(self, trial: Trial) -> RunPlan:
+        """The plan of a trial, without its rungs.
+
+        Raises:
+            UserError: if it cannot be done; the message names the trial's values.
+        """
+        try:
+            return self._preparation.prepare(self.config(trial)).plan
+        except UserError as error:
+            values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
+            shared = f" {self.slots} trials share the machines: a smaller sweep.max_concurrent leaves more to each."
+            is_crowded = isinstance(error, PlanError) and self.slots > 1
+            raise type(error)(f"With {values}: {error}{shared if is_crowded else ''}") from error
+
+
+def resolve(config: RunConfig, planner: Planner) -> Resolved:
+    """Make the trials and plan each of them.
+
+    Raises:
+        UserError: if a point of the space cannot be done on these machines.
+    """
+    section = section_of(config)
+    trials = [] if section.search == "optuna" else trials_of(config)
+    # Beside the trials themselves, so that a longer search of this space cannot run into a wall later.
+    points = [Trial(number=number, values=values) for number, values in enumerate(corners(space_of(config)))]
+    plans = [planner.plan(trial) for trial in [*trials, *points]]
+    plan = plan_sweep(section, config.name, len(trials) or section.trials, plans, planner.slots)
+    return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)
+
+
+def section_of(config: RunConfig) -> SweepSection:
+    if config.sweep is None:
+        raise UserError("This config has no `sweep` section, so there is nothing to search. Train it with `raytune train`.")
+    return config.sweep
+
+
+def _workers(config: RunConfig) -> int:
+    """Workers of a trial: one, unless the config says otherwise, so that as many trials as possible run side by side."""
+    return 1 if config.cluster.workers == "auto" else config.cluster.workers
