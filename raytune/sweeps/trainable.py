@@ -40,7 +40,7 @@ TRY_AGAIN_EVERY_S = 2.0
 
 
 class TrialStopped(SystemExit):
-    """Raised where a trial reports, when it is not to go on: whatever it was doing ends in order, as on an interrupt."""
+    """Raised where a trial reports or makes a step, when it is not to go on: it ends in order, as on an interrupt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

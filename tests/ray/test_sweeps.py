@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +24,15 @@ from ray.util import placement_group_table
 
 from raytune.api import sweep, train
 from raytune.errors import TrainingError, UserError
-from raytune.launch.record import RunRecord
+from raytune.launch.record import RunRecord, write_plan
 from raytune.metrics import History, read_events
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import read_json
-from raytune.sweeps.ledger import read_ledger
+from raytune.sweeps.ledger import Ledger, read_ledger
 from raytune.sweeps.results import SweepResult
+from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import against_trial, winner_config
+from tests.tiny import tiny_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -128,6 +130,7 @@ def test_the_winner_trained_alone_has_the_value_of_its_trial(sixteen: SweepResul
     # On as many threads as the trial had beside its neighbour: sums in another order differ by 1e-6.
     alone = train(winner_config(sixteen.folder, overrides=["cluster.threads_per_worker=1"]), progress=False)
     comparison = against_trial(sixteen.folder, alone)
+    assert comparison is not None
     assert comparison.value == comparison.trial_value
     trial_history = History.read(f"{best.folder}/metrics.jsonl")
     assert alone.history.series("train/loss") == trial_history.series("train/loss"), "warm worker, kept base: the same curve"
@@ -192,6 +195,7 @@ def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluste
     assert [folder.exists() for folder in folders] == [True, False, False]
     alone = train(winner_config(result.folder), progress=False)
     comparison = against_trial(result.folder, alone)
+    assert comparison is not None
     assert comparison.value == pytest.approx(comparison.trial_value, rel=1e-6)
 
 
@@ -364,3 +368,17 @@ def test_another_sweep_under_the_same_name_is_refused_with_the_difference(cluste
     other = space_of_16() | {"metric": "validation/perplexity"}
     with pytest.raises(UserError, match=r"sweep\.metric: validation/loss -> validation/perplexity"):
         sweep(config(cluster, Path(sixteen.folder).parent, "sixteen", sweep=other), progress=False)
+
+
+def test_other_rungs_and_other_plans_are_refused_before_a_trial_is_continued(cluster: Cluster, tmp_path: Path) -> None:
+    folder = SweepFolder(str(tmp_path), "moved")
+    Ledger(folder.ledger, {"rungs": [5.0]}).close()
+    with pytest.raises(UserError, match=r"rungs of the comparison: \[5\.0\] -> \[1\.0, 3\.0\]"):
+        sweep(config(cluster, tmp_path, "moved", sweep=space_of_16()), progress=False)
+    Path(folder.ledger).unlink()
+    with closing(Ledger(folder.ledger, {})) as ledger:
+        ledger.assign(Trial(number=0, values={"training.learning_rate": 1e-3}))
+    write_plan(folder.trial("trial-000"), tiny_plan())
+    with pytest.raises(UserError, match=r"Run 'trial-000' in .* was started with other settings"):
+        sweep(config(cluster, tmp_path, "moved", sweep=space_of_16()), progress=False)
+    assert list(read_ledger(folder.ledger).trials) == ["trial-000"], "and nothing was started"

@@ -240,6 +240,28 @@ REFUSED = {
         "E105",
         "lies in data.train",
     ),
+    "optuna with a grid": (
+        space("adapter.rank: {grid: [1, 2]}", rest="  search: optuna"),
+        "2:1",
+        "sweep",
+        "E105",
+        "make adapter.rank a choice",
+    ),
+    "optuna with hyperband": (
+        space("adapter.rank: [1, 2]", rest="  search: optuna\n  stopping: {method: hyperband}"),
+        "2:1",
+        "sweep",
+        "E105",
+        "optuna would learn nothing; use asha",
+    ),
+    "metric of training": (
+        space("adapter.rank: [1, 2]", rest="  metric: train/loss"),
+        "5:11",
+        "sweep.metric",
+        "E105",
+        'validation rows (validation/loss, ...), got "train/loss"',
+    ),
+    "provider": (space("provider.region: [a]"), "4:5", "sweep.space.provider.region", "E101", "the same for all trials"),
     "unknown first": (
         space("adapter.rank: [1]", rest="  first: [{adapter.rnk: 1}]"),
         "5:12",
@@ -360,7 +382,7 @@ def test_one_wrong_dimension_does_not_hide_the_others(tmp_path: Path):
         "adapter.alpha: 2 * adapter.rank_pattern.q_proj",
     ],
 )
-def test_any_key_of_a_run_can_be_searched_over(dimension: str, tmp_path: Path):
+def test_keys_of_any_kind_can_be_searched_over(dimension: str, tmp_path: Path):
     load_config([written(tmp_path, space(dimension))])
 
 
