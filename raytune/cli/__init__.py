@@ -1,7 +1,7 @@
 """The words a user types. Heavy imports happen inside verbs, so that `check` and `explain` answer at once.
 
-Every verb has `--json` (one JSON object on standard output) and `--debug` (tracebacks). Exit codes: 0 done, 1 failed,
-2 refused as written, 10 try again later, 130 interrupted.
+Every verb has `--debug` (tracebacks), and `--json` (one JSON value on standard output) but where Ray's own output is shown. Exit
+codes: 0 done, 1 failed, 2 refused as written, 10 try again later, 130 interrupted.
 """
 
 from raytune.cli.checks import doctor, preflight

@@ -56,12 +56,18 @@ def doctor(storage: str | None, as_json: bool) -> None:
 
 
 def expected_rate(text: str | None, section: "ClusterSection") -> float | None:
-    """Bytes per second that a node's network should give, as written or by the catalogue; None: not known."""
+    """Bytes per second that a node's network should give, as written, or what the catalogue says that collectives of all its
+    GPUs reach; None: not known."""
     from raytune.plan.hardware import load_catalogue
+    from raytune.plan.throughput import Speed
     from raytune.units import parse_size
 
     if text is None:
-        return load_catalogue().instance(section.instance).inter_bytes_per_s if section.instance else None
+        if section.instance is None or section.workers != "auto":  # some of a node's GPUs do not fill its network
+            return None
+        catalogue = load_catalogue()
+        instance = catalogue.instance(section.instance)
+        return Speed.of(instance, catalogue.gpu_of(instance)).inter_bytes_per_s
     try:
         return parse_size(text.removesuffix("/s"))
     except ValueError as error:

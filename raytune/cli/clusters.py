@@ -33,11 +33,12 @@ def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None,
     from raytune.launch.provider import KUBERAY, cluster_spec
     from raytune.launch.ray_up import ray_up_text
     from raytune.plan.hardware import load_catalogue
+    from raytune.storage import write_bytes
 
     spec = cluster_spec(load_config(*files_and_overrides(arguments)), load_catalogue(), target)
     text = kuberay_yaml(spec, target) if target in KUBERAY else ray_up_text(spec, target)
     if output is not None:
-        output.write_text(text, encoding="utf-8")
+        write_bytes(output, text.encode())
     if as_json:
         click.echo(json.dumps({"ok": True, "target": target, "output": output and str(output), "text": text}))
     else:

@@ -17,6 +17,7 @@ from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
+from raytune.launch.checks.facts import memory_bytes_here
 from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
@@ -39,11 +40,23 @@ def named_address(section: ClusterSection) -> str | None:
 def connect(section: ClusterSection) -> Iterator[Machine]:
     """Join or start a cluster for the duration of the block, and say what it has.
 
+    Raises:
+        ClusterError: as `joined` does, or if the cluster has no room for a worker on any node.
+        UserError: as `joined` does.
+    """
+    with joined(section):
+        yield _machine(section)
+
+
+@contextmanager
+def joined(section: ClusterSection) -> Iterator[None]:
+    """Join or start a cluster for the duration of the block.
+
     The address is `cluster.address`, else RAY_ADDRESS (which `ray job submit` sets), else a cluster is started here and ended
     afterwards.
 
     Raises:
-        ClusterError: if the cluster does not answer, runs another Ray version, or has no room for a worker on any node.
+        ClusterError: if the cluster does not answer, or runs another Ray version.
         UserError: if this process is connected to another cluster than the one that `cluster.address` names.
     """
     address = named_address(section)
@@ -59,7 +72,7 @@ def connect(section: ClusterSection) -> Iterator[Machine]:
             _start(section)
         if not joined_before and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _end_in_order)  # Ray has just set its own
-        yield _machine(section)
+        yield
     finally:
         if not joined_before:
             ray.shutdown()
@@ -177,7 +190,7 @@ def this_machine(section: ClusterSection) -> Machine:
     return Machine(
         num_nodes=1,
         num_cpus=_embedded_cpus(section),
-        host_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        host_memory_bytes=memory_bytes_here(),
         num_gpus=accelerator.count,
         gpu_name=accelerator.name,
         gpu_memory_bytes=accelerator.memory_bytes,

@@ -26,7 +26,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
-from raytune.config.load import load_config
+from raytune.config.load import as_one_run, load_config
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
 from raytune.launch.record import RunRecord, read_plan
 from raytune.launch.working_dir import contents, pack, path_in_job
@@ -177,18 +177,15 @@ class Jobs:
         return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
     def find(self, name: str | None) -> "Job":
-        """A job by its name, or the newest of a run by the run's name, or the newest of all.
+        """The job that a name means.
 
         Raises:
             UserError: if there is none.
         """
         jobs = self.all()
-        for job in jobs:
-            if name is None or name == job.id:
-                return job
-        for job in jobs:
-            if name == job.run:
-                return job
+        found = meant(jobs, name)
+        if found is not None:
+            return found
         known = ", ".join(job.id for job in jobs[:10]) or "none"
         raise UserError(f"No job {name or 'of raytune'} on {self.url}. Jobs of raytune there: {known}.")
 
@@ -422,6 +419,8 @@ def submit(
         UserError: before anything is sent, if the config or the folder does not allow it.
     """
     config = load_config(files, overrides)
+    if verb == "train":
+        as_one_run(config)
     if is_local(config.storage) and not config.storage.startswith(("/", "~", "file:///")):
         raise UserError(
             f"storage is {config.storage!r}, relative to a working directory that ends with the job. Name a folder that every "
@@ -469,6 +468,17 @@ def _is_ours(details: JobDetails) -> bool:
     return "raytune" in (details.metadata or {}) or any(
         word.endswith("launch.py") or word in ("raytune", "raytune.cli") for word in words
     )
+
+
+def meant(jobs: Sequence[Job], name: str | None) -> Job | None:
+    """The job of that name; of the run of that name the one that has not ended, else the newest; without a name alike, of all.
+
+    Args:
+        jobs: the newest first.
+    """
+    named = [job for job in jobs if name is not None and name == job.id]
+    of_run = named or [job for job in jobs if name is None or name == job.run]
+    return next((job for job in of_run if not job.has_ended), next(iter(of_run), None))
 
 
 def status_text(jobs: Sequence[Job], now: float) -> str:

@@ -6,7 +6,7 @@ Every node is looked at by a process of its own, then all of them reduce togethe
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from raytune.launch.checks.nodes import (
     judge_versions,
     rounds_of_pairs,
 )
-from raytune.launch.cluster import connect, nodes_for_workers
+from raytune.launch.cluster import joined, nodes_for_workers
 from raytune.units import format_seconds
 
 ANSWER_TIMEOUT_S = 60.0
@@ -62,9 +62,9 @@ def examine_cluster(section: ClusterSection, storage: str | None, *, expected_by
         expected_bytes_per_s: what a node's network should give; None: not known.
 
     Raises:
-        ClusterError: if the cluster cannot be joined, or has no room for a worker on any node.
+        ClusterError: if the cluster cannot be joined.
     """
-    with connect(section):
+    with joined(section):
         nodes = living_nodes()
         findings = []
         with _inspectors(nodes, section.start_timeout) as inspectors:
@@ -171,11 +171,12 @@ def _clocks(inspectors: Mapping[str, Any]) -> dict[str, list[ClockReading]]:
     readings: dict[str, list[ClockReading]] = {}
     for name, handle in inspectors.items():
         for _ in range(_NUM_CLOCK_READINGS):
-            asked = time.time()
-            theirs: Any = ray.get(handle.clock.remote(), timeout=ANSWER_TIMEOUT_S)
-            answered = time.time()
-            reading = ClockReading(ahead_s=theirs - (asked + answered) / 2, round_trip_s=answered - asked)
-            readings.setdefault(name, []).append(reading)
+            with suppress(RayError, TimeoutError):  # a node that has just been lost: the next check names it
+                asked = time.time()
+                theirs: Any = ray.get(handle.clock.remote(), timeout=ANSWER_TIMEOUT_S)
+                answered = time.time()
+                reading = ClockReading(ahead_s=theirs - (asked + answered) / 2, round_trip_s=answered - asked)
+                readings.setdefault(name, []).append(reading)
     return readings
 
 
@@ -201,7 +202,10 @@ def _storage(inspectors: Mapping[str, Any], storage: str | None) -> Finding:
 
 
 def _bandwidth(section: ClusterSection, nodes: Sequence[Node], expected: float | None) -> list[Finding]:
-    fitting = nodes_for_workers([node.resources for node in nodes], section)
+    try:
+        fitting = nodes_for_workers([node.resources for node in nodes], section)
+    except ClusterError as error:
+        return [fail("all-reduce", str(error), "Ask for less per worker, or look why nodes lack what they should have.")]
     num_gpus = 0 if section.gpus_per_worker == 0 else int(sum(node.get("GPU", 0) for node in fitting))
     # On CPUs the number of workers is the config's choice; one per node is what tells most.
     workers = section.workers if section.workers != "auto" else num_gpus or len(fitting)

@@ -3,6 +3,7 @@
 The templates are data, in `cluster/`: one per cloud and GPU family. This file says what each needs and refuses what is missing.
 """
 
+import glob
 import json
 import shlex
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from raytune.config.load import dump_yaml
+from raytune.config.load import as_one_run, dump_yaml
 from raytune.config.provider import ProviderSection
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.hardware import Catalogue, Cloud, Instance
+from raytune.storage import is_local
 from raytune.units import GIB
 
 Target = Literal["ray-up", "network", "kuberay", "kuberay-cluster"]
@@ -125,7 +127,11 @@ def cluster_spec(config: RunConfig, catalogue: Catalogue, target: Target) -> Clu
         run_yaml=dump_yaml(config.model_copy(update={"provider": ProviderSection()})),
         ray_version=version("ray"),
     )
+    if target == "kuberay":
+        as_one_run(config)  # which the RayJob is to train
     problems = [f"{key}: needed, not set" for key in _missing(spec, target)] + _contradictions(spec, target)
+    if target == "kuberay":
+        problems += _not_in_pods(config)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise UserError(
@@ -209,6 +215,17 @@ def _missing(spec: ClusterSpec, target: Target) -> list[str]:
     return missing
 
 
+def _not_in_pods(config: RunConfig) -> list[str]:
+    """What the run reads from this machine's working directory, which no pod has. Other names are a hub's."""
+    paths = [("model.base", config.model.base)]
+    paths += [(f"data.{name}", source.path) for name in ("train", "validation") for source in getattr(config.data, name)]
+    return [
+        f"{key}: {path} is relative to this folder; give a path that the pods have, or a URL"
+        for key, path in paths
+        if is_local(path) and not path.startswith("/") and (path.startswith(".") or glob.has_magic(path) or Path(path).exists())
+    ]
+
+
 def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
     user, problems = spec.user, []
     shared = "://" in spec.storage or f"{spec.storage}/".startswith(f"{user.mount_point.rstrip('/')}/")
@@ -227,6 +244,10 @@ def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
         problems.append(f"provider.zone: {user.zone} does not lie in region {spec.region}")
     if user.reservation and spec.spot:
         problems.append("provider.reservation: reserved nodes are not spot nodes; drop it or set cluster.spot=false")
+    if target == "ray-up" and user.reservation and place_of(spec) not in ("aws", "gcp"):
+        problems.append("provider.reservation: only AWS and GCP files name one; drop it")
+    if target == "ray-up" and user.capacity_block and place_of(spec) != "aws":
+        problems.append("provider.capacity_block: only AWS has them; drop it")
     if user.capacity_block and not user.reservation:
         problems.append("provider.capacity_block: needs provider.reservation, the id of the block")
     return problems

@@ -87,11 +87,7 @@ def worker_environment(spec: ClusterSpec) -> list[str]:
         refused = f'{{ echo "EFA is not installed: no libnccl-net in {EFA}/ofi-nccl" >&2; exit 1; }}'
         return [
             *lines,
-            *(
-                [f'{plugin} || {{ echo "EFA is not installed: no libnccl-net in {EFA}/ofi-nccl" >&2; exit 1; }}']
-                if several
-                else []
-            ),
+            *([f"{plugin} || {refused}"] if several else []),
             "export FI_PROVIDER=efa NCCL_SOCKET_IFNAME=^docker,lo,veth",
             f"export LD_LIBRARY_PATH={EFA}/ofi-nccl/lib:{EFA}/ofi-nccl/lib/x86_64-linux-gnu:{EFA}/efa/lib:$LD_LIBRARY_PATH",
         ]

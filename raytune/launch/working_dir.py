@@ -16,6 +16,7 @@ from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_exclude
 
 from raytune.config.section import SECRET
 from raytune.errors import UserError
+from raytune.plan.hardware import HARDWARE, PACKAGED_HARDWARE
 from raytune.storage import local_errors
 from raytune.units import KIB, MIB, format_bytes
 
@@ -83,6 +84,8 @@ def contents(folder: Path) -> Contents:
         files = dict(_walk(folder, "", (), frozenset(), left))
         if "raytune/__init__.py" not in files:  # a folder with a config alone: the code comes from here
             files.update((f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", (), frozenset(), _Left()))
+            if HARDWARE.is_dir():  # of an editable installation, which has the catalogue beside the package
+                files.update((f"raytune/plan/{PACKAGED_HARDWARE.name}/{path.name}", path) for path in HARDWARE.glob("*.yaml"))
         for name, path in files.items():
             _refuse_secrets_in(name, path)
     return Contents(files=dict(sorted(files.items())), secrets=tuple(sorted(left.secrets)), runs=tuple(sorted(left.runs)))

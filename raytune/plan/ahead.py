@@ -154,6 +154,11 @@ def _candidate(config: RunConfig, shape: ModelShape, data: DataFacts, instance: 
     for nodes in _numbers_of_nodes(config, instance):
         try:
             plan = _plan(config, shape, data, instance, catalogue, nodes)
+            if plan.cost is None:
+                raise UserError(
+                    "Instance types are ranked by time and money, and the catalogue knows them for 16-bit training on GPUs only. "
+                    "Set training.precision to bf16 or fp16, and leave cluster.gpus_per_worker at its default."
+                )
             return Candidate(instance=instance, plan=plan, refusal=None)
         except PlanError as error:
             refusal = str(error)

@@ -234,6 +234,7 @@ def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> Cost
         num_steps=num_steps,
         step_s=fit.step_time.seconds,
         checkpoint_bytes=fit.checkpoint_bytes,
+        num_writers=1 if fit.zero_stage == 0 else machine.num_nodes,  # PlainEngine saves from rank 0 alone
     )
 
 

@@ -16,7 +16,14 @@ RESTART_S = 300.0
 
 
 def cost_of(
-    instance: Instance, *, num_nodes: int, is_spot: bool, num_steps: int, step_s: float, checkpoint_bytes: int
+    instance: Instance,
+    *,
+    num_nodes: int,
+    is_spot: bool,
+    num_steps: int,
+    step_s: float,
+    checkpoint_bytes: int,
+    num_writers: int,
 ) -> CostPlan:
     """Hours and dollars of all training steps, and the best time between saves.
 
@@ -27,12 +34,13 @@ def cost_of(
         num_steps: optimizer steps of the run.
         step_s: seconds of a step.
         checkpoint_bytes: of one checkpoint, over all ranks.
+        num_writers: nodes that write it.
     """
     hours = num_steps * step_s / 3600
     per_hour = instance.usd_per_hour * num_nodes
     spot = instance.spot_usd_per_hour
     spot_per_hour = None if spot is None else spot * num_nodes
-    save_s = checkpoint_bytes / (STORAGE_BYTES_PER_S * num_nodes)
+    save_s = checkpoint_bytes / (STORAGE_BYTES_PER_S * num_writers)
     between_s = 3600 * (HOURS_BETWEEN_PREEMPTIONS if is_spot else HOURS_BETWEEN_FAULTS) / num_nodes
     every_s = min(best_save_interval_s(save_s, between_s), 3600 * hours)
     lost_s = every_s / 2 + RESTART_S

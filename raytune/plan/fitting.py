@@ -169,7 +169,8 @@ def _way(
         chunk_tokens=chunk_tokens,
         memory=memory_parts(work),
         checkpoint_bytes=checkpoint_bytes(work),
-        step_time=step_time(work, speed, row_tokens) if speed else None,
+        # Rates of the catalogue are those of 16-bit products on GPUs.
+        step_time=step_time(work, speed, row_tokens) if speed and work.is_on_gpu and work.precision != "fp32" else None,
     )
 
 
@@ -291,6 +292,6 @@ def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str
         else "No single change fits: use more or larger machines, or a smaller model."
     )
     return (
-        f"The run does not fit: a worker needs at least {format_bytes(needed)} of {where}, and {format_bytes(limit)} "
-        f"({USABLE_SHARE:.0%}) can be used ({way.batch.equation}, ZeRO stage {way.zero_stage}: {listed}). {nearest}"
+        f"The run does not fit: a worker needs at least {format_bytes(needed)} of {where}, and {format_bytes(limit)} can be used "
+        f"({USABLE_SHARE:.0%}; {way.batch.equation}, ZeRO stage {way.zero_stage}: {listed}). {nearest}"
     )

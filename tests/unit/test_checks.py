@@ -343,7 +343,8 @@ def test_findings_are_a_table_with_fixes_and_a_count():
 
 def test_the_network_is_expected_to_be_that_of_the_instance_type_unless_said_otherwise() -> None:
     on_p5 = config_from({"cluster": {"instance": "p5.48xlarge"}}).cluster
-    assert expected_rate(None, on_p5) == load_catalogue().instance("p5.48xlarge").inter_bytes_per_s
+    assert expected_rate(None, on_p5) == 0.8 * load_catalogue().instance("p5.48xlarge").inter_bytes_per_s
+    assert expected_rate(None, config_from({"cluster": {"instance": "p5.48xlarge", "workers": 2}}).cluster) is None
     assert expected_rate("10GB/s", on_p5) == 10e9
     assert expected_rate(None, config_from({}).cluster) is None
     with pytest.raises(UserError, match="--expect"):

@@ -18,6 +18,7 @@ from raytune.launch.jobs import (
     Jobs,
     entrypoint_place,
     last_lines,
+    meant,
     named_target,
     progress_of,
     refuse_open,
@@ -87,6 +88,20 @@ def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path):
         facts = json.loads(done.stdout)
         assert (done.returncode, facts["error"]) == (2, "UserError"), done.stderr
         assert "Nothing was sent" in facts["message"]
+
+
+def test_a_runs_name_means_its_job_that_goes_on_before_a_newer_one_that_was_refused():
+    refused = replace(JOB, id="demo-2", run="demo", status="FAILED")
+    running, older = (
+        replace(JOB, id="demo-1", run="demo", status="RUNNING"),
+        replace(JOB, id="demo-0", run="demo", status="STOPPED"),
+    )
+    jobs = [refused, running, older]
+    assert meant(jobs, "demo") is running
+    assert meant(jobs, None) is running
+    assert meant(jobs, "demo-2") is refused
+    assert meant([refused, older], "demo") is refused
+    assert meant(jobs, "other") is None
 
 
 HEAD = {"node_id": "h", "is_head_node": True, "resources_total": {"memory": 1e9}}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,19 @@ def test_as_few_nodes_as_hold_the_job_are_counted() -> None:
 def test_what_holds_no_job_comes_last_with_the_reason() -> None:
     candidates = compare(job("70b-full-8-p5", "cluster.workers=1"), named_instances("p5.48xlarge,g5.xlarge"), TOKENS)
     assert [one.plan for one in candidates] == [None, None]
-    assert "No room for it on:\n  g5.xlarge: The run does not fit: a worker needs at least" in comparison_text(candidates)
+    lines = comparison_text(candidates).splitlines()
+    assert "No room for it on:" in lines
+    assert any(
+        re.fullmatch(r"  g5\.xlarge: The run does not fit: a worker needs at least .* can be used\.", line) for line in lines
+    )
+
+
+@pytest.mark.parametrize("slow", ["training.precision=fp32", "cluster.gpus_per_worker=0"])
+def test_what_the_catalogue_has_no_rates_for_gets_no_time_and_no_price(slow: str) -> None:
+    plan = plan_ahead(job("8b-lora-g6e", slow, "cluster.instance=p5.48xlarge"), TOKENS)
+    assert (plan.step_time, plan.cost) == (None, None)
+    with pytest.raises(UserError, match=r"16-bit training on GPUs only"):
+        compare(job("8b-lora-g6e", slow), named_instances("p5.48xlarge"), TOKENS)
 
 
 def test_machines_that_are_not_rented_come_after_those_with_a_price() -> None:

@@ -134,7 +134,7 @@ def test_no_other_interval_loses_less(save_s: float) -> None:
 
 def test_dollars_are_hours_times_nodes_times_price() -> None:
     instance = CATALOGUE.instance("p5en.48xlarge")
-    cost = cost_of(instance, num_nodes=2, is_spot=False, num_steps=1800, step_s=4.0, checkpoint_bytes=10**11)
+    cost = cost_of(instance, num_nodes=2, is_spot=False, num_steps=1800, step_s=4.0, checkpoint_bytes=10**11, num_writers=2)
     assert cost.hours == 2
     assert cost.usd == pytest.approx(4 * instance.usd_per_hour)
     assert instance.spot_usd_per_hour is not None
@@ -144,7 +144,7 @@ def test_dollars_are_hours_times_nodes_times_price() -> None:
 
 def test_spot_nodes_want_more_saves_and_lose_more_often() -> None:
     instance = CATALOGUE.instance("p5en.48xlarge")
-    facts: dict[str, Any] = {"num_nodes": 8, "num_steps": 50_000, "step_s": 4.0, "checkpoint_bytes": 10**12}
+    facts: dict[str, Any] = {"num_nodes": 8, "num_steps": 50_000, "step_s": 4.0, "checkpoint_bytes": 10**12, "num_writers": 8}
     spot, demand = (cost_of(instance, is_spot=is_spot, **facts) for is_spot in (True, False))
     assert spot.save_every_s < demand.save_every_s / 5
     assert spot.between_interruptions_s == 3 * 3600
@@ -153,5 +153,6 @@ def test_spot_nodes_want_more_saves_and_lose_more_often() -> None:
 
 
 def test_what_is_not_rented_costs_nothing() -> None:
-    cost = cost_of(CATALOGUE.instance("dgx-h100"), num_nodes=1, is_spot=False, num_steps=10, step_s=1, checkpoint_bytes=1)
+    instance = CATALOGUE.instance("dgx-h100")
+    cost = cost_of(instance, num_nodes=1, is_spot=False, num_steps=10, step_s=1, checkpoint_bytes=1, num_writers=1)
     assert (cost.usd, cost.spot_usd) == (0, None)

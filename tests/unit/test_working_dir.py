@@ -99,6 +99,8 @@ def test_a_circle_of_links_ends(tmp_path: Path):
 def test_a_folder_without_the_package_gets_it_and_a_checkout_takes_its_own(tmp_path: Path):
     alone = contents(write(tmp_path, **{"run.yaml": ""}))
     assert {"raytune/cli/__main__.py", "raytune/model/demo_base/model.safetensors"} <= alone.files.keys()
+    catalogue = {name.rpartition("/")[2] for name in alone.files if name.startswith("raytune/plan/hardware_files/")}
+    assert catalogue == {"gpus.yaml", "instances.yaml"}
     assert alone.command == ("python", "-m", "raytune.cli")
     checkout = contents(ROOT)
     assert checkout.files["raytune/cli/__main__.py"] == ROOT / "raytune" / "cli" / "__main__.py"

@@ -104,7 +104,7 @@ def machine_facts(storage: str | None = None) -> MachineFacts:
         driver_cuda=driver_cuda,
         torch_cuda=_torch_cuda(),
         nccl=_nccl(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=memory_bytes_here(),
         shared_memory_bytes=_free("/dev/shm") or 0,
         disks={"scratch": _disk(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())}
         | ({"storage": _disk(storage)} if storage else {}),
@@ -168,7 +168,7 @@ def _nccl() -> str | None:
     return None
 
 
-def _memory_bytes() -> int:
+def memory_bytes_here() -> int:
     """Of the machine, or of the container if that has less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
