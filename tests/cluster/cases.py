@@ -53,6 +53,8 @@ MARKETS: dict[str, dict[str, Any]] = {
     "spot": {"cluster": {"spot": True}},
     "reserved": {"provider": {"reservation": "cr-0a1b2c3d4e5f60718"}},
 }
+OFFERS = [(name, market) for name in INSTANCES for market in MARKETS if market != "reserved" or CLOUDS[name] in ("aws", "gcp")]
+"""What `ray up` files can ask for."""
 SIZES = {
     "7b": "meta-llama/Llama-2-7b-hf",
     "13b": "meta-llama/Llama-2-13b-hf",

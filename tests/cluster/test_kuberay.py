@@ -11,6 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from raytune.config.load import config_from
+from raytune.errors import UserError
 from raytune.launch.kuberay import CPUS_FOR_OTHERS
 from raytune.launch.provider import KUBERAY, Target
 from tests.cluster.cases import A100S, H100S, INSTANCES, MARKETS, SIZES, manifests_of, nodes_by_plan, spec_of, text_of
@@ -162,3 +163,16 @@ def test_names_keep_to_the_operators_limits(name: str) -> None:
         assert len(given) <= 47  # utils.MaxRayJobNameLength
         assert given[0].isalpha()
         assert given.replace("-", "").isalnum()
+
+
+@pytest.mark.parametrize(("section", "key"), [("data", "data.train"), ("model", "model.base")])
+def test_what_lies_in_this_folder_only_is_refused_since_no_pod_has_it(section: str, key: str) -> None:
+    relative = {"data": {"train": "./tickets.jsonl"}, "model": {"base": "./my-model"}}
+    with pytest.raises(UserError, match=rf"{key}: \./.* is relative to this folder"):
+        text_of("p5.48xlarge", "kuberay", **{section: relative[section]})
+
+
+def test_a_job_for_a_sweep_is_refused_because_it_would_train_one_run() -> None:
+    sections = {"sweep": {"space": {"adapter.rank": [4, 8]}}, "data": {"validation": "demo:validation"}}
+    with pytest.raises(UserError, match="This is a sweep"):
+        text_of("p5.48xlarge", "kuberay", **sections)

@@ -28,6 +28,7 @@ from tests.cluster.cases import (
     H100S,
     INSTANCES,
     MARKETS,
+    OFFERS,
     SIZES,
     data_of,
     nodes_by_plan,
@@ -46,8 +47,29 @@ def prepared(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("market", MARKETS)
-@pytest.mark.parametrize("instance", INSTANCES)
+@pytest.mark.parametrize(
+    ("instance", "provider", "refusal"),
+    [
+        ("Standard_ND96isr_H100_v5", {"reservation": "r-1"}, "reservation: only AWS and GCP"),
+        ("dgx-h100", {"reservation": "r-1"}, "reservation: only AWS and GCP"),
+        ("a3-megagpu-8g", {"reservation": "r-1", "capacity_block": True}, "capacity_block: only AWS"),
+    ],
+)
+def test_reservations_that_a_file_would_not_ask_for_are_refused(instance: str, provider: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(UserError, match=f"provider.{refusal}"):
+        text_of(instance, provider=provider)
+
+
+def test_a_file_is_written_into_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    overrides = ["cluster.instance=p5.48xlarge", "storage=/shared/runs", "provider.client_cidr=203.0.113.0/24"]
+    overrides.append("provider.network=vpc-0a1b2c3d")
+    target = tmp_path / "new" / "network.yaml"
+    done = CliRunner().invoke(cli, ["cluster", "render", *overrides, "--target", "network", "--output", str(target)])
+    assert done.exit_code == 0, done.output
+    assert "203.0.113.0/24" in target.read_text()
+
+
+@pytest.mark.parametrize(("instance", "market"), OFFERS)
 def test_ray_accepts_every_file(instance: str, market: str) -> None:
     config = prepared(data_of(instance, **copy.deepcopy(MARKETS[market])))
     workers = [node for name, node in config["available_node_types"].items() if name != "head"]
