@@ -32,6 +32,7 @@ from raytune.sweeps.ledger import Ledger, read_ledger
 from raytune.sweeps.results import SweepResult
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import against_trial, winner_config
+from raytune.training.commit import committed
 from tests.tiny import tiny_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -302,7 +303,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240
-        while len(read_ledger(folder.ledger).ends) < 3:
+        while len(read_ledger(folder.ledger).ends) < 3 or not any(is_past_its_checkpoint(run) for run in running_in(folder)):
             assert driver.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -311,7 +312,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster
         driver.wait()
     before = read_ledger(folder.ledger)
     finished = set(before.ends)
-    running = [name for name in before.trials if name not in finished]
+    running = running_in(folder)
     attempts = {name: RunRecord.read(folder.trial(name)).attempts for name in finished}  # pyright: ignore[reportOptionalMemberAccess]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -323,10 +324,22 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster
     result = SweepResult.from_json(read_json(folder.result))
     assert result.best is not None
     assert math.isfinite(result.best.value or math.nan)
-    resumed_steps = [step for name in running for step in resumes(folder.trial(name))]
+    resumed_steps = [step for run in running for step in resumes(run)]
     assert max(resumed_steps) > 0, "a trial that was running went on from its checkpoint"
     with connected(cluster):
         assert is_all_free()
+
+
+def running_in(folder: SweepFolder) -> list[RunFolder]:
+    """The trials that have begun and not ended."""
+    ledger = read_ledger(folder.ledger)
+    return [folder.trial(name) for name in ledger.trials if name not in ledger.ends]
+
+
+def is_past_its_checkpoint(run: RunFolder) -> bool:
+    """Whether it trained on after a save, so that the sweep has let it live beyond that rung."""
+    saved = [commit.step for commit in committed(run)]
+    return bool(saved) and History.read(run.metrics).last_step > saved[-1]
 
 
 def resumes(run: RunFolder) -> list[int]:

@@ -230,3 +230,10 @@ def without_token(home: Path) -> dict[str, str]:
 def launch(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(LAUNCH), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_sweep_is_not_sent_to_be_trained_as_one_run(tmp_path: Path):
+    config = tmp_path / "sweep.yaml"
+    config.write_text("storage: /shared\ndata: {validation: demo:validation}\nsweep: {space: {adapter.rank: [4, 8]}}\n")
+    with pytest.raises(UserError, match="This is a sweep"):
+        submit(NO_CLUSTER, "train", [str(config)], [], working_dir=tmp_path, name=None)
