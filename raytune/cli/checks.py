@@ -10,8 +10,8 @@ from raytune.cli.group import as_json_option, debug_option, files_and_overrides
 from raytune.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
+    from raytune.clusters.checks.finding import Finding
     from raytune.config.cluster import ClusterSection
-    from raytune.launch.checks.finding import Finding
 
 
 @click.command()
@@ -34,7 +34,7 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
     config = load_config(files, overrides) if files else config_from({}, overrides)
     expected = expected_rate(expect, config.cluster)
 
-    from raytune.launch.preflight import examine_cluster
+    from raytune.clusters.preflight import examine_cluster
     from raytune.storage import absolute
 
     storage = absolute(config.storage) if "storage" in config.model_fields_set else None
@@ -50,7 +50,7 @@ def doctor(storage: str | None, as_json: bool) -> None:
 
     Exit code 0: nothing failed. 1: something did; each line says what to do.
     """
-    from raytune.launch.doctor import examine_this_machine
+    from raytune.clusters.doctor import examine_this_machine
 
     _show_findings(examine_this_machine(storage), as_json)
 
@@ -75,7 +75,7 @@ def expected_rate(text: str | None, section: "ClusterSection") -> float | None:
 
 
 def _show_findings(findings: "Sequence[Finding]", as_json: bool) -> None:
-    from raytune.launch.checks.finding import findings_json, findings_text, worst
+    from raytune.clusters.checks.finding import findings_json, findings_text, worst
 
     click.echo(json.dumps(findings_json(findings)) if as_json else findings_text(findings))
     if worst(findings) == "fail":

@@ -28,10 +28,10 @@ def cluster() -> None:
 @debug_option
 def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None, as_json: bool) -> None:
     """Write the cluster of a run (its sections cluster and provider) as a commented file. Calls no cloud."""
+    from raytune.clusters.kuberay import kuberay_yaml
+    from raytune.clusters.provider import KUBERAY, cluster_spec
+    from raytune.clusters.ray_up import ray_up_text
     from raytune.config.load import load_config
-    from raytune.launch.kuberay import kuberay_yaml
-    from raytune.launch.provider import KUBERAY, cluster_spec
-    from raytune.launch.ray_up import ray_up_text
     from raytune.plan.hardware import load_catalogue
     from raytune.storage import write_bytes
 
@@ -50,7 +50,7 @@ def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None,
 @debug_option
 def cluster_up(cluster_file: Path) -> None:
     """Start or update the cluster of a rendered file: `ray up`, with a token made before if there is none."""
-    from raytune.launch.ray_up import up
+    from raytune.clusters.ray_up import up
 
     up(cluster_file)
 
@@ -60,6 +60,6 @@ def cluster_up(cluster_file: Path) -> None:
 @debug_option
 def cluster_down(cluster_file: Path) -> None:
     """End the cluster of a rendered file: `ray down`."""
-    from raytune.launch.ray_up import down
+    from raytune.clusters.ray_up import down
 
     down(cluster_file)

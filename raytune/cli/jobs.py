@@ -9,7 +9,7 @@ import click
 from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, run_arguments
 
 if TYPE_CHECKING:
-    from raytune.launch.jobs import Job, Jobs
+    from raytune.clusters.jobs import Job, Jobs
 
 target_option = click.option(
     "--target",
@@ -48,7 +48,7 @@ def submit(
 
     Exit codes are those of `train` (0, 1, 2, 10); 143: the job was stopped; 130: you left it.
     """
-    from raytune.launch import jobs
+    from raytune.clusters import jobs
 
     cluster = jobs.Jobs(target, insecure=insecure)
     job, left_out = jobs.submit(cluster, verb, *files_and_overrides(arguments), working_dir=working_dir, name=name)
@@ -77,7 +77,7 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
     import time
     from dataclasses import asdict
 
-    from raytune.launch import jobs
+    from raytune.clusters import jobs
 
     cluster = jobs.Jobs(target, insecure=insecure)
     found = [cluster.find(name)] if name else cluster.all()
@@ -101,7 +101,7 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
 @debug_option
 def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tail: int | None, as_json: bool) -> None:
     """Print what a job has written; the newest job's without a name."""
-    from raytune.launch import jobs
+    from raytune.clusters import jobs
 
     cluster = jobs.Jobs(target, insecure=insecure)
     job = cluster.find(name)
@@ -125,7 +125,7 @@ def stop(name: str, target: str | None, insecure: bool, as_json: bool) -> None:
 
     Exit code 0: it has ended. 10: it has not yet.
     """
-    from raytune.launch import jobs
+    from raytune.clusters import jobs
 
     cluster = jobs.Jobs(target, insecure=insecure)
     job = cluster.stop(cluster.find(name).id)

@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets, trained_turns
 from raytune.errors import DataError, ModelError
-from raytune.plan.shapes import model_files
+from raytune.plan.base_model import model_files
 
 TEMPLATES_FOLDER = Path(__file__).with_name("templates")
 SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))

@@ -17,7 +17,7 @@ from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
-from raytune.launch.checks.facts import memory_bytes_here
+from raytune.launch.host import memory_bytes_here
 from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine

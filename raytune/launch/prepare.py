@@ -7,12 +7,12 @@ from raytune.data.build import ParallelMap
 from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
 from raytune.model.files import resolve_model_path
+from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import read_model_shape
 from raytune.storage import absolute
 
 
@@ -48,12 +48,13 @@ class Preparation:
             catalogue = load_catalogue()
             instance = catalogue.instance(config.cluster.instance)
             machine = machine.known_as(instance, catalogue.gpu_of(instance))
-        shape = read_model_shape(config.model.base, config.model.revision)
-        model_path = resolve_model_path(config.model.base, config.model.revision)
+        model = config.model
+        shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+        model_path = resolve_model_path(model.base, model.revision)
         check_before_data(config, shape, machine)
         storage = absolute(config.storage)
         row_length = choose_row_length(config, shape)
-        read = [config.data, config.model, config.evaluation.generation, row_length, storage]
+        read = [config.data, model, config.evaluation.generation, row_length, storage]
         if (key := repr(read)) not in self._data:
             builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map)
             self._data[key] = builder.build(), builder.questions()

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.data.demo import demo_rows, echo_rows
-from raytune.plan.shapes import DEMO_BASE
+from raytune.plan.base_model import DEMO_BASE
 
 # Shapes: B rows, T tokens.
 

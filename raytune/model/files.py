@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from raytune.errors import ModelError
-from raytune.plan.shapes import DEMO
+from raytune.plan.base_model import DEMO
 
 
 def resolve_model_path(base: str, revision: str | None) -> str:
-    """Where transformers finds a base: `demo` as it is (`plan.shapes.model_files` finds it on
+    """Where transformers finds a base: `demo` as it is (`plan.base_model.model_files` finds it on
     each machine), an absolute path for a folder, else the hub id.
 
     Raises:

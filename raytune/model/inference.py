@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.model.dtypes import DTYPES
 from raytune.model.quantize import quantization_config
+from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import model_files
 
 
 def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterator[PreTrainedModel | PeftModel]:

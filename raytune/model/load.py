@@ -33,8 +33,8 @@ from raytune.model.dtypes import DTYPES
 from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
 from raytune.model.quantize import is_quantized, quantization_config
+from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import ModelPlan
-from raytune.plan.shapes import model_files
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -105,7 +105,8 @@ def _load_base(
     model: ModelPlan, adapter: Adapter, device: torch.device, shard: Callable[[nn.Parameter], None] | None
 ) -> PreTrainedModel:
     config = load_config(model.path, model.revision, model.trust_remote_code)
-    check_attention(_model_class(model, config), config, model.attention)
+    own_class = model_class(model.path, config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    check_attention(own_class, config, model.attention)
     arguments: dict[str, Any] = {}
     if isinstance(adapter, QloraAdapter):
         arguments["quantization_config"] = quantization_config(adapter, model)
@@ -136,14 +137,21 @@ def _load_base(
     return loaded
 
 
-def _model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedModel]:
+def model_class(
+    path: str, config: PretrainedConfig, *, revision: str | None = None, trust_remote_code: bool = False
+) -> type[PreTrainedModel]:
+    """The class of a causal language model.
+
+    Raises:
+        ModelError: if there is none for this config.
+    """
     known: Any = AutoModelForCausalLM._model_mapping
     if type(config) in known:
         return known[type(config)]
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    if reference is None or not model.trust_remote_code:
-        raise ModelError(f"{model.path} is of type {config.model_type}, which is not a causal language model.")
-    return get_class_from_dynamic_module(reference, model.path, revision=model.revision)
+    if reference is None or not trust_remote_code:
+        raise ModelError(f"{path} is of type {config.model_type}, which is not a causal language model.")
+    return get_class_from_dynamic_module(reference, path, revision=revision)
 
 
 def _check_quantised_base(model: ModelPlan, config: PretrainedConfig, adapter: Adapter) -> None:

@@ -31,7 +31,7 @@ from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_
 from raytune.model.files import resolve_model_path
 from raytune.model.load import load_config, load_tokenizer
 from raytune.model.quantize import as_seen_in_training
-from raytune.plan.shapes import model_files
+from raytune.plan.base_model import model_files
 
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 

@@ -67,7 +67,7 @@ def plan_ahead(config: RunConfig, num_tokens: int | None = None) -> RunPlan:
     assert config.cluster.instance is not None
     catalogue = load_catalogue()
     instance = catalogue.instance(config.cluster.instance)
-    shape = planned_shape(config.model.base, config.model.revision)
+    shape = planned_shape(config.model.base, config.model.revision, trust_remote_code=config.model.trust_remote_code)
     data = assumed_data(config, choose_row_length(config, shape), num_tokens)
     return _plan(config, shape, data, instance, catalogue, config.cluster.nodes)
 
@@ -84,7 +84,7 @@ def compare(config: RunConfig, instances: Iterable[Instance], num_tokens: int | 
         UserError: if the config asks for what no machine could do.
     """
     catalogue = load_catalogue()
-    shape = planned_shape(config.model.base, config.model.revision)
+    shape = planned_shape(config.model.base, config.model.revision, trust_remote_code=config.model.trust_remote_code)
     data = assumed_data(config, choose_row_length(config, shape), num_tokens)
     candidates = [_candidate(config, shape, data, instance, catalogue) for instance in instances]
     return sorted(candidates, key=lambda one: (one.usd is None, not one.usd, one.usd or 0.0, one.instance.name))

@@ -1,7 +1,7 @@
 """From a config, a model's shape, the machines and the data to a `RunPlan`, in which no "auto" is left. Pure.
 
-A launcher calls, in this order: `shapes.read_model_shape`, `requirements.check_before_data`, `requirements.choose_row_length`;
-then it builds the stores, and then calls `choose_plan`.
+A launcher calls, in this order: `base_model.read_model_shape`, `requirements.check_before_data`,
+`requirements.choose_row_length`; then it builds the stores, and then calls `choose_plan`.
 """
 
 import math

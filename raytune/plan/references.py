@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune.errors import ModelError
-from raytune.plan.shapes import ModelShape, model_shape, read_model_shape
+from raytune.plan.architectures import model_shape
+from raytune.plan.base_model import default_hub_cache, find_config, read_model_shape
+from raytune.plan.shapes import ModelShape
 
 
 def _decoder(
@@ -93,17 +95,18 @@ REFERENCES: dict[str, dict[str, Any]] = {
 """By hub id."""
 
 
-def planned_shape(base: str, revision: str | None = None, hub_cache: Path | None = None) -> ModelShape:
+def planned_shape(
+    base: str, revision: str | None = None, hub_cache: Path | None = None, *, trust_remote_code: bool = False
+) -> ModelShape:
     """The shape of `model.base` for a plan that loads nothing: from its config.json, or from the table where that is not here.
 
     Raises:
-        ModelError: if neither is.
+        ModelError: if neither is, or there is no plan for such a model.
     """
     try:
-        return read_model_shape(base, revision, hub_cache)
+        find_config(base, revision, hub_cache or default_hub_cache())
     except ModelError as error:
         if base in REFERENCES and not Path(base).exists():
             return model_shape(REFERENCES[base], f"raytune's table of {base}")
-        if (Path(base) / "config.json").is_file():
-            raise
         raise ModelError(f"{error} A plan alone also knows: {', '.join(REFERENCES)}.") from error
+    return read_model_shape(base, revision, hub_cache, trust_remote_code=trust_remote_code)

@@ -9,12 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
-FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "launch", "sweeps", "report", "api", "cli"]
+FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "launch", "sweeps", "report", "clusters", "api", "cli"]
 OWNERS = {
     "deepspeed": {"training/zero_engine.py"},
     "ray": {
         "training/worker.py",
         "launch/",
+        "clusters/working_dir.py",
+        "clusters/jobs.py",
+        "clusters/preflight.py",
+        "clusters/checks/",
         "sweeps/search.py",
         "sweeps/schedule.py",
         "sweeps/trainable.py",
@@ -29,7 +33,7 @@ OWNERS = {
     "click": {"cli/"},
     "rich": {"launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
     "matplotlib": {"report/figures.py"},
-    "jinja2": {"data/template.py", "launch/provider.py", "report/sweep_page.py"},
+    "jinja2": {"data/template.py", "clusters/provider.py", "report/sweep_page.py"},
 }
 
 

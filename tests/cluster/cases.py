@@ -4,10 +4,10 @@ from typing import Any
 
 import yaml
 
+from raytune.clusters.kuberay import kuberay_yaml
+from raytune.clusters.provider import KUBERAY, ClusterSpec, Target, cluster_spec
+from raytune.clusters.ray_up import ray_up_text
 from raytune.config.load import config_from
-from raytune.launch.kuberay import kuberay_yaml
-from raytune.launch.provider import KUBERAY, ClusterSpec, Target, cluster_spec
-from raytune.launch.ray_up import ray_up_text
 from raytune.plan.ahead import compare
 from raytune.plan.hardware import load_catalogue
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from raytune.clusters.kuberay import CPUS_FOR_OTHERS
+from raytune.clusters.provider import KUBERAY, Target
 from raytune.config.load import config_from
 from raytune.errors import UserError
-from raytune.launch.kuberay import CPUS_FOR_OTHERS
-from raytune.launch.provider import KUBERAY, Target
 from tests.cluster.cases import A100S, H100S, INSTANCES, MARKETS, SIZES, manifests_of, nodes_by_plan, spec_of, text_of
 
 CRDS = Path(__file__).parent / "crds"

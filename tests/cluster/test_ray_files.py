@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raytune.cli import cli
+from raytune.clusters.provider import KUBERAY, cluster_name, cluster_spec
 from raytune.config.load import config_from
 from raytune.errors import UserError
-from raytune.launch.provider import KUBERAY, cluster_name, cluster_spec
 from raytune.plan.hardware import load_catalogue
 from tests.cluster.cases import (
     A100S,

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from raytune.clusters.provider import KUBERAY, Target
+from raytune.clusters.ray_up import make_token
 from raytune.config.problems import ConfigError
-from raytune.launch.provider import KUBERAY, Target
-from raytune.launch.ray_up import make_token
 from tests.cluster.cases import CLIENT, CLOUDS, FAMILIES, INSTANCES, data_of, manifests_of, spec_of, text_of
 
 IN_CLOUDS = [instance for instance in INSTANCES if CLOUDS[instance] != "on-prem"]

@@ -40,11 +40,12 @@ from raytune.data.template import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import UserError
 from raytune.model.attention import available_attention
 from raytune.model.demo import demo_tokenizer
+from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.memory import bytes_in
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import ModelShape, read_model_shape
+from raytune.plan.shapes import ModelShape
 from raytune.training.loop import StepResult, training_steps
 from raytune.training.recorder import peak_memory_bytes
 from raytune.training.start import prepare_process, start_engine

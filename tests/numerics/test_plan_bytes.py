@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune.config.adapter import Adapter, FullAdapter
 from raytune.plan.adapter_size import trained_size
+from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import BYTES, Workload, checkpoint_bytes, layer_activation_bytes, memory_parts
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import STAGES
 from raytune.plan.run_plan import RunPlan, ZeroStage
-from raytune.plan.shapes import read_model_shape
 from tests.numerics.measured_bytes import measure_all
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, Change, Material, make_material, make_plan, run

@@ -3,10 +3,12 @@
 from typing import Any
 
 from raytune.config.run import RunConfig
+from raytune.plan.architectures import model_shape
+from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.run_plan import RunPlan, StorePlan
-from raytune.plan.shapes import ModelShape, model_shape, read_model_shape
+from raytune.plan.shapes import ModelShape
 from raytune.units import GIB
 
 CPU = Machine(

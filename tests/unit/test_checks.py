@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.cli.checks import expected_rate
-from raytune.config.load import config_from
-from raytune.errors import UserError
-from raytune.launch.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, SeatFacts, machine_facts, seat_facts
-from raytune.launch.checks.finding import Finding, fail, findings_json, findings_text, ok, over_nodes, warn, worst
-from raytune.launch.checks.judge import judge_machine, judge_seat
-from raytune.launch.checks.nodes import (
+from raytune.clusters.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, SeatFacts, machine_facts, seat_facts
+from raytune.clusters.checks.finding import Finding, fail, findings_json, findings_text, ok, over_nodes, warn, worst
+from raytune.clusters.checks.judge import judge_machine, judge_seat
+from raytune.clusters.checks.nodes import (
     ClockReading,
     Reduction,
     is_slow,
@@ -28,6 +26,8 @@ from raytune.launch.checks.nodes import (
     nodes_apart,
     rounds_of_pairs,
 )
+from raytune.config.load import config_from
+from raytune.errors import UserError
 from raytune.plan.hardware import load_catalogue
 from raytune.units import GIB, MIB
 

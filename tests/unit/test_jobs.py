@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune.errors import ClusterError, UserError
-from raytune.launch.jobs import (
+from raytune.clusters.jobs import (
     Job,
     Jobs,
     entrypoint_place,
@@ -25,6 +24,7 @@ from raytune.launch.jobs import (
     status_text,
     submit,
 )
+from raytune.errors import ClusterError, UserError
 from raytune.launch.record import RunRecord
 from raytune.run_folder import RunFolder
 

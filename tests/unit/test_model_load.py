@@ -17,8 +17,8 @@ from raytune.model.demo import demo_base_path
 from raytune.model.files import resolve_model_path
 from raytune.model.load import load_config, load_model, load_tokenizer
 from raytune.model.quantize import quantized_modules
+from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import ModelPlan
-from raytune.plan.shapes import model_files
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from raytune.config.adapter import FullAdapter, LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.plan.adapter_size import target_modules, trained_size
-from raytune.plan.shapes import model_shape
+from raytune.plan.architectures import model_shape
 from tests.unit.test_plan_shapes import CONFIGS
 
 FAMILIES = ["llama with biases", "gemma3", "phi3", "gpt2", "gpt_neox", "qwen2"]

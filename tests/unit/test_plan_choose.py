@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raytune.errors import DataError, PlanError, UserError
+from raytune.plan.architectures import model_shape
 from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import ModelShape, model_shape
+from raytune.plan.shapes import ModelShape
 from raytune.training.timetable import Timetable
 from raytune.units import GIB, MIB
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, LLAMA_3_70B, config, data, gpus, planned

@@ -12,6 +12,7 @@ from raytune.config.training import Optimizer, Precision
 from raytune.model.adapters import add_adapter
 from raytune.model.demo import demo_config
 from raytune.plan.adapter_size import trained_size
+from raytune.plan.architectures import model_shape
 from raytune.plan.memory import (
     Workload,
     bytes_in,
@@ -20,7 +21,7 @@ from raytune.plan.memory import (
     layer_activation_bytes,
     memory_parts,
 )
-from raytune.plan.shapes import ModelShape, model_shape
+from raytune.plan.shapes import ModelShape
 from raytune.training.engine import PlainEngine
 from raytune.training.optimizer import build_optimizer
 from raytune.units import MIB

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from raytune.clusters.working_dir import contents, looks_secret, pack, path_in_job
 from raytune.errors import UserError
-from raytune.launch.working_dir import contents, looks_secret, pack, path_in_job
 
 ROOT = Path(__file__).parents[2]
 

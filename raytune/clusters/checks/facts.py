@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from raytune.errors import RaytuneError
+from raytune.launch.host import memory_bytes_here
 from raytune.storage import free_bytes, is_local
 from raytune.units import MIB
 from raytune.versions import library_versions
@@ -166,16 +167,6 @@ def _nccl() -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def memory_bytes_here() -> int:
-    """Of the machine, or of the container if that has less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
-    return min(machine, int(limit)) if limit.isdecimal() else machine
 
 
 def _free(path: str) -> int | None:

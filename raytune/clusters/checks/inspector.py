@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import ray
 
+from raytune.clusters.checks.facts import MachineFacts, machine_facts
 from raytune.errors import RaytuneError
-from raytune.launch.checks.facts import MachineFacts, machine_facts
 from raytune.storage import exists, is_local, read_bytes, remove_empty_folder, remove_folder, write_bytes
 
 FOLDER = ".raytune-preflight"

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune.launch.checks.facts import MachineFacts
-from raytune.launch.checks.finding import Finding, fail, ok, warn
+from raytune.clusters.checks.facts import MachineFacts
+from raytune.clusters.checks.finding import Finding, fail, ok, warn
 from raytune.units import format_bytes
 
 # Below these shares of what the network should give. Published all-reduce figures reach 80 to 90 % of the line.

@@ -26,10 +26,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
+from raytune.clusters.working_dir import contents, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
 from raytune.launch.record import RunRecord, read_plan
-from raytune.launch.working_dir import contents, pack, path_in_job
 from raytune.metrics import History
 from raytune.run_folder import RunFolder
 from raytune.storage import is_local

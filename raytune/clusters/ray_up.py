@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune.clusters.provider import ClusterSpec, Target, place_of, render
 from raytune.config.problems import ConfigError, Place
 from raytune.config.yaml_nodes import read_nodes
 from raytune.errors import ClusterError, UserError
-from raytune.launch.provider import ClusterSpec, Target, place_of, render
 
 NCCL_PROFILES = {"tcpx": "/var/lib/tcpx/lib64/nccl-env-profile.sh", "tcpxo": "/var/lib/tcpxo/lib64/nccl-env-profile.sh"}
 """Where Google's installers put NCCL's environment."""

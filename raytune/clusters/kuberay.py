@@ -1,6 +1,6 @@
 """KubeRay manifests of a cluster: a RayJob that runs one run and goes, or a RayCluster that stays."""
 
-from raytune.launch.provider import ClusterSpec, Target, render
+from raytune.clusters.provider import ClusterSpec, Target, render
 from raytune.units import GIB
 
 SPOT_LABELS = {

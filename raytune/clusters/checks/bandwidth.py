@@ -14,8 +14,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytune.clusters.checks.nodes import Reduction
 from raytune.errors import ClusterError
-from raytune.launch.checks.nodes import Reduction
 from raytune.launch.waiting import wait_for
 from raytune.units import GIB, MIB, format_seconds
 

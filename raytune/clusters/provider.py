@@ -24,7 +24,7 @@ from raytune.units import GIB
 Target = Literal["ray-up", "network", "kuberay", "kuberay-cluster"]
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "cluster"
-PACKAGED_TEMPLATES = Path(__file__).resolve().parent / "cluster_files"
+PACKAGED_TEMPLATES = Path(__file__).resolve().parent / "templates"
 """Where an installed wheel has them (pyproject.toml, force-include)."""
 
 FAMILIES = {

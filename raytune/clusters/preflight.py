@@ -14,14 +14,12 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune.config.cluster import ClusterSection
-from raytune.errors import ClusterError
-from raytune.launch.checks.bandwidth import Ranks, ReductionError, ranks_on_cluster
-from raytune.launch.checks.facts import MachineFacts
-from raytune.launch.checks.finding import Finding, fail, over_nodes, warn
-from raytune.launch.checks.inspector import Inspector
-from raytune.launch.checks.judge import judge_machine
-from raytune.launch.checks.nodes import (
+from raytune.clusters.checks.bandwidth import Ranks, ReductionError, ranks_on_cluster
+from raytune.clusters.checks.facts import MachineFacts
+from raytune.clusters.checks.finding import Finding, fail, over_nodes, warn
+from raytune.clusters.checks.inspector import Inspector
+from raytune.clusters.checks.judge import judge_machine
+from raytune.clusters.checks.nodes import (
     ClockReading,
     Reduction,
     is_slow,
@@ -35,6 +33,8 @@ from raytune.launch.checks.nodes import (
     judge_versions,
     rounds_of_pairs,
 )
+from raytune.config.cluster import ClusterSection
+from raytune.errors import ClusterError
 from raytune.launch.cluster import joined, nodes_for_workers
 from raytune.units import format_seconds
 

@@ -1,0 +1,241 @@
+"""The shape of a model that `plan/architectures.py` has no reader for, from what transformers builds on the meta device.
+
+A process of its own, because a plan loads neither torch nor transformers:
+
+    python -m raytune.model.meta_shape FOLDER [--trust-remote-code]
+
+FOLDER holds a `config.json`. Printed is a JSON object: `{"shape": ...}`, or `{"error": ...}` where a plan's formulas do not hold.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from raytune.errors import ModelError
+from raytune.model.load import load_config, model_class
+from raytune.plan.shapes import ModelShape, Module
+
+UNBOUNDED_POSITIONS = 1 << 20
+"""Of models that set no bound, such as those that attend by distance (ALiBi)."""
+_BOUNDS = ("max_position_embeddings", "max_seq_len")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+_EXPERT_MATRICES = {"gate_up_proj", "down_proj"}
+"""Of experts as transformers 5 holds them: each matrix of all experts is one parameter."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the shape, or why there is none."""
+    with redirect_stdout(sys.stderr):  # what libraries print while they build is not the answer
+        answer = _answer(arguments[0], "--trust-remote-code" in arguments[1:])
+    sys.stdout.write(json.dumps(answer))
+
+
+def _answer(folder: str, trust_remote_code: bool) -> dict[str, Any]:
+    try:
+        shape = shape_of(meta_model(folder, trust_remote_code=trust_remote_code))
+    except ModelError as error:
+        return {"error": str(error)}
+    return {"shape": TypeAdapter(ModelShape).dump_python(shape, mode="json")}
+
+
+def meta_model(folder: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a folder's `config.json` describes, without storage.
+
+    Raises:
+        ModelError: if transformers has no decoder of that type, or cannot build it.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model_class(folder, config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the code of an architecture says of numbers that it cannot build
+        what = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{folder}: transformers cannot build a {config.model_type} model from config.json ({what}).") from error
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """What a plan asks about a model.
+
+    Raises:
+        ModelError: with the first thing that the plan's formulas do not cover.
+    """
+    try:
+        return _shape(model, model.config.get_text_config(decoder=True))
+    except _NotCovered as reason:
+        raise ModelError(
+            f"raytune cannot plan this {model.config.model_type} model: {reason}. It plans decoders whose layers are alike, "
+            f"each of attention (queries, keys, values, one way out) and an MLP or a mixture of experts. Set model.base to such "
+            f"a model." + (" A text-only checkpoint of this one may do." if hasattr(model.config, "text_config") else "")
+        ) from None
+
+
+class _NotCovered(Exception):
+    """Why the plan's formulas would not hold."""
+
+
+def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
+    if getattr(config, "is_heterogeneous", False):  # then a number of the config may be another in each layer
+        raise _NotCovered("its config has settings per layer")
+    hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
+    head_dim: int = getattr(config, "head_dim", None) or hidden // heads
+    layers_name, layers = _largest_list(model)
+    layer = _layer(layers_name, layers, config)
+    embeddings, final_norm, head = _around(model, layers_name, config)
+    intermediate, has_gate = _mlp(layer, hidden)
+    return ModelShape(
+        model_type=model.config.model_type,
+        num_layers=len(layers),
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=_kv_heads(layer, config, hidden, heads * head_dim, head_dim),
+        head_dim=head_dim,
+        vocab=head.outputs,
+        max_positions=next((n for key in _BOUNDS if (n := getattr(config, key, None))), UNBOUNDED_POSITIONS),
+        has_gate=has_gate,
+        is_tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        layers_name=layers_name,
+        layer=layer,
+        embeddings=embeddings,
+        final_norm=final_norm,
+        head=head,
+    )
+
+
+def _number(config: PretrainedConfig, key: str) -> int:
+    value = getattr(config, key, None)
+    if not isinstance(value, int):
+        raise _NotCovered(f"its config has no {key}")
+    return value
+
+
+def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's layers, under their name."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise _NotCovered("its layers are in no list")
+    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def _layer(layers_name: str, layers: Iterable[nn.Module], config: PretrainedConfig) -> tuple[Module, ...]:
+    """The modules that every layer has."""
+    first, *others = (_modules(layer, config) for layer in layers)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            names = ", ".join(sorted({module.name for module in {*first} ^ {*other}}))
+            raise _NotCovered(f"{layers_name}.{index} and {layers_name}.0 differ in {names}")
+    has_experts = any(module.kind == "experts" for module in first)
+    for module in first:
+        if module.kind == "embedding" or (module.kind == "router" and not has_experts):
+            raise _NotCovered(f"{layers_name}.0.{module.name} is neither a linear layer nor a norm")
+    return first
+
+
+def _around(model: PreTrainedModel, layers_name: str, config: PretrainedConfig) -> tuple[tuple[Module, ...], Module, Module]:
+    """Embeddings with norms of theirs, the norm behind the layers, and the head."""
+    found = [module for module in _modules(model, config) if not module.name.startswith(f"{layers_name}.")]
+    head_layer = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if module is head_layer), None)
+    heads = [module for module in found if module.name == head_name and module.kind in ("attention", "mlp")]
+    if len(heads) != 1:
+        raise _NotCovered("its head is not a linear layer")
+    norms = [module for module in found if module.kind == "norm"]
+    embeddings = [module for module in found if module.kind == "embedding"]
+    others = [module for module in found if module not in (*heads, *norms, *embeddings)]
+    if others or not norms or not embeddings:
+        names = ", ".join(module.name for module in others) or "no norm or no embedding"
+        raise _NotCovered(f"outside its layers it has {names}")
+    return (*embeddings, *norms[:-1]), norms[-1], replace(heads[0], kind="head")
+
+
+def _modules(root: nn.Module, config: PretrainedConfig) -> tuple[Module, ...]:
+    """All that hold weights themselves, under their names in `root`."""
+    return tuple(
+        _module(name, module, config)
+        for name, module in root.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    )
+
+
+def _module(name: str, module: nn.Module, config: PretrainedConfig) -> Module:
+    """What a module holds itself, beside what its own modules hold. A matrix in a class of its own is taken for a router's."""
+    parameters = dict(module.named_parameters(recurse=False))
+    weights = {key: parameter for key, parameter in parameters.items() if not key.endswith("bias")}
+    num_weights = sum(parameter.numel() for parameter in weights.values())
+    num_biases = sum(parameter.numel() for parameter in parameters.values()) - num_weights
+    dimensions = max((parameter.dim() for parameter in weights.values()), default=1)
+    if isinstance(module, nn.Embedding):
+        rows, width = module.weight.shape
+        return Module(name=name, kind="embedding", inputs=rows, outputs=width)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        outputs, inputs = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
+        kind = "attention" if "attn" in name or "attention" in name else "mlp"
+        return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases)
+    if dimensions == 1 or "norm" in type(module).__name__.lower():
+        return Module(name=name, kind="norm", inputs=1, outputs=num_weights, num_biases=num_biases)
+    if weights.keys() == _EXPERT_MATRICES and dimensions == 3:
+        copies = len(weights["down_proj"])
+        width = num_weights // copies // _number(config, "hidden_size")
+        per_token = next((n for key in _EXPERTS_PER_TOKEN if (n := getattr(config, key, None))), None)
+        if per_token is None:
+            raise _NotCovered(f"its config does not say how many experts of {name} a token passes through")
+        return Module(
+            name=name,
+            kind="experts",
+            inputs=_number(config, "hidden_size"),
+            outputs=width,
+            num_biases=num_biases,
+            copies=copies,
+            copies_per_token=per_token,
+        )
+    if len(weights) == 1 and dimensions == 2:
+        outputs, inputs = next(iter(weights.values())).shape
+        return Module(name=name, kind="router", inputs=inputs, outputs=outputs, num_biases=num_biases)
+    sizes = ", ".join(f"{key} {'x'.join(map(str, parameter.shape))}" for key, parameter in parameters.items())
+    raise _NotCovered(f"{name} is a {type(module).__name__} with {sizes}")
+
+
+def _kv_heads(layer: Sequence[Module], config: PretrainedConfig, hidden: int, queries: int, head_dim: int) -> int:
+    """From the size of attention's matrices, which may be one for queries, keys and values."""
+    num_weights = sum(module.inputs * module.outputs for module in layer if module.kind == "attention")
+    kv_heads, rest = divmod(num_weights - 2 * hidden * queries, 2 * hidden * head_dim)
+    is_plausible = not rest and 1 <= kv_heads <= queries // head_dim
+    if not is_plausible or kv_heads != getattr(config, "num_key_value_heads", kv_heads):
+        names = ", ".join(module.name for module in layer if module.kind == "attention") or "missing"
+        raise _NotCovered(f"its attention is {names}")
+    return kv_heads
+
+
+def _mlp(layer: Sequence[Module], hidden: int) -> tuple[int, bool]:
+    """Width of what a token passes through, and whether there are two branches to it."""
+    experts = [module for module in layer if module.kind == "experts"]
+    linear = [module for module in layer if module.kind == "mlp"]
+    width = sum(module.copies_per_token * module.outputs // 3 for module in experts)
+    has_gate = bool(experts)
+    back = next((module for module in reversed(linear) if module.outputs == hidden), None)
+    branches: list[Module] = []
+    if back:
+        before = linear[: linear.index(back)]
+        branches = [module for module in before if module.inputs == hidden and module.outputs % back.inputs == 0]
+        has_gate = sum(module.outputs for module in branches) == 2 * back.inputs
+        width += back.inputs
+    # A router or the gate of a shared expert may be a linear layer.
+    most = max((module.copies for module in experts), default=0)
+    others = [module.name for module in linear if module not in (back, *branches) and module.outputs > most]
+    if others or not width or (back and not branches):
+        raise _NotCovered(f"its MLP is {', '.join(module.name for module in linear) or 'missing'}")
+    return width, has_gate
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,119 @@
+"""Where `model.base` lies on this machine, and its shape."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from raytune.errors import ModelError
+from raytune.plan.architectures import has_reader, model_shape
+from raytune.plan.shapes import ModelShape
+
+DEMO = "demo"
+"""Name of the model that ships with raytune, in configs and plans."""
+DEMO_BASE = Path(__file__).parents[1] / "model" / "demo_base"
+BUILD_SECONDS = 600
+"""Limit for the process that builds a model of an architecture without a reader; most of it is importing torch."""
+
+
+def read_model_shape(
+    base: str, revision: str | None = None, hub_cache: Path | None = None, *, trust_remote_code: bool = False
+) -> ModelShape:
+    """The shape of `model.base`: the demo model, a local folder, or a hub model that lies in the local cache. Never downloads.
+
+    An architecture that `architectures` has no reader for is built by transformers, without storage, in a process of its own.
+
+    Args:
+        base: as in the config.
+        revision: branch, tag or commit of a hub model.
+        hub_cache: Hugging Face's cache; default: where its libraries keep it.
+        trust_remote_code: whether Python code beside the weights may be run. If it is, it decides the modules.
+
+    Raises:
+        ModelError: if there is no `config.json`, or no plan for such a model.
+    """
+    path = find_config(base, revision, hub_cache or default_hub_cache())
+    try:
+        text = path.read_text()
+        config = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.base {base!r}: {path} cannot be read as JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model.base {base!r}: {path} does not hold a JSON object.")
+    if "model_type" not in config:
+        raise ModelError(f"model.base {base!r}: {path} names no model_type. Give the folder of a model saved by transformers.")
+    if has_reader(config) and not (trust_remote_code and "auto_map" in config):
+        return model_shape(config, str(path))
+    return _built_shape(path.parent, text, trust_remote_code)
+
+
+@lru_cache
+def _built_shape(folder: Path, text: str, trust_remote_code: bool) -> ModelShape:  # `text`: a changed config is another model
+    """The shape of the model that transformers builds of a folder's `config.json`. Takes seconds.
+
+    Raises:
+        ModelError: with what that process said.
+    """
+    # By name, because it imports torch and lies above this floor.
+    command = [sys.executable, "-m", "raytune.model.meta_shape", str(folder), *["--trust-remote-code"] * trust_remote_code]
+    search_path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        process = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": search_path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+            check=True,
+        )
+        answer = json.loads(process.stdout)
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        raise ModelError(f"{folder}: the model could not be built to plan it: {said[-1] if said else error}") from error
+    if "error" in answer:
+        raise ModelError(answer["error"])
+    return TypeAdapter(ModelShape).validate_python(answer["shape"])
+
+
+def model_files(path: str) -> str:
+    """What transformers is to open for `ModelPlan.path`: `demo` is wherever raytune lies on the machine that asks."""
+    return str(DEMO_BASE) if path == DEMO else path
+
+
+def default_hub_cache() -> Path:
+    """Where huggingface_hub keeps models (its environment variables, in its order)."""
+    if path := os.environ.get("HF_HUB_CACHE"):
+        return Path(path).expanduser()
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(home).expanduser() / "hub"
+
+
+def find_config(base: str, revision: str | None, hub_cache: Path) -> Path:
+    """The path of a model's `config.json` on this machine.
+
+    Raises:
+        ModelError: if it is not here.
+    """
+    if base == DEMO:
+        return DEMO_BASE / "config.json"
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder / "config.json"
+        raise ModelError(f"model.base: the folder {folder} has no config.json. Give the folder of a model saved by transformers.")
+    repository = hub_cache / f"models--{base.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else (revision or "main")
+    path = repository / "snapshots" / commit / "config.json"
+    if path.is_file():
+        return path
+    raise ModelError(
+        f"model.base {base!r}{f' at revision {revision!r}' if revision else ''} is neither a folder nor in the Hugging Face "
+        f"cache {hub_cache}. Download it first (hf download {base}{f' --revision {revision}' if revision else ''}), or give a "
+        f"local folder."
+    )
