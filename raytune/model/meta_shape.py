@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
+from raytune.model.attention import check_attention
 from raytune.model.load import load_config, model_class
 from raytune.plan.shapes import ModelShape, Module
 
 UNBOUNDED_POSITIONS = 1 << 20
 """Of models that set no bound, such as those that attend by distance (ALiBi)."""
 _BOUNDS = ("max_position_embeddings", "max_seq_len")
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 _EXPERT_MATRICES = {"gate_up_proj", "down_proj"}
 """Of experts as transformers 5 holds them: each matrix of all experts is one parameter."""
@@ -51,10 +53,11 @@ def meta_model(folder: str, *, trust_remote_code: bool = False) -> PreTrainedMod
     """The model that a folder's `config.json` describes, without storage.
 
     Raises:
-        ModelError: if transformers has no decoder of that type, or cannot build it.
+        ModelError: if transformers has no decoder of that type, it cannot train on packed rows, or cannot be built.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    model_class(folder, config, trust_remote_code=trust_remote_code)
+    # What no worker could train is refused now.
+    check_attention(model_class(folder, config, trust_remote_code=trust_remote_code), config, "varlen")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -103,6 +106,7 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
         vocab=head.outputs,
         max_positions=next((n for key in _BOUNDS if (n := getattr(config, key, None))), UNBOUNDED_POSITIONS),
         has_gate=has_gate,
+        activation=next((str(name) for key in _ACTIVATIONS if (name := getattr(config, key, None))), "unknown"),
         is_tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         layers_name=layers_name,
         layer=layer,

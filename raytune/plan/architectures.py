@@ -35,7 +35,7 @@ def model_shape(config: Mapping[str, Any], source: str) -> ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Typed access to a config's numbers."""
+    """Typed access to a config's values."""
 
     config: Mapping[str, Any]
     source: str
@@ -53,6 +53,10 @@ class _Numbers:
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(key)
         return default if value is None else bool(value)
+
+    def name(self, *keys: str, default: str) -> str:
+        """Of the first key that is set."""
+        return next((str(value) for key in keys if (value := self.config.get(key))), default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +172,7 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
         vocab=vocab,
         max_positions=numbers.count("max_position_embeddings", family.max_positions),
         has_gate=True,
+        activation=numbers.name("hidden_activation", "hidden_act", default="silu"),
         is_tied=numbers.flag("tie_word_embeddings", family.is_tied),
         scales_norms_in_fp32=model_type.startswith("gemma"),
         layers_name="model.layers",
@@ -231,6 +236,7 @@ def _gpt2(numbers: _Numbers) -> ModelShape:
         vocab=vocab,
         max_positions=positions,
         has_gate=False,
+        activation=numbers.name("activation_function", default="gelu_new"),
         is_tied=numbers.flag("tie_word_embeddings", True),
         layers_name="transformer.h",
         layer=(
@@ -262,6 +268,7 @@ def _gpt_neox(numbers: _Numbers) -> ModelShape:
         vocab=vocab,
         max_positions=numbers.count("max_position_embeddings", 2048),
         has_gate=False,
+        activation=numbers.name("hidden_act", default="gelu"),
         is_tied=numbers.flag("tie_word_embeddings", False),
         layers_name="gpt_neox.layers",
         layer=(

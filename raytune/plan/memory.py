@@ -38,6 +38,12 @@ ZERO_LIVE_ELEMENTS = 1_000_000_000
 ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 
+KEPT_STEPS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 2}
+"""Tensors that autograd keeps of an activation in few kernels: of relu the output, of one kernel else its input and, for what
+comes next, its output."""
+MOST_STEPS = 5
+"""Of one in elementary steps, such as GPT-2's gelu_new."""
+
 CHUNK_BYTES = 64 * MIB
 FULL_LOGITS_BYTES = 256 * MIB
 
@@ -181,12 +187,16 @@ def _weight_bytes(work: Workload) -> float:
 
 
 def _autocast_bytes(work: Workload) -> float:
-    """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp)."""
+    """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp).
+
+    It knows linear layers, and not the grouped products of experts.
+    """
     if work.engine != "plain" or work.precision == "fp32":
         return 0
     num_cast = work.trained.num_trainable
     if isinstance(work.adapter, FullAdapter):
-        num_cast -= sum(module.num_parameters for module in work.shape.embeddings) if not work.shape.is_tied else 0
+        kinds = work.shape.parameters_by_kind
+        num_cast -= kinds["experts"] + (0 if work.shape.is_tied else kinds["embedding"])
     return BYTES[work.precision] * num_cast
 
 
@@ -273,12 +283,19 @@ def layer_activation_bytes(work: Workload) -> float:
         attention += width * queries  # outputs document by document, and end to end
     has_rotary = len(shape.embeddings) == 1
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / shape.num_layers if has_rotary else 0
-    # gate, its activation, up, their product; or the input and the elementary steps of GPT-2's gelu_new.
-    branches = width * shape.intermediate * ((4 if shape.has_gate else 5) - keeps_casts)
+    # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
+    num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
+    branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     inputs = _linear_input_bytes(work)
-    # Each expert gathers the rows of its tokens.
-    inputs += sum(width * module.copies_per_token * module.inputs for module in shape.layer if module.kind == "experts")
-    return work.num_tokens * (normalised + attention + branches + inputs) + _score_bytes(work)
+    return work.num_tokens * (normalised + attention + branches + inputs + _expert_bytes(work, num_steps)) + _score_bytes(work)
+
+
+def _expert_bytes(work: Workload, num_steps: int) -> float:
+    """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
+    trains_base = isinstance(work.adapter, FullAdapter)
+    gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
+    numbers = work.shape.expert_width * (num_steps - (not trains_base)) + gathered * (1 + trains_base)
+    return BYTES[work.weight_dtype] * numbers
 
 
 def _linear_input_bytes(work: Workload) -> float:

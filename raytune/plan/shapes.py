@@ -48,6 +48,8 @@ class ModelShape:
     max_positions: int
     has_gate: bool
     """Whether the MLP multiplies two branches (SwiGLU, GeGLU)."""
+    activation: str
+    """The MLP's, by transformers' name (`ACT2FN`)."""
     is_tied: bool
     """Whether the output head is the embedding."""
     scales_norms_in_fp32: bool = False
@@ -85,6 +87,11 @@ class ModelShape:
     @property
     def num_biases(self) -> int:
         return sum(module.num_biases for module in self.modules())
+
+    @property
+    def expert_width(self) -> int:
+        """Width of what a token passes through in experts, each of which has three matrices; 0 without experts."""
+        return sum(module.copies_per_token * module.outputs // 3 for module in self.layer if module.kind == "experts")
 
     @property
     def num_product_weights(self) -> int:

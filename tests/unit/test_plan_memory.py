@@ -27,6 +27,7 @@ from raytune.training.optimizer import build_optimizer
 from raytune.units import MIB
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, LLAMA_3_70B
+from tests.unit.test_meta_shape import OTHERS, shape_by_building
 from tests.unit.test_plan_shapes import CONFIGS
 
 FULL = FullAdapter(method="full")
@@ -123,22 +124,35 @@ def test_chunks_bound_the_logits() -> None:
     assert by_part(chunked)["logits and loss"] < by_part(whole)["logits and loss"] / 10
 
 
+# Wide enough that activations dwarf what has a fixed size, such as the rotary embedding's tables.
+WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+READ: dict[str, dict[str, Any]] = {
+    "llama": WIDE,
+    "qwen3": WIDE,
+    "gemma3": WIDE,
+    "phi3": WIDE,
+    "gpt2": {"n_embd": 128, "n_head": 8, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "gpt_neox": {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8},
+    "mixtral": WIDE | {"num_local_experts": 4},
+    "qwen2_moe": WIDE | {"num_experts": 4, "moe_intermediate_size": 352, "shared_expert_intermediate_size": 400},
+}
+BUILT = ("olmo2", "granite", "cohere", "stablelm", "phi", "starcoder2", "glm", "granitemoe")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("adapter", [FULL, LoraAdapter(rank=8)], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", [*READ, *BUILT])
 def test_planned_activations_are_those_that_autograd_keeps(family: str, adapter: Adapter, precision: Precision) -> None:
     """Within 20 %, of tensors saved in the layers of transformers' models, PlainEngine's casts of weights included."""
-    # Wide enough that activations dwarf what has a fixed size, such as the rotary embedding's tables.
-    changes = {"n_embd": 128, "n_head": 8, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if family == "gpt2" else {}
-    wide = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
-    config = type(CONFIGS[family])(**({"num_hidden_layers": 3, "vocab_size": 101, "pad_token_id": 0} | (changes or wide)))
+    config_class = type(CONFIGS[family] if family in READ else OTHERS[family])
+    config = config_class(**({"num_hidden_layers": 3, "vocab_size": 101, "pad_token_id": 0} | READ.get(family, WIDE)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
     if not isinstance(adapter, FullAdapter):
         model = add_adapter(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), adapter, revision=None, seed=0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    shape = model_shape(config.to_dict(), "x")
+    shape = model_shape(config.to_dict(), "x") if family in READ else shape_by_building(config)
     work = workload(shape, adapter, precision=precision, num_tokens=512)
     planned = shape.num_layers * layer_activation_bytes(work)
     casts = by_part(work).get("weights in compute precision", 0)
