@@ -158,7 +158,7 @@ def test_why_a_model_is_not_planned_comes_back_from_the_process(tmp_path: Path) 
     with pytest.raises(ModelError, match="names no model_type"):
         read_model_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ModelError, match="^MambaForCausalLM has layers of type linear_attention"):
+    with pytest.raises(ModelError, match=r"^MambaForCausalLM has layers of type linear_attention"):
         read_model_shape(str(tmp_path))
 
 
