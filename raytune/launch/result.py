@@ -6,7 +6,7 @@ from typing import Self
 from raytune.evaluate.compare import Comparison
 from raytune.launch.record import read_plan, readable
 from raytune.metrics import History, decode_number, encode_number
-from raytune.plan.memory import bytes_in
+from raytune.plan.memory import allocated_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
@@ -95,6 +95,6 @@ class RunResult:
         return [
             ("weights", parts.get("weights"), most("weights")),
             ("optimizer", parts.get("optimizer"), most("optimizer")),
-            ("peak", bytes_in(self.plan.memory, "device"), most("peak")),
+            ("peak", allocated_bytes(self.plan.memory), most("peak")),
             ("step_s", step_time and step_time.seconds, self.median_step_s),
         ]

@@ -29,6 +29,7 @@ CPU_PROCESS_BYTES = GIB
 """Resident set of a worker that has imported torch, transformers, peft and deepspeed."""
 GPU_CONTEXT_BYTES = GIB
 """CUDA context, cuBLAS and NCCL buffers of a process; 0.5-1 GiB by driver and GPU, which the allocator's figures do not show."""
+CUDA_CONTEXT = "CUDA context and libraries"
 PLAIN_BUCKET_BYTES = 64 * MIB
 """training.engine.BUCKET_BYTES: gradients that PlainEngine sums over the ranks at once."""
 ZERO_BUCKET_ELEMENTS = 200_000_000
@@ -110,7 +111,7 @@ def memory_parts(work: Workload) -> list[MemoryPart]:
     in_passes = activation_bytes(work) + _loss_bytes(work)
     # The update comes when forward and backward have given their memory back.
     for_update = _update_bytes(work) - (in_passes if gradients_place == "device" else 0)
-    overhead = "CUDA context and libraries" if work.is_on_gpu else "process and libraries"
+    overhead = CUDA_CONTEXT if work.is_on_gpu else "process and libraries"
     parts = [
         ("weights", _weight_bytes(work), weights_place),
         ("weights in compute precision", _autocast_bytes(work), "device"),
@@ -128,6 +129,11 @@ def memory_parts(work: Workload) -> list[MemoryPart]:
 def bytes_in(parts: list[MemoryPart], place: Place) -> int:
     """Bytes of the parts that lie in one place."""
     return sum(part.num_bytes for part in parts if part.place == place)
+
+
+def allocated_bytes(parts: list[MemoryPart]) -> int:
+    """Bytes on the device that a worker can measure itself: PyTorch's allocator does not see the CUDA context."""
+    return sum(part.num_bytes for part in parts if part.place == "device" and part.name != CUDA_CONTEXT)
 
 
 def checkpoint_bytes(work: Workload) -> int:
