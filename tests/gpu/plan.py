@@ -4,8 +4,8 @@
     python -m tests.gpu.plan --size tiny --device cpu      # the same code where there is no GPU
 
 Each way trains a few steps of a random model by the plan that `raytune train` would make. It fails if a plan is off by more than
-TOLERANCES. On a CPU the peak of a process says nothing of one way among several, so only weights and optimizer state count. Without
-a GPU it prints why it skips, and succeeds.
+TOLERANCES. On a CPU the peak of a process says nothing of one way among several, so only weights and optimizer state count.
+Without a GPU it prints why it skips, and succeeds.
 """
 
 import argparse
