@@ -1,12 +1,13 @@
 """What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Self
 
 from raytune.evaluate.compare import Comparison
 from raytune.launch.record import read_plan, readable
 from raytune.metrics import History, decode_number, encode_number
-from raytune.plan.memory import allocated_bytes
+from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
@@ -84,7 +85,8 @@ class RunResult:
     def planned_and_measured(self) -> list[tuple[str, float | None, float | None]]:
         """Name, planned and measured value: bytes of the rank that held most, and `step_s`. None: not known.
 
-        Gradients are gone between steps, when a rank is looked at, so only what stays is compared.
+        Gradients are gone between steps, when a rank is looked at, so only what stays is compared. The peak is the allocator's on
+        a GPU, the process's on a CPU.
         """
         parts = {part.name: part.num_bytes for part in self.plan.memory}
 
@@ -92,9 +94,10 @@ class RunResult:
             return max((rank[key] for rank in self.held_bytes), default=None)
 
         step_time = self.plan.step_time
+        peak = tensor_bytes if self.plan.cluster.device == "cuda" else partial(bytes_in, place="device")
         return [
             ("weights", parts.get("weights"), most("weights")),
             ("optimizer", parts.get("optimizer"), most("optimizer")),
-            ("peak", allocated_bytes(self.plan.memory), most("peak")),
+            ("peak", peak(self.plan.memory), most("peak")),
             ("step_s", step_time and step_time.seconds, self.median_step_s),
         ]

@@ -4,11 +4,19 @@ from collections.abc import Sequence
 
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.ahead import Candidate
-from raytune.plan.memory import bytes_in
-from raytune.plan.run_plan import MemoryPart, Place, RunPlan
+from raytune.plan.memory import bytes_in, fullest_moment, parts_at
+from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
+
+MOMENT_NAMES: dict[Moment, str] = {
+    "forward": "the forward pass's end",
+    "loss": "the loss's backward pass",
+    "last layer": "the last layer's backward pass",
+    "first layer": "the first layer's backward pass",
+    "update": "the update",
+}
 
 
 def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
@@ -143,11 +151,19 @@ def _checkpoints(plan: RunPlan) -> str:
 def _memory(memory: list[MemoryPart]) -> list[tuple[str, str]]:
     lines = []
     for place, label in PLACES.items():
-        parts = sorted((part for part in memory if part.place == place), key=lambda part: -part.num_bytes)
-        if parts:
-            listed = " + ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
-            lines.append((label, f"{format_bytes(bytes_in(memory, place))}: {listed}"))
+        moment = fullest_moment(memory, place)
+        there = parts_at(memory, place, moment)
+        elsewhen = [part for part in memory if part.place == place and part not in there]
+        if there:
+            when = f" at the fullest moment, {MOMENT_NAMES[moment]}" if elsewhen else ""
+            others = f"; at others: {_listed(elsewhen)}" if elsewhen else ""
+            lines.append((label, f"{format_bytes(bytes_in(memory, place))}{when}: {_listed(there)}{others}"))
     return lines
+
+
+def _listed(parts: list[MemoryPart]) -> str:
+    largest_first = sorted(parts, key=lambda part: -part.num_bytes)
+    return " + ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in largest_first)
 
 
 def _time(plan: RunPlan) -> list[tuple[str, str]]:

@@ -18,7 +18,9 @@ from raytune.plan.memory import (
     checkpoint_bytes,
     chunk_tokens_for,
     exceeds_full_logits,
+    fullest_moment,
     memory_parts,
+    parts_at,
 )
 from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages, resolve_adapter
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
@@ -284,7 +286,8 @@ def _too_large(way: Fit, room: Room, setting: Setting, advice: list[str]) -> str
         needed, limit, place, where = bytes_in(way.memory, "host"), room.host, "host", "the host's memory, per worker"
     assert limit is not None
     assert needed > limit
-    parts = sorted((part for part in way.memory if part.place == place), key=lambda part: -part.num_bytes)
+    there = parts_at(way.memory, place, fullest_moment(way.memory, place))
+    parts = sorted(there, key=lambda part: -part.num_bytes)
     listed = ", ".join(f"{part.name} {format_bytes(part.num_bytes)}" for part in parts)
     nearest = (
         f"What would fit: {'; or '.join(advice)}."

@@ -1,15 +1,18 @@
-"""Bytes of a run, per rank and part by part, and of its checkpoints. Every formula names its source; all lean to the high side.
+"""Bytes of a run, per rank, part by part and moment by moment, and of its checkpoints. Every formula names its source.
 
-Not in here: fragmentation and what kernels take for a moment, for which `machine.USABLE_SHARE` leaves room.
+Activations, logits and gradients are never all there at once, so a worker needs the bytes of the fullest moment of a step, not of
+all parts; a test holds that against the allocator. Not in here: fragmentation and what kernels take for a moment, for which
+`machine.USABLE_SHARE` leaves room.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision
 from raytune.plan.adapter_size import TrainedSize, saved_modules
-from raytune.plan.run_plan import MemoryPart, Place, ZeroStage
+from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB, MIB
 
@@ -29,7 +32,7 @@ CPU_PROCESS_BYTES = GIB
 """Resident set of a worker that has imported torch, transformers, peft and deepspeed."""
 GPU_CONTEXT_BYTES = GIB
 """CUDA context, cuBLAS and NCCL buffers of a process; 0.5-1 GiB by driver and GPU, which the allocator's figures do not show."""
-CUDA_CONTEXT = "CUDA context and libraries"
+CUDA_CONTEXT, CPU_PROCESS = "CUDA context and libraries", "process and libraries"
 PLAIN_BUCKET_BYTES = 64 * MIB
 """training.engine.BUCKET_BYTES: gradients that PlainEngine sums over the ranks at once."""
 ZERO_BUCKET_ELEMENTS = 200_000_000
@@ -44,6 +47,8 @@ KEPT_STEPS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 2, "gelu_pytorch_tanh": 
 comes next, its output."""
 MOST_STEPS = 5
 """Of one in elementary steps, such as GPT-2's gelu_new."""
+
+PASSES: tuple[Moment, ...] = ("forward", "loss", "last layer", "first layer")
 
 CHUNK_BYTES = 64 * MIB
 FULL_LOGITS_BYTES = 256 * MIB
@@ -102,38 +107,77 @@ class Workload:
 
 
 def memory_parts(work: Workload) -> list[MemoryPart]:
-    """Bytes per rank by part, at the fullest moment of a step."""
+    """Bytes per rank by part, each at the moments of a step when it is there."""
+    parts = (*_model_states(work), *_pass_parts(work), *_engine_parts(work))
+    return [part for part in parts if part.num_bytes]
+
+
+def _model_states(work: Workload) -> Iterator[MemoryPart]:
+    """Weights, gradients, optimizer state, and what the update takes for itself."""
     host: Place = "host" if work.is_on_gpu else "device"
     places: dict[Offload, Place] = {"none": "device", "cpu": host, "nvme": "nvme"}
-    optimizer_place, weights_place = places[work.offload_optimizer], places[work.offload_parameters]
+    optimizer_place = places[work.offload_optimizer]
     # DeepSpeed keeps the gradients of a sharded optimizer where that optimizer computes.
     gradients_place = host if optimizer_place != "device" and work.zero_stage >= 2 else "device"
-    in_passes = activation_bytes(work) + _loss_bytes(work)
-    # The update comes when forward and backward have given their memory back.
-    for_update = _update_bytes(work) - (in_passes if gradients_place == "device" else 0)
-    overhead = CUDA_CONTEXT if work.is_on_gpu else "process and libraries"
-    parts = [
-        ("weights", _weight_bytes(work), weights_place),
-        ("weights in compute precision", _autocast_bytes(work), "device"),
-        ("gradients", _gradient_bytes(work), gradients_place),
-        ("optimizer", _optimizer_bytes(work), optimizer_place),
-        ("activations", activation_bytes(work), "device"),
-        ("logits and loss", _loss_bytes(work), "device"),
-        ("update", max(0, for_update), gradients_place),
-        ("communication", _communication_bytes(work), "device"),
-        (overhead, GPU_CONTEXT_BYTES if work.is_on_gpu else CPU_PROCESS_BYTES, "device"),
-    ]
-    return [MemoryPart(name=name, num_bytes=round(size), place=place) for name, size, place in parts if size]
+    yield _part("weights", _weight_bytes(work), place=places[work.offload_parameters])
+    yield _part("optimizer", _optimizer_bytes(work), place=optimizer_place)
+    yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
+    yield _part("update", _update_bytes(work), ("update",), gradients_place)
+
+
+def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
+    """What forward and backward passes take, and give back."""
+    until_last: tuple[Moment, ...] = ("forward", "loss", "last layer")
+    in_layers: tuple[Moment, ...] = ("last layer", "first layer")
+    casts_at: tuple[Moment, ...] = ("forward",) if work.has_checkpointing else until_last
+    layer_at: tuple[Moment, ...] = in_layers if work.has_checkpointing else PASSES
+    head_gradient_at: tuple[Moment, ...] = ("last layer",) if work.chunk_tokens is None else until_last
+    yield _part("weights in compute precision", _autocast_bytes(work), casts_at)
+    yield _part("activations", _kept_bytes(work), until_last)
+    yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
+    yield _part("their gradients", _activation_gradient_bytes(work), in_layers)
+    yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
+    yield _part("gradient of the logits", _logit_gradient_bytes(work), ("loss",))
+    yield _part("gradient of the head", _head_gradient_bytes(work), head_gradient_at)
+
+
+def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
+    """What collectives and libraries hold."""
+    buckets = _bucket_bytes(work)
+    if work.engine == "plain":
+        yield _part("buckets of gradients", buckets, ("update",))
+    elif work.zero_stage == 3:
+        yield _part("buckets of gradients", buckets)
+        yield _part("gathered weights", _gathered_bytes(work), PASSES)
+    else:
+        # Stage 1 leaves sums over micro-batches in it.
+        keeps_sums = work.zero_stage == 1 and work.accumulation > 1
+        yield _part("buckets of gradients", buckets, PASSES if keeps_sums else ("last layer", "first layer"))
+    yield _part(CUDA_CONTEXT, GPU_CONTEXT_BYTES) if work.is_on_gpu else _part(CPU_PROCESS, CPU_PROCESS_BYTES)
+
+
+def _part(name: str, size: float, moments: tuple[Moment, ...] = MOMENTS, place: Place = "device") -> MemoryPart:
+    return MemoryPart(name=name, num_bytes=round(size), place=place, moments=moments)
+
+
+def fullest_moment(parts: list[MemoryPart], place: Place) -> Moment:
+    """When the parts in one place take most bytes."""
+    return max(MOMENTS, key=lambda moment: sum(part.num_bytes for part in parts_at(parts, place, moment)))
+
+
+def parts_at(parts: list[MemoryPart], place: Place, moment: Moment) -> list[MemoryPart]:
+    """The parts that lie in one place at one moment."""
+    return [part for part in parts if part.place == place and moment in part.moments]
 
 
 def bytes_in(parts: list[MemoryPart], place: Place) -> int:
-    """Bytes of the parts that lie in one place."""
-    return sum(part.num_bytes for part in parts if part.place == place)
+    """Bytes in one place at its fullest moment."""
+    return sum(part.num_bytes for part in parts_at(parts, place, fullest_moment(parts, place)))
 
 
-def allocated_bytes(parts: list[MemoryPart]) -> int:
-    """Bytes on the device that a worker can measure itself: PyTorch's allocator does not see the CUDA context."""
-    return sum(part.num_bytes for part in parts if part.place == "device" and part.name != CUDA_CONTEXT)
+def tensor_bytes(parts: list[MemoryPart]) -> int:
+    """Bytes of the device that PyTorch's allocator shows at the fullest moment: all but what the process itself takes."""
+    return bytes_in([part for part in parts if part.name not in (CUDA_CONTEXT, CPU_PROCESS)], "device")
 
 
 def checkpoint_bytes(work: Workload) -> int:
@@ -211,17 +255,41 @@ def _gradient_bytes(work: Workload) -> float:
 
     zero_engine sums bf16 gradients over micro-batches in fp32, except at stage 1.
     """
-    sums_in_fp32 = work.precision == "bf16" and work.accumulation > 1 and work.zero_stage != 1
-    width = 4 if sums_in_fp32 else BYTES[work.trained_dtype]
+    width = 4 if _sums_in_fp32(work) else BYTES[work.trained_dtype]
     return work.trained.num_trainable * width / work.share(2)
 
 
+def _gradient_moments(work: Workload) -> tuple[Moment, ...]:
+    """Sums over micro-batches are there from the second one's beginning, stage 3's buffer always."""
+    if work.accumulation > 1 or work.zero_stage == 3:
+        return MOMENTS
+    if work.engine == "zero" and work.trained.num_trainable <= ZERO_BUCKET_ELEMENTS:
+        return ("update",)  # until then one bucket has them all
+    return ("first layer", "update")
+
+
+def _sums_in_fp32(work: Workload) -> bool:
+    return work.precision == "bf16" and work.accumulation > 1 and work.zero_stage != 1
+
+
+def _head_gradient_bytes(work: Workload) -> float:
+    """The first gradient of all, before a bucket takes it. The chunked loss sums it in fp32."""
+    if not isinstance(work.adapter, FullAdapter):
+        return 0
+    return work.shape.head.num_parameters * (BYTES[work.trained_dtype] if work.chunk_tokens is None else 4)
+
+
 def _update_bytes(work: Workload) -> float:
-    """DeepSpeed updates from an fp32 copy of the own shard of the gradients, at stage 3 of a sub-group at a time."""
+    """DeepSpeed lays the gradients of its own shard end to end and copies them to fp32, at stage 3 a sub-group at a time.
+
+    Below stage 3, sums in fp32 are laid out already, and are copied once.
+    """
     if work.engine == "plain":
         return 0
     own_shard = work.trained.num_trainable / work.share(1)
-    return 4 * (min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard)
+    num_updated = min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard
+    is_16_bit = work.precision != "fp32" and (work.zero_stage == 3 or not _sums_in_fp32(work))
+    return num_updated * (4 + is_16_bit * BYTES[work.precision])
 
 
 def _optimizer_bytes(work: Workload) -> float:
@@ -245,26 +313,29 @@ def _num_trained_embeddings(work: Workload) -> int:
     return sum(module.num_parameters for module in trained if module.kind == "embedding")
 
 
-def activation_bytes(work: Workload) -> float:
-    """What autograd keeps of the layers for the backward pass, and what that pass needs for the layer it is in.
+def _kept_bytes(work: Workload) -> float:
+    """What autograd keeps for the backward pass, beside the layer that this pass is in.
 
-    Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's; a test
-    holds it against what autograd saves. With checkpointing only the input of each layer is kept, and one layer at a time whole.
+    With checkpointing only the input of each layer is kept, and one layer at a time whole. Around the layers it keeps what the
+    embedding gives, and what the last norm computes in fp32 and gives.
     """
-    shape, width = work.shape, BYTES[work.precision]
-    layer = layer_activation_bytes(work)
+    shape, width = work.shape, BYTES[work.weight_dtype]
+    around = work.num_tokens * shape.hidden * (4 + 2 * width)
     if work.has_checkpointing:
-        kept = shape.num_layers * work.num_tokens * shape.hidden * BYTES[work.weight_dtype] + layer
-    else:
-        kept = shape.num_layers * layer
-    backward = work.num_tokens * (3 * shape.intermediate * width + 3 * shape.hidden * 4)
-    return kept + backward
+        return around + shape.num_layers * work.num_tokens * shape.hidden * width
+    return around + (shape.num_layers - 1) * layer_activation_bytes(work)
+
+
+def _activation_gradient_bytes(work: Workload) -> float:
+    """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three."""
+    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4)
 
 
 def layer_activation_bytes(work: Workload) -> float:
     """One layer: norms, inputs of linear layers, queries, keys, values and output of attention, branches of the MLP.
 
-    What is kept once per model (tables of rotary embeddings) counts by its share.
+    Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's; a test
+    holds it against what autograd saves. What is kept once per model (tables of rotary embeddings) counts by its share.
     """
     shape, width = work.shape, BYTES[work.precision]
     trains_base = isinstance(work.adapter, FullAdapter)
@@ -331,22 +402,29 @@ def _score_bytes(work: Workload) -> float:
 
 
 def _loss_bytes(work: Workload) -> float:
-    """Logits, their softmax and their gradient in fp32 (2.6 times the logits in PERFORMANCE.md, section 2); copies in 16 bits."""
-    width = BYTES[work.precision]
-    held_at_once = work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
-    per_logit = 12 if width == 4 else 12 + 2 * width
-    hidden_gradient = 0 if work.chunk_tokens is None else work.num_targets * work.shape.hidden * 4
-    return held_at_once * work.shape.vocab * per_logit + hidden_gradient
+    """Logits as the head gives them, in fp32, and their softmax. The chunked loss has the hidden states' gradient beside them."""
+    is_16_bit = work.precision != "fp32"
+    per_logit = 8 + is_16_bit * BYTES[work.precision]
+    if work.chunk_tokens is None:
+        return work.num_targets * work.shape.vocab * per_logit
+    hidden_gradient = work.num_targets * work.shape.hidden * 4
+    return min(work.num_targets, work.chunk_tokens) * work.shape.vocab * per_logit + hidden_gradient
 
 
-def _communication_bytes(work: Workload) -> float:
-    """Buckets of gradients on their way, and at stage 3 the weights that are gathered at a time."""
+def _logit_gradient_bytes(work: Workload) -> float:
+    """The softmax, its gradient and that of the logits are in fp32 together; the chunked loss computes them in place."""
+    return work.num_targets * work.shape.vocab * 12 - _loss_bytes(work) if work.chunk_tokens is None else 0
+
+
+def _bucket_bytes(work: Workload) -> float:
+    """Gradients on their way to other ranks."""
     if work.engine == "plain":
         return min(2 * PLAIN_BUCKET_BYTES, 4 * work.trained.num_trainable) if work.workers > 1 else 0
-    width = BYTES[work.precision]
     # One bucket fills while another travels (overlap_comm, on GPUs from stage 2).
     num_buckets = 2 if work.is_on_gpu and work.zero_stage >= 2 else 1
-    buckets = num_buckets * width * min(ZERO_BUCKET_ELEMENTS, work.trained.num_trainable)
-    if work.zero_stage < 3:
-        return buckets
-    return buckets + min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * width)
+    return num_buckets * BYTES[work.precision] * min(ZERO_BUCKET_ELEMENTS, work.trained.num_trainable)
+
+
+def _gathered_bytes(work: Workload) -> float:
+    """Weights that stage 3 has whole at a time; alone, a rank has them whole anyway."""
+    return min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * BYTES[work.precision]) if work.workers > 1 else 0

@@ -1,6 +1,6 @@
 """`RunPlan`: everything that a worker needs to know, resolved. Frozen, JSON in and out."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,6 +10,10 @@ from raytune.config.training import Offload, Optimizer, Precision, Schedule
 
 ZeroStage = Literal[0, 1, 2, 3]
 Place = Literal["device", "host", "nvme"]
+Moment = Literal["forward", "loss", "last layer", "first layer", "update"]
+"""When in a step memory may be fullest: at the end of the forward pass; in the backward pass of the loss, of the last layer (all
+activations, no gradients yet) or of the first (the reverse); in the update."""
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
 
@@ -152,6 +156,8 @@ class MemoryPart(Plan):
     num_bytes: int
     place: Place = "device"
     """Where they lie. On a CPU the device is the host's memory."""
+    moments: tuple[Moment, ...] = MOMENTS
+    """When they are there."""
 
 
 class StepTimePlan(Plan):

@@ -19,7 +19,7 @@ from raytune.config.adapter import FullAdapter
 from raytune.data.store import Store
 from raytune.errors import UserError
 from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import allocated_bytes
+from raytune.plan.memory import tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.shapes import ModelShape
 from raytune.training.recorder import peak_memory_bytes
@@ -76,7 +76,7 @@ def measure(material: Material, method: str, ceiling_flops: float, options: argp
         "mfu_of_data_sheet": round(flops_per_s / sheet, 4) if sheet else None,
         "data_sheet_tflops": sheet / 1e12 if sheet else None,
         "peak_memory_gib": round(peak / GIB, 3),
-        "planned_memory_gib": round(allocated_bytes(plan.memory) / GIB, 3),
+        "planned_memory_gib": round(tensor_bytes(plan.memory) / GIB, 3),
         "last_loss": round(last_loss, 4),
         "steps": options.steps,
         "warmup": options.warmup,

@@ -1,6 +1,4 @@
-"""The script that holds the plan against the allocator; on machines without a GPU, its bytes by part at a tiny size."""
-
-from itertools import product
+"""Planned memory against the allocator's; on machines without a GPU, of a small model on the CPU's."""
 
 import pytest
 import torch
@@ -9,34 +7,43 @@ from tests.gpu import plan
 from tests.gpu.conftest import Lines
 from tests.gpu.material import METHODS
 
-TINY = ("--size", "tiny", "--device", "cpu", "--tokens", "256", "--document", "64", "--stages", "0", "2", "3")
+SMALL = ("--size", "small", "--device", "cpu", "--tokens", "1024", "--document", "256")
 
 
-def test_planned_parts_are_those_of_the_engine_in_every_way(lines: Lines) -> None:
-    plan.main(TINY)
+@pytest.mark.parametrize(
+    ("settings", "stages", "methods"),
+    [
+        ((), (0, 2, 3), METHODS),
+        (("training.gradient_accumulation_steps=2",), (0, 1, 3), ("full",)),
+        (("training.loss=chunked",), (0, 2), ("full", "lora")),
+    ],
+    ids=["one pass", "accumulation", "chunked loss"],
+)
+def test_a_step_takes_the_planned_memory_of_a_cpu_in_every_way(
+    settings: tuple[str, ...], stages: tuple[int, ...], methods: tuple[str, ...], lines: Lines
+) -> None:
+    options = (*SMALL, "--stages", *map(str, stages), "--methods", *methods, *(("--set", *settings) if settings else ()))
+    plan.main(options)
     measured = lines()
-    assert [(line["method"], line["stage"], line["gradient_checkpointing"]) for line in measured] == list(
-        product(METHODS, (0, 2, 3), (False, True))
-    )
+    assert len(measured) == 2 * len(stages) * len(methods)
     for line in measured:
         ratios = line["planned_over_measured"]
-        assert line["is_within"], line
         assert abs(ratios["weights"] - 1) < 0.02, line
         assert abs(ratios["optimizer"] - 1) < 0.02, line
-        assert ratios["peak"] is None, "a CPU's peak is the process's"
+        assert abs(ratios["peak"] - 1) < 0.05, line
+    assert len({line["fullest_moment"] for line in measured}) > 1 or settings, "one kind of peak proves little"
 
 
 @pytest.mark.parametrize(
     ("ratios", "expected"),
     [
         ({"weights": 1.019, "optimizer": 0.981, "peak": 1.049}, True),
-        ({"weights": 1.0, "optimizer": 1.0, "peak": None}, True),
         ({"weights": 1.021, "optimizer": 1.0, "peak": 1.0}, False),
-        ({"weights": 1.0, "optimizer": 0.979, "peak": None}, False),
+        ({"weights": 1.0, "optimizer": 0.979, "peak": 1.0}, False),
         ({"weights": 1.0, "optimizer": 1.0, "peak": 0.94}, False),
     ],
 )
-def test_a_plan_is_off_if_any_measured_ratio_is(ratios: dict[str, float | None], expected: bool) -> None:
+def test_a_plan_is_off_if_any_ratio_is(ratios: dict[str, float], expected: bool) -> None:
     assert plan.is_within(ratios) is expected
 
 
@@ -49,10 +56,5 @@ def test_without_a_gpu_it_says_that_it_skips(lines: Lines) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees no CUDA device here")
 def test_planned_peaks_are_those_of_the_allocator_on_a_gpu(lines: Lines) -> None:
-    plan.main(
-        (
-            "--size",
-            "1b",
-        )
-    )
+    plan.main(("--size", "1b"))
     assert all(line["is_within"] for line in lines())

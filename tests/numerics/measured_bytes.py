@@ -10,6 +10,7 @@ from torch import Tensor
 from raytune.plan.run_plan import RunPlan
 from raytune.training.start import prepare_process, start_engine
 from tests.numerics.runs import batches_of_rank, rank_and_world
+from tests.peak import held_bytes, peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,42 @@ def measure(plan: RunPlan) -> Measured:
         num_tokens=batches[-1].input_ids.numel(),
         num_targets=int(batches[-1].num_targets),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """On one rank."""
+
+    num_bytes: int
+    """Of all tensors at the fullest moment of a step."""
+    num_tokens: int
+    num_targets: int
+
+
+def measure_peaks(plans: Sequence[RunPlan]) -> list[Peak]:
+    """Of the second step of each plan on this rank, one plan after the other."""
+    return [measure_peak(plan) for plan in plans]
+
+
+def measure_peak(plan: RunPlan) -> Peak:
+    rank, world = rank_and_world()
+    device = prepare_process(plan, rank)
+    others = held_bytes(device)
+    engine, loss_sum = start_engine(plan, device, rank, world)
+    batches = batches_of_rank(plan)(0)
+
+    def step() -> None:
+        for batch in batches:
+            with engine.autocast():
+                loss = loss_sum(engine.module, batch.to(device))
+            engine.backward(loss / 1000)
+            del loss
+        engine.step(1e-4)
+
+    step()
+    peak = peak_bytes(device, step) - others
+    engine.release()
+    return Peak(num_bytes=peak, num_tokens=batches[-1].input_ids.numel(), num_targets=int(batches[-1].num_targets))
 
 
 class Keeping:

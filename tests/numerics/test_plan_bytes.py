@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from raytune.config.adapter import Adapter, FullAdapter
 from raytune.plan.adapter_size import trained_size
 from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import BYTES, Workload, checkpoint_bytes, layer_activation_bytes, memory_parts
+from raytune.plan.memory import BYTES, Workload, checkpoint_bytes, layer_activation_bytes, memory_parts, tensor_bytes
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import STAGES
 from raytune.plan.run_plan import RunPlan, ZeroStage
-from tests.numerics.measured_bytes import measure_all
+from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, Change, Material, make_material, make_plan, run
 from tests.tiny import save_tiny_model
@@ -107,6 +107,22 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(family: str, is_all: b
             for name in ("weights", "gradients", "optimizer"):
                 assert parts[name] == pytest.approx(getattr(measured, name), rel=0.02), (name, way)
             assert persisted_activations(work) == pytest.approx(measured.activations, rel=0.02), way
+
+
+def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_path: Path) -> None:
+    """Within 7 %: at stage 3 not all that may be gathered at once is, at stage 2 a bucket has the head's gradient in it."""
+    material = replace(make_material(tmp_path), model=tmp_path / "model")
+    wider = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    config = transformers.LlamaConfig(**(WIDE | wider))
+    AutoModelForCausalLM.from_config(config).save_pretrained(material.model)
+    ways = [way for way in WAYS if way[1] != "qlora"]
+    cases = [planned(material, stage, METHODS[method], has_checkpointing=checkpointing) for stage, method, checkpointing in ways]
+    for rank in run_on_ranks(measure_peaks, 2, [plan for _, plan in cases]):
+        ratios = {}
+        for way, (work, _), measured in zip(ways, cases, rank):
+            work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
+            ratios[way] = tensor_bytes(memory_parts(work)) / measured.num_bytes
+        assert not {way: ratio for way, ratio in ratios.items() if not 0.95 < ratio < 1.07}
 
 
 def persisted_activations(work: Workload) -> float:

@@ -409,7 +409,7 @@ def test_a_store_without_targets_is_refused() -> None:
             {"training": {"gradient_checkpointing": False, "per_device_train_batch_size": 8}},
             "training.per_device_train_batch_size=1",
         ),
-        (gpus(1, 11), LLAMA_3_8B, {"adapter": {"method": "qlora"}, "training": {"loss": "full"}}, "training.loss=chunked"),
+        (gpus(1, 10), LLAMA_3_8B, {"adapter": {"method": "qlora"}, "training": {"loss": "full"}}, "training.loss=chunked"),
         (gpus(1, 9), LLAMA_3_8B, {"adapter": {"method": "qlora"}}, "data.max_length="),
     ],
 )

@@ -1,0 +1,48 @@
+"""The most bytes that tensors take while something runs: the CUDA allocator's figure, and the same from a trace of the CPU's."""
+
+import gc
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """Bytes of all tensors on the device at the fullest moment of `work`, those from before it included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    before = held_bytes(device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    return before + max(0, *accumulate(_allocations(trace)))
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of all tensors on the device now. On a CPU: of those that Python knows."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for value in gc.get_objects():
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _allocations(trace: profile) -> list[int]:
+    """Bytes that the CPU's allocator gave, or with a minus took back, in order."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
