@@ -39,6 +39,8 @@ ZERO_BUCKET_ELEMENTS = 200_000_000
 """training.zero_engine.MAX_BUCKET_ELEMENTS: gradients that DeepSpeed reduces at once."""
 ZERO_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters, and of the distance within which gathered weights are kept for reuse."""
+ZERO_PREFETCH_ELEMENTS = 50_000_000
+"""training.zero_engine's stage3_prefetch_bucket_size: weights that stage 3 gathers at once."""
 ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 
@@ -426,5 +428,11 @@ def _bucket_bytes(work: Workload) -> float:
 
 
 def _gathered_bytes(work: Workload) -> float:
-    """Weights that stage 3 has whole at a time; alone, a rank has them whole anyway."""
-    return min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * BYTES[work.precision]) if work.workers > 1 else 0
+    """Weights that stage 3 has whole at a time, and a flat buffer in which those of one gather arrive.
+
+    Alone, a rank has them whole anyway.
+    """
+    if work.workers == 1:
+        return 0
+    width = BYTES[work.precision]
+    return min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * width) + min(work.all_weight_bytes, ZERO_PREFETCH_ELEMENTS * width)

@@ -110,7 +110,7 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(family: str, is_all: b
 
 
 def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_path: Path) -> None:
-    """Within 7 %: at stage 3 not all that may be gathered at once is, at stage 2 a bucket has the head's gradient in it."""
+    """Within 7 %; but of the weights that stage 3 may have gathered at that moment, it has some or all."""
     material = replace(make_material(tmp_path), model=tmp_path / "model")
     wider = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
     config = transformers.LlamaConfig(**(WIDE | wider))
@@ -121,8 +121,11 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_
         ratios = {}
         for way, (work, _), measured in zip(ways, cases, rank):
             work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
-            ratios[way] = tensor_bytes(memory_parts(work)) / measured.num_bytes
-        assert not {way: ratio for way, ratio in ratios.items() if not 0.95 < ratio < 1.07}
+            parts = memory_parts(work)
+            without_gathered = [part for part in parts if part.name != "gathered weights"]
+            ratios[way] = tensor_bytes(without_gathered) / measured.num_bytes, tensor_bytes(parts) / measured.num_bytes
+        assert not {way: (low, high) for way, (low, high) in ratios.items() if low > 1.07 or high < 0.95}
+        assert all(high < 1.07 for (stage, _, _), (_, high) in ratios.items() if stage < 3)
 
 
 def persisted_activations(work: Workload) -> float:
