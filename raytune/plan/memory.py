@@ -137,7 +137,7 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
     yield _part("weights in compute precision", _autocast_bytes(work), casts_at)
     yield _part("activations", _kept_bytes(work), until_last)
     yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
-    yield _part("their gradients", _activation_gradient_bytes(work), in_layers)
+    yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
     yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
     yield _part("gradient of the logits", _logit_gradient_bytes(work), ("loss",))
     yield _part("gradient of the head", _head_gradient_bytes(work), head_gradient_at)
