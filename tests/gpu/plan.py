@@ -1,7 +1,7 @@
 """Planned memory against the allocator's peak: methods x ZeRO stages x gradient checkpointing, a JSON line for each way.
 
     python -m tests.gpu.plan --size 1b --output
-    python -m tests.gpu.plan --size small --tokens 1024 --document 256 --device cpu      # where there is no GPU
+    python -m tests.gpu.plan --size small --tokens 256 --document 64 --device cpu      # where there is no GPU
 
 Each way trains a few steps of a random model by the plan that `raytune train` would make. It fails if a plan is off by more than
 TOLERANCES. Without a GPU it prints why it skips, and succeeds.

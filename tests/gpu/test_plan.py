@@ -12,7 +12,7 @@ from tests.gpu import plan
 from tests.gpu.conftest import Lines
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--size", "small", "--device", "cpu", "--tokens", "512", "--document", "128")
+SMALL = ("--size", "small", "--device", "cpu", "--tokens", "256", "--document", "64")
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ SMALL = ("--size", "small", "--device", "cpu", "--tokens", "512", "--document", 
         (("--stages", "0", "2", "3"), {"forward", "loss", "update"}),
         (
             ("--stages", "0", "1", "3", "--methods", "full", "--set", "training.gradient_accumulation_steps=2"),
-            {"forward", "loss", "update"},
+            {"forward", "loss"},
         ),
         (("--stages", "0", "2", "--methods", "full", "--set", "training.loss=chunked"), {"forward", "update"}),
     ],
