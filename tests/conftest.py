@@ -1,6 +1,8 @@
 """Settings of every test: no network, no GPU kernels to build, one thread, and slow tests only on demand."""
 
+import atexit
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
@@ -9,6 +11,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pytest
+
+_status: list[int] = []
+"""Exit status of the session, once it is over."""
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
+    _status.append(int(exitstatus))
+
+
+@atexit.register
+def _leave() -> None:
+    """End the process as the tests ended.
+
+    CI saw an interpreter die of a segmentation fault (139) after its 3561 tests had passed, while it took down the libraries that
+    they had used in one process: Ray, gRPC, Arrow, PyTorch. This runs last of all exit handlers, because it is registered before
+    any of those is imported.
+    """
+    if _status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status[-1])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -138,6 +138,7 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
     yield _part("activations", _kept_bytes(work), until_last)
     yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
     yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
+    yield _part("a weight out of 4 or 8 bits", _dequantized_bytes(work), in_layers)
     yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
     yield _part("gradient of the logits", _logit_gradient_bytes(work), ("loss",))
     yield _part("gradient of the head", _head_gradient_bytes(work), head_gradient_at)
@@ -276,9 +277,10 @@ def _sums_in_fp32(work: Workload) -> bool:
 
 def _head_gradient_bytes(work: Workload) -> float:
     """The first gradient of all, before a bucket takes it. The chunked loss sums it in fp32."""
-    if not isinstance(work.adapter, FullAdapter):
+    head = work.shape.head
+    if not isinstance(work.adapter, FullAdapter) and head not in saved_modules(work.adapter, work.shape):
         return 0
-    return work.shape.head.num_parameters * (BYTES[work.trained_dtype] if work.chunk_tokens is None else 4)
+    return head.num_parameters * (BYTES[work.trained_dtype] if work.chunk_tokens is None else 4)
 
 
 def _update_bytes(work: Workload) -> float:
@@ -401,6 +403,13 @@ def _score_bytes(work: Workload) -> float:
     if work.attention == "eager":
         return pairs * work.shape.heads * 3 * BYTES[work.precision]
     return pairs / work.shape.num_layers if work.attention == "sdpa" else 0
+
+
+def _dequantized_bytes(work: Workload) -> float:
+    """bitsandbytes multiplies by a weight in the run's precision, which it makes anew in each pass."""
+    if not isinstance(work.adapter, QloraAdapter):
+        return 0
+    return BYTES[work.precision] * max(module.num_parameters for module in work.shape.layer if module.is_linear)
 
 
 def _loss_bytes(work: Workload) -> float:

@@ -15,7 +15,7 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import BYTES, Workload, checkpoint_bytes, layer_activation_bytes, memory_parts, tensor_bytes
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import STAGES
-from raytune.plan.run_plan import RunPlan, ZeroStage
+from raytune.plan.run_plan import MemoryPart, RunPlan, ZeroStage
 from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, Change, Material, make_material, make_plan, run
@@ -110,7 +110,11 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(family: str, is_all: b
 
 
 def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_path: Path) -> None:
-    """Within 7 %; but of the weights that stage 3 may have gathered at that moment, it has some or all."""
+    """Within 7 %, but for what depends on when ranks meet.
+
+    Of the weights that stage 3 may have gathered at that moment, it has some or all; and a bucket that was reduced is there until
+    gloo's thread lets it go, while DeepSpeed fills the next.
+    """
     material = replace(make_material(tmp_path), model=tmp_path / "model")
     wider = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
     config = transformers.LlamaConfig(**(WIDE | wider))
@@ -118,14 +122,19 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_
     ways = [way for way in WAYS if way[1] != "qlora"]
     cases = [planned(material, stage, METHODS[method], has_checkpointing=checkpointing) for stage, method, checkpointing in ways]
     for rank in run_on_ranks(measure_peaks, 2, [plan for _, plan in cases]):
-        ratios = {}
         for way, (work, _), measured in zip(ways, cases, rank):
             work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
             parts = memory_parts(work)
-            without_gathered = [part for part in parts if part.name != "gathered weights"]
-            ratios[way] = tensor_bytes(without_gathered) / measured.num_bytes, tensor_bytes(parts) / measured.num_bytes
-        assert not {way: (low, high) for way, (low, high) in ratios.items() if low > 1.07 or high < 0.95}
-        assert all(high < 1.07 for (stage, _, _), (_, high) in ratios.items() if stage < 3)
+            most = tensor_bytes(parts) + (work.engine == "zero") * bytes_of("buckets of gradients", parts)
+            least = tensor_bytes([part for part in parts if part.name != "gathered weights"])
+            assert least < 1.07 * measured.num_bytes, way
+            assert most > 0.95 * measured.num_bytes, way
+            if work.zero_stage == 0:
+                assert least == most, "and so the plan is within 7 %"
+
+
+def bytes_of(name: str, parts: list[MemoryPart]) -> int:
+    return sum(part.num_bytes for part in parts if part.name == name)
 
 
 def persisted_activations(work: Workload) -> float:
