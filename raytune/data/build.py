@@ -65,15 +65,19 @@ _MAX_SHARDS = 256
 _CODE = (
     "build",
     "conversation",
+    "fields",
     "formats",
     "masking",
     "packing",
     "readers",
+    "rendering",
     "shards",
     "sources",
     "split",
     "template",
     "tokenising",
+    "turn_ends",
+    "turns",
 )
 
 ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]

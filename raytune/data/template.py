@@ -1,26 +1,29 @@
-"""Chat templates: which one, the text it makes of a conversation, and where in that text each turn lies.
+"""Chat templates: which one, the text it makes of a conversation, and what of that text is trained.
 
-Templates need no `{% generation %}` markers. An answer begins where the template's own generation prompt for the turns before it
-ends, since that is where the model will begin to write; it ends with the end-of-turn text that the template puts behind answers.
-Where a template's prompt is no prefix of the whole text (a template that opens a thought, say), the turn is found by marking its
-content with characters that no text has, and checking that nothing else changed. Markers, where a template has them, are obeyed.
+Templates need no `{% generation %}` markers: `turns` finds where each answer lies. Most rows are chats whose text is known from
+what the template made of a probe, and compared with it letter by letter. Any other row is rendered once more with marks around
+its fields, which shows where they lie and which of them are left out. What is not shown cannot be trained, and is refused.
+Markers, where a template has them, are obeyed.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
 from raytune.data.masking import Targets, trained_turns
+from raytune.data.rendering import Job, Renderer
+from raytune.data.turn_ends import TurnEnds
+from raytune.data.turns import Answer, Turns, Undelimited
 from raytune.errors import DataError, ModelError
 from raytune.plan.base_model import model_files
 
@@ -29,12 +32,15 @@ SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MAX_TEMPLATE_BYTES = 1 << 20
-# transformers keeps one compiled template per text, which can follow the markers of one rendering only.
-_ONE_AT_A_TIME = Lock()
-# Private-use characters stand around a turn's content while it is being looked for.
-_MARK_PAIRS = (("\ue0f0", "\ue0f1"), ("\uf8e0", "\uf8e1"), ("\U000f0000", "\U000f0001"))
-# What each role's end-of-turn text is learned from.
-_PROBES = {"system": ("system",), "user": ("user",), "assistant": ("user", "assistant"), "tool": ("user", "assistant", "tool")}
+_PROBE: list[Message] = [{"role": "user", "content": "Probe0user"}, {"role": "assistant", "content": "Probe1assistant"}]
+_LONGER_PROBE: list[Message] = [
+    *_PROBE,
+    {"role": "user", "content": "Probe2user"},
+    {"role": "assistant", "content": "Probe3assistant"},
+]
+# What is marked at once: all, or less where a template looks at what is marked and would write another text.
+_ALL_KINDS = ("content", "thought", "reasoning", "argument", "name", "tools")
+_MARKED_KINDS = (_ALL_KINDS, _ALL_KINDS[:4], _ALL_KINDS[:3], _ALL_KINDS[:2], _ALL_KINDS[:1])
 
 
 def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -94,7 +100,7 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:
             raise DataError(f"data.template: {path} has {path.stat().st_size} bytes, which is no chat template.")
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8-sig")  # a BOM is not part of the template
         except UnicodeDecodeError as error:
             raise DataError(f"data.template: {path} is not UTF-8: {error}.") from error
     if re.search(r"\beos_token\b", text) and tokenizer.eos_token is None:
@@ -110,8 +116,25 @@ class Rendered:
     """What a template made of a conversation."""
 
     text: str
-    targets: list[tuple[int, int]]
+    targets: list[Span]
     """Where the trained text lies: start and end of each piece, in characters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """What the template writes around the turns of a plain chat."""
+
+    ask: str
+    """Between a question and an answer in the middle of a chat."""
+    last_ask: str
+    prompt: str
+    """The part of both that the generation prompt writes."""
+    reply: str
+    """Between an answer and the next question."""
+    end: str
+    """The part of it that ends the answer."""
+    behind: str
+    """Behind the last answer."""
 
 
 class ChatTemplate:
@@ -123,50 +146,100 @@ class ChatTemplate:
             DataError: if the text is no template, or has no way to tell an answer from what surrounds it.
         """
         self.text = text
+        self._name = _name_of(text, tokenizer)
         self._tokenizer = tokenizer
         self._has_markers = _MARKERS.search(text) is not None
-        self._ends: dict[str, str] = {}
-        self._ends = {role: self._end_of_turn(roles) for role, roles in _PROBES.items()}
-        self._frame = self._learned_frame()
-        self._patterns = {role: re.compile(r"\s*" + re.escape(end)) for role, end in self._ends.items() if end}
-        probe = _probe(_PROBES["assistant"])
+        self._renderer = Renderer(tokenizer, text)
+        self._ends = TurnEnds(self._renderer, tokenizer)
         try:
-            self._apply([list(probe.messages)], None, False)
+            self._renderer.apply([_PROBE], None, False)
         except TemplateSyntaxError as error:
             raise DataError(f"data.template: line {error.lineno} is not Jinja: {error.message}.") from error
         except Exception:  # a template may refuse the probe and still be right for the rows
-            pass
-        if isinstance(rendered := self.render([probe], "assistant")[0], _Undelimited):
+            return
+        probe = Conversation(messages=tuple(_PROBE), origin=Origin("probe", 1))
+        if isinstance(rendered := self.render([probe], "assistant")[0], RowError):
             raise DataError(f"data.template: {rendered}")
 
-    @property
+    @cached_property
     def stop_ids(self) -> list[int]:
-        """The token that ends an answer, if the template's end of turn begins with a special token of its own."""
-        end = self._ends["assistant"]
-        ids: Any = self._tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
-        return ids[:1] if ids and ids[0] in self._tokenizer.added_tokens_decoder else []
+        """The tokens that end an answer or a tool call: the first special ones behind the last turn of a conversation.
+
+        Empty where the template ends turns with text that is no token. What ends earlier turns does not count where the last one
+        has an end of its own: it may stand between the parts of one answer, too.
+        """
+        answer, call = self._ends.last("assistant") or "", self._ends.last("call") or ""
+        middle, middle_call = self._ends.behind("assistant", "user", False), self._ends.behind("call", "tool", False)
+        stops = [
+            self._ends.first_special(answer) or self._ends.first_special(middle.stop if middle else ""),
+            self._ends.last_special(call) or self._ends.last_special(middle_call.stop if middle_call else ""),
+        ]
+        if not stops[0] and not answer.strip() and self._eos:
+            stops[0] = self._eos
+        vocabulary = self._tokenizer.get_vocab()
+        return list(dict.fromkeys(vocabulary[stop] for stop in stops if stop in vocabulary))
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a user should know of how this template trains and would not see from it."""
+        notes = []
+        text = self._renderer.one(Job(_PROBE))
+        written = self._ends.markers_in(text) if isinstance(text, str) else []
+        foreign = {marker: len(ids) for marker in written if len(ids := self._ids(marker)) > 1}
+        cannot_stop = "" if self.stop_ids else " No token ends an answer, so that generation cannot stop where it ends."
+        if foreign:
+            listed = ", ".join(f"{marker} ({count} tokens)" for marker, count in foreign.items())
+            notes.append(
+                f"{self._name} writes markers that are no tokens of this tokenizer, trained as plain text: {listed}.{cannot_stop}"
+            )
+        elif cannot_stop:
+            notes.append(f"{self._name} ends answers with text that is no token.{cannot_stop}")
+        rendered = self.render([Conversation(messages=tuple(_PROBE), origin=Origin("probe", 1))], "assistant")[0]
+        if isinstance(rendered, Rendered) and isinstance(text, str) and rendered.text != text:
+            appended = rendered.text[len(text.rstrip()) :].strip()
+            notes.append(f"{self._name} does not end the last answer of a chat; {appended!r} is put behind it and trained.")
+        end = self._ends.behind("assistant", "user", False)
+        if self._ends.last("assistant") == "" and self._ends.next_marker:
+            notes.append(
+                f"{self._name} ends an answer with the marker of the next turn ({self._ends.next_marker}). The last answer of "
+                f"a chat has none behind it, so its end is not trained; a copy of the template that writes one there trains it."
+            )
+        if end is not None and not end.stop and self._ends.tail("assistant", "user", False) is not None:
+            notes.append(f"{self._name} does not end answers that another turn follows; only the text of those is trained.")
+        return notes
 
     def render(self, conversations: Sequence[Conversation], targets: Targets) -> list[Rendered | RowError]:
         """Render conversations and find the text that carries loss.
 
         Returns:
-            For each conversation its text and targets, or why the template cannot render it.
+            For each conversation its text and targets, or why it cannot be trained with this template.
         """
-        texts = self._texts([(list(row.messages), row.tools, False) for row in conversations])
-        if targets == "all":
-            return [text if isinstance(text, RowError) else Rendered(text, [(0, len(text))]) for text in texts]
-        turns = [trained_turns(row.messages, targets) for row in conversations]
-        closing = [
-            self._closing_answer(row, text) if row_turns == [len(row.messages) - 1] and isinstance(text, str) else None
-            for row, text, row_turns in zip(conversations, texts, turns, strict=True)
+        texts = self._renderer.texts([Job(row.messages, row.tools) for row in conversations])
+        plain = [self._plain_answers(row, text) if isinstance(text, str) else None for row, text in zip(conversations, texts)]
+        turns = [_turns_to_find(row, targets) for row in conversations]
+        unknown = [
+            set() if answers is not None and row_turns <= answers.keys() else row_turns
+            for row_turns, answers in zip(turns, plain)
         ]
-        prompts = self._prompts(conversations, [[] if span else turns[index] for index, span in enumerate(closing)])
+        prompts = self._prompts(conversations, unknown)
         rendered: list[Rendered | RowError] = []
-        for row, text, row_turns, span, row_prompts in zip(conversations, texts, turns, closing, prompts, strict=True):
+        for index, (row, text, row_turns, answers) in enumerate(zip(conversations, texts, turns, plain, strict=True)):
             if isinstance(text, RowError):
                 rendered.append(text)
-            else:
-                rendered.append(Rendered(text, [span]) if span else self._found(row, text, row_turns, row_prompts, targets))
+                continue
+            try:
+                if answers is None or unknown[index]:
+                    answers = self._answers(row, text, row_turns, prompts[index])
+                rendered.append(_assembled(text, [answer for turn in sorted(row_turns) for answer in answers[turn]], targets))
+            except Undelimited as error:
+                rendered.append(
+                    RowError(
+                        f"{self._name} cannot be used for training as it is: {error}. Put {{% generation %}} and "
+                        f"{{% endgeneration %}} around its answers, or set data.template to one of {', '.join(SHIPPED)}"
+                    )
+                )
+            except RowError as error:
+                rendered.append(error)
         return rendered
 
     def prompt(self, conversation: Conversation) -> str:
@@ -178,29 +251,122 @@ class ChatTemplate:
         *before, last = conversation.messages or ({"role": None},)
         if last["role"] != "assistant" or not before:
             raise RowError("its last turn is not an answer to something")
-        text = self._texts([(before, conversation.tools, True)])[0]
+        text = self._renderer.one(Job(before, conversation.tools, True))
         if isinstance(text, RowError):
             raise text
         return text
 
-    def _found(
-        self, row: Conversation, text: str, turns: list[int], prompts: dict[int, str | RowError], targets: Targets
-    ) -> Rendered | RowError:
-        spans = []
-        try:
-            answers = [turn for turn in turns if row.messages[turn]["role"] == "assistant"]
-            if self._has_markers and answers:
-                spans += self._marked_spans(row, text, prompts[answers[0]] if targets == "last" else "")
-            for turn in turns:
-                if row.messages[turn]["role"] != "assistant":
-                    spans.append(self._turn_span(row, turn, text))
-                elif not self._has_markers:
-                    spans.append(self._answer_span(row, turn, text, prompts[turn]))
-        except RowError as error:
-            return error
-        return Rendered(text, sorted(spans))
+    def expected(self, conversation: Conversation) -> str:
+        """The last answer as a model that has learned the template writes it, special tokens aside.
 
-    def _prompts(self, conversations: Sequence[Conversation], turns: list[list[int]]) -> list[dict[int, str | RowError]]:
+        That of an answer in words is its content; a tool call is what the template makes of it.
+
+        Raises:
+            RowError: if the template cannot render it.
+        """
+        last = conversation.messages[-1]
+        if not last.get("tool_calls"):
+            return str(last.get("content") or "")
+        rendered = self.render([conversation], "last")[0]
+        if isinstance(rendered, RowError):
+            raise rendered
+        if not rendered.targets:
+            raise RowError("its last turn is not trained")
+        start, stop = rendered.targets[-1]
+        return str(self._tokenizer.decode(self._ids(rendered.text[start:stop]), skip_special_tokens=True)).strip()
+
+    # --- Plain chats ---------------------------------------------------------------------------------------------------------
+
+    def _plain_answers(self, row: Conversation, text: str) -> dict[int, list[Answer]] | None:
+        """The answers of a chat whose text is, letter by letter, its turns and what the frame puts around them.
+
+        Letter by letter from the end, so that it does not matter what stands in the turns. None if the row is more than a chat,
+        or its text is another.
+        """
+        frame, first = self._frame, int(row.messages[:1] != () and row.messages[0]["role"] == "system")
+        turns = row.messages[first:]
+        if frame is None or row.tools is not None or not turns or len(turns) % 2:
+            return None
+        pieces, spans = [], {}
+        length = 0
+        for index, message in enumerate(turns):
+            content, is_answer = message.get("content"), index % 2 == 1
+            is_last = index == len(turns) - 1
+            if (
+                message["role"] != ("assistant" if is_answer else "user")
+                or not message.keys() <= {"role", "content", "train"}
+                or not isinstance(content, str)
+                or (is_answer and has_thought(content))
+            ):
+                return None
+            glue = (
+                (frame.behind if is_last else frame.reply) if is_answer else (frame.ask, frame.last_ask)[index == len(turns) - 2]
+            )
+            if is_answer:
+                stop = length + len(content) + len(frame.behind.rstrip() if is_last else frame.end)
+                spans[first + index] = (length - len(pieces[-1]) + len(frame.prompt), stop)
+            pieces += [content, glue]
+            length += len(content) + len(glue)
+        if not text.endswith("".join(pieces)):
+            return None
+        before = len(text) - length
+        if first and str(row.messages[0].get("content") or "").strip() not in text[:before]:
+            return None
+        return {turn: [Answer(before + start, before + stop)] for turn, (start, stop) in spans.items()}
+
+    @cached_property
+    def _frame(self) -> _Frame | None:
+        """What stands around the turns of a probe; None if the template has no such frame or its last answer is left open."""
+        end = self._ends.behind("assistant", "user", False)
+        text, prompt = self._renderer.texts([Job(_LONGER_PROBE), Job(_LONGER_PROBE[:1], None, True)])
+        if self._has_markers or end is None or not end.stop or not (isinstance(text, str) and isinstance(prompt, str)):
+            return None
+        pieces = re.split("|".join(message["content"] for message in _LONGER_PROBE), text)
+        _, found, asked = prompt.rpartition(_LONGER_PROBE[0]["content"])
+        if len(pieces) != len(_LONGER_PROBE) + 1 or not found:
+            return None
+        _, ask, reply, last_ask, behind = pieces
+        is_regular = ask.startswith(asked) and last_ask.startswith(asked) and reply.startswith(end.text)
+        if not is_regular or not behind.strip() or self._ends.adds_turn("assistant"):
+            return None
+        return _Frame(ask=ask, last_ask=last_ask, prompt=asked, reply=reply, end=end.text, behind=behind)
+
+    # --- Any row -------------------------------------------------------------------------------------------------------------
+
+    def _answers(
+        self, row: Conversation, text: str, turns: set[int], prompts: Mapping[int, str | RowError]
+    ) -> dict[int, list[Answer]]:
+        """The trained pieces of each turn.
+
+        Raises:
+            RowError: if a turn cannot be told apart, or something that the row has is not shown.
+        """
+        blocks = self._renderer.generation_blocks(row.messages, row.tools) if self._has_markers else []
+        try:
+            places = self._places(row, text, turns)
+        except Undelimited:
+            in_order = [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
+            if len(blocks) != len(in_order) or not turns <= {*in_order}:
+                raise
+            return {turn: [Answer(*block)] for turn, block in zip(in_order, blocks) if turn in turns}
+
+        def up_to(num_messages: int) -> str | RowError:
+            return self._renderer.one(Job(row.messages[:num_messages], row.tools))
+
+        found = Turns(row, text, places, self._ends, up_to, self._eos)
+        answers = {}
+        for turn in turns:
+            if row.messages[turn]["role"] != "assistant":
+                answers[turn] = [Answer(*found.other(turn))]
+            elif self._has_markers:
+                answers[turn] = found.marked(turn, blocks, prompts[turn])
+            else:
+                answers[turn] = [found.answer(turn, prompts[turn])]
+        return answers
+
+    def _prompts(
+        self, conversations: Sequence[Conversation], turns: Sequence[set[int] | list[int]]
+    ) -> list[dict[int, str | RowError]]:
         """For each conversation the generation prompts of its trained answers, by turn; all are rendered at once."""
         wanted = [
             (index, turn)
@@ -208,165 +374,111 @@ class ChatTemplate:
             for turn in turns[index]
             if turn > 0 and conversations[index].messages[turn]["role"] == "assistant"
         ]
-        texts = self._texts([(list(conversations[i].messages[:turn]), conversations[i].tools, True) for i, turn in wanted])
+        texts = self._renderer.texts([Job(conversations[i].messages[:turn], conversations[i].tools, True) for i, turn in wanted])
         nothing_before = RowError("no turn comes before it")
         prompts: list[dict[int, str | RowError]] = [dict.fromkeys(row_turns, nothing_before) for row_turns in turns]
         for (index, turn), text in zip(wanted, texts, strict=True):
             prompts[index][turn] = text
         return prompts
 
-    def _closing_answer(self, row: Conversation, text: str) -> tuple[int, int] | None:
-        """Where the last answer lies if question, answer and what stands around them are the end of the text, letter by letter.
+    def _places(self, row: Conversation, text: str, trained: set[int]) -> dict[Field, list[Span]]:
+        """Where the fields of a row lie in its text.
 
-        True of nearly every row with one answer, and it saves rendering the prompt. None if it cannot be told this way.
+        Raises:
+            RowError: if the text cannot be told apart, or leaves out something that the row has.
         """
-        if self._frame is None or len(row.messages) < 2:
-            return None
-        question, answer = row.messages[-2:]
-        content = answer.get("content")
-        if (question["role"], answer["role"]) != ("user", "assistant") or answer.keys() != {"role", "content"}:
-            return None
-        between, gap, behind = self._frame
-        if not text.endswith(f"{question.get('content')}{between}{gap}{content}{behind}"):
-            return None
-        return len(text) - len(f"{gap}{content}{behind}"), len(text) - len(behind) + len(behind.rstrip())
+        fields = fields_of(row)
+        marks = Marks.absent_from(text)
+        for kinds in _MARKED_KINDS if marks else ():
+            assert marks is not None
+            marked_fields = [field for field in fields if field.kind in kinds]
+            messages, tools = marks.around(marked_fields, row)
+            marked = self._renderer.one(Job(messages, tools))
+            if isinstance(marked, RowError):
+                continue
+            without, places = marks.taken_out(marked, marked_fields)
+            if without == text:
+                for field in fields:
+                    is_shown = _is_shown(field, row, text, places) if field in marked_fields else field.text in text
+                    if not is_shown:
+                        self._refuse_hidden(field, row, trained)
+                return places
+        raise Undelimited("what it writes changes with the words of a turn, so that they cannot be found in its text")
 
-    def _learned_frame(self) -> tuple[str, str, str] | None:
-        """The text between a question and the end of the prompt, from there to the answer, and behind it; of a probe."""
-        probe = _probe(_PROBES["assistant"])
-        question, answer = (message["content"] for message in probe.messages)
-        text, prompt = self._texts([(list(probe.messages), None, False), (list(probe.messages[:1]), None, True)])
-        if self._has_markers or not (isinstance(text, str) and isinstance(prompt, str) and text.startswith(prompt)):
-            return None
-        _, found_question, between = prompt.rpartition(question)
-        gap, found_answer, behind = text[len(prompt) :].partition(answer)
-        return (between, gap, behind) if found_question and found_answer and behind.strip() else None
+    def _refuse_hidden(self, field: Field, row: Conversation, trained: set[int]) -> None:
+        """A thought in a turn that is not trained may be left out, as a model's own template does; anything else is missed.
 
-    def _answer_span(self, row: Conversation, turn: int, text: str, prompt: str | RowError) -> tuple[int, int]:
-        """What the model writes in an assistant turn: from the end of the prompt to the end of the end-of-turn text."""
-        message = row.messages[turn]
-        content = (message.get("content") or "").strip()
-        if isinstance(prompt, str) and text.startswith(prompt):
-            start = len(prompt)
-            found = text.find(content, start)
-            content_end = found + len(content) if found >= 0 else start
-        else:
-            start, content_end = self._content_span(row, turn, text)
-            found = start
-        pattern = self._patterns.get("assistant")
-        if found >= 0 and not message.get("tool_calls"):
-            if pattern is None:
-                return start, content_end
-            if end := pattern.match(text, content_end):
-                return start, end.end()
-        # Tool calls follow the content, or the template rewrote the content: the turn ends where its rendering ends.
-        up_to = text if turn == len(row.messages) - 1 else self._texts([(list(row.messages[: turn + 1]), row.tools, False)])[0]
-        if isinstance(up_to, str) and text.startswith(up_to):
-            return start, max(content_end, len(up_to.rstrip()))
-        if pattern is not None and (end := pattern.search(text, content_end)):
-            return start, end.end()
-        raise _Undelimited(f"it does not say where the answer in turn {turn + 1} ends")
-
-    def _turn_span(self, row: Conversation, turn: int, text: str) -> tuple[int, int]:
-        """The content of a turn of any role and its end-of-turn text."""
-        start, end = self._content_span(row, turn, text)
-        pattern = self._patterns.get(row.messages[turn]["role"])
-        behind = pattern.match(text, end) if pattern else None
-        return start, behind.end() if behind else end
-
-    def _content_span(self, row: Conversation, turn: int, text: str) -> tuple[int, int]:
-        """Where the content of a turn lies, outer white space aside; shown by marking it and seeing nothing else change."""
-        content = row.messages[turn].get("content") or ""
-        core = content.strip()
-        before = content[: len(content) - len(content.lstrip())]
-        left, right = next((pair for pair in _MARK_PAIRS if pair[0] not in text and pair[1] not in text), ("", ""))
-        marked = [dict(message) for message in row.messages]
-        marked[turn]["content"] = f"{before}{left}{core}{right}{content[len(before) + len(core) :]}"
-        shown = self._texts([(marked, row.tools, False)])[0]
-        if isinstance(shown, str) and left and shown.count(left) == shown.count(right) == 1:
-            start, end = shown.index(left), shown.index(right) - 1
-            if shown.replace(left, "").replace(right, "") == text and (end > start) == (core != ""):
-                return start, end
-        raise _Undelimited(f"it does not say where the {row.messages[turn]['role']}'s text in turn {turn + 1} begins and ends")
-
-    def _marked_spans(self, row: Conversation, text: str, last_prompt: str | RowError) -> list[tuple[int, int]]:
-        """The pieces in `{% generation %}` blocks, each with the end-of-turn text right behind it.
-
-        Args:
-            last_prompt: only pieces behind this prompt count; if it is no prefix of the text, only the last piece does.
+        Raises:
+            RowError: naming the field and the template.
         """
-        variables: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
-        with _ONE_AT_A_TIME:
-            rendered: Any = render_jinja_template(
-                conversations=[[_without_nulls(message) for message in row.messages]],
-                tools=row.tools,
-                chat_template=self.text,
-                return_assistant_tokens_mask=True,
-                **variables,
+        if field.turn is None:
+            raise RowError(f"{self._name} does not show the tools that the row offers. {_OTHER_TEMPLATE}")
+        is_thought = field.kind in ("thought", "reasoning")
+        if is_thought and field.turn not in trained:
+            return
+        role = row.messages[field.turn]["role"]
+        what = f"{field.name} of turn {field.turn + 1} ({role})"
+        if is_thought and any(message["role"] == "assistant" for message in row.messages[field.turn + 1 :]):
+            raise RowError(
+                f"{self._name} strips {what}, so that it cannot be trained. If it keeps the thoughts of the last answer, "
+                f"train that one alone with data.targets: last; or take the thoughts out of the rows"
             )
-        pattern = self._patterns.get("assistant")
-        spans: list[tuple[int, int]] = []
-        for start, end in rendered[1][0]:
-            behind = pattern.match(text, end) if pattern else None
-            spans.append((start, behind.end() if behind else end))
-        if isinstance(last_prompt, RowError) or not text.startswith(last_prompt):
-            return spans[-1:]
-        return [(max(start, len(last_prompt)), end) for start, end in spans if end > len(last_prompt)]
+        if is_thought:
+            raise RowError(
+                f"{self._name} strips {what}, so that it cannot be trained. Take the thoughts out of the rows, or {_OTHER}"
+            )
+        raise RowError(f"{self._name} does not show {what}. {_OTHER_TEMPLATE}")
 
-    def _texts(self, jobs: list[tuple[list[Message], list[Any] | None, bool]]) -> list[str | RowError]:
-        """Render (messages, tools, whether a generation prompt follows), the usual ones without tools all at once."""
-        texts: list[str | RowError] = [RowError("")] * len(jobs)
-        for opens_answer in (False, True):
-            together = [i for i, (_, tools, opens) in enumerate(jobs) if opens == opens_answer and tools is None]
-            try:
-                rendered: Iterable[str | RowError] = self._apply([jobs[i][0] for i in together], None, opens_answer)
-            except Exception:  # one of them cannot be rendered: which one, and why, shows when each is rendered alone
-                rendered = [self._text(*jobs[i]) for i in together]
-            for i, text in zip(together, rendered, strict=True):
-                texts[i] = text
-        for i, job in enumerate(jobs):
-            if job[1] is not None:
-                texts[i] = self._text(*job)
-        return texts
+    @property
+    def _eos(self) -> str:
+        eos: Any = self._tokenizer.eos_token
+        return eos or ""
 
-    def _text(self, messages: list[Message], tools: list[Any] | None, opens_answer: bool) -> str | RowError:
-        try:
-            return self._apply([messages], tools, opens_answer)[0]
-        except Exception as error:  # a template can fail in any way: its own words are the best there are
-            return RowError(f"the chat template cannot render it: {str(error) or type(error).__name__}")
-
-    def _apply(self, chats: list[list[Message]], tools: list[Any] | None, opens_answer: bool) -> list[str]:
-        if not chats:
-            return []
-        return self._tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-            chats, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=opens_answer
-        )
-
-    def _end_of_turn(self, roles: tuple[str, ...]) -> str:
-        """The text behind the last of these turns, without white space around it; empty if there is none or it cannot be told."""
-        probe = _probe(roles)
-        text = self._text(list(probe.messages), None, False)
-        content = probe.messages[-1]["content"]
-        return text.rpartition(content)[2].strip() if isinstance(text, str) and content in text else ""
+    def _ids(self, text: str) -> list[int]:
+        ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
-class _Undelimited(RowError):
-    """The template, rather than the row, is what has to change."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"the chat template cannot be used for training as it is: {what}. Put {{% generation %}} and {{% endgeneration %}} "
-            f"around the answers in the template, or set data.template to one of {', '.join(SHIPPED)}"
-        )
+_OTHER = "set data.template to a template that shows them"
+_OTHER_TEMPLATE = "Take it out of the row, or set data.template to a template that shows it"
 
 
-def _probe(roles: tuple[str, ...]) -> Conversation:
-    messages = tuple({"role": role, "content": f"Probe{index}of{role}"} for index, role in enumerate(roles))
-    return Conversation(messages=messages, origin=Origin("probe", 1))
+def _turns_to_find(row: Conversation, targets: Targets) -> set[int]:
+    """The turns whose place is needed; where all text is trained, the last answer, whose end may be missing."""
+    if targets != "all":
+        return set(trained_turns(row.messages, targets))
+    return {len(row.messages) - 1} if row.messages[-1]["role"] == "assistant" else set()
 
 
-def _without_nulls(message: Message) -> Message:
-    return {key: value for key, value in message.items() if value is not None}
+def _assembled(text: str, answers: Sequence[Answer], targets: Targets) -> Rendered:
+    missing = next((answer for answer in answers if answer.missing), None)
+    if missing is not None:
+        text = text[: missing.stop] + missing.missing
+    if targets == "all":
+        return Rendered(text, [(0, len(text))])
+    return Rendered(text, sorted((answer.start, answer.stop + len(answer.missing)) for answer in answers))
+
+
+def _is_shown(field: Field, row: Conversation, text: str, places: Mapping[Field, list[Span]]) -> bool:
+    """Whether a field comes out, and whole where it is what an assistant says. Case and white space are the template's."""
+    if field not in places:
+        return False
+    if (
+        field.kind not in ("content", "thought", "reasoning")
+        or field.turn is None
+        or row.messages[field.turn]["role"] != "assistant"
+    ):
+        return True
+    said = "".join(field.text.casefold().split())
+    return any("".join(text[start:stop].casefold().split()) == said for start, stop in places[field])
+
+
+def _name_of(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to call a template in messages."""
+    for name in SHIPPED:
+        if text.endswith((TEMPLATES_FOLDER / f"{name}.jinja").read_text()):
+            return f"the shipped chat template '{name}'"
+    return "the tokenizer's own chat template" if text == tokenizer.chat_template else "the chat template"
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -43,7 +43,7 @@ def read_questions(
             Question(
                 prompt=prompt,
                 prompt_ids=tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]),  # pyright: ignore[reportArgumentType]
-                expected=str(conversation.messages[-1]["content"]),
+                expected=template.expected(conversation),
             )
         )
     if not questions:

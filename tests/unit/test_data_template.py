@@ -324,7 +324,7 @@ def test_templates_that_rewrite_earlier_answers_are_masked_exactly() -> None:
     template = ChatTemplate(tiny_tokenizer(), THINKING)
     thoughts = ("<think>\nhm\n</think>\n\nHello", "<think>\nwell\n</think>\n\nCiao")
     row = conversation(("user", "Hi"), ("assistant", thoughts[0]), ("user", "Bye"), ("assistant", thoughts[1]))
-    assert trained_text(template, row) == ["Hello<|im_end|>", thoughts[1] + "<|im_end|>"]
+    assert trained_text(template, row, "last") == [thoughts[1] + "<|im_end|>"]
     assert trained_text(template, FOUR_TURNS) == ["Hello<|im_end|>", "<think>\n\n</think>\n\nCiao<|im_end|>"]
 
 
@@ -364,12 +364,16 @@ def test_tool_calls_are_part_of_the_answer() -> None:
     assert trained_text(template, row, ("tool",))[0].startswith("rain\n</tool_response>")
 
 
-def test_without_an_end_of_turn_only_the_answer_is_trained() -> None:
+def test_where_a_template_ends_no_answer_the_last_one_is_ended_with_end_of_text_and_that_is_said() -> None:
     template = ChatTemplate(
         tiny_tokenizer(),
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
     )
-    assert trained_text(template, FOUR_TURNS) == ["Hello", "Ciao"]
+    assert trained_text(template, FOUR_TURNS) == ["Hello", "Ciao<|im_end|>"]
+    appended, unended = template.notes
+    assert "'<|im_end|>' is put behind it and trained" in appended
+    assert "does not end answers that another turn follows" in unended
+    assert template.stop_ids == [tiny_tokenizer().eos_token_id]
 
 
 def test_an_answer_without_a_question_is_found_too() -> None:
@@ -394,9 +398,9 @@ def test_a_template_that_cannot_tell_answers_is_refused_with_the_fix() -> None:
         ChatTemplate(tiny_tokenizer(), twice_and_backwards)
 
 
-def test_answers_before_their_questions_are_found_by_their_content() -> None:
-    backwards = ChatTemplate(tiny_tokenizer(), "{% for m in messages | reverse %}{{ m.content | upper }}; {% endfor %}")
-    assert trained_text(backwards, FOUR_TURNS) == ["CIAO", "HELLO"]
+def test_a_template_that_writes_an_answer_twice_is_refused() -> None:
+    with pytest.raises(DataError, match="more than once"):
+        ChatTemplate(tiny_tokenizer(), "{% for m in messages %}{{ m.content }}/{{ m.content }}</turn>{% endfor %}")
 
 
 def test_templates_are_found_by_name_by_file_and_in_the_tokenizer(tmp_path: Any) -> None:

@@ -1,0 +1,220 @@
+"""Where each turn of a conversation lies in the text that a template made of it. Pure: texts and places in, spans out.
+
+An answer begins where the template's own generation prompt for the turns before it ends, since that is where the model will begin
+to write. It ends with its end-of-turn text, which is looked for between the answer's last words and the first words of the next
+turn, and nowhere else.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from raytune.data.conversation import Conversation, RowError
+from raytune.data.fields import Field, Span
+from raytune.data.turn_ends import TurnEnd, TurnEnds
+
+# A prompt and a text share a header if they share this many characters of it.
+_MIN_HEADER = 3
+
+
+class Undelimited(RowError):
+    """The template, rather than the row, is what has to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    start: int
+    stop: int
+    missing: str = ""
+    """The end of turn that the template leaves out behind the last turn; it is put behind `stop`, and trained."""
+
+
+class Turns:
+    """The turns of one conversation.
+
+    Args:
+        places: where its fields lie in `text`; fields that the template does not show are absent.
+        up_to: the text of the first n messages.
+        eos: what ends a last answer that the template never ends; empty if the tokenizer has no such token.
+    """
+
+    def __init__(
+        self,
+        row: Conversation,
+        text: str,
+        places: Mapping[Field, Sequence[Span]],
+        ends: TurnEnds,
+        up_to: Callable[[int], str | RowError],
+        eos: str,
+    ) -> None:
+        self._row, self._text, self._ends, self._up_to, self._eos = row, text, ends, up_to, eos
+        self._with_tools = row.tools is not None
+        self._own: dict[int, list[Span]] = {}
+        self._repeated = {field.turn for field, spans in places.items() if field.kind not in ("name", "tools") and len(spans) > 1}
+        for field, spans in places.items():
+            # The name of a tool may be written elsewhere too; it says nothing about where a turn lies if anything else does.
+            if field.turn is not None and field.kind != "name":
+                self._own.setdefault(field.turn, []).append((spans[0][0], spans[0][1] + field.tag))
+        for field, spans in places.items():
+            if field.turn is not None and field.turn not in self._own:
+                self._own[field.turn] = [spans[0]]
+
+    def answer(self, turn: int, prompt: str | RowError) -> Answer:
+        """What the model writes in an assistant turn.
+
+        Args:
+            prompt: the generation prompt for the turns before it, or why there is none.
+
+        Raises:
+            RowError: if the text does not show where the turn begins and ends, or holds another turn in the middle of it.
+        """
+        own = self._own.get(turn)
+        if turn in self._repeated:
+            raise Undelimited(f"it writes the answer in turn {turn + 1} more than once")
+        start = self._start(turn, prompt)
+        lower = max((stop for _, stop in own), default=start) if own else start
+        others = [(other, span) for other, spans in self._own.items() if other != turn for span in spans]
+        if inside := next((other for other, (at, _) in others if start <= at < lower), None):
+            role = self._row.messages[inside]["role"]
+            raise Undelimited(f"it writes turn {inside + 1} ({role}) in the middle of the answer in turn {turn + 1}")
+        upper = min((at for _, (at, _) in others if at >= lower), default=len(self._text))
+        if turn == len(self._row.messages) - 1:
+            return self._last(turn, start, lower)
+        return Answer(start, self._stop_between(turn, self._row.messages[turn + 1]["role"], lower, upper))
+
+    def marked(self, turn: int, blocks: Sequence[Span], prompt: str | RowError) -> list[Answer]:
+        """What `{% generation %}` blocks hold of an assistant turn, each with the end-of-turn text right behind it.
+
+        What the generation prompt writes, a header in the block, is not the model's and not trained.
+
+        Raises:
+            RowError: if they hold nothing of it.
+        """
+        lower, upper = self._bounds(turn)
+        written = self._start(turn, prompt) if self._own.get(turn) else lower
+        own = [
+            (max(start, written), stop) for start, stop in blocks if lower <= start < max(upper, lower + 1) and stop >= written
+        ]
+        if not own:
+            raise RowError(f"the {{% generation %}} blocks of its chat template leave out the answer in turn {turn + 1}")
+        is_last = turn == len(self._row.messages) - 1
+        follower = "user" if is_last else self._row.messages[turn + 1]["role"]
+        stops = [end.stop for end in self._possible_ends(turn, follower) if end.stop]
+        ends = [re.compile(r"\s*" + re.escape(stop)) for stop in stops]
+        answers = []
+        for start, stop in own:
+            behind = next((found for end in ends if (found := end.match(self._text, stop))), None)
+            answers.append(Answer(start, behind.end() if behind else stop))
+        if (
+            is_last
+            and not self._text[(stop := answers[-1].stop) :].strip()
+            and not self._text[:stop].rstrip().endswith(tuple(stops))
+        ):
+            answers[-1] = replace(answers[-1], missing=self._completion(turn))
+        return answers
+
+    def _bounds(self, turn: int) -> Span:
+        """From the last words of what comes before a turn to the first words of what follows it."""
+        own = self._own.get(turn, [])
+        others = [(other, span) for other, spans in self._own.items() if other != turn for span in spans]
+        if own:
+            first, last = min(own)[0], max(stop for _, stop in own)
+            lower = max((stop for _, (_, stop) in others if stop <= first), default=0)
+        else:
+            lower = last = max((stop for other, (_, stop) in others if other < turn), default=0)
+        return lower, min((start for _, (start, _) in others if start >= last), default=len(self._text))
+
+    def other(self, turn: int) -> Span:
+        """The content of a turn of any role and its end-of-turn text."""
+        role = self._row.messages[turn]["role"]
+        if not (own := self._own.get(turn)):
+            raise Undelimited(f"it does not say where the {role}'s text in turn {turn + 1} begins and ends")
+        start, stop = min(own)[0], max(stop for _, stop in own)
+        end = self._ends.behind(role, "assistant", self._with_tools)
+        behind = re.compile(r"\s*" + re.escape(end.stop)).match(self._text, stop) if end and end.stop else None
+        return start, behind.end() if behind else stop
+
+    def _start(self, turn: int, prompt: str | RowError) -> int:
+        own = self._own.get(turn)
+        first = min(own)[0] if own else None
+        if isinstance(prompt, str) and self._text.startswith(prompt) and (first is None or len(prompt) <= first):
+            return len(prompt)
+        before, behind = self._bounds(turn)
+        said = self._row.messages[turn - 1].get("content") if turn > 0 else None
+        words = said.strip() if isinstance(said, str) else ""
+        if isinstance(prompt, str) and words and (at := prompt.rfind(words)) >= 0:
+            gap = self._text[before : behind if first is None else first]
+            header = self._header_end(prompt[at + len(words) :], gap)
+            if header is not None:
+                return before + header
+        if first is None:
+            raise Undelimited(f"it does not say where the answer in turn {turn + 1} begins")
+        return first
+
+    def _header_end(self, written: str, gap: str) -> int | None:
+        """How far a prompt, which differs from the text, has written the gap in front of an answer; None if it cannot be told.
+
+        The header of an answer is the longest end of the prompt that stands in the gap, or else what both begin with.
+        """
+        for at in range(len(written) - _MIN_HEADER + 1):
+            header = written[at:]
+            if (found := gap.rfind(header)) >= 0 and any(letter.isalnum() for letter in header):
+                return found + len(header)
+        common = self._ends.common(written, gap)
+        return common if gap[:common].strip() else None
+
+    def _last(self, turn: int, start: int, lower: int) -> Answer:
+        text = self._text
+        if self._ends.adds_turn("call" if self._is_call(turn) else "assistant", self._with_tools):
+            return Answer(start, self._stop_between(turn, "user", lower, len(text)))
+        behind = text[lower:].rstrip()
+        if self._is_call(turn):
+            stops = {end.stop for end in self._possible_ends(turn, "tool") if end.stop}
+            is_open = not self._ends.ends_with_special(behind) and not any(stop in behind for stop in stops)
+        else:
+            is_open = not behind
+        stop = lower + len(behind) if behind else len(text[:lower].rstrip())
+        return Answer(start, max(start, stop), self._completion(turn) if is_open else "")
+
+    def _completion(self, turn: int) -> str:
+        """What a last answer lacks that the template leaves open: the end that its other answers have, else end-of-text.
+
+        Nothing where answers end with the marker of the next turn: which turn that would be is not for us to say.
+        """
+        if self._ends.next_marker:
+            return ""
+        for end in self._possible_ends(turn, "tool" if self._is_call(turn) else "user"):
+            if end.stop:
+                return end.stop if self._is_call(turn) else end.text
+        return self._eos
+
+    def _stop_between(self, turn: int, follower: str, lower: int, upper: int) -> int:
+        """Where the end of an answer ends, between its last words and the first words of the next turn."""
+        possible = self._possible_ends(turn, follower)
+        between = self._text[lower:upper]
+        for end in possible:
+            if end.stop and (found := re.match(r"\s*" + re.escape(end.stop), between)):
+                return lower + found.end()
+        for end in possible:
+            if end.stop and (at := between.find(end.stop)) >= 0:
+                return lower + at + len(end.stop)
+        is_call = self._is_call(turn)
+        if possible and not possible[0].stop and not is_call:  # the template ends no answer
+            return lower
+        shown = (
+            RowError("") if self._ends.adds_turn("call" if is_call else "assistant", self._with_tools) else self._up_to(turn + 1)
+        )
+        common = self._ends.common(self._text, shown) if isinstance(shown, str) else 0
+        stop = len(self._text[: min(common, upper)].rstrip())
+        if stop <= lower:
+            raise Undelimited(f"it does not say where the answer in turn {turn + 1} ends")
+        return stop
+
+    def _possible_ends(self, turn: int, follower: str) -> list[TurnEnd]:
+        """What may end an answer, the likeliest first."""
+        kinds = [("call", follower), ("call", "tool")] if self._is_call(turn) else [("assistant", follower)]
+        found = [self._ends.behind(kind, next_role, self._with_tools) for kind, next_role in [*kinds, ("assistant", "user")]]
+        return [end for end in found if end is not None]
+
+    def _is_call(self, turn: int) -> bool:
+        return bool(self._row.messages[turn].get("tool_calls"))
