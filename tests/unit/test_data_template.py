@@ -178,8 +178,7 @@ MARKED = {
     "chatml": (CHATML_TURN, CHATML_MARKED),
     "qwen": (CHATML_TURN, CHATML_MARKED),
     "llama-3": (
-        "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.content | trim) + '<|eot_id|>' }}",
-        "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}"
+        LLAMA_3_CONTENT,
         f"{{%- if message.role == 'assistant' %}}{BEGIN}{LLAMA_3_CONTENT}{END}{{%- else %}}{LLAMA_3_CONTENT}{{%- endif %}}",
     ),
     "gemma": (
@@ -336,6 +335,36 @@ def test_a_generation_prompt_that_opens_a_thought_does_not_spoil_the_mask() -> N
     )
     row = conversation(("user", "think"), ("assistant", "<b>Hello</b>"), ("user", "assistant"), ("assistant", "think"))
     assert trained_text(ChatTemplate(tiny_tokenizer(), text), row) == ["<b>Hello</b><|im_end|>", "think<|im_end|>"]
+
+
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("llama-3", '{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>'),
+        ("mistral", '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abcdefghi"}]</s>'),
+        ("qwen", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'),
+    ],
+)
+def test_shipped_templates_write_tool_calls_as_their_family_does(name: str, calls: str) -> None:
+    row = conversation(
+        ("user", "Weather?"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "rain"},
+        ("assistant", "It rains."),
+        tools=[TOOL],
+    )
+    template = template_of(name, llama_3_like())
+    first, last = trained_text(template, row)
+    assert first == calls
+    assert last.strip() == f"It rains.{calls[calls.rindex('<') :]}"
+    rendered = template.render([row], "assistant")[0]
+    assert isinstance(rendered, Rendered)
+    assert "of a city" in rendered.text
+    assert "rain" in rendered.text
 
 
 def test_tool_calls_are_part_of_the_answer() -> None:
