@@ -77,7 +77,7 @@ _CODE = (
     "template",
     "tokenising",
     "turn_ends",
-    "turns",
+    "turn_spans",
 )
 
 ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]

@@ -1,6 +1,6 @@
 """Chat templates: which one, the text it makes of a conversation, and what of that text is trained.
 
-Templates need no `{% generation %}` markers: `turns` finds where each answer lies. Most rows are chats whose text is known from
+Templates need no `{% generation %}` markers: `turn_spans` finds where each answer lies. Most rows are chats whose text is known from
 what the template made of a probe, and compared with it letter by letter. Any other row is rendered once more with marks around
 its fields, which shows where they lie and which of them are left out. What is not shown cannot be trained, and is refused.
 Markers, where a template has them, are obeyed.
@@ -23,7 +23,7 @@ from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
 from raytune.data.masking import Targets, trained_turns
 from raytune.data.rendering import Job, Renderer
 from raytune.data.turn_ends import TurnEnds
-from raytune.data.turns import Answer, Turns, Undelimited
+from raytune.data.turn_spans import Answer, TurnSpans, Undelimited
 from raytune.errors import DataError, ModelError
 from raytune.plan.base_model import model_files
 
@@ -353,7 +353,7 @@ class ChatTemplate:
         def up_to(num_messages: int) -> str | RowError:
             return self._renderer.one(Job(row.messages[:num_messages], row.tools))
 
-        found = Turns(row, text, places, self._ends, up_to, self._eos)
+        found = TurnSpans(row, text, places, self._ends, up_to, self._eos)
         answers = {}
         for turn in turns:
             if row.messages[turn]["role"] != "assistant":

@@ -29,7 +29,7 @@ class Answer:
     """The end of turn that the template leaves out behind the last turn; it is put behind `stop`, and trained."""
 
 
-class Turns:
+class TurnSpans:
     """The turns of one conversation.
 
     Args:

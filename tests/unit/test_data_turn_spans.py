@@ -153,7 +153,8 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ),
         # One that opens the next answer without being asked.
         (
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}",
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{{ '<|im_start|>assistant\n' }}",
             ["A1<|im_end|>", "A2<|im_end|>"],
             "<|im_end|>",
         ),
