@@ -1,9 +1,9 @@
 """Chat templates: which one, the text it makes of a conversation, and what of that text is trained.
 
-Templates need no `{% generation %}` markers: `turn_spans` finds where each answer lies. Most rows are chats whose text is known from
-what the template made of a probe, and compared with it letter by letter. Any other row is rendered once more with marks around
-its fields, which shows where they lie and which of them are left out. What is not shown cannot be trained, and is refused.
-Markers, where a template has them, are obeyed.
+Templates need no `{% generation %}` markers: `turn_spans` finds where each answer lies. Most rows are chats whose text is
+known from what the template made of a probe, and compared with it letter by letter. Any other row is rendered once more with
+marks around its fields, which shows where they lie and which of them are left out. What is not shown cannot be trained, and
+is refused. Markers, where a template has them, are obeyed.
 """
 
 import hashlib
@@ -255,6 +255,11 @@ class ChatTemplate:
         if isinstance(text, RowError):
             raise text
         return text
+
+    def prompts(self, conversation: Conversation, turns: Sequence[int]) -> list[str | RowError]:
+        """The generation prompts for turns of a conversation, in the order given, or why there is none."""
+        found = self._prompts([conversation], [set(turns)])[0]
+        return [found[turn] for turn in turns]
 
     def expected(self, conversation: Conversation) -> str:
         """The last answer as a model that has learned the template writes it, special tokens aside.
