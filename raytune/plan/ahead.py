@@ -130,8 +130,8 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         validation=tuple(_store(name, math.ceil(held_out * num_tokens), row_length) for name in names),
         longest_document=row_length,
         assumption=(
-            f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows. No row was "
-            f"read: how many are bad, cut or dropped is said by a plan without cluster.instance, and before training starts."
+            f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows. "
+            f"No row was read: how many are bad, cut or dropped is said by a plan without cluster.instance, and before training."
         ),
     )
 
