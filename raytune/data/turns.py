@@ -49,13 +49,15 @@ def message_of(turn: Any, place: str) -> Message:
         raise RowError(f"'{place}.role' is {role!r}, expected one of {', '.join(ROLES)}")
     if not is_empty(turn.get("function_call")):
         raise RowError(f"'{place}.function_call' is OpenAI's older form of a call; write it as an entry of tool_calls")
-    message = {key: value for key, value in turn.items() if key not in _OFTEN_EMPTY_KEYS or not is_empty(value)}
+    message = turn
+    if not _OFTEN_EMPTY_KEYS.isdisjoint(turn):
+        message = {key: value for key, value in turn.items() if key not in _OFTEN_EMPTY_KEYS or not is_empty(value)}
     if "weight" in message or "train" in message:
         message = _decided(message, place)
     if calls is not None:
-        message["tool_calls"] = _tool_calls(calls, f"{place}.tool_calls")
+        message = message | {"tool_calls": _tool_calls(calls, f"{place}.tool_calls")}
     if isinstance(content, list):
-        message["content"] = _text_of_parts(content, f"{place}.content")
+        message = message | {"content": _text_of_parts(content, f"{place}.content")}
     elif not isinstance(content, str) and not (content is None and calls and role == "assistant"):
         raise RowError(f"'{place}.content' is {kind_of(content)}, expected text")
     return message
@@ -89,7 +91,7 @@ def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str,
     `data.targets` alone decides."""
     unknown: dict[str, None] = {}
     for turn, message in zip(turns, messages, strict=True):
-        if message.keys() - _KNOWN_KEYS:
+        if not _KNOWN_KEYS.issuperset(message):
             unknown |= dict.fromkeys(key for key, value in message.items() if key not in _KNOWN_KEYS and not is_empty(value))
         if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight") == 1):
             key = "train: true" if turn.get("train") is True else "weight: 1"

@@ -88,6 +88,9 @@ class DataReport(Plan):
     validation: dict[str, StoreReport]
     """By the name of the set in metrics."""
 
+    def __str__(self) -> str:
+        return "\n".join([*(f"{label}: {line}" for label, line in report_table(self)), *losses_text(self)])
+
 
 def report_table(report: DataReport) -> list[tuple[str, str]]:
     """A line for each source, as (label, value)."""
@@ -114,7 +117,7 @@ def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
 def _source_lines(store: StoreReport) -> list[str]:
     several = len(store.sources) > 1
     lines = [f"{f'{source.name}: ' if several else ''}{_counted(source)}" for source in store.sources]
-    packed = f"{store.num_rows} packed rows, {store.fill:.0%} full"
+    packed = f"{_many(store.num_rows, 'packed row')}, {store.fill:.0%} full"
     return [*lines, packed] if several else [f"{lines[0]}; {packed}"]
 
 

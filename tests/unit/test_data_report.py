@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from raytune.config.data import DataSource, validation_sets
 from raytune.config.load import config_from
@@ -18,10 +20,14 @@ from raytune.config.run import RunConfig
 from raytune.data.store import StoreInfo
 from raytune.data.template import resolve_template
 from raytune.errors import DataError
+from raytune.launch.progress import show_result
+from raytune.launch.record import write_plan
+from raytune.launch.result import RunResult
 from raytune.launch.run import plan_run
 from raytune.plan.data_report import COUNTS, DataReport, SourceReport, losses_text, report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
 from raytune.sweeps.describe import dry_run_facts, sweep_text
 from raytune.sweeps.sweep_plan import plan_sweep
 from tests.tiny import PATIENT, tiny_plan, tiny_store, tiny_tokenizer
@@ -249,6 +255,22 @@ def test_both_sides_of_a_split_are_told(tmp_path: Path) -> None:
     assert report is not None
     train, held_out = report.train, report.validation["validation"]
     assert train.total("used") == held_out.total("other_side") > 0 < held_out.total("used") == train.total("other_side")
+
+
+def test_a_finished_run_still_tells_what_it_lost_in_its_folder_in_python_and_in_words(tmp_path: Path) -> None:
+    report = DataReport(train=build(tmp_path, CASES / "8" / "rows.jsonl", on_bad_row="skip").report, validation={})
+    folder = RunFolder(str(tmp_path), "tiny")
+    write_plan(folder, tiny_plan(storage=folder.storage, data_report=report))
+    outcome = {"metrics": {}, "best_step": 4, "held_bytes": [], "median_step_s": None, "comparison": None}
+    Path(folder.result).write_text(json.dumps(outcome))
+    result = RunResult.read(folder)
+    assert result.data_report == report
+    assert DataReport.model_validate(json.loads(json.dumps(result.to_json()))["data_report"]) == report
+    console = Console(file=StringIO(), width=200)
+    show_result(result, console)
+    told = "5 read as messages, 3 used: 2 answers cut, 1 row without targets, 1 bad row skipped"
+    assert told in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert told in str(report)
 
 
 def test_a_store_that_is_found_again_tells_the_same(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_rows_without_a_target_are_left_out_and_listed(tmp_path: Path) -> None:
     [
         (["", "  "], {}, "has no rows"),
         ([{"messages": [{"role": "user", "content": "Q"}]}] * 3, {}, "3 have no target .*; the first is .*a.jsonl:1"),
-        (tiny_rows(3), {"max_length": 1}, "3 have no target"),
+        (tiny_rows(3), {"max_length": 1}, "3 have their targets behind data.max_length, 1 tokens"),
         (tiny_rows(3), {"max_length": 2, "too_long": "drop"}, "3 are longer than data.max_length, 2 tokens"),
         (
             [tiny_rows(1)[0], "{"],
