@@ -2,7 +2,7 @@
 
 <storage>/<name>/
     run.json                    identity: config as resolved, versions, attempts, state
-    plan.json                   the RunPlan
+    plan.json                   the RunPlan, with what became of the rows
     metrics.jsonl               one line per logged step or evaluation
     events.jsonl                starts, saves, failures, retries
     failures/attempt-1.rank-0.json   what ended a worker

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raytune.config.section import Auto, Fraction, PositiveInt, Section, Text
 
-DataFormat = Literal["messages", "alpaca", "prompt_completion", "text"]
+DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -21,7 +21,8 @@ class DataSource(Section):
     name: Text | None = None
     """Name of the data set in metrics and reports. Default: the last part of the path, without its ending."""
     format: DataFormat | Auto = "auto"
-    """How a row is read. `auto` recognises it by its columns and refuses to guess when more than one format fits."""
+    """How a row is read. `auto` recognises it by its columns, and refuses to guess when more than one format fits or a column
+    that may matter (a label, images, ...) would be left unread; with a named format such columns are counted and said."""
     split: Text = "train"
     """Split of a hub data set or a `save_to_disk` folder."""
     columns: dict[str, Text] = {}
@@ -57,9 +58,9 @@ class DataSection(Section):
     prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
-    too_long: Literal["truncate", "drop", "split", "error"] = "truncate"
+    too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"
     """What happens to a longer document. `truncate` cuts the end and says how many answers lost tokens; `split` cuts it into
-    several."""
+    several. `auto`: `split` for plain text, `truncate` for chats."""
     packing: Literal["best_fit", "token_budget", "none"] = "best_fit"
     """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length`
     tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice."""
@@ -95,3 +96,14 @@ def named_sources(sources: Sequence[DataSource]) -> dict[str, DataSource]:
         number = sum(other == name or other.startswith(f"{name}-") for other in named)
         named[f"{name}-{number + 1}" if number else name] = source
     return named
+
+
+def validation_sets(sources: Sequence[DataSource]) -> dict[str, DataSource]:
+    """Validation sources by their name in metrics, which are called `validation/NAME/loss` where there are several. One that
+    would be `validation` again, as the metrics over all of them are, is `main`."""
+    if len(sources) < 2:
+        return named_sources(sources)
+    renamed = {"name": "main"}
+    return named_sources(
+        [source.model_copy(update=renamed) if source_name(source) == "validation" else source for source in sources]
+    )

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune.config.data import DataFormat, DataSource
+from raytune.data.formats import names_format
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing, pack
 from raytune.data.shards import (
@@ -37,6 +38,8 @@ from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side
 from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, joined, read_info, read_meta, view
 from raytune.errors import DataError
+from raytune.plan import data_report
+from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
 from raytune.storage import (
     file_digest,
     is_local,
@@ -78,6 +81,7 @@ _CODE = (
     "tokenising",
     "turn_ends",
     "turn_spans",
+    "turns",
 )
 
 ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]
@@ -93,7 +97,7 @@ class StoreRequest:
     targets: Targets
     max_length: int
     """Tokens per packed row, and the longest document."""
-    too_long: TooLong
+    too_long: TooLong | Literal["auto"]
     packing: Packing
     on_bad_row: Literal["error", "skip"]
     tokenizer_fingerprint: str
@@ -116,7 +120,7 @@ class StoreRequest:
                     "max_rows": source.max_rows,
                     "files": list(files),
                     # Messages about a row name its file, wherever that lies.
-                    "name": source.path.rstrip("/").split("/")[-1],
+                    "name": _last_part(source.path),
                 }
                 for source, files in zip(self.sources, fingerprints, strict=True)
             ],
@@ -171,14 +175,14 @@ def build_store(
             template=request.template,
             targets=request.targets,
             max_length=request.max_length,
-            too_long=request.too_long,
             side=request.side,
             validation_fraction=request.validation_fraction,
         )
         formats = formats_of(request.sources, scanned)
-        tasks = _shards(request.sources, scanned, formats, options, draft)
+        policies: list[TooLong] = [resolved_too_long(request.too_long, name) for name in formats]
+        tasks = _shards(request.sources, scanned, formats, policies, options, draft)
         results = list(parallel_map(tokenise_shard, tasks))
-        tally = _checked_tally(request, results)
+        tallies = _checked_tallies(request, results)
         built = draft / "store"
         built.mkdir()
         sizes = _write_rows(built / ROWS_FILE, [result.path for result in results], request)
@@ -190,7 +194,7 @@ def build_store(
             "size": digest.size,
             "sha256": digest.sha256,
             **sizes,
-            "report": {**_REPORT, **tally.counts, "examples": tally.examples},
+            "report": _report(request, formats, policies, tallies, sizes["num_rows"]).model_dump(mode="json"),
         }
         write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
         sync_local_folder(built)
@@ -199,64 +203,110 @@ def build_store(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-_REPORT = dict.fromkeys(
-    ("rows", "documents", "targets", "bad_rows", "too_long", "answers_cut", "no_target", "other_side", "without_end_token"), 0
-)
+def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
+    """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
+    only its last answers."""
+    if policy != "auto":
+        return policy
+    return "split" if name == "text" else "truncate"
+
+
+def _report(
+    request: StoreRequest,
+    formats: Sequence[DataFormat],
+    policies: Sequence[TooLong],
+    tallies: Sequence[Tally],
+    num_rows: int,
+) -> StoreReport:
+    sources = [
+        SourceReport(
+            name=_last_part(source.path),
+            format=name,
+            too_long=policy,
+            unread_columns=dict(tally.unread_columns),
+            unread_keys=dict(tally.unread_keys),
+            examples=tally.examples,
+            **{count: tally.counts[count] for count in COUNTS},
+        )
+        for source, name, policy, tally in zip(request.sources, formats, policies, tallies, strict=True)
+    ]
+    return StoreReport(row_length=request.max_length, num_rows=num_rows, sources=sources)
 
 
 def _shards(
     sources: Sequence[DataSource],
     scanned: Sequence[Sequence[ScannedFile]],
     formats: Sequence[DataFormat],
+    policies: Sequence[TooLong],
     options: TokenisingOptions,
     draft: Path,
 ) -> list[ShardTask]:
     """Divide all segments into tasks of similar size, in order. A source of which only the first rows count is one task."""
-    groups: list[tuple[list[ShardPart], int | None]] = []
+    groups: list[tuple[int, list[ShardPart]]] = []
     num_segments = sum(len(file.segments) for files in scanned for file in files)
     per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
     file_index = 0
-    for source, files, name in zip(sources, scanned, formats, strict=True):
+    for number, (source, files, name) in enumerate(zip(sources, scanned, formats, strict=True)):
         parts = []
         for file in files:
             parts += [
-                ShardPart(segment=segment, file_index=file_index, format=name, columns=source.columns)
+                ShardPart(
+                    segment=segment,
+                    file_index=file_index,
+                    format=name,
+                    is_named=names_format(source, name),
+                    columns=source.columns,
+                )
                 for segment in file.segments
             ]
             file_index += 1
         step = len(parts) if source.max_rows is not None else per_shard
-        groups += [(parts[start : start + step], source.max_rows) for start in range(0, len(parts), max(1, step))]
+        groups += [(number, parts[start : start + step]) for start in range(0, len(parts), max(1, step))]
     return [
-        ShardTask(parts=tuple(parts), max_rows=max_rows, options=options, output=str(draft / f"shard-{index:05d}.arrow"))
-        for index, (parts, max_rows) in enumerate(groups)
+        ShardTask(
+            source=number,
+            parts=tuple(parts),
+            max_rows=sources[number].max_rows,
+            too_long=policies[number],
+            options=options,
+            output=str(draft / f"shard-{index:05d}.arrow"),
+        )
+        for index, (number, parts) in enumerate(groups)
     ]
 
 
-def _checked_tally(request: StoreRequest, results: Sequence[ShardResult]) -> Tally:
-    """What happened in all shards.
+def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> list[Tally]:
+    """What happened in all shards of each source.
 
     Raises:
         DataError: if a policy says to stop, or nothing is left.
     """
-    tally = Tally()
+    tallies, total = [Tally() for _ in request.sources], Tally()
     for result in results:
-        tally.merge(result.tally)
-    counts = tally.counts
-    if counts["bad_rows"] and request.on_bad_row == "error":
-        raise bad_rows_error(tally)
-    if counts["too_long"] and request.too_long == "error":
-        raise too_long_error(tally, request.max_length)
+        tallies[result.source].merge(result.tally)
+        total.merge(result.tally)
+    counts = total.counts
+    if counts["bad"] and request.on_bad_row == "error":
+        raise bad_rows_error(total)
+    if counts["dropped"] and request.too_long == "error":
+        raise too_long_error(total, request.max_length)
     if not counts["documents"]:
+        longer = f"data.max_length, {request.max_length} tokens"
         reasons = {
-            "bad_rows": "cannot be used",
-            "too_long": f"are longer than data.max_length, {request.max_length} tokens (data.too_long: {request.too_long})",
+            "bad": "cannot be used",
+            "dropped": f"are longer than {longer} (data.too_long: {request.too_long})",
+            "cut_off": f"have their targets behind {longer}",
             "no_target": f"have no target (data.targets: {request.targets})",
             "other_side": f"lie on the other side of the split (data.validation_fraction: {request.validation_fraction})",
         }
-        lost = [f"  {counts[what]} {why}{_first(tally, what)}" for what, why in reasons.items() if counts[what]]
+        lost = [f"  {counts[what]} {why}{_first(total, what)}" for what, why in reasons.items() if counts[what]]
         names = ", ".join(source.path for source in request.sources)
         raise DataError("\n".join([f"No row of {names} can be trained on. Of {counts['rows']} rows", *lost]))
-    return tally
+    return tallies
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
 
 
 def _first(tally: Tally, what: str) -> str:
@@ -391,4 +441,5 @@ def _intact(folder: Path) -> StoreInfo | None:
 @cache
 def _code_fingerprint() -> str:
     here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _CODE)).hexdigest()
+    files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

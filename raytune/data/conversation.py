@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""What chat templates read: `role`, `content` and, where the row has them, `tool_calls`, `name`, `reasoning_content`."""
+"""What chat templates read: `role`, `content` and, where the row has them, `tool_calls`, `name`, `reasoning_content`.
+
+One key is not for templates: `train` is there, and False, exactly where the row says that the turn carries no loss (`weight: 0`,
+`train: false`). `masking.trained_turns` obeys it."""
 
 
 class RowError(Exception):
@@ -37,3 +40,7 @@ class Conversation:
     """Tools offered to the model, as JSON schemas."""
     text: str | None = None
     origin: Origin
+    unread_columns: tuple[str, ...] = ()
+    """Columns of the row with something in them that its format does not read."""
+    unread_keys: tuple[str, ...] = ()
+    """Keys of its turns that we do not know. They stay in the messages: a template may read them."""

@@ -1,18 +1,36 @@
 """What the columns of a row mean: each format is a function from a row to a `Conversation` and a line in `FORMATS`."""
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError, kind_of
+from raytune.data.turns import from_json, is_empty, message_of, sharegpt_message_of, unread_keys
 from raytune.errors import DataError
-
-ROLES = ("system", "user", "assistant", "tool")
 
 Columns = Mapping[str, str]
 """The format's field -> the column that holds it."""
+
+# What says which row it is, where it is from or how long, but never what a model is to learn. Of `parallel_tool_calls`, a setting
+# of OpenAI's API that its rows carry, no text depends.
+_BOOKKEEPING = re.compile(
+    r"_?id|idx|index|uid|uuid|guid|key|hash|md5|sha1|sha256"
+    r"|(row|prompt|example|sample|question|conversation|message|session|doc|document|user)_id"
+    r"|sources?|data_?set|dataset_(name|source)|origin|split|subset|config|ur[il]|link|file|file_?name|file_?path|path|licen[cs]e"
+    r"|date|timestamp|(created|updated)(_at)?|(num|n)_tokens|tokens?_count|num_turns|length|(char|word)_count"
+    r"|meta|metadata|parallel_tool_calls"
+    r"|__index_level_\d+__|unnamed: \d+",  # as pandas writes them
+    re.IGNORECASE,
+)
+_HINTS = {
+    "label": "raytune trains on text; it has no classifier and does not learn from preferences.",
+    "image": "Images are not trained on.",
+    "images": "Images are not trained on.",
+    "audio": "Sound is not trained on.",
+    "video": "Videos are not trained on.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +48,8 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
     """The format of a source: the one its config names, or the only one that its first row fits.
 
     Raises:
-        DataError: if the columns fit no format or several, or the config maps a field that the format does not have.
+        DataError: if the columns fit no format or several, a column that may matter would be left unread without the config's
+            naming the format, or the config maps a field that the format does not have.
     """
     if source.format != "auto":
         known = FORMATS[source.format].fields
@@ -52,7 +71,11 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
         if set(source.columns) <= set(format.fields) and not _missing(name, source.columns, row)
     ]
     if len(candidates) == 1:
-        return candidates[0]
+        name = candidates[0]
+        unread = _telling(_unread_columns(name, source.columns, row))
+        if unread and not names_format(source, name):
+            raise DataError(f"{source.path}: {_unread_words(unread, name)}.")
+        return name
     if candidates:
         raise DataError(
             f"{source.path}: its columns {_listed(row)} fit more than one format ({', '.join(candidates)}). "
@@ -66,81 +89,109 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
     )
 
 
-def read_row(row: Mapping[str, Any], name: DataFormat, columns: Columns, origin: Origin) -> Conversation:
+def names_format(source: DataSource, name: DataFormat) -> bool:
+    """Whether the config, rather than the columns of the file, says what the rows are: by a format, or by its columns."""
+    return source.format != "auto" or set(FORMATS[name].required) <= set(source.columns)
+
+
+def read_row(
+    row: Mapping[str, Any], name: DataFormat, columns: Columns, origin: Origin, *, is_named: bool = True
+) -> Conversation:
     """Read a row in a format.
 
     Raises:
-        RowError: if a field is missing, null or of the wrong type.
+        RowError: if a field is missing, null or of the wrong type; or, in a format that was only recognised, if a column that may
+            matter would be left unread.
     """
-    return FORMATS[name].read(row, columns, origin)
+    conversation = FORMATS[name].read(row, columns, origin)
+    unread = _unread_columns(name, columns, row)
+    if not unread:
+        return conversation
+    if not is_named and (telling := _telling(unread)):
+        raise RowError(_unread_words(telling, name))
+    return replace(conversation, unread_columns=tuple(unread))
 
 
 def _messages(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conversation:
     """OpenAI's: `messages` is a list of turns; `tools`, if any, is a list of JSON schemas (or that list as JSON)."""
     column = columns.get("messages", "messages")
-    messages = _present(row, column)
-    if not isinstance(messages, list):
-        raise RowError(f"'{column}' is {kind_of(messages)}, expected a list of turns")
-    if not messages:
-        raise RowError(f"'{column}' is an empty list")
-    tools = row.get(columns.get("tools", "tools"))
-    if isinstance(tools, str):
-        tools = _json(tools, "tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"'tools' is {kind_of(tools)}, expected a list")
+    turns = _turns(row, column)
+    messages = tuple(message_of(turn, f"{column}[{index}]") for index, turn in enumerate(turns))
     return Conversation(
-        messages=tuple(_message(message, f"{column}[{index}]") for index, message in enumerate(messages)),
-        tools=tools or None,
+        messages=messages,
+        tools=_tools(row, columns.get("tools", "tools")),
         origin=origin,
+        unread_keys=unread_keys(turns, messages),
     )
 
 
-def _message(message: Any, place: str) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(f"'{place}' is {kind_of(message)}, expected an object with role and content")
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in ROLES:
-        raise RowError(f"'{place}.role' is {role!r}, expected one of {', '.join(ROLES)}")
-    if calls is not None:
-        message = message | {"tool_calls": _tool_calls(calls, f"{place}.tool_calls")}
-    if isinstance(content, str) or (content is None and calls and role == "assistant"):
-        return message
-    if isinstance(content, list):
-        return message | {"content": _text_of_parts(content, f"{place}.content")}
-    raise RowError(f"'{place}.content' is {kind_of(content)}, expected text")
+def _sharegpt(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conversation:
+    """ShareGPT's: `conversations` is a list of turns with `from` and `value`; often `system` and `tools` beside it."""
+    column, system_column = columns.get("conversations", "conversations"), columns.get("system", "system")
+    turns = _turns(row, column)
+    messages = tuple(sharegpt_message_of(turn, f"{column}[{index}]") for index, turn in enumerate(turns))
+    system = _optional_text(row, system_column)
+    if system and messages[0]["role"] == "system":
+        raise RowError(f"has a system prompt in '{system_column}' and another in '{column}[0]'")
+    tools = _tools(row, columns.get("tools", "tools"))
+    return Conversation(
+        messages=_opening(system) + messages,
+        tools=tools and [_function_schema(tool) for tool in tools],
+        origin=origin,
+        unread_keys=unread_keys(turns, messages),
+    )
 
 
-def _text_of_parts(parts: list[Any], place: str) -> str:
-    """The text of OpenAI's list form, `[{"type": "text", "text": ...}]`."""
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise RowError(f"'{place}' has a part that is not text; only text can be trained on")
-    return "".join(part["text"] for part in parts)
+def _turns(row: Mapping[str, Any], column: str) -> list[Any]:
+    turns = _present(row, column)
+    if not isinstance(turns, list):
+        raise RowError(f"'{column}' is {kind_of(turns)}, expected a list of turns")
+    if not turns:
+        raise RowError(f"'{column}' is an empty list")
+    return turns
 
 
-def _tool_calls(calls: Any, place: str) -> list[Any]:
-    """Tool calls with their arguments as objects: OpenAI sends them as JSON in a string, which templates would quote again."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RowError(f"'{place}' is not a list of objects")
-    read = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            call = call | {"function": function | {"arguments": _json(function["arguments"], f"{place}.function.arguments")}}
-        read.append(call)
-    return read
+def _tools(row: Mapping[str, Any], column: str) -> list[Any] | None:
+    tools = row.get(column)
+    if isinstance(tools, str):
+        tools = from_json(tools, column) if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise RowError(f"'{column}' is {kind_of(tools)}, expected a list")
+    return tools or None
+
+
+def _function_schema(tool: Any) -> Any:
+    """A tool as templates expect it: ShareGPT files hold the function's schema alone."""
+    is_bare = isinstance(tool, dict) and "name" in tool and "function" not in tool
+    return {"type": "function", "function": tool} if is_bare else tool
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conversation:
-    """Stanford Alpaca's: `instruction`, often an `input` to apply it to, and the `output`."""
+    """Stanford Alpaca's: `instruction`, often an `input` to apply it to, the `output`, and in `history` earlier exchanges."""
     instruction = _text(row, columns.get("instruction", "instruction"))
     context = _optional_text(row, columns.get("input", "input"))
     return _exchange(
         system=_optional_text(row, columns.get("system", "system")),
         prompt=f"{instruction}\n\n{context}" if context else instruction,
         answer=_text(row, columns.get("output", "output")),
+        history=_history(row, columns.get("history", "history")),
         origin=origin,
     )
+
+
+def _history(row: Mapping[str, Any], column: str) -> list[Any]:
+    """Earlier exchanges, `[[question, answer], ...]` (or that list as JSON)."""
+    history = row.get(column)
+    if isinstance(history, str):
+        history = from_json(history, column) if history.strip() else None
+    if history is None:
+        return []
+    if not isinstance(history, list):
+        raise RowError(f"'{column}' is {kind_of(history)}, expected a list of [question, answer]")
+    for index, exchange in enumerate(history):
+        if not isinstance(exchange, list) or [type(text) for text in exchange] != [str, str]:
+            raise RowError(f"'{column}[{index}]' is not [question, answer] in text")
+    return history
 
 
 def _prompt_completion(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Conversation:
@@ -164,22 +215,50 @@ def _plain_text(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Con
 
 FORMATS: dict[DataFormat, Format] = {
     "messages": Format(required=("messages",), optional=("tools",), read=_messages),
-    "alpaca": Format(required=("instruction", "output"), optional=("input", "system"), read=_alpaca),
+    "sharegpt": Format(required=("conversations",), optional=("system", "tools"), read=_sharegpt),
+    "alpaca": Format(required=("instruction", "output"), optional=("input", "system", "history"), read=_alpaca),
     "prompt_completion": Format(required=("prompt", "completion"), optional=("system",), read=_prompt_completion),
     "text": Format(required=("text",), optional=(), read=_plain_text),
 }
 
 
-def _exchange(*, system: str, prompt: str, answer: str, origin: Origin) -> Conversation:
-    opening = ({"role": "system", "content": system},) if system else ()
-    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    return Conversation(messages=opening + turns, origin=origin)
+def _exchange(*, system: str, prompt: str, answer: str, origin: Origin, history: Sequence[Sequence[str]] = ()) -> Conversation:
+    turns = tuple(
+        {"role": role, "content": text}
+        for exchange in [*history, (prompt, answer)]
+        for role, text in zip(("user", "assistant"), exchange, strict=True)
+    )
+    return Conversation(messages=_opening(system) + turns, origin=origin)
+
+
+def _opening(system: str) -> tuple[Message, ...]:
+    return ({"role": "system", "content": system},) if system else ()
 
 
 def _missing(name: DataFormat, columns: Columns, row: Mapping[str, Any]) -> list[str]:
     """Columns that the row lacks: those of the required fields, and every one that the config maps."""
     needed = [columns.get(field, field) for field in FORMATS[name].required]
     return [column for column in dict.fromkeys([*needed, *columns.values()]) if column not in row]
+
+
+def _unread_columns(name: DataFormat, columns: Columns, row: Mapping[str, Any]) -> list[str]:
+    """Columns with something in them that the format does not read."""
+    read = {columns.get(field, field) for field in FORMATS[name].fields}
+    return [column for column in row if column not in read and not is_empty(row[column])]
+
+
+def _telling(columns: Sequence[str]) -> list[str]:
+    """Those of some columns that may hold what a model is to learn."""
+    return [column for column in columns if not _BOOKKEEPING.fullmatch(column)]
+
+
+def _unread_words(columns: Sequence[str], name: DataFormat) -> str:
+    hints = "".join(f" {hint}" for column, hint in _HINTS.items() if column in columns)
+    return (
+        f"the column{'s' * (len(columns) > 1)} {_listed(columns)} would be left unread: the format '{name}', recognised by its "
+        f"columns, reads {_listed(FORMATS[name].fields)}.{hints} If nothing of it is to be trained, say so with "
+        f"`format: {name}`, and the run's report counts it; else map what is to be trained with `columns`"
+    )
 
 
 def _present(row: Mapping[str, Any], column: str) -> Any:
@@ -199,13 +278,6 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 def _optional_text(row: Mapping[str, Any], column: str) -> str:
     return "" if row.get(column) is None else _text(row, column)
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RowError(f"'{place}' is text that is not JSON ({error})") from error
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:

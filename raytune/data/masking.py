@@ -11,11 +11,15 @@ Targets = str | tuple[str, ...]
 
 
 def trained_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
-    """Indices of the turns that carry loss. With "all" the whole text does, turns or not, and the caller does not ask."""
+    """Indices of the turns that carry loss: those that `data.targets` means, without those whose row says `train: False`.
+
+    With "all" the whole text does, turns or not, and the caller does not ask.
+    """
     assert targets != "all"
     roles = targets if isinstance(targets, tuple) else ("assistant",)
     turns = [index for index, message in enumerate(messages) if message["role"] in roles]
-    return turns[-1:] if targets == "last" else turns
+    meant = turns[-1:] if targets == "last" else turns
+    return [turn for turn in meant if messages[turn].get("train") is not False]
 
 
 def target_mask(

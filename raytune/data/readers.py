@@ -247,7 +247,7 @@ def _read_parquet(segment: Segment) -> Iterator[Row | BadRow]:
         batches = parquet.iter_batches(batch_size=256, row_groups=list(range(segment.start, segment.stop or 0)))
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for line, values in enumerate(rows, segment.first_line):
-            yield Row(values, line)
+            yield Row(_without_filled_nulls(values), line)
 
 
 def _read_dataset(segment: Segment) -> Iterator[Row | BadRow]:
@@ -255,7 +255,19 @@ def _read_dataset(segment: Segment) -> Iterator[Row | BadRow]:
         dataset = load_dataset(segment.file)
         assert segment.stop is not None
         for index in range(segment.start, segment.stop):
-            yield Row(dataset[index], index + 1)
+            yield Row(_without_filled_nulls(dataset[index]), index + 1)
+
+
+def _without_filled_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the null keys of its objects: a column has one struct for all rows, so that each has a null
+    for every key that any other row has. Which of them the file's writer meant cannot be told."""
+    return {column: _pruned(value) for column, value in values.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read_demo(segment: Segment) -> Iterator[Row | BadRow]:

@@ -13,6 +13,7 @@ from raytune.data.split import Side
 from raytune.errors import DataError
 
 TooLong = Literal["truncate", "drop", "split", "error"]
+"""What is done with a long document: `data.too_long` without `auto`."""
 
 NUM_EXAMPLES = 5
 
@@ -28,7 +29,6 @@ class TokenisingOptions:
     template: str
     targets: Targets
     max_length: int
-    too_long: TooLong
     side: Side | Literal["all"]
     validation_fraction: float
 
@@ -40,14 +40,19 @@ class ShardPart:
     segment: Segment
     file_index: int
     format: DataFormat
+    is_named: bool
+    """Whether the config says so (`formats.names_format`)."""
     columns: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
+    source: int
+    """Which source of the request it is a part of."""
     parts: tuple[ShardPart, ...]
     max_rows: int | None
     """Rows that are read at most."""
+    too_long: TooLong
     options: TokenisingOptions
     output: str
     """Arrow file that is written."""
@@ -55,9 +60,11 @@ class ShardTask:
 
 @dataclass(slots=True)
 class Tally:
-    """What happened to rows: counts by what happened, and the first few of each with their place."""
+    """What happened to rows, by the names of `SourceReport`: counts, and the first few of each with their place."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    unread_columns: Counter[str] = field(default_factory=Counter)
+    unread_keys: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
@@ -67,6 +74,8 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         self.counts.update(other.counts)
+        self.unread_columns.update(other.unread_columns)
+        self.unread_keys.update(other.unread_keys)
         for what, examples in other.examples.items():
             mine = self.examples.setdefault(what, [])
             mine.extend(examples[: NUM_EXAMPLES - len(mine)])
@@ -74,18 +83,19 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
+    source: int
     path: str
     tally: Tally
 
 
 def bad_rows_error(tally: Tally) -> DataError:
-    return _rows_error(tally, "bad_rows", "cannot be used", "Repair them, or leave them out with data.on_bad_row: skip.")
+    return _rows_error(tally, "bad", "cannot be used", "Repair them, or leave them out with data.on_bad_row: skip.")
 
 
 def too_long_error(tally: Tally, max_length: int) -> DataError:
     return _rows_error(
         tally,
-        "too_long",
+        "dropped",
         f"are longer than data.max_length, {max_length} tokens",
         "Raise data.max_length, or set data.too_long to truncate, drop or split.",
     )

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune.errors import DataError
+from raytune.plan.data_report import StoreReport
 from raytune.storage import local_path, read_json
 
 ROWS_FILE = "rows.arrow"
@@ -40,9 +41,8 @@ class StoreInfo:
     num_bytes: int
     """UTF-8 bytes of the text behind all targets."""
     longest_document: int
-    report: dict[str, Any]
-    """Counts of what happened to rows: `rows` read, `documents` kept (pieces of split ones included), `bad_rows`, `too_long`,
-    `answers_cut`, `no_target`, `other_side`, `without_end_token`; `examples` has the first few of each with file and line."""
+    report: StoreReport
+    """What became of the rows of its sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Store:
         return self.info.num_bytes
 
     @property
-    def report(self) -> dict[str, Any]:
+    def report(self) -> StoreReport:
         return self.info.report
 
     def row(self, index: int) -> Row:
@@ -180,7 +180,8 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 def read_info(folder: Path, meta: dict[str, Any]) -> StoreInfo:
     counts = ("num_rows", "num_documents", "num_tokens", "num_targets", "num_bytes", "longest_document")
-    return StoreInfo(path=str(folder), report=meta["report"], **{name: meta[name] for name in counts})
+    report = StoreReport.model_validate(meta["report"])
+    return StoreInfo(path=str(folder), report=report, **{name: meta[name] for name in counts})
 
 
 def checksum_of(meta: dict[str, Any]) -> str:

@@ -21,11 +21,11 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataFormat, DataSource
-from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import format_of, read_row
-from raytune.data.masking import Targets, target_mask
+from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.formats import format_of, names_format, read_row
+from raytune.data.masking import Targets, target_mask, trained_turns
 from raytune.data.readers import BadRow, read_segment
-from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TokenisingOptions, bad_rows_error
+from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TooLong, bad_rows_error
 from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side, side_of
 from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, tokenizer_fingerprint
@@ -64,13 +64,15 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
                 else:
                     assert template is not None
                     documents = _chat_documents(batch, encoder, template, options.targets, tally)
-                pieces = [piece for document in documents for piece in _fitted(document, options, tally)]
+                pieces = [
+                    piece for document in documents for piece in _fitted(document, options.max_length, task.too_long, tally)
+                ]
                 for piece in pieces:
                     if not encoder.is_special[piece.input_ids[np.flatnonzero(piece.is_target)[-1]]] and not piece.is_cut:
-                        tally.add("without_end_token")
+                        tally.add("unending", piece.origin)
                 if pieces:
                     writer.write_batch(_record_batch(pieces))
-    return ShardResult(path=task.output, tally=tally)
+    return ShardResult(source=task.source, path=task.output, tally=tally)
 
 
 def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]]) -> list[DataFormat]:
@@ -87,7 +89,7 @@ def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[Scanned
             if not isinstance(row, BadRow):
                 formats.append(format_of(source, row.values))
                 break
-            tally.add("bad_rows", Origin(name, row.line), row.reason)
+            tally.add("bad", Origin(name, row.line), row.reason)
         else:
             if tally.counts:
                 raise bad_rows_error(tally)
@@ -104,16 +106,16 @@ def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversa
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
     (name,) = formats_of([source], [scanned])
     parts = [
-        ShardPart(segment=segment, file_index=0, format=name, columns=source.columns)
+        ShardPart(segment=segment, file_index=0, format=name, is_named=names_format(source, name), columns=source.columns)
         for file in scanned
         for segment in file.segments
     ]
     tally = Tally()
     for conversation, _ in _read(parts, source.max_rows, tally, "all", 0.0):
-        if tally.counts["bad_rows"]:
+        if tally.counts["bad"]:
             break
         yield conversation
-    if tally.counts["bad_rows"]:
+    if tally.counts["bad"]:
         raise bad_rows_error(tally)
 
 
@@ -270,7 +272,9 @@ def _encoder_and_template(
 
 
 def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
-    return _read(task.parts, task.max_rows, tally, task.options.side, task.options.validation_fraction)
+    options = task.options
+    rows = _read(task.parts, task.max_rows, tally, options.side, options.validation_fraction)
+    return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
 
 
 def _read(
@@ -282,14 +286,18 @@ def _read(
         tally.add("rows")
         origin = Origin(part.segment.file.name, row.line)
         if isinstance(row, BadRow):
-            tally.add("bad_rows", origin, row.reason)
+            tally.add("bad", origin, row.reason)
         elif side != "all" and side_of(row.values, validation_fraction) != side:
             tally.add("other_side")
         else:
             try:
-                yield read_row(row.values, part.format, part.columns, origin), part.file_index
+                conversation = read_row(row.values, part.format, part.columns, origin, is_named=part.is_named)
             except RowError as error:
-                tally.add("bad_rows", origin, str(error))
+                tally.add("bad", origin, str(error))
+            else:
+                tally.unread_columns.update(conversation.unread_columns)
+                tally.unread_keys.update(conversation.unread_keys)
+                yield conversation, part.file_index
 
 
 def _chat_documents(
@@ -298,8 +306,9 @@ def _chat_documents(
     usable, texts, spans = [], [], []
     for row, rendered in zip(rows, template.render([row for row, _ in rows], targets), strict=True):
         if isinstance(rendered, RowError):
-            tally.add("bad_rows", row[0].origin, str(rendered))
+            tally.add("bad", row[0].origin, str(rendered))
         else:
+            _tally_turns(row[0], targets, tally)
             usable.append(row)
             texts.append(rendered.text)
             spans.append(rendered.targets)
@@ -319,6 +328,39 @@ def _chat_documents(
         )
 
 
+def _can_be_obeyed(row: Conversation, targets: Targets, tally: Tally) -> bool:
+    """Whether what a row says of its turns goes together with `data.targets`; tallied if not."""
+    if targets != "all" or not any(_is_skipped(message) for message in row.messages):
+        return True
+    reason = (
+        "has turns that are not to be trained (weight: 0, train: false), but data.targets: all trains the whole text. "
+        "Name roles instead: data.targets: [system, user, assistant, tool]"
+    )
+    tally.add("bad", row.origin, reason)
+    return False
+
+
+def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
+    """Count the turns that their row excepts from training, and rows with trained answers that say nothing."""
+    skipped = sum(_is_skipped(message) for message in row.messages)
+    if skipped:
+        tally.counts["skipped_turns"] += skipped
+    turns = range(len(row.messages)) if targets == "all" else trained_turns(row.messages, targets)
+    blank = [turn for turn in turns if _is_blank_answer(row.messages[turn])]
+    if blank:
+        tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")
+
+
+def _is_skipped(message: Message) -> bool:
+    return message.get("train") is False
+
+
+def _is_blank_answer(message: Message) -> bool:
+    if message["role"] != "assistant" or message.get("tool_calls") or message.get("reasoning_content"):
+        return False
+    return not (message.get("content") or "").strip()
+
+
 def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder) -> Iterator[_Document]:
     """Plain documents: every token is a target but the first, which nothing predicts."""
     before, behind = encoder.around_documents()
@@ -331,28 +373,34 @@ def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncod
         yield _Document(input_ids, is_target, token_bytes, file_index, conversation.origin)
 
 
-def _fitted(document: _Document, options: TokenisingOptions, tally: Tally) -> list[_Document]:
+def _fitted(document: _Document, limit: int, too_long: TooLong, tally: Tally) -> list[_Document]:
     """The document, or what the policy for long ones makes of it, without pieces that have no target."""
-    num_tokens, limit = len(document.input_ids), options.max_length
+    num_tokens, origin = len(document.input_ids), document.origin
+    if not document.is_target.any():
+        tally.add("no_target", origin)
+        return []
     pieces = [document]
     if num_tokens > limit:
-        tally.add("too_long", document.origin, f"{num_tokens} tokens")
-        if options.too_long in ("drop", "error"):
+        length = f"{num_tokens} tokens"
+        if too_long in ("drop", "error"):
+            tally.add("dropped", origin, length)
             return []
-        if options.too_long == "truncate":
+        if too_long == "truncate":
             if document.is_target[limit:].any():
-                tally.add("answers_cut", document.origin, f"{num_tokens} tokens")
+                tally.add("cut", origin, length)
             pieces = [_piece(document, 0, limit)]
         else:
             # The last token of a piece begins the next one, which then predicts every target just once.
             pieces = [_piece(document, start, start + limit) for start in range(0, num_tokens - 1, max(1, limit - 1))]
+            tally.add("split", origin, length)
     trained = [piece for piece in pieces if piece.is_target.any()]
     if not trained:
-        cut = "its targets lie behind data.max_length" if document.is_target.any() else "no turn of it is a target"
-        tally.add("no_target", document.origin, cut)
-    for piece in trained:
-        tally.add("documents")
-        tally.counts["targets"] += int(piece.is_target.sum())
+        tally.add("cut_off", origin, length)
+        return []
+    tally.add("used")
+    tally.counts["documents"] += len(trained)
+    tally.counts["tokens"] += sum(len(piece.input_ids) for piece in trained)
+    tally.counts["targets"] += sum(int(piece.is_target.sum()) for piece in trained)
     return trained
 
 

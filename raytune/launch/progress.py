@@ -13,6 +13,7 @@ from raytune.errors import RaytuneError
 from raytune.launch.live import showing
 from raytune.launch.result import RunResult
 from raytune.metrics import History
+from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -78,7 +79,7 @@ class _View:
 
 
 def show_result(result: RunResult, console: Console | None = None) -> None:
-    """Print where the model lies and what it is worth: base against tuned."""
+    """Print where the model lies, what it is worth (base against tuned) and how many rows it was trained on."""
     console = console or Console()
     rows = list(_comparisons(result))
     if rows:
@@ -89,6 +90,8 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
             table.add_row(*row)
         console.print(table)
     console.print(_planned_and_measured(result))
+    for label, line in report_table(result.data_report) if result.data_report else []:
+        console.print(f"{label}: {line}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", highlight=False, soft_wrap=True)
 
 

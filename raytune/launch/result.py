@@ -7,6 +7,7 @@ from typing import Self
 from raytune.evaluate.compare import Comparison
 from raytune.launch.record import read_plan, readable
 from raytune.metrics import History, decode_number, encode_number
+from raytune.plan.data_report import DataReport
 from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -67,6 +68,11 @@ class RunResult:
             comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
         )
 
+    @property
+    def data_report(self) -> DataReport | None:
+        """What became of the rows, per source: read, used, lost and why. None for a run planned without reading them."""
+        return self.plan.data_report
+
     def to_json(self) -> dict:
         """The result without its history, as plain values."""
         return {
@@ -76,6 +82,7 @@ class RunResult:
             "best_step": self.best_step,
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
             "comparison": self.comparison and asdict(self.comparison),
+            "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
                 {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured
             ],

@@ -6,13 +6,14 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune.config.data import DataSource, named_sources
+from raytune.config.data import DataSource, named_sources, validation_sets
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
 from raytune.data.store import StoreInfo
 from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
+from raytune.plan.data_report import DataReport
 from raytune.plan.machine import DataFacts
 from raytune.plan.run_plan import StorePlan
 from raytune.storage import is_local
@@ -55,8 +56,13 @@ class DataBuilder:
         if fraction:
             held_out = {"validation": self._store(data.train, side="validation")}
         else:
-            held_out = {name: self._store([source], side="all") for name, source in named_sources(data.validation).items()}
+            held_out = {name: self._store([source], side="all") for name, source in validation_sets(data.validation).items()}
+        sources = list(named_sources(data.train))
         return DataFacts(
+            report=DataReport(
+                train=train.report.named(sources),
+                validation={name: info.report.named(sources if fraction else [name]) for name, info in held_out.items()},
+            ),
             train=_store_plan("train", train),
             validation=tuple(_store_plan(name, info) for name, info in held_out.items()),
             longest_document=train.longest_document,

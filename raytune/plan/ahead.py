@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune.config.data import DataSource, named_sources
+from raytune.config.data import DataSource, validation_sets
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS
@@ -124,12 +124,15 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
             f"`plan --tokens 50M`."
         )
     held_out = config.data.validation_fraction or 0.01
-    names = ["validation"] if config.data.validation_fraction else list(named_sources(config.data.validation))
+    names = ["validation"] if config.data.validation_fraction else list(validation_sets(config.data.validation))
     return DataFacts(
         train=_store("train", num_tokens, row_length),
         validation=tuple(_store(name, math.ceil(held_out * num_tokens), row_length) for name in names),
         longest_document=row_length,
-        assumption=f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows.",
+        assumption=(
+            f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows. "
+            f"No row was read: how many are bad, cut or dropped is said by a plan without cluster.instance, and before training."
+        ),
     )
 
 

@@ -163,6 +163,7 @@ def choose_plan(
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
         reasons=list(reasons),
+        data_report=data.report,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.ahead import Candidate
+from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
@@ -25,6 +26,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("model", f"{plan.model.path}, {format_count(plan.num_parameters)} parameters in {plan.model.dtype}"),
         ("method", _method(plan)),
         ("data", _data(plan)),
+        *(report_table(plan.data_report) if plan.data_report else []),
         ("batch", plan.batch.equation),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
@@ -41,12 +43,18 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def plan_text(plan: RunPlan) -> str:
-    """The table in aligned columns, and below it the reasons of every automatic choice."""
+    """The table in aligned columns; below it what is lost of the data, and the reasons of every automatic choice."""
     rows = plan_table(plan)
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
-    reasons = ["", "Chosen automatically:", *(f"  {reason}" for reason in plan.reasons)] if plan.reasons else []
-    return "\n".join([*lines, *reasons])
+    losses = losses_text(plan.data_report) if plan.data_report else []
+    return "\n".join(
+        [*lines, *_section("Rows that are not used as they are:", losses), *_section("Chosen automatically:", plan.reasons)]
+    )
+
+
+def _section(heading: str, lines: Sequence[str]) -> list[str]:
+    return ["", heading, *(f"  {line}" for line in lines)] if lines else []
 
 
 def comparison_text(candidates: Sequence[Candidate]) -> str:

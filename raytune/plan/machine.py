@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from raytune.config.model import Attention
+from raytune.plan.data_report import DataReport
 from raytune.plan.hardware import Gpu, Instance
 from raytune.plan.run_plan import StorePlan
 from raytune.plan.throughput import Speed
@@ -78,5 +79,7 @@ class DataFacts:
     """Tokens of the longest training document."""
     template: str = ""
     """Text of the chat template that made them; empty for plain text."""
+    report: DataReport | None = None
+    """What became of the rows; None where they were not read."""
     assumption: str = ""
     """A sentence about stores that do not exist yet: what they were taken to hold."""

@@ -2,11 +2,11 @@
 
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
-
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
+from raytune.plan.data_report import DataReport
+from raytune.plan.value import Plan
 
 ZeroStage = Literal[0, 1, 2, 3]
 Place = Literal["device", "host", "nvme"]
@@ -15,12 +15,6 @@ Moment = Literal["forward", "loss", "last layer", "first layer", "update"]
 activations, no gradients yet) or of the first (the reverse); in the update."""
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
-
-
-class Plan(BaseModel):
-    """A frozen part of the plan; JSON in and out, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelPlan(Plan):
@@ -234,6 +228,8 @@ class RunPlan(Plan):
     """Parameters that are trained; an adapter's come on top of the base."""
     reasons: list[str]
     """Why each automatic choice was made, a sentence each."""
+    data_report: DataReport | None = None
+    """What became of the rows; None where they were not read (plans with cluster.instance)."""
 
     @property
     def lora(self) -> LoraAdapter | None:

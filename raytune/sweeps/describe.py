@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
@@ -18,10 +19,12 @@ _RULES = {
 
 
 def sweep_text(plan: SweepPlan) -> str:
-    """What is going to happen, in aligned columns."""
+    """What is going to happen, in aligned columns, and what is lost of the data."""
     rows = sweep_table(plan)
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    losses = dict.fromkeys(line for report in plan.data_reports for line in losses_text(report))
+    below = ["", "Rows that are not used as they are:", *(f"  {line}" for line in losses)] if losses else []
+    return "\n".join([*(f"{label:<{width}}  {value}" for label, value in rows), *below])
 
 
 def sweep_table(plan: SweepPlan) -> list[tuple[str, str]]:
@@ -31,6 +34,7 @@ def sweep_table(plan: SweepPlan) -> list[tuple[str, str]]:
         ("stopping", _RULES[plan.stopping] + _rungs(plan)),
         ("budget", f"{_amount(plan, plan.budget)} per trial"),
         ("cost", _cost(plan)),
+        *(line for report in plan.data_reports for line in report_table(report)),
     ]
 
 
@@ -49,7 +53,8 @@ def dry_run_facts(plan: SweepPlan, trials: Sequence[Trial], plans: Sequence[RunP
     """The same as data."""
     return {
         "ok": True,
-        **{key: value for key, value in asdict(plan).items() if key != "cost"},
+        **{key: value for key, value in asdict(plan).items() if key not in ("cost", "data_reports")},
+        "data_reports": [report.model_dump(mode="json") for report in plan.data_reports],
         "expected_cost": {"rounds": plan.cost.expected, "share_of_full": plan.cost.share, "full_rounds": plan.cost.full},
         "trials": [
             {

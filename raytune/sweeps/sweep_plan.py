@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from raytune.config.run import RunConfig
 from raytune.config.sweep import AshaStopping, HyperbandStopping, NoStopping, SweepSection
 from raytune.errors import UserError
+from raytune.plan.data_report import DataReport
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.cost import ExpectedCost, expected_cost
@@ -42,6 +43,8 @@ class SweepPlan:
     """Of a trial."""
     cost: ExpectedCost
     """Over all trials. Rules other than halving are not predicted: their worst case is the full grid."""
+    data_reports: tuple[DataReport, ...] = ()
+    """What became of the rows; several where trials read them differently."""
 
     @property
     def halving(self) -> Halving:
@@ -115,7 +118,12 @@ def plan_sweep(section: SweepSection, name: str, num_trials: int, plans: Sequenc
         slots=slots,
         workers=max(plan.batch.workers for plan in plans),
         cost=expected_cost(halving, num_trials, budget),
+        data_reports=_distinct([plan.data_report for plan in plans if plan.data_report]),
     )
+
+
+def _distinct(reports: Sequence[DataReport]) -> tuple[DataReport, ...]:
+    return tuple(report for index, report in enumerate(reports) if report not in reports[:index])
 
 
 def units_per_step(plan: RunPlan, unit: str) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from raytune.config.data import DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import FORMATS, format_of, read_row
+from raytune.data.masking import trained_turns
 from raytune.data.split import side_of
 from raytune.errors import DataError
 from tests.tiny import PATIENT
@@ -130,11 +131,192 @@ def test_a_mapping_or_format_that_does_not_fit_is_refused(fields: dict[str, Any]
         format_of(source(**fields), {"question": "a", "answer": "b"})
 
 
+# --- What a turn says of itself ----------------------------------------------------------------------------------------------
+
+
+def turn(role: str = "assistant", **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": "A"} | fields
+
+
+@pytest.mark.parametrize("nothing", [{}, {"weight": 1}, {"weight": 1.0}, {"train": True}, {"weight": None, "train": None}])
+def test_a_turn_is_trained_unless_its_row_says_otherwise(nothing: dict[str, Any]) -> None:
+    conversation = read({"messages": [USER, turn(**nothing)]})
+    assert conversation.messages[1] == turn(), "templates see neither weight nor train"
+    assert trained_turns(conversation.messages, "assistant") == [1]
+
+
+@pytest.mark.parametrize("excepted", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}])
+def test_a_turn_that_is_not_to_be_trained_is_no_target_of_any_kind(excepted: dict[str, Any]) -> None:
+    messages = read({"messages": [USER, turn(**excepted), USER, turn(), USER | {"train": False}]}).messages
+    assert messages[1] == turn(train=False)
+    assert trained_turns(messages, "assistant") == [3]
+    assert trained_turns(messages, ("user", "assistant")) == [0, 2, 3]
+    assert trained_turns(messages[:2], "last") == [], "the last answer is meant, not the last that may be trained"
+    sharegpt = read({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", **excepted}]})
+    assert trained_turns(sharegpt.messages, "completion") == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"weight": 0.5}, r"'messages\[1\].weight' is 0.5, but a turn can only be trained \(1\) or not \(0\)"),
+        ({"weight": 2}, "weight' is 2"),
+        ({"weight": -1}, "weight' is -1"),
+        ({"weight": "0"}, "weight' is '0'"),
+        ({"weight": True}, "weight' is True"),
+        ({"train": 0}, "train' is 0, expected true or false"),
+        ({"train": "false"}, "train' is 'false'"),
+        ({"weight": 0, "train": True}, "contradict each other"),
+        ({"weight": 1, "train": False}, "contradict each other"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "older form of a call; write it as an entry of tool_calls"),
+    ],
+)
+def test_what_a_turn_asks_for_and_cannot_get_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        read({"messages": [USER, turn(**fields)]})
+
+
+def test_keys_that_nobody_knows_are_named_and_left_for_the_template() -> None:
+    openai = {"refusal": None, "audio": None, "annotations": [], "function_call": None, "name": "bot", "reasoning_content": "R"}
+    conversation = read({"messages": [USER, turn(**openai)]})
+    assert conversation.unread_keys == ()
+    assert conversation.messages[1] == turn(name="bot", reasoning_content="R")
+    conversation = read({"messages": [USER | {"trian": False}, turn(thinking="T", mood="", trian=False)]})
+    assert conversation.unread_keys == ("trian", "thinking")
+    assert conversation.messages[1]["thinking"] == "T"
+    assert read({"messages": [USER, turn(refusal="no")]}).unread_keys == ("refusal",)
+    assert read({"messages": [USER | {"weight": 1}, turn(weight=1)]}).unread_keys == ("weight: 1 of user",)
+    assert read({"messages": [USER | {"train": True}, turn()]}).unread_keys == ("train: true of user",)
+
+
+# --- Columns that no format reads --------------------------------------------------------------------------------------------
+
+QA = {"prompt": "Q", "completion": "A"}
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "name"),
+    [
+        ({"text": "great film", "label": 1}, "label", "text"),
+        ({"text": "great film", "label": 0}, "label", "text"),
+        ({"text": "bonjour", "lang": "fr"}, "lang", "text"),
+        ({"text": "hello", "role": "prompter", "id": 1}, "role", "text"),
+        ({**QA, "label": True}, "label", "prompt_completion"),
+        ({**QA, "chosen": "A", "rejected": "B"}, "rejected", "prompt_completion"),
+        ({"messages": [USER], "images": ["a.png"]}, "images", "messages"),
+        ({"messages": [USER], "functions": [{"name": "f"}]}, "functions", "messages"),
+        ({"instruction": "a", "output": "b", "context": "c"}, "context", "alpaca"),
+        ({"conversations": [{"from": "human", "value": "Q"}], "score": 3}, "score", "sharegpt"),
+    ],
+)
+def test_a_column_that_may_matter_is_refused_until_the_format_is_named_and_then_said(
+    row: dict[str, Any], column: str, name: Any
+) -> None:
+    with pytest.raises(DataError, match=rf"'{column}'.* would be left unread.* say so with `format: {name}`"):
+        format_of(source(), row)
+    assert column in read(row, format=name).unread_columns
+    with pytest.raises(RowError, match=rf"'{column}'.* would be left unread"):  # a later row of a file that began without it
+        read_row(row, name, {}, HERE, is_named=False)
+
+
+def test_empty_columns_and_those_that_only_keep_the_books_do_not_stand_in_the_way() -> None:
+    kept = {"id": 7, "source": "web", "url": "u", "__index_level_0__": 3, "Unnamed: 0": 1, "prompt_id": "x", "metadata": {"a": 1}}
+    conversation = read({**QA, **kept, "label": None, "images": [], "note": ""})
+    assert conversation.unread_columns == tuple(kept)
+    assert read_row({**QA, **kept}, "prompt_completion", {}, HERE, is_named=False).unread_columns == tuple(kept)
+
+
+def test_mapping_the_columns_names_the_format() -> None:
+    row = {"question": "Q", "answer": "A", "label": 1}
+    assert read(row, columns={"prompt": "question", "completion": "answer"}).unread_columns == ("label",)
+    with pytest.raises(DataError, match="'label' would be left unread"):
+        format_of(source(columns={"system": "s"}), {**QA, "s": "S", "label": 1})
+
+
+# --- History and ShareGPT ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_history_of_alpaca_rows_comes_before_the_question(as_text: bool) -> None:
+    history: Any = [["Q1", "A1"], ["Q2", "A2"]]
+    row = {
+        "system": "S",
+        "instruction": "now?",
+        "input": "",
+        "output": "O",
+        "history": json.dumps(history) if as_text else history,
+    }
+    exchanges = [("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]
+    assert turns(read(row)) == [*exchanges, ("user", "now?"), ("assistant", "O")]
+    for nothing in (None, [], ""):
+        assert turns(read(row | {"history": nothing})) == [("system", "S"), ("user", "now?"), ("assistant", "O")]
+
+
+@pytest.mark.parametrize("history", [[["Q1"]], ["Q1"], {"q": "a"}, [["Q1", None]], "Q1", [["Q", "A", "more"]]])
+def test_a_history_of_another_shape_is_refused(history: Any) -> None:
+    with pytest.raises(RowError, match="'history"):
+        read({"instruction": "a", "output": "b", "history": history})
+
+
+def test_sharegpt_rows_become_chats_under_each_spelling_of_its_roles() -> None:
+    call = json.dumps({"name": "f", "arguments": {"x": 1}})
+    conversations = [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "A"},
+        {"from": "user", "value": "Q2"},
+        {"from": "assistant", "value": "A2"},
+    ]
+    schema = {"name": "f", "parameters": {}}
+    conversation = read({"conversations": conversations, "system": "S", "tools": json.dumps([schema])})
+    assert [role for role, _ in turns(conversation)] == ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert conversation.messages[2] == turn(
+        content="", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    )
+    assert conversation.tools == [{"type": "function", "function": schema}]
+    assert trained_turns(conversation.messages, "assistant") == [2, 4, 6]
+    two = read({"conversations": [*conversations[:1], {"from": "function_call", "value": f"[{call}, {call}]"}]})
+    assert len(two.messages[1]["tool_calls"]) == 2
+    assert turns(read({"conversations": [{"from": "system", "value": "S"}, *conversations[:1]]}))[0] == ("system", "S")
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"from": "bot", "value": "A"}, "from' is 'bot', expected one of system, human, user, gpt"),
+        ({"from": None, "value": "A"}, "from' is None"),
+        ({"from": ["gpt"], "value": "A"}, "from' is "),
+        ({"from": "gpt", "value": None}, "value' is null, expected text"),
+        ({"from": "gpt"}, "value' is null, expected text"),
+        ("hello", "is text, expected an object with from and value"),
+        ({"from": "function_call", "value": "f(1)"}, "not JSON"),
+        ({"from": "function_call", "value": "[1]"}, "not a call with name and arguments"),
+        ({"from": "function_call", "value": "[]"}, "not a call with name and arguments"),
+        ({"role": "user", "content": "Q"}, "write `format: messages` with `columns: {messages: conversations}`"),
+        ({"from": "gpt", "value": "A", "weight": 0.3}, "weight' is 0.3"),
+    ],
+)
+def test_turns_that_are_not_sharegpts_are_refused(turn: Any, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        read({"conversations": [{"from": "human", "value": "Q"}, turn]})
+
+
+def test_two_system_prompts_and_sharegpt_turns_in_messages_are_refused() -> None:
+    system = {"from": "system", "value": "S"}
+    with pytest.raises(RowError, match=r"a system prompt in 'system' and another in 'conversations\[0\]'"):
+        read({"conversations": [system], "system": "other"})
+    with pytest.raises(RowError, match=r"write `format: sharegpt` with `columns: \{conversations: messages\}`"):
+        read({"messages": [system]})
+
+
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "function"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "tool_calls", "function", "from", "value", "weight", "train"]), inner, max_size=4
+        )
     ),
     max_leaves=8,
 )

@@ -71,7 +71,7 @@ def test_a_store_holds_the_tokens_of_apply_chat_template_once_each(packing: str,
     )
     wanted = zip(expected["input_ids"], ([bool(value) for value in mask] for mask in expected["assistant_masks"]))
     assert sorted(documents(info)) == sorted((list(ids), mask) for ids, mask in wanted)
-    assert info.num_documents == 50 == info.report["documents"]
+    assert info.num_documents == 50 == info.report.total("documents")
     assert info.num_tokens == sum(map(len, expected["input_ids"]))
     assert info.num_targets == sum(map(sum, expected["assistant_masks"]))
     assert info.longest_document == max(map(len, expected["input_ids"]))
@@ -174,21 +174,16 @@ def test_truncation_cuts_the_end_and_counts_what_it_cost(tmp_path: Path) -> None
     info = build(tmp_path, path, max_length=128)
     whole = {tuple(ids[:128]): ids for ids, _ in documents(build(tmp_path, path, max_length=512))}
     assert {tuple(ids) for ids, _ in documents(info)} < set(whole)
-    assert {name: info.report[name] for name in ("rows", "documents", "too_long", "answers_cut", "no_target")} == {
-        "rows": 3,
-        "documents": 2,
-        "too_long": 2,
-        "answers_cut": 2,
-        "no_target": 1,
-    }
-    assert info.report["examples"]["no_target"] == [f"{path}:3: its targets lie behind data.max_length"]
-    assert info.report["examples"]["too_long"][0].startswith(f"{path}:1: 2")
+    (report,) = info.report.sources
+    assert (report.rows, report.used, report.documents, report.cut, report.cut_off, report.no_target) == (3, 2, 2, 2, 1, 0)
+    assert [example.split(": ")[0] for example in report.examples["cut"]] == [f"{path}:1", f"{path}:3"]
+    assert report.examples["cut_off"][0].startswith(f"{path}:3: 3")
 
 
 def test_long_rows_are_dropped_or_refused_as_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", LONG * 4)
     info = build(tmp_path, path, max_length=128, too_long="drop")
-    assert (info.num_documents, info.report["too_long"]) == (4, 8)
+    assert (info.num_documents, info.report.total("dropped")) == (4, 8)
     with pytest.raises(DataError) as error:
         build(tmp_path, path, max_length=128, too_long="error")
     lines = str(error.value).splitlines()
@@ -227,8 +222,8 @@ def test_bad_rows_stop_the_build_with_the_first_five_and_the_count(tmp_path: Pat
         "Repair them, or leave them out with data.on_bad_row: skip.",
     ]
     info = build(tmp_path, path, on_bad_row="skip")
-    assert (info.num_documents, info.report["bad_rows"], info.report["rows"]) == (5, 8, 13)
-    assert len(info.report["examples"]["bad_rows"]) == 5
+    assert (info.num_documents, info.report.total("bad"), info.report.total("rows")) == (5, 8, 13)
+    assert len(info.report.sources[0].examples["bad"]) == 5
     assert list((tmp_path / "stores").iterdir()) == [Path(info.path)], "a refused build leaves nothing behind"
 
 
@@ -242,17 +237,17 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
 def test_rows_without_a_target_are_left_out_and_listed(tmp_path: Path) -> None:
     rows = [*tiny_rows(2), {"messages": [{"role": "user", "content": "only a question"}]}]
     path = write(tmp_path / "a.jsonl", rows)
-    report = build(tmp_path, path).report
-    assert (report["documents"], report["no_target"]) == (2, 1)
-    assert report["examples"]["no_target"] == [f"{path}:3: no turn of it is a target"]
+    (report,) = build(tmp_path, path).report.sources
+    assert (report.documents, report.no_target) == (2, 1)
+    assert report.examples["no_target"] == [f"{path}:3"]
 
 
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
         (["", "  "], {}, "has no rows"),
-        ([{"messages": [{"role": "user", "content": "Q"}]}] * 3, {}, "3 have no target .*; the first is .*a.jsonl:1: no turn"),
-        (tiny_rows(3), {"max_length": 1}, "3 have no target"),
+        ([{"messages": [{"role": "user", "content": "Q"}]}] * 3, {}, "3 have no target .*; the first is .*a.jsonl:1"),
+        (tiny_rows(3), {"max_length": 1}, "3 have their targets behind data.max_length, 1 tokens"),
         (tiny_rows(3), {"max_length": 2, "too_long": "drop"}, "3 are longer than data.max_length, 2 tokens"),
         (
             [tiny_rows(1)[0], "{"],
@@ -270,9 +265,9 @@ def test_if_nothing_is_left_the_reasons_are_counted(rows: Any, changes: dict[str
 
 def test_answers_that_end_in_no_special_token_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", tiny_rows(4))
-    assert build(tmp_path, path).report["without_end_token"] == 0
+    assert build(tmp_path, path).report.total("unending") == 0
     llama_3 = resolve_template("llama-3", tiny_tokenizer())  # its <|eot_id|> is only text to this tokenizer
-    assert build(tmp_path, path, template=llama_3).report["without_end_token"] == 4
+    assert build(tmp_path, path, template=llama_3).report.total("unending") == 4
 
 
 # --- Sources -----------------------------------------------------------------------------------------------------------------
@@ -295,7 +290,7 @@ def test_sources_of_different_formats_share_a_store(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("one document\nanother\n")
     plain = DataSource(path=str(tmp_path / "plain.txt"))
     info = tiny_store(tmp_path / "stores", sources=(chat, table, plain))
-    assert info.report["documents"] == 8
+    assert info.report.total("documents") == 8
     origins = Counter(
         Path(origin.split(":")[0]).name for row in range(info.num_rows) for origin in Store.open(info.path).origins(row)
     )

@@ -1,0 +1,156 @@
+"""One turn of a chat as files have it, made a `Message`: role, text, tool calls, and whether its row wants it trained."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from raytune.data.conversation import Message, RowError, kind_of
+
+ROLES = ("system", "user", "assistant", "tool")
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's `from` -> the role. The value of a `function_call` is JSON."""
+
+_KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "train"})
+# OpenAI's exports have them in every turn, nearly always with nothing in them.
+_OFTEN_EMPTY_KEYS = frozenset({"refusal", "audio", "annotations", "function_call"})
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing. Numbers and booleans always say something."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def message_of(turn: Any, place: str) -> Message:
+    """A turn in OpenAI's form.
+
+    Args:
+        place: where in its row it is, for messages.
+
+    Raises:
+        RowError: if it is no turn, or asks for what cannot be done.
+    """
+    if not isinstance(turn, dict):
+        raise RowError(f"'{place}' is {kind_of(turn)}, expected an object with role and content")
+    if turn.keys() >= {"from", "value"} and "role" not in turn:
+        column = place.partition("[")[0]
+        raise RowError(f"'{place}' has 'from' and 'value': write `format: sharegpt` with `columns: {{conversations: {column}}}`")
+    role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
+    if role not in ROLES:
+        raise RowError(f"'{place}.role' is {role!r}, expected one of {', '.join(ROLES)}")
+    if not is_empty(turn.get("function_call")):
+        raise RowError(f"'{place}.function_call' is OpenAI's older form of a call; write it as an entry of tool_calls")
+    message = turn
+    if not _OFTEN_EMPTY_KEYS.isdisjoint(turn):
+        message = {key: value for key, value in turn.items() if key not in _OFTEN_EMPTY_KEYS or not is_empty(value)}
+    if "weight" in message or "train" in message:
+        message = _decided(message, place)
+    if calls is not None:
+        message = message | {"tool_calls": _tool_calls(calls, f"{place}.tool_calls")}
+    if isinstance(content, list):
+        message = message | {"content": _text_of_parts(content, f"{place}.content")}
+    elif not isinstance(content, str) and not (content is None and calls and role == "assistant"):
+        raise RowError(f"'{place}.content' is {kind_of(content)}, expected text")
+    return message
+
+
+def sharegpt_message_of(turn: Any, place: str) -> Message:
+    """A turn in ShareGPT's form: `from` who it is and its `value`.
+
+    Raises:
+        RowError: as for `message_of`.
+    """
+    if not isinstance(turn, dict):
+        raise RowError(f"'{place}' is {kind_of(turn)}, expected an object with from and value")
+    if turn.keys() >= {"role", "content"} and "from" not in turn:
+        column = place.partition("[")[0]
+        raise RowError(f"'{place}' has 'role' and 'content': write `format: messages` with `columns: {{messages: {column}}}`")
+    speaker, value = turn.get("from"), turn.get("value")
+    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise RowError(f"'{place}.from' is {speaker!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
+    if not isinstance(value, str):
+        raise RowError(f"'{place}.value' is {kind_of(value)}, expected text")
+    message = {"role": role, "content": value} | {key: field for key, field in turn.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        message |= {"content": "", "tool_calls": _calls_in(value, f"{place}.value")}
+    return message_of(message, place)
+
+
+def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str, ...]:
+    """Keys of turns with something in them that we do not know, and requests to train turns of other roles, which
+    `data.targets` alone decides."""
+    unknown: dict[str, None] = {}
+    for turn, message in zip(turns, messages, strict=True):
+        if not _KNOWN_KEYS.issuperset(message):
+            unknown |= dict.fromkeys(key for key, value in message.items() if key not in _KNOWN_KEYS and not is_empty(value))
+        if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight") == 1):
+            key = "train: true" if turn.get("train") is True else "weight: 1"
+            unknown[f"{key} of {message['role']}"] = None
+    return tuple(unknown)
+
+
+def _decided(turn: Mapping[str, Any], place: str) -> Message:
+    """The turn with `train: False` if it says that it carries no loss, and with neither `train` nor `weight` if not."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise RowError(
+            f"'{place}.weight' is {weight!r}, but a turn can only be trained (1) or not (0); other weights are not possible yet"
+        )
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"'{place}.train' is {train!r}, expected true or false")
+    if weight is not None and train is not None and bool(weight) != train:
+        raise RowError(f"'{place}' has weight {weight!r} and train {json.dumps(train)}, which contradict each other")
+    others = {key: value for key, value in turn.items() if key not in ("weight", "train")}
+    return others | {"train": False} if weight == 0 or train is False else others
+
+
+def _text_of_parts(parts: list[Any], place: str) -> str:
+    """The text of OpenAI's list form, `[{"type": "text", "text": ...}]`."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RowError(f"'{place}' has a part that is not text; only text can be trained on")
+    return "".join(part["text"] for part in parts)
+
+
+def _tool_calls(calls: Any, place: str) -> list[Any]:
+    """Tool calls with their arguments as objects: OpenAI sends them as JSON in a string, which templates would quote again."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError(f"'{place}' is not a list of objects")
+    read = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            call = call | {"function": function | {"arguments": from_json(function["arguments"], f"{place}.function.arguments")}}
+        read.append(call)
+    return read
+
+
+def _calls_in(text: str, place: str) -> list[Any]:
+    """The calls in a `function_call`: `{"name": ..., "arguments": ...}`, or a list of such."""
+    value = from_json(text, place)
+    functions = value if isinstance(value, list) else [value]
+    if not functions or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions):
+        raise RowError(f"'{place}' is not a call with name and arguments, nor a list of such")
+    return [{"type": "function", "function": {"name": one["name"], "arguments": one.get("arguments", {})}} for one in functions]
+
+
+def from_json(text: str, place: str) -> Any:
+    """The value of a field that holds JSON as text.
+
+    Raises:
+        RowError: if it does not.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"'{place}' is text that is not JSON ({error})") from error

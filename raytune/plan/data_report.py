@@ -1,0 +1,175 @@
+"""What became of the rows: read, used, lost and why, per source. One value, that `plan`, `train`, the run folder and the Python
+result all show. Plain numbers, JSON in and out; `raytune.data` counts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from raytune.plan.value import Plan
+from raytune.units import format_count
+
+
+class SourceReport(Plan):
+    """The rows of one source. Counts are of rows where nothing else is said.
+
+    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`.
+    """
+
+    name: str
+    """As in metrics."""
+    format: str
+    too_long: str
+    """What was done with documents that are longer than a packed row: `data.too_long`, with `auto` resolved."""
+    rows: int
+    """Read."""
+    used: int
+    """With at least one target."""
+    bad: int
+    """That cannot be read or rendered (`data.on_bad_row`)."""
+    no_target: int
+    """No part of which carries loss (`data.targets`, `weight: 0`, `train: false`)."""
+    cut_off: int
+    """All of whose targets lay behind `data.max_length`; also in `cut`."""
+    dropped: int
+    """Longer than `data.max_length` and left out."""
+    other_side: int
+    """On the other side of `data.validation_fraction`."""
+    cut: int
+    """That lost at least one token that carried loss, of whichever answer, to `data.max_length`."""
+    split: int
+    """That became several documents."""
+    blank_answers: int
+    """With a trained answer that is empty or nothing but white space."""
+    unending: int
+    """Whose last target is no special token, though nothing was cut, so that a model may not learn to stop there."""
+    documents: int
+    """Pieces of split rows count singly."""
+    tokens: int
+    targets: int
+    skipped_turns: int
+    """Turns that carry no loss because their row says so, by `weight: 0` or `train: false`."""
+    unread_columns: dict[str, int]
+    """Columns with something in them that the format does not read -> rows that have them."""
+    unread_keys: dict[str, int]
+    """Keys of turns that raytune does not know, which only a template that happens to read them uses -> rows that have them."""
+    examples: dict[str, list[str]]
+    """For some of these counts, by name, the first few rows with file and line."""
+
+
+COUNTS = tuple(name for name, field in SourceReport.model_fields.items() if field.annotation is int)
+
+
+class StoreReport(Plan):
+    """The rows of one tokenised store."""
+
+    row_length: int
+    """Tokens that a packed row holds at most."""
+    num_rows: int
+    """Packed rows."""
+    sources: list[SourceReport]
+
+    def total(self, count: str) -> int:
+        """A count of `SourceReport` over all sources."""
+        return sum(getattr(source, count) for source in self.sources)
+
+    @property
+    def fill(self) -> float:
+        """Share of the packed rows that holds tokens."""
+        return self.total("tokens") / max(1, self.num_rows * self.row_length)
+
+    def named(self, names: Iterable[str]) -> "StoreReport":
+        """The same with other names for its sources."""
+        renamed = [source.model_copy(update={"name": name}) for source, name in zip(self.sources, names, strict=True)]
+        return self.model_copy(update={"sources": renamed})
+
+
+class DataReport(Plan):
+    """The rows of a run."""
+
+    train: StoreReport
+    validation: dict[str, StoreReport]
+    """By the name of the set in metrics."""
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"{label}: {line}" for label, line in report_table(self)), *losses_text(self)])
+
+
+def report_table(report: DataReport) -> list[tuple[str, str]]:
+    """A line for each source, as (label, value)."""
+    return [(f"{what} rows", line) for what, store in _stores(report) for line in _source_lines(store)]
+
+
+def losses_text(report: DataReport) -> list[str]:
+    """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
+    they are."""
+    lines = []
+    for what, store in _stores(report):
+        for source in store.sources:
+            of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
+            lines += [f"{of}: {line}" for line in _losses(source, store.row_length)]
+    return lines
+
+
+def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
+    several = len(report.validation) > 1
+    held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
+    return [("training", report.train), *held_out]
+
+
+def _source_lines(store: StoreReport) -> list[str]:
+    several = len(store.sources) > 1
+    lines = [f"{f'{source.name}: ' if several else ''}{_counted(source)}" for source in store.sources]
+    packed = f"{_many(store.num_rows, 'packed row')}, {store.fill:.0%} full"
+    return [*lines, packed] if several else [f"{lines[0]}; {packed}"]
+
+
+def _counted(source: SourceReport) -> str:
+    """All that was read and what became of it."""
+    lost = [
+        (source.cut, "{} cut", "answer"),
+        (source.no_target + source.cut_off, "{} without targets", "row"),
+        (source.bad, "{} skipped", "bad row"),
+        (source.dropped, "{} dropped as too long", "row"),
+        (source.split, "{} split", "document"),
+        (source.blank_answers, "{} with a blank answer", "row"),
+        (source.other_side, "{} on the other side of the split", "row"),
+    ]
+    losses = [words.format(_many(count, one)) for count, words, one in lost if count]
+    return (
+        f"{source.rows} read as {source.format}, {source.used} used"
+        + (f": {', '.join(losses)}" if losses else "")
+        + f"; {format_count(source.tokens)} tokens, {format_count(source.targets)} targets"
+    )
+
+
+def _losses(source: SourceReport, row_length: int) -> list[str]:
+    limit, of = f"data.max_length, {row_length} tokens", f"of {source.rows} rows"
+    sentences = {
+        "bad": f"{_many(source.bad, 'bad row')} {of} skipped (data.on_bad_row: skip)",
+        "no_target": f"{_many(source.no_target, 'row')} {of} without targets: nothing in them is to be trained (data.targets)",
+        "cut_off": f"{_many(source.cut_off, 'row')} {of} without targets: they lie behind {limit}",
+        "cut": f"{_many(source.cut, 'answer')} cut at {limit} (data.too_long: {source.too_long})",
+        "dropped": f"{_many(source.dropped, 'row')} {of} dropped, longer than {limit} (data.too_long: {source.too_long})",
+        "split": f"{_many(source.split, 'document')} split at {limit} (data.too_long: {source.too_long})",
+        "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer that is empty or only white space",
+        "unending": f"{_many(source.unending, 'document')} whose last target is no special token: a model may not learn to stop",
+    }
+    lines = [sentence + _first(source.examples, name) for name, sentence in sentences.items() if getattr(source, name)]
+    if source.skipped_turns:
+        turns = _many(source.skipped_turns, "turn")
+        lines.append(f"{turns} without loss because the row says so (weight: 0, train: false)")
+    if source.unread_columns:
+        lines.append(f"columns that the format {source.format} does not read: {_with_counts(source.unread_columns)}")
+    if source.unread_keys:
+        lines.append(f"keys of turns that raytune does not know: {_with_counts(source.unread_keys)}")
+    return lines
+
+
+def _first(examples: Mapping[str, Sequence[str]], name: str) -> str:
+    return f"; the first is {examples[name][0]}" if examples.get(name) else ""
+
+
+def _many(count: int, one: str) -> str:
+    return f"{count} {one}{'s' * (count != 1)}"
+
+
+def _with_counts(names: Mapping[str, int]) -> str:
+    return ", ".join(f"'{name}' ({_many(count, 'row')})" for name, count in names.items())
