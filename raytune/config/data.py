@@ -66,6 +66,10 @@ class DataSection(Section):
     tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` lists the bad rows with file and line and stops; `skip` leaves them out and counts them."""
+    on_prompt_mismatch: Literal["error", "accept"] = "error"
+    """What happens where answers are trained behind other tokens than the template's prompt for them has (a tokenizer that takes
+    a space of the prompt into the answer's first word, a prompt that opens a thought): `error` stops if that is so for more than
+    1 % of the answers that are compared, with examples; `accept` goes on. Both say how many."""
     store: Text | None = None
     """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
 

@@ -24,6 +24,7 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.data.formats import names_format
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing, pack
+from raytune.data.prompts import TOLERATED_SHARE
 from raytune.data.shards import (
     ShardPart,
     ShardResult,
@@ -32,6 +33,7 @@ from raytune.data.shards import (
     TokenisingOptions,
     TooLong,
     bad_rows_error,
+    prompt_mismatch_error,
     too_long_error,
 )
 from raytune.data.sources import ScannedFile, find_files, scan
@@ -72,6 +74,7 @@ _CODE = (
     "formats",
     "masking",
     "packing",
+    "prompts",
     "readers",
     "rendering",
     "shards",
@@ -100,6 +103,7 @@ class StoreRequest:
     too_long: TooLong | Literal["auto"]
     packing: Packing
     on_bad_row: Literal["error", "skip"]
+    on_prompt_mismatch: Literal["error", "accept"] = "error"
     tokenizer_fingerprint: str
     """`template.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
@@ -290,6 +294,9 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
         raise bad_rows_error(total)
     if counts["dropped"] and request.too_long == "error":
         raise too_long_error(total, request.max_length)
+    share = counts["prompts_differ"] / max(1, counts["prompts_compared"])
+    if share > TOLERATED_SHARE and request.on_prompt_mismatch == "error":
+        raise prompt_mismatch_error(total)
     if not counts["documents"]:
         longer = f"data.max_length, {request.max_length} tokens"
         reasons = {

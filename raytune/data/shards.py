@@ -101,8 +101,20 @@ def too_long_error(tally: Tally, max_length: int) -> DataError:
     )
 
 
-def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:
+def prompt_mismatch_error(tally: Tally) -> DataError:
+    return _rows_error(
+        tally,
+        "prompts_differ",
+        f"of {tally.counts['prompts_compared']} compared ones {'is' if tally.counts['prompts_differ'] == 1 else 'are'} trained "
+        f"behind other tokens than their prompt has, so that a tuned model would be asked what it was not taught",
+        "Move white space from the end of a prompt to the beginning of its answer, write what the prompt opens (a thought, say) "
+        "into the answers, or choose another data.template. If it is as it should be, set data.on_prompt_mismatch: accept.",
+        one="answer",
+    )
+
+
+def _rows_error(tally: Tally, what: str, are: str, fix: str, one: str = "row") -> DataError:
     count, examples = tally.counts[what], tally.examples[what]
-    rows = "1 row" if count == 1 else f"{count} rows"
+    rows = f"1 {one}" if count == 1 else f"{count} {one}s"
     more = [f"  and {count - len(examples)} more"] if count > len(examples) else []
     return DataError("\n".join([f"{rows} {are}:", *(f"  {example}" for example in examples), *more, fix]))

@@ -24,6 +24,7 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.formats import format_of, names_format, read_row
 from raytune.data.masking import Targets, target_mask, trained_turns
+from raytune.data.prompts import difference, prompts_to_compare
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TooLong, bad_rows_error
 from raytune.data.sources import ScannedFile, find_files, scan
@@ -32,6 +33,8 @@ from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, tokeni
 from raytune.errors import DataError
 
 _DOCUMENTS_AT_ONCE = 256
+# Answers of a shard whose prompts are compared with what is trained, about.
+_PROMPTS_COMPARED = 64
 
 DOCUMENTS_SCHEMA = pa.schema(
     [
@@ -166,6 +169,9 @@ class TextEncoder:
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         first_bytes = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         return self._encode_by_length(texts, first_bytes) or self._encode_by_offset(texts, first_bytes)
+
+    def decode(self, token: int) -> str:
+        return self._backend.decode([token], skip_special_tokens=False)
 
     def around_documents(self) -> tuple[list[int], list[int]]:
         """The tokens that stand before and behind those of a plain document.
@@ -323,9 +329,30 @@ def _chat_documents(
     is_target[encoded.first_tokens[:-1][np.diff(encoded.first_tokens) > 0]] = False
     for index, (conversation, file_index) in enumerate(usable):
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
+        if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
+            _compare_prompts(conversation, texts[index], encoded.input_ids[tokens], encoder, template, targets, tally)
         yield _Document(
             encoded.input_ids[tokens], is_target[tokens], encoded.token_bytes[tokens], file_index, conversation.origin
         )
+
+
+def _compare_prompts(
+    row: Conversation,
+    text: str,
+    input_ids: np.ndarray,
+    encoder: TextEncoder,
+    template: ChatTemplate,
+    targets: Targets,
+    tally: Tally,
+) -> None:
+    """Tally the trained answers of a row whose prompt is, and is not, token by token what they are trained behind."""
+    prompts = prompts_to_compare(template, row, text, targets)
+    encoded = encoder.encode(prompts)
+    for index in range(len(prompts)):
+        asked = encoded.input_ids[encoded.first_tokens[index] : encoded.first_tokens[index + 1]]
+        tally.add("prompts_compared")
+        if found := difference(asked, input_ids, encoder.decode):
+            tally.add("prompts_differ", row.origin, found)
 
 
 def _can_be_obeyed(row: Conversation, targets: Targets, tally: Tally) -> bool:

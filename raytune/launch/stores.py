@@ -43,6 +43,7 @@ class DataBuilder:
         model = config.model
         self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code)
         self._template = self._needed_template(self._tokenizer)
+        self._chat = ChatTemplate(self._tokenizer, self._template) if self._template else None
 
     def build(self) -> DataFacts:
         """Tokenise training and validation rows, or find them tokenised by an earlier run.
@@ -60,6 +61,7 @@ class DataBuilder:
         sources = list(named_sources(data.train))
         return DataFacts(
             report=DataReport(
+                template=self._chat.notes if self._chat else [],
                 train=train.report.named(sources),
                 validation={name: info.report.named(sources if fraction else [name]) for name, info in held_out.items()},
             ),
@@ -74,12 +76,12 @@ class DataBuilder:
         generation = self._config.evaluation.generation
         if generation is None:
             return []
-        if not self._template:
+        if self._chat is None:
             raise DataError("evaluation.generation needs a chat template to ask with. Set data.template.")
         with TemporaryDirectory() as downloads:
             return read_questions(
                 generation.rows,
-                ChatTemplate(self._tokenizer, self._template),
+                self._chat,
                 self._tokenizer,
                 max_rows=generation.max_rows,
                 downloads=Path(downloads),
@@ -103,6 +105,7 @@ class DataBuilder:
             too_long=data.too_long,
             packing=data.packing,
             on_bad_row=data.on_bad_row,
+            on_prompt_mismatch=data.on_prompt_mismatch,
             tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
             side=side,  # pyright: ignore[reportArgumentType]
             validation_fraction=data.validation_fraction,

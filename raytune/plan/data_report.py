@@ -40,6 +40,10 @@ class SourceReport(Plan):
     """With a trained answer that is empty or nothing but white space."""
     unending: int
     """Whose last target is no special token, though nothing was cut, so that a model may not learn to stop there."""
+    prompts_compared: int
+    """Trained answers, of a sample, whose prompt was compared with what they are trained behind."""
+    prompts_differ: int
+    """Those of them that are trained behind other tokens than their prompt has (`data.on_prompt_mismatch`)."""
     documents: int
     """Pieces of split rows count singly."""
     tokens: int
@@ -84,6 +88,8 @@ class StoreReport(Plan):
 class DataReport(Plan):
     """The rows of a run."""
 
+    template: list[str]
+    """What there is to know of the chat template: ends that it does not write, markers that are no tokens."""
     train: StoreReport
     validation: dict[str, StoreReport]
     """By the name of the set in metrics."""
@@ -100,7 +106,7 @@ def report_table(report: DataReport) -> list[tuple[str, str]]:
 def losses_text(report: DataReport) -> list[str]:
     """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
     they are."""
-    lines = []
+    lines = list(report.template)
     for what, store in _stores(report):
         for source in store.sources:
             of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
@@ -153,6 +159,11 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "unending": f"{_many(source.unending, 'document')} whose last target is no special token: a model may not learn to stop",
     }
     lines = [sentence + _first(source.examples, name) for name, sentence in sentences.items() if getattr(source, name)]
+    if source.prompts_differ:
+        lines.append(
+            f"{source.prompts_differ} of {source.prompts_compared} compared answers trained behind other tokens than those of "
+            f"their prompt{_first(source.examples, 'prompts_differ')}"
+        )
     if source.skipped_turns:
         turns = _many(source.skipped_turns, "turn")
         lines.append(f"{turns} without loss because the row says so (weight: 0, train: false)")

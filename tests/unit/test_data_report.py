@@ -174,7 +174,7 @@ def test_plain_text_is_split_and_chats_are_truncated_and_both_is_said(tmp_path: 
     text, talk = info.report.sources  # nothing predicts the first letter; the end is a target
     assert (text.format, text.too_long, text.split, text.cut, text.targets) == ("text", "split", 1, 0, len(book))
     assert (talk.format, talk.too_long, talk.split, talk.cut, talk.documents) == ("messages", "truncate", 0, 1, 1)
-    said = losses_text(DataReport(train=info.report, validation={}))
+    said = losses_text(DataReport(template=[], train=info.report, validation={}))
     assert said[0].startswith("training book.txt: 1 document split at data.max_length, 64 tokens (data.too_long: split)")
     assert said[1].startswith("training chats.jsonl: 1 answer cut at data.max_length, 64 tokens (data.too_long: truncate)")
 
@@ -189,7 +189,7 @@ def test_unknown_keys_and_columns_are_said_once_with_their_rows(tmp_path: Path) 
     rows = [chat("Q", "A", mood="good") | {"id": index} for index in range(3)] + [chat("Q", "A")]
     info = build(tmp_path, write(tmp_path / "a.jsonl", rows))
     assert (only(info).unread_keys, only(info).unread_columns) == ({"mood": 3}, {"id": 3})
-    assert losses_text(DataReport(train=info.report, validation={})) == [
+    assert losses_text(DataReport(template=[], train=info.report, validation={})) == [
         "a.jsonl: columns that the format messages does not read: 'id' (3 rows)",
         "a.jsonl: keys of turns that raytune does not know: 'mood' (3 rows)",
     ]
@@ -258,7 +258,7 @@ def test_both_sides_of_a_split_are_told(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_still_tells_what_it_lost_in_its_folder_in_python_and_in_words(tmp_path: Path) -> None:
-    report = DataReport(train=build(tmp_path, CASES / "8" / "rows.jsonl", on_bad_row="skip").report, validation={})
+    report = DataReport(template=[], train=build(tmp_path, CASES / "8" / "rows.jsonl", on_bad_row="skip").report, validation={})
     folder = RunFolder(str(tmp_path), "tiny")
     write_plan(folder, tiny_plan(storage=folder.storage, data_report=report))
     outcome = {"metrics": {}, "best_step": 4, "held_bytes": [], "median_step_s": None, "comparison": None}
@@ -280,7 +280,7 @@ def test_a_store_that_is_found_again_tells_the_same(tmp_path: Path) -> None:
 
 
 def test_the_trials_of_a_sweep_tell_once_what_they_all_lose(tmp_path: Path) -> None:
-    report = DataReport(train=build(tmp_path, CASES / "8" / "rows.jsonl", on_bad_row="skip").report, validation={})
+    report = DataReport(template=[], train=build(tmp_path, CASES / "8" / "rows.jsonl", on_bad_row="skip").report, validation={})
     section = config_from({"sweep": {"space": {"training.seed": [1, 2]}}, "data": {"validation_fraction": 0.1}}).sweep
     assert section is not None
     plans = [tiny_plan(data_report=report, seed=seed, optimization={"num_steps": 81}) for seed in (1, 2)]

@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
+from raytune.data.build import build_store
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets
-from raytune.data.template import ChatTemplate, Rendered, resolve_template
+from raytune.data.store import StoreInfo
+from raytune.data.template import ChatTemplate, Rendered, open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import read_questions
-from tests.tiny import tiny_store, tiny_tokenizer
+from tests.tiny import tiny_request, tiny_store, tiny_tokenizer
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -322,3 +325,58 @@ def test_blocks_of_a_marked_template_do_not_train_what_the_prompt_writes_and_can
     assert trained(template, chat("Q1", "A1", "Q2", "A2"), "last") == ["A2<|im_end|>"]
     only_last = text.replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}", 1)
     assert "leave out the answer in turn 2" in refusal(ChatTemplate(tiny_tokenizer(), only_last), chat("Q1", "A1", "Q2", "A2"))
+
+
+# --- Prompts -----------------------------------------------------------------------------------------------------------------
+
+
+def merging_model(folder: Path) -> str:
+    """A tokenizer that takes a space into the word behind it, as most do; the folder."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([path.read_text() for path in (CASES / "12").glob("*.jsonl")], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+def case_12(name: str, folder: Path, **changes: Any) -> StoreInfo:
+    path = merging_model(folder / "tokenizer")
+    tokenizer = open_tokenizer(path)
+    request = tiny_request(
+        str(CASES / "12" / f"{name}.jsonl"),
+        max_rows=None,
+        template=resolve_template("plain", tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        **changes,
+    )
+    return build_store(request, tokenizer_path=path, folder=str(folder / "stores"))
+
+
+def test_answers_behind_other_tokens_than_their_prompts_stop_the_run_with_an_example(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        case_12("space_in_prompt", tmp_path)
+    message = str(refused.value)
+    assert "8 answers of 8 compared ones are trained behind other tokens" in message
+    assert "space_in_prompt.jsonl:1: asked with the tokens ' Answer|:| ', trained behind ' Answer|:| red" in message
+    assert "data.on_prompt_mismatch: accept" in message
+
+
+def test_a_waiver_goes_on_and_says_how_many(tmp_path: Path) -> None:
+    (source,) = case_12("space_in_prompt", tmp_path, on_prompt_mismatch="accept").report.sources
+    assert (source.prompts_differ, source.prompts_compared) == (8, 8)
+    (source,) = case_12("space_in_answer", tmp_path).report.sources
+    assert (source.prompts_differ, source.prompts_compared) == (0, 8)
+
+
+def test_a_prompt_that_opens_a_thought_which_rows_do_not_have_stops_the_run(tmp_path: Path) -> None:
+    opens = CHATML.replace("%END%", "<|im_end|>\n").replace("%PROMPT%", PROMPT.replace("assistant\n", "assistant\n<think>\n"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("Q1", "A1").messages}) + "\n")
+    with pytest.raises(DataError, match="is trained behind other tokens than their prompt"):
+        tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("Q1", "<think>\nhm\n</think>\n\nA1").messages}) + "\n")
+    info = tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens)
+    assert info.num_targets == len("hm\n</think>\n\nA1") + 1
