@@ -160,7 +160,7 @@ def test_answers_of_nothing_but_white_space_are_counted(tmp_path: Path) -> None:
     rows = [chat("Q", text) for text in ("", " ", "\n\t", "\u00a0", "A")]
     rows += [chat("Q", "", tool_calls=[call]), chat("Q", "", weight=0), chat("Q", "A", " ")]
     path = write(tmp_path / "a.jsonl", rows)
-    report = only(build(tmp_path, path))
+    report = only(build(tmp_path, path, template=resolve_template("qwen", tiny_tokenizer())))
     assert report.blank_answers == 4
     assert report.examples["blank_answers"][0] == f"{path}:1: turn 2"
 
@@ -295,7 +295,7 @@ def test_every_count_is_explained_and_what_is_lost_has_a_sentence() -> None:
     nothing = {"name": "n", "format": "messages", "too_long": "truncate", "unread_columns": {}, "unread_keys": {}, "examples": {}}
     for lost in set(COUNTS) - {"rows", "used", "other_side", "documents", "tokens", "targets"}:
         source = SourceReport.model_validate(nothing | dict.fromkeys(COUNTS, 0) | {lost: 2})
-        report = DataReport.model_validate({"train": {"row_length": 8, "num_rows": 1, "sources": [source]}, "validation": {}})
+        report = DataReport.model_validate({"template": [], "train": {"row_length": 8, "num_rows": 1, "sources": [source]}, "validation": {}})
         assert len(losses_text(report)) == 1, lost
 
 
