@@ -55,7 +55,8 @@ class DataSection(Section):
     `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""
     targets: Literal["completion", "assistant", "last", "all"] | list[Role] = "assistant"
     """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
-    prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is."""
+    prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is, nor a turn whose row says
+    `weight: 0` or `train: false`."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
     too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"

@@ -63,7 +63,7 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
         for is_text, rows in groupby(_conversations(task, tally), key=lambda row: row[0].text is not None):
             while batch := list(islice(rows, _DOCUMENTS_AT_ONCE)):
                 if is_text:
-                    documents = _text_documents(batch, encoder)
+                    documents = _text_documents(batch, encoder, tally)
                 else:
                     assert template is not None
                     documents = _chat_documents(batch, encoder, template, options.targets, tally)
@@ -388,11 +388,13 @@ def _is_blank_answer(message: Message) -> bool:
     return not (message.get("content") or "").strip()
 
 
-def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder) -> Iterator[_Document]:
+def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, tally: Tally) -> Iterator[_Document]:
     """Plain documents: every token is a target but the first, which nothing predicts."""
     before, behind = encoder.around_documents()
     encoded = encoder.encode([row.text or "" for row, _ in rows])
     for index, (conversation, file_index) in enumerate(rows):
+        if not (conversation.text or "").strip():
+            tally.add("blank_answers", conversation.origin)
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
         input_ids = np.concatenate([np.array(before, np.int32), encoded.input_ids[tokens], np.array(behind, np.int32)])
         token_bytes = np.pad(encoded.token_bytes[tokens], (len(before), len(behind)))

@@ -37,7 +37,7 @@ class SourceReport(Plan):
     split: int
     """That became several documents."""
     blank_answers: int
-    """With a trained answer that is empty or nothing but white space."""
+    """With a trained answer, or a text, that is empty or nothing but white space."""
     unending: int
     """Whose last target is no special token, though nothing was cut, so that a model may not learn to stop there."""
     prompts_compared: int
@@ -155,7 +155,7 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "cut": f"{_many(source.cut, 'answer')} cut at {limit} (data.too_long: {source.too_long})",
         "dropped": f"{_many(source.dropped, 'row')} {of} dropped, longer than {limit} (data.too_long: {source.too_long})",
         "split": f"{_many(source.split, 'document')} split at {limit} (data.too_long: {source.too_long})",
-        "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer that is empty or only white space",
+        "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer or text that is empty or only white space",
         "unending": f"{_many(source.unending, 'document')} whose last target is no special token: a model may not learn to stop",
     }
     lines = [sentence + _first(source.examples, name) for name, sentence in sentences.items() if getattr(source, name)]

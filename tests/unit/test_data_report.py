@@ -163,6 +163,7 @@ def test_answers_of_nothing_but_white_space_are_counted(tmp_path: Path) -> None:
     report = only(build(tmp_path, path, template=resolve_template("qwen", tiny_tokenizer())))
     assert report.blank_answers == 4
     assert report.examples["blank_answers"][0] == f"{path}:1: turn 2"
+    assert only(build(tmp_path, write(tmp_path / "b.jsonl", [{"text": "\n "}, {"text": "a"}]))).blank_answers == 1
 
 
 def test_plain_text_is_split_and_chats_are_truncated_and_both_is_said(tmp_path: Path) -> None:
@@ -228,6 +229,13 @@ def test_nulls_that_arrow_fills_in_are_in_no_text_and_those_of_json_lines_stay(t
     rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["none"] = None
     with_null = build(tmp_path, write(tmp_path / "b.jsonl", rows), template=qwen, max_length=2048)
     assert with_null.num_targets == lines.num_targets + len(', "none": null')
+
+
+def test_weights_of_turns_are_obeyed_in_columns_where_arrow_made_them_floats_and_nulls(tmp_path: Path) -> None:
+    rows = [chat("Q", "A", weight=0), chat("Q", "A", weight=1), chat("Q", "A", train=False, mood="good"), chat("Q", "A")]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    info = build(tmp_path, tmp_path / "a.parquet")
+    assert (only(info).used, only(info).no_target, only(info).skipped_turns, only(info).unread_keys) == (2, 2, 2, {"mood": 1})
 
 
 # --- Telling -------------------------------------------------------------------------------------------------------------------
