@@ -7,12 +7,12 @@ A launcher calls, in this order: `base_model.read_model_shape`, `requirements.ch
 import math
 from typing import TypeVar
 
-from raytune.config.adapter import FullAdapter, QloraAdapter
+from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.config.checkpoint import CheckpointSection
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
-from raytune.plan.adapter_size import trained_size
+from raytune.plan.adapter_size import target_modules, trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.cost import cost_of
 from raytune.plan.defaults import (
@@ -262,6 +262,7 @@ def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows
         optimizer=training.optimizer,
         learning_rate=rate,
         lora_plus_ratio=None if isinstance(adapter, FullAdapter) else adapter.lora_plus_ratio,
+        lora_plus_embedding_rate=_lora_plus_embedding_rate(adapter, shape, reasons),
         schedule=training.lr_scheduler_type,
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,
@@ -276,6 +277,19 @@ def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows
     )
 
 
+def _lora_plus_embedding_rate(adapter: Adapter, shape: ModelShape, reasons: _Reasons) -> float | None:
+    """The rate of embeddings' low-rank updates where LoRA+ gives them one of their own."""
+    if isinstance(adapter, FullAdapter) or adapter.lora_plus_ratio is None:
+        return None
+    embeddings = [module.name for module in target_modules(adapter, shape) if module.kind == "embedding"]
+    if embeddings and "lora_plus_embedding_rate" not in adapter.model_fields_set:
+        reasons.append(
+            f"adapter.lora_plus_embedding_rate is {adapter.lora_plus_embedding_rate:g}, PEFT's: with LoRA+ the update of "
+            f"{', '.join(embeddings)} learns at this rate, whatever training.learning_rate is."
+        )
+    return adapter.lora_plus_embedding_rate
+
+
 def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) -> int:
     if training.warmup_steps is not None:
         if training.warmup_steps > num_steps:
@@ -283,11 +297,20 @@ def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) 
                 f"training.warmup_steps is {training.warmup_steps}, but the run has {num_steps} steps. Set it to less, or use "
                 f"training.warmup_ratio."
             )
+        if training.warmup_steps == num_steps == 1:
+            raise UserError(
+                "training.warmup_steps is 1, but the run has one step, and a warm-up begins at rate 0: nothing would be learned. "
+                "Set it to 0, or train for more steps (training.max_steps, training.num_train_epochs)."
+            )
         return training.warmup_steps
-    if training.warmup_ratio != "auto":
-        return math.ceil(training.warmup_ratio * num_steps)
-    # The first step of a warm-up has rate 0: the only step of a run must not be it.
-    return min(math.ceil(reasons.taken(default_warmup_ratio(num_steps)) * num_steps), num_steps - 1)
+    ratio = training.warmup_ratio
+    if ratio == "auto":
+        return min(math.ceil(reasons.taken(default_warmup_ratio(num_steps)) * num_steps), num_steps - 1)
+    if num_steps == 1 and ratio:
+        # The first step of a warm-up has rate 0: the only step of a run must not be it.
+        reasons.append(f"The warm-up has no step: training.warmup_ratio is {ratio:g}, but the only step would have rate 0.")
+        return 0
+    return math.ceil(ratio * num_steps)
 
 
 def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
