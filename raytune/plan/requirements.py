@@ -63,7 +63,7 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     precision = choose_precision(config, machine, device).value
     choose_attention(config, machine, device, precision)
     possible_stages(config, device, workers, precision)
-    check_overrides(config.training.zero.overrides)
+    check_overrides(config.training.zero)
     _check_adapter(config, shape, precision)
     _check_kernels(config, shape, device)
     _check_metric(config)
