@@ -12,6 +12,7 @@ from raytune.config.checkpoint import CheckpointSection
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
+from raytune.plan.adapter_limits import unread_adapter_settings
 from raytune.plan.adapter_size import target_modules, trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.cost import cost_of
@@ -116,6 +117,7 @@ def choose_plan(
         [_qlora_and_zero_3(setting.adapter, fit, shape)] if isinstance(setting.adapter, QloraAdapter) and workers > 1 else []
     )
     reasons += [data.assumption] if data.assumption else []
+    reasons += unread_adapter_settings(config.adapter, shape)
     _check_generation(config, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
