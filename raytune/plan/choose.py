@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.config.checkpoint import CheckpointSection
+from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
@@ -117,7 +118,9 @@ def choose_plan(
         [_qlora_and_zero_3(setting.adapter, fit, shape)] if isinstance(setting.adapter, QloraAdapter) and workers > 1 else []
     )
     reasons += [data.assumption] if data.assumption else []
+    reasons += [key.sentence for key in unread(config) if not key.is_refused]
     reasons += unread_adapter_settings(config.adapter, shape)
+    reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
@@ -224,6 +227,17 @@ def _qlora_and_zero_3(adapter: QloraAdapter, fit: Fit, shape: ModelShape) -> str
         f"QLoRA under ZeRO-3 is possible: packed weights are sharded while they load, and each pass of each micro-batch gathers "
         f"them ({packed}). A lower stage gathers nothing, but needs room for the whole packed base on every worker."
     )
+
+
+def _reasons_of_cluster(config: RunConfig, machine: Machine) -> list[str]:
+    """What the config says of machines that are others."""
+    section = config.cluster
+    if section.instance and machine.instance is None:
+        return [f"cluster.instance is {section.instance}, but the cluster has no GPUs: neither time nor money are known."]
+    if "nodes" in section.model_fields_set and section.nodes != machine.num_nodes:
+        there = f"{machine.num_nodes} that can hold a worker"
+        return [f"cluster.nodes is {section.nodes}, but the cluster has {there}: the plan is for what is there."]
+    return []
 
 
 def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> CostPlan | None:

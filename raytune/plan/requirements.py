@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
+from raytune.config.cluster import ClusterSection
 from raytune.config.model import Attention
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
@@ -68,6 +69,7 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     check_adapter(config.adapter, shape, precision)
     _check_kernels(config, shape, device)
     _check_metric(config)
+    _check_cluster(config.cluster)
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:
@@ -230,6 +232,19 @@ def _check_metric(config: RunConfig) -> None:
         raise UserError(
             f"checkpoint.metric is {config.checkpoint.metric!r}, but nothing is evaluated: the config has neither "
             f"data.validation nor data.validation_fraction. Give one of them, or leave checkpoint.metric out."
+        )
+
+
+def _check_cluster(section: ClusterSection) -> None:
+    """Refuse what is said of machines whose type is not said. (`plan --instances` says it.)"""
+    if section.instance is not None:
+        return
+    written = [name for name in ("nodes", "spot") if getattr(section, name) != ClusterSection.model_fields[name].default]
+    if written:
+        value = str(getattr(section, written[0])).lower()
+        raise UserError(
+            f"cluster.{written[0]} is {value}, but without cluster.instance nothing reads it: the nodes that are there are used. "
+            f"Set cluster.instance to their type, or leave cluster.{written[0]} out."
         )
 
 
