@@ -356,11 +356,12 @@ READERS: dict[str, Reader] = {
     **_read("sweep", "max_concurrent stopping metric mode", "sweeps.sweep_plan"),
     **_read("sweep.stopping", "method unit grace reduction_factor", "sweeps.sweep_plan"),
     # provider: what only the user knows of several clouds; each kind of file takes its own
-    **_read("provider", "client_cidr region zone account resource_group network subnet security_group", "cluster"),
+    **_read("provider", "client_cidr zone account resource_group network subnet security_group", "cluster"),
     **_read("provider", "machine_image reservation capacity_block key_name ssh_user ssh_key ssh_public_key", "cluster"),
-    **_read("provider", "jump_host container environment mount_point shared_export shared_kind nccl_profile", "cluster"),
+    **_read("provider", "jump_host container environment mount_point shared_export shared_kind", "cluster"),
     **_read("provider", "token_file hub_token_file kubernetes", "cluster"),
-    **_read("provider", "head_instance hosts", "clusters.provider"),
+    **_read("provider", "region head_instance hosts", "clusters.provider"),
+    **_read("provider", "nccl_profile", "clusters.ray_up"),
     **_read("provider.kubernetes", "namespace queue storage_claim token_secret hub_secret user_id rdma_resource", "cluster"),
 }
 """By the key's path in the schema."""
