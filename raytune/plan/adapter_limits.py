@@ -61,6 +61,11 @@ def unread_adapter_settings(adapter: Adapter, shape: ModelShape) -> Iterator[str
         for pattern in patterns:
             if not any(_matches(pattern, module.name, setting) for module in targets):
                 yield f"adapter.{setting} {pattern!r} is not read: no module with an update has such a name."
+    if adapter.exclude_modules:
+        everything = {module.name for module in target_modules(adapter.model_copy(update={"exclude_modules": []}), shape)}
+        for name in adapter.exclude_modules:
+            if not any(full == name or full.endswith(f".{name}") for full in everything):
+                yield f"adapter.exclude_modules {name!r} is not read: adapter.target_modules takes in no module of that name."
     if adapter.lora_plus_ratio and not embeddings and adapter.lora_plus_embedding_rate != _DEFAULT.lora_plus_embedding_rate:
         yield "adapter.lora_plus_embedding_rate is not read: no embedding gets an update."
     if adapter.dropout and len(embeddings) == len(targets):

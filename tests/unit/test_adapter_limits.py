@@ -189,6 +189,7 @@ def test_settings_without_any_effect_are_refused(
     ("adapter", "words"),
     [
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}}, "adapter.rank_pattern 'v_proj' is not read"),
+        ({"exclude_modules": ["lm_head", "k_proj"]}, "adapter.exclude_modules 'lm_head' is not read"),
         ({"lora_plus_ratio": 4.0, "lora_plus_embedding_rate": 1e-4}, "adapter.lora_plus_embedding_rate is not read"),
         ({"target_modules": ["embed_tokens"], "dropout": 0.1}, "updates of embeddings have no dropout"),
         ({"target_modules": MIXED, "init": "eva"}, "adapter.init is eva, but model.embed_tokens starts as by default"),
