@@ -271,7 +271,7 @@ def _rows_of_sources(section: str) -> dict[str, Reader]:
         **_read(section, "path columns max_rows", "data.build"),
         **_read(section, "format", "data.build", "data.formats"),
         **_read(section, "name", "config.data"),
-        **_read(section, "split", "data.sources", needs=(_MANY_SPLITS,)),
+        **_read(section, "split", "data.sources", needs=(_MANY_SPLITS,), idle=("train",)),
     }
 
 
@@ -289,7 +289,8 @@ READERS: dict[str, Reader] = {
     **_rows_of_sources("data.validation"),
     **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
     **_read("data", "max_length", "plan.requirements"),
-    **_read("data", "template targets", "launch.stores", needs=(_CHAT,)),
+    **_read("data", "template", "launch.stores", needs=(_CHAT,)),
+    **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
     # adapter
     **_read("adapter", "method", "plan.choose"),
     **_read("adapter", "rank alpha dropout target_modules exclude_modules modules_to_save bias", "model.adapters"),

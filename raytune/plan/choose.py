@@ -17,6 +17,7 @@ from raytune.plan.adapter_limits import unread_adapter_settings
 from raytune.plan.adapter_size import target_modules, trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.cost import cost_of
+from raytune.plan.deepspeed_keys import unread_overrides
 from raytune.plan.defaults import (
     Choice,
     default_epochs,
@@ -120,6 +121,7 @@ def choose_plan(
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
     reasons += unread_adapter_settings(config.adapter, shape)
+    reasons += unread_overrides(training.zero.overrides, fit.zero_stage)
     reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from raytune.config.training import ZeroSection
 from raytune.errors import UserError
+from raytune.plan.run_plan import ZeroStage
 
 OWNED_KEYS = {
     "train_batch_size": "training.global_batch_size",
@@ -60,6 +61,7 @@ UNREAD_KEYS = {
 }
 """What DeepSpeed knows, but what nothing reads in a run of raytune, and why."""
 
+OF_STAGE_3 = "zero_optimization.stage3_"
 KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "": (
         "aio",
@@ -186,6 +188,12 @@ def check_overrides(zero: ZeroSection) -> None:
     _check_offloading(zero, keys)
 
 
+def unread_overrides(overrides: dict[str, Any], stage: ZeroStage) -> list[str]:
+    """A sentence for each key that another stage than the chosen one would read."""
+    keys = [key for key in _dotted_keys(overrides) if key.startswith(OF_STAGE_3)] if stage < 3 else []
+    return [f"training.zero.stage is {stage}, which does not read {key} of training.zero.overrides." for key in keys]
+
+
 def _check_offloading(zero: ZeroSection, keys: list[str]) -> None:
     """Refuse keys of what is not switched on, which DeepSpeed would read over."""
     for section, ours in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
@@ -195,7 +203,7 @@ def _check_offloading(zero: ZeroSection, keys: list[str]) -> None:
                 f"training.zero.overrides sets {inside[0]}, but training.zero.{ours} is none, so that nothing would read it. "
                 f"Set training.zero.{ours} to cpu or nvme, or delete the override."
             )
-    of_stage_3 = [key for key in keys if key.startswith("zero_optimization.stage3_")]
+    of_stage_3 = [key for key in keys if key.startswith(OF_STAGE_3)]
     if of_stage_3 and zero.stage in (0, 1, 2):
         raise UserError(
             f"training.zero.overrides sets {of_stage_3[0]}, which ZeRO stage 3 alone reads, but training.zero.stage is "

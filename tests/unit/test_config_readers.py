@@ -134,6 +134,7 @@ READ: dict[str, dict[str, Any]] = {
         "data": {"train": [{"path": "a.txt", "format": "text"}], "template": "chatml"},
         "evaluation": {"generation": {"rows": "b.jsonl"}},
     },
+    "all of plain text": {"data": {"train": [{"path": "a.txt", "format": "text", "split": "train"}], "targets": "all"}},
     "template for one of two": {"data": {"train": [{"path": "a.txt", "format": "text"}, "b.jsonl"], "template": "chatml"}},
     "the sweep's own metric": {
         **VALIDATED,

@@ -7,7 +7,7 @@ import pytest
 from raytune.errors import UserError
 from raytune.plan.deepspeed_keys import KNOWN_KEYS, OWNED_KEYS, REMOVED_KEYS, UNREAD_KEYS
 from raytune.plan.requirements import check_before_data
-from tests.unit.plan_cases import CPU, DEMO, config
+from tests.unit.plan_cases import CPU, DEMO, config, gpus, planned
 
 
 def check(overrides: dict[str, Any], **zero: Any) -> None:
@@ -69,6 +69,17 @@ def test_other_keys_are_left_to_deepspeed() -> None:
 def test_what_nothing_would_read_is_refused(overrides: dict[str, Any], zero: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(overrides, **zero)
+
+
+def test_overrides_of_a_stage_that_was_not_chosen_are_said() -> None:
+    overrides = {"zero_optimization": {"stage3_max_live_parameters": 7, "sub_group_size": 7}}
+    sentence = "which does not read zero_optimization.stage3_max_live_parameters of training.zero.overrides."
+    below = planned(gpus(2), training={"zero": {"overrides": overrides}})
+    assert below.engine.zero_stage < 3
+    (said,) = (reason for reason in below.reasons if "does not read" in reason)
+    assert said == f"training.zero.stage is {below.engine.zero_stage}, {sentence}"
+    sharded = planned(gpus(2), training={"zero": {"overrides": overrides, "stage": 3}})
+    assert not any("does not read" in reason for reason in sharded.reasons)
 
 
 class Asked(dict):
