@@ -132,6 +132,7 @@ _DEFAULT_PLAN: dict[str, Any] = {
         "optimizer": "adamw",
         "learning_rate": 1e-3,
         "lora_plus_ratio": None,
+        "lora_plus_embedding_rate": None,
         "schedule": "constant",
         "warmup_steps": 0,
         "min_lr_ratio": 0.0,

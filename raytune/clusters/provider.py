@@ -53,6 +53,22 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 """Keys of `provider` without which a file cannot be written."""
 
+ONLY_ON: dict[str, tuple[Cloud, ...]] = {
+    "account": ("gcp", "azure"),
+    "resource_group": ("azure",),
+    "network": ("aws",),
+    "subnet": ("aws",),
+    "security_group": ("aws",),
+    "key_name": ("aws",),
+    "reservation": ("aws", "gcp"),
+    "capacity_block": ("aws",),
+    "ssh_public_key": ("gcp",),
+    "nccl_profile": ("gcp",),
+}
+"""Keys of `provider` that the files of some clouds alone name."""
+RESERVED = ("reservation", "capacity_block")
+NAMES_OF_CLOUDS = {"aws": "AWS", "gcp": "GCP", "azure": "Azure"}
+
 LONGEST_NAME = 40
 """Of a cluster's name: KubeRay allows 47 letters to a RayJob, and some names get an ending."""
 
@@ -244,10 +260,13 @@ def _contradictions(spec: ClusterSpec, target: Target) -> list[str]:
         problems.append(f"provider.zone: {user.zone} does not lie in region {spec.region}")
     if user.reservation and spec.spot:
         problems.append("provider.reservation: reserved nodes are not spot nodes; drop it or set cluster.spot=false")
-    if target == "ray-up" and user.reservation and place_of(spec) not in ("aws", "gcp"):
-        problems.append("provider.reservation: only AWS and GCP files name one; drop it")
-    if target == "ray-up" and user.capacity_block and place_of(spec) != "aws":
-        problems.append("provider.capacity_block: only AWS has them; drop it")
+    if target not in KUBERAY:
+        problems += [
+            f"provider.{key}: only {' and '.join(NAMES_OF_CLOUDS[cloud] for cloud in clouds)} files name one; drop it"
+            for key, clouds in ONLY_ON.items()
+            # Machines of a cloud that run already keep that cloud's keys, but nobody reserves them.
+            if getattr(user, key) and (place_of(spec) if key in RESERVED else spec.instance.cloud) not in clouds
+        ]
     if user.capacity_block and not user.reservation:
         problems.append("provider.capacity_block: needs provider.reservation, the id of the block")
     return problems

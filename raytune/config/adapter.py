@@ -45,6 +45,8 @@ class LoraAdapter(Section):
     """Train a magnitude per output beside the direction (DoRA)."""
     lora_plus_ratio: Annotated[float, Field(ge=1, examples=[16.0])] | None = None
     """LoRA+: the learning rate of B is this many times that of A."""
+    lora_plus_embedding_rate: PositiveFloat = 1e-6
+    """LoRA+: the peak rate of updates of embeddings, whatever `training.learning_rate` is; the schedule shapes it as well."""
     rank_pattern: dict[str, PositiveInt] = {}
     """Other ranks for modules whose name matches a key (regular expression)."""
     alpha_pattern: dict[str, PositiveFloat] = {}

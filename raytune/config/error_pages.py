@@ -61,7 +61,7 @@ ERROR_PAGES = {
     ),
     CONFLICT: ErrorPage(
         "keys that contradict each other",
-        "Each value is fine alone, but together they cannot be done.",
+        "Each value is fine alone, but together they cannot be done, or nothing would read one of them.",
         "The message names the keys; change or leave out one of them.",
         "training:\n  warmup_steps: 100\n  max_steps: 10",
         "training:\n  warmup_steps: 5\n  max_steps: 10",

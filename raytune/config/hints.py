@@ -33,6 +33,7 @@ _SPELLINGS = {
     "adapter.use_rslora": "peft_use_rslora",
     "adapter.use_dora": "peft_use_dora",
     "adapter.lora_plus_ratio": "loraplus_lr_ratio",
+    "adapter.lora_plus_embedding_rate": "loraplus_lr_embedding",
     "adapter.quantization": "bnb_4bit_quant_type",
     "adapter.double_quantization": "bnb_4bit_use_double_quant double_quant",
     "adapter.compute_dtype": "bnb_4bit_compute_dtype",

@@ -50,6 +50,7 @@ from raytune.config.problems import (
     shortened,
     shown,
 )
+from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.section import SECRET, Section
 from raytune.config.space import space_problems
@@ -111,14 +112,15 @@ def config_with(config: RunConfig, values: Mapping[str, Any], places: Places | N
         ConfigError: with every problem.
     """
     tree = _node_of(config, Place("config"))
-    misplaced = []
+    misplaced: list[Problem] = []
     for key in sorted(values, key=_is_no_method):
         place = (places or {}).get(key, Place(key))
         try:
             tree = _laid_over(tree, _overlay(tree, key.split("."), _node_of(values[key], place)), ())
         except IndexError as error:
             misplaced.append(Problem(BAD_OVERRIDE, place, key, str(error)))
-    return _validated(tree, misplaced, check_files=False)
+    # What the config held before was written for other values too; see `raytune.sweeps.space`.
+    return _validated(tree, misplaced, check_files=False, judged=tuple(values))
 
 
 def as_one_run(config: RunConfig) -> RunConfig:
@@ -175,8 +177,11 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
     return tree, _validated(tree, unreadable, check_files)
 
 
-def _validated(tree: Node, unreadable: list[Problem], check_files: bool) -> RunConfig:
+def _validated(tree: Node, unreadable: list[Problem], check_files: bool, judged: tuple[str, ...] | None = None) -> RunConfig:
     """The config that a tree describes.
+
+    Args:
+        judged: keys that are refused if nothing reads them, with what is below them; None: all.
 
     Raises:
         ConfigError: with every problem of the tree, and those that were found before.
@@ -195,6 +200,7 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool) -> RunC
         refused += _missing_files(config, tree) if check_files else []
         written = space_problems(config, lambda *path: _deepest(tree, path))
         refused += [problem for problem in written if problem.id not in unsaid]
+        refused += [] if unsaid else _unread_keys(config, tree, judged)
         if not unreadable and not refused:
             return _self_contained(config)
     raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
@@ -386,7 +392,7 @@ def _overlay(below: Node | None, parts: list[str], leaf: Node) -> Node:
 def _node_of(value: Any, place: Place) -> Node:
     """Nodes of plain Python data; what YAML has no word for stays as it is and is refused by the schema."""
     if isinstance(value, Section):
-        value = value.model_dump()
+        value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
         return Node({str(key): _node_of(child, place) for key, child in value.items()}, place, place)
     if isinstance(value, list | tuple):
@@ -542,6 +548,16 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
         Problem(NO_SUCH_FILE, _deepest(tree, path).place, dotted(path), f"{shown(name)} is not on this machine")
         for path, name in local
         if "://" not in name and not _exists(name)
+    ]
+
+
+def _unread_keys(config: RunConfig, tree: Node, judged: tuple[str, ...] | None) -> list[Problem]:
+    """Keys that nothing reads, whatever a sweep draws."""
+    drawn = tuple(config.sweep.space) if config.sweep else ()
+    return [
+        Problem(CONFLICT, _deepest(tree, key.path).key_place, key.key, key.message)
+        for key in unread(config, drawn)
+        if key.is_refused and (judged is None or any(f"{key.key}.".startswith(f"{name}.") for name in judged))
     ]
 
 

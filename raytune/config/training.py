@@ -1,6 +1,6 @@
 """`training`: optimisation, precision, memory and sharding."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,18 +19,6 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion"]
 Schedule = Literal["linear", "cosine", "constant", "wsd", "polynomial", "cosine_with_restarts"]
 Offload = Literal["none", "cpu", "nvme"]
-
-_ADAMW: tuple[Optimizer, ...] = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-_READERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "adam_beta1": ("optimizer", (*_ADAMW, "lion")),
-    "adam_beta2": ("optimizer", (*_ADAMW, "lion")),
-    "adam_epsilon": ("optimizer", _ADAMW),
-    "min_lr_ratio": ("lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),
-    "decay_ratio": ("lr_scheduler_type", ("wsd",)),
-    "polynomial_power": ("lr_scheduler_type", ("polynomial",)),
-    "num_cycles": ("lr_scheduler_type", ("cosine_with_restarts",)),
-}
-"""Settings that only some optimizers or schedules read: the key that chooses among those, and its values that do."""
 
 
 class ZeroSection(Section):
@@ -135,16 +123,4 @@ class TrainingSection(Section):
             )
         if self.warmup_steps is not None and self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
-        return self
-
-    @model_validator(mode="after")
-    def _every_setting_is_read(self) -> "TrainingSection":
-        """Refuse a setting that would be ignored. At its default it is no wish of anybody's: a dumped config has all of them."""
-        for key, (chooser, readers) in _READERS.items():
-            value, chosen = getattr(self, key), getattr(self, chooser)
-            if chosen not in readers and value != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is {value:g}, but {chooser} {chosen} does not read it; leave it out, or set {chooser} to "
-                    f"{' or '.join(readers)}"
-                )
         return self

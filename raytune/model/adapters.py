@@ -184,10 +184,21 @@ def initialise_eva(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
     Args:
         model: with an adapter of `init: eva`, before an engine shards it.
         inputs: what to pass to the model's forward, for the first batches of training; the same on every rank.
+
+    Raises:
+        ModelError: if there are too few tokens for as many directions as the adapter has ranks, or the model is sharded.
     """
     batches = list(inputs)
     if not batches:
         raise ModelError("adapter.init: eva needs at least one batch of training data.")
+    rank, most_tokens = model.peft_config["default"].r, max(batch["input_ids"].numel() for batch in batches)  # pyright: ignore[reportAttributeAccessIssue]
+    if most_tokens < rank:
+        # PEFT leaves out a batch with fewer tokens than ranks, and goes through the batches until one is left in: for ever.
+        raise ModelError(
+            f"adapter.init: eva finds {rank} directions (adapter.rank) in {rank} tokens or more at a time, but the first "
+            f"micro-batches of training have at most {most_tokens}. Lower adapter.rank, or raise "
+            f"training.per_device_train_batch_size."
+        )
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         raise ModelError(
             "adapter.init: eva runs the whole model before training, but ZeRO-3 has sharded it. Set training.zero.stage to 2."

@@ -44,7 +44,7 @@ def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
     magnitudes = sum(module.outputs for module in targets) if adapter.use_dora else 0
     in_layers = [module for module in targets if module.kind in ("attention", "mlp")]
     return TrainedSize(
-        num_trainable=updates + magnitudes + _num_trained_biases(adapter, shape, targets) + copies,
+        num_trainable=updates + magnitudes + num_trained_biases(adapter, shape, targets) + copies,
         target_inputs=sum(module.inputs for module in in_layers),
         target_ranks=sum(rank_of(adapter, module) for module in in_layers),
         num_sides=sum(module.inputs + module.outputs for module in targets) + magnitudes + copies,
@@ -136,7 +136,8 @@ def _is_left_to_saving(name: str, wanted: list[str]) -> bool:
     return any(re.match(rf"(^|.*\.){re.escape(one)}($|\..*)", name) for one in wanted)
 
 
-def _num_trained_biases(adapter: LoraAdapter, shape: ModelShape, targets: list[Module]) -> int:
+def num_trained_biases(adapter: LoraAdapter, shape: ModelShape, targets: list[Module]) -> int:
+    """Biases that `adapter.bias` adds to what is trained."""
     match adapter.bias:
         case "none":
             return 0

@@ -7,14 +7,17 @@ A launcher calls, in this order: `base_model.read_model_shape`, `requirements.ch
 import math
 from typing import TypeVar
 
-from raytune.config.adapter import FullAdapter, QloraAdapter
+from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.config.checkpoint import CheckpointSection
+from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
-from raytune.plan.adapter_size import trained_size
+from raytune.plan.adapter_limits import unread_adapter_settings
+from raytune.plan.adapter_size import target_modules, trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.cost import cost_of
+from raytune.plan.deepspeed_keys import unread_overrides
 from raytune.plan.defaults import (
     Choice,
     default_epochs,
@@ -116,6 +119,10 @@ def choose_plan(
         [_qlora_and_zero_3(setting.adapter, fit, shape)] if isinstance(setting.adapter, QloraAdapter) and workers > 1 else []
     )
     reasons += [data.assumption] if data.assumption else []
+    reasons += [key.sentence for key in unread(config) if not key.is_refused]
+    reasons += unread_adapter_settings(config.adapter, shape)
+    reasons += unread_overrides(training.zero.overrides, fit.zero_stage)
+    reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
@@ -225,6 +232,17 @@ def _qlora_and_zero_3(adapter: QloraAdapter, fit: Fit, shape: ModelShape) -> str
     )
 
 
+def _reasons_of_cluster(config: RunConfig, machine: Machine) -> list[str]:
+    """What the config says of machines that are others."""
+    section = config.cluster
+    if section.instance and machine.instance is None:
+        return [f"cluster.instance is {section.instance}, but the cluster has no GPUs: neither time nor money are known."]
+    if "nodes" in section.model_fields_set and section.nodes != machine.num_nodes:
+        there = f"{machine.num_nodes} that can hold a worker"
+        return [f"cluster.nodes is {section.nodes}, but the cluster has {there}: the plan is for what is there."]
+    return []
+
+
 def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> CostPlan | None:
     if machine.instance is None or fit.step_time is None:
         return None
@@ -263,6 +281,7 @@ def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows
         optimizer=training.optimizer,
         learning_rate=rate,
         lora_plus_ratio=None if isinstance(adapter, FullAdapter) else adapter.lora_plus_ratio,
+        lora_plus_embedding_rate=_lora_plus_embedding_rate(adapter, shape, reasons),
         schedule=training.lr_scheduler_type,
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,
@@ -277,6 +296,19 @@ def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows
     )
 
 
+def _lora_plus_embedding_rate(adapter: Adapter, shape: ModelShape, reasons: _Reasons) -> float | None:
+    """The rate of embeddings' low-rank updates where LoRA+ gives them one of their own."""
+    if isinstance(adapter, FullAdapter) or adapter.lora_plus_ratio is None:
+        return None
+    embeddings = [module.name for module in target_modules(adapter, shape) if module.kind == "embedding"]
+    if embeddings and "lora_plus_embedding_rate" not in adapter.model_fields_set:
+        reasons.append(
+            f"adapter.lora_plus_embedding_rate is {adapter.lora_plus_embedding_rate:g}, PEFT's: with LoRA+ the update of "
+            f"{', '.join(embeddings)} learns at this rate, whatever training.learning_rate is."
+        )
+    return adapter.lora_plus_embedding_rate
+
+
 def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) -> int:
     if training.warmup_steps is not None:
         if training.warmup_steps > num_steps:
@@ -284,11 +316,20 @@ def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) 
                 f"training.warmup_steps is {training.warmup_steps}, but the run has {num_steps} steps. Set it to less, or use "
                 f"training.warmup_ratio."
             )
+        if training.warmup_steps == num_steps == 1:
+            raise UserError(
+                "training.warmup_steps is 1, but the run has one step, and a warm-up begins at rate 0: nothing would be learned. "
+                "Set it to 0, or train for more steps (training.max_steps, training.num_train_epochs)."
+            )
         return training.warmup_steps
-    if training.warmup_ratio != "auto":
-        return math.ceil(training.warmup_ratio * num_steps)
-    # The first step of a warm-up has rate 0: the only step of a run must not be it.
-    return min(math.ceil(reasons.taken(default_warmup_ratio(num_steps)) * num_steps), num_steps - 1)
+    ratio = training.warmup_ratio
+    if ratio == "auto":
+        return min(math.ceil(reasons.taken(default_warmup_ratio(num_steps)) * num_steps), num_steps - 1)
+    if num_steps == 1 and ratio:
+        # The first step of a warm-up has rate 0: the only step of a run must not be it.
+        reasons.append(f"The warm-up has no step: training.warmup_ratio is {ratio:g}, but the only step would have rate 0.")
+        return 0
+    return math.ceil(ratio * num_steps)
 
 
 def _engine(config: RunConfig, fit: Fit) -> EnginePlan:

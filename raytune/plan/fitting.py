@@ -121,7 +121,7 @@ def _ways(config: RunConfig, setting: Setting, shape: ModelShape, speed: Speed |
     wanted = config.training.gradient_checkpointing
     max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(config, setting.row_length, data))
     batches = possible_batches(config.training, setting.workers, setting.rows_per_step, max_micro_batch)
-    stages = possible_stages(config, setting.device, setting.workers, setting.precision)
+    stages = possible_stages(config, shape, setting.device, setting.workers, setting.precision)
     for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
         for stage in stages:
             for batch in batches:

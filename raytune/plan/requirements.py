@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
+from raytune.config.cluster import ClusterSection
 from raytune.config.model import Attention
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
-from raytune.plan.adapter_size import saved_modules, trained_size
+from raytune.plan.adapter_limits import check_adapter, is_quantised_dora
+from raytune.plan.adapter_size import trained_size
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
 from raytune.plan.machine import Machine
@@ -62,11 +64,12 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     workers = choose_workers(config, machine, device).value
     precision = choose_precision(config, machine, device).value
     choose_attention(config, machine, device, precision)
-    possible_stages(config, device, workers, precision)
-    check_overrides(config.training.zero.overrides)
-    _check_adapter(config, shape, precision)
+    possible_stages(config, shape, device, workers, precision)
+    check_overrides(config.training.zero)
+    check_adapter(config.adapter, shape, precision)
     _check_kernels(config, shape, device)
     _check_metric(config)
+    _check_cluster(config.cluster)
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:
@@ -139,13 +142,13 @@ def choose_attention(config: RunConfig, machine: Machine, device: Device, precis
     return Choice(wanted)
 
 
-def possible_stages(config: RunConfig, device: Device, workers: int, precision: Precision) -> list[ZeroStage]:
+def possible_stages(config: RunConfig, shape: ModelShape, device: Device, workers: int, precision: Precision) -> list[ZeroStage]:
     """ZeRO stages that the settings leave, lowest first; the one that is asked for, if one is.
 
     Raises:
         PlanError: if they leave none.
     """
-    limits = _stage_limits(config, device, precision)
+    limits = _stage_limits(config, shape, device, precision)
     wanted = config.training.zero.stage
     if wanted != "auto":
         limits = [StageLimit(wanted, wanted, f"training.zero.stage is {wanted}"), *limits]
@@ -161,7 +164,7 @@ def possible_stages(config: RunConfig, device: Device, workers: int, precision: 
     return [stage for stage in STAGES if floor.lowest <= stage <= highest]
 
 
-def _stage_limits(config: RunConfig, device: Device, precision: Precision) -> list[StageLimit]:
+def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precision: Precision) -> list[StageLimit]:
     training, zero, adapter = config.training, config.training.zero, config.adapter
     limits = [StageLimit(0, 3, "ZeRO has stages 0 to 3")]
     if zero.overrides:
@@ -181,6 +184,9 @@ def _stage_limits(config: RunConfig, device: Device, precision: Precision) -> li
         limits.append(StageLimit(0, 2, "adapter.quantization is int8, whose weights cannot be sharded"))
     if isinstance(adapter, QloraAdapter) and _quant_storage(adapter, precision) != precision:
         because = f"adapter.quant_storage is {adapter.quant_storage}, which cannot be sharded with weights in {precision}"
+        limits.append(StageLimit(0, 2, because))
+    if is_quantised_dora(adapter, shape):
+        because = "adapter.use_dora is true, which takes norms of whole quantised weights and finds none in a shard"
         limits.append(StageLimit(0, 2, because))
     if isinstance(adapter, LoraAdapter) and adapter.init in WEIGHT_BASED_INITS:
         limits.append(StageLimit(0, 2, f"adapter.init is {adapter.init}, which looks at whole weights"))
@@ -210,34 +216,6 @@ def _quant_storage(adapter: QloraAdapter, precision: Precision) -> Precision | L
     return precision if adapter.quant_storage == "auto" else adapter.quant_storage
 
 
-def _check_adapter(config: RunConfig, shape: ModelShape, precision: Precision) -> None:
-    """Refuse what model.adapters and model.quantize would refuse once the weights are loaded."""
-    adapter = config.adapter
-    if isinstance(adapter, LoraAdapter) and adapter.init == "orthogonal":
-        odd = sorted(rank for rank in {adapter.rank, *adapter.rank_pattern.values()} if rank % 2)
-        if odd:
-            raise UserError(f"adapter.init is orthogonal, which needs even ranks, but there is rank {odd[0]}. Use an even one.")
-    if not isinstance(adapter, QloraAdapter):
-        return
-    if adapter.init in ("pissa", "olora"):
-        raise UserError(
-            f"adapter.init {adapter.init} takes its share out of the base weights, which a quantised base cannot give exactly. "
-            f"Set adapter.method to lora, or adapter.init to default, gaussian or eva."
-        )
-    storage = _quant_storage(adapter, precision)
-    if adapter.quantization != "int8" and storage not in ("uint8", precision):
-        raise UserError(
-            f"adapter.quant_storage is {storage}, but the other weights are in {precision}: casting one to the other would "
-            f"destroy the packed numbers. Set it to auto, {precision} or uint8."
-        )
-    quantised = [module.name for module in saved_modules(adapter, shape) if module.kind in ("attention", "mlp")]
-    if quantised:
-        raise UserError(
-            f"adapter.modules_to_save takes in {quantised[0]}, which adapter.method qlora quantises, so that it cannot be "
-            f"trained in full. Name embeddings, norms or the output head only, or set adapter.method to lora."
-        )
-
-
 def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
     if not config.training.liger:
         return
@@ -254,6 +232,19 @@ def _check_metric(config: RunConfig) -> None:
         raise UserError(
             f"checkpoint.metric is {config.checkpoint.metric!r}, but nothing is evaluated: the config has neither "
             f"data.validation nor data.validation_fraction. Give one of them, or leave checkpoint.metric out."
+        )
+
+
+def _check_cluster(section: ClusterSection) -> None:
+    """Refuse what is said of machines whose type is not said. (`plan --instances` says it.)"""
+    if section.instance is not None:
+        return
+    written = [name for name in ("nodes", "spot") if getattr(section, name) != ClusterSection.model_fields[name].default]
+    if written:
+        value = str(getattr(section, written[0])).lower()
+        raise UserError(
+            f"cluster.{written[0]} is {value}, but without cluster.instance nothing reads it: the nodes that are there are used. "
+            f"Set cluster.instance to their type, or leave cluster.{written[0]} out."
         )
 
 

@@ -80,6 +80,8 @@ class OptimizationPlan(Plan):
     optimizer: Optimizer
     learning_rate: float
     lora_plus_ratio: float | None
+    lora_plus_embedding_rate: float | None
+    """Peak rate of low-rank updates of embeddings under LoRA+; None without it."""
     schedule: Schedule
     warmup_steps: int
     min_lr_ratio: float

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from raytune.config.expressions import Expression, ExpressionError
 from raytune.config.load import Places, config_with
 from raytune.config.problems import CONFLICT, UNKNOWN_KEY, WRONG_VALUE, ConfigError, Place, Problem, shown
+from raytune.config.readers import Unread, unread, without
 from raytune.config.run import RunConfig
 from raytune.config.space import parsed, references
 from raytune.config.sweep import Dimension, SweepSection
@@ -225,18 +226,31 @@ def corners(space: Space) -> list[dict[str, Any]]:
 def trial_config(run: RunConfig, trial: Trial, places: Places | None = None) -> RunConfig:
     """The run of a trial: its values laid over the run as an overlay file would be, under its own name.
 
+    Keys of the run that nothing reads with these values were written for other trials, and are left out.
+
     Args:
         places: where the keys of the sweep were written, as `config.load.load_with_places` tells.
 
     Raises:
         ConfigError: with the key of the space, the value and the reason for each that cannot be.
     """
+    config = _laid_over(run, trial, places)
+    return without(config, _fixed_unread(config, trial.values))
+
+
+def _laid_over(run: RunConfig, trial: Trial, places: Places | None) -> RunConfig:
+    """The run of a trial, still with keys of the run that only other trials read."""
     where = {key: (places or {}).get(_space_key(key), Place(_space_key(key))) for key in trial.values}
     alone = run.model_copy(update={"sweep": None, "name": trial.name})
     try:
         return config_with(alone, trial.values, where)
     except ConfigError as error:
         raise ConfigError([_of_space(problem, trial.values, run.sweep) for problem in error.problems]) from error
+
+
+def _fixed_unread(config: RunConfig, values: Mapping[str, Any]) -> list[Unread]:
+    """Keys of the run itself that nothing reads in a trial with these values."""
+    return [key for key in unread(config) if key.is_refused and not any(f"{key.key}.".startswith(f"{own}.") for own in values)]
 
 
 def check_space(run: RunConfig, places: Places | None = None) -> None:
@@ -252,6 +266,7 @@ def check_space(run: RunConfig, places: Places | None = None) -> None:
     found: dict[tuple[str, str], Problem] = {}
     firsts = [GivenChooser(given, _random(section, i, 0)) for i, given in enumerate(section.first)]
     seen: set[str] = set()
+    unread_everywhere: dict[str, Unread] | None = None
 
     def note(problems: list[Problem]) -> None:
         for problem in problems:
@@ -259,12 +274,16 @@ def check_space(run: RunConfig, places: Places | None = None) -> None:
             found.setdefault((problem.key, problem.message), Problem(problem.id, place, problem.key, problem.message))
 
     def check(values: Mapping[str, Any]) -> None:
+        nonlocal unread_everywhere
         if _identity(values) not in seen:
             seen.add(_identity(values))
             try:
-                trial_config(run, Trial(number=0, values=values), places)
+                config = _laid_over(run, Trial(number=0, values=values), places)
             except ConfigError as error:
                 note(error.problems)
+                return
+            here = {key.key: key for key in _fixed_unread(config, values)}
+            unread_everywhere = here if unread_everywhere is None else {k: here[k] for k in here if k in unread_everywhere}
 
     for chooser in (*_corner_choosers(space), *firsts):
         values, problems = _point(space, chooser)
@@ -279,6 +298,8 @@ def check_space(run: RunConfig, places: Places | None = None) -> None:
                 check(trial.values)
         except ConfigError as error:
             note(error.problems)
+    for key in (unread_everywhere or {}).values() if not found else ():
+        note([Problem(CONFLICT, Place(key.key), key.key, f"{key.message} (so in every trial)")])
     if found:
         raise ConfigError(sorted(found.values(), key=lambda problem: problem.place.order))
 
@@ -409,6 +430,8 @@ def _of_space(problem: Problem, values: Mapping[str, Any], section: SweepSection
         message, own = f"{problem.key}: {message}{_with(involved)}", next(iter(involved))
     elif own is not None and problem.id == UNKNOWN_KEY:
         message += "; draw it `when` the method has it"
+    elif own is not None and problem.id == CONFLICT and problem.key == own:
+        message += "; or draw it `when` something reads it"
     elif own is not None and section and own in section.space:
         message += _with(_known(_axis(own, section.space[own]), values))
     return Problem(problem.id, problem.place, _space_key(own) if own else problem.key, message)

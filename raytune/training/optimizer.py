@@ -15,8 +15,6 @@ from raytune.plan.run_plan import OptimizationPlan
 
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names of parameters without weight decay: transformers.Trainer's rule."""
-LORA_EMBEDDING_RATE = 1e-6
-"""LoRA+ trains low-rank updates of embeddings at this fixed rate (PEFT's create_loraplus_optimizer)."""
 
 FUSED_DEVICES = {"cpu", "cuda"}
 
@@ -39,7 +37,7 @@ def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
     """The trained parameters, grouped by weight decay, scale of the learning rate and bits of state, in the model's order.
 
     Biases, norms and everything of one dimension are not decayed. With LoRA+ (Hayou et al. 2024) the matrices B and parameters of
-    one dimension learn `lora_plus_ratio` times as fast, except low-rank updates of embeddings.
+    one dimension learn `lora_plus_ratio` times as fast; low-rank updates of embeddings have a rate of their own.
     """
     undecayed, embeddings = set(_undecayed_names(model)), set(_embedding_names(model))
     groups: dict[tuple, Group] = {}
@@ -78,7 +76,8 @@ def _lr_scale(name: str, parameter: nn.Parameter, plan: OptimizationPlan) -> flo
     if plan.lora_plus_ratio is None:
         return 1.0
     if "lora_embedding_" in name:
-        return LORA_EMBEDDING_RATE / plan.learning_rate
+        assert plan.lora_plus_embedding_rate is not None
+        return plan.lora_plus_embedding_rate / plan.learning_rate
     return plan.lora_plus_ratio if "lora_B" in name or _num_dimensions(parameter) < 2 else 1.0
 
 

@@ -53,6 +53,11 @@ def prepared(config: dict[str, Any]) -> dict[str, Any]:
         ("Standard_ND96isr_H100_v5", {"reservation": "r-1"}, "reservation: only AWS and GCP"),
         ("dgx-h100", {"reservation": "r-1"}, "reservation: only AWS and GCP"),
         ("a3-megagpu-8g", {"reservation": "r-1", "capacity_block": True}, "capacity_block: only AWS"),
+        ("p5.48xlarge", {"resource_group": "rt"}, "resource_group: only Azure files name one; drop it"),
+        ("p5.48xlarge", {"account": "my-project"}, "account: only GCP and Azure files name one"),
+        ("a3-megagpu-8g", {"subnet": "subnet-0a1b2c3d"}, "subnet: only AWS files name one"),
+        ("dgx-h100", {"key_name": "my-key"}, "key_name: only AWS files name one"),
+        ("Standard_ND96isr_H100_v5", {"nccl_profile": "/x/y"}, "nccl_profile: only GCP files name one"),
     ],
 )
 def test_reservations_that_a_file_would_not_ask_for_are_refused(instance: str, provider: dict[str, Any], refusal: str) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from raytune.errors import CheckpointError
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import HeldBytes
-from tests.numerics.processes import run_on_ranks
+from tests.numerics.processes import RankError, run_on_ranks
 from tests.numerics.runs import (
     LORA,
     QLORA,
@@ -98,6 +98,15 @@ def test_qlora_equals_bitsandbytes_and_peft_in_a_plain_loop(stage: int, material
 
     plan = make_plan(material, workers=2, stage=stage, adapter=QLORA)
     assert relative_difference(run(plan)[0].losses, plain_qlora_losses(make_plan(material, adapter=QLORA))) <= SAME_SUMS
+
+
+@pytest.mark.slow  # the rank that fails is waited for
+def test_dora_of_4_bit_weights_works_below_stage_3_only(material: Material) -> None:
+    """Why the plan refuses it there (plan.requirements)."""
+    dora = QLORA | {"use_dora": True}
+    assert len(run(make_plan(material, workers=2, stage=2, adapter=dora))[0].losses) > 0
+    with pytest.raises(RankError, match="'Params4bit' object has no attribute 'ds_status'"):
+        run(make_plan(material, workers=2, stage=3, adapter=dora))
 
 
 def held_before_the_step(plan: RunPlan) -> HeldBytes:

@@ -263,8 +263,8 @@ IGNORED = {
 def test_a_setting_that_would_be_ignored_is_refused_unless_it_is_the_default(key: str):
     value, chooser, deaf, listening = IGNORED[key]
     problem = problems_of(overrides=(f"training.{chooser}={deaf}", f"training.{key}={value}"))[0]
-    assert problem[1:3] == ("training", "E105")
-    assert f"{key} is {value:g}, but {chooser} {deaf} does not read it" in problem[3]
+    assert problem[1:3] == (f"training.{key}", "E105")
+    assert f"is {value}, but training.{chooser} {deaf} does not read it; leave it out, or set training.{chooser} to" in problem[3]
     assert listening in problem[3]
     load_config([], [f"training.{chooser}={listening}", f"training.{key}={value}"])
     load_config([], [f"training.{chooser}={deaf}", f"training.{key}={keys()[f'training.{key}'].default}"])

@@ -72,7 +72,8 @@ def test_groups_name_their_parameters_and_leave_out_frozen_ones() -> None:
     [{}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
     ids=["plain", "biases", "saved head", "embedding"],
 )
-def test_lora_plus_groups_are_those_of_peft(lora: dict[str, Any]) -> None:
+@pytest.mark.parametrize("embedding_rate", [1e-6, 3e-4])
+def test_lora_plus_groups_are_those_of_peft(embedding_rate: float, lora: dict[str, Any]) -> None:
     settings = {"target_modules": ["q_proj"]} | lora
     model = get_peft_model(tiny_model(tied=False, attention_bias=True), LoraConfig(r=4, **settings))
     oracle = create_loraplus_optimizer(
@@ -80,10 +81,11 @@ def test_lora_plus_groups_are_those_of_peft(lora: dict[str, Any]) -> None:
         torch.optim.AdamW,
         lr=1e-3,
         loraplus_lr_ratio=16.0,
+        loraplus_lr_embedding=embedding_rate,
         loraplus_weight_decay=0.1,  # pyright: ignore[reportArgumentType]
     )
     names = {id(weight): name for name, weight in model.named_parameters()}
-    groups = build_optimizer(model, plan(lora_plus_ratio=16.0), CPU).param_groups
+    groups = build_optimizer(model, plan(lora_plus_ratio=16.0, lora_plus_embedding_rate=embedding_rate), CPU).param_groups
     for key in ("lr", "weight_decay"):
         expected = {names[id(weight)]: group[key] for group in oracle.param_groups for weight in group["params"]}
         assert by_name(groups, key) == pytest.approx(expected)

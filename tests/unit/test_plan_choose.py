@@ -6,24 +6,29 @@ import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from raytune.config.load import load_config
+from raytune.config.training import Schedule
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.architectures import model_shape
+from raytune.plan.choose import choose_plan
 from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.shapes import ModelShape
+from raytune.training.schedule import learning_rate
 from raytune.training.timetable import Timetable
 from raytune.units import GIB, MIB
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, LLAMA_3_70B, config, data, gpus, planned
 
+CASES = Path(__file__).parents[1] / "cases"
 GOLDEN = Path(__file__).parents[1] / "golden" / "quickstart.plan.json"
 
 # --- what always holds
@@ -247,9 +252,42 @@ def test_every_save_is_measured_or_every_measurement_saved(evaluate: int, save: 
     assert saved <= measured or measured <= saved
 
 
-def test_a_run_of_one_step_is_not_spent_on_warm_up() -> None:
-    assert planned(training={"max_steps": 1}).optimization.warmup_steps == 0
-    assert planned(training={"max_steps": 1, "warmup_ratio": 1.0}).optimization.warmup_steps == 1
+@pytest.mark.parametrize("warmup", [{}, {"warmup_ratio": 0.1}, {"warmup_ratio": 1.0}, {"warmup_steps": 0}], ids=str)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_the_only_step_of_a_run_has_a_rate_above_zero(schedule: Schedule, warmup: dict[str, Any]) -> None:
+    plan = planned(training={"max_steps": 1, "lr_scheduler_type": schedule, **warmup})
+    assert learning_rate(0, plan.optimization) == plan.optimization.learning_rate > 0
+    is_said = any("The warm-up has no step" in reason for reason in plan.reasons)
+    assert is_said == bool(warmup.get("warmup_ratio"))
+
+
+def test_a_warm_up_of_the_only_step_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training\.warmup_steps is 1, but the run has one step.*Set it to 0"):
+        planned(training={"max_steps": 1, "warmup_steps": 1})
+
+
+def test_one_step_with_a_warm_up_ratio_learns() -> None:
+    """Case 16, from its file."""
+    asked = load_config([CASES / "16" / "run.yaml"])
+    plan = choose_plan(asked, DEMO, CPU, data(), model_path="/models/base", storage="/runs")
+    assert plan.optimization.num_steps == 1
+    assert learning_rate(0, plan.optimization) > 0
+
+
+def test_the_rate_of_embeddings_under_lora_plus_is_said_and_follows_its_key() -> None:
+    lora = {"method": "lora", "lora_plus_ratio": 16.0, "target_modules": ["q_proj", "embed_tokens"]}
+    plan = planned(adapter=lora)
+    assert plan.optimization.lora_plus_embedding_rate == 1e-6
+    assert any("lora_plus_embedding_rate is 1e-06" in reason and "embed_tokens" in reason for reason in plan.reasons)
+    chosen = planned(adapter=lora | {"lora_plus_embedding_rate": 2e-4})
+    assert chosen.optimization.lora_plus_embedding_rate == 2e-4
+    for silent in (chosen, planned(adapter={"method": "lora", "lora_plus_ratio": 16.0})):
+        assert not any("lora_plus_embedding_rate" in reason for reason in silent.reasons)
+
+
+def test_a_warm_up_in_shares_is_that_of_transformers() -> None:
+    assert planned(training={"max_steps": 2, "warmup_ratio": 0.1}).optimization.warmup_steps == 1
+    assert planned(training={"max_steps": 10, "warmup_ratio": 1.0}).optimization.warmup_steps == 10
     assert planned(training={"max_steps": 100, "warmup_ratio": 0.031}).optimization.warmup_steps == 4
 
 

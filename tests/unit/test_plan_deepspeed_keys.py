@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from raytune.errors import UserError
-from raytune.plan.deepspeed_keys import OWNED_KEYS, REMOVED_KEYS
+from raytune.plan.deepspeed_keys import KNOWN_KEYS, OWNED_KEYS, REMOVED_KEYS, UNREAD_KEYS
 from raytune.plan.requirements import check_before_data
-from tests.unit.plan_cases import CPU, DEMO, config
+from tests.unit.plan_cases import CPU, DEMO, config, gpus, planned
 
 
-def check(overrides: dict[str, Any]) -> None:
-    check_before_data(config(training={"zero": {"overrides": overrides}}), DEMO, CPU)
+def check(overrides: dict[str, Any], **zero: Any) -> None:
+    check_before_data(config(training={"zero": {"overrides": overrides, **zero}}), DEMO, CPU)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -42,4 +42,93 @@ def test_our_list_of_removed_keys_is_deepspeeds() -> None:
 
 
 def test_other_keys_are_left_to_deepspeed() -> None:
-    check({"zero_optimization": {"sub_group_size": 7, "offload_optimizer": {"pin_memory": False}}, "steps_per_print": 3})
+    check({"zero_optimization": {"sub_group_size": 7}, "steps_per_print": 3, "wandb": {"any": 1}})
+    check({"zero_optimization": {"offload_optimizer": {"pin_memory": False}}}, offload_optimizer="cpu")
+    check({"zero_optimization": {"stage3_max_live_parameters": 7}})
+    check({"zero_optimization": {"stage3_max_live_parameters": 7}}, stage=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "zero", "message"),
+    [
+        ({"steps_per_prnt": 1}, {}, "sets steps_per_prnt, which DeepSpeed does not know. Did you mean steps_per_print?"),
+        ({"sub_group_size": 7}, {}, "sets sub_group_size, .* Did you mean zero_optimization.sub_group_size?"),
+        ({"nonsense": {"a": 1}}, {}, "sets nonsense, which DeepSpeed does not know. Delete it."),
+        ({"zero_optimization": {"sub_group": 7}}, {}, "zero_optimization.sub_group, .* Did you mean .*sub_group_size?"),
+        ({"fp16": {"loss_scal": 0}}, {}, "sets fp16.loss_scal, .* Did you mean fp16.loss_scale?"),
+        ({"dataloader_drop_last": True}, {}, "sets dataloader_drop_last, which nothing would read"),
+        ({"activation_checkpointing": {"a": 1}}, {}, "set training.gradient_checkpointing"),
+        (
+            {"zero_optimization": {"offload_param": {"pin_memory": True}}},
+            {"offload_optimizer": "cpu"},
+            "training.zero.offload_parameters is none, so that nothing would read it",
+        ),
+        ({"zero_optimization": {"stage3_max_live_parameters": 7}}, {"stage": 2}, "stage 3 alone reads, but .*stage is 2"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(overrides: dict[str, Any], zero: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(overrides, **zero)
+
+
+def test_overrides_of_a_stage_that_was_not_chosen_are_said() -> None:
+    overrides = {"zero_optimization": {"stage3_max_live_parameters": 7, "sub_group_size": 7}}
+    sentence = "which does not read zero_optimization.stage3_max_live_parameters of training.zero.overrides."
+    below = planned(gpus(2), training={"zero": {"overrides": overrides}})
+    assert below.engine.zero_stage < 3
+    (said,) = (reason for reason in below.reasons if "does not read" in reason)
+    assert said == f"training.zero.stage is {below.engine.zero_stage}, {sentence}"
+    sharded = planned(gpus(2), training={"zero": {"overrides": overrides, "stage": 3}})
+    assert not any("does not read" in reason for reason in sharded.reasons)
+
+
+class Asked(dict):
+    """A dictionary that notes which keys are asked for."""
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self.names: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.names.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> "Asked":
+        return self
+
+
+def test_our_lists_of_keys_are_deepspeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    asked = Asked({"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1})
+    DeepSpeedConfig(asked)
+    decided = {key.partition(".")[0] for key in (*OWNED_KEYS, *REMOVED_KEYS) if "." not in key} | {*UNREAD_KEYS, "bfloat16"}
+    assert asked.names - decided == set(KNOWN_KEYS[""])
+    sections = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    for name, section in sections.items():
+        fields = section.model_fields.items()
+        theirs = {field.alias or key for key, field in fields if not (field.json_schema_extra or {}).get("deprecated")}
+        ours = {key.rpartition(".")[2] for key in OWNED_KEYS if key.rpartition(".")[0] == name}
+        ours |= {key.split(".")[1] for key in OWNED_KEYS if key.startswith(f"{name}.")}
+        assert theirs - ours == set(KNOWN_KEYS[name]) - ours, name

@@ -1,0 +1,368 @@
+"""Who reads each key of a run config, and where nobody does. Pure.
+
+A key that is written and that nothing reads is a wish that nobody would hear: `load` refuses it, or, where nothing is lost by
+that, the plan says so. `READERS` has a row for every key (a test holds it against the schema): the modules
+that read it, and what must hold for that. What depends on the model or the machines is the plan's matter (`plan.adapter_limits`,
+`plan.requirements`).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, get_args
+
+from raytune.config.adapter import QloraAdapter
+from raytune.config.data import DataSource
+from raytune.config.keys import schema_path
+from raytune.config.problems import dotted, shown
+from raytune.config.run import RunConfig
+from raytune.config.section import Section
+from raytune.config.training import Schedule
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What must hold for a key to be read."""
+
+    keys: tuple[str, ...]
+    """Keys that decide it."""
+    holds: Callable[[RunConfig, Section], bool]
+    """Of a config, and the section that the key lies in."""
+    otherwise: Callable[[RunConfig], str]
+    """Why nothing reads the key, after "but"."""
+    remedy: str
+    """What else to do besides leaving the key out."""
+    is_said: bool = False
+    """Nothing is lost without the key, as where another one is documented to win: people lay it over a run for a while, or keep
+    what their machines have in an overlay. Said by the plan, not refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """Who reads a key."""
+
+    modules: tuple[str, ...]
+    """Below `raytune`, with dots; or a folder of templates."""
+    needs: tuple[Need, ...] = ()
+    idle: tuple[Any, ...] = ()
+    """Values, besides none and "auto", that ask for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unread:
+    """A key that is written and that nothing reads."""
+
+    path: KeyPath
+    value: Any
+    need: Need
+    """That does not hold."""
+    reason: str
+    is_default: bool
+    """Whether its value is the one that holds without it: then nothing is lost, and it is said only."""
+
+    @property
+    def key(self) -> str:
+        return dotted(self.path)
+
+    @property
+    def is_refused(self) -> bool:
+        return not self.need.is_said and not self.is_default
+
+    @property
+    def message(self) -> str:
+        """What is wrong with the key, and what to do."""
+        return f"is {shown(self.value)}, but {self.reason}; leave it out, or {self.need.remedy}"
+
+    @property
+    def sentence(self) -> str:
+        """The same as a fact about the plan."""
+        return f"{self.key} is {shown(self.value)}, but {self.reason}."
+
+
+def unread(config: RunConfig, open_keys: tuple[str, ...] = ()) -> list[Unread]:
+    """Keys that somebody wrote and that nothing reads, in the order of the schema.
+
+    Args:
+        open_keys: keys that are still to be chosen, so that what depends on them is not known yet.
+    """
+    found = []
+    for path, section in _written(config, ()):
+        name, reader = str(path[-1]), READERS[schema_path(path)]
+        value, default = getattr(section, name), type(section).model_fields[name].default
+        if value is None or value == "auto" or value in reader.idle:
+            continue
+        needs = [need for need in reader.needs if not any(_touches(key, dotted(path), need.keys) for key in open_keys)]
+        failing = next((need for need in needs if not need.holds(config, section)), None)
+        if failing:
+            reason = failing.otherwise(config)
+            found.append(Unread(path=path, value=value, need=failing, reason=reason, is_default=value == default))
+    return found
+
+
+def without(config: RunConfig, keys: list[Unread]) -> RunConfig:
+    """The same config as if these keys had not been written."""
+    for key in keys:
+        config = _reset(config, key.path)
+    return config
+
+
+def _touches(open_key: str, key: str, deciding: tuple[str, ...]) -> bool:
+    """Whether a key that is still to be chosen is a key itself or decides about it."""
+    return any(f"{other}.".startswith(f"{open_key}.") or f"{open_key}.".startswith(f"{other}.") for other in (key, *deciding))
+
+
+def _written(section: Section, path: KeyPath) -> Iterator[tuple[KeyPath, Section]]:
+    """Every key that somebody wrote, with the section that it lies in. A section with all of its keys was dumped by a program:
+    those of them that are at their defaults are nobody's wish."""
+    is_dumped = section.model_fields_set == set(type(section).model_fields)
+    for name, field in type(section).model_fields.items():
+        if name not in section.model_fields_set:
+            continue
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _written(value, (*path, name))
+        elif isinstance(value, list) and any(isinstance(item, Section) for item in value):
+            for position, item in enumerate(value):
+                yield from _written(item, (*path, name, position))
+        elif not (is_dumped and value == field.default):
+            yield (*path, name), section
+
+
+def _reset(section: Any, path: KeyPath) -> Any:
+    head, *rest = path
+    if isinstance(section, list):
+        return [_reset(item, tuple(rest)) if position == head else item for position, item in enumerate(section)]
+    name = str(head)
+    if rest:
+        return section.model_copy(update={name: _reset(getattr(section, name), tuple(rest))})
+    copy = section.model_copy(update={name: type(section).model_fields[name].default})
+    copy.model_fields_set.discard(name)
+    return copy
+
+
+# --- needs
+
+
+def _choice(key: str, values: tuple[Any, ...]) -> Need:
+    """A key has one of some values."""
+
+    def value_of(config: RunConfig) -> Any:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    return Need(
+        keys=(key,),
+        holds=lambda config, section: value_of(config) in values,
+        otherwise=lambda config: f"{key} {value_of(config)} does not read it",
+        remedy=f"set {key} to {' or '.join(str(value) for value in values)}",
+    )
+
+
+def _is_given(key: str, what: str, *, example: str) -> Need:
+    """A key that has no value by default has one."""
+    section, name = key.split(".")
+    return Need(
+        keys=(key,),
+        holds=lambda config, _: getattr(getattr(config, section), name, None) is not None,
+        otherwise=lambda config: f"{what} without {key}",
+        remedy=f"set {key}, for example to {example}",
+    )
+
+
+def _not_beside(key: str) -> Need:
+    """A key that wins is not there."""
+    section, name = key.split(".")
+    return Need(
+        keys=(key,),
+        holds=lambda config, _: getattr(getattr(config, section), name) is None,
+        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name)}) wins over it",
+        remedy=f"leave out {key}",
+        is_said=True,
+    )
+
+
+_VALIDATION = Need(
+    keys=("data.validation", "data.validation_fraction"),
+    holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
+    otherwise=lambda config: "nothing is evaluated: there is neither data.validation nor data.validation_fraction",
+    remedy="give one of the two",
+)
+_ONE_RUN = Need(
+    keys=(),
+    holds=lambda config, _: config.sweep is None,
+    otherwise=lambda config: "trials of a sweep are always continued",
+    remedy="train one run (sweep=null)",
+)
+_NVME = Need(
+    keys=("training.zero.offload_optimizer", "training.zero.offload_parameters"),
+    holds=lambda config, _: "nvme" in (config.training.zero.offload_optimizer, config.training.zero.offload_parameters),
+    otherwise=lambda config: "nothing is offloaded to nvme",
+    remedy="set training.zero.offload_optimizer to nvme",
+    is_said=True,
+)
+_FOUR_BITS = Need(
+    keys=("adapter.quantization", "adapter.method"),
+    holds=lambda config, _: isinstance(config.adapter, QloraAdapter) and config.adapter.quantization != "int8",
+    otherwise=lambda config: "adapter.quantization int8 does not read it",
+    remedy="set adapter.quantization to nf4 or fp4",
+)
+_HUB_MODEL = Need(
+    keys=("model.base", "model.trust_remote_code"),
+    # A pinned revision is also the consent to remote code, which a folder may carry.
+    holds=lambda config, _: config.model.trust_remote_code or not _is_a_folder(config.model.base),
+    otherwise=lambda config: f"model.base {config.model.base} is no model of the hub, and has no revisions",
+    remedy="name a hub id as model.base",
+    is_said=True,
+)
+_MANY_SPLITS = Need(
+    keys=("data.train", "data.validation", "evaluation.generation.rows"),
+    holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
+    otherwise=lambda config: "this path is a file, which has no splits",
+    remedy="name a hub data set or a `save_to_disk` folder as path",
+)
+_CHAT = Need(
+    keys=("data.train", "data.validation", "evaluation.generation"),
+    holds=lambda config, _: (
+        config.evaluation.generation is not None
+        or any(source.format != "text" for source in (*config.data.train, *config.data.validation))
+    ),
+    otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
+    remedy="give the rows another format",
+)
+
+
+def _is_ranked_by(name: str) -> Need:
+    """What ranks trials ranks their checkpoints."""
+    return Need(
+        keys=("sweep",),
+        holds=lambda config, _: config.sweep is None or getattr(config.checkpoint, name) == getattr(config.sweep, name),
+        otherwise=lambda config: f"trials and their checkpoints are ranked by sweep.{name}, {getattr(config.sweep, name)}",
+        remedy=f"set sweep.{name} to it",
+    )
+
+
+def _is_a_folder(base: str) -> bool:
+    return base == "demo" or base.startswith((".", "/", "~"))
+
+
+def _has_splits(path: str) -> bool:
+    """Whether a path may be a hub data set or a `save_to_disk` folder, as far as its name tells."""
+    return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in _FILE_ENDINGS
+
+
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+_ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+
+
+# --- the table
+
+
+def _read(section: str, names: str, *modules: str, needs: tuple[Need, ...] = (), idle: tuple[Any, ...] = ()) -> dict[str, Reader]:
+    """Rows of some keys of a section that the same modules read."""
+    return {f"{section}.{name}".lstrip("."): Reader(modules=modules, needs=needs, idle=idle) for name in names.split()}
+
+
+def _rows_of_sources(section: str) -> dict[str, Reader]:
+    return {
+        **_read(section, "path columns max_rows", "data.build"),
+        **_read(section, "format", "data.build", "data.formats"),
+        **_read(section, "name", "config.data"),
+        **_read(section, "split", "data.sources", needs=(_MANY_SPLITS,), idle=("train",)),
+    }
+
+
+READERS: dict[str, Reader] = {
+    **_read("", "version", "config.run"),
+    **_read("", "name storage", "launch.run"),
+    **_read("", "model data adapter training evaluation checkpoint cluster sweep provider", "config.run"),
+    # model
+    **_read("model", "base trust_remote_code", "launch.prepare"),
+    **_read("model", "revision", "launch.prepare", needs=(_HUB_MODEL,)),
+    **_read("model", "attention", "plan.requirements"),
+    # data
+    **_read("data", "train validation", "launch.stores"),
+    **_rows_of_sources("data.train"),
+    **_rows_of_sources("data.validation"),
+    **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
+    **_read("data", "max_length", "plan.requirements"),
+    **_read("data", "template", "launch.stores", needs=(_CHAT,)),
+    **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
+    # adapter
+    **_read("adapter", "method", "plan.choose"),
+    **_read("adapter", "rank alpha dropout target_modules exclude_modules modules_to_save bias", "model.adapters"),
+    **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters"),
+    **_read("adapter", "lora_plus_ratio", "plan.choose"),
+    **_read(
+        "adapter",
+        "lora_plus_embedding_rate",
+        "plan.choose",
+        needs=(_is_given("adapter.lora_plus_ratio", "there is no LoRA+", example="16"),),
+    ),
+    **_read("adapter", "quantization", "model.quantize"),
+    **_read("adapter", "double_quantization compute_dtype quant_storage", "model.quantize", needs=(_FOUR_BITS,)),
+    # training
+    **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
+    **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),
+    **_read("training", "warmup_ratio", "plan.choose", needs=(_not_beside("training.warmup_steps"),)),
+    **_read("training", "global_batch_size per_device_train_batch_size gradient_accumulation_steps", "plan.batch"),
+    **_read(
+        "training",
+        "min_lr_ratio",
+        "plan.choose",
+        needs=(_choice("training.lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),),
+    ),
+    **_read("training", "decay_ratio", "plan.choose", needs=(_choice("training.lr_scheduler_type", ("wsd",)),)),
+    **_read("training", "polynomial_power", "plan.choose", needs=(_choice("training.lr_scheduler_type", ("polynomial",)),)),
+    **_read("training", "num_cycles", "plan.choose", needs=(_choice("training.lr_scheduler_type", ("cosine_with_restarts",)),)),
+    **_read("training", "adam_beta1 adam_beta2", "plan.choose", needs=(_choice("training.optimizer", (*_ADAMW, "lion")),)),
+    **_read("training", "adam_epsilon", "plan.choose", needs=(_choice("training.optimizer", _ADAMW),)),
+    **_read("training", "max_grad_norm tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
+    **_read("training", "precision", "plan.requirements"),
+    **_read("training", "gradient_checkpointing loss", "plan.fitting"),
+    **_read("training", "zero", "plan.requirements"),
+    **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.requirements"),
+    **_read("training.zero", "nvme_path", "plan.choose", needs=(_NVME,)),
+    # evaluation
+    **_read("evaluation", "every_steps max_rows", "plan.choose", needs=(_VALIDATION,)),
+    **_read("evaluation", "at_start", "plan.choose", needs=(_VALIDATION,), idle=(False,)),
+    **_read("evaluation", "generation", "launch.stores"),
+    **_read("evaluation.generation", "rows max_rows", "launch.stores"),
+    **_rows_of_sources("evaluation.generation.rows"),
+    **_read("evaluation.generation", "max_new_tokens batch_size", "plan.choose"),
+    # checkpoint
+    **_read("checkpoint", "every_steps every keep_last", "plan.choose"),
+    **_read("checkpoint", "keep_best", "plan.choose", needs=(_VALIDATION,), idle=(0,)),
+    **_read("checkpoint", "metric", "plan.choose", needs=(_VALIDATION, _is_ranked_by("metric"))),
+    **_read("checkpoint", "mode", "plan.choose", needs=(_VALIDATION, _is_ranked_by("mode"))),
+    **_read("checkpoint", "resume", "launch.run", needs=(_ONE_RUN,), idle=(True,)),
+    # cluster
+    **_read("cluster", "address", "launch.cluster"),
+    **_read("cluster", "instance", "launch.prepare", "clusters.provider"),
+    **_read("cluster", "nodes", "plan.ahead", "clusters.provider"),
+    **_read("cluster", "spot", "plan.choose", "clusters.provider"),
+    **_read("cluster", "workers gpus_per_worker cpus_per_worker", "plan.requirements"),
+    **_read("cluster", "threads_per_worker placement max_failures", "plan.choose"),
+    **_read("cluster", "start_timeout collective_timeout", "launch.cluster"),
+    # sweep
+    **_read("sweep", "run", "config.load"),
+    **_read("sweep", "space", "sweeps.space"),
+    **_read("sweep.space", "choice grid uniform log_uniform integer log_integer expression", "config.sweep"),
+    **_read("sweep.space", "step when", "sweeps.space", "config.space"),
+    **_read("sweep", "first trials seed", "sweeps.space"),
+    **_read("sweep", "search", "sweeps.planner"),
+    **_read("sweep", "max_concurrent stopping metric mode", "sweeps.sweep_plan"),
+    **_read("sweep.stopping", "method unit grace reduction_factor", "sweeps.sweep_plan"),
+    # provider: what only the user knows of several clouds; each kind of file takes its own
+    **_read("provider", "client_cidr zone account resource_group network subnet security_group", "cluster"),
+    **_read("provider", "machine_image reservation capacity_block key_name ssh_user ssh_key ssh_public_key", "cluster"),
+    **_read("provider", "jump_host container environment mount_point shared_export shared_kind", "cluster"),
+    **_read("provider", "token_file hub_token_file kubernetes", "cluster"),
+    **_read("provider", "region head_instance hosts", "clusters.provider"),
+    **_read("provider", "nccl_profile", "clusters.ray_up"),
+    **_read("provider.kubernetes", "namespace queue storage_claim token_secret hub_secret user_id rdma_resource", "cluster"),
+}
+"""By the key's path in the schema."""
