@@ -287,7 +287,7 @@ READERS: dict[str, Reader] = {
     **_read("data", "train validation", "launch.stores"),
     **_rows_of_sources("data.train"),
     **_rows_of_sources("data.validation"),
-    **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
+    **_read("data", "validation_fraction too_long packing on_bad_row on_prompt_mismatch store", "launch.stores"),
     **_read("data", "max_length", "plan.requirements"),
     **_read("data", "template", "launch.stores", needs=(_CHAT,)),
     **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
