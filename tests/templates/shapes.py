@@ -25,8 +25,8 @@ SPECIAL = re.compile(
 def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
     """Bytes, and a token for each text in the template that looks like a special one."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
-    tokenizer.bos_token, tokenizer.eos_token = BOS, EOS
+    special = sorted(set(SPECIAL.findall(template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "bos_token": BOS, "eos_token": EOS})
     tokenizer.chat_template = template
     return tokenizer
 
@@ -147,7 +147,8 @@ def lost_fields(text: str, row: Conversation, *, earlier_thoughts: bool = False)
 def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None = None) -> tuple[str, list[tuple[int, int]]]:
     """transformers' own rendering: text and what it marks as the assistant's.
 
-    Null content is "", and arguments are text only where the template takes no objects.
+    Null content is "". Arguments are text only where the template takes no objects, and contents are lists of parts only where
+    it does not show them otherwise.
 
     Args:
         num_turns: only so many turns, and the generation prompt behind them.
@@ -155,8 +156,9 @@ def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None 
     Raises:
         Exception: what the template raises.
     """
-    failure: Exception = ValueError("never tried")
-    for changed in (_with_text_for_null, _with_arguments_as_text):
+    failure: Exception | None = None
+    found: tuple[str, list[tuple[int, int]]] | None = None
+    for changed in (_with_text_for_null, _with_arguments_as_text, _with_parts):
         messages = [changed(message) for message in row.messages[:num_turns]]
         try:
             rendered: Any = render_jinja_template(
@@ -169,11 +171,25 @@ def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None 
                 eos_token=EOS,
                 pad_token=EOS,
             )
-            texts, spans = rendered
-            return texts[0], spans[0] if spans else []
         except Exception as error:  # whatever a template raises
-            failure = error if changed is _with_text_for_null else failure
-    raise failure
+            failure = failure or error
+            continue
+        texts, spans = rendered
+        text = texts[0], spans[0] if spans else []
+        if any(question in text[0] for question in _questions(row)):
+            return text
+        found = found or text
+    if found is None:
+        raise failure or AssertionError("nothing was tried")
+    return found
+
+
+def _questions(row: Conversation) -> list[str]:
+    return [message["content"] for message in row.messages if message["role"] == "user"]
+
+
+def _with_parts(message: Message) -> Message:
+    return message | {"content": [{"type": "text", "text": message.get("content") or ""}]}
 
 
 def _with_text_for_null(message: Message) -> Message:
