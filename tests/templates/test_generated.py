@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 from functools import cache
-from zlib import crc32
 from typing import Any
+from zlib import crc32
 
 import pytest
 from hypothesis import given, seed, settings
