@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -133,7 +134,9 @@ def test_the_reference_writes_what_jinja_writes(habits: Habits, row: Conversatio
 @pytest.mark.parametrize("calls", CALLS)
 @pytest.mark.parametrize("ends", ENDS)
 def test_the_assistants_parts_and_their_ends_are_trained_or_the_row_is_refused(ends: Ends, calls: str) -> None:
-    @settings(PATIENT, max_examples=25, derandomize=True)
+    # The same examples in every run, and others in every cell, which derandomize would not give.
+    @seed(crc32(f"{ends}, {calls}".encode()))
+    @settings(PATIENT, max_examples=25, database=None, report_multiple_bugs=False)
     @given(st.builds(_with, HABITS, st.just(ends), st.just(calls)), CONVERSATIONS)
     def property_holds(habits: Habits, row: Conversation) -> None:
         holds(habits, row)
@@ -170,7 +173,8 @@ PLAIN_HABITS = [
 def test_templates_that_show_everything_refuse_nothing(habits: Habits) -> None:
     """A judge that lets everything be refused would be content with a trainer that refuses everything."""
 
-    @settings(PATIENT, max_examples=8, derandomize=True)
+    @seed(crc32(str(habits).encode()))
+    @settings(PATIENT, max_examples=8, database=None, report_multiple_bugs=False)
     @given(CONVERSATIONS)
     def property_holds(row: Conversation) -> None:
         holds(habits, row)
