@@ -112,15 +112,13 @@ class Renderer:
         prepared = {key: value for key, value in message.items() if key != "train"}
         if prepared.get("tool_calls"):
             prepared = _in_form(prepared, self._call_form)
-        if self._takes_parts and isinstance(prepared.get("content"), str):
-            prepared["content"] = [{"type": "text", "text": prepared["content"]}]
-        return prepared
+        return _in_parts(prepared) if self._takes_parts else prepared
 
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether the template, as those of some vision models do, shows content as a list of parts and not as text."""
-        asked = ({"role": "user", "content": "ProbeValue"}, {"role": "user", "content": [{"type": "text", "text": "ProbeValue"}]})
-        as_text, as_parts = (self._attempt([message], None) for message in asked)
+        asked: Message = {"role": "user", "content": "ProbeValue"}
+        as_text, as_parts = self._attempt([asked], None), self._attempt([_in_parts(asked)], None)
         return "ProbeValue" not in as_text and "ProbeValue" in as_parts
 
     @cached_property
@@ -137,7 +135,9 @@ class Renderer:
         """How often a call in a form comes out whole, and how often the template renders it."""
         call = [{"role": "user", "content": "Probe"}, _in_form(call_turn("ProbeValue"), form)]
         result = {"role": "tool", "tool_call_id": "probecall", "name": "probe_tool", "content": "Probe"}
-        chats = (call, [*call, result, {"role": "assistant", "content": "Probe"}])
+        chats = [call, [*call, result, {"role": "assistant", "content": "Probe"}]]
+        if self._takes_parts:
+            chats = [[_in_parts(message) for message in chat] for chat in chats]
         texts = [self._attempt(chat, tools) for chat in chats for tools in (None, [PROBE_TOOL])]
         whole = (
             text.count("ProbeValue") == 1 and "probe_tool" in text and not re.search(r"\bNone\b|'probe': '|\\+\"probe", text)
@@ -150,6 +150,11 @@ class Renderer:
             return self._apply([chat], tools, False)[0]
         except Exception:  # this form is not the template's
             return ""
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _in_form(message: Message, form: _CallForm) -> Message:

@@ -67,13 +67,26 @@ class TurnEnds:
 
     @cached_property
     def next_marker(self) -> str:
-        """The marker of the next turn, where that is what ends an answer: another turn behind it begins otherwise."""
+        """The marker of the next turn, where that is what ends an answer: it opens questions, and no other turn."""
         end = self.behind("assistant", "user", False)
-        before, own = _probe("assistant")
-        prompt = self._renderer.one(Job(before, None, True))
-        if end is None or not end.stop or (self.last("assistant") or "").strip() or isinstance(prompt, RowError):
+        asked = self.asked("assistant", False)
+        opening = self._renderer.one(Job(_probe("user")[0]))
+        if (
+            end is None
+            or not end.stop
+            or (self.last("assistant") or "").strip()
+            or asked is None
+            or isinstance(opening, RowError)
+        ):
             return ""
-        return "" if prompt.rpartition(own)[2].lstrip().startswith(end.stop) else end.stop
+        opens_questions = end.stop in opening.partition("Probe0user")[0] and not asked.lstrip().startswith(end.stop)
+        return end.stop if opens_questions else ""
+
+    def asked(self, kind: str, with_tools: bool) -> str | None:
+        """What the template's generation prompt writes behind a turn of a kind; None if it cannot be told."""
+        before, own = _probe(kind)
+        prompt = self._renderer.one(Job(before, [PROBE_TOOL] if with_tools else None, True))
+        return prompt.rpartition(own)[2] if isinstance(prompt, str) and own in prompt else None
 
     def adds_turn(self, kind: str, with_tools: bool = False) -> bool:
         """Whether the template opens another turn behind the last one, or writes one, with nobody asking for it.

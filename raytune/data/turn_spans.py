@@ -58,6 +58,16 @@ class TurnSpans:
         for field, spans in places.items():
             if field.turn is not None and field.turn not in self._own:
                 self._own[field.turn] = [spans[0]]
+        # Turns whose first field is what they say: other words may stand before the name of a tool that is called.
+        self._says_first = {
+            turn
+            for turn, own in self._own.items()
+            if any(
+                spans[0][0] == min(own)[0]
+                for field, spans in places.items()
+                if field.turn == turn and field.kind not in ("name", "argument")
+            )
+        }
 
     def answer(self, turn: int, prompt: str | RowError) -> Answer:
         """What the model writes in an assistant turn.
@@ -140,32 +150,33 @@ class TurnSpans:
         if isinstance(prompt, str) and self._text.startswith(prompt) and (first is None or len(prompt) <= first):
             return len(prompt)
         before, behind = self._bounds(turn)
-        said = self._row.messages[turn - 1].get("content") if turn > 0 else None
-        words = said.strip() if isinstance(said, str) else ""
-        if isinstance(prompt, str) and words and (at := prompt.rfind(words)) >= 0:
-            gap = self._text[before : behind if first is None else first]
-            header = self._header_end(prompt[at + len(words) :], gap)
+        asked = self._ends.asked(self._kind(turn - 1), self._with_tools) if turn > 0 else None
+        if asked is not None:
+            header = self._header_end(asked, self._text[before : behind if first is None else first])
             if header is not None:
                 return before + header
-        if first is None:
+        if first is None or turn not in self._says_first:
             raise Undelimited(f"it does not say where the answer in turn {turn + 1} begins")
         return first
 
-    def _header_end(self, written: str, gap: str) -> int | None:
+    def _header_end(self, asked: str, gap: str) -> int | None:
         """How far a prompt, which differs from the text, has written the gap in front of an answer; None if it cannot be told.
 
-        The header of an answer is the longest end of the prompt that stands in the gap, or else what both begin with.
+        The header of an answer is the longest end of the prompt that stands in the gap, or else the most that a place in the gap
+        and the prompt have in common.
         """
-        for at in range(len(written) - _MIN_HEADER + 1):
-            header = written[at:]
+        for at in range(len(asked) - _MIN_HEADER + 1):
+            header = asked[at:]
             if (found := gap.rfind(header)) >= 0 and any(letter.isalnum() for letter in header):
                 return found + len(header)
-        common = self._ends.common(written, gap)
-        return common if gap[:common].strip() else None
+        places = [found.start() for found in re.finditer(f"(?={re.escape(asked[:_MIN_HEADER])})", gap)] if asked else []
+        ends = [(self._ends.common(asked, gap[at:]), at) for at in places]
+        common, at = max(ends, default=(0, 0))
+        return at + common if asked[:common].strip() else None
 
     def _last(self, turn: int, start: int, lower: int) -> Answer:
         text = self._text
-        if self._ends.adds_turn("call" if self._is_call(turn) else "assistant", self._with_tools):
+        if self._ends.adds_turn(self._kind(turn), self._with_tools):
             return Answer(start, self._stop_between(turn, "user", lower, len(text)))
         behind = text[lower:].rstrip()
         if self._is_call(turn):
@@ -215,6 +226,9 @@ class TurnSpans:
         kinds = [("call", follower), ("call", "tool")] if self._is_call(turn) else [("assistant", follower)]
         found = [self._ends.behind(kind, next_role, self._with_tools) for kind, next_role in [*kinds, ("assistant", "user")]]
         return [end for end in found if end is not None]
+
+    def _kind(self, turn: int) -> str:
+        return "call" if self._is_call(turn) else self._row.messages[turn]["role"]
 
     def _is_call(self, turn: int) -> bool:
         return bool(self._row.messages[turn].get("tool_calls"))
