@@ -29,7 +29,7 @@ from raytune.errors import ModelError
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
 from raytune.model.files import resolve_model_path
-from raytune.model.load import load_config, load_tokenizer
+from raytune.model.pretrained import load_config, load_tokenizer
 from raytune.model.quantize import as_seen_in_training
 from raytune.plan.base_model import model_files
 

@@ -22,7 +22,7 @@ from raytune.metrics import encode_number
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
-from raytune.model.load import load_tokenizer
+from raytune.model.pretrained import load_tokenizer
 from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
