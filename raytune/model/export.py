@@ -94,8 +94,6 @@ def save_model(
     config.use_cache = True  # switched off for training only
     config.architectures = [type(model).__name__]
     write_weights(config, _as_published(model, chain(tensors, _buffers(model))), folder, max_shard_bytes)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

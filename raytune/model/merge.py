@@ -21,16 +21,17 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from raytune.config.training import Precision
-from raytune.errors import ModelError
+from raytune.errors import DataError, ModelError
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
 from raytune.model.files import resolve_model_path
 from raytune.model.pretrained import load_config, load_tokenizer
 from raytune.model.quantize import as_seen_in_training
+from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.plan.base_model import model_files
 
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -77,10 +78,11 @@ def merge_adapter(
         merged_config.tie_word_embeddings = merger.stays_tied
         merged_config.architectures = [type(merger.model).__name__]
         write_weights(merged_config, tensors, unfinished, max_shard_bytes)
-        if (weights.folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(weights.folder).save_pretrained(unfinished)
         has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
-        load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder)).save_pretrained(unfinished)
+        tokenizer = load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder))
+        tokenizer.save_pretrained(unfinished)
+        stops = saved_config(adapter_folder) or _stops(base_config(weights.folder, config), tokenizer)
+        save_generation_config(stops, unfinished)
         unfinished.chmod(0o755)
         if output_folder.exists():
             output_folder.rmdir()
@@ -88,6 +90,15 @@ def merge_adapter(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _stops(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Where a model of an adapter stops that does not say it itself: by its tokenizer's template, if that can be read."""
+    template = tokenizer.chat_template
+    try:
+        return stopping_config(base, tokenizer, template if isinstance(template, str) else "")
+    except DataError:  # a template that raytune could not train on: another tool did
+        return stopping_config(base, tokenizer, "")
 
 
 def _adapter_config(folder: Path) -> PeftConfig:
