@@ -23,6 +23,8 @@ Content = dict[str, str]
 """File name -> hash for a folder; `commit` -> hash for a hub model."""
 
 COMMIT = "commit"
+CONTENT_FILE = "base_content.json"
+"""In the folder of an adapter: the content of the base that it was trained on. Merging reads it, PEFT does not."""
 DIGEST_LENGTH = 32
 """Hexadecimal digits of a SHA-256, from its beginning, as `sha256sum` prints it."""
 SETTLED_S = 2.0
@@ -76,6 +78,26 @@ def refuse_other_base(path: str, was: Mapping[str, str], now: Mapping[str, str])
             f"The base {path} is not what it was when this command began:\n{changes_text(changes)}\n"
             f"Going on would mix two models. Put the files back, or start anew under another name (name=...)."
         )
+
+
+def save_content(content: Mapping[str, str], folder: Path) -> None:
+    """Write beside an adapter what its base is."""
+    (folder / CONTENT_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def saved_content(folder: Path) -> Content | None:
+    """What the base of an adapter was; None if nothing says it.
+
+    Raises:
+        ModelError: if the file cannot be read.
+    """
+    path = folder / CONTENT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read ({error}). Remove it if you know that the base is the right one.") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
 from raytune.metrics import encode_number
+from raytune.model.base_content import save_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
@@ -95,9 +96,12 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
             save_model(model, tensors, target)
         else:
             save_adapter(model, dict(tensors), target)
+            if plan.model.content is not None:
+                save_content(plan.model.content, target)
         tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
         tokenizer.chat_template = plan.template or tokenizer.chat_template
         tokenizer.save_pretrained(target)
+        # Not set on the model itself: its base may be kept for a run with another template.
         save_generation_config(stopping_config(model.generation_config, tokenizer, plan.template), target)
         if not is_local(folder.model):
             upload_folder(target, folder.model)
