@@ -136,6 +136,10 @@ class History:
         """The newest value of a metric."""
         return next((point.values[name] for point in reversed(self.points) if name in point.values), None)
 
+    def newest(self, until_step: int) -> dict[str, float]:
+        """The newest value of every metric, by the end of a step."""
+        return {name: value for point in self.points if point.step <= until_step for name, value in point.values.items()}
+
     def best_of(self, name: str, mode: Literal["min", "max"]) -> tuple[int, float] | None:
         """(step, value) of the best finite value; the earliest of equal ones."""
         finite = [(step, value) for step, value in self.series(name) if math.isfinite(value)]

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from raytune.model.stopping import as_ids
+
 
 @torch.inference_mode()
 def write_answers(
@@ -15,25 +17,22 @@ def write_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
-    stop_ids: Sequence[int] = (),
 ) -> list[str]:
     """Continue each prompt greedily until it ends its turn or has `max_new_tokens`.
 
     Args:
-        model: a causal language model of transformers, or PEFT's around one.
+        model: a causal language model of transformers, or PEFT's around one. It stops where its `generation_config` says, as with
+            anyone who loads it.
         prompts: token ids of each prompt, ending where the answer begins.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts continued at once. Neighbours in length share a batch, so that little is padded.
-        stop_ids: tokens that end a turn, beside those that the model and its tokenizer name.
 
     Returns:
-        The answers' text, in the order of the prompts, without special tokens.
+        The answers' text up to where they stop, in the order of the prompts, without special tokens.
     """
     device = next(model.parameters()).device
-    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    own: Any = model.generation_config.eos_token_id
-    also: Any = tokenizer.eos_token_id
-    stops = {*stop_ids, *(own if isinstance(own, list) else [own]), also} - {None}
+    stops = as_ids(model.generation_config.eos_token_id)
+    pad: Any = next((token for token in (tokenizer.pad_token_id, *stops) if token is not None), 0)
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_size):
@@ -54,9 +53,14 @@ def write_answers(
             top_p=None,
             top_k=None,
             pad_token_id=pad,
-            eos_token_id=sorted(stops),
         )
-        texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-        for index, text in zip(indices, texts):
+        answered = [_before_stop(ids, stops) for ids in written[:, longest:].tolist()]
+        texts = tokenizer.batch_decode(answered, skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
             answers[index] = text
     return answers
+
+
+def _before_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """What comes before the first token that ends a turn; such a token need not be a special one, which decoding leaves out."""
+    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]

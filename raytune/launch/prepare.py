@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.evaluate.questions import Question
 from raytune.launch.stores import DataBuilder
+from raytune.model.base_check import check_base
+from raytune.model.base_content import COMMIT, Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
@@ -40,6 +43,7 @@ class Preparation:
     def __init__(self, machine: Machine, parallel_map: ParallelMap) -> None:
         self._machine, self._parallel_map = machine, parallel_map
         self._data: dict[str, tuple[DataFacts, list[Question]]] = {}
+        self._contents: dict[tuple[str, str | None], Content] = {}
 
     def prepare(self, config: RunConfig) -> Prepared:
         """See `prepare`."""
@@ -52,6 +56,9 @@ class Preparation:
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
         model_path = resolve_model_path(model.base, model.revision)
         check_before_data(config, shape, machine)
+        content = self._base(model, model_path)
+        model = model.model_copy(update={"revision": content.get(COMMIT, model.revision)})
+        config = config.model_copy(update={"model": model})
         storage = absolute(config.storage)
         row_length = choose_row_length(config, shape)
         read = [config.data, model, config.evaluation.generation, row_length, storage]
@@ -59,5 +66,19 @@ class Preparation:
             builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map)
             self._data[key] = builder.build(), builder.questions()
         facts, questions = self._data[key]
-        plan = choose_plan(config, shape, machine, facts, model_path=model_path, storage=storage)
+        plan = choose_plan(config, shape, machine, facts, model_path=model_path, storage=storage, content=content)
         return Prepared(plan=plan, questions=questions)
+
+    def _base(self, model: ModelSection, path: str) -> Content:
+        """The content of a base whose files hold the model that its config describes.
+
+        Raises:
+            ModelError: if they do not, or are others than those that a run before this one was prepared for.
+        """
+        content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code)
+        key = (path, model.revision)
+        if key not in self._contents:
+            check_base(path, model.revision, model.trust_remote_code)
+            self._contents[key] = content
+        refuse_other_base(path, self._contents[key], content)
+        return content

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from raytune.config.run import RunConfig
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, TakenOverError, UserError
+from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, ModelError, RaytuneError, TakenOverError, UserError
 from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
@@ -18,7 +18,8 @@ from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
-from raytune.plan.run_plan import RunPlan
+from raytune.model.base_content import base_content, refuse_other_base
+from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.training.commit import next_fence, refuse_small_disk
@@ -165,7 +166,19 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
         if decision is Decision.RAISE:
             replace(record, state="failed", failure=failure.headline).write(folder)
             raise RunFailedError(_explanation(failure, folder), failure)
+        try:
+            _refuse_changed_base(plan.model)
+        except ModelError as error:
+            replace(record, state="failed", failure=str(error)).write(folder)
+            raise
         logger.warning("Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline)
+
+
+def _refuse_changed_base(model: ModelPlan) -> None:
+    """Refuse to go on with other weights than those that the attempts before were made with."""
+    if model.content is not None:
+        now = base_content(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+        refuse_other_base(model.path, model.content, now)
 
 
 def _explanation(failure: Failure, folder: RunFolder) -> str:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from raytune.model.quantize import quantized_modules
+from raytune.model.stopping import save_generation_config
 from raytune.units import GIB
 
 MAX_SHARD_BYTES = 5 * GIB
@@ -84,7 +85,7 @@ def _save_quantization(model: PeftModel, folder: Path) -> None:
 def save_model(
     model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write config and weights; no more than one shard of them is held at a time.
+    """Write config, settings of generation and weights; no more than one shard of them is held at a time.
 
     Args:
         model: whose configuration is written; its own weights may be sharded, they are not read.
@@ -94,8 +95,7 @@ def save_model(
     config.use_cache = True  # switched off for training only
     config.architectures = [type(model).__name__]
     write_weights(config, _as_published(model, chain(tensors, _buffers(model))), folder, max_shard_bytes)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    save_generation_config(model.generation_config, folder)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from raytune.errors import ModelError
-from raytune.plan.base_model import DEMO
+from raytune.model.weight_files import stored_tensors, weight_files
+from raytune.plan.base_model import DEMO, default_hub_cache, find_config, model_files
 
 
 def resolve_model_path(base: str, revision: str | None) -> str:
@@ -11,7 +12,7 @@ def resolve_model_path(base: str, revision: str | None) -> str:
     each machine), an absolute path for a folder, else the hub id.
 
     Raises:
-        ModelError: if `base` is written like a path but is not a folder, or is a folder without a model.
+        ModelError: if `base` is written like a path but is not a folder, or is a folder without a model, or with a damaged one.
     """
     if base == DEMO:
         return DEMO
@@ -37,10 +38,21 @@ def _check_folder(folder: Path) -> None:
                 f"raytune merge {folder} --output FOLDER"
             )
         raise ModelError(f"{folder} holds no config.json, so it is not a model in the format of transformers.")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        found = f"only {', '.join(pickles)}, which are pickles: loading them can run code" if pickles else "none"
-        raise ModelError(
-            f"{folder} must hold weights as *.safetensors; found {found}. Convert them with transformers, if you trust "
-            f"the file: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
-        )
+    stored_tensors(weight_files(folder))
+
+
+def local_files(path: str, revision: str | None) -> Path | None:
+    """The folder on this machine with the config and the weights of a base; None if they are yet to be downloaded.
+
+    Args:
+        path: as `resolve_model_path` gives it.
+    """
+    folder = Path(model_files(path))
+    if folder.is_dir():
+        return folder
+    try:
+        snapshot = find_config(path, revision, default_hub_cache()).parent
+        weight_files(snapshot)
+    except ModelError:
+        return None  # transformers downloads what is not here
+    return snapshot

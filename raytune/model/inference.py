@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.model.dtypes import DTYPES
@@ -15,12 +15,20 @@ from raytune.plan.run_plan import RunPlan
 
 
 def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterator[PreTrainedModel | PeftModel]:
-    """First the base model of a run, then the tuned one as it was saved in `folder`; one of them on the device at a time."""
-    yield (model := _load(plan, plan.model.path, plan.model.revision, device))
+    """First the base model of a run, then the tuned one as it was saved in `folder`; one of them on the device at a time.
+
+    Both stop where the saved folder says: the base is asked in the same template, and is not to lose by writing on behind an
+    answer. A whole model brings its `generation_config` along; PEFT keeps that of the base, so an adapter is given its own.
+    """
+    stops = GenerationConfig.from_pretrained(folder)
+    model = _load(plan, plan.model.path, plan.model.revision, device)
+    model.generation_config.eos_token_id = stops.eos_token_id
+    yield model
     if isinstance(plan.adapter, FullAdapter):
         del model  # the caller lets go of it as well
         yield _load(plan, str(folder), None, device)
     else:
+        model.generation_config = stops
         yield PeftModel.from_pretrained(model, str(folder)).eval()
 
 

@@ -7,66 +7,27 @@ transformers itself.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
+from raytune.model.base_check import LoadingReport, check_base, check_finite, check_report
 from raytune.model.dtypes import DTYPES
 from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
+from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
 from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import ModelPlan
-
-
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that comes with a model."""
-    with _explained(path, revision, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
-
-
-def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
-    with _explained(path, revision, "config.json"):
-        values, _ = PretrainedConfig.get_config_dict(model_files(path), revision=revision)
-    if not trust_remote_code:
-        _check_own_code(path, values)
-    with _explained(path, revision, "config.json"):
-        return AutoConfig.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
-
-
-def _check_own_code(path: str, config: dict[str, Any]) -> None:
-    """Refuse a model that only its own Python code can compute. Where transformers has the architecture, that code is ignored."""
-    if "auto_map" in config and config.get("model_type") not in _causal_model_types():
-        raise ModelError(
-            f"{path} comes with Python code of its own (auto_map in its config.json) and transformers has no model of type "
-            f"{config.get('model_type')!r}. raytune does not run such code by default. If you have read it and trust it, set "
-            f"model.trust_remote_code to true and model.revision to a full commit hash."
-        )
-
-
-def _causal_model_types() -> set[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def load_model(
@@ -114,8 +75,10 @@ def _load_base(
     is_sharded = is_deepspeed_zero3_enabled()
     if not is_sharded:  # then a quantised model is put on the current device
         arguments["device_map"] = {"": device}
-    with _explained(model.path, model.revision, "weights"), _sharding(shard):
-        loaded = AutoModelForCausalLM.from_pretrained(
+        check_base(model.path, model.revision, model.trust_remote_code)
+    load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
+    with explained(model.path, model.revision, "weights"), _sharding(shard):
+        loaded, report = load(
             model_files(model.path),
             revision=model.revision,
             config=config,
@@ -123,8 +86,12 @@ def _load_base(
             dtype=DTYPES[model.dtype],
             attn_implementation=implementation_name(model.attention),
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the check below names them
             **arguments,
         )
+    check_report(LoadingReport.of(report), loaded, model.path)
+    check_finite(loaded, model.path)
     loaded.config.use_cache = False
     if model.liger:
         _apply_liger(loaded, device)
@@ -135,23 +102,6 @@ def _load_base(
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
     return loaded
-
-
-def model_class(
-    path: str, config: PretrainedConfig, *, revision: str | None = None, trust_remote_code: bool = False
-) -> type[PreTrainedModel]:
-    """The class of a causal language model.
-
-    Raises:
-        ModelError: if there is none for this config.
-    """
-    known: Any = AutoModelForCausalLM._model_mapping
-    if type(config) in known:
-        return known[type(config)]
-    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    if reference is None or not trust_remote_code:
-        raise ModelError(f"{path} is of type {config.model_type}, which is not a causal language model.")
-    return get_class_from_dynamic_module(reference, path, revision=revision)
 
 
 def _check_quantised_base(model: ModelPlan, config: PretrainedConfig, adapter: Adapter) -> None:
@@ -198,22 +148,3 @@ def _apply_liger(model: PreTrainedModel, device: torch.device) -> None:
         raise ModelError("training.liger needs the package liger-kernel: install it, or set training.liger to false.") from error
     # Our loss layer never makes whole logits, so Liger's loss has no place.
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-
-
-@contextmanager
-def _explained(path: str, revision: str | None, what: str) -> Iterator[None]:
-    """Turn what transformers raises about files into a `ModelError` that says what was tried."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        at = f" at revision {revision}" if revision else ""
-        place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"
-        raise ModelError(
-            f"Cannot load the {what} of model {path}{at} from {place}: {_first_lines(error)}\n"
-            f"Check the name, give a local folder with config.json and *.safetensors, or, where machines have no network, "
-            f"download the model first (hf download {path}) and set model.base to that folder."
-        ) from error
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__

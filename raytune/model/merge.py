@@ -21,16 +21,20 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from raytune.config.training import Precision
-from raytune.errors import ModelError
+from raytune.errors import DataError, ModelError
+from raytune.model.base_check import check_files
+from raytune.model.base_content import COMMIT, Content, base_content, changes_text, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
 from raytune.model.files import resolve_model_path
-from raytune.model.load import load_config, load_tokenizer
+from raytune.model.pretrained import load_config, load_tokenizer, model_class
 from raytune.model.quantize import as_seen_in_training
+from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
+from raytune.model.weight_files import weight_files
 from raytune.plan.base_model import model_files
 
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -43,6 +47,7 @@ def merge_adapter(
     base: str | None = None,
     dtype: Precision | None = None,
     dequantise: bool = True,
+    any_base: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the model that a base and its adapter make together, with tokenizer and chat template.
@@ -52,9 +57,10 @@ def merge_adapter(
         dtype: of the result; None: as in the base's files.
         dequantise: for an adapter trained on a quantised base: merge into the weights that training saw (quantised and expanded
             again), so that the result computes what was trained. False: into the original weights.
+        any_base: merge into this base though it is not the one that the adapter was trained on.
 
     Raises:
-        ModelError: if the adapter is missing, damaged or not of this base, or the output exists.
+        ModelError: if the adapter is missing, damaged or not of this base, the base has changed since, or the output exists.
     """
     if output_folder.exists() and any(output_folder.iterdir()):
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
@@ -63,10 +69,13 @@ def merge_adapter(
     if not base:
         raise ModelError(f"{adapter_folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
     path = model_files(resolve_model_path(base, None))
+    if not any_base:
+        _refuse_other_base(adapter_folder, path, base, peft_config.revision)
     config = load_config(path, peft_config.revision)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
     weights = _BaseWeights(_base_folder(path, peft_config.revision))
+    check_files(weights.folder, config, model_class(path, config, revision=peft_config.revision))
     merger = _Merger(config, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +86,11 @@ def merge_adapter(
         merged_config.tie_word_embeddings = merger.stays_tied
         merged_config.architectures = [type(merger.model).__name__]
         write_weights(merged_config, tensors, unfinished, max_shard_bytes)
-        if (weights.folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(weights.folder).save_pretrained(unfinished)
         has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
-        load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder)).save_pretrained(unfinished)
+        tokenizer = load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder))
+        tokenizer.save_pretrained(unfinished)
+        stops = saved_config(adapter_folder) or _stops(base_config(weights.folder, config), tokenizer)
+        save_generation_config(stops, unfinished)
         unfinished.chmod(0o755)
         if output_folder.exists():
             output_folder.rmdir()
@@ -88,6 +98,37 @@ def merge_adapter(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _refuse_other_base(adapter_folder: Path, path: str, base: str, revision: str | None) -> None:
+    """Refuse a base whose files are not those that the adapter was trained on, as far as its folder tells which they were.
+
+    Of a hub model that is told by its commit, which `revision` asks for; a copy of it in a folder has no commit to compare.
+    """
+    was = saved_content(adapter_folder)
+    if was is None or (COMMIT in was) == Path(path).is_dir():
+        return
+    now = {COMMIT: revision or ""} if COMMIT in was else base_content(path, None, trust_remote_code=_has_code(was))
+    if changes := content_changes(was, now):
+        raise ModelError(
+            f"The adapter in {adapter_folder} was trained on another base than {base} holds now:\n{changes_text(changes)}\n"
+            f"Merged, it would compute something else than was trained and measured. Name the base that it was trained on with "
+            f"--base, or, if you mean this one, add --any-base."
+        )
+
+
+def _has_code(content: Content) -> bool:
+    """Whether Python files were part of a base."""
+    return any(name.endswith(".py") for name in content)
+
+
+def _stops(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Where a model of an adapter stops that does not say it itself: by its tokenizer's template, if that can be read."""
+    template = tokenizer.chat_template
+    try:
+        return stopping_config(base, tokenizer, template if isinstance(template, str) else "")
+    except DataError:  # a template that raytune could not train on: another tool did
+        return stopping_config(base, tokenizer, "")
 
 
 def _adapter_config(folder: Path) -> PeftConfig:
@@ -129,19 +170,13 @@ class _BaseWeights:
     folder: Path
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for path in self._files():
+        for path in weight_files(self.folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118
                         yield name, file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read: {error}. It is damaged or incomplete; download it again.") from error
-
-    def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        return [self.folder / "model.safetensors"]
 
 
 class _Merger:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
 from raytune.model.attention import check_attention
-from raytune.model.load import load_config, model_class
+from raytune.model.pretrained import load_config, model_class
 from raytune.plan.shapes import ModelShape, Module
 
 UNBOUNDED_POSITIONS = 1 << 20

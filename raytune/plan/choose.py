@@ -72,7 +72,14 @@ class _Reasons(list[str]):
 
 
 def choose_plan(
-    config: RunConfig, shape: ModelShape, machine: Machine, data: DataFacts, *, model_path: str, storage: str
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    data: DataFacts,
+    *,
+    model_path: str,
+    storage: str,
+    content: dict[str, str] | None = None,
 ) -> RunPlan:
     """Resolve everything.
 
@@ -83,6 +90,7 @@ def choose_plan(
         data: the stores, built with rows of `choose_row_length` tokens.
         model_path: the base model as workers load it: a local folder or a hub id.
         storage: absolute folder or URL of the run folders.
+        content: of the base, as `ModelPlan.content`; None: it need not be here.
 
     Raises:
         UserError: (or PlanError, ModelError) if it cannot be done as asked; the message says what could.
@@ -141,6 +149,7 @@ def choose_plan(
         model=ModelPlan(
             path=model_path,
             revision=config.model.revision,
+            content=content,
             trust_remote_code=config.model.trust_remote_code,
             attention=attention,
             dtype="fp32" if fit.zero_stage == 0 and isinstance(adapter, FullAdapter) else precision,

@@ -21,6 +21,10 @@ class ModelPlan(Plan):
     path: str
     """Local folder or hub id that transformers can load."""
     revision: str | None
+    """Commit of a hub model, so that every worker of every attempt loads the same one."""
+    content: dict[str, str] | None = None
+    """What the base is, wherever it lies: hashes of a folder's files, the commit of a hub model (model.base_content). None in a
+    plan of a model that need not be here."""
     trust_remote_code: bool
     attention: Attention
     dtype: Precision
@@ -247,9 +251,12 @@ class RunPlan(Plan):
     def identity(self) -> dict:
         """The part of the plan that decides which numbers a step computes; a run resumes only under an equal one.
 
-        How a global batch is divided, where things are logged and saved, and what the cluster looks like may change.
+        How a global batch is divided, where things are logged and saved, and what the cluster looks like may change. So may the
+        place of the base, whose content counts.
         """
         values = self.model_dump(
             mode="json", include={"seed", "precision", "template", "model", "data", "adapter", "optimization"}
         )
+        if self.model.content is not None:
+            del values["model"]["path"], values["model"]["revision"]
         return values | {"global_batch_size": self.batch.global_batch_size}

@@ -9,8 +9,9 @@ from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import hold
-from raytune.launch.record import readable, refuse_another_run, refuse_changes
+from raytune.launch.record import read_plan, readable, refuse_another_run, refuse_changes
 from raytune.metrics import History
+from raytune.model.base_content import content_changes
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, exists, read_bytes, remove_folder, write_bytes, write_json
 from raytune.sweeps.board import Board
@@ -56,6 +57,7 @@ def sweep(
         known = read_ledger(folder.ledger)
         _refuse_other_rungs(folder, resolved.plan, known)
         _refuse_other_trials(folder, planner, known)
+        _refuse_other_bases(folder, resolved, known)
         write_bytes(folder.sweep, config.model_dump_json(indent=2).encode())
         remove_folder(folder.result, folder.path)  # until this command has one too
         board = Board(resolved.plan.mode)
@@ -156,6 +158,23 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
     """
     for trial in known.unended:
         refuse_another_run(folder.trial(trial.name), planner.plan(trial))
+
+
+def _refuse_other_bases(folder: SweepFolder, resolved: Resolved, known: Known) -> None:
+    """Refuse to compare trials with ended ones whose base had other weights under the same name.
+
+    Raises:
+        UserError: naming every file that differs.
+    """
+    contents = {plan.model.path: plan.model.content for plan in resolved.plans}
+    for trial in known.trials.values():
+        run = folder.trial(trial.name)
+        if not known.has_ended(trial.name) or not exists(run.plan):
+            continue
+        model = read_plan(run).model
+        if model.content and (now := contents.get(model.path)):
+            changes = [(f"model.content.{name}", was, new) for name, was, new in content_changes(model.content, now)]
+            refuse_changes("sweep", folder.name, folder.storage, changes)
 
 
 def _write(folder: SweepFolder, planner: Planner, result: SweepResult) -> None:

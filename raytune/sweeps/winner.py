@@ -7,10 +7,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from raytune.config.load import load_config
+from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
-from raytune.errors import ClusterError, TrainingError, UserError
-from raytune.launch.record import readable
+from raytune.errors import ClusterError, ModelError, TrainingError, UserError
+from raytune.launch.record import read_plan, readable
 from raytune.launch.result import RunResult
+from raytune.model.base_content import base_content, changes_text, content_changes
+from raytune.model.files import resolve_model_path
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, download_file, exists, read_json
 from raytune.sweeps.ledger import read_ledger
@@ -41,7 +44,7 @@ def winner_config(folder: str, overlays: Sequence[str] = (), overrides: Sequence
     """The config that trains the winner of a finished sweep again, with files and overrides laid over it.
 
     Raises:
-        UserError: if the folder holds no finished sweep, or no trial won.
+        UserError: if the folder holds no finished sweep, no trial won, or the base that the sweep's config names has changed.
         ConfigError: as `load_config` does.
     """
     sweep = sweep_folder(folder)
@@ -51,7 +54,27 @@ def winner_config(folder: str, overlays: Sequence[str] = (), overrides: Sequence
     with TemporaryDirectory() as scratch:
         best = Path(scratch) / "best.yaml"
         download_file(sweep.best, best)
-        return load_config([best, *overlays], overrides)
+        config = load_config([best, *overlays], overrides)
+        if config.model == load_config([best], []).model:
+            _refuse_other_base(config.model, sweep, result.best.trial.name)
+        return config
+
+
+def _refuse_other_base(model: ModelSection, sweep: SweepFolder, trial: str) -> None:
+    """Refuse to train the winner again on other weights, if the trial's plan still says which they were."""
+    run = sweep.trial(trial)
+    was = read_plan(run).model.content if exists(run.plan) else None
+    if was is None:
+        return
+    path = resolve_model_path(model.base, model.revision)
+    now = base_content(path, model.revision, trust_remote_code=model.trust_remote_code)
+    if changes := content_changes(was, now):
+        raise ModelError(
+            f"{trial} of the sweep in {sweep.path} was trained on other weights than model.base {model.base} holds now:\n"
+            f"{changes_text(changes)}\n"
+            f"So its settings may not be the best ones any more. Put the files back, or search again. To train with its settings "
+            f"all the same: raytune train {sweep.best}"
+        )
 
 
 def against_trial(folder: str, run: RunResult) -> AgainstTrial | None:

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from raytune.config.adapter import FullAdapter
-from raytune.data.template import ChatTemplate
 from raytune.errors import RaytuneError
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
 from raytune.metrics import encode_number
+from raytune.model.base_content import save_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
-from raytune.model.load import load_tokenizer
+from raytune.model.pretrained import load_tokenizer
+from raytune.model.stopping import save_generation_config, stopping_config
 from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
@@ -82,7 +83,7 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
 
 
 def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | None]], folder: RunFolder) -> None:
-    """Write config, weights and tokenizer.
+    """Write config, weights, the tokenizer with the template that was trained, and where the model stops.
 
     Args:
         model: a PreTrainedModel, or a PeftModel around one.
@@ -95,9 +96,13 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
             save_model(model, tensors, target)
         else:
             save_adapter(model, dict(tensors), target)
+            if plan.model.content is not None:
+                save_content(plan.model.content, target)
         tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
         tokenizer.chat_template = plan.template or tokenizer.chat_template
         tokenizer.save_pretrained(target)
+        # Not set on the model itself: its base may be kept for a run with another template.
+        save_generation_config(stopping_config(model.generation_config, tokenizer, plan.template), target)
         if not is_local(folder.model):
             upload_folder(target, folder.model)
 
@@ -123,14 +128,13 @@ def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFold
     """A share of the questions with the answers of base and tuned model."""
     questions = from_json_lines(read_bytes(folder.questions))
     own = range(len(questions))[share]
-    tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
-    stop_ids = ChatTemplate(tokenizer, plan.template).stop_ids
     with TemporaryDirectory() as scratch:
         if is_local(folder.model):
             saved = local_path(folder.model)
         else:
             saved = Path(scratch)
             download_folder(folder.model, saved)
+        tokenizer = load_tokenizer(str(saved), trust_remote_code=plan.model.trust_remote_code)
         answers = []
         for model in base_then_tuned(plan, saved, device):
             answers.append(
@@ -140,7 +144,6 @@ def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFold
                     [questions[index].prompt_ids for index in own],
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.batch_size,
-                    stop_ids=stop_ids,
                 )
             )
             del model  # before the next one is loaded

@@ -10,6 +10,7 @@ from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.model.adapters import initialise_eva
 from raytune.model.attention import model_inputs
+from raytune.model.base_check import check_base
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
@@ -89,6 +90,8 @@ def _zero_engine(plan: RunPlan, device: torch.device) -> Engine:
     from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
 
     check_offload(plan)
+    # Before weights are sharded as they are loaded: then rank 0 alone would see a wrong shape, and the others wait for it.
+    check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
     with sharded_loading(plan, device) as shard:
         model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
     _look_at_data(model, plan, device)

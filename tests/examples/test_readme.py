@@ -96,9 +96,17 @@ def test_the_other_commands_work(quickstart: subprocess.CompletedProcess[str], f
     assert done.returncode == 0, done.stderr
 
 
+OF_AN_ADAPTER, OF_A_RUN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_of_an_adapter_works(quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str) -> None:
+    (folder / "adapter.py").write_text(OF_AN_ADAPTER + "assert prompt['input_ids'].shape[1] < written.shape[1]\n")
+    done = run("python adapter.py", folder, ray_tmp)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_python_example_works(folder: Path, ray_tmp: str) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (folder / "example.py").write_text(example)
+    (folder / "example.py").write_text(OF_A_RUN)
     done = run("python example.py", folder, ray_tmp)
     assert done.returncode == 0, done.stderr
     assert "from-python/model" in done.stdout

@@ -209,3 +209,14 @@ def test_the_final_model_is_the_best_checkpoint_not_the_last(tmp_path: Path) -> 
     del losses[0]
     assert result.best_step == max(losses, key=losses.__getitem__) != 4
     assert loss_by_plain_transformers(result.plan, result.model_path) == pytest.approx(losses[result.best_step], rel=2e-5)
+
+
+def test_a_resume_after_the_last_step_has_the_metrics_of_the_whole_run(tmp_path: Path) -> None:
+    first = finished(tmp_path, {"training": {"max_steps": 4}, "evaluation": {"every_steps": 2}})
+    folder = RunFolder(first.plan.storage, first.plan.name)
+    Path(folder.result).unlink()  # as if the process had died between its last checkpoint and its result
+    train(first.plan, Worker(rank=0, world_size=1, device_index=0, attempt=2, report=lambda metrics: None))
+    again = RunResult.read(folder)
+    assert again.metrics == first.metrics
+    assert {"train/loss", "validation/loss"} <= again.metrics.keys()
+    assert again.best_step == first.best_step

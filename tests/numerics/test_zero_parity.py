@@ -1,12 +1,14 @@
 """Sharded = unsharded: the same steps on two ranks, at every ZeRO stage, as in one plain process."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from raytune.errors import CheckpointError
+from raytune.errors import CheckpointError, ModelError
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import HeldBytes
 from tests.numerics.processes import RankError, run_on_ranks
@@ -200,3 +202,19 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(material: Material, tmp_path: 
     outcomes = run_on_ranks(spoil_and_load, 2, make_plan(material, workers=2, stage=2), tmp_path)
     assert all(isinstance(outcome, CheckpointError) for outcome in outcomes)
     assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize("adapter", [LORA, QLORA], ids=["lora", "nf4"])
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_every_rank_refuses_a_base_that_lacks_a_tensor_or_has_one_of_another_shape(
+    change: str, adapter: dict, material: Material, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    base = shutil.copytree(material.model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    matrix = tensors.pop(name)
+    save_file(tensors | ({name: matrix[:60]} if change == "shape" else {}), base / "model.safetensors", {"format": "pt"})
+    plan = make_plan(material, workers=2, stage=3, adapter=adapter)
+    outcomes = run(plan.model_copy(update={"model": plan.model.model_copy(update={"path": str(base)})}))
+    assert [type(outcome) for outcome in outcomes] == [ModelError, ModelError]
+    assert all(name in str(outcome) for outcome in outcomes)

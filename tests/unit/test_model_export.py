@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
+from raytune.model.base_content import base_content, save_content
 from raytune.model.export import save_adapter, save_model
 from raytune.model.load import load_model
 from raytune.model.merge import merge_adapter
@@ -229,9 +230,34 @@ def test_a_damaged_base_leaves_no_half_merged_model(bases: dict[str, Path], tmp_
     shutil.copytree(bases["untied"], tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="damaged or incomplete"):
+    with pytest.raises(ModelError, match=r"model\.safetensors .*cut off"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_base_that_lacks_a_tensor_is_not_merged_into(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = trained(bases["untied"], LoraAdapter(rank=4))
+    save_adapter(model, state(model), tmp_path / "adapter")
+    shutil.copytree(bases["untied"], tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    del tensors["model.layers.0.input_layernorm.weight"]  # which no adapter changes
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack model\.layers\.0\.input_layernorm\.weight"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+
+
+def test_an_adapter_is_not_merged_into_another_base_than_it_was_trained_on(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bases["untied"], tmp_path / "base"))
+    model = trained(base, LoraAdapter(rank=4))
+    save_adapter(model, state(model), tmp_path / "adapter")
+    save_content(base_content(str(base), None), tmp_path / "adapter")
+    moved = base.rename(tmp_path / "moved")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(moved))
+    save_tiny_model(base, seed=1, tied=False)
+    with pytest.raises(ModelError, match=r"(?s)another base than .*  model\.safetensors: [0-9a-f]+ -> .*--any-base"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_adapter(tmp_path / "adapter", tmp_path / "out", any_base=True)
 
 
 def test_a_full_output_folder_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from raytune.errors import ModelError
 from raytune.model.attention import model_inputs
 from raytune.model.demo import demo_base_path
 from raytune.model.files import resolve_model_path
-from raytune.model.load import load_config, load_model, load_tokenizer
+from raytune.model.load import load_model
+from raytune.model.pretrained import load_config, load_tokenizer
 from raytune.model.quantize import quantized_modules
 from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import ModelPlan

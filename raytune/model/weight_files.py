@@ -1,0 +1,137 @@
+"""The safetensors files of a model as their headers tell them: which there are, and names and shapes of their tensors."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from raytune.errors import ModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
+_DOWNLOAD_AGAIN = "Download or copy it again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of a model from, in the order of their names.
+
+    Raises:
+        ModelError: if there are none, or the index names one that is not there.
+    """
+    named = _file_named_by_config(folder)
+    single, index = folder / WEIGHTS, folder / INDEX
+    if named is not None:
+        single = index = folder / named
+    if single.is_file() and single.suffix == ".safetensors":
+        return [single]
+    if index.is_file():
+        names = sorted(set(weight_map(index).values()))
+        lacking = [name for name in names if not (folder / name).is_file()]
+        if lacking:
+            others = f", nor are {len(lacking) - 1} others" if len(lacking) > 1 else ""
+            raise ModelError(f"{index} says that weights are in {lacking[0]}, which is not there{others}. {_DOWNLOAD_AGAIN}.")
+        return [folder / name for name in names]
+    raise ModelError(
+        f"{folder} must hold weights as {named or WEIGHTS} or {INDEX} with its files; found {_found_instead(folder)}."
+    )
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """In which file each tensor is, as an index says it.
+
+    Raises:
+        ModelError: if it is no such index.
+    """
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not an index of weights ({type(error).__name__}: {error}). {_DOWNLOAD_AGAIN}.") from error
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(f"{index} is not an index of weights: weight_map names no files. {_DOWNLOAD_AGAIN}.")
+    if outside := [name for name in files.values() if Path(name).name != name]:
+        raise ModelError(f"{index} names {outside[0]!r}, which is no file beside it.")
+    return files
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of some files, from their headers; no weight is read.
+
+    Raises:
+        ModelError: naming the file that is cut off or is not safetensors.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as file:  # holds each tensor's place against the size of the file
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} ({_size(path)}) cannot be read: {_damage(path, error)}. {_DOWNLOAD_AGAIN}.") from error
+        tensors |= {name: StoredTensor(file=path, shape=shape) for name, shape in shapes.items()}
+    return tensors
+
+
+def _file_named_by_config(folder: Path) -> str | None:
+    """A config may name the file of its weights itself."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None  # whoever needs the config says what is wrong with it
+    return config.get("transformers_weights") if isinstance(config, dict) else None
+
+
+def _found_instead(folder: Path) -> str:
+    pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    others = sorted(path.name for path in [*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    if pickles:
+        return (
+            f"{', '.join(pickles[:5])}, which are pickles: loading them can run code. Convert them with transformers, if you "
+            f"trust the file: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+        )
+    return f"only {', '.join(others[:5])}" if others else "none"
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file, in words; the library's own where there are no better ones."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8 + len(_POINTER))
+    except OSError:
+        return str(error)
+    if not start:
+        return "it is empty"
+    if start.startswith(_POINTER):
+        return "it is a pointer of Git LFS, not the file itself (git lfs pull fetches it)"
+    if start[8:9] == b"{" and (needed := _bytes_needed(path)) != path.stat().st_size:
+        return f"its header says that it has {'more' if needed is None else f'{needed} bytes'}: it is cut off or was appended to"
+    return f"it is damaged, or not in the format safetensors ({error})"
+
+
+def _bytes_needed(path: Path) -> int | None:
+    """Size of a file by its header; None if not even that is whole, and the size itself if it tells none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if 8 + header_bytes > size:
+            return None
+        header = file.read(header_bytes)
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return size
+    return 8 + header_bytes + max(ends, default=0)
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size} bytes" if path.exists() else "missing"

@@ -1,0 +1,284 @@
+"""A base whose files do not hold the model of its config is refused before anything is trained, with what is wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.load import config_from
+from raytune.errors import ModelError
+from raytune.launch.cluster import this_machine
+from raytune.launch.prepare import prepare
+from raytune.model.base_check import check_base
+from raytune.model.files import resolve_model_path
+from raytune.model.load import load_model
+from tests.tiny import save_tiny_model, tiny_model, tiny_plan
+
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+UP = "model.layers.1.mlp.up_proj.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("bases")
+    models: dict[str, PreTrainedModel] = {
+        "sharded": tiny_model(),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+        "mixtral": MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name, max_shard_size="80KB" if name == "sharded" else "5GB")
+    return {name: root / name for name in models} | {
+        "tied": save_tiny_model(root / "tied"),
+        "untied": save_tiny_model(root / "untied", tied=False),
+    }
+
+
+def changed(base: Path, folder: Path, change: Change) -> Path:
+    """A copy of a base, each of its weight files changed."""
+    shutil.copytree(base, folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path, {"format": "pt"})
+    return folder
+
+
+def with_config(base: Path, folder: Path, **values: Any) -> Path:
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+def without(name: str) -> Change:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if name not in key}
+
+
+def check(folder: Path) -> None:
+    check_base(resolve_model_path(str(folder), None), None, False)
+
+
+REFUSED = {
+    "a layer": ("tied", without(UP), f"lack {UP}"),
+    "the embedding": ("untied", without("embed_tokens"), r"lack model\.embed_tokens\.weight"),
+    "a head that is not tied": ("untied", without("lm_head"), r"lack lm_head\.weight"),
+    "embedding and tied head": ("tied", without("embed_tokens"), r"lack .*model\.embed_tokens\.weight"),
+    "the last norm": ("tied", without("model.norm"), r"lack model\.norm\.weight"),
+    "what its index promises": ("sharded", without(UP), rf"lack {UP}.*index\.json says that {UP} is in model-0000"),
+    "an expert's matrix": (
+        "mixtral",
+        without("layers.1.block_sparse_moe.experts.2.w1"),
+        r"layers\.1.*experts\.2\.w1\.weight is not",
+    ),
+    "an expert": ("mixtral", without("layers.1.block_sparse_moe.experts.2."), r"layers\.1.*experts\.2\.w1\.weight, .* are not"),
+    "all experts": ("mixtral", without("layers.1.block_sparse_moe.experts"), r"lack model\.layers\.1\.mlp\.experts\.down_proj"),
+    "rows of a matrix": (
+        "tied",
+        lambda tensors: tensors | {UP: tensors[UP][:60]},
+        rf"{UP} \(in model\.safetensors\) is \[60, 32\] there and \[64, 32\]",
+    ),
+    "rows of an expert's matrix": (
+        "mixtral",
+        lambda tensors: {
+            name: tensor[:5] if "layers.1" in name and "2.w2" in name else tensor for name, tensor in tensors.items()
+        },
+        r"layers\.1.*experts\.2\.w2\.weight \(in model\.safetensors\) is \[5, 48\], not \[32, 48\]",
+    ),
+    "an adapter that was not merged": (
+        "tied",
+        lambda tensors: {name.replace("q_proj", "q_proj.base_layer"): tensor for name, tensor in tensors.items()},
+        r"lack model\.layers\.0\.self_attn\.q_proj\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_base_without_all_of_its_tensors_is_refused_with_their_names(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base, change, message = REFUSED[case]
+    with pytest.raises(ModelError, match=rf"(?s){message}") as caught:
+        check(changed(bases[base], tmp_path / "base", change))
+    assert caught.value.exit_code == 2
+
+
+EXTRA = {
+    "more layers than the config says": (lambda base, to: with_config(base, to, num_hidden_layers=1), "tied", r"layers\.1\."),
+    "biases of another architecture": (lambda base, to: with_config(base, to, model_type="llama"), "qwen2", r"k_proj\.bias"),
+    "norms of another architecture": (
+        lambda base, to: changed(base, to, lambda tensors: tensors | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+        "tied",
+        r"layers\.0\.self_attn\.q_norm\.weight",
+    ),
+    "scales of numbers in 8 bits": (
+        lambda base, to: changed(base, to, lambda tensors: tensors | {UP.replace("weight", "weight_scale_inv"): torch.ones(1)}),
+        "tied",
+        r"up_proj\.weight_scale_inv",
+    ),
+    "a bias of the head": (
+        lambda base, to: changed(base, to, lambda tensors: tensors | {"lm_head.bias": torch.ones(259)}),
+        "untied",
+        r"lm_head\.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXTRA)
+def test_a_base_with_tensors_that_its_model_would_compute_without_is_refused(
+    case: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    make, base, name = EXTRA[case]
+    with pytest.raises(ModelError, match=rf"hold .*{name}.*no place"):
+        check(make(bases[base], tmp_path / "base"))
+
+
+def test_tensors_that_are_none_of_the_language_models_or_that_it_computes_itself_are_no_fault(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    others = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "vision_tower.blocks.0.weight": torch.ones(4),
+        "v_head.summary.weight": torch.ones(4),
+        "score.weight": torch.ones(2, 32),
+    }
+    check(changed(bases["tied"], tmp_path / "base", lambda tensors: tensors | others))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+
+    def as_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        buffers = {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.ones(1)}
+        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()} | buffers
+
+    check(changed(tmp_path / "gpt2", tmp_path / "published", as_published))
+
+
+INTACT: dict[str, Callable[[], PreTrainedModel]] = {
+    "a decoder without head, whose head is tied": lambda: LlamaModel(tiny_model().config),
+    "a classifier": lambda: LlamaForSequenceClassification(tiny_model().config),
+    "fused projections": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE, pad_token_id=0)),
+    "experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, num_experts=4, moe_intermediate_size=16)),
+    "fused experts": lambda: GptOssForCausalLM(GptOssConfig(**SHAPE, num_local_experts=4, head_dim=8)),
+    "a layer for the token after next": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **SHAPE,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            first_k_dense_replace=1,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INTACT)
+def test_intact_bases_of_any_architecture_are_taken(case: str, tmp_path: Path) -> None:
+    INTACT[case]().save_pretrained(tmp_path / "base")
+    if "next" in case:
+        changed(tmp_path / "base", tmp_path / "more", lambda tensors: tensors | {"model.layers.2.eh_proj.weight": torch.ones(4)})
+        check(tmp_path / "more")
+    check(tmp_path / "base")
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut off": (cut_off, r"cut off or was appended to"),
+    "cut off in its header": (lambda path: path.write_bytes(path.read_bytes()[:200]), r"cut off"),
+    "appended to": (lambda path: path.write_bytes(path.read_bytes() + b"00"), r"appended to"),
+    "empty": (lambda path: path.write_bytes(b""), r"\(0 bytes\).*is empty"),
+    "a pointer": (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), r"Git LFS"),
+    "not safetensors": (lambda path: path.write_bytes(b"\x80\x02" + bytes(500)), r"not in the format safetensors"),
+    "gone": (lambda path: path.unlink(), r"index\.json says that weights are in model-00002-of-00002"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_file_is_named_once(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["sharded"], tmp_path / "base")
+    damage, message = DAMAGE[case]
+    file = tmp_path / "base" / "model-00002-of-00002.safetensors"
+    damage(file)
+    with pytest.raises(ModelError, match=message) as caught:
+        resolve_model_path(str(tmp_path / "base"), None)
+    assert str(caught.value).count(file.name) == 1
+
+
+def test_a_folder_whose_weights_have_another_name_is_refused_with_what_it_holds(bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["tied"], tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "consolidated.safetensors")
+    with pytest.raises(ModelError, match=r"as model\.safetensors or .*found only consolidated\.safetensors"):
+        resolve_model_path(str(tmp_path / "base"), None)
+
+
+def test_a_run_on_such_a_base_is_refused_before_its_data_is_looked_at(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = changed(bases["tied"], tmp_path / "base", without(UP))
+    sections = {
+        "name": "run",
+        "storage": str(tmp_path / "runs"),
+        "model": {"base": str(base)},
+        "data": {"train": {"path": "demo:train", "max_rows": 20}},
+    }
+    config = config_from(sections)
+    with pytest.raises(ModelError, match=f"lack {UP}"):
+        prepare(config, this_machine(config.cluster), map)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [FullAdapter(method="full"), LoraAdapter(), QloraAdapter(method="qlora"), QloraAdapter(method="qlora", quantization="int8")],
+    ids=["full", "lora", "nf4", "int8"],
+)
+def test_no_way_to_load_a_base_takes_numbers_that_are_none(adapter: Adapter, bases: dict[str, Path], tmp_path: Path) -> None:
+    def poisoned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[UP][3, 5] = float("nan")
+        return tensors
+
+    base = changed(bases["untied"], tmp_path / "base", poisoned)
+    plan = tiny_plan(model={"path": str(base)}).model
+    with pytest.raises(ModelError, match=r"not finite .*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(plan, adapter, device=CPU, seed=0)
+    load_model(plan.model_copy(update={"path": str(bases["untied"])}), adapter, device=CPU, seed=0)
