@@ -230,7 +230,8 @@ class Reference:
     Attributes:
         text: all of it.
         answers: its assistant turns.
-        completed: as good a text where nothing ends the last answer: with end-of-text right behind it, which is to be trained.
+        completed: texts that are as good where nothing ends the last answer: with end-of-text right behind it, which is to be
+            trained; white space that is all of an answer may be left out.
         has_to_refuse: why a row must not be trained; empty if it may.
         may_refuse: why a row may be refused although all of it is shown; empty if it must not.
     """
@@ -239,7 +240,7 @@ class Reference:
     answers: list[Answer]
     has_to_refuse: str
     may_refuse: str
-    completed: str | None = None
+    completed: tuple[str, ...] = ()
 
 
 def reference(habits: Habits, row: Conversation) -> Reference:
@@ -267,9 +268,10 @@ def reference(habits: Habits, row: Conversation) -> Reference:
         if not text[first:stop].strip():
             odd.append("nothing to train in a turn")
         answers.append(Answer(turn, (first, max(first, stop)), (earliest, max(furthest, stop, earliest))))
-    completed = None
+    completed = ()
     if habits.ends == "none" and len(row.messages) - 1 in bodies:
-        completed = text[: answers[-1].must[1]] + EOS
+        start, body = bodies[len(row.messages) - 1]
+        completed = (text[: answers[-1].must[1]] + EOS, *([] if body.strip() else [text[:start] + EOS]))
     return Reference(text, answers, _lost(habits, row), "; ".join([*odd, *_unclear(habits, row)]), completed)
 
 

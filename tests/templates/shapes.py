@@ -144,6 +144,14 @@ def lost_fields(text: str, row: Conversation, *, earlier_thoughts: bool = False)
     )
 
 
+class Unrendered(Exception):
+    """A template takes a conversation in none of the forms that were tried."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__(" / ".join(dict.fromkeys(failures)))
+        self.failures = failures
+
+
 def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None = None) -> tuple[str, list[tuple[int, int]]]:
     """transformers' own rendering: text and what it marks as the assistant's.
 
@@ -154,9 +162,9 @@ def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None 
         num_turns: only so many turns, and the generation prompt behind them.
 
     Raises:
-        Exception: what the template raises.
+        Unrendered: with what the template raises, one for each form that was tried.
     """
-    failure: Exception | None = None
+    failures = []
     found: tuple[str, list[tuple[int, int]]] | None = None
     for changed in (_with_text_for_null, _with_arguments_as_text, _with_parts):
         messages = [changed(message) for message in row.messages[:num_turns]]
@@ -172,7 +180,7 @@ def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None 
                 pad_token=EOS,
             )
         except Exception as error:  # whatever a template raises
-            failure = failure or error
+            failures.append(str(error))
             continue
         texts, spans = rendered
         text = texts[0], spans[0] if spans else []
@@ -180,7 +188,7 @@ def plainly_rendered(template: str, row: Conversation, *, num_turns: int | None 
             return text
         found = found or text
     if found is None:
-        raise failure or AssertionError("nothing was tried")
+        raise Unrendered(failures)
     return found
 
 

@@ -228,6 +228,19 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, list[str] | str]]] = {
             "repeated": ["A1x<|eot_id|>", "A1x<|eot_id|>"],
         },
     ),
+    "the prompt takes the place of white space between turns": (
+        (
+            ALL,
+            "{{ '<|' + m.role + '|>\\n' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}",
+            "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '\\n' }}{% endif %}",
+            END,
+        ),
+        {
+            "turns": ["A1x</s>", "A2x</s>", "A3x</s>"],
+            "empty": ["</s>", "A2x</s>"],
+            "repeated": ["A1x</s>", "A1x</s>"],
+        },
+    ),
     "markers in square brackets": (
         (
             ALL,

@@ -59,8 +59,8 @@ def fault_in(habits: Habits, row: Conversation) -> str:
         return f"refused though nothing is unclear: {found}"
     if expected.has_to_refuse:
         return f"trained, and the template does not show '{expected.has_to_refuse}': {_trained(found)}"
-    if found.text == expected.completed:
-        expected = _with_completed_text(expected)
+    if found.text in expected.completed:
+        expected = _with_text(expected, found.text)
     if found.text != expected.text:
         return f"the text is {found.text!r} and should be {expected.text!r}"
     if fault := _mask_fault(found, expected):
@@ -72,11 +72,11 @@ def fault_in(habits: Habits, row: Conversation) -> str:
     return _mask_fault(last, Reference(expected.text, expected.answers[-1:], "", ""))
 
 
-def _with_completed_text(expected: Reference) -> Reference:
-    assert expected.completed is not None
+def _with_text(expected: Reference, completed: str) -> Reference:
     *answers, last = expected.answers
-    completed = replace(last, must=(last.must[0], len(expected.completed)), may=(last.may[0], len(expected.completed)))
-    return replace(expected, text=expected.completed, answers=[*answers, completed])
+    start = min(last.must[0], len(completed) - len(EOS))
+    last = replace(last, must=(start, len(completed)), may=(min(last.may[0], start), len(completed)))
+    return replace(expected, text=completed, answers=[*answers, last])
 
 
 def _mask_fault(found: Rendered, expected: Reference) -> str:

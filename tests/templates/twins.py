@@ -20,7 +20,7 @@ import numpy as np
 from raytune.data.conversation import Conversation, RowError
 from raytune.data.template import ChatTemplate, Rendered
 from raytune.errors import DataError
-from tests.templates.shapes import SHAPES, SPECIAL, lost_fields, pieces_of, placed, plainly_rendered, tokenizer_for
+from tests.templates.shapes import SHAPES, SPECIAL, Unrendered, lost_fields, pieces_of, placed, plainly_rendered, tokenizer_for
 
 _BLOCK = re.compile(r"(\{%-?)\s*(?:end)?generation\s*(-?%\})")
 Spans = list[tuple[int, int]]
@@ -75,19 +75,19 @@ def verdict(original: str, twin: str, row: Conversation) -> Verdict:
     found = template if isinstance(template, DataError) else template.render([row], "assistant")[0]
     try:
         plain, _ = plainly_rendered(original, row)
-    except Exception as error:  # the template's own words
+    except Unrendered as error:
         if isinstance(found, Rendered):
             return Verdict("DIFFERS", f"rendered, which the template refuses: {error}")
-        return _refusal(found, original, row, None, str(error))
+        return _refusal(found, original, row, None, error.failures)
     if isinstance(found, RowError | DataError):
-        return _refusal(found, original, row, plain, "")
+        return _refusal(found, original, row, plain, [])
     if lost := lost_fields(plain, row):
         return Verdict("DIFFERS", f"trained without {', '.join(lost)}, which the template does not show")
     if found.text != plain:
         return Verdict("DIFFERS", f"another text: {found.text!r} for {plain!r}")
     try:
         marked, spans = plainly_rendered(twin, row)
-    except Exception as error:
+    except Unrendered as error:
         return Verdict("DIFFERS", f"the twin cannot be rendered: {error}")
     expected = _carried_over(marked, spans, plain)
     if expected is None:
@@ -95,21 +95,21 @@ def verdict(original: str, twin: str, row: Conversation) -> Verdict:
     return _compared(found, expected, original, row)
 
 
-def _refusal(found: RowError | DataError, original: str, row: Conversation, plain: str | None, error: str) -> Verdict:
+def _refusal(found: RowError | DataError, original: str, row: Conversation, plain: str | None, errors: list[str]) -> Verdict:
     message = str(found)
     lost = lost_fields(plain, row, earlier_thoughts=True) if plain is not None else []
     if isinstance(found, DataError):  # of all rows: the simplest must show why
         simplest = SHAPES["single"]
         try:
             lost = [*lost, *lost_fields(plainly_rendered(original, simplest)[0], simplest)]
-        except Exception as simplest_error:
-            error = str(simplest_error)
-    if plain is not None and not lost and not error:
+        except Unrendered as error:
+            errors = error.failures
+    if plain is not None and not lost and not errors:
         if _is_scattered(plain, row):
             return Verdict("refused", "what the assistant writes in one turn stands on both sides of another's text")
         return Verdict("DIFFERS", f"refused though everything is shown: {message}")
-    cause = " / ".join(filter(None, [error, f"{', '.join(dict.fromkeys(lost))} not shown" if lost else ""]))
-    if (error and error in message) or any(re.search(_NAMES.get(field, field), message) for field in lost):
+    cause = " / ".join(dict.fromkeys([*errors, *([f"{', '.join(dict.fromkeys(lost))} not shown"] if lost else [])]))
+    if any(error in message for error in errors) or any(re.search(_NAMES.get(field, field), message) for field in lost):
         return Verdict("refused", cause)
     return Verdict("DIFFERS", f"refused without the cause ({cause}): {message}")
 
@@ -182,7 +182,7 @@ def _prompt_ends(original: str, text: str, row: Conversation) -> list[tuple[int,
         if message["role"] == "assistant":
             try:
                 prompt, _ = plainly_rendered(original, row, num_turns=turn)
-            except Exception:  # then the twin's beginning stands
+            except Unrendered:  # then the twin's beginning stands
                 continue
             same = next((index for index, (a, b) in enumerate(zip(prompt, text)) if a != b), min(len(prompt), len(text)))
             # No token is the same by half.
