@@ -89,15 +89,15 @@ class TurnEnds:
         return prompt.rpartition(own)[2] if isinstance(prompt, str) and own in prompt else None
 
     def adds_turn(self, kind: str, with_tools: bool = False) -> bool:
-        """Whether the template opens another turn behind the last one, or writes one, with nobody asking for it.
+        """Whether the template opens another turn behind the last one, or writes one, with nobody asking for it."""
+        return self.holds_turn(self.last(kind, with_tools) or "")
 
-        Words behind a second special token: the first one ends the turn.
-        """
-        last = self.last(kind, with_tools) or ""
-        specials = [found for found in self._markers.finditer(last) if self._is_special(found[0])]
+    def holds_turn(self, behind: str) -> bool:
+        """Whether there are words behind a second special token in what stands behind a turn: the first one ends the turn."""
+        specials = [found for found in self._markers.finditer(behind) if self._is_special(found[0])]
         if len(specials) < 2:
             return False
-        words = _TAG.sub("", self._markers.sub("", last[specials[1].end() :]))
+        words = _TAG.sub("", self._markers.sub("", behind[specials[1].end() :]))
         return any(letter.isalnum() for letter in words)
 
     def first_special(self, text: str) -> str | None:

@@ -150,6 +150,11 @@ class TurnSpans:
         if isinstance(prompt, str) and self._text.startswith(prompt) and (first is None or len(prompt) <= first):
             return len(prompt)
         before, behind = self._bounds(turn)
+        # Prompt and text part in the header of the answer, or behind it, if they still agree where the prompt opens it.
+        if isinstance(prompt, str) and isinstance(shown := self._up_to(turn), str):
+            length, opened = self._ends.common(prompt, self._text), self._ends.common(shown, prompt)
+            if before <= opened < length and (first is None or length <= first):
+                return length
         asked = self._ends.asked(self._kind(turn - 1), self._with_tools) if turn > 0 else None
         if asked is not None:
             header = self._header_end(asked, self._text[before : behind if first is None else first])
@@ -177,7 +182,10 @@ class TurnSpans:
     def _last(self, turn: int, start: int, lower: int) -> Answer:
         text = self._text
         if self._ends.adds_turn(self._kind(turn), self._with_tools):
-            return Answer(start, self._stop_between(turn, "user", lower, len(text)))
+            stop = self._stop_between(turn, "user", lower, len(text))
+            if self._ends.holds_turn(text[lower:stop]):
+                raise Undelimited(f"it writes words of its own behind the answer in turn {turn + 1}")
+            return Answer(start, stop)
         behind = text[lower:].rstrip()
         if self._is_call(turn):
             stops = {end.stop for end in self._possible_ends(turn, "tool") if end.stop}
@@ -210,14 +218,14 @@ class TurnSpans:
             if end.stop and (at := between.find(end.stop)) >= 0:
                 return lower + at + len(end.stop)
         is_call = self._is_call(turn)
-        if possible and not possible[0].stop and not is_call:  # the template ends no answer
-            return lower
         shown = (
             RowError("") if self._ends.adds_turn("call" if is_call else "assistant", self._with_tools) else self._up_to(turn + 1)
         )
         common = self._ends.common(self._text, shown) if isinstance(shown, str) else 0
         stop = len(self._text[: min(common, upper)].rstrip())
         if stop <= lower:
+            if possible and not possible[0].stop and not is_call:  # the template ends no answer
+                return lower
             raise Undelimited(f"it does not say where the answer in turn {turn + 1} ends")
         return stop
 
