@@ -22,16 +22,15 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
 from raytune.model.attention import check_attention
+from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
 from raytune.model.load import load_config, model_class
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.shapes import Matrix, ModelShape, Module
 
 UNBOUNDED_POSITIONS = 1 << 20
 """Of models that set no bound, such as those that attend by distance (ALiBi)."""
 _BOUNDS = ("max_position_embeddings", "max_seq_len")
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
-_EXPERT_MATRICES = {"gate_up_proj", "down_proj"}
-"""Of experts as transformers 5 holds them: each matrix of all experts is one parameter."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -108,6 +107,7 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
         has_gate=has_gate,
         activation=next((str(name) for key in _ACTIVATIONS if (name := getattr(config, key, None))), "unknown"),
         is_tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        names_of_experts=names_of_experts(model.config.model_type),
         layers_name=layers_name,
         layer=layer,
         embeddings=embeddings,
@@ -164,10 +164,17 @@ def _around(model: PreTrainedModel, layers_name: str, config: PretrainedConfig) 
 
 def _modules(root: nn.Module, config: PretrainedConfig) -> tuple[Module, ...]:
     """All that hold weights themselves, under their names in `root`."""
-    return tuple(
+    modules = [
         _module(name, module, config)
         for name, module in root.named_modules()
         if any(True for _ in module.parameters(recurse=False))
+    ]
+    counts = {module.copies for module in modules if module.kind == "experts"}
+    return tuple(
+        replace(module, kind="router", is_linear_layer=True)
+        if module.kind == "mlp" and module.outputs in counts and is_router_name(module.name)
+        else module
+        for module in modules
     )
 
 
@@ -187,26 +194,40 @@ def _module(name: str, module: nn.Module, config: PretrainedConfig) -> Module:
         return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases)
     if dimensions == 1 or "norm" in type(module).__name__.lower():
         return Module(name=name, kind="norm", inputs=1, outputs=num_weights, num_biases=num_biases)
-    if weights.keys() == _EXPERT_MATRICES and dimensions == 3:
-        copies = len(weights["down_proj"])
-        width = num_weights // copies // _number(config, "hidden_size")
+    experts = expert_matrices(module)
+    if experts and experts.keys() == weights.keys():
+        copies = len(experts[WAY_BACK])
+        matrices = tuple(_matrix(key, parameter, module, config) for key, parameter in experts.items())
         per_token = next((n for key in _EXPERTS_PER_TOKEN if (n := getattr(config, key, None))), None)
         if per_token is None:
             raise _NotCovered(f"its config does not say how many experts of {name} a token passes through")
         return Module(
             name=name,
             kind="experts",
-            inputs=_number(config, "hidden_size"),
-            outputs=width,
+            inputs=matrices[-1].outputs,
+            outputs=num_weights // copies // matrices[-1].outputs,
             num_biases=num_biases,
             copies=copies,
             copies_per_token=per_token,
+            matrices=matrices,
         )
     if len(weights) == 1 and dimensions == 2:
         outputs, inputs = next(iter(weights.values())).shape
         return Module(name=name, kind="router", inputs=inputs, outputs=outputs, num_biases=num_biases)
     sizes = ", ".join(f"{key} {'x'.join(map(str, parameter.shape))}" for key, parameter in parameters.items())
     raise _NotCovered(f"{name} is a {type(module).__name__} with {sizes}")
+
+
+def _matrix(name: str, parameter: nn.Parameter, module: nn.Module, config: PretrainedConfig) -> Matrix:
+    """Of one expert. Whether its inputs are columns or rows is the module's, or that of the side which is as wide as the model."""
+    rows, columns = parameter.shape[1:]
+    hidden = _number(config, "hidden_size")
+    is_way_back = name == WAY_BACK
+    is_turned = getattr(module, "is_transposed", False)
+    if rows != columns and hidden in (rows, columns):
+        is_turned = (rows == hidden) != is_way_back
+    inputs, outputs = (rows, columns) if is_turned else (columns, rows)
+    return Matrix(name=name, inputs=inputs, outputs=outputs)
 
 
 def _kv_heads(layer: Sequence[Module], config: PretrainedConfig, hidden: int, queries: int, head_dim: int) -> int:
@@ -224,8 +245,8 @@ def _mlp(layer: Sequence[Module], hidden: int) -> tuple[int, bool]:
     """Width of what a token passes through, and whether there are two branches to it."""
     experts = [module for module in layer if module.kind == "experts"]
     linear = [module for module in layer if module.kind == "mlp"]
-    width = sum(module.copies_per_token * module.outputs // 3 for module in experts)
-    has_gate = bool(experts)
+    width = sum(module.copies_per_token * module.matrices[-1].inputs for module in experts)
+    has_gate = any(module.matrices[0].outputs == 2 * module.matrices[-1].inputs for module in experts)
     back = next((module for module in reversed(linear) if module.outputs == hidden), None)
     branches: list[Module] = []
     if back:

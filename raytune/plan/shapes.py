@@ -8,6 +8,16 @@ Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "he
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A matrix that every expert has. Those of all experts are one parameter with three dimensions."""
+
+    name: str
+    """Of that parameter, in its module."""
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Module:
     """A module that holds weights."""
 
@@ -22,10 +32,14 @@ class Module:
     """Of experts, whose matrices are one parameter each: neither PEFT's nor bitsandbytes' linear layers."""
     copies_per_token: int = 1
     """Experts that a token passes through."""
+    matrices: tuple[Matrix, ...] = ()
+    """Of an expert; with `inputs` and `outputs` as if they lay beside each other."""
+    is_linear_layer: bool = False
+    """Of a router: whether it is a linear layer, which bitsandbytes quantises, or a matrix of its own."""
 
     @property
     def is_linear(self) -> bool:
-        return self.kind in ("attention", "mlp", "head")
+        return self.kind in ("attention", "mlp", "head") or self.is_linear_layer
 
     @property
     def num_parameters(self) -> int:
@@ -54,6 +68,8 @@ class ModelShape:
     """Whether the output head is the embedding."""
     scales_norms_in_fp32: bool = False
     """Whether norms multiply by their weight before they go back to 16 bits (Gemma)."""
+    names_of_experts: tuple[str, ...] = ()
+    """Last parts of names that PEFT takes for those of fused experts, so that no linear layer of such a name can be a target."""
     layers_name: str
     layer: tuple[Module, ...]
     """Modules of one layer; all layers are alike."""
@@ -90,8 +106,9 @@ class ModelShape:
 
     @property
     def expert_width(self) -> int:
-        """Width of what a token passes through in experts, each of which has three matrices; 0 without experts."""
-        return sum(module.copies_per_token * module.outputs // 3 for module in self.layer if module.kind == "experts")
+        """Width of what a token passes through in experts; 0 without experts."""
+        ways_back = ((module, module.matrices[-1]) for module in self.layer if module.kind == "experts")
+        return sum(module.copies_per_token * way_back.inputs for module, way_back in ways_back)
 
     @property
     def num_product_weights(self) -> int:
