@@ -1,6 +1,7 @@
-"""Fused experts: mixtures whose experts' matrices lie in one parameter of three dimensions each, as transformers 5 holds them.
+"""Fused experts: a matrix of all experts of a layer in one parameter of three dimensions, as transformers 5 holds mixtures.
 
-They are no linear layers, so that neither a LoRA target nor bitsandbytes finds them by class; PEFT's `target_parameters` names them.
+They are no linear layers, so that neither a LoRA target nor bitsandbytes finds them by class; PEFT's `target_parameters`
+names them.
 """
 
 import re
@@ -58,7 +59,7 @@ def is_router_name(path: str) -> bool:
 
 
 def names_of_experts(model_type: str) -> tuple[str, ...]:
-    """Last parts of names that PEFT takes for an expert's layers, as they were called before transformers 5, in this architecture.
+    """Last parts of names that PEFT takes for an expert's layers in this architecture, as they were before transformers 5.
 
     PEFT 0.21 would replace such a target by the fused experts (at another rank) or the router, in training and in loading, so
     that a linear layer of the same name, as of a shared expert, cannot be one.

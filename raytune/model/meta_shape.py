@@ -219,7 +219,7 @@ def _module(name: str, module: nn.Module, config: PretrainedConfig) -> Module:
 
 
 def _matrix(name: str, parameter: nn.Parameter, module: nn.Module, config: PretrainedConfig) -> Matrix:
-    """Of one expert. Whether its inputs are columns or rows is the module's, or that of the side which is as wide as the model."""
+    """Of one expert. Whether its inputs are columns or rows is seen by the side that is as wide as the model, else asked."""
     rows, columns = parameter.shape[1:]
     hidden = _number(config, "hidden_size")
     is_way_back = name == WAY_BACK

@@ -38,8 +38,8 @@ class TrainedSize:
 def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
     """Count what is trained.
 
-    LoRA trains A (rank x inputs) and B (outputs x rank) of each target, and of each expert's matrices; DoRA a magnitude per output
-    as well. Modules to save are trained in full, as copies beside the frozen original.
+    LoRA trains A (rank x inputs) and B (outputs x rank) of each target, and of each expert's matrices; DoRA a magnitude per
+    output as well. Modules to save are trained in full, as copies beside the frozen original.
 
     Raises:
         ModelError: if a name matches nothing, or a pattern is no regular expression.
@@ -254,5 +254,6 @@ def _num_trained_biases(adapter: LoraAdapter, shape: ModelShape, targets: list[M
         case "lora_only":
             return sum(module.num_biases for module in targets)
         case "all":
-            # A saved module's original stays frozen, its bias too.
-            return sum(m.num_biases for m in shape.modules() if not _is_saved(m.name, adapter.modules_to_save))
+            # A saved module's original stays frozen, its bias too; those of fused experts are not called `bias`.
+            free = (module for module in shape.modules() if not _is_saved(module.name, adapter.modules_to_save))
+            return sum(module.num_biases for module in free if module.kind != "experts")

@@ -22,6 +22,7 @@ from raytune.plan.defaults import (
     default_warmup_ratio,
     default_weight_decay,
 )
+from raytune.plan.expert_updates import expert_notes
 from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in, quantized_bytes
@@ -162,6 +163,7 @@ def choose_plan(
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
+        notes=expert_notes(config, shape),
         reasons=list(reasons),
     )
 

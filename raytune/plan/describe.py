@@ -41,12 +41,13 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def plan_text(plan: RunPlan) -> str:
-    """The table in aligned columns, and below it the reasons of every automatic choice."""
+    """The table in aligned columns, and below it what is to be noted, and the reasons of every automatic choice."""
     rows = plan_table(plan)
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
     reasons = ["", "Chosen automatically:", *(f"  {reason}" for reason in plan.reasons)] if plan.reasons else []
-    return "\n".join([*lines, *reasons])
+    notes = ["", "To be noted:", *(f"  {note}" for note in plan.notes)] if plan.notes else []
+    return "\n".join([*lines, *notes, *reasons])
 
 
 def comparison_text(candidates: Sequence[Candidate]) -> str:
@@ -94,7 +95,8 @@ def _method(plan: RunPlan) -> str:
 
 
 def _adapter(adapter: LoraAdapter) -> str:
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    targets = ", ".join([*named, *adapter.target_parameters])
     quantised = f" over a base in {adapter.quantization}" if isinstance(adapter, QloraAdapter) else ""
     return f"{adapter.method} rank {adapter.rank} on {targets}{quantised}"
 

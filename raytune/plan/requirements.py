@@ -11,6 +11,7 @@ from raytune.errors import PlanError, UserError
 from raytune.plan.adapter_size import saved_modules, trained_size
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
+from raytune.plan.expert_updates import check_expert_updates
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
@@ -65,6 +66,7 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     possible_stages(config, device, workers, precision)
     check_overrides(config.training.zero.overrides)
     _check_adapter(config, shape, precision)
+    check_expert_updates(config, shape)
     _check_kernels(config, shape, device)
     _check_metric(config)
 

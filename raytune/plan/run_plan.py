@@ -232,6 +232,8 @@ class RunPlan(Plan):
     """Of the base model."""
     num_trainable: int
     """Parameters that are trained; an adapter's come on top of the base."""
+    notes: list[str] = []
+    """What a reader may not expect of what is trained, quantised or estimated, a sentence or two each."""
     reasons: list[str]
     """Why each automatic choice was made, a sentence each."""
 
