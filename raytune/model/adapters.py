@@ -1,6 +1,7 @@
 """From the adapter section to PEFT: which layers get an update, how it starts, and its dtype."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -43,7 +44,9 @@ def add_adapter(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
     _check_initialisation(adapter)
     _check_saved_modules(model, adapter)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # PEFT 0.21 looks among layers only, and says so of patterns of parameters, which it obeys; `lora_config` looked at both.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
         torch.manual_seed(seed)
         # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, revision=revision)
