@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from raytune.config.adapter import LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.experts import bare_parameters, expert_parameters, linear_routers, names_of_experts
+from raytune.model.kernels import bypassed_layers
 from raytune.model.quantize import quantized_modules
 from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS
 
@@ -133,10 +134,11 @@ def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], 
         or_nothing: whether a group may be empty, because it has fused experts instead.
     """
     of_experts = names_of_experts(model.config.model_type)
-    left_out = {*linear_routers(model)} | {name for name in layers if name.rpartition(".")[2] in of_experts}
+    bypassed = {*bypassed_layers(model)}
+    left_out = {*linear_routers(model)} | bypassed | {name for name in layers if name.rpartition(".")[2] in of_experts}
     groups: dict[str, Callable[[str], bool]] = {
         "all-linear": lambda name: name not in left_out,
-        "attention": lambda name: ATTENTION.search(name) is not None,
+        "attention": lambda name: ATTENTION.search(name) is not None and name not in left_out,
         "mlp": lambda name: (
             MLP.search(name) is not None and ATTENTION.search(name.rpartition(".")[0]) is None and name not in left_out
         ),
@@ -150,17 +152,24 @@ def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], 
     if isinstance(asked, str):
         matching = _matching("adapter.target_modules", asked, everything, asked)
         _check_matches("adapter.target_modules", asked, matching, layers)
-        _check_names_of_experts(matching, of_experts)
+        _check_are_seen(matching, bypassed, of_experts)
         # For such a model PEFT would keep the last parts of the names that match, and so take other layers in as well.
         return _shortest_suffixes(matching, [name for name, _ in model.named_modules()]) if of_experts else asked
     for name in asked:
         matching = [full for full in everything if _is_or_ends_with(full, name)]
         _check_matches("adapter.target_modules", name, matching, layers)
-        _check_names_of_experts(matching, of_experts)
+        _check_are_seen(matching, bypassed, of_experts)
     return list(asked)
 
 
-def _check_names_of_experts(matching: list[str], of_experts: tuple[str, ...]) -> None:
+def _check_are_seen(matching: list[str], bypassed: set[str], of_experts: tuple[str, ...]) -> None:
+    """Refuse layers whose update would not be seen, by the model or by PEFT."""
+    unseen = [name for name in matching if name in bypassed]
+    if unseen:
+        raise ModelError(
+            f"adapter.target_modules takes in {unseen[0]}, whose weight this model hands to a kernel itself, so that an update of "
+            f"the layer would not be seen. Leave it out."
+        )
     taken = [name for name in matching if name.rpartition(".")[2] in of_experts]
     if taken:
         raise ModelError(

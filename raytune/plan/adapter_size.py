@@ -9,7 +9,7 @@ from raytune.plan.shapes import Matrix, ModelShape, Module
 
 WITHOUT_UPDATE = ("norm", "experts", "router", "state")
 """Kinds of modules that are no layers of PEFT's."""
-_KINDS_OF_GROUP = {"all-linear": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
+_KINDS_OF_GROUP = {"all-linear": ("attention", "mlp", "mixer"), "attention": ("attention",), "mlp": ("mlp",)}
 _TARGETS = "adapter.target_modules"
 GROUPS_WITH_EXPERTS = ("all-linear", "mlp")
 """Fused experts are an MLP's linear layers in everything but their class."""
@@ -51,10 +51,14 @@ def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
     parameters = target_parameters(adapter, shape)
     in_experts = sum(_num_in_update(adapter, parameter) for parameter in parameters if parameter.kind == "experts")
     updates = sum(_num_in_update(adapter, target) for target in (*targets, *parameters))
-    updated = [parameter.num_parameters for parameter in parameters if parameter.kind == "experts"]
+    updated: dict[str, int] = {}
+    for parameter in parameters:
+        if parameter.kind == "experts":
+            module = parameter.name.rpartition(".")[0]
+            updated[module] = updated.get(module, 0) + parameter.num_parameters
     copies = sum(module.num_parameters for module in saved_modules(adapter, shape))
     magnitudes = sum(module.outputs for module in targets) if adapter.use_dora else 0
-    in_layers = [module for module in targets if module.kind in ("attention", "mlp")]
+    in_layers = [module for module in targets if module.kind in ("attention", "mlp", "mixer")]
     return TrainedSize(
         num_trainable=updates + magnitudes + _num_trained_biases(adapter, shape, targets) + copies,
         target_inputs=sum(module.inputs for module in in_layers),
@@ -66,8 +70,8 @@ def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
         + magnitudes
         + copies,
         num_in_experts=in_experts,
-        num_updated_per_layer=sum(updated) // shape.num_layers,
-        largest_updated=max(updated, default=0),
+        num_updated_per_layer=max(updated.values(), default=0),
+        largest_updated=max((one.num_parameters for one in parameters if one.kind == "experts"), default=0),
     )
 
 
@@ -101,7 +105,8 @@ def target_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
 
 
 def _no_such_layer(wanted: str | list[str], adapter: LoraAdapter, shape: ModelShape) -> str:
-    own = sorted({module.name.rpartition(".")[2] for module in shape.layer if module.is_linear})
+    linear = [module for module in shape.modules() if module.is_linear and module.name.startswith(f"{shape.layers_name}.")]
+    own = sorted({module.name.rpartition(".")[2] for module in linear})
     is_pattern = isinstance(wanted, str) and wanted not in _KINDS_OF_GROUP
     regex = " A single string is a regular expression that must match a whole name; give a list for names." if is_pattern else ""
     experts = expert_parameters(shape)
@@ -109,7 +114,7 @@ def _no_such_layer(wanted: str | list[str], adapter: LoraAdapter, shape: ModelSh
     return (
         f"{_TARGETS} {wanted!r} matches no module of this {shape.model_type} model"
         f"{' that is not excluded' if adapter.exclude_modules or adapter.modules_to_save else ''}. Its linear layers are "
-        f"{', '.join(own)} (for example {shape.layers_name}.0.{next(m.name for m in shape.layer if m.is_linear)}).{regex}{fused}"
+        f"{', '.join(own)} (for example {linear[0].name}).{regex}{fused}"
     )
 
 
@@ -136,7 +141,14 @@ def target_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
 
 def expert_parameters(shape: ModelShape) -> list[str]:
     """Names of the parameters of fused experts, behind the layer's number."""
-    return [parameter.name for module in shape.layer for parameter in _bare_parameters(module) if parameter.kind == "experts"]
+    names = (
+        parameter.name
+        for layer in (shape.layer, *shape.other_layers)
+        for module in layer
+        for parameter in _bare_parameters(module)
+        if parameter.kind == "experts"
+    )
+    return list(dict.fromkeys(names))
 
 
 def _bare_parameters(module: Module) -> list[Module]:
@@ -213,13 +225,18 @@ def saved_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
 def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bool:
     is_taken_for_expert = module.name.rpartition(".")[2] in shape.names_of_experts
     if isinstance(wanted, str) and wanted in _KINDS_OF_GROUP:
-        return module.kind in _KINDS_OF_GROUP[wanted] and not is_taken_for_expert
+        return module.kind in _KINDS_OF_GROUP[wanted] and not (is_taken_for_expert or module.is_bypassed)
     is_named = _has_name(module.name, wanted) if isinstance(wanted, list) else _matches(wanted, module.name, _TARGETS)
     if is_named and is_taken_for_expert:
         raise ModelError(
             f"adapter.target_modules takes in {module.name}, whose name PEFT takes for that of a fused expert in a "
             f"{shape.model_type} model, which it would train instead. Leave it out; the experts themselves are named in "
             f"adapter.target_parameters."
+        )
+    if is_named and module.is_bypassed:
+        raise ModelError(
+            f"adapter.target_modules takes in {module.name}, whose weight a {shape.model_type} model hands to a kernel itself, so "
+            f"that an update of the layer would not be seen. Leave it out."
         )
     return is_named
 

@@ -50,6 +50,10 @@ comes next, its output."""
 MOST_STEPS = 5
 """Of one in elementary steps, such as GPT-2's gelu_new."""
 
+STATE_STEPS = 4
+"""Numbers kept for each that a layer with a state computes around it: projected, convolved, gated, scanned. An estimate: kernels
+keep less, the same in elementary steps keeps as much again for each number of the state."""
+
 PASSES: tuple[Moment, ...] = ("forward", "loss", "last layer", "first layer")
 
 CHUNK_BYTES = 64 * MIB
@@ -228,7 +232,7 @@ def constant_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
     that 8 / 64 + 32 / (64 * 256) = 0.127 bit. int8 has an fp32 scale per output.
     """
     if adapter.quantization == "int8":
-        return 4 * shape.num_layers * sum(module.outputs for module in shape.layer if module.is_linear)
+        return 4 * sum(module.outputs for layer in shape.layers() for module in layer if module.is_linear)
     bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
     return shape.num_quantizable * bits / 8
 
@@ -368,6 +372,7 @@ def layer_activation_bytes(work: Workload) -> float:
         attention += width * queries  # outputs document by document, and end to end
     has_rotary = len(shape.embeddings) == 1
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / shape.num_layers if has_rotary else 0
+    attention = max(attention, STATE_STEPS * width * shape.state_width)
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
@@ -422,7 +427,9 @@ def _dequantized_bytes(work: Workload) -> float:
     """bitsandbytes multiplies by a weight in the run's precision, which it makes anew in each pass."""
     if not isinstance(work.adapter, QloraAdapter):
         return 0
-    return BYTES[work.precision] * max(module.num_parameters for module in work.shape.layer if module.is_linear)
+    return BYTES[work.precision] * max(
+        module.num_parameters for layer in work.shape.layers() for module in layer if module.is_linear
+    )
 
 
 def _loss_bytes(work: Workload) -> float:

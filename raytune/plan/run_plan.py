@@ -29,6 +29,8 @@ class ModelPlan(Plan):
     revision: str | None
     trust_remote_code: bool
     attention: Attention
+    packs: bool = True
+    """Whether documents share rows. Else each forward pass has one, and `attention` is transformers' own."""
     dtype: Precision
     """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with
     DeepSpeed's fp32 masters beside them)."""
