@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.config.adapter import LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
+from raytune.model.attention import keeps_state
 from raytune.model.experts import bare_parameters, expert_parameters, linear_routers, names_of_experts
 from raytune.model.kernels import bypassed_layers
 from raytune.model.quantize import quantized_modules
@@ -134,7 +135,7 @@ def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], 
         or_nothing: whether a group may be empty, because it has fused experts instead.
     """
     of_experts = names_of_experts(model.config.model_type)
-    bypassed = {*bypassed_layers(model)}
+    bypassed = {*bypassed_layers(model)} if keeps_state(type(model), model.config) else set()
     left_out = {*linear_routers(model)} | bypassed | {name for name in layers if name.rpartition(".")[2] in of_experts}
     groups: dict[str, Callable[[str], bool]] = {
         "all-linear": lambda name: name not in left_out,
@@ -167,8 +168,8 @@ def _check_are_seen(matching: list[str], bypassed: set[str], of_experts: tuple[s
     unseen = [name for name in matching if name in bypassed]
     if unseen:
         raise ModelError(
-            f"adapter.target_modules takes in {unseen[0]}, whose weight this model hands to a kernel itself, so that an update of "
-            f"the layer would not be seen. Leave it out."
+            f"adapter.target_modules takes in {unseen[0]}, whose weight this model hands to a kernel itself, so that an update "
+            f"of the layer would not be seen. Leave it out."
         )
     taken = [name for name in matching if name.rpartition(".")[2] in of_experts]
     if taken:

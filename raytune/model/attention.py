@@ -105,14 +105,22 @@ def check_attention(
 
 def packing_obstacle(model_class: type[PreTrainedModel], config: PretrainedConfig) -> str | None:
     """Why documents in one row would leak into each other, whichever kernel computes attention; None if they would not."""
-    text_config = config.get_text_config()
-    foreign = sorted(set(getattr(text_config, "layer_types", None) or []) - SEPARABLE_LAYERS)
-    if getattr(model_class, "_is_stateful", False) or foreign:
+    if keeps_state(model_class, config):
+        foreign = sorted(_foreign_layers(config))
         layers = f"layers of type {', '.join(foreign)}" if foreign else "recurrent layers"
         return f"{model_class.__name__} has {layers}, which carry state from one document of a packed row into the next"
     if not _usable(model_class, config):
         return f"{model_class.__name__} has no attention that could keep the documents of a packed row apart"
     return None
+
+
+def keeps_state(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether some layers carry a state along the row instead of attending."""
+    return bool(getattr(model_class, "_is_stateful", False) or _foreign_layers(config))
+
+
+def _foreign_layers(config: PretrainedConfig) -> set[str]:
+    return {*(getattr(config.get_text_config(), "layer_types", None) or [])} - SEPARABLE_LAYERS
 
 
 def lone_attention(model_class: type[PreTrainedModel]) -> list[Attention]:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
 from raytune.model.adapters import MLP
-from raytune.model.attention import SEPARABLE_LAYERS, lone_attention, packing_obstacle
+from raytune.model.attention import keeps_state, lone_attention, packing_obstacle
 from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
 from raytune.model.kernels import bypassed_layers
 from raytune.model.load import load_config, model_class
@@ -94,7 +94,7 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
     if getattr(config, "is_heterogeneous", False):  # then a number of the config may be another in each layer
         raise _NotCovered("its config has settings per layer")
     why_lone = packing_obstacle(type(model), model.config)
-    stateful = _keeps_state(type(model), config)
+    stateful = keeps_state(type(model), config)
     hidden = _number(config, "hidden_size")
     heads = 0 if stateful and not hasattr(config, "num_attention_heads") else _number(config, "num_attention_heads")
     head_dim: int = (getattr(config, "head_dim", None) or hidden // heads) if heads else 0
@@ -115,7 +115,7 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
         max_positions=next((n for key in _BOUNDS if (n := getattr(config, key, None))), UNBOUNDED_POSITIONS),
         has_gate=has_gate,
         activation=next((str(name) for key in _ACTIVATIONS if (name := getattr(config, key, None))), "unknown"),
-        is_tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        is_tied=_weight_of(model.get_input_embeddings()) is _weight_of(model.get_output_embeddings()),
         names_of_experts=names_of_experts(model.config.model_type),
         layers_name=layers_name,
         layer=kinds[0],
@@ -130,10 +130,8 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
     )
 
 
-def _keeps_state(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
-    """Whether some layers are no attention, so that formulas of attention do not hold for them."""
-    foreign = {*(getattr(config, "layer_types", None) or [])} - SEPARABLE_LAYERS
-    return bool(getattr(model_class, "_is_stateful", False) or foreign)
+def _weight_of(module: nn.Module | None) -> Any:
+    return getattr(module, "weight", None)
 
 
 def _number(config: PretrainedConfig, key: str) -> int:

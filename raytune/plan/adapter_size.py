@@ -235,8 +235,8 @@ def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bo
         )
     if is_named and module.is_bypassed:
         raise ModelError(
-            f"adapter.target_modules takes in {module.name}, whose weight a {shape.model_type} model hands to a kernel itself, so "
-            f"that an update of the layer would not be seen. Leave it out."
+            f"adapter.target_modules takes in {module.name}, whose weight a {shape.model_type} model hands to a kernel itself, "
+            f"so that an update of the layer would not be seen. Leave it out."
         )
     return is_named
 

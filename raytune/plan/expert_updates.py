@@ -30,7 +30,7 @@ def check_expert_updates(config: RunConfig, shape: ModelShape) -> None:
             f"adapter.target_parameters names {twice}, which adapter.modules_to_save trains in full. Take it out of one of the "
             f"two."
         )
-    name = targets[0].name.removeprefix(f"{shape.layers_name}.0.")
+    name = targets[0].name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
     is_group = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
     what = f"{name} is a parameter and no linear layer, so that PEFT has"
     without = _without_experts(adapter, shape) if is_group else "take it out of adapter.target_parameters"
@@ -57,13 +57,28 @@ def expert_notes(config: RunConfig, shape: ModelShape) -> list[str]:
     adapter, names = config.adapter, expert_parameters(shape)
     if not names:
         return []
-    num_experts = next(module.copies for module in shape.layer if module.kind == "experts")
+    num_experts = max(module.copies for module in shape.modules() if module.kind == "experts")
     size = shape.parameters_by_kind["experts"]
     share = f"{format_count(size)} of {format_count(shape.num_parameters)} parameters ({size / shape.num_parameters:.0%})"
     have = f"The {num_experts} experts of a layer are fused in {' and '.join(names)}: {share}"
     if isinstance(adapter, FullAdapter):
         return [f"{have}. They are trained, and so are the routers."]
-    return [f"{have}. {_trained(adapter, shape)}{_quantised(adapter, shape)}"]
+    return [f"{have}. {_trained(adapter, shape)}{_quantised(adapter, shape)}", *_left_out(adapter, shape)]
+
+
+def _left_out(adapter: LoraAdapter, shape: ModelShape) -> list[str]:
+    """Linear layers that a group would take in, had they other names."""
+    is_group = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
+    alike = [
+        module.name
+        for layer in (shape.layer, *shape.other_layers)
+        for module in layer
+        if module.kind == "mlp" and module.name.rpartition(".")[2] in shape.names_of_experts
+    ]
+    if not (is_group and alike):
+        return []
+    names = ", ".join(dict.fromkeys(alike))
+    return [f"{adapter.target_modules} leaves out {names}: PEFT takes these names for the fused experts'."]
 
 
 def _trained(adapter: LoraAdapter, shape: ModelShape) -> str:
@@ -90,5 +105,5 @@ def _quantised(adapter: LoraAdapter, shape: ModelShape) -> str:
 
 
 def _without_experts(adapter: LoraAdapter, shape: ModelShape) -> str:
-    module = next(module.name for module in shape.layer if module.kind == "experts")
-    return f"leave the experts frozen with adapter.exclude_modules: [{', '.join([*adapter.exclude_modules, module])}]"
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in expert_parameters(shape)))
+    return f"leave the experts frozen with adapter.exclude_modules: [{', '.join([*adapter.exclude_modules, *modules])}]"

@@ -31,8 +31,8 @@ def check_lone_documents(config: RunConfig, shape: ModelShape) -> None:
     bypassed = [module.name for layer in shape.layers() for module in layer if module.is_bypassed]
     if bypassed and isinstance(config.adapter, QloraAdapter):
         raise ModelError(
-            f"adapter.method is qlora, but a {shape.model_type} model hands the weight of {bypassed[0]} to a kernel, which cannot "
-            f"read packed numbers. Set adapter.method to lora."
+            f"adapter.method is qlora, but a {shape.model_type} model hands the weight of {bypassed[0]} to a kernel, which "
+            f"cannot read packed numbers. Set adapter.method to lora."
         )
 
 
@@ -45,17 +45,17 @@ def choose_lone_attention(wanted: str, usable: list[Attention], shape: ModelShap
     Raises:
         PlanError: if the one asked for is not among them.
     """
-    both = [kind for kind in shape.lone_attention if kind in usable]
+    both: list[Attention] = [kind for kind in shape.lone_attention if kind in usable]
     if wanted == "auto":
         if not both:
             raise PlanError(f"No attention of this {shape.model_type} model ({', '.join(shape.lone_attention)}) works here.")
         return Choice(both[0], f"model.attention is {both[0]}, transformers' own: each forward pass has one document.")
-    chosen = next((kind for kind in both if kind == wanted), None)
-    if chosen is None:
+    chosen: list[Attention] = [kind for kind in both if kind == wanted]
+    if not chosen:
         raise PlanError(
             f"model.attention {wanted} does not work for this {shape.model_type} model here. Set it to {' or '.join(both)}."
         )
-    return Choice(chosen)
+    return Choice(chosen[0])
 
 
 def rows_of_a_pass(training: TrainingSection, shape: ModelShape) -> TrainingSection:
@@ -70,9 +70,9 @@ def lone_notes(shape: ModelShape) -> list[str]:
     notes = [f"{shape.why_lone}: each forward pass has one document."]
     if shape.state_width:
         notes += [
-            "Parameters and weights are exact. Activations of layers with a state are an estimate of what kernels keep; where these "
-            "(mamba-ssm, causal-conv1d, flash-linear-attention) are not installed, transformers computes the same in elementary "
-            "steps, which are slower and keep more."
+            "Parameters and weights are exact. Activations of layers with a state are an estimate of what kernels keep; where "
+            "these (mamba-ssm, causal-conv1d, flash-linear-attention) are not installed, transformers computes the same in "
+            "elementary steps, which are slower and keep more."
         ]
     bypassed = list(dict.fromkeys(module.name for layer in shape.layers() for module in layer if module.is_bypassed))
     if bypassed:

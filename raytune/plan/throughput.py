@@ -122,10 +122,9 @@ def _expert_update_flops(work: Workload, per_weight: int) -> float:
     if not isinstance(work.adapter, LoraAdapter) or not work.trained.num_updated_per_layer:
         return 0.0
     shape = work.shape
-    weights = [module for module in shape.layer if module.kind == "experts"]
-    per_token = sum(module.copies_per_token * module.inputs * module.outputs for module in weights)
-    gradients = 2 * per_token * work.num_tokens
-    return shape.num_layers * (gradients + per_weight * work.adapter.rank * work.trained.num_updated_per_layer)
+    experts = [module for layer in shape.layers() for module in layer if module.kind == "experts"]
+    gradients = 2 * work.num_tokens * sum(one.copies_per_token * one.inputs * one.outputs for one in experts)
+    return gradients + len(experts) * per_weight * work.adapter.rank * work.trained.num_updated_per_layer
 
 
 def _memory_traffic_bytes(work: Workload) -> float:

@@ -26,6 +26,11 @@ def plain_expert_losses(plan: RunPlan) -> list[float]:
     return _losses(model, plan, PROJECTIONS[:4], ["experts.gate_up_proj", "experts.down_proj"])
 
 
+def plain_losses(plan: RunPlan, modules: list[str], parameters: list[str] | None) -> list[float]:
+    """LoRA on what is named, a document at a time."""
+    return _losses(AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32), plan, modules, parameters)
+
+
 def plain_qlora_losses(plan: RunPlan) -> list[float]:
     """The same over a base that bitsandbytes holds in NF4, with its constants quantised too."""
     quantization = BitsAndBytesConfig(

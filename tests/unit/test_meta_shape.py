@@ -158,7 +158,7 @@ def test_a_model_without_a_bound_on_positions_has_a_wide_one() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.MambaConfig(vocab_size=101, hidden_size=24, num_hidden_layers=2), "no num_attention_heads"),
+        (transformers.Zamba2Config(**SMALL, layers_block_type=["mamba", "hybrid", "hybrid"]), "its layers share weights"),
         (
             transformers.DeepseekV3Config(
                 vocab_size=101, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, first_k_dense_replace=1
@@ -173,7 +173,7 @@ def test_a_model_without_a_bound_on_positions_has_a_wide_one() -> None:
             r"outside its layers it has model\.decoder\.project_out, model\.decoder\.project_in",
         ),
     ],
-    ids=["mamba", "deepseek_v3", "bart", "opt with projections"],
+    ids=["zamba2", "deepseek_v3", "bart", "opt with projections"],
 )
 def test_what_the_formulas_do_not_cover_is_refused(config: PretrainedConfig, reason: str) -> None:
     with pytest.raises(ModelError, match=f"cannot plan this {config.model_type} model: .*{reason}"):
@@ -191,14 +191,9 @@ def test_a_folder_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"model_type": "t5"}, "of type t5, which is not a causal language model"),
         ({"model_type": "no_such"}, "no_such"),
         ({"model_type": "phi", "hidden_size": 24, "num_attention_heads": 0}, "cannot build a phi model"),
-        (
-            {"model_type": "falcon"},
-            "FalconForCausalLM cannot use model.attention: varlen. raytune cannot train it",
-        ),
-        ({"model_type": "jamba"}, "carry state from one document of a packed row into the next"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "raytune does not run such code by default"),
     ],
-    ids=["no decoder", "unknown", "not buildable", "no packed rows", "state", "own code"],
+    ids=["no decoder", "unknown", "not buildable", "own code"],
 )
 def test_what_cannot_be_built_is_said(values: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -210,8 +205,8 @@ def test_why_a_model_is_not_planned_comes_back_from_the_process(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"hidden_size": 24}')
     with pytest.raises(ModelError, match="names no model_type"):
         read_model_shape(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ModelError, match=r"^MambaForCausalLM has layers of type linear_attention"):
+    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
+    with pytest.raises(ModelError, match=r"^raytune cannot plan this bart model: its attention is"):
         read_model_shape(str(tmp_path))
 
 
