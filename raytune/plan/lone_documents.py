@@ -70,9 +70,9 @@ def lone_notes(shape: ModelShape) -> list[str]:
     notes = [f"{shape.why_lone}: each forward pass has one document."]
     if shape.state_width:
         notes += [
-            "Parameters and weights are exact. Activations of layers with a state are an estimate of what kernels keep; where "
-            "these (mamba-ssm, causal-conv1d, flash-linear-attention) are not installed, transformers computes the same in "
-            "elementary steps, which are slower and keep more."
+            "Parameters and weights are exact; activations of layers with a state are an estimate for transformers' elementary "
+            "steps. Where their kernels (mamba-ssm, causal-conv1d, flash-linear-attention) are installed, they keep less and are "
+            "faster."
         ]
     bypassed = list(dict.fromkeys(module.name for layer in shape.layers() for module in layer if module.is_bypassed))
     if bypassed:
