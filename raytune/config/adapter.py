@@ -30,6 +30,9 @@ class LoraAdapter(Section):
     target_modules: TargetGroup | Text | list[Text] = "all-linear"
     """Layers that get an update: a group (`all-linear`, `attention`, `mlp`), a list of module names, or a regular expression
     that must match a module's whole name. The output head is never part of a group."""
+    target_parameters: list[Text] = []
+    """Matrices outside linear layers that get an update as well, by their names or the ends of these: the fused experts of a
+    mixture (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), or its router."""
     exclude_modules: list[Text] = []
     """Module names that `target_modules` would take but that stay frozen."""
     modules_to_save: list[Text] = []

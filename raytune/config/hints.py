@@ -27,6 +27,7 @@ _SPELLINGS = {
     "adapter.alpha": "lora_alpha",
     "adapter.dropout": "lora_dropout",
     "adapter.target_modules": "lora_target lora_target_modules lora_target_linear lora_modules",
+    "adapter.target_parameters": "lora_target_parameters",
     "adapter.exclude_modules": "lora_exclude_modules",
     "adapter.modules_to_save": "lora_modules_to_save additional_target",
     "adapter.init": "init_lora_weights peft_init_lora_weights pissa_init",

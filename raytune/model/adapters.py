@@ -1,6 +1,7 @@
 """From the adapter section to PEFT: which layers get an update, how it starts, and its dtype."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -13,7 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.config.adapter import LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
+from raytune.model.attention import keeps_state
+from raytune.model.experts import bare_parameters, expert_parameters, linear_routers, names_of_experts
+from raytune.model.kernels import bypassed_layers
 from raytune.model.quantize import quantized_modules
+from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS
 
 ATTENTION = re.compile(r"attn|attention")
 MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert")
@@ -41,7 +46,9 @@ def add_adapter(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
     _check_initialisation(adapter)
     _check_saved_modules(model, adapter)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # PEFT 0.21 looks among layers only, and says so of patterns of parameters, which it obeys; `lora_config` looked at both.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
         torch.manual_seed(seed)
         # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, revision=revision)
@@ -55,15 +62,17 @@ def add_adapter(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
 def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str | None) -> LoraConfig:
     """PEFT's configuration of an adapter on this model, with every group and pattern resolved against its layers."""
     layers = _target_layers(model)
-    targets = _targets(model, layers, adapter.target_modules)
+    parameters = _target_parameters(model, adapter)
+    targets = _targets(model, layers, adapter.target_modules, or_nothing=bool(parameters))
     for setting, names in (("exclude_modules", adapter.exclude_modules), ("modules_to_save", adapter.modules_to_save)):
         everything = [name for name, _ in model.named_modules() if name]
+        everything += [*expert_parameters(model)] if setting == "exclude_modules" else []
         for name in names:
             _check_matches(f"adapter.{setting}", name, [full for full in everything if _is_or_ends_with(full, name)], everything)
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
-            matching = _matching(f"adapter.{setting}", pattern, layers, rf"(.*\.)?({pattern})")
-            _check_matches(f"adapter.{setting}", pattern, matching, layers)
+            matching = _matching(f"adapter.{setting}", pattern, [*layers, *parameters], rf"(.*\.)?({pattern})")
+            _check_matches(f"adapter.{setting}", pattern, matching, [*layers, *parameters])
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -71,6 +80,7 @@ def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
         lora_alpha=int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        target_parameters=_shortest_suffixes(parameters, [name for name, _ in model.named_parameters()], num_parts=2) or None,
         exclude_modules=adapter.exclude_modules or None,
         modules_to_save=adapter.modules_to_save or None,
         bias=adapter.bias,
@@ -96,24 +106,77 @@ def _target_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str]) -> list[str] | str:
+def _target_parameters(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
+    """Names of the parameters outside layers that get an update: what is named, and with a group of linear layers the experts."""
+    bare, experts = [*bare_parameters(model)], [*expert_parameters(model)]
+    named = []
+    for name in adapter.target_parameters:
+        matching = [full for full in bare if _is_or_ends_with(full, name)]
+        _check_matches("adapter.target_parameters", name, matching, bare)
+        named += matching
+    takes_experts = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
+    in_group = [full for full in experts if takes_experts and not _is_left_out(full, adapter)]
+    return sorted({*named, *in_group})
+
+
+def _is_left_out(parameter: str, adapter: LoraAdapter) -> bool:
+    names = (parameter, parameter.rpartition(".")[0])
+    is_excluded = any(_is_or_ends_with(name, excluded) for name in names for excluded in adapter.exclude_modules)
+    parts = parameter.split(".")
+    # PEFT asks for the end of a module's name only, so `experts` is every module that ends so, with all that is in it.
+    paths = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return is_excluded or any(path.endswith(saved) for path in paths for saved in adapter.modules_to_save)
+
+
+def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], *, or_nothing: bool) -> list[str] | str:
+    """PEFT's `target_modules`.
+
+    Args:
+        or_nothing: whether a group may be empty, because it has fused experts instead.
+    """
+    of_experts = names_of_experts(model.config.model_type)
+    bypassed = {*bypassed_layers(model)} if keeps_state(type(model), model.config) else set()
+    left_out = {*linear_routers(model)} | bypassed | {name for name in layers if name.rpartition(".")[2] in of_experts}
     groups: dict[str, Callable[[str], bool]] = {
-        "all-linear": lambda _: True,
-        "attention": lambda name: ATTENTION.search(name) is not None,
-        "mlp": lambda name: MLP.search(name) is not None and ATTENTION.search(name.rpartition(".")[0]) is None,
+        "all-linear": lambda name: name not in left_out,
+        "attention": lambda name: ATTENTION.search(name) is not None and name not in left_out,
+        "mlp": lambda name: (
+            MLP.search(name) is not None and ATTENTION.search(name.rpartition(".")[0]) is None and name not in left_out
+        ),
     }
     if isinstance(asked, str) and asked in groups:
         chosen = [name for name in layers if groups[asked](name)]
-        _check_matches("adapter.target_modules", asked, chosen, layers)
+        if not or_nothing:
+            _check_matches("adapter.target_modules", asked, chosen, layers)
         return _shortest_suffixes(chosen, [name for name, _ in model.named_modules()])
     everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
     if isinstance(asked, str):
         matching = _matching("adapter.target_modules", asked, everything, asked)
         _check_matches("adapter.target_modules", asked, matching, layers)
-        return asked
+        _check_are_seen(matching, bypassed, of_experts)
+        # For such a model PEFT would keep the last parts of the names that match, and so take other layers in as well.
+        return _shortest_suffixes(matching, [name for name, _ in model.named_modules()]) if of_experts else asked
     for name in asked:
-        _check_matches("adapter.target_modules", name, [full for full in everything if _is_or_ends_with(full, name)], layers)
+        matching = [full for full in everything if _is_or_ends_with(full, name)]
+        _check_matches("adapter.target_modules", name, matching, layers)
+        _check_are_seen(matching, bypassed, of_experts)
     return list(asked)
+
+
+def _check_are_seen(matching: list[str], bypassed: set[str], of_experts: tuple[str, ...]) -> None:
+    """Refuse layers whose update would not be seen, by the model or by PEFT."""
+    unseen = [name for name in matching if name in bypassed]
+    if unseen:
+        raise ModelError(
+            f"adapter.target_modules takes in {unseen[0]}, whose weight this model hands to a kernel itself, so that an update "
+            f"of the layer would not be seen. Leave it out."
+        )
+    taken = [name for name in matching if name.rpartition(".")[2] in of_experts]
+    if taken:
+        raise ModelError(
+            f"adapter.target_modules takes in {taken[0]}, whose name PEFT takes for that of a fused expert, which it would train "
+            f"instead. Leave it out; the experts themselves are named in adapter.target_parameters."
+        )
 
 
 def _matching(setting: str, pattern: str, names: list[str], whole: str) -> list[str]:
@@ -128,12 +191,16 @@ def _is_or_ends_with(full_name: str, name: str) -> bool:
     return full_name == name or full_name.endswith(f".{name}")
 
 
-def _shortest_suffixes(chosen: list[str], everything: list[str]) -> list[str]:
-    """Names that PEFT's rule resolves to exactly `chosen`: `q_proj`, or `attn.c_proj` where `c_proj` alone would take more."""
+def _shortest_suffixes(chosen: list[str], everything: list[str], num_parts: int = 1) -> list[str]:
+    """Names that PEFT's rule resolves to exactly `chosen`: `q_proj`, or `attn.c_proj` where `c_proj` alone would take more.
+
+    Args:
+        num_parts: of a name, at least.
+    """
     wanted, suffixes = set(chosen), set()
     for name in chosen:
         parts = name.split(".")
-        for start in range(len(parts) - 1, -1, -1):
+        for start in range(len(parts) - num_parts, -1, -1):
             suffix = ".".join(parts[start:])
             if suffix in suffixes or all(full in wanted for full in everything if _is_or_ends_with(full, suffix)):
                 suffixes.add(suffix)

@@ -26,7 +26,7 @@ from raytune.errors import ModelError
 # Shapes: H heads, T tokens of all documents, L tokens of one document, D head width.
 
 # Layers whose documents can be told apart by positions alone. State-space, linear and convolution layers carry state across.
-SEPARABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+SEPARABLE_LAYERS = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}
 MAX_FLASH_WIDTH = 256
 UNSTATED = -1
 
@@ -82,24 +82,60 @@ def _flash_option(
     return AttentionOption(name=name, available=missing is None, reason=missing or f"{package} is installed")
 
 
-def check_attention(model_class: type[PreTrainedModel], config: PretrainedConfig, attention: Attention) -> None:
+def check_attention(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, attention: Attention, *, packs: bool = True
+) -> None:
     """Refuse a model whose documents would leak into each other, or that cannot use this kind of attention.
+
+    Args:
+        packs: whether documents share rows; else each forward pass has one.
 
     Raises:
         ModelError: naming the kinds that do work for this model, if any.
     """
-    text_config = config.get_text_config()
-    foreign = sorted(set(getattr(text_config, "layer_types", None) or []) - SEPARABLE_LAYERS)
-    if getattr(model_class, "_is_stateful", False) or foreign:
-        layers = f"layers of type {', '.join(foreign)}" if foreign else "recurrent layers"
-        raise ModelError(
-            f"{model_class.__name__} has {layers}, which carry state from one document of a packed row into the next. "
-            f"raytune trains on packed rows, so it cannot train this model; use a model whose layers are all attention."
-        )
-    usable = [name for name, supported in _support(model_class, text_config).items() if supported]
+    obstacle = packing_obstacle(model_class, config)
+    if obstacle and packs:
+        raise ModelError(f"{obstacle}. Set data.packing to none, so that each forward pass has one document.")
+    usable = lone_attention(model_class) if obstacle else _usable(model_class, config)
     if attention not in usable:
-        advice = f"Set model.attention to {' or '.join(usable)}." if usable else "raytune cannot train it on packed rows."
-        raise ModelError(f"{model_class.__name__} cannot use model.attention: {attention}. {advice}")
+        raise ModelError(
+            f"{model_class.__name__} cannot use model.attention: {attention}. Set model.attention to {' or '.join(usable)}."
+        )
+
+
+def packing_obstacle(model_class: type[PreTrainedModel], config: PretrainedConfig) -> str | None:
+    """Why documents in one row would leak into each other, whichever kernel computes attention; None if they would not."""
+    if keeps_state(model_class, config):
+        foreign = sorted(_foreign_layers(config))
+        layers = f"layers of type {', '.join(foreign)}" if foreign else "recurrent layers"
+        return f"{model_class.__name__} has {layers}, which carry state from one document of a packed row into the next"
+    if not _usable(model_class, config):
+        return f"{model_class.__name__} has no attention that could keep the documents of a packed row apart"
+    return None
+
+
+def keeps_state(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether some layers carry a state along the row instead of attending."""
+    return bool(getattr(model_class, "_is_stateful", False) or _foreign_layers(config))
+
+
+def _foreign_layers(config: PretrainedConfig) -> set[str]:
+    return {*(getattr(config.get_text_config(), "layer_types", None) or [])} - SEPARABLE_LAYERS
+
+
+def lone_attention(model_class: type[PreTrainedModel]) -> list[Attention]:
+    """Kinds that transformers itself computes for this architecture, for documents that are alone in their rows."""
+    kinds: dict[Attention, bool] = {
+        "flash_attention_3": bool(model_class._supports_flash_attn),
+        "flash_attention_2": bool(model_class._supports_flash_attn),
+        "sdpa": bool(model_class._supports_sdpa),
+        "eager": True,
+    }
+    return [kind for kind, supported in kinds.items() if supported]
+
+
+def _usable(model_class: type[PreTrainedModel], config: PretrainedConfig) -> list[Attention]:
+    return [name for name, supported in _support(model_class, config.get_text_config()).items() if supported]
 
 
 def _support(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[Attention, bool]:
@@ -121,15 +157,24 @@ def _support(model_class: type[PreTrainedModel], config: PretrainedConfig) -> di
     }
 
 
-def implementation_name(attention: Attention) -> str:
-    """The name that transformers knows this kind by (`attn_implementation`)."""
+def implementation_name(attention: Attention, *, packs: bool = True) -> str:
+    """The name that transformers knows this kind by (`attn_implementation`), of its own where documents are alone."""
+    if not packs:
+        return attention
     # Some models of transformers 5.23 (gpt-oss, OPT) build their dense masks without looking at positions, so that documents see
     # each other; the dense kinds are therefore ours too, under names of their own.
     return {"sdpa": "packed_dense", "eager": "packed_in_steps"}.get(attention, attention)
 
 
-def model_inputs(batch: Batch, attention: Attention) -> dict[str, Any]:
-    """What to pass to a model's forward so that the documents of `batch` do not see each other."""
+def model_inputs(batch: Batch, attention: Attention, *, packs: bool = True) -> dict[str, Any]:
+    """What to pass to a model's forward so that the documents of `batch` do not see each other.
+
+    Args:
+        packs: whether they share a row; else `batch` is one document.
+    """
+    if not packs:
+        assert batch.cumulative_lengths.numel() == 2, "a document per pass"
+        return {"input_ids": batch.input_ids, "use_cache": False}
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,

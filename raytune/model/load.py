@@ -67,7 +67,7 @@ def _load_base(
 ) -> PreTrainedModel:
     config = load_config(model.path, model.revision, model.trust_remote_code)
     own_class = model_class(model.path, config, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    check_attention(own_class, config, model.attention)
+    check_attention(own_class, config, model.attention, packs=model.packs)
     arguments: dict[str, Any] = {}
     if isinstance(adapter, QloraAdapter):
         arguments["quantization_config"] = quantization_config(adapter, model)
@@ -84,7 +84,7 @@ def _load_base(
             config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.dtype],
-            attn_implementation=implementation_name(model.attention),
+            attn_implementation=implementation_name(model.attention, packs=model.packs),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the check below names them

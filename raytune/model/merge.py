@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from raytune.model.base_content import COMMIT, Content, base_content, changes_te
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
 from raytune.model.files import resolve_model_path
+from raytune.model.merge_parameters import ParameterUpdates
 from raytune.model.pretrained import load_config, load_tokenizer, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
@@ -196,10 +197,14 @@ class _Merger:
         peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
             peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
-            self._layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
-            for layer in self._layers.values():
+            updated = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+            self._layers = {name: layer for name, layer in updated.items() if not isinstance(layer, ParamWrapper)}
+            bare = {name: layer for name, layer in updated.items() if isinstance(layer, ParamWrapper)}
+            self._updates = ParameterUpdates(self.model, bare)
+            for layer in updated.values():
                 # PEFT sends an update to where its base is, and would drop it if that were nowhere.
-                layer.get_base_layer().weight = nn.Parameter(torch.empty(0), requires_grad=False)
+                name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+                setattr(layer.get_base_layer(), name, nn.Parameter(torch.empty(0), requires_grad=False))
             loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
@@ -231,13 +236,13 @@ class _Merger:
             if module_name in self._layers and name.endswith(".weight"):
                 merged.add(module_name)
             written.add(name)
-            yield published_name, self._merged(name, tensor)
+            yield published_name, self._updates.added(published_name, name, self._merged(name, tensor))
         head = f"{self._head}.weight"
         if self._is_tied and not self.stays_tied and head not in written:
             assert embedding is not None, "a tied head comes from the embedding"
             merged.add(self._head)
             yield head, self._merged(head, embedding)
-        missing = sorted(set(self._layers) - merged)
+        missing = sorted({*self._layers} - merged | self._updates.missing)
         if missing:
             raise ModelError(
                 f"The adapter updates {len(missing)} layers whose weights are not in {weights.folder} under their names, first "

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter
 from raytune.errors import ModelError
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.shapes import Matrix, ModelShape, Module
 
-WITHOUT_UPDATE = ("norm", "experts", "router")
+WITHOUT_UPDATE = ("norm", "experts", "router", "state")
 """Kinds of modules that are no layers of PEFT's."""
-_KINDS_OF_GROUP = {"all-linear": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
+_KINDS_OF_GROUP = {"all-linear": ("attention", "mlp", "mixer"), "attention": ("attention",), "mlp": ("mlp",)}
+_TARGETS = "adapter.target_modules"
+GROUPS_WITH_EXPERTS = ("all-linear", "mlp")
+"""Fused experts are an MLP's linear layers in everything but their class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +27,19 @@ class TrainedSize:
     """Ranks of all updates."""
     num_sides: int
     """Rows and columns of all trained matrices."""
+    num_in_experts: int = 0
+    """Of the trained parameters, those of updates of fused experts."""
+    num_updated_per_layer: int = 0
+    """Weights of fused experts that get an update, in one layer."""
+    largest_updated: int = 0
+    """Weights of the largest parameter among these."""
 
 
 def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
     """Count what is trained.
 
-    LoRA trains A (rank x inputs) and B (outputs x rank) of each target; DoRA a magnitude per output as well. Modules to save are
-    trained in full, as copies beside the frozen original.
+    LoRA trains A (rank x inputs) and B (outputs x rank) of each target, and of each expert's matrices; DoRA a magnitude per
+    output as well. Modules to save are trained in full, as copies beside the frozen original.
 
     Raises:
         ModelError: if a name matches nothing, or a pattern is no regular expression.
@@ -39,43 +48,151 @@ def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
         sides = sum(module.inputs + module.outputs + module.num_biases for module in shape.modules())
         return TrainedSize(num_trainable=shape.num_parameters, num_sides=sides)
     targets = target_modules(adapter, shape)
-    updates = sum(rank_of(adapter, module) * (module.inputs + module.outputs) for module in targets)
+    parameters = target_parameters(adapter, shape)
+    in_experts = sum(_num_in_update(adapter, parameter) for parameter in parameters if parameter.kind == "experts")
+    updates = sum(_num_in_update(adapter, target) for target in (*targets, *parameters))
+    updated: dict[str, int] = {}
+    for parameter in parameters:
+        if parameter.kind == "experts":
+            module = parameter.name.rpartition(".")[0]
+            updated[module] = updated.get(module, 0) + parameter.num_parameters
     copies = sum(module.num_parameters for module in saved_modules(adapter, shape))
     magnitudes = sum(module.outputs for module in targets) if adapter.use_dora else 0
-    in_layers = [module for module in targets if module.kind in ("attention", "mlp")]
+    in_layers = [module for module in targets if module.kind in ("attention", "mlp", "mixer")]
     return TrainedSize(
         num_trainable=updates + magnitudes + num_trained_biases(adapter, shape, targets) + copies,
         target_inputs=sum(module.inputs for module in in_layers),
         target_ranks=sum(rank_of(adapter, module) for module in in_layers),
-        num_sides=sum(module.inputs + module.outputs for module in targets) + magnitudes + copies,
+        num_sides=sum(module.inputs + module.outputs for module in targets)
+        + sum(
+            parameter.inputs + parameter.outputs + 2 * rank_of(adapter, parameter) * parameter.copies for parameter in parameters
+        )
+        + magnitudes
+        + copies,
+        num_in_experts=in_experts,
+        num_updated_per_layer=max(updated.values(), default=0),
+        largest_updated=max((one.num_parameters for one in parameters if one.kind == "experts"), default=0),
     )
 
 
+def _num_in_update(adapter: LoraAdapter, target: Module) -> int:
+    return rank_of(adapter, target) * target.copies * (target.inputs + target.outputs)
+
+
 def target_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
-    """Modules that get an update, under their full names.
+    """Linear layers and embeddings that get an update, under their full names.
 
     Raises:
-        ModelError: if there are none.
+        ModelError: if there are none, and no parameters either.
     """
     wanted = adapter.target_modules
+    layers = [module for module in shape.modules() if module.kind not in WITHOUT_UPDATE or module.is_linear_layer]
     found = [
         module
-        for module in shape.modules()
-        if module.kind not in WITHOUT_UPDATE
-        and _is_wanted(module, wanted)
+        for module in layers
+        if _is_wanted(module, wanted, shape)
         and not _has_name(module.name, adapter.exclude_modules)
         and not _is_left_to_saving(module.name, adapter.modules_to_save)
     ]
-    if not found:
-        own = sorted({module.name.rpartition(".")[2] for module in shape.layer if module.is_linear})
-        regex = " A single string is a regular expression that must match a whole name; give a list for names."
-        raise ModelError(
-            f"adapter.target_modules {wanted!r} matches no module of this {shape.model_type} model"
-            f"{' that is not excluded' if adapter.exclude_modules or adapter.modules_to_save else ''}. Its linear layers are "
-            f"{', '.join(own)} (for example {shape.layers_name}.0.{next(m.name for m in shape.layer if m.is_linear)})."
-            + (regex if isinstance(wanted, str) and wanted not in _KINDS_OF_GROUP else "")
-        )
+    missing = (
+        [name for name in wanted if not any(_has_name(module.name, [name]) for module in layers)]
+        if isinstance(wanted, list)
+        else []
+    )
+    if missing or not (found or target_parameters(adapter, shape)):
+        raise ModelError(_no_such_layer(missing or wanted, adapter, shape))
     return found
+
+
+def _no_such_layer(wanted: str | list[str], adapter: LoraAdapter, shape: ModelShape) -> str:
+    linear = [module for module in shape.modules() if module.is_linear and module.name.startswith(f"{shape.layers_name}.")]
+    own = sorted({module.name.rpartition(".")[2] for module in linear})
+    is_pattern = isinstance(wanted, str) and wanted not in _KINDS_OF_GROUP
+    regex = " A single string is a regular expression that must match a whole name; give a list for names." if is_pattern else ""
+    experts = expert_parameters(shape)
+    fused = f" Its fused experts are parameters, for adapter.target_parameters: {', '.join(experts)}." if experts else ""
+    return (
+        f"{_TARGETS} {wanted!r} matches no module of this {shape.model_type} model"
+        f"{' that is not excluded' if adapter.exclude_modules or adapter.modules_to_save else ''}. Its linear layers are "
+        f"{', '.join(own)} (for example {linear[0].name}).{regex}{fused}"
+    )
+
+
+def target_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
+    """Parameters outside linear layers that get an update, each as a module of its own: of fused experts and of routers.
+
+    A group takes in the experts; what is named may be either.
+
+    Raises:
+        ModelError: if a name matches none of them.
+    """
+    theirs = [parameter for module in shape.modules() for parameter in _bare_parameters(module)]
+    for name in adapter.target_parameters:
+        if not any(_has_name(parameter.name, [name]) for parameter in theirs):
+            raise ModelError(_no_such_parameter(name, theirs, shape))
+    takes_experts = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
+    return [
+        parameter
+        for parameter in theirs
+        if _has_name(parameter.name, adapter.target_parameters)
+        or (takes_experts and parameter.kind == "experts" and not _is_left_out(parameter.name, adapter))
+    ]
+
+
+def expert_parameters(shape: ModelShape) -> list[str]:
+    """Names of the parameters of fused experts, behind the layer's number."""
+    names = (
+        parameter.name
+        for layer in (shape.layer, *shape.other_layers)
+        for module in layer
+        for parameter in _bare_parameters(module)
+        if parameter.kind == "experts"
+    )
+    return list(dict.fromkeys(names))
+
+
+def _bare_parameters(module: Module) -> list[Module]:
+    """A module's matrices that are in no layer of PEFT's."""
+    if module.kind == "experts":
+        matrices = [*module.matrices]
+    elif module.kind == "router" and not module.is_linear_layer:
+        matrices = [Matrix(name="weight", inputs=module.inputs, outputs=module.outputs)]
+    else:
+        return []
+    return [
+        Module(
+            name=f"{module.name}.{matrix.name}",
+            kind=module.kind,
+            inputs=matrix.inputs,
+            outputs=matrix.outputs,
+            copies=module.copies,
+            copies_per_token=module.copies_per_token,
+        )
+        for matrix in matrices
+    ]
+
+
+def _is_left_out(parameter: str, adapter: LoraAdapter) -> bool:
+    """Whether a group passes a parameter over: it or its module is excluded, or trained in full."""
+    names = (parameter, parameter.rpartition(".")[0])
+    return any(_has_name(name, adapter.exclude_modules) for name in names) or _is_saved(parameter, adapter.modules_to_save)
+
+
+def _no_such_parameter(name: str, theirs: list[Module], shape: ModelShape) -> str:
+    said = f"adapter.target_parameters names {name!r}, which is no parameter of fused experts or routers in this model"
+    if any(_has_name(module.name, [name, name.removesuffix(".weight")]) for module in shape.modules() if module.is_linear):
+        return f"{said}. It is a linear layer: name it in adapter.target_modules."
+    in_first = sorted(
+        {one.name.removeprefix(f"{shape.layers_name}.{index}.") for one in theirs for index in _number_of(one, shape)}
+    )
+    return f"{said} ({shape.model_type}). " + (
+        f"It has {', '.join(in_first)}." if in_first else "It has none; leave the key out."
+    )
+
+
+def _number_of(module: Module, shape: ModelShape) -> list[str]:
+    rest = module.name.removeprefix(f"{shape.layers_name}.")
+    return [rest.partition(".")[0]] if rest != module.name else []
 
 
 def rank_of(adapter: LoraAdapter, module: Module) -> int:
@@ -105,12 +222,23 @@ def saved_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     return [module for module in shape.modules() if _is_saved(module.name, wanted)] if wanted else []
 
 
-def _is_wanted(module: Module, wanted: str | list[str]) -> bool:
-    if isinstance(wanted, list):
-        return _has_name(module.name, wanted)
-    if wanted in _KINDS_OF_GROUP:
-        return module.kind in _KINDS_OF_GROUP[wanted]
-    return _matches(wanted, module.name, "adapter.target_modules")
+def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bool:
+    is_taken_for_expert = module.name.rpartition(".")[2] in shape.names_of_experts
+    if isinstance(wanted, str) and wanted in _KINDS_OF_GROUP:
+        return module.kind in _KINDS_OF_GROUP[wanted] and not (is_taken_for_expert or module.is_bypassed)
+    is_named = _has_name(module.name, wanted) if isinstance(wanted, list) else _matches(wanted, module.name, _TARGETS)
+    if is_named and is_taken_for_expert:
+        raise ModelError(
+            f"adapter.target_modules takes in {module.name}, whose name PEFT takes for that of a fused expert in a "
+            f"{shape.model_type} model, which it would train instead. Leave it out; the experts themselves are named in "
+            f"adapter.target_parameters."
+        )
+    if is_named and module.is_bypassed:
+        raise ModelError(
+            f"adapter.target_modules takes in {module.name}, whose weight a {shape.model_type} model hands to a kernel itself, "
+            f"so that an update of the layer would not be seen. Leave it out."
+        )
+    return is_named
 
 
 def _matches(pattern: str, name: str, setting: str) -> bool:
@@ -144,5 +272,6 @@ def num_trained_biases(adapter: LoraAdapter, shape: ModelShape, targets: list[Mo
         case "lora_only":
             return sum(module.num_biases for module in targets)
         case "all":
-            # A saved module's original stays frozen, its bias too.
-            return sum(m.num_biases for m in shape.modules() if not _is_saved(m.name, adapter.modules_to_save))
+            # A saved module's original stays frozen, its bias too; those of fused experts are not called `bias`.
+            free = (module for module in shape.modules() if not _is_saved(module.name, adapter.modules_to_save))
+            return sum(module.num_biases for module in free if module.kind != "experts")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune.errors import ModelError
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.shapes import Matrix, ModelShape, Module
 
 
 def has_reader(config: Mapping[str, Any]) -> bool:
@@ -83,6 +83,8 @@ class _Family:
     """None: it is `intermediate_size`, else `moe_intermediate_size`."""
     shared_width: int | None = None
     """Of an expert that every token passes through."""
+    names_of_experts: tuple[str, ...] = ()
+    """As of `ModelShape`."""
 
 
 _GEMMA_2_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -124,6 +126,7 @@ _LLAMA_LIKE = {
         num_experts=128,
         experts_per_token=8,
         expert_width=768,
+        names_of_experts=("down_proj", "gate", "gate_proj", "up_proj"),
         max_positions=32_768,
     ),
 }
@@ -175,6 +178,7 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
         activation=numbers.name("hidden_activation", "hidden_act", default="silu"),
         is_tied=numbers.flag("tie_word_embeddings", family.is_tied),
         scales_norms_in_fp32=model_type.startswith("gemma"),
+        names_of_experts=family.names_of_experts,
         layers_name="model.layers",
         layer=(
             *entering,
@@ -204,9 +208,17 @@ def _experts(numbers: _Numbers, family: _Family, hidden: int) -> tuple[list[Modu
     )
     modules = [
         Module(name="mlp.gate", kind="router", inputs=hidden, outputs=num_experts),
-        # Both branches and the way back: three matrices of an expert, in two parameters.
         Module(
-            name="mlp.experts", kind="experts", inputs=hidden, outputs=3 * width, copies=num_experts, copies_per_token=per_token
+            name="mlp.experts",
+            kind="experts",
+            inputs=hidden,
+            outputs=3 * width,
+            copies=num_experts,
+            copies_per_token=per_token,
+            matrices=(
+                Matrix(name="gate_up_proj", inputs=hidden, outputs=2 * width),
+                Matrix(name="down_proj", inputs=width, outputs=hidden),
+            ),
         ),
     ]
     if not family.shared_width:

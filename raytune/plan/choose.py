@@ -25,7 +25,9 @@ from raytune.plan.defaults import (
     default_warmup_ratio,
     default_weight_decay,
 )
+from raytune.plan.expert_updates import expert_notes
 from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
+from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in, quantized_bytes
 from raytune.plan.requirements import (
@@ -105,7 +107,7 @@ def choose_plan(
     workers = reasons.taken(choose_workers(config, machine, device))
     precision = reasons.taken(choose_precision(config, machine, device))
     adapter = reasons.taken(resolve_adapter(config.adapter, precision))
-    attention = reasons.taken(choose_attention(config, machine, device, precision))
+    attention = reasons.taken(choose_attention(config, shape, machine, device, precision))
     row_length = choose_row_length(config, shape)
     if config.data.max_length == "auto":
         reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
@@ -152,6 +154,7 @@ def choose_plan(
             content=content,
             trust_remote_code=config.model.trust_remote_code,
             attention=attention,
+            packs=not shape.why_lone,
             dtype="fp32" if fit.zero_stage == 0 and isinstance(adapter, FullAdapter) else precision,
             compute_dtype=precision,
             gradient_checkpointing=fit.has_checkpointing,
@@ -178,6 +181,7 @@ def choose_plan(
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
+        notes=[*expert_notes(config, shape), *lone_notes(shape)],
         reasons=list(reasons),
         data_report=data.report,
     )

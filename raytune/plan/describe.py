@@ -43,14 +43,17 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def plan_text(plan: RunPlan) -> str:
-    """The table in aligned columns; below it what is lost of the data, and the reasons of every automatic choice."""
+    """The table in aligned columns; below it what is to be noted, what is lost of the data, and why what was chosen."""
     rows = plan_table(plan)
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
     losses = losses_text(plan.data_report) if plan.data_report else []
-    return "\n".join(
-        [*lines, *_section("Rows that are not used as they are:", losses), *_section("Chosen automatically:", plan.reasons)]
-    )
+    sections = {
+        "To be noted:": plan.notes,
+        "Rows that are not used as they are:": losses,
+        "Chosen automatically:": plan.reasons,
+    }
+    return "\n".join([*lines, *(line for heading, told in sections.items() for line in _section(heading, told))])
 
 
 def _section(heading: str, lines: Sequence[str]) -> list[str]:
@@ -102,7 +105,8 @@ def _method(plan: RunPlan) -> str:
 
 
 def _adapter(adapter: LoraAdapter) -> str:
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    targets = ", ".join([*named, *adapter.target_parameters])
     quantised = f" over a base in {adapter.quantization}" if isinstance(adapter, QloraAdapter) else ""
     return f"{adapter.method} rank {adapter.rank} on {targets}{quantised}"
 

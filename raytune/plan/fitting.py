@@ -11,6 +11,7 @@ from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.adapter_size import TrainedSize, trained_size
 from raytune.plan.batch import possible_batches
+from raytune.plan.lone_documents import rows_of_a_pass
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import (
     Workload,
@@ -120,7 +121,8 @@ def room_of_worker(setting: Setting, machine: Machine) -> Room:
 def _ways(config: RunConfig, setting: Setting, shape: ModelShape, speed: Speed | None, data: DataFacts) -> Iterator[Fit]:
     wanted = config.training.gradient_checkpointing
     max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(config, setting.row_length, data))
-    batches = possible_batches(config.training, setting.workers, setting.rows_per_step, max_micro_batch)
+    training = rows_of_a_pass(config.training, shape)
+    batches = possible_batches(training, setting.workers, setting.rows_per_step, max_micro_batch)
     stages = possible_stages(config, shape, setting.device, setting.workers, setting.precision)
     for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
         for stage in stages:

@@ -50,6 +50,10 @@ comes next, its output."""
 MOST_STEPS = 5
 """Of one in elementary steps, such as GPT-2's gelu_new."""
 
+STATE_STEPS = 8
+"""Numbers kept for each that a layer with a state computes around it: projected, convolved, gated, scanned. An estimate for
+transformers' elementary steps, within a factor of 5 for tiny models (test_hybrids.py); kernels keep less."""
+
 PASSES: tuple[Moment, ...] = ("forward", "loss", "last layer", "first layer")
 
 CHUNK_BYTES = 64 * MIB
@@ -228,7 +232,7 @@ def constant_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
     that 8 / 64 + 32 / (64 * 256) = 0.127 bit. int8 has an fp32 scale per output.
     """
     if adapter.quantization == "int8":
-        return 4 * shape.num_layers * sum(module.outputs for module in shape.layer if module.is_linear)
+        return 4 * sum(module.outputs for layer in shape.layers() for module in layer if module.is_linear)
     bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
     return shape.num_quantizable * bits / 8
 
@@ -246,7 +250,7 @@ def _autocast_bytes(work: Workload) -> float:
     """
     if work.engine != "plain" or work.precision == "fp32":
         return 0
-    num_cast = work.trained.num_trainable
+    num_cast = work.trained.num_trainable - work.trained.num_in_experts
     if isinstance(work.adapter, FullAdapter):
         kinds = work.shape.parameters_by_kind
         num_cast -= kinds["experts"] + (0 if work.shape.is_tied else kinds["embedding"])
@@ -331,8 +335,12 @@ def _kept_bytes(work: Workload) -> float:
 
 
 def _activation_gradient_bytes(work: Workload) -> float:
-    """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three."""
-    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4)
+    """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three.
+
+    The gradient of an update of fused experts comes out of that of all their weights.
+    """
+    of_experts = BYTES[work.weight_dtype] * work.trained.largest_updated
+    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_experts
 
 
 def layer_activation_bytes(work: Workload) -> float:
@@ -364,19 +372,29 @@ def layer_activation_bytes(work: Workload) -> float:
         attention += width * queries  # outputs document by document, and end to end
     has_rotary = len(shape.embeddings) == 1
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / shape.num_layers if has_rotary else 0
+    attention = max(attention, STATE_STEPS * width * shape.state_width)
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
-    inputs = _linear_input_bytes(work)
-    return work.num_tokens * (normalised + attention + branches + inputs + _expert_bytes(work, num_steps)) + _score_bytes(work)
+    per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
+    return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work)
 
 
 def _expert_bytes(work: Workload, num_steps: int) -> float:
     """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
-    trains_base = isinstance(work.adapter, FullAdapter)
+    trains_experts = isinstance(work.adapter, FullAdapter) or work.trained.num_updated_per_layer > 0
     gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
-    numbers = work.shape.expert_width * (num_steps - (not trains_base)) + gathered * (1 + trains_base)
+    numbers = work.shape.expert_width * (num_steps - (not trains_experts)) + gathered * (1 + trains_experts)
     return BYTES[work.weight_dtype] * numbers
+
+
+def _updated_expert_bytes(work: Workload) -> float:
+    """What PEFT computes of fused experts that get an update: W + B A as a whole, which their products keep.
+
+    The update itself is cast to the weights' dtype if it has another.
+    """
+    casts = work.trained.num_in_experts / work.shape.num_layers if work.trained_dtype != work.weight_dtype else 0
+    return BYTES[work.weight_dtype] * (work.trained.num_updated_per_layer + casts)
 
 
 def _linear_input_bytes(work: Workload) -> float:
@@ -409,7 +427,9 @@ def _dequantized_bytes(work: Workload) -> float:
     """bitsandbytes multiplies by a weight in the run's precision, which it makes anew in each pass."""
     if not isinstance(work.adapter, QloraAdapter):
         return 0
-    return BYTES[work.precision] * max(module.num_parameters for module in work.shape.layer if module.is_linear)
+    return BYTES[work.precision] * max(
+        module.num_parameters for layer in work.shape.layers() for module in layer if module.is_linear
+    )
 
 
 def _loss_bytes(work: Workload) -> float:

@@ -13,6 +13,8 @@ from raytune.plan.adapter_limits import check_adapter, is_quantised_dora
 from raytune.plan.adapter_size import trained_size
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
+from raytune.plan.expert_updates import check_expert_updates
+from raytune.plan.lone_documents import check_lone_documents, choose_lone_attention
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
@@ -59,14 +61,16 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
         UserError: (or PlanError, ModelError) with what to set instead.
     """
     choose_row_length(config, shape)
+    check_lone_documents(config, shape)
     trained_size(config.adapter, shape)
     device = choose_device(config, machine)
     workers = choose_workers(config, machine, device).value
     precision = choose_precision(config, machine, device).value
-    choose_attention(config, machine, device, precision)
+    choose_attention(config, shape, machine, device, precision)
     possible_stages(config, shape, device, workers, precision)
     check_overrides(config.training.zero)
     check_adapter(config.adapter, shape, precision)
+    check_expert_updates(config, shape)
     _check_kernels(config, shape, device)
     _check_metric(config)
     _check_cluster(config.cluster)
@@ -125,12 +129,16 @@ def choose_precision(config: RunConfig, machine: Machine, device: Device) -> Cho
     return Choice(wanted)
 
 
-def choose_attention(config: RunConfig, machine: Machine, device: Device, precision: Precision) -> Choice[Attention]:
+def choose_attention(
+    config: RunConfig, shape: ModelShape, machine: Machine, device: Device, precision: Precision
+) -> Choice[Attention]:
     """The first kind that the machine prefers and that computes in this precision."""
     usable: list[Attention] = [
         kind for kind in machine.attention if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
     ]
     wanted = config.model.attention
+    if shape.why_lone:
+        return choose_lone_attention(wanted, usable, shape)
     if wanted == "auto":
         if not usable:
             raise PlanError("No kind of attention works on this cluster's machines. Check that their PyTorch sees its device.")

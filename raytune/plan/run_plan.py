@@ -27,6 +27,8 @@ class ModelPlan(Plan):
     plan of a model that need not be here."""
     trust_remote_code: bool
     attention: Attention
+    packs: bool = True
+    """Whether documents share rows. Else each forward pass has one, and `attention` is transformers' own."""
     dtype: Precision
     """Dtype of the loaded weights: fp32 where PlainEngine trains them itself, else the run's precision (frozen, or with
     DeepSpeed's fp32 masters beside them)."""
@@ -232,6 +234,8 @@ class RunPlan(Plan):
     """Of the base model."""
     num_trainable: int
     """Parameters that are trained; an adapter's come on top of the base."""
+    notes: list[str] = []
+    """What a reader may not expect of what is trained, quantised or estimated, a sentence or two each."""
     reasons: list[str]
     """Why each automatic choice was made, a sentence each."""
     data_report: DataReport | None = None

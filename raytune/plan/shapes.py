@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head"]
+from raytune.config.model import Attention
+
+Kind = Literal["embedding", "attention", "mlp", "mixer", "experts", "router", "state", "norm", "head"]
+"""`mixer`: linear layers around a state that runs along the document; `state`: that state's own convolutions and parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A matrix that every expert has. Those of all experts are one parameter with three dimensions."""
+
+    name: str
+    """Of that parameter, in its module."""
+    inputs: int
+    outputs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +35,22 @@ class Module:
     """Of experts, whose matrices are one parameter each: neither PEFT's nor bitsandbytes' linear layers."""
     copies_per_token: int = 1
     """Experts that a token passes through."""
+    matrices: tuple[Matrix, ...] = ()
+    """Of an expert; with `inputs` and `outputs` as if they lay beside each other."""
+    is_linear_layer: bool = False
+    """Of a router: whether it is a linear layer, which bitsandbytes quantises, or a matrix of its own."""
+    is_bypassed: bool = False
+    """Of a linear layer: whether the model reads its weight past it, for a kernel, so that neither an update nor packed numbers
+    would be seen."""
 
     @property
     def is_linear(self) -> bool:
-        return self.kind in ("attention", "mlp", "head")
+        return self.kind in ("attention", "mlp", "mixer", "head") or self.is_linear_layer
+
+    @property
+    def expert_width(self) -> int:
+        """Width of what a token passes through in experts; 0 of other modules."""
+        return self.copies_per_token * self.matrices[-1].inputs if self.matrices else 0
 
     @property
     def num_parameters(self) -> int:
@@ -54,9 +79,21 @@ class ModelShape:
     """Whether the output head is the embedding."""
     scales_norms_in_fp32: bool = False
     """Whether norms multiply by their weight before they go back to 16 bits (Gemma)."""
+    names_of_experts: tuple[str, ...] = ()
+    """Last parts of names that PEFT takes for those of fused experts, so that no linear layer of such a name can be a target."""
     layers_name: str
     layer: tuple[Module, ...]
-    """Modules of one layer; all layers are alike."""
+    """Modules of one layer; all layers are alike, unless `other_layers` says which are not."""
+    other_layers: tuple[tuple[Module, ...], ...] = ()
+    """Modules of layers of other kinds."""
+    kind_of_layer: tuple[int, ...] = ()
+    """Of each layer: 0 for `layer`, else the place in `other_layers`, from 1. Empty: all are alike."""
+    state_width: int = 0
+    """Numbers per token that a layer with a state computes around it; 0 without such layers."""
+    why_lone: str = ""
+    """Why a forward pass may hold one document only; empty: documents can share a row."""
+    lone_attention: tuple[Attention, ...] = ()
+    """Kinds of attention that such a model has, the best first."""
     embeddings: tuple[Module, ...]
     final_norm: Module
     head: Module
@@ -64,11 +101,16 @@ class ModelShape:
     def modules(self) -> Iterator[Module]:
         """Every module under its full name, with a tied head, which holds no weights of its own."""
         yield from self.embeddings
-        for index in range(self.num_layers):
-            for module in self.layer:
+        for index, layer in enumerate(self.layers()):
+            for module in layer:
                 yield replace(module, name=f"{self.layers_name}.{index}.{module.name}")
         yield self.final_norm
         yield self.head
+
+    def layers(self) -> Iterator[tuple[Module, ...]]:
+        """The modules of each layer, first to last."""
+        kinds = (self.layer, *self.other_layers)
+        yield from (kinds[kind] for kind in self.kind_of_layer or (0,) * self.num_layers)
 
     @property
     def parameters_by_kind(self) -> dict[str, int]:
@@ -76,8 +118,9 @@ class ModelShape:
         counts: dict[str, int] = dict.fromkeys(get_args(Kind), 0)
         for module in (*self.embeddings, self.final_norm):
             counts[module.kind] += module.num_parameters
-        for module in self.layer:
-            counts[module.kind] += self.num_layers * module.num_parameters
+        for layer in self.layers():
+            for module in layer:
+                counts[module.kind] += module.num_parameters
         return counts | {"head": self.head.num_biases if self.is_tied else self.head.num_parameters}
 
     @property
@@ -90,16 +133,17 @@ class ModelShape:
 
     @property
     def expert_width(self) -> int:
-        """Width of what a token passes through in experts, each of which has three matrices; 0 without experts."""
-        return sum(module.copies_per_token * module.outputs // 3 for module in self.layer if module.kind == "experts")
+        """Width of what a token passes through in experts; 0 without experts."""
+        return max(sum(module.expert_width for module in layer) for layer in (self.layer, *self.other_layers))
 
     @property
     def num_product_weights(self) -> int:
         """Weights of the layers that a token is multiplied by."""
-        in_products = [module for module in self.layer if module.kind in ("attention", "mlp", "experts", "router")]
-        return self.num_layers * sum(module.copies_per_token * module.inputs * module.outputs for module in in_products)
+        kinds = ("attention", "mlp", "mixer", "experts", "router")
+        in_products = [module for layer in self.layers() for module in layer if module.kind in kinds]
+        return sum(module.copies_per_token * module.inputs * module.outputs for module in in_products)
 
     @property
     def num_quantizable(self) -> int:
         """Weights that bitsandbytes quantises: those of the linear layers without the head, and without biases."""
-        return self.num_layers * sum(module.inputs * module.outputs for module in self.layer if module.is_linear)
+        return sum(module.inputs * module.outputs for layer in self.layers() for module in layer if module.is_linear)

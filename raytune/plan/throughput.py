@@ -7,7 +7,7 @@ left out. Rows are mapped from files and are thousands of times smaller than wha
 from dataclasses import dataclass
 from typing import Literal
 
-from raytune.config.adapter import FullAdapter, QloraAdapter
+from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.hardware import Fabric, Gpu, Instance
 from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
@@ -111,10 +111,20 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
     again = forward if work.has_checkpointing else 0
     layers = (passes + again) * shape.num_product_weights * work.num_tokens
     head = passes * shape.head.inputs * shape.head.outputs * work.num_targets
-    adapter = 0 if trains_base else (6 + again) * work.trained.num_trainable * work.num_tokens
+    adapter = 0 if trains_base else (6 + again) * (work.trained.num_trainable - work.trained.num_in_experts) * work.num_tokens
     products = 2 + 5 + (2 if work.has_checkpointing else 0)
     attention = shape.num_layers * products * row_tokens * shape.heads * shape.head_dim * work.num_tokens
-    return float(layers + head + adapter + attention)
+    return float(layers + head + adapter + attention + _expert_update_flops(work, 6 + again))
+
+
+def _expert_update_flops(work: Workload, per_weight: int) -> float:
+    """Of updates of fused experts: PEFT adds B A to all of their weights, once per pass, and takes its gradient from theirs."""
+    if not isinstance(work.adapter, LoraAdapter) or not work.trained.num_updated_per_layer:
+        return 0.0
+    shape = work.shape
+    experts = [module for layer in shape.layers() for module in layer if module.kind == "experts"]
+    gradients = 2 * work.num_tokens * sum(one.copies_per_token * one.inputs * one.outputs for one in experts)
+    return gradients + len(experts) * per_weight * work.adapter.rank * work.trained.num_updated_per_layer
 
 
 def _memory_traffic_bytes(work: Workload) -> float:

@@ -46,10 +46,10 @@ def start_engine(
     is_plain = plan.engine.kind == "plain"
     engine = _plain_engine(plan, device, rank, world_size, kept) if is_plain else _zero_engine(plan, device)
     layer = attach_loss(engine.model, plan.loss.chunk_tokens)
-    attention = plan.model.attention
+    attention, packs = plan.model.attention, plan.model.packs
 
     def loss_sum(module: nn.Module, batch: Batch) -> Tensor:
-        return layer.loss_sum(module, batch, model_inputs(batch, attention))
+        return layer.loss_sum(module, batch, model_inputs(batch, attention, packs=packs))
 
     return engine, loss_sum
 
@@ -68,7 +68,7 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
         num_rows_in_run=plan.optimization.num_rows,
         seed=plan.seed,
     )
-    initialise_eva(model, (model_inputs(batch.to(device), plan.model.attention) for batch in batches))
+    initialise_eva(model, (model_inputs(batch.to(device), plan.model.attention, packs=plan.model.packs) for batch in batches))
 
 
 def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None) -> Engine:

@@ -20,6 +20,17 @@ def plain_lora_losses(plan: RunPlan) -> list[float]:
     return _losses(AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32), plan)
 
 
+def plain_expert_losses(plan: RunPlan) -> list[float]:
+    """LoRA on attention, and on fused experts by PEFT's `target_parameters`."""
+    model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
+    return _losses(model, plan, PROJECTIONS[:4], ["experts.gate_up_proj", "experts.down_proj"])
+
+
+def plain_losses(plan: RunPlan, modules: list[str], parameters: list[str] | None) -> list[float]:
+    """LoRA on what is named, a document at a time."""
+    return _losses(AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32), plan, modules, parameters)
+
+
 def plain_qlora_losses(plan: RunPlan) -> list[float]:
     """The same over a base that bitsandbytes holds in NF4, with its constants quantised too."""
     quantization = BitsAndBytesConfig(
@@ -35,10 +46,13 @@ def plain_qlora_losses(plan: RunPlan) -> list[float]:
     return _losses(model, plan)
 
 
-def _losses(model: torch.nn.Module, plan: RunPlan) -> list[float]:
+def _losses(
+    model: torch.nn.Module, plan: RunPlan, targets: list[str] = PROJECTIONS, parameters: list[str] | None = None
+) -> list[float]:
     assert plan.lora is not None
     torch.manual_seed(plan.seed)
-    config = LoraConfig(r=plan.lora.rank, lora_alpha=int(plan.lora.alpha), target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    rank, alpha = plan.lora.rank, int(plan.lora.alpha)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -174,7 +174,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(name: str) -> None:
     config = getattr(transformers, name)()
     known: Any = transformers.AutoModelForCausalLM._model_mapping
     model_class = known[type(config)]
-    with pytest.raises(ModelError, match="packed rows"):
+    with pytest.raises(ModelError, match="packed row"):
         check_attention(model_class, config, "varlen")
 
 

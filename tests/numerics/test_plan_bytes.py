@@ -75,6 +75,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**WIDE),
     "qwen2": transformers.Qwen2Config(**WIDE),
     "gemma": transformers.GemmaConfig(**WIDE, head_dim=16),
+    "mixtral": transformers.MixtralConfig(**WIDE, num_local_experts=4),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},

@@ -12,7 +12,7 @@ from raytune.config.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.meta_shape import UNBOUNDED_POSITIONS, meta_model, shape_of
-from raytune.plan.adapter_size import trained_size
+from raytune.plan.adapter_size import target_modules, target_parameters, trained_size
 from raytune.plan.architectures import model_shape
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.shapes import ModelShape
@@ -20,6 +20,7 @@ from tests.unit.test_plan_shapes import CONFIGS, SMALL
 from tests.unit.test_plan_shapes import meta_model as model_of
 
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4}
+SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 OTHERS: dict[str, PretrainedConfig] = {
     "opt": transformers.OPTConfig(
         vocab_size=101, hidden_size=24, ffn_dim=40, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=24
@@ -41,6 +42,28 @@ OTHERS: dict[str, PretrainedConfig] = {
     "smollm3": transformers.SmolLM3Config(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "starcoder2": transformers.Starcoder2Config(**SMALL),
     "gpt_oss": transformers.GptOssConfig(**SMALL, **MOE, head_dim=8),
+    "olmoe": transformers.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, **SPECIAL),
+    "phimoe, whose router is a linear layer": transformers.PhimoeConfig(**SMALL, **MOE, **SPECIAL),
+    "llama4, whose experts are the other way round": transformers.Llama4TextConfig(
+        **SMALL, num_local_experts=4, intermediate_size_mlp=16, head_dim=6, pad_token_id=0
+    ),
+    "hunyuan with a shared expert": transformers.HunYuanMoEV1Config(
+        **SMALL, num_experts=4, moe_topk=2, head_dim=6, pad_token_id=0
+    ),
+    "glm4 with a shared expert": transformers.Glm4MoeConfig(
+        **SMALL,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=0,
+        head_dim=6,
+        n_group=1,
+        topk_group=1,
+        pad_token_id=0,
+    ),
+    "granite with a shared expert": transformers.GraniteMoeSharedConfig(
+        **SMALL, **MOE, shared_intermediate_size=32, pad_token_id=0
+    ),
 }
 
 
@@ -84,6 +107,36 @@ def test_an_adapter_has_the_size_that_peft_gives_it(name: str) -> None:
     assert trained_size(adapter, shape_by_building(config)).num_trainable == trained
 
 
+@pytest.mark.parametrize("name", ["phimoe, whose router is a linear layer", "hunyuan with a shared expert", "gpt_oss", "olmoe"])
+def test_a_router_is_trained_only_if_it_is_named(name: str) -> None:
+    config = OTHERS[name]
+    shape = shape_by_building(config)
+    router = next(module for module in shape.layer if module.kind == "router")
+    group = LoraAdapter(method="lora", rank=4)
+    trained = [module.name for module in (*target_modules(group, shape), *target_parameters(group, shape))]
+    assert f"{shape.layers_name}.0.{router.name}" not in trained
+    assert any("experts" in name for name in trained)
+    named = {"target_modules": [router.name]} if router.is_linear_layer else {"target_parameters": [f"{router.name}.weight"]}
+    asked = LoraAdapter(method="lora", rank=4, **({"target_modules": ["q_proj"]} | named))
+    adapted = add_adapter(AutoModelForCausalLM.from_config(config), asked, revision=None, seed=0)
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any(f"{router.name}.lora_A" in name for name in names)
+    assert trained_size(asked, shape).num_trainable == sum(
+        parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad
+    )
+
+
+@pytest.mark.parametrize("asked", [["q_proj", "up_proj"], r".*shared_mlp\.up_proj"])
+def test_a_name_that_peft_takes_for_an_expert_is_refused(asked: str | list[str]) -> None:
+    """PEFT 0.21 would train the fused experts of such a model instead of its shared expert."""
+    config = OTHERS["hunyuan with a shared expert"]
+    adapter = LoraAdapter(method="lora", target_modules=asked)
+    with pytest.raises(ModelError, match=r"takes in .*shared_mlp\.up_proj, whose name PEFT takes for that of a fused expert"):
+        trained_size(adapter, shape_by_building(config))
+    with pytest.raises(ModelError, match=r"takes in .*shared_mlp\.up_proj, whose name PEFT takes for that of a fused expert"):
+        add_adapter(AutoModelForCausalLM.from_config(config), adapter, revision=None, seed=0)
+
+
 def test_keys_and_values_are_counted_where_one_matrix_holds_them() -> None:
     assert shape_by_building(OTHERS["falcon"]).kv_heads == 1
     assert shape_by_building(OTHERS["falcon with groups"]).kv_heads == 2
@@ -105,7 +158,7 @@ def test_a_model_without_a_bound_on_positions_has_a_wide_one() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.MambaConfig(vocab_size=101, hidden_size=24, num_hidden_layers=2), "no num_attention_heads"),
+        (transformers.Zamba2Config(**SMALL, layers_block_type=["mamba", "hybrid", "hybrid"]), "its layers share weights"),
         (
             transformers.DeepseekV3Config(
                 vocab_size=101, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, first_k_dense_replace=1
@@ -120,7 +173,7 @@ def test_a_model_without_a_bound_on_positions_has_a_wide_one() -> None:
             r"outside its layers it has model\.decoder\.project_out, model\.decoder\.project_in",
         ),
     ],
-    ids=["mamba", "deepseek_v3", "bart", "opt with projections"],
+    ids=["zamba2", "deepseek_v3", "bart", "opt with projections"],
 )
 def test_what_the_formulas_do_not_cover_is_refused(config: PretrainedConfig, reason: str) -> None:
     with pytest.raises(ModelError, match=f"cannot plan this {config.model_type} model: .*{reason}"):
@@ -138,14 +191,9 @@ def test_a_folder_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"model_type": "t5"}, "of type t5, which is not a causal language model"),
         ({"model_type": "no_such"}, "no_such"),
         ({"model_type": "phi", "hidden_size": 24, "num_attention_heads": 0}, "cannot build a phi model"),
-        (
-            {"model_type": "falcon"},
-            "FalconForCausalLM cannot use model.attention: varlen. raytune cannot train it",
-        ),
-        ({"model_type": "jamba"}, "carry state from one document of a packed row into the next"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "raytune does not run such code by default"),
     ],
-    ids=["no decoder", "unknown", "not buildable", "no packed rows", "state", "own code"],
+    ids=["no decoder", "unknown", "not buildable", "own code"],
 )
 def test_what_cannot_be_built_is_said(values: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -157,8 +205,8 @@ def test_why_a_model_is_not_planned_comes_back_from_the_process(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"hidden_size": 24}')
     with pytest.raises(ModelError, match="names no model_type"):
         read_model_shape(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ModelError, match=r"^MambaForCausalLM has layers of type linear_attention"):
+    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
+    with pytest.raises(ModelError, match=r"^raytune cannot plan this bart model: its attention is"):
         read_model_shape(str(tmp_path))
 
 

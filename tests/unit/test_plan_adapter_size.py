@@ -50,6 +50,34 @@ def test_embeddings_heads_exclusions_and_copies_count_as_in_peft(family: str, ad
     assert trained_size(adapter, model_shape(config.to_dict(), "x")).num_trainable == trained
 
 
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [
+        (family, adapter)
+        for family in ("mixtral", "qwen3_moe", "qwen2_moe")
+        for adapter in (
+            LoraAdapter(rank=3),
+            LoraAdapter(rank=3, target_modules="mlp"),
+            LoraAdapter(rank=3, target_modules="attention"),
+            LoraAdapter(rank=3, target_modules=[], target_parameters=["experts.down_proj"]),
+            LoraAdapter(rank=3, target_modules=["q_proj"], target_parameters=["gate_up_proj", "mlp.gate.weight"]),
+            LoraAdapter(rank=3, exclude_modules=["mlp.experts", "k_proj"]),
+            LoraAdapter(rank=3, exclude_modules=["model.layers.1.mlp.experts.down_proj"]),
+            LoraAdapter(rank=3, modules_to_save=["1.mlp.experts"]),
+            LoraAdapter(rank=3, target_modules=r".*\.0\..*q_proj"),
+            LoraAdapter(rank=3, rank_pattern={"experts.down_proj": 2, r"layers.1.mlp.experts.gate_up_proj": 5}),
+        )
+    ],
+)
+def test_updates_of_fused_experts_count_as_in_peft(family: str, adapter: LoraAdapter) -> None:
+    config = CONFIGS[family]
+    model = add_adapter(AutoModelForCausalLM.from_config(config), adapter, revision=None, seed=0)
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    size = trained_size(adapter, model_shape(config.to_dict(), "x"))
+    assert size.num_trainable == sum(trained.values())
+    assert size.num_in_experts == sum(number for name, number in trained.items() if ".experts." in name and ".lora_" in name)
+
+
 def test_full_fine_tuning_trains_everything() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["gemma2"])
@@ -63,6 +91,7 @@ def test_full_fine_tuning_trains_everything() -> None:
     ("adapter", "message"),
     [
         (LoraAdapter(target_modules=["query"]), r"\['query'\] matches no module of this llama model. .* down_proj, gate_proj"),
+        (LoraAdapter(target_modules=["q_proj", "gate_up_proj"]), r"\['gate_up_proj'\] matches no module"),
         (LoraAdapter(target_modules="q_proj"), r"A single string is a regular expression that must match a whole name"),
         (LoraAdapter(target_modules="(q_proj"), r"adapter.target_modules: '\(q_proj' is not a regular expression"),
         (LoraAdapter(rank_pattern={"(": 2}), r"adapter.rank_pattern: .* is not a regular expression"),
