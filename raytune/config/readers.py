@@ -293,7 +293,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
     # adapter
     **_read("adapter", "method", "plan.choose"),
-    **_read("adapter", "rank alpha dropout target_modules exclude_modules modules_to_save bias", "model.adapters"),
+    **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters"),
+    **_read("adapter", "modules_to_save bias", "model.adapters"),
     **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters"),
     **_read("adapter", "lora_plus_ratio", "plan.choose"),
     **_read(

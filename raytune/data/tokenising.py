@@ -351,7 +351,7 @@ def _compare_prompts(
     for index in range(len(prompts)):
         asked = encoded.input_ids[encoded.first_tokens[index] : encoded.first_tokens[index + 1]]
         tally.add("prompts_compared")
-        if found := difference(asked, input_ids, encoder.decode):
+        if found := difference(asked.tolist(), input_ids.tolist(), encoder.decode):
             tally.add("prompts_differ", row.origin, found)
 
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
 from raytune.config.training import Precision
 from raytune.errors import ModelError, UserError
-from raytune.plan.adapter_size import num_trained_biases, rank_of, saved_modules, target_modules
+from raytune.plan.adapter_size import num_trained_biases, rank_of, saved_modules, target_modules, target_parameters
 from raytune.plan.shapes import ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
 """Starts that take their share out of the base weights; saving makes an adapter of twice the rank out of them."""
 TRANSPOSED = ("gpt2", "openai-gpt")
 """Architectures whose layers are Conv1D, with weights of (inputs, outputs), which OLoRA in PEFT 0.21 does not turn around."""
-QUANTISED_KINDS = ("attention", "mlp")
-"""Kinds of modules that bitsandbytes holds; embeddings and the output head stay as they are."""
+QUANTISED_KINDS = ("attention", "mlp", "mixer")
+"""Kinds of modules that bitsandbytes holds; embeddings, fused experts and the output head stay as they are."""
 
 
 def check_adapter(adapter: Adapter, shape: ModelShape, precision: Precision) -> None:
@@ -55,16 +55,17 @@ def unread_adapter_settings(adapter: Adapter, shape: ModelShape) -> Iterator[str
     """A sentence for each setting that has no effect on this model's targets."""
     if not isinstance(adapter, LoraAdapter):
         return
-    targets = target_modules(adapter, shape)
+    targets = _updated(adapter, shape)
     embeddings = [module.name for module in targets if module.kind == "embedding"]
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
             if not any(_matches(pattern, module.name, setting) for module in targets):
                 yield f"adapter.{setting} {pattern!r} is not read: no module with an update has such a name."
     if adapter.exclude_modules:
-        everything = {module.name for module in target_modules(adapter.model_copy(update={"exclude_modules": []}), shape)}
+        everything = {module.name for module in _updated(adapter.model_copy(update={"exclude_modules": []}), shape)}
+        left_out = everything - {module.name for module in targets}
         for name in adapter.exclude_modules:
-            if not any(full == name or full.endswith(f".{name}") for full in everything):
+            if not any(f".{full}.".find(f".{name}.") >= 0 for full in left_out):
                 yield f"adapter.exclude_modules {name!r} is not read: adapter.target_modules takes in no module of that name."
     if adapter.lora_plus_ratio and not embeddings and adapter.lora_plus_embedding_rate != _DEFAULT.lora_plus_embedding_rate:
         yield "adapter.lora_plus_embedding_rate is not read: no embedding gets an update."
@@ -74,12 +75,17 @@ def unread_adapter_settings(adapter: Adapter, shape: ModelShape) -> Iterator[str
         yield f"adapter.init is eva, but {', '.join(embeddings)} starts as by default: EVA looks at linear layers only."
 
 
+def _updated(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
+    """All that gets an update: layers, and parameters beside them."""
+    return [*target_modules(adapter, shape), *target_parameters(adapter, shape)]
+
+
 _DEFAULT = LoraAdapter()
 
 
 def _check_names(adapter: LoraAdapter, shape: ModelShape) -> None:
     """Names and patterns that match nothing in the model at all: they are misspelt."""
-    names = [module.name for module in shape.modules()]
+    names = [module.name for module in (*shape.modules(), *target_parameters(adapter, shape))]
     parts = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
     for name in adapter.exclude_modules:
         if not any(part == name or part.endswith(f".{name}") for part in parts):

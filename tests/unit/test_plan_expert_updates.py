@@ -69,8 +69,11 @@ def test_what_peft_cannot_do_for_experts_is_refused_with_what_it_can(adapter: di
     config = CONFIGS["mixtral"]
     shape = model_shape(config.to_dict(), "x")
     with pytest.raises(RaytuneError, match=said + r".*leave the experts frozen with adapter.exclude_modules: \[mlp.experts\]"):
-        planned(shape=shape, adapter={"method": "lora"} | adapter)
-    assert planned(shape=shape, adapter={"method": "lora", **adapter, "exclude_modules": ["mlp.experts"]}).num_trainable > 0
+        planned(shape=shape, adapter={"method": "lora", "rank": 4} | adapter)
+    assert (
+        planned(shape=shape, adapter={"method": "lora", "rank": 4, **adapter, "exclude_modules": ["mlp.experts"]}).num_trainable
+        > 0
+    )
     if adapter.get("init") != "eva":  # which fails at the first batch
         with pytest.raises((ValueError, AttributeError)):  # not for nothing
             add_adapter(AutoModelForCausalLM.from_config(config), LoraAdapter(rank=2, **adapter), revision=None, seed=0)
