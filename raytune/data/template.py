@@ -250,7 +250,7 @@ class ChatTemplate:
         """
         *before, last = conversation.messages or ({"role": None},)
         if last["role"] != "assistant" or not before:
-            raise RowError("its last turn is not an answer to something")
+            raise RowError("its last turn is not an answer to something, which there has to be to ask for it")
         text = self._renderer.one(Job(before, conversation.tools, True))
         if isinstance(text, RowError):
             raise text

@@ -34,16 +34,14 @@ def read_questions(
     questions: list[Question] = []
     for conversation in islice(chain.from_iterable(read_conversations(source, downloads) for source in sources), max_rows):
         try:
-            prompt = template.prompt(conversation)
+            prompt, expected = template.prompt(conversation), template.expected(conversation)
         except RowError as error:
-            raise DataError(
-                f"evaluation.generation.rows: {conversation.origin}: {error}. Every row must end with an answer."
-            ) from error
+            raise DataError(f"evaluation.generation.rows: {conversation.origin}: {error}.") from error
         questions.append(
             Question(
                 prompt=prompt,
                 prompt_ids=tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]),  # pyright: ignore[reportArgumentType]
-                expected=template.expected(conversation),
+                expected=expected,
             )
         )
     if not questions:

@@ -35,18 +35,6 @@ IGNORED = -100
 CONTEXT_LENGTH = 2048
 NUM_WARMUP_STEPS = 50
 
-# ChatML. The end-of-turn token is also eos, so a model that ends its turn ends its generation.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
-    "{{- '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-
 
 def demo_base_path() -> Path:
     """The folder with the packaged base: config, weights and tokenizer in the format of transformers."""
@@ -68,7 +56,7 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=CONTEXT_LENGTH,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = (DEMO_BASE / "chat_template.jinja").read_text()
     return tokenizer
 
 
