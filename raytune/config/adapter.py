@@ -29,12 +29,13 @@ class LoraAdapter(Section):
     """Dropout on the input of the update."""
     target_modules: TargetGroup | Text | list[Text] = "all-linear"
     """Layers that get an update: a group (`all-linear`, `attention`, `mlp`), a list of module names, or a regular expression
-    that must match a module's whole name. The output head is never part of a group."""
+    that must match a module's whole name. `all-linear` and `mlp` take in the fused experts of a mixture; the output head is never
+    part of a group."""
     target_parameters: list[Text] = []
     """Matrices outside linear layers that get an update as well, by their names or the ends of these: the fused experts of a
     mixture (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), or its router."""
     exclude_modules: list[Text] = []
-    """Module names that `target_modules` would take but that stay frozen."""
+    """Names of modules, and of parameters of fused experts, that `target_modules` would take but that stay frozen."""
     modules_to_save: list[Text] = []
     """Modules outside the update that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from raytune.config.section import Auto, Fraction, PositiveInt, Section, Text
 
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+"""Of files with rows; what has none of them is a folder, or a data set of a hub."""
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -60,17 +62,18 @@ class DataSection(Section):
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
     too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"
-    """What happens to a longer document. `truncate` cuts the end and says how many answers lost tokens; `split` cuts it into
+    """What happens to a longer document. `truncate` cuts the end and says how many rows lost trained tokens; `split` cuts it into
     several. `auto`: `split` for plain text, `truncate` for chats."""
     packing: Literal["best_fit", "token_budget", "none"] = "best_fit"
     """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length`
-    tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice."""
+    tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice.
+    Models whose layers keep a state (LFM2, Qwen3-Next, Jamba, Nemotron-H, Mamba) need `none`: a document per forward pass."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` lists the bad rows with file and line and stops; `skip` leaves them out and counts them."""
     on_prompt_mismatch: Literal["error", "accept"] = "error"
     """What happens where answers are trained behind other tokens than the template's prompt for them has (a tokenizer that takes
     a space of the prompt into the answer's first word, a prompt that opens a thought): `error` stops if that is so for more than
-    1 % of the answers that are compared, with examples; `accept` goes on. Both say how many."""
+    2 % of the answers of a source that are compared, a sample, with examples; `accept` goes on. Both say how many."""
     store: Text | None = None
     """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
 

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from raytune.config.adapter import QloraAdapter
-from raytune.config.data import DataSource
+from raytune.config.data import FILE_ENDINGS, DataSource
 from raytune.config.keys import schema_path
 from raytune.config.problems import dotted, shown
 from raytune.config.run import RunConfig
@@ -251,10 +251,9 @@ def _is_a_folder(base: str) -> bool:
 
 def _has_splits(path: str) -> bool:
     """Whether a path may be a hub data set or a `save_to_disk` folder, as far as its name tells."""
-    return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in _FILE_ENDINGS
+    return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in FILE_ENDINGS
 
 
-_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 

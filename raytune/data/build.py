@@ -104,6 +104,7 @@ class StoreRequest:
     packing: Packing
     on_bad_row: Literal["error", "skip"]
     on_prompt_mismatch: Literal["error", "accept"] = "error"
+    """Decides whether the store may be used, and nothing of what is in it."""
     tokenizer_fingerprint: str
     """`template.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
@@ -111,12 +112,12 @@ class StoreRequest:
     validation_fraction: float = 0.0
 
     def address(self, fingerprints: Sequence[Sequence[str]]) -> str:
-        """Name of the store: equal for equal tokens in equal rows.
+        """Name of the store: equal only for equal tokens in equal rows.
 
         Args:
             fingerprints: for each source, those of its files.
         """
-        what = asdict(self) | {
+        what = {name: value for name, value in asdict(self).items() if name != "on_prompt_mismatch"} | {
             "sources": [
                 {
                     "format": source.format,
@@ -170,7 +171,7 @@ def build_store(
         address = request.address([[file.fingerprint for file in files] for files in scanned])
         final = stores / address
         if (found := _intact(final)) is not None:
-            return found
+            return _with_its_prompts(found, request)
         options = TokenisingOptions(
             tokenizer_path=tokenizer_path,
             tokenizer_revision=tokenizer_revision,
@@ -202,7 +203,7 @@ def build_store(
         }
         write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
         sync_local_folder(built)
-        return _put_in_place(built, final, read_info(final, meta))
+        return _with_its_prompts(_put_in_place(built, final, read_info(final, meta)), request)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -294,9 +295,6 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
         raise bad_rows_error(total)
     if counts["dropped"] and request.too_long == "error":
         raise too_long_error(total, request.max_length)
-    share = counts["prompts_differ"] / max(1, counts["prompts_compared"])
-    if share > TOLERATED_SHARE and request.on_prompt_mismatch == "error":
-        raise prompt_mismatch_error(total)
     if not counts["documents"]:
         longer = f"data.max_length, {request.max_length} tokens"
         reasons = {
@@ -310,6 +308,19 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
         names = ", ".join(source.path for source in request.sources)
         raise DataError("\n".join([f"No row of {names} can be trained on. Of {counts['rows']} rows", *lost]))
     return tallies
+
+
+def _with_its_prompts(info: StoreInfo, request: StoreRequest) -> StoreInfo:
+    """The store, unless the answers of a source are trained behind other tokens than their prompts have.
+
+    Raises:
+        DataError: if they are, and that is not accepted.
+    """
+    if request.on_prompt_mismatch == "error":
+        for source in info.report.sources:
+            if source.prompts_differ > TOLERATED_SHARE * source.prompts_compared:
+                raise prompt_mismatch_error(source)
+    return info
 
 
 def _last_part(path: str) -> str:

@@ -11,8 +11,8 @@ from raytune.data.conversation import Conversation, RowError
 from raytune.data.masking import Targets, trained_turns
 from raytune.data.template import ChatTemplate
 
-TOLERATED_SHARE = 0.01
-"""Of the compared answers. More than that is how a data set or a template is made, and not a stray row."""
+TOLERATED_SHARE = 0.02
+"""Of the compared answers of a source. More than that is how its rows or the template are made, and not a stray row."""
 
 _NUM_SHOWN = 4
 
@@ -26,9 +26,8 @@ def prompts_to_compare(template: ChatTemplate, conversation: Conversation, text:
     Args:
         text: what the template made of the conversation.
     """
-    if not isinstance(targets, str) or targets == "all":
-        return []
-    turns = [turn for turn in trained_turns(conversation.messages, targets) if turn > 0]
+    trained = range(len(conversation.messages)) if targets == "all" else trained_turns(conversation.messages, targets)
+    turns = [turn for turn in trained if turn > 0 and conversation.messages[turn]["role"] == "assistant"]
     prompts = zip(turns, template.prompts(conversation, turns))
     return [
         prompt for turn, prompt in prompts if not isinstance(prompt, RowError) and (turn == turns[-1] or text.startswith(prompt))

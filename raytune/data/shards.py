@@ -1,7 +1,7 @@
 """What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +11,7 @@ from raytune.data.masking import Targets
 from raytune.data.sources import Segment
 from raytune.data.split import Side
 from raytune.errors import DataError
+from raytune.plan.data_report import SourceReport
 
 TooLong = Literal["truncate", "drop", "split", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
@@ -101,20 +102,24 @@ def too_long_error(tally: Tally, max_length: int) -> DataError:
     )
 
 
-def prompt_mismatch_error(tally: Tally) -> DataError:
-    return _rows_error(
-        tally,
-        "prompts_differ",
-        f"of {tally.counts['prompts_compared']} compared ones {'is' if tally.counts['prompts_differ'] == 1 else 'are'} trained "
-        f"behind other tokens than their prompt has, so that a tuned model would be asked what it was not taught",
+def prompt_mismatch_error(source: SourceReport) -> DataError:
+    differ, compared = source.prompts_differ, source.prompts_compared
+    return _counted_error(
+        f"{source.name}: {differ} of {compared} compared answers {'is' if differ == 1 else 'are'} trained behind other tokens "
+        f"than their prompt has, so that a tuned model would be asked what it was not taught:",
+        differ,
+        source.examples["prompts_differ"],
         "Move white space from the end of a prompt to the beginning of its answer, write what the prompt opens (a thought, say) "
         "into the answers, or choose another data.template. If it is as it should be, set data.on_prompt_mismatch: accept.",
-        one="answer",
     )
 
 
-def _rows_error(tally: Tally, what: str, are: str, fix: str, one: str = "row") -> DataError:
-    count, examples = tally.counts[what], tally.examples[what]
-    rows = f"1 {one}" if count == 1 else f"{count} {one}s"
+def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:
+    count = tally.counts[what]
+    rows = "1 row" if count == 1 else f"{count} rows"
+    return _counted_error(f"{rows} {are}:", count, tally.examples[what], fix)
+
+
+def _counted_error(what: str, count: int, examples: Sequence[str], fix: str) -> DataError:
     more = [f"  and {count - len(examples)} more"] if count > len(examples) else []
-    return DataError("\n".join([f"{rows} {are}:", *(f"  {example}" for example in examples), *more, fix]))
+    return DataError("\n".join([what, *(f"  {example}" for example in examples), *more, fix]))

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
 from raytune.config.training import Precision
 from raytune.errors import ModelError, UserError
-from raytune.plan.adapter_size import num_trained_biases, rank_of, saved_modules, target_modules, target_parameters
+from raytune.plan.adapter_size import (
+    all_parameters,
+    num_trained_biases,
+    quant_storage,
+    rank_of,
+    saved_modules,
+    target_modules,
+    target_parameters,
+)
 from raytune.plan.shapes import ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
@@ -85,7 +93,7 @@ _DEFAULT = LoraAdapter()
 
 def _check_names(adapter: LoraAdapter, shape: ModelShape) -> None:
     """Names and patterns that match nothing in the model at all: they are misspelt."""
-    names = [module.name for module in (*shape.modules(), *target_parameters(adapter, shape))]
+    names = [module.name for module in (*shape.modules(), *all_parameters(shape))]
     parts = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
     for name in adapter.exclude_modules:
         if not any(part == name or part.endswith(f".{name}") for part in parts):
@@ -202,7 +210,7 @@ def _check_quantised(adapter: QloraAdapter, shape: ModelShape, targets: list[Mod
                 f"adapter.init is orthogonal, which takes its dtype from the base weights, but {integers} makes {touched}'s "
                 f"integers: the adapter could not be made. Set {fix}, or adapter.init to default, gaussian or eva."
             )
-    storage = precision if adapter.quant_storage == "auto" else adapter.quant_storage
+    storage = quant_storage(adapter, precision)
     if adapter.quantization != "int8" and storage not in ("uint8", precision):
         raise UserError(
             f"adapter.quant_storage is {storage}, but the other weights are in {precision}: casting one to the other would "

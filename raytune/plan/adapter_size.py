@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter
+from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.training import Precision
 from raytune.errors import ModelError
 from raytune.plan.shapes import Matrix, ModelShape, Module
 
@@ -118,6 +120,11 @@ def _no_such_layer(wanted: str | list[str], adapter: LoraAdapter, shape: ModelSh
     )
 
 
+def all_parameters(shape: ModelShape) -> list[Module]:
+    """Parameters outside linear layers that could get an update, each as a module of its own."""
+    return [parameter for module in shape.modules() for parameter in _bare_parameters(module)]
+
+
 def target_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     """Parameters outside linear layers that get an update, each as a module of its own: of fused experts and of routers.
 
@@ -126,7 +133,7 @@ def target_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     Raises:
         ModelError: if a name matches none of them.
     """
-    theirs = [parameter for module in shape.modules() for parameter in _bare_parameters(module)]
+    theirs = all_parameters(shape)
     for name in adapter.target_parameters:
         if not any(_has_name(parameter.name, [name]) for parameter in theirs):
             raise ModelError(_no_such_parameter(name, theirs, shape))
@@ -275,3 +282,8 @@ def num_trained_biases(adapter: LoraAdapter, shape: ModelShape, targets: list[Mo
             # A saved module's original stays frozen, its bias too; those of fused experts are not called `bias`.
             free = (module for module in shape.modules() if not _is_saved(module.name, adapter.modules_to_save))
             return sum(module.num_biases for module in free if module.kind != "experts")
+
+
+def quant_storage(adapter: QloraAdapter, precision: Precision) -> Precision | Literal["uint8"]:
+    """The dtype that packed weights are stored as: the run's, which ZeRO-3 can shard with all others."""
+    return precision if adapter.quant_storage == "auto" else adapter.quant_storage

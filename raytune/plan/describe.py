@@ -53,10 +53,11 @@ def plan_text(plan: RunPlan) -> str:
         "Rows that are not used as they are:": losses,
         "Chosen automatically:": plan.reasons,
     }
-    return "\n".join([*lines, *(line for heading, told in sections.items() for line in _section(heading, told))])
+    return "\n".join([*lines, *(line for heading, told in sections.items() for line in section(heading, told))])
 
 
-def _section(heading: str, lines: Sequence[str]) -> list[str]:
+def section(heading: str, lines: Sequence[str]) -> list[str]:
+    """Lines of a text below its table; none if there is nothing to say."""
     return ["", heading, *(f"  {line}" for line in lines)] if lines else []
 
 

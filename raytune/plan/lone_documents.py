@@ -46,9 +46,9 @@ def choose_lone_attention(wanted: str, usable: list[Attention], shape: ModelShap
         PlanError: if the one asked for is not among them.
     """
     both: list[Attention] = [kind for kind in shape.lone_attention if kind in usable]
+    if not both:
+        raise PlanError(f"No attention of this {shape.model_type} model ({', '.join(shape.lone_attention)}) works here.")
     if wanted == "auto":
-        if not both:
-            raise PlanError(f"No attention of this {shape.model_type} model ({', '.join(shape.lone_attention)}) works here.")
         return Choice(both[0], f"model.attention is {both[0]}, transformers' own: each forward pass has one document.")
     chosen: list[Attention] = [kind for kind in both if kind == wanted]
     if not chosen:

@@ -10,7 +10,7 @@ from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.adapter_limits import check_adapter, is_quantised_dora
-from raytune.plan.adapter_size import trained_size
+from raytune.plan.adapter_size import quant_storage, trained_size
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
 from raytune.plan.expert_updates import check_expert_updates
@@ -72,7 +72,6 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     check_expert_updates(config, shape)
     check_adapter(config.adapter, shape, precision)
     _check_kernels(config, shape, device)
-    _check_metric(config)
     _check_cluster(config.cluster)
 
 
@@ -190,7 +189,7 @@ def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precisio
         limits.append(StageLimit(0, 0, "training.precision is fp16 on CPUs, for which DeepSpeed needs AVX512-FP16"))
     if isinstance(adapter, QloraAdapter) and adapter.quantization == "int8":
         limits.append(StageLimit(0, 2, "adapter.quantization is int8, whose weights cannot be sharded"))
-    if isinstance(adapter, QloraAdapter) and _quant_storage(adapter, precision) != precision:
+    if isinstance(adapter, QloraAdapter) and quant_storage(adapter, precision) != precision:
         because = f"adapter.quant_storage is {adapter.quant_storage}, which cannot be sharded with weights in {precision}"
         limits.append(StageLimit(0, 2, because))
     if is_quantised_dora(adapter, shape):
@@ -206,7 +205,7 @@ def resolve_adapter(adapter: Adapter, precision: Precision) -> Choice[Adapter]:
     if not isinstance(adapter, QloraAdapter):
         return Choice(adapter)
     compute = _compute_dtype(adapter, precision)
-    storage = _quant_storage(adapter, precision)
+    storage = quant_storage(adapter, precision)
     reasons = []
     if adapter.compute_dtype == "auto":
         reasons.append(f"adapter.compute_dtype is {compute}, the run's precision.")
@@ -220,10 +219,6 @@ def _compute_dtype(adapter: QloraAdapter, precision: Precision) -> Precision:
     return precision if adapter.compute_dtype == "auto" else adapter.compute_dtype
 
 
-def _quant_storage(adapter: QloraAdapter, precision: Precision) -> Precision | Literal["uint8"]:
-    return precision if adapter.quant_storage == "auto" else adapter.quant_storage
-
-
 def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
     if not config.training.liger:
         return
@@ -231,16 +226,6 @@ def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None
         raise PlanError("training.liger needs GPUs: its kernels are written in Triton. Set it to false.")
     if shape.model_type in WITHOUT_LIGER:
         raise PlanError(f"training.liger has no kernels for a {shape.model_type} model and would do nothing. Set it to false.")
-
-
-def _check_metric(config: RunConfig) -> None:
-    has_validation = bool(config.data.validation or config.data.validation_fraction)
-    is_asked_for = "metric" in config.checkpoint.model_fields_set
-    if is_asked_for and not has_validation:
-        raise UserError(
-            f"checkpoint.metric is {config.checkpoint.metric!r}, but nothing is evaluated: the config has neither "
-            f"data.validation nor data.validation_fraction. Give one of them, or leave checkpoint.metric out."
-        )
 
 
 def _check_cluster(section: ClusterSection) -> None:

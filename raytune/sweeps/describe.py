@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raytune.plan.data_report import losses_text, report_table
+from raytune.plan.describe import section
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
@@ -19,12 +20,17 @@ _RULES = {
 
 
 def sweep_text(plan: SweepPlan) -> str:
-    """What is going to happen, in aligned columns, and what is lost of the data."""
+    """What is going to happen, in aligned columns; below it what is to be noted, and what is lost of the data."""
     rows = sweep_table(plan)
     width = max(len(label) for label, _ in rows)
     losses = dict.fromkeys(line for report in plan.data_reports for line in losses_text(report))
-    below = ["", "Rows that are not used as they are:", *(f"  {line}" for line in losses)] if losses else []
-    return "\n".join([*(f"{label:<{width}}  {value}" for label, value in rows), *below])
+    return "\n".join(
+        [
+            *(f"{label:<{width}}  {value}" for label, value in rows),
+            *section("To be noted:", plan.notes),
+            *section("Rows that are not used as they are:", list(losses)),
+        ]
+    )
 
 
 def sweep_table(plan: SweepPlan) -> list[tuple[str, str]]:

@@ -45,6 +45,8 @@ class SweepPlan:
     """Over all trials. Rules other than halving are not predicted: their worst case is the full grid."""
     data_reports: tuple[DataReport, ...] = ()
     """What became of the rows; several where trials read them differently."""
+    notes: tuple[str, ...] = ()
+    """What is to be noted of their models."""
 
     @property
     def halving(self) -> Halving:
@@ -119,6 +121,7 @@ def plan_sweep(section: SweepSection, name: str, num_trials: int, plans: Sequenc
         workers=max(plan.batch.workers for plan in plans),
         cost=expected_cost(halving, num_trials, budget),
         data_reports=_distinct([plan.data_report for plan in plans if plan.data_report]),
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
     )
 
 

@@ -90,8 +90,9 @@ def _zero_engine(plan: RunPlan, device: torch.device) -> Engine:
     from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
 
     check_offload(plan)
-    # Before weights are sharded as they are loaded: then rank 0 alone would see a wrong shape, and the others wait for it.
-    check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+    if plan.engine.zero_stage == 3:
+        # Weights are sharded as they are loaded, so that rank 0 alone would see a wrong shape, and the others wait for it.
+        check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
     with sharded_loading(plan, device) as shard:
         model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
     _look_at_data(model, plan, device)

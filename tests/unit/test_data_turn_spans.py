@@ -360,7 +360,7 @@ def test_answers_behind_other_tokens_than_their_prompts_stop_the_run_with_an_exa
     with pytest.raises(DataError) as refused:
         case_12("space_in_prompt", tmp_path)
     message = str(refused.value)
-    assert "8 answers of 8 compared ones are trained behind other tokens" in message
+    assert "space_in_prompt.jsonl: 8 of 8 compared answers are trained behind other tokens" in message
     assert "space_in_prompt.jsonl:1: asked with the tokens ' Answer|:| ', trained behind ' Answer|:| red" in message
     assert "data.on_prompt_mismatch: accept" in message
 
@@ -375,7 +375,7 @@ def test_a_waiver_goes_on_and_says_how_many(tmp_path: Path) -> None:
 def test_a_prompt_that_opens_a_thought_which_rows_do_not_have_stops_the_run(tmp_path: Path) -> None:
     opens = CHATML.replace("%END%", "<|im_end|>\n").replace("%PROMPT%", PROMPT.replace("assistant\n", "assistant\n<think>\n"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("Q1", "A1").messages}) + "\n")
-    with pytest.raises(DataError, match="is trained behind other tokens than their prompt"):
+    with pytest.raises(DataError, match="1 of 1 compared answers is trained behind other tokens"):
         tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("Q1", "<think>\nhm\n</think>\n\nA1").messages}) + "\n")
     info = tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens)

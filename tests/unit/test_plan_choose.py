@@ -378,7 +378,6 @@ NO_DATA_NEEDED: dict[str, tuple[Machine, dict[str, Any], str]] = {
     "liger on CPU": (CPU, {"training": {"liger": True}}, "its kernels are written in Triton. Set it to false"),
     "DeepSpeed's batch": (CPU, {"training": {"zero": {"overrides": {"train_batch_size": 8}}}}, "Set training.global_batch_size"),
     "no such layer": (CPU, {"adapter": {"method": "lora", "target_modules": ["query"]}}, "matches no module"),
-    "metric without rows": (CPU, {"checkpoint": {"metric": "validation/loss"}}, "neither data.validation nor"),
     "rows longer than the model": (CPU, {"data": {"max_length": 10**6}}, "Set data.max_length to"),
 }
 
