@@ -394,8 +394,9 @@ class ChatTemplate:
         """
         fields = fields_of(row)
         marks = Marks.absent_from(text)
-        for kinds in _MARKED_KINDS if marks else ():
-            assert marks is not None
+        if marks is None:
+            raise RowError("has all the signs with which raytune looks for a turn in the text, ⸨0⸩ ⦗0⦘ ⟬0⟭; take one of them out")
+        for kinds in _MARKED_KINDS:
             marked_fields = [field for field in fields if field.kind in kinds]
             messages, tools = marks.around(marked_fields, row)
             marked = self._renderer.one(Job(messages, tools))

@@ -207,6 +207,32 @@ STRIPS_EARLIER = (
 )
 
 
+STRIPS_THOUGHTS = """{%- for message in messages %}
+{%- set text = message.content %}
+{%- if message.role == 'assistant' and '</think>' in text and not (KEEPS and loop.last) %}
+{%- set text = text.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\n' + text + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def test_a_thought_that_the_prompt_opens_is_a_thought_too() -> None:
+    row = chat("Q", "why\n</think>\n\nA", "R", "how\n</think>\n\nB")
+    strips = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "false"))
+    assert "strips the thought (</think>) in content of turn 2" in refusal(strips, row)
+    keeps_last = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "true"))
+    assert "train that one alone with data.targets: last" in refusal(keeps_last, row)
+    assert trained(keeps_last, row, "last") == ["how\n</think>\n\nB<|im_end|>"]
+
+
+def test_signs_that_look_like_our_own_marks_are_trained_or_named() -> None:
+    template = ChatTemplate(tiny_tokenizer(), resolve_template("qwen", tiny_tokenizer()))
+    row = chat("Q ⸨0⸩ ⦗ ⟬", call({"city": "⦗x⦘"}), RESULT, "⸨1⸩ ⟬⟭", tools=[TOOL])
+    assert trained(template, row)[1] == "⸨1⸩ ⟬⟭<|im_end|>"
+    assert "has all the signs" in refusal(template, chat("⸨0⸩ ⦗0⦘ ⟬0⟭", call({"city": "x"}), RESULT, "A"))
+
+
 def test_a_thought_that_the_template_strips_is_the_named_cause_and_targets_last_the_way_out() -> None:
     template = ChatTemplate(tiny_tokenizer(), STRIPS_EARLIER)
     row = chat("Q1", "<think>hm</think>A1", "Q2", "<think>so</think>A2")
