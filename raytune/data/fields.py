@@ -21,6 +21,8 @@ _THOUGHT = re.compile(
     r"(?P<thought>.*?)(?P<close></(?P=tag)>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷)",
     re.DOTALL,
 )
+# Behind a prompt that opens the thought, an answer begins inside of it.
+_THOUGHT_END = re.compile(r"</(?:[a-z_:|]*think[a-z_]*\|?|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷")
 # Templates look at how a turn begins and ends (`<tool_response>`, say), so marks stand inside such tags.
 _TAG_BEFORE = re.compile(r"<[^<>\s]{1,40}>")
 _TAG_BEHIND = re.compile(r"<[^<>\s]{1,40}>$")
@@ -64,7 +66,7 @@ def fields_of(conversation: Conversation) -> list[Field]:
 
 
 def has_thought(content: str) -> bool:
-    return _THOUGHT.search(content) is not None
+    return _THOUGHT_END.search(content) is not None
 
 
 def _content_fields(turn: int, message: Message) -> Iterator[Field]:
@@ -75,8 +77,11 @@ def _content_fields(turn: int, message: Message) -> Iterator[Field]:
     if message["role"] != "assistant":
         yield from _whole(turn, "content", "content", path, content, inside_tags=True)
         return
-    at = 0
-    for found in _THOUGHT.finditer(content):
+    at, first = 0, _THOUGHT.search(content)
+    if (end := _THOUGHT_END.search(content)) and not (first and first.start() < end.start()):
+        yield from _piece(turn, "thought", f"the thought ({end[0]}) in content", path, content, 0, end.start())
+        at = end.end()
+    for found in _THOUGHT.finditer(content, at):
         yield from _piece(turn, "content", "content", path, content, at, found.start("open"))
         tag = found["open"]
         yield from _piece(turn, "thought", f"the thought ({tag}) in content", path, content, *found.span("thought"))
@@ -154,7 +159,7 @@ class Marks:
 
     @classmethod
     def absent_from(cls, text: str) -> "Marks | None":
-        return next((cls(*pair) for pair in _PAIRS if pair[0] not in text and pair[1] not in text), None)
+        return next((cls(*pair) for pair in _PAIRS if not re.search(rf"{pair[0]}\d+{pair[1]}", text)), None)
 
     def around(self, fields: Sequence[Field], conversation: Conversation) -> tuple[list[Message], list[Any] | None]:
         """Messages and tools of a conversation with marks around some of its fields."""

@@ -157,6 +157,9 @@ def _tools(row: Mapping[str, Any], column: str) -> list[Any] | None:
         tools = from_json(tools, column) if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise RowError(f"'{column}' is {kind_of(tools)}, expected a list")
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, dict):
+            raise RowError(f"'{column}[{index}]' is {kind_of(tool)}, expected an object: the JSON schema of a function")
     return tools or None
 
 

@@ -194,6 +194,8 @@ def _read_csv(segment: Segment) -> Iterator[Row | BadRow]:
         columns = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{segment.file.name}:1: the header cannot be read: {error}.") from error
+    if columns[:1] == [""]:  # the index that pandas writes, under the name that pandas reads it by
+        columns[0] = "Unnamed: 0"
     if problems or len(set(columns)) < len(columns) or not all(column.strip() for column in columns):
         reason = problems[0] if problems else f"every column needs a name of its own, found {columns}"
         raise DataError(f"{segment.file.name}:1: the header cannot be used: {reason}.")
@@ -245,7 +247,7 @@ def _read_parquet(segment: Segment) -> Iterator[Row | BadRow]:
 
     with named_errors(segment.file), pyarrow.parquet.ParquetFile(segment.file.path) as parquet:
         batches = parquet.iter_batches(batch_size=256, row_groups=list(range(segment.start, segment.stop or 0)))
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        rows = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches)
         for line, values in enumerate(rows, segment.first_line):
             yield Row(_without_filled_nulls(values), line)
 

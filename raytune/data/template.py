@@ -199,7 +199,7 @@ class ChatTemplate:
             appended = rendered.text[len(text.rstrip()) :].strip()
             notes.append(f"{self._name} does not end the last answer of a chat; {appended!r} is put behind it and trained.")
         end = self._ends.behind("assistant", "user", False)
-        if self._ends.last("assistant") == "" and self._ends.next_marker:
+        if self._ends.last("assistant") is not None and self._ends.next_marker:
             notes.append(
                 f"{self._name} ends an answer with the marker of the next turn ({self._ends.next_marker}). The last answer of "
                 f"a chat has none behind it, so its end is not trained; a copy of the template that writes one there trains it."
@@ -394,8 +394,9 @@ class ChatTemplate:
         """
         fields = fields_of(row)
         marks = Marks.absent_from(text)
-        for kinds in _MARKED_KINDS if marks else ():
-            assert marks is not None
+        if marks is None:
+            raise RowError("has all the signs with which raytune looks for a turn in the text, ⸨0⸩ ⦗0⦘ ⟬0⟭; take one of them out")
+        for kinds in _MARKED_KINDS:
             marked_fields = [field for field in fields if field.kind in kinds]
             messages, tools = marks.around(marked_fields, row)
             marked = self._renderer.one(Job(messages, tools))

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.fields import REASONING
 from raytune.data.formats import format_of, names_format, read_row
 from raytune.data.masking import Targets, target_mask, trained_turns
 from raytune.data.prompts import difference, prompts_to_compare
@@ -383,7 +384,7 @@ def _is_skipped(message: Message) -> bool:
 
 
 def _is_blank_answer(message: Message) -> bool:
-    if message["role"] != "assistant" or message.get("tool_calls") or message.get("reasoning_content"):
+    if message["role"] != "assistant" or message.get("tool_calls") or any(message.get(key) for key in REASONING):
         return False
     return not (message.get("content") or "").strip()
 

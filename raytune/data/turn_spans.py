@@ -101,9 +101,15 @@ class TurnSpans:
             RowError: if they hold nothing of it.
         """
         lower, upper = self._bounds(turn)
-        written = self._start(turn, prompt) if self._own.get(turn) else lower
+        if self._own.get(turn):
+            written = self._start(turn, prompt)
+        else:
+            asked = len(prompt) if isinstance(prompt, str) and self._text.startswith(prompt) else lower
+            written = asked if lower <= asked <= upper else lower
         own = [
-            (max(start, written), stop) for start, stop in blocks if lower <= start < max(upper, lower + 1) and stop >= written
+            (max(start, written), stop)
+            for start, stop in self._blocks_of(turn, blocks)
+            if lower <= start < max(upper, lower + 1) and stop >= written
         ]
         if not own:
             raise RowError(f"the {{% generation %}} blocks of its chat template leave out the answer in turn {turn + 1}")
@@ -122,6 +128,20 @@ class TurnSpans:
         ):
             answers[-1] = replace(answers[-1], missing=self._completion(turn))
         return answers
+
+    def _blocks_of(self, turn: int, blocks: Sequence[Span]) -> list[Span]:
+        """The blocks that may be a turn's: its own where there are as many as answers, else all without another turn's words."""
+        answers = [index for index, message in enumerate(self._row.messages) if message["role"] == "assistant"]
+        if len(blocks) == len(answers):
+            by_turn = dict(zip(answers, blocks))
+            if all(answer not in self._own or self._says(answer, block) for answer, block in by_turn.items()):
+                return [by_turn[turn]]
+        others = [other for other in self._own if other != turn]
+        return [block for block in blocks if self._says(turn, block) or not any(self._says(other, block) for other in others)]
+
+    def _says(self, turn: int, block: Span) -> bool:
+        """Whether a block holds some of a turn's words."""
+        return any(start < block[1] and stop > block[0] for start, stop in self._own.get(turn, ()))
 
     def _bounds(self, turn: int) -> Span:
         """From the last words of what comes before a turn to the first words of what follows it."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raytune.data.conversation import Message, RowError, kind_of
+from raytune.data.fields import REASONING
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -20,7 +21,7 @@ SHAREGPT_ROLES = {
 }
 """ShareGPT's `from` -> the role. The value of a `function_call` is JSON."""
 
-_KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "train"})
+_KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "train", *REASONING})
 # OpenAI's exports have them in every turn, nearly always with nothing in them.
 _OFTEN_EMPTY_KEYS = frozenset({"refusal", "audio", "annotations", "function_call"})
 
@@ -54,12 +55,18 @@ def message_of(turn: Any, place: str) -> Message:
         message = {key: value for key, value in turn.items() if key not in _OFTEN_EMPTY_KEYS or not is_empty(value)}
     if "weight" in message or "train" in message:
         message = _decided(message, place)
-    if calls is not None:
-        message = message | {"tool_calls": _tool_calls(calls, f"{place}.tool_calls")}
     if isinstance(content, list):
         message = message | {"content": _text_of_parts(content, f"{place}.content")}
     elif not isinstance(content, str) and not (content is None and calls and role == "assistant"):
         raise RowError(f"'{place}.content' is {kind_of(content)}, expected text")
+    if "tool_calls" in message:
+        # An empty list stands for no call, as null does; templates may ask for the key alone.
+        message = {key: value for key, value in message.items() if key != "tool_calls"}
+        if not is_empty(calls):
+            message["tool_calls"] = _tool_calls(calls, f"{place}.tool_calls")
+    for key in REASONING:
+        if not isinstance(turn.get(key), str | None):
+            raise RowError(f"'{place}.{key}' is {kind_of(turn[key])}, expected text")
     return message
 
 
@@ -74,6 +81,8 @@ def sharegpt_message_of(turn: Any, place: str) -> Message:
     if turn.keys() >= {"role", "content"} and "from" not in turn:
         column = place.partition("[")[0]
         raise RowError(f"'{place}' has 'role' and 'content': write `format: messages` with `columns: {{messages: {column}}}`")
+    if twice := next((key for key in ("role", "content") if turn.get(key) is not None), None):
+        raise RowError(f"'{place}' has '{twice}' beside 'from' and 'value', so that it does not say which of them counts")
     speaker, value = turn.get("from"), turn.get("value")
     role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
@@ -126,13 +135,24 @@ def _tool_calls(calls: Any, place: str) -> list[Any]:
     """Tool calls with their arguments as objects: OpenAI sends them as JSON in a string, which templates would quote again."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RowError(f"'{place}' is not a list of objects")
-    read = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            call = call | {"function": function | {"arguments": from_json(function["arguments"], f"{place}.function.arguments")}}
-        read.append(call)
-    return read
+    return [
+        call | {"function": _with_arguments(call["function"], f"{place}[{index}].function")}
+        if isinstance(call.get("function"), dict)
+        else _with_arguments(call, f"{place}[{index}]")
+        for index, call in enumerate(calls)
+    ]
+
+
+def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What is called, with its arguments as an object: an empty one where there are none, an empty text or null."""
+    if not isinstance(function.get("name"), str):
+        raise RowError(f"'{place}.name' is {kind_of(function.get('name'))}, expected the name of what is called")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = from_json(arguments, f"{place}.arguments") if arguments.strip() else None
+    if not isinstance(arguments, dict | None):
+        raise RowError(f"'{place}.arguments' is {kind_of(arguments)}, expected an object or one as JSON")
+    return {**function, "arguments": arguments or {}}
 
 
 def _calls_in(text: str, place: str) -> list[Any]:

@@ -85,6 +85,20 @@ USER = {"role": "user", "content": "Q"}
         ({"messages": [{"role": ["user"], "content": "Q"}]}, "role' is "),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text; only text"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": "f()"}]}, "not a list of objects"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]},
+            r"tool_calls\[0\].name' is null, expected the name",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+            r"tool_calls\[0\].function.arguments' is a list, expected an object",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '"x"'}]}]},
+            r"tool_calls\[0\].arguments' is text, expected an object",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": "A", "reasoning": ["R"]}]}, r"\[1\].reasoning' is a list"),
+        ({"messages": [USER], "tools": ["f"]}, r"'tools\[0\]' is text, expected an object: the JSON schema"),
         ({"messages": [USER], "tools": {"name": "f"}}, "'tools' is an object, expected a list"),
         ({"messages": [USER], "tools": "[not json"}, "'tools' is text that is not JSON"),
         ({"instruction": "a", "output": None}, "'output' is null"),
@@ -98,6 +112,28 @@ USER = {"role": "user", "content": "Q"}
 def test_a_field_of_the_wrong_kind_is_named(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         read(row)
+
+
+@pytest.mark.parametrize("in_function", [True, False])
+@pytest.mark.parametrize(
+    ("given", "read_as"),
+    [('{"x": 1}', {"x": 1}), ({"x": None}, {"x": None}), ({}, {}), ("{}", {}), ("", {}), (None, {}), ("null", {})],
+)
+def test_arguments_are_an_object_however_the_call_holds_them(given: Any, read_as: dict[str, Any], in_function: bool) -> None:
+    called = {"name": "f", "arguments": given}
+    call = {"type": "function", "function": called} if in_function else called
+    (read_call,) = read({"messages": [USER, turn(content=None, tool_calls=[call])]}).messages[1]["tool_calls"]
+    assert (read_call["function"] if in_function else read_call) == {"name": "f", "arguments": read_as}
+
+
+def test_a_call_without_arguments_has_empty_ones() -> None:
+    (call,) = read({"messages": [USER, turn(tool_calls=[{"function": {"name": "f"}}])]}).messages[1]["tool_calls"]
+    assert call == {"function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize("nothing", [[], None])
+def test_no_calls_are_no_key_since_templates_ask_for_the_key_alone(nothing: Any) -> None:
+    assert read({"messages": [USER, turn(tool_calls=nothing)]}).messages[1] == turn()
 
 
 def test_a_later_row_without_the_column_is_named_with_what_it_has() -> None:
@@ -181,9 +217,10 @@ def test_keys_that_nobody_knows_are_named_and_left_for_the_template() -> None:
     conversation = read({"messages": [USER, turn(**openai)]})
     assert conversation.unread_keys == ()
     assert conversation.messages[1] == turn(name="bot", reasoning_content="R")
-    conversation = read({"messages": [USER | {"trian": False}, turn(thinking="T", mood="", trian=False)]})
-    assert conversation.unread_keys == ("trian", "thinking")
-    assert conversation.messages[1]["thinking"] == "T"
+    assert read({"messages": [USER, turn(thinking="T")]}).unread_keys == (), "a thought is trained or refused under each name"
+    conversation = read({"messages": [USER | {"trian": False}, turn(loss=True, mood="", trian=False)]})
+    assert conversation.unread_keys == ("trian", "loss")
+    assert conversation.messages[1]["loss"] is True
     assert read({"messages": [USER, turn(refusal="no")]}).unread_keys == ("refusal",)
     assert read({"messages": [USER | {"weight": 1}, turn(weight=1)]}).unread_keys == ("weight: 1 of user",)
     assert read({"messages": [USER | {"train": True}, turn()]}).unread_keys == ("train: true of user",)
@@ -292,6 +329,8 @@ def test_sharegpt_rows_become_chats_under_each_spelling_of_its_roles() -> None:
         ("hello", "is text, expected an object with from and value"),
         ({"from": "function_call", "value": "f(1)"}, "not JSON"),
         ({"from": "function_call", "value": "[1]"}, "not a call with name and arguments"),
+        ({"from": "gpt", "value": "A", "content": "B"}, "has 'content' beside 'from' and 'value'"),
+        ({"from": "gpt", "value": "A", "role": "user"}, "has 'role' beside 'from' and 'value'"),
         ({"from": "function_call", "value": "[]"}, "not a call with name and arguments"),
         ({"role": "user", "content": "Q"}, "write `format: messages` with `columns: {messages: conversations}`"),
         ({"from": "gpt", "value": "A", "weight": 0.3}, "weight' is 0.3"),

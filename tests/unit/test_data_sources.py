@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource, source_name
 from raytune.data import readers
+from raytune.data.formats import format_of
 from raytune.data.readers import BadRow, Row, read_segment
 from raytune.data.sources import find_files, scan
 from raytune.errors import DataError
@@ -208,6 +209,19 @@ def test_fingerprints_follow_content_and_nothing_else(tmp_path: Path) -> None:
         scan(find_files(DataSource(path=str(tmp_path / f"{name}.jsonl")), tmp_path)[0], None).fingerprint for name in "abc"
     )
     assert one == same != other
+
+
+def test_a_map_of_arrow_is_an_object(tmp_path: Path) -> None:
+    arguments = pa.array([[{"f": [("city", "Oslo")]}], None], pa.list_(pa.struct({"f": pa.map_(pa.string(), pa.string())})))
+    pa.parquet.write_table(pa.table({"calls": arguments}), tmp_path / "a.parquet")
+    assert values(read(tmp_path / "a.parquet")) == [{"calls": [{"f": {"city": "Oslo"}}]}, {"calls": None}]
+
+
+def test_the_index_that_pandas_writes_into_a_csv_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n")
+    (row,) = values(read(tmp_path / "a.csv"))
+    assert row == {"Unnamed: 0": "0", "prompt": "a", "completion": "b"}
+    assert format_of(DataSource(path="a.csv"), row) == "prompt_completion"
 
 
 def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:

@@ -207,6 +207,62 @@ STRIPS_EARLIER = (
 )
 
 
+STRIPS_THOUGHTS = """{%- for message in messages %}
+{%- set text = message.content %}
+{%- if message.role == 'assistant' and '</think>' in text and not (KEEPS and loop.last) %}
+{%- set text = text.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\n' + text + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def test_a_thought_that_the_prompt_opens_is_a_thought_too() -> None:
+    row = chat("Q", "why\n</think>\n\nA", "R", "how\n</think>\n\nB")
+    strips = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "false"))
+    assert "strips the thought (</think>) in content of turn 2" in refusal(strips, row)
+    keeps_last = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "true"))
+    assert "train that one alone with data.targets: last" in refusal(keeps_last, row)
+    assert trained(keeps_last, row, "last") == ["how\n</think>\n\nB<|im_end|>"]
+
+
+MARKED_WITH_HEADERS = """{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{% generation %}{{- '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+MARKED = MARKED_WITH_HEADERS.replace(
+    "{% generation %}{{- '<|im_start|>assistant\n' + message.content",
+    "{{- '<|im_start|>assistant\n' }}{% generation %}{{- message.content",
+)
+
+
+@pytest.mark.parametrize("text", [MARKED, MARKED_WITH_HEADERS], ids=["headers outside", "headers inside"])
+@pytest.mark.parametrize("between", [[], [""]], ids=["one behind the other", "an empty question between"])
+@pytest.mark.parametrize("words", [("A", "B"), ("A", ""), ("", "B"), ("", "")])
+def test_marked_blocks_belong_to_one_turn_each(words: tuple[str, str], between: list[str], text: str) -> None:
+    first, second = ({"role": "assistant", "content": content} for content in words)
+    questions: list[Message] = [{"role": "user", "content": content} for content in between]
+    template = ChatTemplate(tiny_tokenizer(), text)
+
+    def ends(*turns: Message) -> list[str]:
+        return [answer.strip() for answer in trained(template, chat("Q", *turns))]
+
+    assert ends(first, *questions, second) == [f"{content}<|im_end|>" for content in words]
+    assert ends(first | {"train": False}, *questions, second) == [f"{words[1]}<|im_end|>"]
+    assert ends(first, *questions, second | {"train": False}) == [f"{words[0]}<|im_end|>"]
+
+
+def test_signs_that_look_like_our_own_marks_are_trained_or_named() -> None:
+    template = ChatTemplate(tiny_tokenizer(), resolve_template("qwen", tiny_tokenizer()))
+    row = chat("Q ⸨0⸩ ⦗ ⟬", call({"city": "⦗x⦘"}), RESULT, "⸨1⸩ ⟬⟭", tools=[TOOL])
+    assert trained(template, row)[1] == "⸨1⸩ ⟬⟭<|im_end|>"
+    assert "has all the signs" in refusal(template, chat("⸨0⸩ ⦗0⦘ ⟬0⟭", call({"city": "x"}), RESULT, "A"))
+
+
 def test_a_thought_that_the_template_strips_is_the_named_cause_and_targets_last_the_way_out() -> None:
     template = ChatTemplate(tiny_tokenizer(), STRIPS_EARLIER)
     row = chat("Q1", "<think>hm</think>A1", "Q2", "<think>so</think>A2")
