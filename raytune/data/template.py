@@ -19,7 +19,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytune.data.conversation import Conversation, Message, Origin, RowError
-from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
+from raytune.data.fields import REASONING, Field, Marks, Span, fields_of, has_thought
 from raytune.data.masking import Targets, trained_turns
 from raytune.data.rendering import Job, Renderer
 from raytune.data.turn_ends import TurnEnds
@@ -264,14 +264,15 @@ class ChatTemplate:
     def expected(self, conversation: Conversation) -> str:
         """The last answer as a model that has learned the template writes it, special tokens aside.
 
-        That of an answer in words is its content; a tool call is what the template makes of it.
+        That of an answer in words is its content; a thought or a tool call is what the template makes of it.
 
         Raises:
-            RowError: if the template cannot render it.
+            RowError: if the template cannot render it, or the row takes its last turn out of training.
         """
         last = conversation.messages[-1]
-        if not last.get("tool_calls"):
-            return str(last.get("content") or "")
+        content = str(last.get("content") or "")
+        if not last.get("tool_calls") and not has_thought(content) and not any(last.get(key) for key in REASONING):
+            return content
         rendered = self.render([conversation], "last")[0]
         if isinstance(rendered, RowError):
             raise rendered

@@ -145,8 +145,11 @@ def _tool_calls(calls: Any, place: str) -> list[Any]:
 
 def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
     """What is called, with its arguments as an object: an empty one where there are none, an empty text or null."""
-    if not isinstance(function.get("name"), str):
-        raise RowError(f"'{place}.name' is {kind_of(function.get('name'))}, expected the name of what is called")
+    name = function.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise RowError(
+            f"'{place}.name' is {'empty' if isinstance(name, str) else kind_of(name)}, expected the name of what is called"
+        )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = from_json(arguments, f"{place}.arguments") if arguments.strip() else None

@@ -91,6 +91,13 @@ def test_the_expected_answer_of_a_call_is_what_the_template_writes(tmp_path: Pat
     assert question.expected == '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
+def test_the_expected_answer_holds_the_thought_that_is_trained() -> None:
+    text = CHATML.replace("%END%", "<|im_end|>\n").replace("%PROMPT%", PROMPT.replace("assistant\n", "assistant\n<think>\n"))
+    template = ChatTemplate(tiny_tokenizer(), text)
+    assert template.expected(chat("Q1", "<think>\nhm\n</think>\n\nA1")) == "hm\n</think>\n\nA1"
+    assert template.expected(chat("Q1", "A1")) == "A1"
+
+
 def test_markers_that_are_no_tokens_are_said() -> None:
     tokenizer = tiny_tokenizer()
     (note,) = ChatTemplate(tokenizer, resolve_template("llama-3", tokenizer)).notes
