@@ -53,6 +53,7 @@ def write_answers(
             top_p=None,
             top_k=None,
             pad_token_id=pad,
+            tokenizer=tokenizer,  # for texts that end an answer, where the model's own settings have some
         )
         answered = [_before_stop(ids, stops) for ids in written[:, longest:].tolist()]
         texts = tokenizer.batch_decode(answered, skip_special_tokens=True)

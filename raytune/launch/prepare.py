@@ -63,7 +63,7 @@ class Preparation:
         row_length = choose_row_length(config, shape)
         read = [config.data, model, config.evaluation.generation, row_length, storage]
         if (key := repr(read)) not in self._data:
-            builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map)
+            builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map, num_embeddings=shape.vocab)
             self._data[key] = builder.build(), builder.questions()
         facts, questions = self._data[key]
         plan = choose_plan(config, shape, machine, facts, model_path=model_path, storage=storage, content=content)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune.config.data import DataSource, named_sources, validation_sets
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
-from raytune.data.store import StoreInfo
+from raytune.data.store import Store, StoreInfo
 from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
@@ -29,10 +29,21 @@ class DataBuilder:
         row_length: tokens per packed row.
         storage: absolute folder or URL of the run folders; stores go to `data.store`, or `stores` in there.
         parallel_map: does the tokenising.
+        num_embeddings: tokens that the model has embeddings for.
     """
 
-    def __init__(self, config: RunConfig, model_path: str, row_length: int, storage: str, parallel_map: ParallelMap) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        row_length: int,
+        storage: str,
+        parallel_map: ParallelMap,
+        *,
+        num_embeddings: int,
+    ) -> None:
         self._config, self._model_path, self._row_length = config, model_path, row_length
+        self._num_embeddings = num_embeddings
         self._parallel_map = parallel_map
         if config.data.store is None and not is_local(storage):
             raise DataError(
@@ -58,6 +69,8 @@ class DataBuilder:
             held_out = {"validation": self._store(data.train, side="validation")}
         else:
             held_out = {name: self._store([source], side="all") for name, source in validation_sets(data.validation).items()}
+        for info in (train, *held_out.values()):
+            self._check_tokens(info)
         sources = list(named_sources(data.train))
         return DataFacts(
             report=DataReport(
@@ -79,13 +92,41 @@ class DataBuilder:
         if self._chat is None:
             raise DataError("evaluation.generation needs a chat template to ask with. Set data.template.")
         with TemporaryDirectory() as downloads:
-            return read_questions(
+            questions = read_questions(
                 generation.rows,
                 self._chat,
                 self._tokenizer,
                 max_rows=generation.max_rows,
                 downloads=Path(downloads),
             )
+        for number, question in enumerate(questions, 1):
+            if (token := max(question.prompt_ids, default=0)) >= self._num_embeddings:
+                raise self._no_embedding(token, f"question {number} of evaluation.generation.rows")
+        return questions
+
+    def _check_tokens(self, info: StoreInfo) -> None:
+        """Refuse a store with tokens that were added to the tokenizer, but not to the model.
+
+        Raises:
+            DataError: naming the first of them.
+        """
+        if max(self._tokenizer.get_vocab().values()) < self._num_embeddings:
+            return
+        store = Store.open(info.path)
+        for row in range(store.num_rows):
+            token = int(store.row(row).input_ids.max())
+            if token >= self._num_embeddings:
+                raise self._no_embedding(token, store.named([row]))
+
+    def _no_embedding(self, token: int, place: str) -> DataError:
+        """What is wrong with a token, found at a place."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return DataError(
+            f"The token {name!r} in {place} is number {token} of the tokenizer, but {self._config.model.base} has embeddings for "
+            f"{self._num_embeddings} tokens, from 0 on. Save the base with more of them (model.resize_token_embeddings("
+            f"len(tokenizer)) and save_pretrained) and train these, with adapter.modules_to_save or adapter.method: full; or use "
+            f"the tokenizer that belongs to it."
+        )
 
     def _needed_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The template's text; empty where only plain text is trained, which needs none."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,12 +23,17 @@ from transformers.utils import logging as transformers_logging
 from raytune.errors import ModelError
 from raytune.model.files import local_files
 from raytune.model.pretrained import load_config, model_class
+from raytune.model.stopping import check_stops
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files, weight_map
 
 _SHOWN = 5
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 _PART = re.compile(r"^(.*?\.)(\d+)(\..*?\.)(\d+)(\..*)$")
 _NUMBER = re.compile(r"\.\d+\.")
+_NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Number formats of safetensors that weights may have as they are. Integers are packed, and need a scale."""
+_COMPARED_ROWS = 4096
+"""Of two matrices, held at once."""
 _OLD_BUFFERS = (".masked_bias", ".inv_freq", ".position_ids")
 """What transformers once saved and computes today, for models whose class does not list it."""
 
@@ -80,6 +86,13 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
     Raises:
         ModelError: naming the tensor or the file that is wrong.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds a model and an adapter (adapter_config.json), so that transformers would load the base that the "
+            f"adapter names, with the adapter on it, instead of this model. Put the adapter into a folder of its own; to train "
+            f"on from it, merge it into its base first: raytune merge ADAPTER --output FOLDER"
+        )
+    check_stops(folder, config)
     stored = stored_tensors(weight_files(folder))
     if getattr(config, "quantization_config", None) is not None or own_class.is_remote_code():
         return  # what is missing is seen when they are loaded: other tensors than the model's, or code that may do anything
@@ -102,7 +115,70 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
                 f"The weights in {folder} do not make the {own_class.__name__} that config.json describes:{cause} Give the whole "
                 f"model, or the config.json that belongs to the weights."
             ) from error
+        except Exception as error:  # whatever a class raises about values that it cannot be built with
+            raise ModelError(
+                f"{folder / 'config.json'} describes no {own_class.__name__} that transformers can build: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Give the config.json that belongs to the weights."
+            ) from error
     check_report(LoadingReport.of(info), model, str(folder), stored=stored, hint=_said_by_files(folder, stored))
+    _check_formats(stored, model, str(folder))
+    _check_tied(stored, model, str(folder))
+
+
+def _check_formats(stored: Mapping[str, StoredTensor], model: PreTrainedModel, place: str) -> None:
+    """Refuse integers where the model has weights, which transformers would take for these weights.
+
+    Raises:
+        ModelError: naming the first such tensors.
+    """
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+
+    def is_weight(name: str) -> bool:
+        return _PART.match(name) is not None or not weights.isdisjoint((name, prefix + name, name.removeprefix(prefix)))
+
+    wrong = [name for name, tensor in stored.items() if tensor.dtype not in _NUMBERS and is_weight(name)]
+    if wrong:
+        raise ModelError(
+            f"The weights in {place} hold {_listed(wrong)}{_in_file(wrong[0], stored)} as {stored[wrong[0]].dtype}, and "
+            f"config.json has no quantization_config that says how such numbers become weights: they would be trained on as they "
+            f"are. Give the original weights; with adapter.method: qlora they are quantised while they are loaded."
+        )
+
+
+def _check_tied(stored: Mapping[str, StoredTensor], model: PreTrainedModel, place: str) -> None:
+    """Refuse a head that is another matrix than the embedding where config.json says that they are one.
+
+    transformers would then compute with both and other programs with one, from the base as from what is saved of it.
+
+    Raises:
+        ModelError: saying what to set.
+    """
+    prefix = f"{model.base_model_prefix}."
+    tied = [] if not model.config.get_text_config().tie_word_embeddings else list(model.all_tied_weights_keys.items())
+    for head, embedding in tied:
+        one, other = (
+            next((form for form in (name, name.removeprefix(prefix)) if form in stored), None) for name in (head, embedding)
+        )
+        if one and other and not _are_equal(one, other, stored):
+            raise ModelError(
+                f"config.json in {place} says tie_word_embeddings, that {one} and {other} are one matrix, but the files "
+                f"hold two different ones. Set tie_word_embeddings to false in config.json if the model was trained with two; if "
+                f"not, delete {one} from its file."
+            )
+
+
+def _are_equal(one: str, other: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether two stored matrices are the same, looked at a few rows at a time."""
+    if stored[one].shape != stored[other].shape:
+        return False
+    with safe_open(stored[one].file, "pt") as first, safe_open(stored[other].file, "pt") as second:
+        a, b = first.get_slice(one), second.get_slice(other)
+        num_rows = stored[one].shape[0]
+        return all(
+            torch.equal(a[start : start + _COMPARED_ROWS], b[start : start + _COMPARED_ROWS].to(a[:1].dtype))
+            for start in range(0, num_rows, _COMPARED_ROWS)
+        )
 
 
 def check_report(

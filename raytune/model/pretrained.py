@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,10 +74,10 @@ def model_class(
 
 @contextmanager
 def explained(path: str, revision: str | None, what: str) -> Iterator[None]:
-    """Turn what transformers raises about files into a `ModelError` that says what was tried."""
+    """Turn what transformers raises about files, and values in them, into a `ModelError` that says what was tried."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, StrictDataclassError) as error:
         at = f" at revision {revision}" if revision else ""
         place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"
         raise ModelError(

@@ -1,6 +1,7 @@
 """Where a saved model stops: `generation_config.json`, from which plain `generate`, vLLM and their like take the tokens."""
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from raytune.data.template import ChatTemplate
+from raytune.errors import ModelError
+
+_MEND = "Mend or copy it again, or delete it: then the tokens that end a text are those of config.json."
 
 
 def stopping_config(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: str) -> GenerationConfig:
@@ -31,6 +35,32 @@ def stopping_config(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase, 
     return config
 
 
+def check_stops(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse settings of generation that transformers would lay aside without a word, or fail on when a model is saved.
+
+    Raises:
+        ModelError: naming the file and the value.
+    """
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        _check_settings(folder / GENERATION_CONFIG_NAME)
+    _check_eos(folder / "config.json", getattr(config.get_text_config(), "eos_token_id", None))
+
+
+def _check_settings(path: Path) -> None:
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}). {_MEND}") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path} does not hold a JSON object. {_MEND}")
+    _check_eos(path, settings.get("eos_token_id"))
+
+
+def _check_eos(path: Path, eos: Any) -> None:
+    if not all(type(token) is int for token in (eos if isinstance(eos, list) else [eos]) if token is not None):
+        raise ModelError(f"{path}: eos_token_id must be the number of a token or a list of these, got {eos!r}.")
+
+
 def base_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     """The settings of generation that transformers gives a model of a folder."""
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -39,8 +69,15 @@ def base_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
 
 
 def saved_config(folder: Path) -> GenerationConfig | None:
-    """The settings of generation in a saved folder, if it has any."""
-    return GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+    """The settings of generation in a saved folder, if it has any.
+
+    Raises:
+        ModelError: if they cannot be read.
+    """
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    _check_settings(folder / GENERATION_CONFIG_NAME)
+    return GenerationConfig.from_pretrained(folder)
 
 
 def save_generation_config(config: GenerationConfig, folder: Path) -> None:
@@ -51,7 +88,7 @@ def save_generation_config(config: GenerationConfig, folder: Path) -> None:
 
 
 def as_ids(eos: int | Sequence[int] | None) -> list[int]:
-    """Token ids, which configs give as one, several or none."""
+    """Token ids, which configs give as one, several or none; a negative one stands for none."""
     if eos is None:
         return []
-    return [eos] if isinstance(eos, int) else list(eos)
+    return [token for token in ([eos] if isinstance(eos, int) else eos) if token >= 0]

@@ -18,10 +18,12 @@ _DOWNLOAD_AGAIN = "Download or copy it again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies, and its shape."""
+    """Where a tensor lies, its shape and its number format."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it, such as `BF16`."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -34,6 +36,8 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS, folder / INDEX
     if named is not None:
         single = index = folder / named
+    if dangling := next((file for file in (single, index) if file.is_symlink() and not file.exists()), None):
+        raise ModelError(f"{dangling} is a link to {dangling.readlink()}, which is not there. {_DOWNLOAD_AGAIN}.")
     if single.is_file() and single.suffix == ".safetensors":
         return [single]
     if index.is_file():
@@ -69,16 +73,25 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """Every tensor of some files, from their headers; no weight is read.
 
     Raises:
-        ModelError: naming the file that is cut off or is not safetensors.
+        ModelError: naming the file that is cut off or is not safetensors, or the tensor that lies in two of them.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="np") as file:  # holds each tensor's place against the size of the file
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                own = {
+                    name: StoredTensor(file=path, shape=tuple(part.get_shape()), dtype=part.get_dtype())
+                    for name, part in slices.items()
+                }
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} ({_size(path)}) cannot be read: {_damage(path, error)}. {_DOWNLOAD_AGAIN}.") from error
-        tensors |= {name: StoredTensor(file=path, shape=shape) for name, shape in shapes.items()}
+        if twice := next((name for name in own if name in tensors), None):
+            raise ModelError(
+                f"{twice} is in {tensors[twice].file} and in {path.name} beside it: which of the two belongs to the model, "
+                f"nothing says. One of the files is of another model; {_DOWNLOAD_AGAIN.lower()}."
+            )
+        tensors |= own
     return tensors
 
 

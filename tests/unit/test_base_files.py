@@ -32,13 +32,15 @@ from transformers import (
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.load import config_from
-from raytune.errors import ModelError
+from raytune.errors import DataError, ModelError
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
+from raytune.model.adapters import add_adapter
 from raytune.model.base_check import check_base
 from raytune.model.files import resolve_model_path
 from raytune.model.load import load_model
-from tests.tiny import save_tiny_model, tiny_model, tiny_plan
+from raytune.model.stopping import saved_config
+from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -282,3 +284,118 @@ def test_no_way_to_load_a_base_takes_numbers_that_are_none(adapter: Adapter, bas
     with pytest.raises(ModelError, match=r"not finite .*layers\.1\.mlp\.up_proj\.weight"):
         load_model(plan, adapter, device=CPU, seed=0)
     load_model(plan.model_copy(update={"path": str(bases["untied"])}), adapter, device=CPU, seed=0)
+
+
+INT8, TWO_HEADS = (
+    r"up_proj\.weight \(in model\.safetensors\) as I8, .*no quantization_config",
+    r"lm_head\.weight and model\.embed_",
+)
+
+
+def with_integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {UP: tensors[UP].to(torch.int8)}
+
+
+def test_integers_are_no_weights(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=INT8):
+        check(changed(bases["tied"], tmp_path / "base", with_integers))
+
+
+def test_a_tied_head_that_is_another_matrix_is_refused_and_an_equal_one_is_not(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = with_config(bases["untied"], tmp_path / "two", tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=TWO_HEADS):
+        check(base)
+    as_advised = without("lm_head")
+    check(changed(base, tmp_path / "without head", as_advised))
+    check(with_config(base, tmp_path / "untied", tie_word_embeddings=False))
+    check(changed(base, tmp_path / "equal", lambda all_: all_ | {"lm_head.weight": all_["model.embed_tokens.weight"].clone()}))
+
+
+def test_a_tensor_in_two_files_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["sharded"], tmp_path / "base")
+    first, second = sorted((tmp_path / "base").glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor + 1}, second, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} is in .*{first.name} and in {second.name}"):
+        resolve_model_path(str(tmp_path / "base"), None)
+
+
+def test_weights_behind_a_link_that_leads_nowhere_are_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["tied"], tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("../../blobs/0123")
+    with pytest.raises(ModelError, match=r"model\.safetensors is a link to \.\./\.\./blobs/0123, which is not there"):
+        resolve_model_path(str(tmp_path / "base"), None)
+
+
+def test_a_model_beside_an_adapter_is_refused_because_transformers_would_load_another(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bases["tied"], tmp_path / "base")
+    add_adapter(tiny_model(), LoraAdapter(rank=2), revision=None, seed=0).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"holds a model and an adapter"):
+        check(tmp_path / "base")
+
+
+ODD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "an activation": ({"hidden_act": "foo"}, r"config\.json describes no LlamaForCausalLM .*KeyError: 'foo'"),
+    "a padding token": ({"pad_token_id": 9999}, r"config\.json describes no LlamaForCausalLM .*Padding_idx"),
+    "fewer tokens than padding needs": ({"vocab_size": 100}, r"config\.json describes no LlamaForCausalLM .*Padding_idx"),
+    "a dtype": ({"dtype": "bogus"}, r"config\.json of model .*bogus"),
+    "a type": ({"rms_norm_eps": "x"}, r"config\.json of model .*rms_norm_eps"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_CONFIGS)
+def test_a_config_of_which_no_model_can_be_built_is_refused_with_its_value(
+    case: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    values, message = ODD_CONFIGS[case]
+    with pytest.raises(ModelError, match=rf"(?s){message}"):
+        check(with_config(bases["tied"], tmp_path / "base", **values))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "does not hold a JSON object"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id must be the number of a token"),
+        ('{"eos_token_id": [258, true]}', "eos_token_id must be the number of a token"),
+        ('{"eos_token_id": [[258]]}', "eos_token_id must be the number of a token"),
+    ],
+)
+def test_settings_of_generation_that_could_not_be_saved_again_are_refused_before_training(
+    text: str, message: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bases["tied"], tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=rf"generation_config\.json.* {message}"):
+        check(tmp_path / "base")
+    with pytest.raises(ModelError, match=message):
+        saved_config(tmp_path / "base")  # as merging reads those of an adapter
+
+
+@pytest.mark.parametrize("used_in", ["training", "validation", "questions"])
+def test_rows_with_tokens_that_the_model_has_no_embedding_for_are_refused(
+    used_in: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(bases["tied"], tmp_path / "base"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    row = {"messages": [{"role": "user", "content": "a <new> one"}, {"role": "assistant", "content": "yes"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    rows, usual = str(tmp_path / "rows.jsonl"), {"path": "demo:train", "max_rows": 4}
+    sections: dict[str, Any] = {
+        "training": {"data": {"train": rows, "max_length": 512}},
+        "validation": {"data": {"train": usual, "validation": rows, "max_length": 512}},
+        "questions": {"data": {"train": usual, "max_length": 512}, "evaluation": {"generation": {"rows": rows}}},
+    }
+    fine = {"name": "run", "storage": str(tmp_path / "runs"), "model": {"base": str(base)}, "training": {"max_steps": 1}}
+    config = config_from(fine | sections[used_in])
+    with pytest.raises(DataError, match=r"'<new>' in .* is number 259 .* embeddings for 259 tokens"):
+        prepare(config, this_machine(config.cluster), map)
+    unused = config_from(fine | {"data": {"train": usual, "max_length": 512}})
+    prepare(unused, this_machine(unused.cluster), map)
