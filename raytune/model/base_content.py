@@ -67,6 +67,11 @@ def changes_text(changes: Iterable[tuple[str, str | None, str | None]]) -> str:
     return "\n".join(f"  {name}: {old or 'absent'} -> {new or 'absent'}" for name, old, new in changes)
 
 
+def way_back(was: Mapping[str, str]) -> str:
+    """How to have a content again: files come from a backup, a commit is asked for."""
+    return f"Set model.revision to {was[COMMIT]}" if COMMIT in was else "Put the files back"
+
+
 def refuse_other_base(path: str, was: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse a base that changed while it was in use.
 
@@ -76,7 +81,7 @@ def refuse_other_base(path: str, was: Mapping[str, str], now: Mapping[str, str])
     if changes := content_changes(was, now):
         raise ModelError(
             f"The base {path} is not what it was when this command began:\n{changes_text(changes)}\n"
-            f"Going on would mix two models. Put the files back, or start anew under another name (name=...)."
+            f"Going on would mix two models. {way_back(was)}, or start anew under another name (name=...)."
         )
 
 

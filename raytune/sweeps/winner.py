@@ -12,7 +12,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, ModelError, TrainingError, UserError
 from raytune.launch.record import read_plan, readable
 from raytune.launch.result import RunResult
-from raytune.model.base_content import base_content, changes_text, content_changes
+from raytune.model.base_content import base_content, changes_text, content_changes, way_back
 from raytune.model.files import resolve_model_path
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, download_file, exists, read_json
@@ -72,7 +72,7 @@ def _refuse_other_base(model: ModelSection, sweep: SweepFolder, trial: str) -> N
         raise ModelError(
             f"{trial} of the sweep in {sweep.path} was trained on other weights than model.base {model.base} holds now:\n"
             f"{changes_text(changes)}\n"
-            f"So its settings may not be the best ones any more. Put the files back, or search again. To train with its settings "
+            f"So its settings may not be the best ones any more. {way_back(was)}, or search again. To train with its settings "
             f"all the same: raytune train {sweep.best}"
         )
 
