@@ -63,7 +63,7 @@ def test_any_text_survives_the_tokenizer(text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@given(st.text(st.characters(exclude_characters="<")))
+@given(st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"])))
 def test_ids_are_the_bytes_of_the_text(text):
     assert demo_tokenizer()(text)["input_ids"] == list(text.encode())
 
