@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -272,11 +272,10 @@ class ChatTemplate:
         last = conversation.messages[-1]
         if not last.get("tool_calls"):
             return str(last.get("content") or "")
-        rendered = self.render([conversation], "last")[0]
+        asked_for = {key: value for key, value in last.items() if key != "train"}  # whether it is trained, too, does not matter
+        rendered = self.render([replace(conversation, messages=(*conversation.messages[:-1], asked_for))], "last")[0]
         if isinstance(rendered, RowError):
             raise rendered
-        if not rendered.targets:
-            raise RowError("its last turn is not trained")
         start, stop = rendered.targets[-1]
         return str(self._tokenizer.decode(self._ids(rendered.text[start:stop]), skip_special_tokens=True)).strip()
 

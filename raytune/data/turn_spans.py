@@ -165,6 +165,17 @@ class TurnSpans:
         return start, behind.end() if behind else stop
 
     def _start(self, turn: int, prompt: str | RowError) -> int:
+        """Where an answer begins; behind the turns before it, whatever a prompt for another answer, or no words, suggest."""
+        start = self._header_stop(turn, prompt)
+        is_asked = isinstance(prompt, str) and len(prompt) == start and self._text.startswith(prompt)
+        if turn == 0 or (is_asked and self._row.messages[turn - 1]["role"] != "assistant"):
+            return start
+        shown, own = self._up_to(turn), self._own.get(turn)
+        if isinstance(shown, str) and self._text.startswith(shown) and len(shown) <= (min(own)[0] if own else len(self._text)):
+            return max(start, len(shown))
+        return start
+
+    def _header_stop(self, turn: int, prompt: str | RowError) -> int:
         own = self._own.get(turn)
         first = min(own)[0] if own else None
         if isinstance(prompt, str) and self._text.startswith(prompt) and (first is None or len(prompt) <= first):
