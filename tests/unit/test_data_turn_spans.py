@@ -248,6 +248,22 @@ def test_answers_that_a_template_joins_into_one_turn_share_no_text(words: tuple[
     assert trained(template, chat("Q", first, second | {"train": False})) == [f"{words[0]}<|im_end|>"]
 
 
+OPEN_LAST = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content }}
+{%- if not (loop.last and message.role == 'assistant') or not add_generation_prompt %}{{- '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'assistant' %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def test_an_answer_behind_another_does_not_begin_with_the_end_of_that_one() -> None:
+    template = ChatTemplate(tiny_tokenizer(), OPEN_LAST)
+    first, second = ({"role": "assistant", "content": content} for content in ("A", "B"))
+    (kept,) = trained(template, chat("Q", first | {"train": False}, second))
+    assert kept.endswith("B<|im_end|>")
+    assert kept.count("<|im_end|>") == 1
+    assert trained(template, chat("Q", first, second | {"train": False})) == ["A<|im_end|>"]
+
+
 MARKED_WITH_HEADERS = """{%- for message in messages %}
 {%- if message.role == 'assistant' %}
 {% generation %}{{- '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}
