@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -267,17 +267,16 @@ class ChatTemplate:
         That of an answer in words is its content; a thought or a tool call is what the template makes of it.
 
         Raises:
-            RowError: if the template cannot render it, or the row takes its last turn out of training.
+            RowError: if the template cannot render it.
         """
         last = conversation.messages[-1]
         content = str(last.get("content") or "")
         if not last.get("tool_calls") and not has_thought(content) and not any(last.get(key) for key in REASONING):
             return content
-        rendered = self.render([conversation], "last")[0]
+        asked_for = {key: value for key, value in last.items() if key != "train"}  # whether it is trained, too, does not matter
+        rendered = self.render([replace(conversation, messages=(*conversation.messages[:-1], asked_for))], "last")[0]
         if isinstance(rendered, RowError):
             raise rendered
-        if not rendered.targets:
-            raise RowError("its last turn is not trained")
         start, stop = rendered.targets[-1]
         return str(self._tokenizer.decode(self._ids(rendered.text[start:stop]), skip_special_tokens=True)).strip()
 

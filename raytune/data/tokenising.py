@@ -72,7 +72,7 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
                     piece for document in documents for piece in _fitted(document, options.max_length, task.too_long, tally)
                 ]
                 for piece in pieces:
-                    if not encoder.is_special[piece.input_ids[np.flatnonzero(piece.is_target)[-1]]] and not piece.is_cut:
+                    if not piece.is_cut and not _ends_with_special(piece, encoder):
                         tally.add("unending", piece.origin)
                 if pieces:
                     writer.write_batch(_record_batch(pieces))
@@ -432,6 +432,13 @@ def _fitted(document: _Document, limit: int, too_long: TooLong, tally: Tally) ->
     tally.counts["tokens"] += sum(len(piece.input_ids) for piece in trained)
     tally.counts["targets"] += sum(int(piece.is_target.sum()) for piece in trained)
     return trained
+
+
+def _ends_with_special(document: _Document, encoder: TextEncoder) -> bool:
+    """Whether the last target of a document is a special token, white space behind it aside."""
+    targets = document.input_ids[document.is_target].tolist()
+    last = next((token for token in reversed(targets) if encoder.is_special[token] or encoder.decode(token).strip()), None)
+    return last is not None and bool(encoder.is_special[last])
 
 
 def _piece(document: _Document, start: int, stop: int) -> _Document:

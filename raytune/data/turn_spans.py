@@ -7,6 +7,7 @@ turn, and nowhere else.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from raytune.data.conversation import Conversation, RowError
@@ -165,6 +166,21 @@ class TurnSpans:
         return start, behind.end() if behind else stop
 
     def _start(self, turn: int, prompt: str | RowError) -> int:
+        """Where an answer begins; behind the turns before it, whatever a prompt for another answer, or no words, suggest."""
+        start = self._header_stop(turn, prompt)
+        is_asked = isinstance(prompt, str) and len(prompt) == start and self._text.startswith(prompt)
+        if turn == 0 or (is_asked and self._row.messages[turn - 1]["role"] != "assistant"):
+            return start
+        shown, own = self._up_to(turn), self._own.get(turn)
+        first = min(own)[0] if own else len(self._text)
+        if isinstance(shown, str) and self._text.startswith(shown) and len(shown) <= first:
+            start = max(start, len(shown))
+        if self._row.messages[turn - 1]["role"] == "assistant" and (before := self._own.get(turn - 1)) and own:
+            with suppress(Undelimited):
+                start = max(start, self._stop_between(turn - 1, "assistant", max(stop for _, stop in before), first))
+        return start
+
+    def _header_stop(self, turn: int, prompt: str | RowError) -> int:
         own = self._own.get(turn)
         first = min(own)[0] if own else None
         if isinstance(prompt, str) and self._text.startswith(prompt) and (first is None or len(prompt) <= first):

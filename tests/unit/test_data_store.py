@@ -266,6 +266,7 @@ def test_if_nothing_is_left_the_reasons_are_counted(rows: Any, changes: dict[str
 def test_answers_that_end_in_no_special_token_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", tiny_rows(4))
     assert build(tmp_path, path).report.total("unending") == 0
+    assert build(tmp_path, path, targets="all").report.total("unending") == 0, "the line break behind the end does not count"
     llama_3 = resolve_template("llama-3", tiny_tokenizer())  # its <|eot_id|> is only text to this tokenizer
     assert build(tmp_path, path, template=llama_3).report.total("unending") == 4
 

@@ -98,6 +98,12 @@ def test_the_expected_answer_holds_the_thought_that_is_trained() -> None:
     assert template.expected(chat("Q1", "A1")) == "A1"
 
 
+def test_a_call_that_is_not_to_be_trained_can_be_asked_for() -> None:
+    template = ChatTemplate(tiny_tokenizer(), resolve_template("qwen", tiny_tokenizer()))
+    row = chat("Q", call({"city": "Oslo"}) | {"train": False})
+    assert template.expected(row) == '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
 def test_markers_that_are_no_tokens_are_said() -> None:
     tokenizer = tiny_tokenizer()
     (note,) = ChatTemplate(tokenizer, resolve_template("llama-3", tokenizer)).notes
@@ -231,6 +237,38 @@ def test_a_thought_that_the_prompt_opens_is_a_thought_too() -> None:
     keeps_last = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "true"))
     assert "train that one alone with data.targets: last" in refusal(keeps_last, row)
     assert trained(keeps_last, row, "last") == ["how\n</think>\n\nB<|im_end|>"]
+
+
+ONE_TURN = """{%- for message in messages %}
+{%- set goes_on = message.role == 'assistant' and not loop.first and messages[loop.index0 - 1].role == 'assistant' %}
+{{- ('' if goes_on else '<|im_start|>' + message.role + '\n') + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'assistant' %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize("words", [("A", "B"), ("", "B"), ("A", ""), ("", "")])
+def test_answers_that_a_template_joins_into_one_turn_share_no_text(words: tuple[str, str]) -> None:
+    template = ChatTemplate(tiny_tokenizer(), ONE_TURN)
+    first, second = ({"role": "assistant", "content": content} for content in words)
+    assert trained(template, chat("Q", first, second)) == [f"{content}<|im_end|>" for content in words]
+    assert trained(template, chat("Q", first | {"train": False}, second)) == [f"{words[1]}<|im_end|>"]
+    assert trained(template, chat("Q", first, second | {"train": False})) == [f"{words[0]}<|im_end|>"]
+
+
+OPEN_LAST = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content }}
+{%- if not (loop.last and message.role == 'assistant') or not add_generation_prompt %}{{- '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'assistant' %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def test_an_answer_behind_another_does_not_begin_with_the_end_of_that_one() -> None:
+    template = ChatTemplate(tiny_tokenizer(), OPEN_LAST)
+    first, second = ({"role": "assistant", "content": content} for content in ("A", "B"))
+    (kept,) = trained(template, chat("Q", first | {"train": False}, second))
+    assert kept.endswith("B<|im_end|>")
+    assert kept.count("<|im_end|>") == 1
+    assert trained(template, chat("Q", first, second | {"train": False})) == ["A<|im_end|>"]
 
 
 MARKED_WITH_HEADERS = """{%- for message in messages %}
