@@ -113,9 +113,10 @@ def _no_such_layer(wanted: str | list[str], adapter: LoraAdapter, shape: ModelSh
     regex = " A single string is a regular expression that must match a whole name; give a list for names." if is_pattern else ""
     experts = expert_parameters(shape)
     fused = f" Its fused experts are parameters, for adapter.target_parameters: {', '.join(experts)}." if experts else ""
+    others = [f"adapter.{name} leaves to it" for name in ("exclude_modules", "modules_to_save") if getattr(adapter, name)]
+    that = f" that {' and '.join(others)}" if others else ""
     return (
-        f"{_TARGETS} {wanted!r} matches no module of this {shape.model_type} model"
-        f"{' that is not excluded' if adapter.exclude_modules or adapter.modules_to_save else ''}. Its linear layers are "
+        f"{_TARGETS} {wanted!r} matches no module of this {shape.model_type} model{that}. Its linear layers are "
         f"{', '.join(own)} (for example {linear[0].name}).{regex}{fused}"
     )
 
@@ -207,7 +208,7 @@ def rank_of(adapter: LoraAdapter, module: Module) -> int:
     ranks = (
         rank
         for pattern, rank in adapter.rank_pattern.items()
-        if _matches(rf"(.*\.)?({pattern})", module.name, "adapter.rank_pattern")
+        if _matches(pattern, module.name, "adapter.rank_pattern", before=r"(.*\.)?")
     )
     return next(ranks, adapter.rank)
 
@@ -248,9 +249,11 @@ def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bo
     return is_named
 
 
-def _matches(pattern: str, name: str, setting: str) -> bool:
+def _matches(pattern: str, name: str, setting: str, *, before: str = "") -> bool:
+    """Whether a user's pattern, behind one of PEFT's, is a whole name."""
     try:
-        return re.fullmatch(pattern, name) is not None
+        re.compile(pattern)
+        return re.fullmatch(f"{before}({pattern})", name) is not None
     except re.error as error:
         raise ModelError(f"{setting}: {pattern!r} is not a regular expression: {error}.") from error
 

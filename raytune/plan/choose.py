@@ -131,7 +131,7 @@ def choose_plan(
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
     reasons += unread_adapter_settings(config.adapter, shape)
-    reasons += unread_overrides(training.zero.overrides, fit.zero_stage)
+    reasons += unread_overrides(training.zero, fit.zero_stage, precision)
     reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
 

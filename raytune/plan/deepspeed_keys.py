@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from raytune.config.training import ZeroSection
+from raytune.config.training import Precision, ZeroSection
 from raytune.errors import UserError
 from raytune.plan.run_plan import ZeroStage
 
@@ -61,7 +61,8 @@ UNREAD_KEYS = {
 }
 """What DeepSpeed knows, but what nothing reads in a run of raytune, and why."""
 
-OF_STAGE_3 = "zero_optimization.stage3_"
+OF_STAGE_3 = ("zero_optimization.stage3_", "zero_optimization.zero_quantized_", "zero_optimization.zero_hpz_")
+"""Beginnings of keys that are for sharded weights; the last two are ZeRO++'s."""
 KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "": (
         "aio",
@@ -188,10 +189,19 @@ def check_overrides(zero: ZeroSection) -> None:
     _check_offloading(zero, keys)
 
 
-def unread_overrides(overrides: dict[str, Any], stage: ZeroStage) -> list[str]:
-    """A sentence for each key that another stage than the chosen one would read."""
-    keys = [key for key in _dotted_keys(overrides) if key.startswith(OF_STAGE_3)] if stage < 3 else []
-    return [f"training.zero.stage is {stage}, which does not read {key} of training.zero.overrides." for key in keys]
+def unread_overrides(zero: ZeroSection, stage: ZeroStage, precision: Precision) -> list[str]:
+    """A sentence for each key that is for another stage, precision or place of the optimizer state than the chosen one."""
+    is_without_disk = "nvme" not in (zero.offload_optimizer, zero.offload_parameters)
+    sentences = []
+    for key in _dotted_keys(zero.overrides):
+        section = key.partition(".")[0]
+        if stage < 3 and key.startswith(OF_STAGE_3):
+            sentences.append(f"training.zero.stage is {stage}, which does not read {key} of training.zero.overrides.")
+        elif section in ("fp16", "bf16") and section != precision and key != section:
+            sentences.append(f"training.precision is {precision}, which does not read {key} of training.zero.overrides.")
+        elif key == "aio" and is_without_disk:
+            sentences.append("Nothing is offloaded to nvme, so that nothing reads aio of training.zero.overrides.")
+    return sentences
 
 
 def _check_offloading(zero: ZeroSection, keys: list[str]) -> None:

@@ -333,7 +333,7 @@ def test_a_model_beside_an_adapter_is_refused_because_transformers_would_load_an
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(bases["tied"], tmp_path / "base")
-    add_adapter(tiny_model(), LoraAdapter(rank=2), revision=None, seed=0).save_pretrained(tmp_path / "base")
+    add_adapter(tiny_model(), LoraAdapter(rank=2), revision=None, seed=0).save_pretrained(str(tmp_path / "base"))
     with pytest.raises(ModelError, match=r"holds a model and an adapter"):
         check(tmp_path / "base")
 

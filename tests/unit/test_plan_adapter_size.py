@@ -94,8 +94,12 @@ def test_full_fine_tuning_trains_everything() -> None:
         (LoraAdapter(target_modules=["q_proj", "gate_up_proj"]), r"\['gate_up_proj'\] matches no module"),
         (LoraAdapter(target_modules="q_proj"), r"A single string is a regular expression that must match a whole name"),
         (LoraAdapter(target_modules="(q_proj"), r"adapter.target_modules: '\(q_proj' is not a regular expression"),
-        (LoraAdapter(rank_pattern={"(": 2}), r"adapter.rank_pattern: .* is not a regular expression"),
-        (LoraAdapter(target_modules=["q_proj"], exclude_modules=["q_proj"]), r"matches no module .* that is not excluded"),
+        (LoraAdapter(rank_pattern={"(": 2}), r"adapter.rank_pattern: '\(' is not a regular expression: .* position 0"),
+        (
+            LoraAdapter(target_modules=["q_proj"], exclude_modules=["q_proj"]),
+            r"no module .* that adapter.exclude_modules leaves to it",
+        ),
+        (LoraAdapter(modules_to_save=["model"]), r"'all-linear' matches no module .* that adapter.modules_to_save leaves to it"),
         (
             LoraAdapter(modules_to_save=["score"]),
             r"adapter.modules_to_save names 'score'.*model.embed_tokens, model.norm, lm_head",

@@ -64,6 +64,8 @@ def test_other_keys_are_left_to_deepspeed() -> None:
             "training.zero.offload_parameters is none, so that nothing would read it",
         ),
         ({"zero_optimization": {"stage3_max_live_parameters": 7}}, {"stage": 2}, "stage 3 alone reads, but .*stage is 2"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, {"stage": 1}, "stage 3 alone reads, but .*stage is 1"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, {"stage": 2}, "stage 3 alone reads, but .*stage is 2"),
     ],
 )
 def test_what_nothing_would_read_is_refused(overrides: dict[str, Any], zero: dict[str, Any], message: str) -> None:
@@ -80,6 +82,15 @@ def test_overrides_of_a_stage_that_was_not_chosen_are_said() -> None:
     assert said == f"training.zero.stage is {below.engine.zero_stage}, {sentence}"
     sharded = planned(gpus(2), training={"zero": {"overrides": overrides, "stage": 3}})
     assert not any("does not read" in reason for reason in sharded.reasons)
+
+
+def test_overrides_of_another_precision_or_of_disks_that_are_not_used_are_said() -> None:
+    overrides = {"fp16": {"initial_scale_power": 10}, "aio": {"block_size": 4096}}
+    reasons = planned(gpus(2), training={"precision": "bf16", "zero": {"overrides": overrides}}).reasons
+    assert "training.precision is bf16, which does not read fp16.initial_scale_power of training.zero.overrides." in reasons
+    assert "Nothing is offloaded to nvme, so that nothing reads aio of training.zero.overrides." in reasons
+    in_fp16 = planned(gpus(2), training={"precision": "fp16", "zero": {"overrides": {"fp16": {"initial_scale_power": 10}}}})
+    assert not any("does not read" in reason for reason in in_fp16.reasons)
 
 
 class Asked(dict):
