@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytune.data.conversation import Conversation, Message, Origin, RowError
-from raytune.data.fields import REASONING, Field, Marks, Span, fields_of, has_thought
+from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
 from raytune.data.masking import Targets, trained_turns
 from raytune.data.rendering import Job, Renderer
 from raytune.data.turn_ends import TurnEnds
@@ -264,21 +265,24 @@ class ChatTemplate:
     def expected(self, conversation: Conversation) -> str:
         """The last answer as a model that has learned the template writes it, special tokens aside.
 
-        That of an answer in words is its content; a thought or a tool call is what the template makes of it.
+        That of an answer in words is its content, unless the template writes words in front of it (an empty thought, say), which
+        a tuned model then writes too. A thought or a tool call is what the template makes of it.
 
         Raises:
             RowError: if the template cannot render it.
         """
         last = conversation.messages[-1]
-        content = str(last.get("content") or "")
-        if not last.get("tool_calls") and not has_thought(content) and not any(last.get(key) for key in REASONING):
-            return content
+        content = str(last.get("content") or "").strip()
         asked_for = {key: value for key, value in last.items() if key != "train"}  # whether it is trained, too, does not matter
         rendered = self.render([replace(conversation, messages=(*conversation.messages[:-1], asked_for))], "last")[0]
         if isinstance(rendered, RowError):
             raise rendered
         start, stop = rendered.targets[-1]
-        return str(self._tokenizer.decode(self._ids(rendered.text[start:stop]), skip_special_tokens=True)).strip()
+        written = rendered.text[start:stop]
+        at = written.find(content)
+        if not last.get("tool_calls") and at >= 0 and not written[:at].strip():
+            return content
+        return str(self._tokenizer.decode(self._ids(written), skip_special_tokens=True)).strip()
 
     # --- Plain chats ---------------------------------------------------------------------------------------------------------
 
@@ -462,7 +466,10 @@ def _assembled(text: str, answers: Sequence[Answer], targets: Targets) -> Render
         text = text[: missing.stop] + missing.missing
     if targets == "all":
         return Rendered(text, [(0, len(text))])
-    return Rendered(text, sorted((answer.start, answer.stop + len(answer.missing)) for answer in answers))
+    spans = sorted((answer.start, answer.stop + len(answer.missing)) for answer in answers)
+    if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
+        raise Undelimited("it does not say where one of several answers in a row ends and the next begins")
+    return Rendered(text, spans)
 
 
 def _is_shown(field: Field, row: Conversation, text: str, places: Mapping[Field, list[Span]]) -> bool:

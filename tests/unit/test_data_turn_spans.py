@@ -96,6 +96,10 @@ def test_the_expected_answer_holds_the_thought_that_is_trained() -> None:
     template = ChatTemplate(tiny_tokenizer(), text)
     assert template.expected(chat("Q1", "<think>\nhm\n</think>\n\nA1")) == "hm\n</think>\n\nA1"
     assert template.expected(chat("Q1", "A1")) == "A1"
+    assert template.expected(chat("Q1", " ")) == ""
+    empty = CHATML.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}")
+    template = ChatTemplate(tiny_tokenizer(), empty.replace("%END%", "<|im_end|>\n").replace("%PROMPT%", PROMPT))
+    assert template.expected(chat("Q1", "A1")) == "<think></think>A1"
 
 
 def test_a_call_that_is_not_to_be_trained_can_be_asked_for() -> None:
