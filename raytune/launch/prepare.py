@@ -75,10 +75,9 @@ class Preparation:
         Raises:
             ModelError: if they do not, or are others than those that a run before this one was prepared for.
         """
-        content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code)
         key = (path, model.revision)
-        if key not in self._contents:
+        if key not in self._contents:  # headers first: to hash the files is to read them
             check_base(path, model.revision, model.trust_remote_code)
-            self._contents[key] = content
-        refuse_other_base(path, self._contents[key], content)
+        content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code)
+        refuse_other_base(path, self._contents.setdefault(key, content), content)
         return content
