@@ -22,6 +22,7 @@ from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from raytune.config.training import Precision
@@ -218,6 +219,12 @@ class _Merger:
                 f"first {foreign[0]}. Name the base that it was trained on with --base."
             )
         self._replaced = self._replacements()
+        self._parts = {
+            part: (name, tensor)
+            for name, replacement in self._replaced.items()
+            for part, tensor in revert_weight_conversion(self.model, {name: replacement}).items()
+        }
+        """Of replacements, by the names of the base's files, where experts lie apart and routers have other names."""
 
     @property
     def stays_tied(self) -> bool:
@@ -228,25 +235,33 @@ class _Merger:
     def merged(self, weights: _BaseWeights) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the merged model, in the order of the base's files."""
         merged, written, embedding = set(), set(), None
+        left = set(self._parts)
         for published_name, tensor in weights:
             name = self._own_name(published_name)
-            module_name = name.rpartition(".")[0]
+            written.add(name)
             if name == f"{self._embedding}.weight":
                 embedding = tensor
+            part = published_name if published_name in self._parts else name
+            if part in self._parts:
+                left.discard(part)
+                yield published_name, self._parts[part][1].to(tensor.dtype)
+                continue
+            module_name = name.rpartition(".")[0]
             if module_name in self._layers and name.endswith(".weight"):
                 merged.add(module_name)
-            written.add(name)
             yield published_name, self._updates.added(published_name, name, self._merged(name, tensor))
         head = f"{self._head}.weight"
         if self._is_tied and not self.stays_tied and head not in written:
             assert embedding is not None, "a tied head comes from the embedding"
             merged.add(self._head)
+            left.discard(head)
             yield head, self._merged(head, embedding)
-        missing = sorted({*self._layers} - merged | self._updates.missing)
+        unused = {self._parts[part][0] for part in left}
+        missing = sorted({*self._layers} - merged | self._updates.missing | unused)
         if missing:
             raise ModelError(
-                f"The adapter updates {len(missing)} layers whose weights are not in {weights.folder} under their names, first "
-                f"{missing[0]}. It cannot be merged; load it with PEFT instead."
+                f"The adapter changes {len(missing)} layers or parameters whose weights are not in {weights.folder} under their "
+                f"names, first {missing[0]}. It cannot be merged; load it with PEFT instead."
             )
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
