@@ -349,7 +349,7 @@ READERS: dict[str, Reader] = {
     **_read("cluster", "threads_per_worker placement max_failures", "plan.choose"),
     **_read("cluster", "start_timeout collective_timeout", "launch.cluster"),
     # sweep
-    **_read("sweep", "run", "config.load"),
+    **_read("sweep", "run", "config.files"),
     **_read("sweep", "space", "sweeps.space"),
     **_read("sweep.space", "choice grid uniform log_uniform integer log_integer expression", "config.sweep"),
     **_read("sweep.space", "step when", "sweeps.space", "config.space"),

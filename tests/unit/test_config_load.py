@@ -16,8 +16,9 @@ from pydantic import TypeAdapter
 from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.config.hints import OURS
 from raytune.config.keys import example_of, keys, keys_in
-from raytune.config.load import MAX_PROBLEMS, ConfigError, config_diff, config_from, dump_yaml, load_config
+from raytune.config.load import ConfigError, config_diff, config_from, dump_yaml, load_config
 from raytune.config.run import RunConfig
+from raytune.config.validate import MAX_PROBLEMS
 from raytune.config.yaml_nodes import write_yaml
 
 
