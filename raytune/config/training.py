@@ -70,7 +70,8 @@ class TrainingSection(Section):
     num_cycles: PositiveInt = 1
     """Number of cycles. For `cosine_with_restarts` only."""
     warmup_ratio: Annotated[Fraction | Auto, Field(examples=[0.03])] = "auto"
-    """Share of the steps over which the rate rises linearly from 0. `auto` depends on the method."""
+    """Share of the steps over which the rate rises linearly from 0. `auto` depends on the length of the run, and leaves out a
+    warm-up of one step, whose rate would be 0."""
     warmup_steps: NonNegativeInt | None = None
     """Warm-up in steps; wins over `warmup_ratio`."""
     optimizer: Optimizer = "adamw"

@@ -1,7 +1,8 @@
 """Whether the files of a base hold the model that its config describes: every tensor, in its shape, and none that would be lost.
 
 transformers initialises what it does not find, and drops what it does not know, with a line in a log. Its own loading report is
-the source of what is missing here; asked on the meta device, it needs the headers of the files only.
+the source of what is missing here; asked on the meta device, it needs the headers of the files only. Of the numbers a few rows of
+each matrix are read.
 """
 
 import copy
@@ -25,13 +26,14 @@ from raytune.model.files import local_files
 from raytune.model.pretrained import load_config, model_class
 from raytune.model.stopping import check_stops
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files, weight_map
+from raytune.plan.stored_quantization import stored_quantization
 
 _SHOWN = 5
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 _PART = re.compile(r"^(.*?\.)(\d+)(\..*?\.)(\d+)(\..*)$")
 _NUMBER = re.compile(r"\.\d+\.")
-_NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Number formats of safetensors that weights may have as they are. Integers are packed, and need a scale."""
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Number formats of safetensors that weights may have as they are. Integers are packed, and like 8-bit floats need a scale."""
 _COMPARED_ROWS = 4096
 """Of two matrices, held at once."""
 _OLD_BUFFERS = (".masked_bias", ".inv_freq", ".position_ids")
@@ -62,7 +64,7 @@ class LoadingReport:
 
 
 def check_base(path: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Hold a base's files against the model that they are to become, if they are on this machine. Reads no weights.
+    """Hold a base's files against the model that they are to become, if they are on this machine. Takes seconds.
 
     Args:
         path: as in `ModelPlan.path`.
@@ -78,7 +80,7 @@ def check_base(path: str, revision: str | None, trust_remote_code: bool) -> None
 
 
 def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrainedModel]) -> None:
-    """Hold the headers of a base's files against the model that they are to become. Reads no weights, takes a second.
+    """Hold a base's files against the model that they are to become: their headers, and a few rows of each matrix.
 
     Args:
         own_class: of the model, as `load.model_class` finds it.
@@ -94,8 +96,13 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
         )
     check_stops(folder, config)
     stored = stored_tensors(weight_files(folder))
-    if getattr(config, "quantization_config", None) is not None or own_class.is_remote_code():
-        return  # what is missing is seen when they are loaded: other tensors than the model's, or code that may do anything
+    if stored_quantization(config.to_dict()) is not None:
+        return  # other tensors than the model's: what is missing is seen when they are loaded
+    if own_class.is_remote_code():  # which may name its tensors as it likes
+        named_weights = {name: tensor for name, tensor in stored.items() if name.endswith(".weight")}
+        _check_formats(named_weights, str(folder))
+        _check_numbers(named_weights, str(folder))
+        return
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
     load: Any = own_class.from_pretrained  # whose declared result knows no report
     with _quiet():
@@ -120,30 +127,88 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
                 f"{folder / 'config.json'} describes no {own_class.__name__} that transformers can build: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Give the config.json that belongs to the weights."
             ) from error
+    weights = _weights_of(model, stored)
+    _check_formats(weights, str(folder))
     check_report(LoadingReport.of(info), model, str(folder), stored=stored, hint=_said_by_files(folder, stored))
-    _check_formats(stored, model, str(folder))
+    _check_numbers(weights, str(folder))
     _check_tied(stored, model, str(folder))
 
 
-def _check_formats(stored: Mapping[str, StoredTensor], model: PreTrainedModel, place: str) -> None:
-    """Refuse integers where the model has weights, which transformers would take for these weights.
+def _weights_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Those of some tensors that become parameters of a model; others are buffers, scales or of parts that it does not have."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+
+    def is_weight(name: str) -> bool:
+        return _PART.match(name) is not None or not names.isdisjoint((name, prefix + name, name.removeprefix(prefix)))
+
+    return {name: tensor for name, tensor in stored.items() if is_weight(name)}
+
+
+def _check_formats(weights: Mapping[str, StoredTensor], place: str) -> None:
+    """Refuse integers and 8-bit floats where a model has weights, which transformers would take for these weights.
 
     Raises:
         ModelError: naming the first such tensors.
     """
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = f"{model.base_model_prefix}."
-
-    def is_weight(name: str) -> bool:
-        return _PART.match(name) is not None or not weights.isdisjoint((name, prefix + name, name.removeprefix(prefix)))
-
-    wrong = [name for name, tensor in stored.items() if tensor.dtype not in _NUMBERS and is_weight(name)]
+    wrong = [name for name, tensor in weights.items() if tensor.dtype not in _NUMBERS]
     if wrong:
         raise ModelError(
-            f"The weights in {place} hold {_listed(wrong)}{_in_file(wrong[0], stored)} as {stored[wrong[0]].dtype}, and "
+            f"The weights in {place} hold {_listed(wrong)}{_in_file(wrong[0], weights)} as {weights[wrong[0]].dtype}, and "
             f"config.json has no quantization_config that says how such numbers become weights: they would be trained on as they "
             f"are. Give the original weights; with adapter.method: qlora they are quantised while they are loaded."
         )
+
+
+def _check_numbers(weights: Mapping[str, StoredTensor], place: str) -> None:
+    """Refuse matrices that hold one number everywhere, or one that is none among the few rows that are looked at.
+
+    `check_finite` looks at all of them once they are loaded.
+
+    Raises:
+        ModelError: naming the first such tensors.
+    """
+    matrices: dict[Path, list[str]] = {}
+    for name, tensor in weights.items():
+        is_matrix = len(tensor.shape) > 2 or (len(tensor.shape) == 2 and name.endswith(".weight"))
+        if is_matrix and tensor.shape[0] > 1 and tensor.dtype in _NUMBERS:
+            matrices.setdefault(tensor.file, []).append(name)
+    constant: dict[str, float] = {}
+    infinite: list[str] = []
+    for file, names in matrices.items():
+        with safe_open(file, "pt") as opened:
+            for name in names:
+                matrix, shape = opened.get_slice(name), weights[name].shape
+                sample = _sample(matrix, shape)
+                if not sample.isfinite().all():
+                    infinite.append(name)
+                elif _holds_one_number(sample) and _is_filled_with(sample[0], matrix, shape[0]):
+                    constant[name] = float(sample[0])
+    if infinite:
+        raise _not_finite(infinite, place)
+    if constant:
+        names = list(constant)
+        raise ModelError(
+            f"The weights in {place} hold the same number everywhere in {_listed(names)}{_in_file(names[0], weights)}, "
+            f"{constant[names[0]]:g}: the file was not written to its end or not filled, and such a layer says nothing. Download "
+            f"or convert the model again. If it is meant, of layers that were inserted, start them with small random numbers."
+        )
+
+
+def _sample(matrix: Any, shape: Sequence[int]) -> torch.Tensor:
+    """Some rows of a stored matrix, or of one of several that lie in one tensor: the first, the middle and the last."""
+    inner = (slice(0, 1),) * (len(shape) - 2)
+    return torch.cat([matrix[(slice(row, row + 1), *inner)].flatten() for row in {0, shape[0] // 2, shape[0] - 1}])
+
+
+def _holds_one_number(tensor: torch.Tensor) -> bool:
+    return bool((tensor == tensor.flatten()[0]).all())
+
+
+def _is_filled_with(number: torch.Tensor, matrix: Any, num_rows: int) -> bool:
+    """Whether a stored matrix holds one number everywhere, looked at a few rows at a time."""
+    parts = (matrix[start : start + _COMPARED_ROWS] for start in range(0, num_rows, _COMPARED_ROWS))
+    return all(bool((part == number).all()) for part in parts)
 
 
 def _check_tied(stored: Mapping[str, StoredTensor], model: PreTrainedModel, place: str) -> None:
@@ -270,10 +335,14 @@ def check_finite(model: nn.Module, place: str) -> None:
     wrong = ~torch.stack(extremes).isfinite().all(dim=1)
     if wrong.any():
         found = [name for name, is_wrong in zip(names, wrong.tolist(), strict=True) if is_wrong]
-        raise ModelError(
-            f"The weights in {place} hold numbers that are not finite (NaN or infinity) in {_listed(found)}: the files are "
-            f"damaged, or were saved from a training that had diverged. Give intact weights."
-        )
+        raise _not_finite(found, place)
+
+
+def _not_finite(names: Sequence[str], place: str) -> ModelError:
+    return ModelError(
+        f"The weights in {place} hold numbers that are not finite (NaN or infinity) in {_listed(names)}: the files are damaged, "
+        f"or were saved from a training that had diverged. Give intact weights."
+    )
 
 
 def _floating(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

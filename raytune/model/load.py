@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
@@ -28,6 +28,7 @@ from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
 from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import ModelPlan
+from raytune.plan.stored_quantization import check_stored_quantization, stored_quantization
 
 
 def load_model(
@@ -71,7 +72,7 @@ def _load_base(
     arguments: dict[str, Any] = {}
     if isinstance(adapter, QloraAdapter):
         arguments["quantization_config"] = quantization_config(adapter, model)
-    _check_quantised_base(model, config, adapter)
+    check_stored_quantization(stored_quantization(config.to_dict()), adapter, model.path)
     is_sharded = is_deepspeed_zero3_enabled()
     if not is_sharded:  # then a quantised model is put on the current device
         arguments["device_map"] = {"": device}
@@ -102,19 +103,6 @@ def _load_base(
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
     return loaded
-
-
-def _check_quantised_base(model: ModelPlan, config: PretrainedConfig, adapter: Adapter) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = values.get("quant_method", "an unknown method")
-    if method != "bitsandbytes" or not isinstance(adapter, QloraAdapter):
-        raise ModelError(
-            f"{model.path} is already quantised by {method}. Use the original weights as model.base; with adapter.method: qlora "
-            f"they are quantised while they are loaded."
-        )
 
 
 @contextmanager

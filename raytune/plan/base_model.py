@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter
 from raytune.errors import ModelError
 from raytune.plan.architectures import has_reader, model_shape
 from raytune.plan.shapes import ModelShape
+from raytune.plan.stored_quantization import stored_quantization
 
 DEMO = "demo"
 """Name of the model that ships with raytune, in configs and plans."""
@@ -47,8 +49,10 @@ def read_model_shape(
     if "model_type" not in config:
         raise ModelError(f"model.base {base!r}: {path} names no model_type. Give the folder of a model saved by transformers.")
     if has_reader(config) and not (trust_remote_code and "auto_map" in config):
-        return model_shape(config, str(path))
-    return _built_shape(path.parent, text, trust_remote_code)
+        shape = model_shape(config, str(path))
+    else:
+        shape = _built_shape(path.parent, text, trust_remote_code)
+    return replace(shape, stored_quantization=stored_quantization(config))
 
 
 @lru_cache

@@ -55,6 +55,7 @@ from raytune.plan.run_plan import (
     RunPlan,
 )
 from raytune.plan.shapes import ModelShape
+from raytune.plan.stored_quantization import quantization_note
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -181,7 +182,7 @@ def choose_plan(
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
-        notes=[*expert_notes(config, shape), *lone_notes(shape)],
+        notes=[*expert_notes(config, shape), *lone_notes(shape), *quantization_note(shape.stored_quantization)],
         reasons=list(reasons),
         data_report=data.report,
     )
@@ -337,7 +338,15 @@ def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) 
         return training.warmup_steps
     ratio = training.warmup_ratio
     if ratio == "auto":
-        return min(math.ceil(reasons.taken(default_warmup_ratio(num_steps)) * num_steps), num_steps - 1)
+        choice = default_warmup_ratio(num_steps)
+        warmup_steps = math.ceil(choice.value * num_steps)
+        if warmup_steps > 1:
+            reasons.taken(choice)
+            return warmup_steps
+        reasons.append(
+            f"The warm-up has no step: training.warmup_ratio is {choice.value:g} of {num_steps}, one step, which would have rate 0."
+        )
+        return 0
     if num_steps == 1 and ratio:
         # The first step of a warm-up has rate 0: the only step of a run must not be it.
         reasons.append(f"The warm-up has no step: training.warmup_ratio is {ratio:g}, but the only step would have rate 0.")

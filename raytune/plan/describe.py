@@ -132,9 +132,13 @@ def _length(plan: RunPlan) -> str:
 def _optimizer(plan: RunPlan) -> str:
     settings = plan.optimization
     return (
-        f"{settings.optimizer}, learning rate {settings.learning_rate:g} ({settings.schedule}, {settings.warmup_steps} warm-up "
-        f"steps), weight decay {settings.weight_decay:g}"
+        f"{settings.optimizer}, learning rate {settings.learning_rate:g} ({settings.schedule}, "
+        f"{_warmup_text(settings.warmup_steps)}), weight decay {settings.weight_decay:g}"
     )
+
+
+def _warmup_text(steps: int) -> str:
+    return f"{steps} warm-up step{'s' * (steps != 1)}, the first at rate 0" if steps else "no warm-up"
 
 
 def _engine(plan: RunPlan) -> str:

@@ -18,6 +18,7 @@ from raytune.plan.lone_documents import check_lone_documents, choose_lone_attent
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
+from raytune.plan.stored_quantization import check_stored_quantization
 
 Device = Literal["cpu", "cuda"]
 DEFAULT_ROW_LENGTH = 2048
@@ -71,6 +72,7 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     check_overrides(config.training.zero)
     check_expert_updates(config, shape)
     check_adapter(config.adapter, shape, precision)
+    check_stored_quantization(shape.stored_quantization, resolve_adapter(config.adapter, precision).value, config.model.base)
     _check_kernels(config, shape, device)
     _check_cluster(config.cluster)
 

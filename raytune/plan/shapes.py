@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from raytune.config.model import Attention
 
@@ -97,6 +97,8 @@ class ModelShape:
     embeddings: tuple[Module, ...]
     final_norm: Module
     head: Module
+    stored_quantization: dict[str, Any] | None = None
+    """What `config.json` says of weights that are stored quantised (plan.stored_quantization)."""
 
     def modules(self) -> Iterator[Module]:
         """Every module under its full name, with a tied head, which holds no weights of its own."""

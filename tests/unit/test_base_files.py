@@ -399,3 +399,80 @@ def test_rows_with_tokens_that_the_model_has_no_embedding_for_are_refused(
         prepare(config, this_machine(config.cluster), map)
     unused = config_from(fine | {"data": {"train": usual, "max_length": 512}})
     prepare(unused, this_machine(unused.cluster), map)
+
+
+def _with(**values: Callable[[Tensor], Tensor]) -> Change:
+    """A change of those tensors whose names contain a word."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for word, new in values.items():
+            tensors |= {name: new(tensor) for name, tensor in tensors.items() if word in name and tensor.ndim > 1}
+        return tensors
+
+    return change
+
+
+UNFILLED = {
+    "a matrix of zeros": ("tied", _with(o_proj=torch.zeros_like), r"same number everywhere in .*o_proj\.weight \(in .*, 0:"),
+    "a matrix of ones": ("tied", _with(down_proj=torch.ones_like), r"same number everywhere in .*down_proj.* 1:"),
+    "the embedding": ("untied", _with(embed_tokens=torch.zeros_like), r"same number everywhere in model\.embed_tokens"),
+    "the head": ("untied", _with(lm_head=torch.zeros_like), r"same number everywhere in lm_head"),
+    "an expert": ("mixtral", _with(**{"experts.2.w1": torch.zeros_like}), r"same number everywhere in .*experts\.2\.w1"),
+    "everything": ("tied", _with(weight=torch.zeros_like), r"same number everywhere in .* and \d+ more"),
+    "a first row of NaN": (
+        "tied",
+        _with(up_proj=lambda old: torch.cat([old[:1] * float("nan"), old[1:]])),
+        r"not finite .*up_proj",
+    ),
+    "a last row of infinity": (
+        "tied",
+        _with(q_proj=lambda old: torch.cat([old[:-1], old[-1:] * float("inf")])),
+        r"not finite .*q_proj",
+    ),
+    "8-bit floats": (
+        "tied",
+        _with(k_proj=lambda old: old.to(torch.float8_e4m3fn)),
+        r"k_proj.* as F8_E4M3, .*no quantization_config",
+    ),
+    "8-bit floats of an expert": (
+        "mixtral",
+        _with(**{"experts.1.w3": lambda old: old.to(torch.float8_e5m2)}),
+        r"experts\.1\.w3.* as F8_E5M2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFILLED)
+def test_numbers_that_say_nothing_are_refused_before_they_are_loaded(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base, change, message = UNFILLED[case]
+    with pytest.raises(ModelError, match=rf"(?s){message}"):
+        check(changed(bases[base], tmp_path / "base", change))
+
+
+def test_8_bit_floats_are_refused_for_what_they_are_beside_their_scales(bases: dict[str, Path], tmp_path: Path) -> None:
+    def as_deepseek_stores_them(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        scales = {f"{name}_scale_inv": torch.ones(1, 1) for name in tensors if "q_proj" in name}
+        return _with(q_proj=lambda old: old.to(torch.float8_e4m3fn))(tensors) | scales
+
+    with pytest.raises(ModelError, match=r"q_proj\.weight .*as F8_E4M3"):
+        check(changed(bases["tied"], tmp_path / "base", as_deepseek_stores_them))
+
+
+def test_rows_of_zeros_are_no_fault(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As of tokens that pad a vocabulary: at its ends, and wherever the check looks."""
+
+    def padded(old: Tensor) -> Tensor:
+        new = old.clone()
+        new[[0, len(old) // 2, -1]] = 0
+        return new
+
+    check(changed(bases["untied"], tmp_path / "base", _with(embed_tokens=padded, lm_head=padded)))
+
+
+def test_norms_and_biases_may_hold_one_number(bases: dict[str, Path]) -> None:
+    """They do in every fresh model: ones and zeros."""
+    tensors = load_file(bases["qwen2"] / "model.safetensors")
+    assert all(
+        (tensors[name] == tensors[name][0]).all() for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias")
+    )
+    check(bases["qwen2"])

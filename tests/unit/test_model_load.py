@@ -95,7 +95,7 @@ def test_code_that_transformers_does_not_need_is_ignored(base: Path, tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_quantised_base_is_refused_unless_it_is_qlora(base: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_is_refused(base: Path, tmp_path: Path) -> None:
     folder = changed_config(base, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="already quantised by gptq"):
         load_model(model_plan(folder), LoraAdapter(), device=CPU, seed=0)

@@ -18,6 +18,7 @@ from raytune.config.training import Schedule
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.architectures import model_shape
 from raytune.plan.choose import choose_plan
+from raytune.plan.describe import plan_text
 from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
 from raytune.plan.requirements import check_before_data, choose_row_length
@@ -258,7 +259,23 @@ def test_the_only_step_of_a_run_has_a_rate_above_zero(schedule: Schedule, warmup
     plan = planned(training={"max_steps": 1, "lr_scheduler_type": schedule, **warmup})
     assert learning_rate(0, plan.optimization) == plan.optimization.learning_rate > 0
     is_said = any("The warm-up has no step" in reason for reason in plan.reasons)
-    assert is_said == bool(warmup.get("warmup_ratio"))
+    assert is_said == ("warmup_steps" not in warmup)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 10])
+def test_an_automatic_warm_up_is_no_single_step_at_rate_0(num_steps: int) -> None:
+    plan = planned(training={"max_steps": num_steps})
+    assert learning_rate(0, plan.optimization) == plan.optimization.learning_rate > 0
+    assert [
+        reason for reason in plan.reasons if f"The warm-up has no step: training.warmup_ratio is 0.1 of {num_steps}" in reason
+    ]
+
+
+def test_a_warm_up_says_that_its_first_step_has_rate_0() -> None:
+    assert planned(training={"max_steps": 11}).optimization.warmup_steps == 2
+    assert "2 warm-up steps, the first at rate 0" in plan_text(planned(training={"max_steps": 11}))
+    assert "1 warm-up step, the first at rate 0" in plan_text(planned(training={"max_steps": 2, "warmup_steps": 1}))
+    assert "no warm-up" in plan_text(planned(training={"max_steps": 2}))
 
 
 def test_a_warm_up_of_the_only_step_is_refused() -> None:
