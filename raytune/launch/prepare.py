@@ -56,7 +56,7 @@ class Preparation:
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
         model_path = resolve_model_path(model.base, model.revision)
         check_before_data(config, shape, machine)
-        content = self._base(model, model_path)
+        content = self.base(model)
         model = model.model_copy(update={"revision": content.get(COMMIT, model.revision)})
         config = config.model_copy(update={"model": model})
         storage = absolute(config.storage)
@@ -69,12 +69,13 @@ class Preparation:
         plan = choose_plan(config, shape, machine, facts, model_path=model_path, storage=storage, content=content)
         return Prepared(plan=plan, questions=questions)
 
-    def _base(self, model: ModelSection, path: str) -> Content:
+    def base(self, model: ModelSection) -> Content:
         """The content of a base whose files hold the model that its config describes.
 
         Raises:
             ModelError: if they do not, or are others than those that a run before this one was prepared for.
         """
+        path = resolve_model_path(model.base, model.revision)
         key = (path, model.revision)
         if key not in self._contents:  # headers first: to hash the files is to read them
             check_base(path, model.revision, model.trust_remote_code)

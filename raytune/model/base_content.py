@@ -1,7 +1,8 @@
 """What is in the files of a base: hashes of a folder's files, the commit of a hub model.
 
 The content is part of a run: weights that were replaced under the same path are another base, and the same files in another
-folder are not. A file that was hashed once is not read again while its size, times and inode stay what they were.
+folder are not. Tokenizer and `generation_config.json` belong to it, since what a run saves holds them. A file that was hashed
+once is not read again while its size, times and inode stay what they were.
 """
 
 import hashlib
@@ -25,6 +26,20 @@ Content = dict[str, str]
 COMMIT = "commit"
 CONTENT_FILE = "base_content.json"
 """In the folder of an adapter: the content of the base that it was trained on. Merging reads it, PEFT does not."""
+SAVED_WITH_IT = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""Files beside the weights that decide what is trained on, or come out again beside what was trained."""
 DIGEST_LENGTH = 32
 """Hexadecimal digits of a SHA-256, from its beginning, as `sha256sum` prints it."""
 SETTLED_S = 2.0
@@ -48,12 +63,18 @@ def base_content(path: str, revision: str | None, *, trust_remote_code: bool = F
     if not folder.is_dir():
         return {COMMIT: find_config(path, revision, default_hub_cache()).parent.name}
     files = [folder / "config.json", *weight_files(folder)]
+    files += [folder / name for name in SAVED_WITH_IT if (folder / name).is_file()]
     if trust_remote_code:
         files += sorted(folder.glob("*.py"))
     known = _KnownHashes(cache or _default_cache())
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python's lock
         digests = list(pool.map(known.hash_of, files))
     return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+
+
+def computing_part(content: Mapping[str, str]) -> Content:
+    """What of a content decides what the model computes, from tokens to tokens."""
+    return {name: digest for name, digest in content.items() if name not in SAVED_WITH_IT}
 
 
 def content_changes(was: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:

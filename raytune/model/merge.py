@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from raytune.config.training import Precision
 from raytune.errors import DataError, ModelError
 from raytune.model.base_check import check_files
-from raytune.model.base_content import COMMIT, Content, base_content, changes_text, content_changes, saved_content
+from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
 from raytune.model.files import resolve_model_path
@@ -111,7 +111,7 @@ def _refuse_other_base(adapter_folder: Path, path: str, base: str, revision: str
     if was is None or (COMMIT in was) == Path(path).is_dir():
         return
     now = {COMMIT: revision or ""} if COMMIT in was else base_content(path, None, trust_remote_code=_has_code(was))
-    if changes := content_changes(was, now):
+    if changes := content_changes(computing_part(was), computing_part(now)):
         raise ModelError(
             f"The adapter in {adapter_folder} was trained on another base than {base} holds now:\n{changes_text(changes)}\n"
             f"Merged, it would compute something else than was trained and measured. Name the base that it was trained on with "

@@ -344,7 +344,7 @@ def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) 
             reasons.taken(choice)
             return warmup_steps
         reasons.append(
-            f"The warm-up has no step: training.warmup_ratio is {choice.value:g} of {num_steps}, one step, which would have rate 0."
+            f"The warm-up has no step: training.warmup_ratio is {choice.value:g} of {num_steps}, which is one, at rate 0."
         )
         return 0
     if num_steps == 1 and ratio:

@@ -8,6 +8,7 @@ from raytune.data.build import ParallelMap
 from raytune.errors import PlanError, UserError
 from raytune.launch.prepare import Preparation
 from raytune.launch.stores import STORES_FOLDER
+from raytune.model.base_content import Content
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import SweepFolder
@@ -81,6 +82,14 @@ class Planner:
             shared = f" {self.slots} trials share the machines: a smaller sweep.max_concurrent leaves more to each."
             is_crowded = isinstance(error, PlanError) and self.slots > 1
             raise type(error)(f"With {values}: {error}{shared if is_crowded else ''}") from error
+
+    def base(self, trial: Trial) -> Content:
+        """What the base of a trial holds now, wherever it lies.
+
+        Raises:
+            ModelError: if it is not here, or is no whole model.
+        """
+        return self._preparation.base(self.config(trial).model)
 
 
 def resolve(config: RunConfig, planner: Planner) -> Resolved:

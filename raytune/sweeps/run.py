@@ -32,6 +32,9 @@ Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
 MAY_CHANGE = ("sweep.trials", "sweep.max_concurrent", "cluster.", "provider.", "checkpoint.keep_", "training.logging_steps")
 """Beginnings of keys that may change between two commands of one sweep."""
 
+COMPARED_BY_CONTENT = "model.base"
+"""Where a sweep goes on, its base may lie elsewhere: what is in it is compared. A finished one is read, without its base."""
+
 
 def sweep(
     config: RunConfig, watch: Watch = lambda plan, known, board: nullcontext(), places: Places | None = None
@@ -47,9 +50,10 @@ def sweep(
         ClusterError: if Ray lost what the sweep itself needs.
     """
     folder = _checked(config, places)
-    _refuse_another_sweep(folder, config)
     if _is_finished(folder, config):
+        _refuse_another_sweep(folder, config, may_change=MAY_CHANGE)
         return read_sweep(folder.path)
+    _refuse_another_sweep(folder, config, may_change=(*MAY_CHANGE, COMPARED_BY_CONTENT))
     with hold(RunFolder(folder.storage, folder.name)) as lease, connect(config.cluster) as machine:
         parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
         planner = Planner(config, folder, machine, parallel_map)
@@ -57,7 +61,7 @@ def sweep(
         known = read_ledger(folder.ledger)
         _refuse_other_rungs(folder, resolved.plan, known)
         _refuse_other_trials(folder, planner, known)
-        _refuse_other_bases(folder, resolved, known)
+        _refuse_other_bases(folder, planner, known)
         write_bytes(folder.sweep, config.model_dump_json(indent=2).encode())
         remove_folder(folder.result, folder.path)  # until this command has one too
         board = Board(resolved.plan.mode)
@@ -123,16 +127,19 @@ def _is_finished(folder: SweepFolder, config: RunConfig) -> bool:
     return len(known.trials) >= num_trials and not known.unended
 
 
-def _refuse_another_sweep(folder: SweepFolder, config: RunConfig) -> None:
+def _refuse_another_sweep(folder: SweepFolder, config: RunConfig, *, may_change: tuple[str, ...]) -> None:
     """Refuse to continue a sweep whose trials would be other ones, or judged in another way.
 
     More trials, and other machines for them, are no other sweep.
+
+    Args:
+        may_change: beginnings of keys.
     """
     if not exists(folder.sweep):
         return
     with readable(folder.sweep, RunFolder(folder.storage, folder.name)):
         was = RunConfig.model_validate_json(read_bytes(folder.sweep))
-    changes = [change for change in config_diff(was, config) if not change[0].startswith(MAY_CHANGE)]
+    changes = [change for change in config_diff(was, config) if not change[0].startswith(may_change)]
     refuse_changes("sweep", folder.name, folder.storage, changes)
 
 
@@ -160,20 +167,19 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
         refuse_another_run(folder.trial(trial.name), planner.plan(trial))
 
 
-def _refuse_other_bases(folder: SweepFolder, resolved: Resolved, known: Known) -> None:
-    """Refuse to compare trials with ended ones whose base had other weights under the same name.
+def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> None:
+    """Refuse to compare trials with ended ones whose base held something else, wherever it lay then and lies now.
 
     Raises:
         UserError: naming every file that differs.
     """
-    contents = {plan.model.path: plan.model.content for plan in resolved.plans}
     for trial in known.trials.values():
         run = folder.trial(trial.name)
         if not known.has_ended(trial.name) or not exists(run.plan):
             continue
-        model = read_plan(run).model
-        if model.content and (now := contents.get(model.path)):
-            changes = [(f"model.content.{name}", was, new) for name, was, new in content_changes(model.content, now)]
+        was = read_plan(run).model.content
+        if was is not None:
+            changes = [(f"model.content.{name}", old, new) for name, old, new in content_changes(was, planner.base(trial))]
             refuse_changes("sweep", folder.name, folder.storage, changes)
 
 

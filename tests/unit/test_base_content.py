@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from raytune.config.load import config_from, dump_yaml
+from raytune.config.load import config_from, config_with, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError, UserError
 from raytune.launch.attempts import Failure
@@ -21,7 +21,11 @@ from raytune.launch.run import train_plan
 from raytune.model.base_content import base_content
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import write_json
+from raytune.storage import write_bytes, write_json
+from raytune.sweeps.ledger import Ended, Known
+from raytune.sweeps.planner import Planner
+from raytune.sweeps.run import COMPARED_BY_CONTENT, MAY_CHANGE, _refuse_another_sweep, _refuse_other_bases
+from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import winner_config
 from tests.sweep_cases import sweep_result, trial_result
 from tests.tiny import save_tiny_model
@@ -57,6 +61,16 @@ def replace_config(base: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
 
 
+def replace_generation_config(base: Path) -> None:
+    """Which is saved beside the tuned model, and decides how it answers."""
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "do_sample": True}))
+
+
+def replace_tokenizer_config(base: Path) -> None:
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+
+
 def run_config(base: Path, storage: Path) -> RunConfig:
     return config_from(
         {
@@ -77,7 +91,13 @@ def planned(base: Path, storage: Path) -> RunPlan:
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [(replace_weights, WEIGHTS), (replace_in_place_under_the_old_date, WEIGHTS), (replace_config, "config.json")],
+    [
+        (replace_weights, WEIGHTS),
+        (replace_in_place_under_the_old_date, WEIGHTS),
+        (replace_config, "config.json"),
+        (replace_generation_config, "generation_config.json"),
+        (replace_tokenizer_config, "tokenizer_config.json"),
+    ],
 )
 def test_a_changed_base_is_another_run_and_the_file_is_named(change: Callable[[Path], None], name: str, base: Path) -> None:
     storage = base.parent / "runs"
@@ -87,7 +107,9 @@ def test_a_changed_base_is_another_run_and_the_file_is_named(change: Callable[[P
     refuse_another_run(folder, planned(base, storage))
     time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
     change(base)
-    with pytest.raises(UserError, match=rf"model\.content\.{name}: [0-9a-f]{{32}} -> [0-9a-f]{{32}}\nContinuing it would mix"):
+    with pytest.raises(
+        UserError, match=rf"model\.content\.{name}: [0-9a-f]{{32}} -> [0-9a-f]{{32}}\n(.*\n)*Continuing it would mix"
+    ):
         refuse_another_run(folder, planned(base, storage))
 
 
@@ -121,7 +143,7 @@ def test_hashes_are_those_of_sha256sum_and_need_no_cache_that_can_be_written(bas
 
     (tmp_path / "file").touch()
     content = base_content(str(base), None, cache=tmp_path / "file" / "no folder")
-    assert content == {name: hashlib.sha256((base / name).read_bytes()).hexdigest()[:32] for name in ("config.json", WEIGHTS)}
+    assert content == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in base.iterdir()}
 
 
 def test_a_hub_base_is_its_commit_and_workers_are_told_to_load_that_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +208,44 @@ def test_a_winner_is_not_trained_again_on_other_weights_unless_another_base_is_n
         winner_config(sweep.path)
     other = save_tiny_model(base.parent / "other", seed=1)
     assert winner_config(sweep.path, overrides=[f"model.base={other}"]).model.base == str(other)
+
+
+def test_a_chat_template_of_the_base_that_changed_is_another_run(base: Path) -> None:
+    plan = planned(base, base.parent / "runs")
+    write_plan(RunFolder(plan.storage, plan.name), plan)
+    (template,) = [path for path in base.iterdir() if path.suffix == ".jinja"]
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    with pytest.raises(UserError, match=r"model\.content\.chat_template\.jinja: "):
+        refuse_another_run(RunFolder(plan.storage, plan.name), planned(base, base.parent / "runs"))
+
+
+def ended_sweep(base: Path, storage: Path) -> tuple[RunConfig, SweepFolder, Known]:
+    """A sweep with a trial that has ended on a base."""
+    config = config_with(
+        run_config(base, storage), {"sweep": {"space": {"adapter.rank": {"grid": [2, 4]}}}, "data.validation_fraction": 0.2}
+    )
+    folder, trial = SweepFolder(str(storage), config.name), Trial(number=0, values={"adapter.rank": 2})
+    write_plan(folder.trial(trial.name), Planner(config, folder, this_machine(config.cluster), map).plan(trial))
+    return config, folder, Known(trials={trial.name: trial}, ends={trial.name: Ended(state="finished")})
+
+
+def on_base(config: RunConfig, base: Path, folder: SweepFolder) -> Planner:
+    return Planner(config_with(config, {"model.base": str(base)}), folder, this_machine(config.cluster), map)
+
+
+def test_a_sweep_does_not_go_on_with_a_base_that_was_moved_and_changed(base: Path) -> None:
+    config, folder, known = ended_sweep(base, base.parent / "runs")
+    moved = Path(shutil.move(base, base.parent / "moved"))
+    _refuse_other_bases(folder, on_base(config, moved, folder), known)
+    replace_weights(moved)
+    with pytest.raises(UserError, match=rf"(?s)Sweep 'run' .*model\.content\.{WEIGHTS}: .*would mix two sweeps"):
+        _refuse_other_bases(folder, on_base(config, moved, folder), known)
+
+
+def test_a_base_may_lie_elsewhere_when_a_sweep_goes_on_and_not_when_a_finished_one_is_read(base: Path) -> None:
+    config, folder, _ = ended_sweep(base, base.parent / "runs")
+    write_bytes(folder.sweep, config.model_dump_json().encode())
+    elsewhere = config_with(config, {"model.base": "/elsewhere"})
+    _refuse_another_sweep(folder, elsewhere, may_change=(*MAY_CHANGE, COMPARED_BY_CONTENT))
+    with pytest.raises(UserError, match=r"model\.base: "):
+        _refuse_another_sweep(folder, elsewhere, may_change=MAY_CHANGE)

@@ -99,7 +99,7 @@ def test_qlora_trains_on_the_stored_numbers_and_the_plan_says_so(stored_in_nf4: 
     stored = AutoModelForCausalLM.from_pretrained(stored_in_nf4, device_map={"": "cpu"})
     name = "model.layers.1.mlp.up_proj"
     layer = model.get_submodule(f"base_model.model.{name}.base_layer")
-    assert torch.equal(layer.weight.data, stored.get_submodule(name).weight.data)
+    assert torch.equal(layer.get_parameter("weight"), stored.get_submodule(name).get_parameter("weight"))
 
 
 @pytest.mark.parametrize(
