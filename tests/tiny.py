@@ -11,7 +11,8 @@ from raytune.config.data import DataSource
 from raytune.data.build import StoreRequest, build_store
 from raytune.data.demo import demo_rows
 from raytune.data.store import StoreInfo
-from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.data.template_text import resolve_template
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan
 

@@ -81,7 +81,9 @@ _CODE = (
     "sources",
     "split",
     "template",
+    "template_text",
     "tokenising",
+    "tokenizers",
     "turn_ends",
     "turn_spans",
     "turns",
@@ -96,7 +98,7 @@ class StoreRequest:
 
     sources: tuple[DataSource, ...]
     template: str
-    """Jinja text (`template.resolve_template`); empty if all sources are plain text."""
+    """Jinja text (`template_text.resolve_template`); empty if all sources are plain text."""
     targets: Targets
     max_length: int
     """Tokens per packed row, and the longest document."""
@@ -106,28 +108,30 @@ class StoreRequest:
     on_prompt_mismatch: Literal["error", "accept"] = "error"
     """Decides whether the store may be used, and nothing of what is in it."""
     tokenizer_fingerprint: str
-    """`template.tokenizer_fingerprint`."""
+    """`tokenizers.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
     """With `validation_fraction`, the side of the split that the store holds."""
     validation_fraction: float = 0.0
 
-    def address(self, fingerprints: Sequence[Sequence[str]]) -> str:
+    def address(self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong]) -> str:
         """Name of the store: equal only for equal tokens in equal rows.
 
         Args:
             fingerprints: for each source, those of its files.
+            policies: for each source, what `too_long` means for its rows.
         """
-        what = {name: value for name, value in asdict(self).items() if name != "on_prompt_mismatch"} | {
+        what = {name: value for name, value in asdict(self).items() if name not in ("on_prompt_mismatch", "too_long")} | {
             "sources": [
                 {
                     "format": source.format,
                     "columns": source.columns,
                     "max_rows": source.max_rows,
                     "files": list(files),
+                    "too_long": policy,
                     # Messages about a row name its file, wherever that lies.
                     "name": _last_part(source.path),
                 }
-                for source, files in zip(self.sources, fingerprints, strict=True)
+                for source, files, policy in zip(self.sources, fingerprints, policies, strict=True)
             ],
             "code": _code_fingerprint(),
         }
@@ -168,7 +172,9 @@ def build_store(
         scanned = [
             [scan(file, source.max_rows) for file in find_files(source, draft / "downloads")] for source in request.sources
         ]
-        address = request.address([[file.fingerprint for file in files] for files in scanned])
+        formats = formats_of(request.sources, scanned)
+        policies: list[TooLong] = [resolved_too_long(request.too_long, name) for name in formats]
+        address = request.address([[file.fingerprint for file in files] for files in scanned], policies)
         final = stores / address
         if (found := _intact(final)) is not None:
             return _with_its_prompts(found, request)
@@ -183,8 +189,6 @@ def build_store(
             side=request.side,
             validation_fraction=request.validation_fraction,
         )
-        formats = formats_of(request.sources, scanned)
-        policies: list[TooLong] = [resolved_too_long(request.too_long, name) for name in formats]
         tasks = _shards(request.sources, scanned, formats, policies, options, draft)
         results = list(parallel_map(tokenise_shard, tasks))
         tallies = _checked_tallies(request, results)

@@ -15,11 +15,23 @@ def trained_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
 
     With "all" the whole text does, turns or not, and the caller does not ask.
     """
+    return [turn for turn in _meant_turns(messages, targets) if not is_excepted(messages[turn])]
+
+
+def excepted_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
+    """Indices of the turns that would carry loss, did their row not say `train: False`."""
+    return [turn for turn in _meant_turns(messages, targets) if is_excepted(messages[turn])]
+
+
+def is_excepted(message: Message) -> bool:
+    return message.get("train") is False
+
+
+def _meant_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
     assert targets != "all"
     roles = targets if isinstance(targets, tuple) else ("assistant",)
     turns = [index for index, message in enumerate(messages) if message["role"] in roles]
-    meant = turns[-1:] if targets == "last" else turns
-    return [turn for turn in meant if messages[turn].get("train") is not False]
+    return turns[-1:] if targets == "last" else turns
 
 
 def target_mask(

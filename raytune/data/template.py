@@ -1,4 +1,4 @@
-"""Chat templates: which one, the text it makes of a conversation, and what of that text is trained.
+"""Chat templates at work: the text that one makes of a conversation, and what of that text is trained.
 
 Templates need no `{% generation %}` markers: `turn_spans` finds where each answer lies. Most rows are chats whose text is
 known from what the template made of a probe, and compared with it letter by letter. Any other row is rendered once more with
@@ -6,33 +6,26 @@ marks around its fields, which shows where they lie and which of them are left o
 is refused. Markers, where a template has them, are obeyed.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
 from raytune.data.masking import Targets, trained_turns
 from raytune.data.rendering import Job, Renderer
+from raytune.data.template_text import SHIPPED, name_of
 from raytune.data.turn_ends import TurnEnds
 from raytune.data.turn_spans import Answer, TurnSpans, Undelimited
-from raytune.errors import DataError, ModelError
-from raytune.plan.base_model import model_files
-
-TEMPLATES_FOLDER = Path(__file__).with_name("templates")
-SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))
+from raytune.errors import DataError
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MAX_TEMPLATE_BYTES = 1 << 20
 _PROBE: list[Message] = [{"role": "user", "content": "Probe0user"}, {"role": "assistant", "content": "Probe1assistant"}]
 _LONGER_PROBE: list[Message] = [
     *_PROBE,
@@ -42,74 +35,6 @@ _LONGER_PROBE: list[Message] = [
 # What is marked at once: all, or less where a template looks at what is marked and would write another text.
 _ALL_KINDS = ("content", "thought", "reasoning", "argument", "name", "tools")
 _MARKED_KINDS = (_ALL_KINDS, _ALL_KINDS[:4], _ALL_KINDS[:3], _ALL_KINDS[:2], _ALL_KINDS[:1])
-
-
-def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can say where in the text its tokens lie.
-
-    Raises:
-        ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "
-            f"Convert it once: AutoTokenizer.from_pretrained(path, use_fast=True).save_pretrained(folder)."
-        )
-    return tokenizer
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything in a tokenizer that decides which tokens a text becomes. Its chat template is not part of it."""
-    parts = [_backend(tokenizer).to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer by itself puts a beginning-of-text token before a text."""
-    ids = _backend(tokenizer).encode("a").ids
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text behind `data.template`: "auto" (the tokenizer's own), the name of a shipped one, or a file.
-
-    A shipped template begins with the beginning-of-text token exactly if the tokenizer itself begins texts with one.
-
-    Raises:
-        DataError: if the tokenizer has none, there is no such file, or the template needs a token that the tokenizer lacks.
-    """
-    if template == "auto":
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"The tokenizer '{tokenizer.name_or_path}' has no chat template, and data.template is 'auto'. "
-                f"Set data.template to the one that the model was trained with ({', '.join(SHIPPED)}) or to a Jinja file; "
-                f"if the rows are plain documents, give their source format: text."
-            )
-        text = tokenizer.get_chat_template()
-    elif template in SHIPPED:
-        text = (TEMPLATES_FOLDER / f"{template}.jinja").read_text()
-        if adds_bos(tokenizer):
-            text = "{{- bos_token }}" + text
-    else:
-        path = Path(template).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.template is '{template}', which is neither a file nor one of {', '.join(SHIPPED)}.")
-        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise DataError(f"data.template: {path} has {path.stat().st_size} bytes, which is no chat template.")
-        try:
-            text = path.read_text(encoding="utf-8-sig")  # a BOM is not part of the template
-        except UnicodeDecodeError as error:
-            raise DataError(f"data.template: {path} is not UTF-8: {error}.") from error
-    if re.search(r"\beos_token\b", text) and tokenizer.eos_token is None:
-        raise DataError(
-            f"The chat template ends turns with eos_token, but the tokenizer '{tokenizer.name_or_path}' has none, so a model "
-            f"would never learn to stop. Set eos_token in its tokenizer_config.json, or choose another data.template."
-        )
-    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +72,7 @@ class ChatTemplate:
             DataError: if the text is no template, or has no way to tell an answer from what surrounds it.
         """
         self.text = text
-        self._name = _name_of(text, tokenizer)
+        self._name = name_of(text, tokenizer)
         self._tokenizer = tokenizer
         self._has_markers = _MARKERS.search(text) is not None
         self._renderer = Renderer(tokenizer, text)
@@ -199,6 +124,11 @@ class ChatTemplate:
         if isinstance(rendered, Rendered) and isinstance(text, str) and rendered.text != text:
             appended = rendered.text[len(text.rstrip()) :].strip()
             notes.append(f"{self._name} does not end the last answer of a chat; {appended!r} is put behind it and trained.")
+        if header := self._trained_header:
+            notes.append(
+                f"{self._name} has no generation prompt (add_generation_prompt changes nothing), so that a model is asked "
+                f"without {header!r} and trained to write it in front of each answer."
+            )
         end = self._ends.behind("assistant", "user", False)
         if self._ends.last("assistant") is not None and self._ends.next_marker:
             notes.append(
@@ -208,6 +138,15 @@ class ChatTemplate:
         if end is not None and not end.stop and self._ends.tail("assistant", "user", False) is not None:
             notes.append(f"{self._name} does not end answers that another turn follows; only the text of those is trained.")
         return notes
+
+    @property
+    def _trained_header(self) -> str:
+        """What is trained in front of an answer because the template has no generation prompt; empty if it has one."""
+        asked, plain, text = self._renderer.texts([Job(_PROBE[:1], None, True), Job(_PROBE[:1]), Job(_PROBE)])
+        rendered = self.render([Conversation(messages=tuple(_PROBE), origin=Origin("probe", 1))], "assistant")[0]
+        if asked != plain or isinstance(asked, RowError) or isinstance(text, RowError) or isinstance(rendered, RowError):
+            return ""
+        return rendered.text[rendered.targets[0][0] : rendered.text.find(_PROBE[1]["content"])].strip()
 
     def render(self, conversations: Sequence[Conversation], targets: Targets) -> list[Rendered | RowError]:
         """Render conversations and find the text that carries loss.
@@ -484,19 +423,3 @@ def _is_shown(field: Field, row: Conversation, text: str, places: Mapping[Field,
         return True
     said = "".join(field.text.casefold().split())
     return any("".join(text[start:stop].casefold().split()) == said for start, stop in places[field])
-
-
-def _name_of(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to call a template in messages."""
-    for name in SHIPPED:
-        if text.endswith((TEMPLATES_FOLDER / f"{name}.jinja").read_text()):
-            return f"the shipped chat template '{name}'"
-    return "the tokenizer's own chat template" if text == tokenizer.chat_template else "the chat template"
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The tokenizer of the `tokenizers` library below, with neither padding nor truncation left on by an earlier call."""
-    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    backend.no_truncation()
-    backend.no_padding()
-    return backend

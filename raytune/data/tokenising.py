@@ -24,13 +24,14 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
 from raytune.data.formats import format_of, names_format, read_row
-from raytune.data.masking import Targets, target_mask, trained_turns
+from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, trained_turns
 from raytune.data.prompts import difference, prompts_to_compare
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TooLong, bad_rows_error
 from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side, side_of
-from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, tokenizer_fingerprint
+from raytune.data.template import ChatTemplate
+from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 
 _DOCUMENTS_AT_ONCE = 256
@@ -358,7 +359,7 @@ def _compare_prompts(
 
 def _can_be_obeyed(row: Conversation, targets: Targets, tally: Tally) -> bool:
     """Whether what a row says of its turns goes together with `data.targets`; tallied if not."""
-    if targets != "all" or not any(_is_skipped(message) for message in row.messages):
+    if targets != "all" or not any(is_excepted(message) for message in row.messages):
         return True
     reason = (
         "has turns that are not to be trained (weight: 0, train: false), but data.targets: all trains the whole text. "
@@ -370,17 +371,12 @@ def _can_be_obeyed(row: Conversation, targets: Targets, tally: Tally) -> bool:
 
 def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
     """Count the turns that their row excepts from training, and rows with trained answers that say nothing."""
-    skipped = sum(_is_skipped(message) for message in row.messages)
-    if skipped:
-        tally.counts["skipped_turns"] += skipped
+    if targets != "all" and (excepted := excepted_turns(row.messages, targets)):
+        tally.counts["skipped_turns"] += len(excepted)
     turns = range(len(row.messages)) if targets == "all" else trained_turns(row.messages, targets)
     blank = [turn for turn in turns if _is_blank_answer(row.messages[turn])]
     if blank:
         tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")
-
-
-def _is_skipped(message: Message) -> bool:
-    return message.get("train") is False
 
 
 def _is_blank_answer(message: Message) -> bool:

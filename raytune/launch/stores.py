@@ -10,7 +10,9 @@ from raytune.config.data import DataSource, named_sources, validation_sets
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
 from raytune.data.store import Store, StoreInfo
-from raytune.data.template import ChatTemplate, open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.data.template import ChatTemplate
+from raytune.data.template_text import resolve_template
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
 from raytune.plan.data_report import DataReport

@@ -49,7 +49,7 @@ class SourceReport(Plan):
     tokens: int
     targets: int
     skipped_turns: int
-    """Turns that carry no loss because their row says so, by `weight: 0` or `train: false`."""
+    """Turns that `data.targets` means and that carry no loss because their row says so, by `weight: 0` or `train: false`."""
     unread_columns: dict[str, int]
     """Columns with something in them that the format does not read -> rows that have them."""
     unread_keys: dict[str, int]

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from raytune.config.data import DataSource
 from raytune.data.build import StoreRequest, build_store
 from raytune.data.store import StoreInfo
-from raytune.data.template import TEMPLATES_FOLDER, open_tokenizer, tokenizer_fingerprint
+from raytune.data.template_text import TEMPLATES_FOLDER
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from tests.bench.measure import Rival, interleaved, ratios, report
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

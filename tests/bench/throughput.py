@@ -39,7 +39,8 @@ from raytune.config.model import Attention
 from raytune.data.batches import Batch, step_batches
 from raytune.data.build import StoreRequest, build_store
 from raytune.data.store import Store
-from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.data.template_text import resolve_template
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.plan.memory import chunk_tokens_for
 from raytune.plan.run_plan import RunPlan
 from raytune.training.loop import training_steps

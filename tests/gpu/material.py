@@ -27,7 +27,7 @@ from raytune.config.load import config_from
 from raytune.data.batches import Batch, step_batches
 from raytune.data.build import StoreRequest, build_store
 from raytune.data.store import Store
-from raytune.data.template import open_tokenizer, tokenizer_fingerprint
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.attention import available_attention
 from raytune.model.demo import demo_tokenizer
 from raytune.plan.base_model import read_model_shape

@@ -18,7 +18,7 @@ from raytune.config.data import DataSource, validation_sets
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.store import StoreInfo
-from raytune.data.template import resolve_template
+from raytune.data.template_text import resolve_template
 from raytune.errors import DataError
 from raytune.launch.progress import show_result
 from raytune.launch.record import write_plan
@@ -85,6 +85,27 @@ def test_a_turn_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     assert only(info).skipped_turns == 1
     info = build(tmp_path, CASES / "rows" / "train_false.jsonl")
     assert info.num_targets == len("GOOD answer") + 1
+
+
+def test_only_turns_that_would_be_trained_are_counted_as_excepted(tmp_path: Path) -> None:
+    """A question of weight 0 is not trained anyway, nor is an earlier answer where only the last is meant."""
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "S", "weight": 0},
+                {"role": "user", "content": "Q", "weight": 0},
+                {"role": "assistant", "content": "A", "weight": 0},
+                {"role": "user", "content": "Q", "train": False},
+                {"role": "assistant", "content": "B"},
+            ]
+        }
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    counts = {
+        targets: only(build(tmp_path, path, targets=targets)).skipped_turns
+        for targets in ("assistant", "completion", "last", ("user", "assistant"))
+    }
+    assert counts == {"assistant": 1, "completion": 1, "last": 0, ("user", "assistant"): 3}
 
 
 def test_lost_rows_of_a_file_are_told_by_plan_with_the_first_of_each(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
 from raytune.data import sources, tokenising
-from raytune.data.build import StoreRequest, build_store
+from raytune.data.build import StoreRequest, build_store, resolved_too_long
 from raytune.data.shards import ShardResult, ShardTask
 from raytune.data.store import Store, StoreInfo
-from raytune.data.template import open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.data.template_text import resolve_template
 from raytune.data.tokenising import TextEncoder, read_conversations
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.model.demo import demo_base_path
 from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_store, tiny_tokenizer
@@ -391,10 +392,27 @@ def test_the_same_request_is_answered_by_the_same_store_without_tokenising(tmp_p
 )
 def test_whatever_can_change_a_token_changes_the_address(change: dict[str, Any]) -> None:
     base = {"sources": (DataSource(path="a.jsonl"),), "tokenizer_fingerprint": "one"}
-    assert tiny_request(**base).address([["f"]]) != tiny_request(**(base | change)).address([["f"]])
-    assert tiny_request(**base).address([["f"]]) == tiny_request(**base).address([["f"]])
-    assert tiny_request(**base).address([["f"]]) != tiny_request(**base).address([["g"]])
-    assert tiny_request(**base).address([["f"]]) != tiny_request(**base).address([["f", "f"]])
+    assert address_of(**base) != address_of(**(base | change))
+    assert address_of(**base) == address_of(**base)
+    assert address_of(**base) != address_of(["g"], **base)
+    assert address_of(**base) != address_of(["f", "f"], **base)
+
+
+def address_of(files: Sequence[str] = ("f",), **request: Any) -> str:
+    """Of a store of one source of chats, whose files have these fingerprints."""
+    asked = tiny_request(**request)
+    return asked.address([files], [resolved_too_long(asked.too_long, "messages")])
+
+
+def test_a_policy_that_is_found_and_the_same_one_by_name_are_one_store(tmp_path: Path) -> None:
+    chats = write(tmp_path / "chats.jsonl", tiny_rows(5))
+    texts = write(tmp_path / "texts.jsonl", [{"text": "a long text " * 100}])
+    for path, policy in ((chats, "truncate"), (texts, "split")):
+        found, named = (tiny_request(path, max_rows=None, too_long=too_long) for too_long in ("auto", policy))
+        first = rebuild(found, tmp_path / "stores")
+        assert rebuild(named, tmp_path / "stores", no_work) == first
+        other = tiny_request(path, max_rows=None, too_long="split" if policy == "truncate" else "truncate")
+        assert rebuild(other, tmp_path / "stores").path != first.path
 
 
 def test_changed_content_makes_another_store(tmp_path: Path) -> None:

@@ -13,17 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets
 from raytune.data.shards import Tally
-from raytune.data.template import (
-    SHIPPED,
-    TEMPLATES_FOLDER,
-    ChatTemplate,
-    Rendered,
-    adds_bos,
-    open_tokenizer,
-    resolve_template,
-    tokenizer_fingerprint,
-)
+from raytune.data.template import ChatTemplate, Rendered
+from raytune.data.template_text import SHIPPED, TEMPLATES_FOLDER, resolve_template
 from raytune.data.tokenising import TextEncoder, _chat_documents
+from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError
 from tests.tiny import PATIENT, tiny_rows, tiny_tokenizer
 
@@ -462,3 +455,40 @@ def test_the_fingerprint_of_a_tokenizer_follows_its_tokens_and_not_its_chat_temp
     same.chat_template = "{{ messages }}"
     other.add_special_tokens({"additional_special_tokens": ["<new>"]})
     assert tokenizer_fingerprint(one) == tokenizer_fingerprint(same) != tokenizer_fingerprint(other)
+
+
+WITHOUT_A_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_template_without_a_generation_prompt_says_that_its_header_is_trained() -> None:
+    with_prompt = WITHOUT_A_PROMPT + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    without, template = ChatTemplate(qwen_like(), WITHOUT_A_PROMPT), ChatTemplate(qwen_like(), with_prompt)
+    assert trained_text(without, FOUR_TURNS, "last") == ["<|im_start|>assistant\nCiao<|im_end|>"]
+    assert trained_text(template, FOUR_TURNS, "last") == ["Ciao<|im_end|>"]
+    assert template.notes == []
+    (note,) = without.notes
+    assert "no generation prompt" in note
+    assert "'<|im_start|>assistant' and trained to write it" in note
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_templates_have_a_generation_prompt_or_no_header(name: str) -> None:
+    assert not [note for note in template_of(name, qwen_like()).notes if "generation prompt" in note]
+
+
+def test_answers_that_a_template_runs_together_are_trained_once_each_or_refused() -> None:
+    """One turn for answers that follow each other."""
+    merging = (
+        "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% else %}"
+        "{% if loop.previtem.role == 'assistant' %}\n\n{% else %}<|im_start|>assistant\n{% endif %}{{ m.content }}"
+        "{% if loop.last or loop.nextitem.role != 'assistant' %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = ChatTemplate(qwen_like(), merging)
+    row = conversation(("user", "Hi"), ("assistant", "One"), ("assistant", "One One"), ("user", "One"), ("assistant", "One"))
+    assert trained_text(template, row) == ["One", "One One<|im_end|>", "One<|im_end|>"]
+    excepted = conversation(("user", "Hi"), {"role": "assistant", "content": "One", "train": False}, ("assistant", "Two"))
+    assert trained_text(template, excepted) == ["Two<|im_end|>"]
+    blank = template.render([conversation(("user", "Hi"), ("assistant", ""), ("assistant", ""))], "assistant")[0]
+    assert isinstance(blank, RowError)
+    assert "where one of several answers in a row ends" in str(blank)

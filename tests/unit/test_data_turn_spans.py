@@ -13,7 +13,9 @@ from raytune.data.build import build_store
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets
 from raytune.data.store import StoreInfo
-from raytune.data.template import ChatTemplate, Rendered, open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.data.template import ChatTemplate, Rendered
+from raytune.data.template_text import resolve_template
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import read_questions
 from tests.tiny import tiny_request, tiny_store, tiny_tokenizer

@@ -1,0 +1,48 @@
+"""Tokenizers of bases: opened, told apart, and the library's own below them."""
+
+import hashlib
+import json
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from raytune.errors import ModelError
+from raytune.plan.base_model import model_files
+
+
+def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can say where in the text its tokens lie.
+
+    Raises:
+        ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "
+            f"Convert it once: AutoTokenizer.from_pretrained(path, use_fast=True).save_pretrained(folder)."
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything in a tokenizer that decides which tokens a text becomes. Its chat template is not part of it."""
+    parts = [backend_of(tokenizer).to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer by itself puts a beginning-of-text token before a text."""
+    ids = backend_of(tokenizer).encode("a").ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer of the `tokenizers` library below, with neither padding nor truncation left on by an earlier call."""
+    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
