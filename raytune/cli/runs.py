@@ -130,13 +130,31 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     "--original-base", is_flag=True, help="QLoRA: merge into the original weights, not into the quantised ones that training saw."
 )
 @click.option("--any-base", is_flag=True, help="Merge though the base's files are not those that the adapter was trained on.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with the base.")
 @as_json_option
 @debug_option
-def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_base: bool, any_base: bool, as_json: bool) -> None:
+def merge(
+    adapter: Path,
+    output: Path,
+    base: str | None,
+    dtype: Any,
+    original_base: bool,
+    any_base: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
     """Merge an adapter into its base, shard by shard, as a stand-alone model with tokenizer and chat template."""
     from raytune.model.merge import merge_adapter
 
-    merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base, any_base=any_base)
+    merge_adapter(
+        adapter,
+        output,
+        base=base,
+        dtype=dtype,
+        dequantise=not original_base,
+        any_base=any_base,
+        trust_remote_code=trust_remote_code,
+    )
     click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
 
 

@@ -18,11 +18,20 @@ class ModelSection(Section):
     """Attention kernel. `auto` takes FlashAttention where it is installed, else `varlen` (PyTorch kernels, one call per
     document). `sdpa` and `eager` build a dense mask over the packed row and pay for the other documents' keys."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Needs `revision` to be a full commit hash."""
+    """Run Python code that comes with the model. A hub model needs `revision` to be a full commit hash; that of a local folder is
+    part of the run, as its weights are."""
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "ModelSection":
         pinned = self.revision is not None and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")
-        if self.trust_remote_code and not pinned:
-            raise ValueError("trust_remote_code: true needs model.revision to be a full 40-digit commit hash")
+        if self.trust_remote_code and not pinned and not is_written_as_path(self.base) and self.base != "demo":
+            raise ValueError(
+                "trust_remote_code: true needs model.revision to be a full 40-digit commit hash; a local folder, which has none, "
+                f"is written as a path, such as ./{self.base}"
+            )
         return self
+
+
+def is_written_as_path(base: str) -> bool:
+    """Whether a base can only be a folder: a hub id is a name, or an owner and a name."""
+    return base.startswith((".", "/", "~")) or base.count("/") > 1

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from raytune.config.adapter import QloraAdapter
 from raytune.config.data import FILE_ENDINGS, DataSource
 from raytune.config.keys import schema_path
+from raytune.config.model import is_written_as_path
 from raytune.config.problems import dotted, shown
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
@@ -211,9 +212,8 @@ _FOUR_BITS = Need(
     remedy="set adapter.quantization to nf4 or fp4",
 )
 _HUB_MODEL = Need(
-    keys=("model.base", "model.trust_remote_code"),
-    # A pinned revision is also the consent to remote code, which a folder may carry.
-    holds=lambda config, _: config.model.trust_remote_code or not _is_a_folder(config.model.base),
+    keys=("model.base",),
+    holds=lambda config, _: config.model.base != "demo" and not is_written_as_path(config.model.base),
     otherwise=lambda config: f"model.base {config.model.base} is no model of the hub, and has no revisions",
     remedy="name a hub id as model.base",
     is_said=True,
@@ -243,10 +243,6 @@ def _is_ranked_by(name: str) -> Need:
         otherwise=lambda config: f"trials and their checkpoints are ranked by sweep.{name}, {getattr(config.sweep, name)}",
         remedy=f"set sweep.{name} to it",
     )
-
-
-def _is_a_folder(base: str) -> bool:
-    return base == "demo" or base.startswith((".", "/", "~"))
 
 
 def _has_splits(path: str) -> bool:

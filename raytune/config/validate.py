@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 
 from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import choices, example_of, in_words, is_open, keys, schema_path, type_at, union_above, unions
+from raytune.config.model import is_written_as_path
 from raytune.config.overlays import KeyPath, child_of, data_of, deepest, method_of
 from raytune.config.problems import (
     CONFLICT,
@@ -165,7 +166,7 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
         ((*key, i, "path"), source.path) for key, rows in sources.items() for i, source in enumerate(rows)
     ]
     local = [(path, name) for path, name in named if name.endswith(_ROW_FILES)]
-    local += [(("model", "base"), config.model.base)] if config.model.base.startswith((".", "/", "~")) else []
+    local += [(("model", "base"), config.model.base)] if is_written_as_path(config.model.base) else []
     local += [(("data", "template"), config.data.template)] if config.data.template.endswith((".jinja", ".j2")) else []
     return [
         Problem(NO_SUCH_FILE, deepest(tree, path).place, dotted(path), f"{shown(name)} is not on this machine")

@@ -33,6 +33,10 @@ _HINTS = {
 }
 
 
+_PREFERENCES = ("chosen", "rejected")
+"""Columns of data for DPO and its like."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     required: tuple[str, ...]
@@ -65,6 +69,8 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
                 f"`columns: {{{FORMATS[source.format].required[0]}: {next(iter(row), 'name')}}}`."
             )
         return source.format
+    if set(_PREFERENCES) <= row.keys() and not source.columns:
+        raise DataError(_preference_words(source.path, row))
     candidates: list[DataFormat] = [
         name
         for name, format in FORMATS.items()
@@ -261,6 +267,23 @@ def _unread_words(columns: Sequence[str], name: DataFormat) -> str:
         f"the column{'s' * (len(columns) > 1)} {_listed(columns)} would be left unread: the format '{name}', recognised by its "
         f"columns, reads {_listed(FORMATS[name].fields)}.{hints} If nothing of it is to be trained, say so with "
         f"`format: {name}`, and the run's report counts it; else map what is to be trained with `columns`"
+    )
+
+
+def _preference_words(path: str, row: Mapping[str, Any]) -> str:
+    chosen = row["chosen"]
+    is_answer = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) and chosen[0].get("role") == "assistant"
+    if isinstance(chosen, list) and not is_answer:
+        way = "`columns: {messages: chosen}`"
+    elif isinstance(chosen, str) and isinstance(row.get("prompt"), str):
+        way = "`columns: {prompt: prompt, completion: chosen}`"
+    elif isinstance(chosen, str) and "prompt" not in row:
+        way = "`columns: {text: chosen}`, if it is a whole text"
+    else:
+        way = "write each prompt and its chosen answer as one chat in a column `messages`"
+    return (
+        f"{path}: its columns 'chosen' and 'rejected' are preferences, for DPO or a reward model, and raytune does supervised "
+        f"fine-tuning only. To train on the chosen answers alone, {'map them: ' if way[0] == '`' else ''}{way}."
     )
 
 

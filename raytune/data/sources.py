@@ -38,6 +38,23 @@ _KINDS: dict[str, FileKind] = {
     ".parquet": "parquet",
 }
 BOM = codecs.BOM_UTF8
+_NAMES_OF_LISTS = (
+    "data",
+    "train",
+    "validation",
+    "valid",
+    "test",
+    "rows",
+    "examples",
+    "records",
+    "items",
+    "instances",
+    "samples",
+    "dataset",
+)
+"""Keys under which one object holds all rows. A row of one's own format has others, such as `messages`."""
+_MAX_OBJECT_BYTES = 256 * MIB
+"""A larger file is read row by row only."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -128,7 +145,10 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
         raise DataError(f"{file.name} is empty (0 bytes).")
     if file.kind == "parquet":
         return ScannedFile(file, fingerprint, _row_groups(file))
-    if file.kind == "txt" or (file.kind == "json" and not _is_json_array(file)):
+    is_array = file.kind == "json" and _first_character(file) == b"["
+    if file.kind == "json" and not is_array:
+        _refuse_one_object(file, size)
+    if file.kind == "txt" or (file.kind == "json" and not is_array):
         starts, stops = [(0, 1), *cuts], [offset for offset, _ in cuts] + [size]
         segments = (Segment(file, start, stop, line) for (start, line), stop in zip(starts, stops) if stop > start)
         return ScannedFile(file, fingerprint, tuple(segments))
@@ -150,14 +170,61 @@ def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int]
     return digest.hexdigest(), cuts, size
 
 
-def _is_json_array(file: SourceFile) -> bool:
+def _first_character(file: SourceFile) -> bytes:
+    """The first byte that is no white space; empty if there is none."""
     with open(file.path, "rb") as stream:
         if stream.read(len(BOM)) != BOM:
             stream.seek(0)
         while chunk := stream.read(4096):
             if text := chunk.lstrip():
-                return text.startswith(b"[")
-    return False
+                return text[:1]
+    return b""
+
+
+def _begins_with_a_row(file: SourceFile) -> bool:
+    """Whether the first line is an object, and others follow."""
+    with open(file.path, encoding="utf-8-sig", errors="replace") as stream:
+        lines = (line for line in stream if not line.isspace())
+        try:
+            json.loads(next(lines, ""))
+        except (ValueError, RecursionError):
+            return False
+        return next(lines, None) is not None
+
+
+def _refuse_one_object(file: SourceFile, size: int) -> None:
+    """Refuse a file whose objects are no rows: one that holds all rows in a list, or one that lies over several lines.
+
+    Raises:
+        DataError: saying how to make rows of it.
+    """
+    if size > _MAX_OBJECT_BYTES or _first_character(file) != b"{" or _begins_with_a_row(file):
+        return
+    text = Path(file.path).read_bytes().decode("utf-8-sig", errors="replace").strip()
+    try:
+        first, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return  # who reads the rows says which line is wrong
+    rest, is_over_lines = text[end:], "\n" in text[:end]
+    lists = {
+        key: value
+        for key, value in first.items()
+        if key in _NAMES_OF_LISTS and isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    }
+    if lists and not rest:
+        key = max(lists, key=lambda name: len(lists[name]))
+        others = [name for name in lists if name != key]
+        more = f" Beside it are lists under {', '.join(map(repr, others))}: give each a file of its own." if others else ""
+        raise DataError(
+            f"{file.name} is one JSON object with {len(lists[key])} rows in a list under {key!r}, not a file of rows. Write that "
+            f"list alone: jq -c '.{key}[]' {Path(file.name).name} > {Path(file.name).stem}-{key}.jsonl.{more}"
+        )
+    if is_over_lines:
+        what = "objects that lie over several lines each" if rest else "one JSON object over several lines"
+        raise DataError(
+            f"{file.name} holds {what}, where each line has to be a row. Write an object per line: "
+            f"jq -c . {Path(file.name).name} > {Path(file.name).stem}.jsonl; or put them into one list, [...]."
+        )
 
 
 def _row_groups(file: SourceFile) -> tuple[Segment, ...]:

@@ -102,11 +102,14 @@ def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[Scanned
     return formats
 
 
-def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversation]:
+def read_conversations(source: DataSource, downloads: Path, tally: Tally) -> Iterator[Conversation]:
     """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
 
+    Args:
+        tally: of rows that were read, and of those that cannot be used.
+
     Raises:
-        DataError: at the first row that cannot be used, or if there is none, or their format cannot be told.
+        DataError: if no row can be used, or their format cannot be told.
     """
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
     (name,) = formats_of([source], [scanned])
@@ -115,13 +118,7 @@ def read_conversations(source: DataSource, downloads: Path) -> Iterator[Conversa
         for file in scanned
         for segment in file.segments
     ]
-    tally = Tally()
-    for conversation, _ in _read(parts, source.max_rows, tally, "all", 0.0):
-        if tally.counts["bad"]:
-            break
-        yield conversation
-    if tally.counts["bad"]:
-        raise bad_rows_error(tally)
+    return (conversation for conversation, _ in _read(parts, source.max_rows, tally, "all", 0.0))
 
 
 # --- Tokens of texts -----------------------------------------------------------------------------------------------------------

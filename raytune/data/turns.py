@@ -9,6 +9,20 @@ from raytune.data.fields import REASONING
 
 ROLES = ("system", "user", "assistant", "tool")
 
+_MEANT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+"""What others call them."""
+DEVELOPER = "developer"
+"""OpenAI's later name for `system`, which most templates do not know."""
+
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -45,9 +59,13 @@ def message_of(turn: Any, place: str) -> Message:
     if turn.keys() >= {"from", "value"} and "role" not in turn:
         column = place.partition("[")[0]
         raise RowError(f"'{place}' has 'from' and 'value': write `format: sharegpt` with `columns: {{conversations: {column}}}`")
+    if turn.get("role") == DEVELOPER:
+        turn = turn | {"role": "system"}
     role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
     if role not in ROLES:
-        raise RowError(f"'{place}.role' is {role!r}, expected one of {', '.join(ROLES)}")
+        meant = _MEANT_ROLES.get(role) if isinstance(role, str) else None
+        hint = f'. Did you mean "{meant}"?' if meant else ""
+        raise RowError(f"'{place}.role' is {role!r}, expected one of {', '.join(ROLES)}{hint}")
     if not is_empty(turn.get("function_call")):
         raise RowError(f"'{place}.function_call' is OpenAI's older form of a call; write it as an entry of tool_calls")
     message = turn
@@ -96,10 +114,12 @@ def sharegpt_message_of(turn: Any, place: str) -> Message:
 
 
 def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str, ...]:
-    """Keys of turns with something in them that we do not know, and requests to train turns of other roles, which
-    `data.targets` alone decides."""
+    """Keys of turns with something in them that we do not know, and what is read otherwise than it is written: requests to train
+    turns of other roles, which `data.targets` alone decides, and OpenAI's developer."""
     unknown: dict[str, None] = {}
     for turn, message in zip(turns, messages, strict=True):
+        if turn.get("role") == DEVELOPER:
+            unknown["role: developer, as system"] = None
         if not _KNOWN_KEYS.issuperset(message):
             unknown |= dict.fromkeys(key for key, value in message.items() if key not in _KNOWN_KEYS and not is_empty(value))
         if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight") == 1):

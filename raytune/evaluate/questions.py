@@ -3,13 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
 from raytune.data.conversation import RowError
+from raytune.data.shards import Tally, bad_questions_error
 from raytune.data.template import ChatTemplate
 from raytune.data.tokenising import read_conversations
 from raytune.errors import DataError
@@ -29,14 +30,18 @@ def read_questions(
     """Take the first rows of the sources as questions.
 
     Raises:
-        DataError: if a row is bad, does not end with an answer, or there are no rows; with file and line.
+        DataError: if rows are bad or do not end with an answer, the first few of them with file and line; or there are no rows.
     """
     questions: list[Question] = []
-    for conversation in islice(chain.from_iterable(read_conversations(source, downloads) for source in sources), max_rows):
+    tally = Tally()
+    for conversation in chain.from_iterable(read_conversations(source, downloads, tally) for source in sources):
+        if tally.counts["rows"] > max_rows:
+            break
         try:
             prompt, expected = template.prompt(conversation), template.expected(conversation)
         except RowError as error:
-            raise DataError(f"evaluation.generation.rows: {conversation.origin}: {error}.") from error
+            tally.add("bad", conversation.origin, str(error))
+            continue
         questions.append(
             Question(
                 prompt=prompt,
@@ -44,6 +49,8 @@ def read_questions(
                 expected=expected,
             )
         )
+    if tally.counts["bad"]:
+        raise bad_questions_error(tally)
     if not questions:
         raise DataError(f"evaluation.generation.rows: {', '.join(source.path for source in sources)} hold no rows.")
     return questions

@@ -1,11 +1,13 @@
 """Everything about a run that is settled before anything of it is started: its data and its plan."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.evaluate.questions import Question
+from raytune.launch.reading import show_reading
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.base_content import COMMIT, Content, base_content, refuse_other_base
@@ -48,10 +50,10 @@ class Preparation:
     def prepare(self, config: RunConfig) -> Prepared:
         """See `prepare`."""
         machine = self._machine
-        if config.cluster.instance and machine.num_gpus:
+        if config.cluster.instance:
             catalogue = load_catalogue()
-            instance = catalogue.instance(config.cluster.instance)
-            machine = machine.known_as(instance, catalogue.gpu_of(instance))
+            instance = catalogue.instance(config.cluster.instance)  # which must be known, whatever machines are there
+            machine = machine.known_as(instance, catalogue.gpu_of(instance)) if machine.num_gpus else machine
         model = config.model
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
         model_path = resolve_model_path(model.base, model.revision)
@@ -79,6 +81,6 @@ class Preparation:
         key = (path, model.revision)
         if key not in self._contents:  # headers first: to hash the files is to read them
             check_base(path, model.revision, model.trust_remote_code)
-        content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code)
+        content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code, watch=partial(show_reading, path))
         refuse_other_base(path, self._contents.setdefault(key, content), content)
         return content

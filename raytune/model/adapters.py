@@ -18,7 +18,7 @@ from raytune.model.attention import keeps_state
 from raytune.model.experts import bare_parameters, expert_parameters, linear_routers, names_of_experts
 from raytune.model.kernels import bypassed_layers
 from raytune.model.quantize import quantized_modules
-from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS
+from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS, check_is_seen
 
 ATTENTION = re.compile(r"attn|attention")
 MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert")
@@ -164,19 +164,8 @@ def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], 
 
 
 def _check_are_seen(matching: list[str], bypassed: set[str], of_experts: tuple[str, ...]) -> None:
-    """Refuse layers whose update would not be seen, by the model or by PEFT."""
-    unseen = [name for name in matching if name in bypassed]
-    if unseen:
-        raise ModelError(
-            f"adapter.target_modules takes in {unseen[0]}, whose weight this model hands to a kernel itself, so that an update "
-            f"of the layer would not be seen. Leave it out."
-        )
-    taken = [name for name in matching if name.rpartition(".")[2] in of_experts]
-    if taken:
-        raise ModelError(
-            f"adapter.target_modules takes in {taken[0]}, whose name PEFT takes for that of a fused expert, which it would train "
-            f"instead. Leave it out; the experts themselves are named in adapter.target_parameters."
-        )
+    for name in matching:
+        check_is_seen(name, of_experts, is_bypassed=name in bypassed)
 
 
 def _matching(setting: str, pattern: str, names: list[str], whole: str) -> list[str]:

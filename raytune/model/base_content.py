@@ -10,18 +10,23 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from raytune.errors import ModelError
 from raytune.model.weight_files import weight_files
 from raytune.plan.base_model import default_hub_cache, find_config, model_files
+from raytune.units import MIB
 
 Content = dict[str, str]
 """File name -> hash for a folder; `commit` -> hash for a hub model."""
+
+Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Given how many bytes will be read, a context that lasts until they are, and what to call with each number of bytes that was."""
 
 COMMIT = "commit"
 CONTENT_FILE = "base_content.json"
@@ -42,12 +47,15 @@ SAVED_WITH_IT = (
 """Files beside the weights that decide what is trained on, or come out again beside what was trained."""
 DIGEST_LENGTH = 32
 """Hexadecimal digits of a SHA-256, from its beginning, as `sha256sum` prints it."""
+_CHUNK_BYTES = 8 * MIB
 SETTLED_S = 2.0
 """A file that changed less than this before it was hashed is hashed again next time: the clock of a file system is too coarse to
 tell two changes of one moment apart."""
 
 
-def base_content(path: str, revision: str | None, *, trust_remote_code: bool = False, cache: Path | None = None) -> Content:
+def base_content(
+    path: str, revision: str | None, *, trust_remote_code: bool = False, cache: Path | None = None, watch: Watch | None = None
+) -> Content:
     """The content of a base.
 
     Args:
@@ -55,6 +63,7 @@ def base_content(path: str, revision: str | None, *, trust_remote_code: bool = F
         revision: branch, tag or commit of a hub model.
         trust_remote_code: whether Python files beside the weights are run, and so belong to the model.
         cache: folder of known hashes; default: raytune's in the user's cache.
+        watch: for a person who waits for it; called from several threads.
 
     Raises:
         ModelError: if the base is not on this machine, or a file cannot be read.
@@ -65,11 +74,12 @@ def base_content(path: str, revision: str | None, *, trust_remote_code: bool = F
     files = [folder / "config.json", *weight_files(folder)]
     files += [folder / name for name in SAVED_WITH_IT if (folder / name).is_file()]
     if trust_remote_code:
-        files += sorted(folder.glob("*.py"))
+        files += sorted(folder.rglob("*.py"))
     known = _KnownHashes(cache or _default_cache())
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python's lock
-        digests = list(pool.map(known.hash_of, files))
-    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))  # hashing leaves Python's lock
+    with (watch or _unwatched)(sum(map(known.unread_bytes, files))) as advance, pool:
+        digests = list(pool.map(partial(known.hash_of, advance=advance), files))
+    return {file.relative_to(folder).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
 
 
 def computing_part(content: Mapping[str, str]) -> Content:
@@ -132,25 +142,41 @@ class _KnownHashes:
 
     folder: Path
 
-    def hash_of(self, file: Path) -> str:
+    def unread_bytes(self, file: Path) -> int:
+        """How many bytes `hash_of` would read of a file; 0 for one that is not there, which it refuses."""
+        try:
+            state = _state(file)
+        except OSError:
+            return 0
+        return 0 if self._known(file, state) else state["size"]
+
+    def hash_of(self, file: Path, advance: Callable[[int], None]) -> str:
         """
+        Args:
+            advance: called with each number of bytes that was read.
+
         Raises:
             ModelError: if it cannot be read.
         """
         try:
             before = _state(file)
-            entry = self.folder / f"{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:DIGEST_LENGTH]}.json"
-            known = _read(entry)
-            if known and known.get("state") == before:
-                return str(known["sha256"])
-            digest = _digest(file)
+            if known := self._known(file, before):
+                return known
+            digest = _digest(file, advance)
             if _state(file) != before:
                 raise ModelError(f"{file} changed while it was being read. Start again when it is complete.")
         except OSError as error:
             raise ModelError(f"{file} cannot be read: {error}.") from error
         if time.time() - max(before["mtime_ns"], before["ctime_ns"]) / 1e9 > SETTLED_S:
-            _write(entry, {"file": str(file), "state": before, "sha256": digest})
+            _write(self._entry(file), {"file": str(file), "state": before, "sha256": digest})
         return digest
+
+    def _known(self, file: Path, state: Mapping[str, int]) -> str | None:
+        values = _read(self._entry(file))
+        return str(values["sha256"]) if values and values.get("state") == state else None
+
+    def _entry(self, file: Path) -> Path:
+        return self.folder / f"{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:DIGEST_LENGTH]}.json"
 
 
 def _state(file: Path) -> dict[str, int]:
@@ -164,9 +190,18 @@ def _state(file: Path) -> dict[str, int]:
     }
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:DIGEST_LENGTH]
+def _digest(file: Path, advance: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+@contextmanager
+def _unwatched(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    yield lambda more: None
 
 
 def _read(entry: Path) -> dict | None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from raytune.model.quantize import quantized_modules
 from raytune.model.stopping import save_generation_config
@@ -94,8 +95,16 @@ def save_model(
     config = copy.deepcopy(model.config)
     config.use_cache = True  # switched off for training only
     config.architectures = [type(model).__name__]
+    save_own_code(model, config, folder)
     write_weights(config, _as_published(model, chain(tensors, _buffers(model))), folder, max_shard_bytes)
     save_generation_config(model.generation_config, folder)
+
+
+def save_own_code(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
+    """Copy the Python files of a model that brings its own, and name them in the `auto_map` of its config, before it is saved."""
+    if getattr(model, "_auto_class", None) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        custom_object_save(model, folder, config=config)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

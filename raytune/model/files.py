@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from raytune.config.model import is_written_as_path
 from raytune.errors import ModelError
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import DEMO, default_hub_cache, find_config, model_files
@@ -22,7 +23,7 @@ def resolve_model_path(base: str, revision: str | None) -> str:
             raise ModelError(f"model.revision is {revision}, but model.base {base} is a folder, which has none. Remove it.")
         _check_folder(folder)
         return str(folder.resolve())
-    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
+    if is_written_as_path(base):
         raise ModelError(
             f"model.base {base} is not a folder (looked in {folder.absolute()}). Give a folder with config.json and "
             f"*.safetensors, a hub id such as owner/name, or demo."

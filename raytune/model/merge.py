@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +30,15 @@ from raytune.errors import DataError, ModelError
 from raytune.model.base_check import check_files
 from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
-from raytune.model.export import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, MAX_SHARD_BYTES, write_weights
+from raytune.model.export import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_QUANTIZATION,
+    MAX_SHARD_BYTES,
+    save_own_code,
+    write_weights,
+)
 from raytune.model.files import resolve_model_path
 from raytune.model.merge_parameters import ParameterUpdates
 from raytune.model.pretrained import load_config, load_tokenizer, model_class
@@ -50,6 +58,7 @@ def merge_adapter(
     dtype: Precision | None = None,
     dequantise: bool = True,
     any_base: bool = False,
+    trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the model that a base and its adapter make together, with tokenizer and chat template.
@@ -60,6 +69,7 @@ def merge_adapter(
         dequantise: for an adapter trained on a quantised base: merge into the weights that training saw (quantised and expanded
             again), so that the result computes what was trained. False: into the original weights.
         any_base: merge into this base though it is not the one that the adapter was trained on.
+        trust_remote_code: run the Python code that comes with the base, and leave a copy of it in the output.
 
     Raises:
         ModelError: if the adapter is missing, damaged or not of this base, the base has changed since, or the output exists.
@@ -73,12 +83,15 @@ def merge_adapter(
     path = model_files(resolve_model_path(base, None))
     if not any_base:
         _refuse_other_base(adapter_folder, path, base, peft_config.revision)
-    config = load_config(path, peft_config.revision)
+    config = load_config(path, peft_config.revision, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
     weights = _BaseWeights(_base_folder(path, peft_config.revision))
-    check_files(weights.folder, config, model_class(path, config, revision=peft_config.revision))
-    merger = _Merger(config, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None)
+    own_class = model_class(path, config, revision=peft_config.revision, trust_remote_code=trust_remote_code)
+    check_files(weights.folder, config, own_class)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    merger = _Merger(model, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
@@ -87,9 +100,10 @@ def merge_adapter(
         merged_config = copy.deepcopy(config)
         merged_config.tie_word_embeddings = merger.stays_tied
         merged_config.architectures = [type(merger.model).__name__]
+        save_own_code(merger.model, merged_config, unfinished)
         write_weights(merged_config, tensors, unfinished, max_shard_bytes)
         has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder))
+        tokenizer = load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder), trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(unfinished)
         stops = saved_config(adapter_folder) or _stops(base_config(weights.folder, config), tokenizer)
         save_generation_config(stops, unfinished)
@@ -185,14 +199,17 @@ class _Merger:
     """The base's layers without weights, wrapped by PEFT, and what the adapter does to each tensor of the base."""
 
     def __init__(
-        self, config: PretrainedConfig, folder: Path, peft_config: PeftConfig, quantization: dict[str, Any] | None
+        self, model: PreTrainedModel, folder: Path, peft_config: PeftConfig, quantization: dict[str, Any] | None
     ) -> None:
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        """
+        Args:
+            model: on the meta device.
+        """
+        self.model = model
         self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self._embedding = _name_of(self.model, self.model.get_input_embeddings())
         self._head = _name_of(self.model, self.model.get_output_embeddings())
-        self._is_tied = bool(config.get_text_config().tie_word_embeddings) and self._head is not None
+        self._is_tied = bool(model.config.get_text_config().tie_word_embeddings) and self._head is not None
         self._quantization = quantization
         # The start is overwritten by what was trained; some starts would need the base's weights.
         peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -33,7 +33,9 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
     """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
     with explained(path, revision, "config.json"):
         values, _ = PretrainedConfig.get_config_dict(model_files(path), revision=revision)
-    if not trust_remote_code:
+    if trust_remote_code:
+        _check_code_is_beside(path, values)
+    else:
         _check_own_code(path, values)
     with explained(path, revision, "config.json"):
         return AutoConfig.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
@@ -45,8 +47,21 @@ def _check_own_code(path: str, config: dict[str, Any]) -> None:
         raise ModelError(
             f"{path} comes with Python code of its own (auto_map in its config.json) and transformers has no model of type "
             f"{config.get('model_type')!r}. raytune does not run such code by default. If you have read it and trust it, set "
-            f"model.trust_remote_code to true and model.revision to a full commit hash."
+            f"model.trust_remote_code to true{'' if Path(path).is_dir() else ' and model.revision to a full commit hash'} "
+            f"(to merge: --trust-remote-code)."
         )
+
+
+def _check_code_is_beside(path: str, config: dict[str, Any]) -> None:
+    """Refuse code of another repository: neither the hashes of a folder nor the commit of a hub model would say what it is."""
+    for name, references in config.get("auto_map", {}).items():
+        for reference in [references] if isinstance(references, str) else references or []:
+            repository, is_elsewhere, file = str(reference).rpartition("--")
+            if is_elsewhere and repository != path:
+                raise ModelError(
+                    f"The config.json of {path} takes its {name} from another repository ({reference}), whose code may change "
+                    f"from one day to the next. Copy its *.py files beside the model, and write {file!r} there in auto_map."
+                )
 
 
 def _causal_model_types() -> set[str]:

@@ -1,6 +1,7 @@
 """Which modules an adapter changes, and how many parameters it trains; the same rules as PEFT's, without PEFT."""
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -235,18 +236,32 @@ def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bo
     if isinstance(wanted, str) and wanted in _KINDS_OF_GROUP:
         return module.kind in _KINDS_OF_GROUP[wanted] and not (is_taken_for_expert or module.is_bypassed)
     is_named = _has_name(module.name, wanted) if isinstance(wanted, list) else _matches(wanted, module.name, _TARGETS)
-    if is_named and is_taken_for_expert:
-        raise ModelError(
-            f"adapter.target_modules takes in {module.name}, whose name PEFT takes for that of a fused expert in a "
-            f"{shape.model_type} model, which it would train instead. Leave it out; the experts themselves are named in "
-            f"adapter.target_parameters."
-        )
-    if is_named and module.is_bypassed:
-        raise ModelError(
-            f"adapter.target_modules takes in {module.name}, whose weight a {shape.model_type} model hands to a kernel itself, "
-            f"so that an update of the layer would not be seen. Leave it out."
-        )
+    if is_named:
+        check_is_seen(module.name, shape.names_of_experts, is_bypassed=module.is_bypassed)
     return is_named
+
+
+def check_is_seen(name: str, names_of_experts: Container[str], *, is_bypassed: bool) -> None:
+    """Refuse a layer that was named as a target and whose update would not be seen, by the model or by PEFT.
+
+    Args:
+        name: of the layer.
+        names_of_experts: as `ModelShape.names_of_experts`.
+        is_bypassed: as `Module.is_bypassed`.
+
+    Raises:
+        ModelError: saying why.
+    """
+    if name.rpartition(".")[2] in names_of_experts:
+        raise ModelError(
+            f"adapter.target_modules takes in {name}, whose name PEFT takes for that of a fused expert, which it would train "
+            f"instead. Leave it out; the experts themselves are named in adapter.target_parameters."
+        )
+    if is_bypassed:
+        raise ModelError(
+            f"adapter.target_modules takes in {name}, whose weight this model hands to a kernel itself, so that an update of the "
+            f"layer would not be seen. Leave it out."
+        )
 
 
 def _matches(pattern: str, name: str, setting: str, *, before: str = "") -> bool:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -18,6 +21,8 @@ from raytune.plan.stored_quantization import stored_quantization
 DEMO = "demo"
 """Name of the model that ships with raytune, in configs and plans."""
 DEMO_BASE = Path(__file__).parents[1] / "model" / "demo_base"
+_DROPOUT = re.compile(r"(dropout|pdrop|drop_?path|layerdrop)(_rate|_prob|_p)?$")
+"""Keys of a `config.json` that are rates of dropout, as models call them."""
 BUILD_SECONDS = 600
 """Limit for the process that builds a model of an architecture without a reader; most of it is importing torch."""
 
@@ -48,11 +53,35 @@ def read_model_shape(
         raise ModelError(f"model.base {base!r}: {path} does not hold a JSON object.")
     if "model_type" not in config:
         raise ModelError(f"model.base {base!r}: {path} names no model_type. Give the folder of a model saved by transformers.")
+    _check_dropouts(config, path)
     if has_reader(config) and not (trust_remote_code and "auto_map" in config):
         shape = model_shape(config, str(path))
     else:
         shape = _built_shape(path.parent, text, trust_remote_code)
     return replace(shape, stored_quantization=stored_quantization(config))
+
+
+def _check_dropouts(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse rates of dropout that are none: nobody reads them before the first step of training.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("config"):
+            _check_dropouts(value, path)
+        elif _DROPOUT.search(key) and _is_no_share(value):
+            raise ModelError(
+                f"{path}: {key} must be a share of at least 0 and below 1, got {json.dumps(value)}: training drops that share of "
+                f"numbers. Set it to 0.0 in config.json, or to what the model was trained with."
+            )
+
+
+def _is_no_share(value: Any) -> bool:
+    """Flags, lists and null under such a name are other settings."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    return isinstance(value, str) or not 0 <= value < 1
 
 
 @lru_cache

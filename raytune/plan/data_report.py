@@ -53,7 +53,8 @@ class SourceReport(Plan):
     unread_columns: dict[str, int]
     """Columns with something in them that the format does not read -> rows that have them."""
     unread_keys: dict[str, int]
-    """Keys of turns that raytune does not know, which only a template that happens to read them uses -> rows that have them."""
+    """Keys of turns that raytune does not know, which only a template that happens to read them uses, or reads otherwise than
+    they are written -> rows that have them."""
     examples: dict[str, list[str]]
     """For some of these counts, by name, the first few rows with file and line."""
 
@@ -170,7 +171,7 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
     if source.unread_columns:
         lines.append(f"columns that the format {source.format} does not read: {_with_counts(source.unread_columns)}")
     if source.unread_keys:
-        lines.append(f"keys of turns that raytune does not know: {_with_counts(source.unread_keys)}")
+        lines.append(f"keys of turns that raytune does not know, or reads otherwise: {_with_counts(source.unread_keys)}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +11,7 @@ from raytune.config.load import load_config
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, ModelError, TrainingError, UserError
+from raytune.launch.reading import show_reading
 from raytune.launch.record import read_plan, readable
 from raytune.launch.result import RunResult
 from raytune.model.base_content import base_content, changes_text, content_changes, way_back
@@ -67,7 +69,7 @@ def _refuse_other_base(model: ModelSection, sweep: SweepFolder, trial: str) -> N
     if was is None:
         return
     path = resolve_model_path(model.base, model.revision)
-    now = base_content(path, model.revision, trust_remote_code=model.trust_remote_code)
+    now = base_content(path, model.revision, trust_remote_code=model.trust_remote_code, watch=partial(show_reading, path))
     if changes := content_changes(was, now):
         raise ModelError(
             f"{trial} of the sweep in {sweep.path} was trained on other weights than model.base {model.base} holds now:\n"

@@ -1,10 +1,12 @@
 """The content of a base is part of a run: weights that were replaced under the same path are refused, a moved folder is not."""
 
+import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from raytune.errors import ModelError, UserError
 from raytune.launch.attempts import Failure
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Preparation, prepare
+from raytune.launch.reading import show_reading
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.run import train_plan
 from raytune.model.base_content import base_content
@@ -27,6 +30,7 @@ from raytune.sweeps.planner import Planner
 from raytune.sweeps.run import COMPARED_BY_CONTENT, MAY_CHANGE, _refuse_another_sweep, _refuse_other_bases
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import winner_config
+from raytune.units import GIB
 from tests.sweep_cases import sweep_result, trial_result
 from tests.tiny import save_tiny_model
 
@@ -249,3 +253,31 @@ def test_a_base_may_lie_elsewhere_when_a_sweep_goes_on_and_not_when_a_finished_o
     _refuse_another_sweep(folder, elsewhere, may_change=(*MAY_CHANGE, COMPARED_BY_CONTENT))
     with pytest.raises(UserError, match=r"model\.base: "):
         _refuse_another_sweep(folder, elsewhere, may_change=MAY_CHANGE)
+
+
+def test_who_waits_for_the_hashes_hears_how_much_is_read_and_each_part_of_it(base: Path, tmp_path: Path) -> None:
+    asked, read = [], []
+
+    @contextmanager
+    def watch(num_bytes: int) -> Iterator[Callable[[int], None]]:
+        asked.append(num_bytes)
+        yield read.append
+
+    base_content(str(base), None, cache=tmp_path / "none", watch=watch)
+    assert asked == [sum(file.stat().st_size for file in base.iterdir())] == [sum(read)]
+
+
+def test_reading_a_large_base_is_announced_with_its_size_and_the_reason() -> None:
+    out = io.StringIO()
+    with show_reading("/models/large", 140 * GIB, out) as advance:
+        assert "Reading 140 GiB of /models/large: a run holds the hashes" in out.getvalue()
+        advance(GIB)
+    with show_reading("/models/tiny", 1000, quiet := io.StringIO()):
+        assert quiet.getvalue() == ""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        with show_reading("/models/large", 4 * GIB, terminal) as advance:
+            advance(3 * GIB)
+    assert "3.2/4.3 GB" in terminal.getvalue()

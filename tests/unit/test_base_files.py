@@ -32,7 +32,7 @@ from transformers import (
 
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.load import config_from
-from raytune.errors import DataError, ModelError
+from raytune.errors import DataError, ModelError, UserError
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.model.adapters import add_adapter
@@ -40,6 +40,7 @@ from raytune.model.base_check import check_base
 from raytune.model.files import resolve_model_path
 from raytune.model.load import load_model
 from raytune.model.stopping import saved_config
+from raytune.plan.base_model import read_model_shape
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -476,3 +477,32 @@ def test_norms_and_biases_may_hold_one_number(bases: dict[str, Path]) -> None:
         (tensors[name] == tensors[name][0]).all() for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias")
     )
     check(bases["qwen2"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention_dropout", 2.0), ("attention_dropout", -0.1), ("attention_dropout", 1.0), ("attention_dropout", "0.1")],
+)
+def test_rates_of_dropout_that_are_none_are_refused_by_the_plan(
+    key: str, value: Any, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = with_config(bases["tied"], tmp_path / "base", **{key: value})
+    with pytest.raises(ModelError, match=rf"config\.json: {key} must be a share of at least 0 and below 1, got "):
+        read_model_shape(str(folder))
+
+
+def test_every_architectures_name_for_dropout_is_known_and_other_settings_are_left_alone(tmp_path: Path) -> None:
+    for name in ("resid_pdrop", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout", "layerdrop", "drop_path_rate"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE, "text_config": {name: 1.5}}))
+        with pytest.raises(ModelError, match=rf"{name} must be a share"):
+            read_model_shape(str(tmp_path))
+    fine = {"use_dropout": True, "attention_dropout": 0.0, "classifier_dropout": None, "resid_pdrop": 0}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE, **fine}))
+    assert read_model_shape(str(tmp_path)).num_layers == 2
+
+
+def test_an_instance_type_that_nobody_knows_is_named_without_gpus_as_well(tmp_path: Path) -> None:
+    config = config_from({"storage": str(tmp_path), "cluster": {"instance": "p5.48xlargee"}})
+    with pytest.raises(UserError, match=r"p5\.48xlargee.*p5\.48xlarge"):
+        prepare(config, this_machine(config.cluster), map)
+    assert not list(tmp_path.iterdir())

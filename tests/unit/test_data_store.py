@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from raytune.config.data import DataSource
 from raytune.data import sources, tokenising
 from raytune.data.build import StoreRequest, build_store, resolved_too_long
-from raytune.data.shards import ShardResult, ShardTask
+from raytune.data.shards import ShardResult, ShardTask, Tally
 from raytune.data.store import Store, StoreInfo
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenising import TextEncoder, read_conversations
@@ -282,7 +282,7 @@ def test_only_the_first_rows_are_read_if_asked_over_all_files_of_a_source(tmp_pa
     texts = [tiny_tokenizer().decode(ids, skip_special_tokens=True) for ids, _ in documents(info)]
     assert texts == [f"0 {line}" for line in range(10)] + [f"1 {line}" for line in range(3)]
     source = DataSource(path=str(tmp_path / "*.jsonl"), max_rows=13)
-    assert [conversation.text for conversation in read_conversations(source, tmp_path)] == texts
+    assert [conversation.text for conversation in read_conversations(source, tmp_path, Tally())] == texts
 
 
 def test_sources_of_different_formats_share_a_store(tmp_path: Path) -> None:
