@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from raytune.model.packed_experts import packed_experts
 from raytune.model.quantize import quantized_modules
 from raytune.model.stopping import save_generation_config
 from raytune.units import GIB
@@ -77,8 +78,10 @@ def _save_quantization(model: PeftModel, folder: Path) -> None:
     prefix = "base_model.model."
     # A layer with an update lies one level deeper, as its `base_layer`.
     modules = [name.removeprefix(prefix).removesuffix(".base_layer") for name in quantized_modules(model)]
+    parameters = [name.removeprefix(prefix).replace(".base_layer.", ".") for name in packed_experts(model)]
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    record = {"dtype": str(model.dtype).removeprefix("torch."), "modules": modules, "config": values}
+    dtype = str(model.dtype).removeprefix("torch.")
+    record = {"dtype": dtype, "modules": modules, "parameters": parameters, "config": values}
     (folder / BASE_QUANTIZATION).write_text(json.dumps(record, indent=2) + "\n")
 
 
