@@ -287,8 +287,9 @@ class _Merger:
         missing = sorted({*self._layers} - merged | self._updates.missing | packed | unused)
         if missing:
             raise ModelError(
-                f"{len(missing)} layers or parameters that the adapter changes, or that were packed while it was trained, are not "
-                f"in {self._weights.folder} under their names, first {missing[0]}. It cannot be merged; load it with PEFT instead."
+                f"{len(missing)} layers or parameters that the adapter changes, or that were packed while it was trained, are "
+                f"not in {self._weights.folder} under their names, first {missing[0]}. It cannot be merged; load it with PEFT "
+                f"instead."
             )
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:

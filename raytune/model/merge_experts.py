@@ -76,7 +76,7 @@ def _fused(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> Te
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     of_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    converter: WeightConverter | None = None
+    converter: Any = None
     for part in sorted(parts, key=dot_natural_key):
         renamed, pattern = rename_source_key(part, renamings, converters)
         if pattern is None:  # one tensor, under another name
@@ -84,5 +84,4 @@ def _fused(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> Te
         converter = converter or copy.deepcopy(of_pattern[pattern])
         converter.add_tensor(renamed, part, pattern, parts[part])
     assert converter is not None, "a parameter has parts"
-    converted: dict[str, Any] = converter.convert(name, model=model, config=model.config)
-    return converted[name]
+    return converter.convert(name, model=model, config=model.config)[name]
