@@ -18,7 +18,7 @@ MIXTRAL = model_shape(transformers.MixtralConfig().to_dict(), "x")
 
 
 def noted(**adapter: Any) -> str:
-    plan = planned(gpus(8), MIXTRAL, adapter=adapter)
+    plan = planned(gpus(8, 400), MIXTRAL, adapter=adapter)
     assert plan_text(plan).count("\nTo be noted:\n") == 1
     (note,) = plan.notes
     return note
@@ -44,8 +44,8 @@ def test_a_plan_says_which_part_of_a_mixture_is_trained_and_quantised() -> None:
     [
         (
             {},
-            "nf4 holds linear layers only, 2.9% of the parameters; experts that are trained stay in the run's precision, or leave "
-            "the experts frozen with adapter.exclude_modules: [mlp.experts].",
+            "nf4 holds linear layers only, 2.9% of the parameters; experts that are trained stay in the run's precision, or "
+            "leave the experts frozen with adapter.exclude_modules: [mlp.experts].",
         ),
         (
             {"target_modules": "attention", "quantization": "int8"},
@@ -54,8 +54,8 @@ def test_a_plan_says_which_part_of_a_mixture_is_trained_and_quantised() -> None:
         ),
         (
             {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "quantization": "fp4"},
-            "fp4 holds linear layers, and the experts that nothing changes, 67.2% of the parameters; experts that are trained stay "
-            "in the run's precision.",
+            "fp4 holds linear layers, and the experts that nothing changes, 67.2% of the parameters; experts that are trained "
+            "stay in the run's precision.",
         ),
         (
             {"target_modules": "attention", "modules_to_save": ["mlp.experts"]},
