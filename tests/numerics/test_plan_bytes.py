@@ -134,7 +134,8 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_
                 assert least == most, "and so the plan is within 7 %"
 
 
-PACKED = METHODS["qlora"] | {"target_modules": "attention"}
+# Of rank 1, because stage 3 leaves adapters of small models whole on every rank.
+PACKED = METHODS["qlora"] | {"target_modules": "attention", "rank": 1}
 
 
 @pytest.fixture
