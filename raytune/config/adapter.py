@@ -63,11 +63,12 @@ class QloraAdapter(LoraAdapter):
     method: Literal["qlora"]  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     """LoRA over a quantised base."""
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Number format of the frozen base."""
+    """Number format of the frozen base: of its linear layers and, in 4 bits, of fused experts without an update."""
     double_quantization: bool = True
     """Quantise the 4-bit scales too (saves about 0.4 bit per parameter)."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] | Auto = "auto"
-    """Dtype that 4-bit weights are expanded to for a product. `auto`: the run's precision."""
+    """Dtype that 4-bit weights of linear layers are expanded to for a product; experts are expanded to the run's precision, as
+    here with `auto`."""
     quant_storage: Literal["uint8", "bf16", "fp16", "fp32"] | Auto = "auto"
     """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto`
     chooses."""

@@ -119,13 +119,27 @@ def _target_parameters(model: PreTrainedModel, adapter: LoraAdapter) -> list[str
     return sorted({*named, *in_group})
 
 
+def frozen_experts(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
+    """Names of the parameters of fused experts that nothing of an adapter changes.
+
+    Raises:
+        ModelError: if a name of the adapter matches nothing.
+    """
+    updated = {*_target_parameters(model, adapter)}
+    return [name for name in expert_parameters(model) if name not in updated and not _is_saved(name, adapter)]
+
+
 def _is_left_out(parameter: str, adapter: LoraAdapter) -> bool:
     names = (parameter, parameter.rpartition(".")[0])
     is_excluded = any(_is_or_ends_with(name, excluded) for name in names for excluded in adapter.exclude_modules)
+    return is_excluded or _is_saved(parameter, adapter)
+
+
+def _is_saved(parameter: str, adapter: LoraAdapter) -> bool:
     parts = parameter.split(".")
     # PEFT asks for the end of a module's name only, so `experts` is every module that ends so, with all that is in it.
     paths = [".".join(parts[:length]) for length in range(1, len(parts))]
-    return is_excluded or any(path.endswith(saved) for path in paths for saved in adapter.modules_to_save)
+    return any(path.endswith(saved) for path in paths for saved in adapter.modules_to_save)
 
 
 def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], *, or_nothing: bool) -> list[str] | str:

@@ -22,8 +22,10 @@ def expert_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the whole parameter, of which ZeRO-3 may have left this rank a share."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Of the whole parameter as it is computed with, of which ZeRO-3 may have left this rank a share, and bitsandbytes packed
+    numbers."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(state.shape if state is not None else getattr(parameter, "ds_shape", parameter.shape))
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

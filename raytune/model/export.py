@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from raytune.model.packed_experts import packed_experts
 from raytune.model.quantize import quantized_modules
 from raytune.model.stopping import save_generation_config
 from raytune.units import GIB
@@ -78,8 +79,10 @@ def _save_quantization(model: PeftModel, folder: Path) -> None:
     prefix = "base_model.model."
     # A layer with an update lies one level deeper, as its `base_layer`.
     modules = [name.removeprefix(prefix).removesuffix(".base_layer") for name in quantized_modules(model)]
+    parameters = [name.removeprefix(prefix).replace(".base_layer.", ".") for name in packed_experts(model)]
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    record = {"dtype": str(model.dtype).removeprefix("torch."), "modules": modules, "config": values}
+    dtype = str(model.dtype).removeprefix("torch.")
+    record = {"dtype": dtype, "modules": modules, "parameters": parameters, "config": values}
     (folder / BASE_QUANTIZATION).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -104,7 +107,7 @@ def save_own_code(model: PreTrainedModel, config: PretrainedConfig, folder: Path
     """Copy the Python files of a model that brings its own, and name them in the `auto_map` of its config, before it is saved."""
     if getattr(model, "_auto_class", None) is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        custom_object_save(model, folder, config=config)
+        custom_object_save(model, folder, config=config)  # pyright: ignore[reportArgumentType]  its hint is wrong
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

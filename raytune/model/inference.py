@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.config.adapter import FullAdapter, QloraAdapter
 from raytune.model.dtypes import DTYPES
+from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.quantize import quantization_config
 from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import RunPlan
@@ -34,16 +35,17 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:
     model = plan.model
-    arguments = {}
-    if isinstance(plan.adapter, QloraAdapter):
-        arguments["quantization_config"] = quantization_config(plan.adapter, model)
-    return AutoModelForCausalLM.from_pretrained(
-        model_files(path),
-        revision=revision,
-        trust_remote_code=model.trust_remote_code,
-        dtype=DTYPES[model.compute_dtype],
-        attn_implementation="sdpa",  # padding on the left and a cache of keys, which the kernels for packed rows do not know
-        use_safetensors=True,
-        device_map={"": device},
-        **arguments,
-    ).eval()
+    quantization = quantization_config(plan.adapter, model) if isinstance(plan.adapter, QloraAdapter) else None
+    with packing_experts(plan.adapter, quantization):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model_files(path),
+            revision=revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=DTYPES[model.compute_dtype],
+            attn_implementation="sdpa",  # padding on the left and a cache of keys, which the kernels for packed rows do not know
+            use_safetensors=True,
+            device_map={"": device},
+            **({"quantization_config": quantization} if quantization else {}),
+        )
+    expand_packed_experts(loaded, keeps_nothing=False)
+    return loaded.eval()

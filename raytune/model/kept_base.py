@@ -1,10 +1,13 @@
 """A frozen base that stays loaded in a process from one adapter to the next: trials of a sweep need not read it again."""
 
+from typing import Any
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
 from raytune.model.adapters import CHANGES_BASE
+from raytune.model.packed_experts import experts_to_pack, packed_experts
 from raytune.plan.run_plan import ModelPlan
 
 
@@ -25,7 +28,10 @@ class KeptBase:
         held, self._model = self._model, None
         if held is None or self._key != _key(model, adapter):
             return None
-        return held.unload()  # pyright: ignore[reportReturnType, reportCallIssue]
+        base: Any = held.unload()  # pyright: ignore[reportCallIssue]
+        if isinstance(adapter, QloraAdapter) and {*packed_experts(base)} != {*experts_to_pack(base, adapter)}:
+            return None
+        return base
 
     def keep(self, model: ModelPlan, adapter: Adapter, loaded: PeftModel) -> None:
         """Hold a model that was just made, if its training leaves the base alone."""

@@ -24,6 +24,7 @@ from raytune.model.base_check import LoadingReport, check_base, check_finite, ch
 from raytune.model.dtypes import DTYPES
 from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
+from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
 from raytune.plan.base_model import model_files
@@ -69,16 +70,15 @@ def _load_base(
     config = load_config(model.path, model.revision, model.trust_remote_code)
     own_class = model_class(model.path, config, revision=model.revision, trust_remote_code=model.trust_remote_code)
     check_attention(own_class, config, model.attention, packs=model.packs)
-    arguments: dict[str, Any] = {}
-    if isinstance(adapter, QloraAdapter):
-        arguments["quantization_config"] = quantization_config(adapter, model)
+    quantization = quantization_config(adapter, model) if isinstance(adapter, QloraAdapter) else None
+    arguments: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
     check_stored_quantization(stored_quantization(config.to_dict()), adapter, model.path)
     is_sharded = is_deepspeed_zero3_enabled()
     if not is_sharded:  # then a quantised model is put on the current device
         arguments["device_map"] = {"": device}
         check_base(model.path, model.revision, model.trust_remote_code)
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
-    with explained(model.path, model.revision, "weights"), _sharding(shard):
+    with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _sharding(shard):
         loaded, report = load(
             model_files(model.path),
             revision=model.revision,
@@ -93,6 +93,7 @@ def _load_base(
         )
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
+    expand_packed_experts(loaded, keeps_nothing=not model.gradient_checkpointing)
     loaded.config.use_cache = False
     if model.liger:
         _apply_liger(loaded, device)

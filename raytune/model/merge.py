@@ -9,7 +9,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,12 @@ from raytune.model.export import (
     write_weights,
 )
 from raytune.model.files import resolve_model_path
+from raytune.model.merge_experts import PackedExperts
 from raytune.model.merge_parameters import ParameterUpdates
 from raytune.model.pretrained import load_config, load_tokenizer, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
-from raytune.model.weight_files import weight_files
+from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import model_files
 
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -91,12 +94,12 @@ def merge_adapter(
     check_files(weights.folder, config, own_class)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    merger = _Merger(model, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None)
+    merger = _Merger(model, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None, weights)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
     try:
-        tensors = _cast(merger.merged(weights), None if dtype is None else DTYPES[dtype])
+        tensors = _cast(merger.merged(), None if dtype is None else DTYPES[dtype])
         merged_config = copy.deepcopy(config)
         merged_config.tie_word_embeddings = merger.stays_tied
         merged_config.architectures = [type(merger.model).__name__]
@@ -187,19 +190,39 @@ class _BaseWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for path in weight_files(self.folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118
-                        yield name, file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read: {error}. It is damaged or incomplete; download it again.") from error
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+
+    def read(self, name: str) -> Tensor:
+        """One of them by its name."""
+        with _opened(self._places[name]) as file:
+            return file.get_tensor(name)
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        return {name: tensor.file for name, tensor in stored_tensors(weight_files(self.folder)).items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. It is damaged or incomplete; download it again.") from error
 
 
 class _Merger:
     """The base's layers without weights, wrapped by PEFT, and what the adapter does to each tensor of the base."""
 
     def __init__(
-        self, model: PreTrainedModel, folder: Path, peft_config: PeftConfig, quantization: dict[str, Any] | None
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        peft_config: PeftConfig,
+        quantization: dict[str, Any] | None,
+        weights: _BaseWeights,
     ) -> None:
         """
         Args:
@@ -210,7 +233,8 @@ class _Merger:
         self._embedding = _name_of(self.model, self.model.get_input_embeddings())
         self._head = _name_of(self.model, self.model.get_output_embeddings())
         self._is_tied = bool(model.config.get_text_config().tie_word_embeddings) and self._head is not None
-        self._quantization = quantization
+        self._quantization, self._weights = quantization, weights
+        self._experts = PackedExperts(self.model, quantization, weights.read) if quantization else None
         # The start is overwritten by what was trained; some starts would need the base's weights.
         peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
@@ -249,11 +273,11 @@ class _Merger:
         touched = {name.rpartition(".")[0] for name in self._replaced} | set(self._layers)
         return self._is_tied and not touched & {self._embedding, self._head}
 
-    def merged(self, weights: _BaseWeights) -> Iterator[tuple[str, Tensor]]:
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the merged model, in the order of the base's files."""
         merged, written, embedding = set(), set(), None
         left = set(self._parts)
-        for published_name, tensor in weights:
+        for published_name, tensor in self._weights:
             name = self._own_name(published_name)
             written.add(name)
             if name == f"{self._embedding}.weight":
@@ -266,6 +290,8 @@ class _Merger:
             module_name = name.rpartition(".")[0]
             if module_name in self._layers and name.endswith(".weight"):
                 merged.add(module_name)
+            if self._experts:
+                tensor = self._experts.seen(published_name, name, tensor)
             yield published_name, self._updates.added(published_name, name, self._merged(name, tensor))
         head = f"{self._head}.weight"
         if self._is_tied and not self.stays_tied and head not in written:
@@ -274,11 +300,13 @@ class _Merger:
             left.discard(head)
             yield head, self._merged(head, embedding)
         unused = {self._parts[part][0] for part in left}
-        missing = sorted({*self._layers} - merged | self._updates.missing | unused)
+        packed = self._experts.missing if self._experts else set()
+        missing = sorted({*self._layers} - merged | self._updates.missing | packed | unused)
         if missing:
             raise ModelError(
-                f"The adapter changes {len(missing)} layers or parameters whose weights are not in {weights.folder} under their "
-                f"names, first {missing[0]}. It cannot be merged; load it with PEFT instead."
+                f"{len(missing)} layers or parameters that the adapter changes, or that were packed while it was trained, are "
+                f"not in {self._weights.folder} under their names, first {missing[0]}. It cannot be merged; load it with PEFT "
+                f"instead."
             )
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:

@@ -44,6 +44,25 @@ def is_quantized(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, bnb.nn.Params4bit) and parameter.bnb_quantized
 
 
+def packed(weight: nn.Parameter, config: BitsAndBytesConfig) -> nn.Parameter:
+    """A parameter of any shape in 4 bits, as bitsandbytes holds the weight of a linear layer; frozen, on the same device."""
+    kind: Any = bnb.nn.Params4bit  # whose signature is taken for that of nn.Parameter
+    parameter = kind(
+        weight.data,
+        requires_grad=False,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    return parameter.to(weight.device)  # packs it
+
+
+@torch.no_grad()
+def expanded(parameter: nn.Parameter) -> Tensor:
+    """A packed parameter in the shape and dtype that it had."""
+    return functional.dequantize_4bit(parameter.data, parameter.quant_state)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def quantized_modules(model: nn.Module) -> list[str]:
     """Names of the layers that bitsandbytes holds."""
     return [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]

@@ -1,7 +1,8 @@
-"""Which modules an adapter changes, and how many parameters it trains; the same rules as PEFT's, without PEFT."""
+"""Which modules an adapter changes, or leaves packed, and how many parameters it trains: PEFT's rules, without PEFT."""
 
 import re
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ GROUPS_WITH_EXPERTS = ("all-linear", "mlp")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedSize:
-    """What is trained, in numbers."""
+    """What is trained, in numbers; and what of fused experts is not, over a base in 4 bits."""
 
     num_trainable: int
     """Parameters that are trained, an adapter's or the model's own."""
@@ -35,6 +36,12 @@ class TrainedSize:
     num_updated_per_layer: int = 0
     """Weights of fused experts that get an update, in one layer."""
     largest_updated: int = 0
+    """Weights of the largest parameter among these."""
+    num_packed: int = 0
+    """Weights of fused experts that are held in 4 bits."""
+    num_packed_per_layer: int = 0
+    """Of these, in one layer."""
+    largest_packed: int = 0
     """Weights of the largest parameter among these."""
 
 
@@ -54,11 +61,8 @@ def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
     parameters = target_parameters(adapter, shape)
     in_experts = sum(_num_in_update(adapter, parameter) for parameter in parameters if parameter.kind == "experts")
     updates = sum(_num_in_update(adapter, target) for target in (*targets, *parameters))
-    updated: dict[str, int] = {}
-    for parameter in parameters:
-        if parameter.kind == "experts":
-            module = parameter.name.rpartition(".")[0]
-            updated[module] = updated.get(module, 0) + parameter.num_parameters
+    updated = [parameter for parameter in parameters if parameter.kind == "experts"]
+    packed = packed_experts(adapter, shape)
     copies = sum(module.num_parameters for module in saved_modules(adapter, shape))
     magnitudes = sum(module.outputs for module in targets) if adapter.use_dora else 0
     in_layers = [module for module in targets if module.kind in ("attention", "mlp", "mixer")]
@@ -73,9 +77,19 @@ def trained_size(adapter: Adapter, shape: ModelShape) -> TrainedSize:
         + magnitudes
         + copies,
         num_in_experts=in_experts,
-        num_updated_per_layer=max(updated.values(), default=0),
-        largest_updated=max((one.num_parameters for one in parameters if one.kind == "experts"), default=0),
+        num_updated_per_layer=_most_in_a_module(updated),
+        largest_updated=max((one.num_parameters for one in updated), default=0),
+        num_packed=sum(one.num_parameters for one in packed),
+        num_packed_per_layer=_most_in_a_module(packed),
+        largest_packed=max((one.num_parameters for one in packed), default=0),
     )
+
+
+def _most_in_a_module(parameters: Iterable[Module]) -> int:
+    counts = Counter[str]()
+    for parameter in parameters:
+        counts[parameter.name.rpartition(".")[0]] += parameter.num_parameters
+    return max(counts.values(), default=0)
 
 
 def _num_in_update(adapter: LoraAdapter, target: Module) -> int:
@@ -146,6 +160,30 @@ def target_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
         if _has_name(parameter.name, adapter.target_parameters)
         or (takes_experts and parameter.kind == "experts" and not _is_left_out(parameter.name, adapter))
     ]
+
+
+def packed_experts(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
+    """Parameters of fused experts that are held in 4 bits, each as a module of its own: those that nothing changes.
+
+    PEFT's update of a parameter needs that parameter in floating point.
+    """
+    if not isinstance(adapter, QloraAdapter) or adapter.quantization == "int8":
+        return []
+    updated = {parameter.name for parameter in target_parameters(adapter, shape)}
+    return [
+        parameter
+        for parameter in all_parameters(shape)
+        if parameter.kind == "experts"
+        and parameter.name not in updated
+        and not _is_saved(parameter.name.rpartition(".")[0], adapter.modules_to_save)
+        and fits_4_bits(parameter.num_parameters)
+    ]
+
+
+def fits_4_bits(num_weights: int) -> bool:
+    """Whether bitsandbytes packs so many weights at once: its kernels count in 32 bits
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1785), and 8 weights fill any dtype that may hold them."""
+    return num_weights < 2**31 and num_weights % 8 == 0
 
 
 def expert_parameters(shape: ModelShape) -> list[str]:

@@ -127,7 +127,9 @@ def choose_plan(
     fit = choose_fit(config, setting, shape, machine, data)
     reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
     reasons += (
-        [_qlora_and_zero_3(setting.adapter, fit, shape)] if isinstance(setting.adapter, QloraAdapter) and workers > 1 else []
+        [_qlora_and_zero_3(quantized_bytes(setting.adapter, shape, setting.trained), fit)]
+        if isinstance(setting.adapter, QloraAdapter) and workers > 1
+        else []
     )
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
@@ -235,9 +237,9 @@ def _reasons_for_fit(
     return reasons
 
 
-def _qlora_and_zero_3(adapter: QloraAdapter, fit: Fit, shape: ModelShape) -> str:
-    """What ZeRO-3 would do for a quantised base, or does."""
-    packed = format_bytes(quantized_bytes(adapter, shape))
+def _qlora_and_zero_3(num_bytes: float, fit: Fit) -> str:
+    """What ZeRO-3 would do for a quantised base of this size, or does."""
+    packed = format_bytes(num_bytes)
     if fit.zero_stage < 3:
         return f"QLoRA under ZeRO-3 is possible but not wanted here: the packed base ({packed}) lies whole on every worker."
     return (

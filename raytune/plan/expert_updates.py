@@ -3,7 +3,17 @@
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError, PlanError, UserError
-from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS, expert_parameters, saved_modules, target_parameters, trained_size
+from raytune.plan.adapter_size import (
+    GROUPS_WITH_EXPERTS,
+    all_parameters,
+    expert_parameters,
+    fits_4_bits,
+    packed_experts,
+    saved_modules,
+    target_parameters,
+    trained_size,
+)
+from raytune.plan.memory import num_quantised
 from raytune.plan.shapes import ModelShape
 from raytune.units import format_count
 
@@ -31,9 +41,8 @@ def check_expert_updates(config: RunConfig, shape: ModelShape) -> None:
             f"two."
         )
     name = targets[0].name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
-    is_group = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
     what = f"{name} is a parameter and no linear layer, so that PEFT has"
-    without = _without_experts(adapter, shape) if is_group else "take it out of adapter.target_parameters"
+    without = _without_experts(adapter, shape) if _is_group(adapter) else "take it out of adapter.target_parameters"
     if adapter.dropout:
         raise UserError(
             f"adapter.dropout is {adapter.dropout:g}, but {what} no input to drop from. Set adapter.dropout to 0, or {without}."
@@ -68,14 +77,13 @@ def expert_notes(config: RunConfig, shape: ModelShape) -> list[str]:
 
 def _left_out(adapter: LoraAdapter, shape: ModelShape) -> list[str]:
     """Linear layers that a group would take in, had they other names."""
-    is_group = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
     alike = [
         module.name
         for layer in (shape.layer, *shape.other_layers)
         for module in layer
         if module.kind == "mlp" and module.name.rpartition(".")[2] in shape.names_of_experts
     ]
-    if not (is_group and alike):
+    if not (_is_group(adapter) and alike):
         return []
     names = ", ".join(dict.fromkeys(alike))
     return [f"{adapter.target_modules} leaves out {names}: PEFT takes these names for the fused experts'."]
@@ -97,13 +105,41 @@ def _trained(adapter: LoraAdapter, shape: ModelShape) -> str:
 
 
 def _quantised(adapter: LoraAdapter, shape: ModelShape) -> str:
+    """Which of them are packed numbers, and why others are not."""
     if not isinstance(adapter, QloraAdapter):
         return ""
-    share = shape.num_quantizable / shape.num_parameters
-    others = "the experts stay in the run's precision"
-    return f" {adapter.quantization} holds linear layers only, {share:.1%} of the parameters; {others}."
+    size, packed = trained_size(adapter, shape), {parameter.name for parameter in packed_experts(adapter, shape)}
+    others = [parameter for parameter in all_parameters(shape) if parameter.kind == "experts" and parameter.name not in packed]
+    share = f"{num_quantised(shape, size) / shape.num_parameters:.1%} of the parameters"
+    if not others:
+        return f" {adapter.quantization} holds them like linear layers, {share}; a pass expands those of one layer at a time."
+    what = "linear layers, and the experts that nothing changes" if packed else "linear layers only"
+    odd = next((one for one in others if not fits_4_bits(one.num_parameters)), None)
+    if adapter.quantization == "int8":
+        why = "the experts stay in the run's precision, since bitsandbytes packs them in 4 bits only"
+    elif odd:
+        name = odd.name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
+        why = f"{name} stays in the run's precision, since bitsandbytes cannot pack its {odd.num_parameters} weights at once"
+    else:
+        why = "experts that are trained stay in the run's precision"
+        why += f", or {_without_experts(adapter, shape)}" if _is_group(adapter) else ""
+    return f" {adapter.quantization} holds {what}, {share}; {why}."
 
 
 def _without_experts(adapter: LoraAdapter, shape: ModelShape) -> str:
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in expert_parameters(shape)))
-    return f"leave the experts frozen with adapter.exclude_modules: [{', '.join([*adapter.exclude_modules, *modules])}]"
+    return f"leave the experts frozen with adapter.exclude_modules: [{', '.join(excluding_experts(adapter, shape))}]"
+
+
+def excluding_experts(adapter: LoraAdapter, shape: ModelShape) -> list[str]:
+    """`adapter.exclude_modules` with which a group of layers does not take in fused experts."""
+    modules = (name.rpartition(".")[0] for name in expert_parameters(shape))
+    return list(dict.fromkeys([*adapter.exclude_modules, *modules]))
+
+
+def takes_in_experts(adapter: LoraAdapter, shape: ModelShape) -> bool:
+    """Whether fused experts get an update because their group is named."""
+    return _is_group(adapter) and any(target.kind == "experts" for target in target_parameters(adapter, shape))
+
+
+def _is_group(adapter: LoraAdapter) -> bool:
+    return isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS

@@ -11,6 +11,7 @@ from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.adapter_size import TrainedSize, trained_size
 from raytune.plan.batch import possible_batches
+from raytune.plan.expert_updates import excluding_experts, takes_in_experts
 from raytune.plan.lone_documents import rows_of_a_pass
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import (
@@ -211,13 +212,13 @@ def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machi
 
 def _advice(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Iterator[str]:
     """Of each kind of change the smallest with which the run fits."""
-    for changes in _kinds_of_change(config, setting, machine):
+    for changes in _kinds_of_change(config, setting, shape, machine):
         fitting = (text for text, changed, machines in changes if _fits(changed, setting, shape, machines, data))
         if (text := next(fitting, None)) is not None:
             yield text
 
 
-def _kinds_of_change(config: RunConfig, setting: Setting, machine: Machine) -> Iterator[list[Change]]:
+def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[list[Change]]:
     """Changes that save memory, smallest first in each list; lists whose changes leave the result as it is come first."""
     training, zero, adapter = config.training, config.training.zero, config.adapter
 
@@ -264,10 +265,15 @@ def _kinds_of_change(config: RunConfig, setting: Setting, machine: Machine) -> I
         yield [with_training("training.optimizer=adamw_8bit", optimizer="adamw_8bit")]
     if isinstance(adapter, FullAdapter):
         yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}), machine)]
-    if not isinstance(adapter, QloraAdapter):
-        kept = adapter.model_dump(exclude={"method"}) if isinstance(adapter, LoraAdapter) else {}
-        qlora = config.model_copy(update={"adapter": QloraAdapter(method="qlora", **kept)})
-        yield [("adapter.method=qlora", qlora, machine)]
+    kept = adapter.model_dump(exclude={"method"}) if isinstance(adapter, LoraAdapter) else {}
+    qlora = adapter if isinstance(adapter, QloraAdapter) else QloraAdapter(method="qlora", **kept)
+    text = "" if qlora is adapter else "adapter.method=qlora"
+    changes = [(text, qlora)] if text else []
+    if takes_in_experts(qlora, shape):  # which 4 bits hold only if they stay frozen
+        excluded = excluding_experts(qlora, shape)
+        without = f"{text} adapter.exclude_modules=[{','.join(excluded)}]".lstrip()
+        changes += [(without, qlora.model_copy(update={"exclude_modules": excluded}))]
+    yield [(text, config.model_copy(update={"adapter": changed}), machine) for text, changed in changes]
 
 
 def _with_smallest_micro_batch(config: RunConfig) -> tuple[str, RunConfig]:

@@ -104,8 +104,8 @@ class Workload:
             return dtype * self.shape.num_parameters
         if not isinstance(self.adapter, QloraAdapter):
             return dtype * self.shape.num_parameters + trained
-        whole = self.shape.num_parameters - self.shape.num_quantizable
-        return packed_bytes(self.adapter, self.shape) + dtype * whole + trained
+        whole = self.shape.num_parameters - num_quantised(self.shape, self.trained)
+        return packed_bytes(self.adapter, self.shape, self.trained) + dtype * whole + trained
 
     def share(self, from_stage: int) -> int:
         """Ranks that divide what ZeRO shards from this stage on."""
@@ -137,12 +137,14 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
     in_layers: tuple[Moment, ...] = ("last layer", "first layer")
     casts_at: tuple[Moment, ...] = ("forward",) if work.has_checkpointing else until_last
     layer_at: tuple[Moment, ...] = in_layers if work.has_checkpointing else PASSES
+    experts_at: tuple[Moment, ...] = ("forward", *in_layers) if work.has_checkpointing else ("forward",)
     head_gradient_at: tuple[Moment, ...] = ("last layer",) if work.chunk_tokens is None else until_last
     yield _part("weights in compute precision", _autocast_bytes(work), casts_at)
     yield _part("activations", _kept_bytes(work), until_last)
     yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
     yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
     yield _part("a weight out of 4 or 8 bits", _dequantized_bytes(work), in_layers)
+    yield _part("experts out of 4 bits", _expanded_expert_bytes(work), experts_at)
     yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
     yield _part("gradient of the logits", _logit_gradient_bytes(work), ("loss",))
     yield _part("gradient of the head", _head_gradient_bytes(work), head_gradient_at)
@@ -215,17 +217,22 @@ def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
     return 4 * num_targets * vocab > FULL_LOGITS_BYTES
 
 
-def quantized_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
+def num_quantised(shape: ModelShape, trained: TrainedSize) -> int:
+    """Weights that a quantised base holds as packed numbers: of linear layers, and of fused experts."""
+    return shape.num_quantizable + trained.num_packed
+
+
+def quantized_bytes(adapter: QloraAdapter, shape: ModelShape, trained: TrainedSize) -> float:
     """Weights that bitsandbytes quantises, with their constants."""
-    return packed_bytes(adapter, shape) + constant_bytes(adapter, shape)
+    return packed_bytes(adapter, shape, trained) + constant_bytes(adapter, shape, trained)
 
 
-def packed_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
+def packed_bytes(adapter: QloraAdapter, shape: ModelShape, trained: TrainedSize) -> float:
     """Weights that bitsandbytes quantises: half a byte each, or one in int8."""
-    return shape.num_quantizable * (1 if adapter.quantization == "int8" else 0.5)
+    return num_quantised(shape, trained) * (1 if adapter.quantization == "int8" else 0.5)
 
 
-def constant_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
+def constant_bytes(adapter: QloraAdapter, shape: ModelShape, trained: TrainedSize) -> float:
     """What it takes to read packed weights; ZeRO-3 leaves it whole on every rank.
 
     Dettmers et al. 2023 (QLoRA), section 3: blocks of 64 with an fp32 scale are 0.5 bit per parameter; double quantisation makes
@@ -234,12 +241,12 @@ def constant_bytes(adapter: QloraAdapter, shape: ModelShape) -> float:
     if adapter.quantization == "int8":
         return 4 * sum(module.outputs for layer in shape.layers() for module in layer if module.is_linear)
     bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
-    return shape.num_quantizable * bits / 8
+    return num_quantised(shape, trained) * bits / 8
 
 
 def _weight_bytes(work: Workload) -> float:
     """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
-    constants = constant_bytes(work.adapter, work.shape) if isinstance(work.adapter, QloraAdapter) else 0
+    constants = constant_bytes(work.adapter, work.shape, work.trained) if isinstance(work.adapter, QloraAdapter) else 0
     return work.all_weight_bytes / work.share(3) + constants
 
 
@@ -424,12 +431,19 @@ def _score_bytes(work: Workload) -> float:
 
 
 def _dequantized_bytes(work: Workload) -> float:
-    """bitsandbytes multiplies by a weight in the run's precision, which it makes anew in each pass."""
+    """bitsandbytes multiplies by a weight in the run's precision, which it makes anew in each pass.
+
+    So does model.packed_experts with the experts of a layer, one parameter after the other on the way back.
+    """
     if not isinstance(work.adapter, QloraAdapter):
         return 0
-    return BYTES[work.precision] * max(
-        module.num_parameters for layer in work.shape.layers() for module in layer if module.is_linear
-    )
+    linear = (module.num_parameters for layer in work.shape.layers() for module in layer if module.is_linear)
+    return BYTES[work.precision] * max(*linear, 0 if work.has_checkpointing else work.trained.largest_packed)
+
+
+def _expanded_expert_bytes(work: Workload) -> float:
+    """All parameters of a layer's experts at once: while they compute, and what autograd keeps of them in a recomputation."""
+    return BYTES[work.weight_dtype] * work.trained.num_packed_per_layer
 
 
 def _loss_bytes(work: Workload) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.hardware import Fabric, Gpu, Instance
-from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, quantized_bytes
+from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, num_quantised, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
 
 LINK_SHARE: dict[Fabric | Literal["intra"], float] = {
@@ -139,8 +139,10 @@ def _memory_traffic_bytes(work: Workload) -> float:
     logits = 4 * 4 * work.shape.vocab * work.num_targets
     dequantised = 0.0
     if isinstance(work.adapter, QloraAdapter):
-        written = BYTES[work.precision] * work.shape.num_quantizable
-        dequantised = passes * (quantized_bytes(work.adapter, work.shape) + written)
+        num_packed = num_quantised(work.shape, work.trained)
+        per_weight = quantized_bytes(work.adapter, work.shape, work.trained) / num_packed + BYTES[work.precision]
+        # Recomputed experts stay as they are until their backward pass; others are expanded for it.
+        dequantised = per_weight * (passes * work.shape.num_quantizable + 2 * work.trained.num_packed)
     updated = 0 if work.offload_optimizer != "none" else 30 * work.trained.num_trainable / work.share(1)
     return work.accumulation * (elementwise + logits + dequantised) + updated
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes import functional
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
@@ -44,6 +45,17 @@ def plain_qlora_losses(plan: RunPlan) -> list[float]:
         plan.model.path, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
     )
     return _losses(model, plan)
+
+
+def plain_packed_losses(plan: RunPlan, matrices: list[str], parameters: list[str] | None = None) -> list[float]:
+    """LoRA on attention, and on parameters named, over what NF4 makes of attention's weights and of matrices of experts."""
+    model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if name.rpartition(".")[2] in matrices or name.split(".")[-2] in PROJECTIONS:
+            weight.data = functional.dequantize_4bit(
+                *functional.quantize_4bit(weight.data, quant_type="nf4", compress_statistics=True)
+            )
+    return _losses(model, plan, PROJECTIONS[:4], parameters)
 
 
 def _losses(
