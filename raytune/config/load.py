@@ -52,10 +52,11 @@ from raytune.config.problems import (
 )
 from raytune.config.readers import unread
 from raytune.config.run import RunConfig
-from raytune.config.section import SECRET, Section
+from raytune.config.section import Section
 from raytune.config.space import space_problems
 from raytune.config.sweep import KINDS
 from raytune.config.yaml_nodes import MAX_DEPTH, Node, read_nodes, write_yaml
+from raytune.credentials import find_secret, find_secret_value
 from raytune.errors import UserError
 
 MAX_BYTES = 2**20
@@ -173,6 +174,7 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
         tree = _laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
     unreadable = [problem for _, problems in readings for problem in problems]
+    unreadable += [problem for overlay, _ in readings if overlay for problem in _secrets(overlay, ())]
     unreadable += _same_name(below, tree)
     return tree, _validated(tree, unreadable, check_files)
 
@@ -186,7 +188,7 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool, judged:
     Raises:
         ConfigError: with every problem of the tree, and those that were found before.
     """
-    refused = _refused_values(tree, ())
+    refused = [*_secrets(tree, ()), *_refused_values(tree, ())]
     # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
     is_partial = any(problem.id in (NOT_YAML, UNREADABLE) or problem.key == "sweep.run" for problem in unreadable)
     unsaid = (CONFLICT, MISSING_KEY) if is_partial else ()
@@ -203,7 +205,7 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool, judged:
         refused += [] if unsaid else _unread_keys(config, tree, judged)
         if not unreadable and not refused:
             return _self_contained(config)
-    raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
+    raise ConfigError(sorted(dict.fromkeys(unreadable + refused), key=lambda problem: problem.place.order))
 
 
 def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
@@ -337,7 +339,8 @@ def _read_file(path: str, rank: int) -> Reading:
 def _read_override(text: str, tree: Node, rank: int) -> Reading:
     """The overlay that an override means for a tree."""
     key, equals, value = text.partition("=")
-    place = Place(f"command line: {shortened(text)}", rank=rank)
+    written = shortened(text) if find_secret_value(key, value) is None else f"{shortened(key)}=..."
+    place = Place(f"command line: {written}", rank=rank)
     parts = _parts(key.strip())
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         return None, [Problem(BAD_OVERRIDE, place, "", "an override is key=value, for example training.learning_rate=2e-4")]
@@ -453,14 +456,31 @@ def _data_of(node: Node, path: KeyPath) -> Any:
 # --- validating
 
 
+def _secrets(node: Node, path: KeyPath) -> list[Problem]:
+    """Keys and values that look like credentials, also where another file or an override lies over them."""
+    if isinstance(node.value, dict):
+        keys_of = [
+            Problem(SECRET_VALUE, child.key_place, dotted((*path, part)), f"the key looks like a secret, {found}; {_NO_PLACE}")
+            for part, child in node.value.items()
+            if (found := find_secret(part))
+        ]
+        return keys_of + [problem for part, child in node.value.items() for problem in _secrets(child, (*path, part))]
+    if isinstance(node.value, list):
+        return [problem for i, child in enumerate(node.value) for problem in _secrets(child, (*path, i))]
+    name = next((part for part in reversed(path) if isinstance(part, str)), "")
+    if isinstance(node.value, str) and not find_secret(name) and (found := find_secret_value(name, node.value)):
+        return [Problem(SECRET_VALUE, node.place, dotted(path), f"looks like a secret, {found}; {_NO_PLACE}")]
+    return []
+
+
+_NO_PLACE = "it belongs in the node's own login or a mounted file, never in a config"
+
+
 def _refused_values(node: Node, path: KeyPath) -> list[Problem]:
-    """What pydantic lets pass: secrets, numbers that are not finite or do not fit 64 bits, and `true` where 1 is a choice."""
+    """What pydantic lets pass: numbers that are not finite or do not fit 64 bits, and `true` where 1 is a choice."""
     if isinstance(node.value, dict | list):
         children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
         return [problem for part, child in children for problem in _refused_values(child, (*path, part))]
-    if isinstance(node.value, str) and SECRET.search(node.value):
-        message = "looks like a secret; it belongs in the node's own login or a mounted file, never in a config"
-        return [Problem(SECRET_VALUE, node.place, dotted(path), message)]
     if isinstance(node.value, float) and not math.isfinite(node.value):
         return [Problem(WRONG_VALUE, node.place, dotted(path), f"must be a finite number, got {shown(node.value)}")]
     if isinstance(node.value, int) and abs(node.value) >= 2**63:
