@@ -205,7 +205,9 @@ class _Composer:
         return self.source if self.source.line is None else replace(self.source, line=mark.line + 1, column=mark.column + 1)
 
     def refused(self, event: Any, path: tuple[str | int, ...], message: str) -> _RefusedError:
-        return _RefusedError(Problem(REFUSED_YAML, self.place_at(event.start_mark), dotted(path), shortened(message, len(message))))
+        return _RefusedError(
+            Problem(REFUSED_YAML, self.place_at(event.start_mark), dotted(path), shortened(message, len(message)))
+        )
 
 
 def _extent(node: Node) -> tuple[int, int]:

@@ -328,7 +328,7 @@ SECRETS_IN_CONFIGS = {
     ),
     "bare cloud key": (f"model: {{base: {KEY_OF_A_CLOUD}}}", "model.base"),
     "told by its key": ("training: {zero: {overrides: {password: x9Kq2LmZ7Rt4Vb8N}}}", "training.zero.overrides.password"),
-    "alias": ("name: a\nmodel: {base: *hf_" + "CANARYcanary0123456789}", ""),
+    "alias": ("name: a\nmodel: {base: *hf_" + "CANARYcanary0123456789}", "model.base"),
 }
 
 
@@ -338,7 +338,7 @@ def test_a_secret_is_refused_wherever_it_stands_and_never_repeated(tmp_path: Pat
     with pytest.raises(ConfigError) as caught:
         load_config([written(tmp_path, text)])
     assert not any(secret in str(caught.value) for secret in ("CANARY", KEY_OF_A_CLOUD, "x9Kq2Lm"))
-    assert any(problem.key == key and problem.id == ("E110" if key else "E107") for problem in caught.value.problems)
+    assert any(problem.key == key and problem.id == ("E108" if kind == "alias" else "E110") for problem in caught.value.problems)
 
 
 def test_a_secret_is_refused_where_another_value_lies_over_it_and_on_the_command_line(tmp_path: Path):
