@@ -27,6 +27,7 @@ from raytune.data.turn_ends import TurnEnds
 from raytune.data.turn_spans import Answer, TurnSpans, Undelimited
 from raytune.errors import DataError, ModelError
 from raytune.plan.base_model import model_files
+from raytune.plan.model_folder import reading
 
 TEMPLATES_FOLDER = Path(__file__).with_name("templates")
 SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))
@@ -50,10 +51,8 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
     """
-    try:
+    with reading(f"There is no usable tokenizer at '{path}'"):
         tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "
@@ -150,12 +149,14 @@ class ChatTemplate:
         self._name = _name_of(text, tokenizer)
         self._tokenizer = tokenizer
         self._has_markers = _MARKERS.search(text) is not None
-        self._renderer = Renderer(tokenizer, text)
+        self._renderer = Renderer(tokenizer, text, self._name)
         self._ends = TurnEnds(self._renderer, tokenizer)
         try:
             self._renderer.apply([_PROBE], None, False)
         except TemplateSyntaxError as error:
             raise DataError(f"data.template: line {error.lineno} is not Jinja: {error.message}.") from error
+        except DataError:
+            raise
         except Exception:  # a template may refuse the probe and still be right for the rows
             return
         probe = Conversation(messages=tuple(_PROBE), origin=Origin("probe", 1))

@@ -27,6 +27,8 @@ from raytune.model.stopping import check_stops
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files, weight_map
 
 _SHOWN = 5
+_ALWAYS_BUILT = 256
+"""Layers that are built, on no storage, however few tensors there are: that takes a second."""
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 _PART = re.compile(r"^(.*?\.)(\d+)(\..*?\.)(\d+)(\..*)$")
 _NUMBER = re.compile(r"\.\d+\.")
@@ -94,6 +96,9 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
         )
     check_stops(folder, config)
     stored = stored_tensors(weight_files(folder))
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if num_layers > max(len(stored), _ALWAYS_BUILT):
+        raise ModelError(f"{folder / 'config.json'} says {num_layers} layers, but the files hold {len(stored)} tensors in all.")
     if getattr(config, "quantization_config", None) is not None or own_class.is_remote_code():
         return  # what is missing is seen when they are loaded: other tensors than the model's, or code that may do anything
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
