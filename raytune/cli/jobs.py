@@ -51,9 +51,9 @@ def submit(
     from raytune.clusters import jobs
 
     cluster = jobs.Jobs(target, insecure=insecure)
-    job, left_out = jobs.submit(cluster, verb, *files_and_overrides(arguments), working_dir=working_dir, name=name)
-    for file in left_out:
-        click.echo(f"left out: {file} (looks like a secret)", err=True)
+    job, notes = jobs.submit(cluster, verb, *files_and_overrides(arguments), working_dir=working_dir, name=name)
+    for note in notes:
+        click.echo(note, err=True)
     click.echo(f"job {job.id} on {cluster.url}", err=True)
     if detach:
         click.echo(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))

@@ -26,7 +26,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
-from raytune.clusters.working_dir import contents, pack, path_in_job
+from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
 from raytune.launch.record import RunRecord, read_plan
@@ -413,7 +413,7 @@ def submit(
         name: of the job; by default the run's, and something random.
 
     Returns:
-        The job, and what was left out because it looks like a secret.
+        The job, and what to say of the files: what was left out and why, and which are large.
 
     Raises:
         UserError: before anything is sent, if the config or the folder does not allow it.
@@ -427,7 +427,7 @@ def submit(
             f"node sees, or a bucket: storage=/shared/runs, storage=s3://bucket/runs."
         )
     inside = [path_in_job(working_dir, file) for file in files]
-    packed = contents(working_dir)
+    packed = contents(working_dir, named_by(config))
     missing = [file for file in inside if file not in packed.files]
     if missing:
         raise UserError(
@@ -444,7 +444,7 @@ def submit(
             submission_id=submission_id,
             metadata={"raytune": raytune.__version__, "run": config.name, "storage": config.storage, "verb": verb},
         )
-    return jobs.look(submission_id), list(packed.secrets)
+    return jobs.look(submission_id), packed.notes
 
 
 def _job(details: JobDetails) -> Job:

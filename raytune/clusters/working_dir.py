@@ -1,21 +1,27 @@
-"""What a job takes along: the working directory without runs, caches and secrets, and raytune where it is not in it, as one zip.
+"""What a job takes along: code and what the config names, without runs, caches and secrets, and raytune where it is not there.
 
-Equal content makes an equal zip, which Ray keeps under its hash: submitting again uploads nothing.
+One zip. Equal content makes an equal zip, which Ray keeps under its hash: submitting again uploads nothing. A job's files lie
+readable on every node and with everybody who reaches the dashboard, hence the care.
 """
 
+import glob
 import logging
 import os
 import re
+import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_excludes_from_ignore_files
 
-from raytune.config.section import SECRET
+from raytune.config.run import RunConfig
+from raytune.credentials import find_secret
 from raytune.errors import UserError
+from raytune.plan.base_model import DEMO
 from raytune.plan.hardware import HARDWARE, PACKAGED_HARDWARE
 from raytune.storage import local_errors
 from raytune.units import KIB, MIB, format_bytes
@@ -25,24 +31,35 @@ PACKAGE = Path(__file__).parents[1]
 LAUNCHER = "launch.py"
 
 SECRET_FILES = (
-    ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*",
-    "id_ed25519*", "auth_token", "*_token", "token", "tokens.json", "*credentials*", "secrets.*", "*.secret", "kubeconfig",
-    ".netrc", ".pypirc", ".npmrc", ".git-credentials", ".htpasswd", "*service-account*.json", "*service_account*.json",
+    ".env", ".env.*", ".envrc", ".envrc.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx",
+    "*.ppk", "*.asc", "*.gpg", "*.age", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "auth_token", "*_token", "token",
+    "tokens.json", "*credentials*", "secrets.*", "*.secret", "kubeconfig", ".netrc", "_netrc", ".pypirc", ".npmrc", ".yarnrc",
+    ".git-credentials", ".gitconfig", ".htpasswd", ".pgpass", ".boto", ".s3cfg", ".rclone.conf", "rclone.conf", "kaggle.json",
+    ".dockercfg", ".vault-token", ".bash_history", ".zsh_history", ".python_history", "*service-account*.json",
+    "*service_account*.json", "client_secret*.json", "terraform.tfstate*", "*.tfvars",
 )  # fmt: skip
 """Names of files that hold nothing but secrets, or mostly."""
-SECRET_FOLDERS = (".ssh", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".gnupg")
+SECRET_FOLDERS = (".ssh", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".gnupg", ".huggingface", ".kaggle", ".password-store")
 """Names of folders of which every file is one."""
 CACHES = (
     ".git", ".hg", ".svn", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", ".tox", ".nox",
     ".ipynb_checkpoints", ".cache", "node_modules", "*.egg-info", "wandb", "mlruns",
 )  # fmt: skip
 """Names of folders that no job reads."""
+CODE = (
+    ".py", ".pyi", ".sh", ".bash", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".json", ".jinja", ".jinja2", ".j2",
+    ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp",
+)  # fmt: skip
+"""Endings of files that are taken without being named. In a Python package, whatever lies there is."""
+LARGE = 20 * MIB
+"""A file of this size is spoken of: every node unpacks it, and every other submission of changed files sends it again."""
 
-# Kinds of files that configs, scripts and notes are written in. Program text is left alone: it may speak of secrets.
-_READ_FOR_SECRETS = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg", ".conf", ".sh", ".txt", ".md")
-_READ_UP_TO = MIB
+_CODE_UP_TO = MIB
+_CODE_NAMES = ("requirements*.txt", "Makefile", ".gitignore", ".rayignore")
+_PIECE, _OVERLAP = 4 * MIB, 8 * KIB
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)
 _NUM_NAMED = 5
+_WHERE_ELSE = "Log in on the nodes instead (`hf auth login`, a cloud role, a mounted file)"
 
 _quiet = logging.getLogger(f"{__name__}.ray")
 _quiet.setLevel(logging.WARNING)
@@ -54,41 +71,93 @@ class Contents:
 
     files: dict[str, Path]
     """Where they lie here, by their path inside the job's working directory."""
-    secrets: tuple[str, ...]
-    """Left out, because they look like secrets."""
+    refused: dict[str, str]
+    """Left out, and why: they look like secrets, are links out of the folder, or no files."""
     runs: tuple[str, ...]
     """Left out: run folders, stores, checkpoints and environments, which a job cannot use there."""
+    unnamed: tuple[str, ...]
+    """Left out: neither code nor named by the config."""
 
     @property
     def command(self) -> tuple[str, ...]:
         """How the job starts raytune."""
         return ("python", LAUNCHER) if LAUNCHER in self.files else ("python", "-m", "raytune.cli")
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the files are sent, a line each."""
+        lines = [f"left out: {name} ({reason})" for name, reason in self.refused.items()]
+        if self.unnamed:
+            more = f" and {len(self.unnamed) - _NUM_NAMED} more" if len(self.unnamed) > _NUM_NAMED else ""
+            lines.append(f"left out, neither code nor named by the config: {', '.join(self.unnamed[:_NUM_NAMED])}{more}")
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        lines += [f"large: {name} ({format_bytes(size)}) is sent to every node" for name, size in sizes.items() if size >= LARGE]
+        return lines
+
 
 @dataclass(slots=True)
 class _Left:
-    secrets: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
 
 
-def contents(folder: Path) -> Contents:
+def contents(folder: Path, named: Iterable[str] | None = None) -> Contents:
     """Choose what a job takes along from a working directory; .gitignore and .rayignore count as they do for `ray job submit`.
 
+    Args:
+        named: files, folders and globs that the job's config names, as `named_by` gives them: of these and of code, all is taken.
+            None: whatever is no run, cache or secret.
+
     Raises:
-        UserError: if the folder is none, or a config in it holds a secret.
+        UserError: if the folder is none, or what is named cannot be sent.
     """
     if not folder.is_dir():
         raise UserError(f"The working directory {folder} is not a folder. Name one that holds the config: --working-dir FOLDER.")
-    left = _Left()
+    root, left = folder.resolve(), _Left()
     with local_errors(folder):
-        files = dict(_walk(folder, "", (), frozenset(), left))
+        found = dict(_walk(folder, "", root, (), frozenset(), left))
+        asked = {} if named is None else _named_files(folder, root, named, found)
+        is_code = {name: named is None or name in asked or _is_code(folder, name, path) for name, path in found.items()}
+        files = asked | {name: path for name, path in found.items() if is_code[name]}
+        for name, path in list(files.items()):
+            if secret := _secret_in(path):
+                if name in asked:
+                    raise UserError(
+                        f"{name}{secret}. The config names it, but a job's files lie readable on every node; nothing was sent. "
+                        f"{_WHERE_ELSE}, take the secret out, or put the file where the nodes see it and only you."
+                    )
+                left.refused[name] = secret.removeprefix(":")
+                del files[name]
+        unnamed = [name for name in found if not is_code[name]]
+        for name in [name for name in unnamed if found[name].stat().st_size <= _CODE_UP_TO]:
+            if secret := _secret_in(found[name]):
+                left.refused[name] = secret.removeprefix(":")
         if "raytune/__init__.py" not in files:  # a folder with a config alone: the code comes from here
-            files.update((f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", (), frozenset(), _Left()))
+            files.update((f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", PACKAGE, (), frozenset(), _Left()))
             if HARDWARE.is_dir():  # of an editable installation, which has the catalogue beside the package
                 files.update((f"raytune/plan/{PACKAGED_HARDWARE.name}/{path.name}", path) for path in HARDWARE.glob("*.yaml"))
-        for name, path in files.items():
-            _refuse_secrets_in(name, path)
-    return Contents(files=dict(sorted(files.items())), secrets=tuple(sorted(left.secrets)), runs=tuple(sorted(left.runs)))
+    return Contents(
+        files=dict(sorted(files.items())),
+        refused=dict(sorted(left.refused.items())),
+        runs=tuple(sorted(left.runs)),
+        unnamed=tuple(sorted(name for name in unnamed if name not in left.refused)),
+    )
+
+
+def named_by(config: RunConfig) -> list[str]:
+    """Paths that a config names and a job would look for in its working directory: rows, template, base; all of a sweep's."""
+    generation = config.evaluation.generation
+    sources = [*config.data.train, *config.data.validation, *(generation.rows if generation else [])]
+    names = [*(source.path for source in sources), config.data.template, config.model.base]
+    if config.sweep:
+        drawn = [value for key, value in config.sweep.space.items() if key.startswith(("data.", "model.base"))]
+        names += [text for dimension in drawn for text in _texts(dimension.model_dump())]
+        names += [text for trial in config.sweep.first for text in _texts(trial)]
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if "://" not in name and not name.startswith(("/", "~", f"{DEMO}:")) and name != DEMO
+    ]
 
 
 def pack(packed: Contents, target: Path, limit_bytes: int = GCS_STORAGE_MAX_SIZE) -> int:
@@ -129,38 +198,114 @@ def path_in_job(folder: Path, name: str) -> str:
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a file is called as files with secrets are."""
-    return any(fnmatch(name.lower(), pattern) for pattern in SECRET_FILES)
+    """Whether a file is called as files with secrets are. Programs may be about them: what is in these tells."""
+    return not name.endswith(".py") and any(fnmatch(name.lower(), pattern) for pattern in SECRET_FILES)
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 
 def _walk(
-    folder: Path, inside: str, ignored: Sequence[Callable[[Path], bool]], above: frozenset[Path], left: _Left
+    folder: Path,
+    inside: str,
+    root: Path,
+    ignored: Sequence[Callable[[Path], bool]],
+    above: frozenset[Path],
+    left: _Left,
 ) -> Iterator[tuple[str, Path]]:
-    """Files below a folder; links are followed, as Ray does, but not in circles."""
+    """Files below a folder. Links are followed, as Ray does, but neither in circles nor out of `root`."""
     here = folder.resolve()
     if here in above:
         return
     ignored = [*ignored, *get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_quiet)]
     for path in sorted(folder.iterdir()):
         name = f"{inside}{path.name}"
-        if any(is_ignored(path) for is_ignored in ignored):
+        if any(is_ignored(path) for is_ignored in ignored) or any(fnmatch(path.name, pattern) for pattern in CACHES):
             continue
-        if path.is_dir():
-            if path.name in SECRET_FOLDERS:
-                left.secrets.append(f"{name}/")
-            elif any(fnmatch(path.name, pattern) for pattern in CACHES):
-                continue
-            elif _is_output(path):
+        if reason := _why_not(path, root):
+            left.refused[f"{name}/" if path.name in SECRET_FOLDERS else name] = reason
+        elif path.is_dir():
+            if _is_output(path):
                 left.runs.append(f"{name}/")
             else:
-                yield from _walk(path, f"{name}/", ignored, above | {here}, left)
-        elif looks_secret(path.name) or looks_secret(path.resolve().name):
-            left.secrets.append(name)
-        elif path.is_file() and path.suffix not in (".pyc", ".pyo"):
+                yield from _walk(path, f"{name}/", root, ignored, above | {here}, left)
+        elif path.suffix not in (".pyc", ".pyo"):
             yield name, path
+
+
+def _why_not(path: Path, root: Path) -> str:
+    """Why a file or folder may not be sent, as its name and kind tell; empty: it may."""
+    try:
+        target = path.resolve(strict=True)
+        mode = target.stat().st_mode
+    except (OSError, RuntimeError):
+        return "a link that leads nowhere" if path.is_symlink() else "cannot be read"
+    if not target.is_relative_to(root):
+        return "a link out of the folder"
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        return "no file, but a pipe, a socket or a device"
+    parts = target.relative_to(root).parts
+    if path.name in SECRET_FOLDERS or any(part in SECRET_FOLDERS for part in parts):
+        return "a folder of secrets" if stat.S_ISDIR(mode) else "in a folder of secrets"
+    if stat.S_ISREG(mode) and (looks_secret(path.name) or looks_secret(target.name)):
+        return "its name is that of a secret"
+    if not os.access(target, os.R_OK):
+        return "cannot be read"
+    return ""
+
+
+def _named_files(folder: Path, root: Path, named: Iterable[str], found: dict[str, Path]) -> dict[str, Path]:
+    """Files behind the names of a config, by their path in the folder. Names that are no file here are another's business.
+
+    Raises:
+        UserError: if one of them may not be sent.
+    """
+    files: dict[str, Path] = {}
+    for name in named:
+        for match in sorted(glob.glob(name, root_dir=folder, recursive=True)):
+            inside = os.path.normpath(match)
+            path = folder / inside
+            left = _Left()
+            if inside.startswith(".."):
+                raise UserError(f"The config names {name}, which lies outside of {folder}. {_TAKEN_ALONG}")
+            if reason := _why_not(path, root):
+                raise UserError(f"The config names {inside}, which is not sent with a job: {reason}. {_TAKEN_ALONG}")
+            if path.is_file() and inside not in found and not _is_below_output(folder, inside):
+                raise UserError(
+                    f"The config names {inside}, which is not sent with a job: .gitignore or .rayignore names it. {_TAKEN_ALONG}"
+                )
+            files |= dict(_walk(path, f"{inside}/", root, (), frozenset(), left)) if path.is_dir() else {inside: path}
+            for inner, reason in left.refused.items():
+                raise UserError(f"The config names {inside}, but {inner} in it is not sent with a job: {reason}. {_TAKEN_ALONG}")
+    return files
+
+
+_TAKEN_ALONG = "Copy it into the folder, or put it where every node sees it and name it by its absolute path."
+
+
+def _is_below_output(folder: Path, inside: str) -> bool:
+    """Whether a file lies in a run or a cache of the folder, of which only what is named is sent."""
+    above = [folder / parent for parent in Path(inside).parents if parent.name]
+    return any(_is_output(path) or any(fnmatch(path.name, pattern) for pattern in CACHES) for path in above)
+
+
+def _is_code(folder: Path, name: str, path: Path) -> bool:
+    if any((folder / parent / "__init__.py").is_file() for parent in Path(name).parents if parent.name):
+        return True
+    return any(fnmatch(path.name, pattern) for pattern in _CODE_NAMES) or (
+        path.suffix.lower() in CODE and path.stat().st_size <= _CODE_UP_TO
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _is_output(folder: Path) -> bool:
@@ -174,16 +319,22 @@ def _is_output(folder: Path) -> bool:
     )
 
 
-def _refuse_secrets_in(name: str, path: Path) -> None:
-    if path.suffix.lower() not in _READ_FOR_SECRETS or path.stat().st_size > _READ_UP_TO:
-        return
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        if found := SECRET.search(line):
-            raise UserError(
-                f"{name}:{number} holds what looks like a secret ({found[1]}...). A job's files lie readable on every node, so "
-                f"nothing was sent. Log in on the nodes instead (`hf auth login`, a cloud role, a mounted file), remove it here, "
-                f"or name the file in .rayignore."
-            )
+def _secret_in(path: Path) -> str:
+    """Where a text holds a secret, and of what kind: `:12 holds what looks like a GitHub token`; empty: nowhere, or no text."""
+    number, before = 1, ""
+    with path.open("rb") as stream:
+        start = stream.read(_PIECE)
+        encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+        if encoding == "utf-8" and b"\0" in start[: 8 * KIB]:
+            return ""
+        while start:
+            text = before + start.decode(encoding, errors="replace")
+            if found := find_secret(text):
+                return f":{number + text.count(chr(10), 0, found.start)} holds what looks like {found}"
+            before = text[-_OVERLAP:]
+            number += text.count("\n", 0, len(text) - len(before))
+            start = stream.read(_PIECE)
+    return ""
 
 
 def _refuse_large(packed: Contents, archive: zipfile.ZipFile, limit_bytes: int) -> None:

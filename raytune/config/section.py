@@ -1,14 +1,11 @@
 """The base of every section of a run config, and the field types that several sections share."""
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from raytune.credentials import find_secret
 from raytune.units import parse_duration, parse_size
-
-SECRET = re.compile(r"(?<![\w/])(hf_|AKIA|wandb_|sk-)[\w-]{12,}(?![\w/.-])")
-"""A token of Hugging Face, AWS, Weights & Biases or OpenAI, but not a path that happens to start like one."""
 
 
 class Section(BaseModel):
@@ -28,8 +25,10 @@ def _duration(value: Any) -> Any:
 
 
 def _no_secret(text: str) -> str:
-    if SECRET.search(text):
-        raise ValueError("looks like a secret; secrets belong in the node's own login or a mounted file, never in a config")
+    if found := find_secret(text):
+        raise ValueError(
+            f"looks like a secret: {found}; secrets belong in the node's own login or a mounted file, never in a config"
+        )
     return text
 
 

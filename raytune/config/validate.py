@@ -16,7 +16,6 @@ from raytune.config.problems import (
     MISSING_KEY,
     NO_SUCH_FILE,
     NOT_YAML,
-    SECRET_VALUE,
     UNKNOWN_KEY,
     UNREADABLE,
     WRONG_VALUE,
@@ -27,7 +26,7 @@ from raytune.config.problems import (
 )
 from raytune.config.readers import unread
 from raytune.config.run import RunConfig
-from raytune.config.section import SECRET
+from raytune.config.secrets_in import secret_problems
 from raytune.config.space import space_problems
 from raytune.config.yaml_nodes import Node
 
@@ -46,7 +45,7 @@ def validated(tree: Node, unreadable: list[Problem], check_files: bool, judged: 
     Raises:
         ConfigError: with every problem of the tree, and those that were found before.
     """
-    refused = _refused_values(tree, ())
+    refused = [*secret_problems(tree), *_refused_values(tree, ())]
     # Without a file that could not be read, nothing can be said about keys that miss or contradict each other.
     is_partial = any(problem.id in (NOT_YAML, UNREADABLE) or problem.key == "sweep.run" for problem in unreadable)
     unsaid = (CONFLICT, MISSING_KEY) if is_partial else ()
@@ -63,7 +62,7 @@ def validated(tree: Node, unreadable: list[Problem], check_files: bool, judged: 
         refused += [] if unsaid else _unread_keys(config, tree, judged)
         if not unreadable and not refused:
             return _self_contained(config)
-    raise ConfigError(sorted(unreadable + refused, key=lambda problem: problem.place.order))
+    raise ConfigError(sorted(dict.fromkeys(unreadable + refused), key=lambda problem: problem.place.order))
 
 
 def _self_contained(config: RunConfig) -> RunConfig:
@@ -92,13 +91,10 @@ def _problems_of_rest(tree: Node, refused: set[str]) -> list[Problem]:
 
 
 def _refused_values(node: Node, path: KeyPath) -> list[Problem]:
-    """What pydantic lets pass: secrets, numbers that are not finite or do not fit 64 bits, and `true` where 1 is a choice."""
+    """What pydantic lets pass: numbers that are not finite or do not fit 64 bits, and `true` where 1 is a choice."""
     if isinstance(node.value, dict | list):
         children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
         return [problem for part, child in children for problem in _refused_values(child, (*path, part))]
-    if isinstance(node.value, str) and SECRET.search(node.value):
-        message = "looks like a secret; it belongs in the node's own login or a mounted file, never in a config"
-        return [Problem(SECRET_VALUE, node.place, dotted(path), message)]
     if isinstance(node.value, float) and not math.isfinite(node.value):
         return [Problem(WRONG_VALUE, node.place, dotted(path), f"must be a finite number, got {shown(node.value)}")]
     if isinstance(node.value, int) and abs(node.value) >= 2**63:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from raytune.config.problems import DUPLICATE_KEY, NOT_YAML, REFUSED_YAML, Place, Problem, dotted
+from raytune.config.problems import DUPLICATE_KEY, NOT_YAML, REFUSED_YAML, Place, Problem, dotted, shortened
 
 MAX_ALIASES = 50
 MAX_ALIASED_NODES = 10_000
@@ -205,7 +205,9 @@ class _Composer:
         return self.source if self.source.line is None else replace(self.source, line=mark.line + 1, column=mark.column + 1)
 
     def refused(self, event: Any, path: tuple[str | int, ...], message: str) -> _RefusedError:
-        return _RefusedError(Problem(REFUSED_YAML, self.place_at(event.start_mark), dotted(path), message))
+        return _RefusedError(
+            Problem(REFUSED_YAML, self.place_at(event.start_mark), dotted(path), shortened(message, len(message)))
+        )
 
 
 def _extent(node: Node) -> tuple[int, int]:
@@ -230,4 +232,4 @@ def _syntax_problem(error: Exception, text: str, place: Place) -> Problem:
     else:
         words = next((plain for fragment, plain in _PLAIN_WORDS.items() if fragment in words), words)
     where = place if place.line is None else replace(place, line=line + 1, column=column + 1)
-    return Problem(NOT_YAML, where, "", f"not valid YAML: {words}")
+    return Problem(NOT_YAML, where, "", f"not valid YAML: {shortened(words, len(words))}")

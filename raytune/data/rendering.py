@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune.data.conversation import Message, RowError
+from raytune.data.template_budget import check_length, check_rendered, within_budget
+from raytune.errors import DataError
 
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
@@ -60,9 +62,18 @@ def call_turn(value: str, content: str | None = None) -> Message:
 class Renderer:
     """A template and the tokenizer whose special tokens it writes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the chat template") -> None:
+        """
+        Args:
+            name: of the template, in messages.
+
+        Raises:
+            DataError: if it is longer than any template.
+        """
         self.text = text
         self._tokenizer = tokenizer
+        self._name = name
+        check_length(text, name)
 
     def texts(self, jobs: Sequence[Job]) -> list[str | RowError]:
         """Render many, the usual ones without tools all at once."""
@@ -71,6 +82,8 @@ class Renderer:
             together = [i for i, job in enumerate(jobs) if job.opens_answer == opens_answer and job.tools is None]
             try:
                 rendered: Iterable[str | RowError] = self.apply([jobs[i].messages for i in together], None, opens_answer)
+            except DataError:
+                raise
             except Exception:  # one of them cannot be rendered: which one, and why, shows when each is rendered alone
                 rendered = [self.one(jobs[i]) for i in together]
             for i, text in zip(together, rendered, strict=True):
@@ -83,11 +96,17 @@ class Renderer:
     def one(self, job: Job) -> str | RowError:
         try:
             return self.apply([job.messages], job.tools, job.opens_answer)[0]
+        except DataError:
+            raise
         except Exception as error:  # a template can fail in any way: its own words are the best there are
             return RowError(f"the chat template cannot render it: {str(error) or type(error).__name__}")
 
     def apply(self, chats: Sequence[Sequence[Message]], tools: list[Any] | None, opens_answer: bool) -> list[str]:
-        """Render chats that share their tools; whatever a template raises comes through."""
+        """Render chats that share their tools; whatever a template raises comes through.
+
+        Raises:
+            DataError: if the template takes more than it may.
+        """
         if not chats:
             return []
         return self._apply([[self._prepared(message) for message in chat] for chat in chats], tools, opens_answer)
@@ -97,15 +116,24 @@ class Renderer:
         variables: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
         chat = [{key: value for key, value in self._prepared(message).items() if value is not None} for message in messages]
         with _ONE_AT_A_TIME:
-            rendered: Any = render_jinja_template(
-                conversations=[chat], tools=tools, chat_template=self.text, return_assistant_tokens_mask=True, **variables
+            rendered: Any = within_budget(
+                lambda: render_jinja_template(
+                    conversations=[chat], tools=tools, chat_template=self.text, return_assistant_tokens_mask=True, **variables
+                ),
+                self._name,
             )
         return rendered[1][0]
 
     def _apply(self, chats: list[list[Message]], tools: list[Any] | None, opens_answer: bool) -> list[str]:
-        return self._tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-            chats, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=opens_answer
+        texts: Any = within_budget(
+            lambda: self._tokenizer.apply_chat_template(
+                chats, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=opens_answer
+            ),
+            self._name,
+            len(chats),
         )
+        check_rendered(max(map(len, texts), default=0), self._name)
+        return texts
 
     def _prepared(self, message: Message) -> Message:
         """A message in the form that the template takes. Whether a turn is trained is none of its business."""
@@ -148,6 +176,8 @@ class Renderer:
     def _attempt(self, chat: list[Message], tools: list[Any] | None) -> str:
         try:
             return self._apply([chat], tools, False)[0]
+        except DataError:
+            raise
         except Exception:  # this form is not the template's
             return ""
 

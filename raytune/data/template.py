@@ -75,12 +75,14 @@ class ChatTemplate:
         self._name = name_of(text, tokenizer)
         self._tokenizer = tokenizer
         self._has_markers = _MARKERS.search(text) is not None
-        self._renderer = Renderer(tokenizer, text)
+        self._renderer = Renderer(tokenizer, text, self._name)
         self._ends = TurnEnds(self._renderer, tokenizer)
         try:
             self._renderer.apply([_PROBE], None, False)
         except TemplateSyntaxError as error:
             raise DataError(f"data.template: line {error.lineno} is not Jinja: {error.message}.") from error
+        except DataError:
+            raise
         except Exception:  # a template may refuse the probe and still be right for the rows
             return
         probe = Conversation(messages=tuple(_PROBE), origin=Origin("probe", 1))

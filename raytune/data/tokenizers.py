@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
+from raytune.plan.model_folder import reading
 
 
 def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -16,10 +17,8 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
     """
-    try:
+    with reading(f"There is no usable tokenizer at '{path}'"):
         tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "

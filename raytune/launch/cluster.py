@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
+from ray._private import services
 from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
@@ -26,6 +26,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 PACKAGE = Path(__file__).parents[1]
+LOOPBACK = "127.0.0.1"
 
 # The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
 POLL_INTERVAL_S = 0.2
@@ -101,7 +102,7 @@ def _refuse_another_cluster(address: str | None) -> None:
     """Only `host:port` can be held against a connection: `auto` is whatever is there, and ray:// names a door of the cluster."""
     if address is None or address == "auto" or "://" in address:
         return
-    connected, named = ray.get_runtime_context().gcs_address, canonicalize_bootstrap_address(address)
+    connected, named = ray.get_runtime_context().gcs_address, services.canonicalize_bootstrap_address(address)
     if named != connected:
         raise UserError(
             f"cluster.address is {address}, but this process is connected to the Ray cluster at {connected}. Call ray.shutdown() "
@@ -110,15 +111,32 @@ def _refuse_another_cluster(address: str | None) -> None:
 
 
 def _start(section: ClusterSection) -> None:
-    ray.init(
-        address="local",
-        num_cpus=_embedded_cpus(section),
-        include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
-        _system_config={"prestart_worker_first_driver": False},
-    )
+    with _loopback_kept():
+        ray.init(
+            address="local",
+            num_cpus=_embedded_cpus(section),
+            include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            # A Python process per CPU would start at once, and none is of use: a run's processes have their own environment.
+            _system_config={"prestart_worker_first_driver": False},
+            _node_ip_address=LOOPBACK,
+        )
+
+
+@contextmanager
+def _loopback_kept() -> Iterator[None]:
+    """Let Ray listen on this machine alone: whoever reaches its ports runs code.
+
+    Ray 2.60 binds every port of a node to its address, and to all interfaces unless that is 127.0.0.1; but on Linux `ray.init`
+    replaces 127.0.0.1 by the machine's address in the network first. When it takes the address as given, this can go.
+    """
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
 
 
 def _embedded_cpus(section: ClusterSection) -> int:

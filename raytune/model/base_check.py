@@ -29,6 +29,8 @@ from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weig
 from raytune.plan.stored_quantization import stored_quantization
 
 _SHOWN = 5
+_ALWAYS_BUILT = 256
+"""Layers that are built, on no storage, however few tensors there are: that takes a second."""
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 _PART = re.compile(r"^(.*?\.)(\d+)(\..*?\.)(\d+)(\..*)$")
 _NUMBER = re.compile(r"\.\d+\.")
@@ -96,6 +98,9 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
         )
     check_stops(folder, config)
     stored = stored_tensors(weight_files(folder))
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if num_layers > max(len(stored), _ALWAYS_BUILT):
+        raise ModelError(f"{folder / 'config.json'} says {num_layers} layers, but the files hold {len(stored)} tensors in all.")
     if stored_quantization(config.to_dict()) is not None:
         return  # other tensors than the model's: what is missing is seen when they are loaded
     if own_class.is_remote_code():  # which may name its tensors as it likes

@@ -6,6 +6,7 @@ from raytune.config.model import is_written_as_path
 from raytune.errors import ModelError
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import DEMO, default_hub_cache, find_config, model_files
+from raytune.plan.model_folder import check_model_folder
 
 
 def resolve_model_path(base: str, revision: str | None) -> str:
@@ -39,6 +40,7 @@ def _check_folder(folder: Path) -> None:
                 f"raytune merge {folder} --output FOLDER"
             )
         raise ModelError(f"{folder} holds no config.json, so it is not a model in the format of transformers.")
+    check_model_folder(folder)
     stored_tensors(weight_files(folder))
 
 

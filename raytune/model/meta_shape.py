@@ -8,10 +8,13 @@ FOLDER holds a `config.json`. Printed is a JSON object: `{"shape": ...}`, or `{"
 """
 
 import json
+import resource
+import signal
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +30,11 @@ from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, nam
 from raytune.model.kernels import bypassed_layers
 from raytune.model.pretrained import load_config, model_class
 from raytune.plan.shapes import Kind, Matrix, ModelShape, Module
+from raytune.units import GIB, format_bytes
 
+BUILD_S = 60.0
+BUILD_BYTES = 8 * GIB
+"""Limits of a model's making, behind the imports."""
 UNBOUNDED_POSITIONS = 1 << 20
 """Of models that set no bound, such as those that attend by distance (ALiBi)."""
 _BOUNDS = ("max_position_embeddings", "max_seq_len")
@@ -37,9 +44,28 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_exp
 
 def main(arguments: Sequence[str]) -> None:
     """Print the shape, or why there is none."""
+    _limit(BUILD_S, BUILD_BYTES)
     with redirect_stdout(sys.stderr):  # what libraries print while they build is not the answer
         answer = _answer(arguments[0], "--trust-remote-code" in arguments[1:])
     sys.stdout.write(json.dumps(answer))
+
+
+def _limit(seconds: float, num_bytes: int) -> None:
+    """Let this process go on for so long, with so much more memory than its imports took: modules without weights are small."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    with suppress(OSError, ValueError):  # without /proc, or below another limit: time alone
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + num_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+class _TooLongError(BaseException):  # which no library takes for a failure of its own
+    """The time is over."""
+
+
+def _too_long(signal_number: int, frame: object) -> None:
+    raise _TooLongError
 
 
 def _answer(folder: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -47,6 +73,9 @@ def _answer(folder: str, trust_remote_code: bool) -> dict[str, Any]:
         shape = shape_of(meta_model(folder, trust_remote_code=trust_remote_code))
     except ModelError as error:
         return {"error": str(error)}
+    except (_TooLongError, MemoryError) as error:
+        limit = f"{BUILD_S:.0f} seconds" if isinstance(error, _TooLongError) else format_bytes(BUILD_BYTES)
+        return {"error": f"{folder}: building the model that config.json describes, without weights, takes more than {limit}."}
     return {"shape": TypeAdapter(ModelShape).dump_python(shape, mode="json")}
 
 

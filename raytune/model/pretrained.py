@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +18,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from raytune.errors import ModelError
+from raytune.errors import ModelError, RaytuneError
 from raytune.plan.base_model import model_files
 
 
@@ -92,7 +91,11 @@ def explained(path: str, revision: str | None, what: str) -> Iterator[None]:
     """Turn what transformers raises about files, and values in them, into a `ModelError` that says what was tried."""
     try:
         yield
-    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, StrictDataclassError) as error:
+    except RaytuneError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # as `model_folder.reading`
+            raise
         at = f" at revision {revision}" if revision else ""
         place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"
         raise ModelError(
@@ -102,5 +105,5 @@ def explained(path: str, revision: str | None, what: str) -> Iterator[None]:
         ) from error
 
 
-def _first_lines(error: Exception) -> str:
+def _first_lines(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__

@@ -1,7 +1,6 @@
 """Where a saved model stops: `generation_config.json`, from which plain `generate`, vLLM and their like take the tokens."""
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from raytune.data.template import ChatTemplate
 from raytune.errors import ModelError
+from raytune.plan.model_folder import read_object, reading
 
 _MEND = "Mend or copy it again, or delete it: then the tokens that end a text are those of config.json."
 
@@ -43,22 +43,23 @@ def check_stops(folder: Path, config: PretrainedConfig) -> None:
     """
     if (folder / GENERATION_CONFIG_NAME).is_file():
         _check_settings(folder / GENERATION_CONFIG_NAME)
-    _check_eos(folder / "config.json", getattr(config.get_text_config(), "eos_token_id", None))
+    _check_token(folder / "config.json", "eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
 
 
 def _check_settings(path: Path) -> None:
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}). {_MEND}") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path} does not hold a JSON object. {_MEND}")
-    _check_eos(path, settings.get("eos_token_id"))
+        settings = read_object(path)
+    except ModelError as error:
+        raise ModelError(f"{error} {_MEND}") from error
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        _check_token(path, key, settings.get(key))
+    with reading(f"{path} holds settings that transformers cannot use. {_MEND}"):
+        GenerationConfig.from_pretrained(path.parent)
 
 
-def _check_eos(path: Path, eos: Any) -> None:
-    if not all(type(token) is int for token in (eos if isinstance(eos, list) else [eos]) if token is not None):
-        raise ModelError(f"{path}: eos_token_id must be the number of a token or a list of these, got {eos!r}.")
+def _check_token(path: Path, key: str, token: Any) -> None:
+    if not all(type(one) is int for one in (token if isinstance(token, list) else [token]) if one is not None):
+        raise ModelError(f"{path}: {key} must be the number of a token or a list of these, got {str(token)[:60]}.")
 
 
 def base_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:

@@ -60,7 +60,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     try:
         files = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is not an index of weights ({type(error).__name__}: {error}). {_DOWNLOAD_AGAIN}.") from error
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ModelError(f"{index} is not an index of weights: weight_map names no files. {_DOWNLOAD_AGAIN}.")
@@ -99,9 +99,12 @@ def _file_named_by_config(folder: Path) -> str | None:
     """A config may name the file of its weights itself."""
     try:
         config: Any = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever needs the config says what is wrong with it
-    return config.get("transformers_weights") if isinstance(config, dict) else None
+    name = config.get("transformers_weights") if isinstance(config, dict) else None
+    if name is not None and (not isinstance(name, str) or Path(name).name != name):
+        raise ModelError(f"{folder / 'config.json'}: transformers_weights must name a file beside it, got {str(name)[:60]!r}.")
+    return name
 
 
 def _found_instead(folder: Path) -> str:
@@ -141,9 +144,10 @@ def _bytes_needed(path: Path) -> int | None:
         header = file.read(header_bytes)
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError):
+        needed = 8 + header_bytes + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return size
-    return 8 + header_bytes + max(ends, default=0)
+    return needed
 
 
 def _size(path: Path) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from raytune.errors import ModelError
 from raytune.plan.shapes import Matrix, ModelShape, Module
 
+_SHOWN = 60
+
 
 def has_reader(config: Mapping[str, Any]) -> bool:
     """Whether `model_shape` knows the architecture of a parsed `config.json`."""
@@ -45,10 +47,18 @@ class _Numbers:
         value = self.config.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            written = repr(value)
+            shown = written if len(written) <= _SHOWN else f"{written[:_SHOWN]}..."
             raise ModelError(
-                f"{self.source}: {key} must be a positive whole number, got {value!r}. Is this a complete model config?"
+                f"{self.source}: {key} must be a positive whole number, got {shown}. Is this a complete model config?"
             )
         return value
+
+    def divided(self, key: str, whole: int, parts_key: str, parts: int) -> int:
+        """A number that others share evenly."""
+        if whole % parts:
+            raise ModelError(f"{self.source}: {key} is {whole}, which {parts_key} {parts} does not divide.")
+        return whole // parts
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(key)
@@ -140,7 +150,9 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
     # A key that says null means "as many as heads" everywhere; an absent one means what transformers' class has.
     absent_kv_heads = family.kv_heads if "num_key_value_heads" not in numbers.config else None
     kv_heads = numbers.count("num_key_value_heads", absent_kv_heads or heads)
-    head_dim = numbers.count("head_dim", family.head_dim or hidden // heads)
+    numbers.divided("num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    head_dim = numbers.config.get("head_dim") or family.head_dim
+    head_dim = numbers.count("head_dim", head_dim or numbers.divided("hidden_size", hidden, "num_attention_heads", heads))
     vocab = numbers.count("vocab_size")
     attention_bias = numbers.flag("attention_bias", False)
     input_bias = attention_bias if family.input_bias is None else numbers.flag("qkv_bias", family.input_bias)
@@ -244,7 +256,7 @@ def _gpt2(numbers: _Numbers) -> ModelShape:
         intermediate=intermediate,
         heads=heads,
         kv_heads=heads,
-        head_dim=hidden // heads,
+        head_dim=numbers.divided("n_embd", hidden, "n_head", heads),
         vocab=vocab,
         max_positions=positions,
         has_gate=False,
@@ -276,7 +288,7 @@ def _gpt_neox(numbers: _Numbers) -> ModelShape:
         intermediate=intermediate,
         heads=heads,
         kv_heads=heads,
-        head_dim=hidden // heads,
+        head_dim=numbers.divided("hidden_size", hidden, "num_attention_heads", heads),
         vocab=vocab,
         max_positions=numbers.count("max_position_embeddings", 2048),
         has_gate=False,

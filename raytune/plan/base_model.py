@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from raytune.errors import ModelError
 from raytune.plan.architectures import has_reader, model_shape
+from raytune.plan.model_folder import check_model_folder, read_object
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import stored_quantization
 
@@ -23,8 +24,9 @@ DEMO = "demo"
 DEMO_BASE = Path(__file__).parents[1] / "model" / "demo_base"
 _DROPOUT = re.compile(r"(dropout|pdrop|drop_?path|layerdrop)(_rate|_prob|_p)?$")
 """Keys of a `config.json` that are rates of dropout, as models call them."""
-BUILD_SECONDS = 600
-"""Limit for the process that builds a model of an architecture without a reader; most of it is importing torch."""
+BUILD_SECONDS = 300
+"""Limit for the process that builds a model of an architecture without a reader; most of it is importing torch, and the rest has
+limits of its own."""
 
 
 def read_model_shape(
@@ -44,20 +46,15 @@ def read_model_shape(
         ModelError: if there is no `config.json`, or no plan for such a model.
     """
     path = find_config(base, revision, hub_cache or default_hub_cache())
-    try:
-        text = path.read_text()
-        config = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.base {base!r}: {path} cannot be read as JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"model.base {base!r}: {path} does not hold a JSON object.")
-    if "model_type" not in config:
+    check_model_folder(path.parent)
+    config = read_object(path)
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(f"model.base {base!r}: {path} names no model_type. Give the folder of a model saved by transformers.")
     _check_dropouts(config, path)
     if has_reader(config) and not (trust_remote_code and "auto_map" in config):
         shape = model_shape(config, str(path))
     else:
-        shape = _built_shape(path.parent, text, trust_remote_code)
+        shape = _built_shape(path.parent, json.dumps(config), trust_remote_code)
     return replace(shape, stored_quantization=stored_quantization(config))
 
 

@@ -1,7 +1,9 @@
 """What a plan knows of a model: its modules, their names as transformers gives them, and every parameter counted."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from raytune.config.model import Attention
@@ -102,17 +104,20 @@ class ModelShape:
 
     def modules(self) -> Iterator[Module]:
         """Every module under its full name, with a tied head, which holds no weights of its own."""
-        yield from self.embeddings
-        for index, layer in enumerate(self.layers()):
-            for module in layer:
-                yield replace(module, name=f"{self.layers_name}.{index}.{module.name}")
-        yield self.final_norm
-        yield self.head
+        return iter(_all_modules(self))
 
     def layers(self) -> Iterator[tuple[Module, ...]]:
         """The modules of each layer, first to last."""
         kinds = (self.layer, *self.other_layers)
         yield from (kinds[kind] for kind in self.kind_of_layer or (0,) * self.num_layers)
+
+    def counted_layers(self) -> Iterator[tuple[tuple[Module, ...], int]]:
+        """The modules of each kind of layer, and how many layers are of that kind."""
+        kinds = (self.layer, *self.other_layers)
+        if not self.kind_of_layer:
+            yield self.layer, self.num_layers
+        else:
+            yield from ((kinds[kind], count) for kind, count in Counter(self.kind_of_layer).items())
 
     @property
     def parameters_by_kind(self) -> dict[str, int]:
@@ -120,9 +125,9 @@ class ModelShape:
         counts: dict[str, int] = dict.fromkeys(get_args(Kind), 0)
         for module in (*self.embeddings, self.final_norm):
             counts[module.kind] += module.num_parameters
-        for layer in self.layers():
+        for layer, count in self.counted_layers():
             for module in layer:
-                counts[module.kind] += module.num_parameters
+                counts[module.kind] += count * module.num_parameters
         return counts | {"head": self.head.num_biases if self.is_tied else self.head.num_parameters}
 
     @property
@@ -131,7 +136,8 @@ class ModelShape:
 
     @property
     def num_biases(self) -> int:
-        return sum(module.num_biases for module in self.modules())
+        around = sum(module.num_biases for module in (*self.embeddings, self.final_norm, self.head))
+        return around + sum(count * module.num_biases for layer, count in self.counted_layers() for module in layer)
 
     @property
     def expert_width(self) -> int:
@@ -142,10 +148,29 @@ class ModelShape:
     def num_product_weights(self) -> int:
         """Weights of the layers that a token is multiplied by."""
         kinds = ("attention", "mlp", "mixer", "experts", "router")
-        in_products = [module for layer in self.layers() for module in layer if module.kind in kinds]
-        return sum(module.copies_per_token * module.inputs * module.outputs for module in in_products)
+        return sum(
+            count * module.copies_per_token * module.inputs * module.outputs
+            for layer, count in self.counted_layers()
+            for module in layer
+            if module.kind in kinds
+        )
 
     @property
     def num_quantizable(self) -> int:
         """Weights that bitsandbytes quantises: those of the linear layers without the head, and without biases."""
-        return sum(module.inputs * module.outputs for layer in self.layers() for module in layer if module.is_linear)
+        return sum(
+            count * module.inputs * module.outputs
+            for layer, count in self.counted_layers()
+            for module in layer
+            if module.is_linear
+        )
+
+
+@lru_cache(maxsize=4)
+def _all_modules(shape: ModelShape) -> tuple[Module, ...]:  # asked for about ten times by a plan
+    inside = (
+        replace(module, name=f"{shape.layers_name}.{index}.{module.name}")
+        for index, layer in enumerate(shape.layers())
+        for module in layer
+    )
+    return (*shape.embeddings, *inside, shape.final_norm, shape.head)

@@ -317,6 +317,41 @@ def test_a_secret_is_never_repeated(tmp_path: Path):
         assert "CANARY" not in str(caught.value)
 
 
+KEY_OF_A_CLOUD = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
+SECRETS_IN_CONFIGS = {
+    "url": ("storage: s3://AKIA" + "X:CANARY@" + "bucket/runs", "storage"),
+    "url of rows": ("data: {train: 'https://user:CANARY@" + "host/rows.jsonl'}", "data.train"),
+    "in a list": ("data: {train: [a.jsonl, 'https://h/r.jsonl?token=" + "CANARY1']}", "data.train.1"),
+    "key": ("gh" + "p_CANARYaaaaBBBBccccDDDD1111: 1", "gh" + "p_..."),
+    "key in free JSON": (
+        "training: {zero: {overrides: {AIza" + "CANARYaaaaBBBBccccDDDD1111eeee22: 1}}}",
+        "training.zero.overrides.AIza...",
+    ),
+    "bare cloud key": (f"model: {{base: {KEY_OF_A_CLOUD}}}", "model.base"),
+    "told by its key": ("training: {zero: {overrides: {password: x9Kq2LmZ7Rt4Vb8N}}}", "training.zero.overrides.password"),
+    "alias": ("name: a\nmodel: {base: *hf_" + "CANARYcanary0123456789}", "model.base"),
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS_IN_CONFIGS)
+def test_a_secret_is_refused_wherever_it_stands_and_never_repeated(tmp_path: Path, kind: str):
+    text, key = SECRETS_IN_CONFIGS[kind]
+    with pytest.raises(ConfigError) as caught:
+        load_config([written(tmp_path, text)])
+    assert not any(secret in str(caught.value) for secret in ("CANARY", KEY_OF_A_CLOUD, "x9Kq2Lm"))
+    assert any(problem.key == key and problem.id == ("E108" if kind == "alias" else "E110") for problem in caught.value.problems)
+
+
+def test_a_secret_is_refused_where_another_value_lies_over_it_and_on_the_command_line(tmp_path: Path):
+    path = written(tmp_path, "storage: s3://key:CANARY@" + "bucket\n")
+    for files, overrides in (([path], ["storage=runs"]), ([], [f"model.base={KEY_OF_A_CLOUD}"]), ([], [f"x={KEY_OF_A_CLOUD}"])):
+        with pytest.raises(ConfigError) as caught:
+            load_config(files, overrides)
+        assert "E110" in [problem.id for problem in caught.value.problems]
+        assert "CANARY" not in str(caught.value)
+        assert KEY_OF_A_CLOUD not in str(caught.value)
+
+
 def test_a_folder_and_a_near_file_name_are_named(tmp_path: Path):
     written(tmp_path, "", "run.yaml")
     assert problems_of(tmp_path)[0][3] == "a folder, not a file"

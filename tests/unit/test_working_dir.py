@@ -1,12 +1,14 @@
-"""Claims about what a job takes along: configs and code; no runs, caches or secrets; never more than Ray takes."""
+"""Claims about what a job takes along: code and what its config names; no runs, caches, secrets or links out; never too much."""
 
 import os
+import socket
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from raytune.clusters.working_dir import contents, looks_secret, pack, path_in_job
+from raytune.clusters.working_dir import LARGE, contents, looks_secret, named_by, pack, path_in_job
+from raytune.config.load import config_from
 from raytune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +51,14 @@ def test_configs_and_data_are_taken_and_runs_caches_and_environments_are_not(tmp
 
 SECRETS = """
 .env .env.local prod.env server.pem id_rsa id_ed25519 auth_token hf_token aws_credentials.json secrets.yaml .netrc kubeconfig
-my-service-account.json TLS.KEY
+my-service-account.json TLS.KEY .envrc .pypirc .npmrc kaggle.json .git-credentials client_secret_1.json
 """
 
 
 @pytest.mark.parametrize("name", SECRETS.split())
 def test_a_file_that_is_called_like_a_secret_stays_here_and_is_told(tmp_path: Path, name: str):
     folder = write(tmp_path, **{"run.yaml": "", f"deep/{name}": "canary"})
-    assert contents(folder).secrets == (f"deep/{name}",)
+    assert contents(folder).refused == {f"deep/{name}": "its name is that of a secret"}
     assert own(folder) == ["run.yaml"]
 
 
@@ -71,15 +73,137 @@ def test_a_folder_of_secrets_and_a_link_to_one_stay_here(tmp_path: Path):
     folder = write(tmp_path / "work", **{"run.yaml": "", ".aws/config": "x"})
     write(tmp_path / "home", id_rsa="canary")
     (folder / "innocent.txt").symlink_to(tmp_path / "home" / "id_rsa")
-    assert contents(folder).secrets == (".aws/", "innocent.txt")
+    assert contents(folder).refused == {".aws/": "a folder of secrets", "innocent.txt": "a link out of the folder"}
     assert own(folder) == ["run.yaml"]
 
 
-def test_a_secret_inside_a_config_is_refused_with_its_line(tmp_path: Path):
-    folder = write(tmp_path, **{"other.yaml": "a: 1\nlogin: hf_" + "a" * 24 + "\n"})
-    with pytest.raises(UserError, match=r"other.yaml:2 holds what looks like a secret") as refused:
-        contents(folder)
-    assert "a" * 24 not in str(refused.value)
+TOKEN = "gh" + "p_CANARYaaaaBBBBccccDDDD1111"
+HOLDERS = {
+    "other.yaml": f"a: 1\nlogin: {TOKEN}\n",
+    "explore.ipynb": '{"cells": [{"source": ["login(\\"' + TOKEN + '\\")"]}]}',
+    "train.log": f"12:00 starting\n12:01 using {TOKEN}\n",
+    "gcp.json": '{"type": "service_' + 'account", "project_id": "CANARY"}',
+    "notes": "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nCANARY\n",
+    "fetch.py": f"TOKEN = '{TOKEN}'\n",
+    "utf16.md": f"my token is {TOKEN}".encode("utf-16"),
+    "remote.cfg": "[remote]\nurl = https://me:CANARY@" + "host/repo.git\n",
+    "wandb.sh": "export WANDB_API_KEY=" + "3f9a1c7e5b2d80463f9a1c7e5b2d80463f9a1c7e\n",
+}
+
+
+@pytest.mark.parametrize("named", [None, []])
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_file_with_a_secret_inside_stays_here_and_is_told_with_the_reason(tmp_path: Path, name: str, named: list[str] | None):
+    folder = write(tmp_path, **{"run.yaml": "name: a\n"})
+    text = HOLDERS[name]
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    packed = contents(folder, named)
+    assert name not in packed.files
+    (note,) = [note for note in packed.notes if name in note]
+    assert "holds what looks like" in note
+    assert "CANARY" not in note
+    assert "3f9a1c7e" not in note
+
+
+def test_a_secret_far_inside_a_large_file_is_found_with_its_line(tmp_path: Path):
+    folder = write(tmp_path, **{"rows.jsonl": '{"text": "row"}\n' * 500_000 + TOKEN + "\n"})
+    assert contents(folder).refused["rows.jsonl"].startswith("500001 holds what looks like a GitHub token (ghp_...)")
+
+
+def test_what_the_config_names_is_refused_and_not_left_out_where_it_holds_a_secret(tmp_path: Path):
+    folder = write(tmp_path, **{"rows.jsonl": f'{{"text": "{TOKEN}"}}\n'})
+    with pytest.raises(UserError, match=r"rows.jsonl:1 holds what looks like a GitHub token.*The config names it") as refused:
+        contents(folder, ["rows.jsonl"])
+    assert "CANARY" not in str(refused.value)
+
+
+def test_code_and_what_the_config_names_are_sent_and_nothing_else(tmp_path: Path):
+    folder = write(
+        tmp_path / "work",
+        **{
+            "run.yaml": "",
+            "helper.py": "",
+            "package/__init__.py": "",
+            "package/words.txt": "",
+            "data/rows.jsonl": "{}",
+            "data/other.jsonl": "{}",
+            "runs/first/run.json": "{}",
+            "runs/first/plan.json": "{}",
+            "runs/first/model/model.safetensors": "",
+            "runs/second/model/model.safetensors": "",
+            "diary.txt": "",
+            "explore.ipynb": "{}",
+        },
+    )
+    packed = contents(folder, ["data/r*.jsonl", "runs/first/model", "meta-llama/Llama-3.1-8B", "auto"])
+    assert [name for name in packed.files if not name.startswith("raytune/")] == [
+        "data/rows.jsonl",
+        "helper.py",
+        "package/__init__.py",
+        "package/words.txt",
+        "run.yaml",
+        "runs/first/model/model.safetensors",
+    ]
+    assert packed.unnamed == ("data/other.jsonl", "diary.txt", "explore.ipynb")
+    assert "left out, neither code nor named by the config: data/other.jsonl, diary.txt, explore.ipynb" in packed.notes
+
+
+def test_every_path_of_a_config_is_known_those_of_a_sweep_too():
+    config = config_from(
+        {
+            "model": {"base": "models/own"},
+            "data": {"train": ["a.jsonl", "s3://bucket/b.jsonl", "/shared/c.jsonl"], "template": "own.jinja"},
+            "evaluation": {"generation": {"rows": "questions.jsonl"}},
+        }
+    )
+    assert named_by(config) == ["a.jsonl", "questions.jsonl", "own.jinja", "models/own"]
+    sweep = config_from(
+        {"data": {"validation_fraction": 0.1}, "sweep": {"space": {"data.template": ["one.jinja", "two.jinja"]}, "trials": 2}}
+    )
+    assert {"one.jinja", "two.jinja"} <= set(named_by(sweep))
+
+
+def test_links_out_of_the_folder_and_special_files_stay_here_by_whatever_name(tmp_path: Path):
+    folder = write(tmp_path / "work", **{"run.yaml": "", "real/code.py": ""})
+    write(tmp_path / "outside", **{"diary.py": "canary", "deep/x.py": "canary"})
+    (folder / "diary.py").symlink_to(tmp_path / "outside" / "diary.py")
+    (folder / "more").symlink_to(tmp_path / "outside")
+    (folder / "twice.py").symlink_to(folder / "more" / "diary.py")
+    (folder / "nowhere.py").symlink_to("gone.py")
+    (folder / "loop.py").symlink_to("loop.py")
+    (folder / "inside").symlink_to(folder / "real")
+    os.mkfifo(folder / "pipe.py")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "sock.py"))
+        packed = contents(folder, [])
+    assert packed.refused == {
+        **dict.fromkeys(("diary.py", "more", "twice.py"), "a link out of the folder"),
+        **dict.fromkeys(("nowhere.py", "loop.py"), "a link that leads nowhere"),
+        **dict.fromkeys(("pipe.py", "sock.py"), "no file, but a pipe, a socket or a device"),
+    }
+    assert [name for name in packed.files if not name.startswith("raytune/")] == ["inside/code.py", "real/code.py", "run.yaml"]
+
+
+@pytest.mark.parametrize("named", ["link.jsonl", "pipe.jsonl", "ignored.jsonl", "folder", "../outside.jsonl", ".env"])
+def test_what_the_config_names_and_cannot_be_sent_is_refused_with_a_way_out(tmp_path: Path, named: str):
+    folder = write(tmp_path / "work", **{".gitignore": "ignored.jsonl\n", "ignored.jsonl": "", ".env": "", "folder/a.jsonl": ""})
+    write(tmp_path, **{"outside.jsonl": "canary"})
+    (folder / "link.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    (folder / "folder" / "b.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"The config names .*put it where every node sees it"):
+        contents(folder, [named])
+
+
+def test_large_files_are_spoken_of(tmp_path: Path):
+    folder = write(tmp_path, **{"run.yaml": ""})
+    with (folder / "rows.jsonl").open("w") as file:
+        file.truncate(LARGE)
+    assert "large: rows.jsonl (20 MiB) is sent to every node" in contents(folder, ["rows.jsonl"]).notes
+
+
+def test_raytunes_own_files_hold_nothing_that_looks_like_a_secret():
+    assert not [name for name in contents(ROOT, []).refused if name.startswith(("raytune/", "configs/", "cluster/", "launch.py"))]
 
 
 def test_ignore_files_count(tmp_path: Path):
