@@ -26,6 +26,7 @@ _BOOKKEEPING = re.compile(
 )
 _HINTS = {
     "label": "raytune trains on text; it has no classifier and does not learn from preferences.",
+    "rejected": "raytune does not learn from preferences: it does supervised fine-tuning only.",
     "image": "Images are not trained on.",
     "images": "Images are not trained on.",
     "audio": "Sound is not trained on.",
@@ -69,8 +70,6 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
                 f"`columns: {{{FORMATS[source.format].required[0]}: {next(iter(row), 'name')}}}`."
             )
         return source.format
-    if set(_PREFERENCES) <= row.keys() and not source.columns:
-        raise DataError(_preference_words(source.path, row))
     candidates: list[DataFormat] = [
         name
         for name, format in FORMATS.items()
@@ -87,6 +86,8 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
             f"{source.path}: its columns {_listed(row)} fit more than one format ({', '.join(candidates)}). "
             f"Say which one with `format`, for example `format: {candidates[0]}`."
         )
+    if set(_PREFERENCES) <= row.keys() and not source.columns:
+        raise DataError(_preference_words(source.path, row))
     needs = "; ".join(f"{name}: {', '.join(format.required)}" for name, format in FORMATS.items())
     mapped = f" with columns {dict(source.columns)}" if source.columns else ""
     raise DataError(

@@ -53,6 +53,8 @@ _NAMES_OF_LISTS = (
     "dataset",
 )
 """Keys under which one object holds all rows. A row of one's own format has others, such as `messages`."""
+_COLUMNS_OF_ROWS = frozenset({"messages", "conversations", "prompt", "instruction", "text"})
+"""A file with one of them in its only object has one row."""
 _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -211,7 +213,7 @@ def _refuse_one_object(file: SourceFile, size: int) -> None:
         for key, value in first.items()
         if key in _NAMES_OF_LISTS and isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
     }
-    if lists and not rest:
+    if lists and not rest and _COLUMNS_OF_ROWS.isdisjoint(first):
         key = max(lists, key=lambda name: len(lists[name]))
         others = [name for name in lists if name != key]
         more = f" Beside it are lists under {', '.join(map(repr, others))}: give each a file of its own." if others else ""
@@ -223,7 +225,7 @@ def _refuse_one_object(file: SourceFile, size: int) -> None:
         what = "objects that lie over several lines each" if rest else "one JSON object over several lines"
         raise DataError(
             f"{file.name} holds {what}, where each line has to be a row. Write an object per line: "
-            f"jq -c . {Path(file.name).name} > {Path(file.name).stem}.jsonl; or put them into one list, [...]."
+            f"jq -c . {Path(file.name).name} > {Path(file.name).stem}-rows.jsonl; or put them into one list, [...]."
         )
 
 

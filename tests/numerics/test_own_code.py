@@ -55,7 +55,7 @@ def own(plain: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(plain, tmp_path / "own-code")
     for module in (configuration_llama, modeling_llama):
         code = inspect.getsource(module).replace("from ...", "from transformers.").replace('"llama"', '"own_llama"')
-        (folder / Path(module.__file__).name).write_text(code)
+        (folder / f"{module.__name__.rpartition('.')[2]}.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": code}))

@@ -31,7 +31,10 @@ def roles(path: Path, **source: Any) -> list[list[str]]:
 
 
 ONE_OBJECT = {
-    "a row over several lines": (json.dumps(ROW, indent=2), r"one JSON object over several lines.*jq -c \. rows\.json"),
+    "a row over several lines": (
+        json.dumps(ROW, indent=2),
+        r"one JSON object over several lines.*jq -c \. rows\.jsonl? > rows-rows\.jsonl",
+    ),
     "rows over several lines": (
         "\n".join(json.dumps(row, indent=2) for row in ROWS),
         r"objects that lie over several lines each.*jq -c \.",
@@ -50,7 +53,7 @@ ONE_OBJECT = {
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_one_object_is_no_file_of_rows_and_how_to_make_one_is_said(case: str, name: str, tmp_path: Path) -> None:
     text, said = ONE_OBJECT[case]
-    with pytest.raises(DataError, match=f"(?s){said.replace('rows[.]json', name)}"):
+    with pytest.raises(DataError, match=f"(?s){said}"):
         roles(write(tmp_path / name, text))
 
 
@@ -66,6 +69,11 @@ def test_one_object_is_no_file_of_rows_and_how_to_make_one_is_said(case: str, na
 )
 def test_rows_are_rows_however_few(text: str, tmp_path: Path) -> None:
     assert set(map(tuple, roles(write(tmp_path / "rows.json", text)))) == {("user", "assistant")}
+
+
+def test_a_row_with_a_list_beside_its_turns_is_a_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", json.dumps(ROW | {"items": [{"name": "x"}]}))
+    assert roles(path, format="messages") == [["user", "assistant"]]
 
 
 def test_a_torn_first_row_is_still_named_by_its_line(tmp_path: Path) -> None:
