@@ -141,8 +141,8 @@ PACKED = METHODS["qlora"] | {"target_modules": "attention", "rank": 1}
 @pytest.fixture
 def over_experts(tmp_path: Path) -> Material:
     """Nine tenths of the weights in experts, of which one layer's fill more in 16 bits than all in 4."""
-    wider = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 8}
-    config = transformers.MixtralConfig(**(WIDE | wider), num_local_experts=8)
+    wider: dict[str, Any] = WIDE | {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 8}
+    config = transformers.MixtralConfig(**wider, num_local_experts=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
     return replace(make_material(tmp_path), model=tmp_path / "mixtral")
 
