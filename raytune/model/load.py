@@ -93,10 +93,10 @@ def _load_base(
         )
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
-    expand_packed_experts(loaded, keeps_nothing=not model.gradient_checkpointing)
     loaded.config.use_cache = False
     if model.liger:
         _apply_liger(loaded, device)
+    expand_packed_experts(loaded, keeps_nothing=not model.gradient_checkpointing)  # around whatever computes with them
     if model.gradient_checkpointing:
         # ZeRO-3 gathers weights in hooks around forward; with adapters, only reentrant checkpointing runs them in the
         # recomputation as it did at first (https://github.com/huggingface/trl/issues/2514).

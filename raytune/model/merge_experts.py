@@ -40,7 +40,9 @@ class PackedExperts:
         # Adapters that were saved while experts stayed in 16 bits have no such list.
         self._fused = {*quantization.get("parameters", [])}
         self._parts_of = {
-            name: [*revert_weight_conversion(model, {name: model.get_parameter(name).detach()})] for name in self._fused
+            name: [*revert_weight_conversion(model, {name: parameter.detach()})]
+            for name, parameter in model.named_parameters()
+            if name in self._fused
         }
         self._fused_of = {part: name for name, parts in self._parts_of.items() for part in parts}
         self._seen: dict[str, Tensor] = {}

@@ -122,7 +122,7 @@ def _quantised(adapter: LoraAdapter, shape: ModelShape) -> str:
         why = f"{name} stays in the run's precision, since bitsandbytes cannot pack its {odd.num_parameters} weights at once"
     else:
         why = "experts that are trained stay in the run's precision"
-        why += f", or {_without_experts(adapter, shape)}" if _is_group(adapter) else ""
+        why += f"; to pack them too, {_without_experts(adapter, shape)}" if _is_group(adapter) else ""
     return f" {adapter.quantization} holds {what}, {share}; {why}."
 
 

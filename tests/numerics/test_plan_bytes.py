@@ -141,14 +141,15 @@ PACKED = METHODS["qlora"] | {"target_modules": "attention", "rank": 1}
 @pytest.fixture
 def over_experts(tmp_path: Path) -> Material:
     """Nine tenths of the weights in experts, of which one layer's fill more in 16 bits than all in 4."""
-    config = transformers.MixtralConfig(**(WIDE | {"hidden_size": 256, "intermediate_size": 512}), num_local_experts=8)
+    wider: dict[str, Any] = WIDE | {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 8}
+    config = transformers.MixtralConfig(**wider, num_local_experts=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
     return replace(make_material(tmp_path), model=tmp_path / "mixtral")
 
 
 def test_every_rank_holds_the_planned_bytes_of_packed_experts(over_experts: Material) -> None:
     """Within 2 %, as of other models."""
-    cases = [planned(over_experts, stage, PACKED) for stage in (0, 2, 3)]
+    cases = [planned(over_experts, stage, PACKED) for stage in (0, 3)]
     for rank in run_on_ranks(measure_all, 2, [plan for _, plan in cases]):
         for (work, _), measured in zip(cases, rank):
             parts = {part.name: part.num_bytes for part in memory_parts(work)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytune.config.adapter import LoraAdapter, QloraAdapter
+from raytune.errors import ModelError
 from raytune.model.export import save_adapter
 from raytune.model.inference import base_then_tuned
 from raytune.model.kept_base import KeptBase
@@ -189,6 +190,16 @@ def test_an_adapter_from_when_experts_stayed_whole_merges_as_it_was_trained(tmp_
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(base))
     merged, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base))
     assert all(merged[name].equal(value) for name, value in before.items() if ".experts." in name)
+
+
+def test_experts_that_a_base_does_not_have_are_not_merged_in_silence(tmp_path: Path) -> None:
+    base = saved_base("mixtral", tmp_path / "base")
+    model = trained(base, FROZEN)
+    save_adapter(model, state(model), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "base_quantization.json"
+    file.write_text(file.read_text().replace("layers.1.mlp.experts.down_proj", "layers.7.mlp.experts.down_proj"))
+    with pytest.raises(ModelError, match=r"1 layers .*under their names, first model.layers.7.mlp.experts.down_proj"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(base))
 
 
 def test_a_kept_base_serves_only_adapters_that_leave_the_same_experts_alone(tmp_path: Path) -> None:

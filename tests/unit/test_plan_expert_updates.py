@@ -44,8 +44,8 @@ def test_a_plan_says_which_part_of_a_mixture_is_trained_and_quantised() -> None:
     [
         (
             {},
-            "nf4 holds linear layers only, 2.9% of the parameters; experts that are trained stay in the run's precision, or "
-            "leave the experts frozen with adapter.exclude_modules: [mlp.experts].",
+            "nf4 holds linear layers only, 2.9% of the parameters; experts that are trained stay in the run's precision; to "
+            "pack them too, leave the experts frozen with adapter.exclude_modules: [mlp.experts].",
         ),
         (
             {"target_modules": "attention", "quantization": "int8"},
