@@ -485,7 +485,7 @@ def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem
     if details["type"] == "extra_forbidden":
         union = union_above(path[:-1])
         method = _method_of(_deepest(tree, tuple(union.split("."))).value, unions()[union]) if union else ""
-        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), method)}"
+        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), method, node.plain)}"
         return Problem(UNKNOWN_KEY, node.key_place, dotted(path), message)
     if details["type"] == "value_error" and isinstance(node.value, dict):
         return Problem(CONFLICT, node.key_place, dotted(path), str(details.get("ctx", {})["error"]))

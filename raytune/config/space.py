@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from raytune.config.expressions import Expression, ExpressionError, parse_expression
-from raytune.config.hints import hint_for_value, nearest_keys
+from raytune.config.hints import hint_for_value, nearest_keys, why_there_is_none
 from raytune.config.keys import in_words, is_mapping, keys, keys_in, schema_path, type_at
 from raytune.config.problems import CONFLICT, UNKNOWN_KEY, WRONG_VALUE, Place, Problem, dotted, shown
 from raytune.config.run import RunConfig
@@ -116,7 +116,8 @@ def _key_refusal(key: str, section: SweepSection) -> tuple[str, str] | None:
         return UNKNOWN_KEY, f"{fixed} is the same for all trials and cannot be searched over"
     if schema not in keys() and not _is_in_free_mapping(path):
         near = [near for near in nearest_keys(key) if near.split(".")[0] not in FIXED]
-        return UNKNOWN_KEY, "unknown key" + (f'. Did you mean "{near[0]}"?' if near else ". `raytune explain` lists the keys")
+        hint = f'Did you mean "{near[0]}"?' if near else "`raytune explain` lists the keys"
+        return UNKNOWN_KEY, f"unknown key. {why_there_is_none(key) or hint}"
     if schema in keys() and keys()[schema].is_section:
         inner = [inner.path for inner in keys_in(schema)][:3]
         return WRONG_VALUE, f"is a section; name one of its keys, written in full: {', '.join(inner)}, ..."
