@@ -1,7 +1,7 @@
 """What raytune has in place of other trainers' names. The facts are data: `foreign_names.yaml` beside this file."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -52,7 +52,7 @@ def hint_for_value(path: str, annotation: Any, value: object) -> str:
 
 
 def why_there_is_none(path: str) -> str:
-    """A sentence about a name of another trainer that nothing here stands for, in a sweep's space or for `explain`; or nothing."""
+    """A sentence about a name of another trainer that nothing here stands for, or nothing."""
     section, _, leaf = path.rpartition(".")
     answer = answer_for_name(section, leaf)
     return f"{answer.note}." if answer and not answer.ours else ""

@@ -30,7 +30,7 @@ _SIDES = [
     ("on", "off"),
 ]
 _OPPOSITES = [(set(one.split()), set(other.split())) for one, other in _SIDES]
-_NEGATIONS = set("no not non never without disable disabled skip ignore dont anti off".split())
+_NEGATIONS = {"no", "not", "non", "never", "without", "disable", "disabled", "skip", "ignore", "dont", "anti", "off"}
 _NEGATING_STARTS = ("no", "non", "not", "un", "dis", "anti", "de")
 
 

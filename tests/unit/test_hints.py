@@ -138,7 +138,7 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("gradient_checkpointing_kwargs: {use_reentrant: false}", "no settings but training.gradient_checkpointing"),
         ("training: {gradient-checkpointing-kwargs: {}}", "no settings but training.gradient_checkpointing"),
         ("lora_dropout: 0.1", '"adapter.dropout"'),
-        ("adapter: {peft_use_dora: true}", '"adapter.use_dora"'),
+        ("adapter: {peft_use_dora: true}", '"use_dora"'),
         ("load_in_4bit: true", '"adapter.method: qlora"'),
         ("load_in_4bit: false", "Leave it out"),
         ("bf16: false", "Leave it out"),
@@ -149,7 +149,7 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("val_set_size: 0.05", '"data.validation_fraction"'),
         ("micro_batch_size: 2", '"training.per_device_train_batch_size"'),
         ("group_by_length: true", '"data.packing: token_budget"'),
-        ("training: {neftune_alpha: 5}", '"training.neftune_noise_alpha"'),
+        ("training: {neftune_alpha: 5}", '"neftune_noise_alpha"'),
         ("completion_only_loss: true", '"data.targets: completion"'),
         ("train_on_inputs: false", '"data.targets: assistant"'),
         ("deepspeed: ds_zero3.json", '"training.zero.overrides"? raytune writes DeepSpeed\'s JSON itself'),
@@ -196,7 +196,7 @@ def opposites_of(name: str) -> list[str]:
     ]
     words = name.split("_")
     swapped = {
-        "_".join(words[:i] + [other] + words[i + 1 :])
+        "_".join([*words[:i], other, *words[i + 1 :]])
         for i, word in enumerate(words)
         for pair in pairs
         for one, other in (pair, pair[::-1])
