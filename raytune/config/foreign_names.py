@@ -67,10 +67,9 @@ def answer_for_name(section: str, name: str, value: object = None) -> Answer | N
     translated = answer_for_value(key, value)
     if translated is None:
         return answer
-    note = " ".join(
-        filter(None, (answer.note, translated.note if translated.ours else f"{word} is no value: {translated.note}."))
-    )
-    return replace(answer, ours=f"{key}: {translated.ours}" if translated.ours else key, note=note)
+    more = translated.note if translated.ours else f"{word} is no value: {translated.note}."
+    ours = f"{key}: {translated.ours}" if translated.ours else key
+    return Answer(ours, " ".join(filter(None, (answer.note, more))))
 
 
 def answer_for_value(key: str, value: object) -> Answer | None:
