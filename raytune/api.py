@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from raytune.config.load import as_one_run, config_from, dump_yaml, load_config
+from raytune.config.asked import require_named
+from raytune.config.load import as_one_run, config_from, dump_yaml, load_with_places
 from raytune.config.run import RunConfig
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
@@ -68,9 +69,10 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
 def _resolved(config: Config, overrides: Mapping[str, Any]) -> RunConfig:
     texts = [f"{key}={json.dumps(value, default=fspath)}" for key, value in _leaves(overrides)]
     if isinstance(config, RunConfig | Mapping):
-        return config_from(config, texts)
+        return require_named(config_from(config, texts))
     paths = [config] if isinstance(config, str | PathLike) else config
-    return load_config([str(path) for path in paths], texts)
+    resolved, places = load_with_places([str(path) for path in paths], texts)
+    return require_named(resolved, places=places)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,13 +22,15 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     With cluster.instance it needs neither the cluster nor the model's weights, and tokenises nothing: the amount of data is taken
     from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
     """
-    from raytune.config.load import as_one_run, load_config
+    from raytune.config.asked import NAMED, require_named
+    from raytune.config.load import as_one_run, load_with_places
     from raytune.plan.ahead import compare as compare_instances
     from raytune.plan.ahead import named_instances, plan_ahead
     from raytune.plan.describe import comparison_text, plan_text
 
     num_tokens = None if tokens is None else _count(tokens)
-    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=tokens is None))
+    config, places = load_with_places(*files_and_overrides(arguments), check_files=tokens is None)
+    require_named(as_one_run(config), NAMED if tokens is None else ("model.base",), places)
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
         click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from raytune.config.asked import forgotten, named_values
 from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import (
     choices,
@@ -77,7 +78,8 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, c
     Args:
         paths: YAML files; later ones are laid over earlier ones.
         overrides: `key.sub=value`, laid over the files in this order.
-        check_files: also look whether local files that the config names exist on this machine.
+        check_files: also look whether local files that the config names exist on this machine, and whether it names a model and
+            rows.
 
     Raises:
         ConfigError: with every problem of all files and overrides.
@@ -155,8 +157,10 @@ def overridden(paths: Sequence[str | Path], config: RunConfig) -> list[tuple[str
 
 
 def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
-    """YAML that loads to an equal config: the keys that differ from their defaults, or all of them."""
+    """YAML that loads to an equal config: the keys that differ from their defaults and those that a run names, or all of them."""
     data = config.model_dump(exclude_defaults=not full)
+    named = {section: keys | data.get(section, {}) for section, keys in named_values(config).items()}
+    data = {section: (data | named)[section] for section in RunConfig.model_fields if section in data | named}
     return write_yaml(data) if data else ""
 
 
@@ -198,6 +202,7 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool, judged:
         refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
+        refused += forgotten(config, lambda key: _deepest(tree, tuple(key.split("."))).key_place) if check_files else []
         written = space_problems(config, lambda *path: _deepest(tree, path))
         refused += [problem for problem in written if problem.id not in unsaid]
         refused += [] if unsaid else _unread_keys(config, tree, judged)
@@ -405,7 +410,7 @@ def _node_of(value: Any, place: Place) -> Node:
 
 def _laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
     if overlay.value is None and _is_section(path):
-        return base
+        return base if path else replace(base, place=overlay.place, key_place=overlay.key_place)
     if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
         return overlay
     kept = _still_meant(base.value, overlay.value, path)
