@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from raytune.config.problems import Place
+from raytune.config.yaml_nodes import read_nodes
 
 FILE = Path(__file__).with_name("foreign_names.yaml")
 
@@ -35,8 +36,10 @@ class Table:
 
 @cache
 def table() -> Table:
-    """The facts. Read where a hint is needed first, which costs 10 ms."""
-    facts = yaml.load(FILE.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """The facts. Read where a hint is needed first, which costs 20 ms."""
+    tree, problems = read_nodes(FILE.read_text(encoding="utf-8"), Place(FILE.name, 1, 1))
+    assert tree is not None, problems
+    facts = tree.plain
     converted = dict(_said(facts["conversions"]))
     names = {
         name: Answer(ours, converted.get(name, "")) for ours, written in facts["counterparts"].items() for name in written.split()

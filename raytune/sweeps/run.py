@@ -157,7 +157,7 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
         UserError: naming every difference.
     """
     for trial in known.unended:
-        refuse_another_run(folder.trial(trial.name), planner.plan(trial))
+        refuse_another_run(folder.trial(trial.name), planner.plan(trial), planner.config(trial))
 
 
 def _refuse_other_bases(folder: SweepFolder, resolved: Resolved, known: Known) -> None:
@@ -173,7 +173,7 @@ def _refuse_other_bases(folder: SweepFolder, resolved: Resolved, known: Known) -
             continue
         model = read_plan(run).model
         if model.content and (now := contents.get(model.path)):
-            changes = [(f"model.content.{name}", was, new) for name, was, new in content_changes(model.content, now)]
+            changes = [(f"model.base (its file {name})", was, new) for name, was, new in content_changes(model.content, now)]
             refuse_changes("sweep", folder.name, folder.storage, changes)
 
 
