@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
 from raytune.errors import UserError
 
 
@@ -23,13 +23,13 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
     """
     from raytune.config.asked import NAMED, require_named
-    from raytune.config.load import as_one_run, load_with_places
+    from raytune.config.load import as_one_run
     from raytune.plan.ahead import compare as compare_instances
     from raytune.plan.ahead import named_instances, plan_ahead
     from raytune.plan.describe import comparison_text, plan_text
 
     num_tokens = None if tokens is None else _count(tokens)
-    config, places = load_with_places(*files_and_overrides(arguments), check_files=tokens is None)
+    config, places = load_run(*files_and_overrides(arguments), check_files=tokens is None)
     require_named(as_one_run(config), NAMED if tokens is None else ("model.base",), places)
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
@@ -53,13 +53,13 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 @debug_option
 def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
-    from raytune.config.load import as_one_run, load_config
+    from raytune.config.load import as_one_run
 
     files, overrides = files_and_overrides(arguments)
     if from_sweep is None:
         if not files:
             raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
-        config = as_one_run(load_config(files, overrides, check_files=True))
+        config = as_one_run(load_run(files, overrides, check_files=True)[0])
     else:
         from raytune.sweeps.winner import winner_config
 
@@ -90,9 +90,9 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
 @debug_option
 def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
-    from raytune.config.load import dump_yaml, load_with_places
+    from raytune.config.load import dump_yaml
 
-    config, places = load_with_places(*files_and_overrides(arguments), check_files=True)
+    config, places = load_run(*files_and_overrides(arguments), check_files=True)
 
     if dry_run:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text

@@ -27,8 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
 from raytune.clusters.working_dir import contents, pack, path_in_job
-from raytune.config.asked import require_named
-from raytune.config.load import as_one_run, load_with_places
+from raytune.config.load import as_one_run, load_config
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
 from raytune.launch.record import RunRecord, read_plan
 from raytune.metrics import History
@@ -419,8 +418,7 @@ def submit(
     Raises:
         UserError: before anything is sent, if the config or the folder does not allow it.
     """
-    config, places = load_with_places(files, overrides)
-    require_named(config, places=places)
+    config = load_config(files, overrides)
     if verb == "train":
         as_one_run(config)
     if is_local(config.storage) and not config.storage.startswith(("/", "~", "file:///")):

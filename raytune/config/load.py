@@ -134,7 +134,8 @@ def as_one_run(config: RunConfig) -> RunConfig:
     if config.sweep is not None:
         raise UserError(
             "This is a sweep (the config has a `sweep` section): run it with `raytune sweep`, and look at it with "
-            "`raytune sweep --dry-run`. With sweep=null it is one run."
+            "`raytune sweep --dry-run`. With sweep=null it is one run.",
+            keys=("sweep",),
         )
     return config
 
@@ -202,7 +203,11 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool, judged:
         refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
-        refused += forgotten(config, lambda key: _deepest(tree, tuple(key.split("."))).key_place) if check_files else []
+        refused += (
+            forgotten(config, lambda key: _deepest(tree, tuple(key.split("."))).key_place)
+            if check_files and not unreadable
+            else []
+        )
         written = space_problems(config, lambda *path: _deepest(tree, path))
         refused += [problem for problem in written if problem.id not in unsaid]
         refused += [] if unsaid else _unread_keys(config, tree, judged)
@@ -301,7 +306,8 @@ def _real_path(path: str) -> str:
 
 
 def _places_in(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Place]]:
-    children = node.value.items() if isinstance(node.value, dict) else ()
+    is_list = isinstance(node.value, list)
+    children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if is_list else ()
     for key, child in children:
         yield (*path, key), child.key_place
         yield from _places_in(child, (*path, key))

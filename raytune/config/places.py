@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from raytune.config.keys import keys, schema_path
-from raytune.config.problems import ConfigError, Place
+from raytune.config.problems import NOT_POSSIBLE, ConfigError, Place, Problem
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 
@@ -21,23 +22,43 @@ def errors_at(config: RunConfig, places: Places) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        key = culprit(error, config, places)
-        if key is not None and not isinstance(error, ConfigError) and not error.place:
-            error.place = f"{places[key]}  {key}"
+        locate(error, config, places)
         raise
+
+
+def locate(error: UserError, config: RunConfig, places: Places) -> None:
+    """Let an error say where the key that caused it was written, if somebody wrote it."""
+    key = None if isinstance(error, ConfigError) or error.place else culprit(error, config, places)
+    if key is not None:
+        error.place = f"{places[key]}  {key}"
+
+
+def problem_of(error: UserError, config: RunConfig, places: Places) -> Problem:
+    """An error as one of several problems of a config."""
+    key = culprit(error, config, places)
+    whole = next((replace(place, line=1, column=1) for place in places.values() if place.line), Place("config"))
+    return Problem(NOT_POSSIBLE, places[key] if key else whole, key or "", str(error))
 
 
 def culprit(error: UserError, config: RunConfig, places: Places) -> str | None:
     """The written key that an error is about; None if nobody wrote one of those that it names.
 
-    A message names keys as users write them, what is wrong before what could be set instead. The first one counts that was
-    written, in a section or as what a sweep varies. An error about rows names their file, and so the key that names the file.
+    An error may carry its keys. Else its message names keys as users write them, what is wrong before what could be set instead:
+    the first one counts that was written, in a section or as what a sweep varies. A message about rows names their file, and so
+    the key that names the file.
     """
+    carried = [above for key in error.keys for above in _upwards(key)]
     message = str(error)
-    named = [*error.keys, *_NAMED.findall(message)]
-    candidates = [candidate for key in named for candidate in (key, f"sweep.space.{key}") if key == "sweep" or _is_key(key)]
+    named = [key for key in _NAMED.findall(message) if _is_key(key)]
+    candidates = [candidate for key in (*carried, *named) for candidate in (key, f"sweep.space.{key}")]
     written = next((key for key in candidates if key in places), None)
     return written or _source_of(message, config, places)
+
+
+def _upwards(key: str) -> list[str]:
+    """A key, then the sections that hold it, but the top level's."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), min(1, len(parts) - 1), -1)]
 
 
 def _is_key(name: str) -> bool:
@@ -45,14 +66,17 @@ def _is_key(name: str) -> bool:
 
 
 def _source_of(message: str, config: RunConfig, places: Places) -> str | None:
+    """The key of the longest path in a message."""
     generation = config.evaluation.generation
     sources = {
         "data.train": [source.path for source in config.data.train],
         "data.validation": [source.path for source in config.data.validation],
-        "evaluation.generation": [source.path for source in generation.rows] if generation else [],
+        "evaluation.generation.rows": [source.path for source in generation.rows] if generation else [],
         "model.base": [config.model.base],
-        "storage": [config.storage],
     }
-    found = {key: max((len(path) for path in paths if path in message), default=0) for key, paths in sources.items()}
-    longest = max(found, key=lambda key: found[key])
-    return longest if found[longest] and longest in places else None
+    named = {path: key for key, paths in sources.items() for path in paths if key in places and _says(message, path)}
+    return named[max(named, key=len)] if named else None
+
+
+def _says(message: str, path: str) -> bool:
+    return re.search(rf"(?<![\w/]){re.escape(path)}(?![\w/])", message) is not None

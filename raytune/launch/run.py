@@ -13,7 +13,7 @@ from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import Holding, hold
-from raytune.launch.prepare import prepare
+from raytune.launch.prepare import prepare, refuse_without_cluster
 from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
@@ -59,6 +59,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     """
     folder = RunFolder(absolute(config.storage), config.name)
     refuse_changed_settings(folder, config)
+    refuse_without_cluster(config)
     with _held_unless_finished(folder) as lease, connect(config.cluster) as machine:
         prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
         return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease)

@@ -70,14 +70,14 @@ def test_the_toy_may_be_asked_for_by_name(text: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     load_config([path], check_files=True)
-    assert raytune.api._resolved(path, {}) == load_config([path])
+    assert raytune.api._resolved(path, {})[0] == load_config([path])
 
 
 def test_an_override_and_a_keyword_name_it_as_a_file_does(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {seed: 1}")
     load_config([path], ["model.base=demo"], check_files=True)
-    assert raytune.api._resolved(path, {"model": {"base": "demo"}}).model.base == "demo"
+    assert raytune.api._resolved(path, {"model": {"base": "demo"}})[0].model.base == "demo"
 
 
 def test_a_plan_that_is_told_how_much_data_there_is_needs_no_rows(tmp_path: Path):
