@@ -1,13 +1,17 @@
 """Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
 from raytune.errors import UserError
+
+if TYPE_CHECKING:
+    from raytune.config.run import RunConfig
 
 
 @click.command()
@@ -22,15 +26,13 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     With cluster.instance it needs neither the cluster nor the model's weights, and tokenises nothing: the amount of data is taken
     from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
     """
-    from raytune.config.asked import NAMED, require_named
     from raytune.config.load import as_one_run
     from raytune.plan.ahead import compare as compare_instances
     from raytune.plan.ahead import named_instances, plan_ahead
     from raytune.plan.describe import comparison_text, plan_text
 
     num_tokens = None if tokens is None else _count(tokens)
-    config, places = load_run(*files_and_overrides(arguments), check_files=tokens is None)
-    require_named(as_one_run(config), NAMED if tokens is None else ("model.base",), places)
+    config = as_one_run(_to_be_planned(*files_and_overrides(arguments), needs_rows=tokens is None))
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
         click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
@@ -140,6 +142,28 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_ba
 
     merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base, any_base=any_base)
     click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":
+    """The config of a plan, which trains nothing: settings alone are planned for the built-in toy, and that is said."""
+    from raytune.config.asked import NAMED, require_named
+    from raytune.config.problems import ConfigError
+
+    if not needs_rows:
+        config, places = load_run(files, overrides)
+        return require_named(config, ("model.base",), places)
+    try:
+        return load_run(files, overrides, check_files=True)[0]
+    except ConfigError as error:
+        if {problem.key for problem in error.problems} != set(NAMED):
+            raise
+        config, _ = load_run(files, overrides)
+        if not config.model_fields_set:
+            raise
+    click.echo(
+        "Neither model.base nor data.train is named: this is a plan for the built-in toy, which `train` refuses.", err=True
+    )
+    return config
 
 
 def _count(text: str) -> int:

@@ -49,6 +49,8 @@ class Findings:
     not_looked_at: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
     """What of the rows is not trained as it is written; nothing that stops a run."""
+    another_run: str = ""
+    """Why the run of that name that is there would not be continued."""
     seconds: float = 0.0
 
     def of(self, look: Callable[[], Result], *, keys: tuple[str, ...] = ()) -> Result | None:
@@ -75,6 +77,7 @@ class Findings:
         """What was looked at, and in how long; what was not; what becomes of rows."""
         lines = [f"Looked at {', '.join(self.looked_at)}, in {format_seconds(self.seconds)}."]
         lines += [f"Not looked at: {'; '.join(self.not_looked_at)}."] if self.not_looked_at else []
+        lines += [f"`train` would refuse the name. {self.another_run}"] if self.another_run else []
         return "\n".join([*lines, *(["Of these rows:"] if self.losses else []), *(f"  {line}" for line in self.losses)])
 
 
@@ -83,7 +86,10 @@ def check_run(config: RunConfig) -> Findings:
     began, found = time.monotonic(), Findings()
     found.of(lambda: refuse_unusable(absolute(config.storage)), keys=("storage",))
     found.of(lambda: refuse_unusable(config.data.store or "."), keys=("data.store",))
-    found.of(lambda: refuse_changed_settings(RunFolder(absolute(config.storage), config.name), config))
+    try:
+        refuse_changed_settings(RunFolder(absolute(config.storage), config.name), config)
+    except RaytuneError as error:  # it is the name that is taken; everything else may be right
+        found.another_run = str(error)
     found.of(lambda: _refuse_missing_packages(config))
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))

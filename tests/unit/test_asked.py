@@ -47,7 +47,8 @@ def forgotten(text: str, folder: Path, verb: str, *more: str) -> list[str]:
 def test_a_run_that_names_no_model_or_no_rows_is_refused_by_every_verb(text: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     verbs = [("check",), ("check", "--fast"), ("sweep",), ("submit", "--verb", "sweep")]
-    verbs += [] if "sweep" in text else [("train",), ("plan",), ("submit",)]
+    verbs += [] if "sweep" in text else [("train",), ("submit",)]
+    verbs += [] if "sweep" in text or "training" in text else [("plan",)]
     for verb, *more in verbs:
         assert forgotten(text, tmp_path, verb, *more) == FORGOTTEN[text]
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
@@ -71,6 +72,13 @@ def test_the_toy_may_be_asked_for_by_name(text: str, tmp_path: Path):
     path.write_text(text)
     load_config([path], check_files=True)
     assert raytune.api._resolved(path, {})[0] == load_config([path])
+
+
+def test_a_plan_of_settings_alone_says_that_it_is_the_toys(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("training: {max_steps: 2}\ndata: {max_length: 256}")
+    done = CliRunner().invoke(cli, ["plan", "run.yaml", "--json"])
+    assert (done.exit_code, done.stderr.splitlines()[0][:44]) == (0, "Neither model.base nor data.train is named: ")
 
 
 def test_an_override_and_a_keyword_name_it_as_a_file_does(tmp_path: Path):
