@@ -71,6 +71,6 @@ def named_values(config: RunConfig) -> dict[str, dict[str, Any]]:
 def _nearest(places: Mapping[str, Place]) -> PlaceOf:
     def place_of(key: str) -> Place:
         section = key.partition(".")[0]
-        return places.get(key) or places.get(section) or next(iter(places.values()), Place("config"))
+        return places.get(key) or places.get(section) or places.get("") or Place("config")
 
     return place_of

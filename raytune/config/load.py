@@ -69,7 +69,7 @@ KeyPath = tuple[str | int, ...]
 Reading = tuple[Node | None, list[Problem]]
 """What a file or an override says, and what is wrong with how it is written."""
 Places = Mapping[str, Place]
-"""Where each key was written, by its dotted path."""
+"""Where each key was written, by its dotted path; `""` is the start of the file."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, check_files: bool = False) -> RunConfig:
@@ -173,10 +173,13 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
     below = _files_below(above)
     tree = _stacked(overlay for overlay, _ in below + readings if overlay)
     readings = below + readings
+    whole = tree
     for text in overrides:
         overlay, problems = _read_override(text, tree, rank=len(readings))
         tree = _laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
+    if whole.place.line is not None:  # what is missing is missing in the file, not on the command line
+        tree = replace(tree, place=whole.place, key_place=whole.key_place)
     unreadable = [problem for _, problems in readings for problem in problems]
     unreadable += _same_name(below, tree)
     return tree, _validated(tree, unreadable, check_files)
@@ -306,10 +309,11 @@ def _real_path(path: str) -> str:
 
 
 def _places_in(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Place]]:
-    is_list = isinstance(node.value, list)
-    children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if is_list else ()
+    yield path, node.key_place
+    children = (
+        node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    )
     for key, child in children:
-        yield (*path, key), child.key_place
         yield from _places_in(child, (*path, key))
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 from raytune.config.keys import keys, schema_path
 from raytune.config.problems import NOT_POSSIBLE, ConfigError, Place, Problem
@@ -13,7 +12,7 @@ from raytune.errors import UserError
 _NAMED = re.compile(r"(?<![\w/.-])[a-z]+(?:\.[a-z0-9_]+)+")
 
 Places = Mapping[str, Place]
-"""Where each key was written, by its dotted path."""
+"""Where each key was written, by its dotted path; `""` is the start of the file."""
 
 
 @contextmanager
@@ -36,8 +35,7 @@ def locate(error: UserError, config: RunConfig, places: Places) -> None:
 def problem_of(error: UserError, config: RunConfig, places: Places) -> Problem:
     """An error as one of several problems of a config."""
     key = culprit(error, config, places)
-    whole = next((replace(place, line=1, column=1) for place in places.values() if place.line), Place("config"))
-    return Problem(NOT_POSSIBLE, places[key] if key else whole, key or "", str(error))
+    return Problem(NOT_POSSIBLE, places[key] if key else places.get("", Place("config")), key or "", str(error))
 
 
 def culprit(error: UserError, config: RunConfig, places: Places) -> str | None:

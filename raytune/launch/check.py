@@ -5,16 +5,18 @@ Opens the tokenizer and reads the first rows of each source. Names and numbers a
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from raytune.config.data import DataSource
 from raytune.config.evaluation import GenerationSection
 from raytune.config.run import RunConfig
-from raytune.data.sources import DEMO_ROWS, find_files
+from raytune.data.sources import DEMO_ROWS, find_files, scan
+from raytune.data.tokenising import formats_of
 from raytune.errors import RaytuneError, UserError
 from raytune.launch.cluster import named_address, this_machine
 from raytune.launch.record import refuse_changed_settings
@@ -99,7 +101,13 @@ def check_run(config: RunConfig) -> Findings:
         for check in checks_before_data(config, shape, machine):
             found.of(check)
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
-        _look_at_rows(config, shape, machine, found)
+    here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source)}
+    found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
+    model_path = shape and found.of(lambda: _path_of_base(config), keys=("model.base",))
+    if shape is None or model_path is None:
+        _look_at_formats(here, found)
+    else:
+        _look_at_rows(_Reading(config, shape, model_path), here, machine, found)
     found.seconds = time.monotonic() - began
     return found
 
@@ -125,56 +133,88 @@ def _shape(config: RunConfig) -> ModelShape:
     return read(model.base, model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def _look_at_rows(config: RunConfig, shape: ModelShape, machine: Machine | None, found: Findings) -> None:
-    """Open the tokenizer and the template, tokenise the first rows of each source, and plan where these say enough."""
+def _path_of_base(config: RunConfig) -> str | None:
+    """Where the base's files are; None if they are yet to be downloaded."""
     model = config.model
-    model_path = found.of(lambda: resolve_model_path(model.base, model.revision), keys=("model.base",))
-    if model_path is None:
+    path = resolve_model_path(model.base, model.revision)
+    check_base(path, model.revision, model.trust_remote_code)
+    return path if local_files(path, model.revision) else None
+
+
+def _look_at_formats(here: Mapping[str, DataSource], found: Findings) -> None:
+    """Whether sources have rows of a known format: all that can be told without a tokenizer."""
+    found.not_looked_at.append("tokenizer and tokens, since the files of the model are not here")
+    for key, source in here.items():
+        scanned = found.of(
+            lambda source=source: [scan(file, source.max_rows) for file in find_files(source, Path())], keys=(key,)
+        )
+        if scanned and found.of(lambda source=source, scanned=scanned: formats_of([source], [scanned]), keys=(key,)):
+            found.looked_at.append(f"the first row of {source.path}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What rows are read with."""
+
+    config: RunConfig
+    shape: ModelShape
+    model_path: str
+
+    def builder(self, scratch: str, generation: GenerationSection | None = None, **data: Any) -> DataBuilder:
+        """As of the run, with other sources, and a folder of its own for what is tokenised."""
+        data_section = self.config.data.model_copy(update={**data, "store": scratch})
+        evaluation = self.config.evaluation.model_copy(update={"generation": generation})
+        run = self.config.model_copy(update={"data": data_section, "evaluation": evaluation})
+        return DataBuilder(run, self.model_path, self.row_length, scratch, map, num_embeddings=self.shape.vocab)
+
+    @property
+    def row_length(self) -> int:
+        """Of the run; the model's limit where it asks for more than that."""
+        wanted = self.config.data.max_length
+        return choose_row_length(self.config, self.shape) if wanted == "auto" else min(wanted, self.shape.max_positions)
+
+    def open(self) -> DataBuilder:
+        """The run's own tokenizer, template and folders."""
+        storage = absolute(self.config.storage)
+        return DataBuilder(self.config, self.model_path, self.row_length, storage, map, num_embeddings=self.shape.vocab)
+
+
+def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Machine | None, found: Findings) -> None:
+    """Open the tokenizer and the template, tokenise the first rows of each source, and plan where these say enough."""
+    if found.of(reading.open) is None:
         return
-    if local_files(model_path, model.revision) is None:
-        found.not_looked_at.append("tokenizer and rows, since the files of the model are not here")
-        return
-    found.of(lambda: check_base(model_path, model.revision, model.trust_remote_code), keys=("model.base",))
-    row_length = found.of(lambda: choose_row_length(config, shape)) or shape.max_positions
-    here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source)}
-    found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
+    found.looked_at.append("its tokenizer and template")
+    generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:
-
-        def builder(generation: GenerationSection | None = None, **data: Any) -> DataBuilder:
-            run = config.model_copy(
-                update={
-                    "data": config.data.model_copy(update={**data, "store": scratch}),
-                    "evaluation": config.evaluation.model_copy(update={"generation": generation}),
-                }
-            )
-            return DataBuilder(run, model_path, row_length, scratch, map, num_embeddings=shape.vocab)
-
-        def alone(source: DataSource) -> DataBuilder:
-            return builder(train=[source], validation=[], validation_fraction=0.0)
-
-        storage = absolute(config.storage)
-        if found.of(lambda: DataBuilder(config, model_path, row_length, storage, map, num_embeddings=shape.vocab)) is None:
-            return
-        found.looked_at.append("its tokenizer and template")
-        facts = {key: found.of(lambda source=source: alone(source).build(), keys=(key,)) for key, source in here.items()}
+        for key, source in here.items():
+            alone = reading.builder(scratch, train=[source], validation=[], validation_fraction=0.0)
+            facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
             found.losses += [line for line in losses_text(report) if line not in found.losses]
-        generation = config.evaluation.generation
         if generation is not None and all(_is_here(source) for source in generation.rows):
             few = generation.model_copy(update={"max_rows": min(generation.max_rows, SAMPLE_ROWS)})
-            found.of(lambda: builder(few).questions(), keys=("evaluation.generation.rows",))
-        says_enough = config.training.max_steps is not None or all(
-            map(_is_whole, dict(_sources(config)).values(), facts.values())
-        )
-        if machine is not None and not found.errors and len(here) == len(dict(_sources(config))) and says_enough:
-            train, validation = (
-                [here[key] for key in here if key.startswith(f"data.{side}")] for side in ("train", "validation")
-            )
-            whole = found.of(lambda: builder(train=train, validation=validation).build(), keys=("data.train",))
-            if whole is not None:
-                plan = found.of(lambda: choose_plan(config, shape, machine, whole, model_path=model_path, storage=scratch))
-                found.looked_at += ["a plan"] if plan else []
+            found.of(reading.builder(scratch, few).questions, keys=("evaluation.generation.rows",))
+        if machine is not None and not found.errors and _say_enough(reading.config, facts):
+            found.of(lambda: _plan(reading, here, machine, scratch))
+            found.looked_at.append("the plan")
+
+
+def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
+    """Plan the run on the rows that were read."""
+    train, validation = (
+        [source for key, source in here.items() if key.startswith(side)] for side in ("data.train", "data.valid")
+    )
+    facts = reading.builder(scratch, train=train, validation=validation).build()
+    choose_plan(reading.config, reading.shape, machine, facts, model_path=reading.model_path, storage=scratch)
+
+
+def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:
+    """Whether the first rows decide the plan: where they are all of them, or the number of steps is given."""
+    sources = dict(_sources(config))
+    return facts.keys() == sources.keys() and (
+        config.training.max_steps is not None or all(_is_whole(source, facts[key]) for key, source in sources.items())
+    )
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:

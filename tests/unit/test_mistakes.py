@@ -57,7 +57,8 @@ MISTAKES = {
     "an empty file": Mistake("", "1:1", "nothing says which model is to be trained"),
     "no model": Mistake("data: {train: rows.jsonl}\n", "1:1", 'nothing says which model is to learn from "rows.jsonl"'),
     "no rows": Mistake("model: {base: org/model}\n", "1:1", 'nothing says what "org/model" is to learn from'),
-    "no rows in Python's words": Mistake("model: {base: org/model}\n", "1:1", "is missing", verb="train"),
+    "training without rows": Mistake("model: {base: org/model}\n", "1:1", "is missing", verb="train"),
+    "no model beside an override": Mistake("name: a\n", "1:1", "which model is to be trained", more=("training.seed=1",)),
     # names of keys
     "a typing error": Mistake(RUN + "training: {learning_rat: 1e-4}\n", "3:12", 'Did you mean "learning_rate"?'),
     "a key one level too high": Mistake(RUN + "learning_rate: 1e-4\n", "3:1", "it belongs to training.learning_rate"),
@@ -130,6 +131,9 @@ MISTAKES = {
     ),
     "a hub model that is not here": Mistake(
         "model: {base: org/nobody-has-this}\ndata: {train: rows.jsonl}\n", "1:9", "org/nobody-has-this"
+    ),
+    "a hub model that is not here, and bad rows": Mistake(
+        "model: {base: org/nobody-has-this}\ndata: {train: none.jsonl}\n", "1:9", "2 problems", files={"none.jsonl": ""}
     ),
     "more tokens than positions": Mistake(
         DEMO + "data:\n  train: rows.jsonl\n  max_length: 100000\n", "4:3", "Set data.max_length to 2048 or less"
@@ -234,7 +238,7 @@ def test_what_is_right_is_said_with_what_was_looked_at_and_leaves_nothing(tmp_pa
     before = found_in(tmp_path)
     done = CliRunner().invoke(cli, ["check", "run.yaml"])
     assert (done.exit_code, done.stderr) == (0, "")
-    assert "Looked at model demo (llama), its tokenizer and template, 5 rows of rows, a plan, in " in done.stdout
+    assert "Looked at model demo (llama), its tokenizer and template, 5 rows of rows, the plan, in " in done.stdout
     assert "rows: 1 row of 5 rows without targets: they lie behind data.max_length, 256 tokens" in done.stdout
     assert found_in(tmp_path) == before
     seen = json.loads(CliRunner().invoke(cli, ["check", "run.yaml", "--json"]).stdout)["seen"]
