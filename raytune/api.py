@@ -39,7 +39,7 @@ def train(config: Config, *, progress: bool = True, **overrides: Any) -> RunResu
     """
     resolved, places = _resolved(config, overrides)
     with errors_at(resolved, places):
-        as_one_run(resolved)
+        require_named(as_one_run(resolved), places=places)
         return run(resolved, watch=show_progress) if progress else run(resolved)
 
 
@@ -63,6 +63,7 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
     from raytune.sweeps.winner import require_winner
 
     resolved, places = _resolved(config, overrides)
+    require_named(resolved, places=places)
     with errors_at(resolved, places):
         result = sweep(resolved, watch=show_sweep) if progress else sweep(resolved)
     write_sweep_page(result, dump_yaml(resolved), result.folder)
@@ -74,10 +75,9 @@ def _resolved(config: Config, overrides: Mapping[str, Any]) -> tuple[RunConfig, 
     """The config, and where its keys were written, if that was in files."""
     texts = [f"{key}={json.dumps(value, default=fspath)}" for key, value in _leaves(overrides)]
     if isinstance(config, RunConfig | Mapping):
-        return require_named(config_from(config, texts)), {}
+        return config_from(config, texts), {}
     paths = [config] if isinstance(config, str | PathLike) else config
-    resolved, places = load_with_places([str(path) for path in paths], texts)
-    return require_named(resolved, places=places), places
+    return load_with_places([str(path) for path in paths], texts)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
     Looks at files and overrides, model, adapter, tokenizer, template, the first rows of each source, machines by name, storage
     and packages; of a sweep at its first trial, and at the names and values of all.
     """
+    from raytune.config.asked import NEITHER, is_settings_alone
     from raytune.config.load import dump_yaml, overridden
     from raytune.config.problems import shown
 
@@ -38,7 +39,7 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
         from raytune.plan.hardware import load_catalogue
 
         load_catalogue().instance(config.cluster.instance)
-    seen = None if fast else _looked_at(config, places)
+    seen = None if fast or is_settings_alone(config) else _looked_at(config, places)
     changes = overridden(files, config)
     if as_json:
         named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
@@ -54,6 +55,8 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
         click.echo("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
     if seen:
         click.echo(str(seen))
+    if is_settings_alone(config):
+        click.echo(NEITHER, err=True)
 
 
 def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings":

@@ -55,13 +55,15 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 @debug_option
 def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
+    from raytune.config.asked import require_named
     from raytune.config.load import as_one_run
 
     files, overrides = files_and_overrides(arguments)
     if from_sweep is None:
         if not files:
             raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
-        config = as_one_run(load_run(files, overrides, check_files=True)[0])
+        config, places = load_run(files, overrides, check_files=True)
+        require_named(as_one_run(config), places=places)
     else:
         from raytune.sweeps.winner import winner_config
 
@@ -92,9 +94,11 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
 @debug_option
 def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
+    from raytune.config.asked import require_named
     from raytune.config.load import dump_yaml
 
     config, places = load_run(*files_and_overrides(arguments), check_files=True)
+    require_named(config, places=places)
 
     if dry_run:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
@@ -146,23 +150,13 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_ba
 
 def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":
     """The config of a plan, which trains nothing: settings alone are planned for the built-in toy, and that is said."""
-    from raytune.config.asked import NAMED, require_named
-    from raytune.config.problems import ConfigError
+    from raytune.config.asked import NEITHER, is_settings_alone, require_named
 
+    config, places = load_run(files, overrides, check_files=needs_rows)
     if not needs_rows:
-        config, places = load_run(files, overrides)
         return require_named(config, ("model.base",), places)
-    try:
-        return load_run(files, overrides, check_files=True)[0]
-    except ConfigError as error:
-        if {problem.key for problem in error.problems} != set(NAMED):
-            raise
-        config, _ = load_run(files, overrides)
-        if not config.model_fields_set:
-            raise
-    click.echo(
-        "Neither model.base nor data.train is named: this is a plan for the built-in toy, which `train` refuses.", err=True
-    )
+    if is_settings_alone(config):
+        click.echo(f"{NEITHER} The plan is for the built-in toy.", err=True)
     return config
 
 

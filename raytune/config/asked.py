@@ -11,6 +11,8 @@ DEMO_MODEL, DEMO_ROWS = "demo", "demo:"
 """`model.base`, and what `data.train` begins with, for the tiny model and the task that ship with raytune."""
 
 NAMED = ("model.base", "data.train")
+NEITHER = "Neither model.base nor data.train is named: good to lay over a run, but `train` refuses it alone."
+"""Said of settings alone."""
 
 PlaceOf = Callable[[str], Place]
 """Where a key was written, or would have been."""
@@ -48,6 +50,11 @@ def require_named(config: RunConfig, keys: tuple[str, ...] = NAMED, places: Mapp
     if found:
         raise ConfigError(found)
     return config
+
+
+def is_settings_alone(config: RunConfig) -> bool:
+    """Whether somebody wrote something, but neither a model nor rows: to be laid over a run, or because both were forgotten."""
+    return bool(config.model_fields_set) and not any(is_named(config, key) for key in NAMED)
 
 
 def is_named(config: RunConfig, key: str) -> bool:

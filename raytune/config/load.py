@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from raytune.config.asked import forgotten, named_values
+from raytune.config.asked import forgotten, is_settings_alone, named_values
 from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import (
     choices,
@@ -78,8 +78,8 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, c
     Args:
         paths: YAML files; later ones are laid over earlier ones.
         overrides: `key.sub=value`, laid over the files in this order.
-        check_files: also look whether local files that the config names exist on this machine, and whether it names a model and
-            rows.
+        check_files: also look whether local files that the config names exist on this machine, and whether one that names a
+            model names rows, and the other way round.
 
     Raises:
         ConfigError: with every problem of all files and overrides.
@@ -206,11 +206,8 @@ def _validated(tree: Node, unreadable: list[Problem], check_files: bool, judged:
         refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
-        refused += (
-            forgotten(config, lambda key: _deepest(tree, tuple(key.split("."))).key_place)
-            if check_files and not unreadable
-            else []
-        )
+        if check_files and not unreadable and not is_settings_alone(config):
+            refused += forgotten(config, lambda key: _deepest(tree, tuple(key.split("."))).key_place)
         written = space_problems(config, lambda *path: _deepest(tree, path))
         refused += [problem for problem in written if problem.id not in unsaid]
         refused += [] if unsaid else _unread_keys(config, tree, judged)

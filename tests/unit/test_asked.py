@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 import raytune
 from raytune.cli import cli
-from raytune.config.asked import named_values
+from raytune.config.asked import NEITHER, named_values
 from raytune.config.load import ConfigError, config_from, dump_yaml, load_config
 
 FORGOTTEN = {
@@ -23,6 +23,7 @@ FORGOTTEN = {
     "sweep: {space: {training.seed: [1, 2]}}\ndata: {validation_fraction: 0.1}": ["model.base", "data.train"],
     "sweep: {space: {model.base: [demo, org/model]}}\ndata: {validation_fraction: 0.1}": ["data.train"],
 }
+SETTINGS_ALONE = ["training: {seed: 1}", "sweep: {space: {training.seed: [1, 2]}}\ndata: {validation_fraction: 0.1}"]
 ASKED = [
     "model: {base: demo}",
     "data: {train: demo:train}",
@@ -46,9 +47,10 @@ def forgotten(text: str, folder: Path, verb: str, *more: str) -> list[str]:
 @pytest.mark.parametrize("text", FORGOTTEN)
 def test_a_run_that_names_no_model_or_no_rows_is_refused_by_every_verb(text: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    verbs = [("check",), ("check", "--fast"), ("sweep",), ("submit", "--verb", "sweep")]
-    verbs += [] if "sweep" in text else [("train",), ("submit",)]
-    verbs += [] if "sweep" in text or "training" in text else [("plan",)]
+    is_alone = text in SETTINGS_ALONE
+    verbs = [("sweep",), ("submit", "--verb", "sweep")] if "sweep" in text else [("train",), ("submit",)]
+    verbs += [] if is_alone else [("check",), ("check", "--fast")]
+    verbs += [] if is_alone or "sweep" in text else [("plan",)]
     for verb, *more in verbs:
         assert forgotten(text, tmp_path, verb, *more) == FORGOTTEN[text]
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
@@ -74,11 +76,19 @@ def test_the_toy_may_be_asked_for_by_name(text: str, tmp_path: Path):
     assert raytune.api._resolved(path, {})[0] == load_config([path])
 
 
+@pytest.mark.parametrize("text", SETTINGS_ALONE)
+def test_a_check_of_settings_alone_says_that_they_are_no_run(text: str, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(text)
+    done = CliRunner().invoke(cli, ["check", str(tmp_path / "run.yaml")])
+    assert (done.exit_code, done.stderr.strip()) == (0, NEITHER)
+    assert "Looked at" not in done.stdout
+
+
 def test_a_plan_of_settings_alone_says_that_it_is_the_toys(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("training: {max_steps: 2}\ndata: {max_length: 256}")
     done = CliRunner().invoke(cli, ["plan", "run.yaml", "--json"])
-    assert (done.exit_code, done.stderr.splitlines()[0][:44]) == (0, "Neither model.base nor data.train is named: ")
+    assert (done.exit_code, done.stderr.splitlines()[0][:44]) == (0, NEITHER[:44])
 
 
 def test_an_override_and_a_keyword_name_it_as_a_file_does(tmp_path: Path):

@@ -58,7 +58,9 @@ MISTAKES = {
     "no model": Mistake("data: {train: rows.jsonl}\n", "1:1", 'nothing says which model is to learn from "rows.jsonl"'),
     "no rows": Mistake("model: {base: org/model}\n", "1:1", 'nothing says what "org/model" is to learn from'),
     "training without rows": Mistake("model: {base: org/model}\n", "1:1", "is missing", verb="train"),
-    "no model beside an override": Mistake("name: a\n", "1:1", "which model is to be trained", more=("training.seed=1",)),
+    "no model beside an override": Mistake(
+        "name: a\n", "1:1", "which model is to be trained", verb="train", more=("training.seed=1",)
+    ),
     # names of keys
     "a typing error": Mistake(RUN + "training: {learning_rat: 1e-4}\n", "3:12", 'Did you mean "learning_rate"?'),
     "a key one level too high": Mistake(RUN + "learning_rate: 1e-4\n", "3:1", "it belongs to training.learning_rate"),
