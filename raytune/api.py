@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from raytune.config.load import as_one_run, config_from, dump_yaml, load_config
+from raytune.config.asked import require_named
+from raytune.config.load import as_one_run, config_from, dump_yaml, load_with_places
+from raytune.config.places import Places, errors_at
 from raytune.config.run import RunConfig
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
@@ -35,8 +37,10 @@ def train(config: Config, *, progress: bool = True, **overrides: Any) -> RunResu
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
-    resolved = as_one_run(_resolved(config, overrides))
-    return run(resolved, watch=show_progress) if progress else run(resolved)
+    resolved, places = _resolved(config, overrides)
+    with errors_at(resolved, places):
+        require_named(as_one_run(resolved), places=places)
+        return run(resolved, watch=show_progress) if progress else run(resolved)
 
 
 def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepResult":
@@ -58,19 +62,22 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
     from raytune.sweeps.run import sweep
     from raytune.sweeps.winner import require_winner
 
-    resolved = _resolved(config, overrides)
-    result = sweep(resolved, watch=show_sweep) if progress else sweep(resolved)
+    resolved, places = _resolved(config, overrides)
+    require_named(resolved, places=places)
+    with errors_at(resolved, places):
+        result = sweep(resolved, watch=show_sweep) if progress else sweep(resolved)
     write_sweep_page(result, dump_yaml(resolved), result.folder)
     require_winner(result)
     return result
 
 
-def _resolved(config: Config, overrides: Mapping[str, Any]) -> RunConfig:
+def _resolved(config: Config, overrides: Mapping[str, Any]) -> tuple[RunConfig, Places]:
+    """The config, and where its keys were written, if that was in files."""
     texts = [f"{key}={json.dumps(value, default=fspath)}" for key, value in _leaves(overrides)]
     if isinstance(config, RunConfig | Mapping):
-        return config_from(config, texts)
+        return config_from(config, texts), {}
     paths = [config] if isinstance(config, str | PathLike) else config
-    return load_config([str(path) for path in paths], texts)
+    return load_with_places([str(path) for path in paths], texts)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,9 +12,23 @@ class RaytuneError(Exception):
 
 
 class UserError(RaytuneError):
-    """What the user asked for cannot be done as written; nothing was started."""
+    """What the user asked for cannot be done as written; nothing was started.
+
+    Args:
+        message: names keys as they are written in a config.
+        keys: that caused it, the first one first; without any, those that the message names.
+    """
 
     exit_code = EXIT_REFUSED
+
+    def __init__(self, message: object = "", *, keys: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
+        self.place = ""
+        """Where the key was written, such as `run.yaml:4:3  data.max_length`, once that is known (`config.places`)."""
+
+    def __str__(self) -> str:
+        return f"{self.place}\n{super().__str__()}" if self.place else super().__str__()
 
 
 class PlanError(UserError):

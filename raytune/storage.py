@@ -184,6 +184,23 @@ def exists(path: str | Path) -> bool:
     return retry(look, f"look for {path}")
 
 
+def refuse_unusable(path: str | Path) -> None:
+    """Refuse a folder that cannot be made or written here, or a URL that nothing here can open. Writes nothing.
+
+    Raises:
+        UserError: saying why.
+    """
+    if not is_local(path):
+        _remote(path)
+        return
+    with local_errors(path):
+        there = next(folder for folder in (local_path(path), *local_path(path).parents) if folder.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{there} cannot be written by this user")
+
+
 def list_folder(path: str | Path) -> list[str]:
     """Names directly inside a folder, sorted; none if there is no such folder."""
     if is_local(path):

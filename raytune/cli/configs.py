@@ -1,30 +1,50 @@
 """Verbs that read a config, or say what can be in one: check, explain, schema. They start nothing."""
 
 import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+
+if TYPE_CHECKING:
+    from raytune.config.problems import Place
+    from raytune.config.run import RunConfig
+    from raytune.launch.check import Findings
 
 
 @click.command()
 @run_arguments
+@click.option("--fast", is_flag=True, help="Names and values only, in a third of a second: opens no model, tokenizer or rows.")
 @as_json_option
 @debug_option
-def check(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Validate files and overrides, and list every problem at once. Starts nothing."""
-    from raytune.config.load import dump_yaml, load_with_places, overridden
+def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
+    """Find what is wrong with a run without its cluster, and list every problem at once. Starts nothing, leaves nothing.
+
+    Looks at files and overrides, model, adapter, tokenizer, template, the first rows of each source, machines by name, storage
+    and packages; of a sweep at its first trial, and at the names and values of all.
+    """
+    from raytune.config.asked import NEITHER, is_settings_alone
+    from raytune.config.load import dump_yaml, overridden
     from raytune.config.problems import shown
-    from raytune.sweeps.space import check_space
 
     files, overrides = files_and_overrides(arguments)
-    config, places = load_with_places(files, overrides, check_files=True)
+    config, places = load_run(files, overrides, check_files=True)
     if config.sweep is not None:
+        from raytune.sweeps.space import check_space
+
         check_space(config, places)
+    if config.cluster.instance:
+        from raytune.plan.hardware import load_catalogue
+
+        load_catalogue().instance(config.cluster.instance)
+    seen = None if fast or is_settings_alone(config) else _looked_at(config, places)
     changes = overridden(files, config)
     if as_json:
         named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
-        click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
+        facts = {"ok": True, "config": config.model_dump(mode="json"), "overridden": named, "seen": seen and seen.to_json()}
+        click.echo(json.dumps(facts))
         return
     written = dump_yaml(config)
     what, how = "sweep" if config.sweep else "run", "as written here, the rest by default:" if written else "all by default"
@@ -33,6 +53,28 @@ def check(arguments: tuple[str, ...], as_json: bool) -> None:
     if changes:
         click.echo("Changed on the command line:")
         click.echo("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
+    if seen:
+        click.echo(str(seen))
+    if is_settings_alone(config):
+        click.echo(NEITHER, err=True)
+
+
+def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings":
+    """What is found without a cluster.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    from raytune.config.places import problem_of
+    from raytune.config.problems import ConfigError
+    from raytune.launch.check import check_run
+    from raytune.sweeps.space import trial_config, trials_of
+
+    one = config if config.sweep is None else trial_config(config, trials_of(config)[0], places)
+    found = check_run(one)
+    if found.errors:
+        raise ConfigError(sorted((problem_of(error, one, places) for error in found.errors), key=lambda each: each.place.order))
+    return found
 
 
 @click.command()

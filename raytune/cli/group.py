@@ -2,15 +2,21 @@
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import raytune
-from raytune.errors import RaytuneError
+from raytune.errors import RaytuneError, UserError
+
+if TYPE_CHECKING:
+    from raytune.config.problems import Place
+    from raytune.config.run import RunConfig
 
 EXIT_INTERRUPTED = 130
+
+_WRITTEN = "raytune.written"
 
 _OVERRIDE = re.compile(r"\w[\w.-]*=", re.ASCII)
 
@@ -22,6 +28,10 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except RaytuneError as error:
+            if isinstance(error, UserError) and _WRITTEN in ctx.meta:
+                from raytune.config.places import locate
+
+                locate(error, *ctx.meta[_WRITTEN])
             if ctx.meta.get("debug"):
                 raise
             if ctx.meta.get("as_json"):
@@ -38,6 +48,17 @@ def files_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]
     """Tell `key.sub=value` from file names; a file whose name looks like an override is written `./a=b.yaml`."""
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
     return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
+
+
+def load_run(
+    files: Sequence[str], overrides: Sequence[str], *, check_files: bool = False
+) -> "tuple[RunConfig, Mapping[str, Place]]":
+    """The config that a verb is given, and where its keys were written: errors that end the verb will say so."""
+    from raytune.config.load import load_with_places
+
+    config, places = load_with_places(files, overrides, check_files=check_files)
+    click.get_current_context().meta[_WRITTEN] = config, places
+    return config, places
 
 
 def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
@@ -68,6 +89,8 @@ def _error_facts(error: RaytuneError) -> dict[str, Any]:
     from raytune.config.problems import ConfigError
 
     facts = {"ok": False, "error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    if isinstance(error, UserError) and error.place:
+        facts["place"], _, facts["key"] = error.place.partition("  ")
     if isinstance(error, ConfigError):
         facts["problems"] = [
             {"id": problem.id, "file": problem.place.file, "line": problem.place.line, "column": problem.place.column}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, load_run, run_arguments
 
 if TYPE_CHECKING:
     from raytune.clusters.jobs import Job, Jobs
@@ -49,7 +49,10 @@ def submit(
     Exit codes are those of `train` (0, 1, 2, 10); 143: the job was stopped; 130: you left it.
     """
     from raytune.clusters import jobs
+    from raytune.config.asked import require_named
 
+    config, places = load_run(*files_and_overrides(arguments))
+    require_named(config, places=places)
     cluster = jobs.Jobs(target, insecure=insecure)
     job, notes = jobs.submit(cluster, verb, *files_and_overrides(arguments), working_dir=working_dir, name=name)
     for note in notes:

@@ -1,13 +1,17 @@
 """Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
 from raytune.errors import UserError
+
+if TYPE_CHECKING:
+    from raytune.config.run import RunConfig
 
 
 @click.command()
@@ -22,13 +26,13 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     With cluster.instance it needs neither the cluster nor the model's weights, and tokenises nothing: the amount of data is taken
     from --tokens or the sizes of the files. Without, it looks at the cluster (or this machine) and tokenises the data.
     """
-    from raytune.config.load import as_one_run, load_config
+    from raytune.config.load import as_one_run
     from raytune.plan.ahead import compare as compare_instances
     from raytune.plan.ahead import named_instances, plan_ahead
     from raytune.plan.describe import comparison_text, plan_text
 
     num_tokens = None if tokens is None else _count(tokens)
-    config = as_one_run(load_config(*files_and_overrides(arguments), check_files=tokens is None))
+    config = as_one_run(_to_be_planned(*files_and_overrides(arguments), needs_rows=tokens is None))
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
         click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
@@ -51,13 +55,15 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 @debug_option
 def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
-    from raytune.config.load import as_one_run, load_config
+    from raytune.config.asked import require_named
+    from raytune.config.load import as_one_run
 
     files, overrides = files_and_overrides(arguments)
     if from_sweep is None:
         if not files:
             raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
-        config = as_one_run(load_config(files, overrides, check_files=True))
+        config, places = load_run(files, overrides, check_files=True)
+        require_named(as_one_run(config), places=places)
     else:
         from raytune.sweeps.winner import winner_config
 
@@ -88,9 +94,11 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
 @debug_option
 def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
-    from raytune.config.load import dump_yaml, load_with_places
+    from raytune.config.asked import require_named
+    from raytune.config.load import dump_yaml
 
-    config, places = load_with_places(*files_and_overrides(arguments), check_files=True)
+    config, places = load_run(*files_and_overrides(arguments), check_files=True)
+    require_named(config, places=places)
 
     if dry_run:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
@@ -156,6 +164,18 @@ def merge(
         trust_remote_code=trust_remote_code,
     )
     click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":
+    """The config of a plan, which trains nothing: settings alone are planned for the built-in toy, and that is said."""
+    from raytune.config.asked import NEITHER, is_settings_alone, require_named
+
+    config, places = load_run(files, overrides, check_files=needs_rows)
+    if not needs_rows:
+        return require_named(config, ("model.base",), places)
+    if is_settings_alone(config):
+        click.echo(f"{NEITHER} The plan is for the built-in toy.", err=True)
+    return config
 
 
 def _count(text: str) -> int:

@@ -47,7 +47,7 @@ Sources = Annotated[
 
 class DataSection(Section):
     train: Sources = [DataSource(path="demo:train")]
-    """Training rows: one source or a list. A plain string is a path."""
+    """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
     validation: Sources = []
     """Rows for evaluation while training. Empty with `validation_fraction` 0: no evaluation."""
     validation_fraction: Fraction = 0.0

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raytune.config.error_pages import ERROR_PAGES, ErrorPage
-from raytune.config.hints import nearest_keys
+from raytune.config.hints import nearest_keys, why_there_is_none
 from raytune.config.keys import REQUIRED, Key, example_of, in_words, keys, keys_in
 from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import write_yaml
@@ -100,6 +100,7 @@ def _find(subject: str) -> Key | ErrorPage:
     if found is None:
         near = nearest_keys(path)
         hint = f"Did you mean {' or '.join(near)}?" if near else "`raytune explain` lists the sections."
+        hint = why_there_is_none(path) or hint
         raise UserError(f'There is no key or error "{subject}". {hint}')
     return found
 

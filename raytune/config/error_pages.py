@@ -8,6 +8,7 @@ from raytune.config.problems import (
     DUPLICATE_KEY,
     MISSING_KEY,
     NO_SUCH_FILE,
+    NOT_POSSIBLE,
     NOT_YAML,
     REFUSED_YAML,
     SECRET_VALUE,
@@ -46,7 +47,8 @@ ERROR_PAGES = {
     ),
     MISSING_KEY: ErrorPage(
         "missing key",
-        "A section needs a key that has no default.",
+        "A section needs a key that has no default, or a run does not say what it trains (model.base) and on what (data.train). "
+        "The built-in toy is trained where it is asked for by name only.",
         "Add the key.",
         "data:\n  train:\n    format: text",
         "data:\n  train:\n    path: demo:train\n    format: text",
@@ -110,5 +112,15 @@ ERROR_PAGES = {
         "Correct the path, or run the command where the file is.",
         "data:\n  train: no-such-rows.jsonl",
         "data:\n  train: demo:train",
+    ),
+    NOT_POSSIBLE: ErrorPage(
+        "cannot be done with this model, these rows or these machines",
+        "The config is valid, but what it names does not allow it: rows that cannot be read or fit no format, a tokenizer "
+        "without a template, adapter targets that the model does not have, more tokens than it has positions, workers that the "
+        "machines do not hold, a folder that cannot be written. `check` looks at all of that without a cluster; with `--fast` it "
+        "does not.",
+        "The message names the key and the nearest setting that works.",
+        "data:\n  max_length: 1000000",
+        "data:\n  max_length: 512",
     ),
 }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raytune.config.asked import named_values
 from raytune.config.files import Reading, files_below, read_file, read_override, same_name
 from raytune.config.overlays import KeyPath, is_no_method, laid_over, node_of, overlay_at, places_in, stacked
 from raytune.config.problems import BAD_OVERRIDE, ConfigError, Place, Problem, dotted
@@ -18,7 +19,7 @@ from raytune.config.yaml_nodes import Node, write_yaml
 from raytune.errors import UserError
 
 Places = Mapping[str, Place]
-"""Where each key was written, by its dotted path."""
+"""Where each key was written, by its dotted path; `""` is the start of the file."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, check_files: bool = False) -> RunConfig:
@@ -27,7 +28,8 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, c
     Args:
         paths: YAML files; later ones are laid over earlier ones.
         overrides: `key.sub=value`, laid over the files in this order.
-        check_files: also look whether local files that the config names exist on this machine.
+        check_files: also look whether local files that the config names exist on this machine, and whether one that names a
+            model names rows, and the other way round.
 
     Raises:
         ConfigError: with every problem of all files and overrides.
@@ -82,7 +84,8 @@ def as_one_run(config: RunConfig) -> RunConfig:
     if config.sweep is not None:
         raise UserError(
             "This is a sweep (the config has a `sweep` section): run it with `raytune sweep`, and look at it with "
-            "`raytune sweep --dry-run`. With sweep=null it is one run."
+            "`raytune sweep --dry-run`. With sweep=null it is one run.",
+            keys=("sweep",),
         )
     return config
 
@@ -105,8 +108,10 @@ def overridden(paths: Sequence[str | Path], config: RunConfig) -> list[tuple[str
 
 
 def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
-    """YAML that loads to an equal config: the keys that differ from their defaults, or all of them."""
+    """YAML that loads to an equal config: the keys that differ from their defaults and those that a run names, or all of them."""
     data = config.model_dump(exclude_defaults=not full)
+    named = {section: keys | data.get(section, {}) for section, keys in named_values(config).items()}
+    data = {section: (data | named)[section] for section in RunConfig.model_fields if section in data | named}
     return write_yaml(data) if data else ""
 
 
@@ -118,10 +123,13 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
     below = files_below(above)
     tree = stacked(overlay for overlay, _ in below + readings if overlay)
     readings = below + readings
+    whole = tree
     for text in overrides:
         overlay, problems = read_override(text, tree, rank=len(readings))
         tree = laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
+    if whole.place.line is not None:  # what is missing is missing in the file, not on the command line
+        tree = replace(tree, place=whole.place, key_place=whole.key_place)
     unreadable = [problem for _, problems in readings for problem in problems]
     unreadable += [problem for overlay, _ in readings if overlay for problem in secret_problems(overlay)]
     unreadable += same_name(below, tree)

@@ -11,7 +11,8 @@ Attention = Literal["flash_attention_2", "flash_attention_3", "varlen", "flex_at
 
 class ModelSection(Section):
     base: Text = "demo"
-    """Model to start from: a local folder, a Hugging Face hub id, or `demo` for the tiny model that ships with raytune."""
+    """Model to start from: a local folder, a Hugging Face hub id, or `demo` for the tiny model that ships with raytune. A run has
+    to name it, unless its rows are the demo's."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model. A commit makes the run reproducible."""
     attention: Attention | Auto = "auto"

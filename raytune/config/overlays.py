@@ -31,7 +31,7 @@ def stacked(overlays: Iterable[Node | None]) -> Node:
 def laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
     """A tree with another one laid over it; both lie at `path` of the config."""
     if overlay.value is None and _is_section(path):
-        return base
+        return base if path else replace(base, place=overlay.place, key_place=overlay.key_place)
     if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
         return overlay
     kept = _still_meant(base.value, overlay.value, path)
@@ -109,10 +109,12 @@ def deepest(tree: Node, path: KeyPath) -> Node:
 
 
 def places_in(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Place]]:
-    """The place of each key of the mappings below a node, which lies at `path` of the config."""
-    children = node.value.items() if isinstance(node.value, dict) else ()
+    """The place of a node, which lies at `path` of the config, and of every key and item below it."""
+    yield path, node.key_place
+    children = (
+        node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    )
     for key, child in children:
-        yield (*path, key), child.key_place
         yield from places_in(child, (*path, key))
 
 

@@ -9,6 +9,7 @@ from raytune.errors import UserError
 
 UNKNOWN_KEY, DUPLICATE_KEY, MISSING_KEY, WRONG_VALUE, CONFLICT = "E101", "E102", "E103", "E104", "E105"
 NOT_YAML, UNREADABLE, REFUSED_YAML, BAD_OVERRIDE, SECRET_VALUE, NO_SUCH_FILE = "E106", "E107", "E108", "E109", "E110", "E111"
+NOT_POSSIBLE = "E112"
 
 _LONGEST_TEXT = 60
 _LONGEST_COLUMN = 72
@@ -48,9 +49,13 @@ class ConfigError(UserError):
         self.problems = problems
 
     def __str__(self) -> str:
-        rows = [(str(problem.place), problem.key, problem.message, f"[{problem.id}]") for problem in self.problems]
+        said = [problem.message.splitlines() or [""] for problem in self.problems]
+        rows = [(str(each.place), each.key, first, f"[{each.id}]") for each, (first, *_) in zip(self.problems, said, strict=True)]
         widths = [min(max(len(row[i]) for row in rows), _LONGEST_COLUMN) for i in range(3)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        lines = []
+        for row, (_, *more) in zip(rows, said, strict=True):
+            lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+            lines += [f"    {line}" for line in more]
         plural = "s" * (len(rows) != 1)
         lines.append(f"{len(rows)} problem{plural}; nothing was started. `raytune explain {self.problems[0].id}`")
         return "\n".join(lines)

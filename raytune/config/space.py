@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from raytune.config.expressions import Expression, ExpressionError, parse_expression
-from raytune.config.hints import hint_for_value, nearest_keys
+from raytune.config.hints import hint_for_value, nearest_keys, why_there_is_none
 from raytune.config.keys import in_words, is_mapping, keys, keys_in, schema_path, type_at
+from raytune.config.metric_names import metric_refusal
 from raytune.config.problems import CONFLICT, UNKNOWN_KEY, WRONG_VALUE, Place, Problem, dotted, shown
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
@@ -49,9 +50,14 @@ class NodeAt(Protocol):
 
 
 def space_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
-    """Everything that is wrong with the sweep of a config, if it has one; `node_at` finds what was written at a path."""
+    """Everything that is wrong with the sweep of a config, if it has one, and with the metric that ranks.
+
+    Args:
+        node_at: finds what was written at a path.
+    """
     if config.sweep is None:
-        return []
+        message = metric_refusal(config, "checkpoint.metric", config.checkpoint.metric)
+        return [Problem(CONFLICT, node_at("checkpoint", "metric").place, "checkpoint.metric", message)] if message else []
     circle = _circle(config.sweep)
     found = [problem for key in config.sweep.space for problem in _dimension_problems(config.sweep, key, node_at)]
     found += [problem for i in range(len(config.sweep.first)) for problem in _point_problems(config.sweep, i, node_at)]
@@ -70,7 +76,7 @@ def _metric_refusal(config: RunConfig, metric: str) -> str | None:
         return f"trials are compared by what is measured on validation rows (validation/loss, ...), got {shown(metric)}"
     if not config.data.validation and not config.data.validation_fraction:
         return "no trial would measure it: there are no validation rows (data.validation, data.validation_fraction)"
-    return None
+    return metric_refusal(config, "sweep.metric", metric)
 
 
 def parsed(dimension: Dimension) -> tuple[Expression | None, Expression | None]:
@@ -116,7 +122,8 @@ def _key_refusal(key: str, section: SweepSection) -> tuple[str, str] | None:
         return UNKNOWN_KEY, f"{fixed} is the same for all trials and cannot be searched over"
     if schema not in keys() and not _is_in_free_mapping(path):
         near = [near for near in nearest_keys(key) if near.split(".")[0] not in FIXED]
-        return UNKNOWN_KEY, "unknown key" + (f'. Did you mean "{near[0]}"?' if near else ". `raytune explain` lists the keys")
+        hint = f'Did you mean "{near[0]}"?' if near else "`raytune explain` lists the keys"
+        return UNKNOWN_KEY, f"unknown key. {why_there_is_none(key) or hint}"
     if schema in keys() and keys()[schema].is_section:
         inner = [inner.path for inner in keys_in(schema)][:3]
         return WRONG_VALUE, f"is a section; name one of its keys, written in full: {', '.join(inner)}, ..."

@@ -7,6 +7,7 @@ import os
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from raytune.config.asked import forgotten, is_settings_alone
 from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import choices, example_of, in_words, is_open, keys, schema_path, type_at, union_above, unions
 from raytune.config.model import is_written_as_path
@@ -57,6 +58,8 @@ def validated(tree: Node, unreadable: list[Problem], check_files: bool, judged: 
         refused += _problems_of_rest(tree, {problem.key for problem in refused})
     else:
         refused += _missing_files(config, tree) if check_files else []
+        if check_files and not unreadable and not is_settings_alone(config):
+            refused += forgotten(config, lambda key: deepest(tree, tuple(key.split("."))).key_place)
         written = space_problems(config, lambda *path: deepest(tree, path))
         refused += [problem for problem in written if problem.id not in unsaid]
         refused += [] if unsaid else _unread_keys(config, tree, judged)
@@ -119,7 +122,7 @@ def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem
     if details["type"] == "extra_forbidden":
         union = union_above(path[:-1])
         method = method_of(deepest(tree, tuple(union.split("."))).value, unions()[union]) if union else ""
-        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), method)}"
+        message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), method, node.plain)}"
         return Problem(UNKNOWN_KEY, node.key_place, dotted(path), message)
     if details["type"] == "value_error" and isinstance(node.value, dict):
         return Problem(CONFLICT, node.key_place, dotted(path), str(details.get("ctx", {})["error"]))

@@ -16,7 +16,7 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
-from raytune.plan.requirements import check_before_data, choose_row_length
+from raytune.plan.requirements import check_before_data, checks_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
 from raytune.storage import absolute
 
@@ -37,6 +37,20 @@ def prepare(config: RunConfig, machine: Machine, parallel_map: ParallelMap) -> P
         UserError: if the config, the model, the data or the machines do not allow the run.
     """
     return Preparation(machine, parallel_map).prepare(config)
+
+
+def refuse_without_cluster(config: RunConfig) -> None:
+    """Refuse what the model does not allow, or what no machine could do, before a cluster is started or joined.
+
+    Raises:
+        UserError: (or PlanError, ModelError) as `prepare` does.
+    """
+    model = config.model
+    if config.cluster.instance:
+        load_catalogue().instance(config.cluster.instance)
+    shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+    for check in checks_before_data(config, shape, None):
+        check()
 
 
 class Preparation:

@@ -8,8 +8,11 @@ from typing import Literal, Self
 from pydantic import ValidationError
 
 import raytune
+from raytune.config.problems import shown
+from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.settings import certain_changes, changes_in_keys
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, read_bytes, read_json, write_bytes, write_json
 
@@ -93,15 +96,41 @@ def write_plan(folder: RunFolder, plan: RunPlan) -> None:
     write_bytes(folder.plan, plan.model_dump_json(indent=2).encode())
 
 
-def refuse_another_run(folder: RunFolder, plan: RunPlan) -> None:
+def refuse_another_run(folder: RunFolder, plan: RunPlan, config: RunConfig | None = None) -> None:
     """Refuse to continue a run whose steps would compute something else.
+
+    Args:
+        config: that the plan was made of, in whose words the differences are told.
 
     Raises:
         UserError: naming every difference, old and new.
     """
     if not exists(folder.plan):
         return
-    refuse_changes("run", plan.name, folder.storage, plan_changes(read_plan(folder), plan))
+    before = _config_of(folder)
+    configs = (before, config) if before and config else (RunConfig(), RunConfig())
+    refuse_changes("run", plan.name, folder.storage, changes_in_keys(read_plan(folder), plan, *configs))
+
+
+def refuse_changed_settings(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse what makes another run of a config whatever machines and rows there are, before either is looked at.
+
+    Raises:
+        UserError: naming every difference, old and new.
+    """
+    before = _config_of(folder)
+    if before is not None and exists(folder.plan):
+        changes = certain_changes(read_plan(folder), before, config)
+        refuse_changes("run", config.name, folder.storage, changes)
+
+
+def _config_of(folder: RunFolder) -> RunConfig | None:
+    """The config that a run was started with; None if there is none that this raytune reads."""
+    record = RunRecord.read(folder)
+    try:
+        return RunConfig.model_validate(record.config) if record else None
+    except ValidationError:
+        return None
 
 
 def refuse_changes(kind: str, name: str, storage: str, changes: Sequence[tuple[str, object, object]]) -> None:
@@ -111,25 +140,13 @@ def refuse_changes(kind: str, name: str, storage: str, changes: Sequence[tuple[s
         UserError: if there are any.
     """
     if changes:
-        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
+        lines = "\n".join(f"  {key}: {_plain(old)} -> {_plain(new)}" for key, old, new in changes)
         raise UserError(
             f"{kind.capitalize()} {name!r} in {storage} was started with other settings:\n{lines}\n"
-            f"Continuing it would mix two {kind}s. Give this one another name (name=...), or restore the settings."
+            f"Continuing it would mix two {kind}s. Give this one another name (name=...), or restore the settings.",
+            keys=tuple(key for key, _, _ in changes),
         )
 
 
-def plan_changes(old: RunPlan, new: RunPlan) -> list[tuple[str, object, object]]:
-    """Settings that decide the numbers of a step and differ: (dotted key, old value, new value)."""
-    old_leaves, new_leaves = _leaves(old.identity), _leaves(new.identity)
-    keys = [*old_leaves, *(key for key in new_leaves if key not in old_leaves)]
-    return [(key, old_leaves.get(key), new_leaves.get(key)) for key in keys if old_leaves.get(key) != new_leaves.get(key)]
-
-
-def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(tree, dict):
-        return {
-            key: leaf
-            for name, branch in tree.items()
-            for key, leaf in _leaves(branch, f"{prefix}.{name}" if prefix else name).items()
-        }
-    return {prefix: tree}
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else shown(value)

@@ -13,8 +13,8 @@ from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import Holding, hold
-from raytune.launch.prepare import prepare
-from raytune.launch.record import RunRecord, refuse_another_run, write_plan
+from raytune.launch.prepare import prepare, refuse_without_cluster
+from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
@@ -57,7 +57,10 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         TakenOverError: if another command took the run over while this one gave no sign of life.
         RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
     """
-    with _held_unless_finished(RunFolder(absolute(config.storage), config.name)) as lease, connect(config.cluster) as machine:
+    folder = RunFolder(absolute(config.storage), config.name)
+    refuse_changed_settings(folder, config)
+    refuse_without_cluster(config)
+    with _held_unless_finished(folder) as lease, connect(config.cluster) as machine:
         prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
         return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease)
 
@@ -99,7 +102,7 @@ def _train_held(
 ) -> RunResult:
     folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
-    refuse_another_run(folder, plan)
+    refuse_another_run(folder, plan, config)
     if known and known.state == "finished":
         return RunResult.read(folder)
     if known and not config.checkpoint.resume:

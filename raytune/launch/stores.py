@@ -50,7 +50,8 @@ class DataBuilder:
         if config.data.store is None and not is_local(storage):
             raise DataError(
                 f"storage is {storage}, but tokenised rows are mapped into memory from files. Set data.store to a folder that "
-                f"every node mounts, beside the URL for the run folders."
+                f"every node mounts, beside the URL for the run folders.",
+                keys=("storage",),
             )
         self._folder = config.data.store or f"{storage}/{STORES_FOLDER}"
         model = config.model

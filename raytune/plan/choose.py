@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
 from raytune.config.checkpoint import CheckpointSection
+from raytune.config.metric_names import METRICS
 from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
@@ -59,8 +60,6 @@ from raytune.plan.stored_quantization import quantization_note
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
-METRICS = ("loss", "perplexity", "bits_per_byte")
-"""What training.validation measures on all validation sets together, and on each where there are several."""
 
 Value = TypeVar("Value")
 

@@ -98,7 +98,7 @@ def choose_fit(config: RunConfig, setting: Setting, shape: ModelShape, machine: 
         return _fastest(fitting)
     smallest = min(ways, key=lambda way: bytes_in(way.memory, "device"))
     advice = islice(_advice(config, setting, shape, machine, data), MAX_ADVICE)
-    raise PlanError(_too_large(smallest, room, setting, list(advice)))
+    raise PlanError(_too_large(smallest, room, setting, list(advice)), keys=("cluster.workers", "model.base"))
 
 
 def _fastest(ways: list[Fit]) -> Fit:

@@ -93,7 +93,7 @@ class Catalogue:
 
     def instance(self, name: str) -> Instance:
         """Raises: UserError, if it is not known; with the nearest names."""
-        return _found(self.instances, name, "instance type", "configs/hardware/instances.yaml")
+        return _found(self.instances, name, "instance type", "configs/hardware/instances.yaml", keys=("cluster.instance",))
 
     def gpu_of(self, instance: Instance) -> Gpu:
         """The GPUs of a node."""
@@ -154,10 +154,10 @@ def _by_name(entries: Iterable[Entry], path: Path) -> dict[str, Entry]:
     return named
 
 
-def _found(known: dict[str, Entry], name: str, what: str, where: str) -> Entry:
+def _found(known: dict[str, Entry], name: str, what: str, where: str, keys: tuple[str, ...] = ()) -> Entry:
     if name in known:
         return known[name]
     by_lower = {one.lower(): one for one in known}
     near = [by_lower[one] for one in get_close_matches(name.lower(), by_lower, 3, cutoff=0.4)]
     hint = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(known)}."
-    raise UserError(f"{what} {name!r} is not in the hardware catalogue ({where}). {hint}")
+    raise UserError(f"{what} {name!r} is not in the hardware catalogue ({where}). {hint}", keys=keys)

@@ -1,5 +1,6 @@
 """What can be decided or refused without the data: device, workers, precision, attention, row length, possible ZeRO stages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,20 +62,40 @@ def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) ->
     Raises:
         UserError: (or PlanError, ModelError) with what to set instead.
     """
-    choose_row_length(config, shape)
-    check_lone_documents(config, shape)
-    trained_size(config.adapter, shape)
-    device = choose_device(config, machine)
-    workers = choose_workers(config, machine, device).value
-    precision = choose_precision(config, machine, device).value
-    choose_attention(config, shape, machine, device, precision)
-    possible_stages(config, shape, device, workers, precision)
-    check_overrides(config.training.zero)
-    check_expert_updates(config, shape)
-    check_adapter(config.adapter, shape, precision)
-    check_stored_quantization(shape.stored_quantization, resolve_adapter(config.adapter, precision).value, config.model.base)
-    _check_kernels(config, shape, device)
-    _check_cluster(config.cluster)
+    for check in checks_before_data(config, shape, machine):
+        check()
+
+
+def checks_before_data(config: RunConfig, shape: ModelShape, machine: Machine | None) -> list[Callable[[], object]]:
+    """What `check_before_data` refuses, each check by itself; without a machine those that need none."""
+    of_model: list[Callable[[], object]] = [
+        lambda: choose_row_length(config, shape),
+        lambda: check_lone_documents(config, shape),
+        lambda: trained_size(config.adapter, shape),
+        lambda: check_overrides(config.training.zero),
+        lambda: check_expert_updates(config, shape),
+        lambda: _check_cluster(config.cluster),
+    ]
+    if machine is None:
+        return of_model
+
+    def device() -> Device:
+        return choose_device(config, machine)
+
+    def precision() -> Precision:
+        return choose_precision(config, machine, device()).value
+
+    return [
+        *of_model,
+        lambda: choose_workers(config, machine, device()),
+        lambda: choose_attention(config, shape, machine, device(), precision()),
+        lambda: possible_stages(config, shape, device(), choose_workers(config, machine, device()).value, precision()),
+        lambda: check_adapter(config.adapter, shape, precision()),
+        lambda: check_stored_quantization(
+            shape.stored_quantization, resolve_adapter(config.adapter, precision()).value, config.model.base
+        ),
+        lambda: _check_kernels(config, shape, device()),
+    ]
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:

@@ -164,7 +164,7 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
         UserError: naming every difference.
     """
     for trial in known.unended:
-        refuse_another_run(folder.trial(trial.name), planner.plan(trial))
+        refuse_another_run(folder.trial(trial.name), planner.plan(trial), planner.config(trial))
 
 
 def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> None:
@@ -179,7 +179,8 @@ def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> 
             continue
         was = read_plan(run).model.content
         if was is not None:
-            changes = [(f"model.content.{name}", old, new) for name, old, new in content_changes(was, planner.base(trial))]
+            now = planner.base(trial)
+            changes = [(f"model.base (its file {name})", old, new) for name, old, new in content_changes(was, now)]
             refuse_changes("sweep", folder.name, folder.storage, changes)
 
 

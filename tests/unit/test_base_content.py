@@ -111,9 +111,8 @@ def test_a_changed_base_is_another_run_and_the_file_is_named(change: Callable[[P
     refuse_another_run(folder, planned(base, storage))
     time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
     change(base)
-    with pytest.raises(
-        UserError, match=rf"model\.content\.{name}: [0-9a-f]{{32}} -> [0-9a-f]{{32}}\n(.*\n)*Continuing it would mix"
-    ):
+    told = rf"model\.base \(its file {name}\): [0-9a-f]{{32}} -> [0-9a-f]{{32}}\n(.*\n)*Continuing it would mix"
+    with pytest.raises(UserError, match=told):
         refuse_another_run(folder, planned(base, storage))
 
 
@@ -166,7 +165,7 @@ def test_a_hub_base_is_its_commit_and_workers_are_told_to_load_that_one(base: Pa
     assert (plan.model.path, plan.model.revision, plan.model.content) == ("owner/name", first, {"commit": first})
     write_plan(RunFolder(plan.storage, plan.name), plan)
     (repository / "refs" / "main").write_text(second)
-    with pytest.raises(UserError, match=rf"model\.content\.commit: {first} -> {second}"):
+    with pytest.raises(UserError, match=rf"model\.base \(its commit\): {first} -> {second}"):
         refuse_another_run(RunFolder(plan.storage, plan.name), prepare(config, this_machine(config.cluster), map).plan)
 
 

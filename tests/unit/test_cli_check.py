@@ -19,7 +19,7 @@ HEAVY = {"torch", "ray", "transformers", "deepspeed", "datasets", "peft", "bitsa
 @pytest.fixture
 def good(tmp_path: Path) -> str:
     path = tmp_path / "good.yaml"
-    path.write_text("name: tiny\ntraining:\n  seed: 7\n")
+    path.write_text("name: tiny\nmodel:\n  base: demo\ntraining:\n  seed: 7\n")
     return str(path)
 
 
@@ -35,11 +35,13 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_good_config_is_summarised_with_exit_code_0(good: str):
-    done = CliRunner().invoke(cli, ["check", good, "training.seed=8"])
+    done = CliRunner().invoke(cli, ["check", "--fast", good, "training.seed=8"])
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         'OK: run "tiny", as written here, the rest by default:',
         "  name: tiny",
+        "  model:",
+        "    base: demo",
         "  training:",
         "    seed: 8",
         "Changed on the command line:",
@@ -58,7 +60,7 @@ def test_what_overrides_change_is_told_with_what_they_drop(good: str):
 
 def test_files_that_need_their_overrides_are_checked_with_them(tmp_path: Path):
     incomplete = tmp_path / "incomplete.yaml"
-    incomplete.write_text("training: {zero: {offload_optimizer: nvme}}")
+    incomplete.write_text("model: {base: demo}\ntraining: {zero: {offload_optimizer: nvme}}")
     assert CliRunner().invoke(cli, ["check", str(incomplete)]).exit_code == 2
     done = CliRunner().invoke(cli, ["check", str(incomplete), "training.zero.nvme_path=/nvme"])
     assert (done.exit_code, "Changed" in done.stdout) == (0, False)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from raytune.config.adapter import FullAdapter, QloraAdapter
-from raytune.config.hints import OURS
 from raytune.config.keys import example_of, keys, keys_in
 from raytune.config.load import ConfigError, config_diff, config_from, dump_yaml, load_config
 from raytune.config.run import RunConfig
@@ -369,14 +368,6 @@ def test_missing_local_files_are_found_only_on_request(tmp_path: Path):
         ("data.train.2.path", "E111"), ("data.template", "E111"), ("model.base", "E111"),
     }  # fmt: skip
     load_config([path], ["cluster.address=ray://host:10001"], check_files=True)
-
-
-@pytest.mark.parametrize("ours", sorted(set(OURS.values())))
-def test_foreign_spellings_lead_to_keys_and_values_that_exist(ours: str):
-    path, _, value = ours.partition(": ")
-    assert path in keys()
-    if value:
-        load_config([], [f"{path}={value}"])
 
 
 # --- whatever is written

@@ -1,0 +1,249 @@
+"""What is wrong with a run, as far as it can be found without its cluster: everything at once; nothing is started, nothing left.
+
+Opens the tokenizer and reads the first rows of each source. Names and numbers alone are checked while a config is loaded
+(`check --fast`).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from raytune.config.data import DataSource
+from raytune.config.evaluation import GenerationSection
+from raytune.config.run import RunConfig
+from raytune.data.sources import DEMO_ROWS, find_files, scan
+from raytune.data.tokenising import formats_of
+from raytune.errors import RaytuneError, UserError
+from raytune.launch.cluster import named_address, this_machine
+from raytune.launch.record import refuse_changed_settings
+from raytune.launch.stores import DataBuilder
+from raytune.model.base_check import check_base
+from raytune.model.files import local_files, resolve_model_path
+from raytune.plan.base_model import read_model_shape
+from raytune.plan.choose import choose_plan
+from raytune.plan.data_report import losses_text
+from raytune.plan.hardware import load_catalogue
+from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.references import planned_shape
+from raytune.plan.requirements import checks_before_data, choose_row_length
+from raytune.plan.shapes import ModelShape
+from raytune.run_folder import RunFolder
+from raytune.storage import absolute, is_local, local_path, refuse_unusable
+from raytune.units import format_seconds
+
+SAMPLE_ROWS = 2000
+"""Rows of each source that are read and tokenised at most."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was found so far."""
+
+    errors: list[UserError] = field(default_factory=list)
+    """Each once."""
+    looked_at: list[str] = field(default_factory=list)
+    not_looked_at: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
+    """What of the rows is not trained as it is written; nothing that stops a run."""
+    another_run: str = ""
+    """Why the run of that name that is there would not be continued."""
+    seconds: float = 0.0
+
+    def of(self, look: Callable[[], Result], *, keys: tuple[str, ...] = ()) -> Result | None:
+        """What a look gives; None if it ends with an error of the user's, which is kept.
+
+        Args:
+            keys: that such an error is about, if it does not carry them.
+        """
+        try:
+            return look()
+        except UserError as error:
+            error.keys = error.keys or keys
+            if str(error) not in {str(known) for known in self.errors}:
+                self.errors.append(error)
+        except RaytuneError as error:  # a disk or a bucket that does not answer is not the config's fault
+            self.not_looked_at.append(str(error))
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Of a run without errors."""
+        return {name: value for name, value in asdict(self).items() if name != "errors"}
+
+    def __str__(self) -> str:
+        """What was looked at, and in how long; what was not; what becomes of rows."""
+        lines = [f"Looked at {', '.join(self.looked_at)}, in {format_seconds(self.seconds)}."]
+        lines += [f"Not looked at: {'; '.join(self.not_looked_at)}."] if self.not_looked_at else []
+        lines += [f"`train` would refuse the name. {self.another_run}"] if self.another_run else []
+        return "\n".join([*lines, *(["Of these rows:"] if self.losses else []), *(f"  {line}" for line in self.losses)])
+
+
+def check_run(config: RunConfig) -> Findings:
+    """Look at everything that a run names: storage, packages, machines, model, adapter, tokenizer, template and rows."""
+    began, found = time.monotonic(), Findings()
+    found.of(lambda: refuse_unusable(absolute(config.storage)), keys=("storage",))
+    found.of(lambda: refuse_unusable(config.data.store or "."), keys=("data.store",))
+    try:
+        refuse_changed_settings(RunFolder(absolute(config.storage), config.name), config)
+    except RaytuneError as error:  # it is the name that is taken; everything else may be right
+        found.another_run = str(error)
+    found.of(lambda: _refuse_missing_packages(config))
+    address = named_address(config.cluster)
+    machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
+    found.not_looked_at += [f"the machines of {address}"] if address else []
+    shape = found.of(lambda: _shape(config), keys=("model.base",))
+    if shape is not None:
+        for check in checks_before_data(config, shape, machine):
+            found.of(check)
+        found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
+    here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source)}
+    found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
+    model_path = shape and found.of(lambda: _path_of_base(config), keys=("model.base",))
+    if shape is None or model_path is None:
+        _look_at_formats(here, found)
+    else:
+        _look_at_rows(_Reading(config, shape, model_path), here, machine, found)
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def _refuse_missing_packages(config: RunConfig) -> None:
+    if config.training.liger and find_spec("liger_kernel") is None:
+        raise UserError("training.liger needs the package liger-kernel, which is not installed here: pip install liger-kernel.")
+
+
+def _machine(config: RunConfig) -> Machine:
+    section = config.cluster
+    if section.instance is None:
+        return this_machine(section)
+    catalogue = load_catalogue()
+    instance = catalogue.instance(section.instance)
+    return Machine.rented(instance, catalogue.gpu_of(instance), section.nodes)
+
+
+def _shape(config: RunConfig) -> ModelShape:
+    model = config.model
+    # A plan for machines that are yet to be rented needs no model here, and a check of it neither.
+    read = planned_shape if config.cluster.instance else read_model_shape
+    return read(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def _path_of_base(config: RunConfig) -> str | None:
+    """Where the base's files are; None if they are yet to be downloaded."""
+    model = config.model
+    path = resolve_model_path(model.base, model.revision)
+    check_base(path, model.revision, model.trust_remote_code)
+    return path if local_files(path, model.revision) else None
+
+
+def _look_at_formats(here: Mapping[str, DataSource], found: Findings) -> None:
+    """Whether sources have rows of a known format: all that can be told without a tokenizer."""
+    found.not_looked_at.append("tokenizer and tokens, since the files of the model are not here")
+    for key, source in here.items():
+        scanned = found.of(
+            lambda source=source: [scan(file, source.max_rows) for file in find_files(source, Path())], keys=(key,)
+        )
+        if scanned and found.of(lambda source=source, scanned=scanned: formats_of([source], [scanned]), keys=(key,)):
+            found.looked_at.append(f"the first row of {source.path}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What rows are read with."""
+
+    config: RunConfig
+    shape: ModelShape
+    model_path: str
+
+    def builder(self, scratch: str, generation: GenerationSection | None = None, **data: Any) -> DataBuilder:
+        """As of the run, with other sources, and a folder of its own for what is tokenised."""
+        data_section = self.config.data.model_copy(update={**data, "store": scratch})
+        evaluation = self.config.evaluation.model_copy(update={"generation": generation})
+        run = self.config.model_copy(update={"data": data_section, "evaluation": evaluation})
+        return DataBuilder(run, self.model_path, self.row_length, scratch, map, num_embeddings=self.shape.vocab)
+
+    @property
+    def row_length(self) -> int:
+        """Of the run; the model's limit where it asks for more than that."""
+        wanted = self.config.data.max_length
+        return choose_row_length(self.config, self.shape) if wanted == "auto" else min(wanted, self.shape.max_positions)
+
+    def open(self) -> DataBuilder:
+        """The run's own tokenizer, template and folders."""
+        storage = absolute(self.config.storage)
+        return DataBuilder(self.config, self.model_path, self.row_length, storage, map, num_embeddings=self.shape.vocab)
+
+
+def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Machine | None, found: Findings) -> None:
+    """Open the tokenizer and the template, tokenise the first rows of each source, and plan where these say enough."""
+    if found.of(reading.open) is None:
+        return
+    found.looked_at.append("its tokenizer and template")
+    generation, facts = reading.config.evaluation.generation, {}
+    with TemporaryDirectory() as scratch:
+        for key, source in here.items():
+            alone = reading.builder(scratch, train=[source], validation=[], validation_fraction=0.0)
+            facts[key] = found.of(alone.build, keys=(key,))
+        for report in (one.report for one in facts.values() if one and one.report):
+            found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
+            found.losses += [line for line in losses_text(report) if line not in found.losses]
+        if generation is not None and all(_is_here(source) for source in generation.rows):
+            few = generation.model_copy(update={"max_rows": min(generation.max_rows, SAMPLE_ROWS)})
+            found.of(reading.builder(scratch, few).questions, keys=("evaluation.generation.rows",))
+        if machine is not None and not found.errors and _say_enough(reading.config, facts):
+            found.of(lambda: _plan(reading, here, machine, scratch))
+            found.looked_at.append("the plan")
+
+
+def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
+    """Plan the run on the rows that were read."""
+    train, validation = (
+        [source for key, source in here.items() if key.startswith(side)] for side in ("data.train", "data.valid")
+    )
+    facts = reading.builder(scratch, train=train, validation=validation).build()
+    choose_plan(reading.config, reading.shape, machine, facts, model_path=reading.model_path, storage=scratch)
+
+
+def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:
+    """Whether the first rows decide the plan: where they are all of them, or the number of steps is given."""
+    sources = dict(_sources(config))
+    return facts.keys() == sources.keys() and (
+        config.training.max_steps is not None or all(_is_whole(source, facts[key]) for key, source in sources.items())
+    )
+
+
+def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:
+    """Sources of rows that are trained or evaluated, by their key."""
+    for side in ("train", "validation"):
+        for position, source in enumerate(getattr(config.data, side)):
+            yield f"data.{side}.{position}", source
+
+
+def _is_here(source: DataSource) -> bool:
+    """Whether reading a source needs no network."""
+    return source.path.startswith("demo:") or (is_local(source.path) and not _is_hub_id(source))
+
+
+def _is_hub_id(source: DataSource) -> bool:
+    try:
+        (file, *_) = find_files(source, local_path("."))
+    except UserError:
+        return False
+    return file.kind == "dataset" and not local_path(file.path).exists()
+
+
+def _first_rows(source: DataSource) -> DataSource:
+    return source.model_copy(update={"max_rows": min(source.max_rows or SAMPLE_ROWS, SAMPLE_ROWS)})
+
+
+def _is_whole(source: DataSource, facts: DataFacts | None) -> bool:
+    """Whether all rows of a source were among the first ones."""
+    if facts is None or facts.report is None:
+        return False
+    num_rows = facts.report.train.total("rows")
+    return num_rows < SAMPLE_ROWS or source.max_rows == num_rows or DEMO_ROWS.get(source.path.removeprefix("demo:")) == num_rows
