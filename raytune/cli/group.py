@@ -29,8 +29,8 @@ class Verbs(click.Group):
             else:
                 click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command continues from the newest checkpoint, if the run has one", err=True)
+        except KeyboardInterrupt as interrupt:
+            click.echo(str(interrupt) or "interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,11 @@ from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
+from raytune.launch.address import named_address
 from raytune.launch.host import memory_bytes_here
 from raytune.launch.probe import accelerator_here, probe_accelerator
+from raytune.launch.reach import ready_for
+from raytune.launch.signals import end_in_order
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
 
@@ -29,11 +31,10 @@ PACKAGE = Path(__file__).parents[1]
 
 # The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
 POLL_INTERVAL_S = 0.2
-
-
-def named_address(section: ClusterSection) -> str | None:
-    """The cluster that the user named; None: this machine is to be one for the time of the run."""
-    return section.address or os.environ.get("RAY_ADDRESS")
+# A worker that has not answered for so long is looked at (`worker_group`). A rank that hangs is found within two minutes: this,
+# the look, and the end of the others' process group.
+SILENCE_S = 60.0
+GROUP_END_S = 10.0
 
 
 @contextmanager
@@ -66,24 +67,34 @@ def joined(section: ClusterSection) -> Iterator[None]:
     try:
         if joined_before:  # a notebook's own connection, or a trial of a sweep
             _refuse_another_cluster(section.address)
-        elif address:
-            _join(address, environment)
         else:
-            _start(section)
-        if not joined_before and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _end_in_order)  # Ray has just set its own
+            with _own_signals():
+                if address:
+                    _join(address, environment)
+                else:
+                    _start(section)
         yield
     finally:
         if not joined_before:
             ray.shutdown()
 
 
-def _end_in_order(signal_number: int, frame: object) -> None:
-    """`ray job stop` and Kubernetes ask first: what was started here is ended before this process goes."""
-    sys.exit(128 + signal_number)
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Let a SIGTERM end in order what has been started, while Ray starts too: its own handler ends the process anyhow."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, end_in_order)
+    rays, ray._private.utils.set_sigterm_handler = ray._private.utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = rays
 
 
 def _join(address: str, environment: dict[str, str]) -> None:
+    ready_for(address)
     # Inside a job the working directory carries this package already; from outside, the cluster gets the code that plans the run.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env: dict = {"env_vars": environment} if in_job else {"env_vars": environment, "py_modules": [str(PACKAGE)]}
@@ -91,9 +102,8 @@ def _join(address: str, environment: dict[str, str]) -> None:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RaySystemError, RuntimeError, TimeoutError) as error:
         raise ClusterError(
-            f"No Ray cluster answers at {address} ({type(error).__name__}: {error}). Check cluster.address or RAY_ADDRESS, that "
-            f"the cluster runs Ray {ray.__version__}, and that RAY_AUTH_TOKEN is set if it asks for a token. To run on this "
-            f"machine, unset both addresses."
+            f"No Ray cluster answers at {address} ({type(error).__name__}: {error}). Check cluster.address or RAY_ADDRESS, and "
+            f"that the cluster runs Ray {ray.__version__}. To run on this machine, unset both addresses."
         ) from error
 
 
@@ -131,6 +141,8 @@ def _worker_environment(section: ClusterSection) -> dict[str, str]:
     """Environment of controller and workers: what Ray, DeepSpeed and the tokenizers read from nowhere else."""
     return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(SILENCE_S),
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(int(GROUP_END_S)),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(section.start_timeout),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(section.collective_timeout),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that nothing listens to yet
