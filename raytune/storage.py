@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserError
+from raytune.missing import OPTIONAL, install_command
 from raytune.units import MIB
 
 CHUNK_BYTES = 8 * MIB
@@ -476,7 +477,7 @@ def _remote(path: str | Path) -> tuple[Any, str]:
             raise UserError(f"Cannot use {path}: {error}") from error
         raise UserError(
             f"Cannot use {path}: the package {package} is not installed on {os.uname().nodename}. "
-            f"Install it on every node: pip install {package}"
+            f"Install it on every node: {install_command(OPTIONAL[package])}"
         ) from error
     except ValueError as error:
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "abfs"))

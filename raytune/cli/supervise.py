@@ -116,7 +116,7 @@ def _answer_for(child: int, reading: int, verb: str, *, as_json: bool) -> None:
         code = facts["ended"]
     elif code in map(exit_code_of, _HANDED_ON):
         pass
-    elif by_signal in _HANDED_ON:
+    elif by_signal is not None and by_signal in _HANDED_ON:
         code = exit_code_of(by_signal)
     elif not received:
         code = EXIT_RETRY_LATER

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import utils as ray_utils
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RaySystemError, RayTaskError
 
@@ -27,6 +29,7 @@ from raytune.plan.machine import Machine
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+LONGEST_SOCKET_PATH = 107
 PACKAGE = Path(__file__).parents[1]
 
 # The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
@@ -86,11 +89,11 @@ def _own_signals() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, end_in_order)
-    rays, ray._private.utils.set_sigterm_handler = ray._private.utils.set_sigterm_handler, lambda handler: None
+    rays, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda handler: None
     try:
         yield
     finally:
-        ray._private.utils.set_sigterm_handler = rays
+        ray_utils.set_sigterm_handler = rays
 
 
 def _join(address: str, environment: dict[str, str]) -> None:
@@ -120,6 +123,7 @@ def _refuse_another_cluster(address: str | None) -> None:
 
 
 def _start(section: ClusterSection) -> None:
+    refuse_long_folder(get_default_system_temp_dir())
     ray.init(
         address="local",
         num_cpus=_embedded_cpus(section),
@@ -129,6 +133,28 @@ def _start(section: ClusterSection) -> None:
         # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
         _system_config={"prestart_worker_first_driver": False},
     )
+
+
+def refuse_long_folder(folder: str) -> None:
+    """Refuse a folder for Ray's files in which the paths of its sockets would be longer than a system takes.
+
+    Raises:
+        UserError: naming it, and the most that it may have.
+    """
+    longest = f"/ray/session_2026-01-31_23-59-59_999999_{2**22}/sockets/plasma_store"
+    most = LONGEST_SOCKET_PATH - len(longest)
+    if len(os.fsencode(os.path.abspath(folder))) > most:
+        raise UserError(
+            f"Ray would keep its files in {folder}, where the paths of its sockets get longer than the {LONGEST_SOCKET_PATH} "
+            f"bytes that a socket's path may have. Set RAY_TMPDIR to a folder with at most {most} characters, such as /tmp. "
+            f"Nothing was started."
+        )
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Ray cannot keep its files in {folder} ({error.strerror}). Set RAY_TMPDIR to a folder of yours."
+        ) from error
 
 
 def _embedded_cpus(section: ClusterSection) -> int:

@@ -87,7 +87,7 @@ def _cause(driver: Driver) -> tuple[str, str]:
 
 def _with_ranks(driver: Driver, kind: str, places: dict[int, Place]) -> str:
     """Which ranks were on the node that was lost."""
-    if kind != NODE_LOST:
+    if kind != NODE_LOST or not places:
         return ""
     if driver.lost == "raylet" and driver.node is not None:
         ranks = [rank for rank, place in places.items() if place.node_id == driver.node]

@@ -113,7 +113,8 @@ def _refusal(channel: grpc.Channel, address: str, token: str | None) -> str | No
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
     try:
-        reply = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_TIMEOUT_S, metadata=metadata)
+        request = gcs_service_pb2.CheckAliveRequest()  # pyright: ignore[reportAttributeAccessIssue]
+        reply = stub.CheckAlive(request, timeout=ANSWER_TIMEOUT_S, metadata=metadata)
     except grpc.RpcError as error:
         code = error.code()  # pyright: ignore[reportAttributeAccessIssue]
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

@@ -1,7 +1,8 @@
 """Ray Train's controller and worker group, as far as they do more here.
 
 They write into the run folder what they hold of the cluster as soon as they hold it, and which rank is where; free it when a
-start fails; leave alone a rank that does not answer because it is at work; and when a rank is lost, ask the others where they are.
+start fails; leave alone a rank that does not answer because it is at work; and when a rank is lost, ask the others where they
+are.
 """
 
 from contextlib import suppress
@@ -89,7 +90,7 @@ class _Group(WorkerGroup):
 
     def _ask_around(self) -> None:
         """Write down where each rank is that still answers."""
-        asked = {worker.execute_async(whereabouts): worker.distributed_context.world_rank for worker in self.get_workers()}
+        asked: dict[Any, int] = {worker.execute_async(whereabouts): rank for rank, worker in enumerate(self.get_workers())}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_TIMEOUT_S)
         found = {}
         for task in answered:
