@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
-from raytune.cli.supervise import ends_in_order, notes
+from raytune.cli.supervise import notes
 from raytune.errors import UserError
 from raytune.launch.address import named_address
+from raytune.launch.signals import ends_in_order
 
 if TYPE_CHECKING:
     from raytune.plan.run_plan import RunPlan

@@ -13,16 +13,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from raytune.errors import EXIT_RETRY_LATER
-from raytune.launch.signals import end_in_order, exit_code_of
+from raytune.launch.signals import HANDED_ON, exit_code_of
 
 VERBS = ("train", "sweep", "plan", "preflight")
-_HANDED_ON = (signal.SIGTERM, signal.SIGINT)
-_WAITED_FOR = (*_HANDED_ON, signal.SIGCHLD)
 _PR_SET_PDEATHSIG = 1
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -50,13 +48,6 @@ def notes() -> Notes:
     return told if isinstance(told, Notes) else Notes()
 
 
-def ends_in_order() -> None:
-    """From now on there is something to end: a signal unwinds what goes on, instead of leaving at once."""
-    if signal.getsignal(signal.SIGINT) is _leave:
-        for number in _HANDED_ON:
-            signal.signal(number, end_in_order)
-
-
 def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> None:
     """Answer a command, in a child if it is one that talks to Ray.
 
@@ -68,21 +59,20 @@ def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> Non
         answer(Notes())
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+    awaited = [number for number in HANDED_ON if signal.getsignal(number) is not signal.SIG_IGN] + [signal.SIGCHLD]
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     reading, writing = os.pipe()
     parent = os.getpid()
     child = os.fork()
     if child:
         os.close(writing)
-        _answer_for(child, reading, verb, as_json="--json" in arguments)
+        _answer_for(child, reading, awaited, verb, as_json="--json" in arguments)
     os.close(reading)
     told = Notes(writing)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(EXIT_RETRY_LATER)
-    for number in _HANDED_ON:
-        signal.signal(number, _leave)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
     try:
         answer(told)
     except SystemExit as end:
@@ -90,18 +80,11 @@ def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> Non
         raise
 
 
-def _leave(number: int, frame: object) -> None:
-    """While libraries are loaded nothing is to be ended, and an exception would be lost in them."""
-    if number == signal.SIGINT:
-        os.write(2, b"interrupted; nothing was started\n")
-    os._exit(exit_code_of(number))
-
-
-def _answer_for(child: int, reading: int, verb: str, *, as_json: bool) -> None:
+def _answer_for(child: int, reading: int, awaited: Sequence[int], verb: str, *, as_json: bool) -> NoReturn:
     """Wait for the child, hand signals on to it, and end as it did."""
     received, status = 0, 0
     while True:
-        number = signal.sigwaitinfo(_WAITED_FOR).si_signo
+        number = signal.sigwaitinfo(awaited).si_signo
         if number != signal.SIGCHLD:
             received = received or number
             with suppress(ProcessLookupError):
@@ -114,9 +97,9 @@ def _answer_for(child: int, reading: int, verb: str, *, as_json: bool) -> None:
     code, by_signal = os.waitstatus_to_exitcode(status), os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     if "ended" in facts:
         code = facts["ended"]
-    elif code in map(exit_code_of, _HANDED_ON):
+    elif code in map(exit_code_of, HANDED_ON):
         pass
-    elif by_signal is not None and by_signal in _HANDED_ON:
+    elif by_signal is not None and by_signal in HANDED_ON:
         code = exit_code_of(by_signal)
     elif not received:
         code = EXIT_RETRY_LATER

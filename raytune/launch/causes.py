@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
 
 from raytune.launch.attempts import NO_ROOM, NODE_LOST, WORKER_DIED, WORKER_HUNG, Failure, cause_line, plain
@@ -36,7 +36,10 @@ def first_failure(folder: RunFolder, attempt: int, error: Exception) -> Failure:
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             message = f"the workers found no place within cluster.start_timeout; {free_in_words()}"
             return _failure(attempt, NO_ROOM, None, places, message, str(error), ())
-        return _failure(attempt, WORKER_DIED, None, places, _in_one_line(str(cause)), str(error), ())
+        # What a worker raised before its own work began, in the set-up of the process group for one.
+        raised = getattr(cause, "cause", None) if isinstance(cause, RayTaskError) else None
+        kind, message = (type(raised).__name__, str(raised)) if raised else (WORKER_DIED, _in_one_line(str(cause)))
+        return _failure(attempt, kind, None, places, message, str(error), ())
     first = records[0]
     late = sorted(rank for rank, where in found.items() if rank not in ranks and not where.waits)
     if late and _is_timeout(first["message"]):
