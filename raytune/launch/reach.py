@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import ray
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
+from ray._private.services import canonicalize_bootstrap_address
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raytune.errors import ClusterError, UserError
@@ -24,16 +25,19 @@ TOKEN_FILE = "~/.ray/auth_token"
 
 
 def ready_for(address: str) -> None:
-    """Make sure that a Ray cluster answers at `host:port` or `ray://host:port`, and turn its token on in this process if it
-    wants one and this user has it. `auto` and other words are for Ray to understand.
+    """Make sure that a Ray cluster answers at `host:port`, `ray://host:port` or on this machine (`auto`), and turn its token on
+    in this process if it wants one and this user has it.
 
     Raises:
         ClusterError: if the name has no address, or nothing or something else answers.
         UserError: if the address is none, or the cluster wants a token that this user does not have.
     """
-    is_client = address.startswith("ray://")
-    if address in ("auto", "local") or ("://" in address and not is_client):
+    if address == "auto":
+        with suppress(ConnectionError):  # there is none: Ray says so itself
+            if found := canonicalize_bootstrap_address(address):
+                ready_for(found)
         return
+    is_client = address.startswith("ray://")
     host, port = _host_and_port(address)
     _connect(address, _resolve(address, host), port)
     if is_client or os.environ.get("RAY_USE_TLS", "0") != "0":  # another protocol, and certificates that Ray knows of
@@ -43,6 +47,11 @@ def ready_for(address: str) -> None:
 
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host.startswith(("http:", "https:")):
+        raise UserError(
+            f"cluster.address (or RAY_ADDRESS) is {address}, a dashboard's. `raytune submit --target {address} ...` sends a job "
+            f"there; to train from here, name the head itself: host:port, 6379 by default. Nothing was started."
+        )
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
             f"cluster.address (or RAY_ADDRESS) is {address!r}, which is neither auto, host:port (6379 is Ray's usual port) nor "
