@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -62,12 +63,17 @@ def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> Non
     awaited = [number for number in HANDED_ON if signal.getsignal(number) is not signal.SIG_IGN] + [signal.SIGCHLD]
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     reading, writing = os.pipe()
+    hearing, heard = os.pipe()
     parent = os.getpid()
     child = os.fork()
     if child:
         os.close(writing)
-        _answer_for(child, reading, awaited, verb, as_json="--json" in arguments)
+        os.close(heard)
+        _answer_for(child, reading, _Signals(child, hearing), awaited, verb, as_json="--json" in arguments)
     os.close(reading)
+    os.close(hearing)
+    os.set_blocking(heard, False)
+    signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
     told = Notes(writing)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -80,15 +86,37 @@ def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> Non
         raise
 
 
-def _answer_for(child: int, reading: int, awaited: Sequence[int], verb: str, *, as_json: bool) -> NoReturn:
+class _Signals:
+    """Hands signals on to the child, unless it got them too: a terminal and `ray job stop` signal a whole group of processes.
+
+    Args:
+        hearing: pipe into which the child's Python writes the number of each signal that reaches it.
+    """
+
+    def __init__(self, child: int, hearing: int) -> None:
+        self._child, self._hearing = child, hearing
+        self._heard, self._handed_on = Counter[int](), Counter[int]()
+        os.set_blocking(hearing, False)
+
+    def hand_on(self, number: int) -> None:
+        with suppress(BlockingIOError):
+            self._heard.update(os.read(self._hearing, 1 << 12))
+        if self._heard[number] > self._handed_on[number]:
+            self._heard[number] -= 1
+            return
+        self._handed_on[number] += 1
+        with suppress(ProcessLookupError):
+            os.kill(self._child, number)
+
+
+def _answer_for(child: int, reading: int, signals: _Signals, awaited: Sequence[int], verb: str, *, as_json: bool) -> NoReturn:
     """Wait for the child, hand signals on to it, and end as it did."""
     received, status = 0, 0
     while True:
         number = signal.sigwaitinfo(awaited).si_signo
         if number != signal.SIGCHLD:
             received = received or number
-            with suppress(ProcessLookupError):
-                os.kill(child, number)
+            signals.hand_on(number)
             continue
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:

@@ -41,8 +41,8 @@ def refuse_what_is_no_dashboard(url: str) -> None:
 
 def _no_dashboard(url: str, what: str) -> UserError:
     return UserError(
-        f"What answers at {url} is no Ray dashboard ({what}). Nothing was sent. The dashboard's port is 8265 by default; the head's "
-        f"own, 6379, is for cluster.address."
+        f"What answers at {url} is no Ray dashboard ({what}). Nothing was sent. The dashboard's port is 8265 by default; the "
+        f"head's own, 6379, is for cluster.address."
     )
 
 

@@ -141,7 +141,7 @@ def refuse_long_folder(folder: str) -> None:
     Raises:
         UserError: naming it, and the most that it may have.
     """
-    longest = f"/ray/session_2026-01-31_23-59-59_999999_{2**22}/sockets/plasma_store"
+    longest = f"/ray/session_2026-01-31_23-59-59_999999_{os.getpid()}/sockets/plasma_store"
     most = LONGEST_SOCKET_PATH - len(longest)
     if len(os.fsencode(os.path.abspath(folder))) > most:
         raise UserError(
