@@ -137,7 +137,10 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
 
 def _create_local(path: Path, data: bytes) -> bool:
     with local_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as below /proc, where nobody can make one
+            raise UserError(f"Cannot make the folder {path.parent} on {os.uname().nodename}: {error.strerror}.") from error
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:

@@ -42,7 +42,7 @@ def first_failure(folder: RunFolder, attempt: int, error: Exception) -> Failure:
         return _failure(attempt, kind, None, places, message, str(error), ())
     first = records[0]
     late = sorted(rank for rank, where in found.items() if rank not in ranks and not where.waits)
-    if late and _is_timeout(first["message"]):
+    if late and _is_collective_timeout(first["kind"], first["message"]):
         message = f"rank {late[0]} was late: it {found[late[0]]}. {_others(found, places, late[:1], waiting=ranks)}"
         return _failure(attempt, WORKER_HUNG, late[0], places, message, first["traceback"], ranks)
     return Failure(
@@ -75,7 +75,7 @@ def _loss(lost: Mapping[int, Exception], places: Mapping[int, Place], found: Map
     """Kind, rank and message where ranks ended without a record of their own."""
     rank = min(lost)
     hung = sorted(rank for rank, cause in lost.items() if isinstance(cause, WorkerHealthCheckTimeoutError))
-    gone = {place.node_id for place in places.values()} - _living_nodes()
+    gone = _dead_nodes()
     for node in sorted({places[rank].node_id for rank in lost if rank in places} & gone):
         on_it = [rank for rank, place in places.items() if place.node_id == node]
         return NODE_LOST, min(on_it), f"node {places[on_it[0]].node} was lost, with {ranks_in_words(on_it)}"
@@ -93,10 +93,10 @@ def _others(found: Mapping[int, Whereabouts], places: Mapping[int, Place], late:
     return "Meanwhile " + "; ".join([*told, *([f"{ranks_in_words(silent)} did not say"] if silent else [])] or ["nobody waited"])
 
 
-def _living_nodes() -> set[str]:
+def _dead_nodes() -> set[str]:
     try:
-        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    except RayError:
+        return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    except RayError:  # then more is lost than a node, and its own watch says so
         return set()
 
 
@@ -107,8 +107,9 @@ def _whereabouts(folder: RunFolder, attempt: int) -> dict[int, Whereabouts]:
         return {}
 
 
-def _is_timeout(message: str) -> bool:
-    return any(words in message.lower() for words in ("timed out", "timeout"))
+def _is_collective_timeout(kind: str, message: str) -> bool:
+    """Whether a rank gave up waiting for the others: what gloo and NCCL raise through torch."""
+    return kind in ("RuntimeError", "DistBackendError") and any(words in message.lower() for words in ("timed out", "timeout"))
 
 
 def _in_one_line(message: str) -> str:

@@ -57,7 +57,11 @@ class _Group(WorkerGroup):
         handle = super()._create_placement_group(*arguments, **named)
         # Ray frees a placement group when the job of its creator ends; before that, where a controller dies with its driver, only
         # a helper does that asks the dashboard, which a cluster need not have (https://github.com/ray-project/ray/pull/58515).
-        write_json(f"{self._run.folder.placement_groups}/{handle.placement_group.id.hex()}.json", {})
+        try:
+            write_json(f"{self._run.folder.placement_groups}/{handle.placement_group.id.hex()}.json", {})
+        except BaseException:
+            handle.shutdown()
+            raise
         return handle
 
     def _init_train_context(self, workers: Any, sync_actor: Any) -> None:

@@ -17,6 +17,8 @@ from raytune.config.problems import ConfigError
 from raytune.errors import ClusterError, RaytuneError, UserError
 from raytune.launch import reach
 from raytune.launch.cluster import refuse_long_folder
+from raytune.launch.lease import hold
+from raytune.run_folder import RunFolder
 from raytune.sweeps.space import check_space
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +106,8 @@ def test_a_missing_package_is_named_with_the_interpreter_that_lacks_it(missing: 
     assert f"The package {missing} is missing: the Python of this process is {sys.executable}" in done.stderr
     assert f"{sys.executable} -m pip install" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_storage_that_nobody_can_make_is_refused_before_a_run_is_held() -> None:
+    with pytest.raises(UserError, match=r"Cannot make the folder /proc/raytune/x/lease"), hold(RunFolder("/proc/raytune", "x")):
+        pass
