@@ -123,16 +123,24 @@ def _refuse_another_cluster(address: str | None) -> None:
 
 
 def _start(section: ClusterSection) -> None:
-    refuse_long_folder(get_default_system_temp_dir())
-    ray.init(
-        address="local",
-        num_cpus=_embedded_cpus(section),
-        include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
-        _system_config={"prestart_worker_first_driver": False},
-    )
+    folder = get_default_system_temp_dir()
+    refuse_long_folder(folder)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=_embedded_cpus(section),
+            include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
+            _system_config={"prestart_worker_first_driver": False},
+        )
+    except Exception as error:  # Ray raises plain ones here
+        logs = f"{folder}/ray/session_latest/logs"
+        raise ClusterError(
+            f"Ray could not start on this machine: {str(error).strip().splitlines()[0]} A machine that is too busy is one reason, "
+            f"a full disk another." + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
+        ) from error
 
 
 def refuse_long_folder(folder: str) -> None:
