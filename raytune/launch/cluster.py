@@ -132,14 +132,14 @@ def _start(section: ClusterSection) -> None:
             include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
             log_to_driver=False,
             logging_level=logging.WARNING,
-            # A Python process per CPU would start at once, and none is of use: a run's processes have an environment of their own.
+            # A Python process per CPU would start at once, and none is of use: a run's have an environment of their own.
             _system_config={"prestart_worker_first_driver": False},
         )
     except Exception as error:  # Ray raises plain ones here
         logs = f"{folder}/ray/session_latest/logs"
         raise ClusterError(
-            f"Ray could not start on this machine: {str(error).strip().splitlines()[0]} A machine that is too busy is one reason, "
-            f"a full disk another." + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
+            f"Ray could not start on this machine: {str(error).strip().splitlines()[0]} A machine that is too busy is one "
+            f"reason, a full disk another." + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
         ) from error
 
 
