@@ -6,6 +6,8 @@
     metrics.jsonl               one line per logged step or evaluation
     events.jsonl                starts, saves, failures, retries
     failures/attempt-1.rank-0.json   what ended a worker
+            /attempt-1.whereabouts.json   where the others were when it was lost
+    places/attempt-1.json       the node of each rank
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
     checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
@@ -96,6 +98,14 @@ class RunFolder:
     @property
     def failures(self) -> str:
         return f"{self.path}/failures"
+
+    def places(self, attempt: int) -> str:
+        """The node of each rank of an attempt."""
+        return f"{self.path}/places/attempt-{attempt}.json"
+
+    def whereabouts(self, attempt: int) -> str:
+        """Where the ranks of an attempt were when one of them was lost."""
+        return f"{self.failures}/attempt-{attempt}.whereabouts.json"
 
     @property
     def leases(self) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserError
+from raytune.missing import OPTIONAL, install_command
 from raytune.units import MIB
 
 CHUNK_BYTES = 8 * MIB
@@ -136,7 +137,10 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
 
 def _create_local(path: Path, data: bytes) -> bool:
     with local_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as below /proc, where nobody can make one
+            raise UserError(f"Cannot make the folder {path.parent} on {os.uname().nodename}: {error.strerror}.") from error
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -493,7 +497,7 @@ def _remote(path: str | Path) -> tuple[Any, str]:
             raise UserError(f"Cannot use {path}: {error}") from error
         raise UserError(
             f"Cannot use {path}: the package {package} is not installed on {os.uname().nodename}. "
-            f"Install it on every node: pip install {package}"
+            f"Install it on every node: {install_command(OPTIONAL[package])}"
         ) from error
     except ValueError as error:
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "abfs"))

@@ -1,8 +1,10 @@
 """The words a user types. Heavy imports happen inside verbs, so that `check` and `explain` answer at once.
 
 Every verb has `--debug` (tracebacks), and `--json` (one JSON value on standard output) but where Ray's own output is shown. Exit
-codes: 0 done, 1 failed, 2 refused as written, 10 try again later, 130 interrupted.
+codes: 0 done, 1 failed, 2 refused as written, 10 try again later, 130 and 143 interrupted.
 """
+
+import sys
 
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
@@ -10,6 +12,7 @@ from raytune.cli.configs import check, explain, schema
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.runs import merge, plan, sweep, train
+from raytune.cli.supervise import Notes, supervised
 
 __all__ = ["cli", "files_and_overrides", "main"]
 
@@ -18,4 +21,7 @@ for verb in (check, explain, schema, plan, train, sweep, merge, cluster, preflig
 
 
 def main() -> None:
-    cli(prog_name="raytune")
+    def answer(notes: Notes) -> None:
+        cli(prog_name="raytune", obj=notes)
+
+    supervised(answer, sys.argv[1:])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides
+from raytune.cli.supervise import notes
 from raytune.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
     expected = expected_rate(expect, config.cluster)
 
     from raytune.clusters.preflight import examine_cluster
+    from raytune.launch.address import named_address
+    from raytune.launch.signals import ends_in_order
     from raytune.storage import absolute
+
+    notes().tell(cluster=named_address(config.cluster))
+    ends_in_order()
 
     storage = absolute(config.storage) if "storage" in config.model_fields_set else None
     _show_findings(examine_cluster(config.cluster, storage, expected_bytes_per_s=expected), as_json)

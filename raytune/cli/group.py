@@ -9,6 +9,7 @@ import click
 
 import raytune
 from raytune.errors import RaytuneError, UserError
+from raytune.missing import is_ours, missing_package
 
 if TYPE_CHECKING:
     from raytune.config.problems import Place
@@ -39,8 +40,17 @@ class Verbs(click.Group):
             else:
                 click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command continues from the newest checkpoint, if the run has one", err=True)
+        except ModuleNotFoundError as error:
+            if ctx.meta.get("debug") or is_ours(error):
+                raise
+            missing = UserError(missing_package(error))
+            if ctx.meta.get("as_json"):
+                click.echo(json.dumps(_error_facts(missing)))
+            else:
+                click.echo(str(missing), err=True)
+            ctx.exit(missing.exit_code)
+        except KeyboardInterrupt as interrupt:
+            click.echo(str(interrupt) or "interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 

@@ -1,17 +1,25 @@
 """Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.supervise import notes
 from raytune.errors import UserError
+from raytune.launch.address import named_address
+from raytune.launch.signals import ends_in_order
 
 if TYPE_CHECKING:
     from raytune.config.run import RunConfig
+    from raytune.plan.run_plan import RunPlan
+    from raytune.sweeps.board import Board
+    from raytune.sweeps.ledger import Known
+    from raytune.sweeps.sweep_plan import SweepPlan
 
 
 @click.command()
@@ -44,6 +52,8 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     else:
         from raytune.launch.run import plan_run
 
+        notes().tell(cluster=named_address(config.cluster))
+        ends_in_order()
         resolved = plan_run(config)
     click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
 
@@ -69,10 +79,21 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
 
         config = winner_config(from_sweep, files, overrides)
 
+    from raytune.launch.cluster_watch import watched_cluster
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
 
-    result = run(config, watch=show_progress)
+    told = notes()
+    told.tell(cluster=named_address(config.cluster))
+
+    @contextmanager
+    def watched(plan: "RunPlan") -> Iterator[None]:
+        told.tell(storage=plan.storage, name=plan.name)
+        with watched_cluster(told.tell), show_progress(plan):
+            yield
+
+    ends_in_order()
+    result = run(config, watch=watched)
     facts, comparison = result.to_json(), None
     if from_sweep is not None:
         from raytune.sweeps.winner import against_trial
@@ -104,6 +125,8 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
         from raytune.sweeps.run import plan_of_sweep
 
+        notes().tell(cluster=named_address(config.cluster))
+        ends_in_order()
         resolved = plan_of_sweep(config, places)
         if as_json:
             click.echo(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
@@ -111,13 +134,23 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
             click.echo(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
         return
 
+    from raytune.launch.cluster_watch import watched_cluster
     from raytune.report.sweep_page import write_sweep_page
     from raytune.sweeps.live import show_sweep
     from raytune.sweeps.progress import show_sweep_result
     from raytune.sweeps.run import sweep
     from raytune.sweeps.winner import require_winner
 
-    result = sweep(config, watch=show_sweep, places=places)
+    told = notes()
+    told.tell(cluster=named_address(config.cluster))
+
+    @contextmanager
+    def watched(plan: "SweepPlan", known: "Known", board: "Board") -> Iterator[None]:
+        with watched_cluster(told.tell), show_sweep(plan, known, board):
+            yield
+
+    ends_in_order()
+    result = sweep(config, watch=watched, places=places)
     page = write_sweep_page(result, dump_yaml(config), result.folder)
     if not as_json:
         show_sweep_result(result)

@@ -26,6 +26,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
+from raytune.clusters.dashboard import refuse_what_is_no_dashboard
 from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
 from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
@@ -66,7 +67,7 @@ def named_target(target: str | None, environ: Mapping[str, str]) -> str:
     """
     if target is None or target == "auto":
         return next((environ[name] for name in ENVIRONMENT if environ.get(name)), LOCAL)
-    if target == LOCAL or target.startswith(("http://", "https://")):
+    if target == LOCAL or (target.startswith(("http://", "https://")) and urlsplit(target).hostname):
         return target.rstrip("/")
     hint = f" Did you mean http://{target}?" if "://" not in target else ""
     raise UserError(f"Target {target!r} is neither local, auto, nor an http:// or https:// address of a dashboard.{hint}")
@@ -126,6 +127,7 @@ class Jobs:
         risk = refuse_open(self.url, has_token=has_token, insecure=insecure)
         if risk:
             _log.warning("%s Going on because of --insecure.", risk)
+        refuse_what_is_no_dashboard(self.url)
         with _answered(self.url), _no_other_address():
             self._client = JobSubmissionClient(self.url)
 

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,29 +11,34 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
+from ray._common.utils import get_default_system_temp_dir
 from ray._private import services
+from ray._private import utils as ray_utils
 from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
+from raytune.launch.address import named_address
 from raytune.launch.host import memory_bytes_here
 from raytune.launch.probe import accelerator_here, probe_accelerator
+from raytune.launch.reach import ready_for
+from raytune.launch.signals import end_in_order
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+LONGEST_SOCKET_PATH = 107
 PACKAGE = Path(__file__).parents[1]
 LOOPBACK = "127.0.0.1"
 
 # The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
 POLL_INTERVAL_S = 0.2
-
-
-def named_address(section: ClusterSection) -> str | None:
-    """The cluster that the user named; None: this machine is to be one for the time of the run."""
-    return section.address or os.environ.get("RAY_ADDRESS")
+# A worker that has not answered for so long is looked at (`worker_group`). A rank that hangs is found within two minutes: this,
+# the look, and the end of the others' process group.
+SILENCE_S = 60.0
+GROUP_END_S = 10.0
 
 
 @contextmanager
@@ -67,24 +71,34 @@ def joined(section: ClusterSection) -> Iterator[None]:
     try:
         if joined_before:  # a notebook's own connection, or a trial of a sweep
             _refuse_another_cluster(section.address)
-        elif address:
-            _join(address, environment)
         else:
-            _start(section)
-        if not joined_before and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _end_in_order)  # Ray has just set its own
+            with _own_signals():
+                if address:
+                    _join(address, environment)
+                else:
+                    _start(section)
         yield
     finally:
         if not joined_before:
             ray.shutdown()
 
 
-def _end_in_order(signal_number: int, frame: object) -> None:
-    """`ray job stop` and Kubernetes ask first: what was started here is ended before this process goes."""
-    sys.exit(128 + signal_number)
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Let a SIGTERM end in order what has been started, while Ray starts too: its own handler ends the process anyhow."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, end_in_order)
+    rays, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = rays
 
 
 def _join(address: str, environment: dict[str, str]) -> None:
+    ready_for(address)
     # Inside a job the working directory carries this package already; from outside, the cluster gets the code that plans the run.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env: dict = {"env_vars": environment} if in_job else {"env_vars": environment, "py_modules": [str(PACKAGE)]}
@@ -92,9 +106,8 @@ def _join(address: str, environment: dict[str, str]) -> None:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RaySystemError, RuntimeError, TimeoutError) as error:
         raise ClusterError(
-            f"No Ray cluster answers at {address} ({type(error).__name__}: {error}). Check cluster.address or RAY_ADDRESS, that "
-            f"the cluster runs Ray {ray.__version__}, and that RAY_AUTH_TOKEN is set if it asks for a token. To run on this "
-            f"machine, unset both addresses."
+            f"No Ray cluster answers at {address} ({type(error).__name__}: {error}). Check cluster.address or RAY_ADDRESS, and "
+            f"that the cluster runs Ray {ray.__version__}. To run on this machine, unset both addresses."
         ) from error
 
 
@@ -111,17 +124,26 @@ def _refuse_another_cluster(address: str | None) -> None:
 
 
 def _start(section: ClusterSection) -> None:
-    with _loopback_kept():
-        ray.init(
-            address="local",
-            num_cpus=_embedded_cpus(section),
-            include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            # A Python process per CPU would start at once, and none is of use: a run's processes have their own environment.
-            _system_config={"prestart_worker_first_driver": False},
-            _node_ip_address=LOOPBACK,
-        )
+    folder = get_default_system_temp_dir()
+    refuse_long_folder(folder)
+    try:
+        with _loopback_kept():
+            ray.init(
+                address="local",
+                num_cpus=_embedded_cpus(section),
+                include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                # A Python process per CPU would start at once, and none is of use: a run's have an environment of their own.
+                _system_config={"prestart_worker_first_driver": False},
+                _node_ip_address=LOOPBACK,
+            )
+    except Exception as error:  # Ray raises plain ones here
+        logs = f"{folder}/ray/session_latest/logs"
+        raise ClusterError(
+            f"Ray could not start on this machine: {str(error).strip().splitlines()[0]} A machine that is too busy is one "
+            f"reason, a full disk another." + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
+        ) from error
 
 
 @contextmanager
@@ -139,6 +161,28 @@ def _loopback_kept() -> Iterator[None]:
         services.resolve_ip_for_localhost = resolve
 
 
+def refuse_long_folder(folder: str) -> None:
+    """Refuse a folder for Ray's files in which the paths of its sockets would be longer than a system takes.
+
+    Raises:
+        UserError: naming it, and the most that it may have.
+    """
+    longest = f"/ray/session_2026-01-31_23-59-59_999999_{os.getpid()}/sockets/plasma_store"
+    most = LONGEST_SOCKET_PATH - len(longest)
+    if len(os.fsencode(os.path.abspath(folder))) > most:
+        raise UserError(
+            f"Ray would keep its files in {folder}, where the paths of its sockets get longer than the {LONGEST_SOCKET_PATH} "
+            f"bytes that a socket's path may have. Set RAY_TMPDIR to a folder with at most {most} characters, such as /tmp. "
+            f"Nothing was started."
+        )
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Ray cannot keep its files in {folder} ({error.strerror}). Set RAY_TMPDIR to a folder of yours."
+        ) from error
+
+
 def _embedded_cpus(section: ClusterSection) -> int:
     """Ray only counts CPUs, it does not give them: more workers than cores share them, slowly but correctly."""
     workers = 1 if section.workers == "auto" else section.workers
@@ -149,6 +193,8 @@ def _worker_environment(section: ClusterSection) -> dict[str, str]:
     """Environment of controller and workers: what Ray, DeepSpeed and the tokenizers read from nowhere else."""
     return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(SILENCE_S),
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(int(GROUP_END_S)),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(section.start_timeout),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(section.collective_timeout),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that nothing listens to yet

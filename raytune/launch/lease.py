@@ -269,6 +269,21 @@ class Holding:
                 remove_empty_folder(self._folder.path)
 
 
+def drop_claim_of(folder: RunFolder, pid: int) -> bool:
+    """Let others claim a run that a process of this machine held until it ended.
+
+    Returns:
+        Whether it held the run.
+    """
+    newest = _look(folder, time.monotonic)
+    lease = newest.lease if newest else None
+    if lease is None or lease.holder.pid != pid or lives(lease.holder) is not False:
+        return False
+    remove_folder(_file(folder, lease.number), folder.path)
+    remove_empty_folder(folder.leases)
+    return True
+
+
 def _file(folder: RunFolder, number: int) -> str:
     return f"{folder.leases}/{number}.json"
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import partial
 
 from raytune.config.run import RunConfig
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, ModelError, RaytuneError, TakenOverError, UserError
+from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ModelError, RaytuneError, TakenOverError, UserError
 from raytune.evaluate.questions import Question, to_json_lines
-from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
-from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
+from raytune.launch.address import named_address
+from raytune.launch.attempts import Decision, Failure, decide, details
+from raytune.launch.cluster import connect, map_on_cluster, this_machine
+from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold
 from raytune.launch.prepare import prepare, refuse_without_cluster
 from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
@@ -38,7 +40,7 @@ class RunFailedError(RaytuneError):
     def __init__(self, message: str, failure: Failure) -> None:
         super().__init__(message)
         self.failure = failure
-        self.exit_code = EXIT_RETRY_LATER if failure.kind in (WORKER_DIED, ClusterError.__name__) else EXIT_FAILED
+        self.exit_code = EXIT_RETRY_LATER if failure.may_pass else EXIT_FAILED
 
     def __reduce__(self) -> tuple:
         return type(self), (self.args[0], self.failure)
@@ -150,11 +152,13 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
             events.write("attempt_started", workers=plan.batch.workers)
             try:
                 failure = attempt(plan, record.attempts, lease.check)
-            except (KeyboardInterrupt, SystemExit):
+            except (KeyboardInterrupt, SystemExit) as end:
                 with suppress(TakenOverError):
                     lease.renew()
                     events.write("run_interrupted")
                     replace(record, state="interrupted").write(folder)
+                if isinstance(end, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"interrupted. {going_on(folder)}") from None
                 raise
             if failure is not None and failure.kind == TakenOverError.__name__:
                 raise TakenOverError(failure.message)
@@ -168,13 +172,15 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
             events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
         if decision is Decision.RAISE:
             replace(record, state="failed", failure=failure.headline).write(folder)
-            raise RunFailedError(_explanation(failure, folder), failure)
+            raise RunFailedError(_explanation(failures, folder), failure)
         try:
             _refuse_changed_base(plan.model)
         except ModelError as error:
             replace(record, state="failed", failure=str(error)).write(folder)
             raise
-        logger.warning("Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline)
+        logger.warning(
+            "Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline.rstrip(".")
+        )
 
 
 def _refuse_changed_base(model: ModelPlan) -> None:
@@ -184,14 +190,18 @@ def _refuse_changed_base(model: ModelPlan) -> None:
         refuse_other_base(model.path, model.content, now)
 
 
-def _explanation(failure: Failure, folder: RunFolder) -> str:
+def _explanation(failures: Sequence[Failure], folder: RunFolder) -> str:
+    """What a person reads when a run has failed; its last line is the cause."""
+    failure = failures[-1]
     others = ", ".join(str(rank) for rank in failure.collateral)
-    return "\n".join(
-        [
-            f"Training failed in attempt {failure.attempt}: {failure.headline}",
-            *(failure.message.strip().splitlines()[1:]),
-            *([f"Rank {others} ended after it, as a consequence."] if others else []),
-            f"Tracebacks: {folder.failures}.",
-            f"The same command goes on from the newest checkpoint in {folder.checkpoints}, if there is one.",
-        ]
-    )
+    # Why there was no room for an attempt, for one.
+    before = [one for one in failures[:-1] if failure.may_pass and one.cause != failure.cause]
+    lines = [
+        *([f"Rank {others} ended after it, as a consequence."] if others else []),
+        *([where] if (where := tracebacks(folder, failure.attempt)) else []),
+        *([going_on(folder)] if failure.may_pass else []),
+        *details(failure.message),
+        f"Training failed in attempt {failure.attempt}: {failure.headline}"
+        + "".join(f" (attempt {one.attempt} had ended by {one.headline})" for one in before[-1:]),
+    ]
+    return "\n".join(lines)

@@ -12,15 +12,13 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune.launch.attempts import WORKER_DIED, Failure
+from raytune.launch.attempts import Failure
+from raytune.launch.causes import first_failure
+from raytune.launch.worker_group import Controller, RunOf, release_placement_groups
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import list_folder, read_json, remove_folder, write_json
 from raytune.training.worker import train_worker
 
 INTERRUPT_TIMEOUT_S = 20.0
@@ -57,7 +55,7 @@ def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | Non
             name=f"attempt-{attempt}",
             storage_path=folder.ray,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            callbacks=[_NotedPlacementGroup(folder)],  # pyright: ignore[reportArgumentType]  (Ray takes its own kinds too)
+            callbacks=[RunOf(folder, attempt)],  # pyright: ignore[reportArgumentType]  (Ray takes its own kinds too)
         ),
     )
     try:
@@ -65,29 +63,6 @@ def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | Non
     finally:
         release_placement_groups(folder)
     return None if error is None else first_failure(folder, attempt, error)
-
-
-class _NotedPlacementGroup(WorkerGroupCallback):
-    """Writes down what the workers of a run hold, in the controller.
-
-    Ray frees a placement group when the job of its creator ends; before that, where a controller dies with its driver, only a
-    helper does that asks the dashboard, which a cluster need not have (https://github.com/ray-project/ray/pull/58515).
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group.id.hex()
-        write_json(f"{self._folder.placement_groups}/{group}.json", {})
-
-
-def release_placement_groups(folder: RunFolder) -> None:
-    """Free what worker groups of a run still hold; its controllers must have ended."""
-    for name in list_folder(folder.placement_groups):
-        group = PlacementGroupID(bytes.fromhex(name.removesuffix(".json")))
-        remove_placement_group(PlacementGroup(group))
-        remove_folder(f"{folder.placement_groups}/{name}", folder.placement_groups)
 
 
 class _Trainer(TorchTrainer):
@@ -98,9 +73,9 @@ class _Trainer(TorchTrainer):
     _is_ended = False
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        # As in Ray, but that the handle is kept.
+        # As in Ray, but that the handle is kept and the controller is ours.
         self._controller = (
-            ray.remote(TrainController)
+            ray.remote(Controller)
             .options(
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
@@ -149,43 +124,3 @@ def _ended_with(trainer: _Trainer, check: Callable[[], None]) -> Exception | Non
         trainer.end()
         thread.join(timeout=INTERRUPT_TIMEOUT_S)
         raise
-
-
-def first_failure(folder: RunFolder, attempt: int, error: Exception) -> Failure:
-    """The earliest of the workers' own records; a rank that Ray lost without one comes before the survivors it took along."""
-    prefix = f"attempt-{attempt}."
-    records = sorted(
-        (read_json(f"{folder.failures}/{name}") for name in list_folder(folder.failures) if name.startswith(prefix)),
-        key=lambda record: record["time"],
-    )
-    ranks = tuple(record["rank"] for record in records)
-    lost = [rank for rank in getattr(error, "worker_failures", {}) if rank not in ranks]
-    if lost or not records:
-        cause = error.worker_failures[lost[0]] if lost else getattr(error, "controller_failure", error)  # pyright: ignore[reportAttributeAccessIssue]
-        return Failure(
-            attempt=attempt,
-            rank=lost[0] if lost else None,
-            node=None,
-            kind=WORKER_DIED,
-            message=_in_one_line(str(cause)),
-            traceback=str(error),
-            collateral=ranks,
-        )
-    first = records[0]
-    return Failure(
-        attempt=attempt,
-        rank=first["rank"],
-        node=first["node"],
-        kind=first["kind"],
-        message=first["message"],
-        traceback=first["traceback"],
-        collateral=ranks[1:],
-    )
-
-
-def _in_one_line(message: str) -> str:
-    """Ray's report of a dead process without its addresses and advice."""
-    for line in message.splitlines():
-        if "Worker exit detail:" in line:
-            return "the process died: " + line.split("Worker exit detail:")[1].split("Some common causes")[0].strip()
-    return message.strip().splitlines()[0] if message.strip() else "the process died without a message"

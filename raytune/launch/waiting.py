@@ -25,18 +25,19 @@ def wait_for(task: ray.ObjectRef, what: str, timeout_s: float) -> Any:
     """
     ready, _ = ray.wait([task], timeout=min(QUIET_S, timeout_s))
     if not ready and timeout_s > QUIET_S:
-        _log.warning("waiting for %s, at most %s; %s", what, format_seconds(timeout_s), _free())
+        _log.warning("waiting for %s, at most %s; %s", what, format_seconds(timeout_s), free_in_words())
         ready, _ = ray.wait([task], timeout=timeout_s - QUIET_S)
     if not ready:
         ray.cancel(task, force=True)
         raise ClusterError(
-            f"Waited {format_seconds(timeout_s)} (cluster.start_timeout) for {what}, in vain; {_free()}. Try again when other "
-            f"jobs have ended (`ray status` shows who holds what), or raise cluster.start_timeout."
+            f"Waited {format_seconds(timeout_s)} (cluster.start_timeout) for {what}, in vain; {free_in_words()}. Try again when "
+            f"other jobs have ended (`ray status` shows who holds what), or raise cluster.start_timeout."
         )
     return ray.get(task)
 
 
-def _free() -> str:
+def free_in_words() -> str:
+    """What of the cluster nobody holds, for messages."""
     total, available = ray.cluster_resources(), ray.available_resources()
     parts = [f"{available.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in total]
     return "free in the cluster: " + (", ".join(parts) or "no CPU and no GPU")

@@ -7,7 +7,8 @@ from functools import partial
 from raytune.config.load import config_diff, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
-from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
+from raytune.launch.address import named_address
+from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.lease import hold
 from raytune.launch.record import read_plan, readable, refuse_another_run, refuse_changes
 from raytune.metrics import History
@@ -67,7 +68,10 @@ def sweep(
         board = Board(resolved.plan.mode)
         with closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger, watch(resolved.plan, ledger.known, board):
             search = _search(config, folder, planner, resolved, ledger, board)
-            run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
+            try:
+                run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("interrupted. The same command continues the sweep; ended trials stay.") from None
         result = collect(folder, resolved.plan, list(section_of(config).space))
         _write(folder, planner, result)
     return result

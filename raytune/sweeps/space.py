@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from raytune.config.expressions import Expression, ExpressionError
@@ -20,6 +21,7 @@ from raytune.config.readers import Unread, unread, without
 from raytune.config.run import RunConfig
 from raytune.config.space import parsed, references
 from raytune.config.sweep import Dimension, SweepSection
+from raytune.missing import install_command
 from raytune.sweeps.trial import Trial
 
 MAX_CORNERS = 1024
@@ -285,6 +287,9 @@ def check_space(run: RunConfig, places: Places | None = None) -> None:
             here = {key.key: key for key in _fixed_unread(config, values)}
             unread_everywhere = here if unread_everywhere is None else {k: here[k] for k in here if k in unread_everywhere}
 
+    if section.search == "optuna" and find_spec("optuna") is None:
+        message = f"needs the package optuna, which is not installed here: {install_command('optuna')}"
+        note([Problem(WRONG_VALUE, Place("sweep.search"), "sweep.search", message)])
     for chooser in (*_corner_choosers(space), *firsts):
         values, problems = _point(space, chooser)
         note(problems)

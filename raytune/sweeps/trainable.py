@@ -20,9 +20,10 @@ from ray import tune
 from raytune.config.run import RunConfig
 from raytune.errors import EXIT_RETRY_LATER, RaytuneError, RunHeldError
 from raytune.launch.attempts import Failure
+from raytune.launch.causes import first_failure
 from raytune.launch.lease import EXPIRES_S
 from raytune.launch.run import Attempt, RunFailedError, train_plan
-from raytune.launch.trainer import first_failure, fit
+from raytune.launch.trainer import fit
 from raytune.metrics import History
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan

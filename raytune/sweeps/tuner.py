@@ -16,7 +16,7 @@ from ray.tune.stopper import NoopStopper, Stopper
 
 from raytune.errors import ClusterError, RaytuneError
 from raytune.launch.record import RunRecord
-from raytune.launch.trainer import release_placement_groups
+from raytune.launch.worker_group import release_placement_groups
 from raytune.plan.run_plan import ClusterPlan
 from raytune.run_folder import SweepFolder
 from raytune.storage import remove_folder

@@ -13,6 +13,7 @@ import ray.train.torch
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
+from raytune.training.whereabouts import findable
 
 
 def train_worker(config: dict) -> None:
@@ -41,7 +42,8 @@ def recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
     """Context in which a rank trains: without noise, and with a record of whatever ends it."""
     _quiet()
     try:
-        yield
+        with findable():
+            yield
     except Exception as error:
         # Survivors of a dead rank fail too, a moment later: the driver shows the earliest record first.
         with suppress(Exception):  # what made the run fail may be the storage itself

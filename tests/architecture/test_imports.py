@@ -9,7 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
-FLOORS = ["", "config", "plan", "data", "model", "evaluate", "training", "launch", "sweeps", "report", "clusters", "api", "cli"]
+FLOORS = [
+    "",
+    "config",
+    "plan",
+    "data",
+    "model",
+    "evaluate",
+    "training",
+    "launch",
+    "sweeps",
+    "report",
+    "clusters",
+    "api",
+    "cli",
+    "entry",
+]
 OWNERS = {
     "deepspeed": {"training/zero_engine.py"},
     "ray": {

@@ -28,7 +28,11 @@ def one_node() -> Iterator[Cluster]:
 
 
 @contextmanager
-def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
+def running_cluster(cpus_of_nodes: list[int], gpus_of_head: int = 0) -> Iterator[Cluster]:
+    """
+    Args:
+        gpus_of_head: that Ray counts; none need be there.
+    """
     # Ray's sockets lie in this folder, and the path of a socket has at most 107 characters.
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     before = dict(os.environ)
@@ -39,7 +43,11 @@ def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     head, *others = cpus_of_nodes
     # Free ports: the agent that starts jobs has a fixed one by default, and dies if another cluster on this machine holds it.
     ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-    started = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, **ports})
+    started = Cluster(
+        initialize_head=True,
+        connect=False,
+        head_node_args={"num_cpus": head, "num_gpus": gpus_of_head, "include_dashboard": True, **ports},
+    )
     try:
         for num_cpus in others:
             started.add_node(num_cpus=num_cpus)

@@ -77,7 +77,18 @@ def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int
     code, messages = interrupted(arguments, number, lambda: History.read(metrics).last_step >= 2, ray_tmp)
     assert code == exit_code
     assert json.loads((tmp_path / "quickstart/run.json").read_text())["state"] == "interrupted"
-    assert number != signal.SIGINT or "the same command continues" in messages
+    assert number != signal.SIGINT or "the same command starts the run from its beginning" in messages
+
+
+@SIGNALS
+def test_a_signal_while_ray_starts_ends_in_order_too(
+    number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str
+) -> None:
+    arguments = ["train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}"]
+    code, messages = interrupted(arguments, number, lambda: bool(processes_of(ray_tmp)), ray_tmp)
+    assert code == exit_code
+    assert "Traceback" not in messages
+    assert not (tmp_path / "quickstart").exists(), "nobody holds the run any more"
 
 
 @SIGNALS
@@ -98,4 +109,4 @@ def test_an_interrupted_sweep_ends_in_order_and_none_of_its_trials_counts_as_end
     assert known.ends == {}
     states = {json.loads(path.read_text())["state"] for path in tmp_path.glob("quickstart-sweep/trials/*/run.json")}
     assert states == {"interrupted"}
-    assert number != signal.SIGINT or "the same command continues" in messages
+    assert number != signal.SIGINT or "The same command continues the sweep" in messages

@@ -128,7 +128,7 @@ def judge_op_locks(facts: MachineFacts) -> Finding:
 
 def judge_token_file(facts: MachineFacts) -> Finding:
     if facts.token_file is None or facts.token_file_mode is None:
-        return ok("token file", "none")
+        return ok("token file", "none; for a cluster that wants a token, copy ~/.ray/auth_token of its head here (mode 600)")
     seen = f"{facts.token_file} has mode {facts.token_file_mode:03o}"
     if facts.token_file_mode & 0o077:
         return warn("token file", f"{seen}: other users can read it", f"chmod 600 {facts.token_file}")

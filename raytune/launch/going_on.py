@@ -1,0 +1,26 @@
+"""What the same command does when it is given again: said where a run ends early, and only what is true."""
+
+from raytune.errors import RaytuneError
+from raytune.run_folder import RunFolder
+from raytune.storage import list_folder
+from raytune.training.commit import committed
+
+
+def going_on(folder: RunFolder) -> str:
+    """A sentence about the newest checkpoint, or about there being none."""
+    try:
+        newest = max((commit.step for commit in committed(folder)), default=None)
+    except (RaytuneError, OSError):
+        return f"Whether {folder.path} holds a checkpoint to continue from cannot be seen now."
+    if newest is None:
+        return "No checkpoint was committed yet, so the same command starts the run from its beginning."
+    return f"The same command continues from step {newest}, the newest checkpoint ({folder.checkpoint(newest)})."
+
+
+def tracebacks(folder: RunFolder, attempt: int) -> str | None:
+    """Where workers of an attempt have left tracebacks; None if they have not."""
+    try:
+        left = any(name.startswith(f"attempt-{attempt}.rank-") for name in list_folder(folder.failures))
+    except (RaytuneError, OSError):
+        return None
+    return f"Tracebacks: {folder.failures}" if left else None

@@ -1,0 +1,32 @@
+"""What to say where a package is not installed. Standard library only: it may be any package that is missing."""
+
+import os
+import sys
+from pathlib import Path
+
+PACKAGE = "raytune"
+OPTIONAL = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna"}
+"""Extra of raytune that brings a package which not everybody needs."""
+
+
+def install_command(extra: str | None = None) -> str:
+    """What installs raytune with everything that it needs for the Python of this process."""
+    checkout = Path(__file__).parents[1]
+    suffix = f"[{extra}]" if extra else ""
+    target = f"-e '{checkout}{suffix}'" if (checkout / "pyproject.toml").exists() else f"'{PACKAGE}{suffix}'"
+    return f"{sys.executable} -m pip install {target}"
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """The message for a module that cannot be imported."""
+    name = (error.name or str(error)).partition(".")[0]
+    return (
+        f"The package {name} is missing: the Python of this process is {sys.executable} (version "
+        f"{'.'.join(map(str, sys.version_info[:3]))}) on {os.uname().nodename}. If another Python there has it, start raytune "
+        f"with that one by its full path; else install what raytune needs, on every node: {install_command(OPTIONAL.get(name))}"
+    )
+
+
+def is_ours(error: ModuleNotFoundError) -> bool:
+    """Whether a module of raytune itself cannot be found, which is a fault of raytune."""
+    return (error.name or "").partition(".")[0] == PACKAGE
