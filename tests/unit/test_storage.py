@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from raytune import storage
 from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserError
+from raytune.object_store import retry
 from raytune.storage import Digest
 
 
@@ -70,8 +71,8 @@ fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Retries do not wait; the list collects what they would have waited."""
     waited: list[float] = []
-    monkeypatch.setitem(storage.retry.__kwdefaults__, "sleep", waited.append)
-    monkeypatch.setitem(storage.retry.__kwdefaults__, "clock", lambda: sum(waited))
+    monkeypatch.setitem(retry.__kwdefaults__, "sleep", waited.append)
+    monkeypatch.setitem(retry.__kwdefaults__, "clock", lambda: sum(waited))
     FaultyFileSystem.faults = []
     return waited
 
