@@ -1,13 +1,17 @@
 """Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
-from raytune.errors import UserError
+from raytune.errors import RaytuneError, UserError
+
+if TYPE_CHECKING:
+    from raytune.config.run import RunConfig
 
 
 @click.command()
@@ -51,13 +55,11 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 @debug_option
 def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
-    from raytune.config.load import as_one_run, load_config
-
     files, overrides = files_and_overrides(arguments)
     if from_sweep is None:
         if not files:
             raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
-        config = as_one_run(load_config(files, overrides, check_files=True))
+        config = _config_to_train(files, overrides)
     else:
         from raytune.sweeps.winner import winner_config
 
@@ -138,6 +140,25 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_ba
 
     merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base, any_base=any_base)
     click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+def _config_to_train(files: list[str], overrides: list[str]) -> "RunConfig":
+    """The config, with its files checked; a run that has finished needs them no more."""
+    from raytune.config.load import as_one_run, load_config
+    from raytune.config.problems import ConfigError
+
+    try:
+        return as_one_run(load_config(files, overrides, check_files=True))
+    except ConfigError:
+        from raytune.launch.finished import answer
+        from raytune.run_folder import RunFolder
+        from raytune.storage import absolute
+
+        with suppress(RaytuneError):
+            config = as_one_run(load_config(files, overrides))
+            if answer(config, RunFolder(absolute(config.storage), config.name)):
+                return config
+        raise
 
 
 def _count(text: str) -> int:

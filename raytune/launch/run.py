@@ -12,6 +12,7 @@ from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, ModelErr
 from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
+from raytune.launch.finished import answer, damage, is_finished
 from raytune.launch.lease import Holding, hold
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
@@ -57,7 +58,10 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         TakenOverError: if another command took the run over while this one gave no sign of life.
         RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
     """
-    with _held_unless_finished(RunFolder(absolute(config.storage), config.name)) as lease, connect(config.cluster) as machine:
+    folder = RunFolder(absolute(config.storage), config.name)
+    if result := answer(config, folder):
+        return result
+    with _held_unless_finished(folder) as lease, connect(config.cluster) as machine:
         prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
         return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease)
 
@@ -89,8 +93,7 @@ def train_plan(
 @contextmanager
 def _held_unless_finished(folder: RunFolder) -> Iterator[Holding | None]:
     """A finished run is only read, by any number of commands at once and where nobody may write."""
-    record = RunRecord.read(folder)
-    with nullcontext() if record and record.state == "finished" else hold(folder) as lease:
+    with nullcontext() if is_finished(folder) else hold(folder) as lease:
         yield lease
 
 
@@ -100,14 +103,13 @@ def _train_held(
     folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
     refuse_another_run(folder, plan)
-    if known and known.state == "finished":
+    if lease is None or (known and known.state == "finished" and not any(damage(folder))):  # by now, where there is a lease
         return RunResult.read(folder)
     if known and not config.checkpoint.resume:
         raise UserError(
             f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
             f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
         )
-    assert lease is not None, "a run that is not finished is held"
     refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
     record = known or RunRecord(
         name=plan.name,
