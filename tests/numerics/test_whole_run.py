@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
+from raytune.launch.run import train_plan
 from raytune.metrics import EventLog, read_events
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -278,3 +282,26 @@ def test_the_events_of_a_run_that_fails_are_all_there(tmp_path: Path, monkeypatc
     while not read_events(folder.events) and time.monotonic() < deadline:
         time.sleep(0.05)  # the save of step 3 may still be writing its line
     assert [event["event"] for event in read_events(folder.events)] == ["checkpoint_saved"]
+
+
+def test_a_damaged_finished_run_is_exported_again_from_its_checkpoint_and_not_trained_again(tmp_path: Path) -> None:
+    resolved = config_from(config(tmp_path, {}))
+    prepared = prepare(resolved, this_machine(resolved.cluster), map)
+    folder, attempts = RunFolder(prepared.plan.storage, prepared.plan.name), []
+
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> None:
+        attempts.append(number)
+        train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=number, report=lambda metrics: None, check=check))
+
+    first = train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
+    weights = Path(first.model_path, "adapter_model.safetensors")
+    content = weights.read_bytes()
+    train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
+    assert attempts == [1], "a finished run is only read"
+    for spoil in (lambda: weights.write_bytes(content[:100]), lambda: shutil.rmtree(folder.model), lambda: os.remove(folder.result)):
+        spoil()
+        again = train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
+        assert weights.read_bytes() == content
+        assert again.metrics == first.metrics
+        assert again.history.points == first.history.points, "no step was made again"
+    assert attempts == [1, 2, 3, 4]
