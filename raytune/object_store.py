@@ -1,8 +1,7 @@
-"""Calls to an object store behind an fsspec URL: every one with limits, and again with words while it fails for a reason that may
-pass.
+"""Calls to an object store behind an fsspec URL: with limits, and again with words while they fail for a reason that may pass.
 
-What a call may wait for, from the inside out: a connection and the next bytes on it (the client's limits, where we know how to set
-them), the next sign of progress (`in_time`, whatever the client does), and the storage as a whole (`retry`). A store that
+What a call may wait for, from the inside out: a connection and the next bytes on it (the client's limits, where we know how to
+set them), the next sign of progress (`in_time`, whatever the client does), and the storage as a whole (`retry`). A store that
 accepts connections and never answers therefore ends a run within minutes, with exit code 10, and never holds it for ever.
 """
 
@@ -33,7 +32,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 
 CONNECT_LIMIT_S, READ_LIMIT_S = 10.0, 15.0
 TRIES_OF_CLIENT = 3
-# Longer than the client's own tries take together: what is given up here sends nothing any more that could overtake a later write.
+# Longer than the client's own tries take together: what is given up here sends nothing more that could overtake a later write.
 CALL_LIMIT_S = 60.0
 SLOWEST_BYTES_PER_S = MIB / 16
 """A link that moves less is taken for a dead one."""
@@ -85,7 +84,7 @@ def file_system(path: str | Path) -> tuple[Any, str]:
 
 
 def _client_limits(protocol: str) -> dict[str, Any]:
-    """Limits on connecting and on reading, as the client of a protocol takes them; what the user has set for fsspec goes first."""
+    """Limits on connecting and on reading, as the client of a protocol takes them; what fsspec's own files say goes first."""
     from fsspec.config import conf
 
     if protocol in ("s3", "s3a"):

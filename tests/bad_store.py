@@ -1,4 +1,4 @@
-"""An object store that misbehaves on purpose: a TCP server that does one thing per connection, or passes it on to a good store."""
+"""An object store that misbehaves on purpose: a TCP server that spoils a connection, or passes it on to a good store."""
 
 import socket
 import threading
@@ -27,7 +27,8 @@ class BadStore:
     """
 
     def __init__(self, *faults: Fault, upstream: tuple[str, int] | None = None) -> None:
-        self.faults, self.upstream = list(faults), upstream
+        self.faults: list[Fault] = list(faults)
+        self.upstream = upstream
         self.num_connections = 0
         self._over = threading.Event()
         self._socket = socket.create_server(("127.0.0.1", 0))

@@ -1,5 +1,4 @@
-"""A run that has finished: read again from its folder, without a cluster, its data or its base; and told from one whose files have
-been damaged since."""
+"""A run that has finished: read again from its folder, without a cluster, its data or its base, unless its files were damaged."""
 
 import logging
 from collections.abc import Iterator
@@ -28,8 +27,8 @@ _log = logging.getLogger(__name__)
 def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
     """The result of the finished run that a config asks for, from its folder alone.
 
-    What was asked then is compared with what is asked now. That data and base are still those that were read is taken for granted:
-    nothing is trained on them any more.
+    What was asked then is compared with what is asked now. That data and base are still those that were read is taken for
+    granted: nothing is trained on them any more.
 
     Returns:
         None if there is no such run, if its files are damaged, or if the config differs in more than what changes no numbers:

@@ -49,8 +49,8 @@ def refuse_small_nvme(plan: RunPlan, rank: int, world_size: int) -> None:
     if short:
         listed = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
         raise PlanError(
-            f"{path} has no room for what training.zero offloads to nvme: {'; '.join(short)} ({listed} per worker). Free some space "
-            f"there, name a larger disk in training.zero.nvme_path, use more workers on other nodes, or set "
+            f"{path} has no room for what training.zero offloads to nvme: {'; '.join(short)} ({listed} per worker). "
+            f"Free some space there, name a larger disk in training.zero.nvme_path, use more workers on other nodes, or set "
             f"training.zero.offload_optimizer and offload_parameters to cpu."
         )
 

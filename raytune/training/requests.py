@@ -1,9 +1,9 @@
 """What is asked of a run while it trains, agreed among its ranks at log steps.
 
-A request comes to one rank first: its clock says that a save is due, for example. A rank that acted on what it alone has heard would
-wait for the others in a collective that they are not in. So at log steps, where ranks wait for each other anyway, every rank says
-what it has heard, and all of them act on all of it. One gather serves every kind of request; a run of which nothing can be asked
-makes none.
+A request comes to one rank first: its clock says that a save is due, for example. A rank that acted on what it alone has heard
+would wait for the others in a collective that they are not in. So at log steps, where ranks wait for each other anyway, every
+rank says what it has heard, and all of them act on all of it. One gather serves every kind of request; a run of which nothing
+can be asked makes none.
 """
 
 import time

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -261,7 +261,7 @@ def test_ranks_save_together_when_the_time_has_come(tmp_path: Path) -> None:
 
 
 def test_the_events_of_a_run_that_fails_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EventLog.__init__.__kwdefaults__, "upload_every_s", 3600.0)
+    monkeypatch.setitem(cast("dict[str, Any]", EventLog.__init__.__kwdefaults__), "upload_every_s", 3600.0)
     url = f"memory://{tmp_path.name}"
     changes = {"data": {"store": str(tmp_path / "stores")}, "checkpoint": {"every_steps": 3}}
     resolved = config_from(config(tmp_path, changes) | {"storage": url})
@@ -298,7 +298,8 @@ def test_a_damaged_finished_run_is_exported_again_from_its_checkpoint_and_not_tr
     content = weights.read_bytes()
     train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
     assert attempts == [1], "a finished run is only read"
-    for spoil in (lambda: weights.write_bytes(content[:100]), lambda: shutil.rmtree(folder.model), lambda: os.remove(folder.result)):
+    truncate, remove = lambda: weights.write_bytes(content[:100]), lambda: shutil.rmtree(folder.model)
+    for spoil in (truncate, remove, lambda: os.remove(folder.result)):
         spoil()
         again = train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
         assert weights.read_bytes() == content

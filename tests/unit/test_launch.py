@@ -158,8 +158,8 @@ def test_a_finished_run_is_answered_without_a_cluster_its_data_or_its_base(folde
     result = run(finished)
     assert (result.best_step, result.model_path) == (4, folder.model)
     assert not ray.is_initialized()
-    elsewhere = finished.model_copy(update={"cluster": finished.cluster.model_copy(update={"workers": 8, "address": "1.2.3.4:6379"})})
-    assert run(elsewhere).best_step == 4
+    elsewhere = finished.cluster.model_copy(update={"workers": 8, "address": "1.2.3.4:6379"})
+    assert run(finished.model_copy(update={"cluster": elsewhere})).best_step == 4
 
 
 def test_any_number_of_commands_read_a_finished_run_where_nobody_may_write(folder: RunFolder, finished: RunConfig) -> None:

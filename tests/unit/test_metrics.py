@@ -256,7 +256,8 @@ def test_a_follower_knows_what_a_reader_knows_wherever_the_file_is_cut(data: st.
         resumed = data.draw(st.integers(0, reached))
         lines.append({"attempt": attempt, "time": 1.0, "resumed_step": resumed})
         reached = data.draw(st.integers(resumed, resumed + 5))
-        lines += [{"attempt": attempt, "time": 2.0, "step": step, "loss": float(step)} for step in range(resumed + 1, reached + 1)]
+        steps = range(resumed + 1, reached + 1)
+        lines += [{"attempt": attempt, "time": 2.0, "step": step, "loss": float(step)} for step in steps]
         if attempt > 1 and data.draw(st.booleans()):
             lines.append({"attempt": attempt - 1, "time": 2.0, "step": reached + 1, "loss": 0.0})
     content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
@@ -307,10 +308,15 @@ def test_a_line_that_is_none_is_named(path: str) -> None:
 # --- Ends --------------------------------------------------------------------------------------------------------------------
 
 
-def test_whatever_ends_a_block_the_events_are_written(path: str) -> None:
-    with pytest.raises(ZeroDivisionError), EventLog(path, attempt=1, upload_every_s=3600) as events:
+def start_and_fail(path: str) -> None:
+    with EventLog(path, attempt=1, upload_every_s=3600) as events:
         events.write("started")
         raise ZeroDivisionError
+
+
+def test_whatever_ends_a_block_the_events_are_written(path: str) -> None:
+    with pytest.raises(ZeroDivisionError):
+        start_and_fail(path)
     assert [event["event"] for event in read_events(path)] == ["started"]
 
 
@@ -322,9 +328,8 @@ def test_what_ends_a_block_is_told_though_the_storage_is_away_too(
 
     monkeypatch.setattr("raytune.metrics.write_bytes", away)
     url = f"memory://{uuid.uuid4().hex}/events.jsonl"
-    with pytest.raises(ZeroDivisionError), EventLog(url, attempt=1, upload_every_s=3600) as events:
-        events.write("started")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        start_and_fail(url)
     assert "the storage does not answer" in caplog.text
     with pytest.raises(ClusterError), EventLog(url, attempt=1, upload_every_s=3600) as events:
         events.write("started")
