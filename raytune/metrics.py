@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from raytune.errors import RaytuneError, UserError
-from raytune.storage import exists, is_local, local_errors, local_path, read_bytes, read_from, write_bytes
+from raytune.local_files import local_errors
+from raytune.storage import exists, is_local, local_path, read_bytes, read_from, write_bytes
 
 # An object store cannot append: the whole file is written again, at most this often. Events are few, and the last ones before
 # a process dies tell most.

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from raytune.errors import ClusterError, UserError
-from raytune.local_files import create_file, local_errors, move_local_folder, replace_file, sync_local_folder
+from raytune.local_files import create_file, local_errors, replace_file
 from raytune.object_store import bucket_must_exist, in_time, limit_of, moved, retry, shown, upload_must_arrive
 from raytune.units import MIB
-
-__all__ = ["local_errors", "move_local_folder", "sync_local_folder"]  # and every verb below
 
 CHUNK_BYTES = 8 * MIB
 MOST_PARTS = 9_000

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raytune import storage
 from raytune.errors import PlanError
+from raytune.local_files import local_errors
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import gather_objects
 from raytune.training.peers import Peers
@@ -57,7 +58,7 @@ def refuse_small_nvme(plan: RunPlan, rank: int, world_size: int) -> None:
 
 def _room(path: Path) -> int:
     """Bytes that DeepSpeed may have there: those that are free, and its own old files."""
-    with storage.local_errors(path):
+    with local_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
