@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import ray
+from click.testing import CliRunner
 from rich.console import Console
 
+from raytune.cli import cli
 from raytune.config.cluster import ClusterSection
+from raytune.config.load import load_config
 from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster import nodes_for_workers
@@ -221,3 +224,19 @@ def test_a_result_without_a_list_of_files_is_believed(folder: RunFolder, finishe
     """Written by a raytune that made none."""
     change(folder.result, model_files=None)
     assert is_finished(folder)
+
+
+def test_train_of_a_finished_run_needs_no_file_that_the_config_names(
+    folder: RunFolder, finished: RunConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"name: tiny\nstorage: {folder.storage}\nmodel: {{base: {tmp_path}/gone}}\ndata: {{train: {tmp_path}/gone.jsonl}}"
+    )
+    refused = CliRunner().invoke(cli, ["train", str(file), "--json"])
+    assert refused.exit_code == 2
+    assert "is not on this machine" in refused.output
+    change(folder.run, config=load_config([file]).model_dump(mode="json"))
+    done = CliRunner().invoke(cli, ["train", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["best_step"] == 4
