@@ -1,8 +1,10 @@
 """A run that has finished: read again from its folder, without a cluster, its data or its base, unless its files were damaged."""
 
+import glob
 import logging
 from collections.abc import Iterator
 from json import JSONDecodeError
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -12,7 +14,7 @@ from raytune.errors import UserError
 from raytune.launch.record import RunRecord
 from raytune.launch.result import RunResult
 from raytune.run_folder import RunFolder
-from raytune.storage import exists, file_sizes, read_json
+from raytune.storage import exists, file_sizes, is_local, local_path, read_json
 from raytune.training.commit import committed
 
 FREE = (
@@ -27,12 +29,12 @@ _log = logging.getLogger(__name__)
 def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
     """The result of the finished run that a config asks for, from its folder alone.
 
-    What was asked then is compared with what is asked now. That data and base are still those that were read is taken for
-    granted: nothing is trained on them any more.
+    What was asked then is compared with what is asked now. Of data and base it only looks at the dates of files that are still
+    there.
 
     Returns:
-        None if there is no such run, if its files are damaged, or if the config differs in more than what changes no numbers:
-        whether it asks for another run is then for the plan to say.
+        None if there is no such run, if its files are damaged, if the config differs in more than what changes no numbers, or if
+        a file that it names has changed since: whether it asks for another run is then for the plan to say.
 
     Raises:
         UserError: if it is damaged beyond repair.
@@ -45,11 +47,21 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
     except ValidationError:  # the config of another raytune; the plan is compared by what both know
         return None
     changes = config_diff(asked_then, config)
-    if not all(key.startswith(FREE) for key, _, _ in changes) or not is_finished(folder):
+    if not all(key.startswith(FREE) for key, _, _ in changes) or _has_changed(config, record.created) or not is_finished(folder):
         return None
     if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation."))]:
         _log.warning("Run %r has finished before; what has changed since is not applied to it: %s.", folder.name, ", ".join(idle))
     return RunResult.read(folder)
+
+
+def _has_changed(config: RunConfig, since: float) -> bool:
+    """Whether a local file of data or base was written, replaced or moved there after `since` (seconds since 1970)."""
+    generation = config.evaluation.generation
+    sources = [*config.data.train, *config.data.validation, *(generation.rows if generation else [])]
+    paths = [path for path in (config.model.base, *(source.path for source in sources)) if is_local(path)]
+    named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
+    files = [file for name in named for file in (name, *name.rglob("*")) if file.is_file()]
+    return any(max(file.stat().st_mtime, file.stat().st_ctime) > since for file in files)
 
 
 def is_finished(folder: RunFolder) -> bool:

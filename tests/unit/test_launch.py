@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from raytune.cli import cli
 from raytune.config.cluster import ClusterSection
-from raytune.config.load import load_config
+from raytune.config.load import config_from, load_config
 from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster import nodes_for_workers
@@ -127,7 +128,7 @@ def test_a_file_that_is_not_json_is_refused_with_its_name(folder: RunFolder) -> 
 def finished(folder: RunFolder) -> RunConfig:
     """A finished run with its model, and the config that asks for it."""
     config = RunConfig(name="tiny", storage=folder.storage)
-    change(folder.run, config=config.model_dump(mode="json"))
+    change(folder.run, config=config.model_dump(mode="json"), created=time.time())
     files = {"model.safetensors": "0123456789", "config.json": '{"a": 1}'}
     Path(folder.model).mkdir()
     for name, content in files.items():
@@ -240,3 +241,22 @@ def test_train_of_a_finished_run_needs_no_file_that_the_config_names(
     done = CliRunner().invoke(cli, ["train", str(file), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["best_step"] == 4
+
+
+def test_a_finished_run_whose_data_has_changed_since_is_compared_with_the_data(
+    folder: RunFolder, finished: RunConfig, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("old")
+    asking = config_from(
+        finished.model_dump(mode="json") | {"data": {"train": "demo:train", "validation": str(tmp_path / "*.jsonl")}}
+    )
+    change(folder.run, config=asking.model_dump(mode="json"), created=time.time() + 0.1)
+    assert answer(asking, folder) is not None
+    time.sleep(0.2)
+    (tmp_path / "new").write_text("new")
+    os.utime(tmp_path / "new", (0, 0))  # as `cp -p` and archives leave it
+    os.replace(tmp_path / "new", rows)
+    assert answer(asking, folder) is None
+    rows.unlink()
+    assert answer(asking, folder) is not None, "what is gone cannot be compared"
