@@ -209,7 +209,11 @@ class Follower:
         """
         data = self._added()
         lines = data[: data.rfind(b"\n") + 1]
-        steps = {self._effective.add(line) for line in lines.split(b"\n")[:-1]}
+        try:
+            steps = {self._effective.add(line) for line in lines.split(b"\n")[:-1]}
+        except UserError:
+            self._begin()  # the line may be mended
+            raise
         if lines:
             self._offset, self._history = self._offset + len(lines), None
             self._last_line = lines[lines.rfind(b"\n", 0, -1) + 1 :]

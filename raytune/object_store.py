@@ -150,13 +150,15 @@ def in_time(action: Callable[[], T], limit_s: float) -> T:
             outcome.put((None, error))
 
     threading.Thread(target=copy_context().run, args=(run,), name="storage call", daemon=True).start()
-    while (seconds_left := progress.at + limit_s - time.monotonic()) > 0:
-        with suppress(Empty):
-            result, error = outcome.get(timeout=seconds_left)
-            if error is not None:
-                raise error
-            return result
-    progress.is_given_up = True
+    try:
+        while (seconds_left := progress.at + limit_s - time.monotonic()) > 0:
+            with suppress(Empty):
+                result, error = outcome.get(timeout=seconds_left)
+                if error is not None:
+                    raise error
+                return result
+    finally:
+        progress.is_given_up = True  # also where a signal ended the wait
     raise TimeoutError(f"no answer for {limit_s:.0f} s")
 
 

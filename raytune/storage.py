@@ -107,13 +107,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     def put(files: Any, name: str) -> None:
         with bucket_must_exist(path):
             files.pipe_file(name, data)
-        moved()
         with upload_must_arrive(path):
             stored = files.cat_file(name)
         if stored != data:
             raise OSError(f"{shown(path)} does not hold what was just written to it")
 
-    retry(put, "write", path, limit_s=limit_of(len(data)))
+    retry(put, "write", path, limit_s=limit_of(2 * len(data)))
 
 
 def create_bytes(path: str | Path, data: bytes) -> bool:
