@@ -25,15 +25,22 @@ VERBS = [
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits of less than a second, patience of one: what else takes minutes."""
-    monkeypatch.setattr(object_store, "READ_LIMIT_S", 0.5)
-    monkeypatch.setattr(object_store, "CALL_LIMIT_S", 1.0)
+def hurry(monkeypatch: pytest.MonkeyPatch, *, limit_s: float, patience_s: float) -> None:
+    """Set limits of what else takes minutes. Waits between attempts take no time: only they count as patience."""
+    waited: list[float] = []
+    monkeypatch.setattr(object_store, "READ_LIMIT_S", limit_s / 2)
+    monkeypatch.setattr(object_store, "CALL_LIMIT_S", limit_s)
     monkeypatch.setattr(object_store, "SLOWEST_BYTES_PER_S", 1e9)
     monkeypatch.setattr(object_store, "TRIES_OF_CLIENT", 1)
-    for name, value in {"limit_s": 1.0, "patience_s": 1.8, "patience_after_refusal_s": 1.0}.items():
+    changes = {"limit_s": limit_s, "patience_s": patience_s, "sleep": waited.append, "clock": lambda: sum(waited)}
+    for name, value in changes.items():
         monkeypatch.setitem(cast("dict[str, Any]", retry.__kwdefaults__), name, value)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two attempts, half a second each."""
+    hurry(monkeypatch, limit_s=0.6, patience_s=0.6)
 
 
 def use(store: BadStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +78,10 @@ def test_a_store_that_accepts_and_never_answers_ends_every_call(
 ) -> None:
     with bad_store("mute") as store:
         use(store, monkeypatch)
-        started = time.monotonic()
         with pytest.raises(
             ClusterError, match=r"Could not .* s3://runs/folder.* in \d+ attempts .*run the same command"
         ) as error:
             verbs(tmp_path)[verb]()
-    assert time.monotonic() - started < 6
     assert error.value.exit_code == EXIT_RETRY_LATER
     assert "Attempt 1 of at most 10 failed; next in 0.5 s" in caplog.text
 
@@ -93,10 +98,8 @@ def test_a_store_that_breaks_off_or_is_unwell_ends_every_call(
 ) -> None:
     with bad_store(fault) as store:
         use(store, monkeypatch)
-        started = time.monotonic()
         with pytest.raises(ClusterError) as error:
             verbs(tmp_path)[verb]()
-    assert time.monotonic() - started < 6
     assert len(str(error.value)) < 800, "responses are not quoted whole"
     assert "\0" not in str(error.value)
     assert not (tmp_path / "down").exists()
@@ -109,7 +112,8 @@ def test_a_store_that_refuses_connections_ends_the_call(hurried: None, monkeypat
         storage.read_bytes(URL)
 
 
-def test_a_store_that_forbids_is_the_users_matter(hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_forbids_is_the_users_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch, limit_s=10.0, patience_s=60.0)
     with bad_store("403") as store:
         use(store, monkeypatch)
         with pytest.raises(UserError, match="refuses access") as error:
@@ -119,8 +123,9 @@ def test_a_store_that_forbids_is_the_users_matter(hurried: None, monkeypatch: py
 
 @pytest.mark.parametrize("fault", ["mute", "cut", "500", "slow down"])
 def test_a_store_that_recovers_is_used(
-    fault: Fault, s3: str, hurried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fault: Fault, s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    hurry(monkeypatch, limit_s=4.0, patience_s=60.0)
     good = urlsplit(os.environ["AWS_ENDPOINT_URL"])
     content = os.urandom(3 * SIZE)
     (tmp_path / "file").write_bytes(content)
@@ -157,12 +162,12 @@ def test_no_message_shows_credentials(hurried: None, caplog: pytest.LogCaptureFi
 
 def test_a_call_that_moves_on_may_take_longer_than_its_limit() -> None:
     def slow_but_sure() -> str:
-        for _ in range(6):
+        for _ in range(15):
             time.sleep(0.1)
             moved()
         return "done"
 
-    assert in_time(slow_but_sure, 0.3) == "done"
+    assert in_time(slow_but_sure, 1.0) == "done"
     with pytest.raises(TimeoutError, match="no answer"):
         in_time(lambda: time.sleep(5), 0.2)
 
@@ -181,7 +186,8 @@ def test_a_call_that_was_given_up_stops_at_its_next_move() -> None:
 
     with pytest.raises(TimeoutError):
         in_time(late, 0.1)
-    time.sleep(0.5)
+    while not seen:
+        time.sleep(0.05)
     assert seen == ["stopped"]
 
 
