@@ -71,7 +71,7 @@ def read_bytes(path: str | Path) -> bytes:
     if is_local(path):
         with local_errors(path):
             return local_path(path).read_bytes()
-    return retry(lambda files, name: files.cat_file(name), "read", path)
+    return retry(_content, "read", path, limit_s=None)
 
 
 def read_from(path: str | Path, offset: int) -> bytes:
@@ -85,12 +85,7 @@ def read_from(path: str | Path, offset: int) -> bytes:
         with local_errors(path), open(local_path(path), "rb") as file:
             file.seek(offset)
             return file.read()
-
-    def read(files: Any, name: str) -> bytes:
-        size = int(files.info(name)["size"])  # to ask for bytes behind the end is an error
-        return files.cat_file(name, start=offset, end=size) if size > offset else b""
-
-    return retry(read, "read", path)
+    return retry(partial(_content, offset=offset), "read", path, limit_s=None)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -335,6 +330,16 @@ def in_parallel(work: Callable[[str], T], items: Iterable[str]) -> list[T]:
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------
+
+
+def _content(files: Any, name: str, offset: int = 0) -> bytes:
+    """What a file holds from an offset on, in one answer, so that it is never a mixture of two contents."""
+    size = in_time(lambda: int(files.info(name)["size"]), limit_of(0))
+    if offset == 0:
+        return in_time(lambda: files.cat_file(name), limit_of(size))
+    if size <= offset:  # to ask for bytes behind the end is an error
+        return b""
+    return in_time(lambda: files.cat_file(name, start=offset, end=size), limit_of(size - offset))
 
 
 def _read_through(path: str | Path, writer: BinaryIO | None) -> Digest:
