@@ -16,18 +16,6 @@ SWAP_FOLDER = "zero_stage_3"
 """Where DeepSpeed puts its files below `nvme_path`; what an earlier run left there is written over, or removed."""
 
 
-def bytes_per_rank(plan: RunPlan) -> dict[str, int]:
-    """What a rank writes to its node's disk, by part.
-
-    Besides the parts that the plan counts as lying there, DeepSpeed's optimizer puts the gradients of a step into files before it
-    updates, in fp32.
-    """
-    parts = {part.name: part.num_bytes for part in plan.memory if part.place == "nvme"}
-    if plan.engine.offload_optimizer == "nvme":
-        parts["gradients"] = 4 * plan.num_trainable // plan.batch.workers
-    return parts
-
-
 def refuse_small_nvme(plan: RunPlan, rank: int, world_size: int) -> None:
     """Refuse NVMe offload where the ranks of a node need more than its disk has. Every rank calls it.
 
@@ -40,7 +28,7 @@ def refuse_small_nvme(plan: RunPlan, rank: int, world_size: int) -> None:
         return
     peers = Peers(rank, lambda value: gather_objects(value, world_size), PlanError)
     rooms = peers.together(lambda: (os.uname().nodename, _room(Path(path))))
-    parts = bytes_per_rank(plan)
+    parts = plan.bytes_on_nvme
     needed_by_rank, short = sum(parts.values()), []
     for node in sorted({node for node, _ in rooms}):
         num_ranks = sum(other == node for other, _ in rooms)

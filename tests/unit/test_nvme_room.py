@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from raytune.errors import PlanError, UserError
 from raytune.plan.run_plan import RunPlan
-from raytune.training.nvme_room import SWAP_FOLDER, bytes_per_rank, refuse_small_nvme
+from raytune.training.nvme_room import SWAP_FOLDER, refuse_small_nvme
 from raytune.training.start import start_engine
 from raytune.units import MIB
 from tests.numerics.processes import run_on_ranks
@@ -31,7 +31,7 @@ def refuse(plan: RunPlan) -> None:
 
 
 def test_gradients_of_an_offloaded_optimizer_lie_on_the_disk_too(tmp_path: Path) -> None:
-    assert bytes_per_rank(plan_on(tmp_path, 1, workers=2)) == {"optimizer": MIB, "gradients": 2 * MIB}
+    assert plan_on(tmp_path, 1, workers=2).bytes_on_nvme == {"optimizer": MIB, "gradients": 2 * MIB}
 
 
 def test_a_disk_without_room_is_refused_before_the_model_is_loaded(small_disk: Path) -> None:
