@@ -195,8 +195,8 @@ def _check_nvme(plan: RunPlan, machine: Machine) -> None:
     needed = num_ranks * sum(plan.bytes_on_nvme.values())
     if machine.instance and 0 < machine.instance.nvme_bytes < needed:
         raise PlanError(
-            f"training.zero offloads {num_ranks} x {format_bytes(needed // num_ranks)} = {format_bytes(needed)} to a node's local "
-            f"disks, but {machine.instance.name} has {format_bytes(machine.instance.nvme_bytes)} of them. Raise cluster.nodes, or "
+            f"training.zero offloads {num_ranks} x {format_bytes(needed // num_ranks)} = {format_bytes(needed)} to a node's own "
+            f"disks, but {machine.instance.name} has {format_bytes(machine.instance.nvme_bytes)} of them. Raise cluster.nodes or "
             f"set training.zero.offload_optimizer and offload_parameters to cpu."
         )
 
