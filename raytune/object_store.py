@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
+from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -93,10 +94,29 @@ def _client_limits(protocol: str) -> dict[str, Any]:
             "read_timeout": READ_LIMIT_S,
             "retries": {"mode": "standard", "total_max_attempts": TRIES_OF_CLIENT},
         }
-        return {"config_kwargs": limits | conf.get(protocol, {}).get("config_kwargs", {})}
+        chosen = conf.get(protocol, {})
+        return {
+            "config_kwargs": limits | chosen.get("config_kwargs", {}),
+            "session": chosen.get("session") or _s3_session(os.getpid(), chosen.get("profile")),
+        }
     if protocol in ("gs", "gcs"):
         return {"requests_timeout": conf.get(protocol, {}).get("requests_timeout", CALL_LIMIT_S)}
     return {}
+
+
+@cache
+def _s3_session(pid: int, profile: str | None) -> Any:
+    """A session whose uploads do not ask whether they may, one per process.
+
+    With `Expect: 100-continue`, which botocore sends before each body, aiobotocore 3.10 over aiohttp 3.14 waits for ever where no
+    answer comes: none of its limits holds yet. And should the answer come after all, it would put the content of then in place.
+    """
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+
+    session = AioSession(profile=profile)
+    session.unregister("before-call.s3", add_expect_header)
+    return session
 
 
 # --- Limits ------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable
 from itertools import product
@@ -82,6 +83,8 @@ def test_a_store_that_accepts_and_never_answers_ends_every_call(
             ClusterError, match=r"Could not .* s3://runs/folder.* in \d+ attempts .*run the same command"
         ) as error:
             verbs(tmp_path)[verb]()
+        while [thread for thread in threading.enumerate() if thread.name == "storage call"]:
+            time.sleep(0.05)  # no call waits on behind the back of the one who made it: it could overwrite what comes later
     assert error.value.exit_code == EXIT_RETRY_LATER
     assert "Attempt 1 of at most 10 failed; next in 0.5 s" in caplog.text
 
