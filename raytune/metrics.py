@@ -7,10 +7,13 @@ trained beyond the checkpoint are gone, and so is what an orphaned process of th
     {"attempt": 2, "time": 1764.2, "resumed_step": 100}
     {"attempt": 2, "time": 1766.9, "step": 101, "train/loss": 1.25, "train/learning_rate": 0.0002}
 
+Whoever watches a run uses a `Follower`, which reads every line once; whoever looks once reads a `History`.
+
 JSON has no word for not-a-number and infinity; they are the strings "NaN", "Infinity" and "-Infinity" here, floats in `History`.
 """
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -18,17 +21,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
 from raytune.errors import RaytuneError, UserError
-from raytune.storage import exists, is_local, local_errors, local_path, read_bytes, write_bytes
+from raytune.local_files import local_errors
+from raytune.storage import exists, is_local, local_path, read_bytes, read_from, write_bytes
 
 # An object store cannot append: the whole file is written again, at most this often. Events are few, and the last ones before
 # a process dies tell most.
 UPLOAD_METRICS_EVERY_S = 15.0
 UPLOAD_EVENTS_EVERY_S = 1.0
 
+_log = logging.getLogger(__name__)
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -85,29 +91,10 @@ class History:
     @classmethod
     def parse(cls, data: bytes, path: str) -> Self:
         """Read the content of a metrics file; `path` is for messages."""
-        points: dict[int, Point] = {}
-        attempt = 0
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-                writer, when = int(record.pop("attempt")), float(record.pop("time"))
-                begins = "resumed_step" in record
-                step = int(record.pop("resumed_step" if begins else "step"))
-                values = {name: decode_number(value) for name, value in record.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}:{number} is not a line of metrics ({error}). Was the file edited? Remove the line."
-                ) from error
-            if writer < attempt:
-                continue
-            attempt = writer
-            if begins:
-                points = {known: point for known, point in points.items() if known <= step}
-            elif step in points:
-                points[step] = Point(step=step, time=points[step].time, attempt=writer, values={**points[step].values, **values})
-            else:
-                points[step] = Point(step=step, time=when, attempt=writer, values=values)
-        return cls(tuple(points[step] for step in sorted(points)))
+        effective = _Effective(path)
+        for line in data.split(b"\n")[:-1]:
+            effective.add(line)
+        return cls(tuple(effective.points[step] for step in sorted(effective.points)))
 
     @property
     def last_step(self) -> int:
@@ -149,10 +136,108 @@ class History:
         """Median over the last intervals between two points of the same attempt; 0 while there are none."""
         pairs = [
             (later.time - earlier.time) / (later.step - earlier.step)
-            for earlier, later in zip(self.points, self.points[1:])
+            for earlier, later in pairwise(self.points[-num_intervals - 1 :])
             if earlier.attempt == later.attempt
         ]
-        return statistics.median(pairs[-num_intervals:]) if pairs else 0.0
+        return statistics.median(pairs) if pairs else 0.0
+
+
+class _Effective:
+    """The effective history that the lines of a metrics file come to, one after the other.
+
+    Args:
+        path: for messages.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._num_lines, self._attempt = path, 0, 0
+        self.points: dict[int, Point] = {}
+        """By step."""
+
+    def add(self, line: bytes) -> int | None:
+        """Take the next line; the step that was measured, None if the line says nothing new of any.
+
+        Raises:
+            UserError: if it is not what `MetricsWriter` writes.
+        """
+        self._num_lines += 1
+        try:
+            record = json.loads(line)
+            writer, when = int(record.pop("attempt")), float(record.pop("time"))
+            begins = "resumed_step" in record
+            step = int(record.pop("resumed_step" if begins else "step"))
+            values = {name: decode_number(value) for name, value in record.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self._path}:{self._num_lines} is not a line of metrics ({error}). Was the file edited? Remove the line."
+            ) from error
+        if writer < self._attempt:
+            return None
+        self._attempt = writer
+        if begins:
+            self.points = {known: point for known, point in self.points.items() if known <= step}
+            return None
+        known = self.points.get(step)
+        if known:
+            when, values = known.time, {**known.values, **values}
+        self.points[step] = Point(step=step, time=when, attempt=writer, values=values)
+        return step
+
+
+class Follower:
+    """Reads a metrics file while it grows: every look reads what was added since the one before, however long the file is.
+
+    Half a line, which is still being written or which a crash left, waits for a later look. A file that is no longer the one that
+    was read, because it is shorter or its last known line has changed, is read again from its beginning.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._offset, self._last_line = 0, b""
+        self._effective = _Effective(str(self._path))
+        self._history: History | None = History(())
+
+    def look(self) -> tuple[Point, ...]:
+        """Points that are new since the last look, or of which more is known, by step; whole, with what was known before.
+
+        Raises:
+            UserError: if a line is not what `MetricsWriter` writes.
+            ClusterError: if the storage does not answer.
+        """
+        data = self._added()
+        lines = data[: data.rfind(b"\n") + 1]
+        try:
+            steps = {self._effective.add(line) for line in lines.split(b"\n")[:-1]}
+        except UserError:
+            self._begin()  # the line may be mended
+            raise
+        if lines:
+            self._offset, self._history = self._offset + len(lines), None
+            self._last_line = lines[lines.rfind(b"\n", 0, -1) + 1 :]
+        return tuple(self._effective.points[step] for step in sorted(self._effective.points.keys() & steps))
+
+    @property
+    def history(self) -> History:
+        """Everything that was read so far."""
+        if self._history is None:
+            points = self._effective.points
+            self._history = History(tuple(points[step] for step in sorted(points)))
+        return self._history
+
+    def _added(self) -> bytes:
+        """What the file holds behind what was read."""
+        try:
+            data = read_from(self._path, self._offset - len(self._last_line))
+            if data.startswith(self._last_line):
+                return data[len(self._last_line) :]
+            self._begin()
+            return read_from(self._path, 0)
+        except FileNotFoundError:
+            self._begin()
+            return b""
 
 
 class MetricsWriter:
@@ -177,6 +262,12 @@ class MetricsWriter:
         self._lines = _lines(path, upload_every_s)
         self._lines.add({"attempt": attempt, "time": clock(), "resumed_step": resumed_step})
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        _close(self, kind)
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add what was measured after a step. Several lines of one step add up; a name that comes twice keeps the later value."""
         numbers = {name: encode_number(float(value)) for name, value in values.items()}
@@ -192,7 +283,10 @@ class MetricsWriter:
 
 
 class EventLog:
-    """Adds lines to an events file: starts, saves, failures. Threads may share it, and processes may write to the same file."""
+    """Adds lines to an events file: starts, saves, failures. Threads may share it, and processes may write to the same file.
+
+    What a thread still has to say after the log was closed is written too, line by line.
+    """
 
     def __init__(
         self,
@@ -204,6 +298,12 @@ class EventLog:
     ) -> None:
         self._attempt, self._clock = attempt, clock
         self._lines = _lines(path, upload_every_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        _close(self, kind)
 
     def write(self, event: str, **facts: object) -> None:
         """Add an event, such as `write("checkpoint_saved", step=100)`; facts are JSON values."""
@@ -230,6 +330,16 @@ def read_events(path: str | Path) -> list[dict]:
         raise UserError(f"{path} holds a line that is not JSON ({error}). Was the file edited? Remove the line.") from error
 
 
+def _close(writer: MetricsWriter | EventLog, failure: type[BaseException] | None) -> None:
+    """Close at the end of a block; where something else ended that, it is told and not what became of the last lines."""
+    try:
+        writer.close()
+    except RaytuneError as error:
+        if failure is None:
+            raise
+        _log.warning("The last lines were not written: %s", error)
+
+
 def _lines(path: str | Path, upload_every_s: float) -> "_LocalLines | _RemoteLines":
     return _LocalLines(local_path(path)) if is_local(path) else _RemoteLines(str(path), upload_every_s)
 
@@ -242,7 +352,7 @@ class _LocalLines:
     """Appends to a local file; a line is one write, so that readers and other writers never see half of one."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock, self._is_closed = path, threading.Lock(), False
         with local_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -251,17 +361,28 @@ class _LocalLines:
 
     def add(self, record: Mapping[str, object]) -> None:
         line = _encode(record)
-        with local_errors(self._path):
+        with self._lock, local_errors(self._path):
+            if self._is_closed:  # its number may be that of another file by now
+                with open(self._path, "ab", buffering=0) as file:
+                    file.write(line)
+                return
             while line:  # more than one write only where the disk is full, and then the second one says so
                 line = line[os.write(self._descriptor, line) :]
 
     def flush(self) -> None:
-        with local_errors(self._path):
-            os.fsync(self._descriptor)
+        with self._lock:
+            if not self._is_closed:
+                with local_errors(self._path):
+                    os.fsync(self._descriptor)
 
     def close(self) -> None:
-        self.flush()
-        os.close(self._descriptor)
+        try:
+            self.flush()
+        finally:
+            with self._lock:
+                if not self._is_closed:
+                    self._is_closed = True
+                    os.close(self._descriptor)
 
 
 class _RemoteLines:
@@ -281,6 +402,8 @@ class _RemoteLines:
     def add(self, record: Mapping[str, object]) -> None:
         with self._adding:
             self._pending += _encode(record)
+        if self._closed.is_set():
+            self.flush()  # nobody else will
 
     def flush(self) -> None:
         with self._uploading:

@@ -14,7 +14,7 @@
                /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
                /step-00000100.damaged             set aside: its files are not what the manifest says
     model/                      the final weights, in Hugging Face format
-    result.json                 final metrics, best step, base against tuned; written last
+    result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last
     samples.jsonl               generated answers, base against tuned
 <storage>/stores/<hash>/        tokenised data, shared by runs
 

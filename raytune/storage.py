@@ -8,35 +8,27 @@ for a missing file, since a run would then start from scratch beside its own che
 import errno
 import hashlib
 import json
-import logging
 import os
 import posixpath
 import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserError
-from raytune.missing import OPTIONAL, install_command
+from raytune.errors import ClusterError, UserError
+from raytune.local_files import create_file, local_errors, replace_file
+from raytune.object_store import bucket_must_exist, file_system, in_time, limit_of, moved, retry, shown, upload_must_arrive
 from raytune.units import MIB
 
 CHUNK_BYTES = 8 * MIB
-# What a storage service is given to come back before a run fails with "retry later". The other ranks wait in a collective
-# meanwhile, whose limit is five minutes. A time and not a count, because s3fs tries for up to a minute by itself.
-PATIENCE_S = 240.0
-# A refusal is usually a wrong credential, but services also refuse while they rotate tokens: asked again, not for long.
-PATIENCE_AFTER_REFUSAL_S = 15.0
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
+MOST_PARTS = 9_000
+"""Of an upload in parts; S3 allows 10,000."""
 PARALLEL_FILES = 8
 
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
-
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -80,8 +72,21 @@ def read_bytes(path: str | Path) -> bytes:
     if is_local(path):
         with local_errors(path):
             return local_path(path).read_bytes()
-    files, name = _remote(path)
-    return retry(lambda: files.cat_file(name), f"read {path}")
+    return retry(_content, "read", path, limit_s=None)
+
+
+def read_from(path: str | Path, offset: int) -> bytes:
+    """What a file holds from an offset on; nothing where it is no longer than that. What comes before is not read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError, ClusterError: see `retry`.
+    """
+    if is_local(path):
+        with local_errors(path), open(local_path(path), "rb") as file:
+            file.seek(offset)
+            return file.read()
+    return retry(partial(_content, offset=offset), "read", path, limit_s=None)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -92,19 +97,18 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         UserError, ClusterError: see `retry`.
     """
     if is_local(path):
-        _replace_local(local_path(path), lambda file: file.write(data))
+        replace_file(local_path(path), lambda file: file.write(data))
         return
-    files, name = _remote(path)
 
-    def put() -> None:
-        with _bucket_must_exist(path):
+    def put(files: Any, name: str) -> None:
+        with bucket_must_exist(path):
             files.pipe_file(name, data)
-        with _upload_must_arrive(path):
+        with upload_must_arrive(path):
             stored = files.cat_file(name)
         if stored != data:
-            raise OSError(f"{path} does not hold what was just written to it")
+            raise OSError(f"{shown(path)} does not hold what was just written to it")
 
-    retry(put, f"write {path}")
+    retry(put, "write", path, limit_s=limit_of(2 * len(data)))
 
 
 def create_bytes(path: str | Path, data: bytes) -> bool:
@@ -123,34 +127,15 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
         StorageFullError, UserError, ClusterError: see `retry`.
     """
     if is_local(path):
-        return _create_local(local_path(path), data)
-    files, name = _remote(path)
+        return create_file(local_path(path), data)
 
-    def create() -> bool:
-        with suppress(FileExistsError), _bucket_must_exist(path):  # may be our own: the answer to an earlier try was lost
+    def create(files: Any, name: str) -> bool:
+        with suppress(FileExistsError), bucket_must_exist(path):  # may be our own: the answer to an earlier try was lost
             files.pipe_file(name, data, mode="create")
-        with _upload_must_arrive(path):
+        with upload_must_arrive(path):
             return files.cat_file(name) == data
 
-    return retry(create, f"create {path}")
-
-
-def _create_local(path: Path, data: bytes) -> bool:
-    with local_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # as below /proc, where nobody can make one
-            raise UserError(f"Cannot make the folder {path.parent} on {os.uname().nodename}: {error.strerror}.") from error
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        _sync(path.parent)
-    return True
+    return retry(create, "create", path)
 
 
 def read_json(path: str | Path) -> Any:
@@ -176,16 +161,15 @@ def exists(path: str | Path) -> bool:
     if is_local(path):
         with local_errors(path):
             return os.path.lexists(local_path(path))
-    files, name = _remote(path)
 
-    def look() -> bool:
+    def look(files: Any, name: str) -> bool:
         try:  # not `files.exists`, which takes every error for "no"
             files.info(name)
         except FileNotFoundError:
             return False
         return True
 
-    return retry(look, f"look for {path}")
+    return retry(look, "look for", path)
 
 
 def refuse_unusable(path: str | Path) -> None:
@@ -195,7 +179,7 @@ def refuse_unusable(path: str | Path) -> None:
         UserError: saying why.
     """
     if not is_local(path):
-        _remote(path)
+        file_system(path)
         return
     with local_errors(path):
         there = next(folder for folder in (local_path(path), *local_path(path).parents) if folder.exists())
@@ -213,16 +197,15 @@ def list_folder(path: str | Path) -> list[str]:
                 return sorted(os.listdir(local_path(path)))
         except FileNotFoundError:
             return []
-    files, name = _remote(path)
 
-    def look() -> list[str]:
+    def look(files: Any, name: str) -> list[str]:
         try:
             entries = files.ls(name, detail=False)
         except FileNotFoundError:
             return []
         return sorted({posixpath.basename(str(entry).rstrip("/")) for entry in entries} - {"", posixpath.basename(name)})
 
-    return retry(look, f"list {path}")
+    return retry(look, "list", path)
 
 
 def file_sizes(path: str | Path) -> dict[str, int]:
@@ -231,14 +214,13 @@ def file_sizes(path: str | Path) -> dict[str, int]:
         root = local_path(path)
         with local_errors(path):
             return {file.relative_to(root).as_posix(): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()}
-    files, name = _remote(path)
-    prefix = name.rstrip("/") + "/"
 
-    def look() -> dict[str, int]:
+    def look(files: Any, name: str) -> dict[str, int]:
+        prefix = name.rstrip("/") + "/"
         found = files.find(name, detail=True)
         return {str(file).removeprefix(prefix): int(info["size"]) for file, info in sorted(found.items())}
 
-    return retry(look, f"list {path}")
+    return retry(look, "list", path)
 
 
 def free_bytes(path: str | Path) -> int | None:
@@ -256,13 +238,7 @@ def file_digest(path: str | Path) -> Digest:
     if is_local(path):
         with local_errors(path), open(local_path(path), "rb") as file:
             return _copy(file, None)
-    files, name = _remote(path)
-
-    def read() -> Digest:
-        with files.open(name, "rb") as file:
-            return _copy(file, None)
-
-    return retry(read, f"read {path}")
+    return _read_through(path, None)
 
 
 # --- Removing and moving -----------------------------------------------------------------------------------------------------
@@ -302,33 +278,13 @@ def _remove_remote(path: str, root: str) -> None:
     inside, parts = path.removeprefix(root.rstrip("/") + "/"), path.split("/")
     if inside == path or not inside.strip("/") or ".." in parts or "." in parts:
         raise UserError(f"Refusing to delete {path}: it is not inside {root}.")
-    files, name = _remote(path)
 
-    def remove() -> None:
+    def remove(files: Any, name: str) -> None:
         with suppress(FileNotFoundError):
             files.rm(name, recursive=True)
         files.invalidate_cache()
 
-    retry(remove, f"delete {path}")
-
-
-def move_local_folder(source: Path, target: Path) -> None:
-    """Rename a folder on one file system, atomically and so that the new name survives a power cut."""
-    with local_errors(target):
-        os.rename(source, target)
-        _sync(target.parent)
-        if source.parent != target.parent:
-            _sync(source.parent)
-
-
-def sync_local_folder(path: Path) -> None:
-    """Bring every file and folder below a local folder to the disk itself."""
-    with local_errors(path):
-        for folder, _, names in os.walk(path):
-            for name in names:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
-        _sync(path.parent)
+    retry(remove, "delete", path)
 
 
 # --- Large files -------------------------------------------------------------------------------------------------------------
@@ -342,22 +298,22 @@ def upload_file(source: Path, target: str | Path) -> Digest:
     """
     if is_local(target):
         with open(source, "rb") as reader:
-            digest = _replace_local(local_path(target), lambda file: _copy(reader, file))
+            digest = replace_file(local_path(target), lambda file: _copy(reader, file))
         if file_digest(target) != digest:
             raise ClusterError(f"{target} does not hold what was just written to it. Is the disk or its mount failing?")
         return digest
-    files, name = _remote(target)
+    part = max(CHUNK_BYTES, -(-source.stat().st_size // MOST_PARTS))
 
-    def put() -> Digest:
-        with _bucket_must_exist(target), open(source, "rb") as reader, files.open(name, "wb") as writer:
-            digest = _copy(reader, writer)
-        with _upload_must_arrive(target), files.open(name, "rb") as reader:
-            stored = _copy(reader, None)
+    def put(files: Any, name: str) -> Digest:
+        with bucket_must_exist(target):
+            digest = in_time(lambda: _send(source, files, name, part), limit_of(part))
+        with upload_must_arrive(target):
+            stored = _read_through(target, None)
         if stored != digest:
-            raise OSError(f"{target} holds {stored.size} bytes that are not the {digest.size} bytes that were sent")
+            raise OSError(f"{shown(target)} holds {stored.size} bytes that are not the {digest.size} bytes that were sent")
         return digest
 
-    return retry(put, f"upload {target}")
+    return retry(put, "upload", target, limit_s=None)
 
 
 def upload_folder(source: Path, target: str | Path) -> dict[str, Digest]:
@@ -375,18 +331,8 @@ def download_file(source: str | Path, target: Path) -> Digest:
     """
     if is_local(source):
         with local_errors(source), open(local_path(source), "rb") as reader:
-            return _replace_local(target, lambda file: _copy(reader, file))
-    files, name = _remote(source)
-
-    def fetch() -> Digest:
-        size = int(files.info(name)["size"])
-        with files.open(name, "rb") as reader:
-            digest = _replace_local(target, lambda file: _copy(reader, file))
-        if digest.size != size:  # a cut connection can look like the end of the file
-            raise OSError(f"{source} has {size} bytes, of which {digest.size} arrived")
-        return digest
-
-    return retry(fetch, f"download {source}")
+            return replace_file(target, lambda file: _copy(reader, file))
+    return replace_file(target, lambda file: _read_through(source, file))
 
 
 def download_folder(source: str | Path, target: Path) -> dict[str, Digest]:
@@ -401,148 +347,62 @@ def in_parallel(work: Callable[[str], T], items: Iterable[str]) -> list[T]:
         return list(pool.map(work, items))
 
 
-# --- Errors ------------------------------------------------------------------------------------------------------------------
-
-
-def retry(
-    action: Callable[[], T],
-    what: str,
-    *,
-    patience_s: float = PATIENCE_S,
-    patience_after_refusal_s: float = PATIENCE_AFTER_REFUSAL_S,
-    sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
-) -> T:
-    """Do something with remote storage, again and again while it fails for a reason that may pass.
-
-    Args:
-        what: verb and path for messages, such as "read s3://bucket/run.json".
-
-    Raises:
-        FileNotFoundError: at once; the storage has answered.
-        StorageFullError: at once, if the disk of this machine is full.
-        UserError: if the storage still refuses access after a few seconds, or there are no credentials.
-        ClusterError: if it still fails when patience is at its end.
-    """
-    started, tried, wait = clock(), 0, FIRST_WAIT_S
-    while True:
-        try:
-            return action()
-        except (FileNotFoundError, RaytuneError):
-            raise
-        except Exception as error:  # every backend has its own kinds; what cannot pass is sorted out here
-            if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
-                raise UserError(f"Could not {what}: no credentials for this storage on {os.uname().nodename}. {error}") from error
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise _full(what, error) from error
-            refused, cause = isinstance(error, PermissionError), f"{type(error).__name__}: {error}"
-            tried, elapsed = tried + 1, clock() - started
-            if elapsed + wait > (patience_after_refusal_s if refused else patience_s):
-                if refused:
-                    raise UserError(
-                        f"Could not {what}: the storage refuses access ({cause}). "
-                        f"Give the credentials or the role of {os.uname().nodename} the right to read, write and list there."
-                    ) from error
-                raise ClusterError(
-                    f"Could not {what} in {tried} attempts over {elapsed:.0f} s ({cause}). "
-                    f"When the storage is back, run the same command again: nothing that was committed is lost."
-                ) from error
-            _log.warning("could not %s (%s); trying again in %s s", what, cause, wait)
-            sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT_S)
-
-
-def _full(what: str, error: OSError) -> StorageFullError:
-    return StorageFullError(
-        f"Could not {what}: the disk is full ({error.strerror}). Free some space, or lower checkpoint.keep_last."
-    )
-
-
-@contextmanager
-def local_errors(path: str | Path) -> Iterator[None]:
-    """Turn errors of the local file system into errors that say where and what to do; a missing file stays as it is."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        node = os.uname().nodename
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(f"write {path}", error) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(
-                f"Cannot use {path} on {node}: {error.strerror}. "
-                f"Choose a storage folder that this user may read and write on every node."
-            ) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
-            raise UserError(f"Cannot use {path}: {error.strerror}.") from error
-        raise ClusterError(
-            f"Could not use {path} on {node}: {error.strerror or error}. Is its disk or mount still there?"
-        ) from error
-
-
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 
-def _remote(path: str | Path) -> tuple[Any, str]:
-    """The fsspec file system of a URL with nothing remembered, and the path inside it."""
-    import fsspec  # only runs on remote storage pay for it
-
-    protocol = str(path).split("://")[0]
-    try:
-        files, name = fsspec.core.url_to_fs(str(path))
-    except ImportError as error:
-        package = _PACKAGES.get(protocol)
-        if package is None:
-            raise UserError(f"Cannot use {path}: {error}") from error
-        raise UserError(
-            f"Cannot use {path}: the package {package} is not installed on {os.uname().nodename}. "
-            f"Install it on every node: {install_command(OPTIONAL[package])}"
-        ) from error
-    except ValueError as error:
-        known = ", ".join(f"{name}://" for name in ("s3", "gs", "abfs"))
-        raise UserError(f"Cannot use {path}: {error}. Use a local folder or one of {known}.") from error
-    files.invalidate_cache()  # other processes write too: what was listed a minute ago says nothing
-    return files, name
+def _content(files: Any, name: str, offset: int = 0) -> bytes:
+    """What a file holds from an offset on, in one answer, so that it is never a mixture of two contents."""
+    size = in_time(lambda: int(files.info(name)["size"]), limit_of(0))
+    if offset == 0:
+        return in_time(lambda: files.cat_file(name), limit_of(size))
+    if size <= offset:  # to ask for bytes behind the end is an error
+        return b""
+    return in_time(lambda: files.cat_file(name, start=offset, end=size), limit_of(size - offset))
 
 
-@contextmanager
-def _bucket_must_exist(path: str | Path) -> Iterator[None]:
-    """A write finds nothing missing but the bucket."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"Cannot write {path}: {error}. Does the bucket exist, and is its name spelled right?") from error
+def _read_through(path: str | Path, writer: BinaryIO | None) -> Digest:
+    """Size and hash of a remote file, written along if there is a writer. A chunk that does not come is asked for again alone."""
+    size = retry(lambda files, name: int(files.info(name)["size"]), "read", path)
+    sha256 = hashlib.sha256()
+    for start in range(0, size, CHUNK_BYTES):
+        stop = min(start + CHUNK_BYTES, size)
+        chunk = retry(partial(_chunk, start=start, stop=stop), "read", path, limit_s=limit_of(stop - start))
+        sha256.update(chunk)
+        if writer is not None:
+            writer.write(chunk)
+        moved()
+    return Digest(size, sha256.hexdigest())
 
 
-@contextmanager
-def _upload_must_arrive(path: str | Path) -> Iterator[None]:
-    """What is missing right after it was written was never stored, whatever the upload said; worth another try."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise OSError(f"{path} was uploaded without an error but is not there") from error
+def _chunk(files: Any, name: str, start: int, stop: int) -> bytes:
+    chunk = files.cat_file(name, start=start, end=stop)
+    if len(chunk) != stop - start:  # a cut connection can look like the end of the file
+        raise OSError(f"of {stop - start} bytes {len(chunk)} arrived")
+    return chunk
 
 
-def _replace_local(target: Path, fill: Callable[[BinaryIO], T]) -> T:
-    """Write a file beside its target, bring it to the disk, rename it into place."""
-    draft = target.parent / f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.draft"
-    with local_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+def _send(source: Path, files: Any, name: str, part: int) -> Digest:
+    """Upload a file in parts of so many bytes; what was sent. Nothing is there if something goes wrong on the way."""
+    with open(source, "rb") as reader:
+        writer = files.open(name, "wb", block_size=part)
         try:
-            with open(draft, "wb") as file:
-                result = fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
+            size, sha256 = 0, hashlib.sha256()
+            while data := reader.read(part):
+                writer.write(data)
+                size += len(data)
+                sha256.update(data)
+                if len(data) == part:  # less is kept until the file is closed
+                    moved()
         except BaseException:
-            draft.unlink(missing_ok=True)
+            with suppress(Exception):  # the store may be what is wrong
+                writer.discard()
+            writer._closed = True  # a file of fsspec that is not closed finishes its upload when it is collected
             raise
-        _sync(target.parent)
-    return result
+        writer.close()
+    return Digest(size, sha256.hexdigest())
 
 
-def _copy(reader: Any, writer: Any | None) -> Digest:
+def _copy(reader: BinaryIO, writer: Any | None) -> Digest:
     """Read to the end, writing along if there is a writer."""
     size, sha256 = 0, hashlib.sha256()
     while chunk := reader.read(CHUNK_BYTES):
@@ -551,11 +411,3 @@ def _copy(reader: Any, writer: Any | None) -> Digest:
         if writer is not None:
             writer.write(chunk)
     return Digest(size, sha256.hexdigest())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

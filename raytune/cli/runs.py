@@ -1,8 +1,8 @@
 """Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,12 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
 from raytune.cli.supervise import notes
-from raytune.errors import UserError
+from raytune.errors import RaytuneError, UserError
 from raytune.launch.address import named_address
 from raytune.launch.signals import ends_in_order
 
 if TYPE_CHECKING:
+    from raytune.config.problems import Place
     from raytune.config.run import RunConfig
     from raytune.plan.run_plan import RunPlan
     from raytune.sweeps.board import Board
@@ -72,7 +73,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
     if from_sweep is None:
         if not files:
             raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
-        config, places = load_run(files, overrides, check_files=True)
+        config, places = _load_to_train(files, overrides)
         require_named(as_one_run(config), places=places)
     else:
         from raytune.sweeps.winner import winner_config
@@ -209,6 +210,25 @@ def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows
     if is_settings_alone(config):
         click.echo(f"{NEITHER} The plan is for the built-in toy.", err=True)
     return config
+
+
+def _load_to_train(files: Sequence[str], overrides: Sequence[str]) -> "tuple[RunConfig, Mapping[str, Place]]":
+    """The config with its files checked, which a run that has finished needs no more, and where its keys were written."""
+    from raytune.config.problems import ConfigError
+
+    try:
+        return load_run(files, overrides, check_files=True)
+    except ConfigError:
+        from raytune.config.load import as_one_run
+        from raytune.launch.finished import answer
+        from raytune.run_folder import RunFolder
+        from raytune.storage import absolute
+
+        with suppress(RaytuneError):
+            config, places = load_run(files, overrides)
+            if answer(as_one_run(config), RunFolder(absolute(config.storage), config.name)):
+                return config, places
+        raise
 
 
 def _count(text: str) -> int:

@@ -21,9 +21,9 @@ from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_exclude
 from raytune.config.run import RunConfig
 from raytune.credentials import find_secret
 from raytune.errors import UserError
+from raytune.local_files import local_errors
 from raytune.plan.base_model import DEMO
 from raytune.plan.hardware import HARDWARE, PACKAGED_HARDWARE
-from raytune.storage import local_errors
 from raytune.units import KIB, MIB, format_bytes
 
 PACKAGE = Path(__file__).parents[1]

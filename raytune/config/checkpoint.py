@@ -10,8 +10,8 @@ class CheckpointSection(Section):
     """Steps between two saves. `auto`: with every evaluation, so that the best one can be kept. If it neither divides
     `evaluation.every_steps` nor is a multiple of it, each of these saves is evaluated as well."""
     every: Duration | None = None
-    """Save as well when this much time has passed since the last save. For safety only: such a save is not evaluated, and so
-    never the best one, unless an evaluation is due."""
+    """Save as well at the first logged step (`training.logging_steps`) at which this much time has passed since the last save.
+    For safety only: such a save is not evaluated, and so never the best one, unless an evaluation is due."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
     keep_best: NonNegativeInt = 1

@@ -40,17 +40,10 @@ from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side
 from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, joined, read_info, read_meta, view
 from raytune.errors import DataError
+from raytune.local_files import local_errors, move_local_folder, sync_local_folder
 from raytune.plan import data_report
 from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
-from raytune.storage import (
-    file_digest,
-    is_local,
-    local_errors,
-    local_path,
-    move_local_folder,
-    sync_local_folder,
-    write_json,
-)
+from raytune.storage import file_digest, is_local, local_path, write_json
 
 _ROWS_SCHEMA = pa.schema(
     [

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, Literal
 from raytune.config.data import DataSource
 from raytune.data.demo import demo_rows
 from raytune.errors import DataError, RaytuneError
-from raytune.storage import download_file, is_local, list_folder, local_errors, local_path
+from raytune.local_files import local_errors
+from raytune.storage import download_file, is_local, list_folder, local_path
 from raytune.units import MIB
 
 DEMO_ROWS = {"train": 4000, "validation": 400, "test": 400}

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from raytune.errors import RaytuneError
 from raytune.launch.live import showing
 from raytune.launch.result import RunResult
-from raytune.metrics import History
+from raytune.metrics import Follower
 from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
@@ -43,7 +43,7 @@ class _View:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
-        self.path = RunFolder(plan.storage, plan.name).metrics
+        self.metrics = Follower(RunFolder(plan.storage, plan.name).metrics)
         self.started = time.monotonic()
         self.last_line = ""
 
@@ -63,12 +63,11 @@ class _View:
 
     def _facts(self) -> list[tuple[str, str]]:
         num_steps = self.plan.optimization.num_steps
-        try:
-            history = History.read(self.path)
-        except (RaytuneError, OSError):
-            history = None  # not there yet, or a network hiccup: the next look will tell
-        step = history.last_step if history else 0
-        if not history or not step:
+        with suppress(RaytuneError, OSError):  # a network hiccup: the next look will tell
+            self.metrics.look()
+        history = self.metrics.history
+        step = history.last_step
+        if not step:
             return [("step", f"0/{num_steps}"), ("state", f"starting workers, {format_seconds(time.monotonic() - self.started)}")]
         seconds_left = (num_steps - step) * history.seconds_per_step()
         return [

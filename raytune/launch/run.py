@@ -13,6 +13,7 @@ from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
+from raytune.launch.finished import answer, damage, is_finished
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold
 from raytune.launch.prepare import prepare, refuse_without_cluster
@@ -60,6 +61,8 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
     """
     folder = RunFolder(absolute(config.storage), config.name)
+    if result := answer(config, folder):
+        return result
     refuse_changed_settings(folder, config)
     refuse_without_cluster(config)
     with _held_unless_finished(folder) as lease, connect(config.cluster) as machine:
@@ -94,8 +97,7 @@ def train_plan(
 @contextmanager
 def _held_unless_finished(folder: RunFolder) -> Iterator[Holding | None]:
     """A finished run is only read, by any number of commands at once and where nobody may write."""
-    record = RunRecord.read(folder)
-    with nullcontext() if record and record.state == "finished" else hold(folder) as lease:
+    with nullcontext() if is_finished(folder) else hold(folder) as lease:
         yield lease
 
 
@@ -105,14 +107,13 @@ def _train_held(
     folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
     refuse_another_run(folder, plan, config)
-    if known and known.state == "finished":
+    if lease is None or (known and known.state == "finished" and not any(damage(folder))):  # by now, where there is a lease
         return RunResult.read(folder)
     if known and not config.checkpoint.resume:
         raise UserError(
             f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
             f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
         )
-    assert lease is not None, "a run that is not finished is held"
     refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
     record = known or RunRecord(
         name=plan.name,

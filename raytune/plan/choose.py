@@ -142,7 +142,7 @@ def choose_plan(
     num_steps = math.ceil(num_rows / rows_per_step)
     optimization = _optimization(config, shape, num_steps, num_rows, reasons)
     evaluation = _evaluation(config, data, num_steps, reasons)
-    return RunPlan(
+    plan = RunPlan(
         name=config.name,
         storage=storage,
         seed=training.seed,
@@ -187,6 +187,20 @@ def choose_plan(
         reasons=list(reasons),
         data_report=data.report,
     )
+    _check_nvme(plan, machine)
+    return plan
+
+
+def _check_nvme(plan: RunPlan, machine: Machine) -> None:
+    """Refuse to offload more to the disks that come with an instance than they hold. Other disks are measured before training."""
+    num_ranks = machine.workers_on_a_node(plan.batch.workers, per_gpu=plan.cluster.device == "cuda")
+    needed = num_ranks * sum(plan.bytes_on_nvme.values())
+    if machine.instance and 0 < machine.instance.nvme_bytes < needed:
+        raise PlanError(
+            f"training.zero offloads {num_ranks} x {format_bytes(needed // num_ranks)} = {format_bytes(needed)} to a node's own "
+            f"disks, but {machine.instance.name} has {format_bytes(machine.instance.nvme_bytes)} of them. Raise cluster.nodes or "
+            f"set training.zero.offload_optimizer and offload_parameters to cpu."
+        )
 
 
 def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> int | None:

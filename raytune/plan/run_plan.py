@@ -252,6 +252,18 @@ class RunPlan(Plan):
         return self.adapter if isinstance(self.adapter, QloraAdapter) else None
 
     @property
+    def bytes_on_nvme(self) -> dict[str, int]:
+        """What a rank writes to its node's disk while it trains, by part.
+
+        Besides the parts of `memory` that lie there, DeepSpeed's optimizer puts the gradients of a step into files before it
+        updates, in fp32.
+        """
+        parts = {part.name: part.num_bytes for part in self.memory if part.place == "nvme"}
+        if self.engine.offload_optimizer == "nvme":
+            parts["gradients"] = 4 * self.num_trainable // self.batch.workers
+        return parts
+
+    @property
     def identity(self) -> dict:
         """The part of the plan that decides which numbers a step computes; a run resumes only under an equal one.
 

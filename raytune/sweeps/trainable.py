@@ -24,7 +24,7 @@ from raytune.launch.causes import first_failure
 from raytune.launch.lease import EXPIRES_S
 from raytune.launch.run import Attempt, RunFailedError, train_plan
 from raytune.launch.trainer import fit
-from raytune.metrics import History
+from raytune.metrics import Follower
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
@@ -172,13 +172,15 @@ class _Reporter:
     def __init__(self, sweep: SweepPlan, plan: RunPlan, after_step: int) -> None:
         self._sweep, self._plan, self._after_step = sweep, plan, after_step
 
+    def unreported(self, evaluations: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
+        """Those that Tune was not told of yet."""
+        return [values for values in evaluations if values[STEP] > self._after_step]
+
     def new(self, evaluations: Iterable[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
         """Results of those that were not reported yet."""
-        for values in evaluations:
-            step = int(values[STEP])
-            if step > self._after_step:
-                self._after_step = step
-                yield {**values, STEP: step, AMOUNT: self._sweep.amount_at(self._plan, step)}
+        for values in self.unreported(evaluations):
+            self._after_step = step = int(values[STEP])
+            yield {**values, STEP: step, AMOUNT: self._sweep.amount_at(self._plan, step)}
 
     def failure(self, error: RaytuneError) -> dict[str, Any]:
         cause = error.failure.headline if isinstance(error, RunFailedError) else str(error)
@@ -190,14 +192,14 @@ class _Reporter:
 def _run(assignment: Assignment, reporter: _Reporter, talk: _Conversation, kept: KeptBase) -> None:
     """Train a trial to its end, telling what it measures; first what earlier attempts at it have measured."""
     plan = assignment.plan
-    folder = RunFolder(plan.storage, plan.name)
+    measured = Follower(RunFolder(plan.storage, plan.name).metrics)
 
     def tell() -> None:
-        for result in reporter.new(_evaluations(folder)):
+        for result in reporter.new(_evaluations(measured)):
             talk.say(result)
 
     tell()
-    attempt = _here(reporter, talk, kept) if plan.batch.workers == 1 else _elsewhere(reporter, talk)
+    attempt = _here(reporter, talk, kept) if plan.batch.workers == 1 else _elsewhere(reporter, talk, measured)
     try:
         _train_when_free(lambda: train_plan(plan, [], assignment.config, attempt=attempt), talk)
     except RaytuneError as error:
@@ -206,8 +208,9 @@ def _run(assignment: Assignment, reporter: _Reporter, talk: _Conversation, kept:
     tell()
 
 
-def _evaluations(folder: RunFolder) -> list[dict[str, float]]:
-    return [{STEP: point.step, **point.values} for point in History.read(folder.metrics).evaluations]
+def _evaluations(measured: Follower) -> list[dict[str, float]]:
+    measured.look()
+    return [{STEP: point.step, **point.values} for point in measured.history.evaluations]
 
 
 def _train_when_free(train: Callable[[], object], talk: _Conversation) -> None:
@@ -225,8 +228,8 @@ def _train_when_free(train: Callable[[], object], talk: _Conversation) -> None:
             return
 
 
-def _elsewhere(reporter: _Reporter, talk: _Conversation) -> Attempt:
-    """Attempts on worker groups, whose metrics file is read while they train."""
+def _elsewhere(reporter: _Reporter, talk: _Conversation, measured: Follower) -> Attempt:
+    """Attempts on worker groups, whose metrics file is followed while they train."""
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
         folder = RunFolder(plan.storage, plan.name)
@@ -234,10 +237,13 @@ def _elsewhere(reporter: _Reporter, talk: _Conversation) -> Attempt:
         def look() -> None:
             check()
             talk.leave_if_over()
+            unreported = reporter.unreported(_evaluations(measured))
+            if not unreported:
+                return
             # Whoever judges the trial may let it wait, and continue it elsewhere: so no rung before its step is committed.
             saved = max((commit.step for commit in committed(folder)), default=0)
             unsaved_rung = next((rung for rung in plan.rungs if rung > saved), math.inf)
-            for result in reporter.new(values for values in _evaluations(folder) if values[STEP] < unsaved_rung):
+            for result in reporter.new(values for values in unreported if values[STEP] < unsaved_rung):
                 talk.say(result)
 
         return fit(plan, number, look)

@@ -30,6 +30,7 @@ from typing import Any
 
 from raytune import storage
 from raytune.errors import CheckpointError, RaytuneError, StorageFullError
+from raytune.local_files import local_errors, sync_local_folder
 from raytune.plan.run_plan import CheckpointPlan
 from raytune.run_folder import RunFolder, step_folder
 from raytune.training.checkpoint_folder import CheckpointFolder
@@ -162,7 +163,7 @@ class Checkpoints:
         self._make_room(step)
         saving = _Saving(step, dict(metrics), self._draft(step))
         try:
-            with storage.local_errors(saving.draft):
+            with local_errors(saving.draft):
                 storage.remove_folder(saving.draft, saving.draft.parent)
                 saving.draft.mkdir(parents=True)
                 self._engine.save(saving.draft)
@@ -243,7 +244,7 @@ class Checkpoints:
         if saving.engine_error is not None:
             raise _explained(saving.engine_error, saving.draft) from saving.engine_error
         if self._place.is_local:
-            storage.sync_local_folder(saving.draft)
+            sync_local_folder(saving.draft)
             names = list(storage.file_sizes(saving.draft))
             digests = dict(zip(names, storage.in_parallel(lambda name: storage.file_digest(saving.draft / name), names)))
             state = storage.local_path(self._place.state_of_step(saving.step))
@@ -341,7 +342,7 @@ class Checkpoints:
         """Bring what this rank loads to this node; which of it is damaged. Hashed where it will be loaded from."""
         target = self._at_hand(commit)
         storage.remove_folder(target, self._scratch.parent)
-        with storage.local_errors(target):
+        with local_errors(target):
             target.mkdir(parents=True)
         needed = [file for file in commit.files if file.is_needed_by(self._engine.rank)]
         storage.in_parallel(lambda name: storage.download_file(f"{commit.state}/{name}", target / name), [f.name for f in needed])
@@ -408,7 +409,7 @@ def _explained(error: Exception, draft: Path) -> RaytuneError:
 def scratch_root() -> Path:
     """A folder on this node that only this user can write to: what lies there is loaded, pickles among it."""
     root = Path(tempfile.gettempdir()) / f"raytune-{os.getuid()}"
-    with storage.local_errors(root):
+    with local_errors(root):
         root.mkdir(mode=0o700, exist_ok=True)
         facts = root.lstat()
     if root.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o022:

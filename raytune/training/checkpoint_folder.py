@@ -4,6 +4,7 @@ from pathlib import Path
 
 from raytune import storage
 from raytune.errors import TakenOverError
+from raytune.local_files import move_local_folder, sync_local_folder
 from raytune.run_folder import DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, UNFINISHED_FOLDER, RunFolder
 from raytune.training.commit import Commit, newest_fence
 
@@ -84,10 +85,10 @@ class CheckpointFolder:
         if self.is_local:
             draft = self.draft_of_step(commit.step)
             storage.write_bytes(draft / MANIFEST, commit.to_manifest())
-            storage.sync_local_folder(draft)
+            sync_local_folder(draft)
             # There only if an older attempt committed this step and this one resumed from before it.
             self.discard(commit.path)
-            storage.move_local_folder(draft, storage.local_path(commit.path))
+            move_local_folder(draft, storage.local_path(commit.path))
         else:
             storage.write_bytes(f"{commit.path}/{MANIFEST}", commit.to_manifest())
 
@@ -99,7 +100,7 @@ class CheckpointFolder:
         elif storage.exists(path):
             doomed = f"{path}.deleted-{self._fence}"
             storage.remove_folder(doomed, self.path)
-            storage.move_local_folder(storage.local_path(path), storage.local_path(doomed))
+            move_local_folder(storage.local_path(path), storage.local_path(doomed))
             storage.remove_folder(doomed, self.path)
 
     def set_aside(self, step: int) -> str:
@@ -108,7 +109,7 @@ class CheckpointFolder:
         if self.is_local:
             aside = f"{path}.damaged"
             storage.remove_folder(aside, self.path)
-            storage.move_local_folder(storage.local_path(path), storage.local_path(aside))
+            move_local_folder(storage.local_path(path), storage.local_path(aside))
         else:
             aside = f"{path}/{DAMAGED_MANIFEST}"
             storage.write_bytes(aside, storage.read_bytes(f"{path}/{MANIFEST}"))

@@ -26,7 +26,7 @@ from raytune.model.pretrained import load_tokenizer
 from raytune.model.stopping import save_generation_config, stopping_config
 from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import download_folder, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
+from raytune.storage import download_folder, file_sizes, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
 from raytune.training.peers import Peers, gather_in_own_group
@@ -64,6 +64,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
                 "held_bytes": held,
                 "median_step_s": recorder.median_step_s,
                 "comparison": comparison and asdict(comparison),
+                "model_files": file_sizes(folder.model),
             },
         )
 

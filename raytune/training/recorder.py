@@ -34,9 +34,9 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._writer:
-            self._writer.close()
+            self._writer.__exit__(kind, *error)
 
     def step(self, result: StepResult) -> None:
         """Wait for a step and write it down. Every rank calls it.

@@ -1,7 +1,7 @@
 """The policy of a run, on every rank: where it starts, what is done after which step, and what it leaves behind."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raytune.data.batches import Batch, step_batches
@@ -10,11 +10,12 @@ from raytune.metrics import EventLog
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.training.checkpoint import Checkpoints
+from raytune.training.checkpoint import Checkpoints, Report
 from raytune.training.engine import Engine
 from raytune.training.final import finish
-from raytune.training.loop import training_steps
+from raytune.training.loop import LossSum, training_steps
 from raytune.training.recorder import Recorder
+from raytune.training.requests import Request, Requests, SaveClock
 from raytune.training.schedule import learning_rate
 from raytune.training.start import prepare_process, start_engine
 from raytune.training.timetable import Timetable
@@ -47,57 +48,72 @@ def train(plan: RunPlan, worker: Worker) -> None:
     folder = RunFolder(plan.storage, plan.name)
     device = prepare_process(plan, worker.device_index)
     engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
+    with _told(folder, worker) as report:
+        checkpoints = Checkpoints(
+            folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=plan.identity, report=report
+        )
+        resumed = checkpoints.load_newest()
+        start = resumed.step if resumed else 0
+        with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=start) as recorder:
+            _make_steps(plan, worker, engine, loss_sum, checkpoints, recorder, start)
+            del loss_sum  # beside the engine, all that holds the model
+            finish(plan, engine, checkpoints, recorder, folder)
+
+
+def _make_steps(
+    plan: RunPlan,
+    worker: Worker,
+    engine: Engine,
+    loss_sum: LossSum,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    start: int,
+) -> None:
+    """Train from the step after `start` to the last, and do what is due on the way."""
     timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
     store = Store.open(plan.data.train.path)
-    events = EventLog(folder.events, attempt=worker.attempt) if worker.rank == 0 else None
-    checkpoints = Checkpoints(
-        folder,
+    save_clock = None if plan.checkpoint.every_s is None else SaveClock(plan.checkpoint.every_s)
+    requests = Requests([save_clock] if save_clock else [], engine.gather_objects)
+    if start == 0 and plan.evaluation.at_start and validation:
+        recorder.evaluation(0, validation.measure())
+    for result in training_steps(
         engine,
-        fence=worker.attempt,
-        policy=plan.checkpoint,
-        fingerprint=plan.identity,
-        report=events.write if events else _say_nothing,
-    )
-    resumed = checkpoints.load_newest()
-    start = resumed.step if resumed else 0
-    with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=start) as recorder:
-        if start == 0 and plan.evaluation.at_start and validation:
-            recorder.evaluation(0, validation.measure())
-        clock = _SaveClock(plan, engine)
-        for result in training_steps(
-            engine,
-            _batches(plan, store, worker),
-            loss_sum,
-            lambda step: learning_rate(step, plan.optimization),
-            start=start,
-            stop=timetable.num_steps,
-            seed=plan.seed,
-            named=store.named,
-        ):
-            worker.check()
-            step = result.step
-            evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step, clock.seconds_since_save())
-            if timetable.logs_after(step) or evaluates or saves:
-                recorder.step(result)  # reads the step, and so stops here if it went wrong
-            measured = validation.measure() if evaluates else {}
-            if evaluates:
-                recorder.evaluation(step, measured)
-            if saves:
-                recorder.flush()
-                checkpoints.save(step, metrics=measured)
-                clock.saved()
-            if timetable.is_rung(step):
-                checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
-            if evaluates:
-                worker.report({"step": step, **measured})
-        del loss_sum, validation  # beside the engine, all that holds the model
-        finish(plan, engine, checkpoints, recorder, folder)
-    if events:
-        events.close()
+        _batches(plan, store, worker),
+        loss_sum,
+        lambda step: learning_rate(step, plan.optimization),
+        start=start,
+        stop=timetable.num_steps,
+        seed=plan.seed,
+        named=store.named,
+    ):
+        worker.check()
+        step = result.step
+        asked = requests.agreed() if timetable.logs_after(step) else frozenset()
+        evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step) or Request.SAVE in asked
+        if timetable.logs_after(step) or evaluates or saves:
+            recorder.step(result)  # reads the step, and so stops here if it went wrong
+        measured = validation.measure() if evaluates else {}
+        if evaluates:
+            recorder.evaluation(step, measured)
+        if saves:
+            recorder.flush()
+            checkpoints.save(step, metrics=measured)
+            if save_clock:
+                save_clock.saved()
+        if timetable.is_rung(step):
+            checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
+        if evaluates:
+            worker.report({"step": step, **measured})
 
 
-def _say_nothing(event: str, **facts: object) -> None:
-    """Events are rank 0's to write."""
+@contextmanager
+def _told(folder: RunFolder, worker: Worker) -> Iterator[Report]:
+    """Takes the events of the run as long as the block lasts, however it ends; they are rank 0's to write."""
+    if worker.rank != 0:
+        yield lambda event, **facts: None
+        return
+    with EventLog(folder.events, attempt=worker.attempt) as events:
+        yield events.write
 
 
 def _batches(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Sequence[Batch]]:
@@ -117,20 +133,3 @@ def _batches(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Seq
         return [batch.pin_memory() for batch in batches] if plan.cluster.device == "cuda" else batches
 
     return batches_of
-
-
-class _SaveClock:
-    """Seconds since the last save by rank 0's clock, so that ranks agree; asked of it only where the plan saves by time."""
-
-    def __init__(self, plan: RunPlan, engine: Engine) -> None:
-        self._engine = engine
-        self._is_used = plan.checkpoint.every_s is not None
-        self._last_s = time.monotonic()
-
-    def seconds_since_save(self) -> float:
-        if not self._is_used:
-            return 0.0
-        return self._engine.gather_objects(time.monotonic() - self._last_s)[0]
-
-    def saved(self) -> None:
-        self._last_s = time.monotonic()

@@ -17,6 +17,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import Engine, PlainEngine
 from raytune.training.loop import LossSum
 from raytune.training.losses import attach_loss
+from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
 
 
@@ -42,7 +43,12 @@ def prepare_process(plan: RunPlan, device_index: int) -> torch.device:
 def start_engine(
     plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None = None
 ) -> tuple[Engine, LossSum]:
-    """Load the model, or take up the base that is kept, shard it as planned, and make its loss."""
+    """Load the model, or take up the base that is kept, shard it as planned, and make its loss.
+
+    Raises:
+        PlanError: on every rank alike, if a node's disk has no room for what is offloaded to it.
+    """
+    refuse_small_nvme(plan, rank, world_size)
     is_plain = plan.engine.kind == "plain"
     engine = _plain_engine(plan, device, rank, world_size, kept) if is_plain else _zero_engine(plan, device)
     layer = attach_loss(engine.model, plan.loss.chunk_tokens)

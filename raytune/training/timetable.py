@@ -13,9 +13,8 @@ class Timetable:
     log_every: int
     evaluate_every: int | None
     evaluate_at_saves: bool
-    """Where a save is due by its step; those by time are not evaluated, since clocks would decide how much is measured."""
+    """Where a save is due; those on request are not evaluated, since clocks would decide how much is measured."""
     save_every: int
-    save_every_s: float | None
     rungs: tuple[int, ...]
     """Steps after which a sweep judges its trial: evaluated, and saved first."""
 
@@ -27,7 +26,6 @@ class Timetable:
             evaluate_every=plan.evaluation.every_steps if plan.data.validation else None,
             evaluate_at_saves=plan.evaluation.at_saves,
             save_every=plan.checkpoint.every_steps,
-            save_every_s=plan.checkpoint.every_s,
             rungs=plan.rungs,
         )
 
@@ -40,10 +38,8 @@ class Timetable:
         at_save = self.evaluate_at_saves and step % self.save_every == 0
         return at_save or step % self.evaluate_every == 0 or step == self.num_steps or self.is_rung(step)
 
-    def saves_after(self, step: int, seconds_since_save: float) -> bool:
-        """`seconds_since_save` must be the same number on every rank, or ranks would disagree about a collective save."""
-        by_time = self.save_every_s is not None and seconds_since_save >= self.save_every_s
-        return by_time or step % self.save_every == 0 or step == self.num_steps or self.is_rung(step)
+    def saves_after(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.num_steps or self.is_rung(step)
 
     def is_rung(self, step: int) -> bool:
         return step in self.rungs

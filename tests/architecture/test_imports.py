@@ -44,7 +44,7 @@ OWNERS = {
     "peft": {"model/"},
     "datasets": {"data/sources.py"},
     "yaml": {"config/yaml_nodes.py"},
-    "fsspec": {"storage.py"},
+    "fsspec": {"object_store.py"},
     "click": {"cli/"},
     "rich": {"launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
     "matplotlib": {"report/figures.py"},

@@ -140,7 +140,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def running_cluster(folder: Path) -> Iterator[tuple[str, list[int]]]:
+def running_cluster(folder: Path, *, dashboard: bool = False) -> Iterator[tuple[str, list[int]]]:
     """A Ray cluster of this machine: its address and its processes."""
     from ray.cluster_utils import Cluster
 
@@ -148,7 +148,7 @@ def running_cluster(folder: Path) -> Iterator[tuple[str, list[int]]]:
     cluster = Cluster(
         initialize_head=True,
         connect=False,
-        head_node_args={"num_cpus": WORKERS, "include_dashboard": False, "temp_dir": str(folder)},
+        head_node_args={"num_cpus": WORKERS, "include_dashboard": dashboard, "temp_dir": str(folder)},
     )
     try:
         cluster.wait_for_nodes()

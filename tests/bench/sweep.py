@@ -9,6 +9,10 @@ All three train the same trials (rank x alpha x learning rate on the demo task) 
 - plain Tune: `tune.Tuner` with Ray's own ASHAScheduler over a function that runs a TorchTrainer of one worker, as Ray documents
   it; the loop inside is ours, so that only what is around it differs.
 
+The cluster has a dashboard, as `ray start --head` gives it: where a trial is stopped, its Train controller dies with the trial's
+process, and what then frees the CPUs of its workers asks the dashboard whether the controller lives. Without one, plain Tune's
+third trial waits for ever for the CPUs of the first. Raytune's sweeps do not depend on it.
+
 Compared are makespan (wall), CPU seconds of the driver's tree and of Ray's daemons and workers, and the wall time of a trial
 before its first step: from when the search hands it out, or the trainable's function begins, to the line of its first step.
 """
@@ -40,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, default=54)
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a way is taken to hang")
     parser.add_argument("--output", action="store_true", help="append the figures to tests/bench/baselines/sweep.jsonl")
     parser.add_argument("--drive", nargs=2, metavar=("WAY", "CONFIG"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -55,7 +60,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     measured: dict[str, list[dict[str, Any]]] = {way: [] for way in DRIVERS}
     for number in range(options.rounds):
         for way in DRIVERS:
-            with running_cluster(folder / "ray") as (address, pids):
+            with running_cluster(folder / "ray", dashboard=True) as (address, pids):
                 name = f"{way.replace(' ', '-').lower()}-{number}"
                 measured[way].append(measure(way, folder, name, address, pids, options))
     for way, rounds in measured.items():
@@ -85,6 +90,10 @@ def measure(
         while process.poll() is None:
             time.sleep(0.2)
             cpu_of_driver = max(cpu_of_driver, tree_cpu_s(process.pid) if process.poll() is None else 0.0)
+            if time.time() - started > options.limit:
+                process.kill()
+                process.wait()
+                raise SystemExit(f"{way} had not ended after {options.limit} s:\n{log.read_text()[-4000:]}")
     if process.returncode:
         raise SystemExit(f"{way} failed:\n{log.read_text()[-4000:]}")
     runs = sorted((folder / name).glob("**/metrics.jsonl"))

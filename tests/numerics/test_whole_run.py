@@ -2,8 +2,12 @@
 
 import gc
 import json
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +22,14 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
+from raytune.launch.run import train_plan
+from raytune.metrics import EventLog, read_events
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
 from raytune.training import final
+from raytune.training.commit import committed
+from raytune.training.engine import PlainEngine
 from raytune.training.run import Worker, train
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.saved_models import loss_by_plain_transformers
@@ -220,3 +228,81 @@ def test_a_resume_after_the_last_step_has_the_metrics_of_the_whole_run(tmp_path:
     assert again.metrics == first.metrics
     assert {"train/loss", "validation/loss"} <= again.metrics.keys()
     assert again.best_step == first.best_step
+
+
+def test_saves_by_time_are_agreed_on_at_log_steps_and_cost_no_collective_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathers: dict[str, int] = {}
+    own = PlainEngine.gather_objects
+    for every in (None, "1h"):
+
+        def counted(engine: PlainEngine, value: Any, every: str = str(every)) -> list[Any]:
+            gathers[every] = gathers.get(every, 0) + 1
+            return own(engine, value)
+
+        monkeypatch.setattr(PlainEngine, "gather_objects", counted)
+        changes = {"checkpoint": {"every": every}, "training": {"max_steps": 6, "logging_steps": 3}}
+        finished(tmp_path / str(every), changes)
+    assert gathers["1h"] - gathers["None"] == 2, "steps 3 and 6"
+
+
+def test_ranks_save_together_when_the_time_has_come(tmp_path: Path) -> None:
+    changes = {
+        "training": {"max_steps": 6, "logging_steps": 2, "global_batch_size": 4},
+        "evaluation": {"every_steps": 6},
+        "checkpoint": {"every": "1h", "every_steps": 6, "keep_last": 6},
+        "cluster": {"workers": 2},
+    }
+    folder, plan = prepared_run(tmp_path, changes)
+    always = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update={"every_s": 0.0})})
+    run_on_ranks(train_rank, 2, always)
+    assert [commit.step for commit in committed(folder)] == [2, 4, 6]
+
+
+def test_the_events_of_a_run_that_fails_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cast("dict[str, Any]", EventLog.__init__.__kwdefaults__), "upload_every_s", 3600.0)
+    url = f"memory://{tmp_path.name}"
+    changes = {"data": {"store": str(tmp_path / "stores")}, "checkpoint": {"every_steps": 3}}
+    resolved = config_from(config(tmp_path, changes) | {"storage": url})
+    plan = prepare(resolved, this_machine(resolved.cluster), map).plan
+    folder, calls = RunFolder(plan.storage, plan.name), []
+
+    def fail_in_the_end() -> None:
+        calls.append(True)
+        while len(calls) == 6 and not committed(folder):
+            time.sleep(0.05)
+        if len(calls) == 6:
+            raise TrainingError("the last step went wrong")
+
+    worker = Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda metrics: None, check=fail_in_the_end)
+    with pytest.raises(TrainingError):
+        train(plan, worker)
+    deadline = time.monotonic() + 10
+    while not read_events(folder.events) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the save of step 3 may still be writing its line
+    assert [event["event"] for event in read_events(folder.events)] == ["checkpoint_saved"]
+
+
+def test_a_damaged_finished_run_is_exported_again_from_its_checkpoint_and_not_trained_again(tmp_path: Path) -> None:
+    resolved = config_from(config(tmp_path, {}))
+    prepared = prepare(resolved, this_machine(resolved.cluster), map)
+    folder, attempts = RunFolder(prepared.plan.storage, prepared.plan.name), []
+
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> None:
+        attempts.append(number)
+        train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=number, report=lambda metrics: None, check=check))
+
+    first = train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
+    weights = Path(first.model_path, "adapter_model.safetensors")
+    content = weights.read_bytes()
+    train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
+    assert attempts == [1], "a finished run is only read"
+    truncate, remove = lambda: weights.write_bytes(content[:100]), lambda: shutil.rmtree(folder.model)
+    for spoil in (truncate, remove, lambda: os.remove(folder.result)):
+        spoil()
+        again = train_plan(prepared.plan, prepared.questions, resolved, attempt=attempt)
+        assert weights.read_bytes() == content
+        assert again.metrics == first.metrics
+        assert again.history.points == first.history.points, "no step was made again"
+    assert attempts == [1, 2, 3, 4]

@@ -1,20 +1,32 @@
 """What the launcher settles without a cluster: which nodes count, and what it says about files of another raytune."""
 
 import json
+import os
 import re
+import shutil
+import time
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from click.testing import CliRunner
 from rich.console import Console
 
+from raytune.cli import cli
 from raytune.config.cluster import ClusterSection
+from raytune.config.load import config_from, load_config
+from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster import nodes_for_workers
+from raytune.launch.finished import answer, is_finished
 from raytune.launch.progress import show_result
 from raytune.launch.record import RunRecord, read_plan, write_plan
 from raytune.launch.result import RunResult
+from raytune.launch.run import run
 from raytune.run_folder import RunFolder
+from raytune.training.commit import Commit
 from raytune.units import GIB
 from tests.tiny import tiny_plan
 
@@ -107,3 +119,144 @@ def test_a_file_that_is_not_json_is_refused_with_its_name(folder: RunFolder) -> 
     Path(folder.run).write_text("{")
     with pytest.raises(UserError, match=rf"{folder.run} .*it was edited"):
         RunRecord.read(folder)
+
+
+# --- Finished runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(folder: RunFolder) -> RunConfig:
+    """A finished run with its model, and the config that asks for it."""
+    config = RunConfig(name="tiny", storage=folder.storage)
+    change(folder.run, config=config.model_dump(mode="json"), created=time.time())
+    files = {"model.safetensors": "0123456789", "config.json": '{"a": 1}'}
+    Path(folder.model).mkdir()
+    for name, content in files.items():
+        Path(folder.model, name).write_text(content)
+    change(folder.result, model_files={name: len(content) for name, content in files.items()})
+    return config
+
+
+def commit_step(folder: RunFolder) -> None:
+    """A checkpoint as far as its manifest goes."""
+    path = folder.checkpoint(4)
+    commit = Commit(
+        path=path,
+        step=4,
+        world_size=1,
+        fence=1,
+        parent=None,
+        created=0.0,
+        metrics={},
+        fingerprint={},
+        versions={},
+        folder="state",
+        files=(),
+    )
+    Path(path).mkdir(parents=True)
+    Path(path, "MANIFEST.json").write_bytes(commit.to_manifest())
+
+
+def test_a_finished_run_is_answered_without_a_cluster_its_data_or_its_base(folder: RunFolder, finished: RunConfig) -> None:
+    """No Ray, no file of data and no tokenizer is here to be asked: what the plan names does not exist."""
+    result = run(finished)
+    assert (result.best_step, result.model_path) == (4, folder.model)
+    assert not ray.is_initialized()
+    elsewhere = finished.cluster.model_copy(update={"workers": 8, "address": "1.2.3.4:6379"})
+    assert run(finished.model_copy(update={"cluster": elsewhere})).best_step == 4
+
+
+def test_any_number_of_commands_read_a_finished_run_where_nobody_may_write(folder: RunFolder, finished: RunConfig) -> None:
+    before = sorted(Path(folder.path).rglob("*"))
+    run(finished)
+    assert sorted(Path(folder.path).rglob("*")) == before, "no lease, no event"
+
+
+def test_what_a_finished_run_does_not_do_any_more_is_said(
+    folder: RunFolder, finished: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    later = finished.model_copy(update={"checkpoint": finished.checkpoint.model_copy(update={"keep_last": 7})})
+    assert answer(later, folder) is not None
+    assert "checkpoint.keep_last (2 -> 7)" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["seed", "learning_rate", "max_steps", "optimizer"])
+def test_a_changed_setting_is_not_answered_by_the_run_before_it(folder: RunFolder, finished: RunConfig, key: str) -> None:
+    values = {"seed": 1, "learning_rate": 1.0, "max_steps": 7, "optimizer": "lion"}
+    training = finished.training.model_copy(update={key: values[key]})
+    assert answer(finished.model_copy(update={"training": training}), folder) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: shutil.rmtree(folder.model), "model.safetensors is missing"),
+        (lambda folder: os.truncate(f"{folder.model}/model.safetensors", 5), "model.safetensors has 5 bytes instead of 10"),
+        (lambda folder: os.truncate(f"{folder.model}/config.json", 5), "config.json has 5 bytes instead of 8"),
+        (lambda folder: os.remove(f"{folder.model}/config.json"), "config.json is missing"),
+        (lambda folder: os.truncate(folder.result, 20), "result.json is torn"),
+        (lambda folder: os.truncate(folder.result, 0), "result.json is torn"),
+        (lambda folder: os.remove(folder.result), "result.json is missing"),
+        (lambda folder: os.remove(folder.plan), "plan.json is missing"),
+    ],
+)
+def test_a_damaged_finished_run_is_not_finished(
+    folder: RunFolder, finished: RunConfig, spoil: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit_step(folder)
+    assert is_finished(folder)
+    spoil(folder)
+    assert not is_finished(folder)
+    assert said in caplog.text
+    assert "exported again from its best checkpoint" in caplog.text
+    assert answer(finished, folder) is None
+    shutil.rmtree(folder.checkpoints)
+    with pytest.raises(UserError, match=rf"{said}.*No checkpoint is left.*another name"):
+        answer(finished, folder)
+
+
+def test_a_model_whose_small_files_were_edited_or_that_got_more_files_is_whole(folder: RunFolder, finished: RunConfig) -> None:
+    Path(folder.model, "config.json").write_text('{"a": 1, "b": 2}')
+    Path(folder.model, "README.md").write_text("mine")
+    assert is_finished(folder)
+
+
+def test_a_result_without_a_list_of_files_is_believed(folder: RunFolder, finished: RunConfig) -> None:
+    """Written by a raytune that made none."""
+    change(folder.result, model_files=None)
+    assert is_finished(folder)
+
+
+def test_train_of_a_finished_run_needs_no_file_that_the_config_names(
+    folder: RunFolder, finished: RunConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"name: tiny\nstorage: {folder.storage}\nmodel: {{base: {tmp_path}/gone}}\ndata: {{train: {tmp_path}/gone.jsonl}}"
+    )
+    refused = CliRunner().invoke(cli, ["train", str(file), "--json"])
+    assert refused.exit_code == 2
+    assert "is not on this machine" in refused.output
+    change(folder.run, config=load_config([file]).model_dump(mode="json"))
+    done = CliRunner().invoke(cli, ["train", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["best_step"] == 4
+
+
+def test_a_finished_run_whose_data_has_changed_since_is_compared_with_the_data(
+    folder: RunFolder, finished: RunConfig, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("old")
+    asking = config_from(
+        finished.model_dump(mode="json") | {"data": {"train": "demo:train", "validation": str(tmp_path / "*.jsonl")}}
+    )
+    change(folder.run, config=asking.model_dump(mode="json"), created=time.time() + 0.1)
+    assert answer(asking, folder) is not None
+    time.sleep(0.2)
+    (tmp_path / "new").write_text("new")
+    os.utime(tmp_path / "new", (0, 0))  # as `cp -p` and archives leave it
+    os.replace(tmp_path / "new", rows)
+    assert answer(asking, folder) is None
+    rows.unlink()
+    assert answer(asking, folder) is not None, "what is gone cannot be compared"

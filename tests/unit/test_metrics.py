@@ -9,12 +9,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune import storage
-from raytune.errors import StorageFullError, UserError
-from raytune.metrics import EventLog, History, MetricsWriter, decode_number, encode_number, read_events
+from raytune.errors import ClusterError, StorageFullError, UserError
+from raytune.metrics import EventLog, Follower, History, MetricsWriter, decode_number, encode_number, read_events
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -202,3 +202,150 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     os.dup2(full, writer._lines._descriptor)  # type: ignore[union-attr]
     with pytest.raises(StorageFullError, match="disk is full"):
         writer.write(1, {"train/loss": 1.0})
+
+
+# --- Followers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_follower_tells_what_is_new(path: str) -> None:
+    follower = Follower(path)
+    assert follower.look() == ()
+    writer = MetricsWriter(path, attempt=1, resumed_step=0)
+    writer.write(1, {"train/loss": 1.0})
+    writer.write(2, {"train/loss": 2.0})
+    writer.flush()
+    assert [point.step for point in follower.look()] == [1, 2]
+    assert follower.look() == ()
+    writer.write(2, {"validation/loss": 3.0})
+    writer.flush()
+    (point,) = follower.look()
+    assert (point.step, dict(point.values)) == (2, {"train/loss": 2.0, "validation/loss": 3.0}), "whole, though half was known"
+    write(path, 2, 1, [2])
+    assert [(point.step, point.attempt) for point in follower.look()] == [(2, 2)]
+    assert follower.history == History.read(path)
+    assert follower.history.series("train/loss") == [(1, 1.0), (2, 2.2)]
+    writer.close()
+
+
+def test_a_look_reads_what_was_added_and_not_the_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "metrics.jsonl")
+    write(path, 1, 0, list(range(1, 1001)))
+    follower, num_read = Follower(path), [0]
+    follower.look()
+
+    def counted(path: str, offset: int) -> bytes:
+        data = storage.read_from(path, offset)
+        num_read[0] += len(data)
+        return data
+
+    monkeypatch.setattr("raytune.metrics.read_from", counted)
+    writer = MetricsWriter(path, attempt=2, resumed_step=1000)
+    for step in range(1001, 1101):
+        writer.write(step, {"train/loss": 0.0})
+        assert [point.step for point in follower.look()] == [step]
+    assert num_read[0] < 100 * 300, "two or three lines a look, where the file has a thousand"
+    writer.close()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_follower_knows_what_a_reader_knows_wherever_the_file_is_cut(data: st.DataObject) -> None:
+    """Lines of attempts that resume, orphans among them, seen in pieces that end anywhere."""
+    lines, reached = [], 0
+    for attempt in range(1, data.draw(st.integers(1, 4)) + 1):
+        resumed = data.draw(st.integers(0, reached))
+        lines.append({"attempt": attempt, "time": 1.0, "resumed_step": resumed})
+        reached = data.draw(st.integers(resumed, resumed + 5))
+        steps = range(resumed + 1, reached + 1)
+        lines += [{"attempt": attempt, "time": 2.0, "step": step, "loss": float(step)} for step in steps]
+        if attempt > 1 and data.draw(st.booleans()):
+            lines.append({"attempt": attempt - 1, "time": 2.0, "step": reached + 1, "loss": 0.0})
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    url, end = f"memory://{uuid.uuid4().hex}/metrics.jsonl", 0
+    follower = Follower(url)
+    while end < len(content):
+        end = min(end + data.draw(st.integers(20, 200)), len(content))
+        storage.write_bytes(url, content[:end])
+        follower.look()
+        assert follower.history == History.parse(content[:end], url)
+
+
+@pytest.mark.parametrize("new_steps", [[1], [1, 2, 3, 4, 5, 6, 7, 8]])
+def test_a_file_that_was_replaced_is_read_from_its_beginning(path: str, new_steps: list[int]) -> None:
+    write(path, 1, 0, [1, 2, 3, 4])
+    follower = Follower(path)
+    follower.look()
+    storage.write_bytes(path, b"")
+    write(path, 3, 0, new_steps)
+    assert [point.step for point in follower.look()] == new_steps
+    assert follower.history == History.read(path)
+
+
+def test_a_torn_line_waits_and_what_a_resume_cuts_off_was_never_there(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(str(path), 1, 0, [1, 2])
+    follower = Follower(path)
+    with path.open("ab") as file:
+        file.write(b'{"attempt": 1, "time": 3.0, "st')
+    assert follower.look()[-1].step == 2
+    assert follower.look() == ()
+    write(str(path), 2, 1, [2, 3])  # truncates the torn line first
+    assert [point.step for point in follower.look()] == [2, 3]
+    path.unlink()
+    assert follower.look() == ()
+    assert follower.history == History(())
+
+
+def test_a_line_that_is_none_is_named(path: str) -> None:
+    write(path, 1, 0, [1])
+    follower = Follower(path)
+    follower.look()
+    good = storage.read_bytes(path)
+    storage.write_bytes(path, good + b"no json\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"metrics.jsonl:3 is not a line of metrics"):
+            follower.look()
+    storage.write_bytes(path, good)
+    assert [point.step for point in follower.look()] == [1]
+
+
+# --- Ends --------------------------------------------------------------------------------------------------------------------
+
+
+def start_and_fail(path: str) -> None:
+    with EventLog(path, attempt=1, upload_every_s=3600) as events:
+        events.write("started")
+        raise ZeroDivisionError
+
+
+def test_whatever_ends_a_block_the_events_are_written(path: str) -> None:
+    with pytest.raises(ZeroDivisionError):
+        start_and_fail(path)
+    assert [event["event"] for event in read_events(path)] == ["started"]
+
+
+def test_what_ends_a_block_is_told_though_the_storage_is_away_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(path: str, data: bytes) -> None:
+        raise ClusterError("the storage does not answer")
+
+    monkeypatch.setattr("raytune.metrics.write_bytes", away)
+    url = f"memory://{uuid.uuid4().hex}/events.jsonl"
+    with pytest.raises(ZeroDivisionError):
+        start_and_fail(url)
+    assert "the storage does not answer" in caplog.text
+    with pytest.raises(ClusterError), EventLog(url, attempt=1, upload_every_s=3600) as events:
+        events.write("started")
+
+
+def test_a_thread_that_is_late_writes_to_the_log_and_to_no_other_file(path: str, tmp_path: Path) -> None:
+    """A checkpoint that commits after its run was stopped; the number of the file may be that of another one by then."""
+    log = EventLog(path, attempt=1, upload_every_s=3600)
+    log.write("attempt_started")
+    log.close()
+    with (tmp_path / "other").open("wb"):
+        log.write("checkpoint_saved")
+        assert (tmp_path / "other").read_bytes() == b""
+    assert [event["event"] for event in read_events(path)] == ["attempt_started", "checkpoint_saved"]
+    log.close()

@@ -19,6 +19,7 @@ from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.architectures import model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.describe import plan_text
+from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
 from raytune.plan.requirements import check_before_data, choose_row_length
@@ -210,6 +211,22 @@ def test_offload_and_overrides_bring_deepspeed() -> None:
     assert (overridden.engine.kind, overridden.engine.zero_stage) == ("zero", 1)
 
 
+def test_offload_to_disks_that_an_instance_does_not_have_is_refused() -> None:
+    catalogue = load_catalogue()
+    instance = catalogue.instance("p5.48xlarge")
+    nvme = {"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}
+    asked = {"adapter": {"method": "full"}, "training": {"zero": nvme}}
+    whole, small, none = (
+        Machine.rented(replace(instance, nvme_bytes=size), catalogue.gpu_of(instance), 1)
+        for size in (instance.nvme_bytes, 50 * GIB, 0)
+    )
+    needed = sum(planned(whole, LLAMA_3_8B, **asked).bytes_on_nvme.values())
+    assert needed > 50 * GIB / 8
+    with pytest.raises(PlanError, match=r"offloads 8 x .* p5.48xlarge has 50 GiB of them. Raise cluster.nodes"):
+        planned(small, LLAMA_3_8B, **asked)
+    assert planned(none, LLAMA_3_8B, **asked).engine.nvme_path == "/nvme", "a disk that was attached is measured before training"
+
+
 def test_settings_that_need_whole_weights_keep_the_stage_low() -> None:
     with pytest.raises(PlanError, match="does not fit"):
         planned(gpus(8, 48), LLAMA_3_70B, adapter={"method": "lora", "init": "pissa"})
@@ -248,7 +265,7 @@ def test_every_save_is_measured_or_every_measurement_saved(evaluate: int, save: 
         checkpoint={"every_steps": save},
     )
     calendar, steps = Timetable.of(plan), range(1, 121)
-    saved = {step for step in steps if calendar.saves_after(step, 0.0)}
+    saved = {step for step in steps if calendar.saves_after(step)}
     measured = {step for step in steps if calendar.evaluates_after(step)}
     assert saved <= measured or measured <= saved
 

@@ -14,8 +14,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from raytune import storage
+from raytune import object_store, storage
 from raytune.errors import ClusterError, RaytuneError, StorageFullError, UserError
+from raytune.object_store import retry
 from raytune.storage import Digest
 
 
@@ -70,8 +71,8 @@ fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Retries do not wait; the list collects what they would have waited."""
     waited: list[float] = []
-    monkeypatch.setitem(storage.retry.__kwdefaults__, "sleep", waited.append)
-    monkeypatch.setitem(storage.retry.__kwdefaults__, "clock", lambda: sum(waited))
+    monkeypatch.setitem(retry.__kwdefaults__, "sleep", waited.append)
+    monkeypatch.setitem(retry.__kwdefaults__, "clock", lambda: sum(waited))
     FaultyFileSystem.faults = []
     return waited
 
@@ -295,7 +296,7 @@ def test_an_object_store_that_nobody_answers_for_is_down(
     s3: str, monkeypatch: pytest.MonkeyPatch, no_waiting: list[float]
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(object_store, "TRIES_OF_CLIENT", 1)
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(ClusterError, match="run the same command again"):
         storage.exists(f"{s3}/x")

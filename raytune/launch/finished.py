@@ -1,0 +1,117 @@
+"""A run that has finished: read again from its folder, without a cluster, its data or its base, unless its files were damaged."""
+
+import glob
+import logging
+from collections.abc import Iterator
+from json import JSONDecodeError
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from raytune.config.load import config_diff
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.launch.record import RunRecord
+from raytune.launch.result import RunResult
+from raytune.run_folder import RunFolder
+from raytune.storage import exists, file_sizes, is_local, local_path, read_json
+from raytune.training.commit import committed
+
+FREE = (
+    *("version", "name", "storage", "cluster.", "provider.", "sweep", "checkpoint.", "evaluation."),
+    *("training.logging_steps", "training.zero.", "training.loss", "data.store"),
+)
+"""Beginnings of keys that change nothing of what a step computes."""
+
+_log = logging.getLogger(__name__)
+
+
+def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
+    """The result of the finished run that a config asks for, from its folder alone.
+
+    What was asked then is compared with what is asked now. Of data and base it only looks at the dates of files that are still
+    there.
+
+    Returns:
+        None if there is no such run, if its files are damaged, if the config differs in more than what changes no numbers, or if
+        a file that it names has changed since: whether it asks for another run is then for the plan to say.
+
+    Raises:
+        UserError: if it is damaged beyond repair.
+    """
+    record = RunRecord.read(folder)
+    if record is None or record.state != "finished":
+        return None
+    try:
+        asked_then = RunConfig.model_validate(record.config)
+    except ValidationError:  # the config of another raytune; the plan is compared by what both know
+        return None
+    changes = config_diff(asked_then, config)
+    if not all(key.startswith(FREE) for key, _, _ in changes) or _has_changed(config, record.created) or not is_finished(folder):
+        return None
+    if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation."))]:
+        _log.warning("Run %r has finished before; what has changed since is not applied to it: %s.", folder.name, ", ".join(idle))
+    return RunResult.read(folder)
+
+
+def _has_changed(config: RunConfig, since: float) -> bool:
+    """Whether a local file of data or base was written, replaced or moved there after `since` (seconds since 1970)."""
+    generation = config.evaluation.generation
+    sources = [*config.data.train, *config.data.validation, *(generation.rows if generation else [])]
+    paths = [path for path in (config.model.base, *(source.path for source in sources)) if is_local(path)]
+    named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
+    files = [file for name in named for file in (name, *name.rglob("*")) if file.is_file()]
+    return any(max(file.stat().st_mtime, file.stat().st_ctime) > since for file in files)
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Whether a run has finished and what it left is still there. Says so where it is damaged and has to be exported again.
+
+    Raises:
+        UserError: if it is damaged and no checkpoint is left to export it from.
+    """
+    record = RunRecord.read(folder)
+    if record is None or record.state != "finished":
+        return False
+    problems = list(damage(folder))
+    if not problems:
+        return True
+    what = f"Run {folder.name!r} in {folder.storage} had finished, but {'; '.join(problems[:5])}"
+    if not committed(folder):
+        raise UserError(
+            f"{what}. No checkpoint is left to export the model from. Put the files back, or train it again under another name "
+            f"(name=...)."
+        )
+    _log.warning("%s. The model is exported again from its best checkpoint.", what)
+    return False
+
+
+def damage(folder: RunFolder) -> Iterator[str]:
+    """What is missing or torn of what a finished run leaves, a phrase per file. Weights are judged by their sizes."""
+    if not exists(folder.plan):
+        yield f"{folder.plan} is missing"
+    try:
+        expected = read_json(folder.result)["model_files"]
+    except FileNotFoundError:
+        yield f"{folder.result} is missing"
+        return
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        yield f"{folder.result} is torn ({error})"
+        return
+    except (KeyError, TypeError):  # an earlier raytune did not write down what the model consists of
+        return
+    found = file_sizes(folder.model)
+    for name, size in expected.items():
+        path = f"{folder.model}/{name}"
+        if name not in found:
+            yield f"{path} is missing"
+        elif found[name] != size and not (name.endswith(".json") and _is_json(path)):  # small files may be edited by hand
+            yield f"{path} has {found[name]} bytes instead of {size}"
+
+
+def _is_json(path: str) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True
