@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raytune.clusters.checks.facts import MachineFacts
 from raytune.clusters.checks.finding import Finding, fail, ok, warn
-from raytune.units import format_bytes
+from raytune.units import format_bytes, format_rate
 
 # Below these shares of what the network should give. Published all-reduce figures reach 80 to 90 % of the line.
 SLOW_SHARE, POOR_SHARE = 0.5, 0.75
@@ -190,12 +190,12 @@ def judge_all_reduce(reductions: Sequence[Reduction], expected_bytes_per_s: floa
     if not reductions:
         return ok("all-reduce", "one worker, nothing to reduce")
     seen = f"{reductions[-1].num_ranks} workers: " + ", ".join(
-        f"{_gigabytes(reduction.bytes_per_s)} at {format_bytes(reduction.num_bytes)}" for reduction in reductions
+        f"{format_rate(reduction.bytes_per_s)} at {format_bytes(reduction.num_bytes)}" for reduction in reductions
     )
     if expected_bytes_per_s is None:
         return ok("all-reduce", seen)
     share = max(reduction.bytes_per_s for reduction in reductions) / expected_bytes_per_s
-    seen += f"; {share:.0%} of the expected {_gigabytes(expected_bytes_per_s)}"
+    seen += f"; {share:.0%} of the expected {format_rate(expected_bytes_per_s)}"
     fix = (
         "Look at the fabric: `NCCL_DEBUG=INFO` must name EFA, IB or TCPX and not Socket; the security group must allow all "
         "traffic within itself (EFA), and NCCL_SOCKET_IFNAME name the right interface."
@@ -232,16 +232,12 @@ def judge_pairs(pairs: Mapping[tuple[str, str], Reduction], nodes: Sequence[str]
     if slow:
         return fail(
             "slow node",
-            "; ".join(f"{node} reaches {_gigabytes(best[node])} with its better neighbour" for node in slow)
-            + f"; the others {_gigabytes(middle)}",
+            "; ".join(f"{node} reaches {format_rate(best[node])} with its better neighbour" for node in slow)
+            + f"; the others {format_rate(middle)}",
             f"Replace {', '.join(slow)}, or look there at the link (`ethtool`, `ibstat`), at other jobs, and at a throttled GPU "
             f"(`nvidia-smi -q -d PERFORMANCE`).",
         )
-    return ok("slow node", f"none; pairs of nodes reach {_gigabytes(min(best.values()))} to {_gigabytes(max(best.values()))}")
-
-
-def _gigabytes(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.3g} GB/s"
+    return ok("slow node", f"none; pairs of nodes reach {format_rate(min(best.values()))} to {format_rate(max(best.values()))}")
 
 
 def _kind(facts: MachineFacts) -> str:
