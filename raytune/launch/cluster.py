@@ -19,6 +19,7 @@ from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.host import memory_bytes_here
 from raytune.launch.probe import accelerator_here, probe_accelerator
+from raytune.launch.scaling import bring_machines
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
 
@@ -37,14 +38,19 @@ def named_address(section: ClusterSection) -> str | None:
 
 
 @contextmanager
-def connect(section: ClusterSection) -> Iterator[Machine]:
+def connect(section: ClusterSection, *, scales: bool = True) -> Iterator[Machine]:
     """Join or start a cluster for the duration of the block, and say what it has.
+
+    Args:
+        scales: whether the cluster's autoscaler is to bring what is missing, which is paid for.
 
     Raises:
         ClusterError: as `joined` does, or if the cluster has no room for a worker on any node.
         UserError: as `joined` does.
     """
     with joined(section):
+        if scales:
+            bring_machines(section)
         yield _machine(section)
 
 

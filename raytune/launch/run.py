@@ -131,7 +131,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         UserError: as `run` does.
     """
     if named_address(config.cluster):
-        with connect(config.cluster) as machine:
+        with connect(config.cluster, scales=False) as machine:
             return prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout)).plan
     return prepare(config, this_machine(config.cluster), map).plan
 

@@ -180,22 +180,26 @@ class Reduction:
         return 2 * (self.num_ranks - 1) / self.num_ranks * self.num_bytes / self.seconds
 
 
-def judge_all_reduce(reductions: Sequence[Reduction], expected_bytes_per_s: float | None) -> Finding:
+def judge_all_reduce(
+    reductions: Sequence[Reduction], expected_bytes_per_s: float | None, why: str = "as --expect says"
+) -> Finding:
     """Whether all workers together reduce as fast as the network allows.
 
     Args:
         reductions: by size, the largest last; none where there is one worker only.
         expected_bytes_per_s: of the network; None: not known.
+        why: it is expected.
     """
     if not reductions:
         return ok("all-reduce", "one worker, nothing to reduce")
-    seen = f"{reductions[-1].num_ranks} workers: " + ", ".join(
-        f"{format_rate(reduction.bytes_per_s)} at {format_bytes(reduction.num_bytes)}" for reduction in reductions
-    )
+    seen = _seen(reductions)
     if expected_bytes_per_s is None:
-        return ok("all-reduce", seen)
+        return ok("all-reduce", f"{seen}; what it should be is not known (cluster.instance or --expect says it)")
     share = max(reduction.bytes_per_s for reduction in reductions) / expected_bytes_per_s
-    seen += f"; {share:.0%} of the expected {format_rate(expected_bytes_per_s)}"
+    seen += (
+        f"; {share:.0%} of the expected {format_rate(expected_bytes_per_s)} ({why}); fails below {SLOW_SHARE:.0%}, "
+        f"{format_rate(SLOW_SHARE * expected_bytes_per_s)}"
+    )
     fix = (
         "Look at the fabric: `NCCL_DEBUG=INFO` must name EFA, IB or TCPX and not Socket; the security group must allow all "
         "traffic within itself (EFA), and NCCL_SOCKET_IFNAME name the right interface."
@@ -203,6 +207,17 @@ def judge_all_reduce(reductions: Sequence[Reduction], expected_bytes_per_s: floa
     if share < SLOW_SHARE:
         return fail("all-reduce", seen, fix)
     return warn("all-reduce", seen, fix) if share < POOR_SHARE else ok("all-reduce", seen)
+
+
+def judge_within(reductions: Sequence[Reduction]) -> Finding:
+    """What the workers of one node reach, which no network has a part in."""
+    return ok("all-reduce", _seen(reductions) if reductions else "one worker, nothing to reduce")
+
+
+def _seen(reductions: Sequence[Reduction]) -> str:
+    return f"{reductions[-1].num_ranks} workers: " + ", ".join(
+        f"{format_rate(reduction.bytes_per_s)} at {format_bytes(reduction.num_bytes)}" for reduction in reductions
+    )
 
 
 def is_slow(finding: Finding, expected_bytes_per_s: float | None) -> bool:
