@@ -13,12 +13,13 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import requests
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.dashboard.utils import ray_address_to_api_server_url
@@ -26,14 +27,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
+from raytune.clusters.job import Job, progress_of
 from raytune.clusters.working_dir import contents, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
-from raytune.launch.record import RunRecord, read_plan
-from raytune.metrics import History
-from raytune.run_folder import RunFolder
+from raytune.errors import ClusterError, UserError
 from raytune.storage import is_local
-from raytune.units import format_seconds
+from raytune.units import MIB, format_bytes, format_seconds
 
 LOCAL = "local"
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -43,14 +42,22 @@ ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # this long in vain where nobody buries dead processes, as in a container without an init.
 STOP_WAIT_S = 30
 STOP_TIMEOUT_S = 90.0
-EXIT_STOPPED = 143
-"""Of a job that was stopped, as of a process that SIGTERM ended."""
+PENDING_LIMIT_S = 900.0
+"""How long Ray lets a job wait for a node (RAY_JOB_START_TIMEOUT_SECONDS of the head)."""
+
+LARGE_FILE, LARGE_JOB = 10 * MIB, 50 * MIB
+"""From these sizes on, of a file or of all that a job takes along, a word is said. Code and configs are far smaller."""
 
 _PUSH_CPUS = 0.01
 _POLL_S = 1.0
+_SAY_EVERY_S = 30.0
+"""Longest wait without a word while a job writes nothing."""
 _START_WAIT_S = 60.0
 _PATIENCE_S = 120.0
 """Longest silence of a dashboard while logs are followed."""
+
+_BROKEN = (ClusterError, RuntimeError, OSError, aiohttp.ClientError)
+"""What Ray's client raises where a dashboard, or the node that a job runs on, does not answer."""
 
 _log = logging.getLogger(__name__)
 
@@ -129,16 +136,27 @@ class Jobs:
         with _answered(self.url), _no_other_address():
             self._client = JobSubmissionClient(self.url)
 
-    def submit(self, entrypoint: str, package: Path, submission_id: str, metadata: dict[str, str]) -> None:
+    def submit(
+        self,
+        entrypoint: str,
+        package: Path,
+        submission_id: str,
+        metadata: dict[str, str],
+        runtime_env: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start a job.
 
         Args:
             entrypoint: a shell command.
             package: the zip that becomes its working directory.
+            runtime_env: more of what Ray is to prepare, as `job_environment.runtime_environment` returns it.
 
         Raises:
             UserError: if there is a job of that name.
         """
+        given = dict(runtime_env or {})
+        # Everybody who reaches the dashboard reads these: nothing secret belongs here.
+        given["env_vars"] = {**given.get("env_vars", {}), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
         deadline = time.monotonic() + _START_WAIT_S
         while True:
             try:
@@ -146,8 +164,7 @@ class Jobs:
                     self._client.submit_job(
                         entrypoint=entrypoint,
                         submission_id=submission_id,
-                        # Everybody who reaches the dashboard reads these: nothing secret belongs here.
-                        runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                        runtime_env={**given, "working_dir": str(package)},
                         metadata=metadata,
                         **entrypoint_place(self._nodes()),
                     )
@@ -194,35 +211,57 @@ class Jobs:
             return _job(self._client.get_job_info(submission_id))
 
     def logs(self, submission_id: str) -> str:
-        """Everything that a job has written so far."""
-        with _answered(self.url):
-            return self._client.get_job_logs(submission_id)
+        """Everything that a job has written so far.
 
-    def follow(self, submission_id: str, write: Callable[[str], None], tail: int | None = None) -> "Job":
+        Raises:
+            ClusterError: if it cannot be read.
+        """
+        try:
+            with _answered(self.url):
+                return self._client.get_job_logs(submission_id)
+        except RuntimeError as error:  # Ray's for every answer that is none
+            raise ClusterError(
+                f"What job {submission_id} has written cannot be read ({_in_a_line(error)}): the node that it ran on may be "
+                f"gone, and its log with it. `raytune status {submission_id}` says how it ended; the run's folder has its "
+                f"metrics."
+            ) from error
+
+    def follow(
+        self,
+        submission_id: str,
+        write: Callable[[str], None],
+        tail: int | None = None,
+        say: Callable[[str], None] = _log.warning,
+    ) -> Job:
         """Hand on what a job writes until it ends. A connection that breaks is made again, and nothing is written twice.
+
+        How the job ended is asked of the cluster, whatever became of the output.
 
         Args:
             tail: how many of the lines that are there already; None: all.
+            say: takes a line now and then about what is waited for.
 
         Raises:
             ClusterError: if the dashboard stays silent.
         """
-        seen, silent_since = 0, None
+        now = time.monotonic()
+        seen, silent_since, said = 0, None, now
         if tail is not None:
-            so_far = self.logs(submission_id)
-            seen = len(so_far)
-            write(last_lines(so_far, tail))
+            with suppress(ClusterError):  # the loop says so if it stays like that
+                so_far = self.logs(submission_id)
+                seen = len(so_far)
+                write(last_lines(so_far, tail))
         while True:
+            trouble: Exception | None = None
             try:
                 for piece in self._tail(submission_id, seen):
-                    seen, silent_since = seen + len(piece), None
+                    seen, silent_since, said = seen + len(piece), None, time.monotonic()
                     write(piece)
+            except _BROKEN as error:
+                trouble = error
+            try:
                 job = self.look(submission_id)
-                if job.has_ended:
-                    write(self.logs(submission_id)[seen:])  # what came between the last piece and the end
-                    return job
-                silent_since = None
-            except (ClusterError, RuntimeError, OSError) as error:
+            except _BROKEN as error:
                 now = time.monotonic()
                 silent_since = silent_since or now
                 if now - silent_since > _PATIENCE_S:
@@ -230,7 +269,22 @@ class Jobs:
                         f"{self.url} has not answered for {format_seconds(_PATIENCE_S)} ({error}). Job {submission_id} may go on "
                         f"without it: `raytune logs {submission_id} --follow` when it is back."
                     ) from error
+            else:
+                silent_since = None
+                if job.has_ended:
+                    self._write_rest(submission_id, seen, write, say)
+                    return job
+                if time.monotonic() - said > _SAY_EVERY_S:
+                    said = time.monotonic()
+                    say(_waiting(job, trouble))
             time.sleep(_POLL_S)
+
+    def _write_rest(self, submission_id: str, seen: int, write: Callable[[str], None], say: Callable[[str], None]) -> None:
+        """What came between the last piece and the end."""
+        try:
+            write(self.logs(submission_id)[seen:])
+        except _BROKEN as error:
+            say(f"the end of what job {submission_id} has written is missing here ({_in_a_line(error)})")
 
     def _tail(self, submission_id: str, seen: int) -> Iterator[str]:
         """Pieces of a job's output from character `seen` on, until the connection ends."""
@@ -263,6 +317,20 @@ class Jobs:
                 )
             time.sleep(_POLL_S)
         return job
+
+
+def _waiting(job: Job, trouble: Exception | None) -> str:
+    """A line about a job that has written nothing for a while."""
+    since = format_seconds(max(0.0, time.time() - job.started)) if job.started else "a moment"
+    if job.status == JobStatus.PENDING:
+        why = f": {_in_a_line(job.message)}" if job.message else ""
+        return f"job {job.id} waits for a node to run on, {since} so far, limit {format_seconds(PENDING_LIMIT_S)}{why}"
+    unread = f"; its output cannot be read ({_in_a_line(trouble)})" if trouble else ""
+    return f"job {job.id} is {job.status.lower()}, {since} so far{unread}"
+
+
+def _in_a_line(text: object) -> str:
+    return " ".join(str(text).split())[:300]
 
 
 def _url(target: str) -> str:
@@ -314,76 +382,6 @@ def _answered(url: str) -> Iterator[None]:
 # --- What --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A job as the cluster knows it."""
-
-    id: str
-    run: str | None
-    """Name of its run; None for a job that plain `ray job submit` started."""
-    storage: str | None
-    status: str
-    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-    message: str | None
-    error_type: str | None
-    entrypoint: str
-    started: float | None
-    """Seconds since 1970."""
-    ended: float | None
-    driver_exit_code: int | None
-
-    @property
-    def has_ended(self) -> bool:
-        return JobStatus(self.status).is_terminal()
-
-    @property
-    def exit_code(self) -> int | None:
-        """What the same command would have returned here; None while it runs.
-
-        A job that ended without an exit code was lost by the cluster, and can be submitted again.
-        """
-        if not self.has_ended:
-            return None
-        if self.status == JobStatus.STOPPED:
-            return EXIT_STOPPED
-        if self.status == JobStatus.SUCCEEDED:
-            return 0
-        if self.driver_exit_code:
-            # Ended by a signal: as a shell counts it.
-            return self.driver_exit_code if self.driver_exit_code > 0 else 128 - self.driver_exit_code
-        return EXIT_FAILED if self.error_type in _NOT_TO_BE_REPEATED else EXIT_RETRY_LATER
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "exit_code": self.exit_code}
-
-
-_NOT_TO_BE_REPEATED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR", "JOB_ENTRYPOINT_COMMAND_ERROR")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a run is, read from its folder."""
-
-    state: str
-    step: int
-    num_steps: int
-
-
-def progress_of(job: Job) -> Progress | None:
-    """How far the run of a job is; None if its folder cannot be seen from here."""
-    if job.run is None or job.storage is None:
-        return None
-    folder = RunFolder(job.storage, job.run)
-    try:
-        record = RunRecord.read(folder)
-        if record is None:
-            return None
-        step = History.read(folder.metrics).last_step
-        return Progress(state=record.state, step=step, num_steps=read_plan(folder).optimization.num_steps)
-    except (RaytuneError, OSError, ImportError):  # another raytune's, a storage out of reach or without its package: not seen
-        return None
-
-
 def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where a job's own process runs: off a head that has no CPUs, because it is small and its loss should not end the run.
 
@@ -402,18 +400,58 @@ def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"entrypoint_num_cpus": _PUSH_CPUS}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """Everything that a job is started from. Its files are kept until `close`, so that the same can be started again."""
+
+    id: str
+    entrypoint: str
+    metadata: dict[str, str]
+    runtime_env: dict[str, Any]
+    left_out: tuple[str, ...]
+    """Files that were not sent because they look like secrets."""
+    large: str | None
+    """A sentence about files that make the job slow to start; None: there are none."""
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def package(self) -> Path:
+        return Path(self.folder.name) / "working_dir.zip"
+
+    def send(self, jobs: Jobs, submission_id: str | None = None) -> Job:
+        """Start it.
+
+        Raises:
+            UserError: if there is a job of that name.
+        """
+        name = submission_id or self.id
+        jobs.submit(self.entrypoint, self.package, name, dict(self.metadata), self.runtime_env)
+        return jobs.look(name)
+
+    def close(self) -> None:
+        self.folder.cleanup()
+
+
 def submit(
-    jobs: Jobs, verb: str, files: Sequence[str], overrides: Sequence[str], *, working_dir: Path, name: str | None
-) -> tuple[Job, list[str]]:
+    jobs: Jobs,
+    verb: str,
+    files: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    working_dir: Path,
+    name: str | None,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> tuple[Job, Submission]:
     """Check a config here, and start it as a job.
 
     Args:
         files, overrides: as `raytune train` takes them.
         working_dir: what the job takes along.
         name: of the job; by default the run's, and something random.
+        runtime_env: as for `Jobs.submit`.
 
     Returns:
-        The job, and what was left out because it looks like a secret.
+        The job, and what it was started from, to be closed.
 
     Raises:
         UserError: before anything is sent, if the config or the folder does not allow it.
@@ -434,17 +472,38 @@ def submit(
             f"{', '.join(missing)} would not be sent with the job: it is ignored by .gitignore or .rayignore, or looks like a "
             f"secret or a run. Rename or move it."
         )
-    submission_id = name or f"{config.name}-{secrets.token_hex(3)}"
-    with tempfile.TemporaryDirectory(prefix="raytune-") as folder:
-        package = Path(folder) / "working_dir.zip"
-        pack(packed, package)
-        jobs.submit(
-            entrypoint=shlex.join([*packed.command, verb, *inside, *overrides]),
-            package=package,
-            submission_id=submission_id,
-            metadata={"raytune": raytune.__version__, "run": config.name, "storage": config.storage, "verb": verb},
-        )
-    return jobs.look(submission_id), list(packed.secrets)
+    submission = Submission(
+        id=name or f"{config.name}-{secrets.token_hex(3)}",
+        entrypoint=shlex.join([*packed.command, verb, *inside, *overrides]),
+        metadata={"raytune": raytune.__version__, "run": config.name, "storage": config.storage, "verb": verb},
+        runtime_env=dict(runtime_env or {}),
+        left_out=tuple(packed.secrets),
+        large=large_files(packed.files),
+        folder=tempfile.TemporaryDirectory(prefix="raytune-"),
+    )
+    try:
+        pack(packed, submission.package)
+        return submission.send(jobs), submission
+    except BaseException:
+        submission.close()
+        raise
+
+
+def large_files(files: Mapping[str, Path]) -> str | None:
+    """A sentence about files that a job had better not take along; None: there are none.
+
+    Args:
+        files: that it takes along, by their names there.
+    """
+    sizes = sorted(((path.stat().st_size, name) for name, path in files.items()), reverse=True)
+    total = sum(size for size, _ in sizes)
+    if not sizes or (sizes[0][0] < LARGE_FILE and total < LARGE_JOB):
+        return None
+    named = ", ".join(f"{name} ({format_bytes(size)})" for size, name in sizes[:3])
+    return (
+        f"the job takes {format_bytes(total)} along, which every node of it fetches and unpacks; the largest: {named}. What it "
+        f"does not need can be named in .rayignore, data and weights belong where every node sees them."
+    )
 
 
 def _job(details: JobDetails) -> Job:
@@ -460,6 +519,7 @@ def _job(details: JobDetails) -> Job:
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
         driver_exit_code=details.driver_exit_code,
+        verb=metadata.get("verb"),
     )
 
 
@@ -488,7 +548,7 @@ def status_text(jobs: Sequence[Job], now: float) -> str:
     rows = [("job", "status", "since", "run", "step")]
     for job in jobs:
         progress = progress_of(job)
-        step = f"{progress.step}/{progress.num_steps} ({progress.state})" if progress else "-"
+        step = str(progress) if progress else "-"
         since = format_seconds(max(0.0, (job.ended or now) - job.started)) if job.started else "-"
         code = f" ({job.exit_code})" if job.exit_code not in (None, 0) else ""
         rows.append((job.id, job.status.lower() + code, since, job.run or "-", step))

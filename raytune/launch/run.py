@@ -12,7 +12,7 @@ from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, ModelErr
 from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
-from raytune.launch.lease import Holding, hold
+from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
@@ -144,7 +144,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
         lease.renew()
         record.write(folder)
         with closing(EventLog(folder.events, attempt=record.attempts)) as events:
-            events.write("attempt_started", workers=plan.batch.workers)
+            events.write("attempt_started", workers=plan.batch.workers, job=own_job())
             try:
                 failure = attempt(plan, record.attempts, lease.check)
             except (KeyboardInterrupt, SystemExit):

@@ -30,7 +30,7 @@ GLOO = Network("gloo", "TCP")
 
 _FITTING: dict[Fabric, str] = {
     "efa": "libfabric",
-    "infiniband": "ib|ucx|sharp",
+    "infiniband": r"\bg?ib|ucx|sharp",
     "tcpx": "gpudirecttcpx",
     "tcpxo": "fastrak",
     "tcp": "",
