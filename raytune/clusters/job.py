@@ -151,6 +151,6 @@ def _sweep_progress(folder: SweepFolder, job: Job) -> SweepProgress | None:
     ended = sum(known.has_ended(name) for name in known.trials)
     if exists(folder.result):
         best = read_sweep(folder.path).best
-        return SweepProgress(state="finished", ended=ended, trials=len(known.trials), best=best and best.trial)
+        return SweepProgress(state="finished", ended=ended, trials=len(known.trials), best=best.trial.name if best else None)
     state = "unfinished" if job.has_ended else "running"
     return SweepProgress(state=state, ended=ended, trials=len(known.trials), best=None)

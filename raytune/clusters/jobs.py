@@ -255,6 +255,8 @@ class Jobs:
             trouble: Exception | None = None
             try:
                 for piece in self._tail(submission_id, seen):
+                    if not piece:
+                        break
                     seen, silent_since, said = seen + len(piece), None, time.monotonic()
                     write(piece)
             except _BROKEN as error:
@@ -274,7 +276,7 @@ class Jobs:
                 if job.has_ended:
                     self._write_rest(submission_id, seen, write, say)
                     return job
-                if time.monotonic() - said > _SAY_EVERY_S:
+                if time.monotonic() - said >= _SAY_EVERY_S:
                     said = time.monotonic()
                     say(_waiting(job, trouble))
             time.sleep(_POLL_S)
@@ -287,18 +289,26 @@ class Jobs:
             say(f"the end of what job {submission_id} has written is missing here ({_in_a_line(error)})")
 
     def _tail(self, submission_id: str, seen: int) -> Iterator[str]:
-        """Pieces of a job's output from character `seen` on, until the connection ends."""
+        """Pieces of a job's output from character `seen` on, until the connection ends; an empty one when it has been quiet."""
         pieces = self._client.tail_job_logs(submission_id)
         to_skip = seen
 
-        async def following() -> str | None:
+        async def next_piece() -> str | None:
             return await anext(pieces, None)
+
+        async def following() -> str | None:
+            """A job that waits for a node keeps the connection open and sends nothing."""
+            task = asyncio.ensure_future(next_piece())
+            done, _ = await asyncio.wait({task}, timeout=_SAY_EVERY_S)
+            return task.result() if done else ""
 
         with asyncio.Runner() as runner:
             while (piece := runner.run(following())) is not None:
                 new, to_skip = piece[to_skip:], max(0, to_skip - len(piece))
-                if new:
+                if new or not piece:
                     yield new
+                if not piece:
+                    return
 
     def stop(self, submission_id: str, timeout_s: float = STOP_TIMEOUT_S) -> "Job":
         """Ask a job to end, as SIGTERM does, and wait until it has.

@@ -257,7 +257,9 @@ def _judged(reductions: Sequence[Reduction], expected: Expected | None, *, num_n
     """One node has no network between nodes to be held against anything."""
     if num_nodes < 2:
         return judge_within(reductions)
-    return judge_all_reduce(reductions, *((expected.bytes_per_s, expected.why) if expected else (None,)))
+    if expected is None:
+        return judge_all_reduce(reductions, None)
+    return judge_all_reduce(reductions, expected.bytes_per_s, expected.why)
 
 
 def _network(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+import ray.util.client
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from raytune.config.cluster import ClusterSection
@@ -128,8 +130,8 @@ def scaling_of(need: Need) -> Scaling:
     """Ask the cluster what its autoscaler does about a need."""
     if ray.util.client.ray.is_connected():  # ray:// leads to a process of the cluster, not to what its autoscaler reports to
         return Scaling(is_heard=True)
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(ray._raylet.GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    reply: Any = getattr(autoscaler_pb2, "GetClusterStatusReply")()  # noqa: B009  (made at run time: type checkers do not see it)
+    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
     return read_scaling(reply.autoscaling_state, need)
 
 
