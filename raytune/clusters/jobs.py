@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,11 +27,12 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
 from raytune.clusters.job import Job, progress_of
+from raytune.clusters.submission import Submission, large_files
 from raytune.clusters.working_dir import contents, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
 from raytune.errors import ClusterError, UserError
 from raytune.storage import is_local
-from raytune.units import MIB, format_bytes, format_seconds
+from raytune.units import format_seconds
 
 LOCAL = "local"
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -44,9 +44,6 @@ STOP_WAIT_S = 30
 STOP_TIMEOUT_S = 90.0
 PENDING_LIMIT_S = 900.0
 """How long Ray lets a job wait for a node (RAY_JOB_START_TIMEOUT_SECONDS of the head)."""
-
-LARGE_FILE, LARGE_JOB = 10 * MIB, 50 * MIB
-"""From these sizes on, of a file or of all that a job takes along, a word is said. Code and configs are far smaller."""
 
 _PUSH_CPUS = 0.01
 _POLL_S = 1.0
@@ -410,38 +407,6 @@ def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"entrypoint_num_cpus": _PUSH_CPUS}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """Everything that a job is started from. Its files are kept until `close`, so that the same can be started again."""
-
-    id: str
-    entrypoint: str
-    metadata: dict[str, str]
-    runtime_env: dict[str, Any]
-    left_out: tuple[str, ...]
-    """Files that were not sent because they look like secrets."""
-    large: str | None
-    """A sentence about files that make the job slow to start; None: there are none."""
-    folder: tempfile.TemporaryDirectory[str]
-
-    @property
-    def package(self) -> Path:
-        return Path(self.folder.name) / "working_dir.zip"
-
-    def send(self, jobs: Jobs, submission_id: str | None = None) -> Job:
-        """Start it.
-
-        Raises:
-            UserError: if there is a job of that name.
-        """
-        name = submission_id or self.id
-        jobs.submit(self.entrypoint, self.package, name, dict(self.metadata), self.runtime_env)
-        return jobs.look(name)
-
-    def close(self) -> None:
-        self.folder.cleanup()
-
-
 def submit(
     jobs: Jobs,
     verb: str,
@@ -497,23 +462,6 @@ def submit(
     except BaseException:
         submission.close()
         raise
-
-
-def large_files(files: Mapping[str, Path]) -> str | None:
-    """A sentence about files that a job had better not take along; None: there are none.
-
-    Args:
-        files: that it takes along, by their names there.
-    """
-    sizes = sorted(((path.stat().st_size, name) for name, path in files.items()), reverse=True)
-    total = sum(size for size, _ in sizes)
-    if not sizes or (sizes[0][0] < LARGE_FILE and total < LARGE_JOB):
-        return None
-    named = ", ".join(f"{name} ({format_bytes(size)})" for size, name in sizes[:3])
-    return (
-        f"the job takes {format_bytes(total)} along, which every node of it fetches and unpacks; the largest: {named}. What it "
-        f"does not need can be named in .rayignore, data and weights belong where every node sees them."
-    )
 
 
 def _job(details: JobDetails) -> Job:

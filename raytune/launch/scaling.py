@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 import ray.util.client
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
 from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from raytune.clusters.jobs import Jobs, large_files, submit
+from raytune.clusters.jobs import Jobs, submit
 from raytune.clusters.resubmission import follow_to_the_end
+from raytune.clusters.submission import large_files
 from raytune.errors import ClusterError
 from raytune.units import MIB
 
