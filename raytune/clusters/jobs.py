@@ -174,6 +174,16 @@ class Jobs:
                     raise ClusterError(f"{self.url} did not take the job: {error}") from error
             time.sleep(_POLL_S)
 
+    def start(self, submission: Submission, name: str | None = None) -> Job:
+        """Start what was prepared, under its own name or another.
+
+        Raises:
+            UserError: if there is a job of that name.
+        """
+        name = name or submission.id
+        self.submit(submission.entrypoint, submission.package, name, dict(submission.metadata), submission.runtime_env)
+        return self.look(name)
+
     def _nodes(self) -> list[dict[str, Any]]:
         """Living nodes as the dashboard lists them; none if it does not tell."""
         answer = self._client._do_request(
@@ -458,7 +468,7 @@ def submit(
     )
     try:
         pack(packed, submission.package)
-        return submission.send(jobs), submission
+        return jobs.start(submission), submission
     except BaseException:
         submission.close()
         raise

@@ -49,7 +49,7 @@ def follow_to_the_end(
             f"{format_seconds(pause_s)}, {again} of at most {most} times"
         )
         time.sleep(pause_s)
-        done = jobs.follow(submission.send(jobs, name).id, write, say=say)
+        done = jobs.follow(jobs.start(submission, name).id, write, say=say)
     return done
 
 

@@ -4,13 +4,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raytune.units import MIB, format_bytes
-
-if TYPE_CHECKING:
-    from raytune.clusters.job import Job
-    from raytune.clusters.jobs import Jobs
 
 LARGE_FILE, LARGE_JOB = 10 * MIB, 50 * MIB
 """From these sizes on, of a file or of all that a job takes along, a word is said. Code and configs are far smaller."""
@@ -33,16 +29,6 @@ class Submission:
     @property
     def package(self) -> Path:
         return Path(self.folder.name) / "working_dir.zip"
-
-    def send(self, jobs: "Jobs", submission_id: str | None = None) -> "Job":
-        """Start it.
-
-        Raises:
-            UserError: if there is a job of that name.
-        """
-        name = submission_id or self.id
-        jobs.submit(self.entrypoint, self.package, name, dict(self.metadata), self.runtime_env)
-        return jobs.look(name)
 
     def close(self) -> None:
         self.folder.cleanup()
