@@ -61,6 +61,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def format_rate(bytes_per_s: float) -> str:
+    """`320 GB/s`, `12.5 GB/s`: as networks are measured, in powers of ten."""
+    return f"{bytes_per_s / 1e9:.3g} GB/s"
+
+
 def format_seconds(seconds: float) -> str:
     """`0.8s`, `42s`, `3m05s`, `2h14m`, `3d04h`."""
     if seconds < 10:

@@ -12,7 +12,6 @@ from raytune.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
     from raytune.clusters.checks.finding import Finding
-    from raytune.config.cluster import ClusterSection
 
 
 @click.command()
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 @click.option(
     "--expect",
     metavar="RATE",
-    help="What a node's network should give per second, such as 50GB. Default: of cluster.instance.",
+    help="Bus bandwidth that nodes should reach together, such as 50GB (per second). Default: of cluster.instance, or of the "
+    "type that the nodes say they are.",
 )
 @as_json_option
 @debug_option
@@ -33,8 +33,12 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
 
     files, overrides = files_and_overrides(arguments)
     config = load_config(files, overrides) if files else config_from({}, overrides)
-    expected = expected_rate(expect, config.cluster)
+    expected = expected_rate(expect)
 
+    from raytune.plan.hardware import load_catalogue
+
+    if config.cluster.instance is not None:
+        load_catalogue().instance(config.cluster.instance)  # a name that it does not know is said before anything is joined
     from raytune.clusters.preflight import examine_cluster
     from raytune.launch.address import named_address
     from raytune.launch.signals import ends_in_order
@@ -61,19 +65,12 @@ def doctor(storage: str | None, as_json: bool) -> None:
     _show_findings(examine_this_machine(storage), as_json)
 
 
-def expected_rate(text: str | None, section: "ClusterSection") -> float | None:
-    """Bytes per second that a node's network should give, as written, or what the catalogue says that collectives of all its
-    GPUs reach; None: not known."""
-    from raytune.plan.hardware import load_catalogue
-    from raytune.plan.throughput import Speed
+def expected_rate(text: str | None) -> float | None:
+    """Bytes per second that a node's network should give, as written; None: nothing is."""
     from raytune.units import parse_size
 
     if text is None:
-        if section.instance is None or section.workers != "auto":  # some of a node's GPUs do not fill its network
-            return None
-        catalogue = load_catalogue()
-        instance = catalogue.instance(section.instance)
-        return Speed.of(instance, catalogue.gpu_of(instance)).inter_bytes_per_s
+        return None
     try:
         return parse_size(text.removesuffix("/s"))
     except ValueError as error:

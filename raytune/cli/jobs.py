@@ -1,15 +1,13 @@
 """Verbs of jobs on a cluster elsewhere: submit, status, logs, stop."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, load_run, run_arguments
-
-if TYPE_CHECKING:
-    from raytune.clusters.jobs import Job, Jobs
 
 target_option = click.option(
     "--target",
@@ -31,6 +29,20 @@ insecure_option = click.option(
 @click.option(
     "--working-dir", type=click.Path(path_type=Path), default=".", help="Folder that the job takes along. Default: this one."
 )
+@click.option("--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment variable of the job. No secrets. Repeatable.")
+@click.option(
+    "--runtime-env",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="YAML or JSON with env_vars, pip, uv, conda, image_uri, as Ray knows them.",
+)
+@click.option(
+    "--resubmit",
+    type=click.IntRange(min=0),
+    default=None,
+    metavar="N",
+    help="How often the run is submitted again if the node of its own process is lost. Default: 3; 0: never.",
+)
 @click.option("--detach", is_flag=True, help="Return when the job is submitted.")
 @as_json_option
 @debug_option
@@ -41,27 +53,39 @@ def submit(
     name: str | None,
     verb: str,
     working_dir: Path,
+    env: tuple[str, ...],
+    runtime_env: Path | None,
+    resubmit: int | None,
     detach: bool,
     as_json: bool,
 ) -> None:
     """Train as a job of a cluster elsewhere, and follow its output. Ctrl-C leaves the job alone.
 
+    While it is followed, a run whose process loses its node is submitted again, and goes on from its newest checkpoint.
+
     Exit codes are those of `train` (0, 1, 2, 10); 143: the job was stopped; 130: you left it.
     """
     from raytune.clusters import jobs
+    from raytune.clusters.job_environment import runtime_environment
+    from raytune.clusters.resubmission import MOST_RESUBMISSIONS, follow_to_the_end
     from raytune.config.asked import require_named
 
-    config, places = load_run(*files_and_overrides(arguments))
+    given = runtime_environment(env, runtime_env)
+    files, overrides = files_and_overrides(arguments)
+    config, places = load_run(files, overrides)
     require_named(config, places=places)
     cluster = jobs.Jobs(target, insecure=insecure)
-    job, notes = jobs.submit(cluster, verb, *files_and_overrides(arguments), working_dir=working_dir, name=name)
-    for note in notes:
-        click.echo(note, err=True)
-    click.echo(f"job {job.id} on {cluster.url}", err=True)
-    if detach:
-        click.echo(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
-        return
-    job = _follow(cluster, job.id, target, as_json)
+    job, submission = jobs.submit(cluster, verb, files, overrides, working_dir=working_dir, name=name, runtime_env=given)
+    with closing(submission):
+        for note in submission.notes:
+            click.echo(note, err=True)
+        click.echo(f"job {job.id} on {cluster.url}", err=True)
+        if detach:
+            click.echo(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
+            return
+        most = MOST_RESUBMISSIONS if resubmit is None else resubmit
+        with _leaving(job.id, target):
+            job = follow_to_the_end(cluster, job, submission, _writer(as_json), _say, most=most)
     if as_json:
         click.echo(json.dumps(job.to_json()))
     else:
@@ -109,7 +133,8 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
     cluster = jobs.Jobs(target, insecure=insecure)
     job = cluster.find(name)
     if follow:
-        job = _follow(cluster, job.id, target, as_json, tail)
+        with _leaving(job.id, target):
+            job = cluster.follow(job.id, _writer(as_json), tail, _say)
         if as_json:
             click.echo(json.dumps(job.to_json()))
         click.get_current_context().exit(job.exit_code or 0)
@@ -135,13 +160,23 @@ def stop(name: str, target: str | None, insecure: bool, as_json: bool) -> None:
     click.echo(json.dumps(job.to_json()) if as_json else f"job {job.id} {job.status.lower()}")
 
 
-def _follow(cluster: "Jobs", job_id: str, target: str | None, as_json: bool, tail: int | None = None) -> "Job":
-    """Print a job's output until it ends; on standard error where standard output is for JSON."""
+@contextmanager
+def _leaving(job_id: str, target: str | None) -> Iterator[None]:
+    """Ctrl-C ends the following, not the job."""
     try:
-        return cluster.follow(job_id, lambda text: click.echo(text, nl=False, err=as_json), tail)
+        yield
     except KeyboardInterrupt:
         click.echo(f"\njob {job_id} goes on. {_how_to_come_back(job_id, target)}", err=True)
         click.get_current_context().exit(EXIT_INTERRUPTED)
+
+
+def _writer(as_json: bool) -> Callable[[str], None]:
+    """Prints a job's output; on standard error where standard output is for JSON."""
+    return lambda text: click.echo(text, nl=False, err=as_json)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _how_to_come_back(job_id: str, target: str | None) -> str:

@@ -13,12 +13,12 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import requests
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.dashboard.utils import ray_address_to_api_server_url
@@ -27,12 +27,11 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raytune
 from raytune.clusters.dashboard import refuse_what_is_no_dashboard
+from raytune.clusters.job import Job, progress_of
+from raytune.clusters.submission import Submission
 from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
-from raytune.launch.record import RunRecord, read_plan
-from raytune.metrics import History
-from raytune.run_folder import RunFolder
+from raytune.errors import ClusterError, UserError
 from raytune.storage import is_local
 from raytune.units import format_seconds
 
@@ -44,14 +43,19 @@ ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # this long in vain where nobody buries dead processes, as in a container without an init.
 STOP_WAIT_S = 30
 STOP_TIMEOUT_S = 90.0
-EXIT_STOPPED = 143
-"""Of a job that was stopped, as of a process that SIGTERM ended."""
+PENDING_LIMIT_S = 900.0
+"""How long Ray lets a job wait for a node (RAY_JOB_START_TIMEOUT_SECONDS of the head)."""
 
 _PUSH_CPUS = 0.01
 _POLL_S = 1.0
+_SAY_EVERY_S = 30.0
+"""Longest wait without a word while a job writes nothing."""
 _START_WAIT_S = 60.0
 _PATIENCE_S = 120.0
 """Longest silence of a dashboard while logs are followed."""
+
+_BROKEN = (ClusterError, RuntimeError, OSError, aiohttp.ClientError)
+"""What Ray's client raises where a dashboard, or the node that a job runs on, does not answer."""
 
 _log = logging.getLogger(__name__)
 
@@ -131,16 +135,27 @@ class Jobs:
         with _answered(self.url), _no_other_address():
             self._client = JobSubmissionClient(self.url)
 
-    def submit(self, entrypoint: str, package: Path, submission_id: str, metadata: dict[str, str]) -> None:
+    def submit(
+        self,
+        entrypoint: str,
+        package: Path,
+        submission_id: str,
+        metadata: dict[str, str],
+        runtime_env: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start a job.
 
         Args:
             entrypoint: a shell command.
             package: the zip that becomes its working directory.
+            runtime_env: more of what Ray is to prepare, as `job_environment.runtime_environment` returns it.
 
         Raises:
             UserError: if there is a job of that name.
         """
+        given = dict(runtime_env or {})
+        # Everybody who reaches the dashboard reads these: nothing secret belongs here.
+        given["env_vars"] = {**given.get("env_vars", {}), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
         deadline = time.monotonic() + _START_WAIT_S
         while True:
             try:
@@ -148,8 +163,7 @@ class Jobs:
                     self._client.submit_job(
                         entrypoint=entrypoint,
                         submission_id=submission_id,
-                        # Everybody who reaches the dashboard reads these: nothing secret belongs here.
-                        runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                        runtime_env={**given, "working_dir": str(package)},
                         metadata=metadata,
                         **entrypoint_place(self._nodes()),
                     )
@@ -161,6 +175,16 @@ class Jobs:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise ClusterError(f"{self.url} did not take the job: {error}") from error
             time.sleep(_POLL_S)
+
+    def start(self, submission: Submission, name: str | None = None) -> Job:
+        """Start what was prepared, under its own name or another.
+
+        Raises:
+            UserError: if there is a job of that name.
+        """
+        name = name or submission.id
+        self.submit(submission.entrypoint, submission.package, name, dict(submission.metadata), submission.runtime_env)
+        return self.look(name)
 
     def _nodes(self) -> list[dict[str, Any]]:
         """Living nodes as the dashboard lists them; none if it does not tell."""
@@ -196,35 +220,59 @@ class Jobs:
             return _job(self._client.get_job_info(submission_id))
 
     def logs(self, submission_id: str) -> str:
-        """Everything that a job has written so far."""
-        with _answered(self.url):
-            return self._client.get_job_logs(submission_id)
+        """Everything that a job has written so far.
 
-    def follow(self, submission_id: str, write: Callable[[str], None], tail: int | None = None) -> "Job":
+        Raises:
+            ClusterError: if it cannot be read.
+        """
+        try:
+            with _answered(self.url):
+                return self._client.get_job_logs(submission_id)
+        except RuntimeError as error:  # Ray's for every answer that is none
+            raise ClusterError(
+                f"What job {submission_id} has written cannot be read ({_in_a_line(error)}): the node that it ran on may be "
+                f"gone, and its log with it. `raytune status {submission_id}` says how it ended; the run's folder has its "
+                f"metrics."
+            ) from error
+
+    def follow(
+        self,
+        submission_id: str,
+        write: Callable[[str], None],
+        tail: int | None = None,
+        say: Callable[[str], None] = _log.warning,
+    ) -> Job:
         """Hand on what a job writes until it ends. A connection that breaks is made again, and nothing is written twice.
+
+        How the job ended is asked of the cluster, whatever became of the output.
 
         Args:
             tail: how many of the lines that are there already; None: all.
+            say: takes a line now and then about what is waited for.
 
         Raises:
             ClusterError: if the dashboard stays silent.
         """
-        seen, silent_since = 0, None
+        now = time.monotonic()
+        seen, silent_since, said = 0, None, now
         if tail is not None:
-            so_far = self.logs(submission_id)
-            seen = len(so_far)
-            write(last_lines(so_far, tail))
+            with suppress(ClusterError):  # the loop says so if it stays like that
+                so_far = self.logs(submission_id)
+                seen = len(so_far)
+                write(last_lines(so_far, tail))
         while True:
+            trouble: Exception | None = None
             try:
                 for piece in self._tail(submission_id, seen):
-                    seen, silent_since = seen + len(piece), None
+                    if not piece:
+                        break
+                    seen, silent_since, said = seen + len(piece), None, time.monotonic()
                     write(piece)
+            except _BROKEN as error:
+                trouble = error
+            try:
                 job = self.look(submission_id)
-                if job.has_ended:
-                    write(self.logs(submission_id)[seen:])  # what came between the last piece and the end
-                    return job
-                silent_since = None
-            except (ClusterError, RuntimeError, OSError) as error:
+            except _BROKEN as error:
                 now = time.monotonic()
                 silent_since = silent_since or now
                 if now - silent_since > _PATIENCE_S:
@@ -232,21 +280,44 @@ class Jobs:
                         f"{self.url} has not answered for {format_seconds(_PATIENCE_S)} ({error}). Job {submission_id} may go on "
                         f"without it: `raytune logs {submission_id} --follow` when it is back."
                     ) from error
+            else:
+                silent_since = None
+                if job.has_ended:
+                    self._write_rest(submission_id, seen, write, say)
+                    return job
+                if time.monotonic() - said >= _SAY_EVERY_S:
+                    said = time.monotonic()
+                    say(_waiting(job, trouble))
             time.sleep(_POLL_S)
 
+    def _write_rest(self, submission_id: str, seen: int, write: Callable[[str], None], say: Callable[[str], None]) -> None:
+        """What came between the last piece and the end."""
+        try:
+            write(self.logs(submission_id)[seen:])
+        except _BROKEN as error:
+            say(f"the end of what job {submission_id} has written is missing here ({_in_a_line(error)})")
+
     def _tail(self, submission_id: str, seen: int) -> Iterator[str]:
-        """Pieces of a job's output from character `seen` on, until the connection ends."""
+        """Pieces of a job's output from character `seen` on, until the connection ends; an empty one when it has been quiet."""
         pieces = self._client.tail_job_logs(submission_id)
         to_skip = seen
 
-        async def following() -> str | None:
+        async def next_piece() -> str | None:
             return await anext(pieces, None)
+
+        async def following() -> str | None:
+            """A job that waits for a node keeps the connection open and sends nothing."""
+            task = asyncio.ensure_future(next_piece())
+            done, _ = await asyncio.wait({task}, timeout=_SAY_EVERY_S)
+            return task.result() if done else ""
 
         with asyncio.Runner() as runner:
             while (piece := runner.run(following())) is not None:
                 new, to_skip = piece[to_skip:], max(0, to_skip - len(piece))
-                if new:
+                if new or not piece:
                     yield new
+                if not piece:
+                    return
 
     def stop(self, submission_id: str, timeout_s: float = STOP_TIMEOUT_S) -> "Job":
         """Ask a job to end, as SIGTERM does, and wait until it has.
@@ -265,6 +336,20 @@ class Jobs:
                 )
             time.sleep(_POLL_S)
         return job
+
+
+def _waiting(job: Job, trouble: Exception | None) -> str:
+    """A line about a job that has written nothing for a while."""
+    since = format_seconds(max(0.0, time.time() - job.started)) if job.started else "a moment"
+    if job.status == JobStatus.PENDING:
+        why = f": {_in_a_line(job.message)}" if job.message else ""
+        return f"job {job.id} waits for a node to run on, {since} so far, limit {format_seconds(PENDING_LIMIT_S)}{why}"
+    unread = f"; its output cannot be read ({_in_a_line(trouble)})" if trouble else ""
+    return f"job {job.id} is {job.status.lower()}, {since} so far{unread}"
+
+
+def _in_a_line(text: object) -> str:
+    return " ".join(str(text).split())[:300]
 
 
 def _url(target: str) -> str:
@@ -316,76 +401,6 @@ def _answered(url: str) -> Iterator[None]:
 # --- What --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A job as the cluster knows it."""
-
-    id: str
-    run: str | None
-    """Name of its run; None for a job that plain `ray job submit` started."""
-    storage: str | None
-    status: str
-    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-    message: str | None
-    error_type: str | None
-    entrypoint: str
-    started: float | None
-    """Seconds since 1970."""
-    ended: float | None
-    driver_exit_code: int | None
-
-    @property
-    def has_ended(self) -> bool:
-        return JobStatus(self.status).is_terminal()
-
-    @property
-    def exit_code(self) -> int | None:
-        """What the same command would have returned here; None while it runs.
-
-        A job that ended without an exit code was lost by the cluster, and can be submitted again.
-        """
-        if not self.has_ended:
-            return None
-        if self.status == JobStatus.STOPPED:
-            return EXIT_STOPPED
-        if self.status == JobStatus.SUCCEEDED:
-            return 0
-        if self.driver_exit_code:
-            # Ended by a signal: as a shell counts it.
-            return self.driver_exit_code if self.driver_exit_code > 0 else 128 - self.driver_exit_code
-        return EXIT_FAILED if self.error_type in _NOT_TO_BE_REPEATED else EXIT_RETRY_LATER
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "exit_code": self.exit_code}
-
-
-_NOT_TO_BE_REPEATED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR", "JOB_ENTRYPOINT_COMMAND_ERROR")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a run is, read from its folder."""
-
-    state: str
-    step: int
-    num_steps: int
-
-
-def progress_of(job: Job) -> Progress | None:
-    """How far the run of a job is; None if its folder cannot be seen from here."""
-    if job.run is None or job.storage is None:
-        return None
-    folder = RunFolder(job.storage, job.run)
-    try:
-        record = RunRecord.read(folder)
-        if record is None:
-            return None
-        step = History.read(folder.metrics).last_step
-        return Progress(state=record.state, step=step, num_steps=read_plan(folder).optimization.num_steps)
-    except (RaytuneError, OSError, ImportError):  # another raytune's, a storage out of reach or without its package: not seen
-        return None
-
-
 def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where a job's own process runs: off a head that has no CPUs, because it is small and its loss should not end the run.
 
@@ -405,17 +420,25 @@ def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def submit(
-    jobs: Jobs, verb: str, files: Sequence[str], overrides: Sequence[str], *, working_dir: Path, name: str | None
-) -> tuple[Job, list[str]]:
+    jobs: Jobs,
+    verb: str,
+    files: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    working_dir: Path,
+    name: str | None,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> tuple[Job, Submission]:
     """Check a config here, and start it as a job.
 
     Args:
         files, overrides: as `raytune train` takes them.
         working_dir: what the job takes along.
         name: of the job; by default the run's, and something random.
+        runtime_env: as for `Jobs.submit`.
 
     Returns:
-        The job, and what to say of the files: what was left out and why, and which are large.
+        The job, and what it was started from, to be closed; its notes are to be said.
 
     Raises:
         UserError: before anything is sent, if the config or the folder does not allow it.
@@ -436,17 +459,20 @@ def submit(
             f"{', '.join(missing)} would not be sent with the job: it is ignored by .gitignore or .rayignore, or looks like a "
             f"secret or a run. Rename or move it."
         )
-    submission_id = name or f"{config.name}-{secrets.token_hex(3)}"
-    with tempfile.TemporaryDirectory(prefix="raytune-") as folder:
-        package = Path(folder) / "working_dir.zip"
-        pack(packed, package)
-        jobs.submit(
-            entrypoint=shlex.join([*packed.command, verb, *inside, *overrides]),
-            package=package,
-            submission_id=submission_id,
-            metadata={"raytune": raytune.__version__, "run": config.name, "storage": config.storage, "verb": verb},
-        )
-    return jobs.look(submission_id), packed.notes
+    submission = Submission(
+        id=name or f"{config.name}-{secrets.token_hex(3)}",
+        entrypoint=shlex.join([*packed.command, verb, *inside, *overrides]),
+        metadata={"raytune": raytune.__version__, "run": config.name, "storage": config.storage, "verb": verb},
+        runtime_env=dict(runtime_env or {}),
+        notes=tuple(packed.notes),
+        folder=tempfile.TemporaryDirectory(prefix="raytune-"),
+    )
+    try:
+        pack(packed, submission.package)
+        return jobs.start(submission), submission
+    except BaseException:
+        submission.close()
+        raise
 
 
 def _job(details: JobDetails) -> Job:
@@ -462,6 +488,7 @@ def _job(details: JobDetails) -> Job:
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
         driver_exit_code=details.driver_exit_code,
+        verb=metadata.get("verb"),
     )
 
 
@@ -490,7 +517,7 @@ def status_text(jobs: Sequence[Job], now: float) -> str:
     rows = [("job", "status", "since", "run", "step")]
     for job in jobs:
         progress = progress_of(job)
-        step = f"{progress.step}/{progress.num_steps} ({progress.state})" if progress else "-"
+        step = str(progress) if progress else "-"
         since = format_seconds(max(0.0, (job.ended or now) - job.started)) if job.started else "-"
         code = f" ({job.exit_code})" if job.exit_code not in (None, 0) else ""
         rows.append((job.id, job.status.lower() + code, since, job.run or "-", step))

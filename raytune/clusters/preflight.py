@@ -5,7 +5,7 @@ Every node is looked at by a process of its own, then all of them reduce togethe
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from raytune.clusters.checks.facts import MachineFacts
 from raytune.clusters.checks.finding import Finding, fail, over_nodes, warn
 from raytune.clusters.checks.inspector import Inspector
 from raytune.clusters.checks.judge import judge_machine
+from raytune.clusters.checks.network import Expected, expected_of, judge_network
 from raytune.clusters.checks.nodes import (
     ClockReading,
     Reduction,
@@ -31,11 +32,14 @@ from raytune.clusters.checks.nodes import (
     judge_shared_storage,
     judge_tokens,
     judge_versions,
+    judge_within,
     rounds_of_pairs,
 )
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError
 from raytune.launch.cluster import joined, nodes_for_workers
+from raytune.launch.scaling import bring_machines
+from raytune.plan.hardware import Instance, load_catalogue
 from raytune.units import format_seconds
 
 ANSWER_TIMEOUT_S = 60.0
@@ -59,12 +63,14 @@ def examine_cluster(section: ClusterSection, storage: str | None, *, expected_by
 
     Args:
         storage: where runs go; None leaves that out.
-        expected_bytes_per_s: what a node's network should give; None: not known.
+        expected_bytes_per_s: what a node's network should give; None: what the catalogue says of `cluster.instance`, or of the
+            type that the nodes say they are.
 
     Raises:
         ClusterError: if the cluster cannot be joined.
     """
     with joined(section):
+        bring_machines(section)
         nodes = living_nodes()
         findings = []
         with _inspectors(nodes, section.start_timeout) as inspectors:
@@ -74,7 +80,8 @@ def examine_cluster(section: ClusterSection, storage: str | None, *, expected_by
             if present:
                 findings.append(judge_clocks(_clocks(present)))
                 findings.append(_storage(present, storage))
-        return [*findings, *_bandwidth(section, nodes, expected_bytes_per_s)]
+        expected = None if expected_bytes_per_s is None else Expected(expected_bytes_per_s, "as --expect says")
+        return [*findings, *_bandwidth(section, nodes, facts, expected)]
 
 
 def judge_nodes(nodes: Sequence[Node], facts: Mapping[str, MachineFacts]) -> list[Finding]:
@@ -201,7 +208,18 @@ def _storage(inspectors: Mapping[str, Any], storage: str | None) -> Finding:
     return judge_shared_storage(storage, failures, list(inspectors))
 
 
-def _bandwidth(section: ClusterSection, nodes: Sequence[Node], expected: float | None) -> list[Finding]:
+def instance_of(section: ClusterSection, facts: Iterable[MachineFacts]) -> Instance | None:
+    """The type of the nodes: what the user says, or what all machines with GPUs say of themselves; None: not known."""
+    catalogue = load_catalogue()
+    if section.instance is not None:
+        return catalogue.instance(section.instance)
+    products = {one.product for one in facts if one.gpus}
+    return catalogue.instances.get(str(products.pop())) if len(products) == 1 else None
+
+
+def _bandwidth(
+    section: ClusterSection, nodes: Sequence[Node], facts: Mapping[str, MachineFacts], expected: Expected | None
+) -> list[Finding]:
     try:
         fitting = nodes_for_workers([node.resources for node in nodes], section)
     except ClusterError as error:
@@ -218,23 +236,37 @@ def _bandwidth(section: ClusterSection, nodes: Sequence[Node], expected: float |
             placement=section.placement if section.workers != "auto" or num_gpus else "spread",
             start_timeout=section.start_timeout,
         ) as ranks:
-            total = judge_all_reduce(ranks.reduce_all(), expected if len(ranks.nodes) > 1 else None)
-            if len(ranks.nodes) < 3 or not is_slow(total, expected):
-                return [total]
-            return [total, judge_pairs(_pairs(ranks, names), [names[node] for node in ranks.nodes])]
+            instance = instance_of(section, facts.values()) if num_gpus else None
+            if expected is None and instance is not None:
+                expected = expected_of(instance, load_catalogue().gpu_of(instance), ranks.workers_on_a_node)
+            reductions = ranks.reduce_all()
+            total = _judged(reductions, expected, num_nodes=len(ranks.nodes))
+            found = [total, *_network(ranks, names, facts, instance)] if reductions else [total]
+            if len(ranks.nodes) < 3 or not is_slow(total, expected and expected.bytes_per_s):
+                return found
+            return [*found, judge_pairs(_pairs(ranks, names), [names[node] for node in ranks.nodes])]
     except ReductionError as error:
-        return [
-            fail(
-                "all-reduce",
-                str(error),
-                "Workers cannot talk: open all ports between the nodes (security group, firewall), and set NCCL_SOCKET_IFNAME "
-                "and GLOO_SOCKET_IFNAME to the interface of the training network before `ray start`.",
-            )
-        ]
+        return [fail("all-reduce", str(error), error.fix)]
     except ClusterError as error:  # the places are not free
         return [
             fail("all-reduce", str(error), "Try again when the jobs that hold the places have ended, or ask for fewer workers.")
         ]
+
+
+def _judged(reductions: Sequence[Reduction], expected: Expected | None, *, num_nodes: int) -> Finding:
+    """One node has no network between nodes to be held against anything."""
+    if num_nodes < 2:
+        return judge_within(reductions)
+    if expected is None:
+        return judge_all_reduce(reductions, None)
+    return judge_all_reduce(reductions, expected.bytes_per_s, expected.why)
+
+
+def _network(
+    ranks: Ranks, names: Mapping[str, str], facts: Mapping[str, MachineFacts], instance: Instance | None
+) -> list[Finding]:
+    networks = {names[node]: network for node, network in ranks.networks().items()}
+    return [judge_network(networks, instance, {name: one.fabric_devices for name, one in facts.items()})]
 
 
 def _pairs(ranks: Ranks, names: Mapping[str, str]) -> dict[tuple[str, str], Reduction]:

@@ -19,7 +19,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.hardware import Catalogue, Cloud, Instance
 from raytune.storage import is_local
-from raytune.units import GIB
+from raytune.units import GIB, format_rate
 
 Target = Literal["ray-up", "network", "kuberay", "kuberay-cluster"]
 
@@ -181,7 +181,7 @@ def render(spec: ClusterSpec, target: Target, facts: dict[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters: dict[str, Callable[..., str]] = {"q": json.dumps, "sh": shlex.quote}
+    filters: dict[str, Callable[..., str]] = {"q": json.dumps, "sh": shlex.quote, "rate": format_rate}
     environment.filters.update(filters)
     text = environment.get_template(f"{template_of(spec, target)}.j2").render(spec=spec, user=spec.user, **facts)
     return text if text.endswith("\n") else text + "\n"

@@ -14,13 +14,49 @@ from raytune.config.problems import ConfigError, Place
 from raytune.config.yaml_nodes import read_nodes
 from raytune.errors import ClusterError, UserError
 
-NCCL_PROFILES = {"tcpx": "/var/lib/tcpx/lib64/nccl-env-profile.sh", "tcpxo": "/var/lib/tcpxo/lib64/nccl-env-profile.sh"}
-"""Where Google's installers put NCCL's environment."""
-
 EFA = "/opt/amazon"
-"""Where AWS's images have the EFA library and NCCL's plug-in for it."""
+"""Where AWS's installer puts the EFA library and NCCL's plug-in for it."""
+EFA_OF_NODE = "/opt/amazon-of-node"
+"""Where a container sees what its node has there. The image's own goes first: it fits the image's rdma-core."""
 
 SPOT, RESERVED, ON_DEMAND = "spot", "reserved", "on-demand"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuDirect:
+    """One of Google's ways from GPU to GPU between nodes, as its installer and its guide for the machine type set it up."""
+
+    profile: str
+    """NCCL's environment, beside the plug-in."""
+    settings: dict[str, str]
+    """What the profile does not know: shell values, with $GLOO_SOCKET_IFNAME and $cards."""
+    mounts: tuple[str, ...]
+    """What the plug-in talks to its daemon and its cards through."""
+
+
+GPUDIRECT: dict[str, GpuDirect] = {
+    "tcpx": GpuDirect(
+        profile="/var/lib/tcpx/lib64/nccl-env-profile.sh",
+        settings={
+            "NCCL_GPUDIRECTTCPX_CTRL_DEV": "$GLOO_SOCKET_IFNAME",
+            "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME": "$cards",
+            "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX": "/run/tcpx",
+        },
+        mounts=("/run/tcpx",),
+    ),
+    "tcpxo": GpuDirect(
+        profile="/var/lib/tcpxo/lib64/nccl-env-profile.sh",
+        settings={
+            "NCCL_FASTRAK_CTRL_DEV": "$GLOO_SOCKET_IFNAME",
+            "NCCL_FASTRAK_IFNAME": "$cards",
+            "NCCL_FASTRAK_LLCM_DEVICE_DIRECTORY": "/dev/aperture_devices",
+            "NCCL_TUNER_PLUGIN": "${NCCL_TUNER_PLUGIN:-libnccl-tuner.so}",
+            "NCCL_TUNER_CONFIG_PATH": "${NCCL_TUNER_CONFIG_PATH:-$NCCL_LIB_DIR/a3plus_tuner_config.textproto}",
+        },
+        mounts=("/dev/aperture_devices",),
+    ),
+}
+"""By fabric; as Google's guides "Maximize GPU network bandwidth" (GKE) and the Cluster Toolkit's examples for a3 have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +76,11 @@ def ray_up_text(spec: ClusterSpec, target: Target = "ray-up") -> str:
     gcs_folder = f"$HOME/.raytune/{spec.name}" if hosts and not user.container else f"/var/lib/raytune/{spec.name}"
     facts = {
         "interfaces": efa_interfaces(spec),
-        "num_gpu_networks": spec.instance.num_interfaces if fabric in NCCL_PROFILES else 0,
+        "num_gpu_networks": spec.instance.num_interfaces if fabric in GPUDIRECT else 0,
         "market": SPOT if spec.spot else RESERVED if user.reservation else ON_DEMAND,
         "worker_account": f"rt-{spec.name}"[:30].strip("-"),
         "image": _azure_image(user.machine_image or ""),
-        "nccl_profile": user.nccl_profile or NCCL_PROFILES.get(fabric),
+        "nccl_profile": user.nccl_profile or (GPUDIRECT[fabric].profile if fabric in GPUDIRECT else None),
         "storage_is_folder": "://" not in spec.storage,
         "gcs_folder": gcs_folder,
         "local_disks": not hosts,
@@ -77,45 +113,92 @@ def efa_interfaces(spec: ClusterSpec) -> list[Interface]:
 def worker_environment(spec: ClusterSpec) -> list[str]:
     """Shell statements before `ray start` on a GPU node: its caches, and what the fast network wants."""
     fabric, hosts, several = spec.instance.fabric, place_of(spec) == "hosts", spec.num_nodes > 1
+    lines = [] if hosts else ["export HF_HUB_CACHE=/mnt/nvme/huggingface"]
+    if not several:
+        return lines
     # Gloo would go by the host's name, which often means its loopback; the interface that leads to the others is meant.
     other = "$RAY_HEAD_IP" if not spec.head_trains else f"${{RAY_HEAD_IP:-{spec.user.hosts[-1]}}}"
-    lines = [f"export GLOO_SOCKET_IFNAME=$(ip -o route get {other} | sed 's/.* dev \\([^ ]*\\).*/\\1/')"] if several else []
-    lines += [] if hosts else ["export HF_HUB_CACHE=/mnt/nvme/huggingface"]
+    lines.append(f"export GLOO_SOCKET_IFNAME=$(ip -o route get {other} | sed 's/.* dev \\([^ ]*\\).*/\\1/')")
+    same_for_nccl = "export NCCL_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME"
     if fabric == "efa":
-        # Without the plug-in NCCL would use sockets and say nothing.
-        plugin = f"find -L {EFA}/ofi-nccl -name 'libnccl-net*.so' | grep -q ."
-        refused = f'{{ echo "EFA is not installed: no libnccl-net in {EFA}/ofi-nccl" >&2; exit 1; }}'
-        return [
-            *lines,
-            *([f"{plugin} || {refused}"] if several else []),
-            "export FI_PROVIDER=efa NCCL_SOCKET_IFNAME=^docker,lo,veth",
-            f"export LD_LIBRARY_PATH={EFA}/ofi-nccl/lib:{EFA}/ofi-nccl/lib/x86_64-linux-gnu:{EFA}/efa/lib:$LD_LIBRARY_PATH",
-        ]
-    if fabric in NCCL_PROFILES:
-        profile = spec.user.nccl_profile or NCCL_PROFILES[fabric]
-        refused = f'{{ echo "GPUDirect is not installed: no {profile}" >&2; exit 1; }}'
-        return [
-            *lines,
-            f"test -r {profile} || {refused}",
-            f". {profile}",
-            f"export LD_LIBRARY_PATH={Path(profile).parent}:$LD_LIBRARY_PATH",
-        ]
-    if fabric == "infiniband" and not hosts and several and spec.instance.cloud == "azure":
-        return [*lines, "export NCCL_IB_DISABLE=1 NCCL_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME"]
-    return [*lines, *(["export NCCL_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME"] if several else [])]
+        return [*lines, *_efa(in_container=spec.user.container is not None)]
+    if fabric in GPUDIRECT:
+        return [*lines, *_gpudirect(spec)]
+    if fabric == "infiniband" and not hosts and spec.instance.cloud == "azure":
+        return [*lines, "export NCCL_IB_DISABLE=1", same_for_nccl]
+    return [*lines, same_for_nccl]
+
+
+def _efa(in_container: bool) -> list[str]:
+    """Find a plug-in for EFA that can be loaded, and name it to NCCL, which would use sockets without it and say nothing.
+
+    A plug-in that lacks a library, or finds an older one than it was built with, is no better than none: `ldd` says both. NCCL is
+    given its path, since AWS's installer no longer gives it the name that NCCL looks for.
+    """
+    roots = f"{EFA} {EFA_OF_NODE}" if in_container else EFA
+    search = (
+        f"for efa in {roots}; do found=$(find -L $efa/ofi-nccl -name 'libnccl-net*.so' 2>/dev/null | sort | head -n 1); "
+        '[ -n "$found" ] || continue; plugin=$found; libraries=${plugin%/*}:$efa/efa/lib:$efa/efa/lib64; '
+        "lacking=$(LD_LIBRARY_PATH=$libraries:$LD_LIBRARY_PATH ldd $plugin 2>&1 | grep 'not found'); "
+        '[ -n "$lacking" ] || break; done'
+    )
+    absent = _refused(f"EFA is not installed: no libnccl-net in {' or '.join(f'{root}/ofi-nccl' for root in roots.split())}")
+    update = "build the image with EFA_INSTALLER (cluster/image/Dockerfile)" if in_container else "install the node's packages"
+    broken = _refused(f"EFA cannot be loaded, {update}: $plugin lacks $lacking")
+    return [
+        "plugin= lacking=",
+        search,
+        f'[ -n "$plugin" ] || {absent}',
+        f'[ -z "$lacking" ] || {broken}',
+        "export FI_PROVIDER=efa NCCL_NET_PLUGIN=$plugin NCCL_SOCKET_IFNAME=^docker,lo,veth",
+        "export LD_LIBRARY_PATH=$libraries:$LD_LIBRARY_PATH",
+    ]
+
+
+def _gpudirect(spec: ClusterSpec) -> list[str]:
+    """Read the settings of Google's installer, and name the cards: one leads to the others, the rest carry GPU traffic.
+
+    The profile's own names of cards hold in Google's images only, so they are looked up, in the order of the PCI bus that the
+    plug-in counts in.
+    """
+    direct = GPUDIRECT[spec.instance.fabric]
+    profile = spec.user.nccl_profile or direct.profile
+    folder, num_cards = Path(profile).parent, spec.instance.num_interfaces
+    cards = (
+        "cards=$(for card in /sys/class/net/*; do [ -e $card/device ] && "
+        "echo $(basename $(readlink -f $card/device)) ${card##*/}; done | sort | "
+        "awk -v control=$GLOO_SOCKET_IFNAME '$2 != control {print $2}' | paste -sd, -)"
+    )
+    absent = _refused(f"GPUDirect is not installed: no {profile}")
+    count = "$(echo $cards | tr , '\\n' | grep -c .)"
+    wrong = _refused(f"GPUDirect needs {num_cards} network cards beside $GLOO_SOCKET_IFNAME, found: $cards")
+    return [
+        f"test -r {profile} || {absent}",
+        f"export NCCL_LIB_DIR={folder}",
+        f". {profile}",
+        cards,
+        f"[ {count} = {num_cards} ] || {wrong}",
+        "export NCCL_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME " + " ".join(f"{name}={value}" for name, value in direct.settings.items()),
+        f"export LD_LIBRARY_PATH={folder}:$LD_LIBRARY_PATH",
+    ]
+
+
+def _refused(why: str) -> str:
+    """A command that ends the start of a node."""
+    return f'{{ echo "{why}" >&2; exit 1; }}'
 
 
 def fabric_run_options(spec: ClusterSpec) -> list[str]:
     """Options of the container that give it the fast network."""
     fabric = spec.instance.fabric
     if fabric == "efa":
-        return ["--device=/dev/infiniband", f"--volume={EFA}:{EFA}:ro"]
+        return ["--device=/dev/infiniband", f"--volume={EFA}:{EFA_OF_NODE}:ro"]
     if fabric == "infiniband":
         azure = ["--volume=/etc/nccl.conf:/etc/nccl.conf:ro", "--volume=/opt/microsoft:/opt/microsoft:ro"]
         return ["--device=/dev/infiniband", *(azure if spec.instance.cloud == "azure" else [])]
-    if fabric in NCCL_PROFILES:
-        folder = Path(spec.user.nccl_profile or NCCL_PROFILES[fabric]).parents[1]
-        return [f"--volume={folder}:{folder}", *(["--volume=/run/tcpx:/run/tcpx"] if fabric == "tcpx" else [])]
+    if fabric in GPUDIRECT:
+        folder = Path(spec.user.nccl_profile or GPUDIRECT[fabric].profile).parents[1]
+        return [f"--volume={place}:{place}" for place in (folder, *GPUDIRECT[fabric].mounts)]
     return []
 
 

@@ -22,6 +22,7 @@ from raytune.launch.address import named_address
 from raytune.launch.host import memory_bytes_here
 from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.launch.reach import ready_for
+from raytune.launch.scaling import bring_machines
 from raytune.launch.signals import end_in_order
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
@@ -42,14 +43,19 @@ GROUP_END_S = 10.0
 
 
 @contextmanager
-def connect(section: ClusterSection) -> Iterator[Machine]:
+def connect(section: ClusterSection, *, scales: bool = True) -> Iterator[Machine]:
     """Join or start a cluster for the duration of the block, and say what it has.
+
+    Args:
+        scales: whether the cluster's autoscaler is to bring what is missing, which is paid for.
 
     Raises:
         ClusterError: as `joined` does, or if the cluster has no room for a worker on any node.
         UserError: as `joined` does.
     """
     with joined(section):
+        if scales:
+            bring_machines(section)
         yield _machine(section)
 
 

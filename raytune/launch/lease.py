@@ -124,10 +124,19 @@ def is_held_by(lease: Lease, look: Look | None) -> bool:
 
 def this_process() -> Holder:
     pid = os.getpid()
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
     return Holder(
-        host=os.uname().nodename, system=_system(), pid=pid, born=_born(pid), job=job, since=time.strftime("%Y-%m-%d %H:%M:%S")
+        host=os.uname().nodename,
+        system=_system(),
+        pid=pid,
+        born=_born(pid),
+        job=own_job(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
+
+
+def own_job() -> str | None:
+    """Submission id of the Ray job that this process is; None if it is none."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
 
 
 def lives(holder: Holder) -> bool | None:

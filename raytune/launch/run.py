@@ -15,7 +15,7 @@ from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, is_finished
 from raytune.launch.going_on import going_on, tracebacks
-from raytune.launch.lease import Holding, hold
+from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import prepare, refuse_without_cluster
 from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
 from raytune.launch.result import RunResult
@@ -137,7 +137,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         UserError: as `run` does.
     """
     if named_address(config.cluster):
-        with connect(config.cluster) as machine:
+        with connect(config.cluster, scales=False) as machine:
             return prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout)).plan
     return prepare(config, this_machine(config.cluster), map).plan
 
@@ -150,7 +150,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
         lease.renew()
         record.write(folder)
         with closing(EventLog(folder.events, attempt=record.attempts)) as events:
-            events.write("attempt_started", workers=plan.batch.workers)
+            events.write("attempt_started", workers=plan.batch.workers, job=own_job())
             try:
                 failure = attempt(plan, record.attempts, lease.check)
             except (KeyboardInterrupt, SystemExit) as end:

@@ -27,6 +27,7 @@ from raytune.plan.defaults import (
     default_weight_decay,
 )
 from raytune.plan.expert_updates import expert_notes
+from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
@@ -183,7 +184,12 @@ def choose_plan(
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
-        notes=[*expert_notes(config, shape), *lone_notes(shape), *quantization_note(shape.stored_quantization)],
+        notes=[
+            *expert_notes(config, shape),
+            *lone_notes(shape),
+            *quantization_note(shape.stored_quantization),
+            *fabric_notes(machine.instance, machine.num_nodes, config.provider),
+        ],
         reasons=list(reasons),
         data_report=data.report,
     )

@@ -70,6 +70,8 @@ class Instance:
     """To other nodes, one direction, of the whole node."""
     fabric: Fabric
     num_interfaces: PositiveInt
+    tcp_bytes_per_s: PositiveFloat | None = None
+    """As `inter_bytes_per_s`, where its nodes talk over TCP because their fast network is not set up; None: not known."""
     usd_per_hour: NonNegativeFloat
     """List price on demand; 0: not rented by the hour."""
     spot_usd_per_hour: PositiveFloat | None

@@ -85,7 +85,7 @@ def plan_of_sweep(config: RunConfig, places: Places | None = None) -> Resolved:
     """
     folder = _checked(config, places)
     if named_address(config.cluster):
-        with connect(config.cluster) as machine:
+        with connect(config.cluster, scales=False) as machine:
             parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
             return resolve(config, Planner(config, folder, machine, parallel_map))
     return resolve(config, Planner(config, folder, this_machine(config.cluster), map))

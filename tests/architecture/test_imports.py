@@ -31,6 +31,8 @@ OWNERS = {
         "training/worker.py",
         "launch/",
         "clusters/working_dir.py",
+        "clusters/job.py",
+        "clusters/job_environment.py",
         "clusters/jobs.py",
         "clusters/preflight.py",
         "clusters/checks/",

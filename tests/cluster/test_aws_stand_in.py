@@ -129,7 +129,7 @@ def test_ray_asks_for_p5_machines_with_efa_on_all_cards_as_written(stand_in: Sta
     assert {(card["SubnetId"], card["SecurityGroupId.1"]) for card in cards} == {
         (stand_in.user["subnet"], stand_in.user["security_group"])
     }
-    assert gpu["Placement.GroupName"] == "raytune-example"
+    assert "Placement.GroupName" not in gpu, "a capacity block lies where it was bought"
     assert gpu["InstanceMarketOptions.MarketType"] == "capacity-block"
     assert gpu["CapacityReservationSpecification.CapacityReservationTarget.CapacityReservationId"] == BLOCK["reservation"]
 
@@ -146,6 +146,7 @@ def test_head_and_workers_get_their_role_group_disk_and_imdsv2(stand_in: StandIn
         groups = {value for key, value in request.items() if ".SecurityGroupId." in f".{key}"}
         assert groups == {stand_in.user["security_group"]}
         assert "InstanceMarketOptions.MarketType" not in request
+        assert request.get("Placement.GroupName") == ("raytune-example" if kind == "gpu" else None)
 
 
 def test_spot_is_asked_for_by_workers_only(stand_in: StandIn) -> None:

@@ -54,3 +54,32 @@ def test_the_kernels_are_built_for_every_gpu_of_the_catalogue_but_those_without_
 def test_nothing_is_piped_from_the_network_into_a_shell() -> None:
     for path in [*(ROOT / "cluster").rglob("*.j2"), *(ROOT / "cluster").rglob("*.sh"), IMAGE / "Dockerfile"]:
         assert not re.search(r"(curl|wget)[^\n]*\|\s*(sudo )?(ba)?sh", path.read_text()), path
+
+
+LINKED = {
+    # What NCCL opens by name for InfiniBand and RoCE, and what reads its drivers' names.
+    "libibverbs.so.1": "libibverbs1",
+    "libmlx5.so.1": "ibverbs-providers",
+    # Of NCCL's plug-in for EFA (hwloc, libfabric), of libfabric (providers efa, verbs and shared memory), and of theirs.
+    "libhwloc.so.15": "libhwloc15",
+    "libefa.so.1": "ibverbs-providers",
+    "librdmacm.so.1": "librdmacm1t64",
+    "libnuma.so.1": "libnuma1",
+    "libatomic.so.1": "libatomic1",
+    "libudev.so.1": "libudev1",
+    "libnl-3.so.200": "libnl-3-200",
+    "libnl-route-3.so.200": "libnl-route-3-200",
+}
+"""Libraries by their names to the loader, and Ubuntu 24.04's package of each; read off Debian's packages of the same names with
+readelf, where nothing else was left over but libc."""
+
+
+def test_the_image_has_every_library_that_the_fast_networks_link_to() -> None:
+    final = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+    installed = set(re.findall(r"[a-z0-9.+-]+", " ".join(re.findall(r"apt-get install([^&]*)&&", final))))
+    assert set(LINKED.values()) | {"rdma-core"} <= installed
+
+
+def test_what_is_fetched_for_efa_is_checked_before_it_runs() -> None:
+    fetched, checked, run = (DOCKERFILE.index(words) for words in ("curl -fsSLo", "sha256sum -c", "./efa_installer.sh"))
+    assert fetched < checked < run

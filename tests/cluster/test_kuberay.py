@@ -87,7 +87,8 @@ def test_manifests_for_7b_to_70b_ask_for_all_gpus_of_their_nodes(instance: str, 
     manifest = manifests_of(instance, target, name=f"llama-{size}", nodes=nodes)[-1]
     assert problems(manifest) == []
     (group,) = cluster_of(manifest)["workerGroupSpecs"]
-    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [nodes] * 3
+    assert [group[key] for key in ("minReplicas", "maxReplicas")] == [0, nodes], "idle GPUs are released"
+    assert group["replicas"] == (nodes if target == "kuberay" else 0), "a job starts with all of its nodes"
     (container,) = group["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -123,6 +124,8 @@ def test_a_queue_starts_all_pods_or_none_and_without_one_the_autoscaler_replaces
     assert queued["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
     assert queued["spec"]["suspend"] is True
     assert "enableInTreeAutoscaling" not in cluster_of(queued), "Kueue admits no job whose size may change"
+    (group,) = cluster_of(queued)["workerGroupSpecs"]
+    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [2, 2, 2]
     alone = manifests_of("p5.48xlarge", target)[-1]
     assert "suspend" not in alone["spec"]
     assert cluster_of(alone)["autoscalerOptions"]["version"] == "v2"
@@ -154,6 +157,7 @@ def test_infiniband_is_asked_for_under_the_name_that_the_cluster_gives_it_and_mi
     assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["rdma/ib"] == 8
     assert "ATTENTION: set provider.kubernetes.rdma_resource" in text_of("Standard_ND96isr_H100_v5", "kuberay")
     assert "ATTENTION: GPUDirect on GKE" in text_of("a3-megagpu-8g", "kuberay")
+    assert "talk over TCP, 25 GB/s at most instead of the 200 GB/s" in text_of("a3-megagpu-8g", "kuberay").replace("\n# ", " ")
 
 
 @pytest.mark.parametrize("name", ["x" * 63, "7b.lora"])

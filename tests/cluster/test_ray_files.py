@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import resources
@@ -78,7 +79,9 @@ def test_a_file_is_written_into_a_folder_that_is_not_there_yet(tmp_path: Path) -
 def test_ray_accepts_every_file(instance: str, market: str) -> None:
     config = prepared(data_of(instance, **copy.deepcopy(MARKETS[market])))
     workers = [node for name, node in config["available_node_types"].items() if name != "head"]
-    assert [(node["min_workers"], node["max_workers"]) for node in workers] == [(2, 2)]
+    # Where Ray starts machines it ends idle ones, down to `min_workers`; those of one's own just run.
+    assert [(node["min_workers"], node["max_workers"]) for node in workers] == [(2 if CLOUDS[instance] == "on-prem" else 0, 2)]
+    assert CLOUDS[instance] == "on-prem" or config["idle_timeout_minutes"] == 15
     assert config["max_workers"] == 2
 
 
@@ -93,7 +96,7 @@ def test_files_for_7b_to_70b_on_a100_and_h100_start_their_nodes_and_a_head_that_
     if hosts:
         assert len(config["provider"]["worker_ips"]) == nodes
     else:
-        assert config["available_node_types"]["gpu"]["min_workers"] == nodes
+        assert config["available_node_types"]["gpu"]["max_workers"] == nodes
         assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 8
         assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
     assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
@@ -193,7 +196,7 @@ NO_NETWORK = "ip() { echo $4 via 192.168.7.1 dev fabric0 src 192.168.7.5 uid 0; 
 @pytest.mark.parametrize("instance", ["a2-ultragpu-8g", "dgx-h100", "p5.48xlarge"])
 def test_nodes_talk_over_the_interface_that_leads_to_the_others(instance: str) -> None:
     """Gloo goes by the host's name otherwise, which is the loopback on many machines: two nodes never find each other."""
-    start = data_of(instance)["worker_start_ray_commands"][-1].replace('|| { echo "EFA', '|| { : "EFA').replace("exit 1", ":")
+    start = data_of(instance)["worker_start_ray_commands"][-1].replace("exit 1", ":")
     stub = f"{NO_NETWORK}; ray() {{ echo $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
     done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
     gloo, nccl = done.stdout.split()
@@ -202,19 +205,88 @@ def test_nodes_talk_over_the_interface_that_leads_to_the_others(instance: str) -
     assert "SOCKET_IFNAME" not in text_of("dgx-h100", nodes=1, provider={"hosts": ["10.0.0.1"]})
 
 
-@pytest.mark.parametrize("instance", ["a3-highgpu-8g", "a3-megagpu-8g"])
-def test_gpudirect_takes_nccls_environment_from_the_node_and_refuses_a_node_without_it(instance: str, tmp_path: Path) -> None:
-    profile = tmp_path / "lib64" / "nccl-env-profile.sh"
+@pytest.mark.parametrize("market", ["reserved", "capacity-block"])
+@pytest.mark.parametrize("instance", AWS)
+def test_reserved_capacity_in_aws_is_not_forced_into_a_placement_group(instance: str, market: str) -> None:
+    reserved = {"provider": {"reservation": "cr-0a1b2c3d4e5f60718", "capacity_block": market == "capacity-block"}}
+    assert "Placement" not in data_of(instance, **copy.deepcopy(reserved))["available_node_types"]["gpu"]["node_config"]
+    assert "PlacementGroup" not in data_of(instance, "network", **copy.deepcopy(reserved))["Resources"]
+    assert data_of(instance)["available_node_types"]["gpu"]["node_config"]["Placement"]["GroupName"] == "raytune-example"
+    assert "PlacementGroup" in data_of(instance, "network")["Resources"]
+
+
+def system_networks(folder: Path, cards: dict[str, str]) -> Path:
+    """/sys/class/net of a machine with a bridge, a loopback and these cards, by the address on the PCI bus."""
+    for name in ("lo", "docker0"):
+        (folder / "net" / name).mkdir(parents=True)
+    for name, address in cards.items():
+        (folder / "devices" / address).mkdir(parents=True)
+        (folder / "net" / name).mkdir()
+        (folder / "net" / name / "device").symlink_to(folder / "devices" / address)
+    return folder / "net"
+
+
+def started(instance: str, profile: Path, networks: Path) -> subprocess.CompletedProcess[str]:
+    """Run the start command of a GPU node whose way to the others is `fabric0`; it prints the environment of `ray`."""
     start = data_of(instance, provider={"nccl_profile": str(profile)})["worker_start_ray_commands"][-1]
-    assert "NCCL_" not in start, "what Google's installer says is not written down here"
-    stub = f"{NO_NETWORK}; ray() {{ echo started with $NCCL_TEST; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
-    refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert str(profile) in refused.stderr
+    start = start.replace("/sys/class/net", str(networks))
+    stub = f"{NO_NETWORK}; ray() {{ env; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    return subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+
+
+CARDS = {"fabric0": "0000:00:0c.0", "zz0": "0000:06:00.0", "b": "0000:86:00.0", "a": "0000:0d:00.0", "c": "0000:8d:00.0"}
+MORE_CARDS = {"d": "0000:07:00.0", "e": "0000:0e:00.0", "f": "0000:87:00.0", "g": "0000:8e:00.0"}
+TCPXO = {
+    "NCCL_FASTRAK_CTRL_DEV": "fabric0",
+    "NCCL_FASTRAK_IFNAME": "zz0,d,a,e,b,f,c,g",
+    "NCCL_FASTRAK_LLCM_DEVICE_DIRECTORY": "/dev/aperture_devices",
+    "NCCL_TUNER_PLUGIN": "libnccl-tuner.so",
+}
+TCPX = {
+    "NCCL_GPUDIRECTTCPX_CTRL_DEV": "fabric0",
+    "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME": "zz0,a,b,c",
+    "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX": "/run/tcpx",
+}
+
+
+@pytest.mark.parametrize(
+    ("instance", "cards", "wanted"), [("a3-highgpu-8g", CARDS, TCPX), ("a3-megagpu-8g", CARDS | MORE_CARDS, TCPXO)]
+)
+def test_gpudirect_has_the_profile_of_the_node_the_cards_by_name_and_the_plugins_folder(
+    instance: str, cards: dict[str, str], wanted: dict[str, str], tmp_path: Path
+) -> None:
+    profile = tmp_path / "lib64" / "nccl-env-profile.sh"
+    networks = system_networks(tmp_path, cards)
+    refused = started(instance, profile, networks)
+    assert (refused.returncode, f"GPUDirect is not installed: no {profile}" in refused.stderr) == (1, True)
     profile.parent.mkdir()
-    profile.write_text("export NCCL_TEST=its-own-setting\n")
-    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "started with its-own-setting", done.stderr
+    # Google's stops where NCCL_LIB_DIR is not set, and names the cards as they are called in Google's own images.
+    profile.write_text(
+        ': "${NCCL_LIB_DIR:?Must set NCCL_LIB_DIR}"\nexport NCCL_TEST=of-$NCCL_LIB_DIR NCCL_SOCKET_IFNAME=eth0\n'
+        "export NCCL_FASTRAK_IFNAME=eth1,eth2 NCCL_TUNER_CONFIG_PATH=its-own\n"
+    )
+    done = started(instance, profile, networks)
+    environment = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert environment["NCCL_TEST"] == f"of-{profile.parent}", done.stderr
+    assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "fabric0"
+    assert {name: environment.get(name) for name in wanted} == wanted
+    assert environment["LD_LIBRARY_PATH"].startswith(f"{profile.parent}:")
+    assert instance.startswith("a3-high") or environment["NCCL_TUNER_CONFIG_PATH"] == "its-own"
+
+
+def test_a_node_that_lacks_network_cards_for_gpudirect_is_refused_with_those_it_has(tmp_path: Path) -> None:
+    profile = tmp_path / "lib64" / "nccl-env-profile.sh"
+    profile.parent.mkdir()
+    profile.write_text("")
+    refused = started("a3-megagpu-8g", profile, system_networks(tmp_path, CARDS))
+    assert refused.returncode == 1
+    assert "GPUDirect needs 8 network cards beside fabric0, found: zz0,a,b,c" in refused.stderr
+
+
+def test_the_container_of_an_a3_node_has_what_gpudirect_talks_through() -> None:
+    mega = data_of("a3-megagpu-8g")["docker"]["worker_run_options"]
+    assert {"--volume=/var/lib/tcpxo:/var/lib/tcpxo", "--volume=/dev/aperture_devices:/dev/aperture_devices"} <= set(mega)
+    assert "--volume=/run/tcpx:/run/tcpx" in data_of("a3-highgpu-8g")["docker"]["worker_run_options"]
 
 
 def test_logins_find_ray_and_carry_the_token_however_often_the_file_is_used(tmp_path: Path) -> None:
@@ -229,23 +301,64 @@ def test_logins_find_ray_and_carry_the_token_however_often_the_file_is_used(tmp_
     ]
 
 
-def test_efa_takes_its_libraries_from_the_node_and_refuses_one_without_them(tmp_path: Path) -> None:
-    start = data_of("p5.48xlarge")["worker_start_ray_commands"][-1].replace("/opt/amazon", str(tmp_path))
-    stub = f"{NO_NETWORK}; ray() {{ echo $FI_PROVIDER $LD_LIBRARY_PATH; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
-    refused = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert "EFA is not installed" in refused.stderr
-    folder = tmp_path / "ofi-nccl" / "lib"
-    folder.mkdir(parents=True)
-    (folder / "libnccl-net.so").touch()
-    done = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith(f"efa {folder}:"), done.stderr
-    assert "--volume=/opt/amazon:/opt/amazon:ro" in data_of("p5.48xlarge")["docker"]["worker_run_options"]
+def with_efa(root: Path, *, lacks: bool) -> Path:
+    """A folder like AWS's, with a plug-in that links to two libraries; `lacks`: one of them is gone, or of another version."""
+    plugins, libraries = root / "ofi-nccl" / "lib", root / "efa" / "lib"
+    plugins.mkdir(parents=True)
+    libraries.mkdir(parents=True)
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    shared = [compiler, "-shared", "-nostdlib", "-x", "c", "/dev/null"]
+    subprocess.run([*shared, "-o", str(libraries / "libfabric.so.1"), "-Wl,-soname,libfabric.so.1"], check=True)
+    linked = [f"-L{libraries}", "-Wl,--no-as-needed", "-l:libfabric.so.1"]
+    subprocess.run([*shared, "-o", str(plugins / "libnccl-net-ofi.so"), *linked], check=True)
+    if lacks:
+        (libraries / "libfabric.so.1").unlink()
+    return plugins / "libnccl-net-ofi.so"
+
+
+def started_with_efa(image: Path, node: Path) -> subprocess.CompletedProcess[str]:
+    start = data_of("p5.48xlarge")["worker_start_ray_commands"][-1]
+    start = start.replace("/opt/amazon-of-node", str(node)).replace("/opt/amazon", str(image))
+    report = "echo $FI_PROVIDER $NCCL_NET_PLUGIN $LD_LIBRARY_PATH"
+    stub = f"{NO_NETWORK}; ray() {{ {report}; }}; RAY_HEAD_IP=10.0.0.1; ({start})"
+    return subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=False)
+
+
+def test_efa_is_the_images_own_or_else_the_nodes_and_named_to_nccl_by_its_path(tmp_path: Path) -> None:
+    """NCCL looks for libnccl-net.so; AWS's installer calls it libnccl-net-ofi.so, which nobody would open."""
+    image, node = tmp_path / "image", tmp_path / "node"
+    of_node = with_efa(node, lacks=False)
+    done = started_with_efa(image, node)
+    assert done.stdout.startswith(f"efa {of_node} {of_node.parent}:{node}/efa/lib:"), done.stderr
+    of_image = with_efa(image, lacks=False)
+    assert started_with_efa(image, node).stdout.startswith(f"efa {of_image} ")
+    assert "--volume=/opt/amazon:/opt/amazon-of-node:ro" in data_of("p5.48xlarge")["docker"]["worker_run_options"]
+
+
+def test_a_node_without_efa_or_with_one_that_lacks_a_library_is_refused_by_name(tmp_path: Path) -> None:
+    image, node = tmp_path / "image", tmp_path / "node"
+    refused = started_with_efa(image, node)
+    assert (refused.returncode, "EFA is not installed" in refused.stderr) == (1, True)
+    with_efa(node, lacks=True)
+    broken = started_with_efa(image, node)
+    assert broken.returncode == 1
+    assert "EFA cannot be loaded, build the image with EFA_INSTALLER" in broken.stderr
+    assert "libfabric.so.1 => not found" in broken.stderr
+    with_efa(image, lacks=False)
+    assert started_with_efa(image, node).returncode == 0
+
+
+def test_one_node_needs_no_network_and_is_not_refused_for_lack_of_one() -> None:
+    assert "EFA" not in data_of("p5.48xlarge", nodes=1)["worker_start_ray_commands"][-1]
+    assert "GPUDirect" not in data_of("a3-megagpu-8g", nodes=1)["worker_start_ray_commands"][-1]
 
 
 def test_nodes_of_azure_without_a_scale_set_say_that_they_lack_infiniband() -> None:
     text = text_of("Standard_ND96isr_H100_v5", nodes=2)
     assert "ATTENTION" in text
+    assert "10 GB/s at most instead of 400 GB/s" in text
     assert "NCCL_IB_DISABLE=1" in data_of("Standard_ND96isr_H100_v5", nodes=2)["worker_start_ray_commands"][-1]
     assert "ATTENTION" not in text_of("Standard_ND96isr_H100_v5", nodes=1)
     scale_set = {"hosts": ["10.0.0.4", "10.0.0.5", "10.0.0.6"]}

@@ -11,6 +11,7 @@ from raytune.cli.checks import expected_rate
 from raytune.clusters.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, SeatFacts, machine_facts, seat_facts
 from raytune.clusters.checks.finding import Finding, fail, findings_json, findings_text, ok, over_nodes, warn, worst
 from raytune.clusters.checks.judge import judge_machine, judge_seat
+from raytune.clusters.checks.network import GLOO, expected_of, judge_network, network_of
 from raytune.clusters.checks.nodes import (
     ClockReading,
     Reduction,
@@ -26,6 +27,7 @@ from raytune.clusters.checks.nodes import (
     nodes_apart,
     rounds_of_pairs,
 )
+from raytune.clusters.preflight import instance_of
 from raytune.config.load import config_from
 from raytune.errors import UserError
 from raytune.plan.hardware import load_catalogue
@@ -341,11 +343,103 @@ def test_findings_are_a_table_with_fixes_and_a_count():
     }
 
 
-def test_the_network_is_expected_to_be_that_of_the_instance_type_unless_said_otherwise() -> None:
-    on_p5 = config_from({"cluster": {"instance": "p5.48xlarge"}}).cluster
-    assert expected_rate(None, on_p5) == 0.8 * load_catalogue().instance("p5.48xlarge").inter_bytes_per_s
-    assert expected_rate(None, config_from({"cluster": {"instance": "p5.48xlarge", "workers": 2}}).cluster) is None
-    assert expected_rate("10GB/s", on_p5) == 10e9
-    assert expected_rate(None, config_from({}).cluster) is None
+def test_a_rate_that_is_expected_is_written_as_a_size() -> None:
+    assert expected_rate("10GB/s") == 10e9
+    assert expected_rate(None) is None
     with pytest.raises(UserError, match="--expect"):
-        expected_rate("fast", on_p5)
+        expected_rate("fast")
+
+
+# --- The network between nodes -------------------------------------------------------------------------------------------------
+
+P5 = load_catalogue().instance("p5.48xlarge")
+# As NCCL 2.2x and 2.3x, aws-ofi-nccl 1.5 to 1.2x and Google's plug-ins write them.
+LOGS = {
+    "AWS Libfabric (provider efa, 32 cards)": """
+ip-10-0-0-1:81:90 [0] NCCL INFO NET/OFI Selected provider is efa, fabric is efa-direct (found 32 nics)
+ip-10-0-0-1:81:90 [0] NCCL INFO Initialized NET plugin AWS Libfabric
+ip-10-0-0-1:81:90 [0] NCCL INFO Using network AWS Libfabric
+""",
+    "Libfabric (provider efa, 4 cards)": """
+[1] NCCL INFO NET/OFI Selected Provider is efa (found 4 nics)
+[1] NCCL INFO Using network Libfabric
+""",
+    "AWS Libfabric (provider tcp;ofi_rxm, 1 card)": """
+[0] NCCL INFO NET/OFI Selected provider is tcp;ofi_rxm, fabric is 10.0.0.0/20 (found 1 nics)
+[0] NCCL INFO Using network AWS Libfabric
+""",
+    "IB (8 cards, IB)": "[0] NCCL INFO NET/IB : Using "
+    + " ".join(f"[{card}]mlx5_{card}:1/IB" for card in range(8))
+    + " [RO]; OOB eth0:10.0.0.4<0>\n[0] NCCL INFO Using network IB\n",
+    "IB (mlx5_0, RoCE)": "NCCL INFO NET/IB : Using [0]mlx5_0:1/RoCE [RO]; OOB eth0:10.0.0.4<0>\nNCCL INFO Using network IB\n",
+    "Socket (eth0)": "[0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.4<0>\n[0] NCCL INFO Using network Socket\n",
+    "FasTrak": "NCCL INFO Initializing network FasTrak, version: 1.0.17\nNCCL INFO Using network FasTrak\n",
+    "GPUDirectTCPX_v7": "NCCL INFO Using network GPUDirectTCPX_v7\n",
+}
+NETWORKS = {name: network_of(log) for name, log in LOGS.items()}
+
+
+def test_nccls_log_says_which_network_it_took():
+    assert {name: str(network) for name, network in NETWORKS.items()} == {name: name for name in LOGS}
+    assert network_of("NCCL INFO Bootstrap : Using eth0:10.0.0.4<0>\n") is None
+
+
+FAST = {
+    "p5.48xlarge": {"AWS Libfabric (provider efa, 32 cards)", "Libfabric (provider efa, 4 cards)"},
+    "Standard_ND96isr_H100_v5": {"IB (8 cards, IB)", "IB (mlx5_0, RoCE)"},
+    "a3-megagpu-8g": {"FasTrak"},
+    "a3-highgpu-8g": {"GPUDirectTCPX_v7"},
+}
+
+
+@pytest.mark.parametrize("instance", FAST)
+def test_a_substitute_for_the_fast_network_fails_by_name_with_what_to_do(instance: str):
+    nodes = load_catalogue().instance(instance)
+    for name, network in NETWORKS.items():
+        finding = judge_network({"a": network, "b": network}, nodes, {})
+        assert (finding.status == "ok") == (name in FAST[instance]), name
+        if finding.status != "ok":
+            assert f"NCCL took {name} on a, b; {instance} has" in finding.seen
+            assert "firewall" not in finding.fix
+
+
+def test_nodes_that_took_different_networks_fail_and_one_node_uses_none():
+    fast, slow = NETWORKS["AWS Libfabric (provider efa, 32 cards)"], NETWORKS["Socket (eth0)"]
+    mixed = judge_network({"a": fast, "b": fast, "c": slow}, P5, {})
+    assert (mixed.status, "Socket (eth0) on c" in mixed.seen) == ("fail", True)
+    assert judge_network({"a": slow}, P5, {}).status == "ok"
+    assert judge_network({"a": None, "b": None}, P5, {}).status == "warn"
+    assert judge_network({"a": GLOO, "b": GLOO}, None, {}) == ok("network", "2 nodes: gloo (TCP)")
+
+
+def test_sockets_beside_idle_cards_are_told_where_the_type_of_the_nodes_is_not_known():
+    slow = NETWORKS["Socket (eth0)"]
+    finding = judge_network({"a": slow, "b": slow}, None, {"a": ("mlx5_0",), "b": ("mlx5_0",)})
+    assert (finding.status, "although a, b has mlx5_0" in finding.seen) == ("warn", True)
+    assert judge_network({"a": slow, "b": slow}, None, {"a": (), "b": ()}).status == "ok"
+
+
+def test_what_is_expected_is_a_share_of_what_the_instance_type_has_for_the_gpus_in_use():
+    gpu = load_catalogue().gpu_of(P5)
+    assert expected_of(P5, gpu, 8).bytes_per_s == 0.8 * P5.inter_bytes_per_s
+    assert expected_of(P5, gpu, 8).why == "80% of the 400 GB/s of p5.48xlarge"
+    few = expected_of(P5, gpu, 2)
+    assert (few.bytes_per_s, "2 of its 8 GPUs" in few.why) == (0.2 * P5.inter_bytes_per_s, True)
+
+
+def test_the_bar_is_stated_and_sockets_on_p5_are_far_below_it():
+    wanted = expected_of(P5, load_catalogue().gpu_of(P5), 8)
+    sockets = [Reduction(num_bytes=10**9, seconds=0.2, num_ranks=16)]
+    finding = judge_all_reduce(sockets, wanted.bytes_per_s, wanted.why)
+    assert finding.status == "fail"
+    assert "3% of the expected 320 GB/s (80% of the 400 GB/s of p5.48xlarge); fails below 50%, 160 GB/s" in finding.seen
+
+
+def test_the_type_of_the_nodes_is_what_is_said_or_what_all_of_them_say_they_are():
+    on_p5 = config_from({"cluster": {"instance": "p5.48xlarge"}}).cluster
+    nobody_says = config_from({}).cluster
+    p4, other = gpu_machine(product="p4d.24xlarge"), gpu_machine(product="Virtual Machine")
+    assert instance_of(on_p5, [other]) == P5
+    assert instance_of(nobody_says, [p4, p4]) == load_catalogue().instance("p4d.24xlarge")
+    assert instance_of(nobody_says, [p4, other]) is None
+    assert instance_of(nobody_says, [other, replace(p4, gpus=())]) is None

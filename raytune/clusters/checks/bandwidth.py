@@ -1,12 +1,16 @@
 """A real all-reduce between the places that workers get, and between pairs of nodes. One process per worker, ended afterwards."""
 
+import os
+import re
 import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytune.clusters.checks.network import GLOO, LOG_SETTINGS, Network, network_of
 from raytune.clusters.checks.nodes import Reduction
 from raytune.errors import ClusterError
 from raytune.launch.waiting import wait_for
@@ -28,12 +33,49 @@ _MOST_REPEATS = 20
 
 
 class ReductionError(ClusterError):
-    """Processes were there and did not reduce together."""
+    """Processes were there and did not reduce together: as far as is known, because they do not reach each other."""
+
+    fix = (
+        "Workers cannot talk: open all ports between the nodes (security group, firewall), and set NCCL_SOCKET_IFNAME and "
+        "GLOO_SOCKET_IFNAME to the interface of the training network before `ray start`."
+    )
+
+
+class NoNcclError(ReductionError):
+    """A worker has a GPU, and a PyTorch that knows no NCCL."""
+
+    fix = (
+        "No network is at fault. Install the build of PyTorch for CUDA on every node (`pip install torch --index-url` of "
+        "pytorch.org, or the image of cluster/image/Dockerfile); `python -c 'import torch.distributed as d; "
+        "print(d.is_nccl_available())'` says True then. Without a GPU to train on: cluster.gpus_per_worker=0."
+    )
+
+
+class NoDeviceError(ReductionError):
+    """A worker was promised a GPU and PyTorch sees none."""
+
+    fix = (
+        "No network is at fault. Look at `nvidia-smi` there: the driver must be loaded, the container started with --gpus=all, "
+        "and Ray's --num-gpus not be more than there are."
+    )
+
+
+class NcclError(ReductionError):
+    """NCCL failed for a reason of its own."""
+
+    fix = (
+        "NCCL says why in the line above or, with NCCL_DEBUG=INFO before Ray starts, in the workers' logs. Usual are different "
+        "versions of NCCL on the nodes, too little /dev/shm, or a GPU in trouble (`nvidia-smi -q`, `dmesg`). If it is a "
+        "connection: open all ports between the nodes, and set NCCL_SOCKET_IFNAME to the interface of the training network."
+    )
 
 
 @ray.remote
 class Rank:
     """A process in a worker's place."""
+
+    def __init__(self) -> None:
+        self._log: Path | None = None
 
     def address(self) -> tuple[str, str]:
         """Node id, and the node's address as the cluster knows it."""
@@ -54,6 +96,9 @@ class Rank:
         import torch
         import torch.distributed as dist
 
+        if on_gpu:
+            _refuse_without_nccl(torch)
+            self._log = self._log or _nccl_log()
         torch.set_num_threads(1)
         host, port = master.rsplit(":", 1)
         timeout = timedelta(seconds=GROUP_TIMEOUT_S)
@@ -62,8 +107,37 @@ class Rank:
         try:
             device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
             return [_median_seconds(num_bytes, rank, num_ranks, device) for num_bytes in sizes]
+        except dist.DistBackendError as error:
+            if not on_gpu:
+                raise
+            raise NcclError(f"{str(error).strip().splitlines()[0]}{_last_warning(self._log)}") from error
         finally:
             dist.destroy_process_group()
+
+    def network(self) -> Network | None:
+        """What it reduced over; None if NCCL did not say."""
+        return network_of(self._log.read_text(errors="replace")) if self._log else GLOO
+
+
+def _refuse_without_nccl(torch: Any) -> None:
+    if not torch.distributed.is_nccl_available():
+        raise NoNcclError(f"torch {torch.__version__} on {socket.gethostname()} is built without NCCL, and the worker has a GPU")
+    if not torch.cuda.is_available():
+        raise NoDeviceError(f"torch {torch.__version__} on {socket.gethostname()} sees no GPU, and Ray gave the worker one")
+
+
+def _nccl_log() -> Path:
+    """A file that NCCL will write to in this process; it asks its environment once."""
+    descriptor, path = tempfile.mkstemp(prefix="raytune-nccl-")
+    os.close(descriptor)
+    os.environ.update(LOG_SETTINGS | {"NCCL_DEBUG_FILE": path})
+    return Path(path)
+
+
+def _last_warning(log: Path | None) -> str:
+    """What NCCL warned of last, as the end of a sentence."""
+    warnings = re.findall(r"NCCL WARN (.+)", log.read_text(errors="replace")) if log else []
+    return f"; NCCL: {warnings[-1].strip()}" if warnings else ""
 
 
 def _median_seconds(num_bytes: int, rank: int, num_ranks: int, device: Any) -> float:
@@ -133,6 +207,16 @@ class Ranks:
         started = [self._start([rank_on[one], rank_on[other]], size) for one, other in pairs]
         return {pair: reductions[0] for pair, reductions in zip(pairs, self._wait(started))}
 
+    def networks(self) -> dict[str, Network | None]:
+        """What the workers reduced over, by node; of the first worker of each."""
+        rank_on = {node: rank for rank, (node, _) in reversed(list(enumerate(self._places)))}
+        asked = [self._handles[rank].network.remote() for rank in rank_on.values()]
+        return dict(zip(rank_on, ray.get(asked, timeout=GROUP_TIMEOUT_S)))
+
+    @property
+    def workers_on_a_node(self) -> float:
+        return len(self._places) / max(1, len(self.nodes))
+
     def _start(self, ranks: Sequence[int], sizes: Sequence[int]) -> tuple[Sequence[int], Sequence[int], list[Any]]:
         first = ranks[0]
         port = ray.get(self._handles[first].free_port.remote(), timeout=GROUP_TIMEOUT_S)
@@ -158,7 +242,9 @@ class Ranks:
             try:
                 seconds = ray.get(group)
             except RayError as error:
-                raise ReductionError(_reason(error)) from error
+                cause = getattr(error, "cause", None)
+                kind = type(cause) if isinstance(cause, ReductionError) else ReductionError
+                raise kind(str(cause) if kind is not ReductionError else _reason(error)) from error
             found.append(
                 [
                     Reduction(num_bytes=num_bytes, seconds=max(times), num_ranks=len(ranks))

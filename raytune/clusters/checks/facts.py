@@ -87,6 +87,8 @@ class MachineFacts:
     """InfiniBand and EFA devices."""
     open_files: int
     """Limit of open files of a process."""
+    product: str | None = None
+    """What the machine says it is; in AWS the name of its type. None: it does not say."""
 
 
 def machine_facts(storage: str | None = None) -> MachineFacts:
@@ -118,7 +120,15 @@ def machine_facts(storage: str | None = None) -> MachineFacts:
         settings={name: os.environ[name] for name in SOCKET_SETTINGS if os.environ.get(name)},
         fabric_devices=tuple(sorted(os.listdir("/sys/class/infiniband"))) if os.path.isdir("/sys/class/infiniband") else (),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        product=_product(),
     )
+
+
+def _product() -> str | None:
+    try:
+        return Path("/sys/class/dmi/id/product_name").read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _gpus() -> tuple[tuple[GpuFacts, ...], str | None, str | None]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raytune.clusters.checks.facts import MachineFacts
 from raytune.clusters.checks.finding import Finding, fail, ok, warn
-from raytune.units import format_bytes
+from raytune.units import format_bytes, format_rate
 
 # Below these shares of what the network should give. Published all-reduce figures reach 80 to 90 % of the line.
 SLOW_SHARE, POOR_SHARE = 0.5, 0.75
@@ -180,22 +180,26 @@ class Reduction:
         return 2 * (self.num_ranks - 1) / self.num_ranks * self.num_bytes / self.seconds
 
 
-def judge_all_reduce(reductions: Sequence[Reduction], expected_bytes_per_s: float | None) -> Finding:
+def judge_all_reduce(
+    reductions: Sequence[Reduction], expected_bytes_per_s: float | None, why: str = "as --expect says"
+) -> Finding:
     """Whether all workers together reduce as fast as the network allows.
 
     Args:
         reductions: by size, the largest last; none where there is one worker only.
         expected_bytes_per_s: of the network; None: not known.
+        why: it is expected.
     """
     if not reductions:
         return ok("all-reduce", "one worker, nothing to reduce")
-    seen = f"{reductions[-1].num_ranks} workers: " + ", ".join(
-        f"{_gigabytes(reduction.bytes_per_s)} at {format_bytes(reduction.num_bytes)}" for reduction in reductions
-    )
+    seen = _seen(reductions)
     if expected_bytes_per_s is None:
-        return ok("all-reduce", seen)
+        return ok("all-reduce", f"{seen}; what it should be is not known (cluster.instance or --expect says it)")
     share = max(reduction.bytes_per_s for reduction in reductions) / expected_bytes_per_s
-    seen += f"; {share:.0%} of the expected {_gigabytes(expected_bytes_per_s)}"
+    seen += (
+        f"; {share:.0%} of the expected {format_rate(expected_bytes_per_s)} ({why}); fails below {SLOW_SHARE:.0%}, "
+        f"{format_rate(SLOW_SHARE * expected_bytes_per_s)}"
+    )
     fix = (
         "Look at the fabric: `NCCL_DEBUG=INFO` must name EFA, IB or TCPX and not Socket; the security group must allow all "
         "traffic within itself (EFA), and NCCL_SOCKET_IFNAME name the right interface."
@@ -203,6 +207,17 @@ def judge_all_reduce(reductions: Sequence[Reduction], expected_bytes_per_s: floa
     if share < SLOW_SHARE:
         return fail("all-reduce", seen, fix)
     return warn("all-reduce", seen, fix) if share < POOR_SHARE else ok("all-reduce", seen)
+
+
+def judge_within(reductions: Sequence[Reduction]) -> Finding:
+    """What the workers of one node reach, which no network has a part in."""
+    return ok("all-reduce", _seen(reductions) if reductions else "one worker, nothing to reduce")
+
+
+def _seen(reductions: Sequence[Reduction]) -> str:
+    return f"{reductions[-1].num_ranks} workers: " + ", ".join(
+        f"{format_rate(reduction.bytes_per_s)} at {format_bytes(reduction.num_bytes)}" for reduction in reductions
+    )
 
 
 def is_slow(finding: Finding, expected_bytes_per_s: float | None) -> bool:
@@ -232,16 +247,12 @@ def judge_pairs(pairs: Mapping[tuple[str, str], Reduction], nodes: Sequence[str]
     if slow:
         return fail(
             "slow node",
-            "; ".join(f"{node} reaches {_gigabytes(best[node])} with its better neighbour" for node in slow)
-            + f"; the others {_gigabytes(middle)}",
+            "; ".join(f"{node} reaches {format_rate(best[node])} with its better neighbour" for node in slow)
+            + f"; the others {format_rate(middle)}",
             f"Replace {', '.join(slow)}, or look there at the link (`ethtool`, `ibstat`), at other jobs, and at a throttled GPU "
             f"(`nvidia-smi -q -d PERFORMANCE`).",
         )
-    return ok("slow node", f"none; pairs of nodes reach {_gigabytes(min(best.values()))} to {_gigabytes(max(best.values()))}")
-
-
-def _gigabytes(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.3g} GB/s"
+    return ok("slow node", f"none; pairs of nodes reach {format_rate(min(best.values()))} to {format_rate(max(best.values()))}")
 
 
 def _kind(facts: MachineFacts) -> str:
