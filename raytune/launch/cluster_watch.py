@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import worker as ray_worker
+from ray.util.client import ray as client
 
 from raytune.errors import EXIT_RETRY_LATER
 
@@ -27,6 +28,9 @@ def watched_cluster(tell: Callable[..., None]) -> Iterator[None]:
     Args:
         tell: a parent that goes on where this process ends. Takes facts by the names of `lost.Driver`.
     """
+    if client.is_connected():  # by ray://: this process is on no node, and Ray raises where the cluster is lost
+        yield
+        return
     context = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     raylet = (node["NodeManagerAddress"], int(node["NodeManagerPort"]))

@@ -1,14 +1,17 @@
 """What is refused before Ray starts, or before Ray is asked: addresses where nobody answers, folders for its files, packages."""
 
 import http.server
+import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from raytune.clusters import dashboard
 from raytune.clusters.dashboard import refuse_what_is_no_dashboard
@@ -111,3 +114,49 @@ def test_a_missing_package_is_named_with_the_interpreter_that_lacks_it(missing: 
 def test_a_storage_that_nobody_can_make_is_refused_before_a_run_is_held() -> None:
     with pytest.raises(UserError, match=r"Cannot make the folder /proc/raytune/x/lease"), hold(RunFolder("/proc/raytune", "x")):
         pass
+
+
+@pytest.fixture
+def guarded_head(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Address of a real GCS that wants a token, and the file with it."""
+    token = tmp_path / "auth_token"
+    token.write_text("a" * 64)
+    program = Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = [f"--log_dir={tmp_path}", "--config_list=e30=", f"--gcs_server_port={port}", "--node-ip-address=127.0.0.1"]
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    head = subprocess.Popen([str(program), *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}", token
+    finally:
+        head.kill()
+        head.wait()
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere"}, "wants a token and none is here. Copy ~/.ray/auth_token of its head"),
+        ({"RAY_AUTH_TOKEN": "b" * 64}, "refuses the token of RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN_PATH": "{token}", "RAY_AUTH_MODE": "disabled"}, "Set RAY_AUTH_MODE=token; the token of {token} fits"),
+        ({"RAY_AUTH_TOKEN_PATH": "{token}"}, "let in, RAY_AUTH_MODE=token"),
+    ],
+)
+def test_a_head_that_wants_a_token_gets_it_or_a_message_says_where_it_lies(
+    guarded_head: tuple[str, Path], settings: dict[str, str], answer: str
+) -> None:
+    address, token = guarded_head
+    code = (
+        f"import os\nfrom raytune.errors import UserError\nfrom raytune.launch.reach import ready_for\n"
+        f"try: ready_for({address!r}); print('let in, RAY_AUTH_MODE=' + os.environ['RAY_AUTH_MODE'])\n"
+        f"except UserError as error: print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {name: value.format(token=token) for name, value in settings.items()}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert answer.format(token=token) in done.stdout, done.stderr
