@@ -5,6 +5,7 @@ import json
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.say import say
 
 
 @click.command()
@@ -24,15 +25,15 @@ def check(arguments: tuple[str, ...], as_json: bool) -> None:
     changes = overridden(files, config)
     if as_json:
         named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
-        click.echo(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
+        say(json.dumps({"ok": True, "config": config.model_dump(mode="json"), "overridden": named}))
         return
     written = dump_yaml(config)
     what, how = "sweep" if config.sweep else "run", "as written here, the rest by default:" if written else "all by default"
-    click.echo(f'OK: {what} "{config.name}", {how}')
-    click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
+    say(f'OK: {what} "{config.name}", {how}')
+    say("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
     if changes:
-        click.echo("Changed on the command line:")
-        click.echo("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
+        say("Changed on the command line:")
+        say("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
 
 
 @click.command()
@@ -43,7 +44,7 @@ def explain(subject: str, as_json: bool) -> None:
     """Say what a key (`training.learning_rate`), a section (`training`) or an error (`E101`) means."""
     from raytune.config.document import explain, explanation_facts
 
-    click.echo(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
+    say(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
 
 
 @click.command()
@@ -53,4 +54,4 @@ def schema(as_json: bool) -> None:
     """Print the JSON Schema of a run config, for editors."""
     from raytune.config.document import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=None if as_json else 2))
+    say(json.dumps(json_schema(), indent=None if as_json else 2))

@@ -1,6 +1,7 @@
 """The group that verbs belong to: how errors are answered, and the arguments and options that verbs share."""
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import click
 
 import raytune
+from raytune.cli.say import say
+from raytune.credentials import redacted
 from raytune.errors import RaytuneError
+from raytune.printable import PrintableFormatter
 
 EXIT_INTERRUPTED = 130
 
@@ -19,18 +23,20 @@ class Verbs(click.Group):
     """Answers an error that raytune knows with its message and exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if logging.lastResort is not None:  # where warnings go that nobody else handles
+            logging.lastResort.setFormatter(PrintableFormatter())
         try:
             return super().invoke(ctx)
         except RaytuneError as error:
             if ctx.meta.get("debug"):
                 raise
             if ctx.meta.get("as_json"):
-                click.echo(json.dumps(_error_facts(error)))
+                say(json.dumps(_error_facts(error)))
             else:
-                click.echo(str(error), err=True)
+                say(redacted(str(error)), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command continues from the newest checkpoint, if the run has one", err=True)
+            say("interrupted; the same command continues from the newest checkpoint, if the run has one", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -47,7 +53,7 @@ def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
 
 def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"raytune {raytune.__version__}")
+        say(f"raytune {raytune.__version__}")
         ctx.exit()
 
 
@@ -67,7 +73,7 @@ def cli() -> None:
 def _error_facts(error: RaytuneError) -> dict[str, Any]:
     from raytune.config.problems import ConfigError
 
-    facts = {"ok": False, "error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    facts = {"ok": False, "error": type(error).__name__, "message": redacted(str(error)), "exit_code": error.exit_code}
     if isinstance(error, ConfigError):
         facts["problems"] = [
             {"id": problem.id, "file": problem.place.file, "line": problem.place.line, "column": problem.place.column}

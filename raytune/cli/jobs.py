@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.say import say
 
 if TYPE_CHECKING:
     from raytune.clusters.jobs import Job, Jobs
@@ -53,16 +54,16 @@ def submit(
     cluster = jobs.Jobs(target, insecure=insecure)
     job, notes = jobs.submit(cluster, verb, *files_and_overrides(arguments), working_dir=working_dir, name=name)
     for note in notes:
-        click.echo(note, err=True)
-    click.echo(f"job {job.id} on {cluster.url}", err=True)
+        say(note, err=True)
+    say(f"job {job.id} on {cluster.url}", err=True)
     if detach:
-        click.echo(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
+        say(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
         return
     job = _follow(cluster, job.id, target, as_json)
     if as_json:
-        click.echo(json.dumps(job.to_json()))
+        say(json.dumps(job.to_json()))
     else:
-        click.echo(f"job {job.id} {job.status.lower()}, exit code {job.exit_code}", err=True)
+        say(f"job {job.id} {job.status.lower()}, exit code {job.exit_code}", err=True)
     click.get_current_context().exit(job.exit_code or 0)
 
 
@@ -84,11 +85,11 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
     if as_json:
         progress = {job.id: jobs.progress_of(job) for job in found}
         facts = [job.to_json() | {"progress": seen and asdict(seen)} for job in found for seen in [progress[job.id]]]
-        click.echo(json.dumps({"target": cluster.url, "jobs": facts}))
+        say(json.dumps({"target": cluster.url, "jobs": facts}))
         return
-    click.echo(jobs.status_text(found, time.time()))
+    say(jobs.status_text(found, time.time()))
     if name and found[0].message:
-        click.echo(found[0].message)
+        say(found[0].message)
 
 
 @click.command()
@@ -108,10 +109,10 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
     if follow:
         job = _follow(cluster, job.id, target, as_json, tail)
         if as_json:
-            click.echo(json.dumps(job.to_json()))
+            say(json.dumps(job.to_json()))
         click.get_current_context().exit(job.exit_code or 0)
     text = jobs.last_lines(cluster.logs(job.id), tail)
-    click.echo(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json)
+    say(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json, is_log=not as_json)
 
 
 @click.command()
@@ -129,15 +130,15 @@ def stop(name: str, target: str | None, insecure: bool, as_json: bool) -> None:
 
     cluster = jobs.Jobs(target, insecure=insecure)
     job = cluster.stop(cluster.find(name).id)
-    click.echo(json.dumps(job.to_json()) if as_json else f"job {job.id} {job.status.lower()}")
+    say(json.dumps(job.to_json()) if as_json else f"job {job.id} {job.status.lower()}")
 
 
 def _follow(cluster: "Jobs", job_id: str, target: str | None, as_json: bool, tail: int | None = None) -> "Job":
     """Print a job's output until it ends; on standard error where standard output is for JSON."""
     try:
-        return cluster.follow(job_id, lambda text: click.echo(text, nl=False, err=as_json), tail)
+        return cluster.follow(job_id, lambda text: say(text, nl=False, err=as_json, is_log=True), tail)
     except KeyboardInterrupt:
-        click.echo(f"\njob {job_id} goes on. {_how_to_come_back(job_id, target)}", err=True)
+        say(f"\njob {job_id} goes on. {_how_to_come_back(job_id, target)}", err=True)
         click.get_current_context().exit(EXIT_INTERRUPTED)
 
 

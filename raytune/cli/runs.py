@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.say import say
 from raytune.errors import UserError
 
 
@@ -31,7 +32,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     config = as_one_run(load_config(*files_and_overrides(arguments), check_files=tokens is None))
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
-        click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
+        say(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
         return
     if config.cluster.instance:
         resolved = plan_ahead(config, num_tokens)
@@ -41,7 +42,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
         from raytune.launch.run import plan_run
 
         resolved = plan_run(config)
-    click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
+    say(resolved.model_dump_json() if as_json else plan_text(resolved))
 
 
 @click.command()
@@ -74,11 +75,11 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         comparison = against_trial(from_sweep, result)
         facts |= {"against_trial": comparison.to_json() if comparison else None}
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     show_result(result)
     if comparison:
-        click.echo(comparison.sentence)
+        say(comparison.sentence)
 
 
 @click.command()
@@ -98,9 +99,9 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 
         resolved = plan_of_sweep(config, places)
         if as_json:
-            click.echo(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
+            say(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
         else:
-            click.echo(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
+            say(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
         return
 
     from raytune.report.sweep_page import write_sweep_page
@@ -113,12 +114,12 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     page = write_sweep_page(result, dump_yaml(config), result.folder)
     if not as_json:
         show_sweep_result(result)
-        click.echo(f"report   {page}")
+        say(f"report   {page}")
     require_winner(result)
     if as_json:
-        click.echo(json.dumps({**result.to_json(), "report": page}))
+        say(json.dumps({**result.to_json(), "report": page}))
     else:
-        click.echo(f"retrain  raytune train --from-sweep {result.folder}")
+        say(f"retrain  raytune train --from-sweep {result.folder}")
 
 
 @click.command()
@@ -137,7 +138,7 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_ba
     from raytune.model.merge import merge_adapter
 
     merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base, any_base=any_base)
-    click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+    say(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
 
 
 def _count(text: str) -> int:

@@ -33,6 +33,7 @@ from raytune.launch.record import RunRecord, read_plan
 from raytune.metrics import History
 from raytune.run_folder import RunFolder
 from raytune.storage import is_local
+from raytune.token_file import close_token, token_path
 from raytune.units import format_seconds
 
 LOCAL = "local"
@@ -121,6 +122,7 @@ class Jobs:
     def __init__(self, target: str | None = None, *, insecure: bool = False) -> None:
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        close_token(token_path())
         has_token = maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         self.url = _url(named_target(target, os.environ))
         risk = refuse_open(self.url, has_token=has_token, insecure=insecure)

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
-from ray._private import services
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.host import memory_bytes_here
+from raytune.launch.loopback import LOOPBACK, loopback_kept
 from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
+from raytune.token_file import prepare_token
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 PACKAGE = Path(__file__).parents[1]
-LOOPBACK = "127.0.0.1"
 
 # The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
 POLL_INTERVAL_S = 0.2
@@ -102,7 +103,7 @@ def _refuse_another_cluster(address: str | None) -> None:
     """Only `host:port` can be held against a connection: `auto` is whatever is there, and ray:// names a door of the cluster."""
     if address is None or address == "auto" or "://" in address:
         return
-    connected, named = ray.get_runtime_context().gcs_address, services.canonicalize_bootstrap_address(address)
+    connected, named = ray.get_runtime_context().gcs_address, canonicalize_bootstrap_address(address)
     if named != connected:
         raise UserError(
             f"cluster.address is {address}, but this process is connected to the Ray cluster at {connected}. Call ray.shutdown() "
@@ -111,7 +112,8 @@ def _refuse_another_cluster(address: str | None) -> None:
 
 
 def _start(section: ClusterSection) -> None:
-    with _loopback_kept():
+    prepare_token()
+    with loopback_kept():
         ray.init(
             address="local",
             num_cpus=_embedded_cpus(section),
@@ -122,21 +124,6 @@ def _start(section: ClusterSection) -> None:
             _system_config={"prestart_worker_first_driver": False},
             _node_ip_address=LOOPBACK,
         )
-
-
-@contextmanager
-def _loopback_kept() -> Iterator[None]:
-    """Let Ray listen on this machine alone: whoever reaches its ports runs code.
-
-    Ray 2.60 binds every port of a node to its address, and to all interfaces unless that is 127.0.0.1; but on Linux `ray.init`
-    replaces 127.0.0.1 by the machine's address in the network first. When it takes the address as given, this can go.
-    """
-    resolve = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = resolve
 
 
 def _embedded_cpus(section: ClusterSection) -> int:

@@ -10,7 +10,7 @@ import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_pl
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune.launch.attempts import WORKER_DIED, Failure
+from raytune.launch.loopback import LoopbackTorchConfig
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import list_folder, read_json, remove_folder, write_json
@@ -44,7 +45,7 @@ def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | Non
     trainer = _Trainer(
         train_worker,
         train_loop_config={"plan": plan.model_dump_json(), "attempt": attempt},
-        torch_config=TorchConfig(
+        torch_config=LoopbackTorchConfig(
             backend="nccl" if cluster.device == "cuda" else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(

@@ -42,11 +42,19 @@ _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activ
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the shape, or why there is none."""
-    _limit(BUILD_S, BUILD_BYTES)
-    with redirect_stdout(sys.stderr):  # what libraries print while they build is not the answer
-        answer = _answer(arguments[0], "--trust-remote-code" in arguments[1:])
+def main(arguments: Sequence[str], seconds: float = BUILD_S, num_bytes: int = BUILD_BYTES) -> None:
+    """Print the shape, or why there is none.
+
+    Args:
+        seconds, num_bytes: what the making of the model may take.
+    """
+    _limit(seconds, num_bytes)
+    try:
+        with redirect_stdout(sys.stderr):  # what libraries print while they build is not the answer
+            answer = _answer(arguments[0], "--trust-remote-code" in arguments[1:])
+    except (_TooLongError, MemoryError) as error:
+        limit = f"{seconds:g} seconds" if isinstance(error, _TooLongError) else f"{format_bytes(num_bytes)} of memory"
+        answer = {"error": f"{arguments[0]}: to build the model of its config.json, without weights, takes more than {limit}."}
     sys.stdout.write(json.dumps(answer))
 
 
@@ -72,9 +80,6 @@ def _answer(folder: str, trust_remote_code: bool) -> dict[str, Any]:
         shape = shape_of(meta_model(folder, trust_remote_code=trust_remote_code))
     except ModelError as error:
         return {"error": str(error)}
-    except (_TooLongError, MemoryError) as error:
-        limit = f"{BUILD_S:.0f} seconds" if isinstance(error, _TooLongError) else format_bytes(BUILD_BYTES)
-        return {"error": f"{folder}: building the model that config.json describes, without weights, takes more than {limit}."}
     return {"shape": TypeAdapter(ModelShape).dump_python(shape, mode="json")}
 
 
