@@ -34,7 +34,7 @@ from raytune.units import GIB, format_bytes
 
 BUILD_S = 60.0
 BUILD_BYTES = 8 * GIB
-"""Limits of a model's making, behind the imports."""
+"""Limits of a model's making, behind the imports; of processor time, so that a busy machine refuses nothing."""
 UNBOUNDED_POSITIONS = 1 << 20
 """Of models that set no bound, such as those that attend by distance (ALiBi)."""
 _BOUNDS = ("max_position_embeddings", "max_seq_len")
@@ -59,12 +59,13 @@ def main(arguments: Sequence[str], seconds: float = BUILD_S, num_bytes: int = BU
 
 
 def _limit(seconds: float, num_bytes: int) -> None:
-    """Let this process go on for so long, with so much more memory than its imports took: modules without weights are small."""
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Let this process work for so long, with so much more memory than its imports took: modules without weights are small."""
+    signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     with suppress(OSError, ValueError):  # without /proc, or below another limit: time alone
         pages = int(Path("/proc/self/statm").read_text().split()[5])
-        resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + num_bytes,) * 2)
+        most = pages * resource.getpagesize() + num_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 class _TooLongError(BaseException):  # which no library takes for a failure of its own

@@ -33,14 +33,11 @@ ABSURD: dict[str, Any] = {
     "zero": 0,
     "billion": 10**9,
     "beyond 64 bits": 10**30,
-    "half": 0.5,
     "nan": math.nan,
-    "infinite": math.inf,
     "text": "7",
     "true": True,
     "null": None,
     "list": [1, 2],
-    "object": {"a": {"b": 1}},
     "deep": json.loads("[" * 400 + "]" * 400),
 }
 ADDED = {
@@ -72,7 +69,10 @@ RAW: dict[str, bytes] = {
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("intact"))
+    folder = save_tiny_model(tmp_path_factory.mktemp("intact"))
+    use_model(folder)  # imports, and what is done once
+    use_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture
@@ -80,20 +80,30 @@ def folder(intact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
-def use(folder: Path) -> None:
-    """All that is done with a base before a run starts."""
+def use_model(folder: Path) -> None:
+    """What is done with a base's config and weights before a run starts."""
     base = str(folder)
     run = {"model": {"base": base}, "data": {"train": "a"}, "cluster": {"instance": "p5.48xlarge"}, "training": {"max_steps": 9}}
     plan_ahead(config_from(run))
     resolve_model_path(base, None)
     check_base(base, None, False)
-    tokenizer = open_tokenizer(base)
+
+
+def use_tokenizer(folder: Path) -> None:
+    """What is done with its tokenizer, template and settings of generation, behind a look at the folder."""
+    resolve_model_path(str(folder), None)
+    tokenizer = open_tokenizer(str(folder))
     tokenizer_fingerprint(tokenizer)
     adds_bos(tokenizer)
     template = resolve_template("auto", tokenizer)
     assert ChatTemplate(tokenizer, template).stop_ids is not None
-    stopping_config(base_config(folder, load_config(base)), tokenizer, template)
+    stopping_config(base_config(folder, load_config(str(folder))), tokenizer, template)
     tokenizer("text")
+
+
+def use(folder: Path) -> None:
+    use_model(folder)
+    use_tokenizer(folder)
 
 
 def fault(call: Callable[[], None]) -> str:
@@ -120,7 +130,7 @@ def paths_in(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
 
 @pytest.mark.parametrize("file", ADDED)
 def test_each_key_with_each_absurd_value_is_a_typed_error_or_works(folder: Path, file: str):
-    use(folder)  # imports, and what is done once
+    used = use_tokenizer if "tokenizer" in file else use_model
     text = (folder / file).read_text()
     paths = [path for path in paths_in(json.loads(text)) if len(path) < 3 or path[1] not in ("vocab", "merges")]
     faults = {}
@@ -134,14 +144,13 @@ def test_each_key_with_each_absurd_value_is_a_typed_error_or_works(folder: Path,
                 inside = inside[part]
             inside[path[-1]] = value
             (folder / file).write_text(json.dumps(changed))
-            faults[".".join(path), kind] = fault(lambda: use(folder))
+            faults[".".join(path), kind] = fault(lambda: used(folder))
     assert {case: found for case, found in faults.items() if found} == {}
 
 
 @pytest.mark.parametrize("kind", RAW)
 @pytest.mark.parametrize("file", [*ADDED, "model.safetensors"])
 def test_a_file_of_anything_is_a_typed_error_or_works(folder: Path, file: str, kind: str):
-    use(folder)
     (folder / file).write_bytes(RAW[kind])
     assert fault(lambda: use(folder)) == ""
 
@@ -149,7 +158,6 @@ def test_a_file_of_anything_is_a_typed_error_or_works(folder: Path, file: str, k
 @pytest.mark.parametrize("file", [*ADDED, "model.safetensors"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "device", "nowhere", "gigabytes"])
 def test_what_is_no_file_or_has_gigabytes_is_a_typed_error(folder: Path, file: str, kind: str):
-    use(folder)
     path = folder / file
     path.unlink()
     make: dict[str, Callable[[], object]] = {
@@ -161,9 +169,9 @@ def test_what_is_no_file_or_has_gigabytes_is_a_typed_error(folder: Path, file: s
         "gigabytes": lambda: (path.touch(), os.truncate(path, 3 << 30)),
     }
     make[kind]()
+    assert fault(lambda: use(folder)) == ""
     with pytest.raises(ModelError, match=str(folder)):
         use(folder)
-    assert fault(lambda: use(folder)) == ""
 
 
 HEADERS: dict[str, Any] = {
@@ -183,7 +191,6 @@ HEADERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_a_header_of_anything_is_a_typed_error(folder: Path, kind: str):
-    use(folder)
     header = HEADERS[kind]
     if isinstance(header, dict):
         text = json.dumps(header).encode()
