@@ -115,7 +115,7 @@ def test_warnings_in_logs_are_shown_and_not_obeyed():
     assert not obeyed(PrintableFormatter().format(record))
 
 
-def test_commands_print_and_draw_in_one_place_only():
+def test_commands_print_in_one_place_and_draw_on_one_kind_of_console():
     sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
     assert [name for name, text in sources.items() if "click.echo(" in text] == ["cli/say.py"]
-    assert [name for name, text in sources.items() if re.search(r"(?<![A-Za-z])Console\(", text)] == ["launch/live.py"]
+    assert [name for name, text in sources.items() if re.search(r"(?<![A-Za-z])Console\(", text.replace("(Console)", ""))] == []
