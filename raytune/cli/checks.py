@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides
+from raytune.cli.say import say
 from raytune.cli.supervise import notes
 from raytune.errors import EXIT_FAILED, UserError
 
@@ -80,6 +81,6 @@ def expected_rate(text: str | None) -> float | None:
 def _show_findings(findings: "Sequence[Finding]", as_json: bool) -> None:
     from raytune.clusters.checks.finding import findings_json, findings_text, worst
 
-    click.echo(json.dumps(findings_json(findings)) if as_json else findings_text(findings))
+    say(json.dumps(findings_json(findings)) if as_json else findings_text(findings))
     if worst(findings) == "fail":
         click.get_current_context().exit(EXIT_FAILED)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.say import say
 
 
 @click.group()
@@ -40,9 +41,9 @@ def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None,
     if output is not None:
         write_bytes(output, text.encode())
     if as_json:
-        click.echo(json.dumps({"ok": True, "target": target, "output": output and str(output), "text": text}))
+        say(json.dumps({"ok": True, "target": target, "output": output and str(output), "text": text}))
     else:
-        click.echo(f"{target} file of {spec.name}: {output}" if output else text, nl=bool(output))
+        say(f"{target} file of {spec.name}: {output}" if output else text, nl=bool(output))
 
 
 @cluster.command("up")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.say import say
 
 if TYPE_CHECKING:
     from raytune.config.problems import Place
@@ -44,19 +45,19 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
     if as_json:
         named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
         facts = {"ok": True, "config": config.model_dump(mode="json"), "overridden": named, "seen": seen and seen.to_json()}
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     written = dump_yaml(config)
     what, how = "sweep" if config.sweep else "run", "as written here, the rest by default:" if written else "all by default"
-    click.echo(f'OK: {what} "{config.name}", {how}')
-    click.echo("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
+    say(f'OK: {what} "{config.name}", {how}')
+    say("".join(f"  {line}\n" for line in written.splitlines()), nl=False)
     if changes:
-        click.echo("Changed on the command line:")
-        click.echo("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
+        say("Changed on the command line:")
+        say("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
     if seen:
-        click.echo(str(seen))
+        say(str(seen))
     if is_settings_alone(config):
-        click.echo(NEITHER, err=True)
+        say(NEITHER, err=True)
 
 
 def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings":
@@ -85,7 +86,7 @@ def explain(subject: str, as_json: bool) -> None:
     """Say what a key (`training.learning_rate`), a section (`training`) or an error (`E101`) means."""
     from raytune.config.document import explain, explanation_facts
 
-    click.echo(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
+    say(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
 
 
 @click.command()
@@ -95,4 +96,4 @@ def schema(as_json: bool) -> None:
     """Print the JSON Schema of a run config, for editors."""
     from raytune.config.document import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=None if as_json else 2))
+    say(json.dumps(json_schema(), indent=None if as_json else 2))

@@ -1,6 +1,7 @@
 """The group that verbs belong to: how errors are answered, and the arguments and options that verbs share."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import raytune
+from raytune.cli.say import say
+from raytune.credentials import redacted
 from raytune.errors import RaytuneError, UserError
 from raytune.missing import is_ours, missing_package
+from raytune.printable import PrintableFormatter
 
 if TYPE_CHECKING:
     from raytune.config.problems import Place
@@ -26,6 +30,8 @@ class Verbs(click.Group):
     """Answers an error that raytune knows with its message and exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if logging.lastResort is not None:  # where warnings go that nobody else handles
+            logging.lastResort.setFormatter(PrintableFormatter())
         try:
             return super().invoke(ctx)
         except RaytuneError as error:
@@ -36,21 +42,21 @@ class Verbs(click.Group):
             if ctx.meta.get("debug"):
                 raise
             if ctx.meta.get("as_json"):
-                click.echo(json.dumps(_error_facts(error)))
+                say(json.dumps(_error_facts(error)))
             else:
-                click.echo(str(error), err=True)
+                say(redacted(str(error)), err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
             if ctx.meta.get("debug") or is_ours(error):
                 raise
             missing = UserError(missing_package(error))
             if ctx.meta.get("as_json"):
-                click.echo(json.dumps(_error_facts(missing)))
+                say(json.dumps(_error_facts(missing)))
             else:
-                click.echo(str(missing), err=True)
+                say(str(missing), err=True)
             ctx.exit(missing.exit_code)
         except KeyboardInterrupt as interrupt:
-            click.echo(str(interrupt) or "interrupted", err=True)
+            say(str(interrupt) or "interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -78,7 +84,7 @@ def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
 
 def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"raytune {raytune.__version__}")
+        say(f"raytune {raytune.__version__}")
         ctx.exit()
 
 
@@ -98,7 +104,7 @@ def cli() -> None:
 def _error_facts(error: RaytuneError) -> dict[str, Any]:
     from raytune.config.problems import ConfigError
 
-    facts = {"ok": False, "error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    facts = {"ok": False, "error": type(error).__name__, "message": redacted(str(error)), "exit_code": error.exit_code}
     if isinstance(error, UserError) and error.place:
         facts["place"], _, facts["key"] = error.place.partition("  ")
     if isinstance(error, ConfigError):

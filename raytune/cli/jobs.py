@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.say import say
 
 target_option = click.option(
     "--target",
@@ -78,18 +79,18 @@ def submit(
     job, submission = jobs.submit(cluster, verb, files, overrides, working_dir=working_dir, name=name, runtime_env=given)
     with closing(submission):
         for note in submission.notes:
-            click.echo(note, err=True)
-        click.echo(f"job {job.id} on {cluster.url}", err=True)
+            say(note, err=True)
+        say(f"job {job.id} on {cluster.url}", err=True)
         if detach:
-            click.echo(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
+            say(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
             return
         most = MOST_RESUBMISSIONS if resubmit is None else resubmit
         with _leaving(job.id, target):
             job = follow_to_the_end(cluster, job, submission, _writer(as_json), _say, most=most)
     if as_json:
-        click.echo(json.dumps(job.to_json()))
+        say(json.dumps(job.to_json()))
     else:
-        click.echo(f"job {job.id} {job.status.lower()}, exit code {job.exit_code}", err=True)
+        say(f"job {job.id} {job.status.lower()}, exit code {job.exit_code}", err=True)
     click.get_current_context().exit(job.exit_code or 0)
 
 
@@ -111,11 +112,11 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
     if as_json:
         progress = {job.id: jobs.progress_of(job) for job in found}
         facts = [job.to_json() | {"progress": seen and asdict(seen)} for job in found for seen in [progress[job.id]]]
-        click.echo(json.dumps({"target": cluster.url, "jobs": facts}))
+        say(json.dumps({"target": cluster.url, "jobs": facts}))
         return
-    click.echo(jobs.status_text(found, time.time()))
+    say(jobs.status_text(found, time.time()))
     if name and found[0].message:
-        click.echo(found[0].message)
+        say(found[0].message)
 
 
 @click.command()
@@ -136,10 +137,10 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
         with _leaving(job.id, target):
             job = cluster.follow(job.id, _writer(as_json), tail, _say)
         if as_json:
-            click.echo(json.dumps(job.to_json()))
+            say(json.dumps(job.to_json()))
         click.get_current_context().exit(job.exit_code or 0)
     text = jobs.last_lines(cluster.logs(job.id), tail)
-    click.echo(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json)
+    say(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json, is_log=not as_json)
 
 
 @click.command()
@@ -157,7 +158,7 @@ def stop(name: str, target: str | None, insecure: bool, as_json: bool) -> None:
 
     cluster = jobs.Jobs(target, insecure=insecure)
     job = cluster.stop(cluster.find(name).id)
-    click.echo(json.dumps(job.to_json()) if as_json else f"job {job.id} {job.status.lower()}")
+    say(json.dumps(job.to_json()) if as_json else f"job {job.id} {job.status.lower()}")
 
 
 @contextmanager
@@ -166,17 +167,17 @@ def _leaving(job_id: str, target: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"\njob {job_id} goes on. {_how_to_come_back(job_id, target)}", err=True)
+        say(f"\njob {job_id} goes on. {_how_to_come_back(job_id, target)}", err=True)
         click.get_current_context().exit(EXIT_INTERRUPTED)
 
 
 def _writer(as_json: bool) -> Callable[[str], None]:
     """Prints a job's output; on standard error where standard output is for JSON."""
-    return lambda text: click.echo(text, nl=False, err=as_json)
+    return lambda text: say(text, nl=False, err=as_json, is_log=True)
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    say(text, err=True)
 
 
 def _how_to_come_back(job_id: str, target: str | None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.say import say
 from raytune.cli.supervise import notes
 from raytune.errors import RaytuneError, UserError
 from raytune.launch.address import named_address
@@ -44,7 +45,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     config = as_one_run(_to_be_planned(*files_and_overrides(arguments), needs_rows=tokens is None))
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
-        click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
+        say(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
         return
     if config.cluster.instance:
         resolved = plan_ahead(config, num_tokens)
@@ -56,7 +57,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
         notes().tell(cluster=named_address(config.cluster))
         ends_in_order()
         resolved = plan_run(config)
-    click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
+    say(resolved.model_dump_json() if as_json else plan_text(resolved))
 
 
 @click.command()
@@ -102,11 +103,11 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         comparison = against_trial(from_sweep, result)
         facts |= {"against_trial": comparison.to_json() if comparison else None}
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     show_result(result)
     if comparison:
-        click.echo(comparison.sentence)
+        say(comparison.sentence)
 
 
 @click.command()
@@ -130,9 +131,9 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         ends_in_order()
         resolved = plan_of_sweep(config, places)
         if as_json:
-            click.echo(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
+            say(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
         else:
-            click.echo(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
+            say(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
         return
 
     from raytune.launch.cluster_watch import watched_cluster
@@ -155,12 +156,12 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     page = write_sweep_page(result, dump_yaml(config), result.folder)
     if not as_json:
         show_sweep_result(result)
-        click.echo(f"report   {page}")
+        say(f"report   {page}")
     require_winner(result)
     if as_json:
-        click.echo(json.dumps({**result.to_json(), "report": page}))
+        say(json.dumps({**result.to_json(), "report": page}))
     else:
-        click.echo(f"retrain  raytune train --from-sweep {result.folder}")
+        say(f"retrain  raytune train --from-sweep {result.folder}")
 
 
 @click.command()
@@ -197,7 +198,7 @@ def merge(
         any_base=any_base,
         trust_remote_code=trust_remote_code,
     )
-    click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+    say(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
 
 
 def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":
@@ -208,7 +209,7 @@ def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows
     if not needs_rows:
         return require_named(config, ("model.base",), places)
     if is_settings_alone(config):
-        click.echo(f"{NEITHER} The plan is for the built-in toy.", err=True)
+        say(f"{NEITHER} The plan is for the built-in toy.", err=True)
     return config
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
+from raytune.cli.say import say
 from raytune.errors import EXIT_RETRY_LATER
 from raytune.launch.signals import HANDED_ON, exit_code_of
 
@@ -159,6 +160,6 @@ def _say_lost(facts: dict[str, Any], *, as_json: bool) -> None:
         sys.stderr.write(_SHOW_CURSOR)
     message = driver_lost(Driver(**facts))
     if as_json:
-        click.echo(json.dumps({"ok": False, "error": ClusterError.__name__, "message": message, "exit_code": EXIT_RETRY_LATER}))
+        say(json.dumps({"ok": False, "error": ClusterError.__name__, "message": message, "exit_code": EXIT_RETRY_LATER}))
     else:
-        click.echo(message, err=True)
+        say(message, err=True)

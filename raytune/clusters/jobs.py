@@ -33,6 +33,7 @@ from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
 from raytune.errors import ClusterError, UserError
 from raytune.storage import is_local
+from raytune.token_file import close_token, token_path
 from raytune.units import format_seconds
 
 LOCAL = "local"
@@ -126,6 +127,7 @@ class Jobs:
     def __init__(self, target: str | None = None, *, insecure: bool = False) -> None:
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        close_token(token_path())
         has_token = maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         self.url = _url(named_target(target, os.environ))
         risk = refuse_open(self.url, has_token=has_token, insecure=insecure)

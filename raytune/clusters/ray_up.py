@@ -1,7 +1,6 @@
 """`ray up` files of a cluster: what the templates need to know beside the spec, and the two commands of Ray that use them."""
 
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from raytune.clusters.provider import ClusterSpec, Target, place_of, render
 from raytune.config.problems import ConfigError, Place
 from raytune.config.yaml_nodes import read_nodes
 from raytune.errors import ClusterError, UserError
+from raytune.token_file import make_token
 
 EFA = "/opt/amazon"
 """Where AWS's installer puts the EFA library and NCCL's plug-in for it."""
@@ -224,18 +224,6 @@ def down(cluster_file: Path) -> None:
         ClusterError: if Ray could not end it.
     """
     _ray(["down", "--yes", str(cluster_file)], _read(cluster_file))
-
-
-def make_token(path: Path) -> bool:
-    """A new token, readable by its owner only. Whether one was made: an existing one is kept."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return False
-    with open(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return True
 
 
 def _ray(arguments: Sequence[str], config: dict[str, Any]) -> None:

@@ -126,14 +126,16 @@ def contents(folder: Path, named: Iterable[str] | None = None) -> Contents:
                         f"{name}{secret}. The config names it, but a job's files lie readable on every node; nothing was sent. "
                         f"{_WHERE_ELSE}, take the secret out, or put the file where the nodes see it and only you."
                     )
-                left.refused[name] = secret.removeprefix(":")
+                left.refused[name] = f"line {secret.removeprefix(':')}"
                 del files[name]
         unnamed = [name for name in found if not is_code[name]]
         for name in [name for name in unnamed if found[name].stat().st_size <= _CODE_UP_TO]:
             if secret := _secret_in(found[name]):
-                left.refused[name] = secret.removeprefix(":")
+                left.refused[name] = f"line {secret.removeprefix(':')}"
         if "raytune/__init__.py" not in files:  # a folder with a config alone: the code comes from here
-            files.update((f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", PACKAGE, (), frozenset(), _Left()))
+            files.update(
+                (f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", PACKAGE.resolve(), (), frozenset(), _Left())
+            )
             if HARDWARE.is_dir():  # of an editable installation, which has the catalogue beside the package
                 files.update((f"raytune/plan/{PACKAGED_HARDWARE.name}/{path.name}", path) for path in HARDWARE.glob("*.yaml"))
     return Contents(

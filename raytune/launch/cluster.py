@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import ray
 from ray._common.utils import get_default_system_temp_dir
-from ray._private import services
 from ray._private import utils as ray_utils
 from ray.exceptions import RaySystemError, RayTaskError
 
@@ -20,19 +19,20 @@ from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.address import named_address
 from raytune.launch.host import memory_bytes_here
+from raytune.launch.loopback import LOOPBACK, loopback_kept
 from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.launch.reach import ready_for
 from raytune.launch.scaling import bring_machines
 from raytune.launch.signals import end_in_order
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
+from raytune.token_file import prepare_token
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 LONGEST_SOCKET_PATH = 107
 PACKAGE = Path(__file__).parents[1]
-LOOPBACK = "127.0.0.1"
 
 # The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
 POLL_INTERVAL_S = 0.2
@@ -121,7 +121,7 @@ def _refuse_another_cluster(address: str | None) -> None:
     """Only `host:port` can be held against a connection: `auto` is whatever is there, and ray:// names a door of the cluster."""
     if address is None or address == "auto" or "://" in address:
         return
-    connected, named = ray.get_runtime_context().gcs_address, services.canonicalize_bootstrap_address(address)
+    connected, named = ray.get_runtime_context().gcs_address, canonicalize_bootstrap_address(address)
     if named != connected:
         raise UserError(
             f"cluster.address is {address}, but this process is connected to the Ray cluster at {connected}. Call ray.shutdown() "
@@ -132,8 +132,9 @@ def _refuse_another_cluster(address: str | None) -> None:
 def _start(section: ClusterSection) -> None:
     folder = get_default_system_temp_dir()
     refuse_long_folder(folder)
+    prepare_token()
     try:
-        with _loopback_kept():
+        with loopback_kept():
             ray.init(
                 address="local",
                 num_cpus=_embedded_cpus(section),
@@ -150,21 +151,6 @@ def _start(section: ClusterSection) -> None:
             f"Ray could not start on this machine: {str(error).strip().splitlines()[0]} A machine that is too busy is one "
             f"reason, a full disk another." + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
         ) from error
-
-
-@contextmanager
-def _loopback_kept() -> Iterator[None]:
-    """Let Ray listen on this machine alone: whoever reaches its ports runs code.
-
-    Ray 2.60 binds every port of a node to its address, and to all interfaces unless that is 127.0.0.1; but on Linux `ray.init`
-    replaces 127.0.0.1 by the machine's address in the network first. When it takes the address as given, this can go.
-    """
-    resolve = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = resolve
 
 
 def refuse_long_folder(folder: str) -> None:

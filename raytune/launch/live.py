@@ -3,13 +3,29 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
+
+from raytune.printable import printable
 
 REFRESH_S = 1.0
 LINES_EVERY_S = 10.0
+
+
+class PlainConsole(Console):
+    """A console that takes text for text: neither markup in names and values nor what a terminal would obey acts on it."""
+
+    def __init__(self, file: IO[str] | None = None, **options: Any) -> None:
+        super().__init__(file=file, markup=False, highlight=False, emoji=False, **options)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:  # through which all goes, tables and live ones, too
+        return super()._render_buffer(
+            segment if segment.control else Segment(printable(segment.text), segment.style) for segment in buffer
+        )
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from raytune.errors import RaytuneError
-from raytune.launch.live import showing
+from raytune.launch.live import PlainConsole, showing
 from raytune.launch.result import RunResult
 from raytune.metrics import Follower
 from raytune.plan.data_report import report_table
@@ -31,7 +32,7 @@ _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
 @contextmanager
 def show_progress(plan: RunPlan, stream: TextIO = sys.stderr) -> Iterator[None]:
     """Show the plan, and then the run's progress until the block ends."""
-    console = Console(file=stream)
+    console = PlainConsole(file=stream)
     console.print(f"{plan_text(plan)}\n", highlight=False, soft_wrap=True)
     view = _View(plan)
     with showing(console, view.table, view.new_lines):
@@ -58,7 +59,7 @@ class _View:
             title=f"raytune · {self.plan.name}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
         )
         for label, value in self._facts():
-            table.add_row(f"[dim]{label}[/dim]", value)
+            table.add_row(Text(label, style="dim"), value)
         return table
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -79,7 +80,7 @@ class _View:
 
 def show_result(result: RunResult, console: Console | None = None) -> None:
     """Print where the model lies, what it is worth (base against tuned) and how many rows it was trained on."""
-    console = console or Console()
+    console = console or PlainConsole()
     rows = list(_comparisons(result))
     if rows:
         title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None

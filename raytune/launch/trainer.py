@@ -10,12 +10,13 @@ import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune.launch.attempts import Failure
 from raytune.launch.causes import first_failure
+from raytune.launch.loopback import LoopbackTorchConfig
 from raytune.launch.worker_group import Controller, RunOf, release_placement_groups
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -42,7 +43,7 @@ def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | Non
     trainer = _Trainer(
         train_worker,
         train_loop_config={"plan": plan.model_dump_json(), "attempt": attempt},
-        torch_config=TorchConfig(
+        torch_config=LoopbackTorchConfig(
             backend="nccl" if cluster.device == "cuda" else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(

@@ -34,7 +34,7 @@ from raytune.units import GIB, format_bytes
 
 BUILD_S = 60.0
 BUILD_BYTES = 8 * GIB
-"""Limits of a model's making, behind the imports."""
+"""Limits of a model's making, behind the imports; of processor time, so that a busy machine refuses nothing."""
 UNBOUNDED_POSITIONS = 1 << 20
 """Of models that set no bound, such as those that attend by distance (ALiBi)."""
 _BOUNDS = ("max_position_embeddings", "max_seq_len")
@@ -42,18 +42,26 @@ _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activ
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the shape, or why there is none."""
-    _limit(BUILD_S, BUILD_BYTES)
-    with redirect_stdout(sys.stderr):  # what libraries print while they build is not the answer
-        answer = _answer(arguments[0], "--trust-remote-code" in arguments[1:])
+def main(arguments: Sequence[str], seconds: float = BUILD_S, num_bytes: int = BUILD_BYTES) -> None:
+    """Print the shape, or why there is none.
+
+    Args:
+        seconds, num_bytes: what the making of the model may take.
+    """
+    _limit(seconds, num_bytes)
+    try:
+        with redirect_stdout(sys.stderr):  # what libraries print while they build is not the answer
+            answer = _answer(arguments[0], "--trust-remote-code" in arguments[1:])
+    except (_TooLongError, MemoryError) as error:
+        limit = f"{seconds:g} seconds" if isinstance(error, _TooLongError) else f"{format_bytes(num_bytes)} of memory"
+        answer = {"error": f"{arguments[0]}: to build the model of its config.json, without weights, takes more than {limit}."}
     sys.stdout.write(json.dumps(answer))
 
 
 def _limit(seconds: float, num_bytes: int) -> None:
-    """Let this process go on for so long, with so much more memory than its imports took: modules without weights are small."""
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Let this process work for so long, with so much more memory than its imports took: modules without weights are small."""
+    signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     with suppress(OSError, ValueError):  # without /proc, or below another limit: time alone
         pages = int(Path("/proc/self/statm").read_text().split()[5])
         most = pages * resource.getpagesize() + num_bytes
@@ -73,9 +81,6 @@ def _answer(folder: str, trust_remote_code: bool) -> dict[str, Any]:
         shape = shape_of(meta_model(folder, trust_remote_code=trust_remote_code))
     except ModelError as error:
         return {"error": str(error)}
-    except (_TooLongError, MemoryError) as error:
-        limit = f"{BUILD_S:.0f} seconds" if isinstance(error, _TooLongError) else format_bytes(BUILD_BYTES)
-        return {"error": f"{folder}: building the model that config.json describes, without weights, takes more than {limit}."}
     return {"shape": TypeAdapter(ModelShape).dump_python(shape, mode="json")}
 
 

@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from raytune.errors import ModelError, RaytuneError
+from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
+from raytune.plan.model_folder import is_of_library
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -91,10 +92,8 @@ def explained(path: str, revision: str | None, what: str) -> Iterator[None]:
     """Turn what transformers raises about files, and values in them, into a `ModelError` that says what was tried."""
     try:
         yield
-    except RaytuneError:
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # as `model_folder.reading`
+        if not is_of_library(error):
             raise
         at = f" at revision {revision}" if revision else ""
         place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"

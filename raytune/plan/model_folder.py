@@ -131,16 +131,20 @@ def check_numbers(config: Mapping[str, Any], source: str) -> None:
             )
 
 
+def is_of_library(error: BaseException) -> bool:
+    """Whether a library failed over what it read. The tokenizers library panics over some files, which is no Exception."""
+    if isinstance(error, RaytuneError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Turn whatever a library raises about a stranger's files into a `ModelError` that begins with `what`."""
     try:
         yield
-    except RaytuneError:
-        raise
     except BaseException as error:
-        # The tokenizers library panics over some files, which is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_of_library(error):
             raise
         raise ModelError(f"{what}: {_short(error, 400) or type(error).__name__}") from error
 

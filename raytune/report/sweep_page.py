@@ -17,6 +17,7 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from raytune.printable import printable
 from raytune.report.figures import DARK, LIGHT, Drawing, budget_bars, importance_bars, learning_curves, parallel_coordinates, png
 from raytune.storage import write_bytes
 from raytune.sweeps.results import (
@@ -335,8 +336,13 @@ def _png_size(image: bytes) -> tuple[int, int]:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, finalize=_fit)
     return environment.from_string(_own("sweep_page.html"))
+
+
+def _fit(value: object) -> object:
+    """What stands in the template, before it is escaped: no text of a stranger turns the page's lines round."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _own(name: str) -> str:

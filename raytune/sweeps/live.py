@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from raytune.launch.live import showing
+from raytune.launch.live import PlainConsole, showing
 from raytune.sweeps.board import Board
 from raytune.sweeps.describe import sweep_text
 from raytune.sweeps.ledger import Known
@@ -25,7 +24,7 @@ MOST_ROWS = 24
 @contextmanager
 def show_sweep(plan: SweepPlan, known: Known, board: Board, stream: TextIO = sys.stderr) -> Iterator[None]:
     """Show what is going to happen, and then the trials until the block ends."""
-    console = Console(file=stream)
+    console = PlainConsole(file=stream)
     console.print(f"{sweep_text(plan)}\n", highlight=False, soft_wrap=True)
     view = _View(plan, known, board)
     with showing(console, view.table, view.new_lines):

@@ -7,6 +7,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
+from raytune.launch.live import PlainConsole
 from raytune.sweeps.results import SweepResult, plain_text, result_table, summary
 
 MOST_ROWS = 30
@@ -19,7 +20,7 @@ _LEFT = ("trial", "state")
 
 def show_sweep_result(result: SweepResult, console: Console | None = None) -> None:
     """Print the ranked table, why trials failed, and the sweep in three sentences."""
-    console = console or Console()
+    console = console or PlainConsole()
     width = console.width if console.is_terminal else max(console.width, WIDE)
     table, num_hidden = _table(result, console, width)
     console.print(table, width=width, crop=False)

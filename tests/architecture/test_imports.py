@@ -50,7 +50,7 @@ OWNERS = {
     "click": {"cli/"},
     "rich": {"launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
     "matplotlib": {"report/figures.py"},
-    "jinja2": {"data/template.py", "clusters/provider.py", "report/sweep_page.py"},
+    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/sweep_page.py"},
 }
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from raytune.clusters.provider import KUBERAY, Target
-from raytune.clusters.ray_up import make_token
 from raytune.config.problems import ConfigError
+from raytune.token_file import make_token
 from tests.cluster.cases import CLIENT, CLOUDS, FAMILIES, INSTANCES, data_of, manifests_of, spec_of, text_of
 
 IN_CLOUDS = [instance for instance in INSTANCES if CLOUDS[instance] != "on-prem"]
@@ -227,8 +227,10 @@ def test_a_token_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
     token = path.read_text()
     assert re.fullmatch(r"[0-9a-f]{64}", token)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)  # as Ray writes it
     assert not make_token(path)
     assert path.read_text() == token
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_yaml_of_every_target_is_read_the_same_by_a_yaml_1_1_reader() -> None:

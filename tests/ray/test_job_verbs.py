@@ -43,14 +43,18 @@ def raytune(cluster: Cluster, verb: str, *arguments: str, cwd: Path = ROOT) -> s
 
 def environment() -> dict[str, str]:
     # What a job runs must come with it: its processes are children of a raylet that knows no PYTHONPATH of ours.
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": f"hf_{CANARY}", "WANDB_API_KEY": CANARY}
 
 
 def project(folder: Path, name: str, steps: int) -> Path:
-    """A folder with a config, a secret, an old run, and nothing of raytune."""
+    """A folder with a config, secrets, an old run, and nothing of raytune."""
     folder.mkdir()
     (folder / "run.yaml").write_text(CONFIG.format(storage=folder / "shared", name=name, steps=steps))
-    (folder / ".env").write_text(f"TOKEN={CANARY}")
+    for file in (".env", ".envrc", "diary.txt"):
+        (folder / file).write_text(f"TOKEN={CANARY}")
+    (folder / "train.log").write_text(f"login at https://me:{CANARY}@" + "host")
+    (folder / "fetch.py").write_text(f"TOKEN = 'hf_{CANARY.replace('-', 'x') * 2}'  # {CANARY}")
+    (folder / "link.py").symlink_to(folder / ".env")
     (folder / "old").mkdir()
     for file in ("run.json", "plan.json", "weights.bin"):
         (folder / "old" / file).write_text(f"{CANARY}-run")

@@ -265,3 +265,13 @@ def test_of_many_keys_the_most_important_ones_are_drawn() -> None:
     titles = [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"]
     assert len(titles) == 13
     assert {"k19", "validation/loss"} <= set(titles)
+
+
+def test_no_control_character_of_a_value_reaches_the_page():
+    result = odd_values()
+    evil = "\x1b[2J\x00\x9b\u202e\u2066\u2028\x7fend"
+    result.trials[1].trial.values["adapter.method"] = evil
+    images = dict.fromkeys(FIGURES, png(budget_bars(sweep_result([], spent_worker_s=0.0, full_worker_s=0.0))))
+    html = sweep_page(result, f"name: {evil}\n", {"raytune": "0.1"}, images, images)
+    assert "\\u202e" in html
+    assert not [character for character in html if character not in "\n\t" and not character.isprintable()]

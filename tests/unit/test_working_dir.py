@@ -107,7 +107,7 @@ def test_a_file_with_a_secret_inside_stays_here_and_is_told_with_the_reason(tmp_
 
 def test_a_secret_far_inside_a_large_file_is_found_with_its_line(tmp_path: Path):
     folder = write(tmp_path, **{"rows.jsonl": '{"text": "row"}\n' * 500_000 + TOKEN + "\n"})
-    assert contents(folder).refused["rows.jsonl"].startswith("500001 holds what looks like a GitHub token (ghp_...)")
+    assert contents(folder).refused["rows.jsonl"].startswith("line 500001 holds what looks like a GitHub token (ghp_...)")
 
 
 def test_what_the_config_names_is_refused_and_not_left_out_where_it_holds_a_secret(tmp_path: Path):

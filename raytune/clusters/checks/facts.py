@@ -20,6 +20,7 @@ from pathlib import Path
 from raytune.errors import RaytuneError
 from raytune.launch.host import memory_bytes_here
 from raytune.storage import free_bytes, is_local
+from raytune.token_file import token_path
 from raytune.units import MIB
 from raytune.versions import library_versions
 
@@ -98,7 +99,7 @@ def machine_facts(storage: str | None = None) -> MachineFacts:
         storage: where runs go, if that is known.
     """
     gpus, driver, driver_cuda = _gpus()
-    token = _token_file()
+    token = token_path()
     return MachineFacts(
         host=socket.gethostname(),
         versions=library_versions(),
@@ -205,10 +206,6 @@ def _op_locks() -> list[OpLock]:
             except FileNotFoundError:  # that build has just ended
                 continue
     return locks
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def _resolves_to(name: str) -> tuple[str, ...]:

@@ -1,0 +1,107 @@
+"""The cluster inside this machine: nobody else can reach it, and no credential of the user's leaves the place where it lies."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+CANARY = "CANARY0b7e1f0c2d9A8"
+RUN = """
+name: private
+data: {train: {path: "demo:train", max_rows: 16}, validation: {path: "demo:validation", max_rows: 4}, max_length: 512}
+training: {max_steps: 3, warmup_steps: 0, global_batch_size: 2}
+cluster: {workers: 2}
+"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    exit_code: int
+    output: str
+    listeners: set[tuple[str, str]]
+    """Process and address of every port that was open at some time."""
+    home: Path
+    storage: Path
+    session: Path
+
+
+@pytest.fixture(scope="module")
+def seen() -> Iterator[Seen]:
+    """A run of two workers in a home full of credentials, watched while it goes on."""
+    folder = Path(tempfile.mkdtemp(prefix="re", dir="/tmp"))
+    home, work, storage, session = (folder / name for name in ("home", "work", "runs", "ray"))
+    credentials = {
+        ".ray/auth_token": CANARY * 2,
+        ".cache/huggingface/token": f"hf_{CANARY}",
+        ".aws/credentials": f"aws_secret_access_key = {CANARY}",
+        ".netrc": f"machine api.wandb.ai login user password {CANARY}",
+    }
+    for file, text in credentials.items():
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_text(text)
+        (home / file).chmod(0o644)
+    for path in (work, session):
+        path.mkdir()
+    (work / ".env").write_text(f"HF_TOKEN=hf_{CANARY}")
+    (work / "run.yaml").write_text(RUN)
+    secrets = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY"), f"hf_{CANARY}")
+    environment = os.environ | secrets | {"HOME": str(home), "RAY_TMPDIR": str(session), "PYTHONPATH": str(ROOT)}
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "HF_HOME", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    command = [sys.executable, str(ROOT / "launch.py"), "train", "run.yaml", f"storage={storage}"]
+    process = subprocess.Popen(
+        command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+    )
+    listeners: set[tuple[str, str]] = set()
+    try:
+        deadline = time.monotonic() + 500
+        while process.poll() is None and time.monotonic() < deadline:
+            listeners |= open_ports(process.pid)
+            time.sleep(0.3)
+        output, _ = process.communicate(timeout=30)
+        yield Seen(process.returncode, output, listeners, home, storage, session)
+    finally:
+        process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_ports(pid: int) -> set[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+    try:
+        for process in [root := psutil.Process(pid), *root.children(recursive=True)]:
+            connections = process.net_connections(kind="inet")
+            found |= {(process.name(), port.laddr.ip) for port in connections if port.status == psutil.CONN_LISTEN}
+    except psutil.Error:  # one of them has just ended
+        pass
+    return found
+
+
+def test_every_port_of_an_embedded_cluster_and_its_workers_is_on_loopback(seen: Seen) -> None:
+    assert seen.exit_code == 0, seen.output
+    assert {name for name, _ in seen.listeners} >= {"gcs_server", "raylet"}, "this is how they are found"
+    assert any(name.startswith("ray::RayTrainWo") for name, _ in seen.listeners)
+    assert [port for port in seen.listeners if port[1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")] == []
+
+
+def test_an_existing_token_is_closed_to_others(seen: Seen) -> None:
+    assert stat.S_IMODE((seen.home / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def test_no_credential_reaches_the_run_folder_the_session_of_ray_or_the_output(seen: Seen) -> None:
+    assert CANARY not in seen.output
+    files = [path for folder in (seen.storage, seen.session) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "metrics.jsonl" for path in files)
+    assert any("session_" in str(path) and path.suffix in (".log", ".out") for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
