@@ -139,7 +139,8 @@ def test_a_store_that_recovers_is_used(
         fsspec.filesystem("s3").clear_instance_cache()
         assert storage.download_file(f"{s3}/{fault}/file", tmp_path / "down") == digest
     assert (tmp_path / "down").read_bytes() == content
-    assert "failed; next in 0.5 s" in caplog.text
+    # What was cut before an answer, the client sends again by itself.
+    assert fault == "cut" or "failed; next in 0.5 s" in caplog.text
 
 
 def test_what_follows_a_large_file_is_all_that_is_read(s3: str) -> None:
