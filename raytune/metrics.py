@@ -27,6 +27,7 @@ from typing import Literal, Self
 
 from raytune.errors import RaytuneError, UserError
 from raytune.local_files import local_errors
+from raytune.object_store import once
 from raytune.storage import exists, is_local, local_path, read_bytes, read_from, write_bytes
 
 # An object store cannot append: the whole file is written again, at most this often. Events are few, and the last ones before
@@ -423,6 +424,7 @@ class _RemoteLines:
     def _upload_for_ever(self) -> None:
         while not self._closed.wait(self._every_s):
             try:
-                self.flush()
+                with once():
+                    self.flush()
             except RaytuneError:
                 continue  # the lines are kept, and the next turn or `close` tries again

@@ -183,6 +183,19 @@ def in_time(action: Callable[[], T], limit_s: float) -> T:
     raise TimeoutError(f"no answer for {limit_s:.0f} s")
 
 
+_is_tried_once: ContextVar[bool] = ContextVar("whether calls are tried once", default=False)
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Context in which a call that fails is not tried again: for who comes again anyway, while others wait for it."""
+    token = _is_tried_once.set(True)
+    try:
+        yield
+    finally:
+        _is_tried_once.reset(token)
+
+
 # --- Again -------------------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +227,8 @@ def retry(
     what = f"{verb} {shown(path)}"
     files, failing_since, wait = None, clock(), FIRST_WAIT_S
     progress = _Progress(_progress.get())
-    for attempt in range(1, MOST_ATTEMPTS + 1):
+    most_attempts = 1 if _is_tried_once.get() else MOST_ATTEMPTS
+    for attempt in range(1, most_attempts + 1):
         moves_before, token = progress.moves, _progress.set(progress)
         try:
             files, name = file_system(path)
@@ -230,19 +244,19 @@ def retry(
                 failing_since = clock()
             refused, cause, elapsed = isinstance(error, PermissionError), _in_a_line(error), clock() - failing_since
             patience = patience_after_refusal_s if refused else patience_s
-            if attempt == MOST_ATTEMPTS or elapsed + wait > patience:
+            if attempt == most_attempts or elapsed + wait > patience:
                 if refused:
                     raise UserError(
                         f"Could not {what}: the storage refuses access ({cause}). "
                         f"Give the credentials or the role of {os.uname().nodename} the right to read, write and list there."
                     ) from error
                 raise ClusterError(
-                    f"Could not {what} in {attempt} attempts over {elapsed:.0f} s ({cause}). "
+                    f"Could not {what} in {attempt} attempt{'s' * (attempt > 1)} over {elapsed:.0f} s ({cause}). "
                     f"When the storage is back, run the same command again: nothing that was committed is lost."
                 ) from error
             _log.warning(
                 "Could not %s (%s). Attempt %d of at most %d failed; next in %g s, giving up after %.0f s without an answer.",
-                *(what, cause, attempt, MOST_ATTEMPTS, wait, patience),
+                *(what, cause, attempt, most_attempts, wait, patience),
             )
             if isinstance(error, TimeoutError) and files is not None:
                 files.clear_instance_cache()  # its connections may all be held by calls that were left behind

@@ -14,6 +14,7 @@ from raytune.errors import RaytuneError
 from raytune.launch.live import PlainConsole, showing
 from raytune.launch.result import RunResult
 from raytune.metrics import Follower
+from raytune.object_store import once
 from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
@@ -64,7 +65,7 @@ class _View:
 
     def _facts(self) -> list[tuple[str, str]]:
         num_steps = self.plan.optimization.num_steps
-        with suppress(RaytuneError, OSError):  # a network hiccup: the next look will tell
+        with suppress(RaytuneError, OSError), once():  # a network hiccup: the next look will tell
             self.metrics.look()
         history = self.metrics.history
         step = history.last_step
