@@ -76,6 +76,7 @@ class Rank:
 
     def __init__(self) -> None:
         self._log: Path | None = None
+        self._network: Network | None = GLOO
 
     def address(self) -> tuple[str, str]:
         """Node id, and the node's address as the cluster knows it."""
@@ -113,10 +114,17 @@ class Rank:
             raise NcclError(f"{str(error).strip().splitlines()[0]}{_last_warning(self._log)}") from error
         finally:
             dist.destroy_process_group()
+            self._read_log()
+
+    def _read_log(self) -> None:
+        """Once: NCCL chooses when a process uses it first. The file is not left behind."""
+        if self._log is not None and self._log.exists():
+            self._network = network_of(self._log.read_text(errors="replace"))
+            self._log.unlink()
 
     def network(self) -> Network | None:
         """What it reduced over; None if NCCL did not say."""
-        return network_of(self._log.read_text(errors="replace")) if self._log else GLOO
+        return self._network
 
 
 def _refuse_without_nccl(torch: Any) -> None:
@@ -136,7 +144,7 @@ def _nccl_log() -> Path:
 
 def _last_warning(log: Path | None) -> str:
     """What NCCL warned of last, as the end of a sentence."""
-    warnings = re.findall(r"NCCL WARN (.+)", log.read_text(errors="replace")) if log else []
+    warnings = re.findall(r"NCCL WARN (.+)", log.read_text(errors="replace")) if log is not None and log.exists() else []
     return f"; NCCL: {warnings[-1].strip()}" if warnings else ""
 
 

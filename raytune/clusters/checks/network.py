@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raytune.clusters.checks.finding import Finding, fail, ok, warn
+from raytune.plan.fabric import NAMES
 from raytune.plan.hardware import Fabric, Gpu, Instance
 from raytune.plan.throughput import LINK_SHARE, Speed
 from raytune.units import format_rate
@@ -115,7 +116,7 @@ def judge_network(
         carried = f", {format_rate(instance.inter_bytes_per_s)} per node"
         return fail(
             "network",
-            f"NCCL took {names[slow[0]]} on {', '.join(slow)}; {instance.name} has {fabric}{carried}",
+            f"NCCL took {names[slow[0]]} on {', '.join(slow)}; {instance.name} has {NAMES[fabric]}{carried}",
             _FIXES[fabric],
         )
     unused = [node for node, network in known.items() if network.name == "Socket" and devices.get(node)]
