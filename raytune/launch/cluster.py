@@ -13,6 +13,7 @@ from typing import TypeVar
 import ray
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import utils as ray_utils
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RaySystemError, RayTaskError
 
 from raytune.config.cluster import ClusterSection
