@@ -17,13 +17,13 @@ from raytune.config.evaluation import GenerationSection
 from raytune.config.run import RunConfig
 from raytune.data.sources import DEMO_ROWS, find_files, scan
 from raytune.data.tokenising import formats_of
-from raytune.errors import RaytuneError, UserError
+from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.launch.cluster import named_address, this_machine
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.files import local_files, resolve_model_path
-from raytune.plan.base_model import read_model_shape
+from raytune.plan.base_model import default_hub_cache, find_config, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
@@ -86,8 +86,10 @@ class Findings:
 def check_run(config: RunConfig) -> Findings:
     """Look at everything that a run names: storage, packages, machines, model, adapter, tokenizer, template and rows."""
     began, found = time.monotonic(), Findings()
-    found.of(lambda: refuse_unusable(absolute(config.storage)), keys=("storage",))
-    found.of(lambda: refuse_unusable(config.data.store or "."), keys=("data.store",))
+    is_elsewhere = config.cluster.address is not None  # files may then lie where the cluster is
+    if not is_elsewhere:
+        found.of(lambda: refuse_unusable(absolute(config.storage)), keys=("storage",))
+        found.of(lambda: refuse_unusable(config.data.store or "."), keys=("data.store",))
     try:
         refuse_changed_settings(RunFolder(absolute(config.storage), config.name), config)
     except RaytuneError as error:  # it is the name that is taken; everything else may be right
@@ -96,12 +98,16 @@ def check_run(config: RunConfig) -> Findings:
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
     found.not_looked_at += [f"the machines of {address}"] if address else []
-    shape = found.of(lambda: _shape(config), keys=("model.base",))
+    if is_elsewhere and not _has_config(config):
+        found.not_looked_at.append(f"model {config.model.base} (not on this machine)")
+        shape = None
+    else:
+        shape = found.of(lambda: _shape(config), keys=("model.base",))
     if shape is not None:
         for check in checks_before_data(config, shape, machine):
             found.of(check)
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
-    here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source)}
+    here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}
     found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
     model_path = shape and found.of(lambda: _path_of_base(config), keys=("model.base",))
     if shape is None or model_path is None:
@@ -168,6 +174,10 @@ class _Reading:
         return DataBuilder(run, self.model_path, self.row_length, scratch, map, num_embeddings=self.shape.vocab)
 
     @property
+    def is_elsewhere(self) -> bool:
+        return self.config.cluster.address is not None
+
+    @property
     def row_length(self) -> int:
         """Of the run; the model's limit where it asks for more than that."""
         wanted = self.config.data.max_length
@@ -192,7 +202,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
             found.losses += [line for line in losses_text(report) if line not in found.losses]
-        if generation is not None and all(_is_here(source) for source in generation.rows):
+        if generation is not None and all(_is_here(source, reading.is_elsewhere) for source in generation.rows):
             few = generation.model_copy(update={"max_rows": min(generation.max_rows, SAMPLE_ROWS)})
             found.of(reading.builder(scratch, few).questions, keys=("evaluation.generation.rows",))
         if machine is not None and not found.errors and _say_enough(reading.config, facts):
@@ -224,17 +234,29 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:
             yield f"data.{side}.{position}", source
 
 
-def _is_here(source: DataSource) -> bool:
-    """Whether reading a source needs no network."""
-    return source.path.startswith("demo:") or (is_local(source.path) and not _is_hub_id(source))
+def _is_here(source: DataSource, is_elsewhere: bool) -> bool:
+    """Whether a source is to be read here, which needs no network.
 
-
-def _is_hub_id(source: DataSource) -> bool:
-    try:
-        (file, *_) = find_files(source, local_path("."))
-    except UserError:
+    Args:
+        is_elsewhere: whether its files may lie with the cluster, so that a missing one is no mistake.
+    """
+    if source.path.startswith("demo:"):
+        return True
+    if not is_local(source.path):
         return False
-    return file.kind == "dataset" and not local_path(file.path).exists()
+    try:
+        (file, *_) = find_files(source, Path())
+    except UserError:
+        return not is_elsewhere
+    return file.kind != "dataset" or local_path(file.path).exists()
+
+
+def _has_config(config: RunConfig) -> bool:
+    try:
+        find_config(config.model.base, config.model.revision, default_hub_cache())
+    except ModelError:
+        return False
+    return True
 
 
 def _first_rows(source: DataSource) -> DataSource:

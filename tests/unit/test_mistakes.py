@@ -257,3 +257,14 @@ def test_what_lies_elsewhere_is_named_as_not_looked_at(tmp_path: Path, monkeypat
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("Not looked at")]
     for what in ("10.0.0.1:6379", "org/rows", "memory://x/rows.jsonl"):
         assert what in line
+
+
+def test_files_that_lie_with_a_named_cluster_are_no_mistakes_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = "model: {base: /there/model}\ndata: {train: /there/rows.jsonl}\nstorage: /there/runs\n"
+    written(Mistake(text, "", ""), tmp_path)
+    done = CliRunner().invoke(cli, ["check", "run.yaml", "cluster.address=10.0.0.1:6379"])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Not looked at")]
+    assert "/there/model" in line
+    assert "/there/rows.jsonl" in line
