@@ -175,9 +175,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
         except ModelError as error:
             replace(record, state="failed", failure=str(error)).write(folder)
             raise
-        logger.warning(
-            "Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline.rstrip(".")
-        )
+        logger.warning("Attempt %d failed: %s. Starting again.", record.attempts, failure.headline.rstrip("."))
 
 
 def _refuse_changed_base(model: ModelPlan) -> None:
