@@ -23,6 +23,7 @@ _PERMANENT = {
     "OutOfMemoryError",
     "StorageFullError",
     "TakenOverError",
+    "ModuleNotFoundError",
     NO_ROOM,
 }
 

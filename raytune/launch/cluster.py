@@ -147,10 +147,11 @@ def _start(section: ClusterSection) -> None:
                 _node_ip_address=LOOPBACK,
             )
     except Exception as error:  # Ray raises plain ones here
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         logs = f"{folder}/ray/session_latest/logs"
         raise ClusterError(
-            f"Ray could not start on this machine: {str(error).strip().splitlines()[0]} A machine that is too busy is one "
-            f"reason, a full disk another." + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
+            f"Ray could not start on this machine: {first} A machine that is too busy is one reason, a full disk another."
+            + (f" Its logs: {logs}" if os.path.isdir(logs) else "")
         ) from error
 
 

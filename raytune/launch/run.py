@@ -173,15 +173,13 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
             events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
         if decision is Decision.RAISE:
             replace(record, state="failed", failure=failure.headline).write(folder)
-            raise RunFailedError(_explanation(failures, folder), failure)
+            raise RunFailedError(explanation(failures, folder), failure)
         try:
             _refuse_changed_base(plan.model)
         except ModelError as error:
             replace(record, state="failed", failure=str(error)).write(folder)
             raise
-        logger.warning(
-            "Attempt %d failed: %s. Starting again from the newest checkpoint.", record.attempts, failure.headline.rstrip(".")
-        )
+        logger.warning("Attempt %d failed: %s. Starting again.", record.attempts, failure.headline.rstrip("."))
 
 
 def _refuse_changed_base(model: ModelPlan) -> None:
@@ -191,7 +189,7 @@ def _refuse_changed_base(model: ModelPlan) -> None:
         refuse_other_base(model.path, model.content, now)
 
 
-def _explanation(failures: Sequence[Failure], folder: RunFolder) -> str:
+def explanation(failures: Sequence[Failure], folder: RunFolder) -> str:
     """What a person reads when a run has failed; its last line is the cause."""
     failure = failures[-1]
     others = ", ".join(str(rank) for rank in failure.collateral)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 import ray.train
 import ray.train.torch
 
+from raytune.missing import missing_package
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
@@ -54,7 +55,7 @@ def recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
                     "node": os.uname().nodename,
                     "time": time.time(),
                     "kind": type(error).__name__,
-                    "message": str(error),
+                    "message": missing_package(error) if isinstance(error, ModuleNotFoundError) else str(error),
                     "traceback": traceback.format_exc(),
                 },
             )
