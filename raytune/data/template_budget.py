@@ -73,7 +73,7 @@ def within_budget(render: Callable[[], Result], name: str, num_chats: int = 1) -
 
 
 def check_length(text: str, name: str) -> None:
-    """Refuse the text of a template, or what one wrote, that is longer than any.
+    """Refuse the text of a template that is longer than any.
 
     Raises:
         DataError: naming the template.

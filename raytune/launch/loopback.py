@@ -48,7 +48,7 @@ def _keep_store_on_loopback() -> None:
     """In a worker: torch 2.13 opens the store at which ranks meet on all interfaces, whatever its address (`TCPStore`)."""
     from torch.distributed import TCPStore
 
-    rendezvous = import_module("torch.distributed.rendezvous")  # by name: torch.distributed has a function that is called so
+    rendezvous: Any = import_module("torch.distributed.rendezvous")  # by name: torch.distributed has a function that is called so
 
     def store(*, host_name: str, port: int, is_master: bool, **options: Any) -> TCPStore:
         if host_name == LOOPBACK and is_master and port:
