@@ -1,7 +1,7 @@
 """Verbs of jobs on a cluster elsewhere: submit, status, logs, stop."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -85,8 +85,9 @@ def submit(
             say(json.dumps(job.to_json()) if as_json else _how_to_come_back(job.id, target))
             return
         most = MOST_RESUBMISSIONS if resubmit is None else resubmit
-        with _leaving(job.id, target):
-            job = follow_to_the_end(cluster, job, submission, _writer(as_json), _say, most=most)
+        names = [job.id]
+        with _leaving(names, target):
+            job = follow_to_the_end(cluster, job, submission, _writer(as_json), _say, started=names.append, most=most)
     if as_json:
         say(json.dumps(job.to_json()))
     else:
@@ -134,7 +135,7 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
     cluster = jobs.Jobs(target, insecure=insecure)
     job = cluster.find(name)
     if follow:
-        with _leaving(job.id, target):
+        with _leaving([job.id], target):
             job = cluster.follow(job.id, _writer(as_json), tail, _say)
         if as_json:
             say(json.dumps(job.to_json()))
@@ -162,12 +163,16 @@ def stop(name: str, target: str | None, insecure: bool, as_json: bool) -> None:
 
 
 @contextmanager
-def _leaving(job_id: str, target: str | None) -> Iterator[None]:
-    """Ctrl-C ends the following, not the job."""
+def _leaving(names: Sequence[str], target: str | None) -> Iterator[None]:
+    """Ctrl-C ends the following, not the job.
+
+    Args:
+        names: of the jobs that were followed, the newest last.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        say(f"\njob {job_id} goes on. {_how_to_come_back(job_id, target)}", err=True)
+        say(f"\njob {names[-1]} goes on. {_how_to_come_back(names[-1], target)}", err=True)
         click.get_current_context().exit(EXIT_INTERRUPTED)
 
 

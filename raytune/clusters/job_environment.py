@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune.config.problems import ConfigError, Place
-from raytune.config.section import SECRET
 from raytune.config.yaml_nodes import read_nodes
+from raytune.credentials import find_secret
 from raytune.errors import UserError
 
 TAKEN = ("env_vars", "pip", "uv", "conda", "image_uri", "config")
@@ -81,7 +81,7 @@ def is_secret_name(name: str) -> bool:
 
 def looks_secret(value: str) -> bool:
     """Whether a value is a known kind of token, or an address with a password in it."""
-    return bool(SECRET.search(value) or _WITH_PASSWORD.search(value))
+    return find_secret(value) is not None or _WITH_PASSWORD.search(value) is not None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -351,7 +351,8 @@ def _waiting(job: Job, trouble: Exception | None) -> str:
 
 
 def _in_a_line(text: object) -> str:
-    return " ".join(str(text).split())[:300]
+    """What Ray says, without the traceback of its own processes."""
+    return " ".join(str(text).partition("Traceback")[0].split()).rstrip(": ")[:300]
 
 
 def _url(target: str) -> str:

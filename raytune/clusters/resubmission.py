@@ -22,6 +22,7 @@ def follow_to_the_end(
     write: Callable[[str], None],
     say: Callable[[str], None],
     *,
+    started: Callable[[str], None] = lambda name: None,
     most: int = MOST_RESUBMISSIONS,
     pause_s: float = PAUSE_S,
 ) -> Job:
@@ -30,6 +31,7 @@ def follow_to_the_end(
     What failed for a reason of its own is not repeated, nor is what somebody stopped.
 
     Args:
+        started: takes the name of each further job.
         most: how often it is submitted again.
         pause_s: before each time.
 
@@ -43,13 +45,15 @@ def follow_to_the_end(
     while again < most and _goes_on_elsewhere(done, is_repeated=again > 0):
         again += 1
         name = f"{submission.id}-{again + 1}"
-        why = f" ({' '.join(done.message.split())[:200]})" if done.message else ""
+        why = f" ({' '.join(done.message.split()).partition('. ')[0]})" if done.message else ""
         say(
             f"job {done.id} lost the node of its process{why}. The run goes on from its newest checkpoint as job {name} in "
             f"{format_seconds(pause_s)}, {again} of at most {most} times"
         )
         time.sleep(pause_s)
-        done = jobs.follow(jobs.start(submission, name).id, write, say=say)
+        jobs.start(submission, name)
+        started(name)
+        done = jobs.follow(name, write, say=say)
     return done
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from raytune.launch.live import PlainConsole
 from raytune.units import GIB, format_bytes
 
 WORTH_SAYING_BYTES = GIB
@@ -29,9 +29,9 @@ def show_reading(base: str, num_bytes: int, stream: TextIO | None = None) -> Ite
     if num_bytes < WORTH_SAYING_BYTES:
         yield _silent
         return
-    console = Console(file=stream or sys.stderr)
+    console = PlainConsole(file=stream or sys.stderr)
     why = "a run holds the hashes of its base's files, so that another base is noticed; files that stay as they are are read once"
-    console.print(f"Reading {format_bytes(num_bytes)} of {base}: {why}.", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Reading {format_bytes(num_bytes)} of {base}: {why}.", soft_wrap=True)
     if not console.is_terminal:
         yield _silent
         return
