@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from raytune.config.load import config_from
-from raytune.data.template import ChatTemplate, adds_bos, open_tokenizer, resolve_template, tokenizer_fingerprint
+from raytune.data.template import ChatTemplate
+from raytune.data.template_text import resolve_template
+from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import ModelError, RaytuneError
 from raytune.model.base_check import check_base
 from raytune.model.files import resolve_model_path
