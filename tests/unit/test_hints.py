@@ -155,6 +155,7 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("deepspeed: ds_zero3.json", '"training.zero.overrides"? raytune writes DeepSpeed\'s JSON itself'),
         ("fsdp: full_shard", '"training.zero"? ZeRO shards as FSDP does'),
         ("training: {zero: {stage: zero3}}", 'Did you mean "3"?'),
+        ("load_best_model_at_end: false", '"checkpoint.keep_best: 0"'),
         ("cutoff_len: 2048", '"data.max_length"'),
         ("finetuning_type: freeze", '"adapter.method"? freeze is no value: layers are frozen by an adapter here'),
         ("finetuning_type: lora", '"adapter.method"'),
