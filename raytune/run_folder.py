@@ -6,6 +6,7 @@
     metrics.jsonl               one line per logged step or evaluation
     events.jsonl                starts, saves, failures, retries
     failures/attempt-1.rank-0.json   what ended a worker
+    downloads/NODE.json         how far a node is with the base of a hub; gone when it is there
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
     checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
@@ -96,6 +97,10 @@ class RunFolder:
     @property
     def failures(self) -> str:
         return f"{self.path}/failures"
+
+    @property
+    def downloads(self) -> str:
+        return f"{self.path}/downloads"
 
     @property
     def leases(self) -> str:

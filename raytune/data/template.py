@@ -26,7 +26,8 @@ from raytune.data.rendering import Job, Renderer
 from raytune.data.turn_ends import TurnEnds
 from raytune.data.turn_spans import Answer, TurnSpans, Undelimited
 from raytune.errors import DataError, ModelError
-from raytune.plan.base_model import model_files
+from raytune.hub.snapshot import described
+from raytune.plan.base_model import is_on_hub, model_files
 
 TEMPLATES_FOLDER = Path(__file__).with_name("templates")
 SHIPPED = tuple(sorted(path.stem for path in TEMPLATES_FOLDER.glob("*.jinja")))
@@ -49,9 +50,14 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
     Raises:
         ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
+        ClusterError: if a hub has to be asked for it and does not answer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+        if is_on_hub(path):
+            revision = described(path, revision, with_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_files(path, revision), revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error
     if not tokenizer.is_fast:

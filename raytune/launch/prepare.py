@@ -1,22 +1,26 @@
 """Everything about a run that is settled before anything of it is started: its data and its plan."""
 
+import logging
 from dataclasses import dataclass
 
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.evaluate.questions import Question
+from raytune.hub.snapshot import described, in_lines
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
-from raytune.model.base_content import COMMIT, Content, base_content, refuse_other_base
+from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
-from raytune.plan.base_model import read_model_shape
+from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.requirements import check_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
 from raytune.storage import absolute
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +57,14 @@ class Preparation:
             instance = catalogue.instance(config.cluster.instance)
             machine = machine.known_as(instance, catalogue.gpu_of(instance))
         model = config.model
-        shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
         model_path = resolve_model_path(model.base, model.revision)
+        if is_on_hub(model_path):
+            say = in_lines(_log.warning)
+            commit = described(model_path, model.revision, with_code=model.trust_remote_code, report=say)
+            model = model.model_copy(update={"revision": commit})
+        shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
         check_before_data(config, shape, machine)
         content = self._base(model, model_path)
-        model = model.model_copy(update={"revision": content.get(COMMIT, model.revision)})
         config = config.model_copy(update={"model": model})
         storage = absolute(config.storage)
         row_length = choose_row_length(config, shape)

@@ -3,13 +3,14 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from raytune.errors import RaytuneError
+from raytune.hub.snapshot import Progress
 from raytune.launch.live import showing
 from raytune.launch.result import RunResult
 from raytune.metrics import History
@@ -17,8 +18,11 @@ from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
+from raytune.storage import list_folder, read_json
 from raytune.units import format_bytes, format_count, format_seconds
 
+DOWNLOAD_IS_DEAD_AFTER_S = 60.0
+"""A node that has noted nothing for so long was killed."""
 _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "train/loss", "{:.4f}".format),
     ("validation loss", "validation/loss", "{:.4f}".format),
@@ -43,7 +47,8 @@ class _View:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
-        self.path = RunFolder(plan.storage, plan.name).metrics
+        self.folder = RunFolder(plan.storage, plan.name)
+        self.path = self.folder.metrics
         self.started = time.monotonic()
         self.last_line = ""
 
@@ -61,6 +66,15 @@ class _View:
             table.add_row(f"[dim]{label}[/dim]", value)
         return table
 
+    def _downloads(self) -> Iterator[str]:
+        """What nodes lack of the base."""
+        folder = self.folder.downloads
+        with suppress(RaytuneError, OSError, ValueError, TypeError):  # a file that is gone by now, or half a bucket
+            for name in list_folder(folder):
+                noted = read_json(f"{folder}/{name}")
+                if time.time() - noted.pop("time") < DOWNLOAD_IS_DEAD_AFTER_S:
+                    yield Progress(**noted).text
+
     def _facts(self) -> list[tuple[str, str]]:
         num_steps = self.plan.optimization.num_steps
         try:
@@ -69,7 +83,9 @@ class _View:
             history = None  # not there yet, or a network hiccup: the next look will tell
         step = history.last_step if history else 0
         if not history or not step:
-            return [("step", f"0/{num_steps}"), ("state", f"starting workers, {format_seconds(time.monotonic() - self.started)}")]
+            downloads = [("downloading", text) for text in self._downloads()]
+            starting = ("state", f"starting workers, {format_seconds(time.monotonic() - self.started)}")
+            return [("step", f"0/{num_steps}"), *(downloads or [starting])]
         seconds_left = (num_steps - step) * history.seconds_per_step()
         return [
             ("step", f"{step}/{num_steps}"),

@@ -18,11 +18,13 @@ from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
+from raytune.model.base_check import check_base
 from raytune.model.base_content import base_content, refuse_other_base
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.training.commit import next_fence, refuse_small_disk
+from raytune.training.fetched_base import download, is_of_hub
 from raytune.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     """
     with _held_unless_finished(RunFolder(absolute(config.storage), config.name)) as lease, connect(config.cluster) as machine:
         prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
-        return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease)
+        get_ready = _base_here if named_address(config.cluster) is None else lambda plan: None  # else nodes download their own
+        return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease, get_ready)
 
 
 def train_plan(
@@ -95,8 +98,15 @@ def _held_unless_finished(folder: RunFolder) -> Iterator[Holding | None]:
 
 
 def _train_held(
-    plan: RunPlan, questions: Sequence[Question], config: RunConfig, watch: Watch, attempt: Attempt, lease: Holding | None
+    plan: RunPlan,
+    questions: Sequence[Question],
+    config: RunConfig,
+    watch: Watch,
+    attempt: Attempt,
+    lease: Holding | None,
+    get_ready: Callable[[RunPlan], None] = lambda plan: None,
 ) -> RunResult:
+    """See `run` and `train_plan`. `get_ready` is called before the first attempt, while progress is shown."""
     folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
     refuse_another_run(folder, plan)
@@ -120,8 +130,20 @@ def _train_held(
     write_plan(folder, plan)
     write_bytes(folder.questions, to_json_lines(questions))
     with watch(plan):
+        get_ready(plan)
         _train(plan, record, folder, attempt, lease)
     return RunResult.read(folder)
+
+
+def _base_here(plan: RunPlan) -> None:
+    """Bring the base of a hub to this machine, which is the cluster, so that what is wrong with it is said before workers start.
+
+    Raises:
+        ModelError, ClusterError: if it cannot be downloaded, or is no whole model.
+    """
+    if is_of_hub(plan.model):
+        download(plan.model, RunFolder(plan.storage, plan.name))
+        check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
 
 
 def plan_run(config: RunConfig) -> RunPlan:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytune.errors import ModelError
+from raytune.hub.snapshot import described
 from raytune.model.weight_files import weight_files
-from raytune.plan.base_model import default_hub_cache, find_config, model_files
+from raytune.plan.base_model import is_on_hub, model_files
 
 Content = dict[str, str]
 """File name -> hash for a folder; `commit` -> hash for a hub model."""
@@ -42,11 +43,12 @@ def base_content(path: str, revision: str | None, *, trust_remote_code: bool = F
         cache: folder of known hashes; default: raytune's in the user's cache.
 
     Raises:
-        ModelError: if the base is not on this machine, or a file cannot be read.
+        ModelError: if there is no such base, or a file cannot be read.
+        ClusterError: if the hub has to be asked and does not answer.
     """
+    if is_on_hub(path):
+        return {COMMIT: described(path, revision, with_code=trust_remote_code)}
     folder = Path(model_files(path))
-    if not folder.is_dir():
-        return {COMMIT: find_config(path, revision, default_hub_cache()).parent.name}
     files = [folder / "config.json", *weight_files(folder)]
     if trust_remote_code:
         files += sorted(folder.glob("*.py"))

@@ -26,7 +26,7 @@ from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
 from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
-from raytune.plan.base_model import model_files
+from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.run_plan import ModelPlan
 
 
@@ -79,7 +79,7 @@ def _load_base(
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
     with explained(model.path, model.revision, "weights"), _sharding(shard):
         loaded, report = load(
-            model_files(model.path),
+            model_files(model.path, model.revision),
             revision=model.revision,
             config=config,
             trust_remote_code=model.trust_remote_code,
@@ -93,6 +93,8 @@ def _load_base(
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
     loaded.config.use_cache = False
+    if is_on_hub(model.path):  # an adapter names its base as everybody knows it, not this machine's folder
+        loaded.name_or_path = loaded.config.name_or_path = model.path
     if model.liger:
         _apply_liger(loaded, device)
     if model.gradient_checkpointing:

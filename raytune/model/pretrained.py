@@ -26,17 +26,17 @@ from raytune.plan.base_model import model_files
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that comes with a model."""
     with explained(path, revision, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(model_files(path, revision), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
     with explained(path, revision, "config.json"):
-        values, _ = PretrainedConfig.get_config_dict(model_files(path), revision=revision)
+        values, _ = PretrainedConfig.get_config_dict(model_files(path, revision), revision=revision)
     if not trust_remote_code:
         _check_own_code(path, values)
     with explained(path, revision, "config.json"):
-        return AutoConfig.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model_files(path, revision), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _check_own_code(path: str, config: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def model_class(
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     if reference is None or not trust_remote_code:
         raise ModelError(f"{path} is of type {config.model_type}, which is not a causal language model.")
-    return get_class_from_dynamic_module(reference, path, revision=revision)
+    return get_class_from_dynamic_module(reference, model_files(path, revision), revision=revision)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune.errors import ModelError
+from raytune.hub.cache import default_hub_cache
 from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import default_hub_cache, find_config, read_model_shape
+from raytune.plan.base_model import find_config, read_model_shape
 from raytune.plan.shapes import ModelShape
 
 

@@ -12,6 +12,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
+from raytune.training.fetched_base import fetch_base
 from raytune.training.final import finish
 from raytune.training.loop import training_steps
 from raytune.training.recorder import Recorder
@@ -45,6 +46,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
         RaytuneError: the same on every rank where it concerns all of them.
     """
     folder = RunFolder(plan.storage, plan.name)
+    fetch_base(plan, folder, worker.rank, worker.world_size)
     device = prepare_process(plan, worker.device_index)
     engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
     timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
