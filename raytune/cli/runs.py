@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
 from raytune.errors import UserError
+
+if TYPE_CHECKING:
+    from raytune.config.model import ModelSection
 
 
 @click.command()
@@ -29,6 +32,8 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 
     num_tokens = None if tokens is None else _count(tokens)
     config = as_one_run(load_config(*files_and_overrides(arguments), check_files=tokens is None))
+    if compare is not None or config.cluster.instance:
+        _describe_base(config.model)
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
         click.echo(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
@@ -138,6 +143,19 @@ def merge(adapter: Path, output: Path, base: str | None, dtype: Any, original_ba
 
     merge_adapter(adapter, output, base=base, dtype=dtype, dequantise=not original_base, any_base=any_base)
     click.echo(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+def _describe_base(model: "ModelSection") -> None:
+    """Download the config of a model that the plan would not know otherwise."""
+    from raytune.plan.references import is_known
+
+    if is_known(model.base, model.revision):
+        return
+    from raytune.hub.client import is_offline
+    from raytune.hub.snapshot import described
+
+    if not is_offline():  # else the plan says which models it knows
+        described(model.base, model.revision, with_code=model.trust_remote_code)
 
 
 def _count(text: str) -> int:

@@ -41,6 +41,20 @@ def prepare(config: RunConfig, machine: Machine, parallel_map: ParallelMap) -> P
     return Preparation(machine, parallel_map).prepare(config)
 
 
+def described_base(model: ModelSection) -> tuple[ModelSection, str]:
+    """A base whose config and tokenizer are here, a hub's at its commit, and where transformers finds it.
+
+    Raises:
+        ModelError: if there is no such base.
+        ClusterError: if a hub has to be asked for it and does not answer.
+    """
+    path = resolve_model_path(model.base, model.revision)
+    if not is_on_hub(path):
+        return model, path
+    commit = described(path, model.revision, with_code=model.trust_remote_code, report=in_lines(_log.warning))
+    return model.model_copy(update={"revision": commit}), path
+
+
 class Preparation:
     """Prepares runs that may differ in any setting. Data that several of them read is looked at once."""
 
@@ -57,11 +71,7 @@ class Preparation:
             instance = catalogue.instance(config.cluster.instance)
             machine = machine.known_as(instance, catalogue.gpu_of(instance))
         model = config.model
-        model_path = resolve_model_path(model.base, model.revision)
-        if is_on_hub(model_path):
-            say = in_lines(_log.warning)
-            commit = described(model_path, model.revision, with_code=model.trust_remote_code, report=say)
-            model = model.model_copy(update={"revision": commit})
+        model, model_path = described_base(model)
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
         check_before_data(config, shape, machine)
         content = self._base(model, model_path)

@@ -8,23 +8,32 @@ from dataclasses import replace
 from functools import partial
 
 from raytune.config.run import RunConfig
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ClusterError, ModelError, RaytuneError, TakenOverError, UserError
+from raytune.errors import (
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_RETRY_LATER,
+    ClusterError,
+    ModelError,
+    RaytuneError,
+    TakenOverError,
+    UserError,
+)
 from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.attempts import WORKER_DIED, Decision, Failure, decide
+from raytune.launch.base_here import bring_base
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import Holding, hold
-from raytune.launch.prepare import prepare
+from raytune.launch.prepare import described_base, prepare
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
-from raytune.model.base_check import check_base
 from raytune.model.base_content import base_content, refuse_other_base
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.training.commit import next_fence, refuse_small_disk
-from raytune.training.fetched_base import download, is_of_hub
+from raytune.training.fetched_base import noted
 from raytune.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -34,13 +43,17 @@ Attempt = Callable[[RunPlan, int, Callable[[], None]], Failure | None]
 """Trains a plan once, as attempt of this number: None if it came to its end. What the function given raises ends it."""
 
 
+_EXIT_CODES = {WORKER_DIED: EXIT_RETRY_LATER, ClusterError.__name__: EXIT_RETRY_LATER, ModelError.__name__: EXIT_REFUSED}
+"""By kind of failure; the rest failed. A base may be refused by the node that is to download it."""
+
+
 class RunFailedError(RaytuneError):
     """A run ended before its last step. `failure` says what ended it."""
 
     def __init__(self, message: str, failure: Failure) -> None:
         super().__init__(message)
         self.failure = failure
-        self.exit_code = EXIT_RETRY_LATER if failure.kind in (WORKER_DIED, ClusterError.__name__) else EXIT_FAILED
+        self.exit_code = _EXIT_CODES.get(failure.kind, EXIT_FAILED)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.args[0], self.failure)
@@ -59,6 +72,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         TakenOverError: if another command took the run over while this one gave no sign of life.
         RunFailedError: if training failed and the budget of attempts is spent or another attempt would fail alike.
     """
+    described_base(config.model)  # a model that is not to be had needs no cluster
     with _held_unless_finished(RunFolder(absolute(config.storage), config.name)) as lease, connect(config.cluster) as machine:
         prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
         get_ready = _base_here if named_address(config.cluster) is None else lambda plan: None  # else nodes download their own
@@ -136,14 +150,9 @@ def _train_held(
 
 
 def _base_here(plan: RunPlan) -> None:
-    """Bring the base of a hub to this machine, which is the cluster, so that what is wrong with it is said before workers start.
-
-    Raises:
-        ModelError, ClusterError: if it cannot be downloaded, or is no whole model.
-    """
-    if is_of_hub(plan.model):
-        download(plan.model, RunFolder(plan.storage, plan.name))
-        check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+    """See `bring_base`."""
+    with noted(RunFolder(plan.storage, plan.name)) as report:
+        bring_base(plan.model, report)
 
 
 def plan_run(config: RunConfig) -> RunPlan:

@@ -96,6 +96,15 @@ REFERENCES: dict[str, dict[str, Any]] = {
 """By hub id."""
 
 
+def is_known(base: str, revision: str | None = None, hub_cache: Path | None = None) -> bool:
+    """Whether a plan can be made of a model without asking anybody."""
+    try:
+        find_config(base, revision, hub_cache or default_hub_cache())
+    except ModelError:
+        return base in REFERENCES or Path(base).expanduser().exists()
+    return True
+
+
 def planned_shape(
     base: str, revision: str | None = None, hub_cache: Path | None = None, *, trust_remote_code: bool = False
 ) -> ModelShape:

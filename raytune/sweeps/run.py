@@ -1,5 +1,6 @@
 """One sweep from the driver's side: config -> cluster -> trials and their plans -> Ray Tune -> result."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -7,6 +8,8 @@ from functools import partial
 from raytune.config.load import config_diff, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
+from raytune.hub.snapshot import in_lines
+from raytune.launch.base_here import bring_base
 from raytune.launch.cluster import connect, map_on_cluster, named_address, this_machine
 from raytune.launch.lease import hold
 from raytune.launch.record import read_plan, readable, refuse_another_run, refuse_changes
@@ -25,6 +28,8 @@ from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
 from raytune.sweeps.winner import read_sweep
+
+_log = logging.getLogger(__name__)
 
 Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
 """Given the plan, what the ledger says and the board, a context that lasts as long as the trials: progress for a person."""
@@ -62,6 +67,9 @@ def sweep(
         remove_folder(folder.result, folder.path)  # until this command has one too
         board = Board(resolved.plan.mode)
         with closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger, watch(resolved.plan, ledger.known, board):
+            if named_address(config.cluster) is None:
+                for model in {(plan.model.path, plan.model.revision): plan.model for plan in resolved.plans}.values():
+                    bring_base(model, in_lines(_log.warning))
             search = _search(config, folder, planner, resolved, ledger, board)
             run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
         result = collect(folder, resolved.plan, list(section_of(config).space))

@@ -12,7 +12,7 @@ from raytune.model.base_content import COMMIT
 from raytune.model.hub import download_base
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import exists, is_local, remove_folder, write_json
+from raytune.storage import exists, is_local, remove_empty_folder, remove_folder, write_json
 from raytune.training.peers import Peers, gather_in_own_group
 
 PATIENCE_S = 24 * 3600.0
@@ -29,7 +29,7 @@ def fetch_base(plan: RunPlan, folder: RunFolder, rank: int, world_size: int) -> 
     if not is_of_hub(plan.model):
         return
     peers = Peers(rank, gather_in_own_group(world_size, PATIENCE_S), RaytuneError)
-    peers.together(lambda: download(plan.model, folder))
+    peers.together(lambda: _download(plan.model, folder))
 
 
 def is_of_hub(model: ModelPlan) -> bool:
@@ -37,18 +37,14 @@ def is_of_hub(model: ModelPlan) -> bool:
     return COMMIT in (model.content or {})
 
 
-def download(model: ModelPlan, folder: RunFolder) -> None:
-    """Make sure that the base is on this node, and note in the run folder how far that is.
-
-    Raises:
-        ModelError, ClusterError: as `download_base` does.
-    """
-    with _noted(folder) as report:
+def _download(model: ModelPlan, folder: RunFolder) -> None:
+    with noted(folder) as report:
         download_base(model.path, model.revision, with_code=model.trust_remote_code, report=report)
 
 
 @contextmanager
-def _noted(folder: RunFolder) -> Iterator[Report]:
+def noted(folder: RunFolder) -> Iterator[Report]:
+    """A report that leaves in the run folder how far this node is, for whoever shows the run."""
     path = f"{folder.downloads}/{os.uname().nodename}.json"
     every_s = REPORT_EVERY_S if is_local(folder.path) else REPORT_REMOTE_EVERY_S
     told: list[float] = []
@@ -66,3 +62,4 @@ def _noted(folder: RunFolder) -> Iterator[Report]:
     finally:
         if told:
             remove_folder(path, folder.path)
+            remove_empty_folder(folder.downloads)
