@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
-from raytune.config.load import config_diff, dump_yaml
+from raytune.config.load import config_diff
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.hub.snapshot import in_lines
@@ -27,7 +27,7 @@ from raytune.sweeps.space import Places, check_space, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
-from raytune.sweeps.winner import read_sweep
+from raytune.sweeps.winner import best_yaml, read_sweep
 
 _log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _write(folder: SweepFolder, planner: Planner, result: SweepResult) -> None:
     write_bytes(folder.trials_jsonl, trials_jsonl(result).encode())
     write_bytes(folder.trials_csv, trials_csv(result).encode())
     if result.best:
-        write_bytes(folder.best, dump_yaml(planner.winner(result.best.trial)).encode())
+        write_bytes(folder.best, best_yaml(planner.winner(result.best.trial), result).encode())
     write_json(folder.result, result.to_json())
 
 
