@@ -125,7 +125,7 @@ def _train_held(
     known = RunRecord.read(folder)
     refuse_another_run(folder, plan)
     if known and known.state == "finished":
-        return RunResult.read(folder)
+        return replace(RunResult.read(folder), finished_before=True)
     if known and not config.checkpoint.resume:
         raise UserError(
             f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "

@@ -62,6 +62,8 @@ def train(plan: RunPlan, worker: Worker) -> None:
     )
     resumed = checkpoints.load_newest()
     start = resumed.step if resumed else 0
+    if events:
+        events.write("training_started", step=start)
     with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=start) as recorder:
         if start == 0 and plan.evaluation.at_start and validation:
             recorder.evaluation(0, validation.measure())
