@@ -4,10 +4,16 @@ import json
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, run_arguments
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "check run.yaml",
+        "check run.yaml training.learning_rate=1e-4 adapter.rank=32",
+        "check model.yaml cluster.yaml --json",
+    )
+)
 @run_arguments
 @as_json_option
 @debug_option
@@ -35,7 +41,13 @@ def check(arguments: tuple[str, ...], as_json: bool) -> None:
         click.echo("".join(f"  {key}: {shown(before)} -> {shown(after)}\n" for key, before, after in changes), nl=False)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "explain training.learning_rate",
+        "explain adapter",
+        "explain E101",
+    )
+)
 @click.argument("subject", default="", metavar="[KEY | ERROR]")
 @as_json_option
 @debug_option
@@ -46,7 +58,11 @@ def explain(subject: str, as_json: bool) -> None:
     click.echo(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "schema > run.schema.json",
+    )
+)
 @as_json_option
 @debug_option
 def schema(as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, examples, files_and_overrides, run_arguments
 
 if TYPE_CHECKING:
     from raytune.clusters.jobs import Job, Jobs
@@ -22,7 +22,12 @@ insecure_option = click.option(
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "submit run.yaml storage=/shared/runs",
+        "submit sweep.yaml --verb sweep --target http://127.0.0.1:8265 --detach",
+    )
+)
 @run_arguments
 @target_option
 @insecure_option
@@ -66,7 +71,12 @@ def submit(
     click.get_current_context().exit(job.exit_code or 0)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "status",
+        "status support-bot --json",
+    )
+)
 @click.argument("name", required=False, metavar="[JOB | RUN]")
 @target_option
 @insecure_option
@@ -91,7 +101,12 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
         click.echo(found[0].message)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "logs support-bot --follow",
+        "logs --tail 50",
+    )
+)
 @click.argument("name", required=False, metavar="[JOB | RUN]")
 @target_option
 @insecure_option
@@ -114,7 +129,11 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
     click.echo(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "stop support-bot",
+    )
+)
 @click.argument("name", metavar="JOB | RUN")
 @target_option
 @insecure_option

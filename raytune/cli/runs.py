@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, run_arguments
 from raytune.errors import UserError
 
 if TYPE_CHECKING:
     from raytune.config.model import ModelSection
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "plan run.yaml",
+        "plan run.yaml cluster.instance=p5.48xlarge cluster.nodes=2 --tokens 50M",
+        "plan model.base=Qwen/Qwen3-8B --tokens 50M --compare aws",
+    )
+)
 @run_arguments
 @click.option("--tokens", help="Training tokens of an epoch, such as 50M, instead of the data's; with cluster.instance.")
 @click.option("--compare", metavar="NAMES", help="Rank instance types: all, a cloud (aws, gcp, azure), or names with commas.")
@@ -49,7 +55,14 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     click.echo(resolved.model_dump_json() if as_json else plan_text(resolved))
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "train run.yaml",
+        "train run.yaml name=shorter training.max_steps=200",
+        "train run.yaml cluster.address=HEAD:6379 storage=/shared/runs",
+        "train --from-sweep runs/rank-and-rate",
+    )
+)
 @click.argument("arguments", nargs=-1, metavar="FILE... [KEY=VALUE]...")
 @click.option("--from-sweep", metavar="FOLDER", help="Train the winner of a finished sweep again, instead of a file.")
 @as_json_option
@@ -86,7 +99,12 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         click.echo(comparison.sentence)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "sweep sweep.yaml --dry-run",
+        "sweep sweep.yaml sweep.trials=32",
+    )
+)
 @run_arguments
 @click.option("--dry-run", is_flag=True, help="Show trials, rungs and expected cost; tokenise the data, train nothing.")
 @as_json_option
@@ -126,7 +144,12 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         click.echo(f"retrain  raytune train --from-sweep {result.folder}")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "merge runs/support-bot/model --output runs/support-bot/merged",
+        "merge runs/support-bot/model --output merged --dtype bf16 --base /models/Qwen3-8B",
+    )
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the merged model; new or empty.")
 @click.option("--base", help="Base model, if not the one that the adapter names: a folder, a hub id, or demo.")

@@ -110,6 +110,8 @@ def _refuse_another_cluster(address: str | None) -> None:
 
 
 def _start(section: ClusterSection) -> None:
+    # That a cluster asks for a token which only this command knows is nothing that a person has to do anything about.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=_embedded_cpus(section),
