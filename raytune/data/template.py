@@ -56,7 +56,7 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         if is_on_hub(path):
             revision = described(path, revision, with_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(
-            model_files(path, revision), revision=revision, trust_remote_code=trust_remote_code
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"There is no usable tokenizer at '{path}': {error}") from error

@@ -141,7 +141,7 @@ class Hub:
         while url:
             entries, url = self._json(url)
             try:
-                files += [_hub_file(entry) for entry in entries if entry["type"] == "file"]
+                files += [_hub_file(entry) for entry in entries if entry["type"] == "file" and entry["path"].isprintable()]
             except (KeyError, TypeError, AttributeError) as error:
                 raise ClusterError(
                     f"{self._endpoint} does not list the files of {self.named} ({type(error).__name__}: {error}). Is it a "
@@ -221,7 +221,9 @@ class Hub:
             arrived_before = self._num_arrived
             try:
                 return action()
-            except (_MayPassError, httpx2.TransportError, httpx2.DecodingError) as error:
+            except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
+                raise ModelError(f"HF_ENDPOINT is {self._endpoint}, which is no address of a hub ({error}).") from error
+            except (_MayPassError, httpx2.RequestError) as error:
                 if self._num_arrived > arrived_before:
                     began, wait = time.monotonic(), patience.first_wait_s
                 cause = str(error) or type(error).__name__
@@ -262,7 +264,7 @@ class Hub:
             raise _MayPassError(f"{busy} (HTTP {status})", _wait_asked_for(response))
         if status >= 400:
             code, said = response.headers.get("x-error-code"), response.headers.get("x-error-message") or ""
-            raise ModelError(self._refusal(status, code, said))
+            raise ModelError(self._refusal(status, code, "".join(filter(str.isprintable, said))[:300]))
 
     def _refusal(self, status: int, code: str | None, said: str) -> str:
         """Why the hub does not give what was asked for, and what to do."""

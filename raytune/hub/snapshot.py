@@ -36,6 +36,8 @@ from raytune.units import format_bytes, format_seconds
 DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
 """Files beside a model's weights that transformers may read. None of them can run code."""
 CODE = ("*.py",)
+MOST_BYTES = 256 << 20
+"""Of a file that describes a model; a larger one is somebody's data."""
 TOKENIZER = "tokenizer_config.json"
 PARALLEL_FILES = 4
 REPORT_EVERY_S = 1.0
@@ -164,7 +166,7 @@ def _describing(files: Sequence[HubFile], base: str, with_code: bool) -> list[Hu
         what = "an adapter, not a whole model" if "adapter_config.json" in names else "no model in the format of transformers"
         raise ModelError(f"model.base {base!r} holds no config.json on the hub, so it is {what}. Give the id of a whole model.")
     patterns = DESCRIBING + (CODE if with_code else ())
-    chosen = [file for file in files if any(_is_beside(file.name, pattern) for pattern in patterns)]
+    chosen = [file for file in files if file.size <= MOST_BYTES and any(_is_beside(file.name, pattern) for pattern in patterns)]
     return sorted(chosen, key=lambda file: (file.name == CONFIG, file.name))
 
 

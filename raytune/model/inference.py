@@ -38,7 +38,7 @@ def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) 
     if isinstance(plan.adapter, QloraAdapter):
         arguments["quantization_config"] = quantization_config(plan.adapter, model)
     return AutoModelForCausalLM.from_pretrained(
-        model_files(path, revision),
+        model_files(path, revision, with_code=model.trust_remote_code),
         revision=revision,
         trust_remote_code=model.trust_remote_code,
         dtype=DTYPES[model.compute_dtype],

@@ -79,7 +79,7 @@ def _load_base(
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
     with explained(model.path, model.revision, "weights"), _sharding(shard):
         loaded, report = load(
-            model_files(model.path, model.revision),
+            model_files(model.path, model.revision, with_code=model.trust_remote_code),
             revision=model.revision,
             config=config,
             trust_remote_code=model.trust_remote_code,

@@ -26,17 +26,23 @@ from raytune.plan.base_model import model_files
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that comes with a model."""
     with explained(path, revision, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model_files(path, revision), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
     with explained(path, revision, "config.json"):
         values, _ = PretrainedConfig.get_config_dict(model_files(path, revision), revision=revision)
-    if not trust_remote_code:
+    if trust_remote_code:
+        _refuse_foreign_code(path, values)
+    else:
         _check_own_code(path, values)
     with explained(path, revision, "config.json"):
-        return AutoConfig.from_pretrained(model_files(path, revision), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def _check_own_code(path: str, config: dict[str, Any]) -> None:
@@ -46,6 +52,20 @@ def _check_own_code(path: str, config: dict[str, Any]) -> None:
             f"{path} comes with Python code of its own (auto_map in its config.json) and transformers has no model of type "
             f"{config.get('model_type')!r}. raytune does not run such code by default. If you have read it and trust it, set "
             f"model.trust_remote_code to true and model.revision to a full commit hash."
+        )
+
+
+def _refuse_foreign_code(path: str, config: dict[str, Any]) -> None:
+    """Refuse code that lies beside another model: the commit that was allowed is none of that one's."""
+    named = [
+        part for value in (config.get("auto_map") or {}).values() for part in (value if isinstance(value, list) else [value])
+    ]
+    foreign = next((str(name) for name in named if "--" in str(name) and not str(name).startswith(f"{path}--")), None)
+    if foreign:
+        raise ModelError(
+            f"config.json of {path} takes its Python code from another model ({foreign} in auto_map), of which model.revision "
+            f"names no commit. Give a folder with a copy of that code beside the config, and auto_map without "
+            f"{foreign.split('--')[0]}--."
         )
 
 
@@ -69,7 +89,7 @@ def model_class(
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     if reference is None or not trust_remote_code:
         raise ModelError(f"{path} is of type {config.model_type}, which is not a causal language model.")
-    return get_class_from_dynamic_module(reference, model_files(path, revision), revision=revision)
+    return get_class_from_dynamic_module(reference, path, revision=revision)
 
 
 @contextmanager

@@ -81,12 +81,16 @@ def _built_shape(folder: Path, text: str, trust_remote_code: bool) -> ModelShape
     return TypeAdapter(ModelShape).validate_python(answer["shape"])
 
 
-def model_files(path: str, revision: str | None = None) -> str:
-    """What transformers is to open for `ModelPlan.path` on the machine that asks: wherever raytune lies for `demo`, for a hub id
-    the folder in the cache, so that no rank asks the hub for what is here. The id itself if it is not."""
+def model_files(path: str, revision: str | None = None, *, with_code: bool = False) -> str:
+    """What transformers is to open for `ModelPlan.path` on the machine that asks.
+
+    For `demo` that is wherever raytune lies; for a hub id the folder in the cache, so that no rank asks the hub for what is here.
+    The id itself if it is not, or if code beside it may be run: a config may name that code by the id, and only the id has the
+    commit that was allowed.
+    """
     if path == DEMO:
         return str(DEMO_BASE)
-    snapshot = cached_snapshot(path, revision) if is_on_hub(path) else None
+    snapshot = cached_snapshot(path, revision) if is_on_hub(path) and not with_code else None
     return str(snapshot or path)
 
 

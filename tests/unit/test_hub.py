@@ -22,7 +22,7 @@ from raytune.hub.client import Patience
 from raytune.hub.snapshot import Progress, described, in_lines
 from raytune.model.files import local_files
 from raytune.model.hub import download_base
-from raytune.model.pretrained import load_tokenizer
+from raytune.model.pretrained import load_config, load_tokenizer
 from raytune.plan.base_model import model_files, read_model_shape
 from tests.hub_stand_in import Refusal, StandIn, serving
 from tests.tiny import save_tiny_model
@@ -154,6 +154,16 @@ def test_code_comes_only_where_it_was_allowed_for_a_commit(hub: StandIn, tiny: P
     assert [path.name for path in download_base(NAME, commit, with_code=True).glob("*.py")] == ["modeling_tiny.py"]
 
 
+def test_code_of_another_model_is_never_run(hub: StandIn, tiny: Path) -> None:
+    files = contents(tiny)
+    config = json.loads(files["config.json"]) | {"model_type": "odd", "auto_map": {"AutoConfig": "other/code--odd.OddConfig"}}
+    commit = hub.add(NAME, files | {"config.json": json.dumps(config).encode()})
+    described(NAME, commit, with_code=True)
+    with pytest.raises(ModelError, match=r"takes its Python code from another model \(other/code--odd\.OddConfig"):
+        load_config(NAME, commit, trust_remote_code=True)
+    assert not [path for _, path, _ in hub.asked if "other/code" in path]
+
+
 # --- Faults ------------------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +230,12 @@ def test_offline_means_from_the_cache_or_a_word(monkeypatch: pytest.MonkeyPatch,
             ask()
         assert raised.value.exit_code == EXIT_REFUSED
     assert not hub.asked
+
+
+def test_an_endpoint_that_is_no_address_is_named(monkeypatch: pytest.MonkeyPatch, hub: StandIn) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.example.org")
+    with pytest.raises(ModelError, match=r"HF_ENDPOINT is hub\.example\.org, which is no address"):
+        described(NAME, None)
 
 
 def test_a_name_that_no_hub_has_is_refused_without_asking(hub: StandIn) -> None:
