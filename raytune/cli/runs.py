@@ -139,7 +139,7 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         click.echo(f"report   {page}")
     require_winner(result)
     if as_json:
-        click.echo(json.dumps({**result.to_json(), "report": page}))
+        click.echo(json.dumps({**result.to_json(), "finished_before": result.finished_before, "report": page}))
     else:
         click.echo(f"retrain  raytune train --from-sweep {result.folder}")
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from raytune.config.load import config_diff
@@ -54,7 +55,7 @@ def sweep(
     folder = _checked(config, places)
     _refuse_another_sweep(folder, config)
     if _is_finished(folder, config):
-        return read_sweep(folder.path)
+        return replace(read_sweep(folder.path), finished_before=True)
     with hold(RunFolder(folder.storage, folder.name)) as lease, connect(config.cluster) as machine:
         parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
         planner = Planner(config, folder, machine, parallel_map)

@@ -1,6 +1,8 @@
-"""Every verb's help ends with examples, and each of them is a command that the verb takes."""
+"""What a person meets at the command line: examples that are commands, and no words of libraries."""
 
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,3 +39,15 @@ def test_the_help_of_a_verb_shows_commands_that_it_takes(path: tuple[str, ...], 
         parsed = command.make_context("verb", words[1 + len(path) :]).params
         _, overrides = files_and_overrides(parsed.get("arguments", ()))
         load_config([written_for(path)], overrides)
+
+
+def test_what_libraries_say_to_their_callers_is_not_said_to_who_types_a_command() -> None:
+    code = (
+        "from raytune.cli import quiet_libraries; quiet_libraries()\n"
+        "import raytune.model.quantize, warnings\n"
+        "warnings.warn_explicit('old', FutureWarning, 'x.py', 1, module='transformers.modeling_utils')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "default::FutureWarning", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
