@@ -38,7 +38,7 @@ DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional
 CODE = ("*.py",)
 MOST_BYTES = 256 << 20
 """Of a file that describes a model; a larger one is somebody's data."""
-TOKENIZER = "tokenizer_config.json"
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PARALLEL_FILES = 4
 REPORT_EVERY_S = 1.0
 LINES_EVERY_S = 10.0
@@ -149,7 +149,7 @@ def fetch(base: str, commit: str, wanted: Wanted, report: Report = say_nothing, 
 
 def _is_described(snapshot: Path, with_code: bool) -> bool:
     """Whether everything that describes a model is here, as far as can be seen without the hub."""
-    if not (snapshot / TOKENIZER).is_file():  # another tool may have asked for the config alone
+    if not any((snapshot / name).is_file() for name in TOKENIZERS):  # another tool may have asked for the config alone
         return False
     if not with_code:
         return True
@@ -186,7 +186,7 @@ def _fetch(hub: Hub, commit: str, wanted: Wanted, report: Report) -> Path:
             if missing:
                 _download(hub, commit, missing, report)
     except OSError as error:
-        raise _no_place(hub, error, sum(file.size for file in files)) from error
+        raise _no_place(hub, error, sum(file.size for file in files) - _bytes_here(hub.base, files)) from error
     return folder
 
 
@@ -195,9 +195,8 @@ def _download(hub: Hub, commit: str, files: Sequence[HubFile], report: Report) -
     blobs = repository(hub.base) / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     tally = _Tally(hub.base, files)
-    lacking = [file for file in files if not (blobs / file.digest).exists()]
-    tally.num_done = len(files) - len(lacking)
-    tally.begin(sum(_size(blobs / file.digest) for file in files) + sum(_size(beginning_of(hub.base, f.digest)) for f in lacking))
+    lacking = list({file.digest: file for file in files if not (blobs / file.digest).exists()}.values())  # equal files are one
+    tally.num_done, tally.done_bytes = len(files) - len(lacking), _bytes_here(hub.base, files)
     _refuse_small_disk(hub, tally.total_bytes - tally.done_bytes)
     pool = ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="hub")
     try:
@@ -278,8 +277,14 @@ def _no_place(hub: Hub, error: OSError, num_bytes: int) -> RaytuneError:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
+
+
+def _bytes_here(base: str, files: Sequence[HubFile]) -> int:
+    """What is here of some files, whole ones and beginnings."""
+    blobs = repository(base) / "blobs"
+    return sum(_size(blobs / file.digest) or _size(beginning_of(base, file.digest)) for file in files)
 
 
 def _waiting(base: str, files: Sequence[HubFile]) -> Progress:
@@ -301,10 +306,6 @@ class _Tally:
     @property
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files)
-
-    def begin(self, num_bytes: int) -> None:
-        """Count what is here already."""
-        self.done_bytes = num_bytes
 
     def arrived(self, num_bytes: int) -> None:
         with self._adding:

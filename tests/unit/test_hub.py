@@ -146,6 +146,13 @@ def test_sharded_weights_are_those_of_the_index(hub: StandIn, tiny: Path) -> Non
     assert "consolidated.safetensors" not in hub.sent
 
 
+def test_equal_files_are_one_download(hub: StandIn, tiny: Path) -> None:
+    odd = {f"notes_{number}.json": b"[1, 2]" for number in range(12)} | {"empty.txt": b""}
+    hub.add_folder(NAME, tiny, odd)
+    assert odd.items() <= contents(download_base(NAME, None)).items()
+    assert sum(name.startswith("notes_") for name in hub.sent) == 1
+
+
 def test_code_comes_only_where_it_was_allowed_for_a_commit(hub: StandIn, tiny: Path) -> None:
     files = contents(tiny)
     config = json.loads(files["config.json"]) | {"auto_map": {"AutoConfig": "modeling_tiny.TinyConfig"}}
