@@ -131,7 +131,7 @@ class Hub:
         return str(commit)
 
     def files(self, commit: str) -> list[HubFile]:
-        """Every file at a commit.
+        """Every file at a commit; names that would leave a folder are left out.
 
         Raises:
             ModelError, ClusterError: as `commit` does.
@@ -141,7 +141,7 @@ class Hub:
         while url:
             entries, url = self._json(url)
             try:
-                files += [_hub_file(entry) for entry in entries if entry["type"] == "file" and entry["path"].isprintable()]
+                files += [_hub_file(entry) for entry in entries if entry["type"] == "file" and _stays_inside(entry["path"])]
             except (KeyError, TypeError, AttributeError) as error:
                 raise ClusterError(
                     f"{self._endpoint} does not list the files of {self.named} ({type(error).__name__}: {error}). Is it a "
@@ -298,6 +298,11 @@ def _hub_file(entry: dict[str, Any]) -> HubFile:
     if large:
         return HubFile(name=entry["path"], size=int(large["size"]), digest=_plain(large["oid"]), is_large=True)
     return HubFile(name=entry["path"], size=int(entry["size"]), digest=_plain(entry["oid"]), is_large=False)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name is one of a file below a folder, whoever has written it."""
+    return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _plain(digest: str) -> str:

@@ -35,7 +35,6 @@ from raytune.units import format_bytes, format_seconds
 
 DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
 """Files beside a model's weights that transformers may read. None of them can run code."""
-CODE = ("*.py",)
 MOST_BYTES = 256 << 20
 """Of a file that describes a model; a larger one is somebody's data."""
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -154,7 +153,7 @@ def _is_described(snapshot: Path, with_code: bool) -> bool:
     if not with_code:
         return True
     try:
-        return "auto_map" not in json.loads((snapshot / CONFIG).read_text()) or any(snapshot.glob("*.py"))
+        return "auto_map" not in json.loads((snapshot / CONFIG).read_text()) or any(snapshot.rglob("*.py"))
     except (OSError, ValueError):
         return False
 
@@ -165,14 +164,17 @@ def _describing(files: Sequence[HubFile], base: str, with_code: bool) -> list[Hu
     if CONFIG not in names:
         what = "an adapter, not a whole model" if "adapter_config.json" in names else "no model in the format of transformers"
         raise ModelError(f"model.base {base!r} holds no config.json on the hub, so it is {what}. Give the id of a whole model.")
-    patterns = DESCRIBING + (CODE if with_code else ())
-    chosen = [file for file in files if file.size <= MOST_BYTES and any(_is_beside(file.name, pattern) for pattern in patterns)]
+
+    def describes(name: str) -> bool:
+        return any(_is_beside(name, pattern) for pattern in DESCRIBING) or (with_code and name.endswith(".py"))
+
+    chosen = [file for file in files if file.size <= MOST_BYTES and describes(file.name)]
     return sorted(chosen, key=lambda file: (file.name == CONFIG, file.name))
 
 
 def _is_beside(name: str, pattern: str) -> bool:
     """Whether a file lies where a pattern looks: fnmatch alone would look into every folder."""
-    return name.count("/") == pattern.count("/") and ".." not in name.split("/") and fnmatchcase(name, pattern)
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def _fetch(hub: Hub, commit: str, wanted: Wanted, report: Report) -> Path:

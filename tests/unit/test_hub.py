@@ -358,12 +358,19 @@ def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, h
         described(NAME, None)
 
 
-def test_names_of_files_cannot_leave_the_model(hub: StandIn, tiny: Path) -> None:
-    hub.add_folder(
-        NAME, tiny, {"../../../evil.json": b"{}", "additional_chat_templates/../../x.jinja": b"", "/etc/x.json": b"{}"}
-    )
-    folder = download_base(NAME, None)
-    assert contents(folder) == contents(tiny)
+def test_names_of_files_cannot_leave_the_model(hub: StandIn, tiny: Path, tmp_path: Path) -> None:
+    outside = dict.fromkeys(("../../../evil.json", "additional_chat_templates/../../x.jinja", "/etc/x.py", "a/../../x.py"), b"{}")
+    commit = hub.add_folder(NAME, tiny, outside | {"\x1b[31m.json": b"{}", "code/inner.py": b""})
+    folder = download_base(NAME, commit, with_code=True)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *contents(tiny),
+        "code/inner.py",
+    }
+    config = json.loads((tiny / "config.json").read_text()) | {"transformers_weights": "../../../evil.safetensors"}
+    other = hub.add_folder(NAME, tiny, {"config.json": json.dumps(config).encode(), "../../../evil.safetensors": b"x"})
+    with pytest.raises(ModelError, match=r"must hold weights"):
+        download_base(NAME, other)
+    assert not list(tmp_path.rglob("evil*"))
 
 
 # --- Several at once, and again ----------------------------------------------------------------------------------------------
