@@ -189,7 +189,10 @@ def _planned_and_measured(result: RunResult) -> Table:
     names = {"peak": "peak of a worker", "step_s": "seconds per step"}
     for name, planned, measured in result.planned_and_measured:
         form = "{:.3g}".format if name == "step_s" else format_bytes
-        table.add_row(names.get(name, name), *("-" if value is None else form(value) for value in (planned, measured)))
+        cells = ["-" if value is None else form(value) for value in (planned, measured)]
+        if name == "peak" and result.plan.cluster.device == "cpu":
+            cells[0] = f"at most {cells[0]}"  # most of it is the process itself, for which the plan has an allowance and no count
+        table.add_row(names.get(name, name), *cells)
     return table
 
 
