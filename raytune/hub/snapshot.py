@@ -193,7 +193,7 @@ def _fetch(hub: Hub, commit: str, wanted: Wanted, report: Report) -> Path:
 
 
 def _download(hub: Hub, commit: str, files: Sequence[HubFile], report: Report) -> None:
-    """Bring files here, the largest part of the time several at once, and name them in the order given."""
+    """Bring files here, several at once, and name them in the order given when all are here."""
     blobs = repository(hub.base) / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     tally = _Tally(hub.base, files)
