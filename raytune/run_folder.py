@@ -8,6 +8,7 @@
     failures/attempt-1.rank-0.json   what ended a worker
             /attempt-1.whereabouts.json   where the others were when it was lost
     places/attempt-1.json       the node of each rank
+    downloads/NODE.json         how far a node is with the base of a hub; gone when it is there
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
     checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
@@ -106,6 +107,10 @@ class RunFolder:
     def whereabouts(self, attempt: int) -> str:
         """Where the ranks of an attempt were when one of them was lost."""
         return f"{self.failures}/attempt-{attempt}.whereabouts.json"
+
+    @property
+    def downloads(self) -> str:
+        return f"{self.path}/downloads"
 
     @property
     def leases(self) -> str:

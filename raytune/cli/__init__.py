@@ -4,7 +4,9 @@ Every verb has `--debug` (tracebacks), and `--json` (one JSON value on standard 
 codes: 0 done, 1 failed, 2 refused as written, 10 try again later, 130 and 143 interrupted.
 """
 
+import logging
 import sys
+import warnings
 
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
@@ -14,7 +16,7 @@ from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.runs import merge, plan, sweep, train
 from raytune.cli.supervise import Notes, supervised
 
-__all__ = ["cli", "files_and_overrides", "main"]
+__all__ = ["cli", "files_and_overrides", "main", "quiet_libraries"]
 
 for verb in (check, explain, schema, plan, train, sweep, merge, cluster, preflight, doctor, submit, status, logs, stop):
     cli.add_command(verb)
@@ -22,6 +24,15 @@ for verb in (check, explain, schema, plan, train, sweep, merge, cluster, preflig
 
 def main() -> None:
     def answer(notes: Notes) -> None:
+        quiet_libraries()
         cli(prog_name="raytune", obj=notes)
 
     supervised(answer, sys.argv[1:])
+
+
+def quiet_libraries() -> None:
+    """Keep from who types a command what libraries say to those who call them, before any of them is imported."""
+    # transformers 5.23 deprecates what peft 0.21 asks of it, torch 2.13 what deepspeed 0.19 does.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|deepspeed)\b")
+    # bitsandbytes 0.50 misses a package that would make 4-bit products on CPUs faster, at every import.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

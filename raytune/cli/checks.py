@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides
+from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides
 from raytune.cli.say import say
 from raytune.cli.supervise import notes
 from raytune.errors import EXIT_FAILED, UserError
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from raytune.clusters.checks.finding import Finding
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "preflight run.yaml",
+        "preflight cluster.address=HEAD:6379 storage=/shared/runs --expect 50GB",
+    )
+)
 @click.argument("arguments", nargs=-1, metavar="[FILE]... [KEY=VALUE]...")
 @click.option(
     "--expect",
@@ -52,7 +57,12 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
     _show_findings(examine_cluster(config.cluster, storage, expected_bytes_per_s=expected), as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "doctor",
+        "doctor --storage /shared/runs --json",
+    )
+)
 @click.option("--storage", help="Where runs will go, to look at its disk too.")
 @as_json_option
 @debug_option

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, run_arguments
+from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, run_arguments
 from raytune.cli.say import say
 
 
@@ -15,7 +15,13 @@ def cluster() -> None:
     """Describe a cluster in files that Ray, KubeRay and clouds read, and start or end it with Ray's own commands."""
 
 
-@cluster.command("render")
+@cluster.command(
+    "render",
+    epilog=examples(
+        "cluster render run.yaml aws-p5.yaml --output cluster.yaml",
+        "cluster render run.yaml aws-p5.yaml --target kuberay",
+    ),
+)
 @run_arguments
 @click.option(
     "--target",
@@ -46,7 +52,12 @@ def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None,
         say(f"{target} file of {spec.name}: {output}" if output else text, nl=bool(output))
 
 
-@cluster.command("up")
+@cluster.command(
+    "up",
+    epilog=examples(
+        "cluster up cluster.yaml",
+    ),
+)
 @click.argument("cluster_file", type=click.Path(path_type=Path))
 @debug_option
 def cluster_up(cluster_file: Path) -> None:
@@ -56,7 +67,12 @@ def cluster_up(cluster_file: Path) -> None:
     up(cluster_file)
 
 
-@cluster.command("down")
+@cluster.command(
+    "down",
+    epilog=examples(
+        "cluster down cluster.yaml",
+    ),
+)
 @click.argument("cluster_file", type=click.Path(path_type=Path))
 @debug_option
 def cluster_down(cluster_file: Path) -> None:

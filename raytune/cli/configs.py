@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
 from raytune.cli.say import say
 
 if TYPE_CHECKING:
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from raytune.launch.check import Findings
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "check run.yaml",
+        "check run.yaml training.learning_rate=1e-4 adapter.rank=32",
+        "check model.yaml cluster.yaml --json",
+    )
+)
 @run_arguments
 @click.option("--fast", is_flag=True, help="Names and values only, in a third of a second: opens no model, tokenizer or rows.")
 @as_json_option
@@ -78,7 +84,13 @@ def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings"
     return found
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "explain training.learning_rate",
+        "explain adapter",
+        "explain E101",
+    )
+)
 @click.argument("subject", default="", metavar="[KEY | ERROR]")
 @as_json_option
 @debug_option
@@ -89,7 +101,11 @@ def explain(subject: str, as_json: bool) -> None:
     say(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "schema > run.schema.json",
+    )
+)
 @as_json_option
 @debug_option
 def schema(as_json: bool) -> None:

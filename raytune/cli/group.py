@@ -60,6 +60,11 @@ class Verbs(click.Group):
             ctx.exit(EXIT_INTERRUPTED)
 
 
+def examples(*commands: str) -> str:
+    """The end of a verb's help: commands as one would type them, behind `raytune`."""
+    return "\n".join(["\b", "Examples:", *(f"  raytune {command}" for command in commands)])
+
+
 def files_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell `key.sub=value` from file names; a file whose name looks like an override is written `./a=b.yaml`."""
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from raytune.cli.group import EXIT_INTERRUPTED, as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.group import (
+    EXIT_INTERRUPTED,
+    as_json_option,
+    debug_option,
+    examples,
+    files_and_overrides,
+    load_run,
+    run_arguments,
+)
 from raytune.cli.say import say
 
 target_option = click.option(
@@ -21,7 +29,12 @@ insecure_option = click.option(
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "submit run.yaml storage=/shared/runs",
+        "submit sweep.yaml --verb sweep --target http://127.0.0.1:8265 --detach",
+    )
+)
 @run_arguments
 @target_option
 @insecure_option
@@ -95,7 +108,12 @@ def submit(
     click.get_current_context().exit(job.exit_code or 0)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "status",
+        "status support-bot --json",
+    )
+)
 @click.argument("name", required=False, metavar="[JOB | RUN]")
 @target_option
 @insecure_option
@@ -120,7 +138,12 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
         say(found[0].message)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "logs support-bot --follow",
+        "logs --tail 50",
+    )
+)
 @click.argument("name", required=False, metavar="[JOB | RUN]")
 @target_option
 @insecure_option
@@ -144,7 +167,11 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
     say(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json, is_log=not as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "stop support-bot",
+    )
+)
 @click.argument("name", metavar="JOB | RUN")
 @target_option
 @insecure_option

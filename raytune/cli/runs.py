@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raytune.cli.group import as_json_option, debug_option, files_and_overrides, load_run, run_arguments
+from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
 from raytune.cli.say import say
 from raytune.cli.supervise import notes
 from raytune.errors import RaytuneError, UserError
@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from raytune.sweeps.ledger import Known
     from raytune.sweeps.sweep_plan import SweepPlan
 
+if TYPE_CHECKING:
+    from raytune.config.model import ModelSection
 
-@click.command()
+
+@click.command(
+    epilog=examples(
+        "plan run.yaml",
+        "plan run.yaml cluster.instance=p5.48xlarge cluster.nodes=2 --tokens 50M",
+        "plan model.base=Qwen/Qwen3-8B --tokens 50M --compare aws",
+    )
+)
 @run_arguments
 @click.option("--tokens", help="Training tokens of an epoch, such as 50M, instead of the data's; with cluster.instance.")
 @click.option("--compare", metavar="NAMES", help="Rank instance types: all, a cloud (aws, gcp, azure), or names with commas.")
@@ -43,6 +52,8 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 
     num_tokens = None if tokens is None else _count(tokens)
     config = as_one_run(_to_be_planned(*files_and_overrides(arguments), needs_rows=tokens is None))
+    if compare is not None or config.cluster.instance:
+        _describe_base(config.model)
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
         say(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
@@ -60,7 +71,14 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     say(resolved.model_dump_json() if as_json else plan_text(resolved))
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "train run.yaml",
+        "train run.yaml name=shorter training.max_steps=200",
+        "train run.yaml cluster.address=HEAD:6379 storage=/shared/runs",
+        "train --from-sweep runs/rank-and-rate",
+    )
+)
 @click.argument("arguments", nargs=-1, metavar="FILE... [KEY=VALUE]...")
 @click.option("--from-sweep", metavar="FOLDER", help="Train the winner of a finished sweep again, instead of a file.")
 @as_json_option
@@ -110,7 +128,12 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         say(comparison.sentence)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "sweep sweep.yaml --dry-run",
+        "sweep sweep.yaml sweep.trials=32",
+    )
+)
 @run_arguments
 @click.option("--dry-run", is_flag=True, help="Show trials, rungs and expected cost; tokenise the data, train nothing.")
 @as_json_option
@@ -159,12 +182,17 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         say(f"report   {page}")
     require_winner(result)
     if as_json:
-        say(json.dumps({**result.to_json(), "report": page}))
+        say(json.dumps({**result.to_json(), "finished_before": result.finished_before, "report": page}))
     else:
         say(f"retrain  raytune train --from-sweep {result.folder}")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "merge runs/support-bot/model --output runs/support-bot/merged",
+        "merge runs/support-bot/model --output merged --dtype bf16 --base /models/Qwen3-8B",
+    )
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the merged model; new or empty.")
 @click.option("--base", help="Base model, if not the one that the adapter names: a folder, a hub id, or demo.")
@@ -230,6 +258,19 @@ def _load_to_train(files: Sequence[str], overrides: Sequence[str]) -> "tuple[Run
             if answer(as_one_run(config), RunFolder(absolute(config.storage), config.name)):
                 return config, places
         raise
+
+
+def _describe_base(model: "ModelSection") -> None:
+    """Download the config of a model that the plan would not know otherwise."""
+    from raytune.plan.references import is_known
+
+    if is_known(model.base, model.revision):
+        return
+    from raytune.hub.client import is_offline
+    from raytune.hub.snapshot import described
+
+    if not is_offline():  # else the plan says which models it knows
+        described(model.base, model.revision, with_code=model.trust_remote_code)
 
 
 def _count(text: str) -> int:

@@ -116,6 +116,11 @@ def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
     return write_yaml(data) if data else ""
 
 
+def dump_written(config: RunConfig) -> str:
+    """YAML that loads to an equal config: every key that somebody has set, to its default or not."""
+    return write_yaml({key: value for key, value in config.model_dump(exclude_unset=True).items() if key != "sweep"})
+
+
 def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: bool) -> tuple[Node, RunConfig]:
     """Lay files and overrides over each other and validate the result."""
     # A new method drops keys of the old one, so it goes first: `adapter.rank=8 adapter.method=full` must be refused.

@@ -12,9 +12,11 @@ Attention = Literal["flash_attention_2", "flash_attention_3", "varlen", "flex_at
 class ModelSection(Section):
     base: Text = "demo"
     """Model to start from: a local folder, a Hugging Face hub id, or `demo` for the tiny model that ships with raytune. A run has
-    to name it, unless its rows are the demo's."""
+    to name it, unless its rows are the demo's. What a node lacks of a hub model it downloads into its cache (HF_HUB_CACHE), with
+    its own login (HF_TOKEN, or `hf auth login`)."""
     revision: Text | None = None
-    """Branch, tag or commit of a hub model. A commit makes the run reproducible."""
+    """Branch, tag or commit of a hub model. A branch stands for the commit that it had when it was first asked for on this
+    machine; a commit makes the run reproducible elsewhere."""
     attention: Attention | Auto = "auto"
     """Attention kernel. `auto` takes FlashAttention where it is installed, else `varlen` (PyTorch kernels, one call per
     document). `sdpa` and `eager` build a dense mask over the packed row and pay for the other documents' keys."""

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytune.errors import ModelError
-from raytune.plan.base_model import model_files
+from raytune.hub.snapshot import described
+from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.model_folder import reading
 
 
@@ -16,9 +17,14 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
     Raises:
         ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
+        ClusterError: if a hub has to be asked for it and does not answer.
     """
+    if is_on_hub(path):
+        revision = described(path, revision, with_code=trust_remote_code)
     with reading(f"There is no usable tokenizer at '{path}'"):
-        tokenizer = AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "

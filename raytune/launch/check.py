@@ -19,6 +19,7 @@ from raytune.data.sources import DEMO_ROWS, find_files, scan
 from raytune.data.tokenising import formats_of
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.launch.cluster import named_address, this_machine
+from raytune.launch.prepare import described_base
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
@@ -133,9 +134,10 @@ def _machine(config: RunConfig) -> Machine:
 
 
 def _shape(config: RunConfig) -> ModelShape:
-    model = config.model
-    # A plan for machines that are yet to be rented needs no model here, and a check of it neither.
-    read = planned_shape if config.cluster.instance else read_model_shape
+    if config.cluster.instance:  # a plan for machines that are yet to be rented needs no model here, and a check of it neither
+        read, model = planned_shape, config.model
+    else:
+        read, (model, _) = read_model_shape, described_base(config.model)
     return read(model.base, model.revision, trust_remote_code=model.trust_remote_code)
 
 

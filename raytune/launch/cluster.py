@@ -134,6 +134,8 @@ def _start(section: ClusterSection) -> None:
     folder = get_default_system_temp_dir()
     refuse_long_folder(folder)
     prepare_token()
+    # That a cluster asks for a token which only this command knows is nothing that a person has to do anything about.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         with loopback_kept():
             ray.init(

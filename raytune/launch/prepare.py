@@ -1,5 +1,6 @@
 """Everything about a run that is settled before anything of it is started: its data and its plan."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,18 +8,21 @@ from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.evaluate.questions import Question
+from raytune.hub.snapshot import described, in_lines
 from raytune.launch.reading import show_reading
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
-from raytune.model.base_content import COMMIT, Content, base_content, refuse_other_base
+from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
-from raytune.plan.base_model import read_model_shape
+from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.requirements import check_before_data, checks_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
 from raytune.storage import absolute
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +48,28 @@ def refuse_without_cluster(config: RunConfig) -> None:
 
     Raises:
         UserError: (or PlanError, ModelError) as `prepare` does.
+        ClusterError: if a hub has to be asked for the model and does not answer.
     """
-    model = config.model
     if config.cluster.instance:
         load_catalogue().instance(config.cluster.instance)
+    model, _ = described_base(config.model)
     shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
     for check in checks_before_data(config, shape, None):
         check()
+
+
+def described_base(model: ModelSection) -> tuple[ModelSection, str]:
+    """A base whose config and tokenizer are here, a hub's at its commit, and where transformers finds it.
+
+    Raises:
+        ModelError: if there is no such base.
+        ClusterError: if a hub has to be asked for it and does not answer.
+    """
+    path = resolve_model_path(model.base, model.revision)
+    if not is_on_hub(path):
+        return model, path
+    commit = described(path, model.revision, with_code=model.trust_remote_code, report=in_lines(_log.warning))
+    return model.model_copy(update={"revision": commit}), path
 
 
 class Preparation:
@@ -69,11 +88,10 @@ class Preparation:
             instance = catalogue.instance(config.cluster.instance)  # which must be known, whatever machines are there
             machine = machine.known_as(instance, catalogue.gpu_of(instance)) if machine.num_gpus else machine
         model = config.model
+        model, model_path = described_base(model)
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
-        model_path = resolve_model_path(model.base, model.revision)
         check_before_data(config, shape, machine)
         content = self.base(model)
-        model = model.model_copy(update={"revision": content.get(COMMIT, model.revision)})
         config = config.model_copy(update={"model": model})
         storage = absolute(config.storage)
         row_length = choose_row_length(config, shape)

@@ -1,25 +1,34 @@
-"""A run as a person sees it while it goes on: one live table in a terminal, plain lines elsewhere. Reads metrics.jsonl only."""
+"""A run as a person sees it while it goes on: a bar and a table in a terminal, plain lines elsewhere. Reads its folder only."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from raytune.errors import RaytuneError
+from raytune.hub.snapshot import Progress
 from raytune.launch.live import PlainConsole, showing
 from raytune.launch.result import RunResult
-from raytune.metrics import Follower
+from raytune.metrics import Follower, read_events
 from raytune.object_store import once
 from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
+from raytune.storage import is_local, list_folder, read_json
 from raytune.units import format_bytes, format_count, format_seconds
+
+DOWNLOAD_IS_DEAD_AFTER_S = 60.0
+"""A node that has noted nothing for so long was killed."""
+EVENTS_EVERY_S, REMOTE_EVENTS_EVERY_S = 5.0, 30.0
+BAR_WIDTH = 40
 
 _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "train/loss", "{:.4f}".format),
@@ -35,53 +44,133 @@ def show_progress(plan: RunPlan, stream: TextIO = sys.stderr) -> Iterator[None]:
     """Show the plan, and then the run's progress until the block ends."""
     console = PlainConsole(file=stream)
     console.print(f"{plan_text(plan)}\n", highlight=False, soft_wrap=True)
-    view = _View(plan)
+    view = RunView(plan)
     with showing(console, view.table, view.new_lines):
         yield
 
 
-class _View:
-    """A run as its metrics file shows it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What the events of this command tell."""
 
-    def __init__(self, plan: RunPlan) -> None:
+    starts: tuple[tuple[int, int], ...] = ()
+    """(attempt, step that it goes on from)."""
+    saved_step: int | None = None
+    saved_at: float = 0.0
+    """Seconds since 1970."""
+
+
+class RunView:
+    """A run as its folder shows it.
+
+    Args:
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, plan: RunPlan, clock: Callable[[], float] = time.time) -> None:
         self.plan = plan
-        self.metrics = Follower(RunFolder(plan.storage, plan.name).metrics)
-        self.started = time.monotonic()
-        self.last_line = ""
+        self.folder = RunFolder(plan.storage, plan.name)
+        self._metrics = Follower(self.folder.metrics)
+        self._clock = clock
+        self._started = clock()
+        self._told, self._looked = _Told(), -1e9
+        self._num_starts_shown = 0
+        self._last_line = ""
 
     def new_lines(self) -> Iterator[str]:
-        line = "  ".join(f"{label} {value}" for label, value in self._facts())
-        if line != self.last_line:
-            self.last_line = line
+        """What a log has not been told yet: where an attempt goes on, and how far the run is."""
+        facts = self._facts()
+        starts = self._told.starts[self._num_starts_shown :]
+        self._num_starts_shown += len(starts)
+        yield from filter(None, (_start_sentence(*start) for start in starts))
+        line = "  ".join(f"{label} {value}" for label, value in facts)
+        if line != self._last_line:
+            self._last_line = line
             yield line
 
     def table(self) -> Table:
+        """The run as it stands, with a bar and the age of its newest checkpoint."""
+        facts = self._facts()
         table = Table(
             title=f"raytune · {self.plan.name}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
         )
-        for label, value in self._facts():
-            table.add_row(Text(label, style="dim"), value)
+        for label, value in facts:
+            cell: RenderableType = value
+            if label == "step":
+                cell = Table.grid(padding=(0, 1))
+                num_steps = self.plan.optimization.num_steps
+                cell.add_row(ProgressBar(num_steps, int(value.partition("/")[0]), width=BAR_WIDTH), value)
+            table.add_row(Text(label, style="dim"), cell)
+        if self._told.saved_step is not None:
+            age = format_seconds(max(0.0, self._clock() - self._told.saved_at))
+            table.add_row(Text("checkpoint", style="dim"), f"step {self._told.saved_step}, {age} ago")
+        for start in self._told.starts[-1:]:
+            if sentence := _start_sentence(*start):
+                table.add_row(Text("started", style="dim"), sentence)
         return table
 
     def _facts(self) -> list[tuple[str, str]]:
         num_steps = self.plan.optimization.num_steps
         with suppress(RaytuneError, OSError), once():  # a network hiccup: the next look will tell
-            self.metrics.look()
-        history = self.metrics.history
+            self._metrics.look()
+        history = self._metrics.history
+        self._read_events()
         step = history.last_step
         if not step:
-            return [("step", f"0/{num_steps}"), ("state", f"starting workers, {format_seconds(time.monotonic() - self.started)}")]
-        seconds_left = (num_steps - step) * history.seconds_per_step()
-        return [
-            ("step", f"{step}/{num_steps}"),
-            *((label, form(value)) for label, name, form in _SHOWN if (value := history.last_of(name)) is not None),
-            ("left", format_seconds(seconds_left)),
-        ]
+            downloads = [("downloading", text) for text in self._downloads()]
+            starting = ("state", f"starting workers, {format_seconds(self._clock() - self._started)}")
+            return [("step", f"0/{num_steps}"), *(downloads or [starting])]
+        facts = [("step", f"{step}/{num_steps}")]
+        for label, name, form in _SHOWN:
+            if series := history.series(name):
+                measured, value = series[-1]
+                facts.append((label, form(value) + (f" (step {measured})" if not name.startswith("train/") else "")))
+        if step >= num_steps:
+            return [*facts, ("state", "all steps done, writing the model")]
+        return [*facts, ("left", format_seconds((num_steps - step) * history.seconds_per_step()))]
+
+    def _read_events(self) -> None:
+        """Look at the events of this command, from time to time: they are few, but on a bucket each look is a download."""
+        now = self._clock()
+        if now - self._looked < (EVENTS_EVERY_S if is_local(self.folder.path) else REMOTE_EVENTS_EVERY_S):
+            return
+        self._looked = now
+        with suppress(RaytuneError, OSError, KeyError, TypeError), once():
+            events = read_events(self.folder.events)
+            saved = [event for event in events if event["event"] == "checkpoint_saved"]
+            self._told = _Told(
+                starts=tuple(
+                    (event["attempt"], event["step"])
+                    for event in events
+                    if event["event"] == "training_started" and event["time"] >= self._started
+                ),
+                saved_step=saved[-1]["step"] if saved else None,
+                saved_at=saved[-1]["time"] if saved else 0.0,
+            )
+
+    def _downloads(self) -> Iterator[str]:
+        """What nodes lack of the base."""
+        folder = self.folder.downloads
+        with suppress(RaytuneError, OSError, ValueError, TypeError), once():  # a file that is gone by now, or half a bucket
+            for name in list_folder(folder):
+                noted = read_json(f"{folder}/{name}")
+                if self._clock() - noted.pop("time") < DOWNLOAD_IS_DEAD_AFTER_S:
+                    yield Progress(**noted).text
+
+
+def _start_sentence(attempt: int, step: int) -> str | None:
+    """Where an attempt goes on; nothing of a run that has just begun."""
+    if step:
+        return f"attempt {attempt} goes on from the checkpoint after step {step}"
+    return f"attempt {attempt} starts from the beginning: there is no checkpoint to go on from" if attempt > 1 else None
 
 
 def show_result(result: RunResult, console: Console | None = None) -> None:
     """Print where the model lies, what it is worth (base against tuned) and how many rows it was trained on."""
     console = console or PlainConsole()
+    if result.finished_before:
+        sentence = f"Run {result.name} had finished before: nothing was trained. Another name (name=...) trains it again."
+        console.print(sentence, soft_wrap=True)
     rows = list(_comparisons(result))
     if rows:
         title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
@@ -102,7 +191,10 @@ def _planned_and_measured(result: RunResult) -> Table:
     names = {"peak": "peak of a worker", "step_s": "seconds per step"}
     for name, planned, measured in result.planned_and_measured:
         form = "{:.3g}".format if name == "step_s" else format_bytes
-        table.add_row(names.get(name, name), *("-" if value is None else form(value) for value in (planned, measured)))
+        cells = ["-" if value is None else form(value) for value in (planned, measured)]
+        if name == "peak" and result.plan.cluster.device == "cpu":
+            cells[0] = f"at most {cells[0]}"  # most of it is the process itself, for which the plan has an allowance and no count
+        table.add_row(names.get(name, name), *cells)
     return table
 
 

@@ -29,6 +29,7 @@ class RunResult:
         median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
         comparison: base against tuned, or None where `evaluation.generation` was not asked for.
+        finished_before: whether it was only read: an earlier command had trained it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RunResult:
     median_step_s: float | None
     history: History
     comparison: Comparison | None
+    finished_before: bool = False
 
     @classmethod
     def read(cls, folder: RunFolder) -> Self:
@@ -79,6 +81,7 @@ class RunResult:
             "name": self.name,
             "folder": self.folder,
             "model_path": self.model_path,
+            "finished_before": self.finished_before,
             "best_step": self.best_step,
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
             "comparison": self.comparison and asdict(self.comparison),

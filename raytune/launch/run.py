@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 from raytune.config.run import RunConfig
-from raytune.errors import EXIT_FAILED, EXIT_RETRY_LATER, ModelError, RaytuneError, TakenOverError, UserError
+from raytune.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY_LATER, ModelError, RaytuneError, TakenOverError, UserError
 from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
+from raytune.launch.base_here import bring_base
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, is_finished
 from raytune.launch.going_on import going_on, tracebacks
@@ -26,6 +27,7 @@ from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.training.commit import next_fence, refuse_small_disk
+from raytune.training.fetched_base import noted
 from raytune.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -35,13 +37,17 @@ Attempt = Callable[[RunPlan, int, Callable[[], None]], Failure | None]
 """Trains a plan once, as attempt of this number: None if it came to its end. What the function given raises ends it."""
 
 
+_EXIT_CODES = {ModelError.__name__: EXIT_REFUSED}
+"""By kind of failure; the rest failed. A base may be refused by the node that is to download it."""
+
+
 class RunFailedError(RaytuneError):
     """A run ended before its last step. `failure` says what ended it."""
 
     def __init__(self, message: str, failure: Failure) -> None:
         super().__init__(message)
         self.failure = failure
-        self.exit_code = EXIT_RETRY_LATER if failure.may_pass else EXIT_FAILED
+        self.exit_code = EXIT_RETRY_LATER if failure.may_pass else _EXIT_CODES.get(failure.kind, EXIT_FAILED)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.args[0], self.failure)
@@ -62,12 +68,13 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     """
     folder = RunFolder(absolute(config.storage), config.name)
     if result := answer(config, folder):
-        return result
+        return replace(result, finished_before=True)
     refuse_changed_settings(folder, config)
     refuse_without_cluster(config)
     with _held_unless_finished(folder) as lease, connect(config.cluster) as machine:
         prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
-        return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease)
+        get_ready = _base_here if named_address(config.cluster) is None else lambda plan: None  # else nodes download their own
+        return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease, get_ready)
 
 
 def train_plan(
@@ -102,13 +109,20 @@ def _held_unless_finished(folder: RunFolder) -> Iterator[Holding | None]:
 
 
 def _train_held(
-    plan: RunPlan, questions: Sequence[Question], config: RunConfig, watch: Watch, attempt: Attempt, lease: Holding | None
+    plan: RunPlan,
+    questions: Sequence[Question],
+    config: RunConfig,
+    watch: Watch,
+    attempt: Attempt,
+    lease: Holding | None,
+    get_ready: Callable[[RunPlan], None] = lambda plan: None,
 ) -> RunResult:
+    """See `run` and `train_plan`. `get_ready` is called before the first attempt, while progress is shown."""
     folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
     refuse_another_run(folder, plan, config)
     if lease is None or (known and known.state == "finished" and not any(damage(folder))):  # by now, where there is a lease
-        return RunResult.read(folder)
+        return replace(RunResult.read(folder), finished_before=True)
     if known and not config.checkpoint.resume:
         raise UserError(
             f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
@@ -126,8 +140,15 @@ def _train_held(
     write_plan(folder, plan)
     write_bytes(folder.questions, to_json_lines(questions))
     with watch(plan):
+        get_ready(plan)
         _train(plan, record, folder, attempt, lease)
     return RunResult.read(folder)
+
+
+def _base_here(plan: RunPlan) -> None:
+    """See `bring_base`."""
+    with noted(RunFolder(plan.storage, plan.name)) as report:
+        bring_base(plan.model, report)
 
 
 def plan_run(config: RunConfig) -> RunPlan:

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from raytune.errors import ModelError
+from raytune.hub.snapshot import described
 from raytune.model.weight_files import weight_files
-from raytune.plan.base_model import default_hub_cache, find_config, model_files
+from raytune.plan.base_model import is_on_hub, model_files
 from raytune.units import MIB
 
 Content = dict[str, str]
@@ -66,11 +67,12 @@ def base_content(
         watch: for a person who waits for it; called from several threads.
 
     Raises:
-        ModelError: if the base is not on this machine, or a file cannot be read.
+        ModelError: if there is no such base, or a file cannot be read.
+        ClusterError: if the hub has to be asked and does not answer.
     """
+    if is_on_hub(path):
+        return {COMMIT: described(path, revision, with_code=trust_remote_code)}
     folder = Path(model_files(path))
-    if not folder.is_dir():
-        return {COMMIT: find_config(path, revision, default_hub_cache()).parent.name}
     files = [folder / "config.json", *weight_files(folder)]
     files += [folder / name for name in SAVED_WITH_IT if (folder / name).is_file()]
     if trust_remote_code:

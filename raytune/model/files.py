@@ -4,8 +4,9 @@ from pathlib import Path
 
 from raytune.config.model import is_written_as_path
 from raytune.errors import ModelError
+from raytune.model.hub import is_whole
 from raytune.model.weight_files import stored_tensors, weight_files
-from raytune.plan.base_model import DEMO, default_hub_cache, find_config, model_files
+from raytune.plan.base_model import DEMO, is_on_hub, model_files
 from raytune.plan.model_folder import check_model_folder
 
 
@@ -50,12 +51,5 @@ def local_files(path: str, revision: str | None) -> Path | None:
     Args:
         path: as `resolve_model_path` gives it.
     """
-    folder = Path(model_files(path))
-    if folder.is_dir():
-        return folder
-    try:
-        snapshot = find_config(path, revision, default_hub_cache()).parent
-        weight_files(snapshot)
-    except ModelError:
-        return None  # transformers downloads what is not here
-    return snapshot
+    folder = Path(model_files(path, revision))
+    return folder if folder.is_dir() and (not is_on_hub(path) or is_whole(folder)) else None

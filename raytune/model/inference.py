@@ -38,7 +38,7 @@ def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) 
     quantization = quantization_config(plan.adapter, model) if isinstance(plan.adapter, QloraAdapter) else None
     with packing_experts(plan.adapter, quantization):
         loaded = AutoModelForCausalLM.from_pretrained(
-            model_files(path),
+            model_files(path, revision, with_code=model.trust_remote_code),
             revision=revision,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.compute_dtype],

@@ -27,7 +27,7 @@ from raytune.model.neftune import add_neftune
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
-from raytune.plan.base_model import model_files
+from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.run_plan import ModelPlan
 from raytune.plan.stored_quantization import check_stored_quantization, stored_quantization
 
@@ -80,7 +80,7 @@ def _load_base(
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
     with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _sharding(shard):
         loaded, report = load(
-            model_files(model.path),
+            model_files(model.path, model.revision, with_code=model.trust_remote_code),
             revision=model.revision,
             config=config,
             trust_remote_code=model.trust_remote_code,
@@ -94,6 +94,8 @@ def _load_base(
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
     loaded.config.use_cache = False
+    if is_on_hub(model.path):  # an adapter names its base as everybody knows it, not this machine's folder
+        loaded.name_or_path = loaded.config.name_or_path = model.path
     if model.liger:
         _apply_liger(loaded, device)
     expand_packed_experts(loaded, keeps_nothing=not model.gradient_checkpointing)  # around whatever computes with them

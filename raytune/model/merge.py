@@ -6,6 +6,7 @@ training is first turned into what the training saw: quantised and expanded agai
 
 import copy
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
@@ -29,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.config.training import Precision
 from raytune.errors import DataError, ModelError
+from raytune.hub.snapshot import described, in_lines
 from raytune.model.base_check import check_files
 from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
@@ -42,15 +42,16 @@ from raytune.model.export import (
     write_weights,
 )
 from raytune.model.files import resolve_model_path
+from raytune.model.hub import download_base
 from raytune.model.merge_experts import PackedExperts
 from raytune.model.merge_parameters import ParameterUpdates
 from raytune.model.pretrained import load_config, load_tokenizer, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.weight_files import stored_tensors, weight_files
-from raytune.plan.base_model import model_files
+from raytune.plan.base_model import is_on_hub, model_files
 
-BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_log = logging.getLogger(__name__)
 
 
 def merge_adapter(
@@ -76,6 +77,7 @@ def merge_adapter(
 
     Raises:
         ModelError: if the adapter is missing, damaged or not of this base, the base has changed since, or the output exists.
+        ClusterError: if the base is to be downloaded and the hub does not answer.
     """
     if output_folder.exists() and any(output_folder.iterdir()):
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
@@ -83,14 +85,18 @@ def merge_adapter(
     base = base or peft_config.base_model_name_or_path
     if not base:
         raise ModelError(f"{adapter_folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
-    path = model_files(resolve_model_path(base, None))
+    path, revision = resolve_model_path(base, None), peft_config.revision
+    if not is_on_hub(path):
+        path = model_files(path)
     if not any_base:
-        _refuse_other_base(adapter_folder, path, base, peft_config.revision)
-    config = load_config(path, peft_config.revision, trust_remote_code)
+        _refuse_other_base(adapter_folder, path, base, revision)
+    if is_on_hub(path):
+        revision = described(path, revision, with_code=trust_remote_code, report=in_lines(_log.warning))
+    config = load_config(path, revision, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
-    weights = _BaseWeights(_base_folder(path, peft_config.revision))
-    own_class = model_class(path, config, revision=peft_config.revision, trust_remote_code=trust_remote_code)
+    weights = _BaseWeights(_base_folder(path, revision))
+    own_class = model_class(path, config, revision=revision, trust_remote_code=trust_remote_code)
     check_files(weights.folder, config, own_class)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -168,13 +174,7 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
 def _base_folder(path: str, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=BASE_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"The base {path} is neither a folder nor in this machine's cache, and cannot be downloaded: {error}. "
-            f"Name a folder with --base."
-        ) from error
+    return download_base(path, revision, report=in_lines(_log.warning))
 
 
 def _cast(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

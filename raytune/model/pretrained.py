@@ -26,19 +26,23 @@ from raytune.plan.model_folder import is_of_library
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that comes with a model."""
     with explained(path, revision, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load a model's configuration. Fails if the model needs code of its own and that was not allowed."""
     with explained(path, revision, "config.json"):
-        values, _ = PretrainedConfig.get_config_dict(model_files(path), revision=revision)
+        values, _ = PretrainedConfig.get_config_dict(model_files(path, revision), revision=revision)
     if trust_remote_code:
         _check_code_is_beside(path, values)
     else:
         _check_own_code(path, values)
     with explained(path, revision, "config.json"):
-        return AutoConfig.from_pretrained(model_files(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def _check_own_code(path: str, config: dict[str, Any]) -> None:
@@ -54,7 +58,7 @@ def _check_own_code(path: str, config: dict[str, Any]) -> None:
 
 def _check_code_is_beside(path: str, config: dict[str, Any]) -> None:
     """Refuse code of another repository: neither the hashes of a folder nor the commit of a hub model would say what it is."""
-    for name, references in config.get("auto_map", {}).items():
+    for name, references in (config.get("auto_map") or {}).items():
         for reference in [references] if isinstance(references, str) else references or []:
             repository, is_elsewhere, file = str(reference).rpartition("--")
             if is_elsewhere and repository != path:

@@ -1,7 +1,7 @@
 """The safetensors files of a model as their headers tell them: which there are, and names and shapes of their tensors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,39 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: if there are none, or the index names one that is not there.
     """
     named = _file_named_by_config(folder)
-    single, index = folder / WEIGHTS, folder / INDEX
-    if named is not None:
-        single = index = folder / named
-    if dangling := next((file for file in (single, index) if file.is_symlink() and not file.exists()), None):
-        raise ModelError(f"{dangling} is a link to {dangling.readlink()}, which is not there. {_DOWNLOAD_AGAIN}.")
-    if single.is_file() and single.suffix == ".safetensors":
+    for file in [folder / name for name in ((named,) if named else (WEIGHTS, INDEX))]:
+        if file.is_symlink() and not file.exists():
+            raise ModelError(f"{file} is a link to {file.readlink()}, which is not there. {_DOWNLOAD_AGAIN}.")
+    held = {file.name for file in folder.glob("*") if file.is_file()}
+    return [folder / name for name in weight_names(folder, held, str(folder))]
+
+
+def weight_names(folder: Path, held: Collection[str], place: str) -> list[str]:
+    """The names of the files that transformers reads the weights of a model from, in their order.
+
+    Args:
+        folder: with its config, and its index if it has one.
+        held: the names of all files of the model, wherever they are.
+        place: where they are, as one would name it to transformers.
+
+    Raises:
+        ModelError: if there are no such files, or the index names one that is not there.
+    """
+    named = _file_named_by_config(folder)
+    single, index = (named, named) if named else (WEIGHTS, INDEX)
+    if single in held and single.endswith(".safetensors"):
         return [single]
-    if index.is_file():
-        names = sorted(set(weight_map(index).values()))
-        lacking = [name for name in names if not (folder / name).is_file()]
+    if index in held:
+        names = sorted(set(weight_map(folder / index).values()))
+        lacking = [name for name in names if name not in held]
         if lacking:
             others = f", nor are {len(lacking) - 1} others" if len(lacking) > 1 else ""
-            raise ModelError(f"{index} says that weights are in {lacking[0]}, which is not there{others}. {_DOWNLOAD_AGAIN}.")
-        return [folder / name for name in names]
+            raise ModelError(
+                f"{Path(place) / index} says that weights are in {lacking[0]}, which is not there{others}. {_DOWNLOAD_AGAIN}."
+            )
+        return names
     raise ModelError(
-        f"{folder} must hold weights as {named or WEIGHTS} or {INDEX} with its files; found {_found_instead(folder)}."
+        f"{place} must hold weights as {named or WEIGHTS} or {INDEX} with its files; found {_found_instead(held, place)}."
     )
 
 
@@ -107,13 +124,13 @@ def _file_named_by_config(folder: Path) -> str | None:
     return name
 
 
-def _found_instead(folder: Path) -> str:
-    pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    others = sorted(path.name for path in [*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+def _found_instead(held: Collection[str], place: str) -> str:
+    pickles = sorted(name for name in held if name.endswith((".bin", ".pt", ".pth")))
+    others = sorted(name for name in held if name.endswith((".safetensors", ".gguf")))
     if pickles:
         return (
             f"{', '.join(pickles[:5])}, which are pickles: loading them can run code. Convert them with transformers, if you "
-            f"trust the file: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+            f"trust the file: AutoModelForCausalLM.from_pretrained({place!r}).save_pretrained(NEW_FOLDER)"
         )
     return f"only {', '.join(others[:5])}" if others else "none"
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from raytune.errors import ModelError
+from raytune.hub.cache import cached_snapshot, default_hub_cache
 from raytune.plan.architectures import has_reader, model_shape
 from raytune.plan.model_folder import check_model_folder, read_object
 from raytune.plan.shapes import ModelShape
@@ -110,17 +111,22 @@ def _built_shape(folder: Path, text: str, trust_remote_code: bool) -> ModelShape
     return TypeAdapter(ModelShape).validate_python(answer["shape"])
 
 
-def model_files(path: str) -> str:
-    """What transformers is to open for `ModelPlan.path`: `demo` is wherever raytune lies on the machine that asks."""
-    return str(DEMO_BASE) if path == DEMO else path
+def model_files(path: str, revision: str | None = None, *, with_code: bool = False) -> str:
+    """What transformers is to open for `ModelPlan.path` on the machine that asks.
+
+    For `demo` that is wherever raytune lies; for a hub id the folder in the cache, so that no rank asks the hub for what is here.
+    The id itself if it is not, or if code beside it may be run: a config may name that code by the id, and only the id has the
+    commit that was allowed.
+    """
+    if path == DEMO:
+        return str(DEMO_BASE)
+    snapshot = cached_snapshot(path, revision) if is_on_hub(path) and not with_code else None
+    return str(snapshot or path)
 
 
-def default_hub_cache() -> Path:
-    """Where huggingface_hub keeps models (its environment variables, in its order)."""
-    if path := os.environ.get("HF_HUB_CACHE"):
-        return Path(path).expanduser()
-    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    return Path(home).expanduser() / "hub"
+def is_on_hub(path: str) -> bool:
+    """Whether `ModelPlan.path` is a hub id."""
+    return path != DEMO and not Path(path).expanduser().is_dir()
 
 
 def find_config(base: str, revision: str | None, hub_cache: Path) -> Path:
@@ -136,12 +142,8 @@ def find_config(base: str, revision: str | None, hub_cache: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder / "config.json"
         raise ModelError(f"model.base: the folder {folder} has no config.json. Give the folder of a model saved by transformers.")
-    repository = hub_cache / f"models--{base.replace('/', '--')}"
-    reference = repository / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else (revision or "main")
-    path = repository / "snapshots" / commit / "config.json"
-    if path.is_file():
-        return path
+    if snapshot := cached_snapshot(base, revision, hub_cache):
+        return snapshot / "config.json"
     raise ModelError(
         f"model.base {base!r}{f' at revision {revision!r}' if revision else ''} is neither a folder nor in the Hugging Face "
         f"cache {hub_cache}. Download it first (hf download {base}{f' --revision {revision}' if revision else ''}), or give a "

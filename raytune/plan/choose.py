@@ -227,17 +227,18 @@ def _reasons_for_fit(
     room = room_of_worker(setting, machine).device
     needed = format_bytes(bytes_in(fit.memory, "device"))
     compared = f"{needed} per worker of the {format_bytes(room)} that can be used" if room else f"{needed} per worker"
+    row = "document" if config.data.packing == "none" else "packed row"
     reasons = []
     if training.global_batch_size == "auto":
         rows = fit.batch.global_batch_size
-        reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, setting, training)}.")
+        reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, setting, training, row)}.")
     if training.per_device_train_batch_size == "auto":
         tokens = fit.batch.micro_batch_size * longest_row(config, setting.row_length, data)
         reasons.append(
             f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
         )
     if training.gradient_accumulation_steps == "auto":
-        reasons.append(f"training.gradient_accumulation_steps is {fit.batch.accumulation}: {fit.batch.equation}.")
+        reasons.append(f"training.gradient_accumulation_steps is {fit.batch.accumulation}: {fit.batch.in_words(row)}.")
     of_all = "in the fastest way that fits, by the plan's arithmetic"
     if training.zero.stage == "auto":
         why = of_all if fit.step_time else "the lowest that fits and that the settings allow"
@@ -292,14 +293,14 @@ def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> Cost
     )
 
 
-def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection) -> str:
+def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection, row: str) -> str:
     if training.per_device_train_batch_size != "auto" and training.gradient_accumulation_steps != "auto":
-        return batch.equation
+        return batch.in_words(row)
     if batch.global_batch_size > setting.rows_per_step:
-        return "the fewest rows that the other settings allow"
+        return f"the fewest {row}s that the other settings allow"
     if setting.rows_per_step < DEFAULT_ROWS:
-        return f"fewer than {DEFAULT_ROWS}, because the data has few rows (at least {MIN_STEPS} steps, no row twice in a step)"
-    return f"{DEFAULT_ROWS} rows, in whole parts for each worker"
+        return f"fewer than {DEFAULT_ROWS}, because the data has few {row}s (at least {MIN_STEPS} steps, none twice in a step)"
+    return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
 
 
 def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows: int, reasons: _Reasons) -> OptimizationPlan:

@@ -27,7 +27,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("method", _method(plan)),
         ("data", _data(plan)),
         *(report_table(plan.data_report) if plan.data_report else []),
-        ("batch", plan.batch.equation),
+        ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
@@ -115,11 +115,18 @@ def _adapter(adapter: LoraAdapter) -> str:
 def _data(plan: RunPlan) -> str:
     train = plan.data.train
     fill = train.num_tokens / (train.num_rows * plan.data.row_length)
-    held_out = "".join(f"; {store.name}: {store.num_rows} rows" for store in plan.data.validation)
+    held_out = "".join(f"; {store.name}: {store.num_rows} {_row(plan)}s" for store in plan.data.validation)
     return (
-        f"{train.num_rows} rows of up to {plan.data.row_length} tokens ({fill:.0%} full), "
+        f"{train.num_rows} {_row(plan)}s of up to {plan.data.row_length} tokens ({fill:.0%} full), "
         f"{format_count(train.num_targets)} target tokens{held_out}"
     )
+
+
+def _row(plan: RunPlan) -> str:
+    """What a row of the store is."""
+    report = plan.data_report
+    is_lone = not plan.model.packs or (report is not None and report.train.total("documents") == plan.data.train.num_rows)
+    return "document" if is_lone else "packed row"
 
 
 def _length(plan: RunPlan) -> str:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune.errors import ModelError
+from raytune.hub.cache import default_hub_cache
 from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import default_hub_cache, find_config, read_model_shape
+from raytune.plan.base_model import find_config, read_model_shape
 from raytune.plan.shapes import ModelShape
 
 
@@ -93,6 +94,15 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "EleutherAI/gpt-neox-20b": _decoder("gpt_neox", 6144, 24576, 44, 64, 64, 50_432, 2048),
 }
 """By hub id."""
+
+
+def is_known(base: str, revision: str | None = None, hub_cache: Path | None = None) -> bool:
+    """Whether a plan can be made of a model without asking anybody."""
+    try:
+        find_config(base, revision, hub_cache or default_hub_cache())
+    except ModelError:
+        return base in REFERENCES or Path(base).expanduser().exists()
+    return True
 
 
 def planned_shape(

@@ -74,9 +74,13 @@ class BatchPlan(Plan):
 
     @property
     def equation(self) -> str:
+        return self.in_words("packed row")
+
+    def in_words(self, row: str) -> str:
+        """The equation, with what a row is: a packed row, or a document where each has one of its own."""
         workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
-        rows = f"{self.micro_batch_size} row{'s' * (self.micro_batch_size != 1)}"
-        return f"{workers} x {rows} x {self.accumulation} accumulation = {self.global_batch_size} rows per step"
+        rows = f"{self.micro_batch_size} {row}{'s' * (self.micro_batch_size != 1)}"
+        return f"{workers} x {rows} x {self.accumulation} accumulation = {self.global_batch_size} {row}s per step"
 
 
 class OptimizationPlan(Plan):

@@ -16,6 +16,7 @@ from raytune.storage import absolute
 from raytune.sweeps.space import corners, space_of, trial_config, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from raytune.sweeps.trial import Trial
+from raytune.training.fetched_base import is_of_hub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,11 @@ class Planner:
         )
 
     def winner(self, trial: Trial) -> RunConfig:
-        """The run config that trains a trial again, beside the sweep."""
-        return self._ranked(trial).model_copy(update={"name": f"{self._config.name}-best"})
+        """The run config that trains a trial again, beside the sweep; a base of a hub at the commit of the trial."""
+        config, model = self._ranked(trial), self.plan(trial).model
+        if is_of_hub(model):
+            config = config.model_copy(update={"model": config.model.model_copy(update={"revision": model.revision})})
+        return config.model_copy(update={"name": f"{self._config.name}-best"})
 
     def _ranked(self, trial: Trial) -> RunConfig:
         """A trial's config with its number of workers and the metric of the sweep."""

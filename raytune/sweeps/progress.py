@@ -22,6 +22,8 @@ def show_sweep_result(result: SweepResult, console: Console | None = None) -> No
     """Print the ranked table, why trials failed, and the sweep in three sentences."""
     console = console or PlainConsole()
     width = console.width if console.is_terminal else max(console.width, WIDE)
+    if result.finished_before:
+        console.print(Text(f"Sweep {result.name} had finished before: nothing was trained."), soft_wrap=True)
     table, num_hidden = _table(result, console, width)
     console.print(table, width=width, crop=False)
     num_more = max(0, len(result.trials) - MOST_ROWS)

@@ -111,6 +111,7 @@ class SweepResult:
         wall_s: seconds that all commands of the sweep took together.
         spent_worker_s: wall seconds × workers that were held.
         full_worker_s: what it would have taken to train every trial to its full budget.
+        finished_before: whether it was only read: an earlier command had finished it.
     """
 
     name: str
@@ -124,6 +125,7 @@ class SweepResult:
     wall_s: float
     spent_worker_s: float
     full_worker_s: float
+    finished_before: bool = False
 
     @property
     def best(self) -> TrialResult | None:

@@ -1,13 +1,17 @@
 """One sweep from the driver's side: config -> cluster -> trials and their plans -> Ray Tune -> result."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 
-from raytune.config.load import config_diff, dump_yaml
+from raytune.config.load import config_diff
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
+from raytune.hub.snapshot import in_lines
 from raytune.launch.address import named_address
+from raytune.launch.base_here import bring_base
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.lease import hold
 from raytune.launch.record import read_plan, readable, refuse_another_run, refuse_changes
@@ -25,7 +29,9 @@ from raytune.sweeps.space import Places, check_space, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
-from raytune.sweeps.winner import read_sweep
+from raytune.sweeps.winner import best_yaml, read_sweep
+
+_log = logging.getLogger(__name__)
 
 Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
 """Given the plan, what the ledger says and the board, a context that lasts as long as the trials: progress for a person."""
@@ -53,7 +59,7 @@ def sweep(
     folder = _checked(config, places)
     if _is_finished(folder, config):
         _refuse_another_sweep(folder, config, may_change=MAY_CHANGE)
-        return read_sweep(folder.path)
+        return replace(read_sweep(folder.path), finished_before=True)
     _refuse_another_sweep(folder, config, may_change=(*MAY_CHANGE, COMPARED_BY_CONTENT))
     with hold(RunFolder(folder.storage, folder.name)) as lease, connect(config.cluster) as machine:
         parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
@@ -67,6 +73,9 @@ def sweep(
         remove_folder(folder.result, folder.path)  # until this command has one too
         board = Board(resolved.plan.mode)
         with closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger, watch(resolved.plan, ledger.known, board):
+            if named_address(config.cluster) is None:
+                for model in {(plan.model.path, plan.model.revision): plan.model for plan in resolved.plans}.values():
+                    bring_base(model, in_lines(_log.warning))
             search = _search(config, folder, planner, resolved, ledger, board)
             try:
                 run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
@@ -193,7 +202,7 @@ def _write(folder: SweepFolder, planner: Planner, result: SweepResult) -> None:
     write_bytes(folder.trials_jsonl, trials_jsonl(result).encode())
     write_bytes(folder.trials_csv, trials_csv(result).encode())
     if result.best:
-        write_bytes(folder.best, dump_yaml(planner.winner(result.best.trial)).encode())
+        write_bytes(folder.best, best_yaml(planner.winner(result.best.trial), result).encode())
     write_json(folder.result, result.to_json())
 
 

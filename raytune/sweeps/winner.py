@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from raytune.config.load import load_config
+from raytune import __version__
+from raytune.config.load import dump_written, load_config
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, ModelError, TrainingError, UserError
@@ -19,7 +20,7 @@ from raytune.model.files import resolve_model_path
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, download_file, exists, read_json
 from raytune.sweeps.ledger import read_ledger
-from raytune.sweeps.results import SweepResult
+from raytune.sweeps.results import SweepResult, plain_text, value_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,28 @@ class AgainstTrial:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def best_yaml(config: RunConfig, result: SweepResult) -> str:
+    """The winner's run as a file: every key that was drawn or derived for it, whatever its default, laid over what the sweep's
+    own file and the one under it say.
+
+    Args:
+        config: of the winner, as `Planner.winner` makes it.
+    """
+    best = result.best
+    assert best is not None, "a sweep without a winner has none to write down"
+    drawn = best.trial.values
+    unset = [key for key in result.keys if key not in drawn]
+    lines = [
+        f"The winner of the sweep {result.name}: {best.trial.name}, {result.metric} {value_text(best.value)}, trained for "
+        f"{best.step} of {best.num_steps} steps.",
+        f"Its place in the space: {', '.join(f'{key} = {value_text(value)}' for key, value in drawn.items())}"
+        + (f"; without {', '.join(unset)}, whose condition does not hold there" if unset else "")
+        + ".",
+        f"The other keys are those of the run that they were laid over; what is not here is a default of raytune {__version__}.",
+    ]
+    return "".join(f"# {' '.join(plain_text(line).split())}\n" for line in lines) + dump_written(config)
 
 
 def winner_config(folder: str, overlays: Sequence[str] = (), overrides: Sequence[str] = ()) -> RunConfig:

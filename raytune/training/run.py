@@ -12,6 +12,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
 from raytune.training.engine import Engine
+from raytune.training.fetched_base import fetch_base
 from raytune.training.final import finish
 from raytune.training.loop import LossSum, training_steps
 from raytune.training.recorder import Recorder
@@ -46,6 +47,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
         RaytuneError: the same on every rank where it concerns all of them.
     """
     folder = RunFolder(plan.storage, plan.name)
+    fetch_base(plan, folder, worker.rank, worker.world_size)
     device = prepare_process(plan, worker.device_index)
     engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
     with _told(folder, worker) as report:
@@ -54,6 +56,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
         )
         resumed = checkpoints.load_newest()
         start = resumed.step if resumed else 0
+        report("training_started", step=start)
         with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=start) as recorder:
             _make_steps(plan, worker, engine, loss_sum, checkpoints, recorder, start)
             del loss_sum  # beside the engine, all that holds the model

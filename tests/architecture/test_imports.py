@@ -45,6 +45,8 @@ OWNERS = {
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
     "datasets": {"data/sources.py"},
+    "huggingface_hub": {"hub/client.py", "model/pretrained.py"},  # the latter for the errors of transformers' configs
+    "httpx2": {"hub/client.py"},
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"object_store.py"},
     "click": {"cli/"},

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from raytune.errors import RaytuneError
+from raytune.hub.cache import default_hub_cache
 from raytune.launch.host import memory_bytes_here
 from raytune.storage import free_bytes, is_local
 from raytune.token_file import token_path
@@ -264,9 +265,7 @@ class SeatFacts:
 def seat_facts(gpus: tuple[GpuFacts, ...], *, torch_timeout_s: float = 90.0) -> SeatFacts:
     """Look at this machine as a place to start from. torch is asked, in a process of its own, only where there is a GPU."""
     requirements = _requirements()
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
-        os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface"), "hub"
-    )
+    cache = str(default_hub_cache())
     return SeatFacts(
         requirements=requirements,
         installed=_installed(requirements or ()),

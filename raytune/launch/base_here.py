@@ -1,0 +1,18 @@
+"""The base of a hub, brought to this machine where it is the cluster: what is wrong with it is said before workers start."""
+
+from raytune.hub.snapshot import Report
+from raytune.model.base_check import check_base
+from raytune.model.hub import download_base
+from raytune.plan.run_plan import ModelPlan
+from raytune.training.fetched_base import is_of_hub
+
+
+def bring_base(model: ModelPlan, report: Report) -> None:
+    """Download what this machine lacks of a base, and hold its files against the model that its config describes.
+
+    Raises:
+        ModelError, ClusterError: if it cannot be downloaded, or is no whole model.
+    """
+    if is_of_hub(model):
+        download_base(model.path, model.revision, with_code=model.trust_remote_code, report=report)
+        check_base(model.path, model.revision, model.trust_remote_code)
