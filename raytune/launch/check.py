@@ -18,13 +18,14 @@ from raytune.config.run import RunConfig
 from raytune.data.sources import DEMO_ROWS, find_files, scan
 from raytune.data.tokenising import formats_of
 from raytune.errors import ModelError, RaytuneError, UserError
+from raytune.hub.cache import default_hub_cache
 from raytune.launch.cluster import named_address, this_machine
 from raytune.launch.prepare import described_base
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.files import local_files, resolve_model_path
-from raytune.plan.base_model import default_hub_cache, find_config, read_model_shape
+from raytune.plan.base_model import find_config, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
