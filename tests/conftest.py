@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 _status: list[int] = []
 """Exit status of the session, once it is over."""
@@ -38,7 +40,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
 
 
+WITH_RAY = ("tests/ray/", "tests/examples/")
+"""Folders whose tests start clusters: one at a time, so all of them in one of the processes that share the tests."""
+
+
+class FilesTogether(LoadScopeScheduling):
+    """Gives a process whole files, so that what their tests share is made once, and one of them all that start clusters."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith(WITH_RAY) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))  # the longest chain decides how long all of them take
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="takes minutes; run with --slow")

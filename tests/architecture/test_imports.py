@@ -50,7 +50,7 @@ OWNERS = {
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"object_store.py"},
     "click": {"cli/"},
-    "rich": {"launch/progress.py", "launch/live.py", "sweeps/progress.py", "sweeps/live.py"},
+    "rich": {"launch/progress.py", "launch/live.py", "launch/reading.py", "sweeps/progress.py", "sweeps/live.py"},
     "matplotlib": {"report/figures.py"},
     "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/sweep_page.py"},
 }

@@ -130,7 +130,7 @@ def test_code_that_changed_is_another_base(own: Path) -> None:
             file.write("\n# another day\n")
     now = base_content(str(own), None, trust_remote_code=True)
     assert {name for name, _, _ in content_changes(plan.model.content or {}, now)} == {"modeling_llama.py", "parts/more.py"}
-    with pytest.raises(UserError, match=r"model\.content\.modeling_llama\.py: [0-9a-f]+ -> [0-9a-f]+"):
+    with pytest.raises(UserError, match=r"model\.base \(its file modeling_llama\.py\): [0-9a-f]+ -> [0-9a-f]+"):
         refuse_another_run(folder, plan.model_copy(update={"model": plan.model.model_copy(update={"content": now})}))
 
 
