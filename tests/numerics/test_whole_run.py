@@ -281,7 +281,7 @@ def test_the_events_of_a_run_that_fails_are_all_there(tmp_path: Path, monkeypatc
     deadline = time.monotonic() + 10
     while not read_events(folder.events) and time.monotonic() < deadline:
         time.sleep(0.05)  # the save of step 3 may still be writing its line
-    assert [event["event"] for event in read_events(folder.events)] == ["checkpoint_saved"]
+    assert [event["event"] for event in read_events(folder.events)] == ["training_started", "checkpoint_saved"]
 
 
 def test_a_damaged_finished_run_is_exported_again_from_its_checkpoint_and_not_trained_again(tmp_path: Path) -> None:
