@@ -218,7 +218,7 @@ def test_a_chat_template_of_the_base_that_changed_is_another_run(base: Path) -> 
     write_plan(RunFolder(plan.storage, plan.name), plan)
     (template,) = [path for path in base.iterdir() if path.suffix == ".jinja"]
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
-    with pytest.raises(UserError, match=r"model\.content\.chat_template\.jinja: "):
+    with pytest.raises(UserError, match=r"model\.base \(its file chat_template\.jinja\): "):
         refuse_another_run(RunFolder(plan.storage, plan.name), planned(base, base.parent / "runs"))
 
 
@@ -241,7 +241,7 @@ def test_a_sweep_does_not_go_on_with_a_base_that_was_moved_and_changed(base: Pat
     moved = Path(shutil.move(base, base.parent / "moved"))
     _refuse_other_bases(folder, on_base(config, moved, folder), known)
     replace_weights(moved)
-    with pytest.raises(UserError, match=rf"(?s)Sweep 'run' .*model\.content\.{WEIGHTS}: .*would mix two sweeps"):
+    with pytest.raises(UserError, match=rf"(?s)Sweep 'run' .*model\.base \(its file {WEIGHTS}\): .*would mix two sweeps"):
         _refuse_other_bases(folder, on_base(config, moved, folder), known)
 
 
