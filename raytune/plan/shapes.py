@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -99,7 +99,7 @@ class ModelShape:
     embeddings: tuple[Module, ...]
     final_norm: Module
     head: Module
-    stored_quantization: dict[str, Any] | None = None
+    stored_quantization: dict[str, Any] | None = field(default=None, hash=False)
     """What `config.json` says of weights that are stored quantised (plan.stored_quantization)."""
 
     def modules(self) -> Iterator[Module]:

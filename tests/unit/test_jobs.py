@@ -81,7 +81,7 @@ def test_this_machine_and_https_are_not_refused(url: str):
 
 def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path):
     config = tmp_path / "a.yaml"
-    config.write_text("storage: /shared\n")
+    config.write_text("storage: /shared\nmodel: {base: demo}\n")
     for words in (["submit", str(config), "--working-dir", str(tmp_path)], ["status"], ["logs"], ["stop", "x"]):
         # TEST-NET: a connection would take its time-out.
         done = launch(*words, "--target", "http://192.0.2.99:8265", "--json", environment=without_token(tmp_path))

@@ -129,7 +129,7 @@ MISTAKES = {
         "model: {base: ./nowhere}\ndata: {train: rows.jsonl}\n", "1:15", "is not on this machine"
     ),
     "a folder without a model": Mistake(
-        "model: {base: ./folder}\ndata: {train: rows.jsonl}\n", "1:9", "has no config.json", files={"folder/x": ""}
+        "model: {base: ./folder}\ndata: {train: rows.jsonl}\n", "1:9", "holds no config.json", files={"folder/x": ""}
     ),
     "a hub model that is not here": Mistake(
         "model: {base: org/nobody-has-this}\ndata: {train: rows.jsonl}\n", "1:9", "org/nobody-has-this"
