@@ -275,7 +275,7 @@ def test_a_missing_file_is_not_asked_for_again(no_waiting: list[float]) -> None:
 
 @pytest.mark.skipif("__import__('importlib').util.find_spec('adlfs') is not None", reason="adlfs is installed")
 def test_a_missing_backend_is_named_with_its_command() -> None:
-    with pytest.raises(UserError, match="pip install .*\[azure\]"):
+    with pytest.raises(UserError, match=r"pip install .*\[azure\]"):
         storage.read_bytes("abfs://container/x")
 
 
