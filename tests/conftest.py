@@ -10,7 +10,8 @@ os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # else the tests of the other process starve Ray's workers, for which Ray's default is 15
+# Two processes share the tests: with Ray's default of 15 the other one would starve its workers.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own spelling
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
