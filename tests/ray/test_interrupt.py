@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,15 @@ def interrupted(arguments: list[str], number: signal.Signals, is_under_way: Call
     environment = os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "launch.py", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells have what they run in the background ignore it
+    )
     try:
         deadline = time.monotonic() + 150
         while not is_under_way():
