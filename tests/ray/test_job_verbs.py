@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ CANARY = "canary-b7e1f0c2"
 CONFIG = """
 storage: {storage}
 name: {name}
+model: {{base: demo}}
 data: {{train: {{path: "demo:train", max_rows: 40}}, validation: {{path: "demo:validation", max_rows: 8}}, max_length: 512}}
 training: {{max_steps: {steps}, warmup_steps: 0, global_batch_size: 2}}
 checkpoint: {{every_steps: 5}}
@@ -87,7 +89,7 @@ def test_a_submitted_run_trains_and_brings_its_output_and_exit_code_back(
     done, folder = submitted
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout
-    assert "left out: .env (looks like a secret)" in done.stderr
+    assert "left out: .env (its name is that of a secret)" in done.stderr
     assert "job first-job succeeded, exit code 0" in done.stderr
     record = json.loads((folder / "shared" / "first" / "run.json").read_text())
     assert (record["state"], record["config"]["training"]["seed"]) == ("finished", 7)
@@ -159,6 +161,7 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it_in_order(one_node: Cluster, tmp_
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells have what they run in the background ignore it
     )
     wait_for_file(folder / "shared" / "long" / "metrics.jsonl")
     following.send_signal(signal.SIGINT)
