@@ -102,6 +102,7 @@ def _own_signals() -> Iterator[None]:
         yield
     finally:
         ray_utils.set_sigterm_handler = rays
+        signal.signal(signal.SIGTERM, end_in_order)  # Ray's C++ has just set one that prints its stack
 
 
 def _join(address: str, environment: dict[str, str]) -> None:
