@@ -20,7 +20,7 @@ import click
 
 from raytune.cli.say import say
 from raytune.errors import EXIT_RETRY_LATER
-from raytune.launch.signals import HANDED_ON, exit_code_of
+from raytune.launch.signals import HANDED_ON, ends_in_order, exit_code_of
 
 VERBS = ("train", "sweep", "plan", "preflight")
 _PR_SET_PDEATHSIG = 1
@@ -58,6 +58,7 @@ def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> Non
     """
     verb = next((argument for argument in arguments if not argument.startswith("-")), None)
     if verb not in VERBS or sys.platform != "linux":
+        ends_in_order()  # it may have sent a job, or hold half a file, at any time
         answer(Notes())
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

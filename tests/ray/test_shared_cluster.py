@@ -3,6 +3,7 @@
 import _thread
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -49,15 +50,26 @@ def connection(one_node: Cluster) -> Iterator[None]:
     ray.shutdown()
 
 
+def child_of(pid: int) -> int:
+    """The process in which a command works; the one that was started watches over it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    deadline = time.monotonic() + 60
+    while not (found := children.read_text().split()):
+        assert time.monotonic() < deadline, "no child"
+        time.sleep(0.01)
+    return int(found[0])
+
+
 def test_of_two_commands_on_one_run_one_trains_and_the_other_is_refused_with_its_name(one_node: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(config(tmp_path, "twice", cluster={"workers": 1, "address": one_node.address})))
     command = [sys.executable, "launch.py", "train", str(file)]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    at_work = [child_of(process.pid) for process in both]
     messages = [process.communicate(timeout=300)[1] for process in both]
     winner, loser = (0, 1) if both[0].returncode == 0 else (1, 0)
     assert (both[winner].returncode, both[loser].returncode) == (0, 10), messages
-    assert f"is held by process {both[winner].pid} on {os.uname().nodename}" in messages[loser]
+    assert f"is held by process {at_work[winner]} on {os.uname().nodename}" in messages[loser]
     assert History.read(tmp_path / "twice/metrics.jsonl").last_step == 20
     assert json.loads((tmp_path / "twice/run.json").read_text())["attempts"] == 1
     assert not (tmp_path / "twice/lease").exists()
@@ -104,6 +116,7 @@ def test_ctrl_c_ends_the_run_and_leaves_a_connection_that_was_there_before(conne
             time.sleep(0.2)
         _thread.interrupt_main()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what they run in the background ignore it
     threading.Thread(target=interrupt, daemon=True).start()
     endless = config(tmp_path, "stopped", training={"max_steps": 100_000, "global_batch_size": 2, "learning_rate": 1e-3})
     with pytest.raises(KeyboardInterrupt):
