@@ -21,7 +21,6 @@ OURS = ("working_dir", "py_modules", "excludes")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_WORDS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 _SECRET_KEYS = {"API", "ACCESS", "PRIVATE", "SECRET", "AUTH", "ENCRYPTION", "SSH"}
-_WITH_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 
 
 def runtime_environment(pairs: Sequence[str], file: Path | None) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def _shown(text: str) -> str:
 def _refuse_secret(name: str, value: str) -> None:
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of an environment variable.")
-    if not (is_secret_name(name) and not value.startswith(("/", "~"))) and not looks_secret(value):
+    if not (is_secret_name(name) and not value.startswith(("/", "~"))) and not find_secret(value):
         return
     raise UserError(
         f"{name} looks like a secret. Everybody who reaches the dashboard can read a job's environment, so nothing was sent. Log "
@@ -79,11 +78,6 @@ def is_secret_name(name: str) -> bool:
     )
 
 
-def looks_secret(value: str) -> bool:
-    """Whether a value is a known kind of token, or an address with a password in it."""
-    return find_secret(value) is not None or _WITH_PASSWORD.search(value) is not None
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
@@ -102,7 +96,7 @@ def _read(file: Path) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{file}: {', '.join(unknown)}: not of the runtime environment of a job, which has {', '.join(TAKEN)}.")
     for where, value in _texts(given):
-        if looks_secret(value):
+        if find_secret(value):
             raise UserError(
                 f"{file}: {where} holds what looks like a secret. Everybody who reaches the dashboard can read it, so nothing "
                 f"was sent. Use a mounted file or the nodes' own login."

@@ -18,7 +18,7 @@ from raytune.model.attention import keeps_state
 from raytune.model.experts import bare_parameters, expert_parameters, linear_routers, names_of_experts
 from raytune.model.kernels import bypassed_layers
 from raytune.model.quantize import quantized_modules
-from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS, check_is_seen
+from raytune.plan.adapter_size import GROUPS_WITH_EXPERTS, check_is_seen, has_name, is_left_out, is_within_saved
 
 ATTENTION = re.compile(r"attn|attention")
 MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert")
@@ -68,7 +68,7 @@ def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
         everything = [name for name, _ in model.named_modules() if name]
         everything += [*expert_parameters(model)] if setting == "exclude_modules" else []
         for name in names:
-            _check_matches(f"adapter.{setting}", name, [full for full in everything if _is_or_ends_with(full, name)], everything)
+            _check_matches(f"adapter.{setting}", name, [full for full in everything if has_name(full, [name])], everything)
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
             matching = _matching(f"adapter.{setting}", pattern, [*layers, *parameters], rf"(.*\.)?({pattern})")
@@ -111,11 +111,11 @@ def _target_parameters(model: PreTrainedModel, adapter: LoraAdapter) -> list[str
     bare, experts = [*bare_parameters(model)], [*expert_parameters(model)]
     named = []
     for name in adapter.target_parameters:
-        matching = [full for full in bare if _is_or_ends_with(full, name)]
+        matching = [full for full in bare if has_name(full, [name])]
         _check_matches("adapter.target_parameters", name, matching, bare)
         named += matching
     takes_experts = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
-    in_group = [full for full in experts if takes_experts and not _is_left_out(full, adapter)]
+    in_group = [full for full in experts if takes_experts and not is_left_out(full, adapter)]
     return sorted({*named, *in_group})
 
 
@@ -126,20 +126,7 @@ def frozen_experts(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
         ModelError: if a name of the adapter matches nothing.
     """
     updated = {*_target_parameters(model, adapter)}
-    return [name for name in expert_parameters(model) if name not in updated and not _is_saved(name, adapter)]
-
-
-def _is_left_out(parameter: str, adapter: LoraAdapter) -> bool:
-    names = (parameter, parameter.rpartition(".")[0])
-    is_excluded = any(_is_or_ends_with(name, excluded) for name in names for excluded in adapter.exclude_modules)
-    return is_excluded or _is_saved(parameter, adapter)
-
-
-def _is_saved(parameter: str, adapter: LoraAdapter) -> bool:
-    parts = parameter.split(".")
-    # PEFT asks for the end of a module's name only, so `experts` is every module that ends so, with all that is in it.
-    paths = [".".join(parts[:length]) for length in range(1, len(parts))]
-    return any(path.endswith(saved) for path in paths for saved in adapter.modules_to_save)
+    return [name for name in expert_parameters(model) if name not in updated and not is_within_saved(name, adapter)]
 
 
 def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], *, or_nothing: bool) -> list[str] | str:
@@ -171,7 +158,7 @@ def _targets(model: PreTrainedModel, layers: list[str], asked: str | list[str], 
         # For such a model PEFT would keep the last parts of the names that match, and so take other layers in as well.
         return _shortest_suffixes(matching, [name for name, _ in model.named_modules()]) if of_experts else asked
     for name in asked:
-        matching = [full for full in everything if _is_or_ends_with(full, name)]
+        matching = [full for full in everything if has_name(full, [name])]
         _check_matches("adapter.target_modules", name, matching, layers)
         _check_are_seen(matching, bypassed, of_experts)
     return list(asked)
@@ -189,11 +176,6 @@ def _matching(setting: str, pattern: str, names: list[str], whole: str) -> list[
         raise ModelError(f"{setting}: {pattern!r} is not a regular expression: {error}.") from error
 
 
-def _is_or_ends_with(full_name: str, name: str) -> bool:
-    """PEFT's rule for a module named in a list."""
-    return full_name == name or full_name.endswith(f".{name}")
-
-
 def _shortest_suffixes(chosen: list[str], everything: list[str], num_parts: int = 1) -> list[str]:
     """Names that PEFT's rule resolves to exactly `chosen`: `q_proj`, or `attn.c_proj` where `c_proj` alone would take more.
 
@@ -205,7 +187,7 @@ def _shortest_suffixes(chosen: list[str], everything: list[str], num_parts: int 
         parts = name.split(".")
         for start in range(len(parts) - num_parts, -1, -1):
             suffix = ".".join(parts[start:])
-            if suffix in suffixes or all(full in wanted for full in everything if _is_or_ends_with(full, suffix)):
+            if suffix in suffixes or all(full in wanted for full in everything if has_name(full, [suffix])):
                 suffixes.add(suffix)
                 break
     return sorted(suffixes)
@@ -238,9 +220,7 @@ def _check_initialisation(adapter: LoraAdapter) -> None:
 
 
 def _check_saved_modules(model: PreTrainedModel, adapter: LoraAdapter) -> None:
-    quantized = [
-        name for name in quantized_modules(model) if any(_is_or_ends_with(name, saved) for saved in adapter.modules_to_save)
-    ]
+    quantized = [name for name in quantized_modules(model) if has_name(name, adapter.modules_to_save)]
     if quantized:
         raise ModelError(
             f"adapter.modules_to_save names quantised layers ({', '.join(quantized[:3])}), which cannot be trained in full. With "

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,11 +108,11 @@ def target_modules(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
         module
         for module in layers
         if _is_wanted(module, wanted, shape)
-        and not _has_name(module.name, adapter.exclude_modules)
+        and not has_name(module.name, adapter.exclude_modules)
         and not _is_left_to_saving(module.name, adapter.modules_to_save)
     ]
     missing = (
-        [name for name in wanted if not any(_has_name(module.name, [name]) for module in layers)]
+        [name for name in wanted if not any(has_name(module.name, [name]) for module in layers)]
         if isinstance(wanted, list)
         else []
     )
@@ -151,14 +151,14 @@ def target_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     """
     theirs = all_parameters(shape)
     for name in adapter.target_parameters:
-        if not any(_has_name(parameter.name, [name]) for parameter in theirs):
+        if not any(has_name(parameter.name, [name]) for parameter in theirs):
             raise ModelError(_no_such_parameter(name, theirs, shape))
     takes_experts = isinstance(adapter.target_modules, str) and adapter.target_modules in GROUPS_WITH_EXPERTS
     return [
         parameter
         for parameter in theirs
-        if _has_name(parameter.name, adapter.target_parameters)
-        or (takes_experts and parameter.kind == "experts" and not _is_left_out(parameter.name, adapter))
+        if has_name(parameter.name, adapter.target_parameters)
+        or (takes_experts and parameter.kind == "experts" and not is_left_out(parameter.name, adapter))
     ]
 
 
@@ -175,7 +175,7 @@ def packed_experts(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
         for parameter in all_parameters(shape)
         if parameter.kind == "experts"
         and parameter.name not in updated
-        and not _is_saved(parameter.name.rpartition(".")[0], adapter.modules_to_save)
+        and not is_within_saved(parameter.name, adapter)
         and fits_4_bits(parameter.num_parameters)
     ]
 
@@ -219,15 +219,9 @@ def _bare_parameters(module: Module) -> list[Module]:
     ]
 
 
-def _is_left_out(parameter: str, adapter: LoraAdapter) -> bool:
-    """Whether a group passes a parameter over: it or its module is excluded, or trained in full."""
-    names = (parameter, parameter.rpartition(".")[0])
-    return any(_has_name(name, adapter.exclude_modules) for name in names) or _is_saved(parameter, adapter.modules_to_save)
-
-
 def _no_such_parameter(name: str, theirs: list[Module], shape: ModelShape) -> str:
     said = f"adapter.target_parameters names {name!r}, which is no parameter of fused experts or routers in this model"
-    if any(_has_name(module.name, [name, name.removesuffix(".weight")]) for module in shape.modules() if module.is_linear):
+    if any(has_name(module.name, [name, name.removesuffix(".weight")]) for module in shape.modules() if module.is_linear):
         return f"{said}. It is a linear layer: name it in adapter.target_modules."
     in_first = sorted(
         {one.name.removeprefix(f"{shape.layers_name}.{index}.") for one in theirs for index in _number_of(one, shape)}
@@ -273,7 +267,7 @@ def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bo
     is_taken_for_expert = module.name.rpartition(".")[2] in shape.names_of_experts
     if isinstance(wanted, str) and wanted in _KINDS_OF_GROUP:
         return module.kind in _KINDS_OF_GROUP[wanted] and not (is_taken_for_expert or module.is_bypassed)
-    is_named = _has_name(module.name, wanted) if isinstance(wanted, list) else _matches(wanted, module.name, _TARGETS)
+    is_named = has_name(module.name, wanted) if isinstance(wanted, list) else _matches(wanted, module.name, _TARGETS)
     if is_named:
         check_is_seen(module.name, shape.names_of_experts, is_bypassed=module.is_bypassed)
     return is_named
@@ -311,7 +305,19 @@ def _matches(pattern: str, name: str, setting: str, *, before: str = "") -> bool
         raise ModelError(f"{setting}: {pattern!r} is not a regular expression: {error}.") from error
 
 
-def _has_name(name: str, wanted: list[str]) -> bool:
+def is_left_out(parameter: str, adapter: LoraAdapter) -> bool:
+    """Whether a group passes a parameter of fused experts over: it or its module is excluded, or trained in full."""
+    names = (parameter, parameter.rpartition(".")[0])
+    return any(has_name(name, adapter.exclude_modules) for name in names) or is_within_saved(parameter, adapter)
+
+
+def is_within_saved(parameter: str, adapter: LoraAdapter) -> bool:
+    """Whether the module of a parameter, or one that it is a part of, is trained in full and saved."""
+    return _is_saved(parameter.rpartition(".")[0], adapter.modules_to_save)
+
+
+def has_name(name: str, wanted: Sequence[str]) -> bool:
+    """PEFT's rule for a module named in a list."""
     return any(name == one or name.endswith(f".{one}") for one in wanted)
 
 
