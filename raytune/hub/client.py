@@ -199,9 +199,12 @@ class Hub:
             with self._stream(url, build_hf_headers()) as response:
                 response.read()
                 try:
-                    return response.json(), response.links.get("next", {}).get("url")
-                except ValueError as error:
-                    raise _MayPassError(f"{self._endpoint} answered with something that is no JSON") from error
+                    answer = response.json()
+                except ValueError as error:  # not of a hub, so it has not answered yet: the login page of a network, for one
+                    kind = "".join(filter(str.isprintable, response.headers.get("content-type", "no type")))[:60]
+                    raise _MayPassError(f"an answer that is no JSON ({kind}): a login page, or no hub at all?") from error
+                self._has_answered = True
+                return answer, response.links.get("next", {}).get("url")
 
         return self._patient(ask, f"what the hub says of {self.base}")
 
@@ -258,7 +261,7 @@ class Hub:
             _MayPassError: if it may not.
         """
         status = response.status_code
-        self._has_answered = True
+        self._has_answered |= status >= 400
         if status in _PASSING:
             busy = "too many requests" if status == 429 else "the hub has a fault of its own"
             raise _MayPassError(f"{busy} (HTTP {status})", _wait_asked_for(response))

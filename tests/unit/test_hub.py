@@ -203,7 +203,7 @@ def without(name: str) -> Callable[[StandIn], None]:
         (refusing(WEIGHTS, 404, X_Error_Code="EntryNotFound"), 2, r"does not have"),
         (refusing("/api/", 429), 10, r"too many requests \(HTTP 429\), again and again.*the same command goes on.*logged in"),
         (refusing("/resolve/", 503), 10, r"fault of its own \(HTTP 503\).*What has arrived is kept"),
-        (refusing("/api/", 200), 10, r"no JSON"),
+        (refusing("/api/", 200), 10, r"cannot be reached \(an answer that is no JSON .*login page"),
         (without("config.json"), 2, r"holds no config\.json on the hub"),
         (without(WEIGHTS), 2, r"tiny must hold weights .*model\.bin, which are pickles.*from_pretrained\('owner/tiny'"),
     ],
