@@ -11,6 +11,8 @@ from typing import BinaryIO, TypeVar
 from raytune.errors import ClusterError, StorageFullError, UserError
 
 T = TypeVar("T")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or of somebody's share of it, that has no room left."""
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def local_errors(path: str | Path) -> Iterator[None]:
         raise
     except OSError as error:
         node = os.uname().nodename
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise disk_full(f"write {path}", error) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(

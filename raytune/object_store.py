@@ -5,7 +5,6 @@ set them), the next sign of progress (`in_time`, whatever the client does), and 
 accepts connections and never answers therefore ends a run within minutes, with exit code 10, and never holds it for ever.
 """
 
-import errno
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from raytune.errors import ClusterError, RaytuneError, UserError
-from raytune.local_files import disk_full
+from raytune.local_files import FULL, disk_full
 from raytune.missing import OPTIONAL, install_command
 from raytune.units import MIB
 
@@ -238,7 +237,7 @@ def retry(
         except Exception as error:  # every backend has its own kinds; what cannot pass is sorted out here
             if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
                 raise UserError(f"Could not {what}: no credentials for this storage on {os.uname().nodename}. {error}") from error
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise disk_full(what, error) from error
             if progress.moves > moves_before:
                 failing_since = clock()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def token_path() -> Path:
     """Where Ray looks for the token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
 def make_token(path: Path) -> bool:

@@ -6,6 +6,7 @@ import re
 import requests
 
 from raytune.errors import ClusterError, UserError
+from raytune.printable import first_line
 
 ANSWER_TIMEOUT_S = 20.0
 
@@ -48,6 +49,6 @@ def _no_dashboard(url: str, what: str) -> UserError:
 
 def _reason(error: Exception) -> str:
     """What a chain of libraries says about a connection, in the words of the system where they are in it."""
-    first = str(error).strip().splitlines()[0]
+    first = first_line(error)
     found = re.search(r"\[Errno -?\d+\] ([^\"')]+)", first)
     return found[1].strip() if found else first

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytune.config.problems import ConfigError, Place
 from raytune.config.yaml_nodes import read_nodes
-from raytune.credentials import find_secret
+from raytune.credentials import find_secret_value
 from raytune.errors import UserError
 
 TAKEN = ("env_vars", "pip", "uv", "conda", "image_uri", "config")
@@ -57,7 +57,8 @@ def _shown(text: str) -> str:
 def _refuse_secret(name: str, value: str) -> None:
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of an environment variable.")
-    if not (is_secret_name(name) and not value.startswith(("/", "~"))) and not find_secret(value):
+    names_a_file = value.startswith("~/") or (value.startswith("/") and value.count("/") > 1)
+    if not find_secret_value(name, value) and not (is_secret_name(name) and not names_a_file):
         return
     raise UserError(
         f"{name} looks like a secret. Everybody who reaches the dashboard can read a job's environment, so nothing was sent. Log "
@@ -96,7 +97,7 @@ def _read(file: Path) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{file}: {', '.join(unknown)}: not of the runtime environment of a job, which has {', '.join(TAKEN)}.")
     for where, value in _texts(given):
-        if find_secret(value):
+        if find_secret_value(where.rpartition(".")[2], value):
             raise UserError(
                 f"{file}: {where} holds what looks like a secret. Everybody who reaches the dashboard can read it, so nothing "
                 f"was sent. Use a mounted file or the nodes' own login."

@@ -32,6 +32,7 @@ from raytune.clusters.submission import Submission
 from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
 from raytune.config.load import as_one_run, load_config
 from raytune.errors import ClusterError, UserError
+from raytune.printable import first_line
 from raytune.storage import is_local
 from raytune.token_file import close_token, token_path
 from raytune.units import format_seconds
@@ -366,7 +367,7 @@ def _url(target: str) -> str:
     except Exception as error:  # Ray raises what it likes here: ConnectionError, ValueError, RpcError
         where = "on this machine" if target == LOCAL else f"at {target}"
         raise ClusterError(
-            f"No Ray cluster with a dashboard was found {where} ({type(error).__name__}: {str(error).splitlines()[0]}). Start "
+            f"No Ray cluster with a dashboard was found {where} ({type(error).__name__}: {first_line(error)}). Start "
             f"one (`ray start --head`), or name the dashboard of another: --target http://127.0.0.1:8265. To train on this "
             f"machine without a cluster: `raytune train`."
         ) from error
@@ -389,14 +390,14 @@ def _answered(url: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"{url} does not let this user in ({first}). Put the cluster's token into ~/.ray/auth_token (mode 600), or name its "
             f"file in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token."
         ) from error
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise ClusterError(
-            f"No dashboard answers at {url} ({type(error).__name__}: {str(error).splitlines()[0]}). Is the cluster up, and the "
+            f"No dashboard answers at {url} ({type(error).__name__}: {first_line(error)}). Is the cluster up, and the "
             f"tunnel to it open (`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/HEAD-SERVICE 8265`)?"
         ) from error
 

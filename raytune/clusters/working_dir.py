@@ -88,11 +88,19 @@ class Contents:
         """What a user should know before the files are sent, a line each."""
         lines = [f"left out: {name} ({reason})" for name, reason in self.refused.items()]
         if self.unnamed:
-            more = f" and {len(self.unnamed) - _NUM_NAMED} more" if len(self.unnamed) > _NUM_NAMED else ""
-            lines.append(f"left out, neither code nor named by the config: {', '.join(self.unnamed[:_NUM_NAMED])}{more}")
+            named = f"{', '.join(self.unnamed[:_NUM_NAMED])}{_and_more(self.unnamed)}"
+            lines.append(f"left out, neither code nor named by the config: {named}")
+        if self.runs:
+            lines.append(
+                f"left out, of earlier runs or of this machine: {', '.join(self.runs[:_NUM_NAMED])}{_and_more(self.runs)}"
+            )
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         lines += [f"large: {name} ({format_bytes(size)}) is sent to every node" for name, size in sizes.items() if size >= LARGE]
         return lines
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
 
 
 @dataclass(slots=True)

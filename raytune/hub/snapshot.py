@@ -31,6 +31,7 @@ from raytune.hub.cache import (
     repository,
 )
 from raytune.hub.client import Hub, HubFile, Patience
+from raytune.local_files import FULL
 from raytune.units import format_bytes, format_seconds
 
 DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
@@ -125,8 +126,8 @@ def described(
         hub = Hub(base, revision, patience)
         commit = snapshot.name if snapshot else hub.commit()
         _fetch(hub, commit, lambda files: _describing(files, base, with_code), report)
-    except RaytuneError as error:
-        if snapshot is None:
+    except ClusterError as error:  # unreachable or busy; what it refuses, a full disk and missing code stay what they are
+        if snapshot is None or with_code:
             raise
         _log.warning("using %s as it is in the cache (commit %s), without asking for the rest: %s", base, snapshot.name, error)
         return snapshot.name
@@ -263,7 +264,7 @@ def _room(hub: Hub, num_bytes: int, has: str) -> str:
 
 
 def _no_place(hub: Hub, error: OSError, num_bytes: int) -> RaytuneError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return ModelError(_room(hub, num_bytes, "is full"))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return ModelError(

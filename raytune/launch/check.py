@@ -19,12 +19,14 @@ from raytune.data.sources import DEMO_ROWS, find_files, scan
 from raytune.data.tokenising import formats_of
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
-from raytune.launch.cluster import named_address, this_machine
+from raytune.launch.address import named_address
+from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import described_base
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.files import local_files, resolve_model_path
+from raytune.object_store import once
 from raytune.plan.base_model import find_config, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_report import losses_text
@@ -34,7 +36,7 @@ from raytune.plan.references import planned_shape
 from raytune.plan.requirements import checks_before_data, choose_row_length
 from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
-from raytune.storage import absolute, is_local, local_path, refuse_unusable
+from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
 from raytune.units import format_seconds
 
 SAMPLE_ROWS = 2000
@@ -91,11 +93,9 @@ def check_run(config: RunConfig) -> Findings:
     is_elsewhere = config.cluster.address is not None  # files may then lie where the cluster is
     if not is_elsewhere:
         found.of(lambda: refuse_unusable(absolute(config.storage)), keys=("storage",))
-        found.of(lambda: refuse_unusable(config.data.store or "."), keys=("data.store",))
-    try:
-        refuse_changed_settings(RunFolder(absolute(config.storage), config.name), config)
-    except RaytuneError as error:  # it is the name that is taken; everything else may be right
-        found.another_run = str(error)
+        if config.data.store:
+            found.of(lambda: refuse_unusable(config.data.store or ""), keys=("data.store",))
+    found.of(lambda: _look_at_run_of_that_name(config, found), keys=("storage",))
     found.of(lambda: _refuse_missing_packages(config))
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
@@ -118,6 +118,19 @@ def check_run(config: RunConfig) -> Findings:
         _look_at_rows(_Reading(config, shape, model_path), here, machine, found)
     found.seconds = time.monotonic() - began
     return found
+
+
+def _look_at_run_of_that_name(config: RunConfig, found: Findings) -> None:
+    folder = RunFolder(absolute(config.storage), config.name)
+    with once():
+        is_there = exists(folder.plan)
+    try:
+        if is_there:
+            refuse_changed_settings(folder, config)
+    except UserError as error:  # it is the name that is taken; everything else may be right
+        if not error.keys:
+            raise
+        found.another_run = str(error)
 
 
 def _refuse_missing_packages(config: RunConfig) -> None:

@@ -27,6 +27,7 @@ from raytune.launch.scaling import bring_machines
 from raytune.launch.signals import end_in_order
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
+from raytune.printable import first_line
 from raytune.token_file import prepare_token
 
 Task = TypeVar("Task")
@@ -150,7 +151,7 @@ def _start(section: ClusterSection) -> None:
                 _node_ip_address=LOOPBACK,
             )
     except Exception as error:  # Ray raises plain ones here
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         logs = f"{folder}/ray/session_latest/logs"
         raise ClusterError(
             f"Ray could not start on this machine: {first} A machine that is too busy is one reason, a full disk another."

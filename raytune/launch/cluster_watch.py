@@ -47,26 +47,27 @@ def watched_cluster(tell: Callable[..., None]) -> Iterator[None]:
 
 def _watch(head: tuple[str, int], raylet: tuple[str, int], tell: Callable[..., None], over: threading.Event) -> None:
     embedded = ray_worker._global_node is not None and ray_worker._global_node.head
-    was_away = False
+    told: str | None = None
     while not over.wait(LOOK_EVERY_S):
         if not _listens(raylet):
             lost = "raylet"
         elif not _listens(head):
             lost = "gcs_server"
         else:
-            if was_away:
-                _log.warning("The head of the Ray cluster is back.")
+            if told:
+                _log.warning("The Ray cluster is back.")
                 tell(lost=None)
-            was_away = False
+            told = None
             continue
         if over.is_set():
             return
-        tell(lost=lost)
+        if lost != told:
+            tell(lost=lost)
+            told = lost
+            if lost == "gcs_server" and not embedded:
+                _log.warning("The head of the Ray cluster (GCS at %s:%d) does not answer. Ray waits a minute for it.", *head)
         if embedded:
             os._exit(EXIT_RETRY_LATER)
-        if not was_away and lost == "gcs_server":
-            _log.warning("The head of the Ray cluster (GCS at %s:%d) does not answer. Ray waits a minute for it.", *head)
-        was_away = True
 
 
 def _listens(address: tuple[str, int]) -> bool:

@@ -2,7 +2,7 @@
 
 import glob
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -22,6 +22,10 @@ FREE = (
     *("training.logging_steps", "training.zero.", "training.loss", "data.store"),
 )
 """Beginnings of keys that change nothing of what a step computes."""
+DIVIDING = ("cluster.workers", "cluster.nodes")
+"""Keys that change the rows of a step, unless `training.global_batch_size` gives them."""
+CHOOSING = ("cluster.gpus_per_worker", "cluster.instance")
+"""Keys that may change the rows and the precision of a step."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,12 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
     except ValidationError:  # the config of another raytune; the plan is compared by what both know
         return None
     changes = config_diff(asked_then, config)
-    if not all(key.startswith(FREE) for key, _, _ in changes) or _has_changed(config, record.created) or not is_finished(folder):
+    bound = CHOOSING if config.training.global_batch_size != "auto" else (*CHOOSING, *DIVIDING)
+    if (
+        not all(key.startswith(FREE) and key not in bound for key, _, _ in changes)
+        or _has_changed(config, record.created)
+        or not is_finished(folder)
+    ):
         return None
     if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation."))]:
         _log.warning("Run %r has finished before; what has changed since is not applied to it: %s.", folder.name, ", ".join(idle))
@@ -65,7 +74,7 @@ def _has_changed(config: RunConfig, since: float) -> bool:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether a run has finished and what it left is still there. Says so where it is damaged and has to be exported again.
+    """Whether a run has finished and what it left is still there; a damaged one has to be exported again.
 
     Raises:
         UserError: if it is damaged and no checkpoint is left to export it from.
@@ -76,14 +85,17 @@ def is_finished(folder: RunFolder) -> bool:
     problems = list(damage(folder))
     if not problems:
         return True
-    what = f"Run {folder.name!r} in {folder.storage} had finished, but {'; '.join(problems[:5])}"
     if not committed(folder):
         raise UserError(
-            f"{what}. No checkpoint is left to export the model from. Put the files back, or train it again under another name "
-            f"(name=...)."
+            f"{damage_text(folder, problems)} No checkpoint is left to export the model from. Put the files back, or train it "
+            f"again under another name (name=...)."
         )
-    _log.warning("%s. The model is exported again from its best checkpoint.", what)
     return False
+
+
+def damage_text(folder: RunFolder, problems: Sequence[str]) -> str:
+    """What `damage` found, as a sentence."""
+    return f"Run {folder.name!r} in {folder.storage} had finished, but {'; '.join(problems[:5])}."
 
 
 def damage(folder: RunFolder) -> Iterator[str]:

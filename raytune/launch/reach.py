@@ -7,7 +7,6 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import suppress
-from pathlib import Path
 
 import grpc
 import ray
@@ -16,6 +15,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raytune.errors import ClusterError, UserError
+from raytune.token_file import token_path
 from raytune.units import format_seconds
 
 RESOLVE_TIMEOUT_S = 10.0
@@ -142,7 +142,7 @@ def _token() -> tuple[str, str] | None:
     """The token that Ray would use, and where it was found, in Ray's order; None: there is none."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token.strip(), "RAY_AUTH_TOKEN"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
+    path = token_path()
     with suppress(OSError, UnicodeDecodeError):
         if token := path.read_text().strip():
             return token, str(path)

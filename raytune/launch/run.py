@@ -14,7 +14,7 @@ from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
-from raytune.launch.finished import answer, damage, is_finished
+from raytune.launch.finished import answer, damage, damage_text, is_finished
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import prepare, refuse_without_cluster
@@ -121,8 +121,12 @@ def _train_held(
     folder = RunFolder(plan.storage, plan.name)
     known = RunRecord.read(folder)
     refuse_another_run(folder, plan, config)
-    if lease is None or (known and known.state == "finished" and not any(damage(folder))):  # by now, where there is a lease
-        return replace(RunResult.read(folder), finished_before=True)
+    if known and known.state == "finished":  # by now, where there is a lease
+        problems = list(damage(folder))
+        if lease is None or not problems:
+            return replace(RunResult.read(folder), finished_before=True)
+        logger.warning("%s The model is exported again from its best checkpoint.", damage_text(folder, problems))
+    assert lease is not None, "a run that is not finished is held"
     if known and not config.checkpoint.resume:
         raise UserError(
             f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "

@@ -34,6 +34,8 @@ def test_variables_come_from_a_file_and_the_command_line_wins(tmp_path: Path):
         "hf_token=abc",
         "ANYTHING=hf_abcdefghijklmnopqrst",
         "DATABASE=postgres://me:secret@db/x",
+        "AWS_SECRET_ACCESS_KEY=/aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zA1bC3dE",  # begins like a path
+        "S3_KEY=aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zA1bC3dE5f",  # not called like a secret
     ],
 )
 def test_a_secret_is_refused_by_its_name_or_its_looks_and_not_repeated(pair: str):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from raytune.config.load import config_from, load_config
 from raytune.config.run import RunConfig
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster import nodes_for_workers
-from raytune.launch.finished import answer, is_finished
+from raytune.launch.finished import answer, damage, damage_text, is_finished
 from raytune.launch.progress import show_result
 from raytune.launch.record import RunRecord, read_plan, write_plan
 from raytune.launch.result import RunResult
@@ -162,8 +163,20 @@ def test_a_finished_run_is_answered_without_a_cluster_its_data_or_its_base(folde
     result = run(finished)
     assert (result.best_step, result.model_path) == (4, folder.model)
     assert not ray.is_initialized()
-    elsewhere = finished.cluster.model_copy(update={"workers": 8, "address": "1.2.3.4:6379"})
+    elsewhere = finished.cluster.model_copy(update={"max_failures": 8, "address": "1.2.3.4:6379"})
     assert run(finished.model_copy(update={"cluster": elsewhere})).best_step == 4
+
+
+@pytest.mark.parametrize(("rows", "is_answered"), [("auto", False), (8, True)])
+def test_more_workers_are_another_run_unless_the_rows_of_a_step_are_given(
+    folder: RunFolder, finished: RunConfig, rows: Any, is_answered: bool
+) -> None:
+    then = finished.model_copy(update={"training": finished.training.model_copy(update={"global_batch_size": rows})})
+    record = RunRecord.read(folder)
+    assert record is not None
+    replace(record, config=then.model_dump(mode="json")).write(folder)
+    now = then.model_copy(update={"cluster": then.cluster.model_copy(update={"workers": 8})})
+    assert (answer(now, folder) is not None) is is_answered
 
 
 def test_any_number_of_commands_read_a_finished_run_where_nobody_may_write(folder: RunFolder, finished: RunConfig) -> None:
@@ -200,15 +213,12 @@ def test_a_changed_setting_is_not_answered_by_the_run_before_it(folder: RunFolde
         (lambda folder: os.remove(folder.plan), "plan.json is missing"),
     ],
 )
-def test_a_damaged_finished_run_is_not_finished(
-    folder: RunFolder, finished: RunConfig, spoil: Any, said: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_finished_run_is_not_finished(folder: RunFolder, finished: RunConfig, spoil: Any, said: str) -> None:
     commit_step(folder)
     assert is_finished(folder)
     spoil(folder)
     assert not is_finished(folder)
-    assert said in caplog.text
-    assert "exported again from its best checkpoint" in caplog.text
+    assert said in damage_text(folder, list(damage(folder)))
     assert answer(finished, folder) is None
     shutil.rmtree(folder.checkpoints)
     with pytest.raises(UserError, match=rf"{said}.*No checkpoint is left.*another name"):

@@ -22,6 +22,7 @@ from raytune.clusters.checks.network import GLOO, LOG_SETTINGS, Network, network
 from raytune.clusters.checks.nodes import Reduction
 from raytune.errors import ClusterError
 from raytune.launch.waiting import wait_for
+from raytune.printable import first_line
 from raytune.units import GIB, MIB, format_seconds
 
 SIZES_ON_GPUS = (MIB, 64 * MIB, GIB)
@@ -111,7 +112,7 @@ class Rank:
         except dist.DistBackendError as error:
             if not on_gpu:
                 raise
-            raise NcclError(f"{str(error).strip().splitlines()[0]}{_last_warning(self._log)}") from error
+            raise NcclError(f"{first_line(error)}{_last_warning(self._log)}") from error
         finally:
             dist.destroy_process_group()
             self._read_log()
