@@ -38,11 +38,11 @@ class Secret:
         return f"{self.kind} ({self.shown}...)" if self.shown else self.kind
 
 
-def _prefixed(kind: str, prefixes: str, letters: str, least: int) -> _Rule:
+def _prefixed(kind: str, prefixes: str, letters: str, least: int, *, needs_chance: bool = False) -> _Rule:
     """Tokens that begin with one of some words, behind which come at least so many of some letters."""
     words = prefixes.split()
     alternatives = "|".join(map(re.escape, words))
-    return _Rule(kind, tuple(words), f"{_NOT_WITHIN}({alternatives})[{letters}]{{{least},}}")
+    return _Rule(kind, tuple(words), f"{_NOT_WITHIN}({alternatives})([{letters}]{{{least},}})", needs_chance)
 
 
 _ALNUM, _WORD, _HEX = "A-Za-z0-9", "A-Za-z0-9_-", "0-9a-f"
@@ -50,8 +50,8 @@ _NO_PLACEHOLDER = r"[^\s/@:\"'<>{}$`,;|\\]"
 _ASSIGNED = r"[:=,]>?\s*\\*[\"']?([A-Za-z0-9+/=_.~-]{16,})"
 _QUOTED_KEY = r"(?<=[\"'])[A-Za-z0-9/+]{40}(?=[\"'\\])"
 _SECRET_NAME = (
-    r"(?i)(?:secret|passw(?:or)?d|passphrase|pwd|token|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|auth[_-]?key"
-    r"|client[_-]?key[_-]?data|credentials?|\"auth|wandb\w*)\w*\\*[\"']?\s*$"
+    r"(?i)(?:secret|passw(?:or)?d|passphrase|pwd|token(?!iz|s|_(?:file|path|dir|ids?|count|limit|type))|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|auth[_-]?key"
+    r"|client[_-]?key[_-]?data|credentials?|\"auth|wandb\w*key)\w*\\*[\"']?\s*$"
 )
 _LONGEST_NAME = 48
 _PARAMETERS = (
@@ -86,7 +86,7 @@ _RULES = (
         ("sk-",),
         rf"{_NOT_WITHIN}(?<!-)(sk-(?:(?:ant|proj|svcacct|admin|or|lf)-(?=[{_WORD}]{{16}}))?)(?:(?<=sk-)[{_ALNUM}]{{20,}}|(?<!sk-)[{_WORD}]{{16,}})",
     ),
-    _prefixed("a W&B API key", "wandb_v1_ wandb_", _ALNUM, 20),
+    _prefixed("a W&B API key", "wandb_v1_ wandb_", _ALNUM, 20, needs_chance=True),
     _Rule("a W&B API key", ("wandb",), rf"(wandb)\.login\([^)]*[\"'][{_HEX}]{{40}}"),
     _Rule("a JSON web token", ("eyJ",), rf"(?<![{_WORD}])(eyJ)[{_WORD}]{{10,}}\.eyJ[{_WORD}]{{10,}}\.[{_WORD}]{{5,}}"),
     _prefixed("a Neptune token", "eyJhcGlf", "A-Za-z0-9+/=", 20),
@@ -98,7 +98,11 @@ _RULES = (
     _prefixed("a DigitalOcean token", "dop_v1_ doo_v1_ dor_v1_", _HEX, 40),
     _prefixed("a Replicate token", "r8_", _ALNUM, 30),
     _prefixed(
-        "an API key", "gsk_ xai- pplx- nvapi- tgp_v1_ ntn_ lin_api_ NRAK- PMAK- shpat_ sbp_ figd_ glsa_ glc_ tskey-", _WORD, 30
+        "an API key",
+        "gsk_ xai- pplx- nvapi- tgp_v1_ ntn_ lin_api_ NRAK- PMAK- shpat_ sbp_ figd_ glsa_ glc_ tskey-",
+        _WORD,
+        30,
+        needs_chance=True,
     ),
     _prefixed("a Vault token", "hvs. hvb. s.atlasv1.", _WORD, 20),
     _prefixed("an Atlassian token", "ATATT3x ATCTT3x", "A-Za-z0-9_=-", 30),

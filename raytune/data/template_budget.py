@@ -12,13 +12,15 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import c_ulong, py_object, pythonapi
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
@@ -39,6 +41,8 @@ MOST_REPEATED = 10_000_000
 """Letters or items that one step may make."""
 WIDEST = 100_000
 _LOOKS_EVERY_S = 0.1
+_WIDTHS = re.compile(r"%[-+ #0]*(?:\*|\d+)?\.?(\d{6,})|%[-+ #0]*(\d{6,})|\{[^{}]*:[^{}]*?(\d{6,})[^{}]*\}")
+"""Widths and precisions of both kinds of formats."""
 _MAX_BITS = 4096
 _THREAD_CLOCK = 6
 """CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED of Linux. pthread_getcpuclockid would crash on a thread that has just ended."""
@@ -69,7 +73,9 @@ def within_budget(render: Callable[[], Result], name: str, num_chats: int = 1) -
         _watchdog.leave(watched)  # it may have come while the first was at work
     except _TooMuchError as error:
         raise DataError(f"{name} {error}. {_OTHER}") from None
-    raise DataError(f"{name} takes more than {watched.spent} to render a chat. {_OTHER}")
+    raise DataError(
+        f"{name} takes more than {watched.spent} to render {'a chat' if num_chats == 1 else f'{num_chats} chats'}. {_OTHER}"
+    )
 
 
 def check_length(text: str, name: str) -> None:
@@ -227,17 +233,17 @@ def _check_format(text: Any, *values: Any) -> None:
     """Of both kinds of formats: widths and precisions that are written out, or given as values."""
     if not isinstance(text, str):
         return
-    numbers = [int(number) for number in re.findall(r"\d{6,}", text)]
+    numbers = [int("".join(found)) for found in _WIDTHS.findall(text)]
     flat = [inner for value in values for inner in (value if isinstance(value, tuple | list) else [value])]
     if "*" in text or re.search(r"\{[^{}]*:[^{}]*\{", text):
         numbers += [value for value in flat if isinstance(value, int)]
     if max(map(abs, numbers), default=0) > WIDEST:
-        _refuse("a width of millions")
+        _refuse(f"a width above {WIDEST}")
 
 
 def _check_widths(*arguments: Any) -> None:
     if any(isinstance(value, int) and abs(value) > WIDEST for value in arguments):
-        _refuse("a width of millions")
+        _refuse(f"a width above {WIDEST}")
 
 
 def _check_replaced(text: Any, old: Any, new: Any, *_: Any) -> None:
@@ -258,13 +264,25 @@ _OF_TEXT = {
     "join": _check_joined,
 }
 _OF_FILTERS = {
-    **dict.fromkeys(("center", "indent", "wordwrap", "truncate"), lambda text, *arguments: _check_widths(*arguments)),
+    **dict.fromkeys(("center", "indent"), lambda text, *arguments: _check_widths(*arguments)),
     **dict.fromkeys(("batch", "slice", "round", "tojson"), lambda value, *arguments: _check_widths(*arguments)),
     "replace": _check_replaced,
     "join": lambda items, separator="", *_: _check_joined(separator, items),
     "format": _check_format,
 }
-_OPERATORS = {"*": _check_repeated, "**": _check_power, "%": _check_format}
+
+
+def _check_sum(left: Any, right: Any) -> None:
+    if isinstance(left, str) and isinstance(right, str):
+        _check_pieces((left, right))
+
+
+def _check_pieces(pieces: Iterable[str]) -> None:
+    if (letters := sum(map(len, pieces))) > TEXT_UP_TO:
+        _refuse(f"a text of {letters} letters")
+
+
+_OPERATORS = {"*": _check_repeated, "**": _check_power, "%": _check_format, "+": _check_sum}
 
 
 class _Filters(dict[str, Any]):
@@ -285,10 +303,35 @@ def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callab
     return checked
 
 
+class _Code(CodeGenerator):
+    """Has the environment join what `~` joins, which is no operator to a sandbox."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("(markup_join if context.eval_ctx.autoescape else str_join)(environment.bounded((")
+        for piece in node.nodes:
+            self.visit(piece, frame)
+            self.write(", ")
+        self.write(")))")
+
+
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, which refuses steps that make too much."""
 
     intercepted_binops = frozenset(_OPERATORS)
+    code_generator_class = _Code
+
+    @staticmethod
+    def concat(pieces: Iterable[str]) -> str:
+        """Join what a template, a macro or a block wrote."""
+        pieces = list(pieces)
+        _check_pieces(pieces)
+        return "".join(pieces)
+
+    @staticmethod
+    def bounded(pieces: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Values that a template joins, as they are."""
+        _check_pieces([piece for piece in pieces if isinstance(piece, str)])
+        return pieces
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

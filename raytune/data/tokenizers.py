@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from raytune.errors import ModelError
 from raytune.hub.snapshot import described
 from raytune.plan.base_model import is_on_hub, model_files
-from raytune.plan.model_folder import reading
+from raytune.plan.model_folder import check_tokenizer_code, reading
 
 
 def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -21,6 +22,8 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     """
     if is_on_hub(path):
         revision = described(path, revision, with_code=trust_remote_code)
+    if trust_remote_code:
+        check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
     with reading(f"There is no usable tokenizer at '{path}'"):
         tokenizer = AutoTokenizer.from_pretrained(
             model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code

@@ -50,6 +50,7 @@ from raytune.model.quantize import as_seen_in_training
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import is_on_hub, model_files
+from raytune.plan.stored_quantization import stored_quantization
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def merge_adapter(
     if is_on_hub(path):
         revision = described(path, revision, with_code=trust_remote_code, report=in_lines(_log.warning))
     config = load_config(path, revision, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
+    if stored_quantization(config.to_dict()) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
     weights = _BaseWeights(_base_folder(path, revision))
     own_class = model_class(path, config, revision=revision, trust_remote_code=trust_remote_code)

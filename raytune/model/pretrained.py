@@ -20,11 +20,13 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
-from raytune.plan.model_folder import is_of_library
+from raytune.plan.model_folder import check_code_is_beside, check_tokenizer_code, is_of_library
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that comes with a model."""
+    if trust_remote_code:
+        check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
     with explained(path, revision, "tokenizer"):
         return AutoTokenizer.from_pretrained(
             model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
@@ -36,7 +38,7 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
     with explained(path, revision, "config.json"):
         values, _ = PretrainedConfig.get_config_dict(model_files(path, revision), revision=revision)
     if trust_remote_code:
-        _check_code_is_beside(path, values)
+        check_code_is_beside(path, "config.json", values)
     else:
         _check_own_code(path, values)
     with explained(path, revision, "config.json"):
@@ -54,18 +56,6 @@ def _check_own_code(path: str, config: dict[str, Any]) -> None:
             f"model.trust_remote_code to true{'' if Path(path).is_dir() else ' and model.revision to a full commit hash'} "
             f"(to merge: --trust-remote-code)."
         )
-
-
-def _check_code_is_beside(path: str, config: dict[str, Any]) -> None:
-    """Refuse code of another repository: neither the hashes of a folder nor the commit of a hub model would say what it is."""
-    for name, references in (config.get("auto_map") or {}).items():
-        for reference in [references] if isinstance(references, str) else references or []:
-            repository, is_elsewhere, file = str(reference).rpartition("--")
-            if is_elsewhere and repository != path:
-                raise ModelError(
-                    f"The config.json of {path} takes its {name} from another repository ({reference}), whose code may change "
-                    f"from one day to the next. Copy its *.py files beside the model, and write {file!r} there in auto_map."
-                )
 
 
 def _causal_model_types() -> set[str]:

@@ -33,7 +33,12 @@ SETTINGS_UP_TO = 16 * MIB
 TABLES_UP_TO = GIB
 """Of JSON files with a vocabulary, merges, or an index of weights; the largest known have 40 MB."""
 MAX_DEPTH = 64
-_READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_READ = (
+    *SETTINGS,
+    *("tokenizer.json", "vocab.json", "chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt"),
+)
+_READ_ENDINGS = (".index.json", ".safetensors")
+"""Names, and ends of names, of what is read of a folder; what lies beside them is nobody's business."""
 
 LIMITS = (
     (re.compile(r"(^|_)(layers?|blocks?)$|^n_?layers?$"), 1000),
@@ -63,7 +68,7 @@ def check_model_folder(folder: Path) -> None:
     except OSError as error:
         raise ModelError(f"The model's folder {folder} cannot be read: {error.strerror}.") from error
     for entry in entries:
-        if not entry.name.endswith(_READ):
+        if entry.name not in _READ and not entry.name.endswith(_READ_ENDINGS):
             continue
         path = Path(entry.path)
         try:
@@ -167,3 +172,30 @@ def _short(value: object, most: int = _SHOWN) -> str:
     except ValueError:
         text = "a number of thousands of digits"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def check_code_is_beside(path: str, file: str, values: Mapping[str, Any]) -> None:
+    """Refuse code of another repository: neither the hashes of a folder nor the commit of a hub model would say what it is.
+
+    Args:
+        path: of the model, as the user named it.
+        file: that holds the values.
+
+    Raises:
+        ModelError: naming the repository.
+    """
+    named = values.get("auto_map") or {}
+    for name, references in named.items() if isinstance(named, Mapping) else ():
+        for reference in [references] if isinstance(references, str) else references or []:
+            repository, is_elsewhere, code = str(reference).rpartition("--")
+            if is_elsewhere and repository != path:
+                raise ModelError(
+                    f"The {file} of {path} takes its {name} from another repository ({reference}), whose code may change "
+                    f"from one day to the next. Copy its *.py files beside the model, and write {code!r} there in auto_map."
+                )
+
+
+def check_tokenizer_code(path: str, folder: Path) -> None:
+    """`check_code_is_beside` for the tokenizer, whose code has a file of settings of its own."""
+    if (folder / "tokenizer_config.json").is_file():
+        check_code_is_beside(path, "tokenizer_config.json", read_object(folder / "tokenizer_config.json"))

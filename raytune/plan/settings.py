@@ -144,7 +144,8 @@ def key_of(leaf: str) -> str:
 
 def _rows_of(plan: RunPlan, key: str) -> str:
     stores = [plan.data.train] if key == "data.train" else plan.data.validation
-    return ", ".join(f"{store.num_rows} packed rows of {store.num_tokens} tokens" for store in stores) or "none"
+    row = "packed row" if plan.model.packs else "document"
+    return ", ".join(f"{store.num_rows} {row}s of {store.num_tokens} tokens" for store in stores) or "none"
 
 
 def _start(value: object) -> object:

@@ -18,6 +18,7 @@ from raytune.cli import cli
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
 from raytune.config.run import RunConfig
+from raytune.data.tokenizers import open_tokenizer
 from raytune.errors import ModelError, UserError
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
@@ -25,6 +26,7 @@ from raytune.launch.record import refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.model.base_content import base_content, content_changes
 from raytune.model.merge import merge_adapter
+from raytune.model.pretrained import load_tokenizer
 from raytune.plan.base_model import read_model_shape
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
@@ -150,6 +152,15 @@ def test_code_of_another_repository_is_refused(own: Path) -> None:
     (own / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"from another repository .*write 'modeling_llama\.LlamaForCausalLM'"):
         read_model_shape(str(own), trust_remote_code=True)
+
+
+def test_code_of_another_repository_is_refused_for_the_tokenizer_too(own: Path) -> None:
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["owner/code--tok.Tokenizer", None]}
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    for load in (open_tokenizer, load_tokenizer):
+        with pytest.raises(ModelError, match=r"tokenizer_config\.json of .*AutoTokenizer from another repository"):
+            load(str(own), trust_remote_code=True)
 
 
 def test_a_hub_id_needs_its_commit_and_a_folder_does_not() -> None:

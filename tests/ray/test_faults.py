@@ -83,7 +83,7 @@ def test_continuing_a_run_with_other_settings_is_refused_with_the_difference(clu
     short = config(cluster, tmp_path, "short")
     short["training"] |= {"max_steps": 2}
     train(short, progress=False)
-    with pytest.raises(UserError, match=r"optimization\.learning_rate: 0\.001 -> 0\.002"):
+    with pytest.raises(UserError, match=r"training\.learning_rate: 0\.001 -> 0\.002"):
         train(short, progress=False, **{"training.learning_rate": 2e-3})
 
 

@@ -131,6 +131,12 @@ def test_a_name_tells_that_its_value_is_a_credential(name: str, value: str):
     [
         ("model.revision", HEX + HEX + HEX[:8]),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("WANDB_NAME", "llama3-8b-r16-a32-v2"),
+        ("WANDB_RUN_ID", "0123456789abcdef0123456789abcdef"),
+        ("tokenizer_revision", "3f2a9c1b7d5e8f0a6b4c2d1e9f8a7b6c5d4e3f2a"),
+        ("tokens_file", "/data/x1b2/c3d4/e5f6"),
+        ("name", "xai-attribution-study-of-llama-3-models"),
+        ("name", "wandb_llamafinetuningexperiment"),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/google/key-2.json"),
         ("provider.token_file", "~/.ray/auth_token"),
         ("RAY_AUTH_MODE", "token"),

@@ -109,7 +109,14 @@ def use(folder: Path) -> None:
 
 
 def fault(call: Callable[[], None]) -> str:
-    """What is wrong with how a call ended; empty if it came to its end, or to a typed error, within a second."""
+    """What is wrong with how a call ended; empty if it came to its end, or to a typed error, within a second.
+
+    One that takes longer is made again: the first may have imported what transformers imports late.
+    """
+    return _fault(call) and _fault(call)
+
+
+def _fault(call: Callable[[], None]) -> str:
     began = time.process_time()
     try:
         call()

@@ -15,10 +15,13 @@ from tests.tiny import tiny_tokenizer
 USUAL = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 SLOW = {
     "loop of loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "doubled text": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99999) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "recursion of two": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
 }
 LARGE = {
+    "doubled text": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "doubled sum": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "doubled block": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set b %}{{ n.s }}{{ n.s }}{% endset %}"
+    "{% set n.s = b %}{% endfor %}",
     "power": "{{ 10 ** (10 ** 9) }}",
     "product": "{{ (10 ** 1000) * (10 ** 1000) }}",
     "repeated text": "{{ 'x' * 10 ** 11 }}",
@@ -58,7 +61,7 @@ def test_a_template_without_end_is_ended_after_two_seconds_of_its_own_time(kind:
     began = time.process_time()
     with pytest.raises(DataError, match=r"^the chat template takes more than .* to render a chat. Set data.template"):
         opened(SLOW[kind] + USUAL)
-    assert time.process_time() - began < SECONDS + 8  # the doubled texts take their memory before they are seen
+    assert time.process_time() - began < 3 * SECONDS  # a busy machine takes more time for what is done once
 
 
 @pytest.mark.parametrize("kind", LARGE)
@@ -66,7 +69,7 @@ def test_a_step_that_makes_too_much_is_refused_before_it_is_done(kind: str):
     began = time.process_time()
     with pytest.raises(DataError, match="the chat template makes too much in one step"):
         opened(LARGE[kind] + USUAL)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < SECONDS  # which would end it, too, and with other words
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -123,7 +126,8 @@ def test_threads_are_ended_each_for_itself_and_go_on_afterwards():
 def test_ordinary_steps_are_as_they_were():
     template = (
         "{{ 'ab' * 3 }}|{{ 2 ** 10 }}|{{ 7 % 3 }}|{{ '%5d' % 7 }}|{{ '{:>4}'.format('x') }}|{{ 'x' | center(3) }}|"
-        "{{ {'a': 'é'} | tojson(indent=2) }}|{{ 'a-b'.replace('-', '+') }}|{{ ', '.join(['a', 'b']) }}|{{ 'a\nb' | indent(2) }}"
+        "{{ {'a': 'é'} | tojson(indent=2) }}|{{ 'a-b'.replace('-', '+') }}|{{ ', '.join(['a', 'b']) }}|{{ 'a\nb' | indent(2) }}|"
+        "{{ 'until 20240630 %s' % 'x' }}|{{ 'id 20240630: {}'.format('x') }}|{{ 'abc' | truncate(200000) }}"
     )
     rendered = Renderer(tiny_tokenizer(), template).one(Job([]))
-    assert rendered == 'ababab|1024|1|    7|   x| x |{\n  "a": "é"\n}|a+b|a, b|a\n  b'
+    assert rendered == 'ababab|1024|1|    7|   x| x |{\n  "a": "é"\n}|a+b|a, b|a\n  b|until 20240630 x|id 20240630: x|abc'
