@@ -93,15 +93,14 @@ class _Group(WorkerGroup):
         super().shutdown()
 
     def _ask_around(self) -> None:
-        """Write down where each rank is that still answers."""
+        """Write down where each rank is that still answers; null: it does, and trains no more."""
         asked: dict[Any, int] = {worker.execute_async(whereabouts): rank for rank, worker in enumerate(self.get_workers())}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_TIMEOUT_S)
         found = {}
         for task in answered:
             with suppress(RayError):  # the lost ones
                 where = ray.get(task)
-                if where is not None:
-                    found[str(asked[task])] = asdict(where)
+                found[str(asked[task])] = None if where is None else asdict(where)
         with suppress(RaytuneError):  # what made the run fail may be the storage itself
             write_json(self._run.folder.whereabouts(self._run.attempt), found)
 

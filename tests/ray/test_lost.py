@@ -19,8 +19,13 @@ from ray.cluster_utils import Cluster
 
 from raytune.api import train
 from raytune.launch import cluster as launch_cluster
+from raytune.launch.attempts import NODE_LOST, WORKER_DIED
+from raytune.launch.causes import first_failure
+from raytune.launch.places import Place, write_places
 from raytune.launch.run import RunFailedError
 from raytune.metrics import History, read_events
+from raytune.run_folder import RunFolder
+from raytune.storage import write_json
 from tests.ray.conftest import running_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -104,6 +109,26 @@ def test_a_lost_node_is_named_with_its_rank_and_so_is_what_its_place_is_waited_f
     last = str(caught.value).splitlines()[-1]
     assert no_room in last
     assert lost in last
+
+
+def test_a_survivor_that_tells_before_ray_does_is_not_taken_for_the_cause(tmp_path: Path) -> None:
+    """How an attempt looks whose rank was lost a moment ago: a broken connection, and a rank that says nothing."""
+    folder = RunFolder(str(tmp_path), "told")
+    broken = "[pair.cc:537] Read error [192.0.2.9]:1: Connection reset by peer"
+    record = {"rank": 0, "node": "h", "kind": "RuntimeError", "message": broken, "traceback": broken, "time": 0.0}
+    write_json(folder.failure(1, 0), record)
+    with running_cluster([1, 1]) as cluster:
+        here, other = cluster.head_node, next(iter(cluster.worker_nodes))
+        places = enumerate((here, other))
+        write_places(folder, 1, {rank: Place(host="h", address="192.0.2.9", node_id=at.node_id, pid=1) for rank, at in places})
+        ray.init(address=cluster.address, log_to_driver=False)
+        process_lost = first_failure(folder, 1, RuntimeError("training failed"))
+        os.kill(other.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        node_lost = first_failure(folder, 1, RuntimeError("training failed"))
+    assert (process_lost.rank, process_lost.kind, process_lost.collateral) == (1, WORKER_DIED, (0,))
+    assert process_lost.message == "rank 1 ended without a word"
+    assert (node_lost.rank, node_lost.kind, node_lost.collateral) == (1, NODE_LOST, (0,))
+    assert node_lost.message.endswith("was lost, with rank 1")
 
 
 def test_workers_whose_process_group_fails_leave_their_gpus_to_the_next_attempt(tmp_path: Path) -> None:
