@@ -93,7 +93,7 @@ def test_a_lost_node_is_named_with_its_rank_and_so_is_what_its_place_is_waited_f
     cluster: Cluster, tmp_path: Path, quick_silence: None
 ) -> None:
     run = tmp_path / "node"
-    other = next(node for node in cluster.list_all_nodes() if node.node_id != cluster.head_node.node_id)
+    other = next(node for node in cluster.list_all_nodes() if not node.head)
 
     def lose() -> None:
         os.kill(other.all_processes["raylet"][0].process.pid, signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_a_survivor_that_tells_before_ray_does_is_not_taken_for_the_cause(tmp_pa
     record = {"rank": 0, "node": "h", "kind": "RuntimeError", "message": broken, "traceback": broken, "time": 0.0}
     write_json(folder.failure(1, 0), record)
     with running_cluster([1, 1]) as cluster:
-        here, other = cluster.head_node, next(iter(cluster.worker_nodes))
+        here, other = sorted(cluster.list_all_nodes(), key=lambda node: not node.head)
         places = enumerate((here, other))
         write_places(folder, 1, {rank: Place(host="h", address="192.0.2.9", node_id=at.node_id, pid=1) for rank, at in places})
         ray.init(address=cluster.address, log_to_driver=False)
