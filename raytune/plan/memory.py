@@ -415,8 +415,9 @@ def _linear_input_bytes(work: Workload) -> float:
     shape, width = work.shape, BYTES[work.precision]
     shared = 2 * shape.hidden * width
     if not isinstance(work.adapter, LoraAdapter):
-        # All but the last of attention and of the MLP read from the stream.
-        num_readers = sum(module.is_linear for module in shape.layer) - 2
+        # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
+        readers = [module for module in shape.layer if module.is_linear or module.kind == "router"]
+        num_readers = len(readers) - (2 if shape.intermediate > shape.expert_width else 1)
         return num_readers * shape.hidden * width if work.weight_dtype != work.precision else shared
     cast = work.trained.target_inputs * width / shape.num_layers
     inner = work.trained.target_ranks * width / shape.num_layers
