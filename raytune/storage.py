@@ -1,7 +1,7 @@
 """Bytes of a run, on a local disk or behind an fsspec URL (s3:// gs:// abfs:// memory://): the same few verbs for both.
 
 Nothing that was uploaded counts before it was read back: `pyarrow.fs.copy_files` reports success for uploads that the server
-refused (FAULTS.md, fact 1). A missing file is FileNotFoundError from every verb; a server that does not answer is never taken
+refused (docs/facts.md). A missing file is FileNotFoundError from every verb; a server that does not answer is never taken
 for a missing file, since a run would then start from scratch beside its own checkpoints.
 """
 
