@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import raytune
-from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
+from raytune.clusters.working_dir import contents, named_by, pack, path_in_job, rows_named_by
 from raytune.config.load import as_one_run
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
@@ -76,7 +76,7 @@ def prepare_submission(
             f"node sees, or a bucket: storage=/shared/runs, storage=s3://bucket/runs."
         )
     inside = [path_in_job(working_dir, file) for file in files]
-    packed = contents(working_dir, named_by(config))
+    packed = contents(working_dir, named_by(config), rows_named_by(config))
     missing = [file for file in inside if file not in packed.files]
     if missing:
         raise UserError(
