@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 _NOT_WITHIN = r"(?<![A-Za-z0-9_])"
 _ENDS = r"(?![A-Za-z0-9_])"
@@ -53,10 +54,15 @@ _ALNUM, _WORD, _HEX = "A-Za-z0-9", "A-Za-z0-9_-", "0-9a-f"
 _NO_PLACEHOLDER = r"[^\s/@:\"'<>{}$`,;|\\]"
 _ASSIGNED = r"[:=,]>?\s*\\*[\"']?([A-Za-z0-9+/=_.~-]{16,})"
 _QUOTED_KEY = r"(?<=[\"'])[A-Za-z0-9/+]{40}(?=[\"'\\])"
-_SECRET_NAME = (
-    r"(?i)(?:secret|passw(?:or)?d|passphrase|pwd|token(?!iz|s|_(?:file|path|dir|ids?|count|limit|type))|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|auth[_-]?key"
-    r"|client[_-]?key[_-]?data|credentials?|\"auth|wandb\w*key)\w*\\*[\"']?\s*$"
+_NAME = r"([A-Za-z0-9_.-]+)\\*[\"']?\s*$"
+_WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+"
+_SECRET_WORDS = (
+    r"[a-z]*(?:password|secret|token)|secrets|passwd|passphrase|pwd|credentials?|(?:api|access|private|secret|auth|account)key"
 )
+_SECRET_KEYS = {"api", "access", "private", "secret", "auth", "account", "encryption", "ssh", "wandb"}
+"""What a key is one of, so that it is secret."""
+_OF_FILES_AND_COUNTS = {"path", "file", "dir", "folder", "ids", "count", "limit", "type", "length", "name", "mode"}
+"""Last words of names whose value is not the secret itself."""
 _LONGEST_NAME = 48
 _PARAMETERS = (
     r"(?:access_?key(?:_?id)?|secret(?:_?(?:access_?)?key)?|api_?key|(?:access_|auth_|id_|session_)?token|password|passwd|pwd|sig"
@@ -180,6 +186,20 @@ def find_secret_value(name: str, value: str) -> Secret | None:
     return Secret(in_context.kind, in_context.shown, 0, len(value)) if in_context else None
 
 
+def is_secret_name(name: str) -> bool:
+    """Whether what has this name is a secret: HF_TOKEN, apiKey, AWS_SECRET_ACCESS_KEY, PGPASSWORD, client-key-data, but neither
+    TOKENIZERS_PARALLELISM nor token_count, nor HF_TOKEN_PATH, which names a file."""
+    words = [word.lower() for word in _compiled(_WORDS).findall(name)]
+    if not words or words[-1] in _OF_FILES_AND_COUNTS or words[-2:] == ["token", "id"]:
+        return False
+    return (
+        any(_compiled(_SECRET_WORDS).fullmatch(word) for word in words)
+        or any(kind in _SECRET_KEYS and key == "key" for kind, key in pairwise(words))
+        or words[-1] in ("auth", "authtoken")
+        or words[-3:] == ["client", "key", "data"]
+    )
+
+
 def redacted(text: str) -> str:
     """A text without what looks like a credential."""
     pieces, at = [], 0
@@ -202,7 +222,8 @@ def _all_in(text: str) -> Iterator[Secret]:
                 yield Secret(rule.kind, groups[0] if groups else "", match.start(), match.end(), is_certain)
     for match in _compiled(_ASSIGNED).finditer(text):
         before = max(0, match.start() - _LONGEST_NAME), match.start()
-        if looks_drawn(match[1]) and _compiled(_SECRET_NAME).search(text, *before):
+        name = _compiled(_NAME).search(text, *before)
+        if name and looks_drawn(match[1]) and is_secret_name(name[1]):
             yield Secret("a secret", "", match.start(1), match.end())
     for match in _compiled(_QUOTED_KEY).finditer(text):
         if _is_cloud_key(match[0]):

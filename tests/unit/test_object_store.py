@@ -278,8 +278,6 @@ def test_a_web_page_in_the_place_of_a_store_is_called_that(read: Callable[[], An
     server = ThreadingHTTPServer(("127.0.0.1", 0), WebServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     use_address(f"http://127.0.0.1:{server.server_port}", monkeypatch)
-    with pytest.raises(
-        UserError, match=r'a web page called "Welcome to the guest network" and no .*AWS_ENDPOINT_URL'
-    ):
+    with pytest.raises(UserError, match=r'a web page called "Welcome to the guest network" and no .*AWS_ENDPOINT_URL'):
         read()
     server.shutdown()
