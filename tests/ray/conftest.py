@@ -57,7 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     other's way."""
     kinds: dict[str, int] = {}
     for item in items:
-        asked = getattr(item, "fixturenames", ())
+        has_own = hasattr(getattr(item, "module", None), "cluster")
+        asked = () if has_own else getattr(item, "fixturenames", ())
         kind = 2 if "cluster" in asked else 1 if "one_node" in asked else 0
         file = item.nodeid.partition("::")[0]
         kinds[file] = max(kinds.get(file, 0), kind)

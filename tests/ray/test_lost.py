@@ -44,7 +44,7 @@ def config(cluster: Cluster, storage: Path, name: str, **of_cluster: Any) -> dic
 
 
 @pytest.fixture(scope="module")
-def doomed() -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """One that no other file has, since a node of it is lost."""
     with running_cluster(cpus_of_nodes=[1, 1]) as started:
         yield started
@@ -79,12 +79,12 @@ def places(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_a_rank_that_hangs_is_named_with_the_step_in_which_the_others_wait_for_it(
-    doomed: Cluster, tmp_path: Path, quick_silence: None
+    cluster: Cluster, tmp_path: Path, quick_silence: None
 ) -> None:
     run = tmp_path / "hung"
     when_it_steps(run / "metrics.jsonl", lambda: os.kill(places(run)["1"]["pid"], signal.SIGSTOP))
     with pytest.raises(RunFailedError, match=r"WorkerHung: rank 1 hung") as caught:
-        train(config(doomed, tmp_path, "hung", max_failures=0), progress=False)
+        train(config(cluster, tmp_path, "hung", max_failures=0), progress=False)
     assert caught.value.exit_code == 10
     last = str(caught.value).splitlines()[-1]
     assert "rank 0 waits for the others in step" in last
@@ -92,17 +92,17 @@ def test_a_rank_that_hangs_is_named_with_the_step_in_which_the_others_wait_for_i
 
 
 def test_a_lost_node_is_named_with_its_rank_and_so_is_what_its_place_is_waited_for(
-    doomed: Cluster, tmp_path: Path, quick_silence: None
+    cluster: Cluster, tmp_path: Path, quick_silence: None
 ) -> None:
     run = tmp_path / "node"
-    other = next(node for node in doomed.list_all_nodes() if node.node_id != doomed.head_node.node_id)
+    other = next(node for node in cluster.list_all_nodes() if node.node_id != cluster.head_node.node_id)
 
     def lose() -> None:
         os.kill(other.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
     when_it_steps(run / "metrics.jsonl", lose)
     with pytest.raises(RunFailedError) as caught:
-        train(config(doomed, tmp_path, "node", placement="strict_spread", start_timeout="10s"), progress=False)
+        train(config(cluster, tmp_path, "node", placement="strict_spread", start_timeout="10s"), progress=False)
     assert caught.value.exit_code == 10
     rank = next(rank for rank, place in places(run).items() if place["node_id"] == other.node_id)
     lost, no_room = causes(run)
