@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 _NOT_WITHIN = r"(?<![A-Za-z0-9_])"
 _ENDS = r"(?![A-Za-z0-9_])"
@@ -24,6 +25,8 @@ class _Rule:
     """Its first group, where it has one, may be shown."""
     needs_chance: bool = False
     """Whether the last group must look like drawn at random: the pattern alone fits ordinary text, too."""
+    may_be_a_sample: bool = False
+    """Whether texts that only speak of such things hold it too, as documentation and answers about code do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Secret:
     """As much of it as may be said; may be empty."""
     start: int
     stop: int
+    is_certain: bool = False
+    """Whether it has a form that a service gives its own, and no sample has: letters as if drawn at random behind it."""
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.shown}...)" if self.shown else self.kind
@@ -49,10 +54,15 @@ _ALNUM, _WORD, _HEX = "A-Za-z0-9", "A-Za-z0-9_-", "0-9a-f"
 _NO_PLACEHOLDER = r"[^\s/@:\"'<>{}$`,;|\\]"
 _ASSIGNED = r"[:=,]>?\s*\\*[\"']?([A-Za-z0-9+/=_.~-]{16,})"
 _QUOTED_KEY = r"(?<=[\"'])[A-Za-z0-9/+]{40}(?=[\"'\\])"
-_SECRET_NAME = (
-    r"(?i)(?:secret|passw(?:or)?d|passphrase|pwd|token(?!iz|s|_(?:file|path|dir|ids?|count|limit|type))|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|auth[_-]?key"
-    r"|client[_-]?key[_-]?data|credentials?|\"auth|wandb\w*key)\w*\\*[\"']?\s*$"
+_NAME = r"([A-Za-z0-9_.-]+)\\*[\"']?\s*$"
+_WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+"
+_SECRET_WORDS = (
+    r"[a-z]*(?:password|secret|token)|secrets|passwd|passphrase|pwd|credentials?|(?:api|access|private|secret|auth|account)key"
 )
+_SECRET_KEYS = {"api", "access", "private", "secret", "auth", "account", "encryption", "ssh", "wandb"}
+"""What a key is one of, so that it is secret."""
+_OF_FILES_AND_COUNTS = {"path", "file", "dir", "folder", "ids", "count", "limit", "type", "length", "name", "mode"}
+"""Last words of names whose value is not the secret itself."""
 _LONGEST_NAME = 48
 _PARAMETERS = (
     r"(?:access_?key(?:_?id)?|secret(?:_?(?:access_?)?key)?|api_?key|(?:access_|auth_|id_|session_)?token|password|passwd|pwd|sig"
@@ -80,6 +90,7 @@ _RULES = (
         "a webhook",
         ("hooks.slack.com/services/", "/api/webhooks/"),
         r"(?:hooks\.slack\.com/services|/api/webhooks)/\w+/[\w/-]{8,}",
+        may_be_a_sample=True,
     ),
     _Rule(
         "an API key",  # of OpenAI, Anthropic, OpenRouter; a bare sk- may be Slovak
@@ -88,7 +99,12 @@ _RULES = (
     ),
     _prefixed("a W&B API key", "wandb_v1_ wandb_", _ALNUM, 20, needs_chance=True),
     _Rule("a W&B API key", ("wandb",), rf"(wandb)\.login\([^)]*[\"'][{_HEX}]{{40}}"),
-    _Rule("a JSON web token", ("eyJ",), rf"(?<![{_WORD}])(eyJ)[{_WORD}]{{10,}}\.eyJ[{_WORD}]{{10,}}\.[{_WORD}]{{5,}}"),
+    _Rule(
+        "a JSON web token",
+        ("eyJ",),
+        rf"(?<![{_WORD}])(eyJ)[{_WORD}]{{10,}}\.eyJ[{_WORD}]{{10,}}\.[{_WORD}]{{5,}}",
+        may_be_a_sample=True,
+    ),
     _prefixed("a Neptune token", "eyJhcGlf", "A-Za-z0-9+/=", 20),
     _prefixed("an npm token", "npm_", _ALNUM, 30),
     _Rule("an npm token", (":_authToken", ":_password", "_auth"), r"(_authToken|_auth|_password)\s*=\s*[^\s${}]{8,}"),
@@ -119,6 +135,7 @@ _RULES = (
         "an account of Google Cloud",
         ("service_account", "authorized_user", "external_account"),
         r"\"type\"\s*:\s*\\*\"(?:service_account|authorized_user|external_account)\\*\"",
+        may_be_a_sample=True,
     ),
     _Rule("an Azure key", ("AccountKey=", "SharedAccessKey="), r"((?:Account|SharedAccess)Key=)[A-Za-z0-9+/%]{20,}"),
     _Rule("an Azure account key", ("==",), r"(?<![A-Za-z0-9+/=-])[A-Za-z0-9+/]{86}==(?![A-Za-z0-9+/=])"),
@@ -127,17 +144,31 @@ _RULES = (
         "a URL with a password",
         ("://",),
         rf"([a-zA-Z][a-zA-Z0-9+.-]*://){_NO_PLACEHOLDER}*:(?!\d{{1,5}}(?:/|$|\s)){_NO_PLACEHOLDER}[^\s@:\"'<>{{}}$`,|\\]*@",
+        may_be_a_sample=True,
     ),
-    _Rule("a URL with a user", ("://",), rf"((?:https?|s3[an]?|gs|gcs|ftps?)://)(?!git@){_NO_PLACEHOLDER}+@"),
-    _Rule("a URL with a credential", ("?", "&"), rf"(?i)[?&]({_PARAMETERS}=)[^&\s\"'{{}}$<>`]{{6,}}"),
-    _Rule("a login", ("bearer ", "basic "), r"(?i)\b(bearer|basic) ([A-Za-z0-9+/=_.~-]{16,})", needs_chance=True),
-    _Rule("a password", ("machine ",), r"(machine)\s+\S+\s+login\s+\S+\s+password\s+\S+"),
+    _Rule(
+        "a URL with a user", ("://",), rf"((?:https?|s3[an]?|gs|gcs|ftps?)://)(?!git@){_NO_PLACEHOLDER}+@", may_be_a_sample=True
+    ),
+    _Rule("a URL with a credential", ("?", "&"), rf"(?i)[?&]({_PARAMETERS}=)[^&\s\"'{{}}$<>`]{{6,}}", may_be_a_sample=True),
+    _Rule(
+        "a login",
+        ("bearer ", "basic "),
+        r"(?i)\b(bearer|basic) ([A-Za-z0-9+/=_.~-]{16,})",
+        needs_chance=True,
+        may_be_a_sample=True,
+    ),
+    _Rule("a password", ("machine ",), r"(machine)\s+\S+\s+login\s+\S+\s+password\s+\S+", may_be_a_sample=True),
 )
 
 
 def find_secret(text: str) -> Secret | None:
     """The first thing in a text, by place, that looks like a credential."""
     return min(_all_in(text), key=lambda found: found.start, default=None)
+
+
+def find_secrets(text: str) -> list[Secret]:
+    """Everything in a text that looks like a credential, by place."""
+    return sorted(_all_in(text), key=lambda found: found.start)
 
 
 def find_secret_value(name: str, value: str) -> Secret | None:
@@ -153,6 +184,20 @@ def find_secret_value(name: str, value: str) -> Secret | None:
         return Secret("the secret key of a cloud", "", 0, len(value))
     in_context = find_secret(f"{name}={value}")
     return Secret(in_context.kind, in_context.shown, 0, len(value)) if in_context else None
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what has this name is a secret: HF_TOKEN, apiKey, AWS_SECRET_ACCESS_KEY, PGPASSWORD, client-key-data, but neither
+    TOKENIZERS_PARALLELISM nor token_count, nor HF_TOKEN_PATH, which names a file."""
+    words = [word.lower() for word in _compiled(_WORDS).findall(name)]
+    if not words or words[-1] in _OF_FILES_AND_COUNTS or words[-2:] == ["token", "id"]:
+        return False
+    return (
+        any(_compiled(_SECRET_WORDS).fullmatch(word) for word in words)
+        or any(kind in _SECRET_KEYS and key == "key" for kind, key in pairwise(words))
+        or words[-1] in ("auth", "authtoken")
+        or words[-3:] == ["client", "key", "data"]
+    )
 
 
 def redacted(text: str) -> str:
@@ -173,19 +218,31 @@ def _all_in(text: str) -> Iterator[Secret]:
         for match in _compiled(rule.pattern).finditer(text):
             groups = match.groups()
             if not rule.needs_chance or looks_drawn(groups[-1]):
-                yield Secret(rule.kind, groups[0] if groups else "", match.start(), match.end())
+                is_certain = not rule.may_be_a_sample and _is_no_sample(text, match)
+                yield Secret(rule.kind, groups[0] if groups else "", match.start(), match.end(), is_certain)
     for match in _compiled(_ASSIGNED).finditer(text):
         before = max(0, match.start() - _LONGEST_NAME), match.start()
-        if looks_drawn(match[1]) and _compiled(_SECRET_NAME).search(text, *before):
+        name = _compiled(_NAME).search(text, *before)
+        if name and looks_drawn(match[1]) and is_secret_name(name[1]):
             yield Secret("a secret", "", match.start(1), match.end())
     for match in _compiled(_QUOTED_KEY).finditer(text):
         if _is_cloud_key(match[0]):
-            yield Secret("the secret key of a cloud", "", match.start(), match.end())
+            yield Secret("the secret key of a cloud", "", match.start(), match.end(), _is_no_sample(text, match))
 
 
 @lru_cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
+
+
+def _is_no_sample(text: str, match: re.Match[str]) -> bool:
+    """Whether what was found, or the key that begins behind it, is as nobody writes it by hand."""
+    if match[0].startswith("-----BEGIN"):
+        key = _compiled(r"(?:\s|\\+[nr])*([A-Za-z0-9+/=]{40,})").match(text, match.end())
+        return key is not None and looks_drawn(key[1])
+    shown = next(iter(match.groups()), "") or ""
+    own = match[0].removeprefix(shown)
+    return looks_drawn(own) and not _compiled(r"(?i)example|sample|dummy|your|xxx|1234567|abcdef").search(own)
 
 
 def looks_drawn(text: str) -> bool:

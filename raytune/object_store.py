@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from raytune.errors import ClusterError, RaytuneError, UserError
 from raytune.local_files import FULL, disk_full
 from raytune.missing import OPTIONAL, install_command
+from raytune.printable import in_a_line
 from raytune.units import MIB
 
 # What a storage service is given to come back before a run fails with "retry later". The other ranks wait in a collective
@@ -271,6 +272,22 @@ def _in_a_line(error: Exception) -> str:
     text = "".join(c if c.isprintable() else " " for c in _USER_INFO.sub("", f"{type(error).__name__}: {error}"))
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
+
+
+def refuse_web_page(name: str, content: bytes) -> None:
+    """Refuse a page in the place of a file: what answers is no store, but a web server, a proxy or a page to log in at.
+
+    Raises:
+        UserError: if the file is none of ours that is a page.
+    """
+    start = content[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html")) and not name.endswith(".html"):
+        title = re.search(rb"<title[^>]*>([^<]{1,200})", content, re.IGNORECASE)
+        called = f' called "{in_a_line(title[1].decode(errors="replace"), 80)}"' if title else ""
+        raise UserError(
+            f"What answers for {name} on {os.uname().nodename} is a web page{called} and no object store. Check its address "
+            f"(AWS_ENDPOINT_URL, or endpoint_url in fsspec's configuration), and whether a proxy or a login stands before it."
+        )
 
 
 @contextmanager

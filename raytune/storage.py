@@ -1,7 +1,7 @@
 """Bytes of a run, on a local disk or behind an fsspec URL (s3:// gs:// abfs:// memory://): the same few verbs for both.
 
 Nothing that was uploaded counts before it was read back: `pyarrow.fs.copy_files` reports success for uploads that the server
-refused (FAULTS.md, fact 1). A missing file is FileNotFoundError from every verb; a server that does not answer is never taken
+refused (docs/facts.md). A missing file is FileNotFoundError from every verb; a server that does not answer is never taken
 for a missing file, since a run would then start from scratch beside its own checkpoints.
 """
 
@@ -21,7 +21,17 @@ from typing import Any, BinaryIO, TypeVar
 
 from raytune.errors import ClusterError, UserError
 from raytune.local_files import create_file, local_errors, replace_file
-from raytune.object_store import bucket_must_exist, file_system, in_time, limit_of, moved, retry, shown, upload_must_arrive
+from raytune.object_store import (
+    bucket_must_exist,
+    file_system,
+    in_time,
+    limit_of,
+    moved,
+    refuse_web_page,
+    retry,
+    shown,
+    upload_must_arrive,
+)
 from raytune.units import MIB
 
 CHUNK_BYTES = 8 * MIB
@@ -354,7 +364,9 @@ def _content(files: Any, name: str, offset: int = 0) -> bytes:
     """What a file holds from an offset on, in one answer, so that it is never a mixture of two contents."""
     size = in_time(lambda: int(files.info(name)["size"]), limit_of(0))
     if offset == 0:
-        return in_time(lambda: files.cat_file(name), limit_of(size))
+        content = in_time(lambda: files.cat_file(name), limit_of(size))
+        refuse_web_page(name, content)
+        return content
     if size <= offset:  # to ask for bytes behind the end is an error
         return b""
     return in_time(lambda: files.cat_file(name, start=offset, end=size), limit_of(size - offset))

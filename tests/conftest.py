@@ -1,6 +1,7 @@
 """Settings of every test: no network, no GPU kernels to build, one thread, and slow tests only on demand."""
 
 import atexit
+import gc
 import os
 import sys
 from typing import Any
@@ -51,6 +52,13 @@ class FilesTogether(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return "ray" if nodeid.startswith(WITH_RAY) else nodeid.partition("::")[0]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what is imported by now from the garbage collector: DeepSpeed and others call it all the time, and it would go through
+    a million objects of libraries and tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:

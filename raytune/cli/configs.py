@@ -89,13 +89,17 @@ def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings"
         "explain training.learning_rate",
         "explain adapter",
         "explain E101",
+        "explain guides",
     )
 )
-@click.argument("subject", default="", metavar="[KEY | ERROR]")
+@click.argument("subject", default="", metavar="[KEY | ERROR | GUIDE]")
 @as_json_option
 @debug_option
 def explain(subject: str, as_json: bool) -> None:
-    """Say what a key (`training.learning_rate`), a section (`training`) or an error (`E101`) means."""
+    """Say what a key (`training.learning_rate`), a section (`training`) or an error (`E101`) means, or show a guide.
+
+    `explain guides` lists those: facts about the libraries, faults, performance, changes.
+    """
     from raytune.config.document import explain, explanation_facts
 
     say(json.dumps(explanation_facts(subject)) if as_json else explain(subject))

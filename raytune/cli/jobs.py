@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -79,18 +79,19 @@ def submit(
 
     Exit codes are those of `train` (0, 1, 2, 10); 143: the job was stopped; 130: you left it.
     """
-    from raytune.clusters import jobs
     from raytune.clusters.job_environment import runtime_environment
+    from raytune.clusters.jobs import Jobs
     from raytune.clusters.resubmission import MOST_RESUBMISSIONS, follow_to_the_end
+    from raytune.clusters.submission import prepare_submission
     from raytune.config.asked import require_named
 
     given = runtime_environment(env, runtime_env)
     files, overrides = files_and_overrides(arguments)
     config, places = load_run(files, overrides)
     require_named(config, places=places)
-    cluster = jobs.Jobs(target, insecure=insecure)
-    job, submission = jobs.submit(cluster, verb, files, overrides, working_dir=working_dir, name=name, runtime_env=given)
-    with closing(submission):
+    cluster = Jobs(target, insecure=insecure)
+    with prepare_submission(config, verb, files, overrides, working_dir=working_dir, name=name, runtime_env=given) as submission:
+        job = cluster.start(submission)
         for note in submission.notes:
             say(note, err=True)
         say(f"job {job.id} on {cluster.url}", err=True)
@@ -124,16 +125,17 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
     import time
     from dataclasses import asdict
 
-    from raytune.clusters import jobs
+    from raytune.clusters.job_progress import progress_of, status_text
+    from raytune.clusters.jobs import Jobs
 
-    cluster = jobs.Jobs(target, insecure=insecure)
+    cluster = Jobs(target, insecure=insecure)
     found = [cluster.find(name)] if name else cluster.all()
     if as_json:
-        progress = {job.id: jobs.progress_of(job) for job in found}
+        progress = {job.id: progress_of(job) for job in found}
         facts = [job.to_json() | {"progress": seen and asdict(seen)} for job in found for seen in [progress[job.id]]]
         say(json.dumps({"target": cluster.url, "jobs": facts}))
         return
-    say(jobs.status_text(found, time.time()))
+    say(status_text(found, time.time()))
     if name and found[0].message:
         say(found[0].message)
 
@@ -153,9 +155,9 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
 @debug_option
 def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tail: int | None, as_json: bool) -> None:
     """Print what a job has written; the newest job's without a name."""
-    from raytune.clusters import jobs
+    from raytune.clusters.jobs import Jobs, last_lines
 
-    cluster = jobs.Jobs(target, insecure=insecure)
+    cluster = Jobs(target, insecure=insecure)
     job = cluster.find(name)
     if follow:
         with _leaving([job.id], target):
@@ -163,7 +165,7 @@ def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tai
         if as_json:
             say(json.dumps(job.to_json()))
         click.get_current_context().exit(job.exit_code or 0)
-    text = jobs.last_lines(cluster.logs(job.id), tail)
+    text = last_lines(cluster.logs(job.id), tail)
     say(json.dumps({**job.to_json(), "logs": text}) if as_json else text, nl=as_json, is_log=not as_json)
 
 
@@ -182,9 +184,9 @@ def stop(name: str, target: str | None, insecure: bool, as_json: bool) -> None:
 
     Exit code 0: it has ended. 10: it has not yet.
     """
-    from raytune.clusters import jobs
+    from raytune.clusters.jobs import Jobs
 
-    cluster = jobs.Jobs(target, insecure=insecure)
+    cluster = Jobs(target, insecure=insecure)
     job = cluster.stop(cluster.find(name).id)
     say(json.dumps(job.to_json()) if as_json else f"job {job.id} {job.status.lower()}")
 

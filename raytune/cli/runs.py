@@ -16,15 +16,13 @@ from raytune.launch.address import named_address
 from raytune.launch.signals import ends_in_order
 
 if TYPE_CHECKING:
+    from raytune.config.model import ModelSection
     from raytune.config.problems import Place
     from raytune.config.run import RunConfig
     from raytune.plan.run_plan import RunPlan
     from raytune.sweeps.board import Board
     from raytune.sweeps.ledger import Known
     from raytune.sweeps.sweep_plan import SweepPlan
-
-if TYPE_CHECKING:
-    from raytune.config.model import ModelSection
 
 
 @click.command(
@@ -161,8 +159,8 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 
     from raytune.launch.cluster_watch import watched_cluster
     from raytune.report.sweep_page import write_sweep_page
+    from raytune.sweeps.final_table import show_sweep_result
     from raytune.sweeps.live import show_sweep
-    from raytune.sweeps.progress import show_sweep_result
     from raytune.sweeps.run import sweep
     from raytune.sweeps.winner import require_winner
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytune.config.problems import ConfigError, Place
 from raytune.config.yaml_nodes import read_nodes
-from raytune.credentials import find_secret_value
+from raytune.credentials import find_secret_value, is_secret_name
 from raytune.errors import UserError
 
 TAKEN = ("env_vars", "pip", "uv", "conda", "image_uri", "config")
@@ -19,8 +19,6 @@ OURS = ("working_dir", "py_modules", "excludes")
 """Those that raytune fills itself, with what --working-dir names."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_WORDS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
-_SECRET_KEYS = {"API", "ACCESS", "PRIVATE", "SECRET", "AUTH", "ENCRYPTION", "SSH"}
 
 
 def runtime_environment(pairs: Sequence[str], file: Path | None) -> dict[str, Any]:
@@ -63,19 +61,6 @@ def _refuse_secret(name: str, value: str) -> None:
     raise UserError(
         f"{name} looks like a secret. Everybody who reaches the dashboard can read a job's environment, so nothing was sent. Log "
         f"in on the nodes instead (`hf auth login`, a cloud role), or mount a file there and name it: HF_TOKEN_PATH=/run/token."
-    )
-
-
-def is_secret_name(name: str) -> bool:
-    """Whether a variable is called as those are that hold a secret: HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD, but neither
-    TOKENIZERS_PARALLELISM nor HF_TOKEN_PATH, which names a file."""
-    words = name.upper().split("_")
-    if words[-1] in ("PATH", "FILE", "DIR"):
-        return False
-    return bool(
-        _SECRET_WORDS.intersection(words)
-        or words[-1].endswith(("PASSWORD", "TOKEN", "SECRET"))
-        or (words[-1] == "KEY" and _SECRET_KEYS.intersection(words))
     )
 
 

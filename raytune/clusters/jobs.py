@@ -1,45 +1,35 @@
 """Jobs of a cluster that is elsewhere: submit, look, read logs, stop. What `ray job` does, with raytune's exit codes.
 
-A job is `python launch.py train ...` in a working directory of its own on the cluster. A target is where a cluster's dashboard
-listens: on this machine, or at the end of a tunnel (`ray dashboard`, `kubectl port-forward`), or behind HTTPS.
+A job is `python launch.py train ...` in a working directory of its own on the cluster.
 """
 
 import asyncio
-import ipaddress
 import logging
 import os
-import secrets
-import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
-import requests
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.dashboard.utils import ray_address_to_api_server_url
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-import raytune
-from raytune.clusters.dashboard import refuse_what_is_no_dashboard
-from raytune.clusters.job import Job, progress_of
+from raytune.clusters.dashboard import (
+    answered,
+    dashboard_url,
+    named_target,
+    no_other_address,
+    refuse_open,
+    refuse_what_is_no_dashboard,
+)
+from raytune.clusters.job import Job, is_ours, meant
 from raytune.clusters.submission import Submission
-from raytune.clusters.working_dir import contents, named_by, pack, path_in_job
-from raytune.config.load import as_one_run, load_config
 from raytune.errors import ClusterError, UserError
-from raytune.printable import first_line
-from raytune.storage import is_local
+from raytune.printable import in_a_line
 from raytune.token_file import close_token, token_path
 from raytune.units import format_seconds
-
-LOCAL = "local"
-ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Where a target may be named, first found first; `ray job` reads the same."""
 
 # A run that is asked to end closes its workers, within 20 s, and its record; Ray kills it after 3 s by default. It also waits
 # this long in vain where nobody buries dead processes, as in a container without an init.
@@ -62,57 +52,6 @@ _BROKEN = (ClusterError, RuntimeError, OSError, aiohttp.ClientError)
 _log = logging.getLogger(__name__)
 
 
-# --- Where -------------------------------------------------------------------------------------------------------------------
-
-
-def named_target(target: str | None, environ: Mapping[str, str]) -> str:
-    """The target that an option or the environment names: `local`, a URL, or a Ray address from the environment.
-
-    Raises:
-        UserError: if the option is neither.
-    """
-    if target is None or target == "auto":
-        return next((environ[name] for name in ENVIRONMENT if environ.get(name)), LOCAL)
-    if target == LOCAL or (target.startswith(("http://", "https://")) and urlsplit(target).hostname):
-        return target.rstrip("/")
-    hint = f" Did you mean http://{target}?" if "://" not in target else ""
-    raise UserError(f"Target {target!r} is neither local, auto, nor an http:// or https:// address of a dashboard.{hint}")
-
-
-def refuse_open(url: str, *, has_token: bool, insecure: bool) -> str | None:
-    """Refuse to send code and a config over a network to a dashboard that asks nobody who they are.
-
-    Returns:
-        What is risked, where it was allowed by `insecure`; None where nothing is.
-
-    Raises:
-        UserError: where it was not.
-    """
-    host = urlsplit(url).hostname or ""
-    if url.startswith("https://") or has_token or _is_loopback(host):
-        return None
-    why = (
-        f"{url} is neither this machine nor HTTPS, and no token is set: whoever reaches that port can run code on the cluster as "
-        f"you do now, and whoever is on the way reads what you send (CVE-2023-48022)."
-    )
-    if insecure:
-        return why
-    raise UserError(
-        f"{why} Nothing was sent. Reach it through a tunnel (`ray dashboard CLUSTER.yaml`, `kubectl port-forward "
-        f"service/HEAD-SERVICE 8265`, `ssh -L 8265:localhost:8265 HEAD`) and target http://127.0.0.1:8265, or start the cluster "
-        f"with RAY_AUTH_MODE=token and have its token in ~/.ray/auth_token. --insecure goes on all the same."
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class Jobs:
     """The jobs of one cluster.
 
@@ -130,12 +69,12 @@ class Jobs:
             logging.getLogger(name).setLevel(logging.ERROR)
         close_token(token_path())
         has_token = maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        self.url = _url(named_target(target, os.environ))
+        self.url = dashboard_url(named_target(target, os.environ))
         risk = refuse_open(self.url, has_token=has_token, insecure=insecure)
         if risk:
             _log.warning("%s Going on because of --insecure.", risk)
         refuse_what_is_no_dashboard(self.url)
-        with _answered(self.url), _no_other_address():
+        with answered(self.url), no_other_address():
             self._client = JobSubmissionClient(self.url)
 
     def submit(
@@ -162,7 +101,7 @@ class Jobs:
         deadline = time.monotonic() + _START_WAIT_S
         while True:
             try:
-                with _answered(self.url):
+                with answered(self.url):
                     self._client.submit_job(
                         entrypoint=entrypoint,
                         submission_id=submission_id,
@@ -198,14 +137,14 @@ class Jobs:
             return []
         return answer.json()["data"]["result"]["result"]
 
-    def all(self) -> list["Job"]:
+    def all(self) -> list[Job]:
         """Those of raytune, the newest first."""
-        with _answered(self.url):
+        with answered(self.url):
             details = self._client.list_jobs()
-        jobs = [_job(one) for one in details if one.submission_id and _is_ours(one)]
+        jobs = [Job.of(one) for one in details if one.submission_id and is_ours(one)]
         return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
-    def find(self, name: str | None) -> "Job":
+    def find(self, name: str | None) -> Job:
         """The job that a name means.
 
         Raises:
@@ -218,9 +157,9 @@ class Jobs:
         known = ", ".join(job.id for job in jobs[:10]) or "none"
         raise UserError(f"No job {name or 'of raytune'} on {self.url}. Jobs of raytune there: {known}.")
 
-    def look(self, submission_id: str) -> "Job":
-        with _answered(self.url):
-            return _job(self._client.get_job_info(submission_id))
+    def look(self, submission_id: str) -> Job:
+        with answered(self.url):
+            return Job.of(self._client.get_job_info(submission_id))
 
     def logs(self, submission_id: str) -> str:
         """Everything that a job has written so far.
@@ -229,11 +168,11 @@ class Jobs:
             ClusterError: if it cannot be read.
         """
         try:
-            with _answered(self.url):
+            with answered(self.url):
                 return self._client.get_job_logs(submission_id)
         except RuntimeError as error:  # Ray's for every answer that is none
             raise ClusterError(
-                f"What job {submission_id} has written cannot be read ({_in_a_line(error)}): the node that it ran on may be "
+                f"What job {submission_id} has written cannot be read ({_what_ray_says(error)}): the node that it ran on may be "
                 f"gone, and its log with it. `raytune status {submission_id}` says how it ended; the run's folder has its "
                 f"metrics."
             ) from error
@@ -298,7 +237,7 @@ class Jobs:
         try:
             write(self.logs(submission_id)[seen:])
         except _BROKEN as error:
-            say(f"the end of what job {submission_id} has written is missing here ({_in_a_line(error)})")
+            say(f"the end of what job {submission_id} has written is missing here ({_what_ray_says(error)})")
 
     def _tail(self, submission_id: str, seen: int) -> Iterator[str]:
         """Pieces of a job's output from character `seen` on, until the connection ends; an empty one when it has been quiet."""
@@ -322,13 +261,13 @@ class Jobs:
                 if not piece:
                     return
 
-    def stop(self, submission_id: str, timeout_s: float = STOP_TIMEOUT_S) -> "Job":
+    def stop(self, submission_id: str, timeout_s: float = STOP_TIMEOUT_S) -> Job:
         """Ask a job to end, as SIGTERM does, and wait until it has.
 
         Raises:
             ClusterError: if it has not after `timeout_s`.
         """
-        with _answered(self.url):
+        with answered(self.url):
             self._client.stop_job(submission_id)
         deadline = time.monotonic() + timeout_s
         while not (job := self.look(submission_id)).has_ended:
@@ -345,64 +284,15 @@ def _waiting(job: Job, trouble: Exception | None) -> str:
     """A line about a job that has written nothing for a while."""
     since = format_seconds(max(0.0, time.time() - job.started)) if job.started else "a moment"
     if job.status == JobStatus.PENDING:
-        why = f": {_in_a_line(job.message)}" if job.message else ""
+        why = f": {_what_ray_says(job.message)}" if job.message else ""
         return f"job {job.id} waits for a node to run on, {since} so far, limit {format_seconds(PENDING_LIMIT_S)}{why}"
-    unread = f"; its output cannot be read ({_in_a_line(trouble)})" if trouble else ""
+    unread = f"; its output cannot be read ({_what_ray_says(trouble)})" if trouble else ""
     return f"job {job.id} is {job.status.lower()}, {since} so far{unread}"
 
 
-def _in_a_line(text: object) -> str:
-    """What Ray says, without the traceback of its own processes."""
-    return " ".join(str(text).partition("Traceback")[0].split()).rstrip(": ")[:300]
-
-
-def _url(target: str) -> str:
-    """Address of the dashboard of a target."""
-    if target.startswith(("http://", "https://")):
-        return target
-    address = "auto" if target == LOCAL else target
-    try:
-        with _no_other_address():
-            url = ray_address_to_api_server_url(address)
-    except Exception as error:  # Ray raises what it likes here: ConnectionError, ValueError, RpcError
-        where = "on this machine" if target == LOCAL else f"at {target}"
-        raise ClusterError(
-            f"No Ray cluster with a dashboard was found {where} ({type(error).__name__}: {first_line(error)}). Start "
-            f"one (`ray start --head`), or name the dashboard of another: --target http://127.0.0.1:8265. To train on this "
-            f"machine without a cluster: `raytune train`."
-        ) from error
-    return url.rstrip("/")
-
-
-@contextmanager
-def _no_other_address() -> Iterator[None]:
-    """Ray's client prefers these variables to what it is given."""
-    before = {name: os.environ.pop(name) for name in ENVIRONMENT if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-
-
-@contextmanager
-def _answered(url: str) -> Iterator[None]:
-    """Say what to do where a dashboard does not answer, or does not know us."""
-    try:
-        yield
-    except AuthenticationError as error:
-        first = first_line(error)
-        raise UserError(
-            f"{url} does not let this user in ({first}). Put the cluster's token into ~/.ray/auth_token (mode 600), or name its "
-            f"file in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token."
-        ) from error
-    except (ConnectionError, requests.exceptions.RequestException) as error:
-        raise ClusterError(
-            f"No dashboard answers at {url} ({type(error).__name__}: {first_line(error)}). Is the cluster up, and the "
-            f"tunnel to it open (`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/HEAD-SERVICE 8265`)?"
-        ) from error
-
-
-# --- What --------------------------------------------------------------------------------------------------------------------
+def _what_ray_says(text: object) -> str:
+    """In a line, without the traceback of its own processes."""
+    return in_a_line(str(text).partition("Traceback")[0]).rstrip(": ")
 
 
 def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -421,112 +311,6 @@ def entrypoint_place(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(node["resources_total"].get("CPU", 0) > 0 for node in nodes):
         return {"entrypoint_label_selector": {"ray.io/node-id": f"!{heads[0]['node_id']}"}}
     return {"entrypoint_num_cpus": _PUSH_CPUS}
-
-
-def submit(
-    jobs: Jobs,
-    verb: str,
-    files: Sequence[str],
-    overrides: Sequence[str],
-    *,
-    working_dir: Path,
-    name: str | None,
-    runtime_env: Mapping[str, Any] | None = None,
-) -> tuple[Job, Submission]:
-    """Check a config here, and start it as a job.
-
-    Args:
-        files, overrides: as `raytune train` takes them.
-        working_dir: what the job takes along.
-        name: of the job; by default the run's, and something random.
-        runtime_env: as for `Jobs.submit`.
-
-    Returns:
-        The job, and what it was started from, to be closed; its notes are to be said.
-
-    Raises:
-        UserError: before anything is sent, if the config or the folder does not allow it.
-    """
-    config = load_config(files, overrides)
-    if verb == "train":
-        as_one_run(config)
-    if is_local(config.storage) and not config.storage.startswith(("/", "~", "file:///")):
-        raise UserError(
-            f"storage is {config.storage!r}, relative to a working directory that ends with the job. Name a folder that every "
-            f"node sees, or a bucket: storage=/shared/runs, storage=s3://bucket/runs."
-        )
-    inside = [path_in_job(working_dir, file) for file in files]
-    packed = contents(working_dir, named_by(config))
-    missing = [file for file in inside if file not in packed.files]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)} would not be sent with the job: it is ignored by .gitignore or .rayignore, or looks like a "
-            f"secret or a run. Rename or move it."
-        )
-    submission = Submission(
-        id=name or f"{config.name}-{secrets.token_hex(3)}",
-        entrypoint=shlex.join([*packed.command, verb, *inside, *overrides]),
-        metadata={"raytune": raytune.__version__, "run": config.name, "storage": config.storage, "verb": verb},
-        runtime_env=dict(runtime_env or {}),
-        notes=tuple(packed.notes),
-        folder=tempfile.TemporaryDirectory(prefix="raytune-"),
-    )
-    try:
-        pack(packed, submission.package)
-        return jobs.start(submission), submission
-    except BaseException:
-        submission.close()
-        raise
-
-
-def _job(details: JobDetails) -> Job:
-    metadata = details.metadata or {}
-    return Job(
-        id=str(details.submission_id),
-        run=metadata.get("run"),
-        storage=metadata.get("storage"),
-        status=JobStatus(details.status).value,
-        message=details.message,
-        error_type=details.error_type,
-        entrypoint=details.entrypoint,
-        started=details.start_time / 1000 if details.start_time else None,
-        ended=details.end_time / 1000 if details.end_time else None,
-        driver_exit_code=details.driver_exit_code,
-        verb=metadata.get("verb"),
-    )
-
-
-def _is_ours(details: JobDetails) -> bool:
-    words = details.entrypoint.split()
-    return "raytune" in (details.metadata or {}) or any(
-        word.endswith("launch.py") or word in ("raytune", "raytune.cli") for word in words
-    )
-
-
-def meant(jobs: Sequence[Job], name: str | None) -> Job | None:
-    """The job of that name; of the run of that name the one that has not ended, else the newest; without a name alike, of all.
-
-    Args:
-        jobs: the newest first.
-    """
-    named = [job for job in jobs if name is not None and name == job.id]
-    of_run = named or [job for job in jobs if name is None or name == job.run]
-    return next((job for job in of_run if not job.has_ended), next(iter(of_run), None))
-
-
-def status_text(jobs: Sequence[Job], now: float) -> str:
-    """One line per job: name, status, age, run, and how far the run is where its folder can be seen."""
-    if not jobs:
-        return "no jobs of raytune"
-    rows = [("job", "status", "since", "run", "step")]
-    for job in jobs:
-        progress = progress_of(job)
-        step = str(progress) if progress else "-"
-        since = format_seconds(max(0.0, (job.ended or now) - job.started)) if job.started else "-"
-        code = f" ({job.exit_code})" if job.exit_code not in (None, 0) else ""
-        rows.append((job.id, job.status.lower() + code, since, job.run or "-", step))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def last_lines(text: str, num_lines: int | None) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_excludes_from_ignore_files
 
 from raytune.config.run import RunConfig
-from raytune.credentials import find_secret
+from raytune.credentials import find_secrets
 from raytune.errors import UserError
 from raytune.local_files import local_errors
 from raytune.plan.base_model import DEMO
@@ -77,6 +77,8 @@ class Contents:
     """Left out: run folders, stores, checkpoints and environments, which a job cannot use there."""
     unnamed: tuple[str, ...]
     """Left out: neither code nor named by the config."""
+    samples: dict[str, str]
+    """Rows that are sent although they hold what looks like a secret, and what: texts to be learned from show samples of such."""
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -87,6 +89,10 @@ class Contents:
     def notes(self) -> list[str]:
         """What a user should know before the files are sent, a line each."""
         lines = [f"left out: {name} ({reason})" for name, reason in self.refused.items()]
+        lines += [
+            f"{name}{what}: sent, because rows may show samples of such. If it is real, stop the job and change it"
+            for name, what in self.samples.items()
+        ]
         if self.unnamed:
             named = f"{', '.join(self.unnamed[:_NUM_NAMED])}{_and_more(self.unnamed)}"
             lines.append(f"left out, neither code nor named by the config: {named}")
@@ -109,37 +115,42 @@ class _Left:
     runs: list[str] = field(default_factory=list)
 
 
-def contents(folder: Path, named: Iterable[str] | None = None) -> Contents:
+def contents(folder: Path, named: Iterable[str], rows: Iterable[str] = ()) -> Contents:
     """Choose what a job takes along from a working directory; .gitignore and .rayignore count as they do for `ray job submit`.
 
     Args:
         named: files, folders and globs that the job's config names, as `named_by` gives them: of these and of code, all is taken.
-            None: whatever is no run, cache or secret.
+        rows: those of them that are rows to train on or to answer, as `rows_named_by` gives them.
 
     Raises:
-        UserError: if the folder is none, or what is named cannot be sent.
+        UserError: if the folder is none, or what is named cannot be sent: rows where they hold a credential that is no sample,
+            other files where they hold what looks like one.
     """
     if not folder.is_dir():
         raise UserError(f"The working directory {folder} is not a folder. Name one that holds the config: --working-dir FOLDER.")
     root, left = folder.resolve(), _Left()
     with local_errors(folder):
         found = dict(_walk(folder, "", root, (), frozenset(), left))
-        asked = {} if named is None else _named_files(folder, root, named, found)
-        is_code = {name: named is None or name in asked or _is_code(folder, name, path) for name, path in found.items()}
+        asked = _named_files(folder, root, named, found)
+        of_rows, samples = _named_files(folder, root, rows, found), {}
+        is_code = {name: name in asked or _is_code(folder, name, path) for name, path in found.items()}
         files = asked | {name: path for name, path in found.items() if is_code[name]}
         for name, path in list(files.items()):
-            if secret := _secret_in(path):
+            if secret := _secret_in(path, may_show_samples=name in of_rows):
+                if name in of_rows and not secret.is_certain:
+                    samples[name] = str(secret)
+                    continue
                 if name in asked:
                     raise UserError(
                         f"{name}{secret}. The config names it, but a job's files lie readable on every node; nothing was sent. "
                         f"{_WHERE_ELSE}, take the secret out, or put the file where the nodes see it and only you."
                     )
-                left.refused[name] = f"line {secret.removeprefix(':')}"
+                left.refused[name] = secret.reason
                 del files[name]
         unnamed = [name for name in found if not is_code[name]]
         for name in [name for name in unnamed if found[name].stat().st_size <= _CODE_UP_TO]:
             if secret := _secret_in(found[name]):
-                left.refused[name] = f"line {secret.removeprefix(':')}"
+                left.refused[name] = secret.reason
         if "raytune/__init__.py" not in files:  # a folder with a config alone: the code comes from here
             files.update(
                 (f"raytune/{name}", path) for name, path in _walk(PACKAGE, "", PACKAGE.resolve(), (), frozenset(), _Left())
@@ -151,18 +162,29 @@ def contents(folder: Path, named: Iterable[str] | None = None) -> Contents:
         refused=dict(sorted(left.refused.items())),
         runs=tuple(sorted(left.runs)),
         unnamed=tuple(sorted(name for name in unnamed if name not in left.refused)),
+        samples=dict(sorted(samples.items())),
     )
 
 
 def named_by(config: RunConfig) -> list[str]:
     """Paths that a config names and a job would look for in its working directory: rows, template, base; all of a sweep's."""
-    generation = config.evaluation.generation
-    sources = [*config.data.train, *config.data.validation, *(generation.rows if generation else [])]
-    names = [*(source.path for source in sources), config.data.template, config.model.base]
+    names = [*rows_named_by(config), config.data.template, config.model.base]
     if config.sweep:
         drawn = [value for key, value in config.sweep.space.items() if key.startswith(("data.", "model.base"))]
         names += [text for dimension in drawn for text in _texts(dimension.model_dump())]
         names += [text for trial in config.sweep.first for text in _texts(trial)]
+    return _in_working_dir(names)
+
+
+def rows_named_by(config: RunConfig) -> list[str]:
+    """Of the paths that a config names, those of rows that are trained on, validated on or answered."""
+    generation = config.evaluation.generation
+    sources = [*config.data.train, *config.data.validation, *(generation.rows if generation else [])]
+    return _in_working_dir(source.path for source in sources)
+
+
+def _in_working_dir(names: Iterable[str]) -> list[str]:
+    """Without what lies elsewhere, or is the built-in toy's."""
     return [
         name
         for name in dict.fromkeys(names)
@@ -170,8 +192,8 @@ def named_by(config: RunConfig) -> list[str]:
     ]
 
 
-def pack(packed: Contents, target: Path, limit_bytes: int = GCS_STORAGE_MAX_SIZE) -> int:
-    """Write the files into a zip, and return its size in bytes.
+def pack(packed: Contents, target: Path, limit_bytes: int = GCS_STORAGE_MAX_SIZE) -> None:
+    """Write the files into a zip.
 
     Raises:
         UserError: if it grows over `limit_bytes`, with the largest files.
@@ -185,10 +207,8 @@ def pack(packed: Contents, target: Path, limit_bytes: int = GCS_STORAGE_MAX_SIZE
                 while piece := reader.read(MIB):
                     writer.write(piece)
                     _refuse_large(packed, archive, limit_bytes)
-    size = target.stat().st_size
-    if size >= limit_bytes:
+    if target.stat().st_size >= limit_bytes:
         raise _too_large(packed, limit_bytes)
-    return size
 
 
 def path_in_job(folder: Path, name: str) -> str:
@@ -329,22 +349,45 @@ def _is_output(folder: Path) -> bool:
     )
 
 
-def _secret_in(path: Path) -> str:
-    """Where a text holds a secret, and of what kind: `:12 holds what looks like a GitHub token`; empty: nowhere, or no text."""
-    number, before = 1, ""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A secret that a file holds, or what looks like one."""
+
+    line: int
+    kind: str
+    is_certain: bool
+
+    @property
+    def reason(self) -> str:
+        return f"line {self.line} holds what looks like {self.kind}"
+
+    def __str__(self) -> str:
+        return f":{self.line} holds what looks like {self.kind}"
+
+
+def _secret_in(path: Path, *, may_show_samples: bool = False) -> _Held | None:
+    """The first secret that a text holds; None if it holds none, or is no text.
+
+    Args:
+        may_show_samples: of a text that may, the first that is no sample counts, and the first of all only where there is none.
+    """
+    number, before, sample = 1, "", None
     with path.open("rb") as stream:
         start = stream.read(_PIECE)
         encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
         if encoding == "utf-8" and b"\0" in start[: 8 * KIB]:
-            return ""
+            return None
         while start:
             text = before + start.decode(encoding, errors="replace")
-            if found := find_secret(text):
-                return f":{number + text.count(chr(10), 0, found.start)} holds what looks like {found}"
+            for found in find_secrets(text):
+                held = _Held(number + text.count("\n", 0, found.start), str(found), found.is_certain)
+                if found.is_certain or not may_show_samples:
+                    return held
+                sample = sample or held
             before = text[-_OVERLAP:]
             number += text.count("\n", 0, len(text) - len(before))
             start = stream.read(_PIECE)
-    return ""
+    return sample
 
 
 def _refuse_large(packed: Contents, archive: zipfile.ZipFile, limit_bytes: int) -> None:

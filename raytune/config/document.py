@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raytune.config.error_pages import ERROR_PAGES, ErrorPage
+from raytune.config.guides import GUIDES, Guide, guides, guides_text
 from raytune.config.hints import nearest_keys, why_there_is_none
 from raytune.config.keys import REQUIRED, Key, example_of, in_words, keys, keys_in
 from raytune.config.run import RunConfig
@@ -26,15 +27,22 @@ _WIDTH = 100
 
 
 def explain(subject: str = "") -> str:
-    """What a key, a section or an error id means; without a subject, the sections and the errors.
+    """What a key, a section or an error id means, or a guide; without a subject, the sections, the errors and the guides.
 
     Raises:
         UserError: if there is no such key; the message names near ones.
     """
     if not subject:
         errors = "\n".join(f"  {id}  {page.title}" for id, page in ERROR_PAGES.items())
-        return f"{table(keys_in(''))}\n\nErrors:\n{errors}\n\n`raytune explain training.learning_rate` says all about a key."
+        return (
+            f"{table(keys_in(''))}\n\nErrors:\n{errors}\n\nGuides:\n{guides_text()}\n\n"
+            f"`raytune explain training.learning_rate` says all about a key."
+        )
+    if subject.lower() == GUIDES:
+        return guides_text()
     found = _find(subject)
+    if isinstance(found, Guide):
+        return found.text.rstrip()
     if isinstance(found, ErrorPage):
         blocks = [f"{subject.upper()}: {found.title}", _wrapped(found.cause), _wrapped(found.fix)]
         return "\n\n".join([*blocks, f"Refused:\n{_indented(found.wrong)}", f"Accepted:\n{_indented(found.right)}"])
@@ -50,8 +58,13 @@ def explanation_facts(subject: str = "") -> dict[str, Any]:
         UserError: if there is no such key.
     """
     if not subject:
-        return {"ok": True, "keys": [_key_facts(key) for key in keys().values()], "errors": sorted(ERROR_PAGES)}
+        facts = {"keys": [_key_facts(key) for key in keys().values()], "errors": sorted(ERROR_PAGES), "guides": sorted(guides())}
+        return {"ok": True, **facts}
+    if subject.lower() == GUIDES:
+        return {"ok": True, "guides": [_guide_facts(guide) for guide in guides().values()]}
     found = _find(subject)
+    if isinstance(found, Guide):
+        return {"ok": True, **_guide_facts(found), "text": found.text}
     if isinstance(found, ErrorPage):
         return {"ok": True, "error": subject.upper(), **asdict(found)}
     return {"ok": True, **_key_facts(found), "keys": [_key_facts(key) for key in keys_in(found.path)]}
@@ -92,16 +105,20 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=1) + "\n"
 
 
-def _find(subject: str) -> Key | ErrorPage:
+def _guide_facts(guide: Guide) -> dict[str, Any]:
+    return {"guide": guide.name, "title": guide.title, "summary": guide.summary}
+
+
+def _find(subject: str) -> Key | ErrorPage | Guide:
     page = ERROR_PAGES.get(subject.upper())
     path = re.sub(r"\.\d+(?=\.|$)", "", subject.strip("."))
     same_leaf = [key for key in keys().values() if key.path.rpartition(".")[2] == path]
-    found = page or keys().get(path) or (same_leaf[0] if len(same_leaf) == 1 else None)
+    found = page or keys().get(path) or guides().get(path.lower()) or (same_leaf[0] if len(same_leaf) == 1 else None)
     if found is None:
         near = nearest_keys(path)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "`raytune explain` lists the sections."
+        hint = f"Did you mean {' or '.join(near)}?" if near else "`raytune explain` lists sections, errors and guides."
         hint = why_there_is_none(path) or hint
-        raise UserError(f'There is no key or error "{subject}". {hint}')
+        raise UserError(f'There is no key, error or guide "{subject}". {hint}')
     return found
 
 

@@ -1,7 +1,7 @@
 """Where rows come from: the files behind a source, what their content is, and the parts that can be read alone (`readers`).
 
 `datasets` is imported here only, and only for hub data sets and `save_to_disk` folders: of a damaged file it says neither the
-line nor always the name, and it empties rows with lone surrogates without a word (FAULTS.md).
+line nor always the name, and it empties rows with lone surrogates without a word (`docs/facts.md`).
 """
 
 import codecs

@@ -39,6 +39,12 @@ def default_hub_cache() -> Path:
     return Path(os.path.expandvars(path)).expanduser()
 
 
+def is_offline() -> bool:
+    """Whether the environment forbids the network, as huggingface_hub reads it (HF_HUB_OFFLINE, else TRANSFORMERS_OFFLINE)."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a full commit hash, which never means anything else."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
@@ -129,11 +135,14 @@ def _lock_file(base: str) -> int:
     """An open file to lock: in the cache, or, where that has no locks or cannot be written to, in this node's own /tmp."""
     name = repository(base).name
     path = default_hub_cache() / ".locks" / name / "raytune.lock"
+    descriptor = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         _lock(descriptor)
     except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
         if error.errno not in _NO_LOCKS:
             raise
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]

@@ -1,9 +1,10 @@
 """What to do when an attempt at a run fails. Pure: a failure in, a decision out."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from raytune.printable import without_sequences
 
 WORKER_DIED = "WorkerDied"
 WORKER_HUNG = "WorkerHung"
@@ -26,8 +27,6 @@ _PERMANENT = {
     "ModuleNotFoundError",
     NO_ROOM,
 }
-
-_COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,7 @@ class Failure:
 
 def plain(text: str) -> str:
     """A message without the colours that Ray gives to tracebacks."""
-    return _COLOURS.sub("", text).strip()
+    return without_sequences(text).strip()
 
 
 def cause_line(message: str) -> str:

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 LONGEST_SOCKET_PATH = 107
 PACKAGE = Path(__file__).parents[1]
 
-# The controller asks its workers for news this often; a run ends at most this long after its last worker (FACTS: 5.0 s -> 0.9 s).
+# The controller asks its workers for news this often; a run ends at most this long after its last worker (docs/facts.md).
 POLL_INTERVAL_S = 0.2
 # A worker that has not answered for so long is looked at (`worker_group`). A rank that hangs is found within two minutes: this,
 # the look, and the end of the others' process group.

@@ -59,4 +59,4 @@ def _show(
     while not is_over:
         is_over = finished.wait(LINES_EVERY_S)
         for line in new_lines():
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)

@@ -43,7 +43,7 @@ _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
 def show_progress(plan: RunPlan, stream: TextIO = sys.stderr) -> Iterator[None]:
     """Show the plan, and then the run's progress until the block ends."""
     console = PlainConsole(file=stream)
-    console.print(f"{plan_text(plan)}\n", highlight=False, soft_wrap=True)
+    console.print(f"{plan_text(plan)}\n", soft_wrap=True)
     view = RunView(plan)
     with showing(console, view.table, view.new_lines):
         yield
@@ -181,8 +181,8 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
         console.print(table)
     console.print(_planned_and_measured(result))
     for label, line in report_table(result.data_report) if result.data_report else []:
-        console.print(f"{label}: {line}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", highlight=False, soft_wrap=True)
+        console.print(f"{label}: {line}", soft_wrap=True)
+    console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", soft_wrap=True)
 
 
 def _planned_and_measured(result: RunResult) -> Table:

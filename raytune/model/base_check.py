@@ -177,7 +177,8 @@ def _check_numbers(weights: Mapping[str, StoredTensor], place: str) -> None:
     for name, tensor in weights.items():
         is_matrix = len(tensor.shape) > 2 or (len(tensor.shape) == 2 and name.endswith(".weight"))
         is_norm = "norm" in name.lower()  # of queries and keys, a row per head: 1 everywhere before it is trained
-        if is_matrix and not is_norm and tensor.shape[0] > 1 and tensor.dtype in _NUMBERS:
+        has_rows = tensor.shape[:1] > (1,)
+        if is_matrix and not is_norm and has_rows and tensor.dtype in _NUMBERS:
             matrices.setdefault(tensor.file, []).append(name)
     constant: dict[str, float] = {}
     infinite: list[str] = []

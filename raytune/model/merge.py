@@ -51,6 +51,7 @@ from raytune.model.stopping import base_config, save_generation_config, saved_co
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.stored_quantization import stored_quantization
+from raytune.printable import in_a_line
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ class _Merger:
             loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
-                f"The adapter in {folder} cannot be put on this base: {_one_line(error)}. Its file is damaged, or it was trained "
+                f"The adapter in {folder} cannot be put on this base: {in_a_line(error)}. Its file is damaged, or it was trained "
                 f"on another base."
             ) from error
         foreign = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]
@@ -369,7 +370,3 @@ def _merged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
     merged = base.weight.detach().to(weight.dtype)
     base.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     return merged
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

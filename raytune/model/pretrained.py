@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
 from raytune.plan.model_folder import check_code_is_beside, check_tokenizer_code, is_of_library
+from raytune.printable import in_a_line
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -92,11 +93,7 @@ def explained(path: str, revision: str | None, what: str) -> Iterator[None]:
         at = f" at revision {revision}" if revision else ""
         place = "the folder" if Path(path).is_dir() else "the Hugging Face hub or this machine's cache of it"
         raise ModelError(
-            f"Cannot load the {what} of model {path}{at} from {place}: {_first_lines(error)}\n"
+            f"Cannot load the {what} of model {path}{at} from {place}: {in_a_line(error, 400)}\n"
             f"Check the name, give a local folder with config.json and *.safetensors, or, where machines have no network, "
             f"download the model first (hf download {path}) and set model.base to that folder."
         ) from error
-
-
-def _first_lines(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__

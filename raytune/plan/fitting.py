@@ -30,7 +30,7 @@ from raytune.plan.shapes import ModelShape
 from raytune.plan.throughput import Speed, step_time
 from raytune.units import format_bytes
 
-# Tokens per forward pass above which little gets faster: a GPU is busy with 8k (PERFORMANCE.md, goals), a CPU core with far
+# Tokens per forward pass above which little gets faster: a GPU is busy with 8k (docs/performance.md), a CPU core with far
 # fewer.
 TOKENS_PER_MICRO_BATCH: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
 MAX_ADVICE = 3

@@ -17,23 +17,16 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from raytune.printable import printable
-from raytune.report.figures import DARK, LIGHT, Drawing, budget_bars, importance_bars, learning_curves, parallel_coordinates, png
+from raytune.printable import plain_text, printable, shortened
+from raytune.report.figures.bars import budget_bars, importance_bars
+from raytune.report.figures.canvas import DARK, LIGHT, Drawing, png
+from raytune.report.figures.coordinates import parallel_coordinates
+from raytune.report.figures.curves import learning_curves
 from raytune.storage import write_bytes
-from raytune.sweeps.results import (
-    KeyImportance,
-    SweepResult,
-    TrialResult,
-    importance,
-    is_number,
-    metric_text,
-    plain_text,
-    short_keys,
-    state_text,
-    summary,
-    value_text,
-    worker_time,
-)
+from raytune.sweeps.importance import KeyImportance, importance
+from raytune.sweeps.results import SweepResult, TrialResult
+from raytune.sweeps.tables import short_keys
+from raytune.sweeps.words import is_number, metric_text, state_text, summary, value_text, worker_time
 from raytune.units import format_seconds
 from raytune.versions import library_versions
 
@@ -194,7 +187,7 @@ def _searched(result: SweepResult, found: Mapping[str, KeyImportance]) -> list[_
                 key=key,
                 tried=_tried(values),
                 set_in=f"{len(values)} of {len(result.trials)}",
-                winner=_shortened(value_text(best.trial.values[key])) if best and key in best.trial.values else "–",
+                winner=shortened(value_text(best.trial.values[key]), LONG_VALUE) if best and key in best.trial.values else "–",
                 share="–" if item.share is None else f"{item.share:.0%}",
                 chance="–" if item.chance is None else f"{item.chance:.0%}",
             )
@@ -205,7 +198,7 @@ def _searched(result: SweepResult, found: Mapping[str, KeyImportance]) -> list[_
 def _tried(values: Sequence[object]) -> str:
     """The values, or from where to where they reach if they are many numbers."""
     numbers = sorted({value for value in values if is_number(value)})
-    others = list(dict.fromkeys(_shortened(value_text(value)) for value in values if not is_number(value)))
+    others = list(dict.fromkeys(shortened(value_text(value), LONG_VALUE) for value in values if not is_number(value)))
     if len(numbers) > MOST_TRIED:
         texts = [f"{value_text(numbers[0])} to {value_text(numbers[-1])} ({len(numbers)} values)", *others]
     else:
@@ -266,13 +259,13 @@ def _cells(result: SweepResult, rank: int, trial: TrialResult, numeric: Mapping[
         _Cell(text=f"{trial.step}/{trial.num_steps}", sort=str(trial.step), is_number=True),
         _Cell(text=state_text(trial), sort=state_text(trial)),
         *(
-            _Cell(text=_shortened(value_text(values[key])), sort=_sort(values[key]), is_number=numeric[key])
+            _Cell(text=shortened(value_text(values[key]), LONG_VALUE), sort=_sort(values[key]), is_number=numeric[key])
             if key in values
             else _Cell(text="")
             for key in result.keys
         ),
         _Cell(text=format_seconds(trial.worker_s), sort=str(trial.worker_s), is_number=True),
-        _Cell(text=_shortened(cause, LONG_CAUSE), sort=cause, is_long=True),
+        _Cell(text=shortened(cause, LONG_CAUSE), sort=cause, is_long=True),
     ]
 
 
@@ -317,7 +310,7 @@ def _failure(trial: TrialResult) -> _Failure:
         step=trial.step,
         num_steps=trial.num_steps,
         cause=plain_text(trial.cause) or "No cause was recorded.",
-        values=", ".join(f"{key} {_shortened(value_text(value), 80)}" for key, value in trial.trial.values.items()),
+        values=", ".join(f"{key} {shortened(value_text(value), 80)}" for key, value in trial.trial.values.items()),
         folder=trial.folder,
     )
 
@@ -353,7 +346,3 @@ def _own(name: str) -> str:
 def _hash(text: str) -> str:
     """The word by which a policy allows an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _shortened(text: str, most: int = LONG_VALUE) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

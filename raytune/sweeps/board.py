@@ -11,7 +11,7 @@ Activity = Literal["waiting", "running", "ended"]
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class TrialStatus:
     """A trial at a glance."""
 
     activity: Activity = "waiting"
@@ -27,25 +27,25 @@ class Board:
     """Written by the thread that Ray Tune runs in, read by others: each entry is replaced whole."""
 
     mode: Mode
-    _standings: dict[str, Standing] = field(default_factory=dict)
+    _statuses: dict[str, TrialStatus] = field(default_factory=dict)
 
     @property
-    def standings(self) -> Mapping[str, Standing]:
+    def statuses(self) -> Mapping[str, TrialStatus]:
         """By trial, in the order in which they were first heard of."""
-        return dict(self._standings)
+        return dict(self._statuses)
 
-    def of(self, trial: str) -> Standing:
-        return self._standings.get(trial, Standing())
+    def of(self, trial: str) -> TrialStatus:
+        return self._statuses.get(trial, TrialStatus())
 
     def active(self, trial: str, activity: Activity) -> None:
         was = self.of(trial)
-        self._standings[trial] = Standing(activity, was.step, was.newest, was.best)
+        self._statuses[trial] = TrialStatus(activity, was.step, was.newest, was.best)
 
     def heard(self, trial: str, step: int, value: float) -> None:
         """Note a result."""
         was, better = self.of(trial), self._better
         best = was.best if not math.isfinite(value) else value if was.best is None else better(was.best, value)
-        self._standings[trial] = Standing(was.activity, step, value, best)
+        self._statuses[trial] = TrialStatus(was.activity, step, value, best)
 
     @property
     def _better(self) -> Callable[[float, float], float]:

@@ -14,8 +14,8 @@ from raytune.launch.live import PlainConsole, showing
 from raytune.sweeps.board import Board
 from raytune.sweeps.describe import sweep_text
 from raytune.sweeps.ledger import Known
-from raytune.sweeps.results import metric_text, value_text
 from raytune.sweeps.sweep_plan import SweepPlan
+from raytune.sweeps.words import metric_text, value_text
 from raytune.units import format_seconds
 
 MOST_ROWS = 24
@@ -25,7 +25,7 @@ MOST_ROWS = 24
 def show_sweep(plan: SweepPlan, known: Known, board: Board, stream: TextIO = sys.stderr) -> Iterator[None]:
     """Show what is going to happen, and then the trials until the block ends."""
     console = PlainConsole(file=stream)
-    console.print(f"{sweep_text(plan)}\n", highlight=False, soft_wrap=True)
+    console.print(f"{sweep_text(plan)}\n", soft_wrap=True)
     view = _View(plan, known, board)
     with showing(console, view.table, view.new_lines):
         yield
@@ -44,19 +44,19 @@ class _View:
         """Trials that run first, then those that ended last."""
         numbers = [Column(Text(heading), justify="right") for heading in ("rung", "step", self._plan.metric, "best")]
         table = Table("trial", "state", *numbers, title=Text(self._state()), title_justify="left", box=None, padding=(0, 2, 0, 0))
-        standings = list(self._board.standings.items())
-        running = [(name, standing) for name, standing in standings if standing.activity == "running"]
-        others = [(name, standing) for name, standing in reversed(standings) if standing.activity != "running"]
-        for name, standing in (running + others)[:MOST_ROWS]:
+        statuses = list(self._board.statuses.items())
+        running = [(name, status) for name, status in statuses if status.activity == "running"]
+        others = [(name, status) for name, status in reversed(statuses) if status.activity != "running"]
+        for name, status in (running + others)[:MOST_ROWS]:
             end, rung = self._known.ends.get(name), self._known.rung_of(name)
             table.add_row(
                 Text(name),
-                Text(end.state if end else standing.activity),
+                Text(end.state if end else status.activity),
                 "" if rung is None else f"{rung + 1}/{len(self._plan.rungs)}",
-                str(standing.step),
-                metric_text(standing.newest),
-                metric_text(standing.best),
-                style=None if standing.activity == "running" else "dim",
+                str(status.step),
+                metric_text(status.newest),
+                metric_text(status.best),
+                style=None if status.activity == "running" else "dim",
             )
         return table
 
@@ -75,13 +75,13 @@ class _View:
     def _state(self) -> str:
         """The sweep in a line."""
         counts = Counter(end.state for end in list(self._known.ends.values()))
-        standings = self._board.standings
-        running = sum(standing.activity == "running" for standing in standings.values())
+        statuses = self._board.statuses
+        running = sum(status.activity == "running" for status in statuses.values())
         states = [f"{counts[state]} {state}" for state in ("finished", "stopped", "failed") if counts[state]]
         bests = {
-            name: standing.best
-            for name, standing in standings.items()
-            if standing.best is not None and not ((end := self._known.ends.get(name)) and end.state == "failed")
+            name: status.best
+            for name, status in statuses.items()
+            if status.best is not None and not ((end := self._known.ends.get(name)) and end.state == "failed")
         }
         winner = ""
         if bests:

@@ -23,10 +23,11 @@ from raytune.sweeps.board import Board
 from raytune.sweeps.collect import collect
 from raytune.sweeps.ledger import Ended, Known, Ledger, read_ledger
 from raytune.sweeps.planner import Planner, Resolved, resolve, section_of
-from raytune.sweeps.results import SweepResult, trials_csv, trials_jsonl
+from raytune.sweeps.results import SweepResult
 from raytune.sweeps.search import Listed, Optuna, Source, TrialSearch
 from raytune.sweeps.space import Places, check_space, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan
+from raytune.sweeps.tables import trials_csv, trials_jsonl
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
 from raytune.sweeps.winner import best_yaml, read_sweep

@@ -17,10 +17,12 @@ from raytune.launch.record import read_plan, readable
 from raytune.launch.result import RunResult
 from raytune.model.base_content import base_content, changes_text, content_changes, way_back
 from raytune.model.files import resolve_model_path
+from raytune.printable import plain_text
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, download_file, exists, read_json
 from raytune.sweeps.ledger import read_ledger
-from raytune.sweeps.results import SweepResult, plain_text, value_text
+from raytune.sweeps.results import SweepResult
+from raytune.sweeps.words import value_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

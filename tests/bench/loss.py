@@ -33,7 +33,7 @@ FULL = "all logits, cross_entropy"
 TARGETS_ONLY = "raytune, full"
 CHUNKED = "raytune, chunked"
 GOALS = {"cpu_s": 0.95, "memory": 0.3}
-"""Largest share of what all logits need (PERFORMANCE.md): time of the faster of our two, memory of the chunks."""
+"""Largest share of what all logits need (`raytune explain performance`): time of the faster of our two, memory of the chunks."""
 
 
 class PeakMemory(TorchDispatchMode):

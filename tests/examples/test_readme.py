@@ -84,16 +84,31 @@ def test_the_samples_of_the_quickstart_are_the_answers_that_were_counted(
 
 
 OTHERS = [line for line in commands() if line.startswith(".venv/bin/python launch.py")]
+SHORTER = {
+    ".venv/bin/python launch.py sweep configs/sweeps/quickstart.yaml": "sweep.trials=3 training.max_steps=12",
+    ".venv/bin/python launch.py train --from-sweep runs/quickstart-sweep": "evaluation.generation=null",
+}
+"""Commands that take minutes as they are written, and what makes them short."""
 
 
 def test_the_readme_has_commands_besides_the_first_two() -> None:
     assert len(OTHERS) >= 5
 
 
-@pytest.mark.parametrize("command", OTHERS)
+@pytest.mark.parametrize("command", [line for line in OTHERS if line not in SHORTER])
 def test_the_other_commands_work(quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str, command: str) -> None:
     done = run(command, folder, ray_tmp)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "as written"])
+def test_a_sweep_and_its_winner_work(folder: Path, ray_tmp: str, is_short: bool) -> None:
+    assert set(SHORTER) <= set(OTHERS)
+    shutil.rmtree(folder / "runs" / "quickstart-sweep", ignore_errors=True)
+    for command, short in SHORTER.items():
+        done = run(f"{command} {short if is_short else ''}", folder, ray_tmp)
+        assert done.returncode == 0, done.stderr
+    assert "trial" in done.stdout, "it says how it compares with its trial"
 
 
 OF_AN_ADAPTER, OF_A_RUN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

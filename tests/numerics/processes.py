@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Imported once per test session, by the server that the ranks are forked from; a rank then starts in a moment.
-PRELOADED = ["tests.numerics.runs", "raytune.training.zero_engine"]
+# Imported once per session, by the server that the ranks are forked from.
+PRELOADED = ["tests.numerics.preloaded"]
 GRACE_S = 15.0
 
 

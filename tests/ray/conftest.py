@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,59 @@ import ray
 from ray.cluster_utils import Cluster
 
 
+class Kept:
+    """The one cluster that is up: it stays for the files that follow, as long as they ask for the same nodes."""
+
+    def __init__(self) -> None:
+        self._cpus: list[int] = []
+        self._stack = ExitStack()
+        self._cluster: Cluster | None = None
+
+    def of(self, cpus_of_nodes: list[int]) -> Cluster:
+        if self._cluster is None or self._cpus != cpus_of_nodes:
+            self.end()
+            self._cluster, self._cpus = self._stack.enter_context(running_cluster(cpus_of_nodes)), cpus_of_nodes
+        return self._cluster
+
+    def end(self) -> None:
+        self._cluster = None
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def kept() -> Iterator[Kept]:
+    cluster = Kept()
+    yield cluster
+    cluster.end()
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(kept: Kept) -> Cluster:
     """Two nodes, each with room for one worker; `cluster.address` joins it."""
-    with running_cluster(cpus_of_nodes=[1, 1]) as started:
-        yield started
+    return kept.of([1, 1])
 
 
 @pytest.fixture(scope="module")
-def one_node() -> Iterator[Cluster]:
+def one_node(kept: Kept) -> Cluster:
     """A node with room for two workers. Jobs need it: raylets of one machine unpack a job's files over each other."""
-    with running_cluster(cpus_of_nodes=[2]) as started:
-        yield started
+    return kept.of([2])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that share a cluster one after the other, behind those that have one of their own: two on one machine get in each
+    other's way."""
+    kinds: dict[str, int] = {}
+    for item in items:
+        has_own = hasattr(getattr(item, "module", None), "cluster")
+        asked = () if has_own else getattr(item, "fixturenames", ())
+        kind = 2 if "cluster" in asked else 1 if "one_node" in asked else 0
+        file = item.nodeid.partition("::")[0]
+        kinds[file] = max(kinds.get(file, 0), kind)
+    in_ray = [index for index, item in enumerate(items) if item.nodeid.startswith("tests/ray/")]
+    ordered = sorted((items[index] for index in in_ray), key=lambda item: kinds[item.nodeid.partition("::")[0]])
+    for index, item in zip(in_ray, ordered):
+        items[index] = item
 
 
 @contextmanager

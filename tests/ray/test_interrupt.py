@@ -76,10 +76,14 @@ def interrupted(arguments: list[str], number: signal.Signals, is_under_way: Call
         process.kill()
 
 
-SIGNALS = pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def signals(often: signal.Signals) -> pytest.MarkDecorator:
+    """Both signals; the one that is not looked at often takes half a minute more."""
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    cases = [pytest.param(one, codes[one], marks=() if one is often else pytest.mark.slow) for one in codes]
+    return pytest.mark.parametrize(("number", "exit_code"), cases)
 
 
-@SIGNALS
+@signals(often=signal.SIGINT)
 def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str) -> None:
     arguments = ["train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
     metrics = tmp_path / "quickstart/metrics.jsonl"
@@ -89,7 +93,7 @@ def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int
     assert number != signal.SIGINT or "same command" in messages
 
 
-@SIGNALS
+@signals(often=signal.SIGTERM)
 def test_a_signal_while_ray_starts_ends_in_order_too(
     number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str
 ) -> None:
@@ -100,7 +104,7 @@ def test_a_signal_while_ray_starts_ends_in_order_too(
     assert not (tmp_path / "quickstart").exists(), "nobody holds the run any more"
 
 
-@SIGNALS
+@signals(often=signal.SIGTERM)
 def test_an_interrupted_sweep_ends_in_order_and_none_of_its_trials_counts_as_ended(
     number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str
 ) -> None:

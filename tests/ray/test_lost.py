@@ -48,6 +48,13 @@ def config(cluster: Cluster, storage: Path, name: str, **of_cluster: Any) -> dic
     return {"name": name, "storage": str(storage), **SMALL, "cluster": {"address": cluster.address, "workers": 2, **of_cluster}}
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One that no other file has, since a node of it is lost."""
+    with running_cluster(cpus_of_nodes=[1, 1]) as started:
+        yield started
+
+
 @pytest.fixture
 def quick_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that does not answer is looked at after seconds instead of a minute."""

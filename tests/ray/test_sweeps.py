@@ -172,10 +172,12 @@ def test_a_finished_sweep_is_only_read(cluster: Cluster, sixteen: SweepResult) -
     assert (Path(sixteen.folder) / "ledger.jsonl").read_bytes() == before
 
 
-def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_two_workers(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """A finished sweep of 3 trials, each of which shards its weights over two workers; nothing of it is left on the cluster."""
     sharded = config(
         cluster,
-        tmp_path,
+        tmp_path_factory.mktemp("sharded"),
         "sharded",
         training={"zero": {"stage": 3}},
         cluster={"workers": 2, "placement": "strict_spread"},
@@ -187,6 +189,11 @@ def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluste
     with connected(cluster):
         result = sweep(sharded, progress=False)
         assert is_all_free()
+    return result
+
+
+def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(of_two_workers: SweepResult) -> None:
+    result = of_two_workers
     assert [trial.state for trial in result.trials] == ["finished", "stopped", "stopped"]
     assert {trial.step for trial in result.trials} == {3, STEPS}
     assert result.best is not None
@@ -195,9 +202,14 @@ def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(cluste
     assert len(held) == 2, "it was sharded over two workers"
     folders = [Path(trial.folder) / "checkpoints" for trial in result.trials]
     assert [folder.exists() for folder in folders] == [True, False, False]
-    alone = train(winner_config(result.folder), progress=False)
-    comparison = against_trial(result.folder, alone)
+
+
+@pytest.mark.slow
+def test_the_winner_of_sharded_trials_trained_alone_has_the_value_of_its_trial(of_two_workers: SweepResult) -> None:
+    alone = train(winner_config(of_two_workers.folder), progress=False)
+    comparison = against_trial(of_two_workers.folder, alone)
     assert comparison is not None
+    # Two ranks add the same numbers in another order.
     assert comparison.value == pytest.approx(comparison.trial_value, rel=1e-6)
 
 
@@ -255,7 +267,7 @@ def test_a_trial_whose_process_is_killed_is_continued_and_the_others_go_on(clust
     assert History.read(first.metrics).series("train/loss") == unbroken.history.series("train/loss")
 
 
-@pytest.mark.parametrize("method", ["hyperband", "median"])
+@pytest.mark.parametrize("method", ["hyperband", pytest.param("median", marks=pytest.mark.slow)])
 def test_ray_tunes_other_rules_stop_trials_too(cluster: Cluster, tmp_path: Path, method: str) -> None:
     section = {
         "space": {"training.learning_rate": {"grid": [1e-2, 5e-3, 2e-5, 1e-5, 3e-5, 2e-2]}},

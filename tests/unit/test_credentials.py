@@ -151,4 +151,5 @@ def test_a_large_file_is_searched_in_moments():
     text = "\n".join(f'{{"messages": [{{"role": "user", "content": "What is {i} times 7, and why?"}}]}}' for i in range(100_000))
     began = time.process_time()
     assert find_secret(text) is None
-    assert time.process_time() - began < 2.0, f"{len(text)} bytes"
+    # 0.6 s measured for 8 MB; a pattern that looks back over the text at every place takes minutes.
+    assert time.process_time() - began < 10, f"{len(text)} bytes"

@@ -89,8 +89,21 @@ def test_a_cache_that_cannot_be_written_to_fails():
     assert "HF_HOME" in findings["Hugging Face cache"]["fix"]
 
 
-def test_the_doctor_says_that_the_hub_is_offline():
-    assert "offline" in doctor(HF_HUB_OFFLINE="1")[1]["Hugging Face cache"]["seen"]
+@pytest.mark.parametrize(
+    ("environment", "is_offline"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, True),
+        ({"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "yes"}, True),
+        ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"}, False),
+        ({"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": ""}, False),
+    ],
+)
+def test_the_doctor_says_that_the_hub_is_offline_as_its_library_reads_it(environment: dict[str, str], is_offline: bool):
+    assert ("offline" in doctor(**environment)[1]["Hugging Face cache"]["seen"]) == is_offline
+    code = "from huggingface_hub import constants; print(constants.is_offline_mode())"
+    command = [sys.executable, "-c", code]
+    asked = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == str(is_offline)
 
 
 def test_workers_that_a_dead_cluster_left_are_named_with_their_pids():

@@ -1,5 +1,6 @@
 """Bases of a hub are downloaded whole, once, from where they stopped, without what could run, and refused in words."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -7,8 +8,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -344,10 +348,34 @@ def test_a_disk_that_another_program_fills_is_named(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, hub: StandIn, tiny: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(small_disk / "cache"))
-    monkeypatch.setattr(hub_snapshot, "_refuse_small_disk", lambda hub, num_bytes: None)
-    hub.add(NAME, big(contents(tiny), 20_000_000))
+    monkeypatch.setattr(hub_snapshot, "SPARE_BYTES", 0)
+    hub.add(NAME, big(contents(tiny), 4_000_000))
+    hub.bytes_per_s = 2e6
+
+    def fill() -> None:
+        while not hub.sent[WEIGHTS]:
+            time.sleep(0.01)
+        with suppress(OSError), (small_disk / "other").open("wb", buffering=0) as other:
+            while True:
+                other.write(bytes(1 << 16))
+
+    threading.Thread(target=fill, daemon=True).start()
     with pytest.raises(ModelError, match=r"is full, and .* needs"):
         download_base(NAME, None)
+
+
+def test_a_lock_that_the_file_system_has_not_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def without_locks(descriptor: int, how: int) -> None:
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(tempfile.gettempdir() + "/raytune-"):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    before = len(os.listdir("/proc/self/fd"))
+    with held(NAME, lambda: None):
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, hub: StandIn, tiny: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune.clusters.job_environment import is_secret_name, runtime_environment
+from raytune.clusters.job_environment import runtime_environment
 from raytune.config.problems import ConfigError
+from raytune.credentials import is_secret_name
 from raytune.errors import UserError
 
 
@@ -45,10 +46,32 @@ def test_a_secret_is_refused_by_its_name_or_its_looks_and_not_repeated(pair: str
 
 
 @pytest.mark.parametrize(
-    "name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "NUM_TOKENS", "KEYBOARD", "NCCL_SOCKET_IFNAME", "MAX_TOKEN_LENGTH_FILE"]
+    "name",
+    [
+        *("TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "NUM_TOKENS", "KEYBOARD", "NCCL_SOCKET_IFNAME", "MAX_TOKEN_LENGTH_FILE"),
+        *("token_count", "PAD_TOKEN_ID", "TOKEN_TYPE", "RAY_AUTH_MODE", "SECRET_NAME", "author", "primary_key", ""),
+    ],
 )
 def test_names_that_only_sound_alike_are_taken(name: str):
     assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_token",
+        "HFToken",
+        "apiKey",
+        "API-KEY",
+        "clientSecret",
+        "client-key-data",
+        "AWS_ACCESS_KEY_ID",
+        "npm_authToken",
+        "PGPASSWORD",
+    ],
+)
+def test_names_of_secrets_are_known_however_they_are_written(name: str):
+    assert is_secret_name(name)
 
 
 @pytest.mark.parametrize("pair", ["NCCL_DEBUG", "=x", "A B=1", "1A=x", "hf_abcdefghijklmnopqrst"])

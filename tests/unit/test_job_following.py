@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from raytune.clusters.jobs import Jobs, submit
+from raytune.clusters.jobs import Jobs
 from raytune.clusters.resubmission import follow_to_the_end
+from raytune.clusters.submission import prepare_submission
+from raytune.config.load import load_config
 from raytune.errors import ClusterError
 
 LOST = {"status": "FAILED", "error_type": "JOB_SUPERVISOR_ACTOR_DIED", "message": "Job supervisor actor died"}
@@ -77,9 +79,10 @@ def followed(dashboard: Dashboard, folder: Path, **limits: Any) -> tuple[str, in
     (folder / "run.yaml").write_text("storage: /shared\nname: demo\n")
     said: list[str] = []
     jobs = Jobs(dashboard.url)
-    job, submission = submit(jobs, "train", [str(folder / "run.yaml")], [], working_dir=folder, name="demo-job")
-    job = follow_to_the_end(jobs, job, submission, lambda text: None, said.append, pause_s=0.0, **limits)
-    submission.close()
+    files = [str(folder / "run.yaml")]
+    with prepare_submission(load_config(files, []), "train", files, [], working_dir=folder, name="demo-job") as submission:
+        job = jobs.start(submission)
+        job = follow_to_the_end(jobs, job, submission, lambda text: None, said.append, pause_s=0.0, **limits)
     assert not submission.package.exists()
     return job.id, job.exit_code, said
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from raytune.clusters.job import Job, Progress, SweepProgress, progress_of
+from raytune.clusters.job import Job
+from raytune.clusters.job_progress import Progress, SweepProgress, progress_of
 from raytune.launch.record import RunRecord, write_plan
 from raytune.metrics import EventLog, MetricsWriter
 from raytune.run_folder import RunFolder, SweepFolder

@@ -12,18 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from raytune.clusters.jobs import (
-    Job,
-    Jobs,
-    entrypoint_place,
-    last_lines,
-    meant,
-    named_target,
-    progress_of,
-    refuse_open,
-    status_text,
-    submit,
-)
+from raytune.clusters.dashboard import named_target, refuse_open
+from raytune.clusters.job import Job, meant
+from raytune.clusters.job_progress import progress_of, status_text
+from raytune.clusters.jobs import Jobs, entrypoint_place, last_lines
+from raytune.clusters.submission import Submission, prepare_submission
+from raytune.config.load import load_config
 from raytune.errors import ClusterError, UserError
 from raytune.launch.record import RunRecord
 from raytune.run_folder import RunFolder
@@ -206,7 +200,7 @@ def test_a_config_that_cannot_work_as_a_job_is_refused_before_anything_is_sent(t
     config = tmp_path / "a.yaml"
     config.write_text(text)
     with pytest.raises(UserError, match=message):
-        submit(NO_CLUSTER, "train", [str(config)], [], working_dir=tmp_path, name=None)
+        prepared(config)
 
 
 def test_a_config_that_would_stay_here_is_refused(tmp_path: Path):
@@ -215,11 +209,13 @@ def test_a_config_that_would_stay_here_is_refused(tmp_path: Path):
     (tmp_path / "local.yaml").write_text("storage: /shared")
     for name in ("secrets.yaml", "local.yaml"):
         with pytest.raises(UserError, match=f"{name} would not be sent"):
-            submit(NO_CLUSTER, "train", [str(tmp_path / name)], [], working_dir=tmp_path, name=None)
+            prepared(tmp_path / name)
 
 
-NO_CLUSTER = object.__new__(Jobs)
-"""Jobs of nowhere: any use of it fails."""
+def prepared(config: Path) -> Submission:
+    """What a training job of a config would be started from, beside which it lies."""
+    files = [str(config)]
+    return prepare_submission(load_config(files, []), "train", files, [], working_dir=config.parent, name=None)
 
 
 def without_token(home: Path) -> dict[str, str]:
@@ -236,4 +232,4 @@ def test_a_sweep_is_not_sent_to_be_trained_as_one_run(tmp_path: Path):
     config = tmp_path / "sweep.yaml"
     config.write_text("storage: /shared\ndata: {validation: demo:validation}\nsweep: {space: {adapter.rank: [4, 8]}}\n")
     with pytest.raises(UserError, match="This is a sweep"):
-        submit(NO_CLUSTER, "train", [str(config)], [], working_dir=tmp_path, name=None)
+        prepared(config)

@@ -299,4 +299,5 @@ def test_fused_experts_are_written_as_their_author_published_them(tmp_path: Path
         name: tensor.shape for name, tensor in published.items()
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # Equal weights; experts run one after the other, or together.
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)

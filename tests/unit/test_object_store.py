@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +15,11 @@ import fsspec
 import pytest
 
 from raytune import object_store, storage
-from raytune.errors import EXIT_REFUSED, EXIT_RETRY_LATER, ClusterError, RaytuneError, UserError
+from raytune.errors import EXIT_REFUSED, EXIT_RETRY_LATER, ClusterError, UserError
+from raytune.launch.record import read_plan
+from raytune.metrics import History
 from raytune.object_store import in_time, moved, once, retry
+from raytune.run_folder import RunFolder
 from tests.bad_store import SIZE, BadStore, Fault, bad_store
 
 URL = "s3://runs/folder/file"
@@ -45,8 +49,12 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use(store: BadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_address(store.url, monkeypatch)
+
+
+def use_address(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs", reason="s3fs is not installed")
-    settings = {"AWS_ENDPOINT_URL": store.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    settings = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").clear_instance_cache()
@@ -229,16 +237,47 @@ def test_patience_begins_anew_with_progress() -> None:
     assert len(attempts) == 3
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_is_given_up_leaves_nothing(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of fsspec that is merely closed, or collected, stores what it has got so far."""
     (tmp_path / "file").write_bytes(bytes(6 << 20))
     monkeypatch.setattr(storage, "CHUNK_BYTES", 5 << 20)
-
-    def broken() -> None:
-        raise RaytuneError("given up")
-
-    monkeypatch.setattr(storage, "moved", broken)
-    with pytest.raises(RaytuneError, match="given up"):
-        storage.upload_file(tmp_path / "file", f"{s3}/broken")
+    with once(), pytest.raises(TimeoutError):
+        in_time(lambda: storage.upload_file(tmp_path / "file", f"{s3}/broken"), 0.0)
+    for thread in threading.enumerate():
+        if thread.name == "storage call":  # it was left behind, and stops at its next move
+            thread.join(timeout=30)
+            assert not thread.is_alive()
     gc.collect()
     assert not storage.exists(f"{s3}/broken")
+
+
+class WebServer(BaseHTTPRequestHandler):
+    """Answers whatever is asked with its page."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(PAGE)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(PAGE)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+PAGE = b"\n<!DOCTYPE html><html><head><title>Welcome to the\n guest network</title></head><body>Log in</body></html>"
+
+
+@pytest.mark.parametrize(
+    "read", [lambda: read_plan(RunFolder("s3://runs", "a")), lambda: History.read("s3://runs/a/metrics.jsonl")]
+)
+def test_a_web_page_in_the_place_of_a_store_is_called_that(read: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WebServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use_address(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    with pytest.raises(UserError, match=r'a web page called "Welcome to the guest network" and no .*AWS_ENDPOINT_URL'):
+        read()
+    server.shutdown()

@@ -94,6 +94,7 @@ def test_packed_experts_compute_what_their_expanded_weights_do(family: str, tmp_
     assert suffixes(model) == BOTH
     plain = with_expanded_weights(base, model)
     assert (logits(plain) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-3
+    # Equal weights, whose fp32 products are summed in another order.
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
 
 
@@ -155,6 +156,7 @@ def test_the_merged_model_computes_what_was_trained_over_packed_experts(family: 
     merge_adapter(tmp_path / "adapter", tmp_path / "exact", base=str(base))
     merge_adapter(tmp_path / "adapter", tmp_path / "original", base=str(base), dequantise=False)
     exact, original = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("exact", "original"))
+    # The update is part of the weights here and was beside them there: fp32 roundings of every layer, a tenth of what NF4 does.
     torch.testing.assert_close(logits(exact), expected, rtol=1e-4, atol=1e-4)
     assert (logits(original) - expected).abs().max() > 1e-3
     plain: Any = PeftModel.from_pretrained(with_expanded_weights(base, model, adapter.quantization), str(tmp_path / "adapter"))
@@ -162,7 +164,7 @@ def test_the_merged_model_computes_what_was_trained_over_packed_experts(family: 
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "theirs"))
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6, msg=key)
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6, msg=key)  # fp32 products, summed over the rank
 
 
 def test_experts_that_lie_in_several_files_merge_as_in_one(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def by_part(work: Workload) -> dict[str, int]:
 
 
 def test_mixed_precision_adam_takes_the_published_bytes_per_parameter() -> None:
-    """ZeRO's 2 weights + 2 gradients + 12 optimizer; PERFORMANCE.md section 3 has the same, and 18 with fp32 gradients."""
+    """ZeRO's 2 weights + 2 gradients + 12 optimizer; docs/performance.md has the same, and 18 with fp32 gradients."""
     parameters = LLAMA_3_8B.num_parameters
     sharded = by_part(workload(zero_stage=1))
     assert [sharded[name] / parameters for name in ("weights", "optimizer")] == [2, 12]
@@ -71,7 +71,7 @@ def test_mixed_precision_adam_takes_the_published_bytes_per_parameter() -> None:
 
 
 def test_a_70b_base_in_nf4_has_the_published_size() -> None:
-    """PERFORMANCE.md section 3: 39.5 GB with bf16 embeddings and head."""
+    """docs/performance.md: 39.5 GB with bf16 embeddings and head."""
     adapter = QloraAdapter(method="qlora", rank=1, target_modules="attention")
     work = workload(LLAMA_3_70B, adapter, zero_stage=2)
     base = by_part(work)["weights"] - 2 * work.trained.num_trainable

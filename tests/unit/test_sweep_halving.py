@@ -119,7 +119,7 @@ def test_without_a_rule_nothing_is_compared() -> None:
 
 
 def test_halving_is_expected_to_cost_about_a_third_of_the_grid() -> None:
-    """PACKED_SWEEPS.md measured 34-35 % on recorded curves with rungs 6, 18, 54 and a factor of 3."""
+    """Recorded curves gave 34-35 % with rungs 6, 18, 54 and a factor of 3."""
     cost = expected_cost(Halving(rungs=(6.0, 18.0), reduction_factor=3, mode="min"), num_trials=16, budget=54.0)
     assert cost.full == 16 * 54
     assert 0.2 < cost.share < 0.5

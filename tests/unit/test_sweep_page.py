@@ -13,17 +13,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from raytune.report.figures import (
-    DARK,
-    LIGHT,
-    Drawing,
-    Theme,
-    budget_bars,
-    importance_bars,
-    learning_curves,
-    parallel_coordinates,
-    png,
-)
+from raytune.report.figures.bars import budget_bars, importance_bars
+from raytune.report.figures.canvas import DARK, LIGHT, Drawing, Theme, png
+from raytune.report.figures.coordinates import parallel_coordinates
+from raytune.report.figures.curves import learning_curves
 from raytune.report.sweep_page import sweep_page, write_sweep_page
 from raytune.storage import read_bytes
 from raytune.sweeps.results import SweepResult

@@ -11,23 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raytune.sweeps.progress import show_sweep_result
-from raytune.sweeps.results import (
-    Importance,
-    SweepResult,
-    TrialResult,
-    importance,
-    plain_text,
-    ranked,
-    result_table,
-    short_keys,
-    summary,
-    trials_csv,
-    trials_jsonl,
-    value_text,
-    worker_time,
-)
+from raytune.printable import plain_text
+from raytune.sweeps.final_table import show_sweep_result
+from raytune.sweeps.importance import Importance, importance
+from raytune.sweeps.results import SweepResult, TrialResult, ranked
+from raytune.sweeps.tables import result_table, short_keys, trials_csv, trials_jsonl
 from raytune.sweeps.trial import Trial
+from raytune.sweeps.words import summary, value_text, worker_time
 from tests.sweep_cases import cases, halved_sweep, odd_values, sweep_result, trial_result
 
 CASES = list(cases())

@@ -1,13 +1,14 @@
 """Claims about what a job takes along: code and what its config names; no runs, caches, secrets or links out; never too much."""
 
 import os
+import re
 import socket
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from raytune.clusters.working_dir import LARGE, contents, looks_secret, named_by, pack, path_in_job
+from raytune.clusters.working_dir import LARGE, contents, looks_secret, named_by, pack, path_in_job, rows_named_by
 from raytune.config.load import config_from
 from raytune.errors import UserError
 
@@ -22,9 +23,9 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
-def own(folder: Path) -> list[str]:
+def own(folder: Path, *named: str) -> list[str]:
     """What is taken along besides the package that is added."""
-    return [name for name in contents(folder).files if not name.startswith("raytune/")]
+    return [name for name in contents(folder, named).files if not name.startswith("raytune/")]
 
 
 def test_configs_and_data_are_taken_and_runs_caches_and_environments_are_not(tmp_path: Path):
@@ -39,14 +40,14 @@ def test_configs_and_data_are_taken_and_runs_caches_and_environments_are_not(tmp
             "runs/b/metrics.jsonl": "",
             "kept/checkpoint-100/model.safetensors": "w",
             "env/pyvenv.cfg": "",
-            "env/lib/huge.so": "x",
+            "env/lib/huge.py": "x",
             ".git/config": "",
             "code/__pycache__/a.pyc": "",
-            ".pytest_cache/x": "",
+            ".pytest_cache/x.py": "",
         },
     )
-    assert own(folder) == ["data/rows.jsonl", "run.yaml"]
-    assert contents(folder).runs == ("env/", "kept/checkpoint-100/", "out/a/", "runs/")
+    assert own(folder, "data") == ["data/rows.jsonl", "run.yaml"]
+    assert contents(folder, ["data"]).runs == ("env/", "kept/checkpoint-100/", "out/a/", "runs/")
 
 
 SECRETS = """
@@ -58,7 +59,7 @@ my-service-account.json TLS.KEY .envrc .pypirc .npmrc kaggle.json .git-credentia
 @pytest.mark.parametrize("name", SECRETS.split())
 def test_a_file_that_is_called_like_a_secret_stays_here_and_is_told(tmp_path: Path, name: str):
     folder = write(tmp_path, **{"run.yaml": "", f"deep/{name}": "canary"})
-    assert contents(folder).refused == {f"deep/{name}": "its name is that of a secret"}
+    assert contents(folder, []).refused == {f"deep/{name}": "its name is that of a secret"}
     assert own(folder) == ["run.yaml"]
 
 
@@ -73,7 +74,7 @@ def test_a_folder_of_secrets_and_a_link_to_one_stay_here(tmp_path: Path):
     folder = write(tmp_path / "work", **{"run.yaml": "", ".aws/config": "x"})
     write(tmp_path / "home", id_rsa="canary")
     (folder / "innocent.txt").symlink_to(tmp_path / "home" / "id_rsa")
-    assert contents(folder).refused == {".aws/": "a folder of secrets", "innocent.txt": "a link out of the folder"}
+    assert contents(folder, []).refused == {".aws/": "a folder of secrets", "innocent.txt": "a link out of the folder"}
     assert own(folder) == ["run.yaml"]
 
 
@@ -91,13 +92,12 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize("named", [None, []])
 @pytest.mark.parametrize("name", HOLDERS)
-def test_a_file_with_a_secret_inside_stays_here_and_is_told_with_the_reason(tmp_path: Path, name: str, named: list[str] | None):
+def test_a_file_with_a_secret_inside_stays_here_and_is_told_with_the_reason(tmp_path: Path, name: str):
     folder = write(tmp_path, **{"run.yaml": "name: a\n"})
     text = HOLDERS[name]
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    packed = contents(folder, named)
+    packed = contents(folder, [])
     assert name not in packed.files
     (note,) = [note for note in packed.notes if name in note]
     assert "holds what looks like" in note
@@ -107,14 +107,67 @@ def test_a_file_with_a_secret_inside_stays_here_and_is_told_with_the_reason(tmp_
 
 def test_a_secret_far_inside_a_large_file_is_found_with_its_line(tmp_path: Path):
     folder = write(tmp_path, **{"rows.jsonl": '{"text": "row"}\n' * 500_000 + TOKEN + "\n"})
-    assert contents(folder).refused["rows.jsonl"].startswith("line 500001 holds what looks like a GitHub token (ghp_...)")
+    with pytest.raises(UserError, match=r"rows.jsonl:500001 holds what looks like a GitHub token \(ghp_...\)"):
+        contents(folder, ["rows.jsonl"])
 
 
 def test_what_the_config_names_is_refused_and_not_left_out_where_it_holds_a_secret(tmp_path: Path):
     folder = write(tmp_path, **{"rows.jsonl": f'{{"text": "{TOKEN}"}}\n'})
     with pytest.raises(UserError, match=r"rows.jsonl:1 holds what looks like a GitHub token.*The config names it") as refused:
-        contents(folder, ["rows.jsonl"])
+        contents(folder, ["rows.jsonl"], rows=["rows.jsonl"])
     assert "CANARY" not in str(refused.value)
+
+
+SAMPLES = {
+    "url": "Connect to postgres://user:password@localhost:5432/db",
+    "url of a host": "redis://:secret@cache.example.com:6379/0",
+    "key in a url": "GET /v1/data?api_key=YOUR_API_KEY",
+    "aws": "aws_access_key_id = AKIA" + "IOSFODNN7EXAMPLE",
+    "github": "GITHUB_TOKEN=gh" + "p_1234567890abcdefghijklmnopqrstuvwxyz",
+    "hub": "login('h" + "f_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx')",
+    "openai": "openai.api_key = 's" + "k-abcdefghijklmnopqrstuvwxyz123456'",
+    "key": "-----BEGIN RSA " + "PRIVATE KEY-----\\n...\\n-----END RSA PRIVATE KEY-----",
+    "jwt": "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIn0.SflKxwRJSMeKKF2QT4",
+    "bearer": "curl -H 'Authorization: Bearer mF_9.B5f-4.1JqMqq11'",
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_rows_that_show_a_sample_of_a_credential_are_sent_and_told(tmp_path: Path, kind: str):
+    folder = write(tmp_path, **{"run.yaml": "", "rows.jsonl": f'{{"text": "no"}}\n{{"text": "{SAMPLES[kind]}"}}\n'})
+    packed = contents(folder, ["rows.jsonl"], rows=["rows.jsonl"])
+    assert "rows.jsonl" in packed.files
+    (note,) = packed.notes
+    assert re.match(r"rows.jsonl:2 holds what looks like .*: sent, because rows may show samples", note)
+    with pytest.raises(UserError, match=r"rows.jsonl:2 holds"):
+        contents(folder, ["rows.jsonl"])  # as a template or a base
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        TOKEN,
+        "h" + "f_aB3dE5gH7jK9mN1pQ2sT4vW6yZ8cX0fR5u",
+        "AKIA" + "Z7Q2M4X9K1R8T3V6",
+        "-----BEGIN PRIVATE " + "KEY-----\\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj",
+    ],
+)
+def test_rows_that_hold_an_unmistakable_credential_are_not_sent_whatever_samples_stand_before_it(tmp_path: Path, secret: str):
+    rows = f'{{"text": "{SAMPLES["url"]}"}}\n{{"text": "{secret}"}}\n'
+    folder = write(tmp_path, **{"run.yaml": "", "rows.jsonl": rows})
+    with pytest.raises(UserError, match=r"rows.jsonl:2 holds what looks like"):
+        contents(folder, ["rows.jsonl"], rows=["rows.jsonl"])
+
+
+def test_the_rows_of_a_config_are_those_of_training_validation_and_questions():
+    config = config_from(
+        {
+            "data": {"train": "a.jsonl", "validation": "b.jsonl", "template": "t.jinja"},
+            "evaluation": {"generation": {"rows": "c.jsonl"}},
+        }
+    )
+    assert rows_named_by(config) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert set(rows_named_by(config)) < set(named_by(config))
 
 
 def test_code_and_what_the_config_names_are_sent_and_nothing_else(tmp_path: Path):
@@ -209,7 +262,8 @@ def test_raytunes_own_files_hold_nothing_that_looks_like_a_secret():
 def test_ignore_files_count(tmp_path: Path):
     folder = write(
         tmp_path,
-        **{".gitignore": "*.log\nbig/\n", ".rayignore": "notes.md\n", "a.log": "", "big/x": "", "notes.md": "", "run.yaml": ""},
+        **{".gitignore": "*_log.py\nbig/\n", ".rayignore": "notes.yaml\n"},
+        **{"a_log.py": "", "big/x.py": "", "notes.yaml": "", "run.yaml": ""},
     )
     assert own(folder) == [".gitignore", ".rayignore", "run.yaml"]
 
@@ -221,12 +275,12 @@ def test_a_circle_of_links_ends(tmp_path: Path):
 
 
 def test_a_folder_without_the_package_gets_it_and_a_checkout_takes_its_own(tmp_path: Path):
-    alone = contents(write(tmp_path, **{"run.yaml": ""}))
+    alone = contents(write(tmp_path, **{"run.yaml": ""}), [])
     assert {"raytune/cli/__main__.py", "raytune/model/demo_base/model.safetensors"} <= alone.files.keys()
     catalogue = {name.rpartition("/")[2] for name in alone.files if name.startswith("raytune/plan/hardware_files/")}
     assert catalogue == {"gpus.yaml", "instances.yaml"}
     assert alone.command == ("python", "-m", "raytune.cli")
-    checkout = contents(ROOT)
+    checkout = contents(ROOT, [])
     assert checkout.files["raytune/cli/__main__.py"] == ROOT / "raytune" / "cli" / "__main__.py"
     assert checkout.command == ("python", "launch.py")
 
@@ -236,7 +290,7 @@ def test_equal_contents_make_equal_packages_whenever_they_were_written(tmp_path:
     for index in range(2):
         folder = write(tmp_path / str(index), **{"run.yaml": "name: a\n", "b.txt": "b"})
         os.utime(folder / "run.yaml", (1e9 + index, 1e9 + index))
-        pack(contents(folder), tmp_path / f"{index}.zip")
+        pack(contents(folder, ["b.txt"]), tmp_path / f"{index}.zip")
         packages.append((tmp_path / f"{index}.zip").read_bytes())
     assert packages[0] == packages[1]
 
@@ -244,8 +298,7 @@ def test_equal_contents_make_equal_packages_whenever_they_were_written(tmp_path:
 def test_a_package_holds_the_files_as_they_are(tmp_path: Path):
     folder = write(tmp_path / "work", **{"run.yaml": "name: a\n", "tool.sh": "#!/bin/sh\n"})
     (folder / "tool.sh").chmod(0o755)
-    size = pack(contents(folder), tmp_path / "p.zip")
-    assert size == (tmp_path / "p.zip").stat().st_size
+    pack(contents(folder, []), tmp_path / "p.zip")
     with zipfile.ZipFile(tmp_path / "p.zip") as archive:
         assert archive.read("run.yaml") == b"name: a\n"
         assert archive.getinfo("tool.sh").external_attr >> 16 & 0o777 == 0o755
@@ -255,13 +308,13 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: 
     folder = write(tmp_path / "work", **{"run.yaml": ""})
     (folder / "weights.bin").write_bytes(os.urandom(3_000_000))
     with pytest.raises(UserError, match=r"too large for a job.*The largest: weights.bin \(2.86 MiB\)") as refused:
-        pack(contents(folder), tmp_path / "p.zip", limit_bytes=2_500_000)
+        pack(contents(folder, ["weights.bin"]), tmp_path / "p.zip", limit_bytes=2_500_000)
     assert ".rayignore" in str(refused.value)
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not a folder"):
-        contents(tmp_path / "nowhere")
+        contents(tmp_path / "nowhere", [])
 
 
 def test_files_are_named_as_the_job_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from raytune.errors import RaytuneError
-from raytune.hub.cache import default_hub_cache
+from raytune.hub.cache import default_hub_cache, is_offline
 from raytune.launch.host import memory_bytes_here
 from raytune.storage import free_bytes, is_local
 from raytune.token_file import token_path
@@ -279,7 +279,7 @@ def seat_facts(gpus: tuple[GpuFacts, ...], *, torch_timeout_s: float = 90.0) -> 
         ray_processes=_ray_processes(),
         cache=cache,
         cache_is_writable=_may_write(Path(cache)),
-        is_offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        is_offline=is_offline(),
         encoding=sys.getfilesystemencoding(),
         torch_sees=_torch_sees(torch_timeout_s) if gpus else None,
     )

@@ -1,4 +1,4 @@
-"""A sweep as a person sees it in a terminal."""
+"""A finished sweep as a person sees it in a terminal: the ranked table, what failed, and three sentences."""
 
 import re
 
@@ -8,7 +8,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from raytune.launch.live import PlainConsole
-from raytune.sweeps.results import SweepResult, plain_text, result_table, summary
+from raytune.printable import plain_text
+from raytune.sweeps.results import SweepResult
+from raytune.sweeps.tables import result_table
+from raytune.sweeps.words import summary
 
 MOST_ROWS = 30
 WIDE = 200

@@ -1,0 +1,19 @@
+"""What the server that ranks are forked from imports, once per session: a rank then starts in a moment.
+
+Besides what tests use, what DeepSpeed imports while it makes an engine. All of it is taken from the garbage collector, which
+DeepSpeed calls for every engine: it would go through every object of these libraries, and copy their memory into each rank.
+"""
+
+import gc
+
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.superoffload  # noqa: F401
+import numpy.ma  # noqa: F401
+import setuptools  # noqa: F401
+import transformers.integrations.bitsandbytes  # noqa: F401
+
+import raytune.training.zero_engine  # noqa: F401
+import tests.numerics.runs  # noqa: F401
+
+gc.collect()
+gc.freeze()
