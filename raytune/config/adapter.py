@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raytune.config.model import ComputeDtype, QuantFormat, Quantization, QuantStorage
 from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section, Text
 
 TargetGroup = Literal["all-linear", "attention", "mlp"]
@@ -58,20 +59,51 @@ class LoraAdapter(Section):
 
 
 class QloraAdapter(LoraAdapter):
-    """QLoRA (Dettmers et al. 2023): LoRA over a base held in 4 or 8 bits by bitsandbytes."""
+    """QLoRA (Dettmers et al. 2023): a preset of LoRA and a base that bitsandbytes holds in 4 or 8 bits."""
 
     method: Literal["qlora"]  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
-    """LoRA over a quantised base."""
-    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    """LoRA over a quantised base: `lora` with `model.quantization: nf4`, said in one word."""
+    quantization: QuantFormat = "nf4"
     """Number format of the frozen base: of its linear layers and, in 4 bits, of fused experts without an update."""
     double_quantization: bool = True
     """Quantise the 4-bit scales too (saves about 0.4 bit per parameter)."""
-    compute_dtype: Literal["bf16", "fp16", "fp32"] | Auto = "auto"
+    compute_dtype: ComputeDtype | Auto = "auto"
     """Dtype that 4-bit weights of linear layers are expanded to for a product; experts are expanded to the run's precision, as
     here with `auto`."""
-    quant_storage: Literal["uint8", "bf16", "fp16", "fp32"] | Auto = "auto"
+    quant_storage: QuantStorage | Auto = "auto"
     """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto`
     chooses."""
 
 
 Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter, Field(discriminator="method")]
+
+
+def own_quantization(adapter: Adapter) -> Quantization | None:
+    """How a preset of base and adapter (`qlora`) has the base held; None: the method leaves it to the `model` section."""
+    if not isinstance(adapter, QloraAdapter):
+        return None
+    return Quantization(
+        format=adapter.quantization,
+        double_quantization=adapter.double_quantization,
+        compute_dtype=adapter.compute_dtype,
+        quant_storage=adapter.quant_storage,
+    )
+
+
+def without_preset(adapter: Adapter) -> Adapter:
+    """What is trained, without what a preset says of the base beside it."""
+    if not isinstance(adapter, QloraAdapter):
+        return adapter
+    written = adapter.model_dump(include=adapter.model_fields_set - {"method"}, exclude=QUANTIZATION_KEYS)
+    return LoraAdapter(**written)
+
+
+def preset_of(adapter: Adapter) -> Adapter | None:
+    """The preset that adds a base in 4 bits, in place of a section that has none; None: there is no preset of its method."""
+    if isinstance(adapter, LoraAdapter):
+        return QloraAdapter(**adapter.model_dump(exclude={"method"}), method="qlora")
+    return QloraAdapter(method="qlora") if isinstance(adapter, FullAdapter) else None
+
+
+QUANTIZATION_KEYS = {*QloraAdapter.model_fields} - {*LoraAdapter.model_fields}
+"""Keys of an adapter section that speak of the base."""

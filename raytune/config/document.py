@@ -149,7 +149,9 @@ def _plain(value: Any) -> Any:
 def _default_text(key: Key) -> str:
     if key.default is REQUIRED:
         return "required"
-    return "" if key.is_section and key.default is not None else _flow(key.default)
+    if key.is_section and key.default is not None:
+        return ""
+    return "; ".join([_flow(key.default), *(f"{method}: {_flow(default)}" for method, default in key.other_defaults)])
 
 
 def _flow(value: Any) -> str:

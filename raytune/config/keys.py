@@ -26,6 +26,8 @@ class Key:
     sentence: str
     methods: tuple[str, ...] = ()
     """Methods of the surrounding union (`adapter`, `sweep.stopping`) that have this key; empty for keys outside of one."""
+    other_defaults: tuple[tuple[str, Any], ...] = ()
+    """Methods under which the default is another one, with it."""
 
     @property
     def union(self) -> str:
@@ -145,12 +147,26 @@ def _keys_below(prefix: str, section: type[Section], methods: tuple[str, ...]) -
 def _merged(first: Key, second: Key) -> Key:
     """One key for the same name in two methods of a union."""
     default = second.default if first.default is REQUIRED else first.default
-    both = replace(first, default=default, methods=(*first.methods, *second.methods))
+    others = tuple((method, second.default) for method in second.methods if second.default not in (default, REQUIRED))
+    both = replace(
+        first,
+        default=default,
+        methods=(*first.methods, *second.methods),
+        other_defaults=(*first.other_defaults, *others),
+        sentence=_merged_sentence(first, second),
+    )
     if not first.path.endswith(".method"):
         return both
     methods = Literal[tuple(choices(first.annotation) + choices(second.annotation))]
     lines = [f"`{key.methods[-1]}`: {key.sentence}" if len(key.methods) == 1 else key.sentence for key in (first, second)]
     return replace(both, annotation=methods, sentence=" ".join(lines))
+
+
+def _merged_sentence(first: Key, second: Key) -> str:
+    """The first one's, and where a later method says something else of the same key, that behind it."""
+    if second.sentence in first.sentence:
+        return first.sentence
+    return f"{first.sentence} With `{'`, `'.join(second.methods)}`: {second.sentence[:1].lower()}{second.sentence[1:]}"
 
 
 def _methods(section: type[Section]) -> tuple[str, ...]:

@@ -7,6 +7,27 @@ from pydantic import model_validator
 from raytune.config.section import Auto, Section, Text
 
 Attention = Literal["flash_attention_2", "flash_attention_3", "varlen", "flex_attention", "sdpa", "eager"]
+QuantFormat = Literal["nf4", "fp4", "int8"]
+"""Number formats of bitsandbytes that a frozen base can be held in."""
+ComputeDtype = Literal["bf16", "fp16", "fp32"]
+QuantStorage = Literal["uint8", "bf16", "fp16", "fp32"]
+
+
+class Quantization(Section):
+    """How a frozen base is held by bitsandbytes, whichever section of a config said so."""
+
+    format: QuantFormat = "nf4"
+    """Number format: of linear layers and, in 4 bits, of fused experts without an update."""
+    double_quantization: bool = True
+    """Whether the 4-bit scales are quantised too."""
+    compute_dtype: ComputeDtype | Auto = "auto"
+    """Dtype that 4-bit weights of linear layers are expanded to; none is `auto` in a plan."""
+    quant_storage: QuantStorage | Auto = "auto"
+    """Dtype that holds the packed 4-bit numbers; none is `auto` in a plan."""
+
+    @property
+    def is_4_bit(self) -> bool:
+        return self.format != "int8"
 
 
 class ModelSection(Section):
@@ -20,6 +41,17 @@ class ModelSection(Section):
     attention: Attention | Auto = "auto"
     """Attention kernel. `auto` takes FlashAttention where it is installed, else `varlen` (PyTorch kernels, one call per
     document). `sdpa` and `eager` build a dense mask over the packed row and pay for the other documents' keys."""
+    quantization: QuantFormat | Literal["none"] | Auto = "auto"
+    """Number format that bitsandbytes holds the frozen base in, whatever is trained over it: its linear layers and, in 4 bits,
+    fused experts without an update. `auto` is `none`, unless `adapter.method` is `qlora`, which says it itself."""
+    double_quantization: bool | Auto = "auto"
+    """Quantise the 4-bit scales too (saves about 0.4 bit per parameter); `auto` does."""
+    quant_compute_dtype: ComputeDtype | Auto = "auto"
+    """Dtype that 4-bit weights of linear layers are expanded to for a product; experts are expanded to the run's precision, as
+    here with `auto`."""
+    quant_storage: QuantStorage | Auto = "auto"
+    """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto`
+    chooses."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. A hub model needs `revision` to be a full commit hash; that of a local folder is
     part of the run, as its weights are."""

@@ -2,7 +2,7 @@
 
 A key that is written and that nothing reads is a wish that nobody would hear: `load` refuses it, or, where nothing is lost by
 that, the plan says so. `READERS` has a row for every key (a test holds it against the schema): the modules
-that read it, and what must hold for that. What depends on the model or the machines is the plan's matter (`plan.adapter_limits`,
+that read it, and what must hold for that. What depends on the model or the machines is the plan's matter (`plan.methods`,
 `plan.requirements`).
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
-from raytune.config.adapter import QloraAdapter
 from raytune.config.data import FILE_ENDINGS, DataSource
 from raytune.config.keys import schema_path
 from raytune.config.model import is_written_as_path
 from raytune.config.problems import dotted, shown
+from raytune.config.quantization import KEYS, contradicting, quantization_key, quantization_of
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.training import Schedule
@@ -205,12 +205,44 @@ _NVME = Need(
     remedy="set training.zero.offload_optimizer to nvme",
     is_said=True,
 )
-_FOUR_BITS = Need(
-    keys=("adapter.quantization", "adapter.method"),
-    holds=lambda config, _: isinstance(config.adapter, QloraAdapter) and config.adapter.quantization != "int8",
-    otherwise=lambda config: "adapter.quantization int8 does not read it",
-    remedy="set adapter.quantization to nf4 or fp4",
-)
+
+
+def _agrees(name: str) -> Need:
+    """A preset says nothing else of the base."""
+    _, theirs = KEYS[name]
+    return Need(
+        keys=("adapter.method", f"adapter.{theirs}"),
+        holds=lambda config, _: contradicting(config.model, config.adapter) != name,
+        otherwise=lambda config: (
+            f"adapter.method {config.adapter.method} sets adapter.{theirs} to {shown(getattr(config.adapter, theirs))}"
+        ),
+        remedy="set adapter.method to lora, which leaves the base to the model section",
+    )
+
+
+def _held_in_four_bits(config: RunConfig, _: Section) -> bool:
+    if contradicting(config.model, config.adapter):
+        return True  # it is said of the key that contradicts
+    quantization = quantization_of(config.model, config.adapter)
+    return quantization is not None and quantization.is_4_bit
+
+
+def _does_not_read(config: RunConfig) -> str:
+    quantization = quantization_of(config.model, config.adapter)
+    key = quantization_key("format", config.adapter)
+    return f"{key} {quantization.format if quantization else config.model.quantization} does not read it"
+
+
+def _four_bits(section: str) -> Need:
+    """The base is held in 4 bits."""
+    return Need(
+        keys=("model.quantization", "adapter.quantization", "adapter.method"),
+        holds=_held_in_four_bits,
+        otherwise=_does_not_read,
+        remedy=f"set {section}.quantization to nf4 or fp4",
+    )
+
+
 _HUB_MODEL = Need(
     keys=("model.base",),
     holds=lambda config, _: config.model.base != "demo" and not is_written_as_path(config.model.base),
@@ -278,6 +310,10 @@ READERS: dict[str, Reader] = {
     **_read("model", "base trust_remote_code", "launch.prepare"),
     **_read("model", "revision", "launch.prepare", needs=(_HUB_MODEL,)),
     **_read("model", "attention", "plan.requirements"),
+    **_read("model", "quantization", "config.quantization", needs=(_agrees("format"),)),
+    **_read("model", "double_quantization", "config.quantization", needs=(_agrees("double_quantization"), _four_bits("model"))),
+    **_read("model", "quant_compute_dtype", "config.quantization", needs=(_agrees("compute_dtype"), _four_bits("model"))),
+    **_read("model", "quant_storage", "config.quantization", needs=(_agrees("quant_storage"), _four_bits("model"))),
     # data
     **_read("data", "train validation", "launch.stores"),
     **_rows_of_sources("data.train"),
@@ -289,18 +325,18 @@ READERS: dict[str, Reader] = {
     **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
     # adapter
     **_read("adapter", "method", "plan.choose"),
-    **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters"),
-    **_read("adapter", "modules_to_save bias", "model.adapters"),
-    **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters"),
-    **_read("adapter", "lora_plus_ratio", "plan.choose"),
+    **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters.lora"),
+    **_read("adapter", "modules_to_save bias", "model.adapters.lora"),
+    **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters.lora"),
+    **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",
         "lora_plus_embedding_rate",
-        "plan.choose",
+        "plan.methods.lora",
         needs=(_is_given("adapter.lora_plus_ratio", "there is no LoRA+", example="16"),),
     ),
     **_read("adapter", "quantization", "model.quantize"),
-    **_read("adapter", "double_quantization compute_dtype quant_storage", "model.quantize", needs=(_FOUR_BITS,)),
+    **_read("adapter", "double_quantization compute_dtype quant_storage", "model.quantize", needs=(_four_bits("adapter"),)),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

@@ -22,18 +22,27 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     """
     if is_on_hub(path):
         revision = described(path, revision, with_code=trust_remote_code)
-    if trust_remote_code:
-        check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
-    with reading(f"There is no usable tokenizer at '{path}'"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
-        )
+    tokenizer = load_tokenizer(path, revision, trust_remote_code)
     if not tokenizer.is_fast:
         raise ModelError(
             f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "
             f"Convert it once: AutoTokenizer.from_pretrained(path, use_fast=True).save_pretrained(folder)."
         )
     return tokenizer
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that comes with a model, of any kind.
+
+    Raises:
+        ModelError: if there is none at that path, or it cannot be read.
+    """
+    if trust_remote_code:
+        check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
+    with reading(f"There is no usable tokenizer at '{path}'"):
+        return AutoTokenizer.from_pretrained(
+            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -356,14 +356,14 @@ def _floating(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What a model holds of weights as floating-point numbers: of quantised ones, their scales."""
     for name, parameter in model.named_parameters():
         share = getattr(parameter, "ds_tensor", None)  # what ZeRO-3 leaves on this rank
-        tensors = _scales(parameter) if _is_packed(parameter) else [parameter if share is None else share]
+        tensors = _scales(parameter) if is_packed(parameter) else [parameter if share is None else share]
         for tensor in tensors:
             if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
                 yield name, tensor
 
 
-def _is_packed(parameter: Any) -> bool:
-    """Whether its numbers are bnb's 4-bit ones, which may lie in a floating-point dtype and are none, or 8-bit ones."""
+def is_packed(parameter: Any) -> bool:
+    """Whether its numbers are bitsandbytes' 4-bit ones, which may lie in a floating-point dtype and are none, or 8-bit ones."""
     return getattr(parameter, "quant_state", None) is not None or getattr(parameter, "SCB", None) is not None
 
 

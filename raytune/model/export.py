@@ -8,13 +8,14 @@ from itertools import chain, groupby
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from raytune.model.adapters import adapting_with
 from raytune.model.packed_experts import packed_experts
 from raytune.model.quantize import quantized_modules
 from raytune.model.stopping import save_generation_config
@@ -37,39 +38,14 @@ def save_adapter(model: PeftModel, state: Mapping[str, Tensor], folder: Path) ->
         state: trained parameters by the names of `model.named_parameters()`, whole and on the CPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER])  # pyright: ignore[reportAssignmentType]
-    state = dict(state)
-    initial: dict[str, Tensor] | None = getattr(model, "initial_adapter", None)
-    if initial is not None:
-        state, config = _for_original_base(state, initial, config)
-    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    values, config = adapting_with(config).for_original_base(model, dict(state), config)
+    tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     # Entries may share memory or be transposed views, neither of which safetensors takes.
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(folder))
     _save_quantization(model, folder)
-
-
-def _for_original_base(
-    state: dict[str, Tensor], initial: dict[str, Tensor], config: LoraConfig
-) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Turn an adapter whose start was taken out of the base (PiSSA, OLoRA) into one of the original base.
-
-    The base was W - s B0 A0 and is W again, so the update s B A becomes s (B A - B0 A0): twice the rank, the same scale.
-    """
-    converted = dict(state)
-    for name, start in initial.items():
-        if ".lora_A." in name:
-            converted[name] = torch.cat([state[name].float(), start.float()], dim=0).to(state[name].dtype)
-        elif ".lora_B." in name:
-            converted[name] = torch.cat([state[name].float(), -start.float()], dim=1).to(state[name].dtype)
-    scale = 2**0.5 if config.use_rslora else 2
-    config.init_lora_weights = True
-    config.r *= 2
-    config.lora_alpha *= scale  # pyright: ignore[reportAttributeAccessIssue]
-    config.rank_pattern = {pattern: 2 * rank for pattern, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {pattern: scale * alpha for pattern, alpha in (config.alpha_pattern or {}).items()}
-    return converted, config
 
 
 def _save_quantization(model: PeftModel, folder: Path) -> None:

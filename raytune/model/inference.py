@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from raytune.config.adapter import FullAdapter, QloraAdapter
+from raytune.model.adapters import adapting
 from raytune.model.dtypes import DTYPES
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.quantize import quantization_config
@@ -25,7 +25,7 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
     model = _load(plan, plan.model.path, plan.model.revision, device)
     model.generation_config.eos_token_id = stops.eos_token_id
     yield model
-    if isinstance(plan.adapter, FullAdapter):
+    if adapting(plan.adapter).is_whole:
         del model  # the caller lets go of it as well
         yield _load(plan, str(folder), None, device)
     else:
@@ -35,7 +35,7 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:
     model = plan.model
-    quantization = quantization_config(plan.adapter, model) if isinstance(plan.adapter, QloraAdapter) else None
+    quantization = quantization_config(model)
     with packing_experts(plan.adapter, quantization):
         loaded = AutoModelForCausalLM.from_pretrained(
             model_files(path, revision, with_code=model.trust_remote_code),

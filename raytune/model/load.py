@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
+from raytune.config.adapter import Adapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
@@ -56,10 +56,8 @@ def load_model(
     """
     base = kept.take(model, adapter) if kept else None
     base = _load_base(model, adapter, device, shard) if base is None else base
-    if isinstance(adapter, FullAdapter):
-        return base.requires_grad_(True).train()
     adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
-    if kept:
+    if kept and isinstance(adapted, PeftModel):
         kept.keep(model, adapter, adapted)
     return adapted
 
@@ -70,9 +68,9 @@ def _load_base(
     config = load_config(model.path, model.revision, model.trust_remote_code)
     own_class = model_class(model.path, config, revision=model.revision, trust_remote_code=model.trust_remote_code)
     check_attention(own_class, config, model.attention, packs=model.packs)
-    quantization = quantization_config(adapter, model) if isinstance(adapter, QloraAdapter) else None
+    quantization = quantization_config(model)
     arguments: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
-    check_stored_quantization(stored_quantization(config.to_dict()), adapter, model.path)
+    check_stored_quantization(stored_quantization(config.to_dict()), model.quantization, adapter, model.path)
     is_sharded = is_deepspeed_zero3_enabled()
     if not is_sharded:  # then a quantised model is put on the current device
         arguments["device_map"] = {"": device}

@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from raytune.config.training import Precision
+from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import DataError, ModelError
 from raytune.hub.snapshot import described, in_lines
 from raytune.model.base_check import check_files
@@ -45,7 +46,7 @@ from raytune.model.files import resolve_model_path
 from raytune.model.hub import download_base
 from raytune.model.merge_experts import PackedExperts
 from raytune.model.merge_parameters import ParameterUpdates
-from raytune.model.pretrained import load_config, load_tokenizer, model_class
+from raytune.model.pretrained import load_config, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.weight_files import stored_tensors, weight_files

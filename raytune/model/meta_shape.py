@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
-from raytune.model.adapters import MLP
+from raytune.model.adapters.targets import MLP
 from raytune.model.attention import keeps_state, lone_attention, packing_obstacle
 from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
 from raytune.model.kernels import bypassed_layers

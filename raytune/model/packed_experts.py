@@ -18,11 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from raytune.config.adapter import Adapter, QloraAdapter
-from raytune.model.adapters import frozen_experts
+from raytune.config.adapter import Adapter
+from raytune.model.adapters import adapting
 from raytune.model.experts import expert_matrices, expert_parameters, shape_of
 from raytune.model.quantize import expanded, is_quantized, packed
-from raytune.plan.adapter_size import fits_4_bits
+from raytune.plan.methods.experts import fits_4_bits
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def packing_experts(adapter: Adapter, config: BitsAndBytesConfig | None) -> Iter
         adapter: that the model is to get.
         config: of a quantised base; None: nothing is packed.
     """
-    if config is None or not isinstance(adapter, QloraAdapter):
+    if config is None:
         yield
         return
     around: dict[nn.Module, tuple[nn.Module, str]] = {}
@@ -57,7 +57,7 @@ def packing_experts(adapter: Adapter, config: BitsAndBytesConfig | None) -> Iter
         if not isinstance(model, PreTrainedModel):
             return None
         if model not in to_pack:
-            to_pack[model] = {*experts_to_pack(model, adapter)}
+            to_pack[model] = {*experts_to_pack(model, adapter, bool(config.load_in_4bit))}
         if full not in to_pack[model]:
             return None
         replacement: Any = packed(parameter, config)
@@ -72,10 +72,15 @@ def packing_experts(adapter: Adapter, config: BitsAndBytesConfig | None) -> Iter
             handle.remove()
 
 
-def experts_to_pack(model: PreTrainedModel, adapter: QloraAdapter) -> list[str]:
-    """Names of the parameters of fused experts that are held in 4 bits in training with this adapter."""
+def experts_to_pack(model: PreTrainedModel, adapter: Adapter, is_4_bit: bool) -> list[str]:
+    """Names of the parameters of fused experts that are held in 4 bits in training with this adapter.
+
+    Args:
+        is_4_bit: whether the base is quantised to 4 bits; 8 pack linear layers only.
+    """
     sizes = {name: math.prod(shape_of(parameter)) for name, parameter in expert_parameters(model).items()}
-    return [name for name in frozen_experts(model, adapter) if adapter.quantization != "int8" and fits_4_bits(sizes[name])]
+    frozen = adapting(adapter).frozen_experts(model, adapter) if is_4_bit else []
+    return [name for name in frozen if fits_4_bits(sizes[name])]
 
 
 def expand_packed_experts(model: nn.Module, *, keeps_nothing: bool) -> None:

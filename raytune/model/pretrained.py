@@ -11,27 +11,15 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
-from raytune.plan.model_folder import check_code_is_beside, check_tokenizer_code, is_of_library
+from raytune.plan.model_folder import check_code_is_beside, is_of_library
 from raytune.printable import in_a_line
-
-
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that comes with a model."""
-    if trust_remote_code:
-        check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
-    with explained(path, revision, "tokenizer"):
-        return AutoTokenizer.from_pretrained(
-            model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
-        )
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -8,32 +8,34 @@ from bitsandbytes import functional
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from raytune.config.adapter import QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.dtypes import DTYPES
 from raytune.plan.run_plan import ModelPlan
 
 
-def quantization_config(adapter: QloraAdapter, model: ModelPlan) -> BitsAndBytesConfig:
-    """The quantisation of a base as transformers is told it.
+def quantization_config(model: ModelPlan) -> BitsAndBytesConfig | None:
+    """The quantisation of a base as transformers is told it; None: there is none.
 
     Raises:
         ModelError: if the packed numbers would be held in a floating-point dtype that is not the model's: casting the model, as
             ZeRO does, would destroy them.
     """
-    if adapter.quantization == "int8":
+    quantization = model.quantization
+    if quantization is None:
+        return None
+    if not quantization.is_4_bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = model.compute_dtype if adapter.compute_dtype == "auto" else adapter.compute_dtype
-    storage = compute if adapter.quant_storage == "auto" else adapter.quant_storage
+    compute = model.compute_dtype if quantization.compute_dtype == "auto" else quantization.compute_dtype
+    storage = compute if quantization.quant_storage == "auto" else quantization.quant_storage
     if storage not in ("uint8", model.dtype):
         raise ModelError(
-            f"adapter.quant_storage is {storage} but the model is loaded in {model.dtype}; casting one to the other would "
-            f"destroy the packed 4-bit numbers. Set adapter.quant_storage to auto ({model.dtype}), or to uint8."
+            f"model.quant_storage is {storage} but the model is loaded in {model.dtype}; casting one to the other would destroy "
+            f"the packed 4-bit numbers. Set it to auto ({model.dtype}), or to uint8."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=adapter.quantization,
-        bnb_4bit_use_double_quant=adapter.double_quantization,
+        bnb_4bit_quant_type=quantization.format,
+        bnb_4bit_use_double_quant=quantization.double_quantization,
         bnb_4bit_compute_dtype=DTYPES[compute],
         bnb_4bit_quant_storage=torch.uint8 if storage == "uint8" else DTYPES[storage],
     )

@@ -7,15 +7,13 @@ A launcher calls, in this order: `base_model.read_model_shape`, `requirements.ch
 import math
 from typing import TypeVar
 
-from raytune.config.adapter import Adapter, FullAdapter, QloraAdapter
+from raytune.config.adapter import without_preset
 from raytune.config.checkpoint import CheckpointSection
 from raytune.config.metric_names import METRICS
 from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
-from raytune.plan.adapter_limits import unread_adapter_settings
-from raytune.plan.adapter_size import target_modules, trained_size
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.cost import cost_of
 from raytune.plan.deepspeed_keys import unread_overrides
@@ -26,12 +24,13 @@ from raytune.plan.defaults import (
     default_warmup_ratio,
     default_weight_decay,
 )
-from raytune.plan.expert_updates import expert_notes
 from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
-from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in, quantized_bytes
+from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
+from raytune.plan.methods import expert_notes, method_of, trained_by
+from raytune.plan.quantization import quantized_bytes, resolve_quantization
 from raytune.plan.requirements import (
     Device,
     check_before_data,
@@ -40,7 +39,6 @@ from raytune.plan.requirements import (
     choose_precision,
     choose_row_length,
     choose_workers,
-    resolve_adapter,
 )
 from raytune.plan.run_plan import (
     BatchPlan,
@@ -58,6 +56,7 @@ from raytune.plan.run_plan import (
 )
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import quantization_note
+from raytune.plan.trained import Trained
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -107,7 +106,9 @@ def choose_plan(
     device = choose_device(config, machine)
     workers = reasons.taken(choose_workers(config, machine, device))
     precision = reasons.taken(choose_precision(config, machine, device))
-    adapter = reasons.taken(resolve_adapter(config.adapter, precision))
+    quantization = reasons.taken(resolve_quantization(config, precision))
+    adapter = without_preset(config.adapter)
+    method = method_of(adapter)
     attention = reasons.taken(choose_attention(config, shape, machine, device, precision))
     row_length = choose_row_length(config, shape)
     if config.data.max_length == "auto":
@@ -119,7 +120,8 @@ def choose_plan(
         workers=workers,
         precision=precision,
         adapter=adapter,
-        trained=trained_size(adapter, shape),
+        quantization=quantization,
+        trained=trained_by(adapter, shape, quantization),
         attention=attention,
         row_length=row_length,
         rows_per_step=default_rows_per_step(data.train.num_rows, rows_in_epochs),
@@ -127,13 +129,13 @@ def choose_plan(
     fit = choose_fit(config, setting, shape, machine, data)
     reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
     reasons += (
-        [_qlora_and_zero_3(quantized_bytes(setting.adapter, shape, setting.trained), fit)]
-        if isinstance(setting.adapter, QloraAdapter) and workers > 1
+        [_quantised_and_zero_3(quantized_bytes(quantization, shape, setting.trained), fit)]
+        if quantization and workers > 1
         else []
     )
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
-    reasons += unread_adapter_settings(config.adapter, shape)
+    reasons += method.unread(adapter, shape)
     reasons += unread_overrides(training.zero, fit.zero_stage, precision)
     reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
@@ -141,7 +143,7 @@ def choose_plan(
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
     num_steps = math.ceil(num_rows / rows_per_step)
-    optimization = _optimization(config, shape, num_steps, num_rows, reasons)
+    optimization = _optimization(config, setting.trained, shape, num_steps, num_rows, reasons)
     evaluation = _evaluation(config, data, num_steps, reasons)
     plan = RunPlan(
         name=config.name,
@@ -158,8 +160,9 @@ def choose_plan(
             trust_remote_code=config.model.trust_remote_code,
             attention=attention,
             packs=not shape.why_lone,
-            dtype="fp32" if fit.zero_stage == 0 and isinstance(adapter, FullAdapter) else precision,
+            dtype="fp32" if fit.zero_stage == 0 and setting.trained.is_base else precision,
             compute_dtype=precision,
+            quantization=quantization,
             gradient_checkpointing=fit.has_checkpointing,
             compile=training.compile,
             liger=training.liger,
@@ -185,7 +188,7 @@ def choose_plan(
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
         notes=[
-            *expert_notes(config, shape),
+            *expert_notes(adapter, shape, setting.trained, quantization),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),
@@ -216,7 +219,8 @@ def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> in
         return None
     epochs = training.num_train_epochs
     if epochs == "auto":
-        epochs = reasons.taken(default_epochs(config.adapter.method, data.train.num_targets))
+        method, num_targets = config.adapter.method, data.train.num_targets
+        epochs = reasons.taken(default_epochs(method, method_of(config.adapter).epochs(num_targets), num_targets))
     return math.ceil(epochs * data.train.num_rows)
 
 
@@ -257,7 +261,7 @@ def _reasons_for_fit(
     return reasons
 
 
-def _qlora_and_zero_3(num_bytes: float, fit: Fit) -> str:
+def _quantised_and_zero_3(num_bytes: float, fit: Fit) -> str:
     """What ZeRO-3 would do for a quantised base of this size, or does."""
     packed = format_bytes(num_bytes)
     if fit.zero_stage < 3:
@@ -303,21 +307,24 @@ def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection, row
     return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
 
 
-def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows: int, reasons: _Reasons) -> OptimizationPlan:
-    training, adapter = config.training, config.adapter
+def _optimization(
+    config: RunConfig, trained: Trained, shape: ModelShape, num_steps: int, num_rows: int, reasons: _Reasons
+) -> OptimizationPlan:
+    training, name, method = config.training, config.adapter.method, method_of(config.adapter)
     rate = training.learning_rate
     if rate == "auto":
-        rate = reasons.taken(default_learning_rate(adapter.method, shape.num_parameters))
+        rate = reasons.taken(default_learning_rate(name, method.learning_rate(shape.num_parameters), shape.num_parameters))
     decay = training.weight_decay
     if decay == "auto":
-        decay = reasons.taken(default_weight_decay(adapter.method))
+        decay = reasons.taken(default_weight_decay(name, method.weight_decay))
+    reasons += method.reasons(without_preset(config.adapter), shape)
     return OptimizationPlan(
         num_steps=num_steps,
         num_rows=num_rows,
         optimizer=training.optimizer,
         learning_rate=rate,
-        lora_plus_ratio=None if isinstance(adapter, FullAdapter) else adapter.lora_plus_ratio,
-        lora_plus_embedding_rate=_lora_plus_embedding_rate(adapter, shape, reasons),
+        lora_plus_ratio=trained.way_back_rate_scale,
+        lora_plus_embedding_rate=trained.embedding_rate,
         schedule=training.lr_scheduler_type,
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,
@@ -330,19 +337,6 @@ def _optimization(config: RunConfig, shape: ModelShape, num_steps: int, num_rows
         epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
     )
-
-
-def _lora_plus_embedding_rate(adapter: Adapter, shape: ModelShape, reasons: _Reasons) -> float | None:
-    """The rate of embeddings' low-rank updates where LoRA+ gives them one of their own."""
-    if isinstance(adapter, FullAdapter) or adapter.lora_plus_ratio is None:
-        return None
-    embeddings = [module.name for module in target_modules(adapter, shape) if module.kind == "embedding"]
-    if embeddings and "lora_plus_embedding_rate" not in adapter.model_fields_set:
-        reasons.append(
-            f"adapter.lora_plus_embedding_rate is {adapter.lora_plus_embedding_rate:g}, PEFT's: with LoRA+ the update of "
-            f"{', '.join(embeddings)} learns at this rate, whatever training.learning_rate is."
-        )
-    return adapter.lora_plus_embedding_rate
 
 
 def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) -> int:

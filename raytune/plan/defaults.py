@@ -1,11 +1,10 @@
 """What a setting is when the config leaves it to the method, the model and the data. Each rule names where it comes from."""
 
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from raytune.units import format_count
 
-Method = Literal["full", "lora", "qlora"]
 Value = TypeVar("Value", covariant=True)
 
 
@@ -31,19 +30,35 @@ _EPOCHS = [(100e6, 1.0, 1.0), (10e6, 2.0, 2.0), (1e6, 3.0, 3.0), (0, 3.0, 5.0)]
 SHORT_RUN_STEPS = 200
 
 
-def default_learning_rate(method: Method, num_parameters: int) -> Choice[float]:
-    """Peak rate by method and size of the base model."""
-    full, adapter = next((full, adapter) for least, full, adapter in _RATES if num_parameters >= least)
-    rate = full if method == "full" else adapter
+def full_rate(num_parameters: int) -> float:
+    """Peak rate of full fine-tuning by size of the base model."""
+    return next(full for least, full, _ in _RATES if num_parameters >= least)
+
+
+def adapter_rate(num_parameters: int) -> float:
+    """Peak rate of low-rank updates by size of the base model."""
+    return next(adapter for least, _, adapter in _RATES if num_parameters >= least)
+
+
+def full_epochs(num_targets: int) -> float:
+    """Passes over the data of full fine-tuning by target tokens."""
+    return next(full for least, full, _ in _EPOCHS if num_targets >= least)
+
+
+def adapter_epochs(num_targets: int) -> float:
+    """Passes over the data of adapters by target tokens."""
+    return next(adapter for least, _, adapter in _EPOCHS if num_targets >= least)
+
+
+def default_learning_rate(method: str, rate: float, num_parameters: int) -> Choice[float]:
+    """A method's usual peak rate for a base model of this size, with its words."""
     return Choice(
         rate, f"training.learning_rate is {rate:g}, the usual rate of {method} for {format_count(num_parameters)} parameters."
     )
 
 
-def default_epochs(method: Method, num_targets: int) -> Choice[float]:
-    """Passes over the data by method and size of the data."""
-    full, adapter = next((full, adapter) for least, full, adapter in _EPOCHS if num_targets >= least)
-    epochs = full if method == "full" else adapter
+def default_epochs(method: str, epochs: float, num_targets: int) -> Choice[float]:
+    """A method's usual passes over data of this size, with their words."""
     return Choice(
         epochs, f"training.num_train_epochs is {epochs:g}: {method} on {format_count(num_targets)} target tokens per pass."
     )
@@ -59,7 +74,6 @@ def default_warmup_ratio(num_steps: int) -> Choice[float]:
     )
 
 
-def default_weight_decay(method: Method) -> Choice[float]:
-    """0.1 for full fine-tuning (Llama 2 chat); 0 for adapters (QLoRA), whose rank already limits what they can do."""
-    decay = 0.1 if method == "full" else 0.0
+def default_weight_decay(method: str, decay: float) -> Choice[float]:
+    """A method's usual weight decay, with its words."""
     return Choice(decay, f"training.weight_decay is {decay:g}, the usual value of {method}.")

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.ahead import Candidate
 from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
+from raytune.plan.methods import method_of
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
@@ -99,17 +99,10 @@ def _short_time(seconds: float) -> str:
 
 
 def _method(plan: RunPlan) -> str:
-    if isinstance(plan.adapter, FullAdapter):
-        return "full fine-tuning, all parameters"
     share = 100 * plan.num_trainable / plan.num_parameters
-    return f"{_adapter(plan.adapter)}, {format_count(plan.num_trainable)} trained parameters ({share:.3g}% of the base)"
-
-
-def _adapter(adapter: LoraAdapter) -> str:
-    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
-    targets = ", ".join([*named, *adapter.target_parameters])
-    quantised = f" over a base in {adapter.quantization}" if isinstance(adapter, QloraAdapter) else ""
-    return f"{adapter.method} rank {adapter.rank} on {targets}{quantised}"
+    trained = f"{format_count(plan.num_trainable)} trained parameters ({share:.3g}% of the base)"
+    held = f" over a base in {plan.model.quantization.format}" if plan.model.quantization else ""
+    return method_of(plan.adapter).in_words(plan.adapter, held, trained)
 
 
 def _data(plan: RunPlan) -> str:

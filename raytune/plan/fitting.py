@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
-from raytune.config.model import Attention
+from raytune.config.adapter import Adapter, LoraAdapter, preset_of, without_preset
+from raytune.config.model import Attention, Quantization
+from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
-from raytune.plan.adapter_size import TrainedSize, trained_size
 from raytune.plan.batch import possible_batches
-from raytune.plan.expert_updates import excluding_experts, takes_in_experts
 from raytune.plan.lone_documents import rows_of_a_pass
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import (
@@ -24,10 +23,13 @@ from raytune.plan.memory import (
     memory_parts,
     parts_at,
 )
-from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages, resolve_adapter
+from raytune.plan.methods import method_of, trained_by
+from raytune.plan.quantization import resolve_quantization
+from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.plan.throughput import Speed, step_time
+from raytune.plan.trained import Trained
 from raytune.units import format_bytes
 
 # Tokens per forward pass above which little gets faster: a GPU is busy with 8k (docs/performance.md), a CPU core with far
@@ -52,7 +54,9 @@ class Setting:
     workers: int
     precision: Precision
     adapter: Adapter
-    trained: TrainedSize
+    """Without a preset's words about the base."""
+    quantization: Quantization | None
+    trained: Trained
     attention: Attention
     row_length: int
     rows_per_step: int
@@ -150,8 +154,8 @@ def _way(
     chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
     work = Workload(
         shape=shape,
-        adapter=setting.adapter,
         trained=setting.trained,
+        quantization=setting.quantization,
         engine="plain" if stage == 0 else "zero",
         zero_stage=stage,
         workers=setting.workers,
@@ -194,12 +198,15 @@ def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machi
     """Whether anything fits after a change of the config."""
     try:
         precision = choose_precision(config, machine, setting.device).value
+        adapter, quantization = without_preset(config.adapter), resolve_quantization(config, precision).value
+        is_same = adapter == setting.adapter and quantization == setting.quantization
         changed = Setting(
             device=setting.device,
             workers=choose_workers(config, machine, setting.device).value,
             precision=precision,
-            adapter=resolve_adapter(config.adapter, precision).value,
-            trained=setting.trained if config.adapter == setting.adapter else trained_size(config.adapter, shape),
+            adapter=adapter,
+            quantization=quantization,
+            trained=setting.trained if is_same else trained_by(adapter, shape, quantization),
             attention=setting.attention,
             row_length=setting.row_length if config.data.max_length == "auto" else config.data.max_length,
             rows_per_step=setting.rows_per_step,
@@ -220,7 +227,7 @@ def _advice(config: RunConfig, setting: Setting, shape: ModelShape, machine: Mac
 
 def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[list[Change]]:
     """Changes that save memory, smallest first in each list; lists whose changes leave the result as it is come first."""
-    training, zero, adapter = config.training, config.training.zero, config.adapter
+    training, zero = config.training, config.training.zero
 
     def with_training(text: str, **values: object) -> Change:
         return text, config.model_copy(update={"training": training.model_copy(update=values)}), machine
@@ -263,17 +270,27 @@ def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, mac
     yield [with_row_length(length) for length in lengths if length >= MIN_ROW_LENGTH]
     if training.optimizer in ("adamw", "paged_adamw"):
         yield [with_training("training.optimizer=adamw_8bit", optimizer="adamw_8bit")]
-    if isinstance(adapter, FullAdapter):
+    yield from _lighter_methods(config, setting, shape, machine)
+
+
+def _lighter_methods(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[list[Change]]:
+    """What saves memory by training less, or over a base that is held in 4 bits."""
+    if setting.trained.is_base:
         yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}), machine)]
-    kept = adapter.model_dump(exclude={"method"}) if isinstance(adapter, LoraAdapter) else {}
-    qlora = adapter if isinstance(adapter, QloraAdapter) else QloraAdapter(method="qlora", **kept)
-    text = "" if qlora is adapter else "adapter.method=qlora"
-    changes = [(text, qlora)] if text else []
-    if takes_in_experts(qlora, shape):  # which 4 bits hold only if they stay frozen
-        excluded = excluding_experts(qlora, shape)
+    text, quantised, changes = "", config, []
+    preset = preset_of(config.adapter) if config.model.quantization == "auto" else None
+    if quantization_of(config.model, config.adapter) is None and preset:
+        text, quantised = "adapter.method=qlora", config.model_copy(update={"adapter": preset})
+    elif quantization_of(config.model, config.adapter) is None and not setting.trained.is_base:
+        model = config.model.model_copy(update={"quantization": "nf4"})
+        text, quantised = "model.quantization=nf4", config.model_copy(update={"model": model})
+    if text:
+        changes = [(text, quantised, machine)]
+    if excluded := method_of(quantised.adapter).exclusions(quantised.adapter, shape):  # 4 bits hold them only if they stay frozen
         without = f"{text} adapter.exclude_modules=[{','.join(excluded)}]".lstrip()
-        changes += [(without, qlora.model_copy(update={"exclude_modules": excluded}))]
-    yield [(text, config.model_copy(update={"adapter": changed}), machine) for text, changed in changes]
+        adapter = quantised.adapter.model_copy(update={"exclude_modules": excluded})
+        changes += [(without, quantised.model_copy(update={"adapter": adapter}), machine)]
+    yield changes
 
 
 def _with_smallest_micro_batch(config: RunConfig) -> tuple[str, RunConfig]:

@@ -1,7 +1,7 @@
 """Models whose forward pass may hold one document only: hybrids whose layers keep a state, and those without packed attention."""
 
-from raytune.config.adapter import QloraAdapter
 from raytune.config.model import Attention
+from raytune.config.quantization import quantization_key, quantization_of, without_quantization
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import ModelError, PlanError, UserError
@@ -29,10 +29,12 @@ def check_lone_documents(config: RunConfig, shape: ModelShape) -> None:
             f"it to 1; training.gradient_accumulation_steps {rows} makes as many rows per step."
         )
     bypassed = [module.name for layer in shape.layers() for module in layer if module.is_bypassed]
-    if bypassed and isinstance(config.adapter, QloraAdapter):
+    quantization = quantization_of(config.model, config.adapter)
+    if bypassed and quantization:
+        key, fix = quantization_key("format", config.adapter), without_quantization(config.adapter)
         raise ModelError(
-            f"adapter.method is qlora, but a {shape.model_type} model hands the weight of {bypassed[0]} to a kernel, which "
-            f"cannot read packed numbers. Set adapter.method to lora."
+            f"{key} is {quantization.format}, but a {shape.model_type} model hands the weight of {bypassed[0]} to a kernel, "
+            f"which cannot read packed numbers. {fix[:1].upper()}{fix[1:]}."
         )
 
 

@@ -8,12 +8,12 @@ all parts; a test holds that against the allocator. Not in here: fragmentation a
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
-from raytune.config.model import Attention
+from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision
-from raytune.plan.adapter_size import TrainedSize, saved_modules
+from raytune.plan.quantization import constant_bytes, num_quantised, packed_bytes
 from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
 from raytune.plan.shapes import ModelShape
+from raytune.plan.trained import Trained
 from raytune.units import GIB, MIB
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -36,13 +36,13 @@ GPU_CONTEXT_BYTES = GIB
 """CUDA context, cuBLAS and NCCL buffers of a process; 0.5-1 GiB by driver and GPU, which the allocator's figures do not show."""
 CUDA_CONTEXT, CPU_PROCESS = "CUDA context and libraries", "process and libraries"
 PLAIN_BUCKET_BYTES = 64 * MIB
-"""training.engine.BUCKET_BYTES: gradients that PlainEngine sums over the ranks at once."""
+"""Gradients that PlainEngine sums over the ranks at once: large enough for bandwidth, small beside the gradients."""
 ZERO_BUCKET_ELEMENTS = 200_000_000
-"""training.zero_engine.MAX_BUCKET_ELEMENTS: gradients that DeepSpeed reduces at once."""
+"""Gradients that DeepSpeed reduces, or weights that it gathers, by one collective, as we ask it."""
 ZERO_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters, and of the distance within which gathered weights are kept for reuse."""
 ZERO_PREFETCH_ELEMENTS = 50_000_000
-"""training.zero_engine's stage3_prefetch_bucket_size: weights that stage 3 gathers at once."""
+"""Weights that stage 3 gathers at once, as we ask it (stage3_prefetch_bucket_size)."""
 ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 
@@ -67,8 +67,9 @@ class Workload:
     """All that decides the bytes of a rank."""
 
     shape: ModelShape
-    adapter: Adapter
-    trained: TrainedSize
+    trained: Trained
+    quantization: Quantization | None = None
+    """How a frozen base is held; None: as it is."""
     engine: str
     """"plain" or "zero"."""
     zero_stage: ZeroStage
@@ -90,8 +91,7 @@ class Workload:
     @property
     def weight_dtype(self) -> Precision:
         """Of weights as they are loaded (`ModelPlan.dtype`)."""
-        trains_base = isinstance(self.adapter, FullAdapter)
-        return "fp32" if trains_base and self.engine == "plain" else self.precision
+        return "fp32" if self.trained.is_base and self.engine == "plain" else self.precision
 
     @property
     def trained_dtype(self) -> Precision:
@@ -102,12 +102,12 @@ class Workload:
     def all_weight_bytes(self) -> float:
         """Weights that ZeRO-3 would share out, each counted once."""
         dtype, trained = BYTES[self.weight_dtype], BYTES[self.trained_dtype] * self.trained.num_trainable
-        if isinstance(self.adapter, FullAdapter):
+        if self.trained.is_base:
             return dtype * self.shape.num_parameters
-        if not isinstance(self.adapter, QloraAdapter):
+        if self.quantization is None:
             return dtype * self.shape.num_parameters + trained
         whole = self.shape.num_parameters - num_quantised(self.shape, self.trained)
-        return packed_bytes(self.adapter, self.shape, self.trained) + dtype * whole + trained
+        return packed_bytes(self.quantization, self.shape, self.trained) + dtype * whole + trained
 
     def share(self, from_stage: int) -> int:
         """Ranks that divide what ZeRO shards from this stage on."""
@@ -201,7 +201,7 @@ def checkpoint_bytes(work: Workload) -> int:
     trained = work.trained.num_trainable
     num_whole = 0
     if work.zero_stage in (1, 2):
-        keeps_head = work.shape.is_tied and not isinstance(work.adapter, FullAdapter)
+        keeps_head = work.shape.is_tied and not work.trained.is_base
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
     return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole)
 
@@ -219,36 +219,9 @@ def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
     return 4 * num_targets * vocab > FULL_LOGITS_BYTES
 
 
-def num_quantised(shape: ModelShape, trained: TrainedSize) -> int:
-    """Weights that a quantised base holds as packed numbers: of linear layers, and of fused experts."""
-    return shape.num_quantizable + trained.num_packed
-
-
-def quantized_bytes(adapter: QloraAdapter, shape: ModelShape, trained: TrainedSize) -> float:
-    """Weights that bitsandbytes quantises, with their constants."""
-    return packed_bytes(adapter, shape, trained) + constant_bytes(adapter, shape, trained)
-
-
-def packed_bytes(adapter: QloraAdapter, shape: ModelShape, trained: TrainedSize) -> float:
-    """Weights that bitsandbytes quantises: half a byte each, or one in int8."""
-    return num_quantised(shape, trained) * (1 if adapter.quantization == "int8" else 0.5)
-
-
-def constant_bytes(adapter: QloraAdapter, shape: ModelShape, trained: TrainedSize) -> float:
-    """What it takes to read packed weights; ZeRO-3 leaves it whole on every rank.
-
-    Dettmers et al. 2023 (QLoRA), section 3: blocks of 64 with an fp32 scale are 0.5 bit per parameter; double quantisation makes
-    that 8 / 64 + 32 / (64 * 256) = 0.127 bit. int8 has an fp32 scale per output.
-    """
-    if adapter.quantization == "int8":
-        return 4 * sum(module.outputs for layer in shape.layers() for module in layer if module.is_linear)
-    bits = 8 / 64 + 32 / (64 * 256) if adapter.double_quantization else 32 / 64
-    return num_quantised(shape, trained) * bits / 8
-
-
 def _weight_bytes(work: Workload) -> float:
     """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
-    constants = constant_bytes(work.adapter, work.shape, work.trained) if isinstance(work.adapter, QloraAdapter) else 0
+    constants = constant_bytes(work.quantization, work.shape, work.trained) if work.quantization else 0
     return work.all_weight_bytes / work.share(3) + constants
 
 
@@ -260,7 +233,7 @@ def _autocast_bytes(work: Workload) -> float:
     if work.engine != "plain" or work.precision == "fp32":
         return 0
     num_cast = work.trained.num_trainable - work.trained.num_in_experts
-    if isinstance(work.adapter, FullAdapter):
+    if work.trained.is_base:
         kinds = work.shape.parameters_by_kind
         num_cast -= kinds["experts"] + (0 if work.shape.is_tied else kinds["embedding"])
     return BYTES[work.precision] * num_cast
@@ -291,7 +264,7 @@ def _sums_in_fp32(work: Workload) -> bool:
 def _head_gradient_bytes(work: Workload) -> float:
     """The first gradient of all, before a bucket takes it. The chunked loss sums it in fp32."""
     head = work.shape.head
-    if not isinstance(work.adapter, FullAdapter) and head not in saved_modules(work.adapter, work.shape):
+    if head.name not in work.trained.whole:
         return 0
     return head.num_parameters * (BYTES[work.trained_dtype] if work.chunk_tokens is None else 4)
 
@@ -321,13 +294,8 @@ def _state_bytes(work: Workload) -> float:
         # A number per row and per column of a matrix instead of one per entry (Shazeer and Stern 2018).
         return 4 * work.trained.num_sides
     # training.optimizer leaves embeddings at 32 bits (Dettmers et al. 2022, section 2.3).
-    num_exact = _num_trained_embeddings(work) if work.optimizer in EIGHT_BIT else 0
+    num_exact = work.trained.num_whole_embeddings if work.optimizer in EIGHT_BIT else 0
     return (work.trained.num_trainable - num_exact) * STATE_BYTES[work.optimizer] + num_exact * STATE_BYTES["adamw"]
-
-
-def _num_trained_embeddings(work: Workload) -> int:
-    trained = work.shape.embeddings if isinstance(work.adapter, FullAdapter) else saved_modules(work.adapter, work.shape)
-    return sum(module.num_parameters for module in trained if module.kind == "embedding")
 
 
 def _kept_bytes(work: Workload) -> float:
@@ -359,7 +327,7 @@ def layer_activation_bytes(work: Workload) -> float:
     holds it against what autograd saves. What is kept once per model (tables of rotary embeddings) counts by its share.
     """
     shape, width = work.shape, BYTES[work.precision]
-    trains_base = isinstance(work.adapter, FullAdapter)
+    trains_base = work.trained.is_base
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
@@ -391,7 +359,7 @@ def layer_activation_bytes(work: Workload) -> float:
 
 def _expert_bytes(work: Workload, num_steps: int) -> float:
     """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
-    trains_experts = isinstance(work.adapter, FullAdapter) or work.trained.num_updated_per_layer > 0
+    trains_experts = work.trained.is_base or work.trained.num_updated_per_layer > 0
     gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
     numbers = work.shape.expert_width * (num_steps - (not trains_experts)) + gathered * (1 + trains_experts)
     return BYTES[work.weight_dtype] * numbers
@@ -410,19 +378,23 @@ def _linear_input_bytes(work: Workload) -> float:
     """Inputs of linear layers that no other part keeps, per token.
 
     Layers that read the same values share them, except where each casts them anew: autocast from an fp32 stream, and PEFT for
-    each target in another dtype, which also keeps the update's inner activations and, with dropout, what was dropped.
+    each target in another dtype, which also keeps the update's inner activations and, with dropout, what was dropped. Frozen
+    layers that only get factors keep no inputs, but what is multiplied.
     """
     shape, width = work.shape, BYTES[work.precision]
     shared = 2 * shape.hidden * width
-    if not isinstance(work.adapter, LoraAdapter):
+    trained = work.trained
+    if trained.is_base:
         # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
         readers = [module for module in shape.layer if module.is_linear or module.kind == "router"]
         num_readers = len(readers) - (2 if shape.intermediate > shape.expert_width else 1)
         return num_readers * shape.hidden * width if work.weight_dtype != work.precision else shared
-    cast = work.trained.target_inputs * width / shape.num_layers
-    inner = work.trained.target_ranks * width / shape.num_layers
-    has_own_copies = work.trained_dtype != work.precision or work.adapter.dropout > 0
-    return inner + (cast if has_own_copies else shared) + (cast if work.adapter.dropout else 0)
+    inner = trained.inner_width * width / shape.num_layers
+    casts = work.trained_dtype != work.precision
+    if not trained.reads_inputs:
+        return inner + (trained.scaled_inputs * BYTES[work.trained_dtype] / shape.num_layers if casts else 0)
+    cast = trained.target_inputs * width / shape.num_layers
+    return inner + (cast if casts or trained.drops_inputs else shared) + (cast if trained.drops_inputs else 0)
 
 
 def _score_bytes(work: Workload) -> float:
@@ -438,7 +410,7 @@ def _dequantized_bytes(work: Workload) -> float:
 
     So does model.packed_experts with the experts of a layer, one parameter after the other on the way back.
     """
-    if not isinstance(work.adapter, QloraAdapter):
+    if work.quantization is None:
         return 0
     linear = (module.num_parameters for layer in work.shape.layers() for module in layer if module.is_linear)
     return BYTES[work.precision] * max(*linear, 0 if work.has_checkpointing else work.trained.largest_packed)

@@ -1,42 +1,32 @@
 """What can be decided or refused without the data: device, workers, precision, attention, row length, possible ZeRO stages."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
+from raytune.config.adapter import without_preset
 from raytune.config.cluster import ClusterSection
 from raytune.config.model import Attention
+from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
-from raytune.plan.adapter_limits import check_adapter, is_quantised_dora
-from raytune.plan.adapter_size import quant_storage, trained_size
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
-from raytune.plan.expert_updates import check_expert_updates
 from raytune.plan.lone_documents import check_lone_documents, choose_lone_attention
 from raytune.plan.machine import Machine
+from raytune.plan.methods import method_of, trained_by
+from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
+from raytune.plan.stage_limit import StageLimit
 from raytune.plan.stored_quantization import check_stored_quantization
 
 Device = Literal["cpu", "cuda"]
 DEFAULT_ROW_LENGTH = 2048
 STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
 FLASH: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
-WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
 WITHOUT_LIGER = ("gpt2", "gpt_neox")
 """Architectures that liger-kernel's table of models (MODEL_TYPE_TO_APPLY_LIGER_FN) lacks: it would log so and go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageLimit:
-    """ZeRO stages that one setting leaves, and why."""
-
-    lowest: int
-    highest: int
-    because: str
 
 
 def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
@@ -71,9 +61,9 @@ def checks_before_data(config: RunConfig, shape: ModelShape, machine: Machine | 
     of_model: list[Callable[[], object]] = [
         lambda: choose_row_length(config, shape),
         lambda: check_lone_documents(config, shape),
-        lambda: trained_size(config.adapter, shape),
+        lambda: trained_by(config.adapter, shape),
         lambda: check_overrides(config.training.zero),
-        lambda: check_expert_updates(config, shape),
+        lambda: method_of(config.adapter).check(without_preset(config.adapter), config, shape),
         lambda: _check_cluster(config.cluster),
     ]
     if machine is None:
@@ -90,9 +80,9 @@ def checks_before_data(config: RunConfig, shape: ModelShape, machine: Machine | 
         lambda: choose_workers(config, machine, device()),
         lambda: choose_attention(config, shape, machine, device(), precision()),
         lambda: possible_stages(config, shape, device(), choose_workers(config, machine, device()).value, precision()),
-        lambda: check_adapter(config.adapter, shape, precision()),
+        lambda: check_quantization(config, trained_by(config.adapter, shape), precision()),
         lambda: check_stored_quantization(
-            shape.stored_quantization, resolve_adapter(config.adapter, precision()).value, config.model.base
+            shape.stored_quantization, resolve_quantization(config, precision()).value, config.adapter, config.model.base
         ),
         lambda: _check_kernels(config, shape, device()),
     ]
@@ -195,7 +185,7 @@ def possible_stages(config: RunConfig, shape: ModelShape, device: Device, worker
 
 
 def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precision: Precision) -> list[StageLimit]:
-    training, zero, adapter = config.training, config.training.zero, config.adapter
+    training, zero = config.training, config.training.zero
     limits = [StageLimit(0, 3, "ZeRO has stages 0 to 3")]
     if zero.overrides:
         limits.append(StageLimit(1, 3, "training.zero.overrides is for DeepSpeed, which runs from stage 1 on"))
@@ -210,36 +200,9 @@ def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precisio
         limits.append(StageLimit(0, 0, "training.optimizer is adafactor, which needs whole matrices where ZeRO has flat shards"))
     if precision == "fp16" and device == "cpu":
         limits.append(StageLimit(0, 0, "training.precision is fp16 on CPUs, for which DeepSpeed needs AVX512-FP16"))
-    if isinstance(adapter, QloraAdapter) and adapter.quantization == "int8":
-        limits.append(StageLimit(0, 2, "adapter.quantization is int8, whose weights cannot be sharded"))
-    if isinstance(adapter, QloraAdapter) and quant_storage(adapter, precision) != precision:
-        because = f"adapter.quant_storage is {adapter.quant_storage}, which cannot be sharded with weights in {precision}"
-        limits.append(StageLimit(0, 2, because))
-    if is_quantised_dora(adapter, shape):
-        because = "adapter.use_dora is true, which takes norms of whole quantised weights and finds none in a shard"
-        limits.append(StageLimit(0, 2, because))
-    if isinstance(adapter, LoraAdapter) and adapter.init in WEIGHT_BASED_INITS:
-        limits.append(StageLimit(0, 2, f"adapter.init is {adapter.init}, which looks at whole weights"))
-    return limits
-
-
-def resolve_adapter(adapter: Adapter, precision: Precision) -> Choice[Adapter]:
-    """The adapter section with its dtypes resolved."""
-    if not isinstance(adapter, QloraAdapter):
-        return Choice(adapter)
-    compute = _compute_dtype(adapter, precision)
-    storage = quant_storage(adapter, precision)
-    reasons = []
-    if adapter.compute_dtype == "auto":
-        reasons.append(f"adapter.compute_dtype is {compute}, the run's precision.")
-    if adapter.quant_storage == "auto":
-        reasons.append(f"adapter.quant_storage is {storage}, as all other weights, so that ZeRO-3 could shard the base.")
-    resolved = adapter.model_copy(update={"compute_dtype": compute, "quant_storage": storage})
-    return Choice(resolved, " ".join(reasons) or None)
-
-
-def _compute_dtype(adapter: QloraAdapter, precision: Precision) -> Precision:
-    return precision if adapter.compute_dtype == "auto" else adapter.compute_dtype
+    adapter = without_preset(config.adapter)
+    of_method = method_of(adapter).stage_limits(adapter, shape, quantization_of(config.model, config.adapter))
+    return [*limits, *quantization_limits(config, precision), *of_method]
 
 
 def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:

@@ -1,9 +1,11 @@
 """`RunPlan`: everything that a worker needs to know, resolved. Frozen, JSON in and out."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
-from raytune.config.model import Attention
+from pydantic import TypeAdapter, model_validator
+
+from raytune.config.adapter import Adapter, own_quantization, without_preset
+from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 from raytune.plan.data_report import DataReport
 from raytune.plan.value import Plan
@@ -34,6 +36,8 @@ class ModelPlan(Plan):
     DeepSpeed's fp32 masters beside them)."""
     compute_dtype: Precision
     """Dtype of products in forward and backward."""
+    quantization: Quantization | None = None
+    """How bitsandbytes holds the frozen base; None: not at all."""
     gradient_checkpointing: bool
     compile: bool
     liger: bool
@@ -204,6 +208,22 @@ class CostPlan(Plan):
     price_date: str
 
 
+_ADAPTER: TypeAdapter[Adapter] = TypeAdapter(Adapter)
+
+
+def todays_form(stored: dict[str, Any]) -> dict[str, Any]:
+    """A plan, or the identity of one, in today's form, as it may have been stored in another.
+
+    Before 2026-11-28 the quantisation of the base lay in the adapter (`method: qlora`) and not in the model.
+    """
+    if not isinstance(stored.get("adapter"), dict) or not isinstance(stored.get("model"), dict):
+        return stored
+    adapter = _ADAPTER.validate_python(stored["adapter"])
+    preset = own_quantization(adapter)
+    held = stored["model"].get("quantization") if preset is None else preset.model_dump()
+    return stored | {"adapter": without_preset(adapter).model_dump(), "model": stored["model"] | {"quantization": held}}
+
+
 class RunPlan(Plan):
     name: str
     storage: str
@@ -245,15 +265,10 @@ class RunPlan(Plan):
     data_report: DataReport | None = None
     """What became of the rows; None where they were not read (plans with cluster.instance)."""
 
-    @property
-    def lora(self) -> LoraAdapter | None:
-        """The adapter's settings, or None for full fine-tuning."""
-        return self.adapter if isinstance(self.adapter, LoraAdapter) else None
-
-    @property
-    def qlora(self) -> QloraAdapter | None:
-        """The quantised adapter's settings, or None."""
-        return self.adapter if isinstance(self.adapter, QloraAdapter) else None
+    @model_validator(mode="before")
+    @classmethod
+    def _base_apart_from_preset(cls, values: Any) -> Any:
+        return todays_form(values) if isinstance(values, dict) else values
 
     @property
     def bytes_on_nvme(self) -> dict[str, int]:

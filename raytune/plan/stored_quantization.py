@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raytune.config.adapter import Adapter, QloraAdapter
+from raytune.config.adapter import Adapter
+from raytune.config.model import Quantization
+from raytune.config.quantization import quantization_key
 from raytune.errors import ModelError
 
 StoredQuantization = dict[str, Any]
@@ -34,14 +36,17 @@ def quantization_note(stored: StoredQuantization | None) -> list[str]:
     return [f"The base is stored in {_kind(stored)} by bitsandbytes: these numbers are trained on as they are."]
 
 
-def check_stored_quantization(stored: StoredQuantization | None, adapter: Adapter, base: str) -> None:
-    """Refuse quantised weights, but for those of bitsandbytes that QLoRA asks for in the same form.
+def check_stored_quantization(
+    stored: StoredQuantization | None, quantization: Quantization | None, adapter: Adapter, base: str
+) -> None:
+    """Refuse quantised weights, but for those of bitsandbytes that the run asks for in the same form.
 
     transformers would train on the others as packed numbers or not at all; those of bitsandbytes it takes in the form that they
-    are stored in, whatever the adapter asks for.
+    are stored in, whatever it is asked for.
 
     Args:
-        adapter: a dtype that is still `auto` is whatever the base has.
+        quantization: that is asked for; a dtype that is still `auto` is whatever the base has.
+        adapter: for messages, which name the keys that it is asked for by.
         base: folder or hub id, for messages.
 
     Raises:
@@ -59,16 +64,16 @@ def check_stored_quantization(stored: StoredQuantization | None, adapter: Adapte
             f"{base} is already quantised by {method} (quantization_config in its config.json), and such weights cannot be "
             f"trained. {original}"
         )
-    if not isinstance(adapter, QloraAdapter):
+    if quantization is None:
         raise ModelError(
             f"{base} is already quantised by bitsandbytes ({_kind(stored)}), which adapter.method: {adapter.method} cannot train "
             f"on. {original}"
         )
     form = _form(stored)
-    wrong = {key: value for key, value in form.items() if getattr(adapter, key) not in (value, "auto")}
+    wrong = {key: value for key, value in form.items() if getattr(quantization, key) not in (value, "auto")}
     if wrong:
-        asked = ", ".join(f"adapter.{key}: {_shown(getattr(adapter, key))}" for key in wrong)
-        settings = ", ".join(f"adapter.{key}: {_shown(value)}" for key, value in wrong.items())
+        asked = ", ".join(f"{quantization_key(key, adapter)}: {_shown(getattr(quantization, key))}" for key in wrong)
+        settings = ", ".join(f"{quantization_key(key, adapter)}: {_shown(value)}" for key, value in wrong.items())
         raise ModelError(
             f"{base} is already quantised by bitsandbytes, in another form than {asked} asks for, and transformers would take "
             f"the stored form without a word. Set {settings}, or give the original weights as model.base."
@@ -76,12 +81,12 @@ def check_stored_quantization(stored: StoredQuantization | None, adapter: Adapte
 
 
 def _form(stored: StoredQuantization) -> dict[str, Any]:
-    """What an adapter section would have to say for the stored form; absent keys have transformers' defaults."""
+    """Fields of the `Quantization` that is the stored form; absent keys have transformers' defaults."""
     kind = _kind(stored)
     if kind == "int8":
-        return {"quantization": kind}
+        return {"format": kind}
     return {
-        "quantization": kind,
+        "format": kind,
         "double_quantization": bool(stored.get("bnb_4bit_use_double_quant", False)),
         "compute_dtype": _dtype(stored.get("bnb_4bit_compute_dtype") or "float32"),
         "quant_storage": _dtype(stored.get("bnb_4bit_quant_storage") or "uint8"),

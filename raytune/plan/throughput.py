@@ -7,9 +7,9 @@ left out. Rows are mapped from files and are thousands of times smaller than wha
 from dataclasses import dataclass
 from typing import Literal
 
-from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter
 from raytune.plan.hardware import Fabric, Gpu, Instance
-from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, num_quantised, quantized_bytes
+from raytune.plan.memory import BYTES, Workload, layer_activation_bytes
+from raytune.plan.quantization import num_quantised, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
 
 LINK_SHARE: dict[Fabric | Literal["intra"], float] = {
@@ -105,7 +105,7 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
     scores again (Dao 2023, section 3.2), of 2 x width x length each, of which causality needs half.
     """
     shape = work.shape
-    trains_base = isinstance(work.adapter, FullAdapter)
+    trains_base = work.trained.is_base
     forward = 2
     passes = forward + (4 if trains_base else 2)
     again = forward if work.has_checkpointing else 0
@@ -119,12 +119,12 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
 
 def _expert_update_flops(work: Workload, per_weight: int) -> float:
     """Of updates of fused experts: PEFT adds B A to all of their weights, once per pass, and takes its gradient from theirs."""
-    if not isinstance(work.adapter, LoraAdapter) or not work.trained.num_updated_per_layer:
+    if not work.trained.num_updated_per_layer:
         return 0.0
     shape = work.shape
     experts = [module for layer in shape.layers() for module in layer if module.kind == "experts"]
     gradients = 2 * work.num_tokens * sum(one.copies_per_token * one.inputs * one.outputs for one in experts)
-    return gradients + len(experts) * per_weight * work.adapter.rank * work.trained.num_updated_per_layer
+    return gradients + len(experts) * per_weight * work.trained.expert_rank * work.trained.num_updated_per_layer
 
 
 def _memory_traffic_bytes(work: Workload) -> float:
@@ -138,9 +138,9 @@ def _memory_traffic_bytes(work: Workload) -> float:
     elementwise = 2 * passes * work.shape.num_layers * layer_activation_bytes(work)
     logits = 4 * 4 * work.shape.vocab * work.num_targets
     dequantised = 0.0
-    if isinstance(work.adapter, QloraAdapter):
+    if work.quantization:
         num_packed = num_quantised(work.shape, work.trained)
-        per_weight = quantized_bytes(work.adapter, work.shape, work.trained) / num_packed + BYTES[work.precision]
+        per_weight = quantized_bytes(work.quantization, work.shape, work.trained) / num_packed + BYTES[work.precision]
         # Recomputed experts stay as they are until their backward pass; others are expanded for it.
         dequantised = per_weight * (passes * work.shape.num_quantizable + 2 * work.trained.num_packed)
     updated = 0 if work.offload_optimizer != "none" else 30 * work.trained.num_trainable / work.share(1)

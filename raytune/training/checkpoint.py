@@ -31,7 +31,7 @@ from typing import Any
 from raytune import storage
 from raytune.errors import CheckpointError, RaytuneError, StorageFullError
 from raytune.local_files import local_errors, sync_local_folder
-from raytune.plan.run_plan import CheckpointPlan
+from raytune.plan.run_plan import CheckpointPlan, todays_form
 from raytune.run_folder import RunFolder, step_folder
 from raytune.training.checkpoint_folder import CheckpointFolder
 from raytune.training.commit import (
@@ -308,10 +308,11 @@ class Checkpoints:
 
     def _refuse_stranger(self, commit: Commit) -> None:
         """Raise unless this attempt may go on from a commit; rank 0. Other numbers of workers are the engine's to judge."""
-        keys = sorted(commit.fingerprint.keys() | self._fingerprint.keys())
-        changed = [key for key in keys if commit.fingerprint.get(key) != self._fingerprint.get(key)]
+        saved = todays_form(commit.fingerprint)
+        keys = sorted(saved.keys() | self._fingerprint.keys())
+        changed = [key for key in keys if saved.get(key) != self._fingerprint.get(key)]
         if changed:
-            changes = "; ".join(f"{key}: {commit.fingerprint.get(key)!r} -> {self._fingerprint.get(key)!r}" for key in changed)
+            changes = "; ".join(f"{key}: {saved.get(key)!r} -> {self._fingerprint.get(key)!r}" for key in changed)
             raise CheckpointError(
                 f"{commit.path} belongs to a run with other settings ({changes}). Undo the change, or choose another run name."
             )

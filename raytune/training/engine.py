@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from raytune.config.training import Precision
 from raytune.errors import CheckpointError
 from raytune.model.dtypes import DTYPES
-from raytune.units import MIB
+from raytune.plan.memory import PLAIN_BUCKET_BYTES
 
 LAYOUT_FILE = "engine.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -32,8 +32,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 INITIAL_LOSS_SCALE = 2.0**16
 STEPS_BEFORE_GROWTH = 2000
 """Steps without overflow after which fp16's loss scale is doubled; an overflow halves it at once."""
-BUCKET_BYTES = 64 * MIB
-"""Gradients are summed over the ranks in pieces of this size: large enough for bandwidth, small beside the gradients."""
 
 
 class Engine(Protocol):
@@ -382,7 +380,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         bucket.append(parameter)
-        if num_bytes(bucket) >= BUCKET_BYTES:
+        if num_bytes(bucket) >= PLAIN_BUCKET_BYTES:
             yield bucket
             bucket = []
     if bucket:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune.config.adapter import FullAdapter
+from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import RaytuneError
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
 from raytune.metrics import encode_number
+from raytune.model.adapters import adapting
 from raytune.model.base_content import save_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
-from raytune.model.pretrained import load_tokenizer
 from raytune.model.stopping import save_generation_config, stopping_config
 from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
@@ -74,8 +74,7 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
 
     Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
     """
-    is_full = isinstance(plan.adapter, FullAdapter)
-    state = engine.trainable_state(DTYPES[plan.precision] if is_full else None)
+    state = engine.trainable_state(DTYPES[plan.precision] if adapting(plan.adapter).is_whole else None)
     try:
         if engine.rank == 0:
             _write_files(plan, engine.model, state, folder)
@@ -93,7 +92,7 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
     tensors = ((name, tensor) for name, tensor in state if tensor is not None)
     with TemporaryDirectory() as scratch:
         target = local_path(folder.model) if is_local(folder.model) else Path(scratch)
-        if isinstance(plan.adapter, FullAdapter):
+        if adapting(plan.adapter).is_whole:
             save_model(model, tensors, target)
         else:
             save_adapter(model, dict(tensors), target)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raytune.config.training import Optimizer
+from raytune.plan.memory import EIGHT_BIT
 from raytune.plan.run_plan import OptimizationPlan
 
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -125,7 +126,6 @@ def _adam_settings(plan: OptimizationPlan) -> dict[str, Any]:
     return {"lr": plan.learning_rate, "betas": (plan.beta1, plan.beta2), "eps": plan.epsilon}
 
 
-EIGHT_BIT: set[Optimizer] = {"adamw_8bit", "paged_adamw_8bit"}
 PAGED: set[Optimizer] = {"paged_adamw", "paged_adamw_8bit"}
 
 OPTIMIZERS: dict[Optimizer, Callable[[list[Group], OptimizationPlan, torch.device], torch.optim.Optimizer]] = {

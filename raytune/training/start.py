@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
-from raytune.model.adapters import initialise_eva
+from raytune.model.adapters import adapting
 from raytune.model.attention import model_inputs
 from raytune.model.base_check import check_base
 from raytune.model.kept_base import KeptBase
@@ -61,8 +61,9 @@ def start_engine(
 
 
 def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
-    """Start an adapter of EVA from the activations of the first global batch, which is the same on every rank."""
-    if plan.lora is None or plan.lora.init != "eva":
+    """Start an adapter that asks for it from the activations of the first global batch, which is the same on every rank."""
+    row = adapting(plan.adapter)
+    if not row.starts_from_data(plan.adapter):
         return
     batches = step_batches(
         Store.open(plan.data.train.path),
@@ -74,7 +75,9 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
         num_rows_in_run=plan.optimization.num_rows,
         seed=plan.seed,
     )
-    initialise_eva(model, (model_inputs(batch.to(device), plan.model.attention, packs=plan.model.packs) for batch in batches))
+    row.start_from_data(
+        model, (model_inputs(batch.to(device), plan.model.attention, packs=plan.model.packs) for batch in batches)
+    )
 
 
 def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None) -> Engine:

@@ -29,7 +29,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from raytune.config.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
+from raytune.model.base_check import is_packed
 from raytune.model.dtypes import DTYPES
+from raytune.plan.memory import ZERO_BUCKET_ELEMENTS, ZERO_PREFETCH_ELEMENTS
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import (
     INITIAL_LOSS_SCALE,
@@ -47,8 +49,6 @@ from raytune.training.engine import (
 TAG = "zero"
 """Folder of DeepSpeed's files inside a checkpoint."""
 
-MAX_BUCKET_ELEMENTS = 200_000_000
-"""Gradients reduced, or weights gathered, by one collective."""
 PERSISTENT_ELEMENTS = 100_000
 """Stage 3 leaves smaller parameters (norms, biases) whole on every rank: a gather of them costs more than it saves."""
 
@@ -93,7 +93,7 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
 
 def _zero_section(plan: RunPlan) -> dict[str, Any]:
     stage, on_gpu = plan.engine.zero_stage, plan.cluster.device == "cuda"
-    bucket = min(MAX_BUCKET_ELEMENTS, max(plan.num_trainable, 1))
+    bucket = min(ZERO_BUCKET_ELEMENTS, max(plan.num_trainable, 1))
     section: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
@@ -107,7 +107,7 @@ def _zero_section(plan: RunPlan) -> dict[str, Any]:
     if plan.engine.offload_parameters != "none":
         section["offload_param"] = _offload(plan.engine.offload_parameters, plan.engine.nvme_path, pin_memory=on_gpu)
     if stage == 3:
-        section["stage3_prefetch_bucket_size"] = min(MAX_BUCKET_ELEMENTS // 4, plan.num_parameters)
+        section["stage3_prefetch_bucket_size"] = min(ZERO_PREFETCH_ELEMENTS, plan.num_parameters)
         section["stage3_param_persistence_threshold"] = min(PERSISTENT_ELEMENTS, plan.num_parameters // 1000)
     return section
 
@@ -349,8 +349,7 @@ def _forget_modules() -> None:
 def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what DeepSpeed leaves alone once some weights are sharded: adapters and norms that are not in the run's precision."""
     for parameter in model.parameters():
-        is_packed = hasattr(parameter, "quant_state")
-        if parameter.is_floating_point() and not is_packed and not hasattr(parameter, "ds_id"):
+        if parameter.is_floating_point() and not is_packed(parameter) and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
 
 

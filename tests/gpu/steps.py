@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from raytune.config.adapter import FullAdapter
 from raytune.data.store import Store
 from raytune.errors import UserError
 from raytune.plan.base_model import read_model_shape
@@ -142,7 +141,7 @@ def flops_per_step(plan: RunPlan, store: Store, shape: ModelShape) -> float:
     """
     row = store.row(0)
     num_tokens, num_targets = len(row.input_ids), int(row.is_target.sum())
-    is_full = isinstance(plan.adapter, FullAdapter)
+    is_full = plan.adapter.method == "full"
     per_weight = 6 if is_full else 4
     linear = per_weight * shape.num_quantizable * num_tokens
     head = per_weight * shape.hidden * shape.vocab * num_targets

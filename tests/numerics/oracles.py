@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
 
+from raytune.config.adapter import LoraAdapter
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.plan.run_plan import RunPlan
@@ -61,9 +62,9 @@ def plain_packed_losses(plan: RunPlan, matrices: list[str], parameters: list[str
 def _losses(
     model: torch.nn.Module, plan: RunPlan, targets: list[str] = PROJECTIONS, parameters: list[str] | None = None
 ) -> list[float]:
-    assert plan.lora is not None
+    assert isinstance(plan.adapter, LoraAdapter)
     torch.manual_seed(plan.seed)
-    rank, alpha = plan.lora.rank, int(plan.lora.alpha)
+    rank, alpha = plan.adapter.rank, int(plan.adapter.alpha)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     model.train()

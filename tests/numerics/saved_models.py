@@ -10,7 +10,7 @@ from raytune.plan.run_plan import RunPlan
 
 def loss_by_plain_transformers(plan: RunPlan, model_path: str) -> float:
     """Mean loss per validation target in fp32, a document at a time, by nothing of ours but the tokens."""
-    loader = AutoModelForCausalLM if plan.lora is None else AutoPeftModelForCausalLM
+    loader = AutoModelForCausalLM if plan.adapter.method == "full" else AutoPeftModelForCausalLM
     model = loader.from_pretrained(model_path, dtype=torch.float32).eval()
     store = Store.open(plan.data.validation[0].path)
     total, count = 0.0, 0

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raytune.config.adapter import LoraAdapter
-from raytune.model.adapters import lora_config
+from raytune.model.adapters.lora import lora_config
 from raytune.model.attention import lone_attention
-from raytune.plan.adapter_size import trained_size
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import Workload, layer_activation_bytes, memory_parts
+from raytune.plan.methods import trained_by
 from tests.hybrids import HYBRIDS
 from tests.numerics.measured_bytes import measure
 from tests.numerics.oracles import plain_losses
@@ -77,7 +77,7 @@ def test_planned_bytes_are_exact_for_what_lasts_and_near_for_activations(name: s
     material, section, _, _ = material_of(name, tmp_path, rows)
     measured = measure(make_plan(material, adapter=LORA, model=section, batch=batch()))
     shape, adapter = read_model_shape(str(tmp_path)), LoraAdapter(rank=4)
-    fields: dict[str, Any] = {"shape": shape, "adapter": adapter, "trained": trained_size(adapter, shape)}
+    fields: dict[str, Any] = {"shape": shape, "trained": trained_by(adapter, shape)}
     counts = {"num_tokens": measured.num_tokens, "num_targets": measured.num_targets}
     work = Workload(**WORK | fields | counts | {"attention": section["attention"]})
     parts = {part.name: part.num_bytes for part in memory_parts(work)}

@@ -18,7 +18,7 @@ from raytune.cli import cli
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
 from raytune.config.run import RunConfig
-from raytune.data.tokenizers import open_tokenizer
+from raytune.data.tokenizers import load_tokenizer, open_tokenizer
 from raytune.errors import ModelError, UserError
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
@@ -26,7 +26,6 @@ from raytune.launch.record import refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.model.base_content import base_content, content_changes
 from raytune.model.merge import merge_adapter
-from raytune.model.pretrained import load_tokenizer
 from raytune.plan.base_model import read_model_shape
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train

@@ -9,10 +9,10 @@ import transformers
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from raytune.config.adapter import Adapter, FullAdapter
-from raytune.plan.adapter_size import trained_size
+from raytune.config.adapter import Adapter, FullAdapter, own_quantization
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import BYTES, Workload, checkpoint_bytes, layer_activation_bytes, memory_parts, tensor_bytes
+from raytune.plan.methods import trained_by
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import STAGES
 from raytune.plan.run_plan import MemoryPart, RunPlan, ZeroStage
@@ -45,10 +45,11 @@ def planned(
     """A bf16 run on two workers."""
     shape = read_model_shape(str(material.model))
     section: Adapter = TypeAdapter(Adapter).validate_python(adapter)
-    trained = trained_size(section, shape)
+    quantization = own_quantization(section)
+    trained = trained_by(section, shape, quantization)
     engine = "zero" if stage else "plain"
     changes = {"engine": engine, "zero_stage": stage, "has_checkpointing": has_checkpointing}
-    work = Workload(**_WORK | changes | {"shape": shape, "adapter": section, "trained": trained})
+    work = Workload(**_WORK | changes | {"shape": shape, "quantization": quantization, "trained": trained})
     model = {"path": str(material.model), "dtype": work.weight_dtype, "compute_dtype": "bf16"}
     plan = make_plan(
         material,
@@ -194,7 +195,7 @@ def test_planned_model_states_agree_with_deepspeed_s_own_estimators(base: str, w
 
     shape = planned_shape(base)
     full = FullAdapter(method="full")
-    work = Workload(**_WORK | {"shape": shape, "adapter": full, "trained": trained_size(full, shape), "workers": workers})
+    work = Workload(**_WORK | {"shape": shape, "trained": trained_by(full, shape), "workers": workers})
 
     def states(work: Workload, *names: str) -> int:
         return sum(part.num_bytes for part in memory_parts(work) if part.name in ("weights", "gradients", "optimizer", *names))

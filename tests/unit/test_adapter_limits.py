@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from raytune.config.adapter import LoraAdapter, QloraAdapter
 from raytune.errors import ModelError, UserError
-from raytune.model.adapters import add_adapter, initialise_eva
+from raytune.model.adapters import add_adapter
+from raytune.model.adapters.lora import initialise_eva
 from raytune.model.export import save_adapter
 from raytune.model.load import load_model
 from raytune.plan.base_model import read_model_shape
@@ -44,7 +45,8 @@ def works(base: Path, adapter: dict[str, Any], folder: Path) -> bool:
     """Whether an adapter trains, is saved, and computes the same when plain PEFT has loaded it (not asked of quantised bases)."""
     section = QloraAdapter(**adapter) if adapter.get("method") == "qlora" else LoraAdapter(**adapter)
     try:
-        model: Any = load_model(tiny_plan(model={"path": str(base)}).model, section, device=torch.device("cpu"), seed=0)
+        plan = tiny_plan(model={"path": str(base)}, adapter=section.model_dump())
+        model: Any = load_model(plan.model, plan.adapter, device=torch.device("cpu"), seed=0)
         if section.init == "eva":
             initialise_eva(model, [{"input_ids": IDS}])
         optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=0.02)

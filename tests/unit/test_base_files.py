@@ -281,10 +281,10 @@ def test_no_way_to_load_a_base_takes_numbers_that_are_none(adapter: Adapter, bas
         return tensors
 
     base = changed(bases["untied"], tmp_path / "base", poisoned)
-    plan = tiny_plan(model={"path": str(base)}).model
+    plan = tiny_plan(model={"path": str(base)}, adapter=adapter.model_dump())
     with pytest.raises(ModelError, match=r"not finite .*layers\.1\.mlp\.up_proj\.weight"):
-        load_model(plan, adapter, device=CPU, seed=0)
-    load_model(plan.model_copy(update={"path": str(bases["untied"])}), adapter, device=CPU, seed=0)
+        load_model(plan.model, plan.adapter, device=CPU, seed=0)
+    load_model(plan.model.model_copy(update={"path": str(bases["untied"])}), plan.adapter, device=CPU, seed=0)
 
 
 INT8, TWO_HEADS = (

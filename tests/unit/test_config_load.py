@@ -138,6 +138,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         "training": {"zero": {"stage": 3, "nvme_path": "/nvme"}},
         "model": {"revision": "0" * 40},
     }
+    if key.path in ("model.double_quantization", "model.quant_compute_dtype", "model.quant_storage"):
+        base["model"] |= {"quantization": "nf4"}
     if key.path.startswith("sweep."):
         dimension = {"uniform": [1, 100]} if key.path == "sweep.space.step" else {"choice": [4]}
         base["sweep"] = {"space": {"adapter.alpha": dimension, "adapter.rank": [4]}}

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import EXIT_REFUSED, EXIT_RETRY_LATER, ClusterError, ModelError, RaytuneError
 from raytune.hub import cache as hub_cache
 from raytune.hub import snapshot as hub_snapshot
@@ -26,7 +27,7 @@ from raytune.hub.client import Patience
 from raytune.hub.snapshot import Progress, described, in_lines
 from raytune.model.files import local_files
 from raytune.model.hub import download_base
-from raytune.model.pretrained import load_config, load_tokenizer
+from raytune.model.pretrained import load_config
 from raytune.plan.base_model import model_files, read_model_shape
 from tests.hub_stand_in import Refusal, StandIn, serving
 from tests.tiny import save_tiny_model

@@ -12,9 +12,10 @@ from raytune.config.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.meta_shape import UNBOUNDED_POSITIONS, meta_model, shape_of
-from raytune.plan.adapter_size import target_modules, target_parameters, trained_size
 from raytune.plan.architectures import model_shape
 from raytune.plan.base_model import read_model_shape
+from raytune.plan.methods import trained_by
+from raytune.plan.methods.lora_updates import updated_layers, updated_parameters
 from raytune.plan.shapes import ModelShape
 from tests.unit.test_plan_shapes import CONFIGS, SMALL
 from tests.unit.test_plan_shapes import meta_model as model_of
@@ -104,7 +105,7 @@ def test_an_adapter_has_the_size_that_peft_gives_it(name: str) -> None:
     model = AutoModelForCausalLM.from_config(config)
     adapted = add_adapter(model, adapter, revision=None, seed=0)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert trained_size(adapter, shape_by_building(config)).num_trainable == trained
+    assert trained_by(adapter, shape_by_building(config)).num_trainable == trained
 
 
 @pytest.mark.parametrize("name", ["phimoe, whose router is a linear layer", "hunyuan with a shared expert", "gpt_oss", "olmoe"])
@@ -113,7 +114,7 @@ def test_a_router_is_trained_only_if_it_is_named(name: str) -> None:
     shape = shape_by_building(config)
     router = next(module for module in shape.layer if module.kind == "router")
     group = LoraAdapter(method="lora", rank=4)
-    trained = [module.name for module in (*target_modules(group, shape), *target_parameters(group, shape))]
+    trained = [module.name for module in (*updated_layers(group, shape), *updated_parameters(group, shape))]
     assert f"{shape.layers_name}.0.{router.name}" not in trained
     assert any("experts" in name for name in trained)
     named = {"target_modules": [router.name]} if router.is_linear_layer else {"target_parameters": [f"{router.name}.weight"]}
@@ -121,7 +122,7 @@ def test_a_router_is_trained_only_if_it_is_named(name: str) -> None:
     adapted = add_adapter(AutoModelForCausalLM.from_config(config), asked, revision=None, seed=0)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert any(f"{router.name}.lora_A" in name for name in names)
-    assert trained_size(asked, shape).num_trainable == sum(
+    assert trained_by(asked, shape).num_trainable == sum(
         parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad
     )
 
@@ -132,7 +133,7 @@ def test_a_name_that_peft_takes_for_an_expert_is_refused(asked: str | list[str])
     config = OTHERS["hunyuan with a shared expert"]
     adapter = LoraAdapter(method="lora", target_modules=asked)
     with pytest.raises(ModelError, match=r"takes in .*shared_mlp\.up_proj, whose name PEFT takes for that of a fused expert"):
-        trained_size(adapter, shape_by_building(config))
+        trained_by(adapter, shape_by_building(config))
     with pytest.raises(ModelError, match=r"takes in .*shared_mlp\.up_proj, whose name PEFT takes for that of a fused expert"):
         add_adapter(AutoModelForCausalLM.from_config(config), adapter, revision=None, seed=0)
 

@@ -57,8 +57,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def trained(base: Path, adapter: Adapter, *, dtype: str = "fp32", num_steps: int = 3) -> Any:
     """A model after a few steps, so that every trained weight has moved."""
-    plan = tiny_plan(model={"path": str(base), "dtype": dtype, "compute_dtype": dtype}).model
-    model: Any = load_model(plan, adapter, device=CPU, seed=0)
+    plan = tiny_plan(model={"path": str(base), "dtype": dtype, "compute_dtype": dtype}, adapter=adapter.model_dump())
+    model: Any = load_model(plan.model, plan.adapter, device=CPU, seed=0)
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.02)
     for _ in range(num_steps):
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()

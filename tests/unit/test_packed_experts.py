@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import LoraAdapter, QloraAdapter
+from raytune.config.adapter import LoraAdapter, QloraAdapter, own_quantization
 from raytune.errors import ModelError
 from raytune.model.export import save_adapter
 from raytune.model.inference import base_then_tuned
@@ -21,8 +21,9 @@ from raytune.model.load import load_model
 from raytune.model.merge import merge_adapter
 from raytune.model.packed_experts import packed_experts
 from raytune.model.quantize import quantized_modules
-from raytune.plan import adapter_size
 from raytune.plan.base_model import read_model_shape
+from raytune.plan.methods import experts
+from raytune.plan.methods.lora_updates import updated_parameters
 from tests.tiny import tiny_plan, tiny_tokenizer
 from tests.unit.test_expert_updates import FUSED, saved_base
 from tests.unit.test_model_export import CPU, IDS, logits, state, trained
@@ -33,8 +34,8 @@ BOTH = ["down_proj", "gate_up_proj"]
 
 
 def loaded(base: Path, adapter: LoraAdapter = FROZEN, *, kept: KeptBase | None = None, **model: Any) -> Any:
-    plan = tiny_plan(model={"path": str(base), **model}).model
-    return load_model(plan, adapter, device=CPU, seed=0, kept=kept)
+    plan = tiny_plan(model={"path": str(base), **model}, adapter=adapter.model_dump())
+    return load_model(plan.model, plan.adapter, device=CPU, seed=0, kept=kept)
 
 
 def with_expanded_weights(base: Path, model: Any, kind: str = "nf4") -> Any:
@@ -75,7 +76,9 @@ def test_experts_are_packed_if_nothing_changes_them(case: str, tmp_path: Path) -
     base = saved_base("qwen3_moe", tmp_path)
     model = loaded(base, adapter)
     assert suffixes(model) == names
-    planned = {parameter.name for parameter in adapter_size.packed_experts(adapter, read_model_shape(str(base)))}
+    shape, quantization = read_model_shape(str(base)), own_quantization(adapter)
+    updated = updated_parameters(adapter, shape)
+    planned = {parameter.name for parameter in experts.packed_experts(adapter, shape, quantization, updated)}
     packed = {name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in packed_experts(model)}
     assert packed == planned, "and the plan counts on it"
 

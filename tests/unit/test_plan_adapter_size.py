@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 from raytune.config.adapter import FullAdapter, LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
-from raytune.plan.adapter_size import target_modules, trained_size
 from raytune.plan.architectures import model_shape
+from raytune.plan.methods import trained_by
+from raytune.plan.methods.targets import target_modules
 from tests.unit.test_plan_shapes import CONFIGS
 
 FAMILIES = ["llama with biases", "gemma3", "phi3", "gpt2", "gpt_neox", "qwen2"]
@@ -29,7 +30,7 @@ def test_trained_parameters_are_exactly_those_of_peft(family: str, name: str) ->
     config, adapter = CONFIGS[family], ADAPTERS[name]
     model = add_adapter(AutoModelForCausalLM.from_config(config), adapter, revision=None, seed=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert trained_size(adapter, model_shape(config.to_dict(), "x")).num_trainable == trained
+    assert trained_by(adapter, model_shape(config.to_dict(), "x")).num_trainable == trained
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_embeddings_heads_exclusions_and_copies_count_as_in_peft(family: str, ad
     config = CONFIGS[family]
     model = add_adapter(AutoModelForCausalLM.from_config(config), adapter, revision=None, seed=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert trained_size(adapter, model_shape(config.to_dict(), "x")).num_trainable == trained
+    assert trained_by(adapter, model_shape(config.to_dict(), "x")).num_trainable == trained
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_updates_of_fused_experts_count_as_in_peft(family: str, adapter: LoraAda
     config = CONFIGS[family]
     model = add_adapter(AutoModelForCausalLM.from_config(config), adapter, revision=None, seed=0)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    size = trained_size(adapter, model_shape(config.to_dict(), "x"))
+    size = trained_by(adapter, model_shape(config.to_dict(), "x"))
     assert size.num_trainable == sum(trained.values())
     assert size.num_in_experts == sum(number for name, number in trained.items() if ".experts." in name and ".lora_" in name)
 
@@ -82,7 +83,7 @@ def test_full_fine_tuning_trains_everything() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["gemma2"])
     shape = model_shape(CONFIGS["gemma2"].to_dict(), "x")
-    assert trained_size(FullAdapter(method="full"), shape).num_trainable == sum(
+    assert trained_by(FullAdapter(method="full"), shape).num_trainable == sum(
         parameter.numel() for parameter in model.parameters()
     )
 
@@ -109,7 +110,7 @@ def test_full_fine_tuning_trains_everything() -> None:
 def test_names_that_match_nothing_are_refused(adapter: LoraAdapter, message: str) -> None:
     shape = model_shape(CONFIGS["llama"].to_dict(), "x")
     with pytest.raises(ModelError, match=message):
-        trained_size(adapter, shape)
+        trained_by(adapter, shape)
 
 
 def test_groups_hold_layers_only() -> None:

@@ -177,8 +177,8 @@ def test_70b_is_planned_on_sixteen_gpus_and_with_qlora_on_one() -> None:
     assert full.engine.zero_stage == 3
     qlora = planned(gpus(1, 80), LLAMA_3_70B, adapter={"method": "qlora"})
     assert (qlora.batch.workers, qlora.engine.kind) == (1, "plain")
-    assert qlora.qlora is not None
-    assert (qlora.qlora.compute_dtype, qlora.qlora.quant_storage) == ("bf16", "bf16")
+    assert qlora.model.quantization is not None
+    assert (qlora.model.quantization.compute_dtype, qlora.model.quantization.quant_storage) == ("bf16", "bf16")
 
 
 def test_the_micro_batch_fills_the_device_up_to_8k_tokens() -> None:

@@ -10,7 +10,7 @@ def test_the_table_says_what_is_trained_on_what_for_how_long() -> None:
     )
     table = dict(plan_table(plan))
     assert table["model"] == "/models/base, 8.03B parameters in bf16"
-    assert table["method"] == "qlora rank 16 on all-linear over a base in nf4, 41.9M trained parameters (0.522% of the base)"
+    assert table["method"] == "lora rank 16 on all-linear over a base in nf4, 41.9M trained parameters (0.522% of the base)"
     assert table["batch"] == "8 workers x 2 packed rows x 1 accumulation = 16 packed rows per step"
     assert table["run"] == "1875 steps, 3 epochs, about 32.8k tokens per step"
     assert table["data"] == "10000 packed rows of up to 2048 tokens (100% full), 6.83M target tokens; held_out: 50 packed rows"

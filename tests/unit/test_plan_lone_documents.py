@@ -11,8 +11,8 @@ from raytune.config.adapter import LoraAdapter
 from raytune.errors import RaytuneError
 from raytune.model.adapters import add_adapter
 from raytune.model.meta_shape import shape_of
-from raytune.plan.adapter_size import trained_size
 from raytune.plan.describe import plan_text
+from raytune.plan.methods import trained_by
 from raytune.plan.shapes import ModelShape
 from tests.hybrids import HYBRIDS
 from tests.unit.plan_cases import gpus, planned
@@ -37,7 +37,7 @@ def test_every_parameter_of_every_layer_is_counted(name: str) -> None:
     adapter = LoraAdapter(rank=2)
     adapted = add_adapter(model, adapter, revision=None, seed=0)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert trained_size(adapter, shape(name)).num_trainable == trained
+    assert trained_by(adapter, shape(name)).num_trainable == trained
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -7,11 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter, own_quantization
 from raytune.config.training import Optimizer, Precision
 from raytune.model.adapters import add_adapter
 from raytune.model.demo import demo_config
-from raytune.plan.adapter_size import trained_size
 from raytune.plan.architectures import model_shape
 from raytune.plan.memory import (
     Workload,
@@ -21,6 +20,7 @@ from raytune.plan.memory import (
     layer_activation_bytes,
     memory_parts,
 )
+from raytune.plan.methods import trained_by
 from raytune.plan.shapes import ModelShape
 from raytune.training.engine import PlainEngine
 from raytune.training.optimizer import build_optimizer
@@ -50,7 +50,9 @@ def workload(shape: ModelShape = LLAMA_3_8B, adapter: Adapter = FULL, **changes:
         "chunk_tokens": None,
         "is_on_gpu": True,
     }
-    return Workload(shape=shape, adapter=adapter, trained=trained_size(adapter, shape), **(values | changes))
+    quantization = own_quantization(adapter)
+    trained = trained_by(adapter, shape, quantization)
+    return Workload(shape=shape, trained=trained, quantization=quantization, **(values | changes))
 
 
 def by_part(work: Workload) -> dict[str, int]:

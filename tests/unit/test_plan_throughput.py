@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from raytune.config.adapter import LoraAdapter, QloraAdapter
-from raytune.plan.adapter_size import trained_size
+from raytune.config.model import Quantization
 from raytune.plan.cost import best_save_interval_s, cost_of
 from raytune.plan.hardware import load_catalogue
-from raytune.plan.memory import quantized_bytes
+from raytune.plan.methods import trained_by
+from raytune.plan.quantization import quantized_bytes
 from raytune.plan.run_plan import StepTimePlan
 from raytune.plan.throughput import Speed, flops_per_micro_batch, step_time
 from tests.unit.plan_cases import LLAMA_3_8B, LLAMA_3_70B
@@ -88,7 +89,7 @@ def test_quantised_weights_cost_memory_traffic_and_save_communication() -> None:
     assert with_qlora.memory_s > with_lora.memory_s
     assert with_qlora.compute_s == with_lora.compute_s
     assert with_qlora.communication_s < with_lora.communication_s / 3
-    assert quantized_bytes(qlora, LLAMA_3_70B, trained_size(qlora, LLAMA_3_70B)) < 0.3 * 2 * LLAMA_3_70B.num_quantizable
+    assert quantized_bytes(Quantization(), LLAMA_3_70B, trained_by(qlora, LLAMA_3_70B)) < 0.3 * 2 * LLAMA_3_70B.num_quantizable
 
 
 def test_offload_costs_copies_and_the_host_s_update() -> None:

@@ -1,80 +1,74 @@
-"""Adapters that PEFT or bitsandbytes could not start, train or save, and settings of an adapter that a model does not read. Pure.
+"""LoRA that PEFT or bitsandbytes could not start, train or save, and settings that a model does not read. Pure.
 
 Each limit was seen to fail on a small model: `tests/unit/test_adapter_limits.py` provokes them.
 """
 
-import re
 from collections.abc import Iterator
 
-from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
-from raytune.config.training import Precision
-from raytune.errors import ModelError, UserError
-from raytune.plan.adapter_size import (
-    all_parameters,
-    num_trained_biases,
-    quant_storage,
-    rank_of,
+from raytune.config.adapter import LoraAdapter
+from raytune.config.model import Quantization
+from raytune.config.quantization import quantization_key, quantization_of, without_quantization
+from raytune.config.run import RunConfig
+from raytune.errors import ModelError, PlanError, UserError
+from raytune.plan.methods.experts import takes_experts
+from raytune.plan.methods.lora_updates import biases_of, rank_of, updated_layers, updated_parameters
+from raytune.plan.methods.targets import (
+    check_names,
+    expert_parameters,
+    matches_end,
+    names_in,
+    own_names,
     saved_modules,
-    target_modules,
-    target_parameters,
+    unread_exclusions,
 )
+from raytune.plan.quantization import QUANTISED_KINDS
 from raytune.plan.shapes import ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
 """Starts that take their share out of the base weights; saving makes an adapter of twice the rank out of them."""
 TRANSPOSED = ("gpt2", "openai-gpt")
 """Architectures whose layers are Conv1D, with weights of (inputs, outputs), which OLoRA in PEFT 0.21 does not turn around."""
-QUANTISED_KINDS = ("attention", "mlp", "mixer")
-"""Kinds of modules that bitsandbytes holds; embeddings, fused experts and the output head stay as they are."""
+WITH_EXPERTS = ("default", "gaussian")
+"""Starts that need neither the weights nor the inputs of a layer."""
 
 
-def check_adapter(adapter: Adapter, shape: ModelShape, precision: Precision) -> None:
+def check(adapter: LoraAdapter, config: RunConfig, shape: ModelShape) -> None:
     """Refuse an adapter that would fail once the weights are loaded, or be saved as what nothing can load.
 
-    Args:
-        precision: of the run.
-
     Raises:
-        UserError: (or ModelError) with the setting that works.
+        UserError: (or PlanError, ModelError) with the setting that works.
     """
-    if not isinstance(adapter, LoraAdapter):
-        return
-    targets = target_modules(adapter, shape)
+    _check_parameters(adapter, config, shape)
+    targets = updated_layers(adapter, shape)
     _check_names(adapter, shape)
     _check_biases(adapter, shape, targets)
+    quantization = quantization_of(config.model, config.adapter)
     if adapter.init == "orthogonal":
         _check_orthogonal(adapter, targets)
     if adapter.init in FROM_BASE:
+        if quantization:
+            raise UserError(
+                f"adapter.init {adapter.init} takes its share out of the base weights, which a quantised base cannot give "
+                f"exactly. {_capitalised(without_quantization(config.adapter))}, or adapter.init to default, gaussian or eva."
+            )
         _check_start_from_base(adapter, shape, targets)
     if adapter.init == "eva":
         _check_eva(adapter, targets)
-    if isinstance(adapter, QloraAdapter):
-        _check_quantised(adapter, shape, targets, precision)
+    if quantization:
+        _check_quantised(adapter, config, quantization, targets)
 
 
-def is_quantised_dora(adapter: Adapter, shape: ModelShape) -> bool:
-    """Whether DoRA takes norms of quantised weights, which it has to expand whole."""
-    if not isinstance(adapter, QloraAdapter) or not adapter.use_dora:
-        return False
-    return any(module.kind in QUANTISED_KINDS for module in target_modules(adapter, shape))
-
-
-def unread_adapter_settings(adapter: Adapter, shape: ModelShape) -> Iterator[str]:
+def unread(adapter: LoraAdapter, shape: ModelShape) -> Iterator[str]:
     """A sentence for each setting that has no effect on this model's targets."""
-    if not isinstance(adapter, LoraAdapter):
-        return
     targets = _updated(adapter, shape)
     embeddings = [module.name for module in targets if module.kind == "embedding"]
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
-            if not any(_matches(pattern, module.name, setting) for module in targets):
+            if not any(matches_end(pattern, module.name, f"adapter.{setting}") for module in targets):
                 yield f"adapter.{setting} {pattern!r} is not read: no module with an update has such a name."
     if adapter.exclude_modules:
         everything = {module.name for module in _updated(adapter.model_copy(update={"exclude_modules": []}), shape)}
-        left_out = everything - {module.name for module in targets}
-        for name in adapter.exclude_modules:
-            if not any(f".{full}.".find(f".{name}.") >= 0 for full in left_out):
-                yield f"adapter.exclude_modules {name!r} is not read: adapter.target_modules takes in no module of that name."
+        yield from unread_exclusions(adapter, everything - {module.name for module in targets})
     if adapter.lora_plus_ratio and not embeddings and adapter.lora_plus_embedding_rate != _DEFAULT.lora_plus_embedding_rate:
         yield "adapter.lora_plus_embedding_rate is not read: no embedding gets an update."
     if adapter.dropout and len(embeddings) == len(targets):
@@ -85,46 +79,73 @@ def unread_adapter_settings(adapter: Adapter, shape: ModelShape) -> Iterator[str
 
 def _updated(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     """All that gets an update: layers, and parameters beside them."""
-    return [*target_modules(adapter, shape), *target_parameters(adapter, shape)]
+    return [*updated_layers(adapter, shape), *updated_parameters(adapter, shape)]
 
 
 _DEFAULT = LoraAdapter()
 
 
+def _check_parameters(adapter: LoraAdapter, config: RunConfig, shape: ModelShape) -> None:
+    """Refuse what PEFT's wrapper of a parameter (`ParamWrapper`) refuses, or gets wrong, in the worker."""
+    targets = updated_parameters(adapter, shape)
+    if not targets:
+        return
+    saved = {module.name for module in saved_modules(adapter, shape)}
+    twice = next((target.name for target in targets if target.name.rpartition(".")[0] in saved), None)
+    if twice:
+        raise ModelError(
+            f"adapter.target_parameters names {twice}, which adapter.modules_to_save trains in full. Take it out of one of the "
+            f"two."
+        )
+    name = targets[0].name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
+    what = f"{name} is a parameter and no linear layer, so that PEFT has"
+    without = (
+        without_experts(adapter, shape) if takes_experts(adapter.target_modules) else "take it out of adapter.target_parameters"
+    )
+    if adapter.dropout:
+        raise UserError(
+            f"adapter.dropout is {adapter.dropout:g}, but {what} no input to drop from. Set adapter.dropout to 0, or {without}."
+        )
+    if adapter.use_dora:
+        raise UserError(f"adapter.use_dora is true, but {what} no DoRA for it. Set adapter.use_dora to false, or {without}.")
+    if adapter.init not in WITH_EXPERTS:
+        raise UserError(
+            f"adapter.init is {adapter.init}, but {what} no such start for it. Set adapter.init to default or gaussian, or "
+            f"{without}."
+        )
+    if config.training.compile:
+        raise PlanError(
+            f"training.compile is true, but {what} to change the model around it in every pass, and each change would be "
+            f"compiled again. Set training.compile to false, or {without}."
+        )
+
+
+def without_experts(adapter: LoraAdapter, shape: ModelShape) -> str:
+    """What to set so that a group does not take in fused experts, as the end of a sentence."""
+    return f"leave the experts frozen with adapter.exclude_modules: [{', '.join(excluding_experts(adapter, shape))}]"
+
+
+def excluding_experts(adapter: LoraAdapter, shape: ModelShape) -> list[str]:
+    """`adapter.exclude_modules` with which a group of layers does not take in fused experts."""
+    modules = (name.rpartition(".")[0] for name in expert_parameters(shape))
+    return list(dict.fromkeys([*adapter.exclude_modules, *modules]))
+
+
 def _check_names(adapter: LoraAdapter, shape: ModelShape) -> None:
     """Names and patterns that match nothing in the model at all: they are misspelt."""
-    names = [module.name for module in (*shape.modules(), *all_parameters(shape))]
-    parts = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
-    for name in adapter.exclude_modules:
-        if not any(part == name or part.endswith(f".{name}") for part in parts):
-            raise ModelError(
-                f"adapter.exclude_modules names {name!r}, which this {shape.model_type} model does not have. {_own(shape)}"
-            )
+    check_names(adapter, shape)
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
-            if not any(_matches(pattern, name, setting) for name in names):
+            if not any(matches_end(pattern, name, f"adapter.{setting}") for name in names_in(shape)):
                 raise ModelError(
-                    f"adapter.{setting}: {pattern!r} matches no module of this {shape.model_type} model. {_own(shape)}"
+                    f"adapter.{setting}: {pattern!r} matches no module of this {shape.model_type} model. {own_names(shape)}"
                 )
 
 
-def _own(shape: ModelShape) -> str:
-    """What there is to name."""
-    return f"Its layers have {', '.join(sorted({module.name for module in shape.layer}))}."
-
-
-def _matches(pattern: str, name: str, setting: str) -> bool:
-    """PEFT's rule for patterns."""
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-    except re.error as error:
-        raise ModelError(f"adapter.{setting}: {pattern!r} is not a regular expression: {error}.") from error
-
-
 def _check_biases(adapter: LoraAdapter, shape: ModelShape, targets: list[Module]) -> None:
-    if adapter.bias == "none" or num_trained_biases(adapter, shape, targets):
+    if adapter.bias == "none" or biases_of(adapter, shape, targets):
         return
-    of_all = num_trained_biases(adapter.model_copy(update={"bias": "all"}), shape, targets)
+    of_all = biases_of(adapter.model_copy(update={"bias": "all"}), shape, targets)
     what = "none of the layers with an update has a bias" if of_all else f"this {shape.model_type} model has no biases"
     other = ", or to all" if of_all else ""
     raise UserError(
@@ -139,11 +160,6 @@ def _check_orthogonal(adapter: LoraAdapter, targets: list[Module]) -> None:
 
 
 def _check_start_from_base(adapter: LoraAdapter, shape: ModelShape, targets: list[Module]) -> None:
-    if isinstance(adapter, QloraAdapter):
-        raise UserError(
-            f"adapter.init {adapter.init} takes its share out of the base weights, which a quantised base cannot give exactly. "
-            f"Set adapter.method to lora, or adapter.init to default, gaussian or eva."
-        )
     if adapter.init == "olora" and shape.model_type in TRANSPOSED:
         raise UserError(
             f"adapter.init is olora, which PEFT computes wrongly for the transposed layers (Conv1D) of a {shape.model_type} "
@@ -194,31 +210,28 @@ def _check_eva(adapter: LoraAdapter, targets: list[Module]) -> None:
         )
 
 
-def _check_quantised(adapter: QloraAdapter, shape: ModelShape, targets: list[Module], precision: Precision) -> None:
+def _check_quantised(adapter: LoraAdapter, config: RunConfig, quantization: Quantization, targets: list[Module]) -> None:
     touched = next((module.name for module in targets if module.kind in QUANTISED_KINDS), None)
-    if adapter.quantization == "int8" and adapter.use_dora and touched:
+    if touched is None:
+        return
+    of_format = quantization_key("format", config.adapter)
+    if not quantization.is_4_bit and adapter.use_dora:
         raise UserError(
             f"adapter.use_dora needs the norms of {touched}'s weights, which bitsandbytes does not give in int8: training would "
-            f"fail. Set adapter.quantization to nf4, or adapter.use_dora to false."
+            f"fail. Set {of_format} to nf4, or adapter.use_dora to false."
         )
-    if adapter.init == "orthogonal" and touched:
-        integers = "adapter.quantization int8" if adapter.quantization == "int8" else ""
-        integers = integers or ("adapter.quant_storage uint8" if adapter.quant_storage == "uint8" else "")
-        if integers:
-            fix = "adapter.quantization to nf4" if adapter.quantization == "int8" else "adapter.quant_storage to auto"
-            raise UserError(
-                f"adapter.init is orthogonal, which takes its dtype from the base weights, but {integers} makes {touched}'s "
-                f"integers: the adapter could not be made. Set {fix}, or adapter.init to default, gaussian or eva."
-            )
-    storage = quant_storage(adapter, precision)
-    if adapter.quantization != "int8" and storage not in ("uint8", precision):
+    of_storage = quantization_key("quant_storage", config.adapter)
+    integers, fix = "", ""
+    if not quantization.is_4_bit:
+        integers, fix = f"{of_format} int8", f"{of_format} to nf4"
+    elif quantization.quant_storage == "uint8":
+        integers, fix = f"{of_storage} uint8", f"{of_storage} to auto"
+    if adapter.init == "orthogonal" and integers:
         raise UserError(
-            f"adapter.quant_storage is {storage}, but the other weights are in {precision}: casting one to the other would "
-            f"destroy the packed numbers. Set it to auto, {precision} or uint8."
+            f"adapter.init is orthogonal, which takes its dtype from the base weights, but {integers} makes {touched}'s "
+            f"integers: the adapter could not be made. Set {fix}, or adapter.init to default, gaussian or eva."
         )
-    quantised = [module.name for module in saved_modules(adapter, shape) if module.kind in QUANTISED_KINDS]
-    if quantised:
-        raise UserError(
-            f"adapter.modules_to_save takes in {quantised[0]}, which adapter.method qlora quantises, so that it cannot be "
-            f"trained in full. Name embeddings, norms or the output head only, or set adapter.method to lora."
-        )
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,69 @@
+"""A row of the table of methods: all that a model is asked of one way to train, and what those that use PEFT share."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raytune.errors import ModelError
+from raytune.model.quantize import quantized_modules
+from raytune.plan.methods.targets import NamesTargets, has_name
+
+
+def as_it_is(model: PeftModel, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
+    """For adapters whose start leaves the base's weights as they were."""
+    return state, config
+
+
+def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
+    """For adapters that start without data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapting:
+    """What is asked of a method; `adapter` is its section."""
+
+    add: Callable[[PreTrainedModel, Any, str | None, int], PreTrainedModel | PeftModel]
+    """Add what is trained to a base (its revision, a seed) and freeze the rest. Raises ModelError if a name matches nothing."""
+    frozen_experts: Callable[[PreTrainedModel, Any], list[str]]
+    """Names of the parameters of fused experts that nothing changes."""
+    leaves_base_alone: Callable[[Any, bool], bool]
+    """Whether the base, which may be quantised, is as it was once the adapter is taken off again."""
+    peft_type: str = ""
+    """PEFT's name of the kind of adapter; empty: it makes none."""
+    is_whole: bool = False
+    """Whether the base itself is trained, and saved as a whole model; else what is saved is an adapter of the original base."""
+    for_original_base: Callable[[PeftModel, dict[str, Tensor], Any], tuple[dict[str, Tensor], Any]] = as_it_is
+    """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
+    starts_from_data: Callable[[Any], bool] = lambda adapter: False
+    """Whether the start looks at the first batches."""
+    start_from_data: Callable[[PeftModel, Iterable[dict[str, Any]]], None] = no_start_from_data
+    """Start from the inputs of the first batches, before an engine shards the model."""
+
+
+def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, seed: int) -> PeftModel:
+    """A frozen model with one of PEFT's adapters, as plain PEFT makes it after `torch.manual_seed(seed)`.
+
+    The adapter has the dtype of the base; an engine that keeps fp32 masters casts what is trained itself.
+
+    Raises:
+        ModelError: if a quantised layer is to be trained in full.
+    """
+    quantized = [name for name in quantized_modules(model) if has_name(name, adapter.modules_to_save)]
+    if quantized:
+        raise ModelError(
+            f"adapter.modules_to_save names quantised layers ({', '.join(quantized[:3])}), which cannot be trained in full. Over "
+            f"a quantised base, only embeddings, norms and the output head can."
+        )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # PEFT 0.21 looks among layers only, and says so of patterns of parameters, which it obeys; they were looked up before.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        torch.manual_seed(seed)
+        # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
+        return get_peft_model(model, config, autocast_adapter_dtype=False, revision=config.revision)  # pyright: ignore[reportReturnType]

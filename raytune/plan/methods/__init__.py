@@ -1,0 +1,42 @@
+"""Methods of training: a file for each with its row, and the table. `config/adapter.py` has their sections, `model/adapters` what
+PEFT makes of them.
+
+A plan asks a row what is trained (`raytune.plan.trained`), what cannot be done, and for the words; nobody else asks of which
+class a section is. Imports: config, and the plan's shapes and quantisation.
+"""
+
+from raytune.config.adapter import Adapter
+from raytune.config.model import Quantization
+from raytune.plan.methods import full, lora
+from raytune.plan.methods.method import Method
+from raytune.plan.methods.targets import expert_parameters
+from raytune.plan.shapes import ModelShape
+from raytune.plan.trained import Trained
+
+METHODS: dict[str, Method] = {
+    "full": full.METHOD,
+    "lora": lora.METHOD,
+    "qlora": lora.METHOD,  # the preset, as a config says it; in a plan it is `lora` and `model.quantization`
+}
+
+
+def method_of(adapter: Adapter) -> Method:
+    """The row of an adapter section."""
+    return METHODS[adapter.method]
+
+
+def expert_notes(adapter: Adapter, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
+    """What happens to the fused experts of a model, in sentences; none if it has none."""
+    return method_of(adapter).expert_notes(adapter, shape, trained, quantization) if expert_parameters(shape) else []
+
+
+def trained_by(adapter: Adapter, shape: ModelShape, quantization: Quantization | None = None) -> Trained:
+    """What a method trains of a model.
+
+    Args:
+        quantization: of the base; None: it is held as it is.
+
+    Raises:
+        ModelError: if a name matches nothing, or a pattern is no regular expression.
+    """
+    return method_of(adapter).trained(adapter, shape, quantization)

@@ -1,0 +1,56 @@
+"""Full fine-tuning in a plan: every weight of the base is trained, in place."""
+
+from raytune.config.adapter import FullAdapter
+from raytune.config.model import Quantization
+from raytune.config.quantization import quantization_key, quantization_of, without_quantization
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.plan.defaults import full_epochs, full_rate
+from raytune.plan.methods.experts import of_experts
+from raytune.plan.methods.method import Method
+from raytune.plan.shapes import ModelShape
+from raytune.plan.trained import Trained, TrainedPart
+
+
+def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
+    return Trained(
+        parts=tuple(
+            TrainedPart(
+                name=module.name,
+                kind=module.kind,
+                how="whole",
+                # A tied head holds no weights of its own.
+                num_parameters=module.num_biases if module.name == shape.head.name and shape.is_tied else module.num_parameters,
+            )
+            for module in shape.modules()
+        ),
+        is_base=True,
+        lowest_layer=0,
+        num_sides=sum(module.inputs + module.outputs + module.num_biases for module in shape.modules()),
+    )
+
+
+def _check(adapter: FullAdapter, config: RunConfig, shape: ModelShape) -> None:
+    quantization = quantization_of(config.model, config.adapter)
+    if quantization is not None:
+        key = quantization_key("format", config.adapter)
+        raise UserError(
+            f"{key} is {quantization.format}, but adapter.method is full, which trains the base's own weights: packed numbers "
+            f"cannot be trained. Set adapter.method to lora, or {without_quantization(config.adapter)}.",
+            keys=(key, "adapter.method"),
+        )
+
+
+def _expert_notes(adapter: FullAdapter, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
+    return [f"{of_experts(shape)}. They are trained, and so are the routers."]
+
+
+METHOD = Method(
+    trained=_trained,
+    check=_check,
+    in_words=lambda adapter, held, trained: "full fine-tuning, all parameters",
+    expert_notes=_expert_notes,
+    learning_rate=full_rate,
+    epochs=full_epochs,
+    weight_decay=0.1,  # Llama 2 chat
+)

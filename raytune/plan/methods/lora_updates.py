@@ -1,0 +1,85 @@
+"""What LoRA updates in the shape of a model, and how many numbers an update has."""
+
+from raytune.config.adapter import LoraAdapter
+from raytune.errors import ModelError
+from raytune.plan.methods.experts import takes_experts
+from raytune.plan.methods.targets import (
+    all_parameters,
+    has_name,
+    is_left_out,
+    is_saved,
+    matches_end,
+    target_modules,
+)
+from raytune.plan.shapes import ModelShape, Module
+
+
+def updated_layers(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
+    """Linear layers and embeddings that get an update, under their full names.
+
+    Raises:
+        ModelError: if there are none, and no parameters either.
+    """
+    return target_modules(adapter, shape, or_none=bool(updated_parameters(adapter, shape)))
+
+
+def updated_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
+    """Parameters outside linear layers that get an update, each as a module of its own: of fused experts and of routers.
+
+    A group takes in the experts; what is named may be either.
+
+    Raises:
+        ModelError: if a name matches none of them.
+    """
+    theirs = all_parameters(shape)
+    for name in adapter.target_parameters:
+        if not any(has_name(parameter.name, [name]) for parameter in theirs):
+            raise ModelError(_no_such_parameter(name, theirs, shape))
+    takes_in = takes_experts(adapter.target_modules)
+    return [
+        parameter
+        for parameter in theirs
+        if has_name(parameter.name, adapter.target_parameters)
+        or (takes_in and parameter.kind == "experts" and not is_left_out(parameter.name, adapter))
+    ]
+
+
+def _no_such_parameter(name: str, theirs: list[Module], shape: ModelShape) -> str:
+    said = f"adapter.target_parameters names {name!r}, which is no parameter of fused experts or routers in this model"
+    if any(has_name(module.name, [name, name.removesuffix(".weight")]) for module in shape.modules() if module.is_linear):
+        return f"{said}. It is a linear layer: name it in adapter.target_modules."
+    in_first = sorted(
+        {one.name.removeprefix(f"{shape.layers_name}.{index}.") for one in theirs for index in _number_of(one, shape)}
+    )
+    return f"{said} ({shape.model_type}). " + (
+        f"It has {', '.join(in_first)}." if in_first else "It has none; leave the key out."
+    )
+
+
+def _number_of(module: Module, shape: ModelShape) -> list[str]:
+    rest = module.name.removeprefix(f"{shape.layers_name}.")
+    return [rest.partition(".")[0]] if rest != module.name else []
+
+
+def rank_of(adapter: LoraAdapter, module: Module) -> int:
+    """Rank of a module's update: that of the first matching pattern, else the adapter's."""
+    ranks = (rank for pattern, rank in adapter.rank_pattern.items() if matches_end(pattern, module.name, "adapter.rank_pattern"))
+    return next(ranks, adapter.rank)
+
+
+def num_in_update(adapter: LoraAdapter, target: Module) -> int:
+    """Numbers of A (rank x inputs) and B (outputs x rank), for each of an expert's matrices."""
+    return rank_of(adapter, target) * target.copies * (target.inputs + target.outputs)
+
+
+def biases_of(adapter: LoraAdapter, shape: ModelShape, targets: list[Module]) -> list[Module]:
+    """Modules whose biases are trained as well, because of `adapter.bias`."""
+    match adapter.bias:
+        case "none":
+            return []
+        case "lora_only":
+            return [module for module in targets if module.num_biases]
+        case "all":
+            # A saved module's original stays frozen, its bias too; those of fused experts are not called `bias`.
+            free = (module for module in shape.modules() if not is_saved(module.name, adapter.modules_to_save))
+            return [module for module in free if module.num_biases and module.kind != "experts"]

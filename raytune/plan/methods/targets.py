@@ -1,0 +1,240 @@
+"""Which modules a section's names and groups mean, in the shape of a model: PEFT's rules, without PEFT."""
+
+import re
+from collections.abc import Container, Iterator, Sequence
+from typing import Protocol
+
+from raytune.errors import ModelError
+from raytune.plan.shapes import Matrix, ModelShape, Module
+
+WITHOUT_UPDATE = ("norm", "experts", "router", "state")
+"""Kinds of modules that are no layers of PEFT's."""
+KINDS_OF_GROUP = {"all-linear": ("attention", "mlp", "mixer"), "attention": ("attention",), "mlp": ("mlp",)}
+_TARGETS = "adapter.target_modules"
+
+
+class NamesTargets(Protocol):
+    """An adapter section that names layers."""
+
+    @property
+    def target_modules(self) -> str | list[str]: ...
+    @property
+    def exclude_modules(self) -> list[str]: ...
+    @property
+    def modules_to_save(self) -> list[str]: ...
+
+
+def target_modules(adapter: NamesTargets, shape: ModelShape, *, or_none: bool = False) -> list[Module]:
+    """Linear layers and embeddings that get an update, under their full names.
+
+    Args:
+        or_none: whether there may be none, because parameters outside of layers are targets too.
+
+    Raises:
+        ModelError: if there are none, or a name matches none.
+    """
+    wanted = adapter.target_modules
+    layers = [module for module in shape.modules() if module.kind not in WITHOUT_UPDATE or module.is_linear_layer]
+    found = [
+        module
+        for module in layers
+        if _is_wanted(module, wanted, shape)
+        and not has_name(module.name, adapter.exclude_modules)
+        and not _is_left_to_saving(module.name, adapter.modules_to_save)
+    ]
+    missing = (
+        [name for name in wanted if not any(has_name(module.name, [name]) for module in layers)]
+        if isinstance(wanted, list)
+        else []
+    )
+    if missing or not (found or or_none):
+        raise ModelError(_no_such_layer(missing or wanted, adapter, shape))
+    return found
+
+
+def _no_such_layer(wanted: str | list[str], adapter: NamesTargets, shape: ModelShape) -> str:
+    linear = [module for module in shape.modules() if module.is_linear and module.name.startswith(f"{shape.layers_name}.")]
+    own = sorted({module.name.rpartition(".")[2] for module in linear})
+    is_pattern = isinstance(wanted, str) and wanted not in KINDS_OF_GROUP
+    regex = " A single string is a regular expression that must match a whole name; give a list for names." if is_pattern else ""
+    experts = expert_parameters(shape)
+    fused = f" Its fused experts are parameters, for adapter.target_parameters: {', '.join(experts)}." if experts else ""
+    others = [f"adapter.{name} leaves to it" for name in ("exclude_modules", "modules_to_save") if getattr(adapter, name)]
+    that = f" that {' and '.join(others)}" if others else ""
+    return (
+        f"{_TARGETS} {wanted!r} matches no module of this {shape.model_type} model{that}. Its linear layers are "
+        f"{', '.join(own)} (for example {linear[0].name}).{regex}{fused}"
+    )
+
+
+def saved_modules(adapter: NamesTargets, shape: ModelShape) -> list[Module]:
+    """Modules that are trained in full, as copies.
+
+    Raises:
+        ModelError: if a name matches none.
+    """
+    for name in adapter.modules_to_save:
+        if not any(is_saved(module.name, [name]) for module in shape.modules()):
+            others = ", ".join(module.name for module in (*shape.embeddings, shape.final_norm, shape.head))
+            raise ModelError(
+                f"adapter.modules_to_save names {name!r}, which this {shape.model_type} model does not have. "
+                f"It has {others}, and the modules of its layers."
+            )
+    wanted = adapter.modules_to_save
+    return [module for module in shape.modules() if is_saved(module.name, wanted)] if wanted else []
+
+
+def check_names(adapter: NamesTargets, shape: ModelShape) -> None:
+    """Refuse `exclude_modules` that match nothing in the model at all: they are misspelt.
+
+    Raises:
+        ModelError: naming what there is.
+    """
+    names = names_in(shape)
+    parts = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
+    for name in adapter.exclude_modules:
+        if not any(has_name(part, [name]) for part in parts):
+            raise ModelError(
+                f"adapter.exclude_modules names {name!r}, which this {shape.model_type} model does not have. {own_names(shape)}"
+            )
+
+
+def names_in(shape: ModelShape) -> list[str]:
+    """Full names of all modules, and of the parameters outside of layers."""
+    return [module.name for module in (*shape.modules(), *all_parameters(shape))]
+
+
+def own_names(shape: ModelShape) -> str:
+    """What there is to name."""
+    return f"Its layers have {', '.join(sorted({module.name for module in shape.layer}))}."
+
+
+def unread_exclusions(adapter: NamesTargets, left_out: set[str]) -> Iterator[str]:
+    """A sentence for each name that leaves nothing out.
+
+    Args:
+        left_out: full names of what the names leave out of the targets.
+    """
+    for name in adapter.exclude_modules:
+        if not any(f".{full}.".find(f".{name}.") >= 0 for full in left_out):
+            yield f"adapter.exclude_modules {name!r} is not read: adapter.target_modules takes in no module of that name."
+
+
+def _is_wanted(module: Module, wanted: str | list[str], shape: ModelShape) -> bool:
+    is_taken_for_expert = module.name.rpartition(".")[2] in shape.names_of_experts
+    if isinstance(wanted, str) and wanted in KINDS_OF_GROUP:
+        return module.kind in KINDS_OF_GROUP[wanted] and not (is_taken_for_expert or module.is_bypassed)
+    is_named = has_name(module.name, wanted) if isinstance(wanted, list) else matches(wanted, module.name, _TARGETS)
+    if is_named:
+        check_is_seen(module.name, shape.names_of_experts, is_bypassed=module.is_bypassed)
+    return is_named
+
+
+def check_is_seen(name: str, names_of_experts: Container[str], *, is_bypassed: bool) -> None:
+    """Refuse a layer that was named as a target and whose update would not be seen, by the model or by PEFT.
+
+    Args:
+        name: of the layer.
+        names_of_experts: as `ModelShape.names_of_experts`.
+        is_bypassed: as `Module.is_bypassed`.
+
+    Raises:
+        ModelError: saying why.
+    """
+    if name.rpartition(".")[2] in names_of_experts:
+        raise ModelError(
+            f"adapter.target_modules takes in {name}, whose name PEFT takes for that of a fused expert, which it would train "
+            f"instead. Leave it out; the experts themselves are named in adapter.target_parameters."
+        )
+    if is_bypassed:
+        raise ModelError(
+            f"adapter.target_modules takes in {name}, whose weight this model hands to a kernel itself, so that an update of the "
+            f"layer would not be seen. Leave it out."
+        )
+
+
+def matches(pattern: str, name: str, setting: str, *, before: str = "") -> bool:
+    """Whether a user's regular expression, behind one of PEFT's, is a whole name.
+
+    Args:
+        setting: the key that holds it, for messages.
+
+    Raises:
+        ModelError: if it is none.
+    """
+    try:
+        re.compile(pattern)
+        return re.fullmatch(f"{before}({pattern})", name) is not None
+    except re.error as error:
+        raise ModelError(f"{setting}: {pattern!r} is not a regular expression: {error}.") from error
+
+
+def matches_end(pattern: str, name: str, setting: str) -> bool:
+    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: a whole name, or the last parts of one."""
+    return matches(pattern, name, setting, before=r"(.*\.)?")
+
+
+def has_name(name: str, wanted: Sequence[str]) -> bool:
+    """PEFT's rule for a module named in a list."""
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def is_saved(name: str, wanted: list[str]) -> bool:
+    """Whether a module, or one that it is a part of, is saved: PEFT asks for the end of a name only, so `norm` is every norm."""
+    parts = name.split(".")
+    paths = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return any(path.endswith(one) for path in paths for one in wanted)
+
+
+def _is_left_to_saving(name: str, wanted: list[str]) -> bool:
+    """Whether PEFT adds no update because the module is saved; here whole parts of names must agree."""
+    return any(re.match(rf"(^|.*\.){re.escape(one)}($|\..*)", name) for one in wanted)
+
+
+def is_within_saved(parameter: str, adapter: NamesTargets) -> bool:
+    """Whether the module of a parameter, or one that it is a part of, is trained in full and saved."""
+    return is_saved(parameter.rpartition(".")[0], adapter.modules_to_save)
+
+
+def is_left_out(parameter: str, adapter: NamesTargets) -> bool:
+    """Whether a group passes a parameter of fused experts over: it or its module is excluded, or trained in full."""
+    names = (parameter, parameter.rpartition(".")[0])
+    return any(has_name(name, adapter.exclude_modules) for name in names) or is_within_saved(parameter, adapter)
+
+
+def all_parameters(shape: ModelShape) -> list[Module]:
+    """Parameters outside linear layers that could get an update, each as a module of its own."""
+    return [parameter for module in shape.modules() for parameter in _bare_parameters(module)]
+
+
+def expert_parameters(shape: ModelShape) -> list[str]:
+    """Names of the parameters of fused experts, behind the layer's number."""
+    names = (
+        parameter.name
+        for layer in (shape.layer, *shape.other_layers)
+        for module in layer
+        for parameter in _bare_parameters(module)
+        if parameter.kind == "experts"
+    )
+    return list(dict.fromkeys(names))
+
+
+def _bare_parameters(module: Module) -> list[Module]:
+    """A module's matrices that are in no layer of PEFT's."""
+    if module.kind == "experts":
+        matrices = [*module.matrices]
+    elif module.kind == "router" and not module.is_linear_layer:
+        matrices = [Matrix(name="weight", inputs=module.inputs, outputs=module.outputs)]
+    else:
+        return []
+    return [
+        Module(
+            name=f"{module.name}.{matrix.name}",
+            kind=module.kind,
+            inputs=matrix.inputs,
+            outputs=matrix.outputs,
+            copies=module.copies,
+            copies_per_token=module.copies_per_token,
+        )
+        for matrix in matrices
+    ]

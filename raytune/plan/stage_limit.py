@@ -1,0 +1,12 @@
+"""A limit of ZeRO's stages that one setting of a run makes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StageLimit:
+    """ZeRO stages that one setting leaves, and why."""
+
+    lowest: int
+    highest: int
+    because: str

@@ -1,0 +1,99 @@
+"""`Trained`: what a method trains of a model, and how, as a value. Memory, time, checkpoints and words ask only that."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from raytune.plan.shapes import Kind, ModelShape, Module
+
+How = Literal["whole", "low rank", "scale", "bias"]
+"""Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it; a factor per input or
+output of it; its bias."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedPart:
+    """A module, or a parameter outside of layers, of which something is trained."""
+
+    name: str
+    """Its full name in the model."""
+    kind: Kind
+    how: How
+    num_parameters: int
+    """That are trained, biases and magnitudes with them."""
+    rank: int = 0
+    """Of a low-rank update; 0 of others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained, and what of fused experts is not, over a base in 4 bits."""
+
+    parts: tuple[TrainedPart, ...]
+    """In the model's order, each part of the model at most once in one way."""
+    is_base: bool = False
+    """Whether the base's own weights are trained, in place. Else they are frozen and what is trained comes on top."""
+    lowest_layer: int
+    """The lowest layer that a backward pass has to reach; the number of layers where only what follows them is trained."""
+    num_sides: int
+    """Rows and columns of all trained matrices."""
+    reads_inputs: bool = False
+    """Whether updates of layers compute with the layers' inputs, so that these are kept for the backward pass."""
+    target_inputs: int = 0
+    """Widths of the inputs that updates of layers compute with."""
+    inner_width: int = 0
+    """Numbers per token that updates of layers keep beside these inputs: low-rank ones as many as they have ranks."""
+    scaled_inputs: int = 0
+    """Widths of the inputs that are multiplied by trained factors, and kept in the dtype of these."""
+    drops_inputs: bool = False
+    """Whether updates drop some of their inputs, and so keep what was dropped."""
+    num_in_experts: int = 0
+    """Of the trained parameters, those of updates of fused experts."""
+    expert_rank: int = 0
+    """Of an update of fused experts."""
+    num_updated_per_layer: int = 0
+    """Weights of fused experts that get an update, in one layer."""
+    largest_updated: int = 0
+    """Weights of the largest parameter among these."""
+    num_packed: int = 0
+    """Weights of fused experts that are held in 4 bits."""
+    num_packed_per_layer: int = 0
+    """Of these, in one layer."""
+    largest_packed: int = 0
+    """Weights of the largest parameter among these."""
+    way_back_rate_scale: float | None = None
+    """What the learning rate of a low-rank update's second matrix is multiplied by; None: it has that of the first."""
+    embedding_rate: float | None = None
+    """Peak rate of low-rank updates of embeddings; None: they have the rate of all."""
+
+    @cached_property
+    def num_trainable(self) -> int:
+        """Parameters that are trained, an adapter's or the model's own."""
+        return sum(part.num_parameters for part in self.parts)
+
+    @cached_property
+    def num_whole_embeddings(self) -> int:
+        """Of the trained parameters, those of embeddings that are trained whole."""
+        return sum(part.num_parameters for part in self.parts if part.how == "whole" and part.kind == "embedding")
+
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Names of the modules that are trained whole."""
+        return frozenset(part.name for part in self.parts if part.how == "whole")
+
+
+def lowest_layer(names: Iterable[str], shape: ModelShape) -> int:
+    """The lowest layer that a backward pass reaches which trains modules of these names; embeddings lie below the first."""
+    after = {shape.final_norm.name, shape.head.name}
+    return min((_layer_of(name, shape) for name in names if name not in after), default=shape.num_layers)
+
+
+def _layer_of(name: str, shape: ModelShape) -> int:
+    rest = name.removeprefix(f"{shape.layers_name}.")
+    return int(rest.partition(".")[0]) if rest != name else 0
+
+
+def whole_parts(modules: Iterable[Module]) -> list[TrainedPart]:
+    """Modules that are trained whole, as parts."""
+    return [TrainedPart(name=one.name, kind=one.kind, how="whole", num_parameters=one.num_parameters) for one in modules]
