@@ -15,6 +15,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own spelling
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 _status: list[int] = []
@@ -41,6 +42,15 @@ def _leave() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
+
+
+settings.register_profile("often", max_examples=40, deadline=None)
+settings.register_profile("at night", max_examples=300, deadline=None)
+"""How many examples of anything that holds for all are tried. No deadline: a busy machine is no fault."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("at night" if config.getoption("--slow") else "often")
 
 
 WITH_RAY = ("tests/ray/", "tests/examples/")

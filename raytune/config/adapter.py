@@ -75,7 +75,23 @@ class QloraAdapter(LoraAdapter):
     chooses."""
 
 
-Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter, Field(discriminator="method")]
+class Ia3Adapter(Section):
+    """(IA)^3 (Liu et al. 2022): a frozen base, of which some activations are multiplied by trained factors."""
+
+    method: Literal["ia3"]
+    """Train factors for the outputs, or the inputs, of linear layers; the base stays frozen."""
+    target_modules: TargetGroup | Literal["keys-values-mlp"] | Text | list[Text] = "keys-values-mlp"
+    """Layers that get factors: as with `lora`, or `keys-values-mlp`, those of the paper: what gives keys and values (with the
+    queries, where one matrix gives all three), and the MLP's way back. Fused experts get none."""
+    feedforward_modules: list[Text] | Auto = "auto"
+    """Names of the layers among these whose inputs are multiplied and not their outputs. `auto` takes the MLP's ways back."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that get no factors."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
+Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter | Ia3Adapter, Field(discriminator="method")]
 
 
 def own_quantization(adapter: Adapter) -> Quantization | None:

@@ -328,6 +328,7 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters.lora"),
     **_read("adapter", "modules_to_save bias", "model.adapters.lora"),
     **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters.lora"),
+    **_read("adapter", "feedforward_modules", "plan.methods.ia3"),
     **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",

@@ -32,7 +32,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     """The rows, and how they become tokens and targets."""
     adapter: Adapter = LoraAdapter()
-    """Which parameters are trained: `method` is `full`, `lora` or `qlora`."""
+    """Which parameters are trained, and how (`method`)."""
     training: TrainingSection = TrainingSection()
     """Optimisation, precision, memory and sharding."""
     evaluation: EvaluationSection = EvaluationSection()

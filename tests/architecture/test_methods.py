@@ -60,3 +60,23 @@ def test_every_method_of_the_union_has_its_row_in_both_tables() -> None:
     methods = set(choices(keys()["adapter.method"].annotation))
     assert set(METHODS) == methods
     assert set(ADAPTERS) == methods - {"qlora"}, "a preset is apart before a model is made"
+
+
+def test_a_method_is_known_in_its_homes_and_by_lines_of_tables_only() -> None:
+    """What a change touches: (IA)^3 is the example. `run.schema.json` is generated."""
+    tables = {"config/readers.py": 1, "config/foreign_names.yaml": 4}
+    files = (path for ending in ("py", "yaml", "j2") for path in PACKAGE.rglob(f"*.{ending}"))
+    mentions = {
+        str(path.relative_to(PACKAGE)): sum("ia3" in line.lower() for line in path.read_text().splitlines()) for path in files
+    }
+    outside = {name: count for name, count in mentions.items() if count and not name.startswith(HOMES)}
+    assert outside.keys() <= tables.keys()
+    assert all(count <= tables[name] for name, count in outside.items())
+    homes = {name for name, count in mentions.items() if count and name.startswith(HOMES)}
+    assert homes == {
+        "config/adapter.py",
+        "plan/methods/__init__.py",
+        "plan/methods/ia3.py",
+        "model/adapters/__init__.py",
+        "model/adapters/ia3.py",
+    }

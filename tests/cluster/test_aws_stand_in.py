@@ -134,7 +134,9 @@ def test_ray_asks_for_p5_machines_with_efa_on_all_cards_as_written(stand_in: Sta
     assert gpu["CapacityReservationSpecification.CapacityReservationTarget.CapacityReservationId"] == BLOCK["reservation"]
 
 
-@pytest.mark.parametrize("instance", ["p4d.24xlarge", "p5en.48xlarge", "g5.12xlarge"])
+@pytest.mark.parametrize(
+    "instance", ["p5en.48xlarge", *(pytest.param(name, marks=pytest.mark.slow) for name in ("p4d.24xlarge", "g5.12xlarge"))]
+)
 def test_head_and_workers_get_their_role_group_disk_and_imdsv2(stand_in: StandIn, instance: str) -> None:
     for kind, request in launched(stand_in, instance).items():
         assert request["IamInstanceProfile.Name"] == f"raytune-example-{'head' if kind == 'head' else 'worker'}"

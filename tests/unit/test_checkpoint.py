@@ -5,12 +5,10 @@ import math
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +39,7 @@ from raytune.training.commit import (
     retain,
 )
 from raytune.training.engine import PlainEngine
+from tests.numerics.processes import run_on_ranks
 
 POLICY = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
 FINGERPRINT = {"data": "abc", "learning_rate": 0.1}
@@ -660,22 +659,15 @@ def test_the_best_is_finite_and_the_earliest_and_else_the_newest(commits: list[C
 # --- Several ranks -----------------------------------------------------------------------------------------------------------
 
 
-def on_ranks(work: Callable[..., None], *arguments: Any, world_size: int = 2) -> None:
-    """Run `work(rank, *arguments)` on ranks of a gloo group; its assertions count."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (world_size, port, work, arguments), nprocs=world_size)
+def on_ranks(work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` on two ranks of a gloo group; its assertions count."""
+    outcomes = run_on_ranks(_rank, 2, work, arguments)
+    assert outcomes == [None, None]
 
 
-def _rank(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # DeepSpeed calls what torch 2.13 deprecates, at every step
-    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it; Ray Train sets it
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    work(rank, *arguments)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def _rank(work: Callable[..., None], arguments: tuple) -> None:
+    work(torch.distributed.get_rank(), *arguments)
+    torch.distributed.barrier()  # what a rank has yet to look at stays
 
 
 class StumblingOnOneRank(PlainEngine):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -187,7 +187,7 @@ NASTY = {
     "out of range": ("adapter: {dropout: 1}", "1:20", "adapter.dropout", "E104", "a number >= 0 and < 1, got 1"),
     "number or word": ("data: {max_length: long}", "1:20", "data.max_length", "E104", 'an integer >= 1 or auto, got "long"'),
     "nearby word": ("training: {optimizer: adamv}", "1:23", "training.optimizer", "E104", 'Did you mean "adamw"?'),
-    "unknown method": ("adapter: {method: qlra, rank: 3}", "1:19", "adapter.method", "E104", 'full, lora or qlora, got "qlra"'),
+    "unknown method": ("adapter: {method: qlra, rank: 3}", "1:19", "adapter.method", "E104", 'full, lora, qlora or ia3, got "qlra"'),
     "method as text": ("adapter: qlora", "1:10", "adapter", "E104", 'Did you mean "method: qlora"?'),
     "list item": ("data: {targets: [user, asistant]}", "1:24", "data.targets.1", "E104", 'Did you mean "assistant"?'),
     "mapping value": ("adapter: {rank_pattern: {q: 0}}", "1:29", "adapter.rank_pattern.q", "E104", "an integer >= 1, got 0"),
@@ -432,7 +432,6 @@ def refusal(load: Callable[[], object]) -> str:
     return message
 
 
-@settings(max_examples=300, deadline=None)
 @given(YAML_TEXT)
 @example("a: 0x" + "f" * 4000)
 @example("training: {seed: 0x" + "f" * 2900 + "}")
@@ -456,7 +455,6 @@ def loads_or_is_refused(content: bytes) -> None:
             assert config_from(config) == config
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_load_or_are_refused(content: bytes):
     loads_or_is_refused(content)
@@ -468,7 +466,6 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS)
 DATA = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=4)))
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from([key.path for key in keys_in("")]), DATA, max_size=5))
 @example({"adapter": {"method": None}})
 @example({"adapter": {1: 2}})
@@ -477,7 +474,6 @@ def test_any_data_loads_or_is_refused_and_nothing_else(data: dict):
     refusal(lambda: config_from(data))
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(st.builds("{}={}".format, st.sampled_from(sorted(keys())), YAML_TEXT), YAML_TEXT), max_size=4))
 @example(["training.zero.stage.x.y=1"])
 @example(["data.train.0.0.0=1"])
@@ -489,7 +485,6 @@ def test_any_overrides_load_or_are_refused(overrides: list[str]):
     refusal(lambda: load_config([], overrides))
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.text(min_size=1, max_size=30),
     st.floats(min_value=1e-300, max_value=1e300),
@@ -519,8 +514,10 @@ def test_a_diff_names_the_keys_that_differ():
     assert ("adapter.rank", 8, None) in config_diff(before, config_from(before, ["adapter.method=full"]))
 
 
-def test_a_mebibyte_of_unknown_keys_is_refused_in_seconds(tmp_path: Path):
-    path = written(tmp_path, "training:\n" + "".join(f"  key{i}: [1, 2e-4, 'abc', x]\n" for i in range(32_000)))
+@pytest.mark.parametrize("num_keys", [8_000, pytest.param(32_000, marks=pytest.mark.slow)])  # the latter: a mebibyte
+def test_many_unknown_keys_are_refused_in_seconds(tmp_path: Path, num_keys: int):
+    path = written(tmp_path, "training:\n" + "".join(f"  key{i}: [1, 2e-4, 'abc', x]\n" for i in range(num_keys)))
     started = time.process_time()
     assert len(problems_of(path)) == MAX_PROBLEMS
-    assert time.process_time() - started < 20  # measured: 1.5 s; it was 100 s when every key got its hint
+    # 1.5 s measured for 32,000; 100 s when every key got its hint.
+    assert time.process_time() - started < 20 * num_keys / 32_000

@@ -159,7 +159,6 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("cutoff_len: 2048", '"data.max_length"'),
         ("finetuning_type: freeze", '"adapter.method"? freeze is no value: layers are frozen by an adapter here'),
         ("finetuning_type: lora", '"adapter.method"'),
-        ("adapter: {method: ia3}", "; raytune has no IA3"),
         ("adapter: {method: dora}", "adapter.use_dora: true"),
         ("adapter: prompt_tuning", "raytune has no prompt methods"),
         ("wandb_project: mine", "no tracker is connected"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -62,7 +62,6 @@ def values(node: object) -> list[object]:
     return [leaf for child in node for leaf in values(child)] if isinstance(node, list) else [node]
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     machine=MACHINES,
     shape=st.sampled_from([DEMO, LLAMA_3_8B]),
@@ -254,7 +253,6 @@ def test_saves_between_evaluations_are_evaluated_so_that_the_best_can_be_found(e
     assert not planned(evaluation={"every_steps": evaluate}, checkpoint={"every_steps": save}).evaluation.at_saves
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_every_save_is_measured_or_every_measurement_saved(evaluate: int, save: int) -> None:
     plan = planned(

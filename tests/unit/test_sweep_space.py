@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raytune.cli import cli
@@ -68,7 +68,6 @@ DIMENSIONS = {
 SPACES = st.fixed_dictionaries({}, optional=DIMENSIONS).filter(bool)
 
 
-@settings(max_examples=100, deadline=None)
 @given(SPACES, st.integers(0, 5), st.integers(1, 12), st.integers(1, 12))
 def test_trials_are_a_function_of_space_and_seed_and_more_of_them_keep_the_first(space, seed: int, few: int, more: int):
     all_points = points(sweep(space, seed=seed, trials=few + more))
@@ -77,7 +76,6 @@ def test_trials_are_a_function_of_space_and_seed_and_more_of_them_keep_the_first
     assert len({str(point) for point in all_points}) == len(all_points)
 
 
-@settings(max_examples=100, deadline=None)
 @given(SPACES, st.integers(0, 10_000))
 def test_every_drawn_value_is_one_that_its_dimension_has(space, seed: int):
     run = sweep(space)
@@ -200,7 +198,6 @@ def test_a_value_of_the_run_is_plain_data():
 # --- corners
 
 
-@settings(max_examples=50, deadline=None)
 @given(SPACES)
 def test_corners_hold_every_option_and_both_ends_of_each_range(space):
     run = sweep(space)
@@ -331,7 +328,6 @@ ANY_DIMENSION = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(KEYS, ANY_DIMENSION, min_size=1, max_size=4), st.lists(st.dictionaries(KEYS, SCALARS, max_size=2), max_size=2)
 )

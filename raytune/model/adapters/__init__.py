@@ -7,12 +7,13 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import full, lora
+from raytune.model.adapters import full, ia3, lora
 from raytune.model.adapters.adapting import Adapting
 
 ADAPTERS: dict[str, Adapting] = {
     "full": full.ADAPTING,
     "lora": lora.ADAPTING,
+    "ia3": ia3.ADAPTING,
 }
 
 

@@ -1,0 +1,144 @@
+"""(IA)^3 in a plan: which layers get factors, on which side, and how a plan speaks of it."""
+
+from collections.abc import Iterator
+
+from raytune.config.adapter import Ia3Adapter
+from raytune.config.model import Quantization
+from raytune.config.run import RunConfig
+from raytune.errors import ModelError
+from raytune.plan.defaults import adapter_epochs, adapter_rate
+from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
+from raytune.plan.methods.method import Method
+from raytune.plan.methods.targets import check_names, has_name, saved_modules, target_modules, unread_exclusions
+from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
+
+PAPER = "keys-values-mlp"
+KEYS_AND_VALUES = (
+    "k_proj", "v_proj", "key", "value", "key_proj", "value_proj",
+    "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack",
+)  # fmt: skip
+"""Last parts of names of layers that give keys or values, or all of queries, keys and values."""
+WAYS_BACK = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "linear_out")
+"""Last parts of names of an MLP's last layer."""
+MAX_RATE = 1e-2
+
+
+def paper_targets(attention: list[str], mlp: list[str]) -> list[str]:
+    """Full names of the layers that the paper multiplies, out of those of attention and of the MLPs."""
+    keys_and_values = [name for name in attention if name.rpartition(".")[2] in KEYS_AND_VALUES]
+    return [*keys_and_values, *ways_back(mlp)]
+
+
+def ways_back(mlp: list[str]) -> list[str]:
+    """The last layers of MLPs, out of the full names of all their layers."""
+    return [name for name in mlp if name.rpartition(".")[2] in WAYS_BACK]
+
+
+def is_of_feedforward(name: str, adapter: Ia3Adapter, backs: set[str]) -> bool:
+    """Whether the inputs of a layer are multiplied, and not its outputs.
+
+    Args:
+        backs: full names of the MLPs' ways back.
+    """
+    named = adapter.feedforward_modules
+    return name in backs if named == "auto" else has_name(name, named)
+
+
+def scaled_layers(adapter: Ia3Adapter, shape: ModelShape) -> list[Module]:
+    """Linear layers that get factors, under their full names.
+
+    Raises:
+        ModelError: if there are none, or a name matches none.
+    """
+    if adapter.target_modules != PAPER:
+        return target_modules(adapter, shape)
+    by_kind = {kind: _names(shape, kind) for kind in ("attention", "mlp")}
+    names = paper_targets(by_kind["attention"], by_kind["mlp"])
+    if not names:
+        raise ModelError(
+            f"adapter.target_modules {PAPER} knows no layer of this {shape.model_type} model by its name. Its layers have "
+            f"{', '.join(module.name for module in shape.layer if module.is_linear)}: name those that give keys and values, and "
+            f"the MLP's last as adapter.feedforward_modules too."
+        )
+    return target_modules(adapter.model_copy(update={"target_modules": names}), shape)
+
+
+def _names(shape: ModelShape, kind: str) -> list[str]:
+    seen = (module for module in shape.modules() if module.kind == kind and not module.is_bypassed)
+    return [module.name for module in seen if module.name.rpartition(".")[2] not in shape.names_of_experts]
+
+
+def _trained(adapter: Ia3Adapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
+    layers, backs = scaled_layers(adapter, shape), {*ways_back(_names(shape, "mlp"))}
+    inputs = [module for module in layers if is_of_feedforward(module.name, adapter, backs)]
+    outputs = [module for module in layers if module not in inputs]
+    saved = whole_parts(saved_modules(adapter, shape))
+    parts = [_part(module, module.inputs if module in inputs else module.outputs) for module in layers]
+    packed = packed_experts(adapter, shape, quantization)
+    in_layers = ("attention", "mlp", "mixer")
+    return Trained(
+        parts=(*parts, *saved),
+        lowest_layer=lowest_layer((part.name for part in (*parts, *saved)), shape),
+        num_sides=sum(part.num_parameters + 1 for part in parts) + sum(part.num_parameters for part in saved),
+        inner_width=sum(module.outputs for module in outputs if module.kind in in_layers),
+        scaled_inputs=sum(module.inputs for module in inputs if module.kind in in_layers),
+        num_packed=sum(one.num_parameters for one in packed),
+        num_packed_per_layer=most_in_a_module(packed),
+        largest_packed=max((one.num_parameters for one in packed), default=0),
+    )
+
+
+def _part(module: Module, width: int) -> TrainedPart:
+    return TrainedPart(name=module.name, kind=module.kind, how="scale", num_parameters=width)
+
+
+def _check(adapter: Ia3Adapter, config: RunConfig, shape: ModelShape) -> None:
+    """Refuse what PEFT would refuse in the worker, or not hear."""
+    check_names(adapter, shape)
+    layers = scaled_layers(adapter, shape)
+    embedding = next((module.name for module in layers if module.kind == "embedding"), None)
+    if embedding:
+        raise ModelError(
+            f"adapter.target_modules takes in the embedding {embedding}, for which PEFT has no factors. Name linear layers only; "
+            f"adapter.modules_to_save trains it in full."
+        )
+    named = [] if adapter.feedforward_modules == "auto" else adapter.feedforward_modules
+    for name in named:
+        if not any(has_name(module.name, [name]) for module in layers):
+            raise ModelError(
+                f"adapter.feedforward_modules names {name!r}, which is not among the layers that get factors: "
+                f"{', '.join(sorted({module.name.rpartition('.')[2] for module in layers}))}."
+            )
+
+
+def _unread(adapter: Ia3Adapter, shape: ModelShape) -> Iterator[str]:
+    if adapter.exclude_modules:
+        everything = scaled_layers(adapter.model_copy(update={"exclude_modules": []}), shape)
+        kept = {module.name for module in scaled_layers(adapter, shape)}
+        yield from unread_exclusions(adapter, {module.name for module in everything} - kept)
+
+
+def _in_words(adapter: Ia3Adapter, held: str, trained: str) -> str:
+    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    return f"ia3 on {', '.join(named)}{held}, {trained}"
+
+
+def _expert_notes(adapter: Ia3Adapter, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
+    in_full = any(part.kind == "experts" for part in trained.parts)
+    what = "adapter.modules_to_save trains them in full." if in_full else "They are not trained: PEFT has no factors for them."
+    held = how_experts_are_held(packed_experts(adapter, shape, quantization), shape, trained, quantization, "")
+    return [f"{of_experts(shape)}. {what}{held}"]
+
+
+METHOD = Method(
+    trained=_trained,
+    check=_check,
+    in_words=_in_words,
+    expert_notes=_expert_notes,
+    # Liu et al. 2022 take 3e-3 for 3B, about ten times what low-rank updates take there.
+    learning_rate=lambda num_parameters: min(MAX_RATE, 10 * adapter_rate(num_parameters)),
+    epochs=adapter_epochs,
+    weight_decay=0.0,  # it would draw the factors to 0, and so the base
+    unread=_unread,
+)
