@@ -23,6 +23,7 @@ _PERMANENT = {
     "OutOfMemoryError",
     "StorageFullError",
     "TakenOverError",
+    "UnfitCheckpointError",
     "ModuleNotFoundError",
     NO_ROOM,
 }

@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from raytune.config.adapter import Adapter, LoraAdapter, QloraAdapter
+from raytune.config.adapter import Adapter, LoraAdapter
 from raytune.config.model import Attention
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 from raytune.plan.data_report import DataReport
@@ -50,6 +50,8 @@ class StorePlan(Plan):
     """Packed rows."""
     num_tokens: int
     num_targets: int
+    known_as: tuple[str, ...] = ()
+    """Names of other stores with the same rows: made of a file with another name, or by the code of another raytune."""
 
 
 class DataPlan(Plan):
@@ -251,11 +253,6 @@ class RunPlan(Plan):
         return self.adapter if isinstance(self.adapter, LoraAdapter) else None
 
     @property
-    def qlora(self) -> QloraAdapter | None:
-        """The quantised adapter's settings, or None."""
-        return self.adapter if isinstance(self.adapter, QloraAdapter) else None
-
-    @property
     def bytes_on_nvme(self) -> dict[str, int]:
         """What a rank writes to its node's disk while it trains, by part.
 
@@ -266,17 +263,3 @@ class RunPlan(Plan):
         if self.engine.offload_optimizer == "nvme":
             parts["gradients"] = 4 * self.num_trainable // self.batch.workers
         return parts
-
-    @property
-    def identity(self) -> dict:
-        """The part of the plan that decides which numbers a step computes; a run resumes only under an equal one.
-
-        How a global batch is divided, where things are logged and saved, and what the cluster looks like may change. So may the
-        place of the base, whose content counts.
-        """
-        values = self.model_dump(
-            mode="json", include={"seed", "precision", "template", "model", "data", "adapter", "optimization"}
-        )
-        if self.model.content is not None:
-            del values["model"]["path"], values["model"]["revision"]
-        return values | {"global_batch_size": self.batch.global_batch_size}

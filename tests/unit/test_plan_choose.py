@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from raytune.config.adapter import QloraAdapter
 from raytune.config.load import load_config
 from raytune.config.training import Schedule
 from raytune.errors import DataError, PlanError, UserError
@@ -22,8 +23,9 @@ from raytune.plan.describe import plan_text
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
-from raytune.plan.requirements import check_before_data, choose_row_length
+from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import settle
 from raytune.plan.shapes import ModelShape
 from raytune.training.schedule import learning_rate
 from raytune.training.timetable import Timetable
@@ -177,8 +179,8 @@ def test_70b_is_planned_on_sixteen_gpus_and_with_qlora_on_one() -> None:
     assert full.engine.zero_stage == 3
     qlora = planned(gpus(1, 80), LLAMA_3_70B, adapter={"method": "qlora"})
     assert (qlora.batch.workers, qlora.engine.kind) == (1, "plain")
-    assert qlora.qlora is not None
-    assert (qlora.qlora.compute_dtype, qlora.qlora.quant_storage) == ("bf16", "bf16")
+    assert isinstance(qlora.adapter, QloraAdapter)
+    assert (qlora.adapter.compute_dtype, qlora.adapter.quant_storage) == ("bf16", "bf16")
 
 
 def test_the_micro_batch_fills_the_device_up_to_8k_tokens() -> None:
@@ -301,7 +303,7 @@ def test_a_warm_up_of_the_only_step_is_refused() -> None:
 def test_one_step_with_a_warm_up_ratio_learns() -> None:
     """Case 16, from its file."""
     asked = load_config([CASES / "16" / "run.yaml"])
-    plan = choose_plan(asked, DEMO, CPU, data(), model_path="/models/base", storage="/runs")
+    plan = choose_plan(asked, settle(asked, DEMO, CPU), DEMO, CPU, data(), model_path="/models/base", storage="/runs")
     assert plan.optimization.num_steps == 1
     assert learning_rate(0, plan.optimization) > 0
 
@@ -418,14 +420,14 @@ NO_DATA_NEEDED: dict[str, tuple[Machine, dict[str, Any], str]] = {
 def test_what_cannot_work_is_refused_before_the_data_is_read(name: str) -> None:
     machine, sections, message = NO_DATA_NEEDED[name]
     with pytest.raises(UserError, match=message):
-        check_before_data(config(**sections), DEMO, machine)
+        settle(config(**sections), DEMO, machine)
 
 
 def test_liger_is_refused_for_a_model_that_it_has_no_kernels_for() -> None:
     gpt2 = model_shape({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100}, "x")
     with pytest.raises(PlanError, match="no kernels for a gpt2 model"):
-        check_before_data(config(training={"liger": True}), gpt2, gpus(1))
-    check_before_data(config(training={"liger": True}), DEMO, gpus(1))
+        settle(config(training={"liger": True}), gpt2, gpus(1))
+    settle(config(training={"liger": True}), DEMO, gpus(1))
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:
