@@ -47,6 +47,11 @@ class CheckpointError(RaytuneError):
     """A checkpoint is missing, torn, or belongs to another run."""
 
 
+class UnfitCheckpointError(CheckpointError):
+    """An intact checkpoint does not fit what it is to be loaded into, by settings, division or libraries; another attempt meets
+    it again."""
+
+
 class TakenOverError(CheckpointError):
     """A newer attempt at the same run has begun; this one may write no more and is not to be tried again."""
 

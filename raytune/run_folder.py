@@ -34,6 +34,8 @@ import re
 from dataclasses import dataclass
 
 MANIFEST = "MANIFEST.json"
+LAYOUT_FILE = "engine.json"
+"""How the training state beside it is cut (plan.division.Layout)."""
 DAMAGED_MANIFEST = "MANIFEST.damaged.json"
 STEP_FOLDER = re.compile(r"^step-(\d{8})$")
 UNFINISHED_FOLDER = re.compile(r"^step-\d{8}\.(?:tmp|deleted)-(\d+)$")

@@ -24,6 +24,7 @@ _PERMANENT = {
     "OutOfMemoryError",
     "StorageFullError",
     "TakenOverError",
+    "UnfitCheckpointError",
     "ModuleNotFoundError",
     NO_ROOM,
 }

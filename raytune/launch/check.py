@@ -20,6 +20,7 @@ from raytune.data.tokenising import formats_of
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
+from raytune.launch.begun import begun_for
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import described_base
 from raytune.launch.record import refuse_changed_settings
@@ -33,7 +34,8 @@ from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.references import planned_shape
-from raytune.plan.requirements import checks_before_data, choose_row_length
+from raytune.plan.requirements import choose_row_length
+from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
@@ -106,8 +108,7 @@ def check_run(config: RunConfig) -> Findings:
     else:
         shape = found.of(lambda: _shape(config), keys=("model.base",))
     if shape is not None:
-        for check in checks_before_data(config, shape, machine):
-            found.of(check)
+        look_at(config, shape, machine, found.of)
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
     here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}
     found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
@@ -127,6 +128,7 @@ def _look_at_run_of_that_name(config: RunConfig, found: Findings) -> None:
     try:
         if is_there:
             refuse_changed_settings(folder, config)
+            begun_for(config, folder)
     except UserError as error:  # it is the name that is taken; everything else may be right
         if not error.keys:
             raise
@@ -232,7 +234,8 @@ def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, s
         [source for key, source in here.items() if key.startswith(side)] for side in ("data.train", "data.valid")
     )
     facts = reading.builder(scratch, train=train, validation=validation).build()
-    choose_plan(reading.config, reading.shape, machine, facts, model_path=reading.model_path, storage=scratch)
+    setting = settle(reading.config, reading.shape, machine)
+    choose_plan(reading.config, setting, reading.shape, machine, facts, model_path=reading.model_path, storage=scratch)
 
 
 def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:

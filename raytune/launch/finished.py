@@ -11,21 +11,15 @@ from pydantic import ValidationError
 from raytune.config.load import config_diff
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
-from raytune.launch.record import RunRecord
+from raytune.launch.record import RunRecord, read_plan
 from raytune.launch.result import RunResult
+from raytune.plan.settings import asks_for
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, file_sizes, is_local, local_path, read_json
 from raytune.training.commit import committed
 
-FREE = (
-    *("version", "name", "storage", "cluster.", "provider.", "sweep", "checkpoint.", "evaluation."),
-    *("training.logging_steps", "training.zero.", "training.loss", "data.store"),
-)
-"""Beginnings of keys that change nothing of what a step computes."""
-DIVIDING = ("cluster.workers", "cluster.nodes")
-"""Keys that change the rows of a step, unless `training.global_batch_size` gives them."""
-CHOOSING = ("cluster.gpus_per_worker", "cluster.instance")
-"""Keys that may change the rows and the precision of a step."""
+FREE = ("version", "name", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store")
+"""Beginnings of keys that change neither what a step computes nor how it is divided."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,14 +44,11 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
         asked_then = RunConfig.model_validate(record.config)
     except ValidationError:  # the config of another raytune; the plan is compared by what both know
         return None
-    changes = config_diff(asked_then, config)
-    bound = CHOOSING if config.training.global_batch_size != "auto" else (*CHOOSING, *DIVIDING)
-    if (
-        not all(key.startswith(FREE) and key not in bound for key, _, _ in changes)
-        or _has_changed(config, record.created)
-        or not is_finished(folder)
-    ):
+    if not exists(folder.plan) or not asks_for(read_plan(folder), asked_then, config, may_change=FREE):
         return None
+    if _has_changed(config, record.created) or not is_finished(folder):
+        return None
+    changes = config_diff(asked_then, config)
     if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation."))]:
         _log.warning("Run %r has finished before; what has changed since is not applied to it: %s.", folder.name, ", ".join(idle))
     return RunResult.read(folder)

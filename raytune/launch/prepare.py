@@ -1,12 +1,16 @@
 """Everything about a run that is settled before anything of it is started: its data and its plan."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
+from raytune.errors import UserError
 from raytune.evaluate.questions import Question
 from raytune.hub.snapshot import described, in_lines
 from raytune.launch.reading import show_reading
@@ -16,10 +20,12 @@ from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
 from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
+from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import DataFacts, Machine
-from raytune.plan.requirements import check_before_data, checks_before_data, choose_row_length
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import look_at, settle
+from raytune.plan.shapes import ModelShape
 from raytune.storage import absolute
 
 _log = logging.getLogger(__name__)
@@ -34,17 +40,44 @@ class Prepared:
     """What both models answer at its end."""
 
 
-def prepare(config: RunConfig, machine: Machine, parallel_map: ParallelMap) -> Prepared:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A base whose config and tokenizer are here."""
+
+    section: ModelSection
+    """As it was asked for; one of a hub at its commit."""
+    path: str
+    """Where transformers finds it."""
+    shape: ModelShape
+
+    @classmethod
+    def of(cls, model: ModelSection) -> Self:
+        """See `described_base`."""
+        model, path = described_base(model)
+        shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+        return cls(section=model, path=path, shape=shape)
+
+
+def prepare(
+    config: RunConfig, machine: Machine, parallel_map: ParallelMap, *, begun: Begun | None = None, base: Base | None = None
+) -> Prepared:
     """Refuse what cannot work, tokenise the data (or find it tokenised), and plan.
+
+    Args:
+        begun: the run that is to be continued.
+        base: of `refuse_without_cluster`.
 
     Raises:
         UserError: if the config, the model, the data or the machines do not allow the run.
     """
-    return Preparation(machine, parallel_map).prepare(config)
+    return Preparation(machine, parallel_map).prepare(config, begun, base)
 
 
-def refuse_without_cluster(config: RunConfig) -> None:
+def refuse_without_cluster(config: RunConfig) -> Base:
     """Refuse what the model does not allow, or what no machine could do, before a cluster is started or joined.
+
+    Returns:
+        The base that was looked at.
 
     Raises:
         UserError: (or PlanError, ModelError) as `prepare` does.
@@ -52,10 +85,9 @@ def refuse_without_cluster(config: RunConfig) -> None:
     """
     if config.cluster.instance:
         load_catalogue().instance(config.cluster.instance)
-    model, _ = described_base(config.model)
-    shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
-    for check in checks_before_data(config, shape, None):
-        check()
+    base = Base.of(config.model)
+    look_at(config, base.shape, None, lambda look: look())
+    return base
 
 
 def described_base(model: ModelSection) -> tuple[ModelSection, str]:
@@ -80,27 +112,32 @@ class Preparation:
         self._data: dict[str, tuple[DataFacts, list[Question]]] = {}
         self._contents: dict[tuple[str, str | None], Content] = {}
 
-    def prepare(self, config: RunConfig) -> Prepared:
+    def prepare(self, config: RunConfig, begun: Begun | None = None, base: Base | None = None) -> Prepared:
         """See `prepare`."""
         machine = self._machine
         if config.cluster.instance:
             catalogue = load_catalogue()
             instance = catalogue.instance(config.cluster.instance)  # which must be known, whatever machines are there
             machine = machine.known_as(instance, catalogue.gpu_of(instance)) if machine.num_gpus else machine
-        model = config.model
-        model, model_path = described_base(model)
-        shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
-        check_before_data(config, shape, machine)
-        content = self.base(model)
-        config = config.model_copy(update={"model": model})
+        base = base or Base.of(config.model)
+        config = continued(config, begun) if begun else config
+        config = config.model_copy(update={"model": base.section})
         storage = absolute(config.storage)
-        row_length = choose_row_length(config, shape)
-        read = [config.data, model, config.evaluation.generation, row_length, storage]
+        with _as_it_began(begun):
+            setting = settle(config, base.shape, machine, begun)
+        content = self.base(base.section)
+        read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
         if (key := repr(read)) not in self._data:
-            builder = DataBuilder(config, model_path, row_length, storage, self._parallel_map, num_embeddings=shape.vocab)
+            num_embeddings = base.shape.vocab
+            builder = DataBuilder(
+                config, base.path, setting.row_length, storage, self._parallel_map, num_embeddings=num_embeddings
+            )
             self._data[key] = builder.build(), builder.questions()
         facts, questions = self._data[key]
-        plan = choose_plan(config, shape, machine, facts, model_path=model_path, storage=storage, content=content)
+        with _as_it_began(begun):
+            plan = choose_plan(
+                config, setting, base.shape, machine, facts, model_path=base.path, storage=storage, content=content
+            )
         return Prepared(plan=plan, questions=questions)
 
     def base(self, model: ModelSection) -> Content:
@@ -116,3 +153,14 @@ class Preparation:
         content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code, watch=partial(show_reading, path))
         refuse_other_base(path, self._contents.setdefault(key, content), content)
         return content
+
+
+@contextmanager
+def _as_it_began(begun: Begun | None) -> Iterator[None]:
+    """Refusals of a run that is continued say what of it is kept, though nobody wrote that."""
+    try:
+        yield
+    except UserError as error:
+        if begun is None:
+            raise
+        raise type(error)(f"{error} {kept_settings(begun)}", keys=error.keys) from error

@@ -13,6 +13,7 @@ from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base
+from raytune.launch.begun import begun_for, known_rows, read_begun, refuse_other_layout
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, is_finished
 from raytune.launch.going_on import going_on, tracebacks
@@ -23,6 +24,7 @@ from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
 from raytune.model.base_content import base_content, refuse_other_base
+from raytune.plan.division import Begun, Division
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
@@ -70,11 +72,16 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     if result := answer(config, folder):
         return replace(result, finished_before=True)
     refuse_changed_settings(folder, config)
-    refuse_without_cluster(config)
-    with _held_unless_finished(folder) as lease, connect(config.cluster) as machine:
-        prepared = prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout))
-        get_ready = _base_here if named_address(config.cluster) is None else lambda plan: None  # else nodes download their own
-        return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease, get_ready)
+    base = refuse_without_cluster(config)
+    with _held_unless_finished(folder) as lease:
+        begun = begun_for(config, folder)
+        with connect(config.cluster) as machine:
+            on_cluster = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
+            prepared = prepare(config, machine, on_cluster, begun=begun, base=base)
+            get_ready = (
+                _base_here if named_address(config.cluster) is None else lambda plan: None
+            )  # else nodes download their own
+            return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease, get_ready)
 
 
 def train_plan(
@@ -119,8 +126,10 @@ def _train_held(
 ) -> RunResult:
     """See `run` and `train_plan`. `get_ready` is called before the first attempt, while progress is shown."""
     folder = RunFolder(plan.storage, plan.name)
-    known = RunRecord.read(folder)
-    refuse_another_run(folder, plan, config)
+    known, begun = RunRecord.read(folder), read_begun(folder)
+    if begun:
+        plan = known_rows(folder, begun.plan, plan)
+        refuse_another_run(folder, plan, config)
     if known and known.state == "finished":  # by now, where there is a lease
         problems = list(damage(folder))
         if lease is None or not problems:
@@ -132,6 +141,12 @@ def _train_held(
             f"Run {plan.name!r} in {folder.storage} is {known.state} after {known.attempts} attempts, and "
             f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
         )
+    if begun:
+        refuse_other_layout(begun, plan)
+        if changes := Division.of(begun.plan).changes_to(Division.of(plan)):
+            logger.warning(
+                "Run %r goes on divided otherwise: %s. Each step computes the same, but for rounding.", plan.name, changes
+            )
     refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
     record = known or RunRecord(
         name=plan.name,
@@ -161,10 +176,22 @@ def plan_run(config: RunConfig) -> RunPlan:
     Raises:
         UserError: as `run` does.
     """
+    begun = _begun_if_the_same(config)
     if named_address(config.cluster):
         with connect(config.cluster, scales=False) as machine:
-            return prepare(config, machine, partial(map_on_cluster, start_timeout=config.cluster.start_timeout)).plan
-    return prepare(config, this_machine(config.cluster), map).plan
+            on_cluster = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
+            return prepare(config, machine, on_cluster, begun=begun).plan
+    return prepare(config, this_machine(config.cluster), map, begun=begun).plan
+
+
+def _begun_if_the_same(config: RunConfig) -> Begun | None:
+    """The run that the config would continue. A plan may be asked for under a name that is taken: it is not refused for that."""
+    folder = RunFolder(absolute(config.storage), config.name)
+    try:
+        refuse_changed_settings(folder, config)
+    except UserError:
+        return None
+    return begun_for(config, folder)
 
 
 def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt, lease: Holding) -> None:

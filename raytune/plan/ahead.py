@@ -20,6 +20,7 @@ from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan, StorePlan
+from raytune.plan.setting import settle
 from raytune.plan.shapes import ModelShape
 from raytune.units import format_count
 
@@ -182,4 +183,5 @@ def _plan(
     machine = Machine.rented(instance, catalogue.gpu_of(instance), num_nodes)
     cluster = config.cluster.model_copy(update={"instance": instance.name, "nodes": num_nodes})
     config = config.model_copy(update={"cluster": cluster})
-    return choose_plan(config, shape, machine, data, model_path=config.model.base, storage=config.storage)
+    setting = settle(config, shape, machine)
+    return choose_plan(config, setting, shape, machine, data, model_path=config.model.base, storage=config.storage)

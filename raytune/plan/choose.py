@@ -1,7 +1,7 @@
 """From a config, a model's shape, the machines and the data to a `RunPlan`, in which no "auto" is left. Pure.
 
-A launcher calls, in this order: `base_model.read_model_shape`, `requirements.check_before_data`,
-`requirements.choose_row_length`; then it builds the stores, and then calls `choose_plan`.
+A launcher calls, in this order: `base_model.read_model_shape`, `setting.settle`; then it builds the stores, with rows of as many
+tokens as that says, and then calls `choose_plan`.
 """
 
 import math
@@ -25,21 +25,13 @@ from raytune.plan.defaults import (
     default_weight_decay,
 )
 from raytune.plan.fabric import fabric_notes
-from raytune.plan.fitting import Fit, Setting, choose_fit, longest_row, room_of_worker
+from raytune.plan.fitting import Fit, choose_fit, longest_row, room_of_worker
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
-from raytune.plan.methods import expert_notes, method_of, trained_by
-from raytune.plan.quantization import quantized_bytes, resolve_quantization
-from raytune.plan.requirements import (
-    Device,
-    check_before_data,
-    choose_attention,
-    choose_device,
-    choose_precision,
-    choose_row_length,
-    choose_workers,
-)
+from raytune.plan.methods import expert_notes, method_of
+from raytune.plan.quantization import quantized_bytes
+from raytune.plan.requirements import Device
 from raytune.plan.run_plan import (
     BatchPlan,
     CheckpointPlan,
@@ -54,6 +46,7 @@ from raytune.plan.run_plan import (
     OptimizationPlan,
     RunPlan,
 )
+from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.trained import Trained
@@ -75,6 +68,7 @@ class _Reasons(list[str]):
 
 def choose_plan(
     config: RunConfig,
+    setting: Setting,
     shape: ModelShape,
     machine: Machine,
     data: DataFacts,
@@ -87,47 +81,28 @@ def choose_plan(
 
     Args:
         config: what the user wrote.
+        setting: what `settle` decided of it.
         shape: of the base model.
         machine: the cluster.
-        data: the stores, built with rows of `choose_row_length` tokens.
+        data: the stores, built with rows of `setting.row_length` tokens.
         model_path: the base model as workers load it: a local folder or a hub id.
         storage: absolute folder or URL of the run folders.
         content: of the base, as `ModelPlan.content`; None: it need not be here.
 
     Raises:
-        UserError: (or PlanError, ModelError) if it cannot be done as asked; the message says what could.
+        UserError: (or PlanError) if it cannot be done as asked; the message says what could.
         DataError: if the data has nothing to learn from.
     """
-    check_before_data(config, shape, machine)
     if not data.train.num_targets:
         raise DataError(f"The training store {data.train.path} has no target tokens, so nothing can be learned from it.")
-    reasons = _Reasons()
-    training = config.training
-    device = choose_device(config, machine)
-    workers = reasons.taken(choose_workers(config, machine, device))
-    precision = reasons.taken(choose_precision(config, machine, device))
-    quantization = reasons.taken(resolve_quantization(config, precision))
-    adapter = without_preset(config.adapter)
+    reasons = _Reasons(setting.reasons)
+    training, device, workers = config.training, setting.device, setting.workers
+    precision, adapter, quantization = setting.precision, setting.adapter, setting.quantization
     method = method_of(adapter)
-    attention = reasons.taken(choose_attention(config, shape, machine, device, precision))
-    row_length = choose_row_length(config, shape)
-    if config.data.max_length == "auto":
-        reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
-
     rows_in_epochs = _rows_in_epochs(config, data, reasons)
-    setting = Setting(
-        device=device,
-        workers=workers,
-        precision=precision,
-        adapter=adapter,
-        quantization=quantization,
-        trained=trained_by(adapter, shape, quantization),
-        attention=attention,
-        row_length=row_length,
-        rows_per_step=default_rows_per_step(data.train.num_rows, rows_in_epochs),
-    )
-    fit = choose_fit(config, setting, shape, machine, data)
-    reasons += _reasons_for_fit(config, fit, setting, machine, shape, data)
+    wanted_rows = default_rows_per_step(data.train.num_rows, rows_in_epochs)
+    fit = choose_fit(config, setting, wanted_rows, shape, machine, data)
+    reasons += _reasons_for_fit(config, fit, setting, wanted_rows, machine, shape, data)
     reasons += (
         [_quantised_and_zero_3(quantized_bytes(quantization, shape, setting.trained), fit)]
         if quantization and workers > 1
@@ -158,7 +133,7 @@ def choose_plan(
             revision=config.model.revision,
             content=content,
             trust_remote_code=config.model.trust_remote_code,
-            attention=attention,
+            attention=setting.attention,
             packs=not shape.why_lone,
             dtype="fp32" if fit.zero_stage == 0 and setting.trained.is_base else precision,
             compute_dtype=precision,
@@ -171,7 +146,7 @@ def choose_plan(
         data=DataPlan(
             train=data.train,
             validation=list(data.validation),
-            row_length=row_length,
+            row_length=setting.row_length,
         ),
         adapter=adapter,
         batch=fit.batch,
@@ -225,7 +200,7 @@ def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> in
 
 
 def _reasons_for_fit(
-    config: RunConfig, fit: Fit, setting: Setting, machine: Machine, shape: ModelShape, data: DataFacts
+    config: RunConfig, fit: Fit, setting: Setting, wanted_rows: int, machine: Machine, shape: ModelShape, data: DataFacts
 ) -> list[str]:
     training = config.training
     room = room_of_worker(setting, machine).device
@@ -235,7 +210,7 @@ def _reasons_for_fit(
     reasons = []
     if training.global_batch_size == "auto":
         rows = fit.batch.global_batch_size
-        reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, setting, training, row)}.")
+        reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, wanted_rows, training, row)}.")
     if training.per_device_train_batch_size == "auto":
         tokens = fit.batch.micro_batch_size * longest_row(config, setting.row_length, data)
         reasons.append(
@@ -297,12 +272,12 @@ def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> Cost
     )
 
 
-def _why_rows(batch: BatchPlan, setting: Setting, training: TrainingSection, row: str) -> str:
+def _why_rows(batch: BatchPlan, wanted_rows: int, training: TrainingSection, row: str) -> str:
     if training.per_device_train_batch_size != "auto" and training.gradient_accumulation_steps != "auto":
         return batch.in_words(row)
-    if batch.global_batch_size > setting.rows_per_step:
+    if batch.global_batch_size > wanted_rows:
         return f"the fewest {row}s that the other settings allow"
-    if setting.rows_per_step < DEFAULT_ROWS:
+    if wanted_rows < DEFAULT_ROWS:
         return f"fewer than {DEFAULT_ROWS}, because the data has few {row}s (at least {MIN_STEPS} steps, none twice in a step)"
     return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
 

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from raytune.config.adapter import Adapter, LoraAdapter, preset_of, without_preset
-from raytune.config.model import Attention, Quantization
+from raytune.config.adapter import LoraAdapter, preset_of
 from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
-from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import possible_batches
 from raytune.plan.lone_documents import rows_of_a_pass
@@ -23,13 +21,12 @@ from raytune.plan.memory import (
     memory_parts,
     parts_at,
 )
-from raytune.plan.methods import method_of, trained_by
-from raytune.plan.quantization import resolve_quantization
-from raytune.plan.requirements import Device, choose_precision, choose_workers, possible_stages
+from raytune.plan.methods import method_of
+from raytune.plan.requirements import Device
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
+from raytune.plan.setting import Setting, settle
 from raytune.plan.shapes import ModelShape
 from raytune.plan.throughput import Speed, step_time
-from raytune.plan.trained import Trained
 from raytune.units import format_bytes
 
 # Tokens per forward pass above which little gets faster: a GPU is busy with 8k (docs/performance.md), a CPU core with far
@@ -44,23 +41,6 @@ WORTH_CHOOSING = 0.98
 
 Change = tuple[str, RunConfig, Machine]
 """As it would be written on the command line, the config with it, and the machines."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What is decided before memory is looked at."""
-
-    device: Device
-    workers: int
-    precision: Precision
-    adapter: Adapter
-    """Without a preset's words about the base."""
-    quantization: Quantization | None
-    trained: Trained
-    attention: Attention
-    row_length: int
-    rows_per_step: int
-    """Where the config does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +69,25 @@ class Room:
         return on_device and (self.host is None or bytes_in(memory, "host") <= self.host)
 
 
-def choose_fit(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Fit:
+def choose_fit(
+    config: RunConfig, setting: Setting, rows_per_step: int, shape: ModelShape, machine: Machine, data: DataFacts
+) -> Fit:
     """The fastest way that fits; where nobody knows, the first: without checkpointing before with, lowest ZeRO stage, largest
     micro-batch.
+
+    Args:
+        rows_per_step: where the config does not say.
 
     Raises:
         PlanError: if none fits; the message names the nearest settings that do.
     """
     room = room_of_worker(setting, machine)
-    ways = list(_ways(config, setting, shape, machine.speed, data))
-    if fitting := [way for way in ways if room.holds(way.memory)]:
-        return _fastest(fitting)
+    fitting = (way for way in _ways(config, setting, rows_per_step, shape, machine.speed, data) if room.holds(way.memory))
+    if (first := next(fitting, None)) is not None:
+        return first if first.step_time is None else _fastest([first, *fitting])
+    ways = _ways(config, setting, rows_per_step, shape, machine.speed, data)
     smallest = min(ways, key=lambda way: bytes_in(way.memory, "device"))
-    advice = islice(_advice(config, setting, shape, machine, data), MAX_ADVICE)
+    advice = islice(_advice(config, setting, rows_per_step, shape, machine, data), MAX_ADVICE)
     raise PlanError(_too_large(smallest, room, setting, list(advice)), keys=("cluster.workers", "model.base"))
 
 
@@ -123,14 +109,15 @@ def room_of_worker(setting: Setting, machine: Machine) -> Room:
     return Room(device=int(USABLE_SHARE * machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None, host=host)
 
 
-def _ways(config: RunConfig, setting: Setting, shape: ModelShape, speed: Speed | None, data: DataFacts) -> Iterator[Fit]:
+def _ways(
+    config: RunConfig, setting: Setting, rows_per_step: int, shape: ModelShape, speed: Speed | None, data: DataFacts
+) -> Iterator[Fit]:
     wanted = config.training.gradient_checkpointing
     max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(config, setting.row_length, data))
     training = rows_of_a_pass(config.training, shape)
-    batches = possible_batches(training, setting.workers, setting.rows_per_step, max_micro_batch)
-    stages = possible_stages(config, shape, setting.device, setting.workers, setting.precision)
+    batches = possible_batches(training, setting.workers, rows_per_step, max_micro_batch)
     for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
-        for stage in stages:
+        for stage in setting.stages:
             for batch in batches:
                 yield _way(config, setting, shape, speed, data, batch, stage, has_checkpointing)
 
@@ -194,40 +181,30 @@ def most_targets(data: DataFacts, num_tokens: int) -> int:
     return min(num_tokens, int(2 * share * num_tokens) + 1)
 
 
-def _fits(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> bool:
+def _fits(config: RunConfig, was: Setting, rows_per_step: int, shape: ModelShape, machine: Machine, data: DataFacts) -> bool:
     """Whether anything fits after a change of the config."""
     try:
-        precision = choose_precision(config, machine, setting.device).value
-        adapter, quantization = without_preset(config.adapter), resolve_quantization(config, precision).value
-        is_same = adapter == setting.adapter and quantization == setting.quantization
-        changed = Setting(
-            device=setting.device,
-            workers=choose_workers(config, machine, setting.device).value,
-            precision=precision,
-            adapter=adapter,
-            quantization=quantization,
-            trained=setting.trained if is_same else trained_by(adapter, shape, quantization),
-            attention=setting.attention,
-            row_length=setting.row_length if config.data.max_length == "auto" else config.data.max_length,
-            rows_per_step=setting.rows_per_step,
-        )
-        room = room_of_worker(changed, machine)
-        return any(room.holds(way.memory) for way in _ways(config, changed, shape, None, data))
+        setting = settle(config, shape, machine, was.begun)
+        room = room_of_worker(setting, machine)
+        return any(room.holds(way.memory) for way in _ways(config, setting, rows_per_step, shape, None, data))
     except UserError:
         return False
 
 
-def _advice(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine, data: DataFacts) -> Iterator[str]:
+def _advice(
+    config: RunConfig, setting: Setting, rows_per_step: int, shape: ModelShape, machine: Machine, data: DataFacts
+) -> Iterator[str]:
     """Of each kind of change the smallest with which the run fits."""
     for changes in _kinds_of_change(config, setting, shape, machine):
-        fitting = (text for text, changed, machines in changes if _fits(changed, setting, shape, machines, data))
+        fitting = (text for text, changed, machines in changes if _fits(changed, setting, rows_per_step, shape, machines, data))
         if (text := next(fitting, None)) is not None:
             yield text
 
 
 def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[list[Change]]:
     """Changes that save memory, smallest first in each list; lists whose changes leave the result as it is come first."""
-    training, zero = config.training, config.training.zero
+    training, zero, begun = config.training, config.training.zero, setting.begun
+    is_bound = begun is not None and begun.sharded_over is not None
 
     def with_training(text: str, **values: object) -> Change:
         return text, config.model_copy(update={"training": training.model_copy(update=values)}), machine
@@ -254,11 +231,12 @@ def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, mac
     if training.per_device_train_batch_size not in ("auto", 1):
         text, changed = _with_smallest_micro_batch(config)
         yield [(text, changed, machine)]
-    if zero.stage != "auto":
+    if zero.stage != "auto" and not (begun and begun.layout):
         yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
     if setting.device == "cuda":
         larger = {setting.workers * 2**power for power in range(1, 10)} | {machine.num_gpus}
-        yield [with_workers(workers) for workers in sorted(larger) if setting.workers < workers <= machine.num_gpus]
+        if not is_bound:
+            yield [with_workers(workers) for workers in sorted(larger) if setting.workers < workers <= machine.num_gpus]
         if machine.instance and config.cluster.workers == "auto":
             yield [with_nodes(machine.num_nodes * 2**power) for power in range(1, 7)]
         optimizer, weights = "training.zero.offload_optimizer=cpu", "training.zero.offload_parameters=cpu"
@@ -266,6 +244,8 @@ def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, mac
             yield [with_zero(optimizer, offload_optimizer="cpu")]
         if zero.offload_parameters == "none":
             yield [with_zero(f"{optimizer} {weights}", offload_optimizer="cpu", offload_parameters="cpu")]
+    if begun is not None:
+        return  # what follows would make another run of it
     lengths = (setting.row_length // 2**power for power in range(1, 16))
     yield [with_row_length(length) for length in lengths if length >= MIN_ROW_LENGTH]
     if training.optimizer in ("adamw", "paged_adamw"):

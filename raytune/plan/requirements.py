@@ -1,6 +1,5 @@
-"""What can be decided or refused without the data: device, workers, precision, attention, row length, possible ZeRO stages."""
+"""What machines and model leave to choose: device, workers, precision, attention, row length, possible ZeRO stages."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from raytune.config.adapter import without_preset
@@ -10,16 +9,14 @@ from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
-from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
-from raytune.plan.lone_documents import check_lone_documents, choose_lone_attention
+from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
-from raytune.plan.methods import method_of, trained_by
-from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
+from raytune.plan.methods import method_of
+from raytune.plan.quantization import quantization_limits
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stage_limit import StageLimit
-from raytune.plan.stored_quantization import check_stored_quantization
 
 Device = Literal["cpu", "cuda"]
 DEFAULT_ROW_LENGTH = 2048
@@ -44,48 +41,6 @@ def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
             f"Set data.max_length to {shape.max_positions} or less; data.too_long says what happens to longer documents."
         )
     return wanted
-
-
-def check_before_data(config: RunConfig, shape: ModelShape, machine: Machine) -> None:
-    """Refuse what cannot work whatever the rows are, before minutes go into tokenising them.
-
-    Raises:
-        UserError: (or PlanError, ModelError) with what to set instead.
-    """
-    for check in checks_before_data(config, shape, machine):
-        check()
-
-
-def checks_before_data(config: RunConfig, shape: ModelShape, machine: Machine | None) -> list[Callable[[], object]]:
-    """What `check_before_data` refuses, each check by itself; without a machine those that need none."""
-    of_model: list[Callable[[], object]] = [
-        lambda: choose_row_length(config, shape),
-        lambda: check_lone_documents(config, shape),
-        lambda: trained_by(config.adapter, shape),
-        lambda: check_overrides(config.training.zero),
-        lambda: method_of(config.adapter).check(without_preset(config.adapter), config, shape),
-        lambda: _check_cluster(config.cluster),
-    ]
-    if machine is None:
-        return of_model
-
-    def device() -> Device:
-        return choose_device(config, machine)
-
-    def precision() -> Precision:
-        return choose_precision(config, machine, device()).value
-
-    return [
-        *of_model,
-        lambda: choose_workers(config, machine, device()),
-        lambda: choose_attention(config, shape, machine, device(), precision()),
-        lambda: possible_stages(config, shape, device(), choose_workers(config, machine, device()).value, precision()),
-        lambda: check_quantization(config, trained_by(config.adapter, shape), precision()),
-        lambda: check_stored_quantization(
-            shape.stored_quantization, resolve_quantization(config, precision()).value, config.adapter, config.model.base
-        ),
-        lambda: _check_kernels(config, shape, device()),
-    ]
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:
@@ -205,7 +160,8 @@ def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precisio
     return [*limits, *quantization_limits(config, precision), *of_method]
 
 
-def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
+def check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
+    """Refuse kernels that this model or these machines do not run."""
     if not config.training.liger:
         return
     if device == "cpu":
@@ -214,7 +170,7 @@ def _check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None
         raise PlanError(f"training.liger has no kernels for a {shape.model_type} model and would do nothing. Set it to false.")
 
 
-def _check_cluster(section: ClusterSection) -> None:
+def check_cluster(section: ClusterSection) -> None:
     """Refuse what is said of machines whose type is not said. (`plan --instances` says it.)"""
     if section.instance is not None:
         return

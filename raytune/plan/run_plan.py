@@ -54,6 +54,8 @@ class StorePlan(Plan):
     """Packed rows."""
     num_tokens: int
     num_targets: int
+    known_as: tuple[str, ...] = ()
+    """Names of other stores with the same rows: made of a file with another name, or by the code of another raytune."""
 
 
 class DataPlan(Plan):
@@ -281,17 +283,3 @@ class RunPlan(Plan):
         if self.engine.offload_optimizer == "nvme":
             parts["gradients"] = 4 * self.num_trainable // self.batch.workers
         return parts
-
-    @property
-    def identity(self) -> dict:
-        """The part of the plan that decides which numbers a step computes; a run resumes only under an equal one.
-
-        How a global batch is divided, where things are logged and saved, and what the cluster looks like may change. So may the
-        place of the base, whose content counts.
-        """
-        values = self.model_dump(
-            mode="json", include={"seed", "precision", "template", "model", "data", "adapter", "optimization"}
-        )
-        if self.model.content is not None:
-            del values["model"]["path"], values["model"]["revision"]
-        return values | {"global_batch_size": self.batch.global_batch_size}

@@ -5,6 +5,7 @@ from typing import Any
 
 from raytune.config.load import config_diff
 from raytune.config.run import RunConfig
+from raytune.plan.identity import differences, identity_of, leaves
 from raytune.plan.run_plan import RunPlan
 
 Change = tuple[str, object, object]
@@ -13,7 +14,7 @@ Change = tuple[str, object, object]
 KEY_OF = {
     "seed": "training.seed",
     "precision": "training.precision",
-    "global_batch_size": "training.global_batch_size",
+    "rows_per_step": "training.global_batch_size",
     "template": "data.template",
     "data.train": "data.train",
     "data.validation": "data.validation",
@@ -23,17 +24,11 @@ KEY_OF = {
     "model.packs": "model.base",
     "model.revision": "model.revision",
     "model.trust_remote_code": "model.trust_remote_code",
-    "model.attention": "model.attention",
-    "model.dtype": "training.precision",
     "model.compute_dtype": "training.precision",
     "model.quantization.format": "model.quantization",
     "model.quantization.double_quantization": "model.double_quantization",
     "model.quantization.compute_dtype": "model.quant_compute_dtype",
-    "model.quantization.quant_storage": "model.quant_storage",
     "model.quantization": "model.quantization",
-    "model.gradient_checkpointing": "training.gradient_checkpointing",
-    "model.compile": "training.compile",
-    "model.liger": "training.liger",
     "model.neftune_noise_alpha": "training.neftune_noise_alpha",
     "optimization.num_steps": "training.max_steps",
     "optimization.num_rows": "training.num_train_epochs",
@@ -54,22 +49,27 @@ KEY_OF = {
     "optimization.max_grad_norm": "training.max_grad_norm",
     "adapter": "adapter",
 }
-"""Value of `RunPlan.identity`, with what is below it -> the key that decides it. Those of the adapter have one name in both."""
+"""Value of a run's identity, with what is below it -> the key that decides it. Those of the adapter have one name in both."""
 
 _OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.on_bad_row", "data.validation_fraction")
 """Keys that decide which tokens a store holds, whatever the rows are."""
-_BY_CONTENT = ("model.base", "data.template")
+_BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation")
 """Keys that name what may be the same under another name."""
+_ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""Keys that make the rows of a step, together with the number of workers."""
+_KEPT = ("training.precision", "training.global_batch_size")
+"""Keys that keep what a run began with where they are automatic (plan.division)."""
+_NOWHERE = object()
+DIVIDING = (
+    *("cluster.", "provider.", "model.attention", "adapter.quant_storage", "training.zero.", "training.loss", "training.compile"),
+    *("training.liger", "training.tf32", "training.gradient_checkpointing", *_ROWS[1:]),
+)
+"""Beginnings of keys that decide how a run is divided, and nothing of what it computes while its rows per step stay."""
 _BESIDE = {
     "optimization.num_steps": ("training.max_steps", "training.num_train_epochs", "training.global_batch_size"),
     "optimization.num_rows": ("training.num_train_epochs", "training.max_steps", "training.global_batch_size"),
     "optimization.warmup_steps": ("training.warmup_steps", "training.warmup_ratio", "training.max_steps"),
-    "global_batch_size": (
-        "training.global_batch_size",
-        "training.per_device_train_batch_size",
-        "training.gradient_accumulation_steps",
-        "cluster.workers",
-    ),
+    "rows_per_step": (*_ROWS, "cluster.workers"),
 }
 """Values that follow from several keys."""
 
@@ -83,7 +83,7 @@ def certain_changes(was: RunPlan, before: RunConfig, now: RunConfig) -> list[Cha
         before: the config that it was made of.
         now: the config that is to continue it.
     """
-    identity = _leaves(was.identity)
+    identity = leaves(identity_of(was))
     leaf_of = {key: leaf for leaf, key in reversed(KEY_OF.items()) if leaf in identity}
     changes = (_certain(key, old, new, now, identity, leaf_of) for key, old, new in config_diff(before, now))
     return [change for change in changes if change is not None]
@@ -102,6 +102,40 @@ def _certain(key: str, old: Any, new: Any, now: RunConfig, identity: dict[str, o
     return key, identity[leaf] if old in (None, "auto") else old, new
 
 
+def asks_for(was: RunPlan, before: RunConfig, now: RunConfig, *, may_change: tuple[str, ...] = ()) -> bool:
+    """Whether a config certainly asks for the run that is there, whatever machines and rows there are; else the plan has to say.
+
+    Args:
+        was, before, now: as for `certain_changes`.
+        may_change: beginnings of further keys that change nothing of a run.
+    """
+    identity = leaves(identity_of(was))
+    changes = config_diff(before, now)
+    resolved = {key: leaf for leaf, key in reversed(KEY_OF.items()) if leaf in identity}
+    rows_stay = (
+        _rows_asked(now, was.batch.global_batch_size)
+        if any(key in (*_ROWS, "cluster.workers") for key, _, _ in changes)
+        else True
+    )
+    return rows_stay and all(
+        key.startswith((*DIVIDING, *may_change))
+        or (key in _KEPT and new == "auto")
+        or (new not in (None, "auto") and identity.get(resolved.get(key, key), _NOWHERE) == new)
+        for key, _, new in changes
+    )
+
+
+def _rows_asked(config: RunConfig, rows: int) -> bool:
+    """Whether a config asks for as many rows per step, or leaves it to the run that is there."""
+    training = config.training
+    if training.global_batch_size != "auto":
+        return training.global_batch_size == rows
+    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if micro == "auto" or accumulation == "auto":
+        return True
+    return config.cluster.workers != "auto" and micro * accumulation * config.cluster.workers == rows
+
+
 def changes_in_keys(was: RunPlan, plan: RunPlan, before: RunConfig, now: RunConfig) -> list[Change]:
     """What makes a plan another run than the one that is there, by the keys that decide it, each once.
 
@@ -110,19 +144,18 @@ def changes_in_keys(was: RunPlan, plan: RunPlan, before: RunConfig, now: RunConf
         before, now: the configs that they were made of.
     """
     written = {key: (old, new) for key, old, new in config_diff(before, now)}
-    old_leaves, new_leaves = _leaves(was.identity), _leaves(plan.identity)
     found: dict[str, Change] = {}
-    for leaf in [*old_leaves, *(leaf for leaf in new_leaves if leaf not in old_leaves)]:
-        old, new = old_leaves.get(leaf), new_leaves.get(leaf)
-        if old != new:
-            for key, before_value, after_value in _named(leaf, was, plan, written):
-                found.setdefault(key, (key, before_value, after_value))
+    for leaf, (old, new) in differences(identity_of(was), identity_of(plan)).items():
+        for key, before_value, after_value in _named(leaf, old, new, was, plan, written):
+            found.setdefault(key, (key, before_value, after_value))
     return list(found.values())
 
 
-def _named(leaf: str, was: RunPlan, plan: RunPlan, written: dict[str, tuple[Any, Any]]) -> Iterator[Change]:
+def _named(
+    leaf: str, old: object, new: object, was: RunPlan, plan: RunPlan, written: dict[str, tuple[Any, Any]]
+) -> Iterator[Change]:
     """A difference between two plans in the words of the configs: keys that were written anew, else what the plan resolved."""
-    key, old, new = key_of(leaf), _leaves(was.identity).get(leaf), _leaves(plan.identity).get(leaf)
+    key = key_of(leaf)
     if leaf.startswith(("data.train", "data.validation", "template")):
         decided = [each for each in written if each.startswith(("data.", "model.base")) and each != "data.store"]
     else:
@@ -155,10 +188,3 @@ def _rows_of(plan: RunPlan, key: str) -> str:
 
 def _start(value: object) -> object:
     return f"{value[:16]}..." if isinstance(value, str) and len(value) > 16 else value
-
-
-def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(tree, dict):
-        branches = ((f"{prefix}.{name}" if prefix else name, branch) for name, branch in tree.items())
-        return {key: leaf for name, branch in branches for key, leaf in _leaves(branch, name).items()}
-    return {prefix: tree}

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from raytune import storage
-from raytune.errors import CheckpointError, RaytuneError, StorageFullError
+from raytune.errors import CheckpointError, RaytuneError, StorageFullError, UnfitCheckpointError
 from raytune.local_files import local_errors, sync_local_folder
-from raytune.plan.run_plan import CheckpointPlan, todays_form
+from raytune.plan.identity import differences
+from raytune.plan.run_plan import CheckpointPlan
 from raytune.run_folder import RunFolder, step_folder
 from raytune.training.checkpoint_folder import CheckpointFolder
 from raytune.training.commit import (
@@ -65,7 +66,7 @@ class Checkpoints:
 
     Args:
         fence: number of this attempt, from `next_fence`.
-        fingerprint: JSON values that must equal those of a checkpoint for it to be resumed.
+        fingerprint: the identity of the run (plan.identity), which must equal that of a checkpoint for it to be resumed.
         report: told about saves, skips and damage; called on rank 0 only, from any thread.
         scratch: private folder on this node for what is on its way to or from an object store.
         timeout_s: how long a rank waits for the others to finish their part of a save.
@@ -308,19 +309,16 @@ class Checkpoints:
 
     def _refuse_stranger(self, commit: Commit) -> None:
         """Raise unless this attempt may go on from a commit; rank 0. Other numbers of workers are the engine's to judge."""
-        saved = todays_form(commit.fingerprint)
-        keys = sorted(saved.keys() | self._fingerprint.keys())
-        changed = [key for key in keys if saved.get(key) != self._fingerprint.get(key)]
-        if changed:
-            changes = "; ".join(f"{key}: {saved.get(key)!r} -> {self._fingerprint.get(key)!r}" for key in changed)
-            raise CheckpointError(
+        if changed := differences(commit.fingerprint, self._fingerprint):
+            changes = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            raise UnfitCheckpointError(
                 f"{commit.path} belongs to a run with other settings ({changes}). Undo the change, or choose another run name."
             )
         now = library_versions()
         moved = {name: (then, now.get(name)) for name, then in commit.versions.items() if now.get(name) != then}
         changes = "; ".join(f"{name} {then} -> {here or 'not installed'}" for name, (then, here) in moved.items())
         if any(here is None or here.split(".")[0] != then.split(".")[0] for then, here in moved.values()):
-            raise CheckpointError(
+            raise UnfitCheckpointError(
                 f"{commit.path} was saved under other major versions ({changes}). Install the versions that it was saved with."
             )
         if moved:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytune.config.training import Precision
-from raytune.errors import CheckpointError
+from raytune.errors import UnfitCheckpointError
 from raytune.model.dtypes import DTYPES
+from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
+from raytune.training.layout import refuse_other_layout, write_layout
 
-LAYOUT_FILE = "engine.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -120,39 +121,6 @@ class HeldBytes:
     """Between backward and step."""
     optimizer: int
     """Optimizer state, and fp32 master weights that exist beside the weights."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """How a saved training state is cut; what must agree before it can be loaded."""
-
-    zero_stage: int
-    world_size: int
-    precision: Precision
-
-    def write(self, folder: Path) -> None:
-        (folder / LAYOUT_FILE).write_text(json.dumps(asdict(self)))
-
-    @staticmethod
-    def read(folder: Path) -> "Layout":
-        try:
-            return Layout(**json.loads((folder / LAYOUT_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder} holds no training state: {LAYOUT_FILE} cannot be read ({error}).") from error
-
-    def check(self, saved: "Layout", folder: Path) -> None:
-        """Refuse a state that was cut another way. Replicated state (stage 0) fits any number of workers."""
-        sharded = self.zero_stage > 0 or saved.zero_stage > 0
-        if (saved.zero_stage, saved.precision) != (self.zero_stage, self.precision) or (
-            sharded and saved.world_size != self.world_size
-        ):
-            raise CheckpointError(
-                f"The training state in {folder} was saved by {saved}, but this run has {self}. Resume with the same number of "
-                f"workers, training.zero.stage and training.precision, or start a new run from the saved model."
-            )
-
-    def __str__(self) -> str:
-        return f"{self.world_size} worker{'s' * (self.world_size != 1)} at ZeRO stage {self.zero_stage} in {self.precision}"
 
 
 class PlainEngine:
@@ -262,15 +230,14 @@ class PlainEngine:
         # Every rank holds the same state, so one writes it.
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            Layout(zero_stage=0, world_size=self.world_size, precision=self._precision).write(folder)
+            write_layout(folder, Layout(zero_stage=0, world_size=self.world_size, precision=self._precision))
             save_file({name: parameter.detach().contiguous() for name, parameter in self._trained.items()}, folder / WEIGHTS_FILE)
             tensors, values = self._optimizer_state()
             state = {"optimizer": values, "scaler": self._scaler.state_dict()}
             save_file(tensors, folder / OPTIMIZER_FILE, metadata={"state": json.dumps(state)})
 
     def load(self, folder: Path) -> None:
-        layout = Layout(zero_stage=0, world_size=self.world_size, precision=self._precision)
-        layout.check(Layout.read(folder), folder)
+        refuse_other_layout(Layout(zero_stage=0, world_size=self.world_size, precision=self._precision), folder)
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             saved_shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             own_shapes = {name: list(parameter.shape) for name, parameter in self._trained.items()}
@@ -279,7 +246,7 @@ class PlainEngine:
                     name for name in {*saved_shapes, *own_shapes} if saved_shapes.get(name) != own_shapes.get(name)
                 )
                 saved, own = saved_shapes.get(different[0]), own_shapes.get(different[0])
-                raise CheckpointError(
+                raise UnfitCheckpointError(
                     f"{folder / WEIGHTS_FILE} does not fit the model: {len(different)} trained parameters differ in name or "
                     f"shape, first {different[0]} ({saved} saved, {own} in the model)."
                 )

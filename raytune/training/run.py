@@ -8,6 +8,7 @@ from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.metrics import EventLog
 from raytune.model.kept_base import KeptBase
+from raytune.plan.identity import identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
@@ -52,7 +53,7 @@ def train(plan: RunPlan, worker: Worker) -> None:
     engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
     with _told(folder, worker) as report:
         checkpoints = Checkpoints(
-            folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=plan.identity, report=report
+            folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=identity_of(plan), report=report
         )
         resumed = checkpoints.load_newest()
         start = resumed.step if resumed else 0

@@ -31,13 +31,13 @@ from raytune.config.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
 from raytune.model.base_check import is_packed
 from raytune.model.dtypes import DTYPES
+from raytune.plan.division import Layout
 from raytune.plan.memory import ZERO_BUCKET_ELEMENTS, ZERO_PREFETCH_ELEMENTS
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import (
     INITIAL_LOSS_SCALE,
     STEPS_BEFORE_GROWTH,
     HeldBytes,
-    Layout,
     constant_bytes,
     free_memory,
     gather_objects,
@@ -45,6 +45,7 @@ from raytune.training.engine import (
     poisoned,
     set_learning_rate,
 )
+from raytune.training.layout import refuse_other_layout, write_layout
 
 TAG = "zero"
 """Folder of DeepSpeed's files inside a checkpoint."""
@@ -275,12 +276,12 @@ class ZeroEngine:
             str(folder), tag=TAG, client_state=self._universal_info(), save_latest=False, exclude_frozen_parameters=True
         )
         if self.rank == 0:
-            self._layout().write(folder)
+            write_layout(folder, self._layout())
             for script in RECOVERY_SCRIPTS:
                 (folder / script).unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
-        self._layout().check(Layout.read(folder), folder)
+        refuse_other_layout(self._layout(), folder)
         try:
             # Not strict, because frozen parameters are not in the file.
             path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)

@@ -34,6 +34,7 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import settle
 from raytune.training.engine import Engine
 from raytune.training.loop import StepResult, training_steps
 from raytune.training.start import prepare_process, start_engine
@@ -132,10 +133,12 @@ def make_plan(
         list(settings),
     )
     info = material.store.info
+    shape, machine = read_model_shape(str(material.model)), _this_machine(material.device)
     return choose_plan(
         config,
-        read_model_shape(str(material.model)),
-        _this_machine(material.device),
+        settle(config, shape, machine),
+        shape,
+        machine,
         DataFacts(train=store_plan(info), longest_document=info.longest_document),
         model_path=str(material.model),
         storage=config.storage,

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from raytune.config.training import Optimizer
-from raytune.errors import CheckpointError
+from raytune.errors import CheckpointError, UnfitCheckpointError
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.runs import (
     LORA,
@@ -98,7 +98,7 @@ def test_shards_refuse_another_number_of_workers_and_another_stage(material: Mat
     saved = "saved by 2 workers at ZeRO stage 2 in fp32"
     for workers, stage, own in ((4, 2, "4 workers at ZeRO stage 2"), (2, 3, "2 workers at ZeRO stage 3"), (2, 0, "ZeRO stage 0")):
         for error in run(make_plan(material, workers=workers, stage=stage), Change(start=1, load=folder)):
-            assert isinstance(error, CheckpointError)
+            assert isinstance(error, UnfitCheckpointError)  # which no second attempt is made after
             assert saved in str(error)
             assert f"this run has {own}" in str(error) or stage == 0
 

@@ -8,6 +8,7 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.machine import DataFacts, Machine
 from raytune.plan.run_plan import RunPlan, StorePlan
+from raytune.plan.setting import settle
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB
 
@@ -88,4 +89,6 @@ def config(**sections: Any) -> RunConfig:
 
 def planned(machine: Machine = CPU, shape: ModelShape = DEMO, facts: DataFacts | None = None, **sections: Any) -> RunPlan:
     """The plan of a config given as nested dicts."""
-    return choose_plan(config(**sections), shape, machine, facts or data(), model_path="/models/base", storage="/runs")
+    asked = config(**sections)
+    setting = settle(asked, shape, machine)
+    return choose_plan(asked, setting, shape, machine, facts or data(), model_path="/models/base", storage="/runs")

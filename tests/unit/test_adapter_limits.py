@@ -17,7 +17,7 @@ from raytune.model.adapters.lora import initialise_eva
 from raytune.model.export import save_adapter
 from raytune.model.load import load_model
 from raytune.plan.base_model import read_model_shape
-from raytune.plan.requirements import check_before_data
+from raytune.plan.setting import settle
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
 from tests.unit.plan_cases import CPU, config, gpus, planned
 
@@ -70,7 +70,7 @@ def refusal(base: Path, adapter: dict[str, Any]) -> str:
     """What the plan says against an adapter; nothing if it takes it."""
     asked = config(adapter={"method": "lora"} | adapter, model={"base": str(base)})
     try:
-        check_before_data(asked, read_model_shape(str(base)), CPU)
+        settle(asked, read_model_shape(str(base)), CPU)
     except UserError as error:
         return str(error)
     return ""

@@ -27,7 +27,17 @@ def test_an_error_is_tried_again_once_but_not_when_it_comes_back_unchanged() -> 
 
 
 @pytest.mark.parametrize(
-    "kind", ["DataError", "ModelError", "TrainingError", "OutOfMemoryError", "PlanError", "NoRoom", "ModuleNotFoundError"]
+    "kind",
+    [
+        "DataError",
+        "ModelError",
+        "TrainingError",
+        "OutOfMemoryError",
+        "PlanError",
+        "NoRoom",
+        "ModuleNotFoundError",
+        "UnfitCheckpointError",
+    ],
 )
 def test_what_would_only_happen_again_is_raised_at_once(kind: str) -> None:
     assert decide([failure(kind)], max_failures=10) is Decision.RAISE

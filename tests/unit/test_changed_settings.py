@@ -9,10 +9,12 @@ from raytune.config.keys import keys
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
+from raytune.launch.begun import begun_for
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
 from raytune.launch.run import run
+from raytune.plan.identity import identity_of, leaves
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.settings import KEY_OF, certain_changes, changes_in_keys, key_of
 from raytune.run_folder import RunFolder
@@ -56,7 +58,6 @@ CHANGES = {
     "training.adam_beta1=0.8": "training.adam_beta1: 0.9 -> 0.8",
     "training.weight_decay=0.5": "training.weight_decay: 0.0 -> 0.5",
     "training.precision=bf16": "training.precision: fp32 -> bf16",
-    "training.gradient_checkpointing=true": "training.gradient_checkpointing: false -> true",
     "adapter.rank=4": "adapter.rank: 16 -> 4",
     "adapter.target_modules=attention": "adapter.target_modules: all-linear -> attention",
     "adapter.method=full": "adapter.method: lora -> full",
@@ -86,15 +87,21 @@ MAY_CHANGE = [
     "cluster.collective_timeout=10m",
     "training.learning_rate=1e-3",
     "training.zero.stage=auto",
+    "training.gradient_checkpointing=true",
+    "training.compile=true",
+    "training.loss=chunked",
+    "training.per_device_train_batch_size=1",
+    "model.attention=sdpa",
 ]
 
 
 @pytest.mark.parametrize("override", MAY_CHANGE)
 def test_what_changes_no_number_may_change(override: str, begun):
-    storage, plan = begun
+    storage, _ = begun
     config = changed(override, storage=storage)
-    refuse_changed_settings(RunFolder(str(storage), "changed"), config)
-    refuse_another_run(RunFolder(str(storage), "changed"), plan, config)
+    folder = RunFolder(str(storage), "changed")
+    refuse_changed_settings(folder, config)
+    refuse_another_run(folder, prepare(config, this_machine(config.cluster), map, begun=begun_for(config, folder)).plan, config)
 
 
 def test_every_early_refusal_would_be_one_of_the_plan_too(begun):
@@ -120,11 +127,6 @@ def test_other_rows_under_the_same_name_are_told_as_rows(begun):
 
 def test_every_value_of_an_identity_is_told_by_a_key_that_exists(begun):
     _, plan = begun
-
-    def leaves(tree, prefix=""):
-        for name, value in tree.items():
-            yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-
-    for leaf in leaves(plan.identity):
+    for leaf in leaves(identity_of(plan)):
         assert key_of(leaf) in keys(), leaf
     assert set(KEY_OF.values()) <= set(keys())

@@ -22,8 +22,9 @@ from raytune.plan.describe import plan_text
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.memory import bytes_in
-from raytune.plan.requirements import check_before_data, choose_row_length
+from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import settle
 from raytune.plan.shapes import ModelShape
 from raytune.training.schedule import learning_rate
 from raytune.training.timetable import Timetable
@@ -299,7 +300,7 @@ def test_a_warm_up_of_the_only_step_is_refused() -> None:
 def test_one_step_with_a_warm_up_ratio_learns() -> None:
     """Case 16, from its file."""
     asked = load_config([CASES / "16" / "run.yaml"])
-    plan = choose_plan(asked, DEMO, CPU, data(), model_path="/models/base", storage="/runs")
+    plan = choose_plan(asked, settle(asked, DEMO, CPU), DEMO, CPU, data(), model_path="/models/base", storage="/runs")
     assert plan.optimization.num_steps == 1
     assert learning_rate(0, plan.optimization) > 0
 
@@ -416,14 +417,14 @@ NO_DATA_NEEDED: dict[str, tuple[Machine, dict[str, Any], str]] = {
 def test_what_cannot_work_is_refused_before_the_data_is_read(name: str) -> None:
     machine, sections, message = NO_DATA_NEEDED[name]
     with pytest.raises(UserError, match=message):
-        check_before_data(config(**sections), DEMO, machine)
+        settle(config(**sections), DEMO, machine)
 
 
 def test_liger_is_refused_for_a_model_that_it_has_no_kernels_for() -> None:
     gpt2 = model_shape({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100}, "x")
     with pytest.raises(PlanError, match="no kernels for a gpt2 model"):
-        check_before_data(config(training={"liger": True}), gpt2, gpus(1))
-    check_before_data(config(training={"liger": True}), DEMO, gpus(1))
+        settle(config(training={"liger": True}), gpt2, gpus(1))
+    settle(config(training={"liger": True}), DEMO, gpus(1))
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:

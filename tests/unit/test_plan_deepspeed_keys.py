@@ -6,12 +6,12 @@ import pytest
 
 from raytune.errors import UserError
 from raytune.plan.deepspeed_keys import KNOWN_KEYS, OWNED_KEYS, REMOVED_KEYS, UNREAD_KEYS
-from raytune.plan.requirements import check_before_data
+from raytune.plan.setting import settle
 from tests.unit.plan_cases import CPU, DEMO, config, gpus, planned
 
 
 def check(overrides: dict[str, Any], **zero: Any) -> None:
-    check_before_data(config(training={"zero": {"overrides": overrides, **zero}}), DEMO, CPU)
+    settle(config(training={"zero": {"overrides": overrides, **zero}}), DEMO, CPU)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

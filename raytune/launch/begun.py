@@ -1,0 +1,87 @@
+"""The run that a folder holds already: its plan and its newest checkpoint, which decide how a command goes on with it."""
+
+from pathlib import Path, PurePosixPath
+
+from raytune.config.run import RunConfig
+from raytune.data.same_rows import have_same_rows
+from raytune.data.store import META_FILE, ROWS_FILE
+from raytune.launch.record import read_plan
+from raytune.launch.stores import STORES_FOLDER
+from raytune.plan.division import Begun, Layout, continued, only_as
+from raytune.plan.identity import fingerprints
+from raytune.plan.run_plan import RunPlan, StorePlan
+from raytune.run_folder import RunFolder
+from raytune.storage import exists, is_local, local_path
+from raytune.training.commit import committed
+from raytune.training.layout import read_layout
+
+
+def read_begun(folder: RunFolder) -> Begun | None:
+    """The run in a folder; None if it has no plan yet.
+
+    Raises:
+        UserError: if another raytune wrote it.
+        CheckpointError: if its newest checkpoint holds no training state.
+    """
+    if not exists(folder.plan):
+        return None
+    newest = max(committed(folder), key=lambda commit: commit.step, default=None)
+    return Begun(plan=read_plan(folder), layout=read_layout(newest.state) if newest else None)
+
+
+def begun_for(config: RunConfig, folder: RunFolder) -> Begun | None:
+    """The run that a config is to continue.
+
+    Raises:
+        PlanError: (or UserError) if its newest checkpoint does not allow that whatever machines there are, with the way out.
+    """
+    begun = read_begun(folder)
+    if begun:
+        continued(config, begun)
+    return begun
+
+
+def refuse_other_layout(begun: Begun, plan: RunPlan) -> None:
+    """Refuse a plan whose engine could not load the newest checkpoint, before workers are started for it.
+
+    Raises:
+        PlanError: with what the checkpoint fits.
+    """
+    own = Layout(zero_stage=plan.engine.zero_stage, world_size=plan.batch.workers, precision=plan.precision)
+    if begun.layout is not None and not own.loads(begun.layout):
+        raise only_as(begun, f"the plan is for {own}", "cluster.workers and training.zero.stage back")
+
+
+def known_rows(folder: RunFolder, was: RunPlan, plan: RunPlan) -> RunPlan:
+    """`plan`, whose stores also go by the names of those in `was` that have the same rows.
+
+    A store is named by a hash of its sources and of the code that reads them: a file with another name, or another raytune, gives
+    the same rows another name. Where both stores are still there, their rows decide.
+    """
+    data = plan.data
+    held_out = {store.name: store for store in was.data.validation}
+    validation = [_known(folder, held_out.get(store.name), store) for store in data.validation]
+    train = _known(folder, was.data.train, data.train)
+    return plan.model_copy(update={"data": data.model_copy(update={"train": train, "validation": validation})})
+
+
+def _known(folder: RunFolder, was: StorePlan | None, store: StorePlan) -> StorePlan:
+    if was is None or was.path == store.path:
+        return store
+    names = fingerprints(was)
+    if set(names).isdisjoint(fingerprints(store)):
+        counts = (was.num_rows, was.num_tokens, was.num_targets) == (store.num_rows, store.num_tokens, store.num_targets)
+        there = _folder_of(folder, was, store) if counts else None
+        if there is None or not have_same_rows(there, local_path(store.path)):
+            return store
+    own = PurePosixPath(store.path).name
+    return store.model_copy(update={"known_as": tuple(name for name in dict.fromkeys([*store.known_as, *names]) if name != own)})
+
+
+def _folder_of(folder: RunFolder, was: StorePlan, store: StorePlan) -> Path | None:
+    """Where the store of an earlier attempt is: where it was, beside the run, or beside the new one."""
+    name = PurePosixPath(was.path).name
+    for path in (was.path, f"{folder.storage}/{STORES_FOLDER}/{name}", f"{PurePosixPath(store.path).parent}/{name}"):
+        if is_local(path) and all((local_path(path) / file).is_file() for file in (ROWS_FILE, META_FILE)):
+            return local_path(path)
+    return None

@@ -1,0 +1,98 @@
+"""Run folders that commit 02fb5b9 wrote (`make.py`) are known again on another machine, and go on as they would have there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.launch.begun import read_begun
+from raytune.launch.cluster import this_machine
+from raytune.launch.finished import answer
+from raytune.launch.prepare import prepare
+from raytune.launch.record import RunRecord
+from raytune.launch.result import RunResult
+from raytune.launch.run import train_plan
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.training.run import Worker, train
+from tests.compat.identity.make import config
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """The stored folders on another machine: elsewhere, rows and all."""
+    shutil.copytree(HERE / "storage", tmp_path / "runs")
+    shutil.copytree(HERE / "rows", tmp_path / "rows")
+    return tmp_path
+
+
+def asked(place: Path, name: str) -> RunConfig:
+    return config(place / "runs", place / "rows", name)
+
+
+def continued_here(asked: RunConfig) -> tuple[RunResult, RunPlan]:
+    """What `launch.run.run` does, with this process for a worker group."""
+
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> None:
+        train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=number, report=lambda metrics: None))
+
+    begun = read_begun(RunFolder(asked.storage, asked.name))
+    prepared = prepare(asked, this_machine(asked.cluster), map, begun=begun)
+    return train_plan(prepared.plan, prepared.questions, asked, attempt=attempt), prepared.plan
+
+
+def numbers(path: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    measured = ("train/loss", "validation/loss")
+    return {line["step"]: {name: line[name] for name in measured if name in line} for line in lines if "step" in line}
+
+
+def test_an_unfinished_run_goes_on_elsewhere_to_the_weights_of_the_unbroken_one(moved: Path) -> None:
+    folder = RunFolder(str(moved / "runs"), "unfinished")
+    result, plan = continued_here(asked(moved, "unfinished"))
+    assert RunRecord.read(folder).state == "finished"  # pyright: ignore[reportOptionalMemberAccess]
+    assert [point.attempt for point in result.history.points if point.step in (2, 4)] == [1, 2]
+    whole = numbers(HERE / "whole.metrics.jsonl")
+    for step, values in numbers(Path(folder.metrics)).items():
+        assert values == pytest.approx(whole[step], rel=1e-5), step  # the libraries may be newer than the folder
+    expected, found = load_file(HERE / "whole.safetensors"), load_file(f"{folder.model}/adapter_model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(found[name] == pytest.approx(expected[name], abs=1e-5) for name in expected)
+    assert plan.batch.global_batch_size == 2
+
+
+def test_an_unfinished_run_whose_store_was_lost_is_known_by_the_rows_that_are_tokenised_anew(moved: Path) -> None:
+    """As long as the code that makes stores is that of the folder, or the store is there to be compared with."""
+    folder = RunFolder(str(moved / "runs"), "unfinished")
+    (moved / "rows" / "train.jsonl").rename(moved / "rows" / "other-name.jsonl")
+    renamed = asked(moved, "unfinished")
+    (source,) = renamed.data.train
+    source = source.model_copy(update={"path": str(moved / "rows" / "other-name.jsonl")})
+    renamed = renamed.model_copy(update={"data": renamed.data.model_copy(update={"train": [source]})})
+    result, _ = continued_here(renamed)
+    assert result.plan.data.train.known_as
+    assert [point.attempt for point in result.history.points if point.step in (2, 4)] == [1, 2]
+    assert RunRecord.read(folder).state == "finished"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_other_rows_are_another_run(moved: Path) -> None:
+    with (moved / "rows" / "train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n')
+    with pytest.raises(UserError, match=r"data\.train.*other rows.*10 packed rows.* -> 11 packed rows|data\.train"):
+        continued_here(asked(moved, "unfinished"))
+
+
+def test_a_finished_run_is_answered_from_its_folder_alone(moved: Path) -> None:
+    shutil.rmtree(moved / "rows")
+    shutil.rmtree(moved / "runs" / "stores")
+    config = asked(Path("/srv/first"), "finished").model_copy(update={"storage": str(moved / "runs")})
+    result = answer(config, RunFolder(config.storage, config.name))
+    assert result is not None
+    assert result.best_step == 2

@@ -1,0 +1,322 @@
+"""Claims about what a run is, and how it is divided: a moved one is known again, another division goes on or is refused early."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from raytune.config.load import config_from
+from raytune.config.run import RunConfig
+from raytune.errors import PlanError, UserError
+from raytune.launch.begun import read_begun
+from raytune.launch.cluster import this_machine
+from raytune.launch.finished import answer
+from raytune.launch.prepare import Prepared, prepare
+from raytune.launch.record import RunRecord, refuse_another_run
+from raytune.launch.run import RunFailedError, plan_run, run, train_plan
+from raytune.plan.choose import choose_plan
+from raytune.plan.division import Begun, Division, Layout, continued
+from raytune.plan.identity import identity_of
+from raytune.plan.machine import Machine
+from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import settle
+from raytune.run_folder import LAYOUT_FILE, RunFolder
+from raytune.training.commit import committed
+from raytune.training.layout import write_layout
+from raytune.training.run import Worker, train
+from raytune.training.worker import recorded
+from tests.compat.identity.make import config as stored_config
+from tests.unit.plan_cases import LLAMA_3_8B, config, data, gpus
+
+STORED = Path(__file__).parents[1] / "compat" / "identity"
+
+
+# --- Plans -------------------------------------------------------------------------------------------------------------------
+
+
+def planned(machine: Machine, begun: Begun | None = None, **sections: Any) -> RunPlan:
+    """A plan of Llama 3 8B; of a run that is there, as `launch.prepare` makes it."""
+    asked = config(name="r", **sections)
+    asked = continued(asked, begun) if begun else asked
+    setting = settle(asked, LLAMA_3_8B, machine, begun)
+    return choose_plan(asked, setting, LLAMA_3_8B, machine, data(), model_path="/models/base", storage="/runs")
+
+
+def length(plan: RunPlan) -> tuple[Any, ...]:
+    """What the optimizer does, and with how many rows."""
+    return plan.batch.global_batch_size, plan.optimization
+
+
+DIVISIONS: dict[str, dict[str, Any]] = {
+    "attention": {"model": {"attention": "sdpa"}},
+    "checkpointing": {"training": {"gradient_checkpointing": True}},
+    "compile": {"training": {"compile": True, "zero": {"stage": 2}}},
+    "liger": {"training": {"liger": True}},
+    "offload": {"training": {"zero": {"offload_optimizer": "cpu"}}},
+    "stage": {"training": {"zero": {"stage": 3}}},
+    "rows of a pass": {"training": {"per_device_train_batch_size": 1}},
+    "accumulation": {"training": {"gradient_accumulation_steps": 2}},
+    "workers": {"cluster": {"workers": 4}},
+    "loss": {"training": {"loss": "full"}},
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_another_division_is_the_same_run(name: str) -> None:
+    was = planned(gpus(8))
+    plan = planned(gpus(8), Begun(plan=was, layout=None), **DIVISIONS[name])
+    assert Division.of(plan) != Division.of(was)
+    assert identity_of(plan) == identity_of(was)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 5, 6, 12, 24, 32])
+def test_a_plan_made_again_on_other_nodes_keeps_steps_rows_and_schedule(num_gpus: int) -> None:
+    was = planned(gpus(16, num_nodes=2))
+    again = planned(gpus(num_gpus), Begun(plan=was, layout=None))
+    assert length(again) == length(was)
+    assert identity_of(again) == identity_of(was)
+    assert again.batch.workers == max(number for number in range(1, num_gpus + 1) if 16 % number == 0)
+
+
+def test_without_the_run_the_same_nodes_would_make_other_rows_and_steps() -> None:
+    assert length(planned(gpus(6))) != length(planned(gpus(16)))
+
+
+def test_the_precision_of_a_run_stays_on_machines_that_would_choose_another() -> None:
+    was = planned(gpus(2, supports_bf16=False))
+    assert (was.precision, planned(gpus(2)).precision) == ("fp16", "bf16")
+    assert planned(gpus(2), Begun(plan=was, layout=None)).precision == "fp16"
+
+
+SHARDS = Layout(zero_stage=2, world_size=8, precision="bf16")
+
+
+def test_shards_go_on_with_the_workers_and_the_stage_that_saved_them() -> None:
+    was = planned(gpus(8), training={"zero": {"stage": 2}})
+    begun = Begun(plan=was, layout=SHARDS)
+    again = planned(gpus(16, num_nodes=2), begun)
+    assert (again.batch.workers, again.engine.zero_stage) == (8, 2)
+    assert identity_of(again) == identity_of(was)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "workers": ({"cluster": {"workers": 4}}, r"cluster\.workers is 4, but .* saved by 8 workers at .*Set cluster\.workers to 8"),
+    "stage": ({"training": {"zero": {"stage": 3}}}, r"zero\.stage is 3, but .*Set training\.zero\.stage to 2 to continue it"),
+    "nvme": (
+        {"training": {"zero": {"offload_optimizer": "nvme", "nvme_path": "/nvme"}}},
+        r"offload_optimizer is nvme, but .*Set training\.zero\.offload_optimizer to none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_division_that_shards_do_not_fit_is_refused_with_the_way_out(name: str) -> None:
+    sections, message = REFUSED[name]
+    begun = Begun(plan=planned(gpus(8), training={"zero": {"stage": 2}}), layout=SHARDS)
+    with pytest.raises(PlanError, match=message):
+        continued(config(name="r", **sections), begun)
+
+
+def test_too_few_machines_for_shards_are_refused_with_what_the_run_keeps() -> None:
+    begun = Begun(plan=planned(gpus(8), training={"zero": {"stage": 2}}), layout=SHARDS)
+    with pytest.raises(PlanError, match=r"cluster\.workers is 8, but the cluster has 4 GPUs"):
+        planned(gpus(4), begun)
+
+
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "workers": ({"cluster": {"workers": 3}}, r"cluster\.workers 3 makes 3, times a whole number\. Leave cluster\.workers out"),
+    "all three": (
+        {
+            "cluster": {"workers": 2},
+            "training": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        },
+        r"16 rows per step, but .* makes 8\. Set training\.gradient_accumulation_steps to 4, or leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_written_division_with_other_rows_per_step_is_refused_with_the_way_out(name: str) -> None:
+    sections, message = ROWS[name]
+    with pytest.raises(UserError, match=message):
+        continued(config(name="r", **sections), Begun(plan=planned(gpus(8)), layout=None))
+
+
+def test_a_run_that_no_longer_fits_is_advised_nothing_that_would_make_another_run_of_it() -> None:
+    begun = Begun(plan=planned(gpus(8, 80), adapter={"method": "full"}), layout=None)
+    with pytest.raises(PlanError, match="does not fit") as caught:
+        planned(gpus(1, 24, host_gib=8), begun, adapter={"method": "full"})
+    assert not any(key in str(caught.value) for key in ("adapter.method=", "data.max_length=", "training.optimizer="))
+
+
+# --- Run folders -------------------------------------------------------------------------------------------------------------
+
+RUN = {
+    "name": "divided",
+    "data": {"train": {"path": "demo:train", "max_rows": 40}, "max_length": 256},
+    "adapter": {"method": "lora", "rank": 2, "target_modules": ["q_proj"]},
+    "training": {"max_steps": 4, "learning_rate": 1e-3},
+    "checkpoint": {"every_steps": 2},
+}
+
+
+def asked(storage: Path, *overrides: str) -> RunConfig:
+    return config_from(RUN, [f"storage={storage}", *overrides])
+
+
+def started(config: RunConfig, stop_after: int | None = None) -> None:
+    """What `run` does, with this process for a worker group; ended like by Ctrl-C after some steps."""
+
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> None:
+        steps = iter(range(1, 1000))
+
+        def stop() -> None:
+            if stop_after is not None and next(steps) > stop_after:
+                raise KeyboardInterrupt
+
+        with recorded(plan, number, 0):
+            train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=number, report=lambda metrics: None, check=stop))
+
+    prepared = again(config)
+    train_plan(prepared.plan, prepared.questions, config, attempt=attempt)
+
+
+def again(config: RunConfig) -> Prepared:
+    begun = read_begun(RunFolder(config.storage, config.name))
+    return prepare(config, this_machine(config.cluster), map, begun=begun)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the folder of a run lies that ended after its first checkpoint."""
+    storage = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KeyboardInterrupt, match="continues from step 2"):
+        started(asked(storage), stop_after=2)
+    return storage
+
+
+@pytest.fixture
+def elsewhere(interrupted: Path, tmp_path: Path) -> Path:
+    """The same run, moved."""
+    shutil.copytree(interrupted, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def test_a_moved_run_goes_on_under_another_division_as_it_would_have(elsewhere: Path, tmp_path: Path) -> None:
+    started(asked(tmp_path / "whole"))
+    divided = asked(
+        elsewhere, "model.attention=sdpa", "training.gradient_checkpointing=true", "training.per_device_train_batch_size=1"
+    )
+    started(divided)
+    whole, moved = (RunFolder(str(storage), "divided") for storage in (tmp_path / "whole", elsewhere))
+    losses, others = (dict(_history(folder)) for folder in (whole, moved))
+    assert others == pytest.approx(losses, rel=1e-4)  # other kernels and sums of fewer rows, in fp32
+    assert RunRecord.read(moved).attempts == 2  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _history(folder: RunFolder) -> list[tuple[int, float]]:
+    from raytune.metrics import History
+
+    return History.read(folder.metrics).series("train/loss")
+
+
+def _save_as(storage: Path, layout: Layout) -> None:
+    (commit,) = committed(RunFolder(str(storage), "divided"))
+    assert (Path(commit.state) / LAYOUT_FILE).exists()
+    write_layout(Path(commit.state), layout)
+
+
+def test_a_checkpoint_that_the_plan_does_not_fit_is_refused_before_a_cluster_is_started(elsewhere: Path) -> None:
+    _save_as(elsewhere, Layout(zero_stage=2, world_size=2, precision="fp32"))
+    was_up = ray.is_initialized()
+    with pytest.raises(PlanError, match=r"cluster\.workers is 1, .*saved by 2 workers at ZeRO stage 2") as caught:
+        run(asked(elsewhere, "cluster.workers=1"))
+    assert caught.value.exit_code == 2
+    assert ray.is_initialized() == was_up
+    assert RunRecord.read(RunFolder(str(elsewhere), "divided")).attempts == 1  # pyright: ignore[reportOptionalMemberAccess]
+    assert plan_run(asked(elsewhere)).batch.workers == 2
+    assert plan_run(asked(elsewhere)).engine.zero_stage == 2
+
+
+def test_a_checkpoint_that_does_not_fit_after_all_ends_the_run_at_once_and_promises_nothing(elsewhere: Path) -> None:
+    plan = again(asked(elsewhere))
+    (commit,) = committed(RunFolder(str(elsewhere), "divided"))
+    manifest = Path(commit.path) / "MANIFEST.json"
+    changed = replace(commit, fingerprint={"seed": 1})
+    manifest.write_bytes(changed.to_manifest())
+    attempts: list[int] = []
+
+    def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Any:
+        from raytune.launch.causes import first_failure
+
+        attempts.append(number)
+        try:
+            with recorded(plan, number, 0):
+                train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=number, report=lambda metrics: None))
+        except Exception as error:
+            return first_failure(RunFolder(plan.storage, plan.name), number, error)
+
+    with pytest.raises(RunFailedError, match="UnfitCheckpointError") as caught:
+        train_plan(plan.plan, plan.questions, asked(elsewhere), attempt=attempt)
+    assert attempts == [2]
+    assert "same command" not in str(caught.value)
+
+
+# --- Finished runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """Where the folder of a finished run lies; its rows and its store are gone."""
+    shutil.copytree(STORED / "storage" / "finished", tmp_path / "finished")
+    return tmp_path
+
+
+ANSWERED = [
+    "",
+    "cluster.workers=2",
+    "cluster.address=nowhere:6379",
+    "cluster.instance=p5.48xlarge",
+    "cluster.gpus_per_worker=1",
+    "model.attention=eager",
+    "training.gradient_checkpointing=true",
+    "training.compile=true",
+    "training.zero.stage=3",
+    "training.per_device_train_batch_size=1",
+    "training.precision=fp32",
+    "training.weight_decay=0",
+    "checkpoint.keep_last=3",
+]
+NOT_ANSWERED = [
+    *("training.seed=1", "training.global_batch_size=4", "training.precision=bf16"),
+    *("adapter.rank=4", "data.max_length=32"),
+]
+
+
+@pytest.mark.parametrize("override", ANSWERED)
+def test_a_finished_run_is_answered_from_its_folder_whatever_division_is_asked_for(override: str, finished: Path) -> None:
+    config = config_from(stored_config(finished, Path("/srv/first/rows"), "finished"), [override] if override else [])
+    was_up = ray.is_initialized()
+    result = run(config)
+    assert result.finished_before
+    assert ray.is_initialized() == was_up
+    assert not (finished / "stores").exists()
+
+
+@pytest.mark.parametrize("override", NOT_ANSWERED)
+def test_what_may_be_another_run_is_not_answered(override: str, finished: Path) -> None:
+    config = config_from(stored_config(finished, Path("/srv/first/rows"), "finished"), [override])
+    assert answer(config, RunFolder(str(finished), "finished")) is None
+
+
+def test_the_words_for_another_run_name_what_is_other(interrupted: Path) -> None:
+    folder = RunFolder(str(interrupted), "divided")
+    plan = again(asked(interrupted)).plan
+    other = plan.model_copy(update={"seed": 7, "batch": plan.batch.model_copy(update={"accumulation": 99})})
+    with pytest.raises(UserError, match=r"training\.global_batch_size") as caught:
+        refuse_another_run(folder, other, asked(interrupted, "training.seed=7"))
+    assert "training.seed: 42 -> 7" in str(caught.value)
