@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune.clusters.working_dir import LARGE, contents, looks_secret, named_by, pack, path_in_job, rows_named_by
+from raytune.clusters.package import pack
+from raytune.clusters.secret_files import looks_secret
+from raytune.clusters.working_dir import LARGE, contents, named_by, path_in_job, rows_named_by
 from raytune.config.load import config_from
 from raytune.errors import UserError
 
