@@ -58,6 +58,8 @@ def secret_in(path: Path, *, may_show_samples: bool = False) -> HeldSecret | Non
         while start:
             text = before + start.decode(encoding, errors="replace")
             for found in find_secrets(text):
+                if sample and not found.is_certain:
+                    continue
                 held = HeldSecret(number + text.count("\n", 0, found.start), str(found), found.is_certain)
                 if found.is_certain or not may_show_samples:
                     return held

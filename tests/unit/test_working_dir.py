@@ -150,6 +150,7 @@ def test_rows_that_show_a_sample_of_a_credential_are_sent_and_told(tmp_path: Pat
     [
         TOKEN,
         "h" + "f_aB3dE5gH7jK9mN1pQ2sT4vW6yZ8cX0fR5u",
+        "h" + "f_QmZrTkWvBnHsLpXcJdYgFwRtKzNbVhMqPs",
         "AKIA" + "Z7Q2M4X9K1R8T3V6",
         "-----BEGIN PRIVATE " + "KEY-----\\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj",
     ],
