@@ -242,7 +242,9 @@ def _is_no_sample(text: str, match: re.Match[str]) -> bool:
         return key is not None and looks_drawn(key[1])
     shown = next(iter(match.groups()), "") or ""
     own = match[0].removeprefix(shown)
-    return looks_drawn(own) and not _compiled(r"(?i)example|sample|dummy|your|xxx|1234567|abcdef").search(own)
+    # Some services draw letters alone.
+    is_drawn = looks_drawn(own) or _num_turns(own) >= len(own) / 6
+    return is_drawn and not _compiled(r"(?i)example|sample|dummy|your|xxxx|1234567|abcdef").search(own)
 
 
 def looks_drawn(text: str) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import raytune
-from raytune.clusters.working_dir import contents, named_by, pack, path_in_job, rows_named_by
+from raytune.clusters.package import pack
+from raytune.clusters.working_dir import contents, named_by, path_in_job, rows_named_by
 from raytune.config.load import as_one_run
 from raytune.config.run import RunConfig
 from raytune.errors import UserError

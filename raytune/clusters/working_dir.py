@@ -1,7 +1,6 @@
 """What a job takes along: code and what the config names, without runs, caches and secrets, and raytune where it is not there.
 
-One zip. Equal content makes an equal zip, which Ray keeps under its hash: submitting again uploads nothing. A job's files lie
-readable on every node and with everybody who reaches the dashboard, hence the care.
+A job's files lie readable on every node and with everybody who reaches the dashboard, hence the care.
 """
 
 import glob
@@ -9,38 +8,26 @@ import logging
 import os
 import re
 import stat
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_excludes_from_ignore_files
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
+from raytune.clusters.secret_files import SECRET_FOLDERS, looks_secret, secret_in
 from raytune.config.run import RunConfig
-from raytune.credentials import find_secrets
 from raytune.errors import UserError
 from raytune.local_files import local_errors
 from raytune.plan.base_model import DEMO
 from raytune.plan.hardware import HARDWARE, PACKAGED_HARDWARE
-from raytune.units import KIB, MIB, format_bytes
+from raytune.units import MIB, format_bytes
 
 PACKAGE = Path(__file__).parents[1]
 
 LAUNCHER = "launch.py"
 
-SECRET_FILES = (
-    ".env", ".env.*", ".envrc", ".envrc.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx",
-    "*.ppk", "*.asc", "*.gpg", "*.age", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "auth_token", "*_token", "token",
-    "tokens.json", "*credentials*", "secrets.*", "*.secret", "kubeconfig", ".netrc", "_netrc", ".pypirc", ".npmrc", ".yarnrc",
-    ".git-credentials", ".gitconfig", ".htpasswd", ".pgpass", ".boto", ".s3cfg", ".rclone.conf", "rclone.conf", "kaggle.json",
-    ".dockercfg", ".vault-token", ".bash_history", ".zsh_history", ".python_history", "*service-account*.json",
-    "*service_account*.json", "client_secret*.json", "terraform.tfstate*", "*.tfvars",
-)  # fmt: skip
-"""Names of files that hold nothing but secrets, or mostly."""
-SECRET_FOLDERS = (".ssh", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".gnupg", ".huggingface", ".kaggle", ".password-store")
-"""Names of folders of which every file is one."""
 CACHES = (
     ".git", ".hg", ".svn", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", ".tox", ".nox",
     ".ipynb_checkpoints", ".cache", "node_modules", "*.egg-info", "wandb", "mlruns",
@@ -56,8 +43,6 @@ LARGE = 20 * MIB
 
 _CODE_UP_TO = MIB
 _CODE_NAMES = ("requirements*.txt", "Makefile", ".gitignore", ".rayignore")
-_PIECE, _OVERLAP = 4 * MIB, 8 * KIB
-_FIRST_DATE = (1980, 1, 1, 0, 0, 0)
 _NUM_NAMED = 5
 _WHERE_ELSE = "Log in on the nodes instead (`hf auth login`, a cloud role, a mounted file)"
 
@@ -136,7 +121,7 @@ def contents(folder: Path, named: Iterable[str], rows: Iterable[str] = ()) -> Co
         is_code = {name: name in asked or _is_code(folder, name, path) for name, path in found.items()}
         files = asked | {name: path for name, path in found.items() if is_code[name]}
         for name, path in list(files.items()):
-            if secret := _secret_in(path, may_show_samples=name in of_rows):
+            if secret := secret_in(path, may_show_samples=name in of_rows):
                 if name in of_rows and not secret.is_certain:
                     samples[name] = str(secret)
                     continue
@@ -149,7 +134,7 @@ def contents(folder: Path, named: Iterable[str], rows: Iterable[str] = ()) -> Co
                 del files[name]
         unnamed = [name for name in found if not is_code[name]]
         for name in [name for name in unnamed if found[name].stat().st_size <= _CODE_UP_TO]:
-            if secret := _secret_in(found[name]):
+            if secret := secret_in(found[name]):
                 left.refused[name] = secret.reason
         if "raytune/__init__.py" not in files:  # a folder with a config alone: the code comes from here
             files.update(
@@ -192,25 +177,6 @@ def _in_working_dir(names: Iterable[str]) -> list[str]:
     ]
 
 
-def pack(packed: Contents, target: Path, limit_bytes: int = GCS_STORAGE_MAX_SIZE) -> None:
-    """Write the files into a zip.
-
-    Raises:
-        UserError: if it grows over `limit_bytes`, with the largest files.
-    """
-    with local_errors(target), zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, path in packed.files.items():
-            entry = zipfile.ZipInfo(name, _FIRST_DATE)  # neither times nor owners: equal content, equal zip
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
-            with path.open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
-                while piece := reader.read(MIB):
-                    writer.write(piece)
-                    _refuse_large(packed, archive, limit_bytes)
-    if target.stat().st_size >= limit_bytes:
-        raise _too_large(packed, limit_bytes)
-
-
 def path_in_job(folder: Path, name: str) -> str:
     """A file of the working directory as the job finds it.
 
@@ -225,11 +191,6 @@ def path_in_job(folder: Path, name: str) -> str:
             f"both: --working-dir FOLDER."
         )
     return str(path.relative_to(root))
-
-
-def looks_secret(name: str) -> bool:
-    """Whether a file is called as files with secrets are. Programs may be about them: what is in these tells."""
-    return not name.endswith(".py") and any(fnmatch(name.lower(), pattern) for pattern in SECRET_FILES)
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------
@@ -346,62 +307,4 @@ def _is_output(folder: Path) -> bool:
         or ((folder / "run.json").exists() and (folder / "plan.json").exists())
         or folder.name in ("checkpoints", "runs")
         or re.fullmatch(r"(checkpoint-\d+|step-\d{8}(\..*)?)", folder.name) is not None
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A secret that a file holds, or what looks like one."""
-
-    line: int
-    kind: str
-    is_certain: bool
-
-    @property
-    def reason(self) -> str:
-        return f"line {self.line} holds what looks like {self.kind}"
-
-    def __str__(self) -> str:
-        return f":{self.line} holds what looks like {self.kind}"
-
-
-def _secret_in(path: Path, *, may_show_samples: bool = False) -> _Held | None:
-    """The first secret that a text holds; None if it holds none, or is no text.
-
-    Args:
-        may_show_samples: of a text that may, the first that is no sample counts, and the first of all only where there is none.
-    """
-    number, before, sample = 1, "", None
-    with path.open("rb") as stream:
-        start = stream.read(_PIECE)
-        encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-        if encoding == "utf-8" and b"\0" in start[: 8 * KIB]:
-            return None
-        while start:
-            text = before + start.decode(encoding, errors="replace")
-            for found in find_secrets(text):
-                held = _Held(number + text.count("\n", 0, found.start), str(found), found.is_certain)
-                if found.is_certain or not may_show_samples:
-                    return held
-                sample = sample or held
-            before = text[-_OVERLAP:]
-            number += text.count("\n", 0, len(text) - len(before))
-            start = stream.read(_PIECE)
-    return sample
-
-
-def _refuse_large(packed: Contents, archive: zipfile.ZipFile, limit_bytes: int) -> None:
-    """While it grows: a folder with a disk image need not be packed to its end."""
-    written = archive.fp.tell() if archive.fp else 0
-    if written >= limit_bytes + 64 * KIB:
-        raise _too_large(packed, limit_bytes)
-
-
-def _too_large(packed: Contents, limit_bytes: int) -> UserError:
-    sizes = sorted(((path.stat().st_size, name) for name, path in packed.files.items()), reverse=True)
-    largest = ", ".join(f"{name} ({format_bytes(size)})" for size, name in sizes[:_NUM_NAMED])
-    return UserError(
-        f"The working directory is too large for a job: {len(sizes)} files, {format_bytes(sum(size for size, _ in sizes))}, and "
-        f"Ray takes {format_bytes(limit_bytes)} compressed. The largest: {largest}. Put data and weights where every node sees "
-        f"them, or name what the job does not need in .rayignore (patterns as in .gitignore)."
     )

@@ -24,7 +24,7 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class RungDecision:
     """What becomes of a trial, and what that was decided by."""
 
     verdict: Verdict
@@ -47,7 +47,7 @@ class Halving:
     reduction_factor: float
     mode: Mode
 
-    def decide(self, standings: "Standings", trial: str, amount: float, value: float) -> Decision:
+    def decide(self, standings: "Standings", trial: str, amount: float, value: float) -> RungDecision:
         """Judge a result and note it in the standings.
 
         Args:
@@ -55,15 +55,15 @@ class Halving:
             value: of the metric.
         """
         if not math.isfinite(value):
-            return Decision(Verdict.FAIL)
+            return RungDecision(Verdict.FAIL)
         for rung in reversed(range(len(self.rungs))):
             if amount < self.rungs[rung] or trial in standings.at(rung):
                 continue
             cut = self.cut(standings.at(rung))
             standings.note(rung, trial, value)
             falls_short = cut is not None and (value > cut if self.mode == "min" else value < cut)
-            return Decision(Verdict.STOP if falls_short else Verdict.GO_ON, rung, cut)
-        return Decision(Verdict.GO_ON)
+            return RungDecision(Verdict.STOP if falls_short else Verdict.GO_ON, rung, cut)
+        return RungDecision(Verdict.GO_ON)
 
     def cut(self, values: Mapping[str, float]) -> float | None:
         """The value that splits off the best `1 / reduction_factor`, interpolated; None if there are no values."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raytune.metrics import EventLog, decode_number, encode_number, read_events
-from raytune.sweeps.halving import Decision, Standings, Verdict
+from raytune.sweeps.halving import RungDecision, Standings, Verdict
 from raytune.sweeps.trial import Trial
 
 End = Literal["finished", "stopped", "failed"]
@@ -25,7 +25,7 @@ class Decided:
     amount: float
     """Training that the trial had had, in the unit of the rungs."""
     value: float
-    decision: Decision
+    decision: RungDecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def _note(known: Known, line: Mapping[str, Any]) -> None:
             known.trials[line["trial"]] = Trial(number=line["number"], values=line["values"])
             known.ends.pop(line["trial"], None)
         case "trial_decided":
-            decision = Decision(Verdict(line["verdict"]), line["rung"], line["cut"])
+            decision = RungDecision(Verdict(line["verdict"]), line["rung"], line["cut"])
             value = decode_number(line["value"])
             known.decisions.append(
                 Decided(trial=line["trial"], step=line["step"], amount=line["amount"], value=value, decision=decision)

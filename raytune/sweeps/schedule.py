@@ -12,7 +12,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from raytune.sweeps.board import Board
-from raytune.sweeps.halving import Decision, Verdict
+from raytune.sweeps.halving import RungDecision, Verdict
 from raytune.sweeps.ledger import Decided, Ended, Ledger, end_of
 from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
@@ -45,7 +45,7 @@ class _Guard:
         if against is not None:  # decided by an earlier command
             return TrialScheduler.STOP if result[STEP] >= against.step else TrialScheduler.CONTINUE
         if not math.isfinite(value):
-            self._note(name, result, value, Decision(Verdict.FAIL))
+            self._note(name, result, value, RungDecision(Verdict.FAIL))
             return TrialScheduler.STOP
         if result[AMOUNT] >= self._plan.budget:
             return TrialScheduler.CONTINUE  # it has trained to its end, and still writes its model
@@ -55,10 +55,10 @@ class _Guard:
         """Let Tune's scheduler decide, and note it."""
         action = super().on_trial_result(tune_controller, trial, result)  # pyright: ignore[reportAttributeAccessIssue]
         verdict = Verdict.STOP if action == TrialScheduler.STOP else Verdict.GO_ON
-        self._note(trial.config[TRIAL], result, value, Decision(verdict, rung=self._plan.rung_at(result[AMOUNT])))
+        self._note(trial.config[TRIAL], result, value, RungDecision(verdict, rung=self._plan.rung_at(result[AMOUNT])))
         return action
 
-    def _note(self, name: str, result: Mapping[str, Any], value: float, decision: Decision) -> None:
+    def _note(self, name: str, result: Mapping[str, Any], value: float, decision: RungDecision) -> None:
         decided = Decided(trial=name, step=result[STEP], amount=result[AMOUNT], value=value, decision=decision)
         self._ledger.decide(decided)
         if decision.verdict is not Verdict.GO_ON:

@@ -41,6 +41,7 @@ OWNERS = {
         "clusters/job_environment.py",
         "clusters/job_progress.py",
         "clusters/jobs.py",
+        "clusters/package.py",
         "clusters/preflight.py",
         "clusters/checks/",
         "sweeps/search.py",

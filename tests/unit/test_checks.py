@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.cli.checks import expected_rate
-from raytune.clusters.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, SeatFacts, machine_facts, seat_facts
+from raytune.clusters.checks.facts import Disk, GpuFacts, MachineFacts, OpLock, machine_facts
 from raytune.clusters.checks.finding import Finding, fail, findings_json, findings_text, ok, over_nodes, warn, worst
 from raytune.clusters.checks.judge import judge_machine, judge_seat
 from raytune.clusters.checks.network import GLOO, expected_of, judge_network, network_of
@@ -27,6 +27,7 @@ from raytune.clusters.checks.nodes import (
     nodes_apart,
     rounds_of_pairs,
 )
+from raytune.clusters.checks.seat import SeatFacts, seat_facts
 from raytune.clusters.preflight import instance_of
 from raytune.config.load import config_from
 from raytune.errors import UserError

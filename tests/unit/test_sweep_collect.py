@@ -9,7 +9,7 @@ from raytune.metrics import EventLog, MetricsWriter
 from raytune.run_folder import SweepFolder
 from raytune.sweeps.collect import collect
 from raytune.sweeps.cost import ExpectedCost
-from raytune.sweeps.halving import Decision, Verdict
+from raytune.sweeps.halving import RungDecision, Verdict
 from raytune.sweeps.ledger import Decided, Ended, Ledger
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
@@ -70,7 +70,9 @@ def test_spent_and_full_worker_seconds_are_those_of_all_workers(workers: int, tm
         ledger.assign(Trial(number=number, values={"training.seed": number}))
     leave_run(folder, "trial-000", 40, workers=workers, start_up_s=20, step_s=2)
     leave_run(folder, "trial-001", 10, workers=workers, start_up_s=20, step_s=2)
-    ledger.decide(Decided(trial="trial-001", step=10, amount=1.0, value=4.0, decision=Decision(Verdict.STOP, rung=0, cut=3.0)))
+    ledger.decide(
+        Decided(trial="trial-001", step=10, amount=1.0, value=4.0, decision=RungDecision(Verdict.STOP, rung=0, cut=3.0))
+    )
     ledger.end("trial-000", Ended(state="finished"))
     ledger.end("trial-001", Ended(state="stopped", cause="after step 10: 4 against a cut of 3"))
     result = collect(folder, PLAN, ["training.seed"])

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from raytune.sweeps.board import Board
-from raytune.sweeps.halving import Decision, Halving, Verdict
+from raytune.sweeps.halving import Halving, RungDecision, Verdict
 from raytune.sweeps.ledger import Decided, Ended, Ledger, end_of, read_ledger
 from raytune.sweeps.trial import Trial
 
 
 def decided(trial: str, value: float, verdict: Verdict = Verdict.GO_ON, rung: int | None = 0) -> Decided:
-    return Decided(trial=trial, step=10, amount=1.0, value=value, decision=Decision(verdict, rung, 0.5))
+    return Decided(trial=trial, step=10, amount=1.0, value=value, decision=RungDecision(verdict, rung, 0.5))
 
 
 def test_a_second_command_knows_all_that_the_first_decided(tmp_path: Path) -> None:

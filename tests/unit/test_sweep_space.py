@@ -17,9 +17,9 @@ from raytune.config.load import ConfigError, config_from, load_with_places
 from raytune.config.run import RunConfig
 from raytune.config.space import holds
 from raytune.config.sweep import KINDS
+from raytune.sweeps.axes import RandomChooser
 from raytune.sweeps.space import (
     MAX_CORNERS,
-    RandomChooser,
     check_space,
     corners,
     draw,

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune.clusters.working_dir import LARGE, contents, looks_secret, named_by, pack, path_in_job, rows_named_by
+from raytune.clusters.package import pack
+from raytune.clusters.secret_files import looks_secret
+from raytune.clusters.working_dir import LARGE, contents, named_by, path_in_job, rows_named_by
 from raytune.config.load import config_from
 from raytune.errors import UserError
 
@@ -148,6 +150,7 @@ def test_rows_that_show_a_sample_of_a_credential_are_sent_and_told(tmp_path: Pat
     [
         TOKEN,
         "h" + "f_aB3dE5gH7jK9mN1pQ2sT4vW6yZ8cX0fR5u",
+        "h" + "f_QmZrTkWvBnHsLpXcJdYgFwRtKzNbVhMqPs",
         "AKIA" + "Z7Q2M4X9K1R8T3V6",
         "-----BEGIN PRIVATE " + "KEY-----\\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj",
     ],

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from raytune.clusters.checks.facts import MachineFacts, SeatFacts
+from raytune.clusters.checks.facts import MachineFacts
 from raytune.clusters.checks.finding import Finding, fail, ok, warn
+from raytune.clusters.checks.seat import SeatFacts
 from raytune.units import GIB, format_bytes, format_seconds
 from raytune.versions import LIBRARIES
 
