@@ -127,6 +127,11 @@ class Store:
             target_weights=None if batch.target_weights is None else batch.target_weights[start:stop],
         )
 
+    @property
+    def files(self) -> list[str]:
+        """As the user named them, in order."""
+        return list(self._files)
+
     def sources(self, index: int) -> list[tuple[str, int]]:
         """File and line of each document of a row."""
         batch, place = self._place(index)

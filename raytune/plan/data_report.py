@@ -117,6 +117,15 @@ def losses_text(report: DataReport) -> list[str]:
     return lines
 
 
+def store_text(report: StoreReport) -> list[str]:
+    """What became of the rows of one store, as lines."""
+    lines = _source_lines(report)
+    for source in report.sources:
+        of = f"{source.name}: " if len(report.sources) > 1 else ""
+        lines += [f"{of}{line}" for line in _losses(source, report.row_length)]
+    return lines
+
+
 def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
