@@ -780,7 +780,7 @@ def zero_ranks(rank: int, tmp: str) -> None:
             newest = committed(folder)[-1]
             shard = next(file.name for file in newest.files if file.rank == 1)
             storage.remove_folder(f"{newest.state}/{shard}", newest.path)
-        engine.barrier()
+        torch.distributed.barrier()
         resumed = zero_engine(stage)
         again, _ = open_checkpoints(folder, resumed, fence=2, scratch=Path(tmp) / "scratch")
         commit = again.load_newest()
