@@ -14,6 +14,7 @@ from raytune.launch.result import RunResult
 from raytune.launch.run import run
 
 if TYPE_CHECKING:
+    from raytune.launch.score import Scores
     from raytune.sweeps.results import SweepResult
 
 File = str | PathLike[str]
@@ -69,6 +70,39 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
     write_sweep_page(result, dump_yaml(resolved), result.folder)
     require_winner(result)
     return result
+
+
+def score(
+    run: File,
+    rows: File | Sequence[File],
+    *,
+    output: File | None = None,
+    row_format: str = "auto",
+    max_rows: int | None = None,
+    address: str | None = None,
+) -> "Scores":
+    """Score rows as `raytune score` does: the loss and the perplexity of each of them under the weights of a run.
+
+    Args:
+        run: a run folder. A finished run is scored by its final model, another one by its best checkpoint.
+        rows: files, globs, folders or data sets, as in `data.train`.
+        output: file for the table, .jsonl or .csv; by default `scores/NAME.jsonl` in the run folder.
+        row_format, max_rows: as in `data.train`.
+        address: of a Ray cluster, as `cluster.address`, instead of the run's; "here": one inside this machine.
+
+    Returns:
+        The `rows` with file, number, targets, loss and perplexity, their mean `loss`, and what became of rows without a score
+        (`num_lost`, `report`).
+
+    Raises:
+        raytune.errors.UserError: before anything is started, if the run has no weights or no row can be scored.
+        raytune.errors.RaytuneError: if the workers failed.
+    """
+    from raytune.launch.score import score, sources_of
+
+    paths = [rows] if isinstance(rows, str | PathLike) else rows
+    sources = sources_of([fspath(path) for path in paths], row_format, max_rows)
+    return score(fspath(run), sources, output=None if output is None else fspath(output), address=address)
 
 
 def _resolved(config: Config, overrides: Mapping[str, Any]) -> tuple[RunConfig, Places]:

@@ -19,7 +19,8 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Literal, Self
 
 from raytune.errors import RaytuneError, UserError
 from raytune.local_files import local_errors
-from raytune.object_store import once
+from raytune.object_store import once, shown
 from raytune.storage import exists, is_local, local_path, read_bytes, read_from, write_bytes
 
 # An object store cannot append: the whole file is written again, at most this often. Events are few, and the last ones before
@@ -95,7 +96,7 @@ class History:
         effective = _Effective(path)
         for line in data.split(b"\n")[:-1]:
             effective.add(line)
-        return cls(tuple(effective.points[step] for step in sorted(effective.points)))
+        return cls(tuple(effective.points))
 
     @property
     def last_step(self) -> int:
@@ -135,12 +136,16 @@ class History:
 
     def seconds_per_step(self, num_intervals: int = 20) -> float:
         """Median over the last intervals between two points of the same attempt; 0 while there are none."""
-        pairs = [
-            (later.time - earlier.time) / (later.step - earlier.step)
-            for earlier, later in pairwise(self.points[-num_intervals - 1 :])
-            if earlier.attempt == later.attempt
-        ]
-        return statistics.median(pairs) if pairs else 0.0
+        return _seconds_per_step(self.points[-num_intervals - 1 :])
+
+
+def _seconds_per_step(points: Sequence[Point]) -> float:
+    pairs = [
+        (later.time - earlier.time) / (later.step - earlier.step)
+        for earlier, later in pairwise(points)
+        if earlier.attempt == later.attempt
+    ]
+    return statistics.median(pairs) if pairs else 0.0
 
 
 class _Effective:
@@ -152,8 +157,9 @@ class _Effective:
 
     def __init__(self, path: str) -> None:
         self._path, self._num_lines, self._attempt = path, 0, 0
-        self.points: dict[int, Point] = {}
-        """By step."""
+        self.points: list[Point] = []
+        """By step, each once."""
+        self._newest: dict[str, Point] | None = {}
 
     def add(self, line: bytes) -> int | None:
         """Take the next line; the step that was measured, None if the line says nothing new of any.
@@ -176,13 +182,36 @@ class _Effective:
             return None
         self._attempt = writer
         if begins:
-            self.points = {known: point for known, point in self.points.items() if known <= step}
+            if self.points and self.points[-1].step > step:
+                del self.points[bisect_right(self.points, step, key=_step_of) :]
+                self._newest = None
             return None
-        known = self.points.get(step)
+        at = bisect_left(self.points, step, key=_step_of)
+        known = self.points[at] if at < len(self.points) and self.points[at].step == step else None
         if known:
             when, values = known.time, {**known.values, **values}
-        self.points[step] = Point(step=step, time=when, attempt=writer, values=values)
+        point = Point(step=step, time=when, attempt=writer, values=values)
+        self.points[at : at + (known is not None)] = [point]
+        if self._newest is not None and at == len(self.points) - 1:
+            self._newest |= dict.fromkeys(values, point)
+        else:
+            self._newest = None
         return step
+
+    def point_at(self, step: int) -> Point | None:
+        at = bisect_left(self.points, step, key=_step_of)
+        return self.points[at] if at < len(self.points) and self.points[at].step == step else None
+
+    @property
+    def newest(self) -> Mapping[str, Point]:
+        """The last point of every metric that has it. Counted along while lines come in order, anew after a resume."""
+        if self._newest is None:
+            self._newest = {name: point for point in self.points for name in point.values}
+        return self._newest
+
+
+def _step_of(point: Point) -> int:
+    return point.step
 
 
 class Follower:
@@ -211,22 +240,36 @@ class Follower:
         data = self._added()
         lines = data[: data.rfind(b"\n") + 1]
         try:
-            steps = {self._effective.add(line) for line in lines.split(b"\n")[:-1]}
+            steps = {step for line in lines.split(b"\n")[:-1] if (step := self._effective.add(line)) is not None}
         except UserError:
             self._begin()  # the line may be mended
             raise
         if lines:
             self._offset, self._history = self._offset + len(lines), None
             self._last_line = lines[lines.rfind(b"\n", 0, -1) + 1 :]
-        return tuple(self._effective.points[step] for step in sorted(self._effective.points.keys() & steps))
+        known = (self._effective.point_at(step) for step in sorted(steps))
+        return tuple(point for point in known if point is not None)  # a resume may have cut it off again
 
     @property
     def history(self) -> History:
-        """Everything that was read so far."""
+        """Everything that was read so far. Made anew after each look that found something: for a look at all of it."""
         if self._history is None:
-            points = self._effective.points
-            self._history = History(tuple(points[step] for step in sorted(points)))
+            self._history = History(tuple(self._effective.points))
         return self._history
+
+    @property
+    def last_step(self) -> int:
+        """See `History.last_step`."""
+        return self._effective.points[-1].step if self._effective.points else 0
+
+    def newest(self, name: str) -> tuple[int, float] | None:
+        """(step, value) where a metric was measured last; None: nowhere."""
+        point = self._effective.newest.get(name)
+        return (point.step, point.values[name]) if point else None
+
+    def seconds_per_step(self, num_intervals: int = 20) -> float:
+        """See `History.seconds_per_step`."""
+        return _seconds_per_step(self._effective.points[-num_intervals - 1 :])
 
     def _added(self) -> bytes:
         """What the file holds behind what was read."""
@@ -422,9 +465,16 @@ class _RemoteLines:
         self.flush()
 
     def _upload_for_ever(self) -> None:
+        is_away = False
         while not self._closed.wait(self._every_s):
             try:
                 with once():
                     self.flush()
-            except RaytuneError:
-                continue  # the lines are kept, and the next turn or `close` tries again
+            except RaytuneError as error:  # the lines are kept, and the next turn or `close` tries again
+                if not is_away:
+                    _log.warning("Lines of %s wait until the storage answers again: %s", shown(self._path), error)
+                is_away = True
+            else:
+                if is_away:
+                    _log.warning("The lines of %s that waited have arrived.", shown(self._path))
+                is_away = False

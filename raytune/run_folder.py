@@ -17,6 +17,7 @@
     model/                      the final weights, in Hugging Face format
     result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last
     samples.jsonl               generated answers, base against tuned
+    scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
 <storage>/stores/<hash>/        tokenised data, shared by runs
 
 <storage>/<name of a sweep>/
@@ -97,6 +98,16 @@ class RunFolder:
     @property
     def samples(self) -> str:
         return f"{self.path}/samples.jsonl"
+
+    @property
+    def scores(self) -> str:
+        """Folder of the tables of scored rows."""
+        return f"{self.path}/scores"
+
+    @property
+    def scored_rows(self) -> str:
+        """What workers that score leave in a folder of their own."""
+        return f"{self.path}/rows.jsonl"
 
     @property
     def failures(self) -> str:

@@ -1,4 +1,4 @@
-"""Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, merge."""
+"""Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, score, merge."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,6 +225,43 @@ def merge(
         trust_remote_code=trust_remote_code,
     )
     say(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
+
+
+@click.command(
+    epilog=examples(
+        "score runs/support-bot held_out.jsonl",
+        "score runs/support-bot held_out.jsonl --output losses.csv --address here",
+    )
+)
+@click.argument("run")
+@click.argument("rows", nargs=-1, required=True)
+@click.option("--output", metavar="FILE", help="The table, .jsonl or .csv. Default: scores/NAME.jsonl in the run folder.")
+@click.option("--format", "row_format", help="How rows are read, as data.train.format. Default: recognised by their columns.")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Score the first rows of each file only.")
+@click.option("--address", help="Ray cluster instead of the run's, as cluster.address; here: one inside this machine.")
+@as_json_option
+@debug_option
+def score(
+    run: str,
+    rows: tuple[str, ...],
+    output: str | None,
+    row_format: str | None,
+    max_rows: int | None,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Score rows under the weights of a run: a table with the loss and the perplexity of each row.
+
+    RUN is a run folder. A finished run is scored by its final model, another one by its best checkpoint. ROWS are files, globs,
+    folders or data sets, as in data.train. They are read and cut as the run's own; what cannot be used is left out and counted.
+    """
+    from raytune.launch.score import score as score_run
+    from raytune.launch.score import sources_of
+
+    sources = sources_of(rows, row_format or "auto", max_rows)
+    ends_in_order()
+    scores = score_run(run, sources, output=output, address=address)
+    say(json.dumps(scores.to_json()) if as_json else "\n".join(scores.lines))
 
 
 def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":

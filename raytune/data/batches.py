@@ -3,7 +3,7 @@
 Shapes: N tokens of the micro-batch, D documents, M targets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from raytune.data.order import positions_of_step, rows_at, share_of_rank
 from raytune.data.store import Store
 
-_TENSORS = ("input_ids", "position_ids", "cumulative_lengths", "target_positions", "target_ids")
+_TENSORS = ("input_ids", "position_ids", "cumulative_lengths", "target_positions", "target_ids", "target_weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,12 @@ class Batch:
     """(M,) int64: where in N the hidden state is that predicts each target, one before the target and in the same document."""
     target_ids: Tensor
     """(M,) int64."""
+    target_weights: Tensor | None = None
+    """(M,) fp32: how much each target counts in the loss; None: all count alike, each as 1."""
     num_targets_in_step: int
     """Targets of the whole global batch (in evaluation: of all evaluated rows), over all ranks and micro-steps."""
+    weight_in_step: float | None = None
+    """Sum of the weights of those; None where each is 1."""
     rows: tuple[int, ...]
     """Rows of the store, for messages."""
 
@@ -44,13 +48,21 @@ class Batch:
     def num_targets(self) -> int:
         return self.target_ids.shape[0]
 
+    @property
+    def step_weight(self) -> float:
+        """What the loss of the step is divided by: the sum of the weights of its targets, 1 where it has none."""
+        return (self.num_targets_in_step if self.weight_in_step is None else self.weight_in_step) or 1
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; copies from pinned memory do not wait."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which a GPU copies while it computes."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+        return self._moved(lambda tensor: tensor.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, **{name: move(tensor) for name in _TENSORS if (tensor := getattr(self, name)) is not None})
 
 
 def step_batches(
@@ -75,11 +87,11 @@ def step_batches(
     in_step = positions_of_step(step, world * micro_batch_size * accumulation)
     rows = rows_at(in_step, store.num_rows, seed)
     counts = in_step < num_rows_in_run
-    num_targets = int(store.num_targets_of_row[rows[counts]].sum())
+    step_totals = _Totals.of(store, rows[counts])
     batches = []
     for micro_step in range(accumulation):
         share = share_of_rank(micro_step=micro_step, rank=rank, world=world, micro_batch_size=micro_batch_size)
-        batches.append(_make_batch(store, rows[share].tolist(), counts[share].tolist(), num_targets))
+        batches.append(_make_batch(store, rows[share].tolist(), counts[share].tolist(), step_totals))
     return batches
 
 
@@ -91,14 +103,27 @@ def num_evaluation_batches(num_rows: int, *, world: int, micro_batch_size: int, 
 def evaluation_batches(store: Store, *, rank: int, world: int, micro_batch_size: int, max_rows: int | None) -> Iterator[Batch]:
     """The first rows of a store in order, divided over the ranks; every rank gets as many batches, the tail without targets."""
     num_rows = min(store.num_rows, max_rows or store.num_rows)
-    num_targets = int(store.num_targets_of_row[:num_rows].sum())
+    totals = _Totals.of(store, slice(num_rows))
     for index in range(num_evaluation_batches(store.num_rows, world=world, micro_batch_size=micro_batch_size, max_rows=max_rows)):
         first = (index * world + rank) * micro_batch_size
         positions = range(first, first + micro_batch_size)
-        yield _make_batch(store, [p % num_rows for p in positions], [p < num_rows for p in positions], num_targets)
+        yield _make_batch(store, [p % num_rows for p in positions], [p < num_rows for p in positions], totals)
 
 
-def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], num_targets_in_step: int) -> Batch:
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Of all targets of a step, or of an evaluation."""
+
+    num_targets: int
+    weight: float | None
+
+    @classmethod
+    def of(cls, store: Store, rows: np.ndarray | slice) -> "_Totals":
+        weights = store.weight_of_row
+        return cls(int(store.num_targets_of_row[rows].sum()), None if weights is None else float(weights[rows].sum()))
+
+
+def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], totals: _Totals) -> Batch:
     """Lay rows end to end.
 
     Args:
@@ -112,6 +137,7 @@ def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], num_t
     position_ids_N = np.arange(len(input_ids_N)) - np.repeat(cumulative_D1[:-1], lengths_D)
     is_target_N = np.concatenate([row.is_target & counted for row, counted in zip(contents, counts, strict=True)])
     targets_M = np.flatnonzero(is_target_N)
+    weights = [row.target_weights for row in contents if row.target_weights is not None]
     return Batch(
         input_ids=torch.from_numpy(input_ids_N).unsqueeze(0),
         position_ids=torch.from_numpy(position_ids_N).unsqueeze(0),
@@ -119,6 +145,8 @@ def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], num_t
         max_document_length=int(lengths_D.max()),
         target_positions=torch.from_numpy(targets_M - 1),
         target_ids=torch.from_numpy(input_ids_N[targets_M]),
-        num_targets_in_step=num_targets_in_step,
+        target_weights=torch.from_numpy(np.concatenate(weights)[targets_M]) if weights else None,
+        num_targets_in_step=totals.num_targets,
+        weight_in_step=totals.weight,
         rows=tuple(rows),
     )

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,7 @@ from raytune.data.shards import (
 )
 from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side
-from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, joined, read_info, read_meta, view
+from raytune.data.store import META_FILE, ROWS_FILE, WEIGHTS_COLUMN, StoreInfo, checksum_of, joined, read_info, read_meta, view
 from raytune.errors import DataError
 from raytune.local_files import local_errors, move_local_folder, sync_local_folder
 from raytune.plan import data_report
@@ -55,6 +55,9 @@ _ROWS_SCHEMA = pa.schema(
         ("num_targets", pa.int64()),
         ("num_bytes", pa.int64()),
     ]
+)
+_WEIGHTED_ROWS_SCHEMA = pa.schema(
+    [*_ROWS_SCHEMA, (WEIGHTS_COLUMN, pa.large_list(pa.float32())), ("weight", pa.float64())]  # of each row: sum over its targets
 )
 _TOKENS_PER_RECORD_BATCH = 1 << 20
 _MIN_SHARD_SEGMENTS = 2
@@ -339,6 +342,9 @@ class _Documents:
         offsets = [view(batch.column("input_ids").offsets, np.int32) for batch in batches]
         self._input_ids = [view(batch.column("input_ids").values, np.int32) for batch in batches]
         self._is_target = [view(batch.column("is_target").values, np.uint8).view(bool) for batch in batches]
+        weights = [batch.column("target_weights") for batch in batches]
+        self._weights = [None if column.null_count else view(column.values, np.float32) for column in weights]
+        self.are_weighted = any(one is not None for one in self._weights)
         self._batch = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
         self._start = np.concatenate([one[:-1] for one in offsets])
         self.lengths = np.concatenate([np.diff(one) for one in offsets])
@@ -348,11 +354,22 @@ class _Documents:
 
     def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and targets of documents, end to end."""
-        places = list(zip(self._batch[documents], self._start[documents], self._start[documents] + self.lengths[documents]))
+        places = self._places(documents)
         return (
             np.concatenate([self._input_ids[batch][start:stop] for batch, start, stop in places]),
             np.concatenate([self._is_target[batch][start:stop] for batch, start, stop in places]),
         )
+
+    def weights(self, documents: np.ndarray) -> np.ndarray:
+        """Weights of the tokens of documents, end to end."""
+        found = ((self._weights[batch], start, stop) for batch, start, stop in self._places(documents))
+        return np.concatenate(
+            [np.ones(stop - start, np.float32) if weights is None else weights[start:stop] for weights, start, stop in found]
+        )
+
+    def _places(self, documents: np.ndarray) -> list[tuple[int, int, int]]:
+        """The record batch of each document, and where its tokens lie in it."""
+        return list(zip(self._batch[documents], self._start[documents], self._start[documents] + self.lengths[documents]))
 
 
 def _batches_of(path: str) -> Iterator[pa.RecordBatch]:
@@ -369,7 +386,8 @@ def _write_rows(path: Path, shard_paths: Sequence[str], request: StoreRequest) -
     documents = _Documents(shard_paths)
     rows = pack(documents.lengths, request.max_length, request.packing)
     num_targets = 0
-    with local_errors(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _ROWS_SCHEMA) as writer:
+    schema = _WEIGHTED_ROWS_SCHEMA if documents.are_weighted else _ROWS_SCHEMA
+    with local_errors(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for some_rows in _in_batches(rows, documents.lengths):
             batch = _record_batch(some_rows, documents)
             num_targets += int(view(batch.column("num_targets"), np.int64).sum())
@@ -403,18 +421,23 @@ def _record_batch(rows: Sequence[list[int]], documents: _Documents) -> pa.Record
     token_offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[document_offsets]
     input_ids, is_target = documents.tokens(members)
     offsets = pa.array(document_offsets, pa.int32())
-    return pa.record_batch(
-        [
-            pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(input_ids)),
-            pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(is_target)),
-            pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
-            pa.ListArray.from_arrays(offsets, pa.array(documents.files[members])),
-            pa.ListArray.from_arrays(offsets, pa.array(documents.lines[members])),
-            pa.array(np.add.reduceat(is_target, token_offsets[:-1], dtype=np.int64)),
-            pa.array(np.add.reduceat(documents.num_bytes[members], document_offsets[:-1])),
-        ],
-        schema=_ROWS_SCHEMA,
-    )
+    columns: list[Any] = [
+        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(input_ids)),
+        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(is_target)),
+        pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
+        pa.ListArray.from_arrays(offsets, pa.array(documents.files[members])),
+        pa.ListArray.from_arrays(offsets, pa.array(documents.lines[members])),
+        pa.array(np.add.reduceat(is_target, token_offsets[:-1], dtype=np.int64)),
+        pa.array(np.add.reduceat(documents.num_bytes[members], document_offsets[:-1])),
+    ]
+    if not documents.are_weighted:
+        return pa.record_batch(columns, schema=_ROWS_SCHEMA)
+    weights = documents.weights(members)
+    columns += [
+        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(weights)),
+        pa.array(np.add.reduceat(np.where(is_target, weights, 0), token_offsets[:-1], dtype=np.float64)),
+    ]
+    return pa.record_batch(columns, schema=_WEIGHTED_ROWS_SCHEMA)
 
 
 # --- Finding and placing -----------------------------------------------------------------------------------------------------

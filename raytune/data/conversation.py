@@ -6,8 +6,11 @@ from typing import Any
 Message = dict[str, Any]
 """What chat templates read: `role`, `content` and, where the row has them, `tool_calls`, `name`, `reasoning_content`.
 
-One key is not for templates: `train` is there, and False, exactly where the row says that the turn carries no loss (`weight: 0`,
-`train: false`). `masking.trained_turns` obeys it."""
+Two keys are not for templates. `train` is there, and False, exactly where the row says that the turn carries no loss
+(`weight: 0`, `train: false`); `masking.trained_turns` obeys it. `weight` is there, a float, where the row gives the turn another
+one than 1."""
+
+NOT_FOR_TEMPLATES = frozenset({"train", "weight"})
 
 
 class RowError(Exception):

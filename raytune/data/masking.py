@@ -27,6 +27,11 @@ def is_excepted(message: Message) -> bool:
     return message.get("train") is False
 
 
+def weight_of(message: Message) -> float:
+    """How much each target of a turn counts in the loss, if it has any."""
+    return message.get("weight", 1.0)
+
+
 def _meant_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
     assert targets != "all"
     roles = targets if isinstance(targets, tuple) else ("assistant",)
@@ -43,9 +48,35 @@ def target_mask(
         token_starts, token_ends: where each token's text begins and ends; neither may ever decrease.
         span_starts, span_ends: the trained pieces of text, in the same units.
     """
-    first = np.searchsorted(token_ends, span_starts, side="right")
-    behind = np.maximum(first, np.searchsorted(token_starts, span_ends, side="left"))
+    first, behind = _tokens_of_spans(token_starts, token_ends, span_starts, span_ends)
     depth = np.zeros(len(token_starts) + 1, np.int32)
     np.add.at(depth, first, 1)
     np.add.at(depth, behind, -1)
     return np.cumsum(depth[:-1]) > 0
+
+
+def target_weights(
+    token_starts: np.ndarray,
+    token_ends: np.ndarray,
+    span_starts: Sequence[int],
+    span_ends: Sequence[int],
+    span_weights: Sequence[float],
+) -> np.ndarray:
+    """Weight of each token, float32: that of the span it shares text with (the last of them), 1 outside of spans.
+
+    Args:
+        token_starts, token_ends, span_starts, span_ends: as for `target_mask`.
+        span_weights: of each span.
+    """
+    weights = np.ones(len(token_starts), np.float32)
+    for first, behind, weight in zip(*_tokens_of_spans(token_starts, token_ends, span_starts, span_ends), span_weights):
+        weights[first:behind] = weight
+    return weights
+
+
+def _tokens_of_spans(
+    token_starts: np.ndarray, token_ends: np.ndarray, span_starts: Sequence[int], span_ends: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each span the first token that shares text with it, and the one behind the last."""
+    first = np.searchsorted(token_ends, span_starts, side="right")
+    return first, np.maximum(first, np.searchsorted(token_starts, span_ends, side="left"))

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raytune.data.conversation import Message, RowError
+from raytune.data.conversation import NOT_FOR_TEMPLATES, Message, RowError
 from raytune.data.template_budget import check_length, check_rendered, within_budget
 from raytune.errors import DataError
 
@@ -136,8 +136,8 @@ class Renderer:
         return texts
 
     def _prepared(self, message: Message) -> Message:
-        """A message in the form that the template takes. Whether a turn is trained is none of its business."""
-        prepared = {key: value for key, value in message.items() if key != "train"}
+        """A message in the form that the template takes. How a turn is trained is none of its business."""
+        prepared = {key: value for key, value in message.items() if key not in NOT_FOR_TEMPLATES}
         if prepared.get("tool_calls"):
             prepared = _in_form(prepared, self._call_form)
         return _in_parts(prepared) if self._takes_parts else prepared

@@ -25,6 +25,8 @@ from raytune.storage import local_path, read_json
 
 ROWS_FILE = "rows.arrow"
 META_FILE = "meta.json"
+WEIGHTS_COLUMN = "target_weights"
+"""Of rows.arrow, beside "weight": both are there only if some target does not weigh 1."""
 NUM_NAMED = 5
 """Documents that a message names of the rows it is about."""
 
@@ -55,6 +57,8 @@ class Row:
     """bool; never true for the first token of a document."""
     document_lengths: np.ndarray
     """int32; their sum is the number of tokens."""
+    target_weights: np.ndarray | None = None
+    """float32, a number per token, of which only those of targets mean anything; None in a store whose targets all weigh 1."""
 
 
 class Store:
@@ -85,10 +89,13 @@ class Store:
         batches = [self._reader.get_batch(index) for index in range(self._reader.num_record_batches)]
         self._first_rows = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._batches = [_MappedBatch.of(batch) for batch in batches]
+        self._has_weights = WEIGHTS_COLUMN in self._reader.schema.names
         self.num_targets_of_row = joined([batch.column("num_targets") for batch in batches])
         """int64."""
         self.num_bytes_of_row = joined([batch.column("num_bytes") for batch in batches])
         """int64; UTF-8 bytes of the text behind each row's targets."""
+        self.weight_of_row = joined([batch.column("weight") for batch in batches], np.float64) if self._has_weights else None
+        """float64: sum of the weights of each row's targets; None where every target weighs 1."""
 
     @property
     def num_rows(self) -> int:
@@ -117,13 +124,24 @@ class Store:
             input_ids=batch.input_ids[start:stop],
             is_target=bits[start % 8 : start % 8 + stop - start].view(bool),
             document_lengths=batch.document_lengths[first_document:last_document],
+            target_weights=None if batch.target_weights is None else batch.target_weights[start:stop],
         )
 
-    def origins(self, index: int) -> list[str]:
+    @property
+    def files(self) -> list[str]:
+        """As the user named them, in order."""
+        return list(self._files)
+
+    def sources(self, index: int) -> list[tuple[str, int]]:
         """File and line of each document of a row."""
         batch, place = self._place(index)
         documents = slice(batch.document_offsets[place], batch.document_offsets[place + 1])
-        return [f"{self._files[file]}:{line}" for file, line in zip(batch.files[documents], batch.lines[documents])]
+        files, lines = batch.files[documents].tolist(), batch.lines[documents].tolist()
+        return [(self._files[file], line) for file, line in zip(files, lines)]
+
+    def origins(self, index: int) -> list[str]:
+        """File and line of each document of a row, in words."""
+        return [f"{file}:{line}" for file, line in self.sources(index)]
 
     def named(self, rows: Iterable[int]) -> str:
         """Rows in words that a user finds them by: file and line of their first documents."""
@@ -150,6 +168,7 @@ class _MappedBatch:
     document_lengths: np.ndarray
     files: np.ndarray
     lines: np.ndarray
+    target_weights: np.ndarray | None
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> "_MappedBatch":
@@ -163,6 +182,9 @@ class _MappedBatch:
             document_lengths=view(documents.values, np.int32),
             files=view(batch.column("files").values, np.int32),
             lines=view(batch.column("lines").values, np.int64),
+            target_weights=view(batch.column(WEIGHTS_COLUMN).values, np.float32)
+            if WEIGHTS_COLUMN in batch.schema.names
+            else None,
         )
 
 

@@ -16,15 +16,16 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.conversation import NOT_FOR_TEMPLATES, Conversation, Message, Origin, RowError
 from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
-from raytune.data.masking import Targets, trained_turns
+from raytune.data.masking import Targets, trained_turns, weight_of
 from raytune.data.rendering import Job, Renderer
 from raytune.data.template_text import SHIPPED, name_of
 from raytune.data.turn_ends import TurnEnds
 from raytune.data.turn_spans import Answer, TurnSpans, Undelimited
 from raytune.errors import DataError
 
+_PLAIN_KEYS = {"role", "content"} | NOT_FOR_TEMPLATES
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [{"role": "user", "content": "Probe0user"}, {"role": "assistant", "content": "Probe1assistant"}]
 _LONGER_PROBE: list[Message] = [
@@ -44,6 +45,8 @@ class Rendered:
     text: str
     targets: list[Span]
     """Where the trained text lies: start and end of each piece, in characters."""
+    weights: list[float]
+    """Of each piece: how much its targets count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +175,8 @@ class ChatTemplate:
             try:
                 if answers is None or unknown[index]:
                     answers = self._answers(row, text, row_turns, prompts[index])
-                rendered.append(_assembled(text, [answer for turn in sorted(row_turns) for answer in answers[turn]], targets))
+                trained = [(answer, weight_of(row.messages[turn])) for turn in sorted(row_turns) for answer in answers[turn]]
+                rendered.append(_assembled(text, trained, targets))
             except Undelimited as error:
                 rendered.append(
                     RowError(
@@ -214,7 +218,7 @@ class ChatTemplate:
         """
         last = conversation.messages[-1]
         content = str(last.get("content") or "").strip()
-        asked_for = {key: value for key, value in last.items() if key != "train"}  # whether it is trained, too, does not matter
+        asked_for = {key: value for key, value in last.items() if key != "train"}  # it need not be trained to be asked for
         rendered = self.render([replace(conversation, messages=(*conversation.messages[:-1], asked_for))], "last")[0]
         if isinstance(rendered, RowError):
             raise rendered
@@ -244,7 +248,7 @@ class ChatTemplate:
             is_last = index == len(turns) - 1
             if (
                 message["role"] != ("assistant" if is_answer else "user")
-                or not message.keys() <= {"role", "content", "train"}
+                or not message.keys() <= _PLAIN_KEYS
                 or not isinstance(content, str)
                 or (is_answer and has_thought(content))
             ):
@@ -401,16 +405,21 @@ def _turns_to_find(row: Conversation, targets: Targets) -> set[int]:
     return {len(row.messages) - 1} if row.messages[-1]["role"] == "assistant" else set()
 
 
-def _assembled(text: str, answers: Sequence[Answer], targets: Targets) -> Rendered:
-    missing = next((answer for answer in answers if answer.missing), None)
+def _assembled(text: str, answers: Sequence[tuple[Answer, float]], targets: Targets) -> Rendered:
+    """The text with its trained pieces.
+
+    Args:
+        answers: each with the weight of its turn.
+    """
+    missing = next((answer for answer, _ in answers if answer.missing), None)
     if missing is not None:
         text = text[: missing.stop] + missing.missing
     if targets == "all":
-        return Rendered(text, [(0, len(text))])
-    spans = sorted((answer.start, answer.stop + len(answer.missing)) for answer in answers)
-    if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
+        return Rendered(text, [(0, len(text))], [1.0])
+    pieces = sorted(((answer.start, answer.stop + len(answer.missing)), weight) for answer, weight in answers)
+    if any(stop > start for ((_, stop), _), ((start, _), _) in pairwise(pieces)):
         raise Undelimited("it does not say where one of several answers in a row ends and the next begins")
-    return Rendered(text, spans)
+    return Rendered(text, [span for span, _ in pieces], [weight for _, weight in pieces])
 
 
 def _is_shown(field: Field, row: Conversation, text: str, places: Mapping[Field, list[Span]]) -> bool:

@@ -24,7 +24,7 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
 from raytune.data.formats import format_of, names_format, read_row
-from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, trained_turns
+from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TooLong, bad_rows_error
@@ -42,12 +42,14 @@ DOCUMENTS_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("is_target", pa.list_(pa.uint8())),
+        ("target_weights", pa.list_(pa.float32())),
         ("num_bytes", pa.int64()),
         ("file", pa.int32()),
         ("line", pa.int64()),
     ]
 )
-"""A shard's documents on disk, before they are packed. `num_bytes`: UTF-8 bytes of the text behind the targets."""
+"""A shard's documents on disk, before they are packed. `num_bytes`: UTF-8 bytes of the text behind the targets. `target_weights`
+is null in every document of a record batch, or in none."""
 
 
 def tokenise_shard(task: ShardTask) -> ShardResult:
@@ -259,6 +261,8 @@ class _Document:
     token_bytes: np.ndarray
     file_index: int
     origin: Origin
+    target_weights: np.ndarray | None = None
+    """float32, per token; None: each weighs 1."""
     is_cut: bool = False
 
 
@@ -308,7 +312,7 @@ def _read(
 def _chat_documents(
     rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, template: ChatTemplate, targets: Targets, tally: Tally
 ) -> Iterator[_Document]:
-    usable, texts, spans = [], [], []
+    usable, texts, spans, weights = [], [], [], []
     for row, rendered in zip(rows, template.render([row for row, _ in rows], targets), strict=True):
         if isinstance(rendered, RowError):
             tally.add("bad", row[0].origin, str(rendered))
@@ -317,13 +321,18 @@ def _chat_documents(
             usable.append(row)
             texts.append(rendered.text)
             spans.append(rendered.targets)
+            weights.append(rendered.weights)
     encoded = encoder.encode(texts)
     places = [
         (int(first) + _byte_of(text, start), int(first) + _byte_of(text, end))
         for text, text_spans, first in zip(texts, spans, encoded.first_bytes)
         for start, end in text_spans
     ]
-    is_target = target_mask(encoded.starts, encoded.ends, [start for start, _ in places], [end for _, end in places])
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    is_target = target_mask(encoded.starts, encoded.ends, starts, ends)
+    all_weights = None
+    if any(weight != 1 for row_weights in weights for weight in row_weights):
+        all_weights = target_weights(encoded.starts, encoded.ends, starts, ends, list(chain.from_iterable(weights)))
     # Nothing comes before a document's first token that could predict it.
     is_target[encoded.first_tokens[:-1][np.diff(encoded.first_tokens) > 0]] = False
     for index, (conversation, file_index) in enumerate(usable):
@@ -331,7 +340,12 @@ def _chat_documents(
         if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
             _compare_prompts(conversation, texts[index], encoded.input_ids[tokens], encoder, template, targets, tally)
         yield _Document(
-            encoded.input_ids[tokens], is_target[tokens], encoded.token_bytes[tokens], file_index, conversation.origin
+            encoded.input_ids[tokens],
+            is_target[tokens],
+            encoded.token_bytes[tokens],
+            file_index,
+            conversation.origin,
+            None if all(weight == 1 for weight in weights[index]) or all_weights is None else all_weights[tokens],
         )
 
 
@@ -356,10 +370,11 @@ def _compare_prompts(
 
 def _can_be_obeyed(row: Conversation, targets: Targets, tally: Tally) -> bool:
     """Whether what a row says of its turns goes together with `data.targets`; tallied if not."""
-    if targets != "all" or not any(is_excepted(message) for message in row.messages):
+    if targets != "all" or not any(is_excepted(message) or weight_of(message) != 1 for message in row.messages):
         return True
+    what = "are not to be trained (weight: 0, train: false)" if any(map(is_excepted, row.messages)) else "have a weight"
     reason = (
-        "has turns that are not to be trained (weight: 0, train: false), but data.targets: all trains the whole text. "
+        f"has turns that {what}, but data.targets: all trains the whole text. "
         "Name roles instead: data.targets: [system, user, assistant, tool]"
     )
     tally.add("bad", row.origin, reason)
@@ -367,10 +382,11 @@ def _can_be_obeyed(row: Conversation, targets: Targets, tally: Tally) -> bool:
 
 
 def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
-    """Count the turns that their row excepts from training, and rows with trained answers that say nothing."""
+    """Count the turns that their row excepts from training or weighs, and rows with trained answers that say nothing."""
     if targets != "all" and (excepted := excepted_turns(row.messages, targets)):
         tally.counts["skipped_turns"] += len(excepted)
     turns = range(len(row.messages)) if targets == "all" else trained_turns(row.messages, targets)
+    tally.counts["weighted_turns"] += sum(weight_of(row.messages[turn]) != 1 for turn in turns)
     blank = [turn for turn in turns if _is_blank_answer(row.messages[turn])]
     if blank:
         tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")
@@ -443,6 +459,7 @@ def _piece(document: _Document, start: int, stop: int) -> _Document:
         document.token_bytes[start:stop],
         document.file_index,
         document.origin,
+        None if document.target_weights is None else document.target_weights[start:stop],
         is_cut=stop < len(document.input_ids),
     )
 
@@ -451,16 +468,24 @@ def _record_batch(documents: Sequence[_Document]) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum([len(document.input_ids) for document in documents])]).astype(np.int32)
     input_ids = np.concatenate([document.input_ids for document in documents])
     is_target = np.concatenate([document.is_target for document in documents])
+    weights: Any = pa.nulls(len(documents), pa.list_(pa.float32()))
+    if any(document.target_weights is not None for document in documents):
+        weights = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([_weights_of(document) for document in documents])))
     return pa.record_batch(
         [
             pa.ListArray.from_arrays(offsets, pa.array(input_ids)),
             pa.ListArray.from_arrays(offsets, pa.array(is_target.view(np.uint8))),
+            weights,
             pa.array([int(document.token_bytes[document.is_target].sum()) for document in documents], pa.int64()),
             pa.array([document.file_index for document in documents], pa.int32()),
             pa.array([document.origin.line for document in documents], pa.int64()),
         ],
         schema=DOCUMENTS_SCHEMA,
     )
+
+
+def _weights_of(document: _Document) -> np.ndarray:
+    return np.ones(len(document.input_ids), np.float32) if document.target_weights is None else document.target_weights
 
 
 def _byte_of(text: str, character: int) -> int:

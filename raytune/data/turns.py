@@ -35,7 +35,9 @@ SHAREGPT_ROLES = {
 }
 """ShareGPT's `from` -> the role. The value of a `function_call` is JSON."""
 
-_KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "train", *REASONING})
+_KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "train", "weight", *REASONING})
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Of a turn that is trained. What lies beyond is a slip of the pen, and would be lost beside the other weights in 32 bits."""
 # OpenAI's exports have them in every turn, nearly always with nothing in them.
 _OFTEN_EMPTY_KEYS = frozenset({"refusal", "audio", "annotations", "function_call"})
 
@@ -122,25 +124,33 @@ def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str,
             unknown["role: developer, as system"] = None
         if not _KNOWN_KEYS.issuperset(message):
             unknown |= dict.fromkeys(key for key, value in message.items() if key not in _KNOWN_KEYS and not is_empty(value))
-        if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight") == 1):
-            key = "train: true" if turn.get("train") is True else "weight: 1"
+        if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight")):
+            key = "train: true" if turn.get("train") is True else f"weight: {turn['weight']:g}"
             unknown[f"{key} of {message['role']}"] = None
     return tuple(unknown)
 
 
 def _decided(turn: Mapping[str, Any], place: str) -> Message:
-    """The turn with `train: False` if it says that it carries no loss, and with neither `train` nor `weight` if not."""
+    """The turn with `train: False` if it says that it carries no loss, with its `weight` if that is neither 0 nor 1, and with
+    neither if not."""
     weight, train = turn.get("weight"), turn.get("train")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+    if weight is not None and (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not (weight == 0 or LEAST_WEIGHT <= weight <= MOST_WEIGHT)
+    ):
         raise RowError(
-            f"'{place}.weight' is {weight!r}, but a turn can only be trained (1) or not (0); other weights are not possible yet"
+            f"'{place}.weight' is {weight!r}, expected a number: 0 (the turn is not trained), or how much each of its tokens "
+            f"counts, from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
         )
     if train is not None and not isinstance(train, bool):
         raise RowError(f"'{place}.train' is {train!r}, expected true or false")
     if weight is not None and train is not None and bool(weight) != train:
         raise RowError(f"'{place}' has weight {weight!r} and train {json.dumps(train)}, which contradict each other")
     others = {key: value for key, value in turn.items() if key not in ("weight", "train")}
-    return others | {"train": False} if weight == 0 or train is False else others
+    if weight == 0 or train is False:
+        return others | {"train": False}
+    return others if weight in (None, 1) else others | {"weight": float(weight)}
 
 
 def _text_of_parts(parts: list[Any], place: str) -> str:

@@ -113,21 +113,21 @@ class RunView:
         num_steps = self.plan.optimization.num_steps
         with suppress(RaytuneError, OSError), once():  # a network hiccup: the next look will tell
             self._metrics.look()
-        history = self._metrics.history
+        metrics = self._metrics
         self._read_events()
-        step = history.last_step
+        step = metrics.last_step
         if not step:
             downloads = [("downloading", text) for text in self._downloads()]
             starting = ("state", f"starting workers, {format_seconds(self._clock() - self._started)}")
             return [("step", f"0/{num_steps}"), *(downloads or [starting])]
         facts = [("step", f"{step}/{num_steps}")]
         for label, name, form in _SHOWN:
-            if series := history.series(name):
-                measured, value = series[-1]
+            if newest := metrics.newest(name):
+                measured, value = newest
                 facts.append((label, form(value) + (f" (step {measured})" if not name.startswith("train/") else "")))
         if step >= num_steps:
             return [*facts, ("state", "all steps done, writing the model")]
-        return [*facts, ("left", format_seconds((num_steps - step) * history.seconds_per_step()))]
+        return [*facts, ("left", format_seconds((num_steps - step) * metrics.seconds_per_step()))]
 
     def _read_events(self) -> None:
         """Look at the events of this command, from time to time: they are few, but on a bucket each look is a download."""

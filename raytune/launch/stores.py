@@ -81,8 +81,8 @@ class DataBuilder:
                 train=train.report.named(sources),
                 validation={name: info.report.named(sources if fraction else [name]) for name, info in held_out.items()},
             ),
-            train=_store_plan("train", train),
-            validation=tuple(_store_plan(name, info) for name, info in held_out.items()),
+            train=store_plan_of("train", train),
+            validation=tuple(store_plan_of(name, info) for name, info in held_out.items()),
             longest_document=train.longest_document,
             template=self._template,
         )
@@ -164,5 +164,6 @@ class DataBuilder:
         )
 
 
-def _store_plan(name: str, info: StoreInfo) -> StorePlan:
+def store_plan_of(name: str, info: StoreInfo) -> StorePlan:
+    """A store as the plan names it."""
     return StorePlan(name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets)

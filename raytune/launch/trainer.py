@@ -1,7 +1,7 @@
-"""One attempt: a Ray Train worker group that trains a plan, and what ended it where it failed."""
+"""One attempt: a Ray Train worker group that does a task for a plan, and what ended it where it failed."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -20,29 +20,32 @@ from raytune.launch.loopback import LoopbackTorchConfig
 from raytune.launch.worker_group import Controller, RunOf, release_placement_groups
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.training.worker import train_worker
+from raytune.training.worker import work
 
 INTERRUPT_TIMEOUT_S = 20.0
 CHECK_EVERY_S = 0.5
 
 
-def fit(plan: RunPlan, attempt: int, check: Callable[[], None]) -> Failure | None:
-    """Train `plan` on a worker group of its own; returns when every worker has ended.
+def fit(
+    plan: RunPlan, attempt: int, check: Callable[[], None], task: str = "train", request: Mapping[str, Any] | None = None
+) -> Failure | None:
+    """Train `plan`, or do another task for it, on a worker group of its own; returns when every worker has ended.
 
     Ray Train's own retries stay off: it would repeat what cannot succeed, and does not retry a worker lost while starting. Its
     checkpoint index stays empty for the same reason that each attempt has a name of its own: our commits decide where to resume.
 
     Args:
         check: called all the time; what it raises ends the workers, and is raised here.
+        task, request: what each worker does: a name in `training.tasks.TASKS`, and what that is asked.
 
     Returns:
-        None if the plan was trained to its end, else the first thing that went wrong.
+        None if the task was done to its end, else the first thing that went wrong.
     """
     folder = RunFolder(plan.storage, plan.name)
     cluster = plan.cluster
     trainer = _Trainer(
-        train_worker,
-        train_loop_config={"plan": plan.model_dump_json(), "attempt": attempt},
+        work,
+        train_loop_config={"plan": plan.model_dump_json(), "attempt": attempt, "task": task, "request": dict(request or {})},
         torch_config=LoopbackTorchConfig(
             backend="nccl" if cluster.device == "cuda" else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),

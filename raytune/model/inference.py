@@ -1,14 +1,16 @@
-"""Saved models for writing answers: what plain transformers and PEFT make of the files of a run."""
+"""Saved models: what plain transformers and PEFT make of the files of a run, for writing answers and for an engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.model.adapters import adapting
 from raytune.model.dtypes import DTYPES
+from raytune.model.load import load_base, load_model
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.quantize import quantization_config
 from raytune.plan.base_model import model_files
@@ -31,6 +33,22 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
     else:
         model.generation_config = stops
         yield PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def load_saved(
+    plan: RunPlan, folder: Path, *, device: torch.device, shard: Callable[[nn.Parameter], None] | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model that a run saved, as `load_model` gives an engine the untrained one: documents kept apart, base as planned.
+
+    Args:
+        folder: local, with the files of `RunFolder.model`.
+        device, shard: as for `load_model`.
+    """
+    if adapting(plan.adapter).is_whole:
+        saved = plan.model.model_copy(update={"path": str(folder), "revision": None})
+        return load_model(saved, plan.adapter, device=device, seed=plan.seed, shard=shard)
+    base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
 
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:

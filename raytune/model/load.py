@@ -55,16 +55,17 @@ def load_model(
         ModelError: if the model cannot be found, read, or trained as asked.
     """
     base = kept.take(model, adapter) if kept else None
-    base = _load_base(model, adapter, device, shard) if base is None else base
+    base = load_base(model, adapter, device, shard) if base is None else base
     adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
     if kept and isinstance(adapted, PeftModel):
         kept.keep(model, adapter, adapted)
     return adapted
 
 
-def _load_base(
+def load_base(
     model: ModelPlan, adapter: Adapter, device: torch.device, shard: Callable[[nn.Parameter], None] | None
 ) -> PreTrainedModel:
+    """A base ready for an adapter: as `load_model`, but for what that adds, freezes and trains."""
     config = load_config(model.path, model.revision, model.trust_remote_code)
     own_class = model_class(model.path, config, revision=model.revision, trust_remote_code=model.trust_remote_code)
     check_attention(own_class, config, model.attention, packs=model.packs)

@@ -50,6 +50,8 @@ class SourceReport(Plan):
     targets: int
     skipped_turns: int
     """Turns that `data.targets` means and that carry no loss because their row says so, by `weight: 0` or `train: false`."""
+    weighted_turns: int = 0
+    """Trained turns whose row gives each of their tokens another weight than 1 (`weight: 0.5`)."""
     unread_columns: dict[str, int]
     """Columns with something in them that the format does not read -> rows that have them."""
     unread_keys: dict[str, int]
@@ -115,6 +117,15 @@ def losses_text(report: DataReport) -> list[str]:
     return lines
 
 
+def store_text(report: StoreReport) -> list[str]:
+    """What became of the rows of one store, as lines."""
+    lines = _source_lines(report)
+    for source in report.sources:
+        of = f"{source.name}: " if len(report.sources) > 1 else ""
+        lines += [f"{of}{line}" for line in _losses(source, report.row_length)]
+    return lines
+
+
 def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
@@ -168,6 +179,8 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
     if source.skipped_turns:
         turns = _many(source.skipped_turns, "turn")
         lines.append(f"{turns} without loss because the row says so (weight: 0, train: false)")
+    if source.weighted_turns:
+        lines.append(f"{_many(source.weighted_turns, 'turn')} whose tokens count by the weight that the row gives them")
     if source.unread_columns:
         lines.append(f"columns that the format {source.format} does not read: {_with_counts(source.unread_columns)}")
     if source.unread_keys:

@@ -192,10 +192,10 @@ class _Reporter:
 def _run(assignment: Assignment, reporter: _Reporter, talk: _Conversation, kept: KeptBase) -> None:
     """Train a trial to its end, telling what it measures; first what earlier attempts at it have measured."""
     plan = assignment.plan
-    measured = Follower(RunFolder(plan.storage, plan.name).metrics)
+    measured = _Evaluations(RunFolder(plan.storage, plan.name).metrics)
 
     def tell() -> None:
-        for result in reporter.new(_evaluations(measured)):
+        for result in reporter.new(measured.look()):
             talk.say(result)
 
     tell()
@@ -208,9 +208,20 @@ def _run(assignment: Assignment, reporter: _Reporter, talk: _Conversation, kept:
     tell()
 
 
-def _evaluations(measured: Follower) -> list[dict[str, float]]:
-    measured.look()
-    return [{STEP: point.step, **point.values} for point in measured.history.evaluations]
+class _Evaluations:
+    """What a run has measured of its model, by step. A look costs what was added since the one before."""
+
+    def __init__(self, path: str) -> None:
+        self._follower = Follower(path)
+        self._by_step: dict[int, dict[str, float]] = {}
+
+    def look(self) -> list[dict[str, float]]:
+        """All that are known by now, in order. Of a step that is measured again, after a resume, the later values."""
+        for point in self._follower.look():
+            values = {name: value for name, value in point.values.items() if not name.startswith("train/")}
+            if values:
+                self._by_step[point.step] = {STEP: point.step, **values}
+        return [self._by_step[step] for step in sorted(self._by_step) if step <= self._follower.last_step]
 
 
 def _train_when_free(train: Callable[[], object], talk: _Conversation) -> None:
@@ -228,7 +239,7 @@ def _train_when_free(train: Callable[[], object], talk: _Conversation) -> None:
             return
 
 
-def _elsewhere(reporter: _Reporter, talk: _Conversation, measured: Follower) -> Attempt:
+def _elsewhere(reporter: _Reporter, talk: _Conversation, measured: _Evaluations) -> Attempt:
     """Attempts on worker groups, whose metrics file is followed while they train."""
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
@@ -237,7 +248,7 @@ def _elsewhere(reporter: _Reporter, talk: _Conversation, measured: Follower) -> 
         def look() -> None:
             check()
             talk.leave_if_over()
-            unreported = reporter.unreported(_evaluations(measured))
+            unreported = reporter.unreported(measured.look())
             if not unreported:
                 return
             # Whoever judges the trial may let it wait, and continue it elsewhere: so no rung before its step is committed.

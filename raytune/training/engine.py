@@ -108,8 +108,6 @@ class Engine(Protocol):
         """Every rank's value, in order of rank, on every rank. For rare and small things."""
         ...
 
-    def barrier(self) -> None: ...
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldBytes:
@@ -300,10 +298,6 @@ class PlainEngine:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return gather_objects(value, self.world_size)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def constant_bytes(model: nn.Module) -> int:

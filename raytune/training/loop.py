@@ -1,7 +1,7 @@
 """The loop: a generator of optimizer steps. Evaluating, saving, stopping and reporting are sentences of its caller.
 
-The loss is normalised here and nowhere else: every target token of a step weighs the same, on whichever rank and in whichever
-micro-batch it lies, so the curve of a run does not depend on how its global batch is divided.
+The loss is normalised here and nowhere else: every target token of a step counts by its weight alone, on whichever rank and in
+whichever micro-batch it lies, so the curve of a run does not depend on how its global batch is divided.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from raytune.errors import TrainingError
 from raytune.training.engine import Engine
 
 LossSum = Callable[[nn.Module, Batch], Tensor]
-"""Sum of the cross-entropy over the targets of a batch, as an fp32 scalar that has a gradient."""
+"""Sum over the targets of a batch of their loss times their weight, as an fp32 scalar that has a gradient."""
 NameRows = Callable[[Iterable[int]], str]
 """Rows of the store in words that somebody finds them by."""
 
@@ -28,7 +28,7 @@ class StepNumbers:
     """What is known of a step once somebody waited for it."""
 
     loss: float
-    """Mean over the targets of the global batch."""
+    """Mean over the targets of the global batch, each counted by its weight."""
     grad_norm: float
     """Before clipping."""
     updated: bool
@@ -44,9 +44,11 @@ class StepResult:
     """Steps made so far, this one included."""
     num_targets: int
     """Targets of the global batch."""
+    weight: float
+    """Sum of their weights, which the loss is divided by."""
     learning_rate: float
     loss_sum: Tensor
-    """Over the targets of this rank."""
+    """Over the targets of this rank, by their weights."""
     grad_norm: Tensor
     """Of the global gradient before clipping; not finite: nothing was updated."""
     losses: list[Tensor]
@@ -63,7 +65,7 @@ class StepResult:
             TrainingError: on every rank alike, if this step or one since the last read had a loss or gradient that is not finite.
         """
         self._unread.check(engine)
-        loss = engine.all_reduce_sum(self.loss_sum.clone()).item() / max(self.num_targets, 1)
+        loss = engine.all_reduce_sum(self.loss_sum.clone()).item() / self.weight
         grad_norm = self.grad_norm.item()
         if not math.isfinite(loss):
             raise _divergence(engine, self)
@@ -158,19 +160,20 @@ def training_steps(
     for step in range(start, stop):
         torch.manual_seed(step_seed(seed, step, engine.rank))
         rate = learning_rate(step)
-        losses, rows, num_targets = [], [], 0
+        losses, rows, num_targets, weight = [], [], 0, 1.0
         for batch in batches_of(step):
             batch = batch.to(engine.device)
             with engine.autocast():
                 loss = loss_sum(engine.module, batch)
-            num_targets = batch.num_targets_in_step
-            engine.backward(loss / max(num_targets, 1))
+            num_targets, weight = batch.num_targets_in_step, batch.step_weight
+            engine.backward(loss / weight)
             losses.append(loss.detach())
             rows.append(batch.rows)
         grad_norm = engine.step(rate)
         result = StepResult(
             step=step + 1,
             num_targets=num_targets,
+            weight=weight,
             learning_rate=rate,
             loss_sum=torch.stack(losses).sum(),
             grad_norm=grad_norm,
@@ -188,23 +191,28 @@ def training_steps(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationLoss:
     loss: float
-    """Mean over all targets of all ranks."""
+    """Mean over all targets of all ranks, each counted by its weight."""
     num_targets: int
+    weight: float
+    """Sum of their weights."""
 
 
 def evaluate_loss(engine: Engine, batches: Iterable[Batch], loss_sum: LossSum) -> EvaluationLoss:
     """Mean loss per target over the batches of all ranks. Every rank calls it, with the same number of batches."""
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    num_targets = 0
+    weight, num_targets = torch.zeros_like(loss), 0
     with evaluating(engine.model), torch.no_grad():
         for batch in batches:
             batch = batch.to(engine.device)
             with engine.autocast():
                 loss += loss_sum(engine.module, batch)
-            num_targets += batch.target_ids.numel()
-    counts = engine.all_reduce_sum(torch.stack([loss, torch.tensor(num_targets, dtype=loss.dtype, device=loss.device)]))
-    loss_of_all, targets_of_all = counts.tolist()
-    return EvaluationLoss(loss=loss_of_all / targets_of_all if targets_of_all else math.nan, num_targets=int(targets_of_all))
+            num_targets += batch.num_targets
+            weight += batch.num_targets if batch.target_weights is None else batch.target_weights.double().sum()
+    sums = engine.all_reduce_sum(torch.stack([loss, weight, torch.full_like(loss, num_targets)]))
+    loss_of_all, weight_of_all, targets_of_all = sums.tolist()
+    return EvaluationLoss(
+        loss=loss_of_all / weight_of_all if weight_of_all else math.nan, num_targets=int(targets_of_all), weight=weight_of_all
+    )
 
 
 @contextmanager

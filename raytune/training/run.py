@@ -2,43 +2,22 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.metrics import EventLog
-from raytune.model.kept_base import KeptBase
 from raytune.plan.identity import identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
-from raytune.training.engine import Engine
-from raytune.training.fetched_base import fetch_base
 from raytune.training.final import finish
-from raytune.training.loop import LossSum, training_steps
+from raytune.training.loop import training_steps
 from raytune.training.recorder import Recorder
 from raytune.training.requests import Request, Requests, SaveClock
 from raytune.training.schedule import learning_rate
-from raytune.training.start import prepare_process, start_engine
+from raytune.training.start import Started, Worker, start
 from raytune.training.timetable import Timetable
 from raytune.training.validation import Validation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """Who this process is among the workers of an attempt."""
-
-    rank: int
-    world_size: int
-    device_index: int
-    """Of its device among those that this process sees; on a CPU, its number on the node."""
-    attempt: int
-    report: Callable[[dict[str, float]], None]
-    """Tells whoever waits for news (a sweep, for one). Every rank calls it the same number of times, seconds apart."""
-    check: Callable[[], None] = lambda: None
-    """Called after every step; what it raises ends the run in order. For a process that nobody else can end."""
-    kept: KeptBase | None = None
-    """Where a process that trains one run after the other keeps the base."""
 
 
 def train(plan: RunPlan, worker: Worker) -> None:
@@ -47,45 +26,40 @@ def train(plan: RunPlan, worker: Worker) -> None:
     Raises:
         RaytuneError: the same on every rank where it concerns all of them.
     """
-    folder = RunFolder(plan.storage, plan.name)
-    fetch_base(plan, folder, worker.rank, worker.world_size)
-    device = prepare_process(plan, worker.device_index)
-    engine, loss_sum = start_engine(plan, device, worker.rank, worker.world_size, worker.kept)
+    train_started(start(plan, worker))
+
+
+def train_started(started: Started) -> None:
+    """`train`, from where the engine has started."""
+    plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
     with _told(folder, worker) as report:
         checkpoints = Checkpoints(
             folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=identity_of(plan), report=report
         )
         resumed = checkpoints.load_newest()
-        start = resumed.step if resumed else 0
-        report("training_started", step=start)
-        with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=start) as recorder:
-            _make_steps(plan, worker, engine, loss_sum, checkpoints, recorder, start)
-            del loss_sum  # beside the engine, all that holds the model
+        first = resumed.step if resumed else 0
+        report("training_started", step=first)
+        with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=first) as recorder:
+            _make_steps(started, checkpoints, recorder, first)
+            started.loss.release()
             finish(plan, engine, checkpoints, recorder, folder)
 
 
-def _make_steps(
-    plan: RunPlan,
-    worker: Worker,
-    engine: Engine,
-    loss_sum: LossSum,
-    checkpoints: Checkpoints,
-    recorder: Recorder,
-    start: int,
-) -> None:
-    """Train from the step after `start` to the last, and do what is due on the way."""
-    timetable, validation = Timetable.of(plan), Validation(plan, engine, loss_sum)
+def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, first: int) -> None:
+    """Train from the step after `first` to the last, and do what is due on the way."""
+    plan, worker, engine = started.plan, started.worker, started.engine
+    timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss)
     store = Store.open(plan.data.train.path)
     save_clock = None if plan.checkpoint.every_s is None else SaveClock(plan.checkpoint.every_s)
     requests = Requests([save_clock] if save_clock else [], engine.gather_objects)
-    if start == 0 and plan.evaluation.at_start and validation:
+    if first == 0 and plan.evaluation.at_start and validation:
         recorder.evaluation(0, validation.measure())
     for result in training_steps(
         engine,
         _batches(plan, store, worker),
-        loss_sum,
+        started.loss,
         lambda step: learning_rate(step, plan.optimization),
-        start=start,
+        start=first,
         stop=timetable.num_steps,
         seed=plan.seed,
         named=store.named,

@@ -1,6 +1,11 @@
-"""From a plan to a model in an engine, on this rank."""
+"""From a plan to a model in an engine, on this rank: what every task of a worker begins with."""
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,14 +16,93 @@ from raytune.data.store import Store
 from raytune.model.adapters import adapting
 from raytune.model.attention import model_inputs
 from raytune.model.base_check import check_base
+from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import RunFolder
+from raytune.storage import download_folder, is_local, local_path
 from raytune.training.engine import Engine, PlainEngine
-from raytune.training.loop import LossSum
-from raytune.training.losses import attach_loss
+from raytune.training.fetched_base import fetch_base
+from raytune.training.losses import LossLayer, attach_loss
 from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """Who this process is among the workers of an attempt."""
+
+    rank: int
+    world_size: int
+    device_index: int
+    """Of its device among those that this process sees; on a CPU, its number on the node."""
+    attempt: int
+    report: Callable[[dict[str, float]], None]
+    """Tells whoever waits for news (a sweep, for one). Every rank calls it the same number of times, seconds apart."""
+    check: Callable[[], None] = lambda: None
+    """Called after every step; what it raises ends the run in order. For a process that nobody else can end."""
+    kept: KeptBase | None = None
+    """Where a process that trains one run after the other keeps the base."""
+
+
+class BatchLoss:
+    """The loss of a model on a batch, with the attention that the plan chose. Called, it gives the sum over the targets."""
+
+    def __init__(self, plan: RunPlan, model: nn.Module) -> None:
+        self._layer: LossLayer | None = attach_loss(model, plan.loss.chunk_tokens)
+        self._model = plan.model
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+        """See `LossLayer.loss_sum`."""
+        assert self._layer is not None, "released"
+        return self._layer.loss_sum(module, batch, self._inputs(batch))
+
+    def of_each_target(self, module: nn.Module, batch: Batch) -> Tensor:
+        """See `LossLayer.losses`."""
+        assert self._layer is not None, "released"
+        return self._layer.losses(module, batch, self._inputs(batch))
+
+    def release(self) -> None:
+        """Let go of the model; the engine is then all that holds it."""
+        self._layer = None
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return model_inputs(batch, self._model.attention, packs=self._model.packs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A worker whose model is in its engine."""
+
+    plan: RunPlan
+    worker: Worker
+    folder: RunFolder
+    """Of the plan."""
+    engine: Engine
+    loss: BatchLoss
+
+
+def start(plan: RunPlan, worker: Worker, saved_model: str | None = None) -> Started:
+    """Bring the base here, set the process up, and start the engine. Every rank calls it.
+
+    Args:
+        saved_model: folder or URL of a model that a run saved, which is loaded in place of the untrained one.
+
+    Raises:
+        RaytuneError: the same on every rank where it concerns all of them.
+    """
+    folder = RunFolder(plan.storage, plan.name)
+    fetch_base(plan, folder, worker.rank, worker.world_size)
+    device = prepare_process(plan, worker.device_index)
+    with ExitStack() as stack:
+        saved = None
+        if saved_model is not None:
+            saved = local_path(saved_model) if is_local(saved_model) else Path(stack.enter_context(TemporaryDirectory()))
+            if not is_local(saved_model):
+                download_folder(saved_model, saved)
+        engine, loss = start_engine(plan, device, worker.rank, worker.world_size, worker.kept, saved)
+    return Started(plan=plan, worker=worker, folder=folder, engine=engine, loss=loss)
 
 
 def prepare_process(plan: RunPlan, device_index: int) -> torch.device:
@@ -41,23 +125,25 @@ def prepare_process(plan: RunPlan, device_index: int) -> torch.device:
 
 
 def start_engine(
-    plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None = None
-) -> tuple[Engine, LossSum]:
+    plan: RunPlan,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    kept: KeptBase | None = None,
+    saved: Path | None = None,
+) -> tuple[Engine, BatchLoss]:
     """Load the model, or take up the base that is kept, shard it as planned, and make its loss.
+
+    Args:
+        saved: folder of a model that a run saved, which is loaded in place of the untrained one.
 
     Raises:
         PlanError: on every rank alike, if a node's disk has no room for what is offloaded to it.
     """
     refuse_small_nvme(plan, rank, world_size)
     is_plain = plan.engine.kind == "plain"
-    engine = _plain_engine(plan, device, rank, world_size, kept) if is_plain else _zero_engine(plan, device)
-    layer = attach_loss(engine.model, plan.loss.chunk_tokens)
-    attention, packs = plan.model.attention, plan.model.packs
-
-    def loss_sum(module: nn.Module, batch: Batch) -> Tensor:
-        return layer.loss_sum(module, batch, model_inputs(batch, attention, packs=packs))
-
-    return engine, loss_sum
+    engine = _plain_engine(plan, device, rank, world_size, kept, saved) if is_plain else _zero_engine(plan, device, saved)
+    return engine, BatchLoss(plan, engine.model)
 
 
 def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
@@ -80,9 +166,14 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
     )
 
 
-def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None) -> Engine:
-    model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, kept=kept)
-    _look_at_data(model, plan, device)
+def _plain_engine(
+    plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None, saved: Path | None
+) -> Engine:
+    if saved is None:
+        model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, kept=kept)
+        _look_at_data(model, plan, device)
+    else:
+        model = load_saved(plan, saved, device=device)
     return PlainEngine(
         model,
         build_optimizer(model, plan.optimization, device=device),
@@ -95,7 +186,7 @@ def _plain_engine(plan: RunPlan, device: torch.device, rank: int, world_size: in
     )
 
 
-def _zero_engine(plan: RunPlan, device: torch.device) -> Engine:
+def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None) -> Engine:
     from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
 
     check_offload(plan)
@@ -103,8 +194,12 @@ def _zero_engine(plan: RunPlan, device: torch.device) -> Engine:
         # Weights are sharded as they are loaded, so that rank 0 alone would see a wrong shape, and the others wait for it.
         check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
     with sharded_loading(plan, device) as shard:
-        model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
-    _look_at_data(model, plan, device)
+        if saved is None:
+            model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
+        else:
+            model = load_saved(plan, saved, device=device, shard=shard)
+    if saved is None:
+        _look_at_data(model, plan, device)
     return ZeroEngine(
         model,
         build_optimizer(model, plan.optimization, device=device),

@@ -19,9 +19,13 @@ class Validation:
         return bool(self._stores)
 
     def measure(self) -> dict[str, float]:
-        """Metrics of the weights as they are; in `validation/loss` each target of each set weighs the same. All ranks call it."""
+        """Metrics of the weights as they are. All ranks call it.
+
+        In `validation/loss` each target of each set counts by its weight; where weights differ, bits per byte are those of the
+        mean target.
+        """
         metrics: dict[str, float] = {}
-        loss_sum, num_targets, num_bytes = 0.0, 0, 0
+        loss_sum, weight, num_targets, num_bytes = 0.0, 0.0, 0, 0
         for name, store in self._stores.items():
             batches = evaluation_batches(
                 store,
@@ -32,12 +36,13 @@ class Validation:
             )
             measured = evaluate_loss(self._engine, batches, self._loss_sum)
             own_bytes = int(store.num_bytes_of_row[: self._plan.evaluation.max_rows].sum())
-            loss_sum += measured.loss * measured.num_targets
+            loss_sum += measured.loss * measured.weight
+            weight += measured.weight
             num_targets += measured.num_targets
             num_bytes += own_bytes
             if len(self._stores) > 1:
                 metrics |= _named(f"validation/{name}", measured.loss, measured.num_targets, own_bytes)
-        return _named("validation", loss_sum / num_targets, num_targets, num_bytes) | metrics
+        return _named("validation", loss_sum / weight, num_targets, num_bytes) | metrics
 
 
 def _named(prefix: str, loss: float, num_targets: int, num_bytes: int) -> dict[str, float]:

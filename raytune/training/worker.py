@@ -1,4 +1,4 @@
-"""The Ray side of one training process: from the plan's JSON to `training.run`, and a record of whatever ends it."""
+"""The Ray side of one worker: from the plan's JSON to its task, and a record of whatever ends it."""
 
 import os
 import time
@@ -17,16 +17,17 @@ from raytune.storage import write_json
 from raytune.training.whereabouts import findable
 
 
-def train_worker(config: dict) -> None:
-    """Train on this rank; what Ray Train calls once per worker and attempt.
+def work(config: dict) -> None:
+    """Do a task on this rank; what Ray Train calls once per worker and attempt.
 
     Args:
-        config: `{"plan": RunPlan as JSON, "attempt": number of this try}`.
+        config: `{"plan": RunPlan as JSON, "attempt": number of this try, "task": one of `tasks.TASKS`, "request": of the task}`.
     """
     plan = RunPlan.model_validate_json(config["plan"])
     context = ray.train.get_context()
     with recorded(plan, config["attempt"], context.get_world_rank()):
-        from raytune.training.run import Worker, train
+        from raytune.training.start import Worker
+        from raytune.training.tasks import perform
 
         worker = Worker(
             rank=context.get_world_rank(),
@@ -35,12 +36,12 @@ def train_worker(config: dict) -> None:
             attempt=config["attempt"],
             report=ray.train.report,
         )
-        train(plan, worker)
+        perform(config["task"], plan, worker, config["request"])
 
 
 @contextmanager
 def recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
-    """Context in which a rank trains: without noise, and with a record of whatever ends it."""
+    """Context in which a rank works: without noise, and with a record of whatever ends it."""
     _quiet()
     try:
         with findable():

@@ -328,9 +328,6 @@ class ZeroEngine:
     def gather_objects(self, value: Any) -> list[Any]:
         return gather_objects(value, self.world_size)
 
-    def barrier(self) -> None:
-        dist.barrier()
-
 
 class _DataOnlyFiles(TorchCheckpointEngine):
     """DeepSpeed's files, read without running code from them; DeepSpeed's own reader executes what a pickle says."""

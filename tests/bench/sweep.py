@@ -205,13 +205,13 @@ def drive_plain_tune(values: dict[str, Any]) -> None:
             from ray.train import RunConfig, ScalingConfig
             from ray.train.torch import TorchConfig, TorchTrainer
 
-            from raytune.training.worker import train_worker
+            from raytune.training.worker import work
 
             plan = json.loads(config["plan"])
             (Path(plan["storage"]) / plan["name"] / "started").write_text(str(time.time()))
             TorchTrainer(
-                train_worker,
-                train_loop_config={"plan": config["plan"], "attempt": 1},
+                work,
+                train_loop_config={"plan": config["plan"], "attempt": 1, "task": "train", "request": {}},
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
                 run_config=RunConfig(

@@ -4,6 +4,7 @@ import os
 import queue
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,7 +231,7 @@ def test_fp16_gradients_of_many_targets_do_not_overflow_before_the_loss_is_divid
     head = nn.Linear(4, 3, bias=False)
     model = Bare(head)
     hidden = torch.full((1, 30, 4), 4000.0)
-    batch = SimpleNamespace(target_positions=torch.arange(30), target_ids=torch.zeros(30, dtype=torch.long))
+    batch = SimpleNamespace(target_positions=torch.arange(30), target_ids=torch.zeros(30, dtype=torch.long), target_weights=None)
     with torch.autocast("cpu", torch.float16):
         loss = attach_loss(model, 10).loss_sum(model, batch, {"hidden": hidden})  # pyright: ignore[reportArgumentType]
     (loss / 1000).backward()
@@ -284,7 +285,7 @@ def test_the_model_is_left_as_it_was() -> None:
         before = [(dict(module._forward_hooks), "forward" in module.__dict__) for module in model.modules()]
         our_loss(model, batch, 2)
         with pytest.raises(IndexError):  # a failing forward pass cleans up too
-            our_loss(model, SimpleNamespace(target_positions=torch.tensor([10**6]), input_ids=batch.input_ids), 2)  # pyright: ignore[reportArgumentType]
+            our_loss(model, replace(batch, target_positions=torch.tensor([10**6])), 2)
         assert before == [(dict(module._forward_hooks), "forward" in module.__dict__) for module in model.modules()]
         assert model(**inputs_of(batch)).logits.shape == (1, NUM_TOKENS, VOCABULARY)
 

@@ -35,7 +35,6 @@ def train_and_release(plan: RunPlan) -> tuple[int, int, int, int]:
     engine.release()
     assert engine.gather_objects(engine.rank) == list(range(engine.world_size))
     assert engine.all_reduce_sum(torch.ones(1)) == engine.world_size
-    engine.barrier()
     return before, held, bytes_of_tensors(), sum(reference() is not None for reference in references)
 
 

@@ -692,11 +692,11 @@ def plain_ranks(rank: int, tmp: str) -> None:
     # A failure on one rank is a failure on both, and leaves what was committed.
     if rank == 0:
         Path(folder.checkpoints, "stumble").touch()
-    engine.barrier()
+    torch.distributed.barrier()
     checkpoints.save(3, metrics={})
     with pytest.raises(CheckpointError, match="fell off the bus"):
         checkpoints.wait()
-    engine.barrier()
+    torch.distributed.barrier()
     assert steps_of(folder) == [1, 2]
     assert not unfinished(folder)
 
@@ -704,7 +704,7 @@ def plain_ranks(rank: int, tmp: str) -> None:
     if rank == 0:
         Path(folder.checkpoints, "stumble").unlink()
         change(f"{folder.checkpoint(2)}/state/of-rank-1", flip_in_the_middle)
-    engine.barrier()
+    torch.distributed.barrier()
     commit = checkpoints.load_newest()
     assert commit is not None
     assert commit.step == 1
@@ -719,7 +719,7 @@ def plain_ranks(rank: int, tmp: str) -> None:
     # A newer attempt: both ranks of the old one hear of it.
     if rank == 0:
         storage.write_json(folder.fence, {"fence": 7})
-    engine.barrier()
+    torch.distributed.barrier()
     checkpoints.save(4, metrics={})
     with pytest.raises(CheckpointError, match="Attempt 7 has taken over"):
         checkpoints.wait()
@@ -772,7 +772,7 @@ def zero_ranks(rank: int, tmp: str) -> None:
             newest = committed(folder)[-1]
             shard = next(file.name for file in newest.files if file.rank == 1)
             storage.remove_folder(f"{newest.state}/{shard}", newest.path)
-        engine.barrier()
+        torch.distributed.barrier()
         resumed = zero_engine(stage)
         again, _ = open_checkpoints(folder, resumed, fence=2, scratch=Path(tmp) / "scratch")
         commit = again.load_newest()

@@ -192,12 +192,25 @@ def test_a_turn_that_is_not_to_be_trained_is_no_target_of_any_kind(excepted: dic
     assert trained_turns(sharegpt.messages, "completion") == []
 
 
+@pytest.mark.parametrize("weight", [0.5, 2, 1e-6, 1_000_000])
+def test_another_weight_than_0_and_1_is_kept_with_its_turn(weight: float) -> None:
+    messages = read({"messages": [USER, turn(weight=weight, train=True)]}).messages
+    assert messages[1] == turn(weight=float(weight))
+    assert trained_turns(messages, "assistant") == [1]
+    sharegpt = read({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "weight": weight}]})
+    assert sharegpt.messages[1]["weight"] == weight
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"weight": 0.5}, r"'messages\[1\].weight' is 0.5, but a turn can only be trained \(1\) or not \(0\)"),
-        ({"weight": 2}, "weight' is 2"),
-        ({"weight": -1}, "weight' is -1"),
+        ({"weight": -1}, r"'messages\[1\].weight' is -1, expected a number: 0 \(the turn is not trained\)"),
+        ({"weight": float("nan")}, "weight' is nan"),
+        ({"weight": float("inf")}, "weight' is inf"),
+        ({"weight": 10**400}, "weight' is 1000"),
+        ({"weight": 1e-9}, "from 1e-06 to 1e\\+06"),
+        ({"weight": [0.5]}, r"weight' is \[0.5\]"),
+        ({"weight": 0.5, "train": False}, "contradict each other"),
         ({"weight": "0"}, "weight' is '0'"),
         ({"weight": True}, "weight' is True"),
         ({"train": 0}, "train' is 0, expected true or false"),
@@ -223,6 +236,7 @@ def test_keys_that_nobody_knows_are_named_and_left_for_the_template() -> None:
     assert conversation.messages[1]["loss"] is True
     assert read({"messages": [USER, turn(refusal="no")]}).unread_keys == ("refusal",)
     assert read({"messages": [USER | {"weight": 1}, turn(weight=1)]}).unread_keys == ("weight: 1 of user",)
+    assert read({"messages": [USER | {"weight": 0.5}, turn(weight=0.5)]}).unread_keys == ("weight: 0.5 of user",)
     assert read({"messages": [USER | {"train": True}, turn()]}).unread_keys == ("train: true of user",)
 
 
@@ -333,7 +347,7 @@ def test_sharegpt_rows_become_chats_under_each_spelling_of_its_roles() -> None:
         ({"from": "gpt", "value": "A", "role": "user"}, "has 'role' beside 'from' and 'value'"),
         ({"from": "function_call", "value": "[]"}, "not a call with name and arguments"),
         ({"role": "user", "content": "Q"}, "write `format: messages` with `columns: {messages: conversations}`"),
-        ({"from": "gpt", "value": "A", "weight": 0.3}, "weight' is 0.3"),
+        ({"from": "gpt", "value": "A", "weight": -0.3}, "weight' is -0.3"),
     ],
 )
 def test_turns_that_are_not_sharegpts_are_refused(turn: Any, reason: str) -> None:

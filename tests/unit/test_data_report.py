@@ -165,7 +165,8 @@ def test_every_row_has_one_outcome_and_tokens_are_those_of_the_store(
     assert report.rows == len(rows) + 1 == sum(getattr(report, outcome) for outcome in OUTCOMES)
     assert (report.tokens, report.targets, report.documents) == (info.num_tokens, info.num_targets, info.num_documents)
     assert info.report.fill == pytest.approx(info.num_tokens / (64 * info.num_rows))
-    assert report.bad == sum(row["messages"] is None or row["messages"][-1].get("weight") == 0.5 for row in rows)
+    assert report.bad == sum(row["messages"] is None for row in rows)
+    assert report.weighted_turns == sum(row["messages"] is not None and row["messages"][-1].get("weight") == 0.5 for row in rows)
     longest = {"truncate": report.cut, "drop": report.dropped, "split": report.split}
     assert all(count == 0 for policy, count in longest.items() if policy != too_long)
 
@@ -205,6 +206,10 @@ def test_weights_of_turns_do_not_go_with_targets_that_are_all_of_the_text(tmp_pa
     path = write(tmp_path / "a.jsonl", [chat("Q", "A"), chat("Q", "A", weight=0)])
     with pytest.raises(DataError, match=rf"{path}:2: has turns that are not to be trained .* Name roles instead"):
         build(tmp_path, path, targets="all")
+    path = write(tmp_path / "b.jsonl", [chat("Q", "A"), chat("Q", "A", weight=0.5)])
+    with pytest.raises(DataError, match=rf"{path}:2: has turns that have a weight, but data.targets: all"):
+        build(tmp_path, path, targets="all")
+    assert build(tmp_path, path, targets=("user", "assistant")).num_targets > 0
 
 
 def test_unknown_keys_and_columns_are_said_once_with_their_rows(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """metrics.jsonl as writers leave it and as readers see it."""
 
+import cProfile
 import json
+import logging
 import math
 import os
 import subprocess
+import time
 import uuid
 from itertools import count
 from pathlib import Path
@@ -157,6 +160,34 @@ def test_remote_lines_arrive_by_themselves() -> None:
     writer.close()
 
 
+def test_lines_that_wait_for_a_storage_that_is_away_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, num_tries, is_away = f"memory://{uuid.uuid4().hex}/metrics.jsonl", 0, True
+
+    def failing(target: str, data: bytes) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        if is_away:
+            raise ClusterError("no answer")
+        storage.write_bytes(target, data)
+
+    monkeypatch.setattr("raytune.metrics.write_bytes", failing)
+    with caplog.at_level(logging.WARNING, "raytune.metrics"):
+        writer = MetricsWriter(path, attempt=1, resumed_step=0, upload_every_s=0.01)
+        while num_tries < 4:
+            time.sleep(0.01)
+        is_away = False
+        while len(caplog.messages) < 2:
+            time.sleep(0.01)
+        writer.close()
+    assert caplog.messages == [
+        f"Lines of {path} wait until the storage answers again: no answer",
+        f"The lines of {path} that waited have arrived.",
+    ]
+    assert len(storage.read_bytes(path).splitlines()) == 1
+
+
 def test_the_best_value_is_finite_and_the_earliest() -> None:
     values = [math.nan, 2.0, -math.inf, 1.0, 1.0, math.inf]
     lines = [
@@ -247,6 +278,28 @@ def test_a_look_reads_what_was_added_and_not_the_file_again(tmp_path: Path, monk
     writer.close()
 
 
+def test_a_look_costs_what_was_added_and_not_what_is_known(tmp_path: Path) -> None:
+    """Python functions that are called for one new line, however many came before it."""
+    calls = {}
+    for num_lines in (10, 3000):
+        path = str(tmp_path / f"{num_lines}.jsonl")
+        writer = MetricsWriter(path, attempt=1, resumed_step=0)
+        for step in range(num_lines):
+            writer.write(step, {"train/loss": 1.0})
+        follower = Follower(path)
+        follower.look()
+        writer.write(num_lines, {"train/loss": 2.0})
+        with cProfile.Profile() as profile:
+            follower.look()
+            assert follower.newest("train/loss") == (num_lines, 2.0)
+            assert follower.newest("validation/loss") is None
+            assert follower.last_step == num_lines
+            follower.seconds_per_step()
+        calls[num_lines] = sum(entry.callcount for entry in profile.getstats())
+        writer.close()
+    assert calls[3000] < calls[10] + 100, "a search of the place takes its logarithm"
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_a_follower_knows_what_a_reader_knows_wherever_the_file_is_cut(data: st.DataObject) -> None:
@@ -267,7 +320,11 @@ def test_a_follower_knows_what_a_reader_knows_wherever_the_file_is_cut(data: st.
         end = min(end + data.draw(st.integers(20, 200)), len(content))
         storage.write_bytes(url, content[:end])
         follower.look()
-        assert follower.history == History.parse(content[:end], url)
+        expected = History.parse(content[:end], url)
+        assert follower.history == expected
+        assert follower.last_step == expected.last_step
+        assert follower.newest("loss") == next(iter(expected.series("loss")[::-1]), None)
+        assert follower.seconds_per_step() == expected.seconds_per_step()
 
 
 @pytest.mark.parametrize("new_steps", [[1], [1, 2, 3, 4, 5, 6, 7, 8]])

@@ -1,0 +1,26 @@
+"""What a worker can do: a table of tasks, each given the same started engine. A request is what the driver asks, as JSON."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from raytune.plan.run_plan import RunPlan
+from raytune.training.run import train_started
+from raytune.training.score import score_rows
+from raytune.training.start import Started, Worker, start
+
+Request = Mapping[str, Any]
+"""`saved_model`: the folder of a model that is loaded in place of the untrained one; the rest is the task's own."""
+
+TASKS: dict[str, Callable[[Started, Request], None]] = {
+    "train": lambda started, request: train_started(started),
+    "score": score_rows,
+}
+
+
+def perform(task: str, plan: RunPlan, worker: Worker, request: Request) -> None:
+    """Start the engine and do a task with it, on this rank.
+
+    Raises:
+        RaytuneError: the same on every rank where it concerns all of them.
+    """
+    TASKS[task](start(plan, worker, request.get("saved_model")), request)
