@@ -83,7 +83,7 @@ def score_here(plan: RunPlan, weights: Weights) -> tuple[ScoredRow, ...]:
 
 def plain_losses(result: RunResult, rows: Sequence[Any]) -> dict[int, tuple[int, float]]:
     """Row -> targets and mean loss, by the saved files and transformers alone."""
-    loader: Any = AutoModelForCausalLM if result.plan.lora is None else AutoPeftModelForCausalLM
+    loader: Any = AutoModelForCausalLM if result.plan.adapter.method == "full" else AutoPeftModelForCausalLM
     model = loader.from_pretrained(result.model_path, dtype=torch.float32).eval()
     tokenizer, found = tiny_tokenizer(), {}
     for number, row in enumerate(rows, 1):

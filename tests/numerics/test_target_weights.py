@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raytune.config.adapter import LoraAdapter
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.plan.run_plan import RunPlan
@@ -185,8 +186,9 @@ def plain_losses(plan: RunPlan) -> list[float]:
 
     model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     torch.manual_seed(plan.seed)
-    if plan.lora is not None:
-        config = LoraConfig(r=plan.lora.rank, lora_alpha=int(plan.lora.alpha), target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    if isinstance(plan.adapter, LoraAdapter):
+        rank, alpha = plan.adapter.rank, int(plan.adapter.alpha)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = plan.optimization
