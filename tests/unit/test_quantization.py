@@ -34,10 +34,10 @@ def test_a_run_goes_on_under_the_other_form_of_the_same() -> None:
         was, plan = (planned(gpus(1), LLAMA_3_8B, **forms[form]) for form in (first, not first))
         assert certain_changes(was, before, now) == []
         assert changes_in_keys(was, plan, before, now) == []
-    plain = {"adapter": {"method": "lora"}}
+    plain: dict[str, Any] = {"adapter": {"method": "lora"}}
     was, plan = planned(gpus(1), LLAMA_3_8B, **QLORA), planned(gpus(1), LLAMA_3_8B, **plain)
     assert changes_in_keys(was, plan, config(**QLORA), config(**plain)), "another base is another run"
-    none = plain | {"model": {"quantization": "none"}}
+    none: dict[str, Any] = plain | {"model": {"quantization": "none"}}
     assert certain_changes(planned(gpus(1), LLAMA_3_8B, **plain), config(**plain), config(**none)) == []
 
 
