@@ -32,7 +32,7 @@ from tests.numerics.runs import (
 )
 
 IA3 = {"method": "ia3"}
-RATE = {"optimization": {"learning_rate": 2e-2}}
+RATE: dict[str, Any] = {"optimization": {"learning_rate": 2e-2}}
 
 
 def plain_losses(plan: RunPlan, **base: Any) -> list[float]:

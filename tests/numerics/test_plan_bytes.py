@@ -178,7 +178,7 @@ def persisted_activations(work: Workload) -> float:
     casts = 0
     if work.engine == "plain":
         in_layers = sum(module.num_parameters for module in work.shape.modules() if module.kind in ("attention", "mlp"))
-        casts = BYTES[work.precision] * (in_layers if work.adapter.method == "full" else work.trained.num_trainable)
+        casts = BYTES[work.precision] * (in_layers if work.trained.is_base else work.trained.num_trainable)
     return work.shape.num_layers * layer_activation_bytes(work) + casts
 
 
