@@ -58,7 +58,7 @@ class DataSection(Section):
     targets: Literal["completion", "assistant", "last", "all"] | list[Role] = "assistant"
     """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
     prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is, nor a turn whose row says
-    `weight: 0` or `train: false`."""
+    `weight: 0` or `train: false`. Another `weight` of a turn (`0.5`, `3`) is how much each of its tokens counts in the loss."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
     too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"

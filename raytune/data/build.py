@@ -36,6 +36,7 @@ from raytune.data.shards import (
     prompt_mismatch_error,
     too_long_error,
 )
+from raytune.data.source_rows import formats_of
 from raytune.data.sources import ScannedFile, find_files, scan
 from raytune.data.split import Side
 from raytune.data.store import META_FILE, ROWS_FILE, WEIGHTS_COLUMN, StoreInfo, checksum_of, joined, read_info, read_meta, view
@@ -74,10 +75,12 @@ _CODE = (
     "readers",
     "rendering",
     "shards",
+    "source_rows",
     "sources",
     "split",
     "template",
     "template_text",
+    "text_encoder",
     "tokenising",
     "tokenizers",
     "turn_ends",
@@ -158,7 +161,7 @@ def build_store(
         raise DataError(
             f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
         )
-    from raytune.data.tokenising import formats_of, tokenise_shard  # workers open stores and need none of its libraries
+    from raytune.data.tokenising import tokenise_shard  # workers open stores and need none of its libraries
 
     stores = local_path(folder)
     draft = stores / f"draft-{uuid.uuid4().hex[:12]}"

@@ -18,7 +18,7 @@ MAX_ROW_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FileRow:
     values: dict[str, Any]
     line: int
 
@@ -29,7 +29,7 @@ class BadRow:
     line: int
 
 
-def read_segment(segment: Segment) -> Iterator[Row | BadRow]:
+def read_segment(segment: Segment) -> Iterator[FileRow | BadRow]:
     """The rows of a segment in order, bad ones included. Blank lines are not rows.
 
     Raises:
@@ -38,12 +38,12 @@ def read_segment(segment: Segment) -> Iterator[Row | BadRow]:
     return _READERS[segment.file.kind](segment)
 
 
-def _read_json(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_json(segment: Segment) -> Iterator[FileRow | BadRow]:
     reader = _read_json_array if segment.stop is None else _read_json_lines
     return reader(segment)
 
 
-def _read_json_lines(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_json_lines(segment: Segment) -> Iterator[FileRow | BadRow]:
     for line, data in _lines(segment):
         if data is None:
             yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
@@ -51,7 +51,7 @@ def _read_json_lines(segment: Segment) -> Iterator[Row | BadRow]:
             yield _json_row(data, line)
 
 
-def _json_row(data: bytes, line: int) -> Row | BadRow:
+def _json_row(data: bytes, line: int) -> FileRow | BadRow:
     try:
         values = json.loads(data.decode().rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def _json_row(data: bytes, line: int) -> Row | BadRow:
     return _checked_row(values, line, suspicious=b"\\ud" in data or b"\\uD" in data)
 
 
-def _checked_row(values: Any, line: int, *, suspicious: bool) -> Row | BadRow:
+def _checked_row(values: Any, line: int, *, suspicious: bool) -> FileRow | BadRow:
     """A row if it is an object whose text can be encoded. Only an escape (`\\ud800`) can bring in half a character."""
     if not isinstance(values, dict):
         return BadRow(f"{kind_of(values)}, expected an object with named columns", line)
@@ -73,7 +73,7 @@ def _checked_row(values: Any, line: int, *, suspicious: bool) -> Row | BadRow:
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return BadRow(f"half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character", line)
-    return Row(values, line)
+    return FileRow(values, line)
 
 
 class _UnusableElement(ValueError):
@@ -89,7 +89,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _read_json_array(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
     """The objects of one JSON array. A syntax error ends the file: what follows it cannot be told apart from what precedes it."""
     name, decoder = segment.file.name, json.JSONDecoder(object_pairs_hook=_object)
     with open(segment.file.path, encoding="utf-8-sig", newline="") as stream:
@@ -185,7 +185,7 @@ class _Window:
         self._counted = self.at
 
 
-def _read_csv(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
     """Rows of a CSV file under the names in its first row. A quoted field may hold line breaks; a row's line is its first."""
     csv.field_size_limit(MAX_ROW_BYTES)
     problems: list[str] = []
@@ -214,7 +214,7 @@ def _read_csv(segment: Segment) -> Iterator[Row | BadRow]:
         elif fields and len(fields) != len(columns):
             yield BadRow(f"{len(fields)} fields, but the header names {len(columns)}", line)
         elif fields:
-            yield Row(dict(zip(columns, fields)), line)
+            yield FileRow(dict(zip(columns, fields)), line)
 
 
 def _csv_lines(segment: Segment, problems: list[str]) -> Iterator[str]:
@@ -230,34 +230,34 @@ def _csv_lines(segment: Segment, problems: list[str]) -> Iterator[str]:
             yield data.decode(errors="replace")
 
 
-def _read_txt(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_txt(segment: Segment) -> Iterator[FileRow | BadRow]:
     """A document per line, as `datasets` reads text files."""
     for line, data in _lines(segment):
         if data is None:
             yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
         elif not data.isspace():
             try:
-                yield Row({"text": data.decode().rstrip("\r\n")}, line)
+                yield FileRow({"text": data.decode().rstrip("\r\n")}, line)
             except UnicodeDecodeError as error:
                 yield BadRow(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}", line)
 
 
-def _read_parquet(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_parquet(segment: Segment) -> Iterator[FileRow | BadRow]:
     import pyarrow.parquet
 
     with named_errors(segment.file), pyarrow.parquet.ParquetFile(segment.file.path) as parquet:
         batches = parquet.iter_batches(batch_size=256, row_groups=list(range(segment.start, segment.stop or 0)))
         rows = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches)
         for line, values in enumerate(rows, segment.first_line):
-            yield Row(_without_filled_nulls(values), line)
+            yield FileRow(_without_filled_nulls(values), line)
 
 
-def _read_dataset(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_dataset(segment: Segment) -> Iterator[FileRow | BadRow]:
     with named_errors(segment.file):
         dataset = load_dataset(segment.file)
         assert segment.stop is not None
         for index in range(segment.start, segment.stop):
-            yield Row(_without_filled_nulls(dataset[index]), index + 1)
+            yield FileRow(_without_filled_nulls(dataset[index]), index + 1)
 
 
 def _without_filled_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -272,12 +272,12 @@ def _pruned(value: Any) -> Any:
     return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read_demo(segment: Segment) -> Iterator[Row | BadRow]:
+def _read_demo(segment: Segment) -> Iterator[FileRow | BadRow]:
     assert segment.stop is not None
-    return (Row(values, line) for line, values in enumerate(demo_rows(segment.file.path, segment.stop), 1))
+    return (FileRow(values, line) for line, values in enumerate(demo_rows(segment.file.path, segment.stop), 1))
 
 
-_READERS: dict[FileKind, Callable[[Segment], Iterator[Row | BadRow]]] = {
+_READERS: dict[FileKind, Callable[[Segment], Iterator[FileRow | BadRow]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "tsv": _read_csv,

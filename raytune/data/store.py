@@ -48,7 +48,7 @@ class StoreInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PackedRow:
     """Documents laid end to end."""
 
     input_ids: np.ndarray
@@ -114,13 +114,13 @@ class Store:
     def report(self) -> StoreReport:
         return self.info.report
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """A packed row. Its arrays are read-only views of the file, except `is_target`."""
         batch, place = self._place(index)
         start, stop = batch.token_offsets[place], batch.token_offsets[place + 1]
         first_document, last_document = batch.document_offsets[place], batch.document_offsets[place + 1]
         bits = np.unpackbits(batch.is_target_bits[start // 8 : (stop + 7) // 8], bitorder="little")
-        return Row(
+        return PackedRow(
             input_ids=batch.input_ids[start:stop],
             is_target=bits[start % 8 : start % 8 + stop - start].view(bool),
             document_lengths=batch.document_lengths[first_document:last_document],

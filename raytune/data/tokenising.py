@@ -2,36 +2,28 @@
 
 A shard is one call of a top-level function with a picklable task and result: it can run in any process that sees the files.
 Text is rendered whole and tokenised once, and targets are found by where a token's text lies, so tokens are exactly those of
-`apply_chat_template(tokenize=True)`. For byte-level BPE that place follows from the tokens' own lengths, and the tokenizer need
-not track offsets, which takes it twice as long.
+`apply_chat_template(tokenize=True)` (`text_encoder`).
 """
 
-import json
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
-from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
-from raytune.data.formats import format_of, names_format, read_row
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
-from raytune.data.readers import BadRow, read_segment
-from raytune.data.shards import ShardPart, ShardResult, ShardTask, Tally, TooLong, bad_rows_error
-from raytune.data.sources import ScannedFile, find_files, scan
-from raytune.data.split import Side, side_of
+from raytune.data.shards import ShardResult, ShardTask, Tally, TooLong
+from raytune.data.source_rows import read_parts
 from raytune.data.template import ChatTemplate
-from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
+from raytune.data.text_encoder import TextEncoder
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 
 _DOCUMENTS_AT_ONCE = 256
@@ -82,175 +74,6 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
     return ShardResult(source=task.source, path=task.output, tally=tally)
 
 
-def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]]) -> list[DataFormat]:
-    """The format of each source, by its first good row.
-
-    Raises:
-        DataError: if a source has no good row, or its format cannot be told.
-    """
-    formats = []
-    for source, files in zip(sources, scanned, strict=True):
-        tally = Tally()
-        rows = ((file.file.name, row) for file in files for part in file.segments for row in read_segment(part))
-        for name, row in rows:
-            if not isinstance(row, BadRow):
-                formats.append(format_of(source, row.values))
-                break
-            tally.add("bad", Origin(name, row.line), row.reason)
-        else:
-            if tally.counts:
-                raise bad_rows_error(tally)
-            raise DataError(f"{source.path} has no rows.")
-    return formats
-
-
-def read_conversations(source: DataSource, downloads: Path, tally: Tally) -> Iterator[Conversation]:
-    """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
-
-    Args:
-        tally: of rows that were read, and of those that cannot be used.
-
-    Raises:
-        DataError: if no row can be used, or their format cannot be told.
-    """
-    scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
-    (name,) = formats_of([source], [scanned])
-    parts = [
-        ShardPart(segment=segment, file_index=0, format=name, is_named=names_format(source, name), columns=source.columns)
-        for file in scanned
-        for segment in file.segments
-    ]
-    return (conversation for conversation, _ in _read(parts, source.max_rows, tally, "all", 0.0))
-
-
-# --- Tokens of texts -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTexts:
-    """Tokens of several texts, one after the other. Places are bytes (UTF-8) in the concatenation of all texts."""
-
-    input_ids: np.ndarray
-    first_tokens: np.ndarray
-    """Index of each text's first token, and the number of tokens."""
-    starts: np.ndarray
-    ends: np.ndarray
-    first_bytes: np.ndarray
-    """Place of each text's first byte, and the number of bytes."""
-    token_bytes: np.ndarray
-    """Bytes of text that each token adds; 0 for special tokens."""
-
-
-class TextEncoder:
-    """A tokenizer, and where its tokens lie in the text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._eos: Any = tokenizer.eos_token_id
-        self._bos: list[Any] = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        self._name = tokenizer.name_or_path
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        added = self._backend.get_added_tokens_decoder()
-        size = max(vocabulary.values(), default=0) + 1
-        self.is_special = np.zeros(size, bool)
-        self.is_special[[i for i, token in added.items() if token.special]] = True
-        self.is_special[tokenizer.all_special_ids] = True
-        self._normaliser, is_byte_level = _byte_level_bpe(self._backend)
-        self._lengths: np.ndarray | None = None
-        if is_byte_level:
-            self._lengths = np.zeros(size, np.int64)
-            self._lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
-            for i, token in added.items():
-                self._lengths[i] = len(token.content.encode())
-
-    def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Tokenise texts as they are: no special token is added."""
-        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
-        first_bytes = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        return self._encode_by_length(texts, first_bytes) or self._encode_by_offset(texts, first_bytes)
-
-    def decode(self, token: int) -> str:
-        return self._backend.decode([token], skip_special_tokens=False)
-
-    def around_documents(self) -> tuple[list[int], list[int]]:
-        """The tokens that stand before and behind those of a plain document.
-
-        Raises:
-            DataError: if the tokenizer has no end-of-text token.
-        """
-        if self._eos is None:
-            raise DataError(
-                f"Plain text needs an end-of-text token, but the tokenizer '{self._name}' has none. "
-                f"Set eos_token in its tokenizer_config.json."
-            )
-        return self._bos, [self._eos]
-
-    def _encode_by_length(self, texts: Sequence[str], first_bytes: np.ndarray) -> EncodedTexts | None:
-        """Places from the lengths of the tokens, or None where they do not add up to the texts."""
-        if self._lengths is None:
-            return None
-        if self._normaliser == "NFC" and not all(unicodedata.is_normalized("NFC", text) for text in texts):
-            return None
-        input_ids, first_tokens = _flat_ids(self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
-        lengths = self._lengths[input_ids]
-        ends = np.cumsum(lengths)
-        # A token that swallows white space beside it, for one, makes the sums differ.
-        if not np.array_equal(np.concatenate([[0], ends])[first_tokens], first_bytes):
-            return None
-        token_bytes = np.where(self.is_special[input_ids], 0, lengths)
-        return EncodedTexts(input_ids, first_tokens, ends - lengths, ends, first_bytes, token_bytes)
-
-    def _encode_by_offset(self, texts: Sequence[str], first_bytes: np.ndarray) -> EncodedTexts:
-        """Places that the tokenizer has tracked, from characters to bytes."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        input_ids, first_tokens = _flat_ids(encodings)
-        numbers = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-        places = np.fromiter(numbers, np.int64, 2 * len(input_ids)).reshape(-1, 2)
-        for index, text in enumerate(texts):
-            in_text = slice(first_tokens[index], first_tokens[index + 1])
-            if not text.isascii():
-                places[in_text] = _bytes_before(text)[places[in_text]]
-            places[in_text] += first_bytes[index]
-        # Neither may ever decrease; a token without text of its own lies where the one before it ended.
-        starts, ends = np.maximum.accumulate(places[:, 0]), np.maximum.accumulate(places[:, 1])
-        covered = np.concatenate([[0], ends[:-1]])
-        token_bytes = np.where(self.is_special[input_ids], 0, np.maximum(0, ends - np.maximum(starts, covered)))
-        return EncodedTexts(input_ids, first_tokens, starts, ends, first_bytes, token_bytes)
-
-
-def _flat_ids(encodings: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    ids = [encoding.ids for encoding in encodings]
-    first_tokens = np.concatenate([[0], np.cumsum([len(one) for one in ids], dtype=np.int64)])
-    return np.fromiter(chain.from_iterable(ids), np.int32, int(first_tokens[-1])), first_tokens
-
-
-def _bytes_before(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character of a text, and its size."""
-    code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    sizes = 1 + (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)
-    return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _byte_level_bpe(backend: Any) -> tuple[str | None, bool]:
-    """The normaliser's name, and whether a token's characters are the bytes of the text that it stands for."""
-    description = json.loads(backend.to_str())
-    normaliser = (description["normalizer"] or {}).get("type")
-    before = description["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before])
-    is_byte_level = (
-        description["model"]["type"] == "BPE"
-        and normaliser in (None, "NFC")
-        and sum(step.get("type") == "ByteLevel" for step in steps) == 1
-        and all(
-            not step.get("add_prefix_space") if step.get("type") == "ByteLevel" else step.get("behavior") == "Isolated"
-            for step in steps
-        )
-    )
-    return normaliser, is_byte_level
-
-
 # --- Documents ---------------------------------------------------------------------------------------------------------------
 
 
@@ -282,31 +105,8 @@ def _encoder_and_template(
 
 def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
     options = task.options
-    rows = _read(task.parts, task.max_rows, tally, options.side, options.validation_fraction)
+    rows = read_parts(task.parts, task.max_rows, tally, options.side, options.validation_fraction)
     return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
-
-
-def _read(
-    parts: Sequence[ShardPart], max_rows: int | None, tally: Tally, side: Side | Literal["all"], validation_fraction: float
-) -> Iterator[tuple[Conversation, int]]:
-    """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
-    rows = ((part, row) for part in parts for row in read_segment(part.segment))
-    for part, row in islice(rows, max_rows):
-        tally.add("rows")
-        origin = Origin(part.segment.file.name, row.line)
-        if isinstance(row, BadRow):
-            tally.add("bad", origin, row.reason)
-        elif side != "all" and side_of(row.values, validation_fraction) != side:
-            tally.add("other_side")
-        else:
-            try:
-                conversation = read_row(row.values, part.format, part.columns, origin, is_named=part.is_named)
-            except RowError as error:
-                tally.add("bad", origin, str(error))
-            else:
-                tally.unread_columns.update(conversation.unread_columns)
-                tally.unread_keys.update(conversation.unread_keys)
-                yield conversation, part.file_index
 
 
 def _chat_documents(

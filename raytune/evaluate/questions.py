@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from raytune.config.data import DataSource
 from raytune.data.conversation import RowError
 from raytune.data.shards import Tally, bad_questions_error
+from raytune.data.source_rows import read_conversations
 from raytune.data.template import ChatTemplate
-from raytune.data.tokenising import read_conversations
 from raytune.errors import DataError
 
 

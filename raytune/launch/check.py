@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from raytune.config.data import DataSource
 from raytune.config.evaluation import GenerationSection
 from raytune.config.run import RunConfig
+from raytune.data.source_rows import formats_of
 from raytune.data.sources import DEMO_ROWS, find_files, scan
-from raytune.data.tokenising import formats_of
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address

@@ -86,7 +86,7 @@ class Scores:
     def lines(self) -> list[str]:
         """What a person reads: the mean, what became of the rows, and where the table is."""
         targets = sum(row.targets for row in self.rows)
-        lost = f"; {self.num_lost} rows without a score" if self.num_lost else ""
+        lost = f"; {self.num_lost} row{'s' * (self.num_lost != 1)} without a score" if self.num_lost else ""
         return [
             f"{len(self.rows)} rows scored under {self.weights}: loss {self.loss:.4f}, perplexity {self.perplexity:.3f} over "
             f"{targets} targets{lost}",

@@ -1,5 +1,6 @@
 """The cluster inside this machine: nobody else can reach it, and no credential of the user's leaves the place where it lies."""
 
+import json
 import os
 import shutil
 import stat
@@ -105,3 +106,24 @@ def test_no_credential_reaches_the_run_folder_the_session_of_ray_or_the_output(s
     assert any(path.name == "metrics.jsonl" for path in files)
     assert any("session_" in str(path) and path.suffix in (".log", ".out") for path in files)
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+def test_rows_are_scored_by_the_workers_of_a_cluster_of_their_own(seen: Seen) -> None:
+    """Both commands of a user in one: the run was trained by two workers, and so are its rows scored."""
+    environment = os.environ | {"RAY_TMPDIR": str(seen.session), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    table = seen.storage / "scores.csv"
+    command = ["score", f"{seen.storage}/private", "demo:test", "--max-rows", "5", "--output", str(table), "--json"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=500,
+    )
+    facts = json.loads(done.stdout)
+    assert (facts["num_rows"], facts["num_lost"], facts["weights"]) == (5, 0, "the final model")
+    rows = table.read_text().splitlines()
+    assert rows[0] == "file,row,targets,loss,perplexity"
+    assert [row.split(",")[:2] for row in rows[1:]] == [["demo:test", str(number)] for number in range(1, 6)]
+    assert not list((seen.storage / "private" / "scores").glob("*.unfinished")), "what workers leave goes again"

@@ -8,9 +8,9 @@ import pytest
 
 from raytune.config.data import DataSource
 from raytune.data.shards import Tally
+from raytune.data.source_rows import read_conversations
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
-from raytune.data.tokenising import read_conversations
 from raytune.errors import DataError
 from raytune.evaluate.questions import read_questions
 from tests.tiny import tiny_tokenizer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from raytune.config.data import DataSource, source_name
 from raytune.data import readers
 from raytune.data.formats import format_of
-from raytune.data.readers import BadRow, Row, read_segment
+from raytune.data.readers import BadRow, FileRow, read_segment
 from raytune.data.sources import find_files, scan
 from raytune.errors import DataError
 from tests.tiny import PATIENT
@@ -23,16 +23,16 @@ from tests.tiny import PATIENT
 GOOD = b'{"text": "good"}\n'
 
 
-def read(path: Path | str, **source: Any) -> list[Row | BadRow]:
+def read(path: Path | str, **source: Any) -> list[FileRow | BadRow]:
     files = find_files(DataSource(path=str(path), **source), Path("/nonexistent"))
     return [row for file in files for segment in scan(file, None).segments for row in read_segment(segment)]
 
 
-def values(rows: list[Row | BadRow]) -> list[dict[str, Any]]:
-    return [row.values for row in rows if isinstance(row, Row)]
+def values(rows: list[FileRow | BadRow]) -> list[dict[str, Any]]:
+    return [row.values for row in rows if isinstance(row, FileRow)]
 
 
-def bad(rows: list[Row | BadRow]) -> list[tuple[int, str]]:
+def bad(rows: list[FileRow | BadRow]) -> list[tuple[int, str]]:
     return [(row.line, row.reason) for row in rows if isinstance(row, BadRow)]
 
 
@@ -152,7 +152,7 @@ def test_a_huge_line_is_refused_in_constant_memory(tmp_path: Path) -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert output[0] == "[(1, 'Row'), (2, 'BadRow'), (3, 'Row')]"
+    assert output[0] == "[(1, 'FileRow'), (2, 'BadRow'), (3, 'FileRow')]"
     assert int(output[1]) < 80 * 1024  # KiB; the line has 100 MiB, two pieces of at most 32 MiB are held at once
 
 
@@ -192,7 +192,7 @@ def test_segments_of_a_large_file_tile_it_with_the_right_line_numbers(tmp_path: 
     assert len(segments) >= 3
     for segment in segments:
         for row in read_segment(segment):
-            assert isinstance(row, Row)
+            assert isinstance(row, FileRow)
             assert row.values["text"].startswith(f"row {row.line} ")
     assert values(read(tmp_path / "a.jsonl")) == rows
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
@@ -228,7 +228,7 @@ def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:
     table = pa.table({"text": [f"row {index}" for index in range(1, 11)], "tags": [["a", None]] * 10})
     pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     rows = read(tmp_path / "a.parquet")
-    assert [(row.line, row.values) for row in rows if isinstance(row, Row)] == list(enumerate(table.to_pylist(), 1))
+    assert [(row.line, row.values) for row in rows if isinstance(row, FileRow)] == list(enumerate(table.to_pylist(), 1))
     (file,) = find_files(DataSource(path=str(tmp_path / "a.parquet")), tmp_path)
     assert len(scan(file, None).segments) == 3
 

@@ -15,7 +15,8 @@ from raytune.data.masking import Targets
 from raytune.data.shards import Tally
 from raytune.data.template import ChatTemplate, Rendered
 from raytune.data.template_text import SHIPPED, TEMPLATES_FOLDER, resolve_template
-from raytune.data.tokenising import TextEncoder, _chat_documents
+from raytune.data.text_encoder import TextEncoder
+from raytune.data.tokenising import _chat_documents
 from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError
 from tests.tiny import PATIENT, tiny_rows, tiny_tokenizer

@@ -1,0 +1,79 @@
+"""From sources to conversations: in which format a source is, and its rows in order, bad ones tallied."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from raytune.config.data import DataFormat, DataSource
+from raytune.data.conversation import Conversation, Origin, RowError
+from raytune.data.formats import format_of, names_format, read_row
+from raytune.data.readers import BadRow, read_segment
+from raytune.data.shards import ShardPart, Tally, bad_rows_error
+from raytune.data.sources import ScannedFile, find_files, scan
+from raytune.data.split import Side, side_of
+from raytune.errors import DataError
+
+
+def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]]) -> list[DataFormat]:
+    """The format of each source, by its first good row.
+
+    Raises:
+        DataError: if a source has no good row, or its format cannot be told.
+    """
+    formats = []
+    for source, files in zip(sources, scanned, strict=True):
+        tally = Tally()
+        rows = ((file.file.name, row) for file in files for part in file.segments for row in read_segment(part))
+        for name, row in rows:
+            if not isinstance(row, BadRow):
+                formats.append(format_of(source, row.values))
+                break
+            tally.add("bad", Origin(name, row.line), row.reason)
+        else:
+            if tally.counts:
+                raise bad_rows_error(tally)
+            raise DataError(f"{source.path} has no rows.")
+    return formats
+
+
+def read_conversations(source: DataSource, downloads: Path, tally: Tally) -> Iterator[Conversation]:
+    """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
+
+    Args:
+        tally: of rows that were read, and of those that cannot be used.
+
+    Raises:
+        DataError: if no row can be used, or their format cannot be told.
+    """
+    scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
+    (name,) = formats_of([source], [scanned])
+    parts = [
+        ShardPart(segment=segment, file_index=0, format=name, is_named=names_format(source, name), columns=source.columns)
+        for file in scanned
+        for segment in file.segments
+    ]
+    return (conversation for conversation, _ in read_parts(parts, source.max_rows, tally, "all", 0.0))
+
+
+def read_parts(
+    parts: Sequence[ShardPart], max_rows: int | None, tally: Tally, side: Side | Literal["all"], validation_fraction: float
+) -> Iterator[tuple[Conversation, int]]:
+    """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
+    rows = ((part, row) for part in parts for row in read_segment(part.segment))
+    for part, row in islice(rows, max_rows):
+        tally.add("rows")
+        origin = Origin(part.segment.file.name, row.line)
+        if isinstance(row, BadRow):
+            tally.add("bad", origin, row.reason)
+        elif side != "all" and side_of(row.values, validation_fraction) != side:
+            tally.add("other_side")
+        else:
+            try:
+                conversation = read_row(row.values, part.format, part.columns, origin, is_named=part.is_named)
+            except RowError as error:
+                tally.add("bad", origin, str(error))
+            else:
+                tally.unread_columns.update(conversation.unread_columns)
+                tally.unread_keys.update(conversation.unread_keys)
+                yield conversation, part.file_index

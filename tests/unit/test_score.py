@@ -1,0 +1,81 @@
+"""What `raytune score` says and writes, without workers: tests/numerics has its losses, tests/ray its way through a cluster."""
+
+import csv
+import json
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from raytune.cli import cli
+from raytune.config.data import DataSource
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.launch.record import RunRecord, write_plan
+from raytune.launch.score import ScoredRow, Scores, _table, score
+from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.run_folder import RunFolder
+from tests.tiny import tiny_plan
+
+ROWS = (
+    ScoredRow(file="a, b.jsonl", row=1, targets=3, loss=1.0, perplexity=2.718281828459045),
+    ScoredRow(file="a, b.jsonl", row=3, targets=1, loss=800.0, perplexity=float("inf")),
+)
+
+
+def report(**counts: int) -> StoreReport:
+    source = SourceReport(
+        name="rows",
+        format="messages",
+        too_long="truncate",
+        unread_columns={},
+        unread_keys={},
+        examples={"bad": ["a, b.jsonl:2: 'messages' is null"]},
+        **(dict.fromkeys(COUNTS, 0) | counts),
+    )
+    return StoreReport(row_length=64, num_rows=2, sources=[source])
+
+
+def test_a_table_is_read_as_it_was_written_in_both_forms() -> None:
+    lines = [json.loads(line) for line in _table(ROWS, as_csv=False).splitlines()]
+    assert lines[0] == {"file": "a, b.jsonl", "row": 1, "targets": 3, "loss": 1.0, "perplexity": ROWS[0].perplexity}
+    assert lines[1]["perplexity"] == "Infinity", "strict JSON has no word for it"
+    cells = list(csv.DictReader(StringIO(_table(ROWS, as_csv=True).decode())))
+    assert [list(row.values()) for row in cells] == [[str(value) for value in line.values()] for line in lines]
+
+
+def test_the_mean_is_over_targets_and_lost_rows_are_told_with_the_first() -> None:
+    scores = Scores(run="runs/x", weights="the final model", output="t.csv", rows=ROWS, report=report(rows=3, used=2, bad=1))
+    assert scores.loss == pytest.approx((3 * 1.0 + 800.0) / 4)
+    assert scores.num_lost == 1
+    text = "\n".join(scores.lines)
+    assert "2 rows scored under the final model: loss 200.7500" in text
+    assert "; 1 row without a score" in text
+    assert "the first is a, b.jsonl:2: 'messages' is null" in text
+
+
+def run_of(folder: Path, state: str) -> RunFolder:
+    run = RunFolder(str(folder), "tiny")
+    config = RunConfig().model_dump(mode="json")
+    RunRecord(name="tiny", state=state, attempts=1, created=time.time(), config=config, versions={}).write(run)  # pyright: ignore[reportArgumentType]
+    write_plan(run, tiny_plan(storage=str(folder)))
+    return run
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    rows = [DataSource(path="demo:test")]
+    with pytest.raises(UserError, match=r"none is no run folder: it holds no run\.json"):
+        score(str(tmp_path / "none"), rows)
+    run = run_of(tmp_path, "running")
+    with pytest.raises(UserError, match=r"'tiny' .* has neither finished nor saved a checkpoint yet"):
+        score(run.path, rows)
+    with pytest.raises(UserError, match=r"--output is t\.txt, expected a name that ends in \.jsonl or \.csv"):
+        score(run.path, rows, output="t.txt")
+
+
+def test_the_verb_refuses_as_json_too(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["score", str(tmp_path / "none"), "demo:test", "--json"])
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["message"].endswith("Name the folder of a run.")
