@@ -61,8 +61,9 @@ _KEPT = ("training.precision", "training.global_batch_size")
 """Keys that keep what a run began with where they are automatic (plan.division)."""
 _NOWHERE = object()
 DIVIDING = (
-    *("cluster.", "provider.", "model.attention", "adapter.quant_storage", "training.zero.", "training.loss", "training.compile"),
-    *("training.liger", "training.tf32", "training.gradient_checkpointing", *_ROWS[1:]),
+    *("cluster.", "provider.", "model.attention", "model.quant_storage", "adapter.quant_storage"),
+    *("training.zero.", "training.loss", "training.compile", "training.liger", "training.tf32"),
+    *("training.gradient_checkpointing", *_ROWS[1:]),
 )
 """Beginnings of keys that decide how a run is divided, and nothing of what it computes while its rows per step stay."""
 _BESIDE = {
