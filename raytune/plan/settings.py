@@ -53,6 +53,11 @@ KEY_OF = {
 
 _OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.on_bad_row", "data.validation_fraction")
 """Keys that decide which tokens a store holds, whatever the rows are."""
+_SAID_IN_TWO_WAYS = {
+    *(("adapter.method", method) for method in ("lora", "qlora")),
+    *(("model.quantization", held) for held in ("auto", "none")),
+}
+"""Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
 _BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation")
 """Keys that name what may be the same under another name."""
 _ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
@@ -61,9 +66,8 @@ _KEPT = ("training.precision", "training.global_batch_size")
 """Keys that keep what a run began with where they are automatic (plan.division)."""
 _NOWHERE = object()
 DIVIDING = (
-    *("cluster.", "provider.", "model.attention", "model.quant_storage", "adapter.quant_storage"),
-    *("training.zero.", "training.loss", "training.compile", "training.liger", "training.tf32"),
-    *("training.gradient_checkpointing", *_ROWS[1:]),
+    *("cluster.", "provider.", "model.attention", "model.quant_storage", "adapter.quant_storage", "training.zero."),
+    *("training.loss", "training.compile", "training.liger", "training.tf32", "training.gradient_checkpointing", *_ROWS[1:]),
 )
 """Beginnings of keys that decide how a run is divided, and nothing of what it computes while its rows per step stay."""
 _BESIDE = {
@@ -93,6 +97,8 @@ def certain_changes(was: RunPlan, before: RunConfig, now: RunConfig) -> list[Cha
 def _certain(key: str, old: Any, new: Any, now: RunConfig, identity: dict[str, object], leaf_of: dict[str, str]) -> Change | None:
     """What a key that was written anew changes for certain: the value that the run has is the old one, resolved where it was not
     written."""
+    if (key, new) in _SAID_IN_TWO_WAYS and (key, old) in _SAID_IN_TWO_WAYS:
+        return None
     if key in _OF_DATA or key == "adapter.method":
         return key, old, new
     if key == "training.num_train_epochs":
