@@ -8,7 +8,7 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides
 from raytune.cli.say import say
-from raytune.cli.supervise import notes
+from raytune.cli.supervise import begin_on
 from raytune.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
@@ -47,11 +47,9 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
         load_catalogue().instance(config.cluster.instance)  # a name that it does not know is said before anything is joined
     from raytune.clusters.preflight import examine_cluster
     from raytune.launch.address import named_address
-    from raytune.launch.signals import ends_in_order
     from raytune.storage import absolute
 
-    notes().tell(cluster=named_address(config.cluster))
-    ends_in_order()
+    begin_on(named_address(config.cluster))
 
     storage = absolute(config.storage) if "storage" in config.model_fields_set else None
     _show_findings(examine_cluster(config.cluster, storage, expected_bytes_per_s=expected), as_json)

@@ -10,10 +10,9 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
 from raytune.cli.say import say
-from raytune.cli.supervise import notes
+from raytune.cli.supervise import begin_on
 from raytune.errors import RaytuneError, UserError
 from raytune.launch.address import named_address
-from raytune.launch.signals import ends_in_order
 
 if TYPE_CHECKING:
     from raytune.config.model import ModelSection
@@ -63,8 +62,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     else:
         from raytune.launch.run import plan_run
 
-        notes().tell(cluster=named_address(config.cluster))
-        ends_in_order()
+        begin_on(named_address(config.cluster))
         resolved = plan_run(config)
     say(resolved.model_dump_json() if as_json else plan_text(resolved))
 
@@ -101,8 +99,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
 
-    told = notes()
-    told.tell(cluster=named_address(config.cluster))
+    told = begin_on(named_address(config.cluster))
 
     @contextmanager
     def watched(plan: "RunPlan") -> Iterator[None]:
@@ -110,7 +107,6 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         with watched_cluster(told.tell), show_progress(plan):
             yield
 
-    ends_in_order()
     result = run(config, watch=watched)
     facts, comparison = result.to_json(), None
     if from_sweep is not None:
@@ -148,8 +144,7 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
         from raytune.sweeps.run import plan_of_sweep
 
-        notes().tell(cluster=named_address(config.cluster))
-        ends_in_order()
+        begin_on(named_address(config.cluster))
         resolved = plan_of_sweep(config, places)
         if as_json:
             say(json.dumps(dry_run_facts(resolved.plan, resolved.trials, resolved.plans)))
@@ -164,15 +159,13 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     from raytune.sweeps.run import sweep
     from raytune.sweeps.winner import require_winner
 
-    told = notes()
-    told.tell(cluster=named_address(config.cluster))
+    told = begin_on(named_address(config.cluster))
 
     @contextmanager
     def watched(plan: "SweepPlan", known: "Known", board: "Board") -> Iterator[None]:
         with watched_cluster(told.tell), show_sweep(plan, known, board):
             yield
 
-    ends_in_order()
     result = sweep(config, watch=watched, places=places)
     page = write_sweep_page(result, dump_yaml(config), result.folder)
     if not as_json:

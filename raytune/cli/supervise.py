@@ -50,6 +50,21 @@ def notes() -> Notes:
     return told if isinstance(told, Notes) else Notes()
 
 
+def begin_on(cluster: str | None) -> Notes:
+    """Begin to work on a cluster: the parent knows which, and from now on signals end the command in order.
+
+    Args:
+        cluster: as the user named it; None: inside this machine.
+
+    Returns:
+        The notes of the command, for what else it has to tell.
+    """
+    told = notes()
+    told.tell(cluster=cluster)
+    ends_in_order()
+    return told
+
+
 def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> None:
     """Answer a command, in a child if it is one that talks to Ray.
 

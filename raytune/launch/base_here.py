@@ -2,9 +2,10 @@
 
 from raytune.hub.snapshot import Report
 from raytune.model.base_check import check_base
+from raytune.model.files import local_files
 from raytune.model.hub import download_base
 from raytune.plan.run_plan import ModelPlan
-from raytune.training.fetched_base import is_of_hub
+from raytune.training.fetched_base import is_known_by_commit
 
 
 def bring_base(model: ModelPlan, report: Report) -> None:
@@ -13,6 +14,6 @@ def bring_base(model: ModelPlan, report: Report) -> None:
     Raises:
         ModelError, ClusterError: if it cannot be downloaded, or is no whole model.
     """
-    if is_of_hub(model):
+    if is_known_by_commit(model) and local_files(model.path, model.revision) is None:  # else `prepare` held them already
         download_base(model.path, model.revision, with_code=model.trust_remote_code, report=report)
         check_base(model.path, model.revision, model.trust_remote_code)

@@ -6,8 +6,14 @@ from raytune.storage import list_folder
 from raytune.training.commit import committed
 
 
-def going_on(folder: RunFolder) -> str:
-    """A sentence about the newest checkpoint, or about there being none."""
+def going_on(folder: RunFolder, *, resumes: bool = True) -> str:
+    """A sentence about the newest checkpoint, or about there being none.
+
+    Args:
+        resumes: whether the command continues a run that is there (`checkpoint.resume`); else it would refuse this one.
+    """
+    if not resumes:
+        return "checkpoint.resume is false, so the same command would refuse the run. With checkpoint.resume=true it goes on."
     try:
         newest = max((commit.step for commit in committed(folder)), default=None)
     except (RaytuneError, OSError):

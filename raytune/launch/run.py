@@ -160,7 +160,7 @@ def _train_held(
     write_bytes(folder.questions, to_json_lines(questions))
     with watch(plan):
         get_ready(plan)
-        _train(plan, record, folder, attempt, lease)
+        _train(plan, record, folder, attempt, lease, resumes=config.checkpoint.resume)
     return RunResult.read(folder)
 
 
@@ -194,7 +194,7 @@ def _begun_if_the_same(config: RunConfig) -> Begun | None:
     return begun_for(config, folder)
 
 
-def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt, lease: Holding) -> None:
+def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt, lease: Holding, *, resumes: bool) -> None:
     """Make attempts until one trains to the end or trying again makes no sense."""
     failures: list[Failure] = []
     while True:
@@ -211,7 +211,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
                     events.write("run_interrupted")
                     replace(record, state="interrupted").write(folder)
                 if isinstance(end, KeyboardInterrupt):
-                    raise KeyboardInterrupt(f"interrupted. {going_on(folder)}") from None
+                    raise KeyboardInterrupt(f"interrupted. {going_on(folder, resumes=resumes)}") from None
                 raise
             if failure is not None and failure.kind == TakenOverError.__name__:
                 raise TakenOverError(failure.message)
@@ -225,7 +225,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
             events.write("attempt_failed", cause=failure.headline, collateral=failure.collateral, decision=decision.value)
         if decision is Decision.RAISE:
             replace(record, state="failed", failure=failure.headline).write(folder)
-            raise RunFailedError(explanation(failures, folder), failure)
+            raise RunFailedError(explanation(failures, folder, resumes=resumes), failure)
         try:
             _refuse_changed_base(plan.model)
         except ModelError as error:
@@ -241,7 +241,7 @@ def _refuse_changed_base(model: ModelPlan) -> None:
         refuse_other_base(model.path, model.content, now)
 
 
-def explanation(failures: Sequence[Failure], folder: RunFolder) -> str:
+def explanation(failures: Sequence[Failure], folder: RunFolder, *, resumes: bool = True) -> str:
     """What a person reads when a run has failed; its last line is the cause."""
     failure = failures[-1]
     others = ", ".join(str(rank) for rank in failure.collateral)
@@ -250,7 +250,7 @@ def explanation(failures: Sequence[Failure], folder: RunFolder) -> str:
     lines = [
         *([f"Rank {others} ended after it, as a consequence."] if others else []),
         *([where] if (where := tracebacks(folder, failure.attempt)) else []),
-        *([going_on(folder)] if failure.may_pass else []),
+        *([going_on(folder, resumes=resumes)] if failure.may_pass else []),
         *details(failure.message),
         f"Training failed in attempt {failure.attempt}: {failure.headline}"
         + "".join(f" (attempt {one.attempt} had ended by {one.headline})" for one in before[-1:]),

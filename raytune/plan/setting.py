@@ -80,7 +80,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     row_length = of(lambda: choose_row_length(config, shape))
     of(lambda: check_lone_documents(config, shape))
     adapter = without_preset(config.adapter)
-    of(lambda: trained_by(adapter, shape))
+    as_it_is = of(lambda: trained_by(adapter, shape))
     of(lambda: check_overrides(config.training.zero))
     of(lambda: method_of(adapter).check(adapter, config, shape))
     of(lambda: check_cluster(config.cluster))
@@ -95,12 +95,12 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     if begun and config.cluster.workers == "auto":
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
     quantization = of(lambda: resolve_quantization(config, precision.value))
-    trained = None if quantization is None else of(lambda: trained_by(adapter, shape, quantization.value))
+    held = quantization.value if quantization else None
+    trained = as_it_is if held is None else of(lambda: trained_by(adapter, shape, held))
     attention = of(lambda: choose_attention(config, shape, machine, device, precision.value))
     stages = of(lambda: possible_stages(config, shape, device, num_workers, precision.value))
     if quantization is not None and trained is not None:
         of(lambda: check_quantization(config, trained, precision.value))
-        held = quantization.value
         of(lambda: check_stored_quantization(shape.stored_quantization, held, config.adapter, config.model.base))
     of(lambda: check_kernels(config, shape, device))
     if row_length is None or quantization is None or trained is None or attention is None or stages is None:

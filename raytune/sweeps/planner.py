@@ -16,7 +16,7 @@ from raytune.storage import absolute
 from raytune.sweeps.space import corners, space_of, trial_config, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from raytune.sweeps.trial import Trial
-from raytune.training.fetched_base import is_of_hub
+from raytune.training.fetched_base import is_known_by_commit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Planner:
     def winner(self, trial: Trial) -> RunConfig:
         """The run config that trains a trial again, beside the sweep; a base of a hub at the commit of the trial."""
         config, model = self._ranked(trial), self.plan(trial).model
-        if is_of_hub(model):
+        if is_known_by_commit(model):
             config = config.model_copy(update={"model": config.model.model_copy(update={"revision": model.revision})})
         return config.model_copy(update={"name": f"{self._config.name}-best"})
 

@@ -26,13 +26,13 @@ def fetch_base(plan: RunPlan, folder: RunFolder, rank: int, world_size: int) -> 
     Raises:
         ModelError, ClusterError: the same on every rank, as `download_base` does.
     """
-    if not is_of_hub(plan.model):
+    if not is_known_by_commit(plan.model):
         return
     peers = Peers(rank, gather_in_own_group(world_size, PATIENCE_S), RaytuneError)
     peers.together(lambda: _download(plan.model, folder))
 
 
-def is_of_hub(model: ModelPlan) -> bool:
+def is_known_by_commit(model: ModelPlan) -> bool:
     """Whether a base is known by its commit, the same on every rank, whatever lies on its node."""
     return COMMIT in (model.content or {})
 

@@ -79,3 +79,11 @@ def test_the_last_line_of_a_failed_run_is_its_cause_and_nothing_is_named_that_is
 )
 def test_what_is_the_machines_fault_can_be_tried_again_later(kind: str, code: int) -> None:
     assert RunFailedError("message", failure(kind)).exit_code == code
+
+
+def test_a_command_that_resumes_nothing_is_not_said_to_go_on(tmp_path: Path) -> None:
+    lost = [failure("WorkerDied", "the process died")]
+    first, *_ = explanation(lost, RunFolder(str(tmp_path), "failed"), resumes=False).splitlines()
+    assert (
+        first == "checkpoint.resume is false, so the same command would refuse the run. With checkpoint.resume=true it goes on."
+    )

@@ -13,7 +13,7 @@ from raytune.plan.methods.experts import (
     takes_experts,
 )
 from raytune.plan.methods.lora_limits import check, excluding_experts, unread, without_experts
-from raytune.plan.methods.lora_updates import biases_of, num_in_update, rank_of, updated_layers, updated_parameters
+from raytune.plan.methods.lora_updates import UpdateSize, all_updated, biases_of, sizes_of, updated_layers, updated_parameters
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters, saved_modules
 from raytune.plan.quantization import QUANTISED_KINDS
@@ -28,26 +28,27 @@ WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
 def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
     """LoRA trains A (rank x inputs) and B (outputs x rank) of each target, and of each expert's matrices; DoRA a magnitude per
     output as well. Modules to save are trained in full, as copies beside the frozen original."""
-    layers, parameters = updated_layers(adapter, shape), updated_parameters(adapter, shape)
+    layers, parameters = all_updated(adapter, shape)
+    sizes = sizes_of(adapter, [*layers, *parameters])
     saved = whole_parts(saved_modules(adapter, shape))
     biases = biases_of(adapter, shape, layers)
     num_magnitudes = sum(module.outputs for module in layers) if adapter.use_dora else 0
-    parts = (*(_part(adapter, module) for module in layers), *(_part(adapter, one) for one in parameters), *_bias_parts(biases))
+    parts = (*(_part(adapter, one, sizes[one.name]) for one in (*layers, *parameters)), *_bias_parts(biases))
     in_layers = [module for module in layers if module.kind in ("attention", "mlp", "mixer")]
     updated = [parameter for parameter in parameters if parameter.kind == "experts"]
     packed = packed_experts(adapter, shape, quantization, parameters)
     return Trained(
         parts=(*parts, *saved),
-        lowest_layer=lowest_layer((part.name for part in (*parts, *saved)), shape),
+        lowest_layer=lowest_layer([part.name for part in (*parts, *saved)], shape),
         num_sides=sum(module.inputs + module.outputs for module in layers)
-        + sum(one.inputs + one.outputs + 2 * rank_of(adapter, one) * one.copies for one in parameters)
+        + sum(one.inputs + one.outputs + 2 * sizes[one.name].rank * one.copies for one in parameters)
         + num_magnitudes
         + sum(part.num_parameters for part in saved),
         reads_inputs=True,
         target_inputs=sum(module.inputs for module in in_layers),
-        inner_width=sum(rank_of(adapter, module) for module in in_layers),
+        inner_width=sum(sizes[module.name].rank for module in in_layers),
         drops_inputs=adapter.dropout > 0,
-        num_in_experts=sum(num_in_update(adapter, parameter) for parameter in updated),
+        num_in_experts=sum(sizes[parameter.name].num_parameters for parameter in updated),
         expert_rank=adapter.rank,
         num_updated_per_layer=most_in_a_module(updated),
         largest_updated=max((one.num_parameters for one in updated), default=0),
@@ -59,15 +60,15 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
     )
 
 
-def _part(adapter: LoraAdapter, target: Module) -> TrainedPart:
+def _part(adapter: LoraAdapter, target: Module, size: UpdateSize) -> TrainedPart:
     is_layer = target.kind not in ("experts", "router") or target.is_linear_layer
     num_magnitudes = target.outputs if adapter.use_dora and is_layer else 0
     return TrainedPart(
         name=target.name,
         kind=target.kind,
         how="low rank",
-        num_parameters=num_in_update(adapter, target) + num_magnitudes,
-        rank=rank_of(adapter, target),
+        num_parameters=size.num_parameters + num_magnitudes,
+        rank=size.rank,
     )
 
 

@@ -11,7 +11,7 @@ from raytune.config.quantization import quantization_key, quantization_of, witho
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError, PlanError, UserError
 from raytune.plan.methods.experts import takes_experts
-from raytune.plan.methods.lora_updates import biases_of, rank_of, updated_layers, updated_parameters
+from raytune.plan.methods.lora_updates import all_updated, biases_of, rank_of
 from raytune.plan.methods.targets import (
     check_names,
     expert_parameters,
@@ -38,8 +38,8 @@ def check(adapter: LoraAdapter, config: RunConfig, shape: ModelShape) -> None:
     Raises:
         UserError: (or PlanError, ModelError) with the setting that works.
     """
-    _check_parameters(adapter, config, shape)
-    targets = updated_layers(adapter, shape)
+    targets, parameters = all_updated(adapter, shape)
+    _check_parameters(adapter, config, shape, parameters)
     _check_names(adapter, shape)
     _check_biases(adapter, shape, targets)
     quantization = quantization_of(config.model, config.adapter)
@@ -79,15 +79,15 @@ def unread(adapter: LoraAdapter, shape: ModelShape) -> Iterator[str]:
 
 def _updated(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     """All that gets an update: layers, and parameters beside them."""
-    return [*updated_layers(adapter, shape), *updated_parameters(adapter, shape)]
+    layers, parameters = all_updated(adapter, shape)
+    return [*layers, *parameters]
 
 
 _DEFAULT = LoraAdapter()
 
 
-def _check_parameters(adapter: LoraAdapter, config: RunConfig, shape: ModelShape) -> None:
+def _check_parameters(adapter: LoraAdapter, config: RunConfig, shape: ModelShape, targets: list[Module]) -> None:
     """Refuse what PEFT's wrapper of a parameter (`ParamWrapper`) refuses, or gets wrong, in the worker."""
-    targets = updated_parameters(adapter, shape)
     if not targets:
         return
     saved = {module.name for module in saved_modules(adapter, shape)}

@@ -1,5 +1,8 @@
 """What LoRA updates in the shape of a model, and how many numbers an update has."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 from raytune.config.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.plan.methods.experts import takes_experts
@@ -14,13 +17,32 @@ from raytune.plan.methods.targets import (
 from raytune.plan.shapes import ModelShape, Module
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSize:
+    """How large a low-rank update is."""
+
+    rank: int
+    num_parameters: int
+    """Of A and B, for each of an expert's matrices."""
+
+
 def updated_layers(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     """Linear layers and embeddings that get an update, under their full names.
 
     Raises:
         ModelError: if there are none, and no parameters either.
     """
-    return target_modules(adapter, shape, or_none=bool(updated_parameters(adapter, shape)))
+    return all_updated(adapter, shape)[0]
+
+
+def all_updated(adapter: LoraAdapter, shape: ModelShape) -> tuple[list[Module], list[Module]]:
+    """`updated_layers` and `updated_parameters`.
+
+    Raises:
+        ModelError: as these do.
+    """
+    parameters = updated_parameters(adapter, shape)
+    return target_modules(adapter, shape, or_none=bool(parameters)), parameters
 
 
 def updated_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
@@ -35,6 +57,8 @@ def updated_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     for name in adapter.target_parameters:
         if not any(has_name(parameter.name, [name]) for parameter in theirs):
             raise ModelError(_no_such_parameter(name, theirs, shape))
+    if not theirs:
+        return []
     takes_in = takes_experts(adapter.target_modules)
     return [
         parameter
@@ -44,7 +68,7 @@ def updated_parameters(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
     ]
 
 
-def _no_such_parameter(name: str, theirs: list[Module], shape: ModelShape) -> str:
+def _no_such_parameter(name: str, theirs: Sequence[Module], shape: ModelShape) -> str:
     said = f"adapter.target_parameters names {name!r}, which is no parameter of fused experts or routers in this model"
     if any(has_name(module.name, [name, name.removesuffix(".weight")]) for module in shape.modules() if module.is_linear):
         return f"{said}. It is a linear layer: name it in adapter.target_modules."
@@ -70,6 +94,14 @@ def rank_of(adapter: LoraAdapter, module: Module) -> int:
 def num_in_update(adapter: LoraAdapter, target: Module) -> int:
     """Numbers of A (rank x inputs) and B (outputs x rank), for each of an expert's matrices."""
     return rank_of(adapter, target) * target.copies * (target.inputs + target.outputs)
+
+
+def sizes_of(adapter: LoraAdapter, targets: Iterable[Module]) -> dict[str, UpdateSize]:
+    """Rank and numbers of the update of each target, by its name."""
+    return {
+        target.name: UpdateSize(rank=rank_of(adapter, target), num_parameters=num_in_update(adapter, target))
+        for target in targets
+    }
 
 
 def biases_of(adapter: LoraAdapter, shape: ModelShape, targets: list[Module]) -> list[Module]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Container, Iterator, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from raytune.errors import ModelError
@@ -202,12 +203,14 @@ def is_left_out(parameter: str, adapter: NamesTargets) -> bool:
     return any(has_name(name, adapter.exclude_modules) for name in names) or is_within_saved(parameter, adapter)
 
 
-def all_parameters(shape: ModelShape) -> list[Module]:
+@lru_cache(maxsize=4)
+def all_parameters(shape: ModelShape) -> tuple[Module, ...]:
     """Parameters outside linear layers that could get an update, each as a module of its own."""
-    return [parameter for module in shape.modules() for parameter in _bare_parameters(module)]
+    return tuple(parameter for module in shape.modules() for parameter in _bare_parameters(module))
 
 
-def expert_parameters(shape: ModelShape) -> list[str]:
+@lru_cache(maxsize=4)
+def expert_parameters(shape: ModelShape) -> tuple[str, ...]:
     """Names of the parameters of fused experts, behind the layer's number."""
     names = (
         parameter.name
@@ -216,7 +219,7 @@ def expert_parameters(shape: ModelShape) -> list[str]:
         for parameter in _bare_parameters(module)
         if parameter.kind == "experts"
     )
-    return list(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))
 
 
 def _bare_parameters(module: Module) -> list[Module]:
