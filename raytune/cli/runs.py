@@ -248,11 +248,11 @@ def score(
     RUN is a run folder. A finished run is scored by its final model, another one by its best checkpoint. ROWS are files, globs,
     folders or data sets, as in data.train. They are read and cut as the run's own; what cannot be used is left out and counted.
     """
+    from raytune.launch.score import cluster_of, sources_of
     from raytune.launch.score import score as score_run
-    from raytune.launch.score import sources_of
 
     sources = sources_of(rows, row_format or "auto", max_rows)
-    ends_in_order()
+    begin_on(named_address(cluster_of(run, address)))
     scores = score_run(run, sources, output=output, address=address)
     say(json.dumps(scores.to_json()) if as_json else "\n".join(scores.lines))
 

@@ -44,7 +44,7 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
         asked_then = RunConfig.model_validate(record.config)
     except ValidationError:  # the config of another raytune; the plan is compared by what both know
         return None
-    if not exists(folder.plan) or not asks_for(read_plan(folder), asked_then, config, may_change=FREE):
+    if exists(folder.plan) and not asks_for(read_plan(folder), asked_then, config, may_change=FREE):
         return None
     if _has_changed(config, record.created) or not is_finished(folder):
         return None

@@ -9,6 +9,7 @@ from functools import partial
 from io import StringIO
 from typing import Any, get_args
 
+from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataFormat, DataSource, source_name
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
@@ -108,6 +109,12 @@ class Scores:
         }
 
 
+def cluster_of(run: str, address: str | None = None) -> ClusterSection:
+    """Where a run is scored; arguments as for `score`."""
+    section = _config_of(_run_folder(run)).cluster
+    return section if address is None else section.model_copy(update={"address": None if address == HERE else address})
+
+
 def score(run: str, sources: Sequence[DataSource], *, output: str | None = None, address: str | None = None) -> Scores:
     """Score every row of the sources under the weights of a run, on the cluster that the run names or inside this machine.
 
@@ -126,10 +133,7 @@ def score(run: str, sources: Sequence[DataSource], *, output: str | None = None,
     if output is not None and not output.endswith(TABLES):
         raise UserError(f"--output is {output}, expected a name that ends in {' or '.join(TABLES)}.")
     folder = _run_folder(run)
-    config = _config_of(folder)
-    cluster = config.cluster
-    if address is not None:
-        cluster = cluster.model_copy(update={"address": None if address == HERE else address})
+    config, cluster = _config_of(folder), cluster_of(run, address)
     plan, weights = read_plan(folder), _weights_of(folder)
     with connect(cluster, scales=False) as machine:
         info = tokenised(sources, config, plan, folder.storage, partial(map_on_cluster, start_timeout=cluster.start_timeout))

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import time
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -167,16 +166,14 @@ def test_a_finished_run_is_answered_without_a_cluster_its_data_or_its_base(folde
     assert run(finished.model_copy(update={"cluster": elsewhere})).best_step == 4
 
 
-@pytest.mark.parametrize(("rows", "is_answered"), [("auto", False), (8, True)])
-def test_more_workers_are_another_run_unless_the_rows_of_a_step_are_given(
+@pytest.mark.parametrize(("rows", "is_answered"), [("auto", True), (4, True), (8, False)])
+def test_more_workers_ask_for_the_run_that_is_there_while_the_rows_of_a_step_stay(
     folder: RunFolder, finished: RunConfig, rows: Any, is_answered: bool
 ) -> None:
-    then = finished.model_copy(update={"training": finished.training.model_copy(update={"global_batch_size": rows})})
-    record = RunRecord.read(folder)
-    assert record is not None
-    replace(record, config=then.model_dump(mode="json")).write(folder)
-    now = then.model_copy(update={"cluster": then.cluster.model_copy(update={"workers": 8})})
-    assert (answer(now, folder) is not None) is is_answered
+    assert read_plan(folder).batch.global_batch_size == 4
+    training = finished.training.model_copy(update={"global_batch_size": rows})
+    cluster = finished.cluster.model_copy(update={"workers": 2})
+    assert (answer(finished.model_copy(update={"training": training, "cluster": cluster}), folder) is not None) is is_answered
 
 
 def test_any_number_of_commands_read_a_finished_run_where_nobody_may_write(folder: RunFolder, finished: RunConfig) -> None:
