@@ -30,9 +30,10 @@ from raytune.model.files import local_files, resolve_model_path
 from raytune.object_store import once
 from raytune.plan.base_model import find_config, read_model_shape
 from raytune.plan.choose import choose_plan
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
-from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.machine import Machine
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.setting import look_at, settle

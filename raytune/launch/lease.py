@@ -22,7 +22,7 @@ from raytune.errors import RaytuneError, RunHeldError, TakenOverError
 from raytune.launch.record import RunRecord
 from raytune.run_folder import RunFolder
 from raytune.storage import create_bytes, list_folder, read_bytes, remove_empty_folder, remove_folder, write_bytes
-from raytune.training.commit import newest_fence
+from raytune.training.commit import newest_attempt
 from raytune.units import format_seconds
 
 RENEW_EVERY_S = 5.0
@@ -205,7 +205,7 @@ def claim(
                 sleep(LOOK_EVERY_S)
                 continue
         record = RunRecord.read(folder)
-        known = max(newest.number if newest else 0, newest_fence(folder), record.attempts if record else 0)
+        known = max(newest.number if newest else 0, newest_attempt(folder), record.attempts if record else 0)
         lease = Lease(number=known + 1, token=uuid.uuid4().hex, holder=holder)
         if create_bytes(_file(folder, lease.number), lease.encode()) and is_held_by(lease, _look(folder, clock)):
             _remove_older(folder, lease.number)

@@ -20,9 +20,10 @@ from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
 from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
-from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape

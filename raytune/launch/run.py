@@ -28,7 +28,7 @@ from raytune.plan.division import Begun, Division
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
-from raytune.training.commit import next_fence, refuse_small_disk
+from raytune.training.commit import next_attempt, refuse_small_disk
 from raytune.training.fetched_base import noted
 from raytune.versions import library_versions
 
@@ -198,7 +198,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
     """Make attempts until one trains to the end or trying again makes no sense."""
     failures: list[Failure] = []
     while True:
-        record = record.next_attempt(at_least=max(next_fence(folder), lease.number))
+        record = record.next_attempt(at_least=max(next_attempt(folder), lease.number))
         lease.renew()
         record.write(folder)
         with closing(EventLog(folder.events, attempt=record.attempts)) as events:

@@ -15,8 +15,8 @@ from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import DataReport
-from raytune.plan.machine import DataFacts
 from raytune.plan.run_plan import StorePlan
 from raytune.storage import is_local
 

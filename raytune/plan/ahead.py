@@ -15,8 +15,9 @@ from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS
 from raytune.plan.choose import choose_plan
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.hardware import Catalogue, Instance, load_catalogue
-from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.machine import Machine
 from raytune.plan.references import planned_shape
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan, StorePlan

@@ -16,6 +16,7 @@ from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.cost import cost_of
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.deepspeed_keys import unread_overrides
 from raytune.plan.defaults import (
     Choice,
@@ -27,7 +28,7 @@ from raytune.plan.defaults import (
 from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, choose_fit, longest_row, room_of_worker
 from raytune.plan.lone_documents import lone_notes
-from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
+from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.quantization import quantized_bytes

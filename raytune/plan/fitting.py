@@ -9,8 +9,9 @@ from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import possible_batches
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.lone_documents import rows_of_a_pass
-from raytune.plan.machine import USABLE_SHARE, DataFacts, Machine
+from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import (
     Workload,
     bytes_in,

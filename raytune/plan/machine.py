@@ -1,12 +1,10 @@
-"""What the plan is told about the machines and the data: values, gathered by `launch`."""
+"""What the plan is told about the machines: a value, gathered by `launch`."""
 
 from dataclasses import dataclass, replace
 from typing import Self
 
 from raytune.config.model import Attention
-from raytune.plan.data_report import DataReport
 from raytune.plan.hardware import Gpu, Instance
-from raytune.plan.run_plan import StorePlan
 from raytune.plan.throughput import Speed
 
 USABLE_SHARE = 0.9
@@ -67,19 +65,3 @@ class Machine:
             num_cpus=self.num_cpus // self.num_nodes * num_nodes,
             num_gpus=self.num_gpus // self.num_nodes * num_nodes,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataFacts:
-    """The tokenised stores of a run, and what was learned in building them."""
-
-    train: StorePlan
-    validation: tuple[StorePlan, ...] = ()
-    longest_document: int
-    """Tokens of the longest training document."""
-    template: str = ""
-    """Text of the chat template that made them; empty for plain text."""
-    report: DataReport | None = None
-    """What became of the rows; None where they were not read."""
-    assumption: str = ""
-    """A sentence about stores that do not exist yet: what they were taken to hold."""

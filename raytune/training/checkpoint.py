@@ -65,7 +65,7 @@ class Checkpoints:
     older attempts left unfinished.
 
     Args:
-        fence: number of this attempt, from `next_fence`.
+        attempt: number of this attempt, from `next_attempt`.
         fingerprint: the identity of the run (plan.identity), which must equal that of a checkpoint for it to be resumed.
         report: told about saves, skips and damage; called on rank 0 only, from any thread.
         scratch: private folder on this node for what is on its way to or from an object store.
@@ -81,7 +81,7 @@ class Checkpoints:
         folder: RunFolder,
         engine: Engine,
         *,
-        fence: int,
+        attempt: int,
         policy: CheckpointPlan,
         fingerprint: Mapping[str, Any],
         report: Report,
@@ -90,10 +90,10 @@ class Checkpoints:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder, self._engine, self._policy = folder, engine, policy
-        self._fence, self._clock = fence, clock
+        self._attempt, self._clock = attempt, clock
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as a manifest gives it back: lists for tuples
         self._report = report if engine.rank == 0 else _say_nothing
-        self._place = CheckpointFolder(folder, fence)
+        self._place = CheckpointFolder(folder, attempt)
         self._peers = Peers(engine.rank, engine.gather_objects, CheckpointError)
         # A group of its own: while the thread of a save talks to its peers, the training thread goes on using the engine's.
         self._saving_peers = Peers(engine.rank, gather_in_own_group(engine.world_size, timeout_s), CheckpointError)
@@ -265,7 +265,7 @@ class Checkpoints:
             path=self._place.of_step(saving.step),
             step=saving.step,
             world_size=self._engine.world_size,
-            fence=self._fence,
+            attempt=self._attempt,
             parent=self._newest.step if self._newest else None,
             created=self._clock(),
             metrics=saving.metrics,

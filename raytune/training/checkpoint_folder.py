@@ -6,18 +6,18 @@ from raytune import storage
 from raytune.errors import TakenOverError
 from raytune.local_files import move_local_folder, sync_local_folder
 from raytune.run_folder import DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, UNFINISHED_FOLDER, RunFolder
-from raytune.training.commit import Commit, newest_fence
+from raytune.training.commit import Commit, newest_attempt
 
 
 class CheckpointFolder:
     """Where the checkpoints of a run come to lie.
 
     Args:
-        fence: number of this attempt.
+        attempt: number of this attempt.
     """
 
-    def __init__(self, folder: RunFolder, fence: int) -> None:
-        self._folder, self._fence = folder, fence
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        self._folder, self._attempt = folder, attempt
         self.path = folder.checkpoints
         self.is_local = storage.is_local(folder.checkpoints)
 
@@ -28,7 +28,7 @@ class CheckpointFolder:
     def state_of_step(self, step: int) -> str:
         """Where the files of all ranks come together while a step is being saved."""
         path = self.of_step(step)
-        return f"{path}.tmp-{self._fence}/state" if self.is_local else f"{path}/state-{self._fence}"
+        return f"{path}.tmp-{self._attempt}/state" if self.is_local else f"{path}/state-{self._attempt}"
 
     def draft_of_step(self, step: int) -> Path:
         """Local folder that becomes the committed one."""
@@ -40,15 +40,15 @@ class CheckpointFolder:
         Raises:
             TakenOverError: if a newer attempt has done so before.
         """
-        self.refuse_newer_fence()
-        storage.write_json(self._folder.fence, {"fence": self._fence})
+        self.refuse_newer_attempt()
+        storage.write_json(self._folder.fence, {"fence": self._attempt})
         self.clear()
 
-    def refuse_newer_fence(self) -> None:
-        newest = newest_fence(self._folder)
-        if newest > self._fence:
+    def refuse_newer_attempt(self) -> None:
+        newest = newest_attempt(self._folder)
+        if newest > self._attempt:
             raise TakenOverError(
-                f"Attempt {newest} has taken over {self._folder.path}; this is attempt {self._fence} and may write no more. "
+                f"Attempt {newest} has taken over {self._folder.path}; this is attempt {self._attempt} and may write no more. "
                 f"There is nothing to do: the newer attempt goes on."
             )
 
@@ -56,7 +56,7 @@ class CheckpointFolder:
         """Remove what no commit refers to."""
         for name in storage.list_folder(self.path):
             path = f"{self.path}/{name}"
-            if (match := UNFINISHED_FOLDER.match(name)) and int(match.group(1)) <= self._fence:
+            if (match := UNFINISHED_FOLDER.match(name)) and int(match.group(1)) <= self._attempt:
                 storage.remove_folder(path, self.path)
             elif STEP_FOLDER.match(name) and not self.is_local:
                 self._clear_objects(path)
@@ -81,7 +81,7 @@ class CheckpointFolder:
         Raises:
             TakenOverError: if a newer attempt has claimed the run.
         """
-        self.refuse_newer_fence()
+        self.refuse_newer_attempt()
         if self.is_local:
             draft = self.draft_of_step(commit.step)
             storage.write_bytes(draft / MANIFEST, commit.to_manifest())
@@ -98,7 +98,7 @@ class CheckpointFolder:
             storage.remove_folder(f"{path}/{MANIFEST}", path)
             storage.remove_folder(path, self.path)
         elif storage.exists(path):
-            doomed = f"{path}.deleted-{self._fence}"
+            doomed = f"{path}.deleted-{self._attempt}"
             storage.remove_folder(doomed, self.path)
             move_local_folder(storage.local_path(path), storage.local_path(doomed))
             storage.remove_folder(doomed, self.path)

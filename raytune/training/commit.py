@@ -56,7 +56,7 @@ class Commit:
     step: int
     """Optimizer steps that went into it."""
     world_size: int
-    fence: int
+    attempt: int
     """Number of the attempt that wrote it."""
     parent: int | None
     """Step of the checkpoint before it in this attempt or, first of all, the one the attempt resumed from."""
@@ -82,6 +82,7 @@ class Commit:
         """The content of MANIFEST.json, with a hash of itself: a flipped digit in a manifest is damage too."""
         body = {"format": FORMAT, **asdict(self), "metrics": {name: encode_number(value) for name, value in self.metrics.items()}}
         del body["path"]
+        body["fence"] = body.pop("attempt")  # as it is called in the file that fences older attempts off
         body = json.loads(json.dumps(body, allow_nan=False))
         return json.dumps({**body, "sha256": _json_hash(body)}, indent=1).encode()
 
@@ -103,6 +104,7 @@ class Commit:
                     f"Resume with the raytune that wrote it ({body['versions'].get('raytune', 'version unknown')})."
                 )
             del body["format"]
+            body["attempt"] = body.pop("fence")
             metrics = {name: decode_number(value) for name, value in body.pop("metrics").items()}
             files = tuple(SavedFile(**file) for file in body.pop("files"))
             if posixpath.basename(body["folder"]) != body["folder"] or body["folder"] in ("", ".", ".."):
@@ -210,12 +212,12 @@ def damaged(folder: RunFolder) -> list[str]:
     ]
 
 
-def next_fence(folder: RunFolder) -> int:
+def next_attempt(folder: RunFolder) -> int:
     """A number for the next attempt, larger than that of any attempt before, whatever command started it."""
-    return newest_fence(folder) + 1
+    return newest_attempt(folder) + 1
 
 
-def newest_fence(folder: RunFolder) -> int:
+def newest_attempt(folder: RunFolder) -> int:
     """Number of the newest attempt that has claimed the run; 0 before the first."""
     try:
         return int(storage.read_json(folder.fence)["fence"])
@@ -223,7 +225,7 @@ def newest_fence(folder: RunFolder) -> int:
         return 0
     except (ValueError, KeyError, TypeError):
         # Not our doing, since it is put in place whole: the manifests carry the number too.
-        return max((commit.fence for commit in committed(folder)), default=0)
+        return max((commit.attempt for commit in committed(folder)), default=0)
 
 
 def misplaced(commit: Commit, sizes: Mapping[str, int]) -> list[str]:

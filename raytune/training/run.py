@@ -34,7 +34,7 @@ def train_started(started: Started) -> None:
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
     with _told(folder, worker) as report:
         checkpoints = Checkpoints(
-            folder, engine, fence=worker.attempt, policy=plan.checkpoint, fingerprint=identity_of(plan), report=report
+            folder, engine, attempt=worker.attempt, policy=plan.checkpoint, fingerprint=identity_of(plan), report=report
         )
         resumed = checkpoints.load_newest()
         first = resumed.step if resumed else 0

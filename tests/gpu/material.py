@@ -32,7 +32,8 @@ from raytune.model.attention import available_attention
 from raytune.model.demo import demo_tokenizer
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
-from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.data_facts import DataFacts
+from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import settle
 from raytune.training.engine import Engine

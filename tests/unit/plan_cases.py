@@ -6,7 +6,8 @@ from raytune.config.run import RunConfig
 from raytune.plan.architectures import model_shape
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.choose import choose_plan
-from raytune.plan.machine import DataFacts, Machine
+from raytune.plan.data_facts import DataFacts
+from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.plan.setting import settle
 from raytune.plan.shapes import ModelShape

@@ -33,7 +33,7 @@ from raytune.training.commit import (
     SavedFile,
     best_commit,
     committed,
-    next_fence,
+    next_attempt,
     refuse_small_disk,
     required_bytes,
     retain,
@@ -101,16 +101,16 @@ def local_folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "storage"), "run")
 
 
-def open_checkpoints(folder: RunFolder, engine: Any, fence: int = 1, **changes: Any) -> tuple[Checkpoints, Events]:
+def open_checkpoints(folder: RunFolder, engine: Any, attempt: int = 1, **changes: Any) -> tuple[Checkpoints, Events]:
     events = Events()
     settings = {"policy": POLICY, "fingerprint": FINGERPRINT, "report": events.write, **changes}
-    return Checkpoints(folder, engine, fence=fence, **settings), events
+    return Checkpoints(folder, engine, attempt=attempt, **settings), events
 
 
-def save_steps(folder: RunFolder, losses: dict[int, float], fence: int = 1, **changes: Any) -> PlainEngine:
+def save_steps(folder: RunFolder, losses: dict[int, float], attempt: int = 1, **changes: Any) -> PlainEngine:
     """Train to each step and commit it; the engine after the last one."""
     engine = engine_at(0)
-    checkpoints, _ = open_checkpoints(folder, engine, fence, **changes)
+    checkpoints, _ = open_checkpoints(folder, engine, attempt, **changes)
     done = 0
     for step, loss in losses.items():
         train(engine, range(done, step))
@@ -130,10 +130,10 @@ def steps_of(folder: RunFolder) -> list[int]:
 def test_what_was_saved_is_loaded_with_everything_beside_it(folder: RunFolder) -> None:
     save_steps(folder, {3: 2.0, 5: math.inf})
     engine = engine_at(0)
-    checkpoints, events = open_checkpoints(folder, engine, fence=2)
+    checkpoints, events = open_checkpoints(folder, engine, attempt=2)
     commit = checkpoints.load_newest()
     assert commit is not None
-    assert (commit.step, commit.fence, commit.parent, commit.world_size) == (5, 1, 3, 1)
+    assert (commit.step, commit.attempt, commit.parent, commit.world_size) == (5, 1, 3, 1)
     assert commit.metrics == {"validation/loss": math.inf}
     assert commit.fingerprint == FINGERPRINT
     assert commit.versions["torch"] == torch.__version__
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_older_intact_one(folder: RunF
     else:
         change(path, INJURIES[injury])
     engine = engine_at(0)
-    checkpoints, events = open_checkpoints(folder, engine, fence=2)
+    checkpoints, events = open_checkpoints(folder, engine, attempt=2)
     commit = checkpoints.load_newest()
     assert commit is not None
     assert commit.step == 3
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_older_intact_one(folder: RunF
     checkpoints.save(5, metrics={})
     checkpoints.wait()
     again = engine_at(0)
-    assert open_checkpoints(folder, again, fence=3)[0].load_newest()
+    assert open_checkpoints(folder, again, attempt=3)[0].load_newest()
     assert equal(again, engine_at(5))
 
 
@@ -259,9 +259,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_scratch(fol
     save_steps(folder, {1: 1.0, 2: 1.0})
     for commit in committed(folder):
         change(f"{commit.state}/weights.safetensors", flip_in_the_middle)
-    for fence in (2, 3):  # nor does the retry
+    for attempt in (2, 3):  # nor does the retry
         with pytest.raises(CheckpointError, match="no intact checkpoint, but 2 damaged"):
-            open_checkpoints(folder, engine_at(0), fence)[0].load_newest()
+            open_checkpoints(folder, engine_at(0), attempt)[0].load_newest()
 
 
 class Evil:
@@ -289,7 +289,7 @@ def test_a_pickle_that_was_slipped_in_is_never_loaded(folder: RunFolder, tmp_pat
     engine = Trusting(
         model, torch.optim.AdamW(model.parameters()), precision="fp32", max_grad_norm=1.0, device=torch.device("cpu")
     )
-    checkpoints, events = open_checkpoints(folder, engine, fence=2)
+    checkpoints, events = open_checkpoints(folder, engine, attempt=2)
     commit = checkpoints.load_newest()
     assert commit is not None
     assert commit.step == 1
@@ -372,9 +372,9 @@ def test_the_protocol_on_s3(s3: str, tmp_path: Path) -> None:
     assert steps_of(folder) == [1, 3, 4]
     assert storage.list_folder(folder.checkpoints) == ["FENCE.json", *(f"step-0000000{step}" for step in (1, 3, 4))]
     change(f"{committed(folder)[-1].state}/optimizer.safetensors", flip_in_the_middle)
-    orphan, _ = open_checkpoints(folder, engine_at(9), fence=2, scratch=tmp_path)
+    orphan, _ = open_checkpoints(folder, engine_at(9), attempt=2, scratch=tmp_path)
     engine = engine_at(0)
-    checkpoints, events = open_checkpoints(folder, engine, fence=3, scratch=tmp_path)
+    checkpoints, events = open_checkpoints(folder, engine, attempt=3, scratch=tmp_path)
     commit = checkpoints.load_newest()
     assert commit is not None
     assert commit.step == 3
@@ -461,7 +461,7 @@ def test_a_disk_that_fills_up_leaves_the_older_commit_and_nothing_torn(small_dis
     assert events.named("checkpoint_failed")[0]["kind"] == "StorageFullError"
     assert storage.list_folder(folder.checkpoints) == ["FENCE.json", "step-00000001"]
     again = engine_at(0, width=500)
-    assert open_checkpoints(folder, again, fence=2)[0].load_newest()
+    assert open_checkpoints(folder, again, attempt=2)[0].load_newest()
     assert equal(again, engine)
 
 
@@ -518,7 +518,7 @@ def test_a_process_killed_while_saving_leaves_an_intact_commit(local_folder: Run
         process.wait()
     assert unfinished(local_folder)
     engine = engine_at(0, width=700)
-    commit = open_checkpoints(local_folder, engine, fence=next_fence(local_folder))[0].load_newest()
+    commit = open_checkpoints(local_folder, engine, attempt=next_attempt(local_folder))[0].load_newest()
     assert commit is not None
     assert equal(engine, engine_at(commit.step, width=700))
     assert not unfinished(local_folder)
@@ -532,22 +532,22 @@ def unfinished(folder: RunFolder) -> list[str]:
 
 
 def test_an_orphan_of_an_older_attempt_commits_nothing(folder: RunFolder) -> None:
-    orphan, events = open_checkpoints(folder, engine_at(1), fence=1)
-    assert next_fence(folder) == 2
-    open_checkpoints(folder, engine_at(0), fence=2)
+    orphan, events = open_checkpoints(folder, engine_at(1), attempt=1)
+    assert next_attempt(folder) == 2
+    open_checkpoints(folder, engine_at(0), attempt=2)
     orphan.save(1, metrics={})
     with pytest.raises(CheckpointError, match="Attempt 2 has taken over"):
         orphan.wait()
     assert steps_of(folder) == []
     assert len(events.named("checkpoint_failed")) == 1
     with pytest.raises(CheckpointError, match="Attempt 2 has taken over"):
-        open_checkpoints(folder, engine_at(0), fence=1)
+        open_checkpoints(folder, engine_at(0), attempt=1)
 
 
 def test_a_torn_fence_is_rebuilt_from_the_commits(folder: RunFolder) -> None:
-    save_steps(folder, {1: 1.0}, fence=4)
+    save_steps(folder, {1: 1.0}, attempt=4)
     storage.write_bytes(folder.fence, b'{"fen')
-    assert next_fence(folder) == 5
+    assert next_attempt(folder) == 5
 
 
 def test_leftovers_of_older_attempts_are_removed_and_other_files_are_not(folder: RunFolder) -> None:
@@ -557,11 +557,11 @@ def test_leftovers_of_older_attempts_are_removed_and_other_files_are_not(folder:
         leftovers = ["step-00000002.tmp-1/rank-0/x", "step-00000001.deleted-1/state/x"]
         others = ["step-00000003.tmp-9/rank-0/x", "notes.txt", "my-step-00000001.tmp-1"]
     else:
-        leftovers = ["step-00000002/state-1/x", f"step-00000001/state-{commit.fence + 5}/x"]
+        leftovers = ["step-00000002/state-1/x", f"step-00000001/state-{commit.attempt + 5}/x"]
         others = ["notes.txt"]
     for name in (*leftovers, *others):
         storage.write_bytes(f"{folder.checkpoints}/{name}", b"x")
-    open_checkpoints(folder, engine_at(0), fence=2)
+    open_checkpoints(folder, engine_at(0), attempt=2)
     found = storage.file_sizes(folder.checkpoints)
     assert not [name for name in leftovers if name in found]
     assert [name for name in others if name in found] == others
@@ -569,11 +569,11 @@ def test_leftovers_of_older_attempts_are_removed_and_other_files_are_not(folder:
 
 
 def test_a_newer_attempt_replaces_a_step_that_an_older_one_committed(folder: RunFolder) -> None:
-    save_steps(folder, {1: 1.0, 2: 5.0}, fence=1)
-    save_steps(folder, {2: 7.0}, fence=2)
+    save_steps(folder, {1: 1.0, 2: 5.0}, attempt=1)
+    save_steps(folder, {2: 7.0}, attempt=2)
     newest = committed(folder)[-1]
-    assert (newest.step, newest.fence, newest.metrics["validation/loss"]) == (2, 2, 7.0)
-    assert open_checkpoints(folder, engine_at(0), fence=3)[0].load_newest() == newest
+    assert (newest.step, newest.attempt, newest.metrics["validation/loss"]) == (2, 2, 7.0)
+    assert open_checkpoints(folder, engine_at(0), attempt=3)[0].load_newest() == newest
 
 
 def test_links_in_a_checkpoint_are_not_followed_when_it_goes(local_folder: RunFolder, tmp_path: Path) -> None:
@@ -599,7 +599,7 @@ def commit_at(step: int, loss: float | None = None, **changes: Any) -> Commit:
         path=f"/run/checkpoints/step-{step:08d}",
         step=step,
         world_size=1,
-        fence=1,
+        attempt=1,
         parent=None,
         created=0.0,
         metrics=metrics,
@@ -774,7 +774,7 @@ def zero_ranks(rank: int, tmp: str) -> None:
             storage.remove_folder(f"{newest.state}/{shard}", newest.path)
         torch.distributed.barrier()
         resumed = zero_engine(stage)
-        again, _ = open_checkpoints(folder, resumed, fence=2, scratch=Path(tmp) / "scratch")
+        again, _ = open_checkpoints(folder, resumed, attempt=2, scratch=Path(tmp) / "scratch")
         commit = again.load_newest()
         assert commit is not None
         assert commit.step == 2

@@ -144,7 +144,7 @@ def commit_step(folder: RunFolder) -> None:
         path=path,
         step=4,
         world_size=1,
-        fence=1,
+        attempt=1,
         parent=None,
         created=0.0,
         metrics={},

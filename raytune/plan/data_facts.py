@@ -1,0 +1,22 @@
+"""What a plan has to know of the data: the tokenised stores, and what was learned in building them."""
+
+from dataclasses import dataclass
+
+from raytune.plan.data_report import DataReport
+from raytune.plan.run_plan import StorePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """The tokenised stores of a run, and what was learned in building them."""
+
+    train: StorePlan
+    validation: tuple[StorePlan, ...] = ()
+    longest_document: int
+    """Tokens of the longest training document."""
+    template: str = ""
+    """Text of the chat template that made them; empty for plain text."""
+    report: DataReport | None = None
+    """What became of the rows; None where they were not read."""
+    assumption: str = ""
+    """A sentence about stores that do not exist yet: what they were taken to hold."""
