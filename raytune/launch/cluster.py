@@ -24,7 +24,7 @@ from raytune.launch.loopback import LOOPBACK, loopback_kept
 from raytune.launch.probe import accelerator_here, probe_accelerator
 from raytune.launch.reach import ready_for
 from raytune.launch.scaling import bring_machines
-from raytune.launch.signals import end_in_order
+from raytune.launch.signals import unwind_at
 from raytune.launch.waiting import wait_for
 from raytune.plan.machine import Machine
 from raytune.printable import first_line
@@ -97,13 +97,13 @@ def _own_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, end_in_order)
+    unwind_at(signal.SIGTERM)
     rays, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda handler: None
     try:
         yield
     finally:
         ray_utils.set_sigterm_handler = rays
-        signal.signal(signal.SIGTERM, end_in_order)  # Ray's C++ has just set one that prints its stack
+        unwind_at(signal.SIGTERM)  # Ray's C++ has just set one that prints its stack
 
 
 def _join(address: str, environment: dict[str, str]) -> None:
