@@ -1,7 +1,8 @@
-"""The base of a hub, brought to this machine where it is the cluster: what is wrong with it is said before workers start."""
+"""The base of a run: that of a hub is brought to this machine where it is the cluster, and one that changed is refused."""
 
 from raytune.hub.snapshot import Report
 from raytune.model.base_check import check_base
+from raytune.model.base_content import base_content, refuse_other_base
 from raytune.model.files import local_files
 from raytune.model.hub import download_base
 from raytune.plan.run_plan import ModelPlan
@@ -17,3 +18,14 @@ def bring_base(model: ModelPlan, report: Report) -> None:
     if is_known_by_commit(model) and local_files(model.path, model.revision) is None:  # else `prepare` held them already
         download_base(model.path, model.revision, with_code=model.trust_remote_code, report=report)
         check_base(model.path, model.revision, model.trust_remote_code)
+
+
+def refuse_changed_base(model: ModelPlan) -> None:
+    """Refuse to go on with other weights than those that a plan was made for.
+
+    Raises:
+        ModelError: naming each file that changed.
+    """
+    if model.content is not None:
+        now = base_content(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+        refuse_other_base(model.path, model.content, now)

@@ -1,10 +1,12 @@
 """The run that a folder holds already: its plan and its newest checkpoint, which decide how a command goes on with it."""
 
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from raytune.config.run import RunConfig
 from raytune.data.same_rows import have_same_rows
 from raytune.data.store import META_FILE, ROWS_FILE
+from raytune.errors import CheckpointError
 from raytune.launch.record import read_plan
 from raytune.launch.stores import STORES_FOLDER
 from raytune.plan.division import Begun, Layout, continued, only_as
@@ -12,7 +14,7 @@ from raytune.plan.identity import fingerprints
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, is_local, local_path
-from raytune.training.commit import committed
+from raytune.training.commit import Commit, committed
 from raytune.training.layout import read_layout
 
 
@@ -21,12 +23,18 @@ def read_begun(folder: RunFolder) -> Begun | None:
 
     Raises:
         UserError: if another raytune wrote it.
-        CheckpointError: if its newest checkpoint holds no training state.
     """
     if not exists(folder.plan):
         return None
-    newest = max(committed(folder), key=lambda commit: commit.step, default=None)
-    return Begun(plan=read_plan(folder), layout=read_layout(newest.state) if newest else None)
+    layouts = (_layout_of(commit) for commit in sorted(committed(folder), key=lambda commit: -commit.step))
+    return Begun(plan=read_plan(folder), layout=next((layout for layout in layouts if layout), None))
+
+
+def _layout_of(commit: Commit) -> Layout | None:
+    """None: it is damaged, and the workers will set it aside for the one before."""
+    with suppress(CheckpointError):
+        return read_layout(commit.state)
+    return None
 
 
 def begun_for(config: RunConfig, folder: RunFolder) -> Begun | None:
@@ -66,7 +74,7 @@ def known_rows(folder: RunFolder, was: RunPlan, plan: RunPlan) -> RunPlan:
 
 
 def _known(folder: RunFolder, was: StorePlan | None, store: StorePlan) -> StorePlan:
-    if was is None or was.path == store.path:
+    if was is None:
         return store
     names = fingerprints(was)
     if set(names).isdisjoint(fingerprints(store)):

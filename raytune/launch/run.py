@@ -12,7 +12,7 @@ from raytune.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY_LATER, ModelErr
 from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
-from raytune.launch.base_here import bring_base
+from raytune.launch.base_here import bring_base, refuse_changed_base
 from raytune.launch.begun import begun_for, known_rows, read_begun, refuse_other_layout
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, is_finished
@@ -23,9 +23,8 @@ from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
-from raytune.model.base_content import base_content, refuse_other_base
 from raytune.plan.division import Begun, Division
-from raytune.plan.run_plan import ModelPlan, RunPlan
+from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.training.commit import next_attempt, refuse_small_disk
@@ -227,18 +226,11 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
             replace(record, state="failed", failure=failure.headline).write(folder)
             raise RunFailedError(explanation(failures, folder, resumes=resumes), failure)
         try:
-            _refuse_changed_base(plan.model)
+            refuse_changed_base(plan.model)
         except ModelError as error:
             replace(record, state="failed", failure=str(error)).write(folder)
             raise
         logger.warning("Attempt %d failed: %s. Starting again.", record.attempts, failure.headline.rstrip("."))
-
-
-def _refuse_changed_base(model: ModelPlan) -> None:
-    """Refuse to go on with other weights than those that the attempts before were made with."""
-    if model.content is not None:
-        now = base_content(model.path, model.revision, trust_remote_code=model.trust_remote_code)
-        refuse_other_base(model.path, model.content, now)
 
 
 def explanation(failures: Sequence[Failure], folder: RunFolder, *, resumes: bool = True) -> str:

@@ -2,22 +2,27 @@
 
 import csv
 import json
+import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from glob import glob
 from io import StringIO
+from itertools import count
 from typing import Any, get_args
 
 from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataFormat, DataSource, source_name
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
-from raytune.data.store import StoreInfo
+from raytune.data.store import Store, StoreInfo
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import ClusterError, RaytuneError, UserError
 from raytune.evaluate.perplexity import perplexity
 from raytune.launch.attempts import Failure, details
+from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.going_on import tracebacks
 from raytune.launch.record import RunRecord, read_plan, readable
@@ -28,7 +33,7 @@ from raytune.plan.data_report import StoreReport, store_text
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import absolute, exists, is_local, read_bytes, remove_folder, write_bytes
+from raytune.storage import absolute, exists, is_local, local_path, read_bytes, remove_folder, write_bytes
 from raytune.training.commit import best_commit, committed
 
 TABLES = (".jsonl", ".csv")
@@ -135,12 +140,14 @@ def score(run: str, sources: Sequence[DataSource], *, output: str | None = None,
     folder = _run_folder(run)
     config, cluster = _config_of(folder), cluster_of(run, address)
     plan, weights = read_plan(folder), _weights_of(folder)
+    table = _table_for(sources, folder, output)
+    refuse_changed_base(plan.model)
     with connect(cluster, scales=False) as machine:
         info = tokenised(sources, config, plan, folder.storage, partial(map_on_cluster, start_timeout=cluster.start_timeout))
         scoring = scoring_plan(plan, machine, weights).model_copy(
             update={
                 "storage": folder.scores,
-                "name": f"{source_name(sources[0])}-{uuid.uuid4().hex[:8]}.unfinished",
+                "name": f"{_name_of(sources)}-{uuid.uuid4().hex[:8]}.unfinished",
                 "data": plan.data.model_copy(update={"train": store_plan_of("rows", info), "validation": []}),
             }
         )
@@ -148,7 +155,6 @@ def score(run: str, sources: Sequence[DataSource], *, output: str | None = None,
     scratch = RunFolder(scoring.storage, scoring.name)
     if failure is not None:
         raise _failed(failure, scratch)
-    table = absolute(output or f"{folder.scores}/{source_name(sources[0])}.jsonl")
     rows = read_scores(scratch)
     write_bytes(table, _table(rows, as_csv=table.endswith(".csv")))
     remove_folder(scratch.path, scratch.storage)
@@ -184,6 +190,39 @@ def sources_of(rows: Sequence[str], row_format: str, max_rows: int | None) -> li
     if row_format not in formats:
         raise UserError(f"--format is {row_format!r}, expected one of {', '.join(formats)}.")
     return [DataSource.model_validate({"path": path, "format": row_format, "max_rows": max_rows}) for path in rows]
+
+
+def _name_of(sources: Sequence[DataSource]) -> str:
+    """Of the table: the first source's, as far as a file can be called that."""
+    return re.sub(r"[^\w.-]+", "-", source_name(sources[0])).strip("-.") or "rows"
+
+
+def _table_for(sources: Sequence[DataSource], folder: RunFolder, output: str | None) -> str:
+    """Where the table is to lie. One that nobody named takes no other's place.
+
+    Raises:
+        UserError: if it would take the place of rows.
+    """
+    if output is None:
+        names = (f"{folder.scores}/{_name_of(sources)}{'' if number == 1 else f'-{number}'}.jsonl" for number in count(1))
+        return next(name for name in names if not exists(name))
+    table = absolute(output)
+    read = [path for source in sources if is_local(source.path) for path in glob(str(local_path(source.path)), recursive=True)]
+    if is_local(table) and any(os.path.exists(table) and os.path.samefile(path, table) for path in read):
+        raise UserError(f"--output is {output}, which holds the rows that are to be scored. Name another file.")
+    return table
+
+
+def _refuse_alike(info: StoreInfo) -> None:
+    """Refuse rows that a file and a line do not tell apart, since each is to have a loss of its own."""
+    store = Store.open(info.path)
+    named = {source for row in range(store.num_rows) for source in store.sources(row)}
+    if len(named) < info.report.total("used"):
+        used = info.report.total("used")
+        raise UserError(
+            f"{used} rows stand on {len(named)} lines, so that a table cannot tell them apart: several objects of a JSON array "
+            f"on one line, or a file that is named twice. Write a row per line (.jsonl), and name each file once."
+        )
 
 
 def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
@@ -264,7 +303,7 @@ def tokenised(
     """Rows as the run would train on them, in a store beside its own.
 
     Raises:
-        UserError: if none can be scored, or there is no place for the store.
+        UserError: if none can be scored, nothing tells them apart, or there is no place for the store.
     """
     data, model = config.data, plan.model
     if data.store is None and not is_local(storage):
@@ -280,13 +319,13 @@ def tokenised(
         template=plan.template,
         targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
         max_length=plan.data.row_length,
-        too_long=data.too_long,
+        too_long="drop" if data.too_long == "error" else data.too_long,  # counted, as all that has no score
         packing=data.packing,
         on_bad_row="skip",
         on_prompt_mismatch="accept",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
-    return build_store(
+    info = build_store(
         request,
         tokenizer_path=model.path,
         tokenizer_revision=model.revision,
@@ -294,6 +333,8 @@ def tokenised(
         folder=data.store or f"{storage}/{STORES_FOLDER}",
         parallel_map=parallel_map,
     )
+    _refuse_alike(info)
+    return info
 
 
 def read_scores(folder: RunFolder) -> tuple[ScoredRow, ...]:

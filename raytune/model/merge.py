@@ -85,6 +85,11 @@ def merge_adapter(
     if output_folder.exists() and any(output_folder.iterdir()):
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
     peft_config = _adapter_config(adapter_folder)
+    if peft_config.peft_type != "LORA":
+        raise ModelError(
+            f"{adapter_folder} is an adapter of the kind {str(peft_config.peft_type).rpartition('.')[2]}, and only LoRA's are "
+            f"merged. PEFT loads it beside its base: PeftModel.from_pretrained(base, {str(adapter_folder)!r})."
+        )
     base = base or peft_config.base_model_name_or_path
     if not base:
         raise ModelError(f"{adapter_folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")

@@ -31,7 +31,7 @@ from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
-from raytune.plan.quantization import quantized_bytes
+from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
 from raytune.plan.run_plan import (
     BatchPlan,
@@ -106,7 +106,7 @@ def choose_plan(
     reasons += _reasons_for_fit(config, fit, setting, wanted_rows, machine, shape, data)
     reasons += (
         [_quantised_and_zero_3(quantized_bytes(quantization, shape, setting.trained), fit)]
-        if quantization and workers > 1
+        if quantization and workers > 1 and all(limit.highest == 3 for limit in quantization_limits(config, precision))
         else []
     )
     reasons += [data.assumption] if data.assumption else []
@@ -239,11 +239,11 @@ def _reasons_for_fit(
 
 def _quantised_and_zero_3(num_bytes: float, fit: Fit) -> str:
     """What ZeRO-3 would do for a quantised base of this size, or does."""
-    packed = format_bytes(num_bytes)
+    packed, possible = format_bytes(num_bytes), "A quantised base under ZeRO-3 is possible"
     if fit.zero_stage < 3:
-        return f"QLoRA under ZeRO-3 is possible but not wanted here: the packed base ({packed}) lies whole on every worker."
+        return f"{possible} but not wanted here: the packed base ({packed}) lies whole on every worker."
     return (
-        f"QLoRA under ZeRO-3 is possible: packed weights are sharded while they load, and each pass of each micro-batch gathers "
+        f"{possible}: packed weights are sharded while they load, and each pass of each micro-batch gathers "
         f"them ({packed}). A lower stage gathers nothing, but needs room for the whole packed base on every worker."
     )
 

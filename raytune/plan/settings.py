@@ -53,10 +53,7 @@ KEY_OF = {
 
 _OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.on_bad_row", "data.validation_fraction")
 """Keys that decide which tokens a store holds, whatever the rows are."""
-_SAID_IN_TWO_WAYS = {
-    *(("adapter.method", method) for method in ("lora", "qlora")),
-    *(("model.quantization", held) for held in ("auto", "none")),
-}
+_SAID_IN_TWO_WAYS = {"adapter.method": {"lora", "qlora"}, "model.quantization": {"auto", "none"}}
 """Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
 _BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation")
 """Keys that name what may be the same under another name."""
@@ -97,7 +94,7 @@ def certain_changes(was: RunPlan, before: RunConfig, now: RunConfig) -> list[Cha
 def _certain(key: str, old: Any, new: Any, now: RunConfig, identity: dict[str, object], leaf_of: dict[str, str]) -> Change | None:
     """What a key that was written anew changes for certain: the value that the run has is the old one, resolved where it was not
     written."""
-    if (key, new) in _SAID_IN_TWO_WAYS and (key, old) in _SAID_IN_TWO_WAYS:
+    if key in _SAID_IN_TWO_WAYS and {old, new} <= _SAID_IN_TWO_WAYS[key]:
         return None
     if key in _OF_DATA or key == "adapter.method":
         return key, old, new

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
 
 from raytune.data.store import Store
+from raytune.errors import ModelError
 from raytune.model.export import save_adapter
+from raytune.model.merge import merge_adapter
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import Workload, memory_parts
 from raytune.plan.methods import trained_by
@@ -126,6 +128,8 @@ def test_what_is_saved_computes_the_same_in_plain_peft_and_has_the_planned_size(
         theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()(input_ids=ids).logits
     assert (ours - before).abs().max() > 1e-2
     assert (ours - theirs).abs().max() <= SAME_SUMS
+    with pytest.raises(ModelError, match="adapter of the kind IA3, and only LoRA's are merged"):
+        merge_adapter(tmp_path, tmp_path / "merged")
 
     shape = read_model_shape(plan.model.path)
     trained = trained_by(plan.adapter, shape)

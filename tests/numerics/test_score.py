@@ -163,6 +163,19 @@ def test_pieces_of_a_split_row_are_one_score(tmp_path: Path) -> None:
     assert [(row.row, row.targets) for row in scored] == [(1, 14 * 60), (2, 8 * 60)]  # bytes and an end, without the first
 
 
+def test_rows_that_no_line_tells_apart_are_refused_and_not_scored_as_one(tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]} for words in ("b", "c d")]
+    array, lines = tmp_path / "array.json", tmp_path / "lines.jsonl"
+    array.write_text(json.dumps(chats))
+    lines.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    result = finished(tmp_path, {})
+    weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)
+    with pytest.raises(UserError, match=r"2 rows stand on 1 lines, .* several objects of a JSON array on one line"):
+        scoring_of(tmp_path, {}, result.plan, weights, array)
+    plan, _ = scoring_of(tmp_path, {}, result.plan, weights, lines)
+    assert [row.row for row in score_here(plan, weights)] == [1, 2]
+
+
 def test_what_only_training_needs_is_not_planned_for_scoring(tmp_path: Path) -> None:
     plan = finished(tmp_path, {"training": {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}}).plan
     folder, here = RunFolder(str(tmp_path), "whole-run"), this_machine(config_from(config(tmp_path, {})).cluster)

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused_with_more_nodes_among_the_nearest_settings
 def test_there_is_a_straight_answer_about_qlora_under_zero_3() -> None:
     def answer(*overrides: str) -> str:
         reasons = plan_ahead(job("70b-qlora-p4de", *overrides), TOKENS).reasons
-        (found,) = [reason for reason in reasons if reason.startswith("QLoRA under ZeRO-3")]
+        (found,) = [reason for reason in reasons if reason.startswith("A quantised base under ZeRO-3")]
         return found
 
     assert "is possible: packed weights are sharded while they load" in answer("training.zero.stage=3")

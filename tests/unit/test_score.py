@@ -14,7 +14,7 @@ from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, write_plan
-from raytune.launch.score import ScoredRow, Scores, _table, score
+from raytune.launch.score import ScoredRow, Scores, _table, _table_for, score
 from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
 from raytune.run_folder import RunFolder
 from tests.tiny import tiny_plan
@@ -73,6 +73,21 @@ def test_what_cannot_be_scored_is_refused_before_anything_starts(tmp_path: Path)
         score(run.path, rows)
     with pytest.raises(UserError, match=r"--output is t\.txt, expected a name that ends in \.jsonl or \.csv"):
         score(run.path, rows, output="t.txt")
+
+
+def test_a_table_takes_neither_the_place_of_its_rows_nor_that_of_another_table(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "finished")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    for path in (str(rows), f"{tmp_path}/*.jsonl"):
+        with pytest.raises(UserError, match="holds the rows that are to be scored"):
+            score(run.path, [DataSource(path=path)], output=str(rows))
+    names = []
+    for path in (str(rows), "elsewhere/rows.jsonl", f"{tmp_path}/*.jsonl"):
+        names.append(_table_for([DataSource(path=path)], run, None).removeprefix(f"{run.scores}/"))
+        Path(run.scores).mkdir(exist_ok=True)
+        Path(run.scores, names[-1]).touch()
+    assert names == ["rows.jsonl", "rows-2.jsonl", "jsonl.jsonl"]
 
 
 def test_the_verb_refuses_as_json_too(tmp_path: Path) -> None:
