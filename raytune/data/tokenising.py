@@ -186,7 +186,11 @@ def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
     if targets != "all" and (excepted := excepted_turns(row.messages, targets)):
         tally.counts["skipped_turns"] += len(excepted)
     turns = range(len(row.messages)) if targets == "all" else trained_turns(row.messages, targets)
-    tally.counts["weighted_turns"] += sum(weight_of(row.messages[turn]) != 1 for turn in turns)
+    weighted = {turn for turn, message in enumerate(row.messages) if weight_of(message) != 1}
+    tally.counts["weighted_turns"] += len(weighted.intersection(turns))
+    tally.unread_keys.update(
+        f"weight of {row.messages[turn]['role']}, which is not trained" for turn in weighted.difference(turns)
+    )
     blank = [turn for turn in turns if _is_blank_answer(row.messages[turn])]
     if blank:
         tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")

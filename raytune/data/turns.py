@@ -124,8 +124,8 @@ def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str,
             unknown["role: developer, as system"] = None
         if not _KNOWN_KEYS.issuperset(message):
             unknown |= dict.fromkeys(key for key, value in message.items() if key not in _KNOWN_KEYS and not is_empty(value))
-        if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight")):
-            key = "train: true" if turn.get("train") is True else f"weight: {turn['weight']:g}"
+        if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight") == 1):
+            key = "train: true" if turn.get("train") is True else "weight: 1"
             unknown[f"{key} of {message['role']}"] = None
     return tuple(unknown)
 

@@ -1,12 +1,14 @@
 """The run that a folder holds already: its plan and its newest checkpoint, which decide how a command goes on with it."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from raytune.config.run import RunConfig
 from raytune.data.same_rows import have_same_rows
 from raytune.data.store import META_FILE, ROWS_FILE
 from raytune.errors import CheckpointError
+from raytune.launch.finished import is_finished
 from raytune.launch.record import read_plan
 from raytune.launch.stores import STORES_FOLDER
 from raytune.plan.division import Begun, Layout, continued, only_as
@@ -44,6 +46,8 @@ def begun_for(config: RunConfig, folder: RunFolder) -> Begun | None:
         PlanError: (or UserError) if its newest checkpoint does not allow that whatever machines there are, with the way out.
     """
     begun = read_begun(folder)
+    if begun and is_finished(folder):
+        begun = replace(begun, layout=None)  # nothing is to be loaded
     if begun:
         continued(config, begun)
     return begun

@@ -60,8 +60,9 @@ def _has_changed(config: RunConfig, since: float) -> bool:
     sources = [*config.data.train, *config.data.validation, *(generation.rows if generation else [])]
     paths = [path for path in (config.model.base, *(source.path for source in sources)) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
-    files = [file for name in named for file in (name, *name.rglob("*")) if file.is_file()]
-    return any(max(file.stat().st_mtime, file.stat().st_ctime) > since for file in files)
+    # Folders and links too: another one that was moved to this name brings files that are older.
+    entries = [entry.lstat() for name in named for entry in (name, *name.rglob("*")) if entry.is_dir() or entry.is_file()]
+    return any(max(entry.st_mtime, entry.st_ctime) > since for entry in entries)
 
 
 def is_finished(folder: RunFolder) -> bool:

@@ -50,9 +50,10 @@ def driver_lost(driver: Driver) -> str:
         again = [f"The same command continues the {driver.verb}."] if driver.verb == "sweep" else []
         return "\n".join([*again, f"raytune {driver.verb} ended: {cause}."])
     folder = RunFolder(driver.storage, driver.name)
-    attempt = None
+    attempt, resumes = None, True
     try:
         record = RunRecord.read(folder)
+        resumes = record is None or record.config.get("checkpoint", {}).get("resume", True)
         if record is not None and record.state == "running":
             attempt = record.attempts
             places = read_places(folder, attempt)
@@ -65,7 +66,7 @@ def driver_lost(driver: Driver) -> str:
     except (RaytuneError, OSError) as error:
         cause += f" (the run folder could not be written: {error})"
     when = f" in attempt {attempt}" if attempt else ""
-    return "\n".join([going_on(folder), f"Training failed{when}: {kind}: {cause}"])
+    return "\n".join([going_on(folder, resumes=resumes), f"Training failed{when}: {kind}: {cause}"])
 
 
 def _cause(driver: Driver) -> tuple[str, str]:

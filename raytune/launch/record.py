@@ -11,10 +11,12 @@ import raytune
 from raytune.config.problems import shown
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
+from raytune.plan.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.settings import certain_changes, changes_in_keys
+from raytune.plan.settings import certain_changes, changes_in_keys, key_of
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, read_bytes, read_json, write_bytes, write_json
+from raytune.training.commit import committed
 
 State = Literal["running", "interrupted", "failed", "finished"]
 
@@ -106,10 +108,20 @@ def refuse_another_run(folder: RunFolder, plan: RunPlan, config: RunConfig | Non
         UserError: naming every difference, old and new.
     """
     if not exists(folder.plan):
+        _refuse_other_commits(folder, plan)
         return
     before = _config_of(folder)
     configs = (before, config) if before and config else (RunConfig(), RunConfig())
     refuse_changes("run", plan.name, folder.storage, changes_in_keys(read_plan(folder), plan, *configs))
+
+
+def _refuse_other_commits(folder: RunFolder, plan: RunPlan) -> None:
+    """Refuse a plan whose steps would compute something else than those of the newest checkpoint, which alone tells them."""
+    newest = max(committed(folder), key=lambda commit: commit.step, default=None)
+    if newest:
+        found = differences(newest.fingerprint, identity_of(plan))
+        changes = [(key_of(leaf), old, new) for leaf, (old, new) in found.items()]
+        refuse_changes("run", plan.name, folder.storage, changes)
 
 
 def refuse_changed_settings(folder: RunFolder, config: RunConfig) -> None:

@@ -24,6 +24,7 @@ from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
 from raytune.plan.division import Begun, Division
+from raytune.plan.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
@@ -128,11 +129,18 @@ def _train_held(
     known, begun = RunRecord.read(folder), read_begun(folder)
     if begun:
         plan = known_rows(folder, begun.plan, plan)
-        refuse_another_run(folder, plan, config)
+    refuse_another_run(folder, plan, config)
+    if known and not begun:  # its plan is gone, so the record is of what is planned now
+        known = replace(known, config=config.model_dump(mode="json"))
     if known and known.state == "finished":  # by now, where there is a lease
         problems = list(damage(folder))
         if lease is None or not problems:
             return replace(RunResult.read(folder), finished_before=True)
+        if not config.checkpoint.resume:
+            raise UserError(
+                f"{damage_text(folder, problems)} checkpoint.resume is false, so that its model is not exported again. Set it to "
+                f"true, or give this run another name (name=...)."
+            )
         logger.warning("%s The model is exported again from its best checkpoint.", damage_text(folder, problems))
     assert lease is not None, "a run that is not finished is held"
     if known and not config.checkpoint.resume:
@@ -144,7 +152,10 @@ def _train_held(
         refuse_other_layout(begun, plan)
         if changes := Division.of(begun.plan).changes_to(Division.of(plan)):
             logger.warning(
-                "Run %r goes on divided otherwise: %s. Each step computes the same, but for rounding.", plan.name, changes
+                "Run %r goes on divided otherwise: %s. Each step computes the same, but for rounding and for what dropout and "
+                "noise draw, if it has any.",
+                plan.name,
+                changes,
             )
     refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
     record = known or RunRecord(
@@ -176,6 +187,14 @@ def plan_run(config: RunConfig) -> RunPlan:
         UserError: as `run` does.
     """
     begun = _begun_if_the_same(config)
+    plan = _planned(config, begun)
+    if begun is None:
+        return plan
+    known = known_rows(RunFolder(plan.storage, plan.name), begun.plan, plan)
+    return _planned(config, None) if differences(identity_of(begun.plan), identity_of(known)) else plan
+
+
+def _planned(config: RunConfig, begun: Begun | None) -> RunPlan:
     if named_address(config.cluster):
         with connect(config.cluster, scales=False) as machine:
             on_cluster = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
@@ -188,9 +207,9 @@ def _begun_if_the_same(config: RunConfig) -> Begun | None:
     folder = RunFolder(absolute(config.storage), config.name)
     try:
         refuse_changed_settings(folder, config)
+        return begun_for(config, folder)
     except UserError:
         return None
-    return begun_for(config, folder)
 
 
 def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt, lease: Holding, *, resumes: bool) -> None:

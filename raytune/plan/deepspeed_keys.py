@@ -163,6 +163,24 @@ KNOWN_KEYS: dict[str, tuple[str, ...]] = {
 those further down in a worker. Sections that are not here are left to DeepSpeed."""
 
 
+_CHANGES_NUMBERS = (
+    *("bf16", "communication_data_type", "data_types", "expert_parallel", "fp16", "gradient_allreduce_op"),
+    *("gradient_predivide_factor", "prescale_gradients", "seq_parallel_communication_data_type"),
+    *("use_data_before_expert_parallelism", "weight_quantization"),
+    *(f"zero_optimization.{name}" for name in ("ignore_unused_parameters", "override_module_apply", "zenflow", "zero_quantized")),
+)
+"""Beginnings of keys that decide more than speed, memory and words."""
+
+
+def computing_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides that change what a step computes, by dotted key; the others only divide it otherwise, or log."""
+    return {
+        key: value
+        for key, value in _dotted(overrides)
+        if not isinstance(value, dict) and (key.startswith(_CHANGES_NUMBERS) or key.partition(".")[0] not in KNOWN_KEYS[""])
+    }
+
+
 def check_overrides(zero: ZeroSection) -> None:
     """Refuse keys that raytune decides, keys that DeepSpeed no longer has, and keys that nothing would read.
 
@@ -234,8 +252,12 @@ def _hint(section: str, name: str) -> str:
     return f" Did you mean {meant}?"
 
 
-def _dotted_keys(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _dotted_keys(section: dict[str, Any]) -> Iterator[str]:
+    return (key for key, _ in _dotted(section))
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, dict):
-            yield from _dotted_keys(value, f"{prefix}{key}.")
+            yield from _dotted(value, f"{prefix}{key}.")

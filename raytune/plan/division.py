@@ -27,6 +27,7 @@ class Division(Plan):
     gradient_checkpointing: bool
     attention: Attention
     compile: bool
+    tf32: bool
     liger: bool
     loss_chunk_tokens: int | None
     weights: Precision
@@ -44,6 +45,7 @@ class Division(Plan):
             gradient_checkpointing=plan.model.gradient_checkpointing,
             attention=plan.model.attention,
             compile=plan.model.compile,
+            tf32=plan.tf32,
             liger=plan.model.liger,
             loss_chunk_tokens=plan.loss.chunk_tokens,
             weights=plan.model.dtype,

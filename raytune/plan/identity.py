@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from raytune.plan.deepspeed_keys import computing_overrides
 from raytune.plan.run_plan import ModelPlan, OptimizationPlan, RunPlan, StorePlan, todays_form
 
 _DIVIDES_MODEL = {"attention", "gradient_checkpointing", "compile", "liger", "dtype"}
@@ -38,6 +39,7 @@ def identity_of(plan: RunPlan) -> dict[str, Any]:
         "adapter": plan.adapter.model_dump(mode="json"),
         "optimization": plan.optimization.model_dump(mode="json"),
         "rows_per_step": plan.batch.global_batch_size,
+        "overrides": computing_overrides(plan.engine.deepspeed_overrides),
     }
 
 
@@ -52,7 +54,10 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
     Args:
         was, now: as `identity_of` gives them, or as an earlier raytune did.
     """
-    old, new = leaves(_read(was)), leaves(_read(now))
+    before, after = _read(was), _read(now)
+    if not ("overrides" in before and "overrides" in after):  # until November 2026 no identity had them
+        before, after = ({name: value for name, value in one.items() if name != "overrides"} for one in (before, after))
+    old, new = leaves(before), leaves(after)
     names = dict.fromkeys([*old, *new])
     return {name: (old.get(name), new.get(name)) for name in names if not _equal(name, old.get(name), new.get(name))}
 

@@ -48,11 +48,14 @@ KEY_OF = {
     "optimization.epsilon": "training.adam_epsilon",
     "optimization.max_grad_norm": "training.max_grad_norm",
     "adapter": "adapter",
+    "overrides": "training.zero.overrides",
 }
 """Value of a run's identity, with what is below it -> the key that decides it. Those of the adapter have one name in both."""
 
-_OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.on_bad_row", "data.validation_fraction")
-"""Keys that decide which tokens a store holds, whatever the rows are."""
+_OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.validation_fraction")
+"""Keys that decide which tokens a store holds, whatever the rows are; `auto` may be what another word says."""
+_OF_LENGTH = ("training.num_train_epochs", "training.max_steps")
+"""Keys from which the rows of a run follow, together with those that there are."""
 _SAID_IN_TWO_WAYS = {"adapter.method": {"lora", "qlora"}, "model.quantization": {"auto", "none"}}
 """Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
 _BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation")
@@ -97,7 +100,7 @@ def _certain(key: str, old: Any, new: Any, now: RunConfig, identity: dict[str, o
     if key in _SAID_IN_TWO_WAYS and {old, new} <= _SAID_IN_TWO_WAYS[key]:
         return None
     if key in _OF_DATA or key == "adapter.method":
-        return key, old, new
+        return None if "auto" in (old, new) else (key, old, new)
     if key == "training.num_train_epochs":
         return (key, old, new) if now.training.max_steps is None and "auto" not in (old, new) else None
     leaf = key if key.startswith("adapter.") else leaf_of.get(key, "")
@@ -122,9 +125,9 @@ def asks_for(was: RunPlan, before: RunConfig, now: RunConfig, *, may_change: tup
         else True
     )
     return rows_stay and all(
-        key.startswith((*DIVIDING, *may_change))
+        (key.startswith((*DIVIDING, *may_change)) and not key.startswith("training.zero.overrides"))
         or (key in _KEPT and new == "auto")
-        or (new not in (None, "auto") and identity.get(resolved.get(key, key), _NOWHERE) == new)
+        or (key not in _OF_LENGTH and new not in (None, "auto") and identity.get(resolved.get(key, key), _NOWHERE) == new)
         for key, _, new in changes
     )
 

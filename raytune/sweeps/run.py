@@ -12,6 +12,7 @@ from raytune.errors import UserError
 from raytune.hub.snapshot import in_lines
 from raytune.launch.address import named_address
 from raytune.launch.base_here import bring_base
+from raytune.launch.begun import known_rows, read_begun, refuse_other_layout
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.lease import hold
 from raytune.launch.record import read_plan, readable, refuse_another_run, refuse_changes
@@ -178,7 +179,12 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
         UserError: naming every difference.
     """
     for trial in known.unended:
-        refuse_another_run(folder.trial(trial.name), planner.plan(trial), planner.config(trial))
+        run, plan = folder.trial(trial.name), planner.plan(trial)
+        if begun := read_begun(run):
+            plan = known_rows(run, begun.plan, plan)
+        refuse_another_run(run, plan, planner.config(trial))
+        if begun:
+            refuse_other_layout(begun, plan)
 
 
 def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> None:

@@ -181,6 +181,8 @@ class _ChunkedLoss(torch.autograd.Function):
         *weights: nn.Parameter,
     ) -> Tensor:
         loss = torch.zeros((), dtype=loss_dtype(hidden_MD), device=hidden_MD.device)
+        # Products in 16 bits see ratios of weights only: a weight of 1e-5 would be 0 in them, and one of 1e5 infinite.
+        targets, scale = targets.scaled() if len(targets) else (targets, None)
         hidden_gradient_MD = torch.empty_like(hidden_MD) if with_gradient else None
         # fp32: 16 bits would lose what late chunks add to a large sum, and fp16 overflow before the loss is divided.
         weight_gradients = [torch.zeros_like(weight, dtype=loss_dtype(weight)) for weight in weights if with_gradient]
@@ -192,14 +194,15 @@ class _ChunkedLoss(torch.autograd.Function):
             if hidden_gradient_MD is not None and gradient_CV is not None:
                 hidden_gradient_MD[chunk] = pull_back(gradient_CV, weight_gradients)
             del logits_CV, gradient_CV, pull_back  # before the next chunk's exist
-        ctx.gradients = (hidden_gradient_MD, *weight_gradients)
+        ctx.gradients, ctx.scale = (hidden_gradient_MD, *weight_gradients), scale
         ctx.dtypes = (hidden_MD.dtype, *(weight.dtype for weight in weights))
-        return loss
+        return loss if scale is None else loss * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, hence once
+        loss_gradient = loss_gradient if ctx.scale is None else loss_gradient * ctx.scale
         of_hidden, *of_weights = (gradient.mul_(loss_gradient).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes))
         return None, None, of_hidden, None, None, None, *of_weights
 

@@ -29,6 +29,14 @@ class TokenTargets:
         weights_C = None if self.weights_C is None else self.weights_C[part]
         return TokenTargets(self.ids_C[part], weights_C, {name: extra[part] for name, extra in self.extras.items()})
 
+    def scaled(self) -> "tuple[TokenTargets, Tensor | None]":
+        """The same with weights of at most 1, and what they were divided by; None where there are no weights. Of at least one
+        target."""
+        if self.weights_C is None:
+            return self, None
+        largest = self.weights_C.max()
+        return TokenTargets(self.ids_C, self.weights_C / largest, self.extras), largest
+
     def __len__(self) -> int:
         return len(self.ids_C)
 

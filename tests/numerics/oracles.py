@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from bitsandbytes import functional
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
 
@@ -63,9 +63,14 @@ def _losses(
     model: torch.nn.Module, plan: RunPlan, targets: list[str] = PROJECTIONS, parameters: list[str] | None = None
 ) -> list[float]:
     assert isinstance(plan.adapter, LoraAdapter)
-    torch.manual_seed(plan.seed)
     rank, alpha = plan.adapter.rank, int(plan.adapter.alpha)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM")
+    return peft_losses(model, plan, config)
+
+
+def peft_losses(model: torch.nn.Module, plan: RunPlan, config: PeftConfig) -> list[float]:
+    """What an adapter of PEFT's learns of a plan's rows, a document at a time."""
+    torch.manual_seed(plan.seed)
     model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
+from peft import IA3Config, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from raytune.data.store import Store
 from raytune.errors import ModelError
 from raytune.model.export import save_adapter
 from raytune.model.merge import merge_adapter
@@ -17,7 +15,7 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import Workload, memory_parts
 from raytune.plan.methods import trained_by
 from raytune.plan.run_plan import RunPlan
-from tests.numerics.oracles import document_loss, documents, step_batches
+from tests.numerics.oracles import peft_losses
 from tests.numerics.runs import (
     NUM_STEPS,
     SAME_SUMS,
@@ -39,37 +37,8 @@ RATE: dict[str, Any] = {"optimization": {"learning_rate": 2e-2}}
 
 def plain_losses(plan: RunPlan, **base: Any) -> list[float]:
     model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32, **base)
-    torch.manual_seed(plan.seed)
     config = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = plan.optimization
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, eps=settings.epsilon, weight_decay=settings.weight_decay)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
-    store = Store.open(plan.data.train.path)
-    losses = []
-    for step in range(settings.num_steps):
-        batches = step_batches(
-            store,
-            step=step,
-            rank=0,
-            world=1,
-            micro_batch_size=plan.batch.micro_batch_size,
-            accumulation=plan.batch.accumulation,
-            num_rows_in_run=10**6,
-            seed=plan.seed,
-        )
-        num_targets = sum(batch.target_ids.numel() for batch in batches)
-        loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
-        assert isinstance(loss, Tensor)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return peft_losses(model, plan, config)
 
 
 def test_the_curve_is_plain_peft_s(material: Material) -> None:

@@ -94,6 +94,21 @@ def test_weighted_losses_and_gradients_are_those_of_the_definition(kind: str, ch
     assert layer.losses(model, make_batch(0), inputs_of(batch)).shape == (0,)
 
 
+@pytest.mark.parametrize("weight", [1e-6, 1e-3, 1e6])
+def test_weights_of_all_alike_change_nothing_in_fp16_whatever_they_are(weight: float) -> None:
+    """Their sum divides them out; on the way no product may be 0 or infinite for them."""
+    model, batch = build("saved head").half(), make_batch(23)
+    layer, found = attach_loss(model, 7), []
+    for each in (1.0, weight):
+        weighted = replace(batch, target_weights=torch.full((23,), each))
+        loss = layer.loss_sum(model, weighted, inputs_of(batch)) / (23 * each)
+        found.append(gradients(model, loss * 1024))  # as an engine scales it
+    alone, others = found
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in others.values())
+    for name, gradient in alone.items():
+        torch.testing.assert_close(others[name], gradient, rtol=2e-3, atol=1e-4)  # two units of fp16, of sums of 23
+
+
 class Distillation:
     """An objective of its own: the Kullback-Leibler divergence from a teacher, whose logits come as an extra."""
 

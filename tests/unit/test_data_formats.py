@@ -236,7 +236,7 @@ def test_keys_that_nobody_knows_are_named_and_left_for_the_template() -> None:
     assert conversation.messages[1]["loss"] is True
     assert read({"messages": [USER, turn(refusal="no")]}).unread_keys == ("refusal",)
     assert read({"messages": [USER | {"weight": 1}, turn(weight=1)]}).unread_keys == ("weight: 1 of user",)
-    assert read({"messages": [USER | {"weight": 0.5}, turn(weight=0.5)]}).unread_keys == ("weight: 0.5 of user",)
+    assert read({"messages": [USER | {"weight": 0.5}, turn(weight=0.5)]}).unread_keys == (), "what is trained says who reads it"
     assert read({"messages": [USER | {"train": True}, turn()]}).unread_keys == ("train: true of user",)
 
 

@@ -264,6 +264,16 @@ def test_weights_of_turns_are_obeyed_in_columns_where_arrow_made_them_floats_and
     assert (only(info).used, only(info).no_target, only(info).skipped_turns, only(info).unread_keys) == (2, 2, 2, {"mood": 1})
 
 
+def test_a_weight_is_told_as_unread_exactly_where_its_turn_is_not_trained(tmp_path: Path) -> None:
+    row = chat("Q", "A", weight=0.5)
+    row["messages"][0]["weight"] = 3
+    path = write(tmp_path / "a.jsonl", [row])
+    told = {targets: only(build(tmp_path, path, targets=targets)) for targets in ("assistant", ("user", "assistant"))}
+    assert told["assistant"].unread_keys == {"weight of user, which is not trained": 1}
+    assert told["user", "assistant"].unread_keys == {}
+    assert [source.weighted_turns for source in told.values()] == [1, 2]
+
+
 # --- Telling -------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """Claims about what a run is, and how it is divided: a moved one is known again, another division goes on or is refused early."""
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,14 @@ import ray
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
-from raytune.launch.begun import read_begun
+from raytune.launch.begun import known_rows, read_begun
 from raytune.launch.cluster import this_machine
-from raytune.launch.finished import answer
+from raytune.launch.finished import _has_changed, answer
 from raytune.launch.prepare import Prepared, prepare
-from raytune.launch.record import RunRecord, refuse_another_run
+from raytune.launch.record import RunRecord, read_plan, refuse_another_run
 from raytune.launch.run import RunFailedError, plan_run, run, train_plan
 from raytune.plan.choose import choose_plan
+from raytune.plan.deepspeed_keys import computing_overrides
 from raytune.plan.division import Begun, Division, Layout, continued
 from raytune.plan.identity import identity_of
 from raytune.plan.machine import Machine
@@ -293,7 +296,7 @@ ANSWERED = [
 ]
 NOT_ANSWERED = [
     *("training.seed=1", "training.global_batch_size=4", "training.precision=bf16"),
-    *("adapter.rank=4", "data.max_length=32"),
+    *("adapter.rank=4", "data.max_length=32", "training.zero.overrides.zero_optimization.zero_quantized_weights=true"),
 ]
 
 
@@ -311,6 +314,66 @@ def test_a_finished_run_is_answered_from_its_folder_whatever_division_is_asked_f
 def test_what_may_be_another_run_is_not_answered(override: str, finished: Path) -> None:
     config = config_from(stored_config(finished, Path("/srv/first/rows"), "finished"), [override])
     assert answer(config, RunFolder(str(finished), "finished")) is None
+
+
+def test_other_epochs_that_make_the_same_number_by_chance_are_for_the_plan_to_say(finished: Path) -> None:
+    then = config_from(stored_config(finished, Path("/srv/first/rows"), "finished"))
+    num_rows = read_plan(RunFolder(str(finished), "finished")).optimization.num_rows
+    epochs = then.training.model_copy(update={"max_steps": None, "num_train_epochs": float(num_rows)})
+    assert answer(then.model_copy(update={"training": epochs}), RunFolder(str(finished), "finished")) is None
+
+
+def test_a_run_without_its_plan_goes_on_as_its_checkpoint_was_and_as_nothing_else(elsewhere: Path) -> None:
+    folder = RunFolder(str(elsewhere), "divided")
+    Path(folder.plan).unlink()
+    with pytest.raises(UserError, match=r"training\.learning_rate: 0\.001 -> 0\.002"):
+        started(asked(elsewhere, "training.learning_rate=2e-3"))
+    assert not Path(folder.plan).exists()
+    started(asked(elsewhere))
+    assert RunRecord.read(folder).state == "finished"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_says_how_it_goes_on(elsewhere: Path, tmp_path: Path) -> None:
+    folder = RunFolder(str(elsewhere), "divided")
+    (older,) = committed(folder)
+    newer = replace(older, path=folder.checkpoint(3), step=3)
+    shutil.copytree(older.path, newer.path)
+    (Path(newer.path) / "MANIFEST.json").write_bytes(newer.to_manifest())
+    (Path(newer.state) / LAYOUT_FILE).unlink()
+    begun = read_begun(folder)
+    assert begun is not None
+    assert begun.layout == Layout(zero_stage=0, world_size=1, precision="fp32")
+
+
+def test_what_rows_were_known_as_is_kept_over_commands(elsewhere: Path) -> None:
+    folder = RunFolder(str(elsewhere), "divided")
+    plan = again(asked(elsewhere)).plan
+    store = plan.data.train.model_copy(update={"known_as": ("older",)})
+    was = plan.model_copy(update={"data": plan.data.model_copy(update={"train": store})})
+    assert known_rows(folder, was, plan).data.train.known_as == ("older",)
+
+
+def test_a_folder_that_was_moved_to_the_name_of_another_is_looked_into(finished: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "a.jsonl").touch()
+    os.utime(rows / "a.jsonl", (1, 1))
+    config = asked(tmp_path, f"data.train={rows}")
+    created = (rows / "a.jsonl").stat().st_ctime
+    time.sleep(0.05)
+    rows.rename(tmp_path / "other")
+    (tmp_path / "other").rename(rows)
+    assert _has_changed(config, since=created + 0.02)
+    assert not _has_changed(config, since=time.time() + 1)
+
+
+def test_overrides_that_change_numbers_are_of_the_run_and_those_of_speed_are_not() -> None:
+    overrides = {
+        "zero_optimization": {"zero_quantized_weights": True, "overlap_comm": False},
+        "steps_per_print": 3,
+        "fp16": {"loss_scale": 8},
+    }
+    assert computing_overrides(overrides) == {"zero_optimization.zero_quantized_weights": True, "fp16.loss_scale": 8}
 
 
 def test_the_words_for_another_run_name_what_is_other(interrupted: Path) -> None:
