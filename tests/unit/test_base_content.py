@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from raytune.config.load import config_from, config_with, dump_yaml
 from raytune.config.run import RunConfig
-from raytune.errors import ModelError, UserError
+from raytune.errors import ModelError, PlanError, UserError
 from raytune.launch.attempts import Failure
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Preparation, prepare
@@ -22,14 +22,17 @@ from raytune.launch.reading import show_reading
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan
 from raytune.launch.run import train_plan
 from raytune.model.base_content import base_content
+from raytune.plan.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import write_bytes, write_json
 from raytune.sweeps.ledger import Ended, Known
 from raytune.sweeps.planner import Planner
-from raytune.sweeps.run import COMPARED_BY_CONTENT, MAY_CHANGE, _refuse_another_sweep, _refuse_other_bases
+from raytune.sweeps.run import COMPARED_BY_CONTENT, MAY_CHANGE, _refuse_another_sweep, _refuse_other_bases, _refuse_other_trials
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import winner_config
+from raytune.training.commit import Commit
+from raytune.training.layout import write_layout
 from raytune.units import GIB
 from tests.sweep_cases import sweep_result, trial_result
 from tests.tiny import save_tiny_model
@@ -243,6 +246,32 @@ def test_a_sweep_does_not_go_on_with_a_base_that_was_moved_and_changed(base: Pat
     replace_weights(moved)
     with pytest.raises(UserError, match=rf"(?s)Sweep 'run' .*model\.base \(its file {WEIGHTS}\): .*would mix two sweeps"):
         _refuse_other_bases(folder, on_base(config, moved, folder), known)
+
+
+def test_a_trial_whose_checkpoint_other_workers_saved_is_refused_before_any_trial_starts(base: Path) -> None:
+    config, folder, known = ended_sweep(base, base.parent / "runs")
+    (trial,) = known.trials.values()
+    run, unended = folder.trial(trial.name), Known(trials=known.trials)
+    planner = on_base(config, base, folder)
+    _refuse_other_trials(folder, planner, unended)
+    commit = Commit(
+        path=run.checkpoint(2),
+        step=2,
+        world_size=2,
+        attempt=1,
+        parent=None,
+        created=0.0,
+        metrics={},
+        fingerprint={},
+        versions={},
+        folder="state",
+        files=(),
+    )
+    Path(commit.state).mkdir(parents=True)
+    Path(commit.path, "MANIFEST.json").write_bytes(commit.to_manifest())
+    write_layout(Path(commit.state), Layout(zero_stage=2, world_size=2, precision="fp32"))
+    with pytest.raises(PlanError, match="saved by 2 workers at ZeRO stage 2"):
+        _refuse_other_trials(folder, planner, unended)
 
 
 def test_a_base_may_lie_elsewhere_when_a_sweep_goes_on_and_not_when_a_finished_one_is_read(base: Path) -> None:
