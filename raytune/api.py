@@ -78,6 +78,7 @@ def score(
     *,
     output: File | None = None,
     row_format: str = "auto",
+    columns: Mapping[str, str] | None = None,
     max_rows: int | None = None,
     address: str | None = None,
 ) -> "Scores":
@@ -87,7 +88,7 @@ def score(
         run: a run folder. A finished run is scored by its final model, another one by its best checkpoint.
         rows: files, globs, folders or data sets, as in `data.train`.
         output: file for the table, .jsonl or .csv; by default `scores/NAME.jsonl` in the run folder.
-        row_format, max_rows: as in `data.train`.
+        row_format, columns, max_rows: as in `data.train`.
         address: of a Ray cluster, as `cluster.address`, instead of the run's; "here": one inside this machine.
 
     Returns:
@@ -101,7 +102,7 @@ def score(
     from raytune.launch.score import score, sources_of
 
     paths = [rows] if isinstance(rows, str | PathLike) else rows
-    sources = sources_of([fspath(path) for path in paths], row_format, max_rows)
+    sources = sources_of([fspath(path) for path in paths], row_format, max_rows, columns)
     return score(fspath(run), sources, output=None if output is None else fspath(output), address=address)
 
 

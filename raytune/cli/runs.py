@@ -230,6 +230,7 @@ def merge(
 @click.argument("rows", nargs=-1, required=True)
 @click.option("--output", metavar="FILE", help="The table, .jsonl or .csv. Default: scores/NAME.jsonl in the run folder.")
 @click.option("--format", "row_format", help="How rows are read, as data.train.format. Default: recognised by their columns.")
+@click.option("--columns", metavar="NAME=COLUMN,...", help="As data.train.columns: prompt=question,completion=answer.")
 @click.option("--max-rows", type=click.IntRange(min=1), help="Score the first rows of each file only.")
 @click.option("--address", help="Ray cluster instead of the run's, as cluster.address; here: one inside this machine.")
 @as_json_option
@@ -239,6 +240,7 @@ def score(
     rows: tuple[str, ...],
     output: str | None,
     row_format: str | None,
+    columns: str | None,
     max_rows: int | None,
     address: str | None,
     as_json: bool,
@@ -248,10 +250,10 @@ def score(
     RUN is a run folder. A finished run is scored by its final model, another one by its best checkpoint. ROWS are files, globs,
     folders or data sets, as in data.train. They are read and cut as the run's own; what cannot be used is left out and counted.
     """
-    from raytune.launch.score import cluster_of, sources_of
+    from raytune.launch.score import cluster_of, columns_of, sources_of
     from raytune.launch.score import score as score_run
 
-    sources = sources_of(rows, row_format or "auto", max_rows)
+    sources = sources_of(rows, row_format or "auto", max_rows, columns_of(columns))
     begin_on(named_address(cluster_of(run, address)))
     scores = score_run(run, sources, output=output, address=address)
     say(json.dumps(scores.to_json()) if as_json else "\n".join(scores.lines))

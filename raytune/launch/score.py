@@ -11,12 +11,15 @@ from functools import partial
 from glob import glob
 from io import StringIO
 from itertools import count
+from pathlib import Path
 from typing import Any, get_args
 
 from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataFormat, DataSource, source_name
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, StoreRequest, build_store
+from raytune.data.source_rows import formats_of
+from raytune.data.sources import find_files, scan
 from raytune.data.store import Store, StoreInfo
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import ClusterError, RaytuneError, UserError
@@ -142,6 +145,8 @@ def score(run: str, sources: Sequence[DataSource], *, output: str | None = None,
     plan, weights = read_plan(folder), _weights_of(folder)
     table = _table_for(sources, folder, output)
     refuse_changed_base(plan.model)
+    if plan.template:  # else all rows are read as text
+        _look_at_rows(sources)
     with connect(cluster, scales=False) as machine:
         info = tokenised(sources, config, plan, folder.storage, partial(map_on_cluster, start_timeout=cluster.start_timeout))
         scoring = scoring_plan(plan, machine, weights).model_copy(
@@ -180,8 +185,13 @@ class Weights:
         return "the final model" if self.step is None else f"the checkpoint of step {self.step}"
 
 
-def sources_of(rows: Sequence[str], row_format: str, max_rows: int | None) -> list[DataSource]:
+def sources_of(
+    rows: Sequence[str], row_format: str, max_rows: int | None, columns: Mapping[str, str] | None = None
+) -> list[DataSource]:
     """What `data.train` would be for these files.
+
+    Args:
+        columns: names of columns where they are not those of the format, as `data.train.columns`.
 
     Raises:
         UserError: if there is no such format.
@@ -189,7 +199,26 @@ def sources_of(rows: Sequence[str], row_format: str, max_rows: int | None) -> li
     formats = [*get_args(DataFormat), "auto"]
     if row_format not in formats:
         raise UserError(f"--format is {row_format!r}, expected one of {', '.join(formats)}.")
-    return [DataSource.model_validate({"path": path, "format": row_format, "max_rows": max_rows}) for path in rows]
+    of_all = {"format": row_format, "max_rows": max_rows, "columns": dict(columns or {})}
+    return [DataSource.model_validate({"path": path} | of_all) for path in rows]
+
+
+def columns_of(text: str | None) -> dict[str, str]:
+    """Columns by their names in the format, of `prompt=question,completion=answer`.
+
+    Raises:
+        UserError: if it is written in another way.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    if any(not (name.strip() and column.strip()) for name, _, column in pairs):
+        raise UserError(f"--columns is {text!r}, expected names as in prompt=question,completion=answer.")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def _look_at_rows(sources: Sequence[DataSource]) -> None:
+    """Refuse local files that are missing, or whose rows have no format, before a cluster is started for them."""
+    local = [source for source in sources if is_local(source.path)]
+    formats_of(local, [[scan(file, source.max_rows) for file in find_files(source, Path())] for source in local])
 
 
 def _name_of(sources: Sequence[DataSource]) -> str:

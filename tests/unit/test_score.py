@@ -7,14 +7,15 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import ray
 from click.testing import CliRunner
 
 from raytune.cli import cli
 from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
-from raytune.errors import UserError
+from raytune.errors import DataError, UserError
 from raytune.launch.record import RunRecord, write_plan
-from raytune.launch.score import ScoredRow, Scores, _table, _table_for, score
+from raytune.launch.score import ScoredRow, Scores, _look_at_rows, _table, _table_for, columns_of, score, sources_of
 from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
 from raytune.run_folder import RunFolder
 from tests.tiny import tiny_plan
@@ -88,6 +89,18 @@ def test_a_table_takes_neither_the_place_of_its_rows_nor_that_of_another_table(t
         Path(run.scores).mkdir(exist_ok=True)
         Path(run.scores, names[-1]).touch()
     assert names == ["rows.jsonl", "rows-2.jsonl", "jsonl.jsonl"]
+
+
+def test_rows_without_a_format_are_refused_without_a_cluster_and_columns_give_them_one(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "finished")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    with pytest.raises(DataError, match=r"'question', 'answer' fit no format"):
+        score(run.path, sources_of([str(rows)], "auto", None))
+    assert not ray.is_initialized()
+    _look_at_rows(sources_of([str(rows)], "auto", None, columns_of("prompt=question, completion=answer")))
+    with pytest.raises(UserError, match=r"--columns is 'question', expected names as in prompt=question"):
+        columns_of("question")
 
 
 def test_the_verb_refuses_as_json_too(tmp_path: Path) -> None:
