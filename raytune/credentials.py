@@ -161,6 +161,10 @@ _RULES = (
 )
 
 
+_TRIED = tuple((word, word == word.lower(), rule) for rule in _RULES for word in rule.words)
+"""Which rule a word calls, and whether it does so in any case."""
+
+
 def find_secret(text: str) -> Secret | None:
     """The first thing in a text, by place, that looks like a credential."""
     return min(_all_in(text), key=lambda found: found.start, default=None)
@@ -212,9 +216,9 @@ def redacted(text: str) -> str:
 
 def _all_in(text: str) -> Iterator[Secret]:
     folded = text.lower()
-    for rule in _RULES:
-        if not any(word in (folded if word == word.lower() else text) for word in rule.words):
-            continue
+    # One flat pass: configs have many short texts, for which this is all that is done.
+    called = [rule for word, in_any_case, rule in _TRIED if word in (folded if in_any_case else text)]
+    for rule in dict.fromkeys(called):
         for match in _compiled(rule.pattern).finditer(text):
             groups = match.groups()
             if not rule.needs_chance or looks_drawn(groups[-1]):

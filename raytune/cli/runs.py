@@ -296,7 +296,7 @@ def _describe_base(model: "ModelSection") -> None:
 
     if is_known(model.base, model.revision):
         return
-    from raytune.hub.client import is_offline
+    from raytune.hub.cache import is_offline
     from raytune.hub.snapshot import described
 
     if not is_offline():  # else the plan says which models it knows

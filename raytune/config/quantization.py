@@ -29,7 +29,7 @@ def quantization_of(model: ModelSection, adapter: Adapter) -> Quantization | Non
         return Quantization().model_copy(update={name: value for name, value in _said(model).items() if value != "auto"})
     if contradiction := contradicting(model, adapter):
         ours, theirs = (f"{section}.{name}" for section, name in zip(("model", "adapter"), KEYS[contradiction]))
-        said, held = _shown(_said(model)[contradiction]), _shown(getattr(preset, contradiction))
+        said, held = shown_value(_said(model)[contradiction]), shown_value(getattr(preset, contradiction))
         raise UserError(
             f"{ours} is {said}, but adapter.method {adapter.method} sets {theirs} to {held}. Leave {ours} out, or set "
             f"adapter.method to lora, which leaves the base to the model section.",
@@ -70,5 +70,6 @@ def _said(model: ModelSection) -> dict[str, object]:
     return {name: getattr(model, ours) for name, (ours, _) in KEYS.items()}
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """A value as YAML writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -336,8 +336,8 @@ READERS: dict[str, Reader] = {
         "plan.methods.lora",
         needs=(_is_given("adapter.lora_plus_ratio", "there is no LoRA+", example="16"),),
     ),
-    **_read("adapter", "quantization", "model.quantize"),
-    **_read("adapter", "double_quantization compute_dtype quant_storage", "model.quantize", needs=(_four_bits("adapter"),)),
+    **_read("adapter", "quantization", "config.adapter"),
+    **_read("adapter", "double_quantization compute_dtype quant_storage", "config.adapter", needs=(_four_bits("adapter"),)),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

@@ -20,6 +20,7 @@ def secret_problems(node: Node, path: KeyPath = ()) -> list[Problem]:
     if isinstance(node.value, list):
         return [problem for i, child in enumerate(node.value) for problem in secret_problems(child, (*path, i))]
     name = next((part for part in reversed(path) if isinstance(part, str)), "")
-    if isinstance(node.value, str) and not find_secret(name) and (found := find_secret_value(name, node.value)):
+    # A key that is one has been told where it stands.
+    if isinstance(node.value, str) and (found := find_secret_value(name, node.value)) and not find_secret(name):
         return [Problem(SECRET_VALUE, node.place, dotted(path), f"looks like a secret, {found}; {_NO_PLACE}")]
     return []

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers, validate_repo_id
 
 from raytune.errors import ClusterError, ModelError
-from raytune.hub.cache import DEFAULT_REVISION, default_hub_cache, is_commit
+from raytune.hub.cache import DEFAULT_REVISION, default_hub_cache, is_commit, is_offline
 from raytune.units import format_bytes, format_seconds
 
 CONNECT_S, READ_S = 10.0, 30.0
@@ -66,11 +66,6 @@ class _MayPassError(Exception):
     def __init__(self, cause: str, wait_s: float | None = None) -> None:
         super().__init__(cause)
         self.wait_s = wait_s
-
-
-def is_offline() -> bool:
-    """Whether this process may not use the network (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)."""
-    return constants.is_offline_mode()
 
 
 class Hub:

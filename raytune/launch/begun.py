@@ -9,7 +9,7 @@ from raytune.data.same_rows import have_same_rows
 from raytune.data.store import META_FILE, ROWS_FILE
 from raytune.errors import CheckpointError
 from raytune.launch.finished import is_finished
-from raytune.launch.record import read_plan
+from raytune.launch.record import read_plan, refuse_another_run
 from raytune.launch.stores import STORES_FOLDER
 from raytune.plan.division import Begun, Layout, continued, only_as
 from raytune.plan.identity import fingerprints
@@ -53,7 +53,19 @@ def begun_for(config: RunConfig, folder: RunFolder) -> Begun | None:
     return begun
 
 
-def refuse_other_layout(begun: Begun, plan: RunPlan) -> None:
+def as_begun(folder: RunFolder, plan: RunPlan, config: RunConfig) -> tuple[RunPlan, Begun | None]:
+    """A plan as it goes on with the run in a folder, whose rows may go by other names, and that run.
+
+    Raises:
+        UserError: if the run that is there is another.
+    """
+    begun = read_begun(folder)
+    plan = known_rows(folder, begun.plan, plan) if begun else plan
+    refuse_another_run(folder, plan, config)
+    return plan, begun
+
+
+def refuse_unloadable(begun: Begun, plan: RunPlan) -> None:
     """Refuse a plan whose engine could not load the newest checkpoint, before workers are started for it.
 
     Raises:

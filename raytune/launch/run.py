@@ -13,13 +13,13 @@ from raytune.evaluate.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base, refuse_changed_base
-from raytune.launch.begun import begun_for, known_rows, read_begun, refuse_other_layout
+from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloadable
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, is_finished
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
-from raytune.launch.prepare import prepare, refuse_without_cluster
-from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
+from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
+from raytune.launch.record import RunRecord, refuse_changed_settings, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
 from raytune.metrics import EventLog
@@ -126,10 +126,8 @@ def _train_held(
 ) -> RunResult:
     """See `run` and `train_plan`. `get_ready` is called before the first attempt, while progress is shown."""
     folder = RunFolder(plan.storage, plan.name)
-    known, begun = RunRecord.read(folder), read_begun(folder)
-    if begun:
-        plan = known_rows(folder, begun.plan, plan)
-    refuse_another_run(folder, plan, config)
+    known = RunRecord.read(folder)
+    plan, begun = as_begun(folder, plan, config)
     if known and not begun:  # its plan is gone, so the record is of what is planned now
         known = replace(known, config=config.model_dump(mode="json"))
     if known and known.state == "finished":  # by now, where there is a lease
@@ -149,7 +147,7 @@ def _train_held(
             f"checkpoint.resume is false. Set it to true to continue, or give this run another name (name=...)."
         )
     if begun:
-        refuse_other_layout(begun, plan)
+        refuse_unloadable(begun, plan)
         if changes := Division.of(begun.plan).changes_to(Division.of(plan)):
             logger.warning(
                 "Run %r goes on divided otherwise: %s. Each step computes the same, but for rounding and for what dropout and "
@@ -187,19 +185,20 @@ def plan_run(config: RunConfig) -> RunPlan:
         UserError: as `run` does.
     """
     begun = _begun_if_the_same(config)
-    plan = _planned(config, begun)
-    if begun is None:
-        return plan
-    known = known_rows(RunFolder(plan.storage, plan.name), begun.plan, plan)
-    return _planned(config, None) if differences(identity_of(begun.plan), identity_of(known)) else plan
-
-
-def _planned(config: RunConfig, begun: Begun | None) -> RunPlan:
     if named_address(config.cluster):
         with connect(config.cluster, scales=False) as machine:
             on_cluster = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
-            return prepare(config, machine, on_cluster, begun=begun).plan
-    return prepare(config, this_machine(config.cluster), map, begun=begun).plan
+            return _planned(config, Preparation(machine, on_cluster), begun)
+    return _planned(config, Preparation(this_machine(config.cluster), map), begun)
+
+
+def _planned(config: RunConfig, preparation: Preparation, begun: Begun | None) -> RunPlan:
+    """As the run that is there goes on, if it is this one."""
+    plan = preparation.prepare(config, begun).plan
+    if begun is None:
+        return plan
+    known = known_rows(RunFolder(plan.storage, plan.name), begun.plan, plan)
+    return preparation.prepare(config).plan if differences(identity_of(begun.plan), identity_of(known)) else plan
 
 
 def _begun_if_the_same(config: RunConfig) -> Begun | None:

@@ -26,7 +26,7 @@ def quantization_config(model: ModelPlan) -> BitsAndBytesConfig | None:
     if not quantization.is_4_bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = model.compute_dtype if quantization.compute_dtype == "auto" else quantization.compute_dtype
-    storage = compute if quantization.quant_storage == "auto" else quantization.quant_storage
+    storage = model.compute_dtype if quantization.quant_storage == "auto" else quantization.quant_storage
     if storage not in ("uint8", model.dtype):
         raise ModelError(
             f"model.quant_storage is {storage} but the model is loaded in {model.dtype}; casting one to the other would destroy "

@@ -106,7 +106,7 @@ def choose_plan(
     reasons += _reasons_for_fit(config, fit, setting, wanted_rows, machine, shape, data)
     reasons += (
         [_quantised_and_zero_3(quantized_bytes(quantization, shape, setting.trained), fit)]
-        if quantization and workers > 1 and all(limit.highest == 3 for limit in quantization_limits(config, precision))
+        if quantization and workers > 1 and not quantization_limits(config, precision)
         else []
     )
     reasons += [data.assumption] if data.assumption else []

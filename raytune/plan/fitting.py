@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from raytune.config.adapter import LoraAdapter, preset_of
-from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import possible_batches
@@ -260,9 +259,9 @@ def _lighter_methods(config: RunConfig, setting: Setting, shape: ModelShape, mac
         yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}), machine)]
     text, quantised, changes = "", config, []
     preset = preset_of(config.adapter) if config.model.quantization == "auto" else None
-    if quantization_of(config.model, config.adapter) is None and preset:
+    if setting.quantization is None and preset:
         text, quantised = "adapter.method=qlora", config.model_copy(update={"adapter": preset})
-    elif quantization_of(config.model, config.adapter) is None and not setting.trained.is_base:
+    elif setting.quantization is None and not setting.trained.is_base:
         model = config.model.model_copy(update={"quantization": "nf4"})
         text, quantised = "model.quantization=nf4", config.model_copy(update={"model": model})
     if text:

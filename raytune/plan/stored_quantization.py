@@ -5,7 +5,7 @@ from typing import Any
 
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
-from raytune.config.quantization import quantization_key
+from raytune.config.quantization import quantization_key, shown_value
 from raytune.errors import ModelError
 
 StoredQuantization = dict[str, Any]
@@ -72,8 +72,8 @@ def check_stored_quantization(
     form = _form(stored)
     wrong = {key: value for key, value in form.items() if getattr(quantization, key) not in (value, "auto")}
     if wrong:
-        asked = ", ".join(f"{quantization_key(key, adapter)}: {_shown(getattr(quantization, key))}" for key in wrong)
-        settings = ", ".join(f"{quantization_key(key, adapter)}: {_shown(value)}" for key, value in wrong.items())
+        asked = ", ".join(f"{quantization_key(key, adapter)}: {shown_value(getattr(quantization, key))}" for key in wrong)
+        settings = ", ".join(f"{quantization_key(key, adapter)}: {shown_value(value)}" for key, value in wrong.items())
         raise ModelError(
             f"{base} is already quantised by bitsandbytes, in another form than {asked} asks for, and transformers would take "
             f"the stored form without a word. Set {settings}, or give the original weights as model.base."
@@ -97,10 +97,6 @@ def _kind(stored: StoredQuantization) -> str:
     if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
         return "int8"
     return str(stored.get("bnb_4bit_quant_type") or "fp4")
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _dtype(name: Any) -> str:

@@ -12,10 +12,10 @@ from raytune.errors import UserError
 from raytune.hub.snapshot import in_lines
 from raytune.launch.address import named_address
 from raytune.launch.base_here import bring_base
-from raytune.launch.begun import known_rows, read_begun, refuse_other_layout
+from raytune.launch.begun import as_begun, refuse_unloadable
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.lease import hold
-from raytune.launch.record import read_plan, readable, refuse_another_run, refuse_changes
+from raytune.launch.record import read_plan, readable, refuse_changes
 from raytune.metrics import History
 from raytune.model.base_content import content_changes
 from raytune.run_folder import RunFolder, SweepFolder
@@ -179,12 +179,9 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
         UserError: naming every difference.
     """
     for trial in known.unended:
-        run, plan = folder.trial(trial.name), planner.plan(trial)
-        if begun := read_begun(run):
-            plan = known_rows(run, begun.plan, plan)
-        refuse_another_run(run, plan, planner.config(trial))
+        plan, begun = as_begun(folder.trial(trial.name), planner.plan(trial), planner.config(trial))
         if begun:
-            refuse_other_layout(begun, plan)
+            refuse_unloadable(begun, plan)
 
 
 def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> None:

@@ -40,6 +40,7 @@ from raytune.training.commit import (
     SavedFile,
     altered,
     best_commit,
+    bring,
     committed,
     damaged,
     entries,
@@ -56,6 +57,20 @@ _ROOM_FACTOR = 1.02
 
 Report = Callable[..., None]
 """`EventLog.write`, or anything else that takes the name of an event and its facts by keyword."""
+
+
+def load_state(engine: Engine, commit: Commit, at_hand: Path) -> None:
+    """Load the files of a commit, which are intact, into this rank's engine.
+
+    Raises:
+        CheckpointError: whatever the engine raises.
+    """
+    try:
+        engine.load(at_hand)
+    except RaytuneError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{commit.path} is intact but cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 class Checkpoints:
@@ -343,18 +358,12 @@ class Checkpoints:
         storage.remove_folder(target, self._scratch.parent)
         with local_errors(target):
             target.mkdir(parents=True)
-        needed = [file for file in commit.files if file.is_needed_by(self._engine.rank)]
-        storage.in_parallel(lambda name: storage.download_file(f"{commit.state}/{name}", target / name), [f.name for f in needed])
-        return altered(needed, lambda file: str(target / file.name))
+        return bring(commit, self._engine.rank, target)
 
     def _load_fetched(self, commit: Commit) -> None:
         def load() -> None:
             try:
-                self._engine.load(self._at_hand(commit))
-            except RaytuneError:
-                raise
-            except Exception as error:
-                raise CheckpointError(f"{commit.path} is intact but cannot be loaded: {type(error).__name__}: {error}") from error
+                load_state(self._engine, commit, self._at_hand(commit))
             finally:
                 if not self._place.is_local:
                     storage.remove_folder(self._at_hand(commit), self._scratch.parent)

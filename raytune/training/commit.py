@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from raytune import storage
@@ -226,6 +227,13 @@ def newest_attempt(folder: RunFolder) -> int:
     except (ValueError, KeyError, TypeError):
         # Not our doing, since it is put in place whole: the manifests carry the number too.
         return max((commit.attempt for commit in committed(folder)), default=0)
+
+
+def bring(commit: Commit, rank: int, target: Path) -> list[str]:
+    """Download what a rank loads of a commit; which of it is damaged. Hashed where it will be loaded from."""
+    needed = [file for file in commit.files if file.is_needed_by(rank)]
+    storage.in_parallel(lambda name: storage.download_file(f"{commit.state}/{name}", target / name), [f.name for f in needed])
+    return altered(needed, lambda file: str(target / file.name))
 
 
 def misplaced(commit: Commit, sizes: Mapping[str, int]) -> list[str]:

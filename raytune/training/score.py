@@ -16,7 +16,8 @@ from raytune.errors import CheckpointError
 from raytune.evaluate.perplexity import perplexity
 from raytune.metrics import encode_number
 from raytune.run_folder import RunFolder
-from raytune.training.commit import Commit, altered, committed, misplaced
+from raytune.training.checkpoint import load_state
+from raytune.training.commit import Commit, altered, bring, committed, misplaced
 from raytune.training.loop import evaluating
 from raytune.training.peers import Peers
 from raytune.training.start import Started
@@ -88,7 +89,8 @@ def _load(started: Started, folder: RunFolder, step: int) -> None:
     peers = Peers(engine.rank, engine.gather_objects, CheckpointError)
     commit = peers.decide(lambda: _commit(folder, step))
     with TemporaryDirectory() as scratch:
-        engine.load(peers.together(lambda: _fetched(commit, engine.rank, Path(scratch)))[engine.rank])
+        at_hand = peers.together(lambda: _fetched(commit, engine.rank, Path(scratch)))[engine.rank]
+        peers.together(lambda: load_state(engine, commit, at_hand))
 
 
 def _commit(folder: RunFolder, step: int) -> Commit:
@@ -102,14 +104,11 @@ def _commit(folder: RunFolder, step: int) -> Commit:
 
 def _fetched(commit: Commit, rank: int, scratch: Path) -> Path:
     """Where the files of a checkpoint that this rank loads lie on this node, checked."""
-    needed = [file for file in commit.files if file.is_needed_by(rank)]
     if storage.is_local(commit.state):
         at_hand = storage.local_path(commit.state)
+        problems = altered([file for file in commit.files if file.is_needed_by(rank)], lambda file: str(at_hand / file.name))
     else:
-        at_hand = scratch
-        storage.in_parallel(
-            lambda name: storage.download_file(f"{commit.state}/{name}", at_hand / name), [f.name for f in needed]
-        )
-    if problems := altered(needed, lambda file: str(at_hand / file.name)):
+        at_hand, problems = scratch, bring(commit, rank, scratch)
+    if problems:
         raise CheckpointError(f"{commit.path} is damaged: {'; '.join(problems[:5])}.")
     return at_hand

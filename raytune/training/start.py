@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
+from raytune.errors import RaytuneError
 from raytune.model.adapters import adapting
 from raytune.model.attention import model_inputs
 from raytune.model.base_check import check_base
@@ -23,10 +24,11 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path
 from raytune.training.engine import Engine, PlainEngine
-from raytune.training.fetched_base import fetch_base
+from raytune.training.fetched_base import PATIENCE_S, fetch_base
 from raytune.training.losses import LossLayer, attach_loss
 from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
+from raytune.training.peers import Peers, gather_in_own_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,8 @@ def start(plan: RunPlan, worker: Worker, saved_model: str | None = None) -> Star
         if saved_model is not None:
             saved = local_path(saved_model) if is_local(saved_model) else Path(stack.enter_context(TemporaryDirectory()))
             if not is_local(saved_model):
-                download_folder(saved_model, saved)
+                peers = Peers(worker.rank, gather_in_own_group(worker.world_size, PATIENCE_S), RaytuneError)
+                peers.together(lambda: download_folder(saved_model, saved))
         engine, loss = start_engine(plan, device, worker.rank, worker.world_size, worker.kept, saved)
     return Started(plan=plan, worker=worker, folder=folder, engine=engine, loss=loss)
 

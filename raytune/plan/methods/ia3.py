@@ -72,9 +72,10 @@ def _names(shape: ModelShape, kind: str) -> list[str]:
 def _trained(adapter: Ia3Adapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
     layers, backs = scaled_layers(adapter, shape), {*ways_back(_names(shape, "mlp"))}
     inputs = [module for module in layers if is_of_feedforward(module.name, adapter, backs)]
-    outputs = [module for module in layers if module not in inputs]
+    of_inputs = {module.name for module in inputs}
+    outputs = [module for module in layers if module.name not in of_inputs]
     saved = whole_parts(saved_modules(adapter, shape))
-    parts = [_part(module, module.inputs if module in inputs else module.outputs) for module in layers]
+    parts = [_part(module, module.inputs if module.name in of_inputs else module.outputs) for module in layers]
     packed = packed_experts(adapter, shape, quantization)
     in_layers = ("attention", "mlp", "mixer")
     return Trained(

@@ -134,9 +134,10 @@ def excluding_experts(adapter: LoraAdapter, shape: ModelShape) -> list[str]:
 def _check_names(adapter: LoraAdapter, shape: ModelShape) -> None:
     """Names and patterns that match nothing in the model at all: they are misspelt."""
     check_names(adapter, shape)
+    names = names_in(shape)
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
-            if not any(matches_end(pattern, name, f"adapter.{setting}") for name in names_in(shape)):
+            if not any(matches_end(pattern, name, f"adapter.{setting}") for name in names):
                 raise ModelError(
                     f"adapter.{setting}: {pattern!r} matches no module of this {shape.model_type} model. {own_names(shape)}"
                 )
