@@ -56,7 +56,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     with serving() as stand_in:
         monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # what the library read when it was imported
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -234,7 +235,7 @@ def test_a_hub_that_is_not_there_is_told_in_time(monkeypatch: pytest.MonkeyPatch
 def test_offline_means_from_the_cache_or_a_word(monkeypatch: pytest.MonkeyPatch, hub: StandIn, tiny: Path) -> None:
     hub.add_folder(NAME, tiny)
     described(NAME, None)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.asked.clear()
     assert described(NAME, None)
     for ask in (lambda: download_base(NAME, None), lambda: described("owner/other", "v1")):
