@@ -227,7 +227,7 @@ def _all_in(text: str) -> Iterator[Secret]:
     for match in _compiled(_ASSIGNED).finditer(text):
         before = max(0, match.start() - _LONGEST_NAME), match.start()
         name = _compiled(_NAME).search(text, *before)
-        if name and looks_drawn(match[1]) and is_secret_name(name[1]):
+        if name and is_secret_name(name[1]) and _is_drawn_value(match[1]):
             yield Secret("a secret", "", match.start(1), match.end())
     for match in _compiled(_QUOTED_KEY).finditer(text):
         if _is_cloud_key(match[0]):
@@ -249,6 +249,12 @@ def _is_no_sample(text: str, match: re.Match[str]) -> bool:
     # Some services draw letters alone.
     is_drawn = looks_drawn(own) or _num_turns(own) >= len(own) / 6
     return is_drawn and not _compiled(r"(?i)example|sample|dummy|your|xxxx|1234567|abcdef").search(own)
+
+
+def _is_drawn_value(text: str) -> bool:
+    """Whether what belongs to a secret name looks drawn; of a path (an ssh_key is one) each of its parts, not all together."""
+    parts = [part for part in text.split("/") if len(part) >= 16] if text.startswith(("/", "~/", "./", "../")) else [text]
+    return any(map(looks_drawn, parts))
 
 
 def looks_drawn(text: str) -> bool:

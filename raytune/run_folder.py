@@ -190,6 +190,10 @@ class SweepFolder:
     def tune(self) -> str:
         return f"{self.path}/tune"
 
+    def stopped(self, command: int) -> str:
+        """There once the command of a number is to end: its trials look for it."""
+        return f"{self.path}/stopped/command-{command}"
+
     def trial(self, name: str) -> RunFolder:
         """The run folder of a trial."""
         return RunFolder(self.trials, name)

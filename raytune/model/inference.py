@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.model.adapters import adapting
+from raytune.model.adapters.adapting import patterns_obeyed
 from raytune.model.dtypes import DTYPES
 from raytune.model.load import load_base, load_model
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
@@ -32,7 +33,9 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
         yield _load(plan, str(folder), None, device)
     else:
         model.generation_config = stops
-        yield PeftModel.from_pretrained(model, str(folder)).eval()
+        with patterns_obeyed():
+            tuned = PeftModel.from_pretrained(model, str(folder)).eval()
+        yield tuned
 
 
 def load_saved(
@@ -48,7 +51,8 @@ def load_saved(
         saved = plan.model.model_copy(update={"path": str(folder), "revision": None})
         return load_model(saved, plan.adapter, device=device, seed=plan.seed, shard=shard)
     base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
+    with patterns_obeyed():
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
 
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from raytune.config.training import Precision
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import DataError, ModelError
 from raytune.hub.snapshot import described, in_lines
+from raytune.model.adapters.adapting import patterns_obeyed
 from raytune.model.base_check import check_files
 from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
@@ -246,7 +247,8 @@ class _Merger:
         # The start is overwritten by what was trained; some starts would need the base's weights.
         peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
+            with patterns_obeyed():
+                peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
             updated = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
             self._layers = {name: layer for name, layer in updated.items() if not isinstance(layer, ParamWrapper)}
             bare = {name: layer for name, layer in updated.items() if isinstance(layer, ParamWrapper)}

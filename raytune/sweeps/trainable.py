@@ -10,8 +10,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from raytune.metrics import Follower
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import read_json
+from raytune.storage import exists, read_json
 from raytune.sweeps.schedule import AMOUNT, FAILURE, MAY_PASS, STEP
 from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
@@ -37,11 +38,15 @@ from raytune.training.run import Worker, train
 from raytune.training.worker import recorded
 
 REPORTED = "reported_step"
-TRY_AGAIN_EVERY_S = 2.0
+TRY_AGAIN_EVERY_S = LOOK_EVERY_S = 2.0
 
 
 class TrialStopped(SystemExit):
     """Raised where a trial reports or makes a step, when it is not to go on: it ends in order, as on an interrupt."""
+
+
+class SweepStopped(Exception):
+    """Told to Tune, which has stopped listening, in place of a result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +65,12 @@ class Assignment:
 class TrialActor(tune.Trainable):
     """Runs one trial after the other; `step` returns the next result of the present one."""
 
-    def setup(self, config: dict[str, Any], sweep: SweepPlan, folder: SweepFolder) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._sweep, self._folder = sweep, folder
+    def setup(self, config: dict[str, Any], sweep: SweepPlan, folder: SweepFolder, stop_file: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """
+        Args:
+            stop_file: there once the sweep is to stop.
+        """
+        self._sweep, self._folder, self._stop_file = sweep, folder, stop_file
         self._reported_step = 0
         self._talk: _Conversation | None = None
         self._kept = KeptBase()
@@ -71,7 +80,7 @@ class TrialActor(tune.Trainable):
             assignment = Assignment.read(self._folder.assignment(self.config[TRIAL]))
             reporter = _Reporter(self._sweep, assignment.plan, self._reported_step)
             self._talk = _Conversation(lambda talk: _run(assignment, reporter, talk, self._kept))
-        result = self._talk.next_result()
+        result = self._talk.next_result(self._is_stopped)
         self._reported_step = result.get(STEP, self._reported_step)
         return result
 
@@ -86,6 +95,11 @@ class TrialActor(tune.Trainable):
             talk.end()
         del talk
         gc.collect()
+
+    def _is_stopped(self) -> bool:
+        with suppress(RaytuneError):  # storage that is away is the trial's matter
+            return exists(self._stop_file)
+        return False
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """A trial that waits for others: its state is committed in its run folder, Tune keeps only what it was told."""
@@ -110,19 +124,31 @@ class _Conversation:
         self._thread = threading.Thread(target=self._run, args=(work,), name="trial", daemon=True)
         self._thread.start()
 
-    def next_result(self) -> dict[str, Any]:
+    def next_result(self, is_stopped: Callable[[], bool]) -> dict[str, Any]:
         """The next result; the last one again, marked as done, when the work has ended.
 
+        Args:
+            is_stopped: asked now and then whether to end the work instead of waiting for it.
+
         Raises:
+            SweepStopped: if it was ended.
             Exception: what the work raised.
         """
         if self._last:
             self._may_go_on.release()
-        said = self._said.get()
+        said = self._next_said(is_stopped)
         if isinstance(said, BaseException):
             raise said
         self._last = said or {**self._last, "done": True}
         return self._last
+
+    def _next_said(self, is_stopped: Callable[[], bool]) -> dict[str, Any] | BaseException:
+        while True:
+            with suppress(Empty):
+                return self._said.get(timeout=LOOK_EVERY_S)
+            if is_stopped():
+                self.end()
+                raise SweepStopped("the sweep was stopped")
 
     def end(self) -> None:
         """Stop the work where it next looks, and wait until it has ended."""

@@ -19,7 +19,7 @@ from raytune.launch.record import RunRecord
 from raytune.launch.worker_group import release_placement_groups
 from raytune.plan.run_plan import ClusterPlan
 from raytune.run_folder import SweepFolder
-from raytune.storage import remove_folder
+from raytune.storage import remove_folder, write_bytes
 from raytune.sweeps.board import Board
 from raytune.sweeps.ledger import Ended, Ledger, end_of
 from raytune.sweeps.schedule import make_scheduler
@@ -59,11 +59,12 @@ def run_trials(
     """
     os.environ.update(ENVIRONMENT)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.num_trials if plan.waits_for_others else plan.slots)
-    stop = _Stop()
+    stop = _Stop(folder.stopped(ledger.command))
     ending = _Ending(plan, folder, ledger, board, stop)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(TrialActor, sweep=plan, folder=folder), tune.PlacementGroupFactory(bundles_of(plan, cluster))
+            tune.with_parameters(TrialActor, sweep=plan, folder=folder, stop_file=stop.file),
+            tune.PlacementGroupFactory(bundles_of(plan, cluster)),
         ),
         tune_config=tune.TuneConfig(
             metric=plan.metric,
@@ -110,13 +111,18 @@ def _name_of(trial: TuneTrial) -> str:
 
 
 class _Stop(Stopper):
-    """Lets this process stop all trials, which then end as on an interrupt of their own."""
+    """Lets this process stop all trials, which then end as on an interrupt of their own.
 
-    def __init__(self) -> None:
-        self.is_set = False
+    Tune hears it at once, an actor only after its present step, whose result may be an hour away: it looks for a file meanwhile.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file, self.is_set = file, False
 
     def set(self) -> None:
         self.is_set = True
+        with suppress(RaytuneError):  # storage that is away: trials end with this process
+            write_bytes(self.file, b"")
 
     def __reduce__(self) -> tuple:
         return NoopStopper, ()  # as for schedulers (schedule.py)

@@ -80,12 +80,12 @@ def _host(name: str, address: str, bridge: str, folder: Path) -> Iterator[Host]:
     home, ray = folder / name / "home", folder / name / "ray"
     home.mkdir(parents=True)
     ray.mkdir()
-    base = Path(sys.base_prefix)
     real_home = Path.home()
-    # The interpreter may live in the home that the host gets another one of.
-    within = home / base.relative_to(real_home) if base.is_relative_to(real_home) else None
-    if within:
-        within.mkdir(parents=True)
+    # The interpreter and its environment may live in the home that the host gets another one of.
+    of_python = {Path(prefix) for prefix in (sys.base_prefix, sys.prefix) if Path(prefix).is_relative_to(real_home)}
+    within = {prefix: home / prefix.relative_to(real_home) for prefix in of_python}
+    for place in within.values():
+        place.mkdir(parents=True)
     link = f"v{name}"[:15]
     _call(["ip", "netns", "add", name])
     try:
@@ -101,7 +101,7 @@ def _host(name: str, address: str, bridge: str, folder: Path) -> Iterator[Host]:
         script = [
             f"hostname {name.partition('-')[0]}",
             f"mkdir -p /tmp/ray && mount --bind {ray} /tmp/ray",
-            *([f"mount --bind {base} {within}"] if within else []),
+            *(f"mount --bind {prefix} {place}" for prefix, place in within.items()),
             f"mount --rbind {home} {real_home}",
             "mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && mkdir -p /run/sshd",
             f"{shutil.which('sshd', path=SEARCHED)} -f {folder}/sshd_config",

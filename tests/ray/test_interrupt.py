@@ -109,7 +109,8 @@ def test_an_interrupted_sweep_ends_in_order_and_none_of_its_trials_counts_as_end
     number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str
 ) -> None:
     arguments = ["sweep", "configs/sweeps/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
-    arguments += ["sweep.stopping.method=none", "training.max_steps=400"]
+    # Nothing is measured for an hour: the trials have to hear of it in the middle.
+    arguments += ["sweep.stopping.method=none", "training.max_steps=20000", "evaluation.every_steps=20000"]
     folder = SweepFolder(str(tmp_path), "quickstart-sweep")
 
     def is_under_way() -> bool:

@@ -119,6 +119,7 @@ def test_program_text_that_speaks_of_credentials_holds_none(line: str):
         ("anything", AWS_KEY),
         ("WANDB_API_KEY", HEX + HEX + HEX[:8]),
         ("DB_PASSWORD", "x9Kq2LmZ7Rt4Vb8N"),
+        ("DB_PASSWORD", "/x9Kq2LmZ7Rt4Vb8N/"),
         ("hf_" + LETTERS[:34], "1"),
     ],
 )
@@ -138,6 +139,8 @@ def test_a_name_tells_that_its_value_is_a_credential(name: str, value: str):
         ("name", "xai-attribution-study-of-llama-3-models"),
         ("name", "wandb_llamafinetuningexperiment"),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/google/key-2.json"),
+        ("ssh_key", "/tmp/rto8fx6y82/key"),  # in all, letters and digits take turns as in one drawn at random
+        ("ssh_key", "~/.ssh/n0d3s-k8s-2b/id1"),
         ("provider.token_file", "~/.ray/auth_token"),
         ("RAY_AUTH_MODE", "token"),
         ("NCCL_DEBUG", ""),

@@ -1,7 +1,8 @@
 """A row of the table of methods: all that a model is asked of one way to train, and what those that use PEFT share."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,15 @@ class Adapting:
     """Start from the inputs of the first batches, before an engine shards the model."""
 
 
+@contextmanager
+def patterns_obeyed() -> Iterator[None]:
+    """Around what puts an adapter on a model: PEFT 0.21 looks for patterns among layers only, and warns of those for parameters,
+    which it obeys; which of them match nothing was found before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
 def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, seed: int) -> PeftModel:
     """A frozen model with one of PEFT's adapters, as plain PEFT makes it after `torch.manual_seed(seed)`.
 
@@ -61,9 +71,7 @@ def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, 
             f"a quantised base, only embeddings, norms and the output head can."
         )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        # PEFT 0.21 looks among layers only, and says so of patterns of parameters, which it obeys; they were looked up before.
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+    with torch.random.fork_rng(devices=devices), patterns_obeyed():
         torch.manual_seed(seed)
         # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=config.revision)  # pyright: ignore[reportReturnType]
