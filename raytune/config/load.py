@@ -12,6 +12,7 @@ from typing import Any
 from raytune.config.asked import named_values
 from raytune.config.files import Reading, files_below, read_file, read_override, same_name
 from raytune.config.overlays import KeyPath, is_no_method, laid_over, node_of, overlay_at, places_in, stacked
+from raytune.config.presets import over_its_preset
 from raytune.config.problems import BAD_OVERRIDE, ConfigError, Place, Problem, dotted
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
@@ -134,6 +135,7 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
         overlay, problems = read_override(text, tree, rank=len(readings))
         tree = laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
+    tree = over_its_preset(tree)
     if whole.place.line is not None:  # what is missing is missing in the file, not on the command line
         tree = replace(tree, place=whole.place, key_place=whole.key_place)
     unreadable = [problem for _, problems in readings for problem in problems]

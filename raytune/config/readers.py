@@ -305,6 +305,7 @@ def _rows_of_sources(section: str) -> dict[str, Reader]:
 READERS: dict[str, Reader] = {
     **_read("", "version", "config.run"),
     **_read("", "name storage", "launch.run"),
+    **_read("", "preset", "config.presets"),
     **_read("", "model data adapter training evaluation checkpoint cluster sweep provider", "config.run"),
     # model
     **_read("model", "base trust_remote_code", "launch.prepare"),

@@ -15,6 +15,8 @@ from raytune.config.section import Section, Text
 from raytune.config.sweep import SweepSection
 from raytune.config.training import TrainingSection
 
+Preset = Literal["chat", "code", "domain", "style", "task", "qa", "classification", "summarisation", "small_data"]
+
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 
@@ -24,6 +26,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=RUN_NAME, title="a name of lower-case letters, digits and . _ -")] = "run"
     """Name of the run and of its folder: lower-case letters, digits, dots, dashes and underscores, at most 63. The same name
     continues an unfinished run."""
+    preset: Preset | None = None
+    """Documented defaults for a kind of training, below all that is written here; the plan says what it set and why
+    (`raytune explain presets`)."""
     storage: Text = "runs"
     """Where run folders live: a folder that every node sees, or an s3:// gs:// abfs:// URL. Relative paths start at the
     working directory."""

@@ -22,6 +22,7 @@ from raytune.config.sweep import Dimension, SweepSection
 FIXED = (
     "version",
     "name",
+    "preset",
     "storage",
     "sweep",
     "cluster",

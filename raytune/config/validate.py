@@ -12,6 +12,7 @@ from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import choices, example_of, in_words, is_open, keys, schema_path, type_at, union_above, unions
 from raytune.config.model import is_written_as_path
 from raytune.config.overlays import KeyPath, child_of, data_of, deepest, method_of
+from raytune.config.presets import is_of_preset
 from raytune.config.problems import (
     CONFLICT,
     MISSING_KEY,
@@ -25,7 +26,7 @@ from raytune.config.problems import (
     dotted,
     shown,
 )
-from raytune.config.readers import unread
+from raytune.config.readers import Unread, unread, without
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
 from raytune.config.space import space_problems
@@ -62,9 +63,10 @@ def validated(tree: Node, unreadable: list[Problem], check_files: bool, judged: 
             refused += forgotten(config, lambda key: deepest(tree, tuple(key.split("."))).key_place)
         written = space_problems(config, lambda *path: deepest(tree, path))
         refused += [problem for problem in written if problem.id not in unsaid]
-        refused += [] if unsaid else _unread_keys(config, tree, judged)
+        unread_keys = [] if unsaid else _unread_keys(config, judged)
+        refused += [_unread_problem(key, tree) for key in unread_keys if not is_of_preset(deepest(tree, key.path))]
         if not unreadable and not refused:
-            return _self_contained(config)
+            return _self_contained(without(config, unread_keys))  # a preset asks only for what suits the rest
     raise ConfigError(sorted(dict.fromkeys(unreadable + refused), key=lambda problem: problem.place.order))
 
 
@@ -174,14 +176,18 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
     ]
 
 
-def _unread_keys(config: RunConfig, tree: Node, judged: tuple[str, ...] | None) -> list[Problem]:
-    """Keys that nothing reads, whatever a sweep draws."""
+def _unread_keys(config: RunConfig, judged: tuple[str, ...] | None) -> list[Unread]:
+    """Keys that nothing reads, whatever a sweep draws, though something is asked for by them."""
     drawn = tuple(config.sweep.space) if config.sweep else ()
     return [
-        Problem(CONFLICT, deepest(tree, key.path).key_place, key.key, key.message)
+        key
         for key in unread(config, drawn)
         if key.is_refused and (judged is None or any(f"{key.key}.".startswith(f"{name}.") for name in judged))
     ]
+
+
+def _unread_problem(key: Unread, tree: Node) -> Problem:
+    return Problem(CONFLICT, deepest(tree, key.path).key_place, key.key, key.message)
 
 
 def _exists(name: str) -> bool:

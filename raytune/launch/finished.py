@@ -18,7 +18,7 @@ from raytune.run_folder import RunFolder
 from raytune.storage import exists, file_sizes, is_local, local_path, read_json
 from raytune.training.commit import committed
 
-FREE = ("version", "name", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store")
+FREE = ("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store")
 """Beginnings of keys that change neither what a step computes nor how it is divided."""
 
 _log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from typing import TypeVar
 from raytune.config.adapter import without_preset
 from raytune.config.checkpoint import CheckpointSection
 from raytune.config.metric_names import METRICS
+from raytune.config.presets import preset_reasons
 from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
@@ -96,7 +97,7 @@ def choose_plan(
     """
     if not data.train.num_targets:
         raise DataError(f"The training store {data.train.path} has no target tokens, so nothing can be learned from it.")
-    reasons = _Reasons(setting.reasons)
+    reasons = _Reasons([*preset_reasons(config), *setting.reasons])
     training, device, workers = config.training, setting.device, setting.workers
     precision, adapter, quantization = setting.precision, setting.adapter, setting.quantization
     method = method_of(adapter)

@@ -1,0 +1,65 @@
+"""Presets: defaults for a kind of training, laid below what a user writes. The facts are data: `presets.yaml` beside this."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from raytune.config.overlays import child_of, laid_over, overlay_at
+from raytune.config.problems import Place, shown
+from raytune.config.run import RunConfig
+from raytune.config.yaml_nodes import Node, read_nodes
+
+FILE = Path(__file__).with_name("presets.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    purpose: str
+    """What it is for."""
+    values: Mapping[str, tuple[Any, str]]
+    """What it sets, by dotted key, and why."""
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """All presets by name. Read where one is asked for first."""
+    tree, problems = read_nodes(FILE.read_text(encoding="utf-8"), Place(FILE.name, 1, 1))
+    assert tree is not None, problems
+    return {
+        name: Preset(facts["for"], {key: (value, why) for key, (value, why) in facts["values"].items()})
+        for name, facts in tree.plain.items()
+    }
+
+
+def over_its_preset(tree: Node) -> Node:
+    """What was written, laid over the preset that it names; a name that there is none of is the schema's matter."""
+    named = child_of(tree, "preset")
+    preset = presets().get(named.value) if named and isinstance(named.value, str) else None
+    if named is None or preset is None:
+        return tree
+    place = Place(_place_of(named.value))
+    below = Node({}, place, place)
+    for key, (value, _) in preset.values.items():
+        below = laid_over(below, overlay_at(below, key.split("."), Node(value, place, place)), ())
+    return laid_over(below, tree, ())
+
+
+def is_of_preset(node: Node) -> bool:
+    """Whether nobody wrote a node, but a preset brought it."""
+    return node.key_place.file in {_place_of(name) for name in presets()}
+
+
+def _place_of(name: str) -> str:
+    return f"preset {name}"
+
+
+def preset_reasons(config: RunConfig) -> Iterator[str]:
+    """A sentence for each value that a config has from its preset."""
+    if config.preset is None:
+        return
+    for key, (value, why) in presets()[config.preset].values.items():
+        section, _, name = key.partition(".")
+        if getattr(getattr(config, section), name, None) == value:
+            yield f"{key} is {shown(value)}, set by preset {config.preset}: {why}."

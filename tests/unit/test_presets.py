@@ -1,0 +1,77 @@
+"""Claims about presets: what they set lies below what is written, is told with its reason, and suits every method."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from raytune.config.guides import guides
+from raytune.config.load import config_diff, config_from, dump_yaml, load_config
+from raytune.config.presets import preset_reasons, presets
+from raytune.config.problems import ConfigError
+from raytune.config.run import Preset, RunConfig
+from raytune.plan.methods import METHODS
+
+
+def at(config: RunConfig, key: str) -> object:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def test_the_names_in_the_schema_are_those_in_the_file():
+    assert get_args(Preset) == tuple(presets())
+
+
+@pytest.mark.parametrize("name", get_args(Preset))
+def test_a_preset_sets_what_it_says_and_nothing_else_and_says_why(name: str):
+    config, values = config_from({"preset": name}), presets()[name].values
+    assert {key: at(config, key) for key in values} == {key: value for key, (value, _) in values.items()}
+    assert {key for key, _, _ in config_diff(RunConfig(), config)} == {"preset", *values}
+    assert all(at(RunConfig(), key) != value for key, (value, _) in values.items()), "it would set a default"
+    said = list(preset_reasons(config))
+    assert len(said) == len(values)
+    for sentence, (key, (_, why)) in zip(said, values.items(), strict=True):
+        assert sentence.startswith(f"{key} is ")
+        assert why in sentence
+
+
+def test_what_is_written_wins_in_files_and_on_the_command_line(tmp_path: Path):
+    (tmp_path / "low.yaml").write_text("training:\n  num_train_epochs: 7\nadapter:\n  rank: 4\n")
+    (tmp_path / "high.yaml").write_text("preset: code\n")
+    config = load_config([tmp_path / "low.yaml", tmp_path / "high.yaml"], ["adapter.alpha=9"])
+    written = {"training.num_train_epochs": 7, "adapter.rank": 4, "adapter.alpha": 9}
+    assert {key: at(config, key) for key in written} == written
+    assert not list(preset_reasons(config)), "it set none of these"
+    assert load_config([tmp_path / "high.yaml"], ["preset=null"]) == load_config([])
+
+
+@pytest.mark.parametrize("name", get_args(Preset))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_preset_suits_every_method_and_survives_a_round_trip(method: str, name: str, tmp_path: Path):
+    config = config_from({"preset": name, "adapter": {"method": method}, "training": {"lr_scheduler_type": "constant"}})
+    assert config.adapter.method == method
+    assert config_from(config) == config
+    (tmp_path / "dumped.yaml").write_text(dump_yaml(config))
+    assert load_config([tmp_path / "dumped.yaml"]) == config
+
+
+def test_what_suits_the_rest_not_is_left_out_of_a_preset_and_refused_of_a_person():
+    constant = {"training": {"lr_scheduler_type": "constant"}}
+    assert config_from({"preset": "domain", **constant}).training.min_lr_ratio == 0
+    with pytest.raises(ConfigError, match="min_lr_ratio"):
+        config_from({"preset": "domain", "training": constant["training"] | {"min_lr_ratio": 0.1}})
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"chat.*small_data"):
+        config_from({"preset": "converation"})
+
+
+def test_the_guide_shows_every_value():
+    text = guides()["presets"].text
+    for name, preset in presets().items():
+        section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
+        assert preset.purpose in section
+        for key, (value, why) in preset.values.items():
+            shown = f"{value:g}" if isinstance(value, float) else value
+            assert f"| `{key}` | {shown} | {why} |" in section
