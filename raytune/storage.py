@@ -159,7 +159,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Put a value in place as strict JSON; not-a-number and infinity are refused (`metrics.encode_number` spells them)."""
+    """Put a value in place as strict JSON; not-a-number and infinity are refused (`metrics.json_numbers` spells them)."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 

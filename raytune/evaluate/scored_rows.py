@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Any, Self
 
 from raytune.evaluate.perplexity import perplexity
-from raytune.metrics import decode_number, encode_number
+from raytune.metrics.json_numbers import decode_number, encode_number
 
 TABLES = (".jsonl", ".csv")
 """How the name of a table may end."""

@@ -24,7 +24,7 @@ from raytune.launch.record import RunRecord, read_plan, readable
 from raytune.launch.rows_to_score import look_at_rows, tokenised
 from raytune.launch.stores import store_plan_of
 from raytune.launch.trainer import fit
-from raytune.metrics import encode_number
+from raytune.metrics.json_numbers import encode_number
 from raytune.plan.data_report import StoreReport, store_text
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
