@@ -6,10 +6,11 @@ from typing import get_args
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, StoreRequest, build_store
+from raytune.data.build import ParallelMap, build_store
 from raytune.data.source_rows import formats_of
 from raytune.data.sources import find_files, scan
 from raytune.data.store import Store, StoreInfo
+from raytune.data.store_request import StoreRequest
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import UserError
 from raytune.launch.stores import STORES_FOLDER
