@@ -3,6 +3,8 @@
 Nothing that was uploaded counts before it was read back: `pyarrow.fs.copy_files` reports success for uploads that the server
 refused (docs/facts.md). A missing file is FileNotFoundError from every verb; a server that does not answer is never taken
 for a missing file, since a run would then start from scratch beside its own checkpoints.
+
+Long because each verb stands beside its twin for the other kind of storage, and the pair is read together.
 """
 
 import errno
