@@ -99,11 +99,12 @@ def score(
         raytune.errors.UserError: before anything is started, if the run has no weights or no row can be scored.
         raytune.errors.RaytuneError: if the workers failed.
     """
-    from raytune.launch.score import score, sources_of
+    from raytune.launch.rows_to_score import sources_of
+    from raytune.launch.score import run_to_score, score
 
     paths = [rows] if isinstance(rows, str | PathLike) else rows
     sources = sources_of([fspath(path) for path in paths], row_format, max_rows, columns)
-    return score(fspath(run), sources, output=None if output is None else fspath(output), address=address)
+    return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
 
 
 def _resolved(config: Config, overrides: Mapping[str, Any]) -> tuple[RunConfig, Places]:

@@ -40,7 +40,6 @@ SLOWEST_BYTES_PER_S = MIB / 16
 """A link that moves less is taken for a dead one."""
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
-_LONGEST_CAUSE = 300
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 
 _log = logging.getLogger(__name__)
@@ -242,7 +241,7 @@ def retry(
                 raise disk_full(what, error) from error
             if progress.moves > moves_before:
                 failing_since = clock()
-            refused, cause, elapsed = isinstance(error, PermissionError), _in_a_line(error), clock() - failing_since
+            refused, cause, elapsed = isinstance(error, PermissionError), _quoted(error), clock() - failing_since
             patience = patience_after_refusal_s if refused else patience_s
             if attempt == most_attempts or elapsed + wait > patience:
                 if refused:
@@ -267,11 +266,10 @@ def retry(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _in_a_line(error: Exception) -> str:
+def _quoted(error: Exception) -> str:
     """An error as a message may quote it: clients put whole responses into theirs."""
-    text = "".join(c if c.isprintable() else " " for c in _USER_INFO.sub("", f"{type(error).__name__}: {error}"))
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
+    text = _USER_INFO.sub("", f"{type(error).__name__}: {error}")
+    return in_a_line("".join(c if c.isprintable() else " " for c in text))
 
 
 def refuse_web_page(name: str, content: bytes) -> None:

@@ -3,6 +3,8 @@
 Nothing that was uploaded counts before it was read back: `pyarrow.fs.copy_files` reports success for uploads that the server
 refused (docs/facts.md). A missing file is FileNotFoundError from every verb; a server that does not answer is never taken
 for a missing file, since a run would then start from scratch beside its own checkpoints.
+
+Long because each verb stands beside its twin for the other kind of storage, and the pair is read together.
 """
 
 import errno
@@ -159,7 +161,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Put a value in place as strict JSON; not-a-number and infinity are refused (`metrics.encode_number` spells them)."""
+    """Put a value in place as strict JSON; not-a-number and infinity are refused (`metrics.json_numbers` spells them)."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 

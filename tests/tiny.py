@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, settings
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
-from raytune.data.build import StoreRequest, build_store
+from raytune.data.build import build_store
 from raytune.data.demo import demo_rows
 from raytune.data.store import StoreInfo
+from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer

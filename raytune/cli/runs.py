@@ -250,12 +250,14 @@ def score(
     RUN is a run folder. A finished run is scored by its final model, another one by its best checkpoint. ROWS are files, globs,
     folders or data sets, as in data.train. They are read and cut as the run's own; what cannot be used is left out and counted.
     """
-    from raytune.launch.score import cluster_of, columns_of, sources_of
+    from raytune.launch.rows_to_score import columns_of, sources_of
+    from raytune.launch.score import run_to_score
     from raytune.launch.score import score as score_run
 
     sources = sources_of(rows, row_format or "auto", max_rows, columns_of(columns))
-    begin_on(named_address(cluster_of(run, address)))
-    scores = score_run(run, sources, output=output, address=address)
+    scored = run_to_score(run, address)
+    begin_on(named_address(scored.cluster))
+    scores = score_run(scored, sources, output=output)
     say(json.dumps(scores.to_json()) if as_json else "\n".join(scores.lines))
 
 

@@ -9,7 +9,8 @@ from ray.job_submission import JobStatus
 from raytune.clusters.job import Job
 from raytune.errors import RaytuneError
 from raytune.launch.record import RunRecord, read_plan
-from raytune.metrics import History, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import exists
 from raytune.units import format_seconds

@@ -4,9 +4,9 @@
 and line; `split` holds rows out; `formats` turns a row into a `Conversation`, and `source_rows` all those of a source; `template`
 renders it and finds each turn's text (`template_text` says which template, `tokenizers` opens what its text is for);
 `text_encoder` knows where tokens lie in a text; `masking` says which of them are targets, and how much each weighs; `tokenising`
-does all of that for one shard of the sources (`shards` has its tasks and results); `packing` lays documents into rows; `build`
-puts the rows on disk, content-addressed, where `store` reads them; `order` says which rows a step sees, as a function of the
-step; `batches` makes tensors of them.
+does all of that for one shard of the sources (`shards` has its tasks and results); `packing` lays documents into rows, which
+`row_file` writes; `build` makes a store of them, at the address of its `store_request` (`store_place`), where `store` reads it;
+`order` says which rows a step sees, as a function of the step; `batches` makes tensors of them.
 
 Only `batches` imports torch itself, and only `sources` may import `datasets`; of transformers, `tokenizers` opens tokenizers and
 `rendering` applies templates.

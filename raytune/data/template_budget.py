@@ -6,6 +6,8 @@ text of a terabyte. Two guards, neither of which costs an ordinary rendering any
 - A thread looks ten times a second at renderings that go on, and ends one whose own processor time is spent (so that a busy
   machine ends none) or that fills memory, by raising in its thread, whichever that is: signals reach the main thread alone.
 - What makes much of little in one step, where no thread can step in (`'x' * 10**10`, a width of a billion), is refused before.
+
+Long because it lists, function by function of jinja2, what can make much of little; a list in two places would have gaps.
 """
 
 import os

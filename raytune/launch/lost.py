@@ -14,7 +14,7 @@ from raytune.launch.going_on import going_on
 from raytune.launch.lease import drop_claim_of
 from raytune.launch.places import Place, ranks_in_words, read_places
 from raytune.launch.record import RunRecord
-from raytune.metrics import EventLog
+from raytune.metrics.events import EventLog
 from raytune.run_folder import RunFolder
 
 CONNECT_TIMEOUT_S = 3.0

@@ -16,7 +16,9 @@ from raytune.errors import RaytuneError
 from raytune.hub.snapshot import Progress
 from raytune.launch.live import PlainConsole, showing
 from raytune.launch.result import RunResult
-from raytune.metrics import Follower, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.follower import Follower
+from raytune.metrics.points import is_of_training
 from raytune.object_store import once
 from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
@@ -124,7 +126,7 @@ class RunView:
         for label, name, form in _SHOWN:
             if newest := metrics.newest(name):
                 measured, value = newest
-                facts.append((label, form(value) + (f" (step {measured})" if not name.startswith("train/") else "")))
+                facts.append((label, form(value) + (f" (step {measured})" if not is_of_training(name) else "")))
         if step >= num_steps:
             return [*facts, ("state", "all steps done, writing the model")]
         return [*facts, ("left", format_seconds((num_steps - step) * metrics.seconds_per_step()))]

@@ -6,7 +6,8 @@ from typing import Self
 
 from raytune.evaluate.compare import Comparison
 from raytune.launch.record import read_plan, readable
-from raytune.metrics import History, decode_number, encode_number
+from raytune.metrics.history import History
+from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.plan.data_report import DataReport
 from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan

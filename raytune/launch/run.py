@@ -22,7 +22,7 @@ from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
 from raytune.launch.record import RunRecord, refuse_changed_settings, write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.trainer import fit
-from raytune.metrics import EventLog
+from raytune.metrics.events import EventLog
 from raytune.plan.division import Begun, Division
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource, named_sources, validation_sets
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, StoreRequest, build_store
+from raytune.data.build import ParallelMap, build_store
 from raytune.data.store import Store, StoreInfo
+from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any, Self
 
 from raytune.launch.record import read_plan
-from raytune.metrics import History, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import exists

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raytune.metrics import EventLog, decode_number, encode_number, read_events
+from raytune.metrics.events import EventLog, read_events
+from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.sweeps.halving import RungDecision, Standings, Verdict
 from raytune.sweeps.trial import Trial
 

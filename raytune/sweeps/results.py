@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from raytune.metrics import decode_number, encode_number
+from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.sweeps.trial import Trial
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]

@@ -16,7 +16,7 @@ from raytune.launch.begun import as_begun, refuse_unloadable
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.lease import hold
 from raytune.launch.record import read_plan, readable, refuse_changes
-from raytune.metrics import History
+from raytune.metrics.history import History
 from raytune.model.base_content import content_changes
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, exists, read_bytes, remove_folder, write_bytes, write_json

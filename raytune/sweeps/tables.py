@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytune.metrics import encode_number
+from raytune.metrics.json_numbers import encode_number
 from raytune.printable import plain_text
 from raytune.sweeps.results import SweepResult
 from raytune.sweeps.words import metric_text, value_text

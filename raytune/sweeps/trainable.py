@@ -25,7 +25,7 @@ from raytune.launch.causes import first_failure
 from raytune.launch.lease import EXPIRES_S
 from raytune.launch.run import Attempt, RunFailedError, train_plan
 from raytune.launch.trainer import fit
-from raytune.metrics import Follower
+from raytune.metrics.follower import Follower
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
@@ -244,9 +244,8 @@ class _Evaluations:
     def look(self) -> list[dict[str, float]]:
         """All that are known by now, in order. Of a step that is measured again, after a resume, the later values."""
         for point in self._follower.look():
-            values = {name: value for name, value in point.values.items() if not name.startswith("train/")}
-            if values:
-                self._by_step[point.step] = {STEP: point.step, **values}
+            if evaluation := point.evaluation:
+                self._by_step[point.step] = {STEP: point.step, **evaluation}
         return [self._by_step[step] for step in sorted(self._by_step) if step <= self._follower.last_step]
 
 

@@ -14,6 +14,9 @@ older one finds a larger number there when it comes to commit.
 DeepSpeed's shards are pickles, and loading a stranger's pickle runs the stranger's code. A state is loaded only when its folder
 holds exactly the files of the manifest, with their hashes. This protects against damage and against files slipped in, not
 against somebody who may rewrite manifest and files together: whoever can write to the storage is trusted.
+
+Long because a save and a load are one protocol between ranks: what one of them waits for, another has to reach, and both are
+read side by side. What needs no other rank is in `commit` and `checkpoint_folder`.
 """
 
 import hashlib

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from raytune import storage
 from raytune.errors import CheckpointError, PlanError
-from raytune.metrics import decode_number, encode_number
+from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.plan.run_plan import CheckpointPlan
 from raytune.run_folder import DAMAGED_FOLDER, DAMAGED_MANIFEST, MANIFEST, STEP_FOLDER, RunFolder
 from raytune.storage import Digest

@@ -17,7 +17,7 @@ from raytune.errors import RaytuneError
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
-from raytune.metrics import encode_number
+from raytune.metrics.json_numbers import encode_number
 from raytune.model.adapters import adapting
 from raytune.model.base_content import save_content
 from raytune.model.dtypes import DTYPES

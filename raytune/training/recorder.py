@@ -8,7 +8,8 @@ from typing import Self
 
 import torch
 
-from raytune.metrics import History, MetricsWriter
+from raytune.metrics.history import History
+from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.engine import Engine
@@ -28,7 +29,7 @@ class Recorder:
         self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step) if engine.rank == 0 else None
         self._last_step, self._last_s = resumed_step, time.perf_counter()
         self._step_seconds: list[float] = []
-        self.metrics: dict[str, float] = History.read(folder.metrics).newest(resumed_step) if self._writer else {}
+        self.metrics: dict[str, float] = History.read(folder.metrics).as_of(resumed_step) if self._writer else {}
         """The newest value of every metric, on rank 0 with those of the steps before this attempt."""
 
     def __enter__(self) -> Self:

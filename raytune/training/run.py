@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
-from raytune.metrics import EventLog
+from raytune.metrics.events import EventLog
 from raytune.plan.identity import identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder

@@ -1,6 +1,5 @@
 """The loss of each row of a data set under the weights of a run, on every rank: packed rows in, a line per row out."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,7 @@ from raytune import storage
 from raytune.data.batches import Batch, evaluation_batches
 from raytune.data.store import Store
 from raytune.errors import CheckpointError
-from raytune.evaluate.perplexity import perplexity
-from raytune.metrics import encode_number
+from raytune.evaluate.scored_rows import ScoredRow, jsonl_table
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import load_state
 from raytune.training.commit import Commit, altered, bring, committed, misplaced
@@ -26,8 +24,8 @@ from raytune.training.start import Started
 def score_rows(started: Started, request: Mapping[str, Any]) -> None:
     """Score the rows of the plan's store; rank 0 writes them into the plan's folder. Every rank calls it.
 
-    What is written has a line per row, in the order of the files: `file`, `row` (from 1), `targets`, `loss` (mean, in nats) and
-    `perplexity`. A row of which there are several pieces (`data.too_long: split`) is scored over all of them.
+    What is written is a table of `ScoredRow`s in the order of the files. A row of which there are several pieces
+    (`data.too_long: split`) is scored over all of them.
 
     Args:
         request: `checkpoint`, if the weights are those of a checkpoint: `{"storage": ..., "name": ..., "step": ...}` of a run.
@@ -58,8 +56,11 @@ def score_rows(started: Started, request: Mapping[str, Any]) -> None:
             merged[source][1] += num_targets
     if engine.rank == 0:
         order = {file: place for place, file in enumerate(store.files)}
-        rows = sorted(merged, key=lambda source: (order[source[0]], source[1]))
-        storage.write_bytes(started.folder.scored_rows, "".join(_line(*row, *merged[row]) for row in rows).encode())
+        rows = [
+            ScoredRow(file=file, row=row, targets=int(num_targets), loss=loss / num_targets)
+            for (file, row), (loss, num_targets) in sorted(merged.items(), key=lambda found: (order[found[0][0]], found[0][1]))
+        ]
+        storage.write_bytes(started.folder.scored_rows, jsonl_table(rows))
 
 
 def _by_document(started: Started, batch: Batch) -> tuple[list[float], list[float]]:
@@ -75,12 +76,6 @@ def _by_document(started: Started, batch: Batch) -> tuple[list[float], list[floa
     sums_D.index_add_(0, documents_M, losses_M.double())
     counts_D.index_add_(0, documents_M, torch.ones_like(losses_M, dtype=torch.float64))
     return sums_D.tolist(), counts_D.tolist()
-
-
-def _line(file: str, row: int, loss_sum: float, num_targets: float) -> str:
-    loss = loss_sum / num_targets
-    values = {"loss": encode_number(loss), "perplexity": encode_number(perplexity(loss))}
-    return json.dumps({"file": file, "row": row, "targets": int(num_targets), **values}, ensure_ascii=False) + "\n"
 
 
 def _load(started: Started, folder: RunFolder, step: int) -> None:

@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO, stages 1 to 3: its JSON, its engine behind our protocol, its checkpoints."""
+"""DeepSpeed ZeRO, stages 1 to 3: its JSON, its engine behind our protocol, its checkpoints.
+
+Long because it is the only file that may import DeepSpeed.
+"""
 
 import inspect
 import logging

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
-from raytune.data.build import StoreRequest, build_store
+from raytune.data.build import build_store
 from raytune.data.store import StoreInfo
+from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import TEMPLATES_FOLDER
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from tests.bench.measure import Rival, interleaved, ratios, report

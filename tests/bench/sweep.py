@@ -29,7 +29,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from raytune.metrics import History, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
 from tests.bench.launch import ENVIRONMENT, WORKERS, running_cluster
 from tests.bench.measure import report, tree_cpu_s
 

@@ -37,8 +37,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from raytune.config.data import DataSource
 from raytune.config.model import Attention
 from raytune.data.batches import Batch, step_batches
-from raytune.data.build import StoreRequest, build_store
+from raytune.data.build import build_store
 from raytune.data.store import Store
+from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.plan.memory import chunk_tokens_for

@@ -16,7 +16,7 @@ from raytune.config.run import RunConfig
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, write_plan
-from raytune.metrics import History
+from raytune.metrics.history import History
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder

@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune.config.load import config_from
 from raytune.data.batches import Batch, step_batches
-from raytune.data.build import StoreRequest, build_store
+from raytune.data.build import build_store
 from raytune.data.store import Store
+from raytune.data.store_request import StoreRequest
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.attention import available_attention
 from raytune.model.demo import demo_tokenizer

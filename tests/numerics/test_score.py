@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM
 from raytune.config.data import DataSource
 from raytune.config.load import config_from
 from raytune.errors import CheckpointError, UserError
+from raytune.evaluate.scored_rows import ScoredRow, read_jsonl_table
 from raytune.launch.cluster import this_machine
 from raytune.launch.result import RunResult
-from raytune.launch.score import ScoredRow, Weights, read_scores, scoring_plan, sources_of, tokenised
+from raytune.launch.rows_to_score import sources_of, tokenised
 from raytune.launch.stores import store_plan_of
 from raytune.plan.data_report import StoreReport
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.scoring import Weights, scoring_plan
 from raytune.run_folder import RunFolder
+from raytune.storage import read_bytes
 from raytune.training.start import Worker
 from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
@@ -78,7 +81,7 @@ def score_here(plan: RunPlan, weights: Weights) -> tuple[ScoredRow, ...]:
     rank, world = rank_and_world()
     worker = Worker(rank=rank, world_size=world, device_index=0, attempt=1, report=lambda metrics: None)
     perform("score", plan, worker, weights.request)
-    return read_scores(RunFolder(plan.storage, plan.name)) if rank == 0 else ()
+    return read_jsonl_table(read_bytes(RunFolder(plan.storage, plan.name).scored_rows)) if rank == 0 else ()
 
 
 def plain_losses(result: RunResult, rows: Sequence[Any]) -> dict[int, tuple[int, float]]:

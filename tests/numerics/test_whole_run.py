@@ -23,7 +23,7 @@ from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.run import train_plan
-from raytune.metrics import EventLog, read_events
+from raytune.metrics.events import EventLog, read_events
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes

@@ -14,7 +14,8 @@ from ray.cluster_utils import Cluster
 from raytune.api import train
 from raytune.errors import DataError, RaytuneError, UserError
 from raytune.launch.run import RunFailedError
-from raytune.metrics import History, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune.metrics import read_events
+from raytune.metrics.events import read_events
 from raytune.plan.base_model import DEMO_BASE
 from tests.hub_stand_in import Refusal, StandIn, serving
 

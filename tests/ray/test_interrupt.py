@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune.metrics import History
+from raytune.metrics.history import History
 from raytune.run_folder import SweepFolder
 from raytune.sweeps.ledger import read_ledger
 

@@ -23,7 +23,8 @@ from raytune.launch.attempts import NODE_LOST, WORKER_DIED
 from raytune.launch.causes import first_failure
 from raytune.launch.places import Place, write_places
 from raytune.launch.run import RunFailedError
-from raytune.metrics import History, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
 from tests.ray.conftest import running_cluster

@@ -22,7 +22,7 @@ from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, TakenOverError, UserError
 from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.lease import Lease, this_process
-from raytune.metrics import History
+from raytune.metrics.history import History
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes, write_json
 

@@ -26,7 +26,8 @@ from ray.util import placement_group_table
 from raytune.api import sweep, train
 from raytune.errors import TrainingError, UserError
 from raytune.launch.record import RunRecord, write_plan
-from raytune.metrics import History, read_events
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import read_json
 from raytune.sweeps.ledger import Ledger, read_ledger

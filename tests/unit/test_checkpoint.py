@@ -24,7 +24,7 @@ from torch import nn
 
 from raytune import storage
 from raytune.errors import CheckpointError, PlanError, RaytuneError, StorageFullError
-from raytune.metrics import EventLog, read_events
+from raytune.metrics.events import EventLog, read_events
 from raytune.plan.run_plan import CheckpointPlan
 from raytune.run_folder import MANIFEST, RunFolder
 from raytune.training.checkpoint import Checkpoints

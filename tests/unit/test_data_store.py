@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
 from raytune.data import sources, tokenising
-from raytune.data.build import StoreRequest, build_store, resolved_too_long
+from raytune.data.build import build_store, resolved_too_long
 from raytune.data.shards import ShardResult, ShardTask, Tally
 from raytune.data.source_rows import read_conversations
 from raytune.data.store import Store, StoreInfo
+from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import resolve_template
 from raytune.data.text_encoder import TextEncoder
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint

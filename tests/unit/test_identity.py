@@ -222,7 +222,7 @@ def test_a_moved_run_goes_on_under_another_division_as_it_would_have(elsewhere: 
 
 
 def _history(folder: RunFolder) -> list[tuple[int, float]]:
-    from raytune.metrics import History
+    from raytune.metrics.history import History
 
     return History.read(folder.metrics).series("train/loss")
 

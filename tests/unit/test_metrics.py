@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 
 from raytune import storage
 from raytune.errors import ClusterError, StorageFullError, UserError
-from raytune.metrics import EventLog, Follower, History, MetricsWriter, decode_number, encode_number, read_events
+from raytune.metrics.events import EventLog, read_events
+from raytune.metrics.follower import Follower
+from raytune.metrics.history import History
+from raytune.metrics.json_numbers import decode_number, encode_number
+from raytune.metrics.points import Point
+from raytune.metrics.writer import MetricsWriter
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -42,21 +47,24 @@ def test_what_was_written_is_read(path: str) -> None:
     writer.close()
     history = History.read(path)
     assert history.last_step == 20
-    assert history.names == ["train/learning_rate", "train/loss", "validation/loss"]
     assert history.series("train/loss") == [(10, 2.5), (20, 1.5)]
-    assert history.last_of("validation/loss") == 2.0
-    assert history.last_of("unknown") is None
-    assert [(point.step, dict(point.values)) for point in history.evaluations] == [
+    assert history.series("unknown") == []
+    assert history.as_of(10) == {"train/loss": 2.5, "train/learning_rate": 1e-4, "validation/loss": 2.0}
+    assert history.as_of(20) == {"train/loss": 1.5, "train/learning_rate": 2e-4, "validation/loss": 2.0}
+    assert [(point.step, point.evaluation) for point in history.points] == [
         (0, {"validation/loss": 3.0}),
         (10, {"validation/loss": 2.0}),
+        (20, {}),
     ]
     assert history.best_of("validation/loss", "min") == (10, 2.0)
-    assert history.seconds_per_step() == pytest.approx(0.3)  # 2 s for steps 0-10, 4 s for steps 10-20
+    follower = Follower(path)
+    follower.look()
+    assert follower.seconds_per_step() == pytest.approx(0.3)  # 2 s for steps 0-10, 4 s for steps 10-20
 
 
 def test_no_file_is_an_empty_history(path: str) -> None:
     history = History.read(path)
-    assert (history.last_step, history.names, history.seconds_per_step()) == (0, [], 0.0)
+    assert (history.last_step, history.points, Follower(path).seconds_per_step()) == (0, (), 0.0)
     assert read_events(path) == []
 
 
@@ -65,8 +73,9 @@ def test_every_line_is_strict_json(path: str) -> None:
     for line in storage.read_bytes(path).splitlines():
         json.loads(line, parse_constant=pytest.fail)
     history = History.read(path)
-    assert math.isnan(history.last_of("bad") or 0)
-    assert (history.last_of("worse"), history.last_of("worst")) == (math.inf, -math.inf)
+    values = history.as_of(1)
+    assert math.isnan(values["bad"])
+    assert (values["worse"], values["worst"]) == (math.inf, -math.inf)
 
 
 @given(st.floats())
@@ -172,8 +181,8 @@ def test_lines_that_wait_for_a_storage_that_is_away_are_told_of_once(
             raise ClusterError("no answer")
         storage.write_bytes(target, data)
 
-    monkeypatch.setattr("raytune.metrics.write_bytes", failing)
-    with caplog.at_level(logging.WARNING, "raytune.metrics"):
+    monkeypatch.setattr("raytune.metrics.lines.write_bytes", failing)
+    with caplog.at_level(logging.WARNING, "raytune.metrics.lines"):
         writer = MetricsWriter(path, attempt=1, resumed_step=0, upload_every_s=0.01)
         while num_tries < 4:
             time.sleep(0.01)
@@ -252,9 +261,9 @@ def test_a_follower_tells_what_is_new(path: str) -> None:
     (point,) = follower.look()
     assert (point.step, dict(point.values)) == (2, {"train/loss": 2.0, "validation/loss": 3.0}), "whole, though half was known"
     write(path, 2, 1, [2])
-    assert [(point.step, point.attempt) for point in follower.look()] == [(2, 2)]
-    assert follower.history == History.read(path)
-    assert follower.history.series("train/loss") == [(1, 1.0), (2, 2.2)]
+    (point,) = follower.look()
+    assert (point.step, point.attempt, dict(point.values)) == (2, 2, {"train/loss": 2.2})
+    assert History.read(path).points[1:] == (point,)
     writer.close()
 
 
@@ -269,7 +278,7 @@ def test_a_look_reads_what_was_added_and_not_the_file_again(tmp_path: Path, monk
         num_read[0] += len(data)
         return data
 
-    monkeypatch.setattr("raytune.metrics.read_from", counted)
+    monkeypatch.setattr("raytune.metrics.follower.read_from", counted)
     writer = MetricsWriter(path, attempt=2, resumed_step=1000)
     for step in range(1001, 1101):
         writer.write(step, {"train/loss": 0.0})
@@ -316,15 +325,17 @@ def test_a_follower_knows_what_a_reader_knows_wherever_the_file_is_cut(data: st.
     content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     url, end = f"memory://{uuid.uuid4().hex}/metrics.jsonl", 0
     follower = Follower(url)
+    seen: dict[int, Point] = {}
     while end < len(content):
         end = min(end + data.draw(st.integers(20, 200)), len(content))
         storage.write_bytes(url, content[:end])
-        follower.look()
-        expected = History.parse(content[:end], url)
-        assert follower.history == expected
+        seen |= {point.step: point for point in follower.look()}
+        expected, fresh = History.parse(content[:end], url), Follower(url)
+        fresh.look()
+        assert [seen[step] for step in sorted(seen) if step <= follower.last_step] == list(expected.points)
         assert follower.last_step == expected.last_step
         assert follower.newest("loss") == next(iter(expected.series("loss")[::-1]), None)
-        assert follower.seconds_per_step() == expected.seconds_per_step()
+        assert follower.seconds_per_step() == fresh.seconds_per_step()
 
 
 @pytest.mark.parametrize("new_steps", [[1], [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -334,8 +345,9 @@ def test_a_file_that_was_replaced_is_read_from_its_beginning(path: str, new_step
     follower.look()
     storage.write_bytes(path, b"")
     write(path, 3, 0, new_steps)
-    assert [point.step for point in follower.look()] == new_steps
-    assert follower.history == History.read(path)
+    points = follower.look()
+    assert [point.step for point in points] == new_steps
+    assert points == History.read(path).points
 
 
 def test_a_torn_line_waits_and_what_a_resume_cuts_off_was_never_there(tmp_path: Path) -> None:
@@ -350,7 +362,7 @@ def test_a_torn_line_waits_and_what_a_resume_cuts_off_was_never_there(tmp_path: 
     assert [point.step for point in follower.look()] == [2, 3]
     path.unlink()
     assert follower.look() == ()
-    assert follower.history == History(())
+    assert (follower.last_step, follower.newest("train/loss")) == (0, None)
 
 
 def test_a_line_that_is_none_is_named(path: str) -> None:
@@ -387,7 +399,7 @@ def test_what_ends_a_block_is_told_though_the_storage_is_away_too(
     def away(path: str, data: bytes) -> None:
         raise ClusterError("the storage does not answer")
 
-    monkeypatch.setattr("raytune.metrics.write_bytes", away)
+    monkeypatch.setattr("raytune.metrics.lines.write_bytes", away)
     url = f"memory://{uuid.uuid4().hex}/events.jsonl"
     with pytest.raises(ZeroDivisionError):
         start_and_fail(url)

@@ -11,7 +11,8 @@ from raytune.config.load import config_from
 from raytune.launch.progress import RunView, show_result
 from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.run import train_plan
-from raytune.metrics import EventLog, MetricsWriter
+from raytune.metrics.events import EventLog
+from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json

@@ -14,15 +14,17 @@ from raytune.cli import cli
 from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
 from raytune.errors import DataError, UserError
+from raytune.evaluate.scored_rows import ScoredRow, csv_table, jsonl_table, read_jsonl_table
 from raytune.launch.record import RunRecord, write_plan
-from raytune.launch.score import ScoredRow, Scores, _look_at_rows, _table, _table_for, columns_of, score, sources_of
+from raytune.launch.rows_to_score import columns_of, look_at_rows, sources_of
+from raytune.launch.score import Scores, _table_for, run_to_score, score
 from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
 from raytune.run_folder import RunFolder
 from tests.tiny import tiny_plan
 
 ROWS = (
-    ScoredRow(file="a, b.jsonl", row=1, targets=3, loss=1.0, perplexity=2.718281828459045),
-    ScoredRow(file="a, b.jsonl", row=3, targets=1, loss=800.0, perplexity=float("inf")),
+    ScoredRow(file="a, b.jsonl", row=1, targets=3, loss=1.0),
+    ScoredRow(file="a, b.jsonl", row=3, targets=1, loss=800.0),
 )
 
 
@@ -40,10 +42,11 @@ def report(**counts: int) -> StoreReport:
 
 
 def test_a_table_is_read_as_it_was_written_in_both_forms() -> None:
-    lines = [json.loads(line) for line in _table(ROWS, as_csv=False).splitlines()]
-    assert lines[0] == {"file": "a, b.jsonl", "row": 1, "targets": 3, "loss": 1.0, "perplexity": ROWS[0].perplexity}
+    lines = [json.loads(line) for line in jsonl_table(ROWS).splitlines()]
+    assert lines[0] == {"file": "a, b.jsonl", "row": 1, "targets": 3, "loss": 1.0, "perplexity": 2.718281828459045}
     assert lines[1]["perplexity"] == "Infinity", "strict JSON has no word for it"
-    cells = list(csv.DictReader(StringIO(_table(ROWS, as_csv=True).decode())))
+    assert read_jsonl_table(jsonl_table(ROWS)) == ROWS
+    cells = list(csv.DictReader(StringIO(csv_table(ROWS).decode())))
     assert [list(row.values()) for row in cells] == [[str(value) for value in line.values()] for line in lines]
 
 
@@ -68,12 +71,12 @@ def run_of(folder: Path, state: str) -> RunFolder:
 def test_what_cannot_be_scored_is_refused_before_anything_starts(tmp_path: Path) -> None:
     rows = [DataSource(path="demo:test")]
     with pytest.raises(UserError, match=r"none is no run folder: it holds no run\.json"):
-        score(str(tmp_path / "none"), rows)
+        run_to_score(str(tmp_path / "none"))
     run = run_of(tmp_path, "running")
     with pytest.raises(UserError, match=r"'tiny' .* has neither finished nor saved a checkpoint yet"):
-        score(run.path, rows)
+        score(run_to_score(run.path), rows)
     with pytest.raises(UserError, match=r"--output is t\.txt, expected a name that ends in \.jsonl or \.csv"):
-        score(run.path, rows, output="t.txt")
+        score(run_to_score(run.path), rows, output="t.txt")
 
 
 def test_a_table_takes_neither_the_place_of_its_rows_nor_that_of_another_table(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_a_table_takes_neither_the_place_of_its_rows_nor_that_of_another_table(t
     rows.write_text("{}\n")
     for path in (str(rows), f"{tmp_path}/*.jsonl"):
         with pytest.raises(UserError, match="holds the rows that are to be scored"):
-            score(run.path, [DataSource(path=path)], output=str(rows))
+            score(run_to_score(run.path), [DataSource(path=path)], output=str(rows))
     names = []
     for path in (str(rows), "elsewhere/rows.jsonl", f"{tmp_path}/*.jsonl"):
         names.append(_table_for([DataSource(path=path)], run, None).removeprefix(f"{run.scores}/"))
@@ -96,9 +99,9 @@ def test_rows_without_a_format_are_refused_without_a_cluster_and_columns_give_th
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     with pytest.raises(DataError, match=r"'question', 'answer' fit no format"):
-        score(run.path, sources_of([str(rows)], "auto", None))
+        score(run_to_score(run.path), sources_of([str(rows)], "auto", None))
     assert not ray.is_initialized()
-    _look_at_rows(sources_of([str(rows)], "auto", None, columns_of("prompt=question, completion=answer")))
+    look_at_rows(sources_of([str(rows)], "auto", None, columns_of("prompt=question, completion=answer")))
     with pytest.raises(UserError, match=r"--columns is 'question', expected names as in prompt=question"):
         columns_of("question")
 

@@ -14,7 +14,7 @@ from raytune.launch.lease import claim, this_process
 from raytune.launch.lost import Driver, driver_lost
 from raytune.launch.places import Place, write_places
 from raytune.launch.record import RunRecord
-from raytune.metrics import read_events
+from raytune.metrics.events import read_events
 from raytune.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from raytune.launch.record import write_plan
-from raytune.metrics import EventLog, MetricsWriter
+from raytune.metrics.events import EventLog
+from raytune.metrics.writer import MetricsWriter
 from raytune.run_folder import SweepFolder
 from raytune.sweeps.collect import collect
 from raytune.sweeps.cost import ExpectedCost

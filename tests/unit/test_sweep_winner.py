@@ -8,7 +8,8 @@ import pytest
 
 from raytune.errors import ClusterError, TrainingError, UserError
 from raytune.launch.result import RunResult
-from raytune.metrics import History, Point
+from raytune.metrics.history import History
+from raytune.metrics.points import Point
 from raytune.run_folder import SweepFolder
 from raytune.storage import write_json
 from raytune.sweeps.ledger import Ended, Ledger

@@ -1,0 +1,134 @@
+"""The rows of a store on their way to the disk: documents of all shards, packed and written as `store` reads them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raytune.data.packing import Packing, pack
+from raytune.data.store import WEIGHTS_COLUMN, joined, view
+from raytune.local_files import local_errors
+
+_ROWS_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.large_list(pa.int32())),
+        ("is_target", pa.large_list(pa.bool_())),
+        ("document_lengths", pa.list_(pa.int32())),
+        ("files", pa.list_(pa.int32())),
+        ("lines", pa.list_(pa.int64())),
+        ("num_targets", pa.int64()),
+        ("num_bytes", pa.int64()),
+    ]
+)
+_WEIGHTED_ROWS_SCHEMA = pa.schema(
+    [*_ROWS_SCHEMA, (WEIGHTS_COLUMN, pa.large_list(pa.float32())), ("weight", pa.float64())]  # of each row: sum over its targets
+)
+_TOKENS_PER_RECORD_BATCH = 1 << 20
+
+
+class _Documents:
+    """The documents of all shards, memory-mapped."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        batches = [batch for path in paths for batch in _batches_of(path)]
+        offsets = [view(batch.column("input_ids").offsets, np.int32) for batch in batches]
+        self._input_ids = [view(batch.column("input_ids").values, np.int32) for batch in batches]
+        self._is_target = [view(batch.column("is_target").values, np.uint8).view(bool) for batch in batches]
+        weights = [batch.column("target_weights") for batch in batches]
+        self._weights = [None if column.null_count else view(column.values, np.float32) for column in weights]
+        self.are_weighted = any(one is not None for one in self._weights)
+        self._batch = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
+        self._start = np.concatenate([one[:-1] for one in offsets])
+        self.lengths = np.concatenate([np.diff(one) for one in offsets])
+        self.num_bytes = joined([batch.column("num_bytes") for batch in batches])
+        self.files = joined([batch.column("file") for batch in batches], np.int32)
+        self.lines = joined([batch.column("line") for batch in batches])
+
+    def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and targets of documents, end to end."""
+        places = self._places(documents)
+        return (
+            np.concatenate([self._input_ids[batch][start:stop] for batch, start, stop in places]),
+            np.concatenate([self._is_target[batch][start:stop] for batch, start, stop in places]),
+        )
+
+    def weights(self, documents: np.ndarray) -> np.ndarray:
+        """Weights of the tokens of documents, end to end."""
+        found = ((self._weights[batch], start, stop) for batch, start, stop in self._places(documents))
+        return np.concatenate(
+            [np.ones(stop - start, np.float32) if weights is None else weights[start:stop] for weights, start, stop in found]
+        )
+
+    def _places(self, documents: np.ndarray) -> list[tuple[int, int, int]]:
+        """The record batch of each document, and where its tokens lie in it."""
+        return list(zip(self._batch[documents], self._start[documents], self._start[documents] + self.lengths[documents]))
+
+
+def _batches_of(path: str) -> Iterator[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(path))
+    return (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+def write_rows(path: Path, shard_paths: Sequence[str], row_length: int, packing: Packing) -> dict[str, int]:
+    """Pack the documents of all shards and write the rows.
+
+    Returns:
+        The counts of `StoreInfo`.
+    """
+    documents = _Documents(shard_paths)
+    rows = pack(documents.lengths, row_length, packing)
+    num_targets = 0
+    schema = _WEIGHTED_ROWS_SCHEMA if documents.are_weighted else _ROWS_SCHEMA
+    with local_errors(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for some_rows in _in_batches(rows, documents.lengths):
+            batch = _record_batch(some_rows, documents)
+            num_targets += int(view(batch.column("num_targets"), np.int64).sum())
+            writer.write_batch(batch)
+    return {
+        "num_rows": len(rows),
+        "num_documents": len(documents.lengths),
+        "num_tokens": int(documents.lengths.sum(dtype=np.int64)),
+        "num_targets": num_targets,
+        "num_bytes": int(documents.num_bytes.sum()),
+        "longest_document": int(documents.lengths.max()),
+    }
+
+
+def _in_batches(rows: Sequence[list[int]], lengths: np.ndarray) -> Iterator[list[list[int]]]:
+    some_rows, num_tokens = [], 0
+    for row in rows:
+        some_rows.append(row)
+        num_tokens += int(lengths[row].sum())
+        if num_tokens >= _TOKENS_PER_RECORD_BATCH:
+            yield some_rows
+            some_rows, num_tokens = [], 0
+    if some_rows:
+        yield some_rows
+
+
+def _record_batch(rows: Sequence[list[int]], documents: _Documents) -> pa.RecordBatch:
+    members = np.concatenate([np.asarray(row) for row in rows])
+    document_offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    lengths = documents.lengths[members]
+    token_offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[document_offsets]
+    input_ids, is_target = documents.tokens(members)
+    offsets = pa.array(document_offsets, pa.int32())
+    columns: list[Any] = [
+        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(input_ids)),
+        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(is_target)),
+        pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
+        pa.ListArray.from_arrays(offsets, pa.array(documents.files[members])),
+        pa.ListArray.from_arrays(offsets, pa.array(documents.lines[members])),
+        pa.array(np.add.reduceat(is_target, token_offsets[:-1], dtype=np.int64)),
+        pa.array(np.add.reduceat(documents.num_bytes[members], document_offsets[:-1])),
+    ]
+    if not documents.are_weighted:
+        return pa.record_batch(columns, schema=_ROWS_SCHEMA)
+    weights = documents.weights(members)
+    columns += [
+        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(weights)),
+        pa.array(np.add.reduceat(np.where(is_target, weights, 0), token_offsets[:-1], dtype=np.float64)),
+    ]
+    return pa.record_batch(columns, schema=_WEIGHTED_ROWS_SCHEMA)

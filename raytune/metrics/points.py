@@ -1,0 +1,107 @@
+"""What the lines of a metrics file come to, taken one after the other: a point for each step that counts."""
+
+import json
+import statistics
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from raytune.errors import UserError
+from raytune.metrics.json_numbers import decode_number
+
+
+def is_of_training(name: str) -> bool:
+    """Whether a metric tells of the steps that lead to a point, and not of the model that stands there."""
+    return name.startswith("train/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """What was measured after one step."""
+
+    step: int
+    time: float
+    """Seconds since 1970 when it was first written."""
+    attempt: int
+    values: Mapping[str, float]
+
+    @property
+    def evaluation(self) -> dict[str, float]:
+        """What was measured of the model itself; empty where it was not evaluated."""
+        return {name: value for name, value in self.values.items() if not is_of_training(name)}
+
+
+class EffectivePoints:
+    """The effective history that the lines of a metrics file come to, one after the other.
+
+    Args:
+        path: for messages.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._num_lines, self._attempt = path, 0, 0
+        self.points: list[Point] = []
+        """By step, each once."""
+        self._last_with: dict[str, Point] | None = {}
+
+    def add(self, line: bytes) -> int | None:
+        """Take the next line; the step that was measured, None if the line says nothing new of any.
+
+        Raises:
+            UserError: if it is not what `MetricsWriter` writes.
+        """
+        self._num_lines += 1
+        try:
+            record = json.loads(line)
+            writer, when = int(record.pop("attempt")), float(record.pop("time"))
+            begins = "resumed_step" in record
+            step = int(record.pop("resumed_step" if begins else "step"))
+            values = {name: decode_number(value) for name, value in record.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self._path}:{self._num_lines} is not a line of metrics ({error}). Was the file edited? Remove the line."
+            ) from error
+        if writer < self._attempt:
+            return None
+        self._attempt = writer
+        if begins:
+            if self.points and self.points[-1].step > step:
+                del self.points[bisect_right(self.points, step, key=_step_of) :]
+                self._last_with = None
+            return None
+        at = bisect_left(self.points, step, key=_step_of)
+        known = self.points[at] if at < len(self.points) and self.points[at].step == step else None
+        if known:
+            when, values = known.time, {**known.values, **values}
+        point = Point(step=step, time=when, attempt=writer, values=values)
+        self.points[at : at + (known is not None)] = [point]
+        if self._last_with is not None and at == len(self.points) - 1:
+            self._last_with |= dict.fromkeys(values, point)
+        else:
+            self._last_with = None
+        return step
+
+    def point_at(self, step: int) -> Point | None:
+        at = bisect_left(self.points, step, key=_step_of)
+        return self.points[at] if at < len(self.points) and self.points[at].step == step else None
+
+    def last_with(self, name: str) -> Point | None:
+        """The last point that has a metric. Counted along while lines come in order, anew after a resume."""
+        if self._last_with is None:
+            self._last_with = {name: point for point in self.points for name in point.values}
+        return self._last_with.get(name)
+
+
+def _step_of(point: Point) -> int:
+    return point.step
+
+
+def seconds_per_step(points: Sequence[Point]) -> float:
+    """Median between two neighbours of the same attempt; 0 if there are none."""
+    pairs = [
+        (later.time - earlier.time) / (later.step - earlier.step)
+        for earlier, later in pairwise(points)
+        if earlier.attempt == later.attempt
+    ]
+    return statistics.median(pairs) if pairs else 0.0
