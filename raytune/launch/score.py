@@ -32,9 +32,10 @@ from raytune.launch.record import RunRecord, read_plan, readable
 from raytune.launch.stores import STORES_FOLDER, store_plan_of
 from raytune.launch.trainer import fit
 from raytune.metrics import decode_number, encode_number
+from raytune.model.adapters import adapting
 from raytune.plan.data_report import StoreReport, store_text
 from raytune.plan.machine import Machine
-from raytune.plan.run_plan import RunPlan
+from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, read_bytes, remove_folder, write_bytes
 from raytune.training.commit import best_commit, committed
@@ -143,10 +144,12 @@ def score(run: str, sources: Sequence[DataSource], *, output: str | None = None,
     folder = _run_folder(run)
     config, cluster = _config_of(folder), cluster_of(run, address)
     plan, weights = read_plan(folder), _weights_of(folder)
+    plan = plan.model_copy(update={"model": standing_alone(plan, weights)})
     table = _table_for(sources, folder, output)
     refuse_changed_base(plan.model)
-    if plan.template:  # else all rows are read as text
-        _look_at_rows(sources)
+    if not plan.template:  # nothing but plain text was trained
+        sources = as_text(sources)
+    _look_at_rows(sources)
     with connect(cluster, scales=False) as machine:
         info = tokenised(sources, config, plan, folder.storage, partial(map_on_cluster, start_timeout=cluster.start_timeout))
         scoring = scoring_plan(plan, machine, weights).model_copy(
@@ -185,6 +188,14 @@ class Weights:
         return "the final model" if self.step is None else f"the checkpoint of step {self.step}"
 
 
+def standing_alone(plan: RunPlan, weights: Weights) -> ModelPlan:
+    """What is loaded of a run: a final model that was trained whole needs its base no more, whose place it takes."""
+    if weights.step is not None or not adapting(plan.adapter).is_whole or not is_local(weights.folder.model):
+        return plan.model
+    folder = str(local_path(weights.folder.model))
+    return plan.model.model_copy(update={"path": folder, "revision": None, "content": None})
+
+
 def sources_of(
     rows: Sequence[str], row_format: str, max_rows: int | None, columns: Mapping[str, str] | None = None
 ) -> list[DataSource]:
@@ -201,6 +212,18 @@ def sources_of(
         raise UserError(f"--format is {row_format!r}, expected one of {', '.join(formats)}.")
     of_all = {"format": row_format, "max_rows": max_rows, "columns": dict(columns or {})}
     return [DataSource.model_validate({"path": path} | of_all) for path in rows]
+
+
+def as_text(sources: Sequence[DataSource]) -> list[DataSource]:
+    """Rows for a run that was trained on plain text, and so has no template for others.
+
+    Raises:
+        UserError: if they are named as others.
+    """
+    other = next((source.format for source in sources if source.format not in ("auto", "text")), None)
+    if other is not None:
+        raise UserError(f"--format is {other}, but the run was trained on plain text, and has no template for turns. Score text.")
+    return [source.model_copy(update={"format": "text"}) for source in sources]
 
 
 def columns_of(text: str | None) -> dict[str, str]:
@@ -275,7 +298,11 @@ def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
         update={"kind": "plain", "zero_stage": 0, "offload_optimizer": "none", "offload_parameters": "none", "nvme_path": None}
     )
     is_here = plan.model.attention in machine.attention or not plan.model.packs
-    precision = "fp32" if plan.precision == "fp16" and not on_gpus else plan.precision
+    is_fp16_here = plan.precision == "fp16" and not on_gpus  # CPUs compute some products in fp16 not at all, others slowly
+    precision = "fp32" if is_fp16_here else plan.precision
+    quantization = plan.model.quantization
+    if quantization and is_fp16_here:
+        quantization = quantization.model_copy(update={"compute_dtype": precision})
     return plan.model_copy(
         update={
             "precision": precision,
@@ -284,7 +311,9 @@ def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
             "model": plan.model.model_copy(
                 update={
                     "attention": plan.model.attention if is_here else machine.attention[0],
+                    "dtype": precision if is_fp16_here else plan.model.dtype,
                     "compute_dtype": precision,
+                    "quantization": quantization,
                     "gradient_checkpointing": False,
                     "compile": False,
                     "liger": plan.model.liger and on_gpus,
@@ -341,8 +370,6 @@ def tokenised(
             f"data.store. Copy its folder to a disk that every node mounts."
         )
     tokenizer = open_tokenizer(model.path, model.revision, model.trust_remote_code)
-    if not plan.template:  # nothing but plain text was trained
-        sources = [source.model_copy(update={"format": "text"}) for source in sources]
     request = StoreRequest(
         sources=tuple(sources),
         template=plan.template,
