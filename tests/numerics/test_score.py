@@ -29,7 +29,7 @@ from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import rank_and_world
 from tests.numerics.test_whole_run import LORA, config, finished
-from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tests.tiny import tiny_rows, tiny_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, chunked loss": {"adapter": {"method": "full"}, "training": {"loss": "chunked"}},
@@ -221,33 +221,6 @@ def test_no_start_from_data_is_made_where_a_checkpoint_is_loaded_over_it(rows: P
     # More rows a look than any machine has room for: who looks fails.
     looking = plan.model_copy(update={"batch": plan.batch.model_copy(update={"accumulation": 10**12})})
     assert_equal(score_here(looking, weights), plain_losses(result, ROWS), rows)
-
-
-@pytest.mark.parametrize(
-    "trained", [{"bias": "all"}, {"bias": "lora_only", "modules_to_save": ["embed_tokens"]}], ids=["bias", "embeddings"]
-)
-def test_what_a_bias_has_learned_is_scored_under_stage_3(trained: dict[str, Any], rows: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    biased(base)
-    changes = {"adapter": LORA | trained, "model": {"base": str(base)}}
-    result = finished(tmp_path, changes)
-    final = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)
-    plan, _ = scoring_of(tmp_path, changes, result.plan, final, rows)
-    engine = plan.engine.model_copy(update={"kind": "zero", "zero_stage": 3})
-    batch = plan.batch.model_copy(update={"workers": 2, "micro_batch_size": 2})
-    divided = plan.model_copy(update={"batch": batch, "engine": engine})
-    assert_equal(run_on_ranks(score_here, 2, divided, final)[0], plain_losses(result, ROWS), rows)
-
-
-def biased(folder: Path) -> None:
-    """A model whose projections have biases, which are not 0."""
-    model = tiny_model(attention_bias=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
 
 
 def test_what_only_training_needs_is_not_planned_for_scoring(tmp_path: Path) -> None:
