@@ -121,7 +121,7 @@ def _is_one_line(path: str) -> bool:
         while chunk := stream.read(MIB):
             if has_ended and chunk.strip():
                 return False
-            body, newline, rest = (chunk if has_begun else chunk.lstrip()).partition(b"\n")
+            body, newline, rest = (chunk if has_begun else chunk.removeprefix(BOM).lstrip()).partition(b"\n")
             has_begun = has_begun or bool(body)
             has_ended = has_ended or bool(newline)
             if rest.strip():
