@@ -29,7 +29,7 @@ from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import rank_and_world
 from tests.numerics.test_whole_run import LORA, config, finished
-from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_rows, tiny_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, chunked loss": {"adapter": {"method": "full"}, "training": {"loss": "chunked"}},
@@ -193,7 +193,7 @@ def test_rows_that_no_line_tells_apart_are_refused_and_not_scored_as_one(tmp_pat
 
 def test_a_whole_model_is_scored_though_its_base_is_gone(rows: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    shutil.copytree(finished(tmp_path / "other", {}).plan.model.path, base)
+    save_tiny_model(base)
     changes = {"adapter": {"method": "full"}, "model": {"base": str(base)}}
     result = finished(tmp_path, changes)
     shutil.rmtree(base)
