@@ -103,7 +103,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
 
     @contextmanager
     def watched(plan: "RunPlan") -> Iterator[None]:
-        told.tell(storage=plan.storage, name=plan.name)
+        told.tell(storage=plan.storage, name=plan.name, resumes=config.checkpoint.resume)
         with watched_cluster(told.tell), show_progress(plan):
             yield
 
@@ -231,7 +231,11 @@ def merge(
 @click.option("--output", metavar="FILE", help="The table, .jsonl or .csv. Default: scores/NAME.jsonl in the run folder.")
 @click.option("--format", "row_format", help="How rows are read, as data.train.format. Default: recognised by their columns.")
 @click.option("--columns", metavar="NAME=COLUMN,...", help="As data.train.columns: prompt=question,completion=answer.")
-@click.option("--max-rows", type=click.IntRange(min=1), help="Score the first rows of each file only.")
+@click.option(
+    "--max-rows",
+    type=click.IntRange(min=1),
+    help="Score the first rows only, of each of ROWS: of a glob or a folder, of all its files together.",
+)
 @click.option("--address", help="Ray cluster instead of the run's, as cluster.address; here: one inside this machine.")
 @as_json_option
 @debug_option

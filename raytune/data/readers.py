@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any, TextIO
 
 from raytune.data.conversation import kind_of
@@ -21,6 +21,7 @@ MAX_ROW_BYTES = 32 * MIB
 class FileRow:
     values: dict[str, Any]
     line: int
+    """Where it begins; in a table, and in a JSON array that is all on one line, its number. From 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,9 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
         text.skip("[")
         if text.peek() == "]":
             return
+        counted = count(1) if _is_one_line(segment.file.path) else None
         while True:
-            line = text.line_of_next()
+            line = text.line_of_next() if counted is None else next(counted)
             try:
                 element, end = text.decode(decoder)
                 suspicious = "\\ud" in text.buffer[text.at : end].lower()
@@ -110,6 +112,21 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
             yield row
             if text.skip(",]") == "]":
                 return
+
+
+def _is_one_line(path: str) -> bool:
+    """Whether lines tell nothing of where a row is: all that is in the file stands on one."""
+    has_begun, has_ended = False, False
+    with open(path, "rb") as stream:
+        while chunk := stream.read(MIB):
+            if has_ended and chunk.strip():
+                return False
+            body, newline, rest = (chunk if has_begun else chunk.removeprefix(BOM).lstrip()).partition(b"\n")
+            has_begun = has_begun or bool(body)
+            has_ended = has_ended or bool(newline)
+            if rest.strip():
+                return False
+    return True
 
 
 class _Window:

@@ -24,6 +24,7 @@ from raytune.data.source_rows import read_parts
 from raytune.data.template import ChatTemplate
 from raytune.data.text_encoder import TextEncoder
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.data.turns import obeyed_requests
 from raytune.errors import DataError
 
 _DOCUMENTS_AT_ONCE = 256
@@ -71,6 +72,8 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
                         tally.add("unending", piece.origin)
                 if pieces:
                     writer.write_batch(_record_batch(pieces))
+    for request in obeyed_requests(options.targets):
+        tally.unread_keys.pop(request, None)
     return ShardResult(source=task.source, path=task.output, tally=tally)
 
 

@@ -115,6 +115,21 @@ def sharegpt_message_of(turn: Any, place: str) -> Message:
     return message_of(message, place)
 
 
+_REQUESTS = ("train: true", "weight: 1")
+"""That a turn is trained."""
+
+
+def obeyed_requests(targets: str | tuple[str, ...]) -> set[str]:
+    """Those of `unread_keys` that `data.targets` fulfils: it means turns of these roles too."""
+    if targets == "all":
+        return {_request(what, role) for what in _REQUESTS for role in ROLES}
+    return {_request(what, role) for what in _REQUESTS for role in targets} if isinstance(targets, tuple) else set()
+
+
+def _request(what: str, role: str) -> str:
+    return f"{what} of {role}"
+
+
 def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str, ...]:
     """Keys of turns with something in them that we do not know, and what is read otherwise than it is written: requests to train
     turns of other roles, which `data.targets` alone decides, and OpenAI's developer."""
@@ -125,8 +140,8 @@ def unread_keys(turns: Iterable[Any], messages: Iterable[Message]) -> tuple[str,
         if not _KNOWN_KEYS.issuperset(message):
             unknown |= dict.fromkeys(key for key, value in message.items() if key not in _KNOWN_KEYS and not is_empty(value))
         if message["role"] != "assistant" and (turn.get("train") is True or turn.get("weight") == 1):
-            key = "train: true" if turn.get("train") is True else "weight: 1"
-            unknown[f"{key} of {message['role']}"] = None
+            what = _REQUESTS[0] if turn.get("train") is True else _REQUESTS[1]
+            unknown[_request(what, message["role"])] = None
     return tuple(unknown)
 
 

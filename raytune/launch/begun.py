@@ -77,29 +77,49 @@ def refuse_unloadable(begun: Begun, plan: RunPlan) -> None:
 
 
 def known_rows(folder: RunFolder, was: RunPlan, plan: RunPlan) -> RunPlan:
-    """`plan`, whose stores also go by the names of those in `was` that have the same rows.
+    """`plan`, whose stores also go by the names of those in `was` that have the same rows, and whose validation sets keep theirs.
 
     A store is named by a hash of its sources and of the code that reads them: a file with another name, or another raytune, gives
-    the same rows another name. Where both stores are still there, their rows decide.
+    the same rows another name. Where both stores are still there, their rows decide. A validation set is called after its file.
     """
-    data = plan.data
-    held_out = {store.name: store for store in was.data.validation}
-    validation = [_known(folder, held_out.get(store.name), store) for store in data.validation]
-    train = _known(folder, was.data.train, data.train)
-    return plan.model_copy(update={"data": data.model_copy(update={"train": train, "validation": validation})})
+    data, named = plan.data, {store.name: store for store in was.data.validation}
+    names = {store.name for store in data.validation}
+    left = [store for store in was.data.validation if store.name not in names]
+    train = _known(was.data.train, data.train) if _are_same(folder, was.data.train, data.train) else data.train
+    validation = []
+    for store in data.validation:
+        candidates = [named[store.name]] if store.name in named else left
+        before = next((each for each in candidates if _are_same(folder, each, store)), None)
+        if before in left:
+            left.remove(before)
+        validation.append(_known(before, store) if before else store)
+    renamed = {new.name: old.name for new, old in zip(data.validation, validation, strict=True)}
+    kind, _, rest = plan.checkpoint.metric.partition("/")
+    name, _, of_set = rest.partition("/")
+    metric = f"{kind}/{renamed.get(name, name)}/{of_set}" if of_set else plan.checkpoint.metric
+    return plan.model_copy(
+        update={
+            "data": data.model_copy(update={"train": train, "validation": validation}),
+            "checkpoint": plan.checkpoint.model_copy(update={"metric": metric}),
+        }
+    )
 
 
-def _known(folder: RunFolder, was: StorePlan | None, store: StorePlan) -> StorePlan:
-    if was is None:
-        return store
-    names = fingerprints(was)
-    if set(names).isdisjoint(fingerprints(store)):
-        counts = (was.num_rows, was.num_tokens, was.num_targets) == (store.num_rows, store.num_tokens, store.num_targets)
-        there = _folder_of(folder, was, store) if counts else None
-        if there is None or not have_same_rows(there, local_path(store.path)):
-            return store
+def _known(was: StorePlan, store: StorePlan) -> StorePlan:
+    """`store` under the names of `was`, which has the same rows."""
     own = PurePosixPath(store.path).name
-    return store.model_copy(update={"known_as": tuple(name for name in dict.fromkeys([*store.known_as, *names]) if name != own)})
+    names = tuple(name for name in dict.fromkeys([*store.known_as, *fingerprints(was)]) if name != own)
+    return store.model_copy(update={"name": was.name, "known_as": names})
+
+
+def _are_same(folder: RunFolder, was: StorePlan, store: StorePlan) -> bool:
+    """Whether two stores have the same rows, by their names or by what is in them."""
+    if not set(fingerprints(was)).isdisjoint(fingerprints(store)):
+        return True
+    if (was.num_rows, was.num_tokens, was.num_targets) != (store.num_rows, store.num_tokens, store.num_targets):
+        return False
+    there = _folder_of(folder, was, store)
+    return there is not None and have_same_rows(there, local_path(store.path))
 
 
 def _folder_of(folder: RunFolder, was: StorePlan, store: StorePlan) -> Path | None:

@@ -41,6 +41,8 @@ class Driver:
     storage: str | None = None
     name: str | None = None
     """Of the run at work."""
+    resumes: bool | None = None
+    """`checkpoint.resume` of its command; a run keeps the config that it began with. None: it is not known."""
 
 
 def driver_lost(driver: Driver) -> str:
@@ -50,10 +52,11 @@ def driver_lost(driver: Driver) -> str:
         again = [f"The same command continues the {driver.verb}."] if driver.verb == "sweep" else []
         return "\n".join([*again, f"raytune {driver.verb} ended: {cause}."])
     folder = RunFolder(driver.storage, driver.name)
-    attempt, resumes = None, True
+    attempt, resumes = None, driver.resumes
     try:
         record = RunRecord.read(folder)
-        resumes = record is None or record.config.get("checkpoint", {}).get("resume", True)
+        if resumes is None:
+            resumes = record is None or record.config.get("checkpoint", {}).get("resume", True)
         if record is not None and record.state == "running":
             attempt = record.attempts
             places = read_places(folder, attempt)
@@ -66,7 +69,7 @@ def driver_lost(driver: Driver) -> str:
     except (RaytuneError, OSError) as error:
         cause += f" (the run folder could not be written: {error})"
     when = f" in attempt {attempt}" if attempt else ""
-    return "\n".join([going_on(folder, resumes=resumes), f"Training failed{when}: {kind}: {cause}"])
+    return "\n".join([going_on(folder, resumes=resumes is not False), f"Training failed{when}: {kind}: {cause}"])
 
 
 def _cause(driver: Driver) -> tuple[str, str]:

@@ -36,6 +36,18 @@ def sources_of(
     return [DataSource.model_validate({"path": path} | of_all) for path in rows]
 
 
+def as_text(sources: Sequence[DataSource]) -> list[DataSource]:
+    """Rows for a run that was trained on plain text, and so has no template for others.
+
+    Raises:
+        UserError: if they are named as others.
+    """
+    other = next((source.format for source in sources if source.format not in ("auto", "text")), None)
+    if other is not None:
+        raise UserError(f"--format is {other}, but the run was trained on plain text, and has no template for turns. Score text.")
+    return [source.model_copy(update={"format": "text"}) for source in sources]
+
+
 def columns_of(text: str | None) -> dict[str, str]:
     """Columns by their names in the format, of `prompt=question,completion=answer`.
 
@@ -69,8 +81,6 @@ def tokenised(
             f"data.store. Copy its folder to a disk that every node mounts."
         )
     tokenizer = open_tokenizer(model.path, model.revision, model.trust_remote_code)
-    if not plan.template:  # nothing but plain text was trained
-        sources = [source.model_copy(update={"format": "text"}) for source in sources]
     request = StoreRequest(
         sources=tuple(sources),
         template=plan.template,

@@ -21,12 +21,13 @@ from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.going_on import tracebacks
 from raytune.launch.record import RunRecord, read_plan, readable
-from raytune.launch.rows_to_score import look_at_rows, tokenised
+from raytune.launch.rows_to_score import as_text, look_at_rows, tokenised
 from raytune.launch.stores import store_plan_of
 from raytune.launch.trainer import fit
 from raytune.metrics.json_numbers import encode_number
+from raytune.model.adapters import adapting
 from raytune.plan.data_report import StoreReport, store_text
-from raytune.plan.run_plan import RunPlan
+from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, read_bytes, remove_folder, write_bytes
@@ -158,11 +159,13 @@ def score(run: RunToScore, sources: Sequence[DataSource], *, output: str | None 
     """
     if output is not None and not output.endswith(TABLES):
         raise UserError(f"--output is {output}, expected a name that ends in {' or '.join(TABLES)}.")
-    folder, cluster, plan, weights = run.folder, run.cluster, run.plan, run.weights
+    folder, cluster, weights = run.folder, run.cluster, run.weights
+    plan = run.plan.model_copy(update={"model": standing_alone(run.plan, weights)})
     table = _table_for(sources, folder, output)
     refuse_changed_base(plan.model)
-    if plan.template:  # else all rows are read as text
-        look_at_rows(sources)
+    if not plan.template:  # nothing but plain text was trained
+        sources = as_text(sources)
+    look_at_rows(sources)
     with connect(cluster, scales=False) as machine:
         info = tokenised(sources, run.config, plan, folder.storage, partial(map_on_cluster, start_timeout=cluster.start_timeout))
         scoring = scoring_plan(plan, machine, weights).model_copy(
@@ -180,6 +183,14 @@ def score(run: RunToScore, sources: Sequence[DataSource], *, output: str | None 
     write_bytes(table, csv_table(rows) if table.endswith(".csv") else jsonl_table(rows))
     remove_folder(scratch.path, scratch.storage)
     return Scores(run=folder.path, weights=str(weights), output=table, rows=rows, report=info.report)
+
+
+def standing_alone(plan: RunPlan, weights: Weights) -> ModelPlan:
+    """What is loaded of a run: a final model that was trained whole needs its base no more, whose place it takes."""
+    if weights.step is not None or not adapting(plan.adapter).is_whole or not is_local(weights.folder.model):
+        return plan.model
+    folder = str(local_path(weights.folder.model))
+    return plan.model.model_copy(update={"path": folder, "revision": None, "content": None})
 
 
 def _name_of(sources: Sequence[DataSource]) -> str:

@@ -49,7 +49,11 @@ def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
         update={"kind": "plain", "zero_stage": 0, "offload_optimizer": "none", "offload_parameters": "none", "nvme_path": None}
     )
     is_here = plan.model.attention in machine.attention or not plan.model.packs
-    precision = "fp32" if plan.precision == "fp16" and not on_gpus else plan.precision
+    is_fp16_here = plan.precision == "fp16" and not on_gpus  # CPUs compute some products in fp16 not at all, others slowly
+    precision = "fp32" if is_fp16_here else plan.precision
+    quantization = plan.model.quantization
+    if quantization and is_fp16_here:
+        quantization = quantization.model_copy(update={"compute_dtype": precision})
     return plan.model_copy(
         update={
             "precision": precision,
@@ -58,7 +62,9 @@ def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
             "model": plan.model.model_copy(
                 update={
                     "attention": plan.model.attention if is_here else machine.attention[0],
+                    "dtype": precision if is_fp16_here else plan.model.dtype,
                     "compute_dtype": precision,
+                    "quantization": quantization,
                     "gradient_checkpointing": False,
                     "compile": False,
                     "liger": plan.model.liger and on_gpus,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,9 @@ from raytune.training.losses import LossLayer, attach_loss
 from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
 from raytune.training.peers import Peers, gather_in_own_group
+
+Look = Callable[[nn.Module], None]
+"""Starts an adapter from data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +89,12 @@ class Started:
     loss: BatchLoss
 
 
-def start(plan: RunPlan, worker: Worker, saved_model: str | None = None) -> Started:
+def start(plan: RunPlan, worker: Worker, saved_model: str | None = None, *, looks_at_data: bool = True) -> Started:
     """Bring the base here, set the process up, and start the engine. Every rank calls it.
 
     Args:
         saved_model: folder or URL of a model that a run saved, which is loaded in place of the untrained one.
+        looks_at_data: whether an adapter may start from the rows of the plan; not where other weights are loaded over its start.
 
     Raises:
         RaytuneError: the same on every rank where it concerns all of them.
@@ -104,7 +109,9 @@ def start(plan: RunPlan, worker: Worker, saved_model: str | None = None) -> Star
             if not is_local(saved_model):
                 peers = Peers(worker.rank, gather_in_own_group(worker.world_size, PATIENCE_S), RaytuneError)
                 peers.together(lambda: download_folder(saved_model, saved))
-        engine, loss = start_engine(plan, device, worker.rank, worker.world_size, worker.kept, saved)
+        engine, loss = start_engine(
+            plan, device, worker.rank, worker.world_size, worker.kept, saved, looks_at_data=looks_at_data and saved is None
+        )
     return Started(plan=plan, worker=worker, folder=folder, engine=engine, loss=loss)
 
 
@@ -134,18 +141,24 @@ def start_engine(
     world_size: int,
     kept: KeptBase | None = None,
     saved: Path | None = None,
+    *,
+    looks_at_data: bool = True,
 ) -> tuple[Engine, BatchLoss]:
     """Load the model, or take up the base that is kept, shard it as planned, and make its loss.
 
     Args:
         saved: folder of a model that a run saved, which is loaded in place of the untrained one.
+        looks_at_data: as for `start`.
 
     Raises:
         PlanError: on every rank alike, if a node's disk has no room for what is offloaded to it.
     """
     refuse_small_nvme(plan, rank, world_size)
+    look = partial(_look_at_data, plan=plan, device=device) if looks_at_data else None
     is_plain = plan.engine.kind == "plain"
-    engine = _plain_engine(plan, device, rank, world_size, kept, saved) if is_plain else _zero_engine(plan, device, saved)
+    engine = (
+        _plain_engine(plan, device, rank, world_size, kept, saved, look) if is_plain else _zero_engine(plan, device, saved, look)
+    )
     return engine, BatchLoss(plan, engine.model)
 
 
@@ -170,13 +183,14 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
 
 
 def _plain_engine(
-    plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None, saved: Path | None
+    plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None, saved: Path | None, look: Look | None
 ) -> Engine:
     if saved is None:
         model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, kept=kept)
-        _look_at_data(model, plan, device)
     else:
         model = load_saved(plan, saved, device=device)
+    if look:
+        look(model)
     return PlainEngine(
         model,
         build_optimizer(model, plan.optimization, device=device),
@@ -189,7 +203,7 @@ def _plain_engine(
     )
 
 
-def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None) -> Engine:
+def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None, look: Look | None) -> Engine:
     from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
 
     check_offload(plan)
@@ -201,8 +215,8 @@ def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None) -> Eng
             model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
         else:
             model = load_saved(plan, saved, device=device, shard=shard)
-    if saved is None:
-        _look_at_data(model, plan, device)
+    if look:
+        look(model)
     return ZeroEngine(
         model,
         build_optimizer(model, plan.optimization, device=device),

@@ -9,7 +9,8 @@ from raytune.training.score import score_rows
 from raytune.training.start import Started, Worker, start
 
 Request = Mapping[str, Any]
-"""`saved_model`: the folder of a model that is loaded in place of the untrained one; the rest is the task's own."""
+"""`saved_model`: the folder of a model that is loaded in place of the untrained one; `checkpoint`: the task loads one over it;
+the rest is the task's own."""
 
 TASKS: dict[str, Callable[[Started, Request], None]] = {
     "train": lambda started, request: train_started(started),
@@ -23,4 +24,5 @@ def perform(task: str, plan: RunPlan, worker: Worker, request: Request) -> None:
     Raises:
         RaytuneError: the same on every rank where it concerns all of them.
     """
-    TASKS[task](start(plan, worker, request.get("saved_model")), request)
+    started = start(plan, worker, request.get("saved_model"), looks_at_data="checkpoint" not in request)
+    TASKS[task](started, request)

@@ -65,7 +65,14 @@ def test_an_interrupted_run_of_the_commit_before_goes_on_where_it_stopped(name: 
     write_plan(folder, plan)
     train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=2, report=lambda metrics: None))
 
-    ours = dict(History.read(folder.metrics).series("train/loss"))
+    history = History.read(folder.metrics)
+    assert [(point.step, point.attempt) for point in history.points if "train/loss" in point.values] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+    ], "it went on behind step 2, and did not begin anew"
+    ours = dict(history.series("train/loss"))
     unbroken = dict(History.read(STORED / f"{name}.unbroken.jsonl").series("train/loss"))
     assert ours.keys() == unbroken.keys() == {1, 2, 3, 4}
     assert ours == pytest.approx(unbroken, rel=1e-5), "other kernels of another processor"

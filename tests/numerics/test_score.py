@@ -1,7 +1,9 @@
 """A scored row has the loss that plain transformers and PEFT give it, whatever was trained and however it is divided."""
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from raytune.config.data import DataSource
 from raytune.config.load import config_from
 from raytune.errors import CheckpointError, UserError
 from raytune.evaluate.scored_rows import ScoredRow, read_jsonl_table
+from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.cluster import this_machine
 from raytune.launch.result import RunResult
-from raytune.launch.rows_to_score import sources_of, tokenised
+from raytune.launch.rows_to_score import as_text, sources_of, tokenised
+from raytune.launch.score import standing_alone
 from raytune.launch.stores import store_plan_of
 from raytune.plan.data_report import StoreReport
 from raytune.plan.run_plan import RunPlan
@@ -29,7 +33,7 @@ from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import rank_and_world
 from tests.numerics.test_whole_run import LORA, config, finished
-from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_rows, tiny_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, chunked loss": {"adapter": {"method": "full"}, "training": {"loss": "chunked"}},
@@ -71,7 +75,8 @@ def scoring_of(
     storage: Path, changes: dict[str, Any], plan: RunPlan, weights: Weights, rows: Path
 ) -> tuple[RunPlan, StoreReport]:
     asked = config_from(config(storage, changes))
-    info = tokenised([DataSource(path=str(rows))], asked, plan, plan.storage, map)
+    sources = [DataSource(path=str(rows))]
+    info = tokenised(sources if plan.template else as_text(sources), asked, plan, plan.storage, map)
     scoring = scoring_plan(plan, this_machine(asked.cluster), weights)
     data = plan.data.model_copy(update={"train": store_plan_of("rows", info), "validation": []})
     return scoring.model_copy(update={"storage": weights.folder.scores, "name": "here", "data": data}), info.report
@@ -110,7 +115,8 @@ def assert_equal(scored: Sequence[ScoredRow], expected: dict[int, tuple[int, flo
     for row in scored:
         num_targets, loss = expected[row.row]
         assert row.targets == num_targets
-        assert row.loss == pytest.approx(loss, abs=1e-5)  # fp32 sums of up to 512 terms in another order
+        # fp32: products and means of 512 terms in another order, of losses near 5; and the exp of what is off by as much.
+        assert row.loss == pytest.approx(loss, abs=1e-5)
         assert row.perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
 
 
@@ -133,6 +139,7 @@ def test_a_checkpoint_is_scored_as_the_model_that_is_exported_from_it(method: st
     before = sorted(path for path in tmp_path.rglob("*") if "checkpoints" in path.parts)
     plan, _ = scoring_of(tmp_path, changes, result.plan, checkpoint, rows)
     from_checkpoint, from_model = score_here(plan, checkpoint), score_here(plan, final)
+    # The same weights, those of the model after a way through a file; the sums are the same but for threads.
     assert [row.loss for row in from_checkpoint] == pytest.approx([row.loss for row in from_model], abs=1e-6)
     assert sorted(path for path in tmp_path.rglob("*") if "checkpoints" in path.parts) == before, "it is only read"
     damaged = next(path for path in before if path.name == "weights.safetensors" and f"{result.best_step:08d}" in str(path))
@@ -151,6 +158,7 @@ def test_workers_that_share_rows_and_weights_score_as_one(stage: int, rows: Path
     batch = plan.batch.model_copy(update={"workers": 2, "micro_batch_size": 2})
     shared = run_on_ranks(score_here, 2, plan.model_copy(update={"batch": batch, "engine": engine}), weights)[0]
     assert [(row.row, row.targets) for row in shared] == [(row.row, row.targets) for row in alone]
+    # Rows of one or two in a pass: fp32 products of other shapes, added in another order.
     assert [row.loss for row in shared] == pytest.approx([row.loss for row in alone], abs=1e-5)
 
 
@@ -168,15 +176,52 @@ def test_pieces_of_a_split_row_are_one_score(tmp_path: Path) -> None:
 
 def test_rows_that_no_line_tells_apart_are_refused_and_not_scored_as_one(tmp_path: Path) -> None:
     chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]} for words in ("b", "c d")]
-    array, lines = tmp_path / "array.json", tmp_path / "lines.jsonl"
-    array.write_text(json.dumps(chats))
+    array, lines, line = tmp_path / "array.json", tmp_path / "lines.jsonl", tmp_path / "line.json"
+    array.write_text(f"[{json.dumps(chats[0])}, {json.dumps(chats[1])},\n {json.dumps(chats[0])}]")
     lines.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    line.write_text(json.dumps(chats) + "\n")
     result = finished(tmp_path, {})
     weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)
-    with pytest.raises(UserError, match=r"2 rows stand on 1 lines, .* several objects of a JSON array on one line"):
+    with pytest.raises(UserError, match=r"3 rows stand on 2 lines, .* several objects of a JSON array on one line"):
         scoring_of(tmp_path, {}, result.plan, weights, array)
-    plan, _ = scoring_of(tmp_path, {}, result.plan, weights, lines)
-    assert [row.row for row in score_here(plan, weights)] == [1, 2]
+    scored = []
+    for rows in (lines, line):
+        plan, _ = scoring_of(tmp_path, {}, result.plan, weights, rows)
+        scored.append([(row.row, row.targets, row.loss) for row in score_here(plan, weights)])
+    assert [row for row, _, _ in scored[0]] == [1, 2]
+    assert scored[0] == scored[1], "an array that is all on one line has no lines but elements"
+
+
+def test_a_whole_model_is_scored_though_its_base_is_gone(rows: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_tiny_model(base)
+    changes = {"adapter": {"method": "full"}, "model": {"base": str(base)}}
+    result = finished(tmp_path, changes)
+    shutil.rmtree(base)
+    weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)
+    alone = result.plan.model_copy(update={"model": standing_alone(result.plan, weights)})
+    refuse_changed_base(alone.model)
+    plan, _ = scoring_of(tmp_path, changes, alone, weights, rows)
+    assert_equal(score_here(plan, weights), plain_losses(result, ROWS), rows)
+    for needs_base in (replace(weights, step=4), replace(weights, folder=RunFolder("s3://bucket/runs", "whole-run"))):
+        assert standing_alone(result.plan, needs_base) == result.plan.model
+
+
+def test_a_run_in_fp16_is_scored_on_a_cpu_in_fp32(rows: Path, tmp_path: Path) -> None:
+    result = finished(tmp_path, {})
+    half = result.plan.model.model_copy(update={"dtype": "fp16", "compute_dtype": "fp16"})
+    weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)
+    plan, _ = scoring_of(tmp_path, {}, result.plan.model_copy(update={"precision": "fp16", "model": half}), weights, rows)
+    assert_equal(score_here(plan, weights), plain_losses(result, ROWS), rows)
+
+
+def test_no_start_from_data_is_made_where_a_checkpoint_is_loaded_over_it(rows: Path, tmp_path: Path) -> None:
+    result = finished(tmp_path, VARIANTS["eva"])
+    weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=result.best_step)
+    plan, _ = scoring_of(tmp_path, VARIANTS["eva"], result.plan, weights, rows)
+    # More rows a look than any machine has room for: who looks fails.
+    looking = plan.model_copy(update={"batch": plan.batch.model_copy(update={"accumulation": 10**12})})
+    assert_equal(score_here(looking, weights), plain_losses(result, ROWS), rows)
 
 
 def test_what_only_training_needs_is_not_planned_for_scoring(tmp_path: Path) -> None:
@@ -200,3 +245,9 @@ def test_what_only_training_needs_is_not_planned_for_scoring(tmp_path: Path) -> 
 def test_a_format_that_nobody_knows_is_refused() -> None:
     with pytest.raises(UserError, match="--format is 'chat', expected one of messages"):
         sources_of(["a.jsonl"], "chat", None)
+
+
+def test_rows_of_turns_are_refused_for_a_run_of_plain_text_and_not_read_as_text() -> None:
+    with pytest.raises(UserError, match="--format is messages, but the run was trained on plain text"):
+        as_text(sources_of(["a.jsonl"], "messages", None))
+    assert [source.format for source in as_text(sources_of(["a", "b"], "auto", 3))] == ["text", "text"]

@@ -85,11 +85,11 @@ def test_weighted_losses_and_gradients_are_those_of_the_definition(kind: str, ch
     theirs = gradients(model, (losses * weights).sum())
     layer = attach_loss(model, chunk_tokens)
     loss = layer.loss_sum(model, replace(batch, target_weights=weights), inputs_of(batch))
-    torch.testing.assert_close(loss, (losses * weights).sum(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(loss, (losses * weights).sum(), rtol=2e-6, atol=0)  # 23 fp32 terms (1.2e-7) in another order
     assert_same_gradients(gradients(model, loss), theirs, atol=3e-6)  # weights of up to 3
     # The loss of each target alone knows no weight, and lets go of the graph.
     each = layer.losses(model, replace(batch, target_weights=weights), inputs_of(batch))
-    torch.testing.assert_close(each, losses, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(each, losses, rtol=2e-6, atol=1e-6)  # logits of a few fp32 ulp, and losses near 0
     assert not each.requires_grad
     assert layer.losses(model, make_batch(0), inputs_of(batch)).shape == (0,)
 
@@ -139,7 +139,7 @@ def test_another_objective_is_given_its_extras_chunk_by_chunk(kind: str, chunk_t
     layer = attach_loss(model, chunk_tokens, Distillation())
     weighted = replace(batch, target_weights=weights)
     loss = layer.loss_sum(model, weighted, inputs_of(batch), {"teacher": teacher})
-    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)  # 23 fp32 terms (1.2e-7) in another order
     assert_same_gradients(gradients(model, loss), theirs, atol=1e-6)
 
 

@@ -349,3 +349,14 @@ def test_a_validation_set_is_not_called_like_the_metrics_over_all_of_them() -> N
     sources = [DataSource(path=path) for path in ("demo:validation", "news.jsonl", "a/main.jsonl", "b/validation.jsonl")]
     assert list(validation_sets(sources)) == ["main", "news", "main-2", "main-3"]
     assert list(validation_sets(sources[:1])) == ["validation"], "alone it is measured as validation/loss only"
+
+
+def test_a_turn_that_asks_for_what_the_targets_do_is_not_read_otherwise(tmp_path: Path) -> None:
+    asking = [
+        {"messages": [{"role": "user", "content": "Q"} | asked, {"role": "assistant", "content": "A"}]}
+        for asked in ({"weight": 1}, {"train": True})
+    ]
+    path = write(tmp_path / "a.jsonl", asking)
+    assert set(only(build(tmp_path, path)).unread_keys) == {"weight: 1 of user", "train: true of user"}
+    for targets in (("user",), ("user", "assistant"), "all"):
+        assert not only(build(tmp_path, path, targets=targets)).unread_keys

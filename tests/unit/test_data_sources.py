@@ -302,3 +302,22 @@ def test_an_unknown_hub_data_set_is_an_error_that_names_it() -> None:
 def test_a_source_is_named_after_the_last_part_of_its_path(path: str, name: str) -> None:
     assert source_name(DataSource(path=path)) == name
     assert source_name(DataSource(path=path, name="mine")) == "mine"
+
+
+ROW = '{"text": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (f"[{ROW}, 7, {ROW}]", [1, 2, 3]),
+        (f"\ufeff\n[{ROW}, {ROW}]\n\n", [1, 2]),
+        (f"[\n{ROW},\n{ROW}\n]\n", [2, 3]),
+        (f"[{ROW}, {ROW},\n{ROW}]", [1, 1, 2]),
+    ],
+)
+def test_a_row_of_an_array_is_known_by_its_line_or_where_there_is_but_one_by_its_number(
+    text: str, numbers: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert [row.line for row in read(tmp_path / "a.json")] == numbers

@@ -113,20 +113,24 @@ def fault(call: Callable[[], None]) -> str:
 
     One that takes longer is made again: the first may have imported what transformers imports late.
     """
-    return _fault(call) and _fault(call)
+    fault, took = _fault(call)
+    if fault or took <= SECONDS:
+        return fault
+    fault, took = _fault(call)
+    return fault or (f"{took:.1f} s" if took > SECONDS else "")
 
 
-def _fault(call: Callable[[], None]) -> str:
-    began = time.process_time()
+def _fault(call: Callable[[], None]) -> tuple[str, float]:
+    """What went wrong, and seconds of the processor."""
+    began, fault = time.process_time(), ""
     try:
         call()
     except RaytuneError as error:
         if error.exit_code != 2 or len(str(error)) > 2000:
-            return f"exit code {error.exit_code}, {len(str(error))} letters"
+            fault = f"exit code {error.exit_code}, {len(str(error))} letters"
     except BaseException as error:  # also what is no Exception: libraries in Rust panic
-        return f"{type(error).__name__}: {error}"[:200]
-    took = time.process_time() - began
-    return f"{took:.1f} s" if took > SECONDS else ""
+        fault = f"{type(error).__name__}: {error}"[:200]
+    return fault, time.process_time() - began
 
 
 def paths_in(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -140,3 +140,14 @@ def test_a_lost_driver_says_nothing_about_a_run_that_another_command_has_taken_o
     record = RunRecord.read(folder)
     assert record is not None
     assert record.state == "running"
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_lost_driver_says_what_its_own_command_would_do_whatever_the_run_began_with(resumes: bool, tmp_path: Path) -> None:
+    began_with = {"checkpoint": {"resume": not resumes}}
+    RunRecord(name="lost", state="failed", attempts=1, created=0.0, config=began_with, versions={}).write(
+        RunFolder(str(tmp_path), "lost")
+    )
+    message = driver_lost(Driver(pid=1, verb="train", storage=str(tmp_path), name="lost", resumes=resumes, lost="raylet"))
+    assert ("the same command would refuse the run" in message) is not resumes
+    assert ("the same command starts the run from its beginning" in message) is resumes

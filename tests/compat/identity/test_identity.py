@@ -61,32 +61,51 @@ def test_an_unfinished_run_goes_on_elsewhere_to_the_weights_of_the_unbroken_one(
     assert [point.attempt for point in result.history.points if point.step in (2, 4)] == [1, 2]
     whole = numbers(HERE / "whole.metrics.jsonl")
     for step, values in numbers(Path(folder.metrics)).items():
-        assert values == pytest.approx(whole[step], rel=1e-5), step  # the libraries may be newer than the folder
+        # Steps in fp32 on another processor or with newer libraries, which add in another order: some hundred times 1.2e-7.
+        assert values == pytest.approx(whole[step], rel=1e-5), step
     expected, found = load_file(HERE / "whole.safetensors"), load_file(f"{folder.model}/adapter_model.safetensors")
     assert expected.keys() == found.keys()
     assert all(found[name] == pytest.approx(expected[name], abs=1e-5) for name in expected)
     assert plan.batch.global_batch_size == 2
 
 
-def test_an_unfinished_run_whose_store_was_lost_is_known_by_the_rows_that_are_tokenised_anew(moved: Path) -> None:
-    """As long as the code that makes stores is that of the folder, or the store is there to be compared with."""
+def renamed(place: Path) -> RunConfig:
+    """The unfinished run, asked for with files of other names."""
+    for side in ("train", "validation"):
+        (place / "rows" / f"{side}.jsonl").rename(place / "rows" / f"other-{side}.jsonl")
+    config = asked(place, "unfinished")
+    files = {
+        side: [
+            source.model_copy(update={"path": str(place / "rows" / f"other-{side}.jsonl")})
+            for source in getattr(config.data, side)
+        ]
+        for side in ("train", "validation")
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=files)})
+
+
+def test_an_unfinished_run_goes_on_with_files_of_other_names_whose_rows_are_those_of_its_stores(moved: Path) -> None:
     folder = RunFolder(str(moved / "runs"), "unfinished")
-    (moved / "rows" / "train.jsonl").rename(moved / "rows" / "other-name.jsonl")
-    renamed = asked(moved, "unfinished")
-    (source,) = renamed.data.train
-    source = source.model_copy(update={"path": str(moved / "rows" / "other-name.jsonl")})
-    renamed = renamed.model_copy(update={"data": renamed.data.model_copy(update={"train": [source]})})
-    result, _ = continued_here(renamed)
+    result, _ = continued_here(renamed(moved))
     assert result.plan.data.train.known_as
+    assert [store.name for store in result.plan.data.validation] == ["validation"], "under the name of its first attempt"
     assert [point.attempt for point in result.history.points if point.step in (2, 4)] == [1, 2]
     assert RunRecord.read(folder).state == "finished"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_without_its_stores_nothing_says_that_files_of_other_names_hold_the_same_rows(moved: Path) -> None:
+    shutil.rmtree(moved / "runs" / "stores")
+    with pytest.raises(UserError, match="was started with other settings") as caught:
+        continued_here(renamed(moved))
+    assert set(caught.value.keys) == {"data.train", "data.validation"}
 
 
 def test_other_rows_are_another_run(moved: Path) -> None:
     with (moved / "rows" / "train.jsonl").open("a") as file:
         file.write('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n')
-    with pytest.raises(UserError, match=r"data\.train.*other rows.*10 packed rows.* -> 11 packed rows|data\.train"):
+    with pytest.raises(UserError, match="was started with other settings") as caught:
         continued_here(asked(moved, "unfinished"))
+    assert "data.train" in caught.value.keys
 
 
 def test_a_finished_run_is_answered_from_its_folder_alone(moved: Path) -> None:
