@@ -2,18 +2,14 @@
 
 from typing import Literal
 
-from raytune.config.adapter import without_preset
 from raytune.config.cluster import ClusterSection
 from raytune.config.model import Attention
-from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
-from raytune.config.training import Precision
-from raytune.errors import PlanError, UserError
+from raytune.config.training import Precision, TrainingSection
+from raytune.errors import PlanError, UserError, capitalised
 from raytune.plan.defaults import Choice
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
-from raytune.plan.methods import method_of
-from raytune.plan.quantization import quantization_limits
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stage_limit import StageLimit
@@ -117,21 +113,26 @@ def choose_attention(
     return Choice(wanted)
 
 
-def possible_stages(config: RunConfig, shape: ModelShape, device: Device, workers: int, precision: Precision) -> list[ZeroStage]:
+def possible_stages(
+    training: TrainingSection, of_method: list[StageLimit], device: Device, workers: int, precision: Precision
+) -> list[ZeroStage]:
     """ZeRO stages that the settings leave, lowest first; the one that is asked for, if one is.
+
+    Args:
+        of_method: what the method and a quantised base leave.
 
     Raises:
         PlanError: if they leave none.
     """
-    limits = _stage_limits(config, shape, device, precision)
-    wanted = config.training.zero.stage
+    limits = [*_stage_limits(training, device, precision), *of_method]
+    wanted = training.zero.stage
     if wanted != "auto":
         limits = [StageLimit(wanted, wanted, f"training.zero.stage is {wanted}"), *limits]
     floor = max(limits, key=lambda limit: limit.lowest)
     ceiling = min(limits, key=lambda limit: limit.highest)
     if floor.lowest > ceiling.highest:
         raise PlanError(
-            f"{_capitalised(floor.because)}, which needs ZeRO stage {floor.lowest} or higher; but {ceiling.because}, which "
+            f"{capitalised(floor.because)}, which needs ZeRO stage {floor.lowest} or higher; but {ceiling.because}, which "
             f"allows at most stage {ceiling.highest}. Change one of the two."
         )
     # One worker has nobody to share with: a higher stage would only cost time.
@@ -139,8 +140,8 @@ def possible_stages(config: RunConfig, shape: ModelShape, device: Device, worker
     return [stage for stage in STAGES if floor.lowest <= stage <= highest]
 
 
-def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precision: Precision) -> list[StageLimit]:
-    training, zero = config.training, config.training.zero
+def _stage_limits(training: TrainingSection, device: Device, precision: Precision) -> list[StageLimit]:
+    zero = training.zero
     limits = [StageLimit(0, 3, "ZeRO has stages 0 to 3")]
     if zero.overrides:
         limits.append(StageLimit(1, 3, "training.zero.overrides is for DeepSpeed, which runs from stage 1 on"))
@@ -155,9 +156,7 @@ def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precisio
         limits.append(StageLimit(0, 0, "training.optimizer is adafactor, which needs whole matrices where ZeRO has flat shards"))
     if precision == "fp16" and device == "cpu":
         limits.append(StageLimit(0, 0, "training.precision is fp16 on CPUs, for which DeepSpeed needs AVX512-FP16"))
-    adapter = without_preset(config.adapter)
-    of_method = method_of(adapter).stage_limits(adapter, shape, quantization_of(config.model, config.adapter))
-    return [*limits, *quantization_limits(config, precision), *of_method]
+    return limits
 
 
 def check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
@@ -181,8 +180,3 @@ def check_cluster(section: ClusterSection) -> None:
             f"cluster.{written[0]} is {value}, but without cluster.instance nothing reads it: the nodes that are there are used. "
             f"Set cluster.instance to their type, or leave cluster.{written[0]} out."
         )
-
-
-def _capitalised(text: str) -> str:
-    """A sentence may begin with a key, which stays as it is written."""
-    return text if "." in text.split()[0] else text[:1].upper() + text[1:]

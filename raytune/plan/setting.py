@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 
 from raytune.config.adapter import Adapter, without_preset
 from raytune.config.model import Attention, Quantization
+from raytune.config.quantization import HeldBase, held_base
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.plan.deepspeed_keys import check_overrides
@@ -13,7 +14,7 @@ from raytune.plan.division import Begun, most_that_divide
 from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of, trained_by
-from raytune.plan.quantization import check_quantization, resolve_quantization
+from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
     Device,
     check_cluster,
@@ -41,24 +42,33 @@ class Of(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is decided before data and memory are looked at."""
+    """What is decided before data and memory are looked at, and what it was decided from."""
 
+    config: RunConfig
+    shape: ModelShape
+    machine: Machine
+    begun: Begun | None
+    """The run that is continued."""
     device: Device
     workers: int
     precision: Precision
     adapter: Adapter
     """Without a preset's words about the base."""
-    quantization: Quantization | None
+    held: HeldBase
+    """With its dtypes resolved."""
     trained: Trained
     attention: Attention
     row_length: int
     """Tokens that a packed row holds at most."""
     stages: tuple[ZeroStage, ...]
     """ZeRO stages that the settings leave, lowest first."""
-    begun: Begun | None
-    """The run that is continued."""
     reasons: tuple[str, ...]
     """Why each automatic choice was made, a sentence each."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is held; None: as it is."""
+        return self.held.quantization
 
 
 def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun | None = None) -> Setting:
@@ -78,49 +88,62 @@ def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun 
 def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: Of, begun: Begun | None = None) -> Setting | None:
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
     row_length = of(lambda: choose_row_length(config, shape))
-    of(lambda: check_lone_documents(config, shape))
-    adapter = without_preset(config.adapter)
+    adapter, asked = without_preset(config.adapter), of(lambda: held_base(config.model, config.adapter))
+    method = method_of(adapter)
     as_it_is = of(lambda: trained_by(adapter, shape))
     of(lambda: check_overrides(config.training.zero))
-    of(lambda: method_of(adapter).check(adapter, config, shape))
+    if asked is not None:
+        of(lambda: check_lone_documents(config, asked, shape))
+        of(lambda: method.check(adapter, config, asked, shape))
     of(lambda: check_cluster(config.cluster))
     device: Device | None = None if machine is None else of(lambda: choose_device(config, machine))
     if machine is None or device is None:
         return None
     workers = of(lambda: choose_workers(config, machine, device))
     precision = of(lambda: choose_precision(config, machine, device))
-    if workers is None or precision is None:
+    if workers is None or precision is None or asked is None:
         return None
     num_workers = workers.value
     if begun and config.cluster.workers == "auto":
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
-    quantization = of(lambda: resolve_quantization(config, precision.value))
-    held = quantization.value if quantization else None
-    trained = as_it_is if held is None else of(lambda: trained_by(adapter, shape, held))
+    base = resolve_quantization(asked, precision.value)
+    held, quantization = base.value, base.value.quantization
+    trained = as_it_is if quantization is None else of(lambda: trained_by(adapter, shape, quantization))
     attention = of(lambda: choose_attention(config, shape, machine, device, precision.value))
-    stages = of(lambda: possible_stages(config, shape, device, num_workers, precision.value))
-    if quantization is not None and trained is not None:
-        of(lambda: check_quantization(config, trained, precision.value))
-        of(lambda: check_stored_quantization(shape.stored_quantization, held, config.adapter, config.model.base))
+    stages = of(
+        lambda: possible_stages(
+            config.training,
+            [*quantization_limits(held, precision.value), *method.stage_limits(adapter, shape, quantization)],
+            device,
+            num_workers,
+            precision.value,
+        )
+    )
+    if trained is not None:
+        of(lambda: check_quantization(held, trained, precision.value))
+        of(lambda: check_stored_quantization(shape.stored_quantization, held, config.adapter.method, config.model.base))
     of(lambda: check_kernels(config, shape, device))
-    if row_length is None or quantization is None or trained is None or attention is None or stages is None:
+    if row_length is None or trained is None or attention is None or stages is None:
         return None
-    reasons = [workers.reason, precision.reason, quantization.reason, attention.reason]
+    reasons = [workers.reason, precision.reason, base.reason, attention.reason]
     if num_workers != workers.value and begun:
         reasons[0] = f"cluster.workers is {num_workers}: the most that share the {begun.rows_per_step} rows of a step evenly."
     if config.data.max_length == "auto":
         reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
     return Setting(
+        config=config,
+        shape=shape,
+        machine=machine,
+        begun=begun,
         device=device,
         workers=num_workers,
         precision=precision.value,
         adapter=adapter,
-        quantization=quantization.value,
+        held=held,
         trained=trained,
         attention=attention.value,
         row_length=row_length,
         stages=tuple(stages),
-        begun=begun,
         reasons=tuple(reason for reason in reasons if reason),
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from raytune.config.adapter import Ia3Adapter
 from raytune.config.model import Quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
@@ -94,7 +95,7 @@ def _part(module: Module, width: int) -> TrainedPart:
     return TrainedPart(name=module.name, kind=module.kind, how="scale", num_parameters=width)
 
 
-def _check(adapter: Ia3Adapter, config: RunConfig, shape: ModelShape) -> None:
+def _check(adapter: Ia3Adapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
     """Refuse what PEFT would refuse in the worker, or not hear."""
     check_names(adapter, shape)
     layers = scaled_layers(adapter, shape)
