@@ -3,8 +3,7 @@
 `adapter.method: qlora` is short for `lora` with `model.quantization: nf4`. Where both sections speak they have to agree.
 """
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 from raytune.config.adapter import Adapter, own_quantization
 from raytune.config.model import ModelSection, Quantization
@@ -39,11 +38,6 @@ class HeldBase:
     def to_undo(self) -> str:
         """What to set so that the base is not quantised, as the end of a sentence."""
         return "set adapter.method to lora" if self.preset else "set model.quantization to none"
-
-    def with_dtypes(self, **dtypes: object) -> Self:
-        """The same with other dtypes; of a base that is quantised."""
-        assert self.quantization is not None
-        return replace(self, quantization=self.quantization.model_copy(update=dtypes))
 
 
 def held_base(model: ModelSection, adapter: Adapter) -> HeldBase:

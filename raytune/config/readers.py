@@ -358,8 +358,8 @@ READERS: dict[str, Reader] = {
     **_read("training", "max_grad_norm tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
-    **_read("training", "zero", "plan.requirements"),
-    **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.requirements"),
+    **_read("training", "zero", "plan.stages"),
+    **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.stages"),
     **_read("training.zero", "nvme_path", "plan.choose", needs=(_NVME,)),
     # evaluation
     **_read("evaluation", "every_steps max_rows", "plan.choose", needs=(_VALIDATION,)),

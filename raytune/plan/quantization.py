@@ -1,5 +1,7 @@
 """A base that bitsandbytes holds in 4 or 8 bits, in a plan: its dtypes, its bytes, and what cannot be done with it. Pure."""
 
+from dataclasses import replace
+
 from raytune.config.model import Quantization
 from raytune.config.quantization import HeldBase
 from raytune.config.training import Precision
@@ -27,7 +29,8 @@ def resolve_quantization(held: HeldBase, precision: Precision) -> Choice[HeldBas
         reasons.append(f"{held.key('compute_dtype')} is {compute}, the run's precision.")
     if asked.is_4_bit and asked.quant_storage == "auto":
         reasons.append(f"{held.key('quant_storage')} is {storage}, as all other weights, so that ZeRO-3 could shard the base.")
-    return Choice(held.with_dtypes(compute_dtype=compute, quant_storage=storage), " ".join(reasons) or None)
+    resolved = asked.model_copy(update={"compute_dtype": compute, "quant_storage": storage})
+    return Choice(replace(held, quantization=resolved), " ".join(reasons) or None)
 
 
 def check_quantization(held: HeldBase, trained: Trained, precision: Precision) -> None:
