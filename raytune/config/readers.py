@@ -3,7 +3,7 @@
 A key that is written and that nothing reads is a wish that nobody would hear: `load` refuses it, or, where nothing is lost by
 that, the plan says so. `READERS` has a row for every key (a test holds it against the schema): the modules
 that read it, and what must hold for that. What depends on the model or the machines is the plan's matter (`plan.methods`,
-`plan.requirements`).
+`plan.requirements`). Longer than most files, because half of it is that table, which is read as a whole.
 """
 
 from collections.abc import Callable, Iterator

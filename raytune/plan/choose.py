@@ -2,6 +2,8 @@
 
 A launcher calls, in this order: `base_model.read_model_shape`, `setting.settle`; then it builds the stores, with rows of as many
 tokens as that says, and then calls `choose_plan`.
+
+Longer than most files, because every part of a plan is made here, in the order in which parts need each other.
 """
 
 import math

@@ -7,12 +7,9 @@ from raytune.config.quantization import HeldBase
 from raytune.config.training import Precision
 from raytune.errors import UserError
 from raytune.plan.defaults import Choice
-from raytune.plan.shapes import ModelShape
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape
 from raytune.plan.stage_limit import StageLimit
 from raytune.plan.trained import Trained
-
-QUANTISED_KINDS = ("attention", "mlp", "mixer")
-"""Kinds of modules that bitsandbytes holds; embeddings, fused experts and the output head stay as they are."""
 
 
 def resolve_quantization(held: HeldBase, precision: Precision) -> Choice[HeldBase]:
@@ -51,7 +48,7 @@ def check_quantization(held: HeldBase, trained: Trained, precision: Precision) -
             f"{held.key('quant_storage')} is {storage}, but the other weights are in {precision}: "
             f"casting one to the other would destroy the packed numbers. Set it to auto, {precision} or uint8."
         )
-    whole = next((part for part in trained.parts if part.how == "whole" and part.kind in QUANTISED_KINDS), None)
+    whole = next((part for part in trained.parts if part.how == "whole" and part.kind in LINEAR_KINDS), None)
     if whole:
         raise UserError(
             f"adapter.modules_to_save takes in {whole.name}, which {held.key('format')} "

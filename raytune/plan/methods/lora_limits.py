@@ -20,8 +20,7 @@ from raytune.plan.methods.targets import (
     saved_modules,
     unread_exclusions,
 )
-from raytune.plan.quantization import QUANTISED_KINDS
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
 """Starts that take their share out of the base weights; saving makes an adapter of twice the rank out of them."""
@@ -94,7 +93,7 @@ def _check_parameters(adapter: LoraAdapter, config: RunConfig, shape: ModelShape
             f"adapter.target_parameters names {twice}, which adapter.modules_to_save trains in full. Take it out of one of the "
             f"two."
         )
-    name = targets[0].name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
+    name = shape.name_in_layer(targets[0].name)
     what = f"{name} is a parameter and no linear layer, so that PEFT has"
     without = (
         without_experts(adapter, shape) if takes_experts(adapter.target_modules) else "take it out of adapter.target_parameters"
@@ -210,7 +209,7 @@ def _check_eva(adapter: LoraAdapter, targets: list[Module]) -> None:
 
 def _check_quantised(adapter: LoraAdapter, held: HeldBase, targets: list[Module]) -> None:
     quantization = held.quantization
-    touched = next((module.name for module in targets if module.kind in QUANTISED_KINDS), None)
+    touched = next((module.name for module in targets if module.kind in LINEAR_KINDS), None)
     if quantization is None or touched is None:
         return
     of_format = held.key("format")
