@@ -74,3 +74,8 @@ class ClusterError(RaytuneError):
     """The cluster could not be reached, or lost what the run needs; running the same command later can succeed."""
 
     exit_code = EXIT_RETRY_LATER
+
+
+def capitalised(text: str) -> str:
+    """The beginning of a sentence; a key that it begins with stays as it is written."""
+    return text if "." in text.split()[0] else text[:1].upper() + text[1:]

@@ -3,7 +3,7 @@
 A key that is written and that nothing reads is a wish that nobody would hear: `load` refuses it, or, where nothing is lost by
 that, the plan says so. `READERS` has a row for every key (a test holds it against the schema): the modules
 that read it, and what must hold for that. What depends on the model or the machines is the plan's matter (`plan.methods`,
-`plan.requirements`).
+`plan.requirements`). Longer than most files, because half of it is that table, which is read as a whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from raytune.config.data import FILE_ENDINGS, DataSource
 from raytune.config.keys import schema_path
 from raytune.config.model import is_written_as_path
 from raytune.config.problems import dotted, shown
-from raytune.config.quantization import KEYS, contradicting, quantization_key, quantization_of
+from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.training import Schedule
@@ -209,28 +209,29 @@ _NVME = Need(
 
 def _agrees(name: str) -> Need:
     """A preset says nothing else of the base."""
-    _, theirs = KEYS[name]
+
+    def said_by_preset(config: RunConfig) -> str:
+        field, sentence = contradiction(config.model, config.adapter) or ("", "")
+        return sentence if field == name else ""
+
     return Need(
-        keys=("adapter.method", f"adapter.{theirs}"),
-        holds=lambda config, _: contradicting(config.model, config.adapter) != name,
-        otherwise=lambda config: (
-            f"adapter.method {config.adapter.method} sets adapter.{theirs} to {shown(getattr(config.adapter, theirs))}"
-        ),
-        remedy="set adapter.method to lora, which leaves the base to the model section",
+        keys=("adapter.method", f"adapter.{KEYS[name][1]}"),
+        holds=lambda config, _: not said_by_preset(config),
+        otherwise=said_by_preset,
+        remedy=LEAVES_BASE,
     )
 
 
 def _held_in_four_bits(config: RunConfig, _: Section) -> bool:
-    if contradicting(config.model, config.adapter):
+    if contradiction(config.model, config.adapter):
         return True  # it is said of the key that contradicts
-    quantization = quantization_of(config.model, config.adapter)
+    quantization = held_base(config.model, config.adapter).quantization
     return quantization is not None and quantization.is_4_bit
 
 
 def _does_not_read(config: RunConfig) -> str:
-    quantization = quantization_of(config.model, config.adapter)
-    key = quantization_key("format", config.adapter)
-    return f"{key} {quantization.format if quantization else config.model.quantization} does not read it"
+    held = held_base(config.model, config.adapter)
+    return f"{held.key('format')} {held.quantization.format if held.quantization else config.model.quantization} does not read it"
 
 
 def _four_bits(section: str) -> Need:
@@ -358,8 +359,8 @@ READERS: dict[str, Reader] = {
     **_read("training", "max_grad_norm tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
-    **_read("training", "zero", "plan.requirements"),
-    **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.requirements"),
+    **_read("training", "zero", "plan.stages"),
+    **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.stages"),
     **_read("training.zero", "nvme_path", "plan.choose", needs=(_NVME,)),
     # evaluation
     **_read("evaluation", "every_steps max_rows", "plan.choose", needs=(_VALIDATION,)),

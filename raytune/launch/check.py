@@ -236,7 +236,7 @@ def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, s
     )
     facts = reading.builder(scratch, train=train, validation=validation).build()
     setting = settle(reading.config, reading.shape, machine)
-    choose_plan(reading.config, setting, reading.shape, machine, facts, model_path=reading.model_path, storage=scratch)
+    choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
 
 def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:

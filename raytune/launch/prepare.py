@@ -136,9 +136,7 @@ class Preparation:
             self._data[key] = builder.build(), builder.questions()
         facts, questions = self._data[key]
         with _as_it_began(begun):
-            plan = choose_plan(
-                config, setting, base.shape, machine, facts, model_path=base.path, storage=storage, content=content
-            )
+            plan = choose_plan(setting, facts, model_path=base.path, storage=storage, content=content)
         return Prepared(plan=plan, questions=questions)
 
     def base(self, model: ModelSection) -> Content:

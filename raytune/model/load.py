@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.config.adapter import Adapter
+from raytune.config.quantization import HeldBase
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
@@ -71,7 +72,9 @@ def load_base(
     check_attention(own_class, config, model.attention, packs=model.packs)
     quantization = quantization_config(model)
     arguments: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
-    check_stored_quantization(stored_quantization(config.to_dict()), model.quantization, adapter, model.path)
+    check_stored_quantization(
+        stored_quantization(config.to_dict()), HeldBase(quantization=model.quantization), adapter.method, model.path
+    )
     is_sharded = is_deepspeed_zero3_enabled()
     if not is_sharded:  # then a quantised model is put on the current device
         arguments["device_map"] = {"": device}

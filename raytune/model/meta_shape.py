@@ -29,7 +29,7 @@ from raytune.model.attention import keeps_state, lone_attention, packing_obstacl
 from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
 from raytune.model.kernels import bypassed_layers
 from raytune.model.pretrained import load_config, model_class
-from raytune.plan.shapes import Kind, Matrix, ModelShape, Module
+from raytune.plan.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
 from raytune.units import GIB, format_bytes
 
 BUILD_S = 60.0
@@ -238,7 +238,7 @@ def _around(
     if head_layer is None:
         raise _NotCovered("it has no output head")
     head_name = next((name for name, module in model.named_modules() if module is head_layer), None)
-    heads = [module for module in found if module.name == head_name and module.kind in ("attention", "mlp", "mixer")]
+    heads = [module for module in found if module.name == head_name and module.kind in LINEAR_KINDS]
     if len(heads) != 1:
         raise _NotCovered("its head is not a linear layer")
     norms = [module for module in found if module.kind == "norm"]

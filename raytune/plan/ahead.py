@@ -185,4 +185,4 @@ def _plan(
     cluster = config.cluster.model_copy(update={"instance": instance.name, "nodes": num_nodes})
     config = config.model_copy(update={"cluster": cluster})
     setting = settle(config, shape, machine)
-    return choose_plan(config, setting, shape, machine, data, model_path=config.model.base, storage=config.storage)
+    return choose_plan(setting, data, model_path=config.model.base, storage=config.storage)

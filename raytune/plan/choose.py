@@ -2,12 +2,13 @@
 
 A launcher calls, in this order: `base_model.read_model_shape`, `setting.settle`; then it builds the stores, with rows of as many
 tokens as that says, and then calls `choose_plan`.
+
+Longer than most files, because every part of a plan is made here, in the order in which parts need each other.
 """
 
 import math
 from typing import TypeVar
 
-from raytune.config.adapter import without_preset
 from raytune.config.checkpoint import CheckpointSection
 from raytune.config.metric_names import METRICS
 from raytune.config.presets import preset_reasons
@@ -51,7 +52,6 @@ from raytune.plan.run_plan import (
 from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import quantization_note
-from raytune.plan.trained import Trained
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -69,10 +69,7 @@ class _Reasons(list[str]):
 
 
 def choose_plan(
-    config: RunConfig,
     setting: Setting,
-    shape: ModelShape,
-    machine: Machine,
     data: DataFacts,
     *,
     model_path: str,
@@ -82,10 +79,7 @@ def choose_plan(
     """Resolve everything.
 
     Args:
-        config: what the user wrote.
-        setting: what `settle` decided of it.
-        shape: of the base model.
-        machine: the cluster.
+        setting: what `settle` decided of a config, for a model and a cluster.
         data: the stores, built with rows of `setting.row_length` tokens.
         model_path: the base model as workers load it: a local folder or a hub id.
         storage: absolute folder or URL of the run folders.
@@ -97,17 +91,18 @@ def choose_plan(
     """
     if not data.train.num_targets:
         raise DataError(f"The training store {data.train.path} has no target tokens, so nothing can be learned from it.")
+    config, shape, machine = setting.config, setting.shape, setting.machine
     reasons = _Reasons([*preset_reasons(config), *setting.reasons])
     training, device, workers = config.training, setting.device, setting.workers
     precision, adapter, quantization = setting.precision, setting.adapter, setting.quantization
     method = method_of(adapter)
     rows_in_epochs = _rows_in_epochs(config, data, reasons)
     wanted_rows = default_rows_per_step(data.train.num_rows, rows_in_epochs)
-    fit = choose_fit(config, setting, wanted_rows, shape, machine, data)
-    reasons += _reasons_for_fit(config, fit, setting, wanted_rows, machine, shape, data)
+    fit = choose_fit(setting, wanted_rows, data)
+    reasons += _reasons_for_fit(fit, setting, wanted_rows, data)
     reasons += (
         [_quantised_and_zero_3(quantized_bytes(quantization, shape, setting.trained), fit)]
-        if quantization and workers > 1 and not quantization_limits(config, precision)
+        if quantization and workers > 1 and not quantization_limits(setting.held, precision)
         else []
     )
     reasons += [data.assumption] if data.assumption else []
@@ -120,7 +115,7 @@ def choose_plan(
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
     num_steps = math.ceil(num_rows / rows_per_step)
-    optimization = _optimization(config, setting.trained, shape, num_steps, num_rows, reasons)
+    optimization = _optimization(setting, num_steps, num_rows, reasons)
     evaluation = _evaluation(config, data, num_steps, reasons)
     plan = RunPlan(
         name=config.name,
@@ -201,20 +196,18 @@ def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> in
     return math.ceil(epochs * data.train.num_rows)
 
 
-def _reasons_for_fit(
-    config: RunConfig, fit: Fit, setting: Setting, wanted_rows: int, machine: Machine, shape: ModelShape, data: DataFacts
-) -> list[str]:
-    training = config.training
-    room = room_of_worker(setting, machine).device
+def _reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFacts) -> list[str]:
+    training = setting.config.training
+    room = room_of_worker(setting).device
     needed = format_bytes(bytes_in(fit.memory, "device"))
     compared = f"{needed} per worker of the {format_bytes(room)} that can be used" if room else f"{needed} per worker"
-    row = "document" if config.data.packing == "none" else "packed row"
+    row = "document" if setting.config.data.packing == "none" else "packed row"
     reasons = []
     if training.global_batch_size == "auto":
         rows = fit.batch.global_batch_size
         reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, wanted_rows, training, row)}.")
     if training.per_device_train_batch_size == "auto":
-        tokens = fit.batch.micro_batch_size * longest_row(config, setting.row_length, data)
+        tokens = fit.batch.micro_batch_size * longest_row(setting, data)
         reasons.append(
             f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
         )
@@ -230,8 +223,8 @@ def _reasons_for_fit(
         reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
     if training.loss == "auto" and fit.chunk_tokens:
         reasons.append(
-            f"training.loss is chunked, {fit.chunk_tokens} targets at a time: all logits (vocabulary {shape.vocab}) would exceed "
-            f"{format_bytes(FULL_LOGITS_BYTES)}."
+            f"training.loss is chunked, {fit.chunk_tokens} targets at a time: all logits (vocabulary "
+            f"{setting.shape.vocab}) would exceed {format_bytes(FULL_LOGITS_BYTES)}."
         )
     elif training.loss == "auto":
         reasons.append(f"training.loss is full: the logits of all targets stay below {format_bytes(FULL_LOGITS_BYTES)}.")
@@ -284,17 +277,16 @@ def _why_rows(batch: BatchPlan, wanted_rows: int, training: TrainingSection, row
     return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
 
 
-def _optimization(
-    config: RunConfig, trained: Trained, shape: ModelShape, num_steps: int, num_rows: int, reasons: _Reasons
-) -> OptimizationPlan:
-    training, name, method = config.training, config.adapter.method, method_of(config.adapter)
+def _optimization(setting: Setting, num_steps: int, num_rows: int, reasons: _Reasons) -> OptimizationPlan:
+    training, trained, num_parameters = setting.config.training, setting.trained, setting.shape.num_parameters
+    name, method = setting.config.adapter.method, method_of(setting.adapter)
     rate = training.learning_rate
     if rate == "auto":
-        rate = reasons.taken(default_learning_rate(name, method.learning_rate(shape.num_parameters), shape.num_parameters))
+        rate = reasons.taken(default_learning_rate(name, method.learning_rate(num_parameters), num_parameters))
     decay = training.weight_decay
     if decay == "auto":
         decay = reasons.taken(default_weight_decay(name, method.weight_decay))
-    reasons += method.reasons(without_preset(config.adapter), shape)
+    reasons += method.reasons(setting.adapter, setting.shape)
     return OptimizationPlan(
         num_steps=num_steps,
         num_rows=num_rows,

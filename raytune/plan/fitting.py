@@ -25,7 +25,6 @@ from raytune.plan.methods import method_of
 from raytune.plan.requirements import Device
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
 from raytune.plan.setting import Setting, settle
-from raytune.plan.shapes import ModelShape
 from raytune.plan.throughput import Speed, step_time
 from raytune.units import format_bytes
 
@@ -69,9 +68,7 @@ class Room:
         return on_device and (self.host is None or bytes_in(memory, "host") <= self.host)
 
 
-def choose_fit(
-    config: RunConfig, setting: Setting, rows_per_step: int, shape: ModelShape, machine: Machine, data: DataFacts
-) -> Fit:
+def choose_fit(setting: Setting, rows_per_step: int, data: DataFacts) -> Fit:
     """The fastest way that fits; where nobody knows, the first: without checkpointing before with, lowest ZeRO stage, largest
     micro-batch.
 
@@ -81,13 +78,12 @@ def choose_fit(
     Raises:
         PlanError: if none fits; the message names the nearest settings that do.
     """
-    room = room_of_worker(setting, machine)
-    fitting = (way for way in _ways(config, setting, rows_per_step, shape, machine.speed, data) if room.holds(way.memory))
+    room = room_of_worker(setting)
+    fitting = (way for way in _ways(setting, rows_per_step, data) if room.holds(way.memory))
     if (first := next(fitting, None)) is not None:
         return first if first.step_time is None else _fastest([first, *fitting])
-    ways = _ways(config, setting, rows_per_step, shape, machine.speed, data)
-    smallest = min(ways, key=lambda way: bytes_in(way.memory, "device"))
-    advice = islice(_advice(config, setting, rows_per_step, shape, machine, data), MAX_ADVICE)
+    smallest = min(_ways(setting, rows_per_step, data), key=lambda way: bytes_in(way.memory, "device"))
+    advice = islice(_advice(setting, rows_per_step, data), MAX_ADVICE)
     raise PlanError(_too_large(smallest, room, setting, list(advice)), keys=("cluster.workers", "model.base"))
 
 
@@ -99,9 +95,9 @@ def _fastest(ways: list[Fit]) -> Fit:
     return best
 
 
-def room_of_worker(setting: Setting, machine: Machine) -> Room:
+def room_of_worker(setting: Setting) -> Room:
     """What the plan may fill, per worker."""
-    on_gpu = setting.device == "cuda"
+    machine, on_gpu = setting.machine, setting.device == "cuda"
     on_node = machine.workers_on_a_node(setting.workers, per_gpu=on_gpu)
     host = int(USABLE_SHARE * machine.host_memory_bytes / on_node) if machine.host_memory_bytes else None
     if not on_gpu:
@@ -109,35 +105,26 @@ def room_of_worker(setting: Setting, machine: Machine) -> Room:
     return Room(device=int(USABLE_SHARE * machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None, host=host)
 
 
-def _ways(
-    config: RunConfig, setting: Setting, rows_per_step: int, shape: ModelShape, speed: Speed | None, data: DataFacts
-) -> Iterator[Fit]:
-    wanted = config.training.gradient_checkpointing
-    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(config, setting.row_length, data))
-    training = rows_of_a_pass(config.training, shape)
+def _ways(setting: Setting, rows_per_step: int, data: DataFacts, *, is_timed: bool = True) -> Iterator[Fit]:
+    wanted = setting.config.training.gradient_checkpointing
+    speed = setting.machine.speed if is_timed else None
+    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(setting, data))
+    training = rows_of_a_pass(setting.config.training, setting.shape)
     batches = possible_batches(training, setting.workers, rows_per_step, max_micro_batch)
     for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
         for stage in setting.stages:
             for batch in batches:
-                yield _way(config, setting, shape, speed, data, batch, stage, has_checkpointing)
+                yield _way(setting, speed, data, batch, stage, has_checkpointing)
 
 
 def _way(
-    config: RunConfig,
-    setting: Setting,
-    shape: ModelShape,
-    speed: Speed | None,
-    data: DataFacts,
-    batch: BatchPlan,
-    stage: ZeroStage,
-    has_checkpointing: bool,
+    setting: Setting, speed: Speed | None, data: DataFacts, batch: BatchPlan, stage: ZeroStage, has_checkpointing: bool
 ) -> Fit:
-    row_tokens = longest_row(config, setting.row_length, data)
+    training, shape = setting.config.training, setting.shape
+    row_tokens = longest_row(setting, data)
     num_tokens = batch.micro_batch_size * row_tokens
     num_targets = most_targets(data, num_tokens)
-    is_chunked = config.training.loss == "chunked" or (
-        config.training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab)
-    )
+    is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab))
     chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
     work = Workload(
         shape=shape,
@@ -146,10 +133,10 @@ def _way(
         engine="plain" if stage == 0 else "zero",
         zero_stage=stage,
         workers=setting.workers,
-        offload_optimizer=config.training.zero.offload_optimizer,
-        offload_parameters=config.training.zero.offload_parameters,
+        offload_optimizer=training.zero.offload_optimizer,
+        offload_parameters=training.zero.offload_parameters,
         precision=setting.precision,
-        optimizer=config.training.optimizer,
+        optimizer=training.optimizer,
         attention=setting.attention,
         has_checkpointing=has_checkpointing,
         accumulation=batch.accumulation,
@@ -170,9 +157,10 @@ def _way(
     )
 
 
-def longest_row(config: RunConfig, row_length: int, data: DataFacts) -> int:
+def longest_row(setting: Setting, data: DataFacts) -> int:
     """Tokens of the longest row: without packing, those of the longest document."""
-    return min(row_length, data.longest_document) if config.data.packing == "none" else row_length
+    is_packed = setting.config.data.packing != "none"
+    return setting.row_length if is_packed else min(setting.row_length, data.longest_document)
 
 
 def most_targets(data: DataFacts, num_tokens: int) -> int:
@@ -181,28 +169,27 @@ def most_targets(data: DataFacts, num_tokens: int) -> int:
     return min(num_tokens, int(2 * share * num_tokens) + 1)
 
 
-def _fits(config: RunConfig, was: Setting, rows_per_step: int, shape: ModelShape, machine: Machine, data: DataFacts) -> bool:
-    """Whether anything fits after a change of the config."""
+def _fits(config: RunConfig, machine: Machine, was: Setting, rows_per_step: int, data: DataFacts) -> bool:
+    """Whether anything fits after a change of the config, which may be refused for other reasons too."""
     try:
-        setting = settle(config, shape, machine, was.begun)
-        room = room_of_worker(setting, machine)
-        return any(room.holds(way.memory) for way in _ways(config, setting, rows_per_step, shape, None, data))
+        setting = settle(config, was.shape, machine, was.begun)
+        room = room_of_worker(setting)
+        return any(room.holds(way.memory) for way in _ways(setting, rows_per_step, data, is_timed=False))
     except UserError:
         return False
 
 
-def _advice(
-    config: RunConfig, setting: Setting, rows_per_step: int, shape: ModelShape, machine: Machine, data: DataFacts
-) -> Iterator[str]:
+def _advice(setting: Setting, rows_per_step: int, data: DataFacts) -> Iterator[str]:
     """Of each kind of change the smallest with which the run fits."""
-    for changes in _kinds_of_change(config, setting, shape, machine):
-        fitting = (text for text, changed, machines in changes if _fits(changed, setting, rows_per_step, shape, machines, data))
+    for changes in _kinds_of_change(setting):
+        fitting = (text for text, changed, machines in changes if _fits(changed, machines, setting, rows_per_step, data))
         if (text := next(fitting, None)) is not None:
             yield text
 
 
-def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[list[Change]]:
+def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
     """Changes that save memory, smallest first in each list; lists whose changes leave the result as it is come first."""
+    config, machine = setting.config, setting.machine
     training, zero, begun = config.training, config.training.zero, setting.begun
     is_bound = begun is not None and begun.sharded_over is not None
 
@@ -250,11 +237,12 @@ def _kinds_of_change(config: RunConfig, setting: Setting, shape: ModelShape, mac
     yield [with_row_length(length) for length in lengths if length >= MIN_ROW_LENGTH]
     if training.optimizer in ("adamw", "paged_adamw"):
         yield [with_training("training.optimizer=adamw_8bit", optimizer="adamw_8bit")]
-    yield from _lighter_methods(config, setting, shape, machine)
+    yield from _lighter_methods(setting)
 
 
-def _lighter_methods(config: RunConfig, setting: Setting, shape: ModelShape, machine: Machine) -> Iterator[list[Change]]:
+def _lighter_methods(setting: Setting) -> Iterator[list[Change]]:
     """What saves memory by training less, or over a base that is held in 4 bits."""
+    config, machine = setting.config, setting.machine
     if setting.trained.is_base:
         yield [("adapter.method=lora", config.model_copy(update={"adapter": LoraAdapter()}), machine)]
     text, quantised, changes = "", config, []
@@ -266,7 +254,9 @@ def _lighter_methods(config: RunConfig, setting: Setting, shape: ModelShape, mac
         text, quantised = "model.quantization=nf4", config.model_copy(update={"model": model})
     if text:
         changes = [(text, quantised, machine)]
-    if excluded := method_of(quantised.adapter).exclusions(quantised.adapter, shape):  # 4 bits hold them only if they stay frozen
+    if excluded := method_of(quantised.adapter).exclusions(
+        quantised.adapter, setting.shape
+    ):  # 4 bits hold them only if they stay frozen
         without = f"{text} adapter.exclude_modules=[{','.join(excluded)}]".lstrip()
         adapter = quantised.adapter.model_copy(update={"exclude_modules": excluded})
         changes += [(without, quantised.model_copy(update={"adapter": adapter}), machine)]

@@ -1,15 +1,15 @@
 """Models whose forward pass may hold one document only: hybrids whose layers keep a state, and those without packed attention."""
 
 from raytune.config.model import Attention
-from raytune.config.quantization import quantization_key, quantization_of, without_quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
-from raytune.errors import ModelError, PlanError, UserError
+from raytune.errors import ModelError, PlanError, UserError, capitalised
 from raytune.plan.defaults import Choice
 from raytune.plan.shapes import ModelShape
 
 
-def check_lone_documents(config: RunConfig, shape: ModelShape) -> None:
+def check_lone_documents(config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
     """Refuse rows that hold more than one document, and passes that hold more than one row.
 
     Raises:
@@ -29,12 +29,10 @@ def check_lone_documents(config: RunConfig, shape: ModelShape) -> None:
             f"it to 1; training.gradient_accumulation_steps {rows} makes as many rows per step."
         )
     bypassed = [module.name for layer in shape.layers() for module in layer if module.is_bypassed]
-    quantization = quantization_of(config.model, config.adapter)
-    if bypassed and quantization:
-        key, fix = quantization_key("format", config.adapter), without_quantization(config.adapter)
+    if bypassed and held.quantization:
         raise ModelError(
-            f"{key} is {quantization.format}, but a {shape.model_type} model hands the weight of {bypassed[0]} to a kernel, "
-            f"which cannot read packed numbers. {fix[:1].upper()}{fix[1:]}."
+            f"{held.key('format')} is {held.quantization.format}, but a {shape.model_type} model hands the weight of "
+            f"{bypassed[0]} to a kernel, which cannot read packed numbers. {capitalised(held.to_undo)}."
         )
 
 

@@ -2,7 +2,8 @@
 
 Activations, logits and gradients are never all there at once, so a worker needs the bytes of the fullest moment of a step, not of
 all parts; a test holds that against the allocator. Not in here: fragmentation and what kernels take for a moment, for which
-`machine.USABLE_SHARE` leaves room.
+`machine.USABLE_SHARE` leaves room. Longer than most files, because all formulas share one set of bytes per number and are read
+against each other: a part is given back where the next one is made.
 """
 
 from collections.abc import Iterator

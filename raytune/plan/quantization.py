@@ -1,81 +1,76 @@
 """A base that bitsandbytes holds in 4 or 8 bits, in a plan: its dtypes, its bytes, and what cannot be done with it. Pure."""
 
-from raytune.config.adapter import own_quantization
+from dataclasses import replace
+
 from raytune.config.model import Quantization
-from raytune.config.quantization import quantization_key, quantization_of, without_quantization
-from raytune.config.run import RunConfig
+from raytune.config.quantization import HeldBase
 from raytune.config.training import Precision
 from raytune.errors import UserError
 from raytune.plan.defaults import Choice
-from raytune.plan.shapes import ModelShape
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape
 from raytune.plan.stage_limit import StageLimit
 from raytune.plan.trained import Trained
 
-QUANTISED_KINDS = ("attention", "mlp", "mixer")
-"""Kinds of modules that bitsandbytes holds; embeddings, fused experts and the output head stay as they are."""
 
-
-def resolve_quantization(config: RunConfig, precision: Precision) -> Choice[Quantization | None]:
-    """How the base is held, with its dtypes resolved.
-
-    Raises:
-        UserError: if two sections contradict each other.
-    """
-    asked = quantization_of(config.model, config.adapter)
+def resolve_quantization(held: HeldBase, precision: Precision) -> Choice[HeldBase]:
+    """How the base is held, with its dtypes resolved."""
+    asked = held.quantization
     if asked is None:
-        return Choice(None)
+        return Choice(held)
     compute = precision if asked.compute_dtype == "auto" else asked.compute_dtype
     storage = precision if asked.quant_storage == "auto" else asked.quant_storage
     reasons = []
-    if own_quantization(config.adapter) is not None:
-        reasons.append(f"adapter.method {config.adapter.method} is lora over a base with model.quantization {asked.format}.")
+    if held.preset:
+        reasons.append(f"adapter.method {held.preset} is lora over a base with model.quantization {asked.format}.")
     if asked.is_4_bit and asked.compute_dtype == "auto":
-        reasons.append(f"{quantization_key('compute_dtype', config.adapter)} is {compute}, the run's precision.")
+        reasons.append(f"{held.key('compute_dtype')} is {compute}, the run's precision.")
     if asked.is_4_bit and asked.quant_storage == "auto":
-        reasons.append(
-            f"{quantization_key('quant_storage', config.adapter)} is {storage}, as all other weights, so that ZeRO-3 could shard "
-            f"the base."
-        )
+        reasons.append(f"{held.key('quant_storage')} is {storage}, as all other weights, so that ZeRO-3 could shard the base.")
     resolved = asked.model_copy(update={"compute_dtype": compute, "quant_storage": storage})
-    return Choice(resolved, " ".join(reasons) or None)
+    return Choice(replace(held, quantization=resolved), " ".join(reasons) or None)
 
 
-def check_quantization(config: RunConfig, trained: Trained, precision: Precision) -> None:
+def check_quantization(held: HeldBase, trained: Trained, precision: Precision) -> None:
     """Refuse a quantised base that could not be trained over as asked.
+
+    Args:
+        held: with its dtypes resolved.
 
     Raises:
         UserError: with the setting that works.
     """
-    quantization = quantization_of(config.model, config.adapter)
+    quantization = held.quantization
     if quantization is None:
         return
     storage = quantization.quant_storage
-    if quantization.is_4_bit and storage not in ("auto", "uint8", precision):
+    if quantization.is_4_bit and storage not in ("uint8", precision):
         raise UserError(
-            f"{quantization_key('quant_storage', config.adapter)} is {storage}, but the other weights are in {precision}: "
+            f"{held.key('quant_storage')} is {storage}, but the other weights are in {precision}: "
             f"casting one to the other would destroy the packed numbers. Set it to auto, {precision} or uint8."
         )
-    whole = next((part for part in trained.parts if part.how == "whole" and part.kind in QUANTISED_KINDS), None)
+    whole = next((part for part in trained.parts if part.how == "whole" and part.kind in LINEAR_KINDS), None)
     if whole:
         raise UserError(
-            f"adapter.modules_to_save takes in {whole.name}, which {quantization_key('format', config.adapter)} "
+            f"adapter.modules_to_save takes in {whole.name}, which {held.key('format')} "
             f"{quantization.format} quantises, so that it cannot be trained in full. Name embeddings, norms or the output head "
-            f"only, or {without_quantization(config.adapter)}."
+            f"only, or {held.to_undo}."
         )
 
 
-def quantization_limits(config: RunConfig, precision: Precision) -> list[StageLimit]:
-    """ZeRO stages that a quantised base leaves."""
-    quantization = quantization_of(config.model, config.adapter)
+def quantization_limits(held: HeldBase, precision: Precision) -> list[StageLimit]:
+    """ZeRO stages that a quantised base leaves.
+
+    Args:
+        held: with its dtypes resolved.
+    """
+    quantization = held.quantization
     if quantization is None:
         return []
     if not quantization.is_4_bit:
-        key = quantization_key("format", config.adapter)
-        return [StageLimit(0, 2, f"{key} is int8, whose weights cannot be sharded")]
-    if quantization.quant_storage in ("auto", precision):
+        return [StageLimit(0, 2, f"{held.key('format')} is int8, whose weights cannot be sharded")]
+    if quantization.quant_storage == precision:
         return []
-    key = quantization_key("quant_storage", config.adapter)
-    because = f"{key} is {quantization.quant_storage}, which cannot be sharded with weights in {precision}"
+    because = f"{held.key('quant_storage')} is {quantization.quant_storage}, which cannot be sharded with weights in {precision}"
     return [StageLimit(0, 2, because)]
 
 

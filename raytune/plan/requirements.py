@@ -1,26 +1,19 @@
-"""What machines and model leave to choose: device, workers, precision, attention, row length, possible ZeRO stages."""
+"""What machines and model leave to choose: device, workers, precision, attention, row length."""
 
 from typing import Literal
 
-from raytune.config.adapter import without_preset
 from raytune.config.cluster import ClusterSection
 from raytune.config.model import Attention
-from raytune.config.quantization import quantization_of
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.defaults import Choice
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
-from raytune.plan.methods import method_of
-from raytune.plan.quantization import quantization_limits
-from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
-from raytune.plan.stage_limit import StageLimit
 
 Device = Literal["cpu", "cuda"]
 DEFAULT_ROW_LENGTH = 2048
-STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
 FLASH: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
 WITHOUT_LIGER = ("gpt2", "gpt_neox")
 """Architectures that liger-kernel's table of models (MODEL_TYPE_TO_APPLY_LIGER_FN) lacks: it would log so and go on."""
@@ -117,49 +110,6 @@ def choose_attention(
     return Choice(wanted)
 
 
-def possible_stages(config: RunConfig, shape: ModelShape, device: Device, workers: int, precision: Precision) -> list[ZeroStage]:
-    """ZeRO stages that the settings leave, lowest first; the one that is asked for, if one is.
-
-    Raises:
-        PlanError: if they leave none.
-    """
-    limits = _stage_limits(config, shape, device, precision)
-    wanted = config.training.zero.stage
-    if wanted != "auto":
-        limits = [StageLimit(wanted, wanted, f"training.zero.stage is {wanted}"), *limits]
-    floor = max(limits, key=lambda limit: limit.lowest)
-    ceiling = min(limits, key=lambda limit: limit.highest)
-    if floor.lowest > ceiling.highest:
-        raise PlanError(
-            f"{_capitalised(floor.because)}, which needs ZeRO stage {floor.lowest} or higher; but {ceiling.because}, which "
-            f"allows at most stage {ceiling.highest}. Change one of the two."
-        )
-    # One worker has nobody to share with: a higher stage would only cost time.
-    highest = floor.lowest if workers == 1 else ceiling.highest
-    return [stage for stage in STAGES if floor.lowest <= stage <= highest]
-
-
-def _stage_limits(config: RunConfig, shape: ModelShape, device: Device, precision: Precision) -> list[StageLimit]:
-    training, zero = config.training, config.training.zero
-    limits = [StageLimit(0, 3, "ZeRO has stages 0 to 3")]
-    if zero.overrides:
-        limits.append(StageLimit(1, 3, "training.zero.overrides is for DeepSpeed, which runs from stage 1 on"))
-    if zero.offload_optimizer != "none":
-        lowest = 3 if zero.offload_optimizer == "nvme" else 1
-        limits.append(StageLimit(lowest, 3, f"training.zero.offload_optimizer is {zero.offload_optimizer}"))
-    if zero.offload_parameters != "none":
-        limits.append(StageLimit(3, 3, f"training.zero.offload_parameters is {zero.offload_parameters}"))
-    if training.compile:
-        limits.append(StageLimit(0, 2, "training.compile is true, and the hooks of stage 3 would break the graph"))
-    if training.optimizer == "adafactor":
-        limits.append(StageLimit(0, 0, "training.optimizer is adafactor, which needs whole matrices where ZeRO has flat shards"))
-    if precision == "fp16" and device == "cpu":
-        limits.append(StageLimit(0, 0, "training.precision is fp16 on CPUs, for which DeepSpeed needs AVX512-FP16"))
-    adapter = without_preset(config.adapter)
-    of_method = method_of(adapter).stage_limits(adapter, shape, quantization_of(config.model, config.adapter))
-    return [*limits, *quantization_limits(config, precision), *of_method]
-
-
 def check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
     """Refuse kernels that this model or these machines do not run."""
     if not config.training.liger:
@@ -181,8 +131,3 @@ def check_cluster(section: ClusterSection) -> None:
             f"cluster.{written[0]} is {value}, but without cluster.instance nothing reads it: the nodes that are there are used. "
             f"Set cluster.instance to their type, or leave cluster.{written[0]} out."
         )
-
-
-def _capitalised(text: str) -> str:
-    """A sentence may begin with a key, which stays as it is written."""
-    return text if "." in text.split()[0] else text[:1].upper() + text[1:]

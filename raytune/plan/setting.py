@@ -6,14 +6,16 @@ from typing import Protocol, TypeVar
 
 from raytune.config.adapter import Adapter, without_preset
 from raytune.config.model import Attention, Quantization
+from raytune.config.quantization import HeldBase, held_base
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.plan.deepspeed_keys import check_overrides
+from raytune.plan.defaults import Choice
 from raytune.plan.division import Begun, most_that_divide
 from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of, trained_by
-from raytune.plan.quantization import check_quantization, resolve_quantization
+from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
     Device,
     check_cluster,
@@ -23,10 +25,10 @@ from raytune.plan.requirements import (
     choose_precision,
     choose_row_length,
     choose_workers,
-    possible_stages,
 )
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
+from raytune.plan.stages import possible_stages
 from raytune.plan.stored_quantization import check_stored_quantization
 from raytune.plan.trained import Trained
 
@@ -41,24 +43,33 @@ class Of(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is decided before data and memory are looked at."""
+    """What is decided before data and memory are looked at, and what it was decided from."""
 
+    config: RunConfig
+    shape: ModelShape
+    machine: Machine
+    begun: Begun | None
+    """The run that is continued."""
     device: Device
     workers: int
     precision: Precision
     adapter: Adapter
     """Without a preset's words about the base."""
-    quantization: Quantization | None
+    held: HeldBase
+    """With its dtypes resolved."""
     trained: Trained
     attention: Attention
     row_length: int
     """Tokens that a packed row holds at most."""
     stages: tuple[ZeroStage, ...]
     """ZeRO stages that the settings leave, lowest first."""
-    begun: Begun | None
-    """The run that is continued."""
     reasons: tuple[str, ...]
     """Why each automatic choice was made, a sentence each."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is held; None: as it is."""
+        return self.held.quantization
 
 
 def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun | None = None) -> Setting:
@@ -78,51 +89,67 @@ def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun 
 def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: Of, begun: Begun | None = None) -> Setting | None:
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
     row_length = of(lambda: choose_row_length(config, shape))
-    of(lambda: check_lone_documents(config, shape))
-    adapter = without_preset(config.adapter)
-    as_it_is = of(lambda: trained_by(adapter, shape))
-    of(lambda: check_overrides(config.training.zero))
-    of(lambda: method_of(adapter).check(adapter, config, shape))
     of(lambda: check_cluster(config.cluster))
-    device: Device | None = None if machine is None else of(lambda: choose_device(config, machine))
-    if machine is None or device is None:
+    places = None if machine is None else _places(config, shape, machine, of)
+    of(lambda: check_overrides(config.training.zero))
+    asked, adapter = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
+    if asked is None:
         return None
-    workers = of(lambda: choose_workers(config, machine, device))
-    precision = of(lambda: choose_precision(config, machine, device))
-    if workers is None or precision is None:
+    of(lambda: check_lone_documents(config, asked, shape))
+    method, quantization = method_of(adapter), asked.quantization
+    trained = of(lambda: trained_by(adapter, shape, quantization))
+    of(lambda: method.check(adapter, config, asked, shape))
+    if machine is None or places is None:
         return None
+    device, workers, precision, attention = places
     num_workers = workers.value
     if begun and config.cluster.workers == "auto":
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
-    quantization = of(lambda: resolve_quantization(config, precision.value))
-    held = quantization.value if quantization else None
-    trained = as_it_is if held is None else of(lambda: trained_by(adapter, shape, held))
-    attention = of(lambda: choose_attention(config, shape, machine, device, precision.value))
-    stages = of(lambda: possible_stages(config, shape, device, num_workers, precision.value))
-    if quantization is not None and trained is not None:
-        of(lambda: check_quantization(config, trained, precision.value))
-        of(lambda: check_stored_quantization(shape.stored_quantization, held, config.adapter, config.model.base))
-    of(lambda: check_kernels(config, shape, device))
-    if row_length is None or quantization is None or trained is None or attention is None or stages is None:
+    base = resolve_quantization(asked, precision.value)
+    limits = [*quantization_limits(base.value, precision.value), *method.stage_limits(adapter, shape, quantization)]
+    if trained is not None:
+        of(lambda: check_quantization(base.value, trained, precision.value))
+    of(lambda: check_stored_quantization(shape.stored_quantization, base.value, config.adapter.method, config.model.base))
+    stages = of(lambda: possible_stages(config.training, limits, device, num_workers, precision.value))
+    if row_length is None or trained is None or attention is None or stages is None:
         return None
-    reasons = [workers.reason, precision.reason, quantization.reason, attention.reason]
+    reasons = [workers.reason, precision.reason, base.reason, attention.reason]
     if num_workers != workers.value and begun:
         reasons[0] = f"cluster.workers is {num_workers}: the most that share the {begun.rows_per_step} rows of a step evenly."
     if config.data.max_length == "auto":
         reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
     return Setting(
+        config=config,
+        shape=shape,
+        machine=machine,
+        begun=begun,
         device=device,
         workers=num_workers,
         precision=precision.value,
         adapter=adapter,
-        quantization=quantization.value,
+        held=base.value,
         trained=trained,
         attention=attention.value,
         row_length=row_length,
         stages=tuple(stages),
-        begun=begun,
         reasons=tuple(reason for reason in reasons if reason),
     )
+
+
+_Places = tuple[Device, Choice[int], Choice[Precision], Choice[Attention] | None]
+
+
+def _places(config: RunConfig, shape: ModelShape, machine: Machine, of: Of) -> _Places | None:
+    """What the machines decide of a run: device, workers, precision and attention; None if one gave nothing that others need."""
+    device: Device | None = of(lambda: choose_device(config, machine))
+    if device is None:
+        return None
+    workers = of(lambda: choose_workers(config, machine, device))
+    precision = of(lambda: choose_precision(config, machine, device))
+    of(lambda: check_kernels(config, shape, device))
+    if workers is None or precision is None:
+        return None
+    return device, workers, precision, of(lambda: choose_attention(config, shape, machine, device, precision.value))
 
 
 def _at_once(look: Callable[[], Value], /) -> Value:

@@ -89,7 +89,7 @@ def certain_changes(was: RunPlan, before: RunConfig, now: RunConfig) -> list[Cha
         now: the config that is to continue it.
     """
     identity = leaves(identity_of(was))
-    leaf_of = {key: leaf for leaf, key in reversed(KEY_OF.items()) if leaf in identity}
+    leaf_of = _leaves_by_key(identity)
     changes = (_certain(key, old, new, now, identity, leaf_of) for key, old, new in config_diff(before, now))
     return [change for change in changes if change is not None]
 
@@ -118,18 +118,20 @@ def asks_for(was: RunPlan, before: RunConfig, now: RunConfig, *, may_change: tup
     """
     identity = leaves(identity_of(was))
     changes = config_diff(before, now)
-    resolved = {key: leaf for leaf, key in reversed(KEY_OF.items()) if leaf in identity}
-    rows_stay = (
-        _rows_asked(now, was.batch.global_batch_size)
-        if any(key in (*_ROWS, "cluster.workers") for key, _, _ in changes)
-        else True
-    )
+    leaf_of = _leaves_by_key(identity)
+    divides_rows = any(key in (*_ROWS, "cluster.workers") for key, _, _ in changes)
+    rows_stay = not divides_rows or _rows_asked(now, was.batch.global_batch_size)
     return rows_stay and all(
         (key.startswith((*DIVIDING, *may_change)) and not key.startswith("training.zero.overrides"))
         or (key in _KEPT and new == "auto")
-        or (key not in _OF_LENGTH and new not in (None, "auto") and identity.get(resolved.get(key, key), _NOWHERE) == new)
+        or (key not in _OF_LENGTH and new not in (None, "auto") and identity.get(leaf_of.get(key, key), _NOWHERE) == new)
         for key, _, new in changes
     )
+
+
+def _leaves_by_key(identity: dict[str, object]) -> dict[str, str]:
+    """The value of an identity that each key decides; of several the first in the table."""
+    return {key: leaf for leaf, key in reversed(KEY_OF.items()) if leaf in identity}
 
 
 def _rows_asked(config: RunConfig, rows: int) -> bool:

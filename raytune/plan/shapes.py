@@ -10,6 +10,8 @@ from raytune.config.model import Attention
 
 Kind = Literal["embedding", "attention", "mlp", "mixer", "experts", "router", "state", "norm", "head"]
 """`mixer`: linear layers around a state that runs along the document; `state`: that state's own convolutions and parameters."""
+LINEAR_KINDS: tuple[Kind, ...] = ("attention", "mlp", "mixer")
+"""Kinds of a layer's linear layers: groups of targets take them in, and bitsandbytes packs them. Fused experts are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class Module:
 
     @property
     def is_linear(self) -> bool:
-        return self.kind in ("attention", "mlp", "mixer", "head") or self.is_linear_layer
+        return self.kind in (*LINEAR_KINDS, "head") or self.is_linear_layer
 
     @property
     def expert_width(self) -> int:
@@ -111,6 +113,11 @@ class ModelShape:
         kinds = (self.layer, *self.other_layers)
         yield from (kinds[kind] for kind in self.kind_of_layer or (0,) * self.num_layers)
 
+    def name_in_layer(self, name: str) -> str:
+        """The part of a full name behind the layer's number; empty for what lies in no layer."""
+        rest = name.removeprefix(f"{self.layers_name}.")
+        return rest.partition(".")[2] if rest != name else ""
+
     def counted_layers(self) -> Iterator[tuple[tuple[Module, ...], int]]:
         """The modules of each kind of layer, and how many layers are of that kind."""
         kinds = (self.layer, *self.other_layers)
@@ -147,7 +154,7 @@ class ModelShape:
     @property
     def num_product_weights(self) -> int:
         """Weights of the layers that a token is multiplied by."""
-        kinds = ("attention", "mlp", "mixer", "experts", "router")
+        kinds = (*LINEAR_KINDS, "experts", "router")
         return sum(
             count * module.copies_per_token * module.inputs * module.outputs
             for layer, count in self.counted_layers()

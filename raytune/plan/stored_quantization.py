@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raytune.config.adapter import Adapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import quantization_key, shown_value
+from raytune.config.quantization import HeldBase, shown_value
 from raytune.errors import ModelError
 
 StoredQuantization = dict[str, Any]
@@ -36,17 +34,15 @@ def quantization_note(stored: StoredQuantization | None) -> list[str]:
     return [f"The base is stored in {_kind(stored)} by bitsandbytes: these numbers are trained on as they are."]
 
 
-def check_stored_quantization(
-    stored: StoredQuantization | None, quantization: Quantization | None, adapter: Adapter, base: str
-) -> None:
+def check_stored_quantization(stored: StoredQuantization | None, held: HeldBase, method: str, base: str) -> None:
     """Refuse quantised weights, but for those of bitsandbytes that the run asks for in the same form.
 
     transformers would train on the others as packed numbers or not at all; those of bitsandbytes it takes in the form that they
     are stored in, whatever it is asked for.
 
     Args:
-        quantization: that is asked for; a dtype that is still `auto` is whatever the base has.
-        adapter: for messages, which name the keys that it is asked for by.
+        held: what is asked for; a dtype that is still `auto` is whatever the base has.
+        method: of training, for messages.
         base: folder or hub id, for messages.
 
     Raises:
@@ -54,26 +50,27 @@ def check_stored_quantization(
     """
     if stored is None:
         return
-    method = str(stored.get("quant_method") or _guessed_method(stored))
+    made_by = str(stored.get("quant_method") or _guessed_method(stored))
     original = (
         "Give the original weights as model.base; with adapter.method: qlora they are quantised while they are loaded. A base "
         "that exists only so is expanded once: load it with transformers, model.dequantize(), save_pretrained."
     )
-    if method != "bitsandbytes":
+    if made_by != "bitsandbytes":
         raise ModelError(
-            f"{base} is already quantised by {method} (quantization_config in its config.json), and such weights cannot be "
+            f"{base} is already quantised by {made_by} (quantization_config in its config.json), and such weights cannot be "
             f"trained. {original}"
         )
-    if quantization is None:
+    asked_for = held.quantization
+    if asked_for is None:
         raise ModelError(
-            f"{base} is already quantised by bitsandbytes ({_kind(stored)}), which adapter.method: {adapter.method} cannot train "
+            f"{base} is already quantised by bitsandbytes ({_kind(stored)}), which adapter.method: {method} cannot train "
             f"on. {original}"
         )
     form = _form(stored)
-    wrong = {key: value for key, value in form.items() if getattr(quantization, key) not in (value, "auto")}
+    wrong = {key: value for key, value in form.items() if getattr(asked_for, key) not in (value, "auto")}
     if wrong:
-        asked = ", ".join(f"{quantization_key(key, adapter)}: {shown_value(getattr(quantization, key))}" for key in wrong)
-        settings = ", ".join(f"{quantization_key(key, adapter)}: {shown_value(value)}" for key, value in wrong.items())
+        asked = ", ".join(f"{held.key(key)}: {shown_value(getattr(asked_for, key))}" for key in wrong)
+        settings = ", ".join(f"{held.key(key)}: {shown_value(value)}" for key, value in wrong.items())
         raise ModelError(
             f"{base} is already quantised by bitsandbytes, in another form than {asked} asks for, and transformers would take "
             f"the stored form without a word. Set {settings}, or give the original weights as model.base."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from raytune.plan.shapes import Kind, ModelShape, Module
+from raytune.plan.shapes import Kind, Module
 
 How = Literal["whole", "low rank", "scale", "bias"]
 """Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it; a factor per input or
@@ -22,8 +22,6 @@ class TrainedPart:
     how: How
     num_parameters: int
     """That are trained, biases and magnitudes with them."""
-    rank: int = 0
-    """Of a low-rank update; 0 of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,6 @@ class Trained:
     """In the model's order, each part of the model at most once in one way."""
     is_base: bool = False
     """Whether the base's own weights are trained, in place. Else they are frozen and what is trained comes on top."""
-    lowest_layer: int
-    """The lowest layer that a backward pass has to reach; the number of layers where only what follows them is trained."""
     num_sides: int
     """Rows and columns of all trained matrices."""
     reads_inputs: bool = False
@@ -81,17 +77,6 @@ class Trained:
     def whole(self) -> frozenset[str]:
         """Names of the modules that are trained whole."""
         return frozenset(part.name for part in self.parts if part.how == "whole")
-
-
-def lowest_layer(names: Iterable[str], shape: ModelShape) -> int:
-    """The lowest layer that a backward pass reaches which trains modules of these names; embeddings lie below the first."""
-    after = {shape.final_norm.name, shape.head.name}
-    return min((_layer_of(name, shape) for name in names if name not in after), default=shape.num_layers)
-
-
-def _layer_of(name: str, shape: ModelShape) -> int:
-    rest = name.removeprefix(f"{shape.layers_name}.")
-    return int(rest.partition(".")[0]) if rest != name else 0
 
 
 def whole_parts(modules: Iterable[Module]) -> list[TrainedPart]:

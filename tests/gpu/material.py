@@ -137,10 +137,7 @@ def make_plan(
     info = material.store.info
     shape, machine = read_model_shape(str(material.model)), _this_machine(material.device)
     return choose_plan(
-        config,
         settle(config, shape, machine),
-        shape,
-        machine,
         DataFacts(train=store_plan(info), longest_document=info.longest_document),
         model_path=str(material.model),
         storage=config.storage,

@@ -104,7 +104,7 @@ def test_qlora_equals_bitsandbytes_and_peft_in_a_plain_loop(stage: int, material
 
 @pytest.mark.slow  # the rank that fails is waited for
 def test_dora_of_4_bit_weights_works_below_stage_3_only(material: Material) -> None:
-    """Why the plan refuses it there (plan.requirements)."""
+    """Why the plan refuses it there (plan.stages)."""
     dora = QLORA | {"use_dora": True}
     assert len(run(make_plan(material, workers=2, stage=2, adapter=dora))[0].losses) > 0
     with pytest.raises(RankError, match="'Params4bit' object has no attribute 'ds_status'"):

@@ -92,4 +92,4 @@ def planned(machine: Machine = CPU, shape: ModelShape = DEMO, facts: DataFacts |
     """The plan of a config given as nested dicts."""
     asked = config(**sections)
     setting = settle(asked, shape, machine)
-    return choose_plan(asked, setting, shape, machine, facts or data(), model_path="/models/base", storage="/runs")
+    return choose_plan(setting, facts or data(), model_path="/models/base", storage="/runs")

@@ -46,7 +46,7 @@ def planned(machine: Machine, begun: Begun | None = None, **sections: Any) -> Ru
     asked = config(name="r", **sections)
     asked = continued(asked, begun) if begun else asked
     setting = settle(asked, LLAMA_3_8B, machine, begun)
-    return choose_plan(asked, setting, LLAMA_3_8B, machine, data(), model_path="/models/base", storage="/runs")
+    return choose_plan(setting, data(), model_path="/models/base", storage="/runs")
 
 
 def length(plan: RunPlan) -> tuple[Any, ...]:

@@ -300,7 +300,7 @@ def test_a_warm_up_of_the_only_step_is_refused() -> None:
 def test_one_step_with_a_warm_up_ratio_learns() -> None:
     """Case 16, from its file."""
     asked = load_config([CASES / "16" / "run.yaml"])
-    plan = choose_plan(asked, settle(asked, DEMO, CPU), DEMO, CPU, data(), model_path="/models/base", storage="/runs")
+    plan = choose_plan(settle(asked, DEMO, CPU), data(), model_path="/models/base", storage="/runs")
     assert plan.optimization.num_steps == 1
     assert learning_rate(0, plan.optimization) > 0
 

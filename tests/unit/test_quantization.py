@@ -7,7 +7,7 @@ import yaml
 
 from raytune.config.load import config_from, dump_yaml
 from raytune.config.problems import ConfigError
-from raytune.config.quantization import quantization_of
+from raytune.config.quantization import held_base
 from raytune.errors import UserError
 from raytune.plan.describe import plan_table
 from raytune.plan.run_plan import RunPlan
@@ -59,7 +59,7 @@ def test_sections_at_odds_are_refused_at_the_key_and_by_the_plan(model: dict[str
 
 def test_dtypes_that_the_preset_leaves_open_are_taken_from_the_model_section() -> None:
     both = config_from(QLORA | {"model": {"quantization": "nf4", "quant_storage": "uint8"}, "data": {"train": "x.jsonl"}})
-    held = quantization_of(both.model, both.adapter)
+    held = held_base(both.model, both.adapter).quantization
     assert held is not None
     assert held.quant_storage == "uint8"
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter, own_quantization
 from raytune.config.load import config_from, config_with
 from raytune.config.model import Quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError
 from raytune.launch.cluster import this_machine
@@ -116,12 +117,11 @@ def test_qlora_trains_on_the_stored_numbers_and_the_plan_says_so(stored_in_nf4: 
     ],
 )
 def test_each_setting_of_the_stored_form_counts(values: dict[str, Any], adapter: Any) -> None:
+    held = HeldBase(quantization=own_quantization(adapter))
     with pytest.raises(ModelError, match="already quantised by bitsandbytes"):
-        check_stored_quantization(
-            stored_quantization({"quantization_config": values}), own_quantization(adapter), adapter, "base"
-        )
+        check_stored_quantization(stored_quantization({"quantization_config": values}), held, adapter.method, "base")
 
 
 def test_int8_is_taken_as_int8() -> None:
-    check_stored_quantization({"load_in_8bit": True}, Quantization(format="int8"), LoraAdapter(), "base")
+    check_stored_quantization({"load_in_8bit": True}, HeldBase(quantization=Quantization(format="int8")), "lora", "base")
     assert stored_quantization({"model_type": "llama", "quantization_config": None}) is None

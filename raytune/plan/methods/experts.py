@@ -83,7 +83,7 @@ def how_experts_are_held(
     if not quantization.is_4_bit:
         why = "the experts stay in the run's precision, since bitsandbytes packs them in 4 bits only"
     elif odd:
-        name = odd.name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
+        name = shape.name_in_layer(odd.name)
         why = f"{name} stays in the run's precision, since bitsandbytes cannot pack its {odd.num_parameters} weights at once"
     else:
         why = "experts that are trained stay in the run's precision"

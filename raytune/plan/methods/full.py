@@ -2,7 +2,7 @@
 
 from raytune.config.adapter import FullAdapter
 from raytune.config.model import Quantization
-from raytune.config.quantization import quantization_key, quantization_of, without_quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.defaults import full_epochs, full_rate
@@ -25,18 +25,16 @@ def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization
             for module in shape.modules()
         ),
         is_base=True,
-        lowest_layer=0,
         num_sides=sum(module.inputs + module.outputs + module.num_biases for module in shape.modules()),
     )
 
 
-def _check(adapter: FullAdapter, config: RunConfig, shape: ModelShape) -> None:
-    quantization = quantization_of(config.model, config.adapter)
-    if quantization is not None:
-        key = quantization_key("format", config.adapter)
+def _check(adapter: FullAdapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
+    if held.quantization is not None:
+        key = held.key("format")
         raise UserError(
-            f"{key} is {quantization.format}, but adapter.method is full, which trains the base's own weights: packed numbers "
-            f"cannot be trained. Set adapter.method to lora, or {without_quantization(config.adapter)}.",
+            f"{key} is {held.quantization.format}, but adapter.method is full, which trains the base's own weights: packed "
+            f"numbers cannot be trained. Set adapter.method to lora, or {held.to_undo}.",
             keys=(key, "adapter.method"),
         )
 

@@ -4,14 +4,15 @@ from collections.abc import Iterator
 
 from raytune.config.adapter import Ia3Adapter
 from raytune.config.model import Quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import check_names, has_name, saved_modules, target_modules, unread_exclusions
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
+from raytune.plan.trained import Trained, TrainedPart, whole_parts
 
 PAPER = "keys-values-mlp"
 KEYS_AND_VALUES = (
@@ -77,13 +78,11 @@ def _trained(adapter: Ia3Adapter, shape: ModelShape, quantization: Quantization 
     saved = whole_parts(saved_modules(adapter, shape))
     parts = [_part(module, module.inputs if module.name in of_inputs else module.outputs) for module in layers]
     packed = packed_experts(adapter, shape, quantization)
-    in_layers = ("attention", "mlp", "mixer")
     return Trained(
         parts=(*parts, *saved),
-        lowest_layer=lowest_layer((part.name for part in (*parts, *saved)), shape),
         num_sides=sum(part.num_parameters + 1 for part in parts) + sum(part.num_parameters for part in saved),
-        inner_width=sum(module.outputs for module in outputs if module.kind in in_layers),
-        scaled_inputs=sum(module.inputs for module in inputs if module.kind in in_layers),
+        inner_width=sum(module.outputs for module in outputs if module.kind in LINEAR_KINDS),
+        scaled_inputs=sum(module.inputs for module in inputs if module.kind in LINEAR_KINDS),
         num_packed=sum(one.num_parameters for one in packed),
         num_packed_per_layer=most_in_a_module(packed),
         largest_packed=max((one.num_parameters for one in packed), default=0),
@@ -94,7 +93,7 @@ def _part(module: Module, width: int) -> TrainedPart:
     return TrainedPart(name=module.name, kind=module.kind, how="scale", num_parameters=width)
 
 
-def _check(adapter: Ia3Adapter, config: RunConfig, shape: ModelShape) -> None:
+def _check(adapter: Ia3Adapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
     """Refuse what PEFT would refuse in the worker, or not hear."""
     check_names(adapter, shape)
     layers = scaled_layers(adapter, shape)

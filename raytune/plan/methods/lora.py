@@ -16,10 +16,9 @@ from raytune.plan.methods.lora_limits import check, excluding_experts, unread, w
 from raytune.plan.methods.lora_updates import UpdateSize, all_updated, biases_of, sizes_of, updated_layers, updated_parameters
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters, saved_modules
-from raytune.plan.quantization import QUANTISED_KINDS
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.stage_limit import StageLimit
-from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
+from raytune.plan.trained import Trained, TrainedPart, whole_parts
 from raytune.units import format_count
 
 WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
@@ -34,12 +33,11 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
     biases = biases_of(adapter, shape, layers)
     num_magnitudes = sum(module.outputs for module in layers) if adapter.use_dora else 0
     parts = (*(_part(adapter, one, sizes[one.name]) for one in (*layers, *parameters)), *_bias_parts(biases))
-    in_layers = [module for module in layers if module.kind in ("attention", "mlp", "mixer")]
+    in_layers = [module for module in layers if module.kind in LINEAR_KINDS]
     updated = [parameter for parameter in parameters if parameter.kind == "experts"]
     packed = packed_experts(adapter, shape, quantization, parameters)
     return Trained(
         parts=(*parts, *saved),
-        lowest_layer=lowest_layer([part.name for part in (*parts, *saved)], shape),
         num_sides=sum(module.inputs + module.outputs for module in layers)
         + sum(one.inputs + one.outputs + 2 * sizes[one.name].rank * one.copies for one in parameters)
         + num_magnitudes
@@ -68,7 +66,6 @@ def _part(adapter: LoraAdapter, target: Module, size: UpdateSize) -> TrainedPart
         kind=target.kind,
         how="low rank",
         num_parameters=size.num_parameters + num_magnitudes,
-        rank=size.rank,
     )
 
 
@@ -79,7 +76,7 @@ def _bias_parts(modules: list[Module]) -> Iterator[TrainedPart]:
 
 def _stage_limits(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization | None) -> list[StageLimit]:
     limits = []
-    if adapter.use_dora and quantization and any(one.kind in QUANTISED_KINDS for one in updated_layers(adapter, shape)):
+    if adapter.use_dora and quantization and any(one.kind in LINEAR_KINDS for one in updated_layers(adapter, shape)):
         because = "adapter.use_dora is true, which takes norms of whole quantised weights and finds none in a shard"
         limits.append(StageLimit(0, 2, because))
     if adapter.init in WEIGHT_BASED_INITS:

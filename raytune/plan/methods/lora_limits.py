@@ -6,10 +6,9 @@ Each limit was seen to fail on a small model: `tests/unit/test_adapter_limits.py
 from collections.abc import Iterator
 
 from raytune.config.adapter import LoraAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import quantization_key, quantization_of, without_quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
-from raytune.errors import ModelError, PlanError, UserError
+from raytune.errors import ModelError, PlanError, UserError, capitalised
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.lora_updates import all_updated, biases_of, rank_of
 from raytune.plan.methods.targets import (
@@ -21,8 +20,7 @@ from raytune.plan.methods.targets import (
     saved_modules,
     unread_exclusions,
 )
-from raytune.plan.quantization import QUANTISED_KINDS
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
 """Starts that take their share out of the base weights; saving makes an adapter of twice the rank out of them."""
@@ -32,7 +30,7 @@ WITH_EXPERTS = ("default", "gaussian")
 """Starts that need neither the weights nor the inputs of a layer."""
 
 
-def check(adapter: LoraAdapter, config: RunConfig, shape: ModelShape) -> None:
+def check(adapter: LoraAdapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
     """Refuse an adapter that would fail once the weights are loaded, or be saved as what nothing can load.
 
     Raises:
@@ -42,20 +40,18 @@ def check(adapter: LoraAdapter, config: RunConfig, shape: ModelShape) -> None:
     _check_parameters(adapter, config, shape, parameters)
     _check_names(adapter, shape)
     _check_biases(adapter, shape, targets)
-    quantization = quantization_of(config.model, config.adapter)
     if adapter.init == "orthogonal":
         _check_orthogonal(adapter, targets)
     if adapter.init in FROM_BASE:
-        if quantization:
+        if held.quantization:
             raise UserError(
                 f"adapter.init {adapter.init} takes its share out of the base weights, which a quantised base cannot give "
-                f"exactly. {_capitalised(without_quantization(config.adapter))}, or adapter.init to default, gaussian or eva."
+                f"exactly. {capitalised(held.to_undo)}, or adapter.init to default, gaussian or eva."
             )
         _check_start_from_base(adapter, shape, targets)
     if adapter.init == "eva":
         _check_eva(adapter, targets)
-    if quantization:
-        _check_quantised(adapter, config, quantization, targets)
+    _check_quantised(adapter, held, targets)
 
 
 def unread(adapter: LoraAdapter, shape: ModelShape) -> Iterator[str]:
@@ -97,7 +93,7 @@ def _check_parameters(adapter: LoraAdapter, config: RunConfig, shape: ModelShape
             f"adapter.target_parameters names {twice}, which adapter.modules_to_save trains in full. Take it out of one of the "
             f"two."
         )
-    name = targets[0].name.removeprefix(f"{shape.layers_name}.").partition(".")[2]
+    name = shape.name_in_layer(targets[0].name)
     what = f"{name} is a parameter and no linear layer, so that PEFT has"
     without = (
         without_experts(adapter, shape) if takes_experts(adapter.target_modules) else "take it out of adapter.target_parameters"
@@ -211,17 +207,18 @@ def _check_eva(adapter: LoraAdapter, targets: list[Module]) -> None:
         )
 
 
-def _check_quantised(adapter: LoraAdapter, config: RunConfig, quantization: Quantization, targets: list[Module]) -> None:
-    touched = next((module.name for module in targets if module.kind in QUANTISED_KINDS), None)
-    if touched is None:
+def _check_quantised(adapter: LoraAdapter, held: HeldBase, targets: list[Module]) -> None:
+    quantization = held.quantization
+    touched = next((module.name for module in targets if module.kind in LINEAR_KINDS), None)
+    if quantization is None or touched is None:
         return
-    of_format = quantization_key("format", config.adapter)
+    of_format = held.key("format")
     if not quantization.is_4_bit and adapter.use_dora:
         raise UserError(
             f"adapter.use_dora needs the norms of {touched}'s weights, which bitsandbytes does not give in int8: training would "
             f"fail. Set {of_format} to nf4, or adapter.use_dora to false."
         )
-    of_storage = quantization_key("quant_storage", config.adapter)
+    of_storage = held.key("quant_storage")
     integers, fix = "", ""
     if not quantization.is_4_bit:
         integers, fix = f"{of_format} int8", f"{of_format} to nf4"
@@ -232,7 +229,3 @@ def _check_quantised(adapter: LoraAdapter, config: RunConfig, quantization: Quan
             f"adapter.init is orthogonal, which takes its dtype from the base weights, but {integers} makes {touched}'s "
             f"integers: the adapter could not be made. Set {fix}, or adapter.init to default, gaussian or eva."
         )
-
-
-def _capitalised(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -23,7 +23,7 @@ class UpdateSize:
 
     rank: int
     num_parameters: int
-    """Of A and B, for each of an expert's matrices."""
+    """Of A (rank x inputs) and B (outputs x rank), for each of an expert's matrices."""
 
 
 def updated_layers(adapter: LoraAdapter, shape: ModelShape) -> list[Module]:
@@ -72,17 +72,10 @@ def _no_such_parameter(name: str, theirs: Sequence[Module], shape: ModelShape) -
     said = f"adapter.target_parameters names {name!r}, which is no parameter of fused experts or routers in this model"
     if any(has_name(module.name, [name, name.removesuffix(".weight")]) for module in shape.modules() if module.is_linear):
         return f"{said}. It is a linear layer: name it in adapter.target_modules."
-    in_first = sorted(
-        {one.name.removeprefix(f"{shape.layers_name}.{index}.") for one in theirs for index in _number_of(one, shape)}
-    )
+    in_first = sorted({name for one in theirs if (name := shape.name_in_layer(one.name))})
     return f"{said} ({shape.model_type}). " + (
         f"It has {', '.join(in_first)}." if in_first else "It has none; leave the key out."
     )
-
-
-def _number_of(module: Module, shape: ModelShape) -> list[str]:
-    rest = module.name.removeprefix(f"{shape.layers_name}.")
-    return [rest.partition(".")[0]] if rest != module.name else []
 
 
 def rank_of(adapter: LoraAdapter, module: Module) -> int:
@@ -91,16 +84,12 @@ def rank_of(adapter: LoraAdapter, module: Module) -> int:
     return next(ranks, adapter.rank)
 
 
-def num_in_update(adapter: LoraAdapter, target: Module) -> int:
-    """Numbers of A (rank x inputs) and B (outputs x rank), for each of an expert's matrices."""
-    return rank_of(adapter, target) * target.copies * (target.inputs + target.outputs)
-
-
 def sizes_of(adapter: LoraAdapter, targets: Iterable[Module]) -> dict[str, UpdateSize]:
     """Rank and numbers of the update of each target, by its name."""
+    ranks = ((target, rank_of(adapter, target)) for target in targets)
     return {
-        target.name: UpdateSize(rank=rank_of(adapter, target), num_parameters=num_in_update(adapter, target))
-        for target in targets
+        target.name: UpdateSize(rank=rank, num_parameters=rank * target.copies * (target.inputs + target.outputs))
+        for target, rank in ranks
     }
 
 

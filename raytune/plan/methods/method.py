@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune.config.model import Quantization
+from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stage_limit import StageLimit
@@ -32,7 +33,7 @@ class Method:
 
     trained: Callable[[Any, ModelShape, Quantization | None], Trained]
     """What is trained. Raises ModelError if a name matches nothing, or a pattern is no regular expression."""
-    check: Callable[[Any, RunConfig, ModelShape], None]
+    check: Callable[[Any, RunConfig, HeldBase, ModelShape], None]
     """Refuse what could not be started, trained, saved or loaded, with the setting that works."""
     in_words: Callable[[Any, str, str], str]
     """The line of a plan: of the section, what the base is held in (" over a base in nf4" or nothing), and what is trained."""

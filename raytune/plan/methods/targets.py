@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import Protocol
 
 from raytune.errors import ModelError
-from raytune.plan.shapes import Matrix, ModelShape, Module
+from raytune.plan.shapes import LINEAR_KINDS, Matrix, ModelShape, Module
 
 WITHOUT_UPDATE = ("norm", "experts", "router", "state")
 """Kinds of modules that are no layers of PEFT's."""
-KINDS_OF_GROUP = {"all-linear": ("attention", "mlp", "mixer"), "attention": ("attention",), "mlp": ("mlp",)}
+KINDS_OF_GROUP = {"all-linear": LINEAR_KINDS, "attention": ("attention",), "mlp": ("mlp",)}
 _TARGETS = "adapter.target_modules"
 
 
