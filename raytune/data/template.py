@@ -4,6 +4,9 @@ Templates need no `{% generation %}` markers: `turn_spans` finds where each answ
 known from what the template made of a probe, and compared with it letter by letter. Any other row is rendered once more with
 marks around its fields, which shows where they lie and which of them are left out. What is not shown cannot be trained, and
 is refused. Markers, where a template has them, are obeyed.
+
+Longer than most files, because a template is one object: what it renders, what of that is trained and what is said of it lean on
+the same probes.
 """
 
 import re

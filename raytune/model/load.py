@@ -21,13 +21,15 @@ from raytune.config.quantization import HeldBase
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
-from raytune.model.base_check import LoadingReport, check_base, check_finite, check_report
+from raytune.model.base_check import check_base
 from raytune.model.dtypes import DTYPES
 from raytune.model.kept_base import KeptBase
+from raytune.model.loading_report import LoadingReport, check_report
 from raytune.model.neftune import add_neftune
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
+from raytune.model.weight_numbers import check_finite
 from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.run_plan import ModelPlan
 from raytune.plan.stored_quantization import check_stored_quantization, stored_quantization

@@ -2,6 +2,8 @@
 
 PEFT's own layers do the arithmetic, on a model whose weights do not exist but for the layer at hand. A base that was quantised in
 training is first turned into what the training saw: quantised and expanded again.
+
+Longer than most files, because what is refused, read, computed and written of a merge shares names of adapter and base.
 """
 
 import copy

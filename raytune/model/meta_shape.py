@@ -5,6 +5,8 @@ A process of its own, because a plan loads neither torch nor transformers:
     python -m raytune.model.meta_shape FOLDER [--trust-remote-code]
 
 FOLDER holds a `config.json`. Printed is a JSON object: `{"shape": ...}`, or `{"error": ...}` where a plan's formulas do not hold.
+
+Longer than most files, because it is one program whose every step reads what the step before found.
 """
 
 import json

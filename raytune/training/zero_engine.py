@@ -32,8 +32,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from raytune.config.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
-from raytune.model.base_check import is_packed
 from raytune.model.dtypes import DTYPES
+from raytune.model.weight_numbers import is_packed
 from raytune.plan.division import Layout
 from raytune.plan.memory import ZERO_BUCKET_ELEMENTS, ZERO_PREFETCH_ELEMENTS
 from raytune.plan.run_plan import RunPlan
