@@ -13,12 +13,29 @@ from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, schema
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
-from raytune.cli.runs import merge, plan, score, sweep, train
+from raytune.cli.runs import advise, merge, plan, score, sweep, train
 from raytune.cli.supervise import Notes, supervised
 
 __all__ = ["cli", "files_and_overrides", "main", "quiet_libraries"]
 
-for verb in (check, explain, schema, plan, train, sweep, score, merge, cluster, preflight, doctor, submit, status, logs, stop):
+for verb in (
+    check,
+    explain,
+    schema,
+    plan,
+    advise,
+    train,
+    sweep,
+    score,
+    merge,
+    cluster,
+    preflight,
+    doctor,
+    submit,
+    status,
+    logs,
+    stop,
+):
     cli.add_command(verb)
 
 

@@ -69,6 +69,41 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
 
 @click.command(
     epilog=examples(
+        "advise --model Qwen/Qwen3-8B --data rows.jsonl --instance p5.48xlarge",
+        "advise run.yaml --tokens 50M",
+        "advise --model ./base --data rows.jsonl",
+    )
+)
+@click.argument("arguments", nargs=-1, metavar="[FILE]... [KEY=VALUE]...")
+@click.option("--model", metavar="BASE", help="A hub id or a folder: model.base.")
+@click.option("--data", metavar="FILE", help="Training rows: data.train.")
+@click.option("--instance", metavar="NAME", help="What is rented: cluster.instance. Else this machine.")
+@click.option("--tokens", help="Training tokens of an epoch, such as 50M, instead of the data's.")
+@as_json_option
+@debug_option
+def advise(
+    arguments: tuple[str, ...], model: str | None, data: str | None, instance: str | None, tokens: str | None, as_json: bool
+) -> None:
+    """Which method? Every method's plan for a model and an amount of data: bytes, time, dollars, and what it is good for.
+
+    No row is read and nothing is started: the amount of data is taken from --tokens or the sizes of the files.
+    """
+    from raytune.config.load import as_one_run
+    from raytune.launch.cluster import this_machine
+    from raytune.plan.advise import advise as advise_methods
+    from raytune.plan.describe import advice_text
+
+    said = {"model.base": model, "data.train": data, "cluster.instance": instance}
+    files, overrides = files_and_overrides(arguments)
+    overrides = [*overrides, *(f"{key}={value}" for key, value in said.items() if value is not None)]
+    config = as_one_run(_to_be_planned(files, overrides, needs_rows=tokens is None))
+    _describe_base(config.model)
+    advised = advise_methods(config, this_machine(config.cluster), None if tokens is None else _count(tokens))
+    say(json.dumps(advised.to_json()) if as_json else advice_text(advised))
+
+
+@click.command(
+    epilog=examples(
         "train run.yaml",
         "train run.yaml name=shorter training.max_steps=200",
         "train run.yaml cluster.address=HEAD:6379 storage=/shared/runs",

@@ -123,7 +123,7 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         paths = ", ".join(source.path for source in config.data.train)
         raise UserError(
             f"How many tokens data.train ({paths}) has cannot be seen from here: it is not in local files. Say it, for example "
-            f"`plan --tokens 50M`."
+            f"`--tokens 50M`."
         )
     held_out = config.data.validation_fraction or 0.01
     names = ["validation"] if config.data.validation_fraction else list(validation_sets(config.data.validation))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from raytune.plan.advise import Advice, Advised
 from raytune.plan.ahead import Candidate
 from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
@@ -69,6 +70,39 @@ def comparison_text(candidates: Sequence[Candidate]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     refused = [f"  {one.instance.name}: {_first_sentence(one.refusal or '')}" for one in candidates if not one.plan]
     return "\n".join([*lines, *(["", "No room for it on:", *refused] if refused else [])])
+
+
+def advice_text(advised: Advised) -> str:
+    """Methods for a job in aligned columns, and what each is for; below, why some cannot be taken, and what was assumed."""
+    planned = [(one, one.plan) for one in advised.methods if one.plan]
+    has_cost = any(plan.cost for _, plan in planned)
+    heading = ("method", "trained", "per worker", "ZeRO", "checkpoint", *(("time", "on demand") if has_cost else ()), "when")
+    rows = [heading, *(_advice_row(one, plan, has_cost) for one, plan in planned)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    refused = [f"{one.method}: {_in_short(one.refusal)}" for one in advised.methods if one.refusal]
+    return "\n".join([*lines, *section("Not possible here:", refused), "", advised.assumption])
+
+
+def _in_short(refusal: str) -> str:
+    """What does not fit and what would, without the parts in between."""
+    way_out = refusal.find("What would fit:")
+    return refusal if way_out < 0 else f"{_first_sentence(refusal)} {refusal[way_out:]}"
+
+
+def _advice_row(one: Advice, plan: RunPlan, has_cost: bool) -> tuple[str, ...]:
+    cost = plan.cost
+    money = (format_seconds(3600 * cost.hours), format_dollars(cost.usd) if cost.usd else "-") if cost else ("-", "-")
+    place: Place = "device" if bytes_in(plan.memory, "device") else "host"
+    return (
+        one.method,
+        f"{format_count(plan.num_trainable)} ({100 * plan.num_trainable / plan.num_parameters:.3g} %)",
+        format_bytes(bytes_in(plan.memory, place)),
+        f"{plan.engine.zero_stage}{' +ckpt' * plan.model.gradient_checkpointing}",
+        format_bytes(plan.checkpoint_bytes),
+        *(money if has_cost else ()),
+        one.when,
+    )
 
 
 def _candidate_row(plan: RunPlan) -> tuple[str, ...]:

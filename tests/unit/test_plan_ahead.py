@@ -187,7 +187,7 @@ def test_files_are_weighed_where_nobody_says_how_many_tokens_there_are(tmp_path:
 
 
 def test_data_that_cannot_be_weighed_must_be_said() -> None:
-    with pytest.raises(UserError, match=r"data\.train \(elsewhere\.jsonl\) .* `plan --tokens 50M`"):
+    with pytest.raises(UserError, match=r"data\.train \(elsewhere\.jsonl\) .* `--tokens 50M`"):
         plan_ahead(job())
     steps = plan_ahead(job("8b-lora-g6e", "training.max_steps=100"))
     assert steps.optimization.num_steps == 100

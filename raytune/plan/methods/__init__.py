@@ -5,6 +5,8 @@ A plan asks a row what is trained (`raytune.plan.trained`), what cannot be done,
 class a section is. Imports: config, and the plan's shapes and quantisation.
 """
 
+from dataclasses import replace
+
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
 from raytune.plan.methods import full, ia3, lora
@@ -17,7 +19,8 @@ METHODS: dict[str, Method] = {
     "full": full.METHOD,
     "lora": lora.METHOD,
     "ia3": ia3.METHOD,
-    "qlora": lora.METHOD,  # the preset, as a config says it; in a plan it is `lora` and `model.quantization`
+    # The preset, as a config says it; in a plan it is `lora` and `model.quantization`.
+    "qlora": replace(lora.METHOD, when="as lora, where the base does not fit otherwise: a quarter of its bytes, slower steps"),
 }
 
 

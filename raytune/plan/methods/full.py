@@ -51,4 +51,5 @@ METHOD = Method(
     learning_rate=full_rate,
     epochs=full_epochs,
     weight_decay=0.1,  # Llama 2 chat
+    when="much data, or much that is new to the model; sixteen bytes per parameter and a whole model as the result",
 )

@@ -153,4 +153,5 @@ METHOD = Method(
     unread=unread,
     reasons=_reasons,
     exclusions=_exclusions,
+    when="most tasks: near full fine-tuning on what is not too far from the base, in a fraction of its bytes",
 )

@@ -45,6 +45,8 @@ class Method:
     """The usual passes, by target tokens of the data."""
     weight_decay: float
     """The usual one."""
+    when: str
+    """What the method is good for, and what it costs, in a line."""
     stage_limits: Callable[[Any, ModelShape, Quantization | None], list[StageLimit]] = no_limits
     """ZeRO stages that the method leaves."""
     unread: Callable[[Any, ModelShape], Iterator[str]] = nothing_unread

@@ -1,0 +1,78 @@
+"""Which method? The plan of each for one model, one amount of data and the same machines, side by side. Pure."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from raytune.config.load import config_with
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.plan.ahead import assumed_data
+from raytune.plan.choose import choose_plan
+from raytune.plan.hardware import load_catalogue
+from raytune.plan.machine import Machine
+from raytune.plan.methods import METHODS
+from raytune.plan.references import planned_shape
+from raytune.plan.requirements import choose_row_length
+from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import settle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """A method, with its plan for a job; or why there is none."""
+
+    method: str
+    when: str
+    """What it is good for."""
+    plan: RunPlan | None
+    refusal: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "when": self.when,
+            "plan": self.plan and self.plan.model_dump(mode="json"),
+            "refusal": self.refusal,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advised:
+    methods: tuple[Advice, ...]
+    """First those that can be done, then the others, each in the order of the table of methods."""
+    assumption: str
+    """How much data was taken to be there, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"assumption": self.assumption, "methods": [one.to_json() for one in self.methods]}
+
+
+def advise(config: RunConfig, here: Machine, num_tokens: int | None = None) -> Advised:
+    """Every method on a job.
+
+    Args:
+        config: what the user wrote; of the `adapter` section, another method keeps the keys that it has too.
+        here: this machine, which counts where the config names no `cluster.instance`.
+        num_tokens: training tokens of an epoch; None: by the sizes of the files.
+
+    Raises:
+        UserError: (or ModelError) if the model or the amount of data is not known.
+    """
+    catalogue = load_catalogue()
+    machine = here
+    if config.cluster.instance:
+        instance = catalogue.instance(config.cluster.instance)
+        machine = Machine.rented(instance, catalogue.gpu_of(instance), config.cluster.nodes)
+    shape = planned_shape(config.model.base, config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    data = assumed_data(config, choose_row_length(config, shape), num_tokens)
+    advice = []
+    for name, method in METHODS.items():
+        plan = refusal = None
+        try:
+            asked = config if name == config.adapter.method else config_with(config, {"adapter": {"method": name}})
+            setting = settle(asked, shape, machine)
+            plan = choose_plan(setting, data, model_path=config.model.base, storage=config.storage)
+        except UserError as error:
+            refusal = str(error)
+        advice.append(Advice(method=name, when=method.when, plan=plan, refusal=refusal))
+    return Advised(methods=tuple(sorted(advice, key=lambda one: one.plan is None)), assumption=data.assumption)
