@@ -91,7 +91,24 @@ class Ia3Adapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
-Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter | Ia3Adapter, Field(discriminator="method")]
+class LayerNormAdapter(Section):
+    """Tuning of norms (Zhao et al. 2023): a frozen base, but for its norms, which are trained in full as copies."""
+
+    method: Literal["layernorm"]
+    """Train the norms in full; all else of the base stays frozen."""
+    target_modules: Literal["all-norms"] | Text | list[Text] = "all-norms"
+    """Norms that are trained: all of them, a list of module names, or a regular expression that must match a module's whole
+    name."""
+    exclude_modules: list[Text] = []
+    """Names of norms that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Other modules that are trained in full and saved with the norms, such as `embed_tokens` or `lm_head`."""
+
+
+Adapter = Annotated[
+    FullAdapter | LoraAdapter | QloraAdapter | Ia3Adapter | LayerNormAdapter,
+    Field(discriminator="method"),
+]
 
 
 def own_quantization(adapter: Adapter) -> Quantization | None:

@@ -1,6 +1,7 @@
 """Saved models: what plain transformers and PEFT make of the files of a run, for writing answers and for an engine."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.model.adapters import adapting
+from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.dtypes import DTYPES
 from raytune.model.load import load_base, load_model
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
@@ -32,7 +34,9 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
         yield _load(plan, str(folder), None, device)
     else:
         model.generation_config = stops
-        yield PeftModel.from_pretrained(model, str(folder)).eval()
+        with as_asked():
+            tuned = PeftModel.from_pretrained(model, str(folder))
+        yield tuned.eval()
 
 
 def load_saved(
@@ -48,7 +52,9 @@ def load_saved(
         saved = plan.model.model_copy(update={"path": str(folder), "revision": None})
         return load_model(saved, plan.adapter, device=device, seed=plan.seed, shard=shard)
     base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
+    row = adapting(plan.adapter)
+    with as_asked(), whole_targets(row.peft_type) if row.needs_whole_targets else nullcontext():
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
 
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision
 from raytune.plan.quantization import constant_bytes, num_quantised, packed_bytes
 from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
-from raytune.plan.shapes import ModelShape
+from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained
 from raytune.units import GIB, MIB
 
@@ -331,9 +331,12 @@ def layer_activation_bytes(work: Workload) -> float:
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
-    widths_of_norms = sum(per_head.get(module.name, module.outputs) for module in shape.layer if module.kind == "norm")
     width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
-    normalised = widths_of_norms * (4 + (width_of_normalised if trains_base else 0))
+    normalised = sum(
+        per_head.get(module.name, module.outputs) * (4 + width_of_normalised * _share_trained(module, work))
+        for module in shape.layer
+        if module.kind == "norm"
+    )
     # The first norm of all is in front of everything that a frozen base trains.
     normalised -= 0 if trains_base else 4 * shape.hidden / shape.num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
@@ -355,6 +358,13 @@ def layer_activation_bytes(work: Workload) -> float:
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work)
+
+
+def _share_trained(norm: Module, work: Workload) -> float:
+    """The share of layers in which a norm is trained."""
+    return (
+        1 if work.trained.is_base else work.trained.whole_norms[f"{work.shape.layers_name}.{norm.name}"] / work.shape.num_layers
+    )
 
 
 def _expert_bytes(work: Workload, num_steps: int) -> float:

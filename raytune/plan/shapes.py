@@ -42,8 +42,8 @@ class Module:
     is_linear_layer: bool = False
     """Of a router: whether it is a linear layer, which bitsandbytes quantises, or a matrix of its own."""
     is_bypassed: bool = False
-    """Of a linear layer: whether the model reads its weight past it, for a kernel, so that neither an update nor packed numbers
-    would be seen."""
+    """Of a linear layer or a norm: whether the model reads its weight past it, for a kernel, so that neither an update nor
+    packed numbers would be seen."""
 
     @property
     def is_linear(self) -> bool:

@@ -1,5 +1,7 @@
 """`Trained`: what a method trains of a model, and how, as a value. Memory, time, checkpoints and words ask only that."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,6 +78,12 @@ class Trained:
     def num_whole_embeddings(self) -> int:
         """Of the trained parameters, those of embeddings that are trained whole."""
         return sum(part.num_parameters for part in self.parts if part.how == "whole" and part.kind == "embedding")
+
+    @cached_property
+    def whole_norms(self) -> Counter[str]:
+        """How many norms of each name are trained whole; names without the layer's number."""
+        norms = (part.name for part in self.parts if part.how == "whole" and part.kind == "norm")
+        return Counter(re.sub(r"\.\d+\.", ".", name, count=1) for name in norms)
 
     @cached_property
     def whole(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ class a section is. Imports: config, and the plan's shapes and quantisation.
 
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
-from raytune.plan.methods import full, ia3, lora
+from raytune.plan.methods import full, ia3, layernorm, lora
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters
 from raytune.plan.shapes import ModelShape
@@ -17,6 +17,7 @@ METHODS: dict[str, Method] = {
     "full": full.METHOD,
     "lora": lora.METHOD,
     "ia3": ia3.METHOD,
+    "layernorm": layernorm.METHOD,
     "qlora": lora.METHOD,  # the preset, as a config says it; in a plan it is `lora` and `model.quantization`
 }
 
