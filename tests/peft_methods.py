@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, PeftConfig
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -23,6 +23,7 @@ class PeftMethod:
     variants: tuple[dict[str, Any], ...] = ({}, {"target_modules": "all-linear"}, {"target_modules": "attention"})
     """Changes of the section; all of them suit every family."""
     takes_nf4: bool = True
+    takes_conv1d: bool = True
     merges: bool = True
 
 
@@ -43,5 +44,38 @@ METHODS: dict[str, PeftMethod] = {
         rate=2e-2,
         excluded="input_layernorm",
         variants=({}, {"target_modules": r".*\.1\..*(norm|ln_.)"}),
+    ),
+    "lokr": PeftMethod(
+        section={"method": "lokr", "rank": 2, "alpha": 4},
+        config=lambda: LoKrConfig(r=2, alpha=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
+        rate=2e-2,
+        variants=(
+            {},
+            {"decompose_factor": 4},
+            {"decompose_factor": 5, "target_modules": "attention"},
+            {"decompose_both": True, "rank": 1},
+            {"rank": 64},
+        ),
+        takes_nf4=False,
+        takes_conv1d=False,
+    ),
+    "loha": PeftMethod(
+        section={"method": "loha", "rank": 2, "alpha": 4},
+        config=lambda: LoHaConfig(r=2, alpha=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
+        rate=2e-2,
+        takes_nf4=False,
+        takes_conv1d=False,
+    ),
+    "vera": PeftMethod(
+        section={"method": "vera", "rank": 8},
+        config=lambda: VeraConfig(r=8, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
+        rate=2e-2,
+    ),
+    "oft": PeftMethod(
+        section={"method": "oft", "block_size": 4},
+        config=lambda: OFTConfig(r=0, oft_block_size=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
+        rate=2e-2,
+        variants=({}, {"block_size": 8, "target_modules": "attention"}, {"block_share": True}),
+        takes_conv1d=False,
     ),
 }

@@ -307,7 +307,8 @@ def _module(name: str, module: nn.Module, config: PretrainedConfig) -> Module:
     if isinstance(module, (nn.Linear, Conv1D)):
         outputs, inputs = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
         kind = "attention" if "attn" in name or "attention" in name else "mlp"
-        return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases)
+        is_turned = isinstance(module, Conv1D)
+        return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases, is_turned=is_turned)
     if is_norm(module):
         return Module(name=name, kind="norm", inputs=1, outputs=num_weights, num_biases=num_biases)
     experts = expert_matrices(module)

@@ -222,6 +222,7 @@ def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
 def _weight_bytes(work: Workload) -> float:
     """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
     constants = constant_bytes(work.quantization, work.shape, work.trained) if work.quantization else 0
+    constants += BYTES[work.weight_dtype] * work.trained.num_constants
     return work.all_weight_bytes / work.share(3) + constants
 
 
@@ -314,10 +315,12 @@ def _kept_bytes(work: Workload) -> float:
 def _activation_gradient_bytes(work: Workload) -> float:
     """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three.
 
-    The gradient of an update of fused experts comes out of that of all their weights.
+    The gradient of an update of fused experts comes out of that of all their weights; that of a product out of the gradient of
+    the whole update, and of its products with both matrices.
     """
-    of_experts = BYTES[work.weight_dtype] * work.trained.largest_updated
-    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_experts
+    of_updates = BYTES[work.weight_dtype] * work.trained.largest_updated
+    of_updates += 3 * BYTES[work.trained_dtype] * work.trained.largest_made
+    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_updates
 
 
 def layer_activation_bytes(work: Workload) -> float:
@@ -357,7 +360,8 @@ def layer_activation_bytes(work: Workload) -> float:
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
-    return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work)
+    made = BYTES[work.precision] * work.trained.num_made / shape.num_layers
+    return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work) + made
 
 
 def _share_trained(norm: Module, work: Workload) -> float:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from raytune.plan.shapes import Kind, ModelShape, Module
 
-How = Literal["whole", "low rank", "scale", "bias"]
-"""Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it; a factor per input or
-output of it; its bias."""
+How = Literal["whole", "low rank", "product", "rotation", "scale", "bias"]
+"""Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it, or one that is another
+product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; its bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,12 @@ class Trained:
     """Numbers per token that updates of layers keep beside these inputs: low-rank ones as many as they have ranks."""
     scaled_inputs: int = 0
     """Widths of the inputs that are multiplied by trained factors, and kept in the dtype of these."""
+    num_made: int = 0
+    """Numbers of matrices that layers make of what is trained in each pass, and keep for the backward pass: whole updates."""
+    largest_made: int = 0
+    """Numbers of the largest of these matrices."""
+    num_constants: int = 0
+    """Numbers that a method adds and does not train, in the weights' dtype; ZeRO-3 leaves them whole on every rank."""
     drops_inputs: bool = False
     """Whether updates drop some of their inputs, and so keep what was dropped."""
     num_in_experts: int = 0

@@ -8,11 +8,13 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
 from raytune.config.adapter import Adapter
+from raytune.config.load import config_from
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.plan.architectures import model_shape
 from raytune.plan.describe import plan_table
 from raytune.plan.memory import layer_activation_bytes, memory_parts
+from raytune.plan.methods import METHODS as METHOD_ROWS
 from raytune.plan.methods import expert_notes, trained_by
 from tests.peft_methods import METHODS
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, gpus, planned
@@ -55,6 +57,11 @@ def trained_counts(model: Any, mark: str) -> dict[str, int]:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_trained_is_exactly_what_peft_trains(method: str, family: str) -> None:
     shape = model_shape(CONFIGS[family].to_dict(), "x")
+    if family == "gpt2" and not METHODS[method].takes_conv1d:
+        config = config_from({"data": {"train": {"path": "demo:train"}}, "adapter": METHODS[method].section})
+        with pytest.raises(ModelError, match="transformers' Conv1D"):
+            METHOD_ROWS[method].check(section(method), config, shape)
+        return
     for changes in METHODS[method].variants:
         adapter = section(method, **changes)
         model = adapted(family, adapter)
@@ -96,7 +103,7 @@ def test_names_that_peft_would_not_take_are_refused_by_the_plan(method: str, cha
 def test_a_plan_says_what_is_trained(method: str) -> None:
     plan = planned(gpus(1, 80), LLAMA_3_8B, adapter=METHODS[method].section)
     said = dict(plan_table(plan))["method"]
-    assert said.startswith(f"{method} ")
+    assert said.startswith(f"{method} "), said
     assert said.endswith("of the base)")
     assert plan.optimization.weight_decay == 0
     assert 1e-4 <= plan.optimization.learning_rate <= 1e-2

@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import full, ia3, layernorm, lora
+from raytune.model.adapters import full, ia3, layernorm, loha, lokr, lora, oft, vera
 from raytune.model.adapters.adapting import Adapting
 
 ADAPTERS: dict[str, Adapting] = {
@@ -15,6 +15,10 @@ ADAPTERS: dict[str, Adapting] = {
     "lora": lora.ADAPTING,
     "ia3": ia3.ADAPTING,
     "layernorm": layernorm.ADAPTING,
+    "lokr": lokr.ADAPTING,
+    "loha": loha.ADAPTING,
+    "vera": vera.ADAPTING,
+    "oft": oft.ADAPTING,
 }
 
 

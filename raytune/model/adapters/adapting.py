@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -73,6 +74,13 @@ def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, 
         torch.manual_seed(seed)
         # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=config.revision)  # pyright: ignore[reportReturnType]
+
+
+def shared_matrices(model: nn.Module) -> Iterator[Tensor]:
+    """Matrices of an adapter that are not trained, and that all layers share."""
+    for module in model.modules():
+        if isinstance(module, BufferDict):
+            yield from module.values()
 
 
 @contextmanager

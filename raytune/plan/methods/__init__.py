@@ -7,7 +7,7 @@ class a section is. Imports: config, and the plan's shapes and quantisation.
 
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
-from raytune.plan.methods import full, ia3, layernorm, lora
+from raytune.plan.methods import full, ia3, layernorm, loha, lokr, lora, oft, vera
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters
 from raytune.plan.shapes import ModelShape
@@ -18,6 +18,10 @@ METHODS: dict[str, Method] = {
     "lora": lora.METHOD,
     "ia3": ia3.METHOD,
     "layernorm": layernorm.METHOD,
+    "lokr": lokr.METHOD,
+    "loha": loha.METHOD,
+    "vera": vera.METHOD,
+    "oft": oft.METHOD,
     "qlora": lora.METHOD,  # the preset, as a config says it; in a plan it is `lora` and `model.quantization`
 }
 

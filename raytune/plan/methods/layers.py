@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune.config.model import Quantization
-from raytune.errors import ModelError
+from raytune.config.quantization import quantization_key, quantization_of, without_quantization
+from raytune.config.run import RunConfig
+from raytune.errors import ModelError, UserError
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
 from raytune.plan.methods.targets import NamesTargets, saved_modules, unread_exclusions
 from raytune.plan.shapes import ModelShape, Module
@@ -27,6 +29,8 @@ class Addition:
     """Numbers per token that it keeps beside the layer's inputs."""
     scaled_inputs: int = 0
     """Width of the inputs that it multiplies by trained factors."""
+    num_made: int = 0
+    """Numbers of matrices that it makes of these in each pass."""
 
 
 def trained_in_layers(
@@ -39,12 +43,13 @@ def trained_in_layers(
     how: How,
     reads_inputs: bool = False,
     drops_inputs: bool = False,
+    num_constants: int = 0,
 ) -> Trained:
     """What is trained where a method adds the like to each of some layers.
 
     Args:
         addition: what it adds to a layer.
-        how, reads_inputs, drops_inputs: as of `Trained`.
+        how, reads_inputs, drops_inputs, num_constants: as of `Trained`.
     """
     added = {module.name: addition(module) for module in layers}
     parts = [
@@ -64,6 +69,9 @@ def trained_in_layers(
         target_inputs=sum(module.inputs for module in inside) if reads_inputs else 0,
         inner_width=sum(added[module.name].inner_width for module in inside),
         scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
+        num_made=sum(added[module.name].num_made for module in inside),
+        largest_made=max((one.num_made for one in added.values()), default=0),
+        num_constants=num_constants,
         drops_inputs=drops_inputs,
         num_packed=sum(one.num_parameters for one in packed),
         num_packed_per_layer=most_in_a_module(packed),
@@ -85,6 +93,36 @@ def refuse_embeddings(layers: Iterable[Module], what: str) -> None:
         raise ModelError(
             f"adapter.target_modules takes in the embedding {embedding}, for which PEFT has no {what}. Name linear layers only; "
             f"adapter.modules_to_save trains it in full."
+        )
+
+
+def refuse_turned(layers: Iterable[Module], method: str, shape: ModelShape) -> None:
+    """Refuse layers of transformers' Conv1D, which PEFT does not take for linear ones.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    turned = next((module.name for module in layers if module.is_turned), None)
+    if turned:
+        raise ModelError(
+            f"adapter.method {method} has nothing for {turned}: layers of a {shape.model_type} model are transformers' Conv1D, "
+            f"which PEFT does not take for linear ones here. Set adapter.method to lora or vera, or exclude them."
+        )
+
+
+def refuse_quantised(config: RunConfig, method: str) -> None:
+    """Refuse a quantised base under a method whose updates have the shape of a weight, which packed numbers do not have.
+
+    Raises:
+        UserError: with the settings that work.
+    """
+    quantization = quantization_of(config.model, config.adapter)
+    if quantization is not None:
+        key = quantization_key("format", config.adapter)
+        raise UserError(
+            f"{key} is {quantization.format}, but adapter.method is {method}, whose updates PEFT gives the shape of the layers' "
+            f"weights, which packed numbers have not. Set adapter.method to lora, or {without_quantization(config.adapter)}.",
+            keys=(key, "adapter.method"),
         )
 
 
