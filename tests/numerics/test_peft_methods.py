@@ -87,6 +87,16 @@ def test_the_curve_is_plain_peft_s_over_a_base_in_nf4(method: str, material: Mat
     assert relative_difference(train(plan).losses, plain) <= SAME_SUMS
 
 
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_nf4])
+def test_over_nf4_in_bf16_an_engine_of_deepspeed_learns_what_a_plain_one_does(method: str, material: Material) -> None:
+    """Within what bf16 rounds: one has masters and no autocast, the other autocast."""
+    quantization = {"format": "nf4", "compute_dtype": "bf16", "quant_storage": "bf16"}
+    held = {"path": str(material.model), "dtype": "bf16", "compute_dtype": "bf16", "quantization": quantization}
+    plans = [plan_of(method, material, stage=stage, precision="bf16", model=held) for stage in (0, 1)]
+    plain, sharded = train(plans[0]).losses, run(plans[1])[0].losses
+    assert relative_difference(sharded, plain) <= 2e-3
+
+
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_stage_on_two_ranks_equals_one_plain_process(method: str, stage: int, material: Material) -> None:

@@ -25,6 +25,10 @@ def as_it_is(model: PeftModel, state: dict[str, Tensor], config: Any) -> tuple[d
     return state, config
 
 
+def nothing_to_mend(model: PeftModel) -> None:
+    """For adapters that compute as they are."""
+
+
 def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
     """For adapters that start without data."""
 
@@ -43,6 +47,8 @@ class Adapting:
     """PEFT's name of the kind of adapter; empty: it makes none."""
     is_whole: bool = False
     """Whether the base itself is trained, and saved as a whole model; else what is saved is an adapter of the original base."""
+    mend: Callable[[PeftModel], None] = nothing_to_mend
+    """Have a model that PEFT made, or loaded, compute in the run's precision."""
     for_original_base: Callable[[PeftModel, dict[str, Tensor], Any], tuple[dict[str, Tensor], Any]] = as_it_is
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
     merges: bool = False
