@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune.config.model import ComputeDtype, QuantFormat, Quantization, QuantStorage
-from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.section import Auto, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 TargetGroup = Literal["all-linear", "attention", "mlp"]
 
@@ -91,7 +91,124 @@ class Ia3Adapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
-Adapter = Annotated[FullAdapter | LoraAdapter | QloraAdapter | Ia3Adapter, Field(discriminator="method")]
+class LayerNormAdapter(Section):
+    """Tuning of norms (Zhao et al. 2023): a frozen base, but for its norms, which are trained in full as copies."""
+
+    method: Literal["layernorm"]
+    """Train the norms in full; all else of the base stays frozen."""
+    target_modules: Literal["all-norms"] | Text | list[Text] = "all-norms"
+    """Norms that are trained: all of them, a list of module names, or a regular expression that must match a module's whole
+    name."""
+    exclude_modules: list[Text] = []
+    """Names of norms that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Other modules that are trained in full and saved with the norms, such as `embed_tokens` or `lm_head`."""
+
+
+class LokrAdapter(Section):
+    """LoKr (Yeh et al. 2023): a frozen base plus a trained update (alpha / rank) * A (x) B, a Kronecker product of two small
+    matrices."""
+
+    method: Literal["lokr"]
+    """Train updates that are Kronecker products; the base stays frozen."""
+    rank: PositiveInt = 16
+    """Rank of the product that the larger of both matrices is in its turn, unless half its side is not above it: then it is
+    trained as it is."""
+    alpha: PositiveFloat = 16.0
+    """Scale of the update: it is multiplied by alpha / rank."""
+    decompose_factor: PositiveInt | Auto = "auto"
+    """Side of the smaller matrix, where it divides that of the layer, else the largest divisor below it; `auto` makes both
+    matrices about as large. A small factor trains more parameters."""
+    decompose_both: bool = False
+    """Have the smaller matrix be a product of `rank` as well."""
+    rank_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's outputs whose update is dropped in a pass."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get an update: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
+class LohaAdapter(Section):
+    """LoHa (FedPara, Hyeon-Woo et al. 2022): a frozen base plus a trained update (alpha / rank) * (A B) * (C D), two low-rank
+    matrices multiplied number by number, whose rank is up to the square of theirs."""
+
+    method: Literal["loha"]
+    """Train updates that are products, number by number, of two low-rank matrices; the base stays frozen."""
+    rank: PositiveInt = 16
+    """Rank of each of the two."""
+    alpha: PositiveFloat = 16.0
+    """Scale of the update: it is multiplied by alpha / rank."""
+    rank_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's outputs whose update is dropped in a pass."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get an update: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
+class VeraAdapter(Section):
+    """VeRA (Kopiczko et al. 2024): a frozen base plus an update of two random matrices that all layers share and that stay as
+    they are, between which each layer trains factors."""
+
+    method: Literal["vera"]
+    """Train factors of a low-rank update whose matrices are random and shared; the base stays frozen."""
+    rank: PositiveInt = 256
+    """Rank of the shared matrices."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the update."""
+    d_initial: PositiveFloat = 0.1
+    """Start of the factors between both matrices; those behind them start at 0."""
+    projection_prng_key: NonNegativeInt = 0
+    """Seed of the shared matrices."""
+    save_projection: bool = True
+    """Save the shared matrices with the adapter. Without them the files are small, and are read with the matrices that PyTorch
+    draws from the seed at that time."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get an update: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
+class OftAdapter(Section):
+    """OFT (Qiu et al. 2023, 2025): a frozen base whose layers' inputs are rotated, block by block, by trained rotations."""
+
+    method: Literal["oft"]
+    """Train rotations of the inputs of linear layers; the base stays frozen."""
+    block_size: Annotated[int, Field(ge=2, strict=True)] = 32
+    """Inputs that are rotated together; it has to divide the inputs of each layer. Larger blocks train more parameters."""
+    block_share: bool = False
+    """Rotate all blocks of a layer alike."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's blocks that are not rotated in a pass."""
+    num_cayley_neumann_terms: Annotated[int, Field(ge=3, strict=True)] = 5
+    """Terms of the series that makes a rotation of the trained numbers; more are closer to a rotation."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get a rotation: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
+Adapter = Annotated[
+    FullAdapter
+    | LoraAdapter
+    | QloraAdapter
+    | Ia3Adapter
+    | LayerNormAdapter
+    | LokrAdapter
+    | LohaAdapter
+    | VeraAdapter
+    | OftAdapter,
+    Field(discriminator="method"),
+]
 
 
 def own_quantization(adapter: Adapter) -> Quantization | None:

@@ -331,6 +331,10 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "modules_to_save bias", "model.adapters.lora"),
     **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters.lora"),
     **_read("adapter", "feedforward_modules", "plan.methods.ia3"),
+    **_read("adapter", "decompose_factor decompose_both", "plan.methods.lokr"),
+    **_read("adapter", "rank_dropout", "model.adapters.lokr", "model.adapters.loha"),
+    **_read("adapter", "d_initial projection_prng_key save_projection", "model.adapters.vera"),
+    **_read("adapter", "block_size block_share num_cayley_neumann_terms", "plan.methods.oft"),
     **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",

@@ -39,7 +39,9 @@ def save_adapter(model: PeftModel, state: Mapping[str, Tensor], folder: Path) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.peft_config[ADAPTER])
-    values, config = adapting_with(config).for_original_base(model, dict(state), config)
+    row = adapting_with(config)
+    assert row is not None, "we made the adapter"
+    values, config = row.for_original_base(model, dict(state), config)
     tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     # Entries may share memory or be transposed views, neither of which safetensors takes.
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})

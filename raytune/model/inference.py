@@ -1,6 +1,7 @@
 """Saved models: what plain transformers and PEFT make of the files of a run, for writing answers and for an engine."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.model.adapters import adapting
-from raytune.model.adapters.adapting import patterns_obeyed
+from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.dtypes import DTYPES
 from raytune.model.load import load_base, load_model
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
@@ -33,9 +34,9 @@ def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterat
         yield _load(plan, str(folder), None, device)
     else:
         model.generation_config = stops
-        with patterns_obeyed():
-            tuned = PeftModel.from_pretrained(model, str(folder)).eval()
-        yield tuned
+        with as_asked():
+            tuned = PeftModel.from_pretrained(model, str(folder))
+        yield tuned.eval()
 
 
 def load_saved(
@@ -51,8 +52,11 @@ def load_saved(
         saved = plan.model.model_copy(update={"path": str(folder), "revision": None})
         return load_model(saved, plan.adapter, device=device, seed=plan.seed, shard=shard)
     base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
-    with patterns_obeyed():
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
+    row = adapting(plan.adapter)
+    with as_asked(), whole_targets(row.peft_type) if row.needs_whole_targets else nullcontext():
+        loaded = PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
+    row.mend(loaded)
+    return loaded
 
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:

@@ -1,10 +1,12 @@
-"""Linear layers whose weights a model reads itself, to hand them to a fused kernel."""
+"""Linear layers and norms whose weights a model reads itself, to hand them to a fused kernel."""
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
+
+from raytune.model.norms import is_norm
 
 READ = re.compile(r"self\.(\w+)\.weight\b")
 
@@ -15,8 +17,17 @@ def bypassed_layers(model: nn.Module) -> Iterator[str]:
     The kernels of state-space layers (mamba_ssm) take projections in, where they are installed; without them the same layers
     are called as others are.
     """
+    return _bypassed(model, lambda module: isinstance(module, nn.Linear))
+
+
+def bypassed_norms(model: nn.Module) -> Iterator[str]:
+    """Names of norms that are read so: a kernel finds no weight on what PEFT puts in their place."""
+    return _bypassed(model, is_norm)
+
+
+def _bypassed(model: nn.Module, is_meant: Callable[[nn.Module], bool]) -> Iterator[str]:
     for path, module in model.named_modules():
-        children = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        children = {name for name, child in module.named_children() if is_meant(child)}
         for name in sorted(children & _read_by(type(module))) if children else ():
             yield f"{path}.{name}" if path else name
 

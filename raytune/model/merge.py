@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ from raytune.config.training import Precision
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import DataError, ModelError
 from raytune.hub.snapshot import described, in_lines
-from raytune.model.adapters.adapting import patterns_obeyed
+from raytune.model.adapters import ADAPTERS, adapting_with
+from raytune.model.adapters.adapting import as_asked
 from raytune.model.base_check import check_files
 from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
@@ -88,10 +91,12 @@ def merge_adapter(
     if output_folder.exists() and any(output_folder.iterdir()):
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
     peft_config = _adapter_config(adapter_folder)
-    if peft_config.peft_type != "LORA":
+    row = adapting_with(peft_config)
+    if row is None or not row.merges:
+        merged = ", ".join(sorted(name for name, row in ADAPTERS.items() if row.merges))
         raise ModelError(
-            f"{adapter_folder} is an adapter of the kind {str(peft_config.peft_type).rpartition('.')[2]}, and only LoRA's are "
-            f"merged. PEFT loads it beside its base: PeftModel.from_pretrained(base, {str(adapter_folder)!r})."
+            f"{adapter_folder} is an adapter of the kind {str(peft_config.peft_type).rpartition('.')[2]}, and only those of "
+            f"{merged} are merged. PEFT loads it beside its base: PeftModel.from_pretrained(base, {str(adapter_folder)!r})."
         )
     base = base or peft_config.base_model_name_or_path
     if not base:
@@ -246,16 +251,22 @@ class _Merger:
         self._is_tied = bool(model.config.get_text_config().tie_word_embeddings) and self._head is not None
         self._quantization, self._weights = quantization, weights
         self._experts = PackedExperts(self.model, quantization, weights.read) if quantization else None
-        # The start is overwritten by what was trained; some starts would need the base's weights.
-        peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
+        # The start is overwritten by what was trained; some starts of LoRA would need the base's weights.
+        if hasattr(peft_config, "init_lora_weights"):
+            peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            with patterns_obeyed():
-                peft_model = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
-            updated = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+            with as_asked():
+                peft_model: Any = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
+            self._mark = f".{peft_model.base_model.prefix}"
+            """What the names of an adapter's own parameters have in them."""
+            tuned: dict[str, Any] = {
+                name: module for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)
+            }
+            updated = {name: layer for name, layer in tuned.items() if not isinstance(layer, LNTuningLayer)}
             self._layers = {name: layer for name, layer in updated.items() if not isinstance(layer, ParamWrapper)}
             bare = {name: layer for name, layer in updated.items() if isinstance(layer, ParamWrapper)}
             self._updates = ParameterUpdates(self.model, bare)
-            for layer in updated.values():
+            for layer in tuned.values():
                 # PEFT sends an update to where its base is, and would drop it if that were nowhere.
                 name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
                 setattr(layer.get_base_layer(), name, nn.Parameter(torch.empty(0), requires_grad=False))
@@ -265,7 +276,7 @@ class _Merger:
                 f"The adapter in {folder} cannot be put on this base: {in_a_line(error)}. Its file is damaged, or it was trained "
                 f"on another base."
             ) from error
-        foreign = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]
+        foreign = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if self._mark in name)]
         if foreign:
             raise ModelError(
                 f"The adapter in {folder} does not fit this base: {len(foreign)} of its tensors are missing or have no layer, "
@@ -338,7 +349,7 @@ class _Merger:
         loaded = weight.to(getattr(torch, self._quantization["dtype"]))
         layer = self._layers.get(module_name) or self.model.get_submodule(module_name)
         # bitsandbytes holds GPT-2's layers the other way round.
-        is_turned = isinstance(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer, Conv1D)
+        is_turned = isinstance(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, Conv1D)
         seen = as_seen_in_training(loaded.T if is_turned else loaded, self._quantization["config"])
         return (seen.T if is_turned else seen).to(weight.dtype)
 
@@ -351,15 +362,16 @@ class _Merger:
         return published
 
     def _replacements(self) -> dict[str, Tensor]:
-        """Tensors that the adapter holds in full: biases, and modules that were trained whole."""
+        """Tensors that the adapter holds in full: biases, norms, and modules that were trained whole."""
         replaced = {
             name.replace(".base_layer.", "."): parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if not parameter.is_meta and parameter.numel() and ".lora_" not in name and ".modules_to_save." not in name
+            if not parameter.is_meta and parameter.numel() and self._mark not in name and ".modules_to_save." not in name
         }
         for name, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                trained: nn.Module = module.modules_to_save[ADAPTER]
+            if isinstance(module, ModulesToSaveWrapper | LNTuningLayer):
+                copies = module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else module.ln_tuning_layers
+                trained: nn.Module = copies[ADAPTER]
                 replaced |= {f"{name}.{part}": tensor for part, tensor in trained.state_dict().items()}
         return replaced
 
@@ -369,12 +381,12 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
 
 
 @torch.no_grad()
-def _merged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """The weight of one layer with its update, computed in fp32 by PEFT."""
-    base: Any = layer.get_base_layer()
+def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """The weight of one layer of PEFT's with its update, computed in fp32 by PEFT."""
+    base = layer.get_base_layer()
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
     try:
-        layer.merge(safe_merge=True)  # pyright: ignore[reportCallIssue]
+        layer.merge(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"The adapter makes a weight that is not finite: {error}") from error
     merged = base.weight.detach().to(weight.dtype)

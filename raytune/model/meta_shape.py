@@ -29,7 +29,8 @@ from raytune.errors import ModelError
 from raytune.model.adapters.targets import MLP
 from raytune.model.attention import keeps_state, lone_attention, packing_obstacle
 from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
-from raytune.model.kernels import bypassed_layers
+from raytune.model.kernels import bypassed_layers, bypassed_norms
+from raytune.model.norms import is_norm
 from raytune.model.pretrained import load_config, model_class
 from raytune.plan.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
 from raytune.units import GIB, format_bytes
@@ -260,7 +261,7 @@ def _modules(root: nn.Module, config: PretrainedConfig, *, stateful: bool = Fals
         if any(True for _ in module.parameters(recurse=False))
     ]
     counts = {module.copies for module in modules if module.kind == "experts"}
-    bypassed = {*bypassed_layers(root)} if stateful else set()
+    bypassed = {*bypassed_layers(root), *bypassed_norms(root)} if stateful else set()
     return tuple(
         replace(
             module,
@@ -269,7 +270,7 @@ def _modules(root: nn.Module, config: PretrainedConfig, *, stateful: bool = Fals
             is_bypassed=module.name in bypassed,
         )
         if module.kind == "mlp"
-        else module
+        else replace(module, is_bypassed=module.name in bypassed)
         for module in modules
     )
 
@@ -308,8 +309,9 @@ def _module(name: str, module: nn.Module, config: PretrainedConfig) -> Module:
     if isinstance(module, (nn.Linear, Conv1D)):
         outputs, inputs = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
         kind = "attention" if "attn" in name or "attention" in name else "mlp"
-        return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases)
-    if dimensions == 1 or "norm" in type(module).__name__.lower():
+        is_turned = isinstance(module, Conv1D)
+        return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases, is_turned=is_turned)
+    if is_norm(module):
         return Module(name=name, kind="norm", inputs=1, outputs=num_weights, num_biases=num_biases)
     experts = expert_matrices(module)
     if experts and experts.keys() == weights.keys():

@@ -265,11 +265,13 @@ def _gpt2(numbers: _Numbers) -> ModelShape:
         layers_name="transformer.h",
         layer=(
             _norm("ln_1", hidden, has_bias=True),
-            Module(name="attn.c_attn", kind="attention", inputs=hidden, outputs=3 * hidden, num_biases=3 * hidden),
-            Module(name="attn.c_proj", kind="attention", inputs=hidden, outputs=hidden, num_biases=hidden),
+            Module(
+                name="attn.c_attn", kind="attention", inputs=hidden, outputs=3 * hidden, num_biases=3 * hidden, is_turned=True
+            ),
+            Module(name="attn.c_proj", kind="attention", inputs=hidden, outputs=hidden, num_biases=hidden, is_turned=True),
             _norm("ln_2", hidden, has_bias=True),
-            Module(name="mlp.c_fc", kind="mlp", inputs=hidden, outputs=intermediate, num_biases=intermediate),
-            Module(name="mlp.c_proj", kind="mlp", inputs=intermediate, outputs=hidden, num_biases=hidden),
+            Module(name="mlp.c_fc", kind="mlp", inputs=hidden, outputs=intermediate, num_biases=intermediate, is_turned=True),
+            Module(name="mlp.c_proj", kind="mlp", inputs=intermediate, outputs=hidden, num_biases=hidden, is_turned=True),
         ),
         embeddings=(_embedding("transformer.wte", vocab, hidden), _embedding("transformer.wpe", positions, hidden)),
         final_norm=_norm("transformer.ln_f", hidden, has_bias=True),

@@ -28,7 +28,7 @@ def check_lone_documents(config: RunConfig, held: HeldBase, shape: ModelShape) -
             f"training.per_device_train_batch_size is {rows}, but {shape.why_lone}: a forward pass has one document. Set "
             f"it to 1; training.gradient_accumulation_steps {rows} makes as many rows per step."
         )
-    bypassed = [module.name for layer in shape.layers() for module in layer if module.is_bypassed]
+    bypassed = [module.name for layer in shape.layers() for module in layer if module.is_linear and module.is_bypassed]
     if bypassed and held.quantization:
         raise ModelError(
             f"{held.key('format')} is {held.quantization.format}, but a {shape.model_type} model hands the weight of "
@@ -74,7 +74,8 @@ def lone_notes(shape: ModelShape) -> list[str]:
             "steps. Where their kernels (mamba-ssm, causal-conv1d, flash-linear-attention) are installed, they keep less and are "
             "faster."
         ]
-    bypassed = list(dict.fromkeys(module.name for layer in shape.layers() for module in layer if module.is_bypassed))
+    linear = (module for layer in shape.layers() for module in layer if module.is_linear)
+    bypassed = list(dict.fromkeys(module.name for module in linear if module.is_bypassed))
     if bypassed:
         notes += [f"Groups of target modules leave out {', '.join(bypassed)}, whose weights go to a kernel past the layer."]
     return notes

@@ -13,7 +13,7 @@ from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision
 from raytune.plan.quantization import constant_bytes, num_quantised, packed_bytes
 from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
-from raytune.plan.shapes import ModelShape
+from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained
 from raytune.units import GIB, MIB
 
@@ -223,6 +223,7 @@ def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
 def _weight_bytes(work: Workload) -> float:
     """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
     constants = constant_bytes(work.quantization, work.shape, work.trained) if work.quantization else 0
+    constants += BYTES[work.weight_dtype] * work.trained.num_constants
     return work.all_weight_bytes / work.share(3) + constants
 
 
@@ -315,10 +316,12 @@ def _kept_bytes(work: Workload) -> float:
 def _activation_gradient_bytes(work: Workload) -> float:
     """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three.
 
-    The gradient of an update of fused experts comes out of that of all their weights.
+    The gradient of an update of fused experts comes out of that of all their weights; that of a product out of the gradient of
+    the whole update, and of its products with both matrices.
     """
-    of_experts = BYTES[work.weight_dtype] * work.trained.largest_updated
-    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_experts
+    of_updates = BYTES[work.weight_dtype] * work.trained.largest_updated
+    of_updates += 3 * BYTES[work.trained_dtype] * work.trained.largest_made
+    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_updates
 
 
 def layer_activation_bytes(work: Workload) -> float:
@@ -332,9 +335,12 @@ def layer_activation_bytes(work: Workload) -> float:
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
-    widths_of_norms = sum(per_head.get(module.name, module.outputs) for module in shape.layer if module.kind == "norm")
     width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
-    normalised = widths_of_norms * (4 + (width_of_normalised if trains_base else 0))
+    normalised = sum(
+        per_head.get(module.name, module.outputs) * (4 + width_of_normalised * _share_trained(module, work))
+        for module in shape.layer
+        if module.kind == "norm"
+    )
     # The first norm of all is in front of everything that a frozen base trains.
     normalised -= 0 if trains_base else 4 * shape.hidden / shape.num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
@@ -355,7 +361,15 @@ def layer_activation_bytes(work: Workload) -> float:
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
-    return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work)
+    made = BYTES[work.precision] * work.trained.num_made / shape.num_layers
+    return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work) + made
+
+
+def _share_trained(norm: Module, work: Workload) -> float:
+    """The share of layers in which a norm is trained."""
+    return (
+        1 if work.trained.is_base else work.trained.whole_norms[f"{work.shape.layers_name}.{norm.name}"] / work.shape.num_layers
+    )
 
 
 def _expert_bytes(work: Workload, num_steps: int) -> float:

@@ -43,9 +43,11 @@ class Module:
     """Of an expert; with `inputs` and `outputs` as if they lay beside each other."""
     is_linear_layer: bool = False
     """Of a router: whether it is a linear layer, which bitsandbytes quantises, or a matrix of its own."""
+    is_turned: bool = False
+    """Of a linear layer: whether its weight has a row per input (transformers' Conv1D)."""
     is_bypassed: bool = False
-    """Of a linear layer: whether the model reads its weight past it, for a kernel, so that neither an update nor packed numbers
-    would be seen."""
+    """Of a linear layer or a norm: whether the model reads its weight past it, for a kernel, so that neither an update nor
+    packed numbers would be seen."""
 
     @property
     def is_linear(self) -> bool:

@@ -1,15 +1,17 @@
 """`Trained`: what a method trains of a model, and how, as a value. Memory, time, checkpoints and words ask only that."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from raytune.plan.shapes import Kind, Module
+from raytune.plan.shapes import Kind, ModelShape, Module
 
-How = Literal["whole", "low rank", "scale", "bias"]
-"""Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it; a factor per input or
-output of it; its bias."""
+How = Literal["whole", "low rank", "product", "rotation", "scale", "bias"]
+"""Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it, or one that is another
+product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; its bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,8 @@ class Trained:
     """In the model's order, each part of the model at most once in one way."""
     is_base: bool = False
     """Whether the base's own weights are trained, in place. Else they are frozen and what is trained comes on top."""
+    lowest_layer: int
+    """The lowest layer that a backward pass has to reach; the number of layers where only what follows them is trained."""
     num_sides: int
     """Rows and columns of all trained matrices."""
     reads_inputs: bool = False
@@ -42,6 +46,12 @@ class Trained:
     """Numbers per token that updates of layers keep beside these inputs: low-rank ones as many as they have ranks."""
     scaled_inputs: int = 0
     """Widths of the inputs that are multiplied by trained factors, and kept in the dtype of these."""
+    num_made: int = 0
+    """Numbers of matrices that layers make of what is trained in each pass, and keep for the backward pass: whole updates."""
+    largest_made: int = 0
+    """Numbers of the largest of these matrices."""
+    num_constants: int = 0
+    """Numbers that a method adds and does not train, in the weights' dtype; ZeRO-3 leaves them whole on every rank."""
     drops_inputs: bool = False
     """Whether updates drop some of their inputs, and so keep what was dropped."""
     num_in_experts: int = 0
@@ -74,9 +84,27 @@ class Trained:
         return sum(part.num_parameters for part in self.parts if part.how == "whole" and part.kind == "embedding")
 
     @cached_property
+    def whole_norms(self) -> Counter[str]:
+        """How many norms of each name are trained whole; names without the layer's number."""
+        norms = (part.name for part in self.parts if part.how == "whole" and part.kind == "norm")
+        return Counter(re.sub(r"\.\d+\.", ".", name, count=1) for name in norms)
+
+    @cached_property
     def whole(self) -> frozenset[str]:
         """Names of the modules that are trained whole."""
         return frozenset(part.name for part in self.parts if part.how == "whole")
+
+
+def lowest_layer(names: Iterable[str], shape: ModelShape) -> int:
+    """The lowest layer that a backward pass reaches which trains modules of these names; embeddings lie below the first."""
+    after = {shape.final_norm.name, shape.head.name}
+    return min((layer_of(name, shape) or 0 for name in names if name not in after), default=shape.num_layers)
+
+
+def layer_of(name: str, shape: ModelShape) -> int | None:
+    """The number of the layer that a module lies in; None: it lies in none."""
+    rest = name.removeprefix(f"{shape.layers_name}.")
+    return int(rest.partition(".")[0]) if rest != name else None
 
 
 def whole_parts(modules: Iterable[Module]) -> list[TrainedPart]:

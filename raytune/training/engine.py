@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytune.config.training import Precision
 from raytune.errors import UnfitCheckpointError
+from raytune.model.adapters.adapting import shared_matrices
 from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
@@ -301,10 +302,11 @@ class PlainEngine:
 
 
 def constant_bytes(model: nn.Module) -> int:
-    """Bytes of the scales of 4-bit weights, which are no parameters and lie whole on every rank."""
+    """Bytes of what is no parameter and lies whole on every rank: scales of 4-bit weights, matrices that layers share."""
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     nested = [getattr(state, "state2", None) for state in states]
-    return num_bytes(getattr(state, "absmax", None) for state in (*states, *nested))
+    scales = num_bytes(getattr(state, "absmax", None) for state in (*states, *nested))
+    return scales + num_bytes(shared_matrices(model))
 
 
 def poisoned(loss: Tensor) -> Tensor:

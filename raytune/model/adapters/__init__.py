@@ -7,13 +7,18 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import full, ia3, lora
+from raytune.model.adapters import full, ia3, layernorm, loha, lokr, lora, oft, vera
 from raytune.model.adapters.adapting import Adapting
 
 ADAPTERS: dict[str, Adapting] = {
     "full": full.ADAPTING,
     "lora": lora.ADAPTING,
     "ia3": ia3.ADAPTING,
+    "layernorm": layernorm.ADAPTING,
+    "lokr": lokr.ADAPTING,
+    "loha": loha.ADAPTING,
+    "vera": vera.ADAPTING,
+    "oft": oft.ADAPTING,
 }
 
 
@@ -22,9 +27,9 @@ def adapting(adapter: Adapter) -> Adapting:
     return ADAPTERS[adapter.method]
 
 
-def adapting_with(config: PeftConfig) -> Adapting:
-    """The row of the method that made an adapter of PEFT's."""
-    return next(row for row in ADAPTERS.values() if row.peft_type == config.peft_type)
+def adapting_with(config: PeftConfig) -> Adapting | None:
+    """The row of the method that made an adapter of PEFT's; None: it is none of ours."""
+    return next((row for row in ADAPTERS.values() if row.peft_type == config.peft_type), None)
 
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter, *, revision: str | None, seed: int) -> PreTrainedModel | PeftModel:

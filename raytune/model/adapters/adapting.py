@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.errors import ModelError
 from raytune.model.quantize import quantized_modules
@@ -19,6 +23,10 @@ from raytune.plan.methods.targets import NamesTargets, has_name
 def as_it_is(model: PeftModel, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
     """For adapters whose start leaves the base's weights as they were."""
     return state, config
+
+
+def nothing_to_mend(model: PeftModel) -> None:
+    """For adapters that compute as they are."""
 
 
 def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
@@ -39,21 +47,18 @@ class Adapting:
     """PEFT's name of the kind of adapter; empty: it makes none."""
     is_whole: bool = False
     """Whether the base itself is trained, and saved as a whole model; else what is saved is an adapter of the original base."""
+    mend: Callable[[PeftModel], None] = nothing_to_mend
+    """Have a model that PEFT made, or loaded, compute in the run's precision."""
     for_original_base: Callable[[PeftModel, dict[str, Tensor], Any], tuple[dict[str, Tensor], Any]] = as_it_is
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
+    merges: bool = False
+    """Whether `raytune merge` lays its adapters into their base."""
+    needs_whole_targets: bool = False
+    """Whether PEFT looks at the weights of a layer when it adds something to it, which ZeRO-3 may have divided."""
     starts_from_data: Callable[[Any], bool] = lambda adapter: False
     """Whether the start looks at the first batches."""
     start_from_data: Callable[[PeftModel, Iterable[dict[str, Any]]], None] = no_start_from_data
     """Start from the inputs of the first batches, before an engine shards the model."""
-
-
-@contextmanager
-def patterns_obeyed() -> Iterator[None]:
-    """Around what puts an adapter on a model: PEFT 0.21 looks for patterns among layers only, and warns of those for parameters,
-    which it obeys; which of them match nothing was found before."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
-        yield
 
 
 def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, seed: int) -> PeftModel:
@@ -71,7 +76,47 @@ def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, 
             f"a quantised base, only embeddings, norms and the output head can."
         )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), patterns_obeyed():
+    with torch.random.fork_rng(devices=devices), as_asked():
         torch.manual_seed(seed)
         # ZeRO-3 needs trained and frozen weights in one dtype (https://github.com/huggingface/trl/issues/6089).
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=config.revision)  # pyright: ignore[reportReturnType]
+
+
+def shared_matrices(model: nn.Module) -> Iterator[Tensor]:
+    """Matrices of an adapter that are not trained, and that all layers share."""
+    for module in model.modules():
+        if isinstance(module, BufferDict):
+            yield from module.values()  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def as_asked() -> Iterator[None]:
+    """Context in which PEFT makes an adapter without warning of what the plan has looked up."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 looks among layers only, and says so of patterns of parameters, which it obeys.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", "Unsupported layer type '.*' encountered")  # norms, which have no inputs and outputs
+        yield
+
+
+@contextmanager
+def whole_targets(peft_type: str) -> Iterator[None]:
+    """Context in which PEFT finds each layer whole that it adds something to, one after the other, though ZeRO-3 divided them.
+
+    In the words of PEFT 0.21, whose LoHa reads the shape of a layer's weight, and whose norms copy it.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_type)]
+    create = tuner._create_and_replace
+
+    def create_on_whole(self: Any, config: PeftConfig, name: str, target: nn.Module, *rest: Any, **others: Any) -> None:
+        with gather_params_ctx(list(target.parameters()), modifier_rank=None):
+            create(self, config, name, target, *rest, **others)
+
+    tuner._create_and_replace = create_on_whole
+    try:
+        yield
+    finally:
+        tuner._create_and_replace = create

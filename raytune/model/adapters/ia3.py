@@ -1,6 +1,7 @@
 """(IA)^3 on a model: PEFT's configuration of it, with both lists of layers by names that PEFT reads alike."""
 
 from peft import IA3Config, PeftModel
+from peft.tuners.ia3.layer import IA3Layer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +48,16 @@ def _add(model: PreTrainedModel, adapter: Ia3Adapter, revision: str | None, seed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         revision=revision,
     )
-    return added(model, config, adapter, seed=seed)
+    adapted = added(model, config, adapter, seed=seed)
+    _keep_dtype(adapted)
+    return adapted
+
+
+def _keep_dtype(model: PeftModel) -> None:
+    """Have layers give what they give in the dtype of their inputs: over 4 or 8 bits PEFT 0.21 gives fp32 without autocast."""
+    for module in model.modules():
+        if isinstance(module, IA3Layer):
+            module.register_forward_hook(lambda layer, inputs, output: output.to(inputs[0].dtype))
 
 
 ADAPTING = Adapting(
@@ -56,4 +66,5 @@ ADAPTING = Adapting(
     # PEFT takes factors off a base in 4 or 8 bits as little as it merges them.
     leaves_base_alone=lambda adapter, is_quantised: not (adapter.modules_to_save or is_quantised),
     peft_type="IA3",
+    mend=_keep_dtype,
 )

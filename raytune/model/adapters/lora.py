@@ -168,6 +168,7 @@ ADAPTING = Adapting(
     frozen_experts=_frozen_experts,
     leaves_base_alone=_leaves_base_alone,
     peft_type="LORA",
+    merges=True,
     for_original_base=_for_original_base,
     starts_from_data=lambda adapter: adapter.init == "eva",
     start_from_data=initialise_eva,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -105,6 +106,20 @@ def check_named(model: PreTrainedModel, adapter: NamesTargets) -> None:
         everything += [*expert_parameters(model)] if setting == "exclude_modules" else []
         for name in names:
             check_matches(f"adapter.{setting}", name, [full for full in everything if has_name(full, [name])], everything)
+
+
+def peft_names(model: PreTrainedModel, adapter: NamesTargets) -> dict[str, Any]:
+    """The names of a section as PEFT's configurations have them, for methods that add something to layers only.
+
+    Raises:
+        ModelError: if one of them means nothing in this model.
+    """
+    check_named(model, adapter)
+    return {
+        "target_modules": targets(model, adapter.target_modules, or_nothing=False),
+        "exclude_modules": adapter.exclude_modules or None,
+        "modules_to_save": adapter.modules_to_save or None,
+    }
 
 
 def unchanged_experts(model: PreTrainedModel, adapter: NamesTargets, updated: Sequence[str] = ()) -> list[str]:

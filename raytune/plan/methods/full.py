@@ -25,6 +25,7 @@ def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization
             for module in shape.modules()
         ),
         is_base=True,
+        lowest_layer=0,
         num_sides=sum(module.inputs + module.outputs + module.num_biases for module in shape.modules()),
     )
 

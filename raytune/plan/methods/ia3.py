@@ -8,11 +8,18 @@ from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
-from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
+from raytune.plan.methods.layers import (
+    Addition,
+    named_targets,
+    refuse_embeddings,
+    trained_in_layers,
+    unread_names,
+    without_experts,
+)
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import check_names, has_name, saved_modules, target_modules, unread_exclusions
-from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
-from raytune.plan.trained import Trained, TrainedPart, whole_parts
+from raytune.plan.methods.targets import check_names, has_name, target_modules
+from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.trained import Trained
 
 PAPER = "keys-values-mlp"
 KEYS_AND_VALUES = (
@@ -71,38 +78,21 @@ def _names(shape: ModelShape, kind: str) -> list[str]:
 
 
 def _trained(adapter: Ia3Adapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
-    layers, backs = scaled_layers(adapter, shape), {*ways_back(_names(shape, "mlp"))}
-    inputs = [module for module in layers if is_of_feedforward(module.name, adapter, backs)]
-    of_inputs = {module.name for module in inputs}
-    outputs = [module for module in layers if module.name not in of_inputs]
-    saved = whole_parts(saved_modules(adapter, shape))
-    parts = [_part(module, module.inputs if module.name in of_inputs else module.outputs) for module in layers]
-    packed = packed_experts(adapter, shape, quantization)
-    return Trained(
-        parts=(*parts, *saved),
-        num_sides=sum(part.num_parameters + 1 for part in parts) + sum(part.num_parameters for part in saved),
-        inner_width=sum(module.outputs for module in outputs if module.kind in LINEAR_KINDS),
-        scaled_inputs=sum(module.inputs for module in inputs if module.kind in LINEAR_KINDS),
-        num_packed=sum(one.num_parameters for one in packed),
-        num_packed_per_layer=most_in_a_module(packed),
-        largest_packed=max((one.num_parameters for one in packed), default=0),
-    )
+    backs = {*ways_back(_names(shape, "mlp"))}
 
+    def addition(module: Module) -> Addition:
+        if is_of_feedforward(module.name, adapter, backs):
+            return Addition(num_parameters=module.inputs, num_sides=module.inputs + 1, scaled_inputs=module.inputs)
+        return Addition(num_parameters=module.outputs, num_sides=module.outputs + 1, inner_width=module.outputs)
 
-def _part(module: Module, width: int) -> TrainedPart:
-    return TrainedPart(name=module.name, kind=module.kind, how="scale", num_parameters=width)
+    return trained_in_layers(adapter, shape, quantization, scaled_layers(adapter, shape), addition, how="scale")
 
 
 def _check(adapter: Ia3Adapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
     """Refuse what PEFT would refuse in the worker, or not hear."""
     check_names(adapter, shape)
     layers = scaled_layers(adapter, shape)
-    embedding = next((module.name for module in layers if module.kind == "embedding"), None)
-    if embedding:
-        raise ModelError(
-            f"adapter.target_modules takes in the embedding {embedding}, for which PEFT has no factors. Name linear layers only; "
-            f"adapter.modules_to_save trains it in full."
-        )
+    refuse_embeddings(layers, "factors")
     named = [] if adapter.feedforward_modules == "auto" else adapter.feedforward_modules
     for name in named:
         if not any(has_name(module.name, [name]) for module in layers):
@@ -113,29 +103,14 @@ def _check(adapter: Ia3Adapter, config: RunConfig, held: HeldBase, shape: ModelS
 
 
 def _unread(adapter: Ia3Adapter, shape: ModelShape) -> Iterator[str]:
-    if adapter.exclude_modules:
-        everything = scaled_layers(adapter.model_copy(update={"exclude_modules": []}), shape)
-        kept = {module.name for module in scaled_layers(adapter, shape)}
-        yield from unread_exclusions(adapter, {module.name for module in everything} - kept)
-
-
-def _in_words(adapter: Ia3Adapter, held: str, trained: str) -> str:
-    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
-    return f"ia3 on {', '.join(named)}{held}, {trained}"
-
-
-def _expert_notes(adapter: Ia3Adapter, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
-    in_full = any(part.kind == "experts" for part in trained.parts)
-    what = "adapter.modules_to_save trains them in full." if in_full else "They are not trained: PEFT has no factors for them."
-    held = how_experts_are_held(packed_experts(adapter, shape, quantization), shape, trained, quantization, "")
-    return [f"{of_experts(shape)}. {what}{held}"]
+    return unread_names(adapter, shape, scaled_layers)
 
 
 METHOD = Method(
     trained=_trained,
     check=_check,
-    in_words=_in_words,
-    expert_notes=_expert_notes,
+    in_words=lambda adapter, held, trained: f"ia3 on {named_targets(adapter)}{held}, {trained}",
+    expert_notes=without_experts("factors"),
     # Liu et al. 2022 take 3e-3 for 3B, about ten times what low-rank updates take there.
     learning_rate=lambda num_parameters: min(MAX_RATE, 10 * adapter_rate(num_parameters)),
     epochs=adapter_epochs,

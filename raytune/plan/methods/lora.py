@@ -18,7 +18,7 @@ from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters, saved_modules
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.stage_limit import StageLimit
-from raytune.plan.trained import Trained, TrainedPart, whole_parts
+from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
 from raytune.units import format_count
 
 WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
@@ -38,6 +38,7 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
     packed = packed_experts(adapter, shape, quantization, parameters)
     return Trained(
         parts=(*parts, *saved),
+        lowest_layer=lowest_layer([part.name for part in (*parts, *saved)], shape),
         num_sides=sum(module.inputs + module.outputs for module in layers)
         + sum(one.inputs + one.outputs + 2 * sizes[one.name].rank * one.copies for one in parameters)
         + num_magnitudes

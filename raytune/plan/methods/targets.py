@@ -41,7 +41,7 @@ def target_modules(adapter: NamesTargets, shape: ModelShape, *, or_none: bool = 
         for module in layers
         if _is_wanted(module, wanted, shape)
         and not has_name(module.name, adapter.exclude_modules)
-        and not _is_left_to_saving(module.name, adapter.modules_to_save)
+        and not is_left_to_saving(module.name, adapter.modules_to_save)
     ]
     missing = (
         [name for name in wanted if not any(has_name(module.name, [name]) for module in layers)]
@@ -187,7 +187,7 @@ def is_saved(name: str, wanted: list[str]) -> bool:
     return any(path.endswith(one) for path in paths for one in wanted)
 
 
-def _is_left_to_saving(name: str, wanted: list[str]) -> bool:
+def is_left_to_saving(name: str, wanted: list[str]) -> bool:
     """Whether PEFT adds no update because the module is saved; here whole parts of names must agree."""
     return any(re.match(rf"(^|.*\.){re.escape(one)}($|\..*)", name) for one in wanted)
 

@@ -1,0 +1,152 @@
+"""What methods share that add something to layers: what is trained of all of them, what is refused, and their words."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytune.config.model import Quantization
+from raytune.config.quantization import HeldBase
+from raytune.errors import ModelError, UserError
+from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
+from raytune.plan.methods.targets import NamesTargets, saved_modules, unread_exclusions
+from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
+from raytune.plan.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """What a method adds to a layer."""
+
+    num_parameters: int
+    """That are trained."""
+    num_sides: int
+    """Rows and columns of the trained matrices."""
+    inner_width: int = 0
+    """Numbers per token that it keeps beside the layer's inputs."""
+    scaled_inputs: int = 0
+    """Width of the inputs that it multiplies by trained factors."""
+    num_made: int = 0
+    """Numbers of matrices that it makes of these in each pass."""
+
+
+def trained_in_layers(
+    adapter: NamesTargets,
+    shape: ModelShape,
+    quantization: Quantization | None,
+    layers: Sequence[Module],
+    addition: Callable[[Module], Addition],
+    *,
+    how: How,
+    reads_inputs: bool = False,
+    drops_inputs: bool = False,
+    num_constants: int = 0,
+) -> Trained:
+    """What is trained where a method adds the like to each of some layers.
+
+    Args:
+        addition: what it adds to a layer.
+        how, reads_inputs, drops_inputs, num_constants: as of `Trained`.
+    """
+    added = {module.name: addition(module) for module in layers}
+    parts = [TrainedPart(name=one.name, kind=one.kind, how=how, num_parameters=added[one.name].num_parameters) for one in layers]
+    saved = whole_parts(saved_modules(adapter, shape))
+    inside = [module for module in layers if module.kind in LINEAR_KINDS]
+    packed = packed_experts(adapter, shape, quantization)
+    return Trained(
+        parts=(*parts, *saved),
+        lowest_layer=lowest_layer([part.name for part in (*parts, *saved)], shape),
+        num_sides=sum(one.num_sides for one in added.values()) + sum(part.num_parameters for part in saved),
+        reads_inputs=reads_inputs,
+        target_inputs=sum(module.inputs for module in inside) if reads_inputs else 0,
+        inner_width=sum(added[module.name].inner_width for module in inside),
+        scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
+        num_made=sum(added[module.name].num_made for module in inside),
+        largest_made=max((one.num_made for one in added.values()), default=0),
+        num_constants=num_constants,
+        drops_inputs=drops_inputs,
+        num_packed=sum(one.num_parameters for one in packed),
+        num_packed_per_layer=most_in_a_module(packed),
+        largest_packed=max((one.num_parameters for one in packed), default=0),
+    )
+
+
+def refuse_embeddings(layers: Iterable[Module], what: str) -> None:
+    """Refuse embeddings among the layers that get something.
+
+    Args:
+        what: they would get, which PEFT has not for them.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    embedding = next((module.name for module in layers if module.kind == "embedding"), None)
+    if embedding:
+        raise ModelError(
+            f"adapter.target_modules takes in the embedding {embedding}, for which PEFT has no {what}. Name linear layers only; "
+            f"adapter.modules_to_save trains it in full."
+        )
+
+
+def refuse_turned(layers: Iterable[Module], method: str, shape: ModelShape) -> None:
+    """Refuse layers of transformers' Conv1D, which PEFT does not take for linear ones.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    turned = next((module.name for module in layers if module.is_turned), None)
+    if turned:
+        raise ModelError(
+            f"adapter.method {method} has nothing for {turned}: layers of a {shape.model_type} model are transformers' Conv1D, "
+            f"which PEFT does not take for linear ones here. Set adapter.method to lora or vera, or exclude them."
+        )
+
+
+def refuse_quantised(held: HeldBase, method: str) -> None:
+    """Refuse a quantised base under a method whose updates have the shape of a weight, which packed numbers do not have.
+
+    Raises:
+        UserError: with the settings that work.
+    """
+    if held.quantization is not None:
+        key = held.key("format")
+        raise UserError(
+            f"{key} is {held.quantization.format}, but adapter.method is {method}, whose updates PEFT gives the shape of the "
+            f"layers' weights, which packed numbers have not. Set adapter.method to lora, or {held.to_undo}.",
+            keys=(key, "adapter.method"),
+        )
+
+
+def unread_names(adapter: Any, shape: ModelShape, layers_of: Callable[[Any, ModelShape], list[Module]]) -> Iterator[str]:
+    """A sentence for each exclusion that leaves none of a section's layers out.
+
+    Args:
+        adapter: a section that names targets.
+        layers_of: gives the layers of a section.
+    """
+    if adapter.exclude_modules:
+        without = adapter.model_copy(update={"exclude_modules": []})
+        kept = {module.name for module in layers_of(adapter, shape)}
+        yield from unread_exclusions(adapter, {module.name for module in layers_of(without, shape)} - kept)
+
+
+def named_targets(adapter: NamesTargets) -> str:
+    """The targets of a section in a line."""
+    return adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+
+
+def without_experts(what: str) -> Callable[[NamesTargets, ModelShape, Trained, Quantization | None], list[str]]:
+    """Words about fused experts, for a method that adds nothing to them.
+
+    Args:
+        what: layers get, and experts do not, after "PEFT has no".
+    """
+
+    def notes(adapter: NamesTargets, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
+        in_full = any(part.kind == "experts" for part in trained.parts)
+        said = (
+            "adapter.modules_to_save trains them in full." if in_full else f"They are not trained: PEFT has no {what} for them."
+        )
+        held = how_experts_are_held(packed_experts(adapter, shape, quantization), shape, trained, quantization, "")
+        return [f"{of_experts(shape)}. {said}{held}"]
+
+    return notes
