@@ -21,7 +21,9 @@ from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
 from raytune.model.base_check import LoadingReport, check_base, check_finite, check_report
+from raytune.model.dropouts import set_dropouts
 from raytune.model.dtypes import DTYPES
+from raytune.model.freezing import freeze, recompute_from
 from raytune.model.kept_base import KeptBase
 from raytune.model.neftune import add_neftune
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
@@ -57,6 +59,9 @@ def load_model(
     base = kept.take(model, adapter) if kept else None
     base = load_base(model, adapter, device, shard) if base is None else base
     adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
+    freeze(adapted, model.frozen)
+    if model.gradient_checkpointing:
+        recompute_from(adapted, model.lowest_layer)
     if kept and isinstance(adapted, PeftModel):
         kept.keep(model, adapter, adapted)
     return adapted
@@ -77,6 +82,7 @@ def load_base(
         arguments["device_map"] = {"": device}
         check_base(model.path, model.revision, model.trust_remote_code)
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
+    own_dropouts = set_dropouts(config, model.dropout)
     with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _sharding(shard):
         loaded, report = load(
             model_files(model.path, model.revision, with_code=model.trust_remote_code),
@@ -93,6 +99,7 @@ def load_base(
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
     loaded.config.use_cache = False
+    loaded.own_dropouts = own_dropouts
     if is_on_hub(model.path):  # an adapter names its base as everybody knows it, not this machine's folder
         loaded.name_or_path = loaded.config.name_or_path = model.path
     if model.liger:

@@ -27,6 +27,7 @@ from raytune.plan.defaults import (
 )
 from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, choose_fit, longest_row, room_of_worker
+from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
@@ -51,6 +52,7 @@ from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.trained import Trained
+from raytune.plan.update_groups import update_groups
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -111,7 +113,7 @@ def choose_plan(
     )
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
-    reasons += method.unread(adapter, shape)
+    reasons += method.unread(without_preset(config.adapter), shape)
     reasons += unread_overrides(training.zero, fit.zero_stage, precision)
     reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
@@ -143,6 +145,9 @@ def choose_plan(
             compile=training.compile,
             liger=training.liger,
             neftune_noise_alpha=training.neftune_noise_alpha,
+            frozen=frozen_names(setting.trained, shape),
+            lowest_layer=setting.trained.lowest_layer,
+            dropout=setting.dropout,
         ),
         data=DataPlan(
             train=data.train,
@@ -164,6 +169,7 @@ def choose_plan(
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
         notes=[
+            *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
@@ -301,6 +307,7 @@ def _optimization(
         learning_rate=rate,
         lora_plus_ratio=trained.way_back_rate_scale,
         lora_plus_embedding_rate=trained.embedding_rate,
+        update_groups=update_groups(trained),
         schedule=training.lr_scheduler_type,
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,

@@ -10,6 +10,7 @@ from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.defaults import Choice
+from raytune.plan.dropouts import WITHOUT_DROPOUT, drops_attention
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
@@ -101,7 +102,10 @@ def choose_attention(
 ) -> Choice[Attention]:
     """The first kind that the machine prefers and that computes in this precision."""
     usable: list[Attention] = [
-        kind for kind in machine.attention if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
+        kind
+        for kind in machine.attention
+        if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
+        and not (kind in WITHOUT_DROPOUT and drops_attention(config.model))
     ]
     wanted = config.model.attention
     if shape.why_lone:

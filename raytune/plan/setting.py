@@ -10,9 +10,11 @@ from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.division import Begun, most_that_divide
+from raytune.plan.dropouts import check_drops, resolve_dropout
+from raytune.plan.freezing import narrowed, trained_with
 from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
-from raytune.plan.methods import method_of, trained_by
+from raytune.plan.methods import method_of
 from raytune.plan.quantization import check_quantization, resolve_quantization
 from raytune.plan.requirements import (
     Device,
@@ -29,6 +31,7 @@ from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import check_stored_quantization
 from raytune.plan.trained import Trained
+from raytune.plan.update_groups import with_rates
 
 Value = TypeVar("Value")
 
@@ -47,8 +50,10 @@ class Setting:
     workers: int
     precision: Precision
     adapter: Adapter
-    """Without a preset's words about the base."""
+    """Without a preset's words about the base, and with the targets that `strategy.freeze` leaves."""
     quantization: Quantization | None
+    dropout: dict[str, float]
+    """Keys of the base's config with the rates that they are to have in training."""
     trained: Trained
     attention: Attention
     row_length: int
@@ -79,10 +84,19 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
     row_length = of(lambda: choose_row_length(config, shape))
     of(lambda: check_lone_documents(config, shape))
-    adapter = without_preset(config.adapter)
-    as_it_is = of(lambda: trained_by(adapter, shape))
+    section, freeze = without_preset(config.adapter), config.strategy.freeze
+    adapter = of(lambda: narrowed(section, shape, freeze))
+
+    def trained_over(held: Quantization | None) -> Trained | None:
+        if adapter is None:
+            return None
+        return with_rates(trained_with(adapter, shape, freeze, held), config.strategy, shape)
+
+    as_it_is = of(lambda: trained_over(None))
+    dropout = of(lambda: resolve_dropout(config.model, shape))
+    of(lambda: check_drops(config.model))
     of(lambda: check_overrides(config.training.zero))
-    of(lambda: method_of(adapter).check(adapter, config, shape))
+    of(lambda: method_of(section).check(section, config, shape))
     of(lambda: check_cluster(config.cluster))
     device: Device | None = None if machine is None else of(lambda: choose_device(config, machine))
     if machine is None or device is None:
@@ -96,14 +110,16 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
     quantization = of(lambda: resolve_quantization(config, precision.value))
     held = quantization.value if quantization else None
-    trained = as_it_is if held is None else of(lambda: trained_by(adapter, shape, held))
+    trained = as_it_is if held is None else of(lambda: trained_over(held))
     attention = of(lambda: choose_attention(config, shape, machine, device, precision.value))
     stages = of(lambda: possible_stages(config, shape, device, num_workers, precision.value))
     if quantization is not None and trained is not None:
         of(lambda: check_quantization(config, trained, precision.value))
         of(lambda: check_stored_quantization(shape.stored_quantization, held, config.adapter, config.model.base))
     of(lambda: check_kernels(config, shape, device))
-    if row_length is None or quantization is None or trained is None or attention is None or stages is None:
+    if row_length is None or adapter is None or trained is None or dropout is None:
+        return None
+    if quantization is None or attention is None or stages is None:
         return None
     reasons = [workers.reason, precision.reason, quantization.reason, attention.reason]
     if num_workers != workers.value and begun:
@@ -116,6 +132,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         precision=precision.value,
         adapter=adapter,
         quantization=quantization.value,
+        dropout=dropout,
         trained=trained,
         attention=attention.value,
         row_length=row_length,

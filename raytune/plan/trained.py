@@ -24,6 +24,12 @@ class TrainedPart:
     """That are trained, biases and magnitudes with them."""
     rank: int = 0
     """Of a low-rank update; 0 of others."""
+    is_parameter: bool = False
+    """Whether it is a parameter outside of layers, and not a module."""
+    rate_scale: float = 1.0
+    """What the learning rate is multiplied by (plan.update_groups)."""
+    weight_decay: float | None = None
+    """In place of the run's; None: the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +92,18 @@ class Trained:
 def lowest_layer(names: Iterable[str], shape: ModelShape) -> int:
     """The lowest layer that a backward pass reaches which trains modules of these names; embeddings lie below the first."""
     after = {shape.final_norm.name, shape.head.name}
-    return min((_layer_of(name, shape) for name in names if name not in after), default=shape.num_layers)
+    return min((layer_of(name, shape) or 0 for name in names if name not in after), default=shape.num_layers)
 
 
-def _layer_of(name: str, shape: ModelShape) -> int:
+def layer_of(name: str, shape: ModelShape) -> int | None:
+    """The number of the layer that a module lies in; None: it lies in none."""
     rest = name.removeprefix(f"{shape.layers_name}.")
-    return int(rest.partition(".")[0]) if rest != name else 0
+    return int(rest.partition(".")[0]) if rest != name else None
+
+
+def num_sides(modules: Iterable[Module]) -> int:
+    """Rows and columns of matrices that are trained whole, and the entries of what is no matrix."""
+    return sum(module.inputs + module.outputs + module.num_biases for module in modules)
 
 
 def whole_parts(modules: Iterable[Module]) -> list[TrainedPart]:

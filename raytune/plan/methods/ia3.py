@@ -9,7 +9,7 @@ from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import check_names, has_name, saved_modules, target_modules, unread_exclusions
+from raytune.plan.methods.targets import check_names, has_name, in_short, saved_modules, target_modules, unread_exclusions
 from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
 
@@ -121,8 +121,7 @@ def _unread(adapter: Ia3Adapter, shape: ModelShape) -> Iterator[str]:
 
 
 def _in_words(adapter: Ia3Adapter, held: str, trained: str) -> str:
-    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
-    return f"ia3 on {', '.join(named)}{held}, {trained}"
+    return f"ia3 on {in_short(adapter.target_modules)}{held}, {trained}"
 
 
 def _expert_notes(adapter: Ia3Adapter, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
