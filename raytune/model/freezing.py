@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytune.model.layers import layers_of
 
@@ -19,14 +19,14 @@ def recompute_from(model: nn.Module, lowest_layer: int) -> None:
     """Let activation checkpointing begin at a layer, below which nothing is trained.
 
     Reentrant checkpointing gives gradients only to what enters a layer with one, so PEFT has the embeddings begin one, which takes
-    backward passes through every frozen layer below. Here it begins where something is trained, and nothing is recomputed below.
+    backward passes through every frozen layer. Here it begins where something is trained, and nothing is recomputed below.
 
     Args:
         model: with checkpointing enabled.
         lowest_layer: the lowest one that a backward pass has to reach; the number of layers where only what follows is trained.
     """
     found = layers_of(model)
-    if found is None or not lowest_layer:
+    if found is None:
         return
     layers = found[1]
     for module in model.modules():
@@ -41,6 +41,6 @@ def recompute_from(model: nn.Module, lowest_layer: int) -> None:
 
 
 def _begin_gradient(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    stream = arguments[0] if arguments else named["hidden_states"]
-    if torch.is_grad_enabled():
+    stream = arguments[0] if arguments else named.get("hidden_states")
+    if isinstance(stream, Tensor) and torch.is_grad_enabled():
         stream.requires_grad_(True)

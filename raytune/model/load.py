@@ -109,6 +109,7 @@ def load_base(
         # ZeRO-3 gathers weights in hooks around forward; with adapters, only reentrant checkpointing runs them in the
         # recomputation as it did at first (https://github.com/huggingface/trl/issues/2514).
         loaded.activation_checkpointing_enable({"use_reentrant": is_sharded})
+        loaded.disable_input_require_grads()  # once here: PEFT enables it again, and forgets what there was
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
     return loaded
