@@ -18,8 +18,8 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 def recompute_from(model: nn.Module, lowest_layer: int) -> None:
     """Let activation checkpointing begin at a layer, below which nothing is trained.
 
-    Reentrant checkpointing gives gradients only to what enters a layer with one, so PEFT has the embeddings begin one, which takes
-    backward passes through every frozen layer. Here it begins where something is trained, and nothing is recomputed below.
+    Reentrant checkpointing gives gradients only where what enters a layer has one, so PEFT has the embeddings begin one, which
+    takes backward passes through every frozen layer. Here it begins where something is trained; nothing is recomputed below.
 
     Args:
         model: with checkpointing enabled.

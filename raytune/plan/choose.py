@@ -52,7 +52,7 @@ from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.trained import Trained
-from raytune.plan.update_groups import update_groups
+from raytune.plan.update_groups import rate_notes, update_groups
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -170,6 +170,7 @@ def choose_plan(
         num_trainable=setting.trained.num_trainable,
         notes=[
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
+            *rate_notes(setting.trained, config.strategy, shape),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),

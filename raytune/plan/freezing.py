@@ -1,4 +1,4 @@
-"""What `strategy.freeze` leaves of what a method trains: a smaller `Trained`, and for adapters a section with fewer targets. Pure."""
+"""What `strategy.freeze` leaves of what a method trains: a smaller `Trained`; of adapters, a section with fewer targets. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -184,8 +184,8 @@ def _with_tied(kept: set[str], frozen: set[str], shape: ModelShape, freeze: Free
         return kept | {head}
     if freeze.train_only and embedding not in frozen:
         raise UserError(
-            f"{FREEZE}.train_only takes in {head} and not {embedding}, but {tied}, and training it takes backward passes through all "
-            f"layers. Add `embeddings`, or leave `{head}` out and train `norms` or the last layers.",
+            f"{FREEZE}.train_only takes in {head} and not {embedding}, but {tied}, and training it takes backward passes through "
+            f"all layers. Add `embeddings`, or leave `{head}` out and train `norms` or the last layers.",
             keys=(f"{FREEZE}.train_only",),
         )
     if freeze.train_only:

@@ -50,6 +50,15 @@ def with_rates(trained: Trained, strategy: StrategySection, shape: ModelShape) -
     return replace(trained, parts=tuple(parts))
 
 
+def rate_notes(trained: Trained, strategy: StrategySection, shape: ModelShape) -> Iterator[str]:
+    """What is not to be expected of rates, in sentences."""
+    embedding = shape.embeddings[0].name
+    if strategy.layer_rate_decay != 1 and trained.is_base and shape.is_tied and embedding in trained.whole:
+        yield (
+            f"{shape.head.name} is {embedding} (tied): strategy.layer_rate_decay has it learn as the embeddings do, slowest of all."
+        )
+
+
 def distance_from_top(part: TrainedPart, trained: Trained, shape: ModelShape) -> int:
     """Steps down from the output head and the norm before it: 1 to the last layer, one more than there are layers to embeddings.
 
