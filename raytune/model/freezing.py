@@ -35,7 +35,7 @@ def recompute_from(model: nn.Module, lowest_layer: int) -> None:
     for layer in layers[:lowest_layer]:
         for module in layer.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+                module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
     if lowest_layer < len(layers) and _begin_gradient not in layers[lowest_layer]._forward_pre_hooks.values():  # of a kept base
         layers[lowest_layer].register_forward_pre_hook(_begin_gradient, with_kwargs=True)
 

@@ -7,13 +7,14 @@ all parts; a test holds that against the allocator. Not in here: fragmentation a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision
 from raytune.plan.quantization import constant_bytes, num_quantised, packed_bytes
 from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
 from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained
+from raytune.plan.trained import Trained, layer_of
 from raytune.units import GIB, MIB
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -109,6 +110,11 @@ class Workload:
         whole = self.shape.num_parameters - num_quantised(self.shape, self.trained)
         return packed_bytes(self.quantization, self.shape, self.trained) + dtype * whole + trained
 
+    @property
+    def num_reached(self) -> int:
+        """Layers that a backward pass runs through."""
+        return self.shape.num_layers - self.trained.lowest_layer
+
     def share(self, from_stage: int) -> int:
         """Ranks that divide what ZeRO shards from this stage on."""
         return self.workers if self.zero_stage >= from_stage else 1
@@ -201,7 +207,8 @@ def checkpoint_bytes(work: Workload) -> int:
     trained = work.trained.num_trainable
     num_whole = 0
     if work.zero_stage in (1, 2):
-        keeps_head = work.shape.is_tied and not work.trained.is_base
+        trains_tied = work.trained.is_base and work.shape.embeddings[0].name in work.trained.whole
+        keeps_head = work.shape.is_tied and not trains_tied
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
     return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole)
 
@@ -228,15 +235,28 @@ def _weight_bytes(work: Workload) -> float:
 def _autocast_bytes(work: Workload) -> float:
     """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp).
 
-    It knows linear layers, and not the grouped products of experts.
+    It knows linear layers, and not the grouped products of experts. A frozen fp32 weight is cast wherever it is used, for as long
+    as a backward pass has to come back through it.
     """
+    trained, shape = work.trained, work.shape
     if work.engine != "plain" or work.precision == "fp32":
         return 0
-    num_cast = work.trained.num_trainable - work.trained.num_in_experts
-    if work.trained.is_base:
-        kinds = work.shape.parameters_by_kind
-        num_cast -= kinds["experts"] + (0 if work.shape.is_tied else kinds["embedding"])
+    num_cast = trained.num_trainable - trained.num_in_experts
+    if trained.is_base:
+        names = trained.whole
+        not_cast = [one for one in shape.modules() if one.name in names and one.kind in ("experts", "embedding")]
+        num_cast -= sum(one.num_parameters for one in not_cast if one.kind == "experts" or not shape.is_tied)
+        if not work.has_checkpointing:
+            num_cast += _num_frozen_products(trained, shape)
     return BYTES[work.precision] * num_cast
+
+
+@lru_cache(maxsize=4)
+def _num_frozen_products(trained: Trained, shape: ModelShape) -> int:
+    """Weights of linear layers of a trained base that are frozen and that gradients pass through."""
+    frozen = (module for module in shape.modules() if module.is_linear and module.name not in trained.whole)
+    layers = ((one.num_parameters, layer_of(one.name, shape)) for one in frozen)
+    return sum(size for size, layer in layers if layer is None or layer >= trained.lowest_layer)
 
 
 def _gradient_bytes(work: Workload) -> float:
@@ -307,8 +327,8 @@ def _kept_bytes(work: Workload) -> float:
     shape, width = work.shape, BYTES[work.weight_dtype]
     around = work.num_tokens * shape.hidden * (4 + 2 * width)
     if work.has_checkpointing:
-        return around + shape.num_layers * work.num_tokens * shape.hidden * width
-    return around + (shape.num_layers - 1) * layer_activation_bytes(work)
+        return around + work.num_reached * work.num_tokens * shape.hidden * width
+    return around + max(0, work.num_reached - 1) * layer_activation_bytes(work)
 
 
 def _activation_gradient_bytes(work: Workload) -> float:
@@ -327,15 +347,16 @@ def layer_activation_bytes(work: Workload) -> float:
     holds it against what autograd saves. What is kept once per model (tables of rotary embeddings) counts by its share.
     """
     shape, width = work.shape, BYTES[work.precision]
-    trains_base = work.trained.is_base
+    trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
+    kept = _kept_by_weights(work.trained, shape)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
     widths_of_norms = sum(per_head.get(module.name, module.outputs) for module in shape.layer if module.kind == "norm")
     width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
-    normalised = widths_of_norms * (4 + (width_of_normalised if trains_base else 0))
+    normalised = widths_of_norms * (4 + width_of_normalised * kept.norms)
     # The first norm of all is in front of everything that a frozen base trains.
-    normalised -= 0 if trains_base else 4 * shape.hidden / shape.num_layers
+    normalised -= 0 if trains_base else 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
     # An adapter in another dtype keeps casts of its inputs instead of the inputs, which are counted below.
@@ -348,16 +369,64 @@ def layer_activation_bytes(work: Workload) -> float:
     if work.attention == "varlen" and not work.is_on_gpu and not keeps_casts:
         attention += width * queries  # outputs document by document, and end to end
     has_rotary = len(shape.embeddings) == 1
-    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / shape.num_layers if has_rotary else 0
+    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / num_layers if has_rotary else 0
     attention = max(attention, STATE_STEPS * width * shape.state_width)
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
+    num_steps -= 0 if kept.ways_back is None else 1 - kept.ways_back
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work)
 
 
-def _expert_bytes(work: Workload, num_steps: int) -> float:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeptByWeights:
+    """What trained weights of the base keep in a layer that a backward pass runs through, on the average of these layers."""
+
+    norms: float
+    """Share of the norms that keep what they normalised."""
+    readers: float
+    """Linear layers that keep what they read from the stream."""
+    streams: float
+    """How often that is kept where layers that read the same share it: before attention, and before the MLP."""
+    ways_back: float | None
+    """Share of the MLPs that keep what enters their last layer; None: what an adapter keeps of that counts elsewhere."""
+
+
+@lru_cache(maxsize=4)
+def _kept_by_weights(trained: Trained, shape: ModelShape) -> _KeptByWeights:
+    if not trained.is_base:
+        return _KeptByWeights(norms=0.0, readers=0.0, streams=2.0, ways_back=None)
+    # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
+    linear = [module.name for module in shape.layer if module.is_linear or module.kind == "router"]
+    mlp = [module.name for module in shape.layer if module.kind == "mlp"]
+    ways_back = mlp[-1:] if shape.intermediate > shape.expert_width else []
+    attention = [module.name for module in shape.layer if module.kind == "attention"]
+    readers = [name for name in linear if name not in (*ways_back, *attention[-1:])]
+    norms = [module.name for module in shape.layer if module.kind == "norm"]
+    layers = range(trained.lowest_layer, shape.num_layers)
+    names = trained.whole
+
+    def share(wanted: list[str]) -> float:
+        """Of modules of such names, those that are trained."""
+        found = [f"{shape.layers_name}.{index}.{name}" in names for index in layers for name in wanted]
+        return sum(found) / len(found) if found else 1.0
+
+    def any_share(wanted: list[str]) -> float:
+        """Of layers, those in which one of such modules is trained."""
+        found = [any(f"{shape.layers_name}.{index}.{name}" in names for name in wanted) for index in layers]
+        return sum(found) / len(found) if found else 1.0
+
+    before_attention = [name for name in readers if name in attention]
+    return _KeptByWeights(
+        norms=share(norms),
+        readers=len(readers) * share(readers),
+        streams=any_share(before_attention) + any_share([name for name in readers if name not in before_attention]),
+        ways_back=share(ways_back),
+    )
+
+
+def _expert_bytes(work: Workload, num_steps: float) -> float:
     """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
     trains_experts = work.trained.is_base or work.trained.num_updated_per_layer > 0
     gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
@@ -370,7 +439,7 @@ def _updated_expert_bytes(work: Workload) -> float:
 
     The update itself is cast to the weights' dtype if it has another.
     """
-    casts = work.trained.num_in_experts / work.shape.num_layers if work.trained_dtype != work.weight_dtype else 0
+    casts = work.trained.num_in_experts / max(1, work.num_reached) if work.trained_dtype != work.weight_dtype else 0
     return BYTES[work.weight_dtype] * (work.trained.num_updated_per_layer + casts)
 
 
@@ -384,16 +453,15 @@ def _linear_input_bytes(work: Workload) -> float:
     shape, width = work.shape, BYTES[work.precision]
     shared = 2 * shape.hidden * width
     trained = work.trained
+    num_layers = max(1, work.num_reached)
     if trained.is_base:
-        # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
-        readers = [module for module in shape.layer if module.is_linear or module.kind == "router"]
-        num_readers = len(readers) - (2 if shape.intermediate > shape.expert_width else 1)
-        return num_readers * shape.hidden * width if work.weight_dtype != work.precision else shared
-    inner = trained.inner_width * width / shape.num_layers
+        kept = _kept_by_weights(trained, shape)
+        return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
+    inner = trained.inner_width * width / num_layers
     casts = work.trained_dtype != work.precision
     if not trained.reads_inputs:
-        return inner + (trained.scaled_inputs * BYTES[work.trained_dtype] / shape.num_layers if casts else 0)
-    cast = trained.target_inputs * width / shape.num_layers
+        return inner + (trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0)
+    cast = trained.target_inputs * width / num_layers
     return inner + (cast if casts or trained.drops_inputs else shared) + (cast if trained.drops_inputs else 0)
 
 

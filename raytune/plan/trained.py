@@ -73,6 +73,10 @@ class Trained:
     embedding_rate: float | None = None
     """Peak rate of low-rank updates of embeddings; None: they have the rate of all."""
 
+    def __hash__(self) -> int:
+        """Cheap, for the caches of a plan, which meets few of these."""
+        return hash((self.num_trainable, self.lowest_layer, len(self.parts)))
+
     @cached_property
     def num_trainable(self) -> int:
         """Parameters that are trained, an adapter's or the model's own."""

@@ -55,7 +55,7 @@ def rate_notes(trained: Trained, strategy: StrategySection, shape: ModelShape) -
     embedding = shape.embeddings[0].name
     if strategy.layer_rate_decay != 1 and trained.is_base and shape.is_tied and embedding in trained.whole:
         yield (
-            f"{shape.head.name} is {embedding} (tied): strategy.layer_rate_decay has it learn as the embeddings do, slowest of all."
+            f"{shape.head.name} is {embedding} (tied): strategy.layer_rate_decay lets it learn as embeddings do, slowest of all."
         )
 
 
