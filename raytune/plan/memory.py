@@ -149,8 +149,11 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
     head_gradient_at: tuple[Moment, ...] = ("last layer",) if work.chunk_tokens is None else until_last
     yield _part("weights in compute precision", _autocast_bytes(work), casts_at)
     yield _part("activations", _kept_bytes(work), until_last)
-    yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
-    yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
+    if work.num_reached:
+        yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
+        yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
+    else:
+        yield _part("activations of a layer", max(0, _passing_bytes(work) - _loss_bytes(work)), ("forward",))
     yield _part("a weight out of 4 or 8 bits", _dequantized_bytes(work), in_layers)
     yield _part("experts out of 4 bits", _expanded_expert_bytes(work), experts_at)
     yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
@@ -325,10 +328,18 @@ def _kept_bytes(work: Workload) -> float:
     embedding gives, and what the last norm computes in fp32 and gives.
     """
     shape, width = work.shape, BYTES[work.weight_dtype]
+    if not work.num_reached:
+        return work.num_tokens * shape.hidden * (4 + width)
     around = work.num_tokens * shape.hidden * (4 + 2 * width)
     if work.has_checkpointing:
         return around + work.num_reached * work.num_tokens * shape.hidden * width
     return around + max(0, work.num_reached - 1) * layer_activation_bytes(work)
+
+
+def _passing_bytes(work: Workload) -> float:
+    """What a layer without a backward pass holds while it computes: branches of the MLP and their product, beside the stream."""
+    shape = work.shape
+    return work.num_tokens * BYTES[work.weight_dtype] * ((2 + shape.has_gate) * shape.intermediate + 3 * shape.hidden)
 
 
 def _activation_gradient_bytes(work: Workload) -> float:
@@ -348,15 +359,15 @@ def layer_activation_bytes(work: Workload) -> float:
     """
     shape, width = work.shape, BYTES[work.precision]
     trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
-    kept = _kept_by_weights(work.trained, shape)
+    kept = _kept_by_weights(work.trained, shape, work.zero_stage == 3)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
     widths_of_norms = sum(per_head.get(module.name, module.outputs) for module in shape.layer if module.kind == "norm")
     width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
     normalised = widths_of_norms * (4 + width_of_normalised * kept.norms)
-    # The first norm of all is in front of everything that a frozen base trains.
-    normalised -= 0 if trains_base else 4 * shape.hidden / num_layers
+    # The first norm is in front of everything that is trained, unless embeddings are.
+    normalised -= 0 if trains_base and work.trained.num_whole_embeddings else 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
     # An adapter in another dtype keeps casts of its inputs instead of the inputs, which are counted below.
@@ -394,7 +405,11 @@ class _KeptByWeights:
 
 
 @lru_cache(maxsize=4)
-def _kept_by_weights(trained: Trained, shape: ModelShape) -> _KeptByWeights:
+def _kept_by_weights(trained: Trained, shape: ModelShape, keeps_all_inputs: bool) -> _KeptByWeights:
+    """
+    Args:
+        keeps_all_inputs: whether frozen linear layers keep their inputs too, as DeepSpeed's linear function of stage 3 does.
+    """
     if not trained.is_base:
         return _KeptByWeights(norms=0.0, readers=0.0, streams=2.0, ways_back=None)
     # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
@@ -407,14 +422,17 @@ def _kept_by_weights(trained: Trained, shape: ModelShape) -> _KeptByWeights:
     layers = range(trained.lowest_layer, shape.num_layers)
     names = trained.whole
 
+    def is_kept(layer: int, name: str) -> bool:
+        return (keeps_all_inputs and name in linear) or f"{shape.layers_name}.{layer}.{name}" in names
+
     def share(wanted: list[str]) -> float:
-        """Of modules of such names, those that are trained."""
-        found = [f"{shape.layers_name}.{index}.{name}" in names for index in layers for name in wanted]
+        """Of modules of such names, those that keep their inputs."""
+        found = [is_kept(index, name) for index in layers for name in wanted]
         return sum(found) / len(found) if found else 1.0
 
     def any_share(wanted: list[str]) -> float:
-        """Of layers, those in which one of such modules is trained."""
-        found = [any(f"{shape.layers_name}.{index}.{name}" in names for name in wanted) for index in layers]
+        """Of layers, those in which one of such modules does."""
+        found = [any(is_kept(index, name) for name in wanted) for index in layers]
         return sum(found) / len(found) if found else 1.0
 
     before_attention = [name for name in readers if name in attention]
@@ -455,7 +473,7 @@ def _linear_input_bytes(work: Workload) -> float:
     trained = work.trained
     num_layers = max(1, work.num_reached)
     if trained.is_base:
-        kept = _kept_by_weights(trained, shape)
+        kept = _kept_by_weights(trained, shape, work.zero_stage == 3)
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
     inner = trained.inner_width * width / num_layers
     casts = work.trained_dtype != work.precision
