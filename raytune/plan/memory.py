@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision
+from raytune.plan.kept_by_weights import kept_by_weights
 from raytune.plan.quantization import constant_bytes, num_quantised, packed_bytes
 from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
 from raytune.plan.shapes import ModelShape
@@ -359,7 +360,7 @@ def layer_activation_bytes(work: Workload) -> float:
     """
     shape, width = work.shape, BYTES[work.precision]
     trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
-    kept = _kept_by_weights(work.trained, shape, work.zero_stage == 3)
+    kept = kept_by_weights(work.trained, shape, work.zero_stage == 3)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
@@ -388,60 +389,6 @@ def layer_activation_bytes(work: Workload) -> float:
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _KeptByWeights:
-    """What trained weights of the base keep in a layer that a backward pass runs through, on the average of these layers."""
-
-    norms: float
-    """Share of the norms that keep what they normalised."""
-    readers: float
-    """Linear layers that keep what they read from the stream."""
-    streams: float
-    """How often that is kept where layers that read the same share it: before attention, and before the MLP."""
-    ways_back: float | None
-    """Share of the MLPs that keep what enters their last layer; None: what an adapter keeps of that counts elsewhere."""
-
-
-@lru_cache(maxsize=4)
-def _kept_by_weights(trained: Trained, shape: ModelShape, keeps_all_inputs: bool) -> _KeptByWeights:
-    """
-    Args:
-        keeps_all_inputs: whether frozen linear layers keep their inputs too, as DeepSpeed's linear function of stage 3 does.
-    """
-    if not trained.is_base:
-        return _KeptByWeights(norms=0.0, readers=0.0, streams=2.0, ways_back=None)
-    # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
-    linear = [module.name for module in shape.layer if module.is_linear or module.kind == "router"]
-    mlp = [module.name for module in shape.layer if module.kind == "mlp"]
-    ways_back = mlp[-1:] if shape.intermediate > shape.expert_width else []
-    attention = [module.name for module in shape.layer if module.kind == "attention"]
-    readers = [name for name in linear if name not in (*ways_back, *attention[-1:])]
-    norms = [module.name for module in shape.layer if module.kind == "norm"]
-    layers = range(trained.lowest_layer, shape.num_layers)
-    names = trained.whole
-
-    def is_kept(layer: int, name: str) -> bool:
-        return (keeps_all_inputs and name in linear) or f"{shape.layers_name}.{layer}.{name}" in names
-
-    def share(wanted: list[str]) -> float:
-        """Of modules of such names, those that keep their inputs."""
-        found = [is_kept(index, name) for index in layers for name in wanted]
-        return sum(found) / len(found) if found else 1.0
-
-    def any_share(wanted: list[str]) -> float:
-        """Of layers, those in which one of such modules does."""
-        found = [any(is_kept(index, name) for name in wanted) for index in layers]
-        return sum(found) / len(found) if found else 1.0
-
-    before_attention = [name for name in readers if name in attention]
-    return _KeptByWeights(
-        norms=share(norms),
-        readers=len(readers) * share(readers),
-        streams=any_share(before_attention) + any_share([name for name in readers if name not in before_attention]),
-        ways_back=share(ways_back),
-    )
 
 
 def _expert_bytes(work: Workload, num_steps: float) -> float:
@@ -473,7 +420,7 @@ def _linear_input_bytes(work: Workload) -> float:
     trained = work.trained
     num_layers = max(1, work.num_reached)
     if trained.is_base:
-        kept = _kept_by_weights(trained, shape, work.zero_stage == 3)
+        kept = kept_by_weights(trained, shape, work.zero_stage == 3)
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
     inner = trained.inner_width * width / num_layers
     casts = work.trained_dtype != work.precision
