@@ -77,6 +77,9 @@ _BESIDE = {
     "optimization.num_steps": ("training.max_steps", "training.num_train_epochs", "training.global_batch_size"),
     "optimization.num_rows": ("training.num_train_epochs", "training.max_steps", "training.global_batch_size"),
     "optimization.warmup_steps": ("training.warmup_steps", "training.warmup_ratio", "training.max_steps"),
+    "adapter.target_modules": ("strategy.freeze",),
+    "adapter.target_parameters": ("strategy.freeze",),
+    "adapter.exclude_modules": ("strategy.freeze",),
     "rows_per_step": (*_ROWS, "cluster.workers"),
 }
 """Values that follow from several keys."""
@@ -169,7 +172,8 @@ def _named(
     if leaf.startswith(("data.train", "data.validation", "template")):
         decided = [each for each in written if each.startswith(("data.", "model.base")) and each != "data.store"]
     else:
-        decided = [each for each in (key, *_BESIDE.get(leaf, ())) if each in written]
+        deciding = (key, *_BESIDE.get(leaf, ()))
+        decided = [each for each in written if any(f"{each}.".startswith(f"{one}.") for one in deciding)]
     if decided:
         yield from ((each, *written[each]) for each in decided)
     elif leaf.startswith(("data.train", "data.validation")):
