@@ -174,6 +174,7 @@ def _named(
     else:
         deciding = (key, *_BESIDE.get(leaf, ()))
         decided = [each for each in written if any(f"{each}.".startswith(f"{one}.") for one in deciding)]
+        decided = [each for each in decided if not any(other.startswith(f"{each}.") for other in decided)]  # an empty mapping
     if decided:
         yield from ((each, *written[each]) for each in decided)
     elif leaf.startswith(("data.train", "data.validation")):

@@ -56,11 +56,13 @@ def trained_names(shape: ModelShape, adapter: dict[str, Any], **freeze: Any) -> 
 
 
 def test_first_layers_of_a_full_run_are_frozen_as_layers() -> None:
-    frozen = planned(gpus(8), LLAMA_3_8B, adapter=FULL, strategy={"freeze": {"first_layers": 30, "embeddings": True}})
+    training = {"zero": {"stage": 2}, "per_device_train_batch_size": 1, "gradient_checkpointing": False, "loss": "chunked"}
+    freeze = {"first_layers": 30, "embeddings": True}
+    frozen = planned(gpus(8), LLAMA_3_8B, adapter=FULL, training=training, strategy={"freeze": freeze})
     assert frozen.model.frozen == ["model.embed_tokens", *(f"model.layers.{layer}" for layer in range(30))]
     assert frozen.model.lowest_layer == 30
     assert any("No backward pass runs below layer 30 (of 0 to 31)" in note for note in frozen.notes)
-    whole = planned(gpus(8), LLAMA_3_8B, adapter=FULL)
+    whole = planned(gpus(8), LLAMA_3_8B, adapter=FULL, training=training)
     layer = sum(module.num_parameters for module in LLAMA_3_8B.layer)
     assert whole.num_trainable - frozen.num_trainable == 30 * layer + 128256 * 4096
     assert bytes_in(frozen.memory, "device") < 0.6 * bytes_in(whole.memory, "device")
@@ -84,7 +86,7 @@ def test_an_instance_s_step_is_shorter_the_more_is_frozen() -> None:
     whole, half, head = step_s(), step_s(embeddings=True, first_layers=16), step_s(train_only=["head", "model.norm"])
     assert head < half < whole
     assert half == pytest.approx(2 / 3 * whole, rel=0.05), "half of the layers need a third of the work"
-    assert head == pytest.approx(1 / 3 * whole, rel=0.1)
+    assert head == pytest.approx(1 / 3 * whole, rel=0.2), "forward passes, and all of the head's"
 
 
 @pytest.mark.parametrize("shape", [DEMO, MIXTRAL, GPT2], ids=["llama", "mixtral", "gpt2"])
