@@ -99,8 +99,11 @@ def test_the_settings_matter(untied: Material) -> None:
 MANY = {"layer_rate_decay": 0.5, "rate_scales": {"mlp": 3.0}, "weight_decay_of": {"self_attn": 0.0}}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("adapter", [FULL, LORA_PLUS], ids=["full", "lora+"])
+@pytest.mark.parametrize(
+    ("adapter", "stage"),
+    [(FULL, 1), (FULL, 2), (FULL, 3), (LORA_PLUS, 3), *(pytest.param(LORA_PLUS, n, marks=pytest.mark.slow) for n in (1, 2))],
+    ids=str,
+)
 def test_every_stage_on_two_ranks_equals_one_plain_process(adapter: dict[str, Any], stage: int, untied: Material) -> None:
     alone = train(strategy_plan(untied, MANY, adapter))
     sharded = run(strategy_plan(untied, MANY, adapter, workers=2, stage=stage))
