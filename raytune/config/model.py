@@ -1,8 +1,8 @@
 """`model`: which weights to start from and how the model computes."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from raytune.config.section import Auto, Section, Text
 
@@ -30,6 +30,20 @@ class Quantization(Section):
         return self.format != "int8"
 
 
+DropoutRate = Annotated[float, Field(ge=0, lt=1, examples=[0.1])]
+
+
+class DropoutSection(Section):
+    """Shares of numbers that training sets to 0, where the base's architecture has such a dropout; null leaves the base's own."""
+
+    attention: DropoutRate | None = None
+    """Of the attention probabilities."""
+    hidden: DropoutRate | None = None
+    """Of what attention and MLP add to the stream."""
+    embedding: DropoutRate | None = None
+    """Of the embeddings."""
+
+
 class ModelSection(Section):
     base: Text = "demo"
     """Model to start from: a local folder, a Hugging Face hub id, or `demo` for the tiny model that ships with raytune. A run has
@@ -52,6 +66,8 @@ class ModelSection(Section):
     quant_storage: QuantStorage | Auto = "auto"
     """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto`
     chooses."""
+    dropout: DropoutSection = DropoutSection()
+    """Dropout of the base in training, in place of what its config says. The saved model keeps the base's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. A hub model needs `revision` to be a full commit hash; that of a local folder is
     part of the run, as its weights are."""

@@ -307,7 +307,7 @@ READERS: dict[str, Reader] = {
     **_read("", "version", "config.run"),
     **_read("", "name storage", "launch.run"),
     **_read("", "preset", "config.presets"),
-    **_read("", "model data adapter training evaluation checkpoint cluster sweep provider", "config.run"),
+    **_read("", "model data adapter strategy training evaluation checkpoint cluster sweep provider", "config.run"),
     # model
     **_read("model", "base trust_remote_code", "launch.prepare"),
     **_read("model", "revision", "launch.prepare", needs=(_HUB_MODEL,)),
@@ -316,6 +316,8 @@ READERS: dict[str, Reader] = {
     **_read("model", "double_quantization", "config.quantization", needs=(_agrees("double_quantization"), _four_bits("model"))),
     **_read("model", "quant_compute_dtype", "config.quantization", needs=(_agrees("compute_dtype"), _four_bits("model"))),
     **_read("model", "quant_storage", "config.quantization", needs=(_agrees("quant_storage"), _four_bits("model"))),
+    **_read("model", "dropout", "plan.dropouts"),
+    **_read("model.dropout", "attention hidden embedding", "config.model"),
     # data
     **_read("data", "train validation", "launch.stores"),
     **_rows_of_sources("data.train"),
@@ -344,6 +346,10 @@ READERS: dict[str, Reader] = {
     ),
     **_read("adapter", "quantization", "config.adapter"),
     **_read("adapter", "double_quantization compute_dtype quant_storage", "config.adapter", needs=(_four_bits("adapter"),)),
+    # strategy
+    **_read("strategy", "freeze", "plan.setting"),
+    **_read("strategy.freeze", "embeddings first_layers modules train_only", "plan.freezing"),
+    **_read("strategy", "layer_rate_decay rate_scales weight_decay_of", "plan.update_groups"),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

@@ -12,6 +12,7 @@ from raytune.config.evaluation import EvaluationSection
 from raytune.config.model import ModelSection
 from raytune.config.provider import ProviderSection
 from raytune.config.section import Section, Text
+from raytune.config.strategy import StrategySection
 from raytune.config.sweep import SweepSection
 from raytune.config.training import TrainingSection
 
@@ -38,6 +39,8 @@ class RunConfig(Section):
     """The rows, and how they become tokens and targets."""
     adapter: Adapter = LoraAdapter()
     """Which parameters are trained, and how (`method`)."""
+    strategy: StrategySection = StrategySection()
+    """What of these stays frozen, and how fast each of the others learns."""
     training: TrainingSection = TrainingSection()
     """Optimisation, precision, memory and sharding."""
     evaluation: EvaluationSection = EvaluationSection()

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from raytune.model.adapters import adapting_with
+from raytune.model.dropouts import set_dropouts
 from raytune.model.packed_experts import packed_experts
 from raytune.model.quantize import quantized_modules
 from raytune.model.stopping import save_generation_config
@@ -75,6 +76,7 @@ def save_model(
     """
     config = copy.deepcopy(model.config)
     config.use_cache = True  # switched off for training only
+    set_dropouts(config, getattr(model, "own_dropouts", {}))  # set for training only
     config.architectures = [type(model).__name__]
     save_own_code(model, config, folder)
     write_weights(config, _as_published(model, chain(tensors, _buffers(model))), folder, max_shard_bytes)

@@ -22,7 +22,9 @@ from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
 from raytune.model.base_check import check_base
+from raytune.model.dropouts import set_dropouts
 from raytune.model.dtypes import DTYPES
+from raytune.model.freezing import freeze, recompute_from
 from raytune.model.kept_base import KeptBase
 from raytune.model.loading_report import LoadingReport, check_report
 from raytune.model.neftune import add_neftune
@@ -60,6 +62,9 @@ def load_model(
     base = kept.take(model, adapter) if kept else None
     base = load_base(model, adapter, device, shard) if base is None else base
     adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
+    freeze(adapted, model.frozen)
+    if model.gradient_checkpointing:
+        recompute_from(adapted, model.lowest_layer)
     if kept and isinstance(adapted, PeftModel):
         kept.keep(model, adapter, adapted)
     return adapted
@@ -82,6 +87,7 @@ def load_base(
         arguments["device_map"] = {"": device}
         check_base(model.path, model.revision, model.trust_remote_code)
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
+    own_dropouts = set_dropouts(config, model.dropout)
     with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _sharding(shard):
         loaded, report = load(
             model_files(model.path, model.revision, with_code=model.trust_remote_code),
@@ -98,6 +104,7 @@ def load_base(
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
     loaded.config.use_cache = False
+    loaded.own_dropouts = own_dropouts
     if is_on_hub(model.path):  # an adapter names its base as everybody knows it, not this machine's folder
         loaded.name_or_path = loaded.config.name_or_path = model.path
     if model.liger:
@@ -107,6 +114,7 @@ def load_base(
         # ZeRO-3 gathers weights in hooks around forward; with adapters, only reentrant checkpointing runs them in the
         # recomputation as it did at first (https://github.com/huggingface/trl/issues/2514).
         loaded.activation_checkpointing_enable({"use_reentrant": is_sharded})
+        loaded.disable_input_require_grads()  # once here: PEFT enables it again, and forgets what there was
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
     return loaded

@@ -28,8 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from raytune.errors import ModelError
 from raytune.model.adapters.targets import MLP
 from raytune.model.attention import keeps_state, lone_attention, packing_obstacle
+from raytune.model.dropouts import dropout_keys
 from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
 from raytune.model.kernels import bypassed_layers, bypassed_norms
+from raytune.model.layers import layers_of
 from raytune.model.norms import is_norm
 from raytune.model.pretrained import load_config, model_class
 from raytune.plan.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
@@ -135,7 +137,10 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
     hidden = _number(config, "hidden_size")
     heads = 0 if stateful and not hasattr(config, "num_attention_heads") else _number(config, "num_attention_heads")
     head_dim: int = (getattr(config, "head_dim", None) or hidden // heads) if heads else 0
-    layers_name, layers = _largest_list(model)
+    found = layers_of(model)
+    if found is None:
+        raise _NotCovered("its layers are in no list")
+    layers_name, layers = found
     kinds, kind_of_layer = _layers(layers_name, layers, config, stateful=stateful)
     embeddings, final_norm, head = _around(model, layers_name, config, stateful=stateful)
     intermediate, has_gate = _widest_mlp(kinds, hidden) if stateful else _mlp(kinds[0], hidden)
@@ -161,6 +166,7 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
         state_width=max(_state_width(kind) for kind in kinds),
         why_lone=why_lone or "",
         lone_attention=tuple(lone_attention(type(model))) if why_lone else (),
+        dropouts=dropout_keys(type(model), model.config),
         embeddings=embeddings,
         final_norm=final_norm,
         head=head,
@@ -176,14 +182,6 @@ def _number(config: PretrainedConfig, key: str) -> int:
     if not isinstance(value, int):
         raise _NotCovered(f"its config has no {key}")
     return value
-
-
-def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The model's layers, under their name."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise _NotCovered("its layers are in no list")
-    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
 def _layers(

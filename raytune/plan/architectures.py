@@ -95,6 +95,8 @@ class _Family:
     """Of an expert that every token passes through."""
     names_of_experts: tuple[str, ...] = ()
     """As of `ModelShape`."""
+    other_dropouts: tuple[tuple[str, str], ...] = ()
+    """As `dropouts` of `ModelShape`, besides that of attention."""
 
 
 _GEMMA_2_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -117,7 +119,7 @@ _LLAMA_LIKE = {
         kv_heads=4,
         max_positions=131_072,
     ),
-    "phi3": _Family(is_fused=True, max_positions=4096),
+    "phi3": _Family(is_fused=True, other_dropouts=(("hidden", "resid_pdrop"),), max_positions=4096),
     "mixtral": _Family(kv_heads=8, num_experts=8, experts_per_token=2, max_positions=131_072),
     "qwen2_moe": _Family(
         input_bias=True,
@@ -202,6 +204,7 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
         embeddings=(_embedding("model.embed_tokens", vocab, hidden),),
         final_norm=_norm("model.norm", hidden),
         head=_head(hidden, vocab),
+        dropouts=(("attention", "attention_dropout"), *family.other_dropouts),
     )
 
 
@@ -276,6 +279,7 @@ def _gpt2(numbers: _Numbers) -> ModelShape:
         embeddings=(_embedding("transformer.wte", vocab, hidden), _embedding("transformer.wpe", positions, hidden)),
         final_norm=_norm("transformer.ln_f", hidden, has_bias=True),
         head=_head(hidden, vocab),
+        dropouts=(("attention", "attn_pdrop"), ("hidden", "resid_pdrop"), ("embedding", "embd_pdrop")),
     )
 
 
@@ -314,6 +318,7 @@ def _gpt_neox(numbers: _Numbers) -> ModelShape:
         embeddings=(_embedding("gpt_neox.embed_in", vocab, hidden),),
         final_norm=_norm("gpt_neox.final_layer_norm", hidden, has_bias=True),
         head=_head(hidden, vocab),
+        dropouts=(("attention", "attention_dropout"), ("hidden", "hidden_dropout")),
     )
 
 

@@ -9,6 +9,7 @@ Longer than most files, because every part of a plan is made here, in the order 
 import math
 from typing import TypeVar
 
+from raytune.config.adapter import without_preset
 from raytune.config.checkpoint import CheckpointSection
 from raytune.config.metric_names import METRICS
 from raytune.config.presets import preset_reasons
@@ -29,6 +30,7 @@ from raytune.plan.defaults import (
 )
 from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, choose_fit, longest_row, room_of_worker
+from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
@@ -52,6 +54,7 @@ from raytune.plan.run_plan import (
 from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stored_quantization import quantization_note
+from raytune.plan.update_groups import rate_notes, update_groups
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -107,7 +110,7 @@ def choose_plan(
     )
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
-    reasons += method.unread(adapter, shape)
+    reasons += method.unread(without_preset(config.adapter), shape)
     reasons += unread_overrides(training.zero, fit.zero_stage, precision)
     reasons += _reasons_of_cluster(config, machine)
     _check_generation(config, shape, machine, device)
@@ -139,6 +142,9 @@ def choose_plan(
             compile=training.compile,
             liger=training.liger,
             neftune_noise_alpha=training.neftune_noise_alpha,
+            frozen=frozen_names(setting.trained, shape),
+            lowest_layer=setting.trained.lowest_layer,
+            dropout=setting.dropout,
         ),
         data=DataPlan(
             train=data.train,
@@ -160,6 +166,8 @@ def choose_plan(
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
         notes=[
+            *freezing_notes(setting.trained, shape, config.strategy.freeze),
+            *rate_notes(setting.trained, config.strategy, shape),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
@@ -294,6 +302,7 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, reasons: _Rea
         learning_rate=rate,
         lora_plus_ratio=trained.way_back_rate_scale,
         lora_plus_embedding_rate=trained.embedding_rate,
+        update_groups=update_groups(trained),
         schedule=training.lr_scheduler_type,
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,

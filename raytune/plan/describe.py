@@ -12,6 +12,11 @@ from raytune.units import format_bytes, format_count, format_dollars, format_sec
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
 
+MOST_GROUPS = 6
+"""Lines of rates that are shown; an even number."""
+MOST_NAMES = 4
+"""Modules that a line of rates names."""
+
 MOMENT_NAMES: dict[Moment, str] = {
     "forward": "the forward pass's end",
     "loss": "the loss's backward pass",
@@ -31,6 +36,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
+        *_rates(plan),
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
         ("engine", _engine(plan)),
         ("attention", plan.model.attention),
@@ -169,6 +175,28 @@ def _optimizer(plan: RunPlan) -> str:
         f"{settings.optimizer}, learning rate {settings.learning_rate:g} ({settings.schedule}, "
         f"{_warmup_text(settings.warmup_steps)}), weight decay {settings.weight_decay:g}"
     )
+
+
+def _rates(plan: RunPlan) -> list[tuple[str, str]]:
+    """A line for each group of modules with settings of its own, the highest first, long lists without their middle."""
+    settings = plan.optimization
+    groups = settings.update_groups[::-1]
+    lines = [f"learning rate {settings.learning_rate:.3g} (x 1): all else"] if groups else []
+    for group in groups:
+        decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
+        rate = f"learning rate {settings.learning_rate * group.rate_scale:.3g} (x {group.rate_scale:.3g})"
+        lines.append(f"{rate}{decay}: {_some(group.modules)}")
+    if len(lines) > MOST_GROUPS:
+        left_out = len(lines) - MOST_GROUPS
+        half = MOST_GROUPS // 2
+        lines = [*lines[:half], f"... {left_out} others between these ...", *lines[-half:]]
+    return [("rates" if index == 0 else "", line) for index, line in enumerate(lines)]
+
+
+def _some(names: list[str]) -> str:
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[: MOST_NAMES - 1])}, ... {names[-1]} ({len(names)} modules)"
 
 
 def _warmup_text(steps: int) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from raytune.plan.deepspeed_keys import computing_overrides
 from raytune.plan.run_plan import ModelPlan, OptimizationPlan, RunPlan, StorePlan, todays_form
 
-_DIVIDES_MODEL = {"attention", "gradient_checkpointing", "compile", "liger", "dtype"}
+_DIVIDES_MODEL = {"attention", "gradient_checkpointing", "lowest_layer", "compile", "liger", "dtype"}
 """Of `ModelPlan`: which kernels compute the same products, what is computed again, and how weights are stored."""
 _DIVIDES_QUANTIZATION = "quant_storage"
 """Of how a quantised base is held: the dtype that packed 4-bit weights are kept in."""

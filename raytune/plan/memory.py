@@ -8,13 +8,15 @@ against each other: a part is given back where the next one is made.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from raytune.config.model import Attention, Quantization
 from raytune.config.training import Offload, Optimizer, Precision
+from raytune.plan.kept_by_weights import kept_by_weights
 from raytune.plan.quantization import constant_bytes, num_quantised, packed_bytes
 from raytune.plan.run_plan import MOMENTS, MemoryPart, Moment, Place, ZeroStage
 from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.trained import Trained, layer_of
 from raytune.units import GIB, MIB
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -110,6 +112,11 @@ class Workload:
         whole = self.shape.num_parameters - num_quantised(self.shape, self.trained)
         return packed_bytes(self.quantization, self.shape, self.trained) + dtype * whole + trained
 
+    @property
+    def num_reached(self) -> int:
+        """Layers that a backward pass runs through."""
+        return self.shape.num_layers - self.trained.lowest_layer
+
     def share(self, from_stage: int) -> int:
         """Ranks that divide what ZeRO shards from this stage on."""
         return self.workers if self.zero_stage >= from_stage else 1
@@ -144,8 +151,11 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
     head_gradient_at: tuple[Moment, ...] = ("last layer",) if work.chunk_tokens is None else until_last
     yield _part("weights in compute precision", _autocast_bytes(work), casts_at)
     yield _part("activations", _kept_bytes(work), until_last)
-    yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
-    yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
+    if work.num_reached:
+        yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
+        yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
+    else:
+        yield _part("activations of a layer", max(0, _passing_bytes(work) - _loss_bytes(work)), ("forward",))
     yield _part("a weight out of 4 or 8 bits", _dequantized_bytes(work), in_layers)
     yield _part("experts out of 4 bits", _expanded_expert_bytes(work), experts_at)
     yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
@@ -202,7 +212,8 @@ def checkpoint_bytes(work: Workload) -> int:
     trained = work.trained.num_trainable
     num_whole = 0
     if work.zero_stage in (1, 2):
-        keeps_head = work.shape.is_tied and not work.trained.is_base
+        trains_tied = work.trained.is_base and work.shape.embeddings[0].name in work.trained.whole
+        keeps_head = work.shape.is_tied and not trains_tied
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
     return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole)
 
@@ -230,15 +241,28 @@ def _weight_bytes(work: Workload) -> float:
 def _autocast_bytes(work: Workload) -> float:
     """torch.autocast casts a trained fp32 weight once per forward pass; the copy lives until its backward pass (torch.amp).
 
-    It knows linear layers, and not the grouped products of experts.
+    It knows linear layers, and not the grouped products of experts. A frozen fp32 weight is cast wherever it is used, for as long
+    as a backward pass has to come back through it.
     """
+    trained, shape = work.trained, work.shape
     if work.engine != "plain" or work.precision == "fp32":
         return 0
-    num_cast = work.trained.num_trainable - work.trained.num_in_experts
-    if work.trained.is_base:
-        kinds = work.shape.parameters_by_kind
-        num_cast -= kinds["experts"] + (0 if work.shape.is_tied else kinds["embedding"])
+    num_cast = trained.num_trainable - trained.num_in_experts
+    if trained.is_base:
+        names = trained.whole
+        not_cast = [one for one in shape.modules() if one.name in names and one.kind in ("experts", "embedding")]
+        num_cast -= sum(one.num_parameters for one in not_cast if one.kind == "experts" or not shape.is_tied)
+        if not work.has_checkpointing:
+            num_cast += _num_frozen_products(trained, shape)
     return BYTES[work.precision] * num_cast
+
+
+@lru_cache(maxsize=4)
+def _num_frozen_products(trained: Trained, shape: ModelShape) -> int:
+    """Weights of linear layers of a trained base that are frozen and that gradients pass through."""
+    frozen = (module for module in shape.modules() if module.is_linear and module.name not in trained.whole)
+    layers = ((one.num_parameters, layer_of(one.name, shape)) for one in frozen)
+    return sum(size for size, layer in layers if layer is None or layer >= trained.lowest_layer)
 
 
 def _gradient_bytes(work: Workload) -> float:
@@ -307,10 +331,18 @@ def _kept_bytes(work: Workload) -> float:
     embedding gives, and what the last norm computes in fp32 and gives.
     """
     shape, width = work.shape, BYTES[work.weight_dtype]
+    if not work.num_reached:
+        return work.num_tokens * shape.hidden * (4 + width)
     around = work.num_tokens * shape.hidden * (4 + 2 * width)
     if work.has_checkpointing:
-        return around + shape.num_layers * work.num_tokens * shape.hidden * width
-    return around + (shape.num_layers - 1) * layer_activation_bytes(work)
+        return around + work.num_reached * work.num_tokens * shape.hidden * width
+    return around + max(0, work.num_reached - 1) * layer_activation_bytes(work)
+
+
+def _passing_bytes(work: Workload) -> float:
+    """What a layer without a backward pass holds while it computes: branches of the MLP and their product, beside the stream."""
+    shape = work.shape
+    return work.num_tokens * BYTES[work.weight_dtype] * ((2 + shape.has_gate) * shape.intermediate + 3 * shape.hidden)
 
 
 def _activation_gradient_bytes(work: Workload) -> float:
@@ -331,18 +363,20 @@ def layer_activation_bytes(work: Workload) -> float:
     holds it against what autograd saves. What is kept once per model (tables of rotary embeddings) counts by its share.
     """
     shape, width = work.shape, BYTES[work.precision]
-    trains_base = work.trained.is_base
+    trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
+    kept = kept_by_weights(work.trained, shape, work.zero_stage == 3)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
     width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
     normalised = sum(
-        per_head.get(module.name, module.outputs) * (4 + width_of_normalised * _share_trained(module, work))
+        per_head.get(module.name, module.outputs)
+        * (4 + width_of_normalised * (kept.norms if trains_base else _share_trained(module, work)))
         for module in shape.layer
         if module.kind == "norm"
     )
-    # The first norm of all is in front of everything that a frozen base trains.
-    normalised -= 0 if trains_base else 4 * shape.hidden / shape.num_layers
+    # The first norm is in front of everything that is trained, unless embeddings are.
+    normalised -= 0 if trains_base and work.trained.num_whole_embeddings else 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
     # An adapter in another dtype keeps casts of its inputs instead of the inputs, which are counted below.
@@ -355,24 +389,23 @@ def layer_activation_bytes(work: Workload) -> float:
     if work.attention == "varlen" and not work.is_on_gpu and not keeps_casts:
         attention += width * queries  # outputs document by document, and end to end
     has_rotary = len(shape.embeddings) == 1
-    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / shape.num_layers if has_rotary else 0
+    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / num_layers if has_rotary else 0
     attention = max(attention, STATE_STEPS * width * shape.state_width)
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
+    num_steps -= 0 if kept.ways_back is None else 1 - kept.ways_back
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
-    made = BYTES[work.precision] * work.trained.num_made / shape.num_layers
+    made = BYTES[work.precision] * work.trained.num_made / num_layers
     return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work) + made
 
 
 def _share_trained(norm: Module, work: Workload) -> float:
-    """The share of layers in which a norm is trained."""
-    return (
-        1 if work.trained.is_base else work.trained.whole_norms[f"{work.shape.layers_name}.{norm.name}"] / work.shape.num_layers
-    )
+    """The share of layers in which an adapter trains a norm, of those that a backward pass reaches."""
+    return work.trained.whole_norms[f"{work.shape.layers_name}.{norm.name}"] / max(1, work.num_reached)
 
 
-def _expert_bytes(work: Workload, num_steps: int) -> float:
+def _expert_bytes(work: Workload, num_steps: float) -> float:
     """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
     trains_experts = work.trained.is_base or work.trained.num_updated_per_layer > 0
     gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
@@ -385,7 +418,7 @@ def _updated_expert_bytes(work: Workload) -> float:
 
     The update itself is cast to the weights' dtype if it has another.
     """
-    casts = work.trained.num_in_experts / work.shape.num_layers if work.trained_dtype != work.weight_dtype else 0
+    casts = work.trained.num_in_experts / max(1, work.num_reached) if work.trained_dtype != work.weight_dtype else 0
     return BYTES[work.weight_dtype] * (work.trained.num_updated_per_layer + casts)
 
 
@@ -399,16 +432,15 @@ def _linear_input_bytes(work: Workload) -> float:
     shape, width = work.shape, BYTES[work.precision]
     shared = 2 * shape.hidden * width
     trained = work.trained
+    num_layers = max(1, work.num_reached)
     if trained.is_base:
-        # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
-        readers = [module for module in shape.layer if module.is_linear or module.kind == "router"]
-        num_readers = len(readers) - (2 if shape.intermediate > shape.expert_width else 1)
-        return num_readers * shape.hidden * width if work.weight_dtype != work.precision else shared
-    inner = trained.inner_width * width / shape.num_layers
+        kept = kept_by_weights(trained, shape, work.zero_stage == 3)
+        return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
+    inner = trained.inner_width * width / num_layers
     casts = work.trained_dtype != work.precision
     if not trained.reads_inputs:
-        return inner + (trained.scaled_inputs * BYTES[work.trained_dtype] / shape.num_layers if casts else 0)
-    cast = trained.target_inputs * width / shape.num_layers
+        return inner + (trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0)
+    cast = trained.target_inputs * width / num_layers
     return inner + (cast if casts or trained.drops_inputs else shared) + (cast if trained.drops_inputs else 0)
 
 

@@ -8,6 +8,7 @@ from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.defaults import Choice
+from raytune.plan.dropouts import WITHOUT_DROPOUT, drops_attention
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
 from raytune.plan.shapes import ModelShape
@@ -94,7 +95,10 @@ def choose_attention(
 ) -> Choice[Attention]:
     """The first kind that the machine prefers and that computes in this precision."""
     usable: list[Attention] = [
-        kind for kind in machine.attention if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
+        kind
+        for kind in machine.attention
+        if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
+        and not (kind in WITHOUT_DROPOUT and drops_attention(config.model))
     ]
     wanted = config.model.attention
     if shape.why_lone:

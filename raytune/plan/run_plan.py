@@ -42,6 +42,12 @@ class ModelPlan(Plan):
     compile: bool
     liger: bool
     neftune_noise_alpha: float
+    frozen: list[str] = []
+    """Modules of a base that is trained itself which stay as they are, with all that they hold."""
+    lowest_layer: int = 0
+    """The lowest layer that a backward pass has to reach; the number of layers where only what follows them is trained."""
+    dropout: dict[str, float] = {}
+    """Values of the base's config that are set anew, in training only."""
 
 
 class StorePlan(Plan):
@@ -89,6 +95,16 @@ class BatchPlan(Plan):
         return f"{workers} x {rows} x {self.accumulation} accumulation = {self.global_batch_size} {row}s per step"
 
 
+class UpdateGroup(Plan):
+    """Modules, with all that they hold, whose trained weights are updated in another way than the run's settings say."""
+
+    modules: list[str]
+    rate_scale: float = 1.0
+    """What the learning rate is multiplied by."""
+    weight_decay: float | None = None
+    """None: the run's."""
+
+
 class OptimizationPlan(Plan):
     num_steps: int
     num_rows: int
@@ -98,6 +114,8 @@ class OptimizationPlan(Plan):
     lora_plus_ratio: float | None
     lora_plus_embedding_rate: float | None
     """Peak rate of low-rank updates of embeddings under LoRA+; None without it."""
+    update_groups: list[UpdateGroup] = []
+    """The lowest in the model first. What is in none learns by the settings below alone."""
     schedule: Schedule
     warmup_steps: int
     min_lr_ratio: float

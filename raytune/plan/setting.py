@@ -12,9 +12,11 @@ from raytune.config.training import Precision
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
 from raytune.plan.division import Begun, most_that_divide
+from raytune.plan.dropouts import check_drops, resolve_dropout
+from raytune.plan.freezing import narrowed, trained_with
 from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
-from raytune.plan.methods import method_of, trained_by
+from raytune.plan.methods import method_of
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
     Device,
@@ -31,6 +33,7 @@ from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
 from raytune.plan.stored_quantization import check_stored_quantization
 from raytune.plan.trained import Trained
+from raytune.plan.update_groups import with_rates
 
 Value = TypeVar("Value")
 
@@ -54,9 +57,11 @@ class Setting:
     workers: int
     precision: Precision
     adapter: Adapter
-    """Without a preset's words about the base."""
+    """Without a preset's words about the base, and with the targets that `strategy.freeze` leaves."""
     held: HeldBase
     """With its dtypes resolved."""
+    dropout: dict[str, float]
+    """Keys of the base's config with the rates that they are to have in training."""
     trained: Trained
     attention: Attention
     row_length: int
@@ -92,13 +97,16 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     of(lambda: check_cluster(config.cluster))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))
-    asked, adapter = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
+    of(lambda: check_drops(config.model))
+    asked, section = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
     if asked is None:
         return None
     of(lambda: check_lone_documents(config, asked, shape))
-    method, quantization = method_of(adapter), asked.quantization
-    trained = of(lambda: trained_by(adapter, shape, quantization))
-    of(lambda: method.check(adapter, config, asked, shape))
+    method, quantization, strategy = method_of(section), asked.quantization, config.strategy
+    adapter = of(lambda: narrowed(section, shape, strategy.freeze))
+    trained = adapter and of(lambda: with_rates(trained_with(adapter, shape, strategy.freeze, quantization), strategy, shape))
+    dropout = of(lambda: resolve_dropout(config.model, shape))
+    of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:
         return None
     device, workers, precision, attention = places
@@ -106,12 +114,12 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     if begun and config.cluster.workers == "auto":
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
     base = resolve_quantization(asked, precision.value)
-    limits = [*quantization_limits(base.value, precision.value), *method.stage_limits(adapter, shape, quantization)]
+    limits = [*quantization_limits(base.value, precision.value), *method.stage_limits(adapter or section, shape, quantization)]
     if trained is not None:
         of(lambda: check_quantization(base.value, trained, precision.value))
     of(lambda: check_stored_quantization(shape.stored_quantization, base.value, config.adapter.method, config.model.base))
     stages = of(lambda: possible_stages(config.training, limits, device, num_workers, precision.value))
-    if row_length is None or trained is None or attention is None or stages is None:
+    if row_length is None or adapter is None or trained is None or dropout is None or attention is None or stages is None:
         return None
     reasons = [workers.reason, precision.reason, base.reason, attention.reason]
     if num_workers != workers.value and begun:
@@ -128,6 +136,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         precision=precision.value,
         adapter=adapter,
         held=base.value,
+        dropout=dropout,
         trained=trained,
         attention=attention.value,
         row_length=row_length,

@@ -30,12 +30,15 @@ KEY_OF = {
     "model.quantization.compute_dtype": "model.quant_compute_dtype",
     "model.quantization": "model.quantization",
     "model.neftune_noise_alpha": "training.neftune_noise_alpha",
+    "model.frozen": "strategy.freeze",
+    "model.dropout": "model.dropout",
     "optimization.num_steps": "training.max_steps",
     "optimization.num_rows": "training.num_train_epochs",
     "optimization.optimizer": "training.optimizer",
     "optimization.learning_rate": "training.learning_rate",
     "optimization.lora_plus_ratio": "adapter.lora_plus_ratio",
     "optimization.lora_plus_embedding_rate": "adapter.lora_plus_embedding_rate",
+    "optimization.update_groups": "strategy",
     "optimization.schedule": "training.lr_scheduler_type",
     "optimization.warmup_steps": "training.warmup_steps",
     "optimization.min_lr_ratio": "training.min_lr_ratio",
@@ -74,6 +77,9 @@ _BESIDE = {
     "optimization.num_steps": ("training.max_steps", "training.num_train_epochs", "training.global_batch_size"),
     "optimization.num_rows": ("training.num_train_epochs", "training.max_steps", "training.global_batch_size"),
     "optimization.warmup_steps": ("training.warmup_steps", "training.warmup_ratio", "training.max_steps"),
+    "adapter.target_modules": ("strategy.freeze",),
+    "adapter.target_parameters": ("strategy.freeze",),
+    "adapter.exclude_modules": ("strategy.freeze",),
     "rows_per_step": (*_ROWS, "cluster.workers"),
 }
 """Values that follow from several keys."""
@@ -168,7 +174,9 @@ def _named(
     if leaf.startswith(("data.train", "data.validation", "template")):
         decided = [each for each in written if each.startswith(("data.", "model.base")) and each != "data.store"]
     else:
-        decided = [each for each in (key, *_BESIDE.get(leaf, ())) if each in written]
+        deciding = (key, *_BESIDE.get(leaf, ()))
+        decided = [each for each in written if any(f"{each}.".startswith(f"{one}.") for one in deciding)]
+        decided = [each for each in decided if not any(other.startswith(f"{each}.") for other in decided)]  # an empty mapping
     if decided:
         yield from ((each, *written[each]) for each in decided)
     elif leaf.startswith(("data.train", "data.validation")):

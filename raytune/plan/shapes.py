@@ -103,6 +103,8 @@ class ModelShape:
     embeddings: tuple[Module, ...]
     final_norm: Module
     head: Module
+    dropouts: tuple[tuple[str, str], ...] = ()
+    """Kinds of `model.dropout` that the architecture has, each with its key in the base's config."""
     stored_quantization: dict[str, Any] | None = field(default=None, hash=False)
     """What `config.json` says of weights that are stored quantised (plan.stored_quantization)."""
 

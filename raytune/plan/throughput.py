@@ -107,14 +107,28 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
     shape = work.shape
     trains_base = work.trained.is_base
     forward = 2
-    passes = forward + (4 if trains_base else 2)
+    # Gradients of inputs, and recomputation, begin at the lowest layer that is trained; those of weights are of trained ones.
+    reached = work.num_reached / shape.num_layers
     again = forward if work.has_checkpointing else 0
-    layers = (passes + again) * shape.num_product_weights * work.num_tokens
+    layers = (forward + reached * (2 + again)) * shape.num_product_weights * work.num_tokens
+    layers += 2 * _share_trained(work) * shape.num_product_weights * work.num_tokens
+    passes = forward + 2 * bool(work.trained.whole - {shape.head.name} or not trains_base)
+    passes += 2 * (trains_base and shape.head.name in work.trained.whole)
     head = passes * shape.head.inputs * shape.head.outputs * work.num_targets
     adapter = 0 if trains_base else (6 + again) * (work.trained.num_trainable - work.trained.num_in_experts) * work.num_tokens
-    products = 2 + 5 + (2 if work.has_checkpointing else 0)
+    products = 2 + reached * (5 + (2 if work.has_checkpointing else 0))
     attention = shape.num_layers * products * row_tokens * shape.heads * shape.head_dim * work.num_tokens
     return float(layers + head + adapter + attention + _expert_update_flops(work, 6 + again))
+
+
+def _share_trained(work: Workload) -> float:
+    """Of the weights in layers that a token is multiplied by, those that are trained whole as part of the base."""
+    if not work.trained.is_base:
+        return 0.0
+    kinds, names = ("attention", "mlp", "mixer", "experts", "router"), work.trained.whole
+    modules = [module for module in work.shape.modules() if module.kind in kinds]
+    weights = sum(one.copies_per_token * one.inputs * one.outputs for one in modules)
+    return sum(one.copies_per_token * one.inputs * one.outputs for one in modules if one.name in names) / weights
 
 
 def _expert_update_flops(work: Workload, per_weight: int) -> float:
@@ -135,7 +149,7 @@ def _memory_traffic_bytes(work: Workload) -> float:
     and moments, reads the gradient and writes the weight: 30 bytes per trained parameter of the own shard.
     """
     passes = 3 if work.has_checkpointing else 2
-    elementwise = 2 * passes * work.shape.num_layers * layer_activation_bytes(work)
+    elementwise = 2 * (work.shape.num_layers + (passes - 1) * work.num_reached) * layer_activation_bytes(work)
     logits = 4 * 4 * work.shape.vocab * work.num_targets
     dequantised = 0.0
     if work.quantization:

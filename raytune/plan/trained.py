@@ -24,6 +24,12 @@ class TrainedPart:
     how: How
     num_parameters: int
     """That are trained, biases and magnitudes with them."""
+    is_parameter: bool = False
+    """Whether it is a parameter outside of layers, and not a module."""
+    rate_scale: float = 1.0
+    """What the learning rate is multiplied by (plan.update_groups)."""
+    weight_decay: float | None = None
+    """In place of the run's; None: the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,10 @@ class Trained:
     embedding_rate: float | None = None
     """Peak rate of low-rank updates of embeddings; None: they have the rate of all."""
 
+    def __hash__(self) -> int:
+        """Cheap, for the caches of a plan, which meets few of these."""
+        return hash((self.num_trainable, self.lowest_layer, len(self.parts)))
+
     @cached_property
     def num_trainable(self) -> int:
         """Parameters that are trained, an adapter's or the model's own."""
@@ -105,6 +115,11 @@ def layer_of(name: str, shape: ModelShape) -> int | None:
     """The number of the layer that a module lies in; None: it lies in none."""
     rest = name.removeprefix(f"{shape.layers_name}.")
     return int(rest.partition(".")[0]) if rest != name else None
+
+
+def num_sides(modules: Iterable[Module]) -> int:
+    """Rows and columns of matrices that are trained whole, and the entries of what is no matrix."""
+    return sum(module.inputs + module.outputs + module.num_biases for module in modules)
 
 
 def whole_parts(modules: Iterable[Module]) -> list[TrainedPart]:

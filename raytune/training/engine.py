@@ -78,6 +78,10 @@ class Engine(Protocol):
         """
         ...
 
+    def model_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        """As `trainable_state`, of every parameter of the model, frozen ones as well."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this rank's share of the training state into `folder`, local and its own or shared. Every rank calls it."""
         ...
@@ -222,7 +226,15 @@ class PlainEngine:
         return nullcontext()
 
     def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
-        for name, parameter in self._trained.items():
+        return self._values(self._trained.items(), dtype)
+
+    def model_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        return self._values(self.model.named_parameters(), dtype)
+
+    def _values(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in parameters:
             yield name, parameter.detach().to("cpu", dtype) if self.rank == 0 else None
 
     def save(self, folder: Path) -> None:

@@ -74,7 +74,7 @@ def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
 
     Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
     """
-    state = engine.trainable_state(DTYPES[plan.precision] if adapting(plan.adapter).is_whole else None)
+    state = engine.model_state(DTYPES[plan.precision]) if adapting(plan.adapter).is_whole else engine.trainable_state()
     try:
         if engine.rank == 0:
             _write_files(plan, engine.model, state, folder)
@@ -87,7 +87,7 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
 
     Args:
         model: a PreTrainedModel, or a PeftModel around one.
-        state: its trained parameters by name.
+        state: its parameters by name; of an adapted model the trained ones.
     """
     tensors = ((name, tensor) for name, tensor in state if tensor is not None)
     with TemporaryDirectory() as scratch:

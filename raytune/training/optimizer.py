@@ -13,6 +13,7 @@ from torch import nn
 from raytune.config.training import Optimizer
 from raytune.plan.memory import EIGHT_BIT
 from raytune.plan.run_plan import OptimizationPlan
+from raytune.plan.update_groups import rate_scale, weight_decay
 
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names of parameters without weight decay: transformers.Trainer's rule."""
@@ -37,19 +38,18 @@ def build_optimizer(model: nn.Module, plan: OptimizationPlan, device: torch.devi
 def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
     """The trained parameters, grouped by weight decay, scale of the learning rate and bits of state, in the model's order.
 
-    Biases, norms and everything of one dimension are not decayed. With LoRA+ (Hayou et al. 2024) the matrices B and parameters of
-    one dimension learn `lora_plus_ratio` times as fast; low-rank updates of embeddings have a rate of their own.
+    Biases, norms and everything of one dimension are not decayed, and all learns at one rate, unless the plan says otherwise.
     """
     undecayed, embeddings = set(_undecayed_names(model)), set(_embedding_names(model))
     groups: dict[tuple, Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = _lr_scale(name, parameter, plan)
+        scale = rate_scale(name, _num_dimensions(parameter), plan)
         settings: Group = {
             "lr": plan.learning_rate * scale,
             "lr_scale": scale,
-            "weight_decay": 0.0 if name in undecayed else plan.weight_decay,
+            "weight_decay": weight_decay(name, _num_dimensions(parameter), plan, has_none=name in undecayed),
         }
         if plan.optimizer in EIGHT_BIT:
             # 8 bits are too coarse for the rare and large updates of an embedding (Dettmers et al. 2021).
@@ -71,15 +71,6 @@ def _embedding_names(model: nn.Module) -> Iterator[str]:
     for module_name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             yield from (name for name, _ in module.named_parameters(module_name, recurse=False))
-
-
-def _lr_scale(name: str, parameter: nn.Parameter, plan: OptimizationPlan) -> float:
-    if plan.lora_plus_ratio is None:
-        return 1.0
-    if "lora_embedding_" in name:
-        assert plan.lora_plus_embedding_rate is not None
-        return plan.lora_plus_embedding_rate / plan.learning_rate
-    return plan.lora_plus_ratio if "lora_B" in name or _num_dimensions(parameter) < 2 else 1.0
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:

@@ -265,7 +265,15 @@ class ZeroEngine:
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None, enabled=self._stage == 3)
 
     def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
-        for name, parameter in self._trained.items():
+        return self._values(self._trained.items(), dtype)
+
+    def model_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        return self._values(self.model.named_parameters(), dtype)
+
+    def _values(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in parameters:
             with self.gathered([parameter]):
                 value = parameter.detach().to("cpu", dtype, copy=True) if self.rank == 0 else None
             yield name, value

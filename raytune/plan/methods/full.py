@@ -9,7 +9,7 @@ from raytune.plan.defaults import full_epochs, full_rate
 from raytune.plan.methods.experts import of_experts
 from raytune.plan.methods.method import Method
 from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained, TrainedPart
+from raytune.plan.trained import Trained, TrainedPart, num_sides
 
 
 def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
@@ -26,7 +26,7 @@ def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization
         ),
         is_base=True,
         lowest_layer=0,
-        num_sides=sum(module.inputs + module.outputs + module.num_biases for module in shape.modules()),
+        num_sides=num_sides(shape.modules()),
     )
 
 
@@ -44,10 +44,14 @@ def _expert_notes(adapter: FullAdapter, shape: ModelShape, trained: Trained, qua
     return [f"{of_experts(shape)}. They are trained, and so are the routers."]
 
 
+def _in_words(adapter: FullAdapter, held: str, trained: str) -> str:
+    return f"full fine-tuning, {trained}"
+
+
 METHOD = Method(
     trained=_trained,
     check=_check,
-    in_words=lambda adapter, held, trained: "full fine-tuning, all parameters",
+    in_words=_in_words,
     expert_notes=_expert_notes,
     learning_rate=full_rate,
     epochs=full_epochs,

@@ -8,7 +8,7 @@ from raytune.config.model import Quantization
 from raytune.config.quantization import HeldBase
 from raytune.errors import ModelError, UserError
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
-from raytune.plan.methods.targets import NamesTargets, saved_modules, unread_exclusions
+from raytune.plan.methods.targets import NamesTargets, in_short, saved_modules, unread_exclusions
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
 
@@ -131,7 +131,7 @@ def unread_names(adapter: Any, shape: ModelShape, layers_of: Callable[[Any, Mode
 
 def named_targets(adapter: NamesTargets) -> str:
     """The targets of a section in a line."""
-    return adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+    return in_short(adapter.target_modules)
 
 
 def without_experts(what: str) -> Callable[[NamesTargets, ModelShape, Trained, Quantization | None], list[str]]:

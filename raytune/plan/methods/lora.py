@@ -15,7 +15,7 @@ from raytune.plan.methods.experts import (
 from raytune.plan.methods.lora_limits import check, excluding_experts, unread, without_experts
 from raytune.plan.methods.lora_updates import UpdateSize, all_updated, biases_of, sizes_of, updated_layers, updated_parameters
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import expert_parameters, saved_modules
+from raytune.plan.methods.targets import expert_parameters, in_short, saved_modules
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.stage_limit import StageLimit
 from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
@@ -67,6 +67,7 @@ def _part(adapter: LoraAdapter, target: Module, size: UpdateSize) -> TrainedPart
         kind=target.kind,
         how="low rank",
         num_parameters=size.num_parameters + num_magnitudes,
+        is_parameter=not is_layer,
     )
 
 
@@ -86,8 +87,8 @@ def _stage_limits(adapter: LoraAdapter, shape: ModelShape, quantization: Quantiz
 
 
 def _in_words(adapter: LoraAdapter, held: str, trained: str) -> str:
-    named = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
-    return f"lora rank {adapter.rank} on {', '.join([*named, *adapter.target_parameters])}{held}, {trained}"
+    named = [in_short(names) for names in (adapter.target_modules, adapter.target_parameters) if names]
+    return f"lora rank {adapter.rank} on {', '.join(named)}{held}, {trained}"
 
 
 def _reasons(adapter: LoraAdapter, shape: ModelShape) -> Iterator[str]:

@@ -1,17 +1,19 @@
 """Which modules a section's names and groups mean, in the shape of a model: PEFT's rules, without PEFT."""
 
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
 
 from raytune.errors import ModelError
-from raytune.plan.shapes import LINEAR_KINDS, Matrix, ModelShape, Module
+from raytune.plan.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
 
 WITHOUT_UPDATE = ("norm", "experts", "router", "state")
 """Kinds of modules that are no layers of PEFT's."""
 KINDS_OF_GROUP = {"all-linear": LINEAR_KINDS, "attention": ("attention",), "mlp": ("mlp",)}
 _TARGETS = "adapter.target_modules"
+_NUMBERED = re.compile(r"(.*?\.)(\d+)\.(.+)")
+"""Name of a layer's module: the list of layers, the layer's number, and the name in it."""
 
 
 class NamesTargets(Protocol):
@@ -92,7 +94,7 @@ def check_names(adapter: NamesTargets, shape: ModelShape) -> None:
         ModelError: naming what there is.
     """
     names = names_in(shape)
-    parts = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
+    parts = {path for name in names for path in paths_to(name)}
     for name in adapter.exclude_modules:
         if not any(has_name(part, [name]) for part in parts):
             raise ModelError(
@@ -180,11 +182,50 @@ def has_name(name: str, wanted: Sequence[str]) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in wanted)
 
 
+WORDS: dict[str, Callable[[str, Kind, ModelShape], bool]] = {
+    "head": lambda name, kind, shape: name == shape.head.name,
+    "embeddings": lambda name, kind, shape: any(name == module.name for module in shape.embeddings),
+    "norms": lambda name, kind, shape: kind == "norm",
+}
+"""Words for groups of modules in patterns of `strategy`: of a module's name and kind."""
+
+
+def is_meant(pattern: str, name: str, kind: Kind, shape: ModelShape, setting: str) -> bool:
+    """Whether a pattern of `strategy` means a module: a word for it, or `matches_end` of its name or of one that holds it.
+
+    Args:
+        setting: the key that holds the pattern, for messages.
+
+    Raises:
+        ModelError: if the pattern is neither a word nor a regular expression.
+    """
+    if pattern in WORDS:
+        return WORDS[pattern](name, kind, shape)
+    return any(matches_end(pattern, path, setting) for path in paths_to(name))
+
+
+def paths_to(name: str) -> list[str]:
+    """The names of all that hold a module, outermost first, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def in_short(named: str | list[str]) -> str:
+    """Targets in words: full names of the same layers' modules, which `strategy.freeze` leaves, by their last parts."""
+    if isinstance(named, str):
+        return named
+    found = [_NUMBERED.match(name) for name in named]
+    layers = sorted({int(match[2]) for match in found if match})
+    if len(named) == 1 or not layers:
+        return ", ".join(named)
+    short = dict.fromkeys(match[3].rpartition(".")[2] if match else name for name, match in zip(named, found))
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
+    return f"{', '.join(short)} of {where}"
+
+
 def is_saved(name: str, wanted: list[str]) -> bool:
     """Whether a module, or one that it is a part of, is saved: PEFT asks for the end of a name only, so `norm` is every norm."""
-    parts = name.split(".")
-    paths = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    return any(path.endswith(one) for path in paths for one in wanted)
+    return any(path.endswith(one) for path in paths_to(name) for one in wanted)
 
 
 def is_left_to_saving(name: str, wanted: list[str]) -> bool:

@@ -1,0 +1,40 @@
+"""`strategy`: which of the parameters that a method trains stay as they are, and how fast each of the others learns."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from raytune.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, Text
+
+Pattern = Annotated[Text, Field(examples=["self_attn"])]
+"""A regular expression for the whole name of a module, or for its last parts; or a word for a group of modules."""
+
+
+class FreezeSection(Section):
+    """What stays as it is. What is frozen has no gradient and no optimizer state, and is in no checkpoint."""
+
+    embeddings: bool = False
+    """Freeze the embeddings, and with them an output head that is tied to them."""
+    first_layers: NonNegativeInt = 0
+    """Freeze this many layers, from the first one; with `lora` and the like: updates in the layers above only. Embeddings are
+    frozen by a key of their own, and as long as they are trained, backward passes run through all layers."""
+    modules: list[Pattern] = []
+    """Freeze modules whose name, or that of a module that holds them, matches: a regular expression for a whole name or its last
+    parts (`mlp`, `layers\\.[0-3]\\..*_proj`), or one of the words `head`, `embeddings` and `norms`."""
+    train_only: Annotated[list[Pattern], Field(examples=[["head", "norms"]])] = []
+    """Freeze all but what matches, named as in `modules`: `[head, norms]` extracts features with the base and trains what reads
+    them."""
+
+
+class StrategySection(Section):
+    freeze: FreezeSection = FreezeSection()
+    """What stays as it is of the parameters that the method would train."""
+    layer_rate_decay: Annotated[float, Field(gt=0, le=1, examples=[0.9])] = 1.0
+    """Each layer learns at this share of the rate of the layer above it: the output head and the norm before it at the full rate,
+    the last layer at this share of it, and the embeddings, below the first layer, slowest. 1: all at one rate."""
+    rate_scales: Annotated[dict[Pattern, PositiveFloat], Field(examples=[{"embeddings": 0.1}])] = {}
+    """Factors of the learning rate of modules whose name matches, named as in `freeze.modules`. Where several match, and with
+    `layer_rate_decay` and LoRA+, all factors are multiplied."""
+    weight_decay_of: Annotated[dict[Pattern, NonNegativeFloat], Field(examples=[{"head": 0.0}])] = {}
+    """Weight decay, in place of `training.weight_decay`, of modules whose name matches, named as in `freeze.modules`; the first
+    match counts. Biases have none, and norms only where a name is their own or the word `norms`."""

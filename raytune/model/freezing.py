@@ -1,0 +1,46 @@
+"""Weights of a model that stay as they are, and layers that no backward pass has to reach."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune.model.layers import layers_of
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Take the gradient from every parameter in the modules of these names."""
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+
+
+def recompute_from(model: nn.Module, lowest_layer: int) -> None:
+    """Let activation checkpointing begin at a layer, below which nothing is trained.
+
+    Reentrant checkpointing gives gradients only where what enters a layer has one, so PEFT has the embeddings begin one, which
+    takes backward passes through every frozen layer. Here it begins where something is trained; nothing is recomputed below.
+
+    Args:
+        model: with checkpointing enabled.
+        lowest_layer: the lowest one that a backward pass has to reach; the number of layers where only what follows is trained.
+    """
+    found = layers_of(model)
+    if found is None:
+        return
+    layers = found[1]
+    for module in model.modules():
+        if getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
+    for layer in layers[:lowest_layer]:
+        for module in layer.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+    if lowest_layer < len(layers) and _begin_gradient not in layers[lowest_layer]._forward_pre_hooks.values():  # of a kept base
+        layers[lowest_layer].register_forward_pre_hook(_begin_gradient, with_kwargs=True)
+
+
+def _begin_gradient(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    stream = arguments[0] if arguments else named.get("hidden_states")
+    if isinstance(stream, Tensor) and torch.is_grad_enabled():
+        stream.requires_grad_(True)

@@ -1,0 +1,115 @@
+"""Plans of `strategy` on the tests' tiny models, and the same training written plainly with transformers, peft and torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from raytune.config.run import RunConfig
+from raytune.data.batches import step_batches
+from raytune.data.store import Store
+from raytune.plan.base_model import read_model_shape
+from raytune.plan.freezing import frozen_names
+from raytune.plan.run_plan import RunPlan
+from raytune.plan.setting import Setting, settle
+from raytune.plan.shapes import ModelShape
+from raytune.plan.update_groups import update_groups
+from tests.numerics.oracles import document_loss, documents
+from tests.numerics.runs import Material, make_plan
+from tests.unit.plan_cases import CPU
+
+FULL: dict[str, Any] = {"method": "full"}
+
+
+def settled(model: Path, strategy: dict[str, Any], adapter: dict[str, Any], **model_section: Any) -> tuple[Setting, ModelShape]:
+    """What is decided of a config before data are looked at, with the model's shape."""
+    shape = read_model_shape(str(model))
+    sections = {"strategy": strategy, "adapter": adapter, "model": {"base": str(model)} | model_section}
+    return settle(RunConfig.model_validate(sections), shape, CPU), shape
+
+
+def strategy_plan(
+    material: Material, strategy: dict[str, Any], adapter: dict[str, Any] = FULL, *, checkpointing: bool = False, **changes: Any
+) -> RunPlan:
+    """A plan in which `strategy` is resolved as the planner does.
+
+    Args:
+        changes: as for `make_plan`.
+    """
+    setting, shape = settled(material.model, strategy, adapter)
+    model: dict[str, Any] = {
+        "path": str(material.model),
+        "frozen": frozen_names(setting.trained, shape),
+        "lowest_layer": setting.trained.lowest_layer,
+        "gradient_checkpointing": checkpointing,
+    }
+    return make_plan(
+        material,
+        adapter=setting.adapter.model_dump(),
+        model=model | changes.pop("model", {}),
+        optimization={
+            "update_groups": [group.model_dump() for group in update_groups(setting.trained)],
+            "lora_plus_ratio": setting.trained.way_back_rate_scale,
+            "lora_plus_embedding_rate": setting.trained.embedding_rate,
+        }
+        | changes.pop("optimization", {}),
+        num_trainable=setting.trained.num_trainable,
+        **changes,
+    )
+
+
+def plain_training(
+    plan: RunPlan,
+    is_trained: Callable[[str], bool],
+    rate_scale: Callable[[str], float] = lambda name: 1.0,
+    decay: Callable[[str], float] | None = None,
+    lora: LoraConfig | None = None,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses, and what was trained by its name, of a plan's rows: a document at a time, an optimizer group per parameter.
+
+    Args:
+        is_trained: of the name of a parameter, asked of those that would be trained.
+        rate_scale: of a name.
+        decay: weight decay of a name; None: the plan's, of matrices.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
+    if lora is not None:
+        torch.manual_seed(plan.seed)
+        model = get_peft_model(model, lora)
+    model.train()
+    settings = plan.optimization
+    trained: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and is_trained(name))
+        if parameter.requires_grad:
+            trained[name] = parameter
+    groups = [
+        {
+            "params": [parameter],
+            "lr": settings.learning_rate * rate_scale(name),
+            "weight_decay": (settings.weight_decay * (parameter.dim() > 1)) if decay is None else decay(name),
+        }
+        for name, parameter in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=settings.epsilon)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
+    store = Store.open(plan.data.train.path)
+    losses = []
+    for step in range(settings.num_steps):
+        batches = step_batches(
+            store, step=step, rank=0, world=1, micro_batch_size=8, accumulation=1, num_rows_in_run=10**6, seed=plan.seed
+        )
+        num_targets = sum(batch.target_ids.numel() for batch in batches)
+        loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {name: parameter.detach() for name, parameter in trained.items()}

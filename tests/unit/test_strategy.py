@@ -1,0 +1,308 @@
+"""What `strategy` leaves to be trained, how fast it learns, and what is refused, with the place where it was written."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune.config.load import load_with_places
+from raytune.config.places import errors_at
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.plan.ahead import plan_ahead
+from raytune.plan.architectures import model_shape
+from raytune.plan.describe import plan_table
+from raytune.plan.freezing import folded
+from raytune.plan.identity import differences, identity_of
+from raytune.plan.memory import bytes_in
+from raytune.plan.run_plan import OptimizationPlan, RunPlan
+from raytune.plan.setting import settle
+from raytune.plan.settings import changes_in_keys
+from raytune.plan.shapes import ModelShape
+from raytune.plan.update_groups import rate_scale, weight_decay
+from tests.tiny import PATIENT, tiny_plan
+from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, gpus, planned
+
+FULL = {"method": "full"}
+MIXTRAL = model_shape(
+    {
+        "model_type": "mixtral",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "num_local_experts": 4,
+    },
+    "mixtral",
+)
+GPT2 = model_shape({"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 512}, "gpt2")
+
+
+def plan(shape: ModelShape = DEMO, adapter: dict[str, Any] | None = None, **strategy: Any) -> RunPlan:
+    return planned(shape=shape, adapter=adapter or FULL, strategy=strategy)
+
+
+def trained_names(shape: ModelShape, adapter: dict[str, Any], **freeze: Any) -> set[str]:
+    setting = settle(config(adapter=adapter, strategy={"freeze": freeze}), shape, CPU)
+    return {part.name for part in setting.trained.parts}
+
+
+# --- freezing
+
+
+def test_first_layers_of_a_full_run_are_frozen_as_layers() -> None:
+    training = {"zero": {"stage": 2}, "per_device_train_batch_size": 1, "gradient_checkpointing": False, "loss": "chunked"}
+    freeze = {"first_layers": 30, "embeddings": True}
+    frozen = planned(gpus(8), LLAMA_3_8B, adapter=FULL, training=training, strategy={"freeze": freeze})
+    assert frozen.model.frozen == ["model.embed_tokens", *(f"model.layers.{layer}" for layer in range(30))]
+    assert frozen.model.lowest_layer == 30
+    assert any("No backward pass runs below layer 30 (of 0 to 31)" in note for note in frozen.notes)
+    whole = planned(gpus(8), LLAMA_3_8B, adapter=FULL, training=training)
+    layer = sum(module.num_parameters for module in LLAMA_3_8B.layer)
+    assert whole.num_trainable - frozen.num_trainable == 30 * layer + 128256 * 4096
+    assert bytes_in(frozen.memory, "device") < 0.6 * bytes_in(whole.memory, "device")
+    assert frozen.checkpoint_bytes < 0.2 * whole.checkpoint_bytes
+
+
+def test_an_instance_s_step_is_shorter_the_more_is_frozen() -> None:
+    def step_s(**freeze: Any) -> float:
+        sections = {
+            "model": {"base": "meta-llama/Llama-3.1-8B"},
+            "adapter": FULL,
+            "cluster": {"instance": "p5.48xlarge"},
+            "training": {"zero": {"stage": 2}, "gradient_checkpointing": False},
+            "data": {"train": "x.jsonl"},
+            "strategy": {"freeze": freeze},
+        }
+        step = plan_ahead(RunConfig.model_validate(sections), 10_000_000).step_time
+        assert step is not None
+        return step.compute_s
+
+    whole, half, head = step_s(), step_s(embeddings=True, first_layers=16), step_s(train_only=["head", "model.norm"])
+    assert head < half < whole
+    assert half == pytest.approx(2 / 3 * whole, rel=0.05), "half of the layers need a third of the work"
+    assert head == pytest.approx(1 / 3 * whole, rel=0.2), "forward passes, and all of the head's"
+
+
+@pytest.mark.parametrize("shape", [DEMO, MIXTRAL, GPT2], ids=["llama", "mixtral", "gpt2"])
+def test_words_mean_the_same_in_every_architecture(shape: ModelShape) -> None:
+    norms = {module.name for module in shape.modules() if module.kind == "norm"}
+    assert trained_names(shape, FULL, train_only=["norms"]) == norms
+    embeddings = {module.name for module in shape.embeddings}
+    everything = {module.name for module in shape.modules()}
+    without = trained_names(shape, FULL, embeddings=True)
+    tied = {shape.head.name} if shape.is_tied else set()
+    assert without == everything - embeddings - tied
+    assert trained_names(shape, FULL, modules=["embeddings"]) == without
+
+
+def test_patterns_mean_whole_names_last_parts_and_what_lies_below() -> None:
+    everything = {module.name for module in DEMO.modules()}
+    mlp = {name for name in everything if ".mlp." in name}
+    assert trained_names(DEMO, FULL, modules=["mlp"]) == everything - mlp
+    assert trained_names(DEMO, FULL, modules=[r"layers\.[12]\.mlp\..*_proj"]) == everything - {
+        name for name in mlp if "layers.0" not in name
+    }
+    assert trained_names(DEMO, FULL, train_only=["layers.2", "q_proj"]) == {
+        name for name in everything if "layers.2." in name or "q_proj" in name
+    }
+
+
+def test_experts_of_frozen_layers_get_no_update() -> None:
+    adapter = {"method": "lora", "target_modules": "all-linear"}
+    names = trained_names(MIXTRAL, adapter, first_layers=2)
+    assert "model.layers.2.mlp.experts.gate_up_proj" in names
+    assert not any("layers.0." in name or "layers.1." in name for name in names)
+    setting = settle(config(adapter=adapter, strategy={"freeze": {"first_layers": 2}}), MIXTRAL, CPU)
+    assert setting.adapter.target_parameters == [  # pyright: ignore[reportAttributeAccessIssue]
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in (2, 3) for name in ("gate_up_proj", "down_proj")
+    ]
+
+
+REFUSED: dict[str, tuple[str, str, str]] = {
+    "a misspelt name": (
+        "adapter: {method: full}\nstrategy:\n  freeze:\n    modules: [mpl]",
+        "freeze.modules",
+        "Did you mean mlp",
+    ),
+    "a name of a parameter": (
+        "adapter: {method: full}\nstrategy:\n  freeze:\n    train_only: [lm_head.weight]",
+        "freeze.train_only",
+        "Patterns name modules, without `weight`",
+    ),
+    "no expression": ("adapter: {method: full}\nstrategy:\n  freeze:\n    modules: ['(']", "freeze.modules", "is not a regular"),
+    "too many layers": ("adapter: {method: full}\nstrategy:\n  freeze:\n    first_layers: 9", "first_layers", "has 3 layers"),
+    "everything": (
+        "adapter: {method: full}\nstrategy:\n  freeze:\n    modules: ['.*']",
+        "strategy.freeze",
+        "leaves nothing that is trained",
+    ),
+    "all layers of an adapter": (
+        "strategy:\n  freeze:\n    first_layers: 3",
+        "strategy.freeze",
+        "leaves nothing that is trained",
+    ),
+    "what an adapter does not train": (
+        "strategy:\n  freeze:\n    embeddings: true",
+        "freeze.embeddings",
+        "adapter.method lora trains nothing of that",
+    ),
+    "a tied head alone": (
+        "adapter: {method: full}\nstrategy:\n  freeze:\n    train_only: [head, norms]",
+        "freeze.train_only",
+        "they are tied, one matrix",
+    ),
+    "all but a tied head": (
+        "adapter: {method: full}\nstrategy:\n  freeze:\n    modules: [head]",
+        "freeze.modules",
+        "Freeze both",
+    ),
+    "a saved module": (
+        "adapter: {modules_to_save: [embed_tokens]}\nstrategy:\n  freeze:\n    embeddings: true",
+        "adapter.modules_to_save",
+        "which strategy.freeze freezes",
+    ),
+    "a rate of what is frozen": (
+        "adapter: {method: full}\nstrategy:\n  freeze: {modules: [mlp]}\n  rate_scales: {mlp: 0.1}",
+        "strategy.rate_scales",
+        "nothing of that is trained",
+    ),
+    "a rate of nothing": ("strategy:\n  rate_scales: {nothing: 0.1}", "strategy.rate_scales", "matches no module"),
+    "a second decay of the same": (
+        "adapter: {method: full}\nstrategy:\n  weight_decay_of: {mlp: 0.1, up_proj: 0.2}",
+        "strategy.weight_decay_of",
+        "a pattern before it means the same",
+    ),
+    "a decay of norms by what holds them": (
+        "adapter: {method: full}\nstrategy:\n  freeze: {train_only: [norms]}\n  weight_decay_of: {layers: 0.1}",
+        "strategy.weight_decay_of",
+        "biases and norms only",
+    ),
+    "dropout that there is not": ("model:\n  dropout: {hidden: 0.1}", "model.dropout.hidden", "only attention"),
+    "attention without dropout": (
+        "model:\n  attention: flex_attention\n  dropout: {attention: 0.1}",
+        "model.dropout.attention",
+        "has no dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_means_nothing_is_refused_at_its_place(case: str, tmp_path: Path) -> None:
+    text, key, said = REFUSED[case]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{text}\ndata: {{train: demo:train}}\n")
+    asked, places = load_with_places([path])
+    with pytest.raises(UserError) as caught, errors_at(asked, places):
+        settle(asked, DEMO, CPU)
+    assert said in str(caught.value)
+    place, _, named = str(caught.value).partition("\n")[0].partition("  ")
+    assert key in named
+    line = int(place.split(":")[1])
+    assert named.rpartition(".")[2] in path.read_text().splitlines()[line - 1]
+
+
+def test_rates_that_change_nothing_are_refused() -> None:
+    untied = model_shape(
+        {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 512,
+        },
+        "llama",
+    )
+    with pytest.raises(UserError, match="nothing is trained below the output head"):
+        plan(untied, freeze={"train_only": ["head"]}, layer_rate_decay=0.5)
+
+
+# --- rates
+
+
+@PATIENT
+@given(
+    decay=st.floats(0.1, 1.0),
+    factors=st.dictionaries(st.sampled_from(["mlp", "self_attn", r"layers\.1", "norms", "embeddings"]), st.floats(0.01, 100)),
+    ratio=st.one_of(st.none(), st.floats(1, 32)),
+)
+def test_the_scale_of_a_rate_is_the_product_of_all_factors(decay: float, factors: dict[str, float], ratio: float | None) -> None:
+    resolved = plan(layer_rate_decay=decay, rate_scales=factors).optimization.model_copy(update={"lora_plus_ratio": ratio})
+    meant = {
+        "mlp": lambda name: ".mlp." in name,
+        "self_attn": lambda name: ".self_attn." in name,
+        r"layers\.1": lambda name: ".layers.1." in name,
+        "norms": lambda name: "norm" in name,
+        "embeddings": lambda name: "embed" in name,
+    }
+    for module in DEMO.modules():
+        if module.name == DEMO.head.name:
+            continue  # tied
+        layer = next((int(part) for part in module.name.split(".") if part.isdigit()), None)
+        above = 0 if module.name == "model.norm" else DEMO.num_layers + 1 if layer is None else DEMO.num_layers - layer
+        expected = decay**above * math.prod(factor for name, factor in factors.items() if meant[name](module.name))
+        for parameter, dimensions in ((f"{module.name}.weight", 2), (f"base_model.model.{module.name}.lora_B.default.weight", 2)):
+            plus = ratio if ratio and "lora_B" in parameter else 1.0
+            assert rate_scale(parameter, dimensions, resolved) == pytest.approx(plus * expected, rel=1e-12)
+
+
+def test_without_a_strategy_every_parameter_has_the_run_s_settings() -> None:
+    resolved = plan().optimization
+    assert resolved.update_groups == []
+    assert rate_scale("model.norm.weight", 1, resolved) == 1
+    assert weight_decay("model.layers.0.mlp.up_proj.weight", 2, resolved, has_none=False) == resolved.weight_decay
+
+
+def test_biases_and_magnitudes_have_no_decay_of_their_own() -> None:
+    group = {"modules": ["model.layers.0.self_attn.q_proj"], "weight_decay": 0.5}
+    settings: OptimizationPlan = tiny_plan(optimization={"update_groups": [group]}).optimization
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert weight_decay(f"{name}.lora_A.default.weight", 2, settings, has_none=False) == 0.5
+    assert weight_decay(f"{name}.lora_magnitude_vector.default.weight", 1, settings, has_none=True) == 0
+    assert weight_decay(f"{name}.base_layer.bias", 1, settings, has_none=True) == 0
+    assert weight_decay("model.layers.0.self_attn.q_projection.weight", 2, settings, has_none=False) == 0
+
+
+def test_the_plan_shows_rates_from_the_top_down_and_not_all_of_many() -> None:
+    shown = planned(gpus(8), LLAMA_3_8B, adapter=FULL, strategy={"layer_rate_decay": 0.9})
+    rates = [value for label, value in plan_table(shown) if label in ("rates", "")]
+    assert rates[0] == "learning rate 2e-05 (x 1): all else"
+    assert rates[1] == "learning rate 1.8e-05 (x 0.9): model.layers.31"
+    assert rates[-1] == f"learning rate {2e-5 * 0.9**33:.3g} (x {0.9**33:.3g}): model.embed_tokens"
+    assert len(rates) < 10
+    assert [value for label, value in plan_table(plan()) if label == "rates"] == []
+    assert any("lm_head is model.embed_tokens (tied)" in note for note in plan(layer_rate_decay=0.5).notes)
+
+
+@given(st.dictionaries(st.from_regex(r"[ab]\.[ab]\.[ab]", fullmatch=True), st.integers(0, 1)))
+def test_folding_names_changes_no_value(values: dict[str, int]) -> None:
+    short = folded(values)
+    for name, value in values.items():
+        assert {found for path, found in short.items() if f"{name}.".startswith(f"{path}.")} == {value}
+
+
+# --- identity
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sections", "key"),
+    [
+        (FULL, {"strategy": {"freeze": {"first_layers": 1}}}, "strategy.freeze.first_layers"),
+        ({"method": "lora"}, {"strategy": {"freeze": {"first_layers": 1}}}, "strategy.freeze.first_layers"),
+        (FULL, {"strategy": {"layer_rate_decay": 0.5}}, "strategy.layer_rate_decay"),
+        (FULL, {"strategy": {"rate_scales": {"mlp": 0.5}}}, "strategy.rate_scales.mlp"),
+        (FULL, {"strategy": {"weight_decay_of": {"mlp": 0.5}}}, "strategy.weight_decay_of.mlp"),
+        (FULL, {"model": {"dropout": {"attention": 0.1}}}, "model.dropout.attention"),
+    ],
+)
+def test_another_strategy_is_another_run_told_in_its_key(adapter: dict[str, Any], sections: dict[str, Any], key: str) -> None:
+    before, after = planned(adapter=adapter), planned(adapter=adapter, **sections)
+    assert differences(identity_of(before), identity_of(after))
+    changes = changes_in_keys(before, after, config(adapter=adapter), config(adapter=adapter, **sections))
+    assert [change[0] for change in changes] == [key]
