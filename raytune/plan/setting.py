@@ -94,10 +94,10 @@ def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun 
 def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: Of, begun: Begun | None = None) -> Setting | None:
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
     row_length = of(lambda: choose_row_length(config, shape))
+    of(lambda: check_drops(config.model))
     of(lambda: check_cluster(config.cluster))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))
-    of(lambda: check_drops(config.model))
     asked, section = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
     if asked is None:
         return None

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data import build as building
+from raytune.data import row_file
 from raytune.data.batches import Batch, evaluation_batches, step_batches
 from raytune.data.store import WEIGHTS_COLUMN, Store
 from raytune.data.template_text import resolve_template
@@ -117,7 +117,7 @@ def test_packing_shards_and_division_change_no_weight(
     with pytest.MonkeyPatch.context() as patch:
         if shards:  # so that weighted rows and others come from different shards, in record batches of their own
             patch.setattr("raytune.data.tokenising._DOCUMENTS_AT_ONCE", 1)
-            patch.setattr(building, "_TOKENS_PER_RECORD_BATCH", 1)
+            patch.setattr(row_file, "_TOKENS_PER_RECORD_BATCH", 1)
         store = opened(folder, chats, packing=packing, max_length=128)
         found = {text.removesuffix("<|im_end|>"): weight for text, weight in weighed_text(store)}
     expected = {text: 1.0 if weight is None else float(np.float32(weight)) for text, weight in said if weight != 0}
