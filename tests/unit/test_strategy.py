@@ -167,6 +167,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "adapter.modules_to_save",
         "which strategy.freeze freezes",
     ),
+    "a target by name": (
+        "adapter: {target_modules: [q_proj, v_proj]}\nstrategy:\n  freeze:\n    modules: [v_proj]",
+        "adapter.target_modules",
+        "freezes all of it",
+    ),
     "a rate of what is frozen": (
         "adapter: {method: full}\nstrategy:\n  freeze: {modules: [mlp]}\n  rate_scales: {mlp: 0.1}",
         "strategy.rate_scales",
@@ -205,6 +210,13 @@ def test_what_means_nothing_is_refused_at_its_place(case: str, tmp_path: Path) -
     assert key in named
     line = int(place.split(":")[1])
     assert named.rpartition(".")[2] in path.read_text().splitlines()[line - 1]
+
+
+def test_biases_of_all_layers_are_refused_above_frozen_ones() -> None:
+    adapter = {"method": "lora", "bias": "all"}
+    with pytest.raises(UserError, match="trains the bias of transformer.h.0.*Set adapter.bias to lora_only or none"):
+        plan(GPT2, adapter, freeze={"first_layers": 1})
+    assert plan(GPT2, adapter | {"bias": "lora_only"}, freeze={"first_layers": 1}).model.lowest_layer == 1
 
 
 def test_rates_that_change_nothing_are_refused() -> None:
