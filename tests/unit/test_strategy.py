@@ -214,7 +214,7 @@ def test_what_means_nothing_is_refused_at_its_place(case: str, tmp_path: Path) -
 
 def test_biases_of_all_layers_are_refused_above_frozen_ones() -> None:
     adapter = {"method": "lora", "bias": "all"}
-    with pytest.raises(UserError, match="trains the bias of transformer.h.0.*Set adapter.bias to lora_only or none"):
+    with pytest.raises(UserError, match=r"trains the bias of transformer.h.0.*Set adapter.bias to lora_only or none"):
         plan(GPT2, adapter, freeze={"first_layers": 1})
     assert plan(GPT2, adapter | {"bias": "lora_only"}, freeze={"first_layers": 1}).model.lowest_layer == 1
 
