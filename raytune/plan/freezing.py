@@ -32,6 +32,11 @@ def narrowed(adapter: Adapter, shape: ModelShape, freeze: FreezeSection) -> Adap
     kept = _kept(trained, adapter, shape, freeze)
     if trained.is_base:
         return adapter
+    if not hasattr(adapter, "target_modules"):
+        raise UserError(
+            f"{FREEZE} is for what is trained module by module, and adapter.method {adapter.method} is not. Leave it out.",
+            keys=(FREEZE,),
+        )
     left_out = [part for part in trained.parts if part not in kept]
     saved: list[str] = getattr(adapter, "modules_to_save", [])
     beside = next((part for part in left_out if is_saved(part.name, saved)), None)

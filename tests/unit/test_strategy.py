@@ -124,6 +124,16 @@ def test_experts_of_frozen_layers_get_no_update() -> None:
     ]
 
 
+def test_the_plan_says_which_experts_are_trained() -> None:
+    def notes(**freeze: Any) -> str:
+        return " ".join(plan(MIXTRAL, freeze=freeze).notes)
+
+    assert "They are trained, and so are the routers." in notes()
+    assert "They are trained in 3 of 4 layers, and so are the routers." in notes(first_layers=1)
+    assert "They are trained, and not all routers." in notes(modules=["mlp.gate"])
+    assert "strategy.freeze leaves them as they are." in notes(modules=["experts"])
+
+
 REFUSED: dict[str, tuple[str, str, str]] = {
     "a misspelt name": (
         "adapter: {method: full}\nstrategy:\n  freeze:\n    modules: [mpl]",
