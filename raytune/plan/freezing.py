@@ -10,7 +10,7 @@ from raytune.config.model import Quantization
 from raytune.config.strategy import FreezeSection
 from raytune.errors import ModelError, UserError
 from raytune.plan.methods import trained_by
-from raytune.plan.methods.targets import WORDS, is_meant, is_saved, paths_to
+from raytune.plan.methods.targets import WORDS, has_name, is_meant, is_saved, paths_to
 from raytune.plan.shapes import ModelShape
 from raytune.plan.trained import Trained, TrainedPart, layer_of, lowest_layer, num_sides
 
@@ -32,6 +32,11 @@ def narrowed(adapter: Adapter, shape: ModelShape, freeze: FreezeSection) -> Adap
     kept = _kept(trained, adapter, shape, freeze)
     if trained.is_base:
         return adapter
+    if not hasattr(adapter, "target_modules"):
+        raise UserError(
+            f"{FREEZE} is for what is trained module by module, and adapter.method {adapter.method} is not. Leave it out.",
+            keys=(FREEZE,),
+        )
     left_out = [part for part in trained.parts if part not in kept]
     saved: list[str] = getattr(adapter, "modules_to_save", [])
     beside = next((part for part in left_out if is_saved(part.name, saved)), None)
@@ -40,6 +45,13 @@ def narrowed(adapter: Adapter, shape: ModelShape, freeze: FreezeSection) -> Adap
             f"adapter.modules_to_save takes in {beside.name}, which {FREEZE} freezes. Leave it out of one of the two.",
             keys=("adapter.modules_to_save", FREEZE),
         )
+    named = getattr(adapter, "target_modules", [])
+    for name in named if isinstance(named, list) else []:
+        if not any(has_name(part.name, [name]) for part in kept):
+            raise UserError(
+                f"adapter.target_modules names {name!r}, and {FREEZE} freezes all of it. Leave it out of one of the two.",
+                keys=("adapter.target_modules", FREEZE),
+            )
     updates = [part for part in kept if part.how != "bias" and not is_saved(part.name, saved)]
     in_layers = [part.name for part in updates if not part.is_parameter]
     fields = {

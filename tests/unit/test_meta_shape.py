@@ -81,6 +81,7 @@ def test_building_and_reading_agree(name: str) -> None:
     for field in ("num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "max_positions"):
         assert getattr(built, field) == getattr(read, field), field
     assert (built.has_gate, built.is_tied) == (read.has_gate, read.is_tied)
+    assert {*built.dropouts} == {*read.dropouts}
     assert {*built.modules()} == {*read.modules()}
 
 

@@ -124,6 +124,16 @@ def test_experts_of_frozen_layers_get_no_update() -> None:
     ]
 
 
+def test_the_plan_says_which_experts_are_trained() -> None:
+    def notes(**freeze: Any) -> str:
+        return " ".join(plan(MIXTRAL, freeze=freeze).notes)
+
+    assert "They are trained, and so are the routers." in notes()
+    assert "They are trained in 3 of 4 layers, and so are the routers." in notes(first_layers=1)
+    assert "They are trained, and not all routers." in notes(modules=["mlp.gate"])
+    assert "strategy.freeze leaves them as they are." in notes(modules=["experts"])
+
+
 REFUSED: dict[str, tuple[str, str, str]] = {
     "a misspelt name": (
         "adapter: {method: full}\nstrategy:\n  freeze:\n    modules: [mpl]",
@@ -167,6 +177,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "adapter.modules_to_save",
         "which strategy.freeze freezes",
     ),
+    "a target by name": (
+        "adapter: {target_modules: [q_proj, v_proj]}\nstrategy:\n  freeze:\n    modules: [v_proj]",
+        "adapter.target_modules",
+        "freezes all of it",
+    ),
     "a rate of what is frozen": (
         "adapter: {method: full}\nstrategy:\n  freeze: {modules: [mlp]}\n  rate_scales: {mlp: 0.1}",
         "strategy.rate_scales",
@@ -205,6 +220,13 @@ def test_what_means_nothing_is_refused_at_its_place(case: str, tmp_path: Path) -
     assert key in named
     line = int(place.split(":")[1])
     assert named.rpartition(".")[2] in path.read_text().splitlines()[line - 1]
+
+
+def test_biases_of_all_layers_are_refused_above_frozen_ones() -> None:
+    adapter = {"method": "lora", "bias": "all"}
+    with pytest.raises(UserError, match=r"trains the bias of transformer.h.0.*Set adapter.bias to lora_only or none"):
+        plan(GPT2, adapter, freeze={"first_layers": 1})
+    assert plan(GPT2, adapter | {"bias": "lora_only"}, freeze={"first_layers": 1}).model.lowest_layer == 1
 
 
 def test_rates_that_change_nothing_are_refused() -> None:

@@ -41,7 +41,12 @@ def _check(adapter: FullAdapter, config: RunConfig, held: HeldBase, shape: Model
 
 
 def _expert_notes(adapter: FullAdapter, shape: ModelShape, trained: Trained, quantization: Quantization | None) -> list[str]:
-    return [f"{of_experts(shape)}. They are trained, and so are the routers."]
+    layers = {name: {part.name for part in trained.parts if part.kind == name} for name in ("experts", "router")}
+    if not layers["experts"]:
+        return [f"{of_experts(shape)}. strategy.freeze leaves them as they are."]
+    where = "" if len(layers["experts"]) == shape.num_layers else f" in {len(layers['experts'])} of {shape.num_layers} layers"
+    routers = ", and so are the routers" if len(layers["router"]) >= len(layers["experts"]) else ", and not all routers"
+    return [f"{of_experts(shape)}. They are trained{where}{routers}."]
 
 
 def _in_words(adapter: FullAdapter, held: str, trained: str) -> str:
