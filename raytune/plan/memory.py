@@ -348,11 +348,13 @@ def _passing_bytes(work: Workload) -> float:
 def _activation_gradient_bytes(work: Workload) -> float:
     """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three.
 
-    The gradient of an update of fused experts comes out of that of all their weights; that of a product out of the gradient of
-    the whole update, and of its products with both matrices.
+    The gradient of an update of fused experts comes out of that of all their weights, that of a product out of that of the whole
+    update. Where factors or rotations in fp32 multiply, the gradient of what they give is in fp32 as well.
     """
     of_updates = BYTES[work.weight_dtype] * work.trained.largest_updated
-    of_updates += 3 * BYTES[work.trained_dtype] * work.trained.largest_made
+    of_updates += BYTES[work.precision] * work.trained.largest_made
+    if work.trained_dtype != work.precision:
+        of_updates += BYTES[work.trained_dtype] * work.num_tokens * work.trained.widest_scaled
     return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_updates
 
 
@@ -379,14 +381,14 @@ def layer_activation_bytes(work: Workload) -> float:
     normalised -= 0 if trains_base and work.trained.num_whole_embeddings else 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
-    # An adapter in another dtype keeps casts of its inputs instead of the inputs, which are counted below.
-    keeps_casts = not trains_base and work.trained_dtype != work.precision
+    keeps_inputs = _keeps_inputs(work)
+    keeps_products = keeps_inputs or (work.trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
     # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
     is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
     attention = width * (2 * queries + 2 * keys + is_fused * (queries + 2 * keys))
     if work.attention != "eager":
         attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
-    if work.attention == "varlen" and not work.is_on_gpu and not keeps_casts:
+    if work.attention == "varlen" and not work.is_on_gpu and keeps_inputs:
         attention += width * queries  # outputs document by document, and end to end
     has_rotary = len(shape.embeddings) == 1
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / num_layers if has_rotary else 0
@@ -394,10 +396,22 @@ def layer_activation_bytes(work: Workload) -> float:
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
     num_steps -= 0 if kept.ways_back is None else 1 - kept.ways_back
-    branches = width * (shape.intermediate - shape.expert_width) * (num_steps - keeps_casts)
+    branches = width * (shape.intermediate - shape.expert_width) * (num_steps - (not keeps_products))
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     made = BYTES[work.precision] * work.trained.num_made / num_layers
     return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work) + made
+
+
+def _keeps_inputs(work: Workload) -> bool:
+    """Whether the inputs of linear layers are kept as they are: by layers that are trained or whose update computes with them,
+    unless that is in another dtype and keeps casts of them; by every layer at stage 3, whose linear function keeps its own."""
+    reads = work.trained.reads_inputs and not _casts_inputs(work)
+    return work.trained.is_base or work.zero_stage == 3 or reads
+
+
+def _casts_inputs(work: Workload) -> bool:
+    """Whether updates compute with inputs in another dtype than the layers do."""
+    return not work.trained.is_base and work.trained.casts_inputs and work.trained_dtype != work.precision
 
 
 def _share_trained(norm: Module, work: Workload) -> float:
@@ -437,9 +451,12 @@ def _linear_input_bytes(work: Workload) -> float:
         kept = kept_by_weights(trained, shape, work.zero_stage == 3)
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
     inner = trained.inner_width * width / num_layers
-    casts = work.trained_dtype != work.precision
+    casts = _casts_inputs(work)
+    # What layers are given in place of their inputs, which stage 3 has them keep too.
+    inner += trained.changed_inputs * width / num_layers if work.zero_stage == 3 else 0
     if not trained.reads_inputs:
-        return inner + (trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0)
+        scaled = trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0
+        return inner + scaled + (shared if work.zero_stage == 3 else 0)
     cast = trained.target_inputs * width / num_layers
     return inner + (cast if casts or trained.drops_inputs else shared) + (cast if trained.drops_inputs else 0)
 

@@ -52,6 +52,12 @@ class Trained:
     """Numbers per token that updates of layers keep beside these inputs: low-rank ones as many as they have ranks."""
     scaled_inputs: int = 0
     """Widths of the inputs that are multiplied by trained factors, and kept in the dtype of these."""
+    casts_inputs: bool = True
+    """Whether what is trained computes with inputs in its own dtype."""
+    changed_inputs: int = 0
+    """Widths of the inputs that layers get changed: rotated or multiplied."""
+    widest_scaled: int = 0
+    """Width of the widest activation that is multiplied by what is trained, in the dtype of that."""
     num_made: int = 0
     """Numbers of matrices that layers make of what is trained in each pass, and keep for the backward pass: whole updates."""
     largest_made: int = 0

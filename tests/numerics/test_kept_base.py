@@ -23,6 +23,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "pissa, which changes its base": {"method": "lora", "rank": 4, "init": "pissa"},
     "trained embeddings": {"method": "lora", "rank": 4, "modules_to_save": ["embed_tokens"]},
     "full": {"method": "full"},
+    "layernorm": {"method": "layernorm"},
+    "lokr": {"method": "lokr", "rank": 2},
+    "loha": {"method": "loha", "rank": 2},
+    "vera": {"method": "vera", "rank": 8},
+    "oft": {"method": "oft", "block_size": 8},
 }
 
 
@@ -47,7 +52,10 @@ def trained(storage: Path, name: str, adapter: dict[str, Any], kept: KeptBase | 
     return RunResult.read(RunFolder(plan.storage, plan.name))
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("lokr", "loha", "vera", "oft") else ()) for name in ADAPTERS],
+)
 def test_a_run_after_another_equals_the_run_alone(name: str, tmp_path: Path) -> None:
     adapter = ADAPTERS[name]
     alone = trained(tmp_path, "alone", adapter, None)

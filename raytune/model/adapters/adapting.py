@@ -86,7 +86,7 @@ def shared_matrices(model: nn.Module) -> Iterator[Tensor]:
     """Matrices of an adapter that are not trained, and that all layers share."""
     for module in model.modules():
         if isinstance(module, BufferDict):
-            yield from module.values()  # pyright: ignore[reportReturnType]
+            yield from module.buffers()
 
 
 @contextmanager

@@ -82,8 +82,10 @@ def _trained(adapter: Ia3Adapter, shape: ModelShape, quantization: Quantization 
 
     def addition(module: Module) -> Addition:
         if is_of_feedforward(module.name, adapter, backs):
-            return Addition(num_parameters=module.inputs, num_sides=module.inputs + 1, scaled_inputs=module.inputs)
-        return Addition(num_parameters=module.outputs, num_sides=module.outputs + 1, inner_width=module.outputs)
+            width = module.inputs
+            return Addition(num_parameters=width, num_sides=width + 1, scaled_inputs=width, changed_inputs=width)
+        width = module.outputs
+        return Addition(num_parameters=width, num_sides=width + 1, inner_width=width, scaled_width=width)
 
     return trained_in_layers(adapter, shape, quantization, scaled_layers(adapter, shape), addition, how="scale")
 

@@ -25,6 +25,10 @@ class Addition:
     """Numbers per token that it keeps beside the layer's inputs."""
     scaled_inputs: int = 0
     """Width of the inputs that it multiplies by trained factors."""
+    scaled_width: int = 0
+    """Width of what it multiplies by what is trained, and so computes in the dtype of that."""
+    changed_inputs: int = 0
+    """Width of what it has the layer compute with in place of its inputs."""
     num_made: int = 0
     """Numbers of matrices that it makes of these in each pass."""
 
@@ -38,6 +42,7 @@ def trained_in_layers(
     *,
     how: How,
     reads_inputs: bool = False,
+    casts_inputs: bool = True,
     drops_inputs: bool = False,
     num_constants: int = 0,
 ) -> Trained:
@@ -45,7 +50,7 @@ def trained_in_layers(
 
     Args:
         addition: what it adds to a layer.
-        how, reads_inputs, drops_inputs, num_constants: as of `Trained`.
+        how, reads_inputs, casts_inputs, drops_inputs, num_constants: as of `Trained`.
     """
     added = {module.name: addition(module) for module in layers}
     parts = [TrainedPart(name=one.name, kind=one.kind, how=how, num_parameters=added[one.name].num_parameters) for one in layers]
@@ -60,6 +65,9 @@ def trained_in_layers(
         target_inputs=sum(module.inputs for module in inside) if reads_inputs else 0,
         inner_width=sum(added[module.name].inner_width for module in inside),
         scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
+        casts_inputs=casts_inputs,
+        changed_inputs=sum(added[module.name].changed_inputs for module in inside),
+        widest_scaled=max((one.scaled_width for one in added.values()), default=0),
         num_made=sum(added[module.name].num_made for module in inside),
         largest_made=max((one.num_made for one in added.values()), default=0),
         num_constants=num_constants,

@@ -33,7 +33,8 @@ def _trained(adapter: LohaAdapter, shape: ModelShape, quantization: Quantization
         )
 
     layers = target_modules(adapter, shape)
-    return trained_in_layers(adapter, shape, quantization, layers, addition, how="product", reads_inputs=True)
+    # Under autocast the product of its matrices is in the run's precision, and so computes with the layer's own inputs.
+    return trained_in_layers(adapter, shape, quantization, layers, addition, how="product", reads_inputs=True, casts_inputs=False)
 
 
 def _check(adapter: LohaAdapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:

@@ -31,7 +31,13 @@ def _trained(adapter: OftAdapter, shape: ModelShape, quantization: Quantization 
         per_block = size * (size - 1) // 2
         # Of each block: the skew matrix, its powers, and the rotation that they add up to.
         made = num_blocks * size * size * adapter.num_cayley_neumann_terms
-        return Addition(num_parameters=num_blocks * per_block, num_sides=num_blocks + per_block, num_made=made)
+        return Addition(
+            num_parameters=num_blocks * per_block,
+            num_sides=num_blocks + per_block,
+            changed_inputs=module.inputs,
+            scaled_width=module.inputs,
+            num_made=made,
+        )
 
     layers = target_modules(adapter, shape)
     return trained_in_layers(adapter, shape, quantization, layers, addition, how="rotation", reads_inputs=True)

@@ -27,7 +27,7 @@ def _trained(adapter: VeraAdapter, shape: ModelShape, quantization: Quantization
     def addition(module: Module) -> Addition:
         width = module.outputs + adapter.rank
         # What runs between the shared matrices and what leaves them is multiplied by factors, and kept for their gradients.
-        return Addition(num_parameters=width, num_sides=width + 2, inner_width=width)
+        return Addition(num_parameters=width, num_sides=width + 2, inner_width=width, scaled_width=module.outputs)
 
     layers = target_modules(adapter, shape)
     # As wide as the widest layers; PEFT slices them for the others.
