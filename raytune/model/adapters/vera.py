@@ -29,7 +29,18 @@ def _add(model: PreTrainedModel, adapter: VeraAdapter, revision: str | None, see
         modules_to_save=adapter.modules_to_save or None,
         revision=revision,
     )
-    return added(model, config, adapter, seed=seed)
+    adapted = added(model, config, adapter, seed=seed)
+    _cast_shared(adapted)
+    return adapted
+
+
+def _cast_shared(model: PeftModel) -> None:
+    """Give the shared matrices the dtype of the base's whole weights: over packed bytes PEFT 0.21 leaves them in fp32, which no
+    product with activations in 16 bits takes."""
+    whole: Any = model.get_input_embeddings()
+    tuner: Any = model.base_model
+    for matrices in (tuner.vera_A, tuner.vera_B):
+        matrices["default"] = matrices["default"].to(whole.weight.dtype)
 
 
 def _with_shared(model: PeftModel, state: dict[str, Tensor], config: VeraConfig) -> tuple[dict[str, Tensor], VeraConfig]:
@@ -48,5 +59,6 @@ ADAPTING = Adapting(
     leaves_base_alone=lambda adapter, is_quantised: not (adapter.modules_to_save or is_quantised),
     peft_type="VERA",
     merges=True,
+    mend=_cast_shared,
     for_original_base=_with_shared,
 )
