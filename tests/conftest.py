@@ -13,6 +13,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Two processes share the tests: with Ray's default of 15 the other one would starve its workers.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own spelling
+# Tests start some hundred processes of raytune. Without bytecode each would compile all of it again: a fifth of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 from hypothesis import settings

@@ -85,7 +85,9 @@ def test_the_samples_of_the_quickstart_are_the_answers_that_were_counted(
 
 OTHERS = [line for line in commands() if line.startswith(".venv/bin/python launch.py")]
 SHORTER = {
-    ".venv/bin/python launch.py sweep configs/sweeps/quickstart.yaml": "sweep.trials=3 training.max_steps=12",
+    ".venv/bin/python launch.py sweep configs/sweeps/quickstart.yaml": (
+        "sweep.trials=2 training.max_steps=12 data.train.0.max_rows=100 data.validation.0.max_rows=8"
+    ),
     ".venv/bin/python launch.py train --from-sweep runs/quickstart-sweep": "evaluation.generation=null",
 }
 """Commands that take minutes as they are written, and what makes them short."""
@@ -95,10 +97,25 @@ def test_the_readme_has_commands_besides_the_first_two() -> None:
     assert len(OTHERS) >= 5
 
 
-@pytest.mark.parametrize("command", [line for line in OTHERS if line not in SHORTER])
+SCORE = ".venv/bin/python launch.py score runs/quickstart demo:test --max-rows 50"
+
+
+@pytest.mark.parametrize("command", [line for line in OTHERS if line not in (*SHORTER, SCORE)])
 def test_the_other_commands_work(quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str, command: str) -> None:
     done = run(command, folder, ray_tmp)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_are_scored_by_the_workers_of_a_cluster_of_their_own(
+    quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str
+) -> None:
+    assert SCORE in OTHERS
+    done = run(SCORE, folder, ray_tmp)
+    assert done.returncode == 0, done.stderr
+    (table,) = (folder / "runs/quickstart/scores").iterdir()  # what workers leave goes again
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert [(row["file"], row["row"]) for row in rows] == [("demo:test", number) for number in range(1, 51)]
+    assert all(row["targets"] > 0 and row["loss"] >= 0 for row in rows)
 
 
 @pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "as written"])
@@ -120,8 +137,14 @@ def test_the_example_of_an_adapter_works(quickstart: subprocess.CompletedProcess
     assert done.returncode == 0, done.stderr
 
 
-def test_the_python_example_works(folder: Path, ray_tmp: str) -> None:
-    (folder / "example.py").write_text(OF_A_RUN)
+@pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "as written"])
+def test_the_python_example_works(folder: Path, ray_tmp: str, is_short: bool) -> None:
+    """Short, it writes no answers: the quickstart's own run has written them."""
+    steps = 'training={"max_steps": 20}'
+    assert steps in OF_A_RUN
+    shorter = OF_A_RUN.replace(steps, 'training={"max_steps": 2, "warmup_steps": 0}, evaluation={"generation": None}')
+    shutil.rmtree(folder / "runs" / "from-python", ignore_errors=True)
+    (folder / "example.py").write_text(shorter if is_short else OF_A_RUN)
     done = run("python example.py", folder, ray_tmp)
     assert done.returncode == 0, done.stderr
     assert "from-python/model" in done.stdout

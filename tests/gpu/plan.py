@@ -8,6 +8,7 @@ TOLERANCES. Without a GPU it prints why it skips, and succeeds.
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -57,6 +58,7 @@ def measure(
         report(BENCH, {**way, "device": name_of(device), "refused": str(error)}, options.output)
         return
     free_memory(device)
+    gc.freeze()  # libraries, through which every collection would go, and what is held twice below: before and at the peak
     others = held_bytes(device)
     engine, steps = start(plan, material)
     for _ in range(WARMUP):

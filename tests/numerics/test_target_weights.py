@@ -172,7 +172,7 @@ def with_and_without_ones(plans: Sequence[RunPlan]) -> list[tuple[Outcome, Outco
     return [(train_on(plan, lambda batch: batch), train_on(plan, ones)) for plan in plans]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])  # 3 divides as 2 does, and more
 def test_weights_of_1_change_no_bit_of_a_run(stage: int, material: Material) -> None:
     plans = [plan_of(kind, chunk_tokens, material, workers=2, stage=stage) for kind, chunk_tokens in CASES]
     for case, (without, with_ones) in zip(CASES, run_on_ranks(with_and_without_ones, 2, plans)[0]):

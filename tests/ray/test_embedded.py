@@ -108,6 +108,7 @@ def test_no_credential_reaches_the_run_folder_the_session_of_ray_or_the_output(s
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.slow  # often by the README's command: examples/test_readme.py
 def test_rows_are_scored_by_the_workers_of_a_cluster_of_their_own(seen: Seen) -> None:
     """Both commands of a user in one: the run was trained by two workers, and so are its rows scored."""
     environment = os.environ | {"RAY_TMPDIR": str(seen.session), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}

@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 
 from raytune.api import train
 from raytune.errors import DataError, RaytuneError, UserError
+from raytune.launch.result import RunResult
 from raytune.launch.run import RunFailedError
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
@@ -56,10 +57,15 @@ def kill_a_worker_after(cluster: Cluster, metrics: Path, step: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A finished run of `config`."""
+    return train(config(cluster, tmp_path_factory.mktemp("unbroken"), "unbroken"), progress=False)
+
+
 def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_losses_of_the_unbroken_one(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, unbroken: RunResult, tmp_path: Path
 ) -> None:
-    unbroken = train(config(cluster, tmp_path, "unbroken"), progress=False)
     killer = threading.Thread(target=kill_a_worker_after, args=(cluster, tmp_path / "killed" / "metrics.jsonl", 12))
     killer.start()
     survived = train(config(cluster, tmp_path, "killed"), progress=False)
@@ -80,12 +86,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_names_its_step(clus
     assert caught.value.exit_code == 1
 
 
-def test_continuing_a_run_with_other_settings_is_refused_with_the_difference(cluster: Cluster, tmp_path: Path) -> None:
-    short = config(cluster, tmp_path, "short")
-    short["training"] |= {"max_steps": 2}
-    train(short, progress=False)
+def test_continuing_a_run_with_other_settings_is_refused_with_the_difference(cluster: Cluster, unbroken: RunResult) -> None:
+    again = config(cluster, Path(unbroken.folder).parent, "unbroken")
     with pytest.raises(UserError, match=r"training\.learning_rate: 0\.001 -> 0\.002"):
-        train(short, progress=False, **{"training.learning_rate": 2e-3})
+        train(again, progress=False, **{"training.learning_rate": 2e-3})
 
 
 @pytest.mark.parametrize(

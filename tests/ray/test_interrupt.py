@@ -22,6 +22,7 @@ from raytune.sweeps.ledger import read_ledger
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
+FEW_ROWS = ["data.train.0.max_rows=100", "data.validation.0.max_rows=8", "evaluation.generation=null"]
 
 
 def processes_of(ray_tmp: str) -> list[str]:
@@ -85,7 +86,7 @@ def signals(often: signal.Signals) -> pytest.MarkDecorator:
 
 @signals(often=signal.SIGINT)
 def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str) -> None:
-    arguments = ["train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
+    arguments = ["train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1", *FEW_ROWS]
     metrics = tmp_path / "quickstart/metrics.jsonl"
     code, messages = interrupted(arguments, number, lambda: History.read(metrics).last_step >= 2, ray_tmp)
     assert code == exit_code
@@ -110,7 +111,7 @@ def test_an_interrupted_sweep_ends_in_order_and_none_of_its_trials_counts_as_end
 ) -> None:
     arguments = ["sweep", "configs/sweeps/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
     # Nothing is measured for an hour: the trials have to hear of it in the middle.
-    arguments += ["sweep.stopping.method=none", "training.max_steps=20000", "evaluation.every_steps=20000"]
+    arguments += ["sweep.stopping.method=none", "training.max_steps=20000", "evaluation.every_steps=20000", *FEW_ROWS]
     folder = SweepFolder(str(tmp_path), "quickstart-sweep")
 
     def is_under_way() -> bool:
