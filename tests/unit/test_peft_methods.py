@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from raytune.config.adapter import Adapter
 from raytune.config.load import config_from
+from raytune.config.quantization import HeldBase
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.plan.architectures import model_shape
@@ -60,7 +61,7 @@ def test_what_is_trained_is_exactly_what_peft_trains(method: str, family: str) -
     if family == "gpt2" and not METHODS[method].takes_conv1d:
         config = config_from({"data": {"train": {"path": "demo:train"}}, "adapter": METHODS[method].section})
         with pytest.raises(ModelError, match="transformers' Conv1D"):
-            METHOD_ROWS[method].check(section(method), config, shape)
+            METHOD_ROWS[method].check(section(method), config, HeldBase(quantization=None), shape)
         return
     for changes in METHODS[method].variants:
         adapter = section(method, **changes)
