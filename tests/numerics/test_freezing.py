@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from raytune.model.export import save_adapter, save_model
 from raytune.model.layers import layers_of
+from raytune.plan.run_plan import RunPlan
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     LORA,
     SAME_SUMS,
     Change,
     Material,
+    Outcome,
     largest_difference,
     make_plan,
     outcome,
@@ -100,6 +102,17 @@ def lora_of(targets: list[str], **fields: Any) -> LoraConfig:
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def assert_plain_peft_computes_the_same(model: Any, ours: Outcome, plan: RunPlan, folder: Path) -> None:
+    """What is saved of an adapted model, loaded by plain PEFT on the base."""
+    save_adapter(model, ours.weights, folder)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
+        base = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(base, str(folder)).eval()(input_ids=ids).logits
+    assert (logits - theirs).abs().max() <= SAME_SUMS
+
+
 def test_updates_in_the_last_layers_are_plain_peft_s_with_layers_to_transform(untied: Material, tmp_path: Path) -> None:
     plan = strategy_plan(untied, {"freeze": {"first_layers": 1}}, LORA)
     losses, weights = plain_training(plan, lambda name: True, lora=lora_of(PROJECTIONS, layers_to_transform=[1, 2]))
@@ -109,15 +122,7 @@ def test_updates_in_the_last_layers_are_plain_peft_s_with_layers_to_transform(un
     assert ours.weights.keys() == weights.keys()
     assert max((ours.weights[name] - weights[name]).abs().max() for name in weights) <= 2 * SAME_SUMS
     assert plan.num_trainable == sum(value.numel() for value in weights.values())
-
-    model: Any = engine.model
-    save_adapter(model, ours.weights, tmp_path)
-    ids = torch.arange(3, 60)[None]
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids, use_cache=False).logits
-        base = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
-        theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()(input_ids=ids).logits
-    assert (logits - theirs).abs().max() <= SAME_SUMS
+    assert_plain_peft_computes_the_same(engine.model, ours, plan, tmp_path)
 
 
 def test_factors_in_the_last_layers_are_saved_for_plain_peft(untied: Material, tmp_path: Path) -> None:
@@ -126,14 +131,7 @@ def test_factors_in_the_last_layers_are_saved_for_plain_peft(untied: Material, t
     ours = outcome(engine, [result.read(engine) for result in steps_of(plan, engine, loss_sum, batches_of)])
     assert {name.split(".")[4] for name in ours.weights} == {"1", "2"}
     assert not any("v_proj" in name for name in ours.weights)
-    model: Any = engine.model
-    save_adapter(model, ours.weights, tmp_path)
-    ids = torch.arange(3, 60)[None]
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids, use_cache=False).logits
-        base = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
-        theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()(input_ids=ids).logits
-    assert (logits - theirs).abs().max() <= SAME_SUMS
+    assert_plain_peft_computes_the_same(engine.model, ours, plan, tmp_path)
 
 
 # --- what runs, and what is kept

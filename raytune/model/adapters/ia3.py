@@ -62,7 +62,7 @@ def _keep_dtype(model: PeftModel) -> None:
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: unchanged_experts(model, adapter),
+    frozen_experts=unchanged_experts,
     # PEFT takes factors off a base in 4 or 8 bits as little as it merges them.
     leaves_base_alone=lambda adapter, is_quantised: not (adapter.modules_to_save or is_quantised),
     peft_type="IA3",

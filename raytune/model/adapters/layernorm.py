@@ -32,7 +32,7 @@ def _add(model: PreTrainedModel, adapter: LayerNormAdapter, revision: str | None
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: unchanged_experts(model, adapter),
+    frozen_experts=unchanged_experts,
     leaves_base_alone=lambda adapter, is_quantised: not adapter.modules_to_save,
     peft_type="LN_TUNING",
     merges=True,

@@ -24,7 +24,7 @@ def _add(model: PreTrainedModel, adapter: LokrAdapter, revision: str | None, see
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: unchanged_experts(model, adapter),
+    frozen_experts=unchanged_experts,
     leaves_base_alone=lambda adapter, is_quantised: not adapter.modules_to_save,
     peft_type="LOKR",
     merges=True,

@@ -54,7 +54,7 @@ def _with_shared(model: PeftModel, state: dict[str, Tensor], config: VeraConfig)
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: unchanged_experts(model, adapter),
+    frozen_experts=unchanged_experts,
     # PEFT takes updates off a base in 4 or 8 bits, but not back to what it was before in all of its versions.
     leaves_base_alone=lambda adapter, is_quantised: not (adapter.modules_to_save or is_quantised),
     peft_type="VERA",

@@ -6,9 +6,10 @@ from typing import Any
 
 from raytune.config.model import Quantization
 from raytune.config.quantization import HeldBase
+from raytune.config.run import RunConfig
 from raytune.errors import ModelError, UserError
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
-from raytune.plan.methods.targets import NamesTargets, in_short, saved_modules, unread_exclusions
+from raytune.plan.methods.targets import NamesTargets, check_names, in_short, saved_modules, target_modules, unread_exclusions
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
 
@@ -122,6 +123,23 @@ def refuse_quantised(held: HeldBase, method: str) -> None:
             f"layers' weights, which packed numbers have not. Set adapter.method to lora, or {held.to_undo}.",
             keys=(key, "adapter.method"),
         )
+
+
+def checked_products(name: str) -> Callable[[NamesTargets, RunConfig, HeldBase, ModelShape], None]:
+    """`Method.check` of a method whose updates are products as large as the weights: what PEFT would refuse in the worker.
+
+    Args:
+        name: of the method, as its authors write it.
+    """
+
+    def check(adapter: NamesTargets, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
+        check_names(adapter, shape)
+        layers = target_modules(adapter, shape)
+        refuse_embeddings(layers, name)
+        refuse_turned(layers, name.lower(), shape)
+        refuse_quantised(held, name.lower())
+
+    return check
 
 
 def unread_names(adapter: Any, shape: ModelShape, layers_of: Callable[[Any, ModelShape], list[Module]]) -> Iterator[str]:

@@ -4,21 +4,17 @@ from collections.abc import Iterator
 
 from raytune.config.adapter import LokrAdapter
 from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.layers import (
     Addition,
+    checked_products,
     named_targets,
-    refuse_embeddings,
-    refuse_quantised,
-    refuse_turned,
     trained_in_layers,
     unread_names,
     without_experts,
 )
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import check_names, target_modules
+from raytune.plan.methods.targets import target_modules
 from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained
 
@@ -73,15 +69,6 @@ def _trained(adapter: LokrAdapter, shape: ModelShape, quantization: Quantization
     )
 
 
-def _check(adapter: LokrAdapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
-    """Refuse what PEFT would refuse in the worker, or not hear."""
-    check_names(adapter, shape)
-    layers = target_modules(adapter, shape)
-    refuse_embeddings(layers, "LoKr")
-    refuse_turned(layers, "lokr", shape)
-    refuse_quantised(held, "lokr")
-
-
 def _unread(adapter: LokrAdapter, shape: ModelShape) -> Iterator[str]:
     yield from unread_names(adapter, shape, target_modules)
     layers = target_modules(adapter, shape)
@@ -95,7 +82,7 @@ def _unread(adapter: LokrAdapter, shape: ModelShape) -> Iterator[str]:
 
 METHOD = Method(
     trained=_trained,
-    check=_check,
+    check=checked_products("LoKr"),
     in_words=lambda adapter, held, trained: f"lokr rank {adapter.rank} on {named_targets(adapter)}{held}, {trained}",
     expert_notes=without_experts("Kronecker products"),
     # PEFT's comparison of methods (method_comparison/MetaMathQA, Llama 3.2 3B) takes 3e-3, fifteen times LoRA's rate here.
