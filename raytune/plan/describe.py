@@ -181,7 +181,7 @@ def _rates(plan: RunPlan) -> list[tuple[str, str]]:
     """A line for each group of modules with settings of its own, the highest first, long lists without their middle."""
     settings = plan.optimization
     groups = settings.update_groups[::-1]
-    lines = [f"learning rate {settings.learning_rate:.3g} (x 1): all else"] if groups else []
+    lines = [f"learning rate {settings.learning_rate:.3g} (x 1): whatever else is trained"] if groups else []
     for group in groups:
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
         rate = f"learning rate {settings.learning_rate * group.rate_scale:.3g} (x {group.rate_scale:.3g})"

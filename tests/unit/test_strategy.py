@@ -294,7 +294,7 @@ def test_biases_and_magnitudes_have_no_decay_of_their_own() -> None:
 def test_the_plan_shows_rates_from_the_top_down_and_not_all_of_many() -> None:
     shown = planned(gpus(8), LLAMA_3_8B, adapter=FULL, strategy={"layer_rate_decay": 0.9})
     rates = [value for label, value in plan_table(shown) if label in ("rates", "")]
-    assert rates[0] == "learning rate 2e-05 (x 1): all else"
+    assert rates[0] == "learning rate 2e-05 (x 1): whatever else is trained"
     assert rates[1] == "learning rate 1.8e-05 (x 0.9): model.layers.31"
     assert rates[-1] == f"learning rate {2e-5 * 0.9**33:.3g} (x {0.9**33:.3g}): model.embed_tokens"
     assert len(rates) < 10
