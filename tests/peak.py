@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -9,6 +10,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+SETTLE_S = 0.2
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
@@ -27,6 +30,8 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 def held_bytes(device: torch.device) -> int:
     """Bytes of all tensors on the device now. On a CPU: of those that Python knows."""
+    # The threads of a finished collective hold its tensors until Python's lock is free for them.
+    time.sleep(SETTLE_S)
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated()

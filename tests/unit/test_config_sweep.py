@@ -1,6 +1,7 @@
 """Claims about the `sweep` section: how it is read, what lies below it, and what is refused with its place."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,14 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_checks(path: Path):
-    done = CliRunner().invoke(cli, ["check", str(path), "--json"])
+def test_every_shipped_config_checks_where_its_rows_are(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And its base, where it is to be trained on this very machine."""
+    config = load_config([path])
+    base = config.model.base if config.cluster.instance else "demo"
+    for name in re.findall(r"\b\w+\.(?:jsonl|txt)\b", path.read_text()):
+        (tmp_path / name).write_text("".join(f'{{"prompt": "question {row}", "completion": "answer"}}\n' for row in range(20)))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["check", str(path), f"model.base={base}", "--json"])
     assert done.exit_code == 0, done.output
     assert (json.loads(done.output)["config"]["sweep"] is not None) == (path.parent.name == "sweeps")
 
