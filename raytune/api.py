@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from raytune.config.asked import require_named
+from raytune.config.asked import NAMED, require_named
 from raytune.config.load import as_one_run, config_from, dump_yaml, load_with_places
 from raytune.config.places import Places, errors_at
 from raytune.config.run import RunConfig
@@ -15,6 +15,7 @@ from raytune.launch.run import run
 
 if TYPE_CHECKING:
     from raytune.launch.score import Scores
+    from raytune.plan.advise import Advised
     from raytune.sweeps.results import SweepResult
 
 File = str | PathLike[str]
@@ -105,6 +106,31 @@ def score(
     paths = [rows] if isinstance(rows, str | PathLike) else rows
     sources = sources_of([fspath(path) for path in paths], row_format, max_rows, columns)
     return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
+
+
+def advise(config: Config, *, tokens: int | None = None, **overrides: Any) -> "Advised":
+    """Which method? Every method's plan, as `raytune advise` makes it. Reads no row and starts nothing.
+
+    Args:
+        config, overrides: as for `train`: at least `model={"base": ...}`, with `data={"train": ...}` or `tokens`, and
+            `cluster={"instance": ...}` for machines other than this one.
+        tokens: of an epoch; None: by the sizes of the files.
+
+    Returns:
+        `methods`, each with its `plan` and what it is good for (`when`), or the `refusal`; and the `assumption` about the data.
+
+    Raises:
+        raytune.errors.UserError: if the model or the amount of data is not known.
+    """
+    from raytune.launch.cluster import this_machine
+    from raytune.plan.advise import advise
+    from raytune.plan.references import describe_base
+
+    resolved, places = _resolved(config, overrides)
+    with errors_at(resolved, places):
+        require_named(as_one_run(resolved), NAMED if tokens is None else NAMED[:1], places)
+        describe_base(resolved.model)
+        return advise(resolved, this_machine(resolved.cluster), tokens)
 
 
 def _resolved(config: Config, overrides: Mapping[str, Any]) -> tuple[RunConfig, Places]:

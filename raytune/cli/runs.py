@@ -15,7 +15,6 @@ from raytune.errors import RaytuneError, UserError
 from raytune.launch.address import named_address
 
 if TYPE_CHECKING:
-    from raytune.config.model import ModelSection
     from raytune.config.problems import Place
     from raytune.config.run import RunConfig
     from raytune.plan.run_plan import RunPlan
@@ -46,11 +45,12 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     from raytune.plan.ahead import compare as compare_instances
     from raytune.plan.ahead import named_instances, plan_ahead
     from raytune.plan.describe import comparison_text, plan_text
+    from raytune.plan.references import describe_base
 
     num_tokens = None if tokens is None else _count(tokens)
     config = as_one_run(_to_be_planned(*files_and_overrides(arguments), needs_rows=tokens is None))
     if compare is not None or config.cluster.instance:
-        _describe_base(config.model)
+        describe_base(config.model)
     if compare is not None:
         candidates = compare_instances(config, named_instances(compare), num_tokens)
         say(json.dumps([one.to_json() for one in candidates]) if as_json else comparison_text(candidates))
@@ -92,12 +92,13 @@ def advise(
     from raytune.launch.cluster import this_machine
     from raytune.plan.advise import advise as advise_methods
     from raytune.plan.describe import advice_text
+    from raytune.plan.references import describe_base
 
     said = {"model.base": model, "data.train": data, "cluster.instance": instance}
     files, overrides = files_and_overrides(arguments)
     overrides = [*overrides, *(f"{key}={value}" for key, value in said.items() if value is not None)]
     config = as_one_run(_to_be_planned(files, overrides, needs_rows=tokens is None))
-    _describe_base(config.model)
+    describe_base(config.model)
     advised = advise_methods(config, this_machine(config.cluster), None if tokens is None else _count(tokens))
     say(json.dumps(advised.to_json()) if as_json else advice_text(advised))
 
@@ -329,19 +330,6 @@ def _load_to_train(files: Sequence[str], overrides: Sequence[str]) -> "tuple[Run
             if answer(as_one_run(config), RunFolder(absolute(config.storage), config.name)):
                 return config, places
         raise
-
-
-def _describe_base(model: "ModelSection") -> None:
-    """Download the config of a model that the plan would not know otherwise."""
-    from raytune.plan.references import is_known
-
-    if is_known(model.base, model.revision):
-        return
-    from raytune.hub.cache import is_offline
-    from raytune.hub.snapshot import described
-
-    if not is_offline():  # else the plan says which models it knows
-        described(model.base, model.revision, with_code=model.trust_remote_code)
 
 
 def _count(text: str) -> int:

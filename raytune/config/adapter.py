@@ -227,8 +227,9 @@ def without_preset(adapter: Adapter) -> Adapter:
     """What is trained, without what a preset says of the base beside it."""
     if not isinstance(adapter, QloraAdapter):
         return adapter
-    written = adapter.model_dump(include=adapter.model_fields_set - {"method"}, exclude=QUANTIZATION_KEYS)
-    return LoraAdapter(**written)
+    values = {name: getattr(adapter, name) for name in LoraAdapter.model_fields}
+    written = adapter.model_fields_set - QUANTIZATION_KEYS
+    return LoraAdapter.model_construct(_fields_set=written, **(values | {"method": "lora"}))
 
 
 def preset_of(adapter: Adapter) -> Adapter | None:

@@ -12,7 +12,7 @@ from typing import Any
 from raytune.config.asked import named_values
 from raytune.config.files import Reading, files_below, read_file, read_override, same_name
 from raytune.config.overlays import KeyPath, is_no_method, laid_over, node_of, overlay_at, places_in, stacked
-from raytune.config.presets import over_its_preset
+from raytune.config.presets import over_its_preset, preset_keys
 from raytune.config.problems import BAD_OVERRIDE, ConfigError, Place, Problem, dotted
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
@@ -74,7 +74,7 @@ def config_with(config: RunConfig, values: Mapping[str, Any], places: Places | N
         except IndexError as error:
             misplaced.append(Problem(BAD_OVERRIDE, place, key, str(error)))
     # What the config held before was written for other values too; see `raytune.sweeps.space`.
-    return validated(tree, misplaced, check_files=False, judged=tuple(values))
+    return validated(over_its_preset(tree), misplaced, check_files=False, judged=tuple(values))
 
 
 def as_one_run(config: RunConfig) -> RunConfig:
@@ -110,16 +110,25 @@ def overridden(paths: Sequence[str | Path], config: RunConfig) -> list[tuple[str
 
 
 def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
-    """YAML that loads to an equal config: the keys that differ from their defaults and those that a run names, or all of them."""
-    data = config.model_dump(exclude_defaults=not full)
+    """YAML that loads to an equal config: the keys that differ from their defaults, those that a run names and those that its
+    preset would set, or all of them."""
+    data = _with_preset(config.model_dump(exclude_defaults=not full), config)
     named = {section: keys | data.get(section, {}) for section, keys in named_values(config).items()}
     data = {section: (data | named)[section] for section in RunConfig.model_fields if section in data | named}
     return write_yaml(data) if data else ""
 
 
 def dump_written(config: RunConfig) -> str:
-    """YAML that loads to an equal config: every key that somebody has set, to its default or not."""
-    return write_yaml({key: value for key, value in config.model_dump(exclude_unset=True).items() if key != "sweep"})
+    """YAML that loads to an equal config, whatever becomes of presets: every key that somebody has set, to its default or not."""
+    data = _with_preset(config.model_dump(exclude_unset=True), config)
+    return write_yaml({section: data[section] for section in RunConfig.model_fields if section in data and section != "sweep"})
+
+
+def _with_preset(data: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A dump of a config, with its own values of what the preset sets."""
+    for section, name, _, _ in preset_keys(config):
+        data[section] = data.get(section, {}) | {name: getattr(getattr(config, section), name)}
+    return data
 
 
 def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: bool) -> tuple[Node, RunConfig]:

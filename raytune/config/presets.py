@@ -12,6 +12,8 @@ from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import Node, read_nodes
 
 FILE = Path(__file__).with_name("presets.yaml")
+RANKED = ("lora", "qlora")
+"""Methods that the presets' ranks and targets are meant for: those of others are of another size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,14 @@ def presets() -> dict[str, Preset]:
 def over_its_preset(tree: Node) -> Node:
     """What was written, laid over the preset that it names; a name that there is none of is the schema's matter."""
     named = child_of(tree, "preset")
-    preset = presets().get(named.value) if named and isinstance(named.value, str) else None
-    if named is None or preset is None:
+    name = named.value if named and isinstance(named.value, str) else ""
+    if name not in presets():
         return tree
-    place = Place(_place_of(named.value))
+    adapter = child_of(tree, "adapter")
+    method = child_of(adapter, "method") if adapter else None
+    place = Place(_place_of(name))
     below = Node({}, place, place)
-    for key, (value, _) in preset.values.items():
+    for key, (value, _) in _set_by(name, method.value if method else None):
         below = laid_over(below, overlay_at(below, key.split("."), Node(value, place, place)), ())
     return laid_over(below, tree, ())
 
@@ -55,11 +59,22 @@ def _place_of(name: str) -> str:
     return f"preset {name}"
 
 
+def preset_keys(config: RunConfig) -> Iterator[tuple[str, str, Any, str]]:
+    """What the preset of a config sets: section, key in it, value and reason; nothing without one."""
+    for key, (value, why) in _set_by(config.preset, config.adapter.method) if config.preset else ():
+        section, _, name = key.partition(".")
+        yield section, name, value, why
+
+
 def preset_reasons(config: RunConfig) -> Iterator[str]:
     """A sentence for each value that a config has from its preset."""
-    if config.preset is None:
-        return
-    for key, (value, why) in presets()[config.preset].values.items():
-        section, _, name = key.partition(".")
-        if getattr(getattr(config, section), name, None) == value:
-            yield f"{key} is {shown(value)}, set by preset {config.preset}: {why}."
+    for section, name, value, why in preset_keys(config):
+        if getattr(getattr(config, section), name) == value:
+            yield f"{section}.{name} is {shown(value)}, set by preset {config.preset}: {why}."
+
+
+def _set_by(preset: str, method: Any) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """What a preset sets for a method; None: the default one."""
+    for key, value in presets()[preset].values.items():
+        if not key.startswith("adapter.") or method is None or method in RANKED:
+            yield key, value

@@ -37,4 +37,4 @@ class StrategySection(Section):
     `layer_rate_decay` and LoRA+, all factors are multiplied."""
     weight_decay_of: Annotated[dict[Pattern, NonNegativeFloat], Field(examples=[{"head": 0.0}])] = {}
     """Weight decay, in place of `training.weight_decay`, of modules whose name matches, named as in `freeze.modules`; the first
-    match counts. Biases have none, and norms only where a name is their own or the word `norms`."""
+    match counts. Biases and magnitudes (DoRA) have none, and norms only where a name is their own or the word `norms`."""

@@ -12,7 +12,7 @@ from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import choices, example_of, in_words, is_open, keys, schema_path, type_at, union_above, unions
 from raytune.config.model import is_written_as_path
 from raytune.config.overlays import KeyPath, child_of, data_of, deepest, method_of
-from raytune.config.presets import is_of_preset
+from raytune.config.presets import is_of_preset, preset_keys
 from raytune.config.problems import (
     CONFLICT,
     MISSING_KEY,
@@ -66,8 +66,18 @@ def validated(tree: Node, unreadable: list[Problem], check_files: bool, judged: 
         unread_keys = [] if unsaid else _unread_keys(config, judged)
         refused += [_unread_problem(key, tree) for key in unread_keys if not is_of_preset(deepest(tree, key.path))]
         if not unreadable and not refused:
-            return _self_contained(without(config, unread_keys))  # a preset asks only for what suits the rest
+            return _self_contained(_without_unread_of_preset(config, tree))
     raise ConfigError(sorted(dict.fromkeys(unreadable + refused), key=lambda problem: problem.place.order))
+
+
+def _without_unread_of_preset(config: RunConfig, tree: Node) -> RunConfig:
+    """A config whose preset asks only for what the rest reads. What it set counts as not written: it makes way for another one,
+    and for what is laid over the config later."""
+    config = without(config, [key for key in unread(config, _drawn(config)) if is_of_preset(deepest(tree, key.path))])
+    for section, name, _, _ in preset_keys(config):
+        if is_of_preset(deepest(tree, (section, name))):
+            getattr(config, section).model_fields_set.discard(name)
+    return config
 
 
 def _self_contained(config: RunConfig) -> RunConfig:
@@ -178,12 +188,15 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
 
 def _unread_keys(config: RunConfig, judged: tuple[str, ...] | None) -> list[Unread]:
     """Keys that nothing reads, whatever a sweep draws, though something is asked for by them."""
-    drawn = tuple(config.sweep.space) if config.sweep else ()
     return [
         key
-        for key in unread(config, drawn)
+        for key in unread(config, _drawn(config))
         if key.is_refused and (judged is None or any(f"{key.key}.".startswith(f"{name}.") for name in judged))
     ]
+
+
+def _drawn(config: RunConfig) -> tuple[str, ...]:
+    return tuple(config.sweep.space) if config.sweep else ()
 
 
 def _unread_problem(key: Unread, tree: Node) -> Problem:

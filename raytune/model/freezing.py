@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from raytune.model.layers import layers_of
+from raytune.plan.freezing import ITSELF
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Take the gradient from every parameter in the modules of these names."""
+    """Take the gradient from every parameter in the modules of these names (`plan.freezing.folded`)."""
     for name in names:
-        model.get_submodule(name).requires_grad_(False)
+        module = model.get_submodule(name.removesuffix(ITSELF))
+        for parameter in module.parameters(recurse=not name.endswith(ITSELF)):
+            parameter.requires_grad_(False)
 
 
 def recompute_from(model: nn.Module, lowest_layer: int) -> None:

@@ -311,6 +311,8 @@ def _module(name: str, module: nn.Module, config: PretrainedConfig) -> Module:
         return Module(name=name, kind=kind, inputs=inputs, outputs=outputs, num_biases=num_biases, is_turned=is_turned)
     if is_norm(module):
         return Module(name=name, kind="norm", inputs=1, outputs=num_weights, num_biases=num_biases)
+    if dimensions == 1:  # beside modules that it holds, as sinks of attention
+        return Module(name=name, kind="state", inputs=1, outputs=num_weights, num_biases=num_biases)
     experts = expert_matrices(module)
     if experts and experts.keys() == weights.keys():
         copies = len(experts[WAY_BACK])

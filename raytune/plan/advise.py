@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from raytune.config.adapter import LoraAdapter
 from raytune.config.load import config_with
+from raytune.config.presets import RANKED
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.ahead import assumed_data
@@ -51,7 +53,8 @@ def advise(config: RunConfig, here: Machine, num_tokens: int | None = None) -> A
     """Every method on a job.
 
     Args:
-        config: what the user wrote; of the `adapter` section, another method keeps the keys that it has too.
+        config: what the user wrote; its `adapter` section is for its method and presets of that (`lora`, `qlora`), of which the
+            others keep `modules_to_save` and have defaults else, since ranks and names of layers mean something else there.
         here: this machine, which counts where the config names no `cluster.instance`.
         num_tokens: training tokens of an epoch; None: by the sizes of the files.
 
@@ -69,10 +72,19 @@ def advise(config: RunConfig, here: Machine, num_tokens: int | None = None) -> A
     for name, method in METHODS.items():
         plan = refusal = None
         try:
-            asked = config if name == config.adapter.method else config_with(config, {"adapter": {"method": name}})
-            setting = settle(asked, shape, machine)
+            setting = settle(_with_method(config, name), shape, machine)
             plan = choose_plan(setting, data, model_path=config.model.base, storage=config.storage)
         except UserError as error:
             refusal = str(error)
         advice.append(Advice(method=name, when=method.when, plan=plan, refusal=refusal))
     return Advised(methods=tuple(sorted(advice, key=lambda one: one.plan is None)), assumption=data.assumption)
+
+
+def _with_method(config: RunConfig, method: str) -> RunConfig:
+    """The config with another method."""
+    if method == config.adapter.method:
+        return config
+    if not (isinstance(config.adapter, LoraAdapter) and method in RANKED):
+        saved = getattr(config.adapter, "modules_to_save", []) if method != "full" else []
+        config = config.model_copy(update={"adapter": LoraAdapter(modules_to_save=saved) if saved else LoraAdapter()})
+    return config_with(config, {"adapter": {"method": method}})

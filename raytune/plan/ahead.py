@@ -116,6 +116,8 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
     if num_tokens is not None:
         source = "as --tokens says"
     elif (num_bytes := _file_bytes(config.data.train)) is not None:
+        if not num_bytes:
+            raise UserError(f"data.train ({', '.join(one.path for one in config.data.train)}) is empty.", keys=("data.train",))
         num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), f"at {BYTES_PER_TOKEN} bytes of its files per token"
     elif config.training.max_steps is not None:
         num_tokens, source = config.training.max_steps * DEFAULT_ROWS * row_length, "enough for training.max_steps"

@@ -17,6 +17,9 @@ from raytune.plan.trained import Trained, TrainedPart, layer_of, lowest_layer, n
 FREEZE = "strategy.freeze"
 NOT_FROZEN = FreezeSection()
 
+ITSELF = " itself"
+"""Behind the name of a module: what it holds itself, and not what the modules in it hold."""
+
 Value = TypeVar("Value")
 
 
@@ -91,7 +94,7 @@ def trained_with(adapter: Adapter, shape: ModelShape, freeze: FreezeSection, qua
 
 
 def frozen_names(trained: Trained, shape: ModelShape) -> list[str]:
-    """Modules of a trained base that stay as they are, each under its own name or that of what holds nothing else."""
+    """Modules of a trained base that stay as they are, each under its own name or that of what holds nothing else (`folded`)."""
     if not trained.is_base:
         return []
     kept = {part.name for part in trained.parts}
@@ -102,6 +105,8 @@ def frozen_names(trained: Trained, shape: ModelShape) -> list[str]:
 def folded(values: Mapping[str, Value]) -> dict[str, Value]:
     """Values by module, where all modules that another one holds have the same value under the name of that one alone.
 
+    A module whose own weights have another value than those of a module in it is marked as `ITSELF`.
+
     Args:
         values: by full names.
     """
@@ -111,8 +116,15 @@ def folded(values: Mapping[str, Value]) -> dict[str, Value]:
             below.setdefault(path, set()).add(value)
     found: dict[str, Value] = {}
     for name, value in values.items():
-        found[next(path for path in paths_to(name) if len(below[path]) == 1)] = value
+        found[next((path for path in paths_to(name) if len(below[path]) == 1), name + ITSELF)] = value
     return found
+
+
+def is_in(parameter: str, module: str) -> bool:
+    """Whether a parameter lies in a module, named as `folded` names them."""
+    if module.endswith(ITSELF):
+        return parameter.rpartition(".")[0] == module.removesuffix(ITSELF)
+    return parameter.startswith(f"{module}.")
 
 
 def freezing_notes(trained: Trained, shape: ModelShape, freeze: FreezeSection) -> Iterator[str]:

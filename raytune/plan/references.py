@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from raytune.config.model import ModelSection
 from raytune.errors import ModelError
-from raytune.hub.cache import default_hub_cache
+from raytune.hub.cache import default_hub_cache, is_offline
 from raytune.plan.architectures import model_shape
 from raytune.plan.base_model import find_config, read_model_shape
 from raytune.plan.shapes import ModelShape
@@ -120,3 +121,17 @@ def planned_shape(
             return model_shape(REFERENCES[base], f"raytune's table of {base}")
         raise ModelError(f"{error} A plan alone also knows: {', '.join(REFERENCES)}.") from error
     return read_model_shape(base, revision, hub_cache, trust_remote_code=trust_remote_code)
+
+
+def describe_base(model: ModelSection) -> None:
+    """Download the config of a model that a plan would not know otherwise; without a network, the plan says which it knows.
+
+    Raises:
+        ModelError: if there is no such model, or it may not be seen from here.
+        ClusterError: if the hub cannot be reached.
+    """
+    if is_known(model.base, model.revision) or is_offline():
+        return
+    from raytune.hub.snapshot import described
+
+    described(model.base, model.revision, with_code=model.trust_remote_code)

@@ -43,7 +43,7 @@ class ModelPlan(Plan):
     liger: bool
     neftune_noise_alpha: float
     frozen: list[str] = []
-    """Modules of a base that is trained itself which stay as they are, with all that they hold."""
+    """Modules of a base that is trained itself which stay as they are, with all that they hold (plan.freezing.folded)."""
     lowest_layer: int = 0
     """The lowest layer that a backward pass has to reach; the number of layers where only what follows them is trained."""
     dropout: dict[str, float] = {}

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from raytune.config.model import Attention
 
 Kind = Literal["embedding", "attention", "mlp", "mixer", "experts", "router", "state", "norm", "head"]
-"""`mixer`: linear layers around a state that runs along the document; `state`: that state's own convolutions and parameters."""
+"""`mixer`: linear layers around a state that runs along the document; `state`: that state's own convolutions and parameters,
+or those that another module has beside the modules that it holds (sinks of attention)."""
 LINEAR_KINDS: tuple[Kind, ...] = ("attention", "mlp", "mixer")
 """Kinds of a layer's linear layers: groups of targets take them in, and bitsandbytes packs them. Fused experts are none."""
 

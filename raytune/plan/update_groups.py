@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from raytune.config.strategy import StrategySection
 from raytune.errors import UserError
-from raytune.plan.freezing import folded, meant, nothing_meant
+from raytune.plan.freezing import folded, is_in, meant, nothing_meant
 from raytune.plan.methods.targets import WORDS, is_meant, matches_end
 from raytune.plan.run_plan import OptimizationPlan, UpdateGroup
 from raytune.plan.shapes import ModelShape
@@ -19,6 +19,8 @@ from raytune.plan.trained import Trained, TrainedPart, layer_of
 RATES, DECAYS = "strategy.rate_scales", "strategy.weight_decay_of"
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""
+SAVED = ".modules_to_save.default"
+"""What PEFT puts behind the name of a module that it trains in full, and before those of the modules in it."""
 
 
 def with_rates(trained: Trained, strategy: StrategySection, shape: ModelShape) -> Trained:
@@ -110,10 +112,11 @@ def weight_decay(name: str, num_dimensions: int, plan: OptimizationPlan, *, has_
     own = next((group.weight_decay for group in _groups_of(name, plan) if group.weight_decay is not None), None)
     if own is None:
         return 0.0 if has_none else plan.weight_decay
-    # A norm is in a group with a decay only if that was made for norms; all else of one dimension is a bias, or a magnitude.
+    # A norm is in a group with a decay only if that was made for norms, and VeRA's factors are all that it trains of a layer; all
+    # else of one dimension is a bias, or a magnitude.
     last = name.rpartition(".")[2]
-    is_norm = num_dimensions < 2 and last == "weight" and "lora_" not in name
-    return own if "bias" not in last and (num_dimensions > 1 or is_norm) else 0.0
+    is_meant_so = (last == "weight" and "lora_" not in name) or ".vera_lambda_" in name
+    return own if "bias" not in last and (num_dimensions > 1 or is_meant_so) else 0.0
 
 
 def _lora_plus(name: str, num_dimensions: int, plan: OptimizationPlan) -> float:
@@ -126,8 +129,8 @@ def _lora_plus(name: str, num_dimensions: int, plan: OptimizationPlan) -> float:
 
 
 def _groups_of(name: str, plan: OptimizationPlan) -> Iterator[UpdateGroup]:
-    own = f"{name.removeprefix(PREFIX)}."
-    return (group for group in plan.update_groups if any(own.startswith(f"{module}.") for module in group.modules))
+    own = name.removeprefix(PREFIX).replace(SAVED, "")
+    return (group for group in plan.update_groups if any(is_in(own, module) for module in group.modules))
 
 
 def _owner(part: TrainedPart) -> str:

@@ -2,11 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
+import raytune
 from raytune.cli import cli
 from raytune.config.load import config_from
+from raytune.config.problems import ConfigError
+from raytune.errors import ModelError, UserError
 from raytune.launch.cluster import this_machine
 from raytune.plan.advise import advise
 from raytune.plan.ahead import plan_ahead
@@ -24,11 +29,30 @@ def test_every_method_is_planned_as_it_would_be_alone():
     assert advised == alone
 
 
-def test_the_adapter_section_counts_for_every_method_that_has_its_keys():
-    config = config_from(JOB | {"adapter": {"method": "lora", "rank": 64}})
-    advised = {one.method: one.plan for one in advise(config, this_machine(config.cluster), TOKENS).methods}
-    ranks = {method: plan and plan.adapter.model_dump().get("rank") for method, plan in advised.items()}
-    assert (ranks["lora"], ranks["qlora"], ranks["ia3"]) == (64, 64, None)
+def test_the_adapter_section_counts_for_its_method_and_its_presets_and_what_is_saved_for_all():
+    job = JOB | {"adapter": {"method": "lora", "rank": 64, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}}
+    advised = {one.method: one.plan for one in raytune.advise(job, tokens=TOKENS).methods}
+    sections = {method: plan.adapter.model_dump() for method, plan in advised.items() if plan}
+    assert sections.keys() == METHODS.keys()
+    ranks = {method: section.get("rank") for method, section in sections.items()}
+    assert ranks == dict.fromkeys(METHODS) | {"lora": 64, "qlora": 64, "lokr": 16, "loha": 16, "vera": 256}
+    assert {method for method, section in sections.items() if section.get("modules_to_save") == ["lm_head"]} == METHODS.keys() - {
+        "full"
+    }
+
+
+def test_the_python_verb_takes_what_the_command_does_and_refuses_as_it_does(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 100)
+    (tmp_path / "empty.jsonl").write_text("")
+    said = raytune.advise({"model": {"base": "demo"}}, data={"train": str(tmp_path / "rows.jsonl")})
+    assert [one.method for one in said.methods if one.plan] == list(METHODS)
+    assert "350 tokens" in said.assumption
+    with pytest.raises(UserError, match="is empty"):
+        raytune.advise({"model": {"base": "demo"}}, data={"train": str(tmp_path / "empty.jsonl")})
+    with pytest.raises(ConfigError, match=r"model\.base.* is missing"):
+        raytune.advise({"cluster": JOB["cluster"]}, tokens=TOKENS)
+    with pytest.raises(ModelError, match="neither a folder nor in the Hugging Face cache"):
+        raytune.advise({"model": {"base": "nobody/nothing-7b"}}, tokens=TOKENS)
 
 
 def test_what_does_not_fit_comes_last_with_the_way_out():

@@ -6,11 +6,15 @@ from typing import get_args
 import pytest
 
 from raytune.config.guides import guides
-from raytune.config.load import config_diff, config_from, dump_yaml, load_config
+from raytune.config.load import config_diff, config_from, config_with, dump_written, dump_yaml, load_config
 from raytune.config.presets import preset_reasons, presets
 from raytune.config.problems import ConfigError
 from raytune.config.run import Preset, RunConfig
 from raytune.plan.methods import METHODS
+from raytune.sweeps.space import trial_config, trials_of
+from tests.unit.plan_cases import planned
+
+PLANNED = {"adapter", "training"}
 
 
 def at(config: RunConfig, key: str) -> object:
@@ -53,6 +57,52 @@ def test_a_preset_suits_every_method_and_survives_a_round_trip(method: str, name
     assert config_from(config) == config
     (tmp_path / "dumped.yaml").write_text(dump_yaml(config))
     assert load_config([tmp_path / "dumped.yaml"]) == config
+
+
+def test_a_default_that_is_written_over_a_preset_stays_wherever_the_config_goes(tmp_path: Path):
+    written = {"preset": "code", "adapter": {"rank": 16}, "training": {"num_train_epochs": "auto"}}
+    config = config_from(written)
+    for text in (dump_yaml(config), dump_yaml(config, full=True), dump_written(config)):
+        (tmp_path / "dumped.yaml").write_text(text)
+        again = load_config([tmp_path / "dumped.yaml"])
+        assert again == config
+        assert (at(again, "adapter.rank"), at(again, "adapter.alpha"), at(again, "training.num_train_epochs")) == (
+            16,
+            128,
+            "auto",
+        )
+        assert [said.partition(" ")[0] for said in preset_reasons(again)] == ["adapter.alpha"]
+
+
+def test_a_preset_makes_way_for_what_is_laid_over_its_config_later():
+    code = config_from({"preset": "code", "training": {"weight_decay": 0.1}})
+    style = config_with(code, {"preset": "style"})
+    assert style == config_from({"preset": "style", "training": {"weight_decay": 0.1}})
+    assert config_with(code, {"preset": None}) == config_from({"training": {"weight_decay": 0.1}})
+    assert config_with(code, {"adapter.method": "vera"}).adapter == config_from({"adapter": {"method": "vera"}}).adapter
+    constant = config_with(config_from({"preset": "domain"}), {"training.lr_scheduler_type": "constant"})
+    assert constant.training.min_lr_ratio == 0
+    space = {"adapter.method": {"grid": ["lora", "vera"]}, "training.lr_scheduler_type": {"grid": ["cosine", "constant"]}}
+    sweep = config_from({"preset": "domain", "data": {"validation_fraction": 0.1}, "sweep": {"space": space}})
+    configs = [trial_config(sweep, trial) for trial in trials_of(sweep)]
+    drawn = {(one.adapter.model_dump()["rank"], one.training.min_lr_ratio) for one in configs}
+    assert drawn == {(128, 0.1), (128, 0), (256, 0.1), (256, 0)}
+
+
+def test_what_is_not_read_is_not_said_to_be_set():
+    said = " ".join(preset_reasons(config_from({"preset": "chat", "training": {"max_steps": 5, "warmup_steps": 1}})))
+    assert "num_train_epochs" not in said
+    assert "warmup_ratio" not in said
+    assert "neftune_noise_alpha" in said
+
+
+@pytest.mark.parametrize("name", ["style", "code"])
+def test_ranks_and_targets_of_a_preset_are_those_of_lora(name: str):
+    """A rank of 8 is small for LoRA and starves VeRA, and `attention` is no norm."""
+    for method in METHODS:
+        plan = planned(preset=None, **config_from({"preset": name, "adapter": {"method": method}}).model_dump(include=PLANNED))
+        own = planned(adapter={"method": method}).adapter
+        assert (plan.adapter == own) == (method not in ("lora", "qlora"))
 
 
 def test_what_suits_the_rest_not_is_left_out_of_a_preset_and_refused_of_a_person():

@@ -15,9 +15,7 @@ from raytune.plan.methods.layernorm import is_tuned
 def _add(model: PreTrainedModel, adapter: LayerNormAdapter, revision: str | None, seed: int) -> PeftModel:
     check_named(model, adapter)
     left_out = {*bypassed_norms(model)} if keeps_state(type(model), model.config) else set()
-    norms = [
-        name for name, module in model.named_modules() if is_norm(module) and not any(module.children()) and name not in left_out
-    ]
+    norms = [name for name, module in model.named_modules() if is_norm(module) and name not in left_out]
     tuned = [name for name in norms if is_tuned(name, adapter)]
     check_matches("adapter.target_modules", str(adapter.target_modules), tuned, norms)
     config = LNTuningConfig(

@@ -71,19 +71,25 @@ def target_names(model: PreTrainedModel, asked: str | list[str], *, or_nothing: 
     return list(dict.fromkeys(found))
 
 
-GROUPS: dict[str, Callable[[str], bool]] = {
-    "all-linear": lambda name: True,
-    "attention": lambda name: ATTENTION.search(name) is not None,
-    "mlp": lambda name: MLP.search(name) is not None and ATTENTION.search(name.rpartition(".")[0]) is None,
+GROUPS: dict[str, Callable[[str, bool], bool]] = {
+    "all-linear": lambda name, has_states: True,
+    "attention": lambda name, has_states: ATTENTION.search(name) is not None,
+    "mlp": lambda name, has_states: (
+        ATTENTION.search(name.rpartition(".")[0]) is None and MLP.search(name) is not None
+        if has_states
+        else ATTENTION.search(name) is None  # OPT's lie in the layer itself
+    ),
 }
-"""Whether a layer of a name belongs to a group, if any layer of that name can be a target."""
+"""Whether a layer of a name belongs to a group, if any layer of that name can be a target; where layers carry state, some are of
+neither attention nor an MLP."""
 
 
 def layers_of_group(model: PreTrainedModel, group: str) -> list[str]:
     """Full names of the layers in a group, without those whose update would not be seen."""
     layers, of_experts = target_layers(model), names_of_experts(model.config.model_type)
     left_out = {*linear_routers(model)} | _bypassed(model) | {name for name in layers if name.rpartition(".")[2] in of_experts}
-    return [name for name in layers if name not in left_out and GROUPS[group](name)]
+    has_states = keeps_state(type(model), model.config)
+    return [name for name in layers if name not in left_out and GROUPS[group](name, has_states)]
 
 
 def _bypassed(model: PreTrainedModel) -> set[str]:
@@ -101,11 +107,12 @@ def check_named(model: PreTrainedModel, adapter: NamesTargets) -> None:
     Raises:
         ModelError: naming what is near.
     """
-    for setting, names in (("exclude_modules", adapter.exclude_modules), ("modules_to_save", adapter.modules_to_save)):
-        everything = [name for name, _ in model.named_modules() if name]
-        everything += [*expert_parameters(model)] if setting == "exclude_modules" else []
-        for name in names:
-            check_matches(f"adapter.{setting}", name, [full for full in everything if has_name(full, [name])], everything)
+    modules = [name for name, _ in model.named_modules() if name]
+    everything = [*modules, *expert_parameters(model)]
+    for name in adapter.exclude_modules:
+        check_matches("adapter.exclude_modules", name, [full for full in everything if has_name(full, [name])], everything)
+    for name in adapter.modules_to_save:
+        check_matches("adapter.modules_to_save", name, [full for full in modules if full.endswith(name)], modules)
 
 
 def peft_names(model: PreTrainedModel, adapter: NamesTargets) -> dict[str, Any]:

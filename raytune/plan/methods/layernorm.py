@@ -36,10 +36,8 @@ def is_tuned(name: str, adapter: LayerNormAdapter) -> bool:
 
 
 def _norms(shape: ModelShape) -> list[Module]:
-    """Without those whose weights go to a kernel, and without what has other modules inside (attention with sinks)."""
-    around = {module.name.rpartition(".")[0] for module in shape.modules()}
-    norms = (module for module in shape.modules() if module.kind == "norm" and not module.is_bypassed)
-    return [module for module in norms if module.name not in around]
+    """Without those whose weights go to a kernel."""
+    return [module for module in shape.modules() if module.kind == "norm" and not module.is_bypassed]
 
 
 def tuned_norms(adapter: LayerNormAdapter, shape: ModelShape) -> list[Module]:
