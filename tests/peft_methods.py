@@ -24,7 +24,6 @@ class PeftMethod:
     """Changes of the section; all of them suit every family."""
     takes_nf4: bool = True
     takes_conv1d: bool = True
-    merges: bool = True
 
 
 METHODS: dict[str, PeftMethod] = {
@@ -34,7 +33,6 @@ METHODS: dict[str, PeftMethod] = {
             target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
         ),
         rate=2e-2,
-        merges=False,
     ),
     "layernorm": PeftMethod(
         section={"method": "layernorm"},

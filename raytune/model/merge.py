@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -336,6 +337,8 @@ class _Merger:
         if name in self._replaced:
             return self._replaced[name].to(tensor.dtype)
         module_name, _, part = name.rpartition(".")
+        if part == "bias" and module_name in self._layers:
+            return _merged_bias(self._layers[module_name], tensor)
         if part != "weight":
             return tensor
         weight = self._as_trained_on(module_name, tensor)
@@ -385,6 +388,8 @@ def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
     """The weight of one layer of PEFT's with its update, computed in fp32 by PEFT."""
     base = layer.get_base_layer()
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if isinstance(layer, IA3Layer):
+        base.bias = None  # which PEFT would multiply with it, and which has no numbers here: `_merged_bias`
     try:
         layer.merge(safe_merge=True)
     except ValueError as error:
@@ -392,3 +397,11 @@ def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
     merged = base.weight.detach().to(weight.dtype)
     base.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     return merged
+
+
+@torch.no_grad()
+def _merged_bias(layer: Any, bias: Tensor) -> Tensor:
+    """The bias of one layer of PEFT's: factors of the outputs multiply it too."""
+    if not isinstance(layer, IA3Layer) or layer.is_feedforward:
+        return bias
+    return (bias.float() * layer.ia3_l[ADAPTER].reshape(bias.shape)).to(bias.dtype)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
+from raytune.config.adapter import Adapter, FullAdapter, Ia3Adapter, LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
 from raytune.model.base_content import base_content, save_content
 from raytune.model.export import save_adapter, save_model
@@ -96,7 +96,7 @@ with torch.inference_mode():
     return adapted_logits, merged_logits
 
 
-CASES: dict[str, tuple[str, LoraAdapter]] = {
+CASES: dict[str, tuple[str, Adapter]] = {
     "lora": ("tied", LoraAdapter(rank=4, alpha=8.0)),
     "rslora-patterns": (
         "tied",
@@ -111,6 +111,9 @@ CASES: dict[str, tuple[str, LoraAdapter]] = {
     "tied-embedding-lora": ("tied", LoraAdapter(rank=4, target_modules=["embed_tokens", "q_proj"])),
     "gpt2": ("gpt2", LoraAdapter(rank=4, target_modules="all-linear")),
     "gpt2-dora": ("gpt2", LoraAdapter(rank=4, target_modules="attention", use_dora=True)),
+    "ia3, whose factors multiply biases": ("biased", Ia3Adapter(method="ia3")),
+    "ia3-gpt2": ("gpt2", Ia3Adapter(method="ia3")),
+    "ia3-head-saved": ("untied", Ia3Adapter(method="ia3", target_modules=["q_proj"], modules_to_save=["lm_head"])),
     "pissa": ("tied", LoraAdapter(rank=4, init="pissa")),
     "pissa-rslora-patterns": (
         "tied",

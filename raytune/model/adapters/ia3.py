@@ -66,5 +66,6 @@ ADAPTING = Adapting(
     # PEFT takes factors off a base in 4 or 8 bits as little as it merges them.
     leaves_base_alone=lambda adapter, is_quantised: not (adapter.modules_to_save or is_quantised),
     peft_type="IA3",
+    merges=True,
     mend=_keep_dtype,
 )
