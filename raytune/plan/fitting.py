@@ -144,6 +144,7 @@ def _way(
         num_targets=num_targets,
         chunk_tokens=chunk_tokens,
         is_on_gpu=setting.device == "cuda",
+        drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
     )
     return Fit(
         batch=batch,

@@ -90,6 +90,8 @@ class Workload:
     """Target tokens of a micro-batch, at most."""
     chunk_tokens: int | None
     is_on_gpu: bool
+    drops: frozenset[str] = frozenset()
+    """Kinds of `model.dropout` that the config asks for."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -399,7 +401,7 @@ def layer_activation_bytes(work: Workload) -> float:
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - (not keeps_products))
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     made = BYTES[work.precision] * work.trained.num_made / num_layers
-    return work.num_tokens * per_token + _score_bytes(work) + _updated_expert_bytes(work) + made
+    return work.num_tokens * per_token + _score_bytes(work) + _mask_bytes(work) + _updated_expert_bytes(work) + made
 
 
 def _keeps_inputs(work: Workload) -> bool:
@@ -467,6 +469,20 @@ def _score_bytes(work: Workload) -> float:
     if work.attention == "eager":
         return pairs * work.shape.heads * 3 * BYTES[work.precision]
     return pairs / work.shape.num_layers if work.attention == "sdpa" else 0
+
+
+def _mask_bytes(work: Workload) -> float:
+    """What dropout keeps of a layer: a mask of what attention and MLP add to the stream, in a byte each where one kernel drops,
+    else as wide as they are. Of attention's probabilities, `eager` keeps the mask and what was dropped, and `sdpa` on a CPU its
+    steps in fp32; kernels of GPUs draw the mask again. Not in here: `varlen` on a CPU, whose documents' lengths are not known.
+    """
+    width, pairs = BYTES[work.precision], work.num_tokens**2 * work.shape.heads
+    of_mask = 1 if work.is_on_gpu else width
+    kept = 2 * work.num_tokens * work.shape.hidden * of_mask if "hidden" in work.drops else 0
+    if "attention" in work.drops:
+        on_cpu = 12 * pairs if work.attention == "sdpa" and not work.is_on_gpu else 0
+        kept += pairs * (of_mask + width) if work.attention == "eager" else on_cpu
+    return kept
 
 
 def _dequantized_bytes(work: Workload) -> float:

@@ -228,3 +228,36 @@ def test_a_checkpoint_has_the_published_bytes_per_parameter() -> None:
     parameters = LLAMA_3_8B.num_parameters
     assert checkpoint_bytes(workload()) == 12 * parameters
     assert [checkpoint_bytes(workload(zero_stage=stage, workers=8)) / parameters for stage in (1, 2, 3)] == [14, 14, 12]
+
+
+DROPPED: list[tuple[str, str, dict[str, float], str]] = [
+    ("gpt2", "hidden", {"resid_pdrop": 0.1}, "sdpa"),
+    ("phi3", "hidden", {"resid_pdrop": 0.1}, "sdpa"),
+    ("llama", "attention", {"attention_dropout": 0.1}, "sdpa"),
+    ("gpt2", "attention", {"attn_pdrop": 0.1}, "sdpa"),
+    ("llama", "attention", {"attention_dropout": 0.1}, "eager"),
+    ("gpt_neox", "attention", {"attention_dropout": 0.1}, "eager"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "rates", "attention"), DROPPED)
+def test_masks_of_dropout_are_planned(family: str, kind: str, rates: dict[str, float], attention: str) -> None:
+    """What autograd keeps on top of the same model without it: within 10 %."""
+    shape = model_shape(type(CONFIGS[family])(**READ[family]).to_dict(), "x")
+    kept = {}
+    for dropped in ({}, rates):
+        config = type(CONFIGS[family])(**READ[family] | {"num_hidden_layers": 3, "vocab_size": 101, "pad_token_id": 0} | dropped)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+        kept[bool(dropped)] = saved_bytes(model, "fp32", num_tokens=128)
+    works = [
+        workload(shape, precision="fp32", num_tokens=128, attention=attention, is_on_gpu=False, drops=drops)
+        for drops in (frozenset(), frozenset({kind}))
+    ]
+    without, with_masks = (3 * layer_activation_bytes(work) for work in works)
+    assert with_masks - without == pytest.approx(kept[True] - kept[False], rel=0.1)
+
+
+def test_a_kernel_of_a_gpu_draws_masks_of_attention_again() -> None:
+    drops = frozenset({"attention"})
+    assert by_part(workload(drops=drops)) == by_part(workload())
+    assert by_part(workload(drops=drops, attention="eager")) != by_part(workload(attention="eager"))
