@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -117,7 +116,8 @@ def merge_adapter(
     check_files(weights.folder, config, own_class)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    merger = _Merger(model, adapter_folder, peft_config, _quantization(adapter_folder) if dequantise else None, weights)
+    quantization = _quantization(adapter_folder) if dequantise else None
+    merger = _Merger(model, adapter_folder, peft_config, quantization, weights, row.merged_bias)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
@@ -240,10 +240,12 @@ class _Merger:
         peft_config: PeftConfig,
         quantization: dict[str, Any] | None,
         weights: _BaseWeights,
+        merged_bias: Callable[[Any, Tensor], Tensor],
     ) -> None:
         """
         Args:
             model: on the meta device.
+            merged_bias: `Adapting.merged_bias` of the adapter's method.
         """
         self.model = model
         self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -251,6 +253,7 @@ class _Merger:
         self._head = _name_of(self.model, self.model.get_output_embeddings())
         self._is_tied = bool(model.config.get_text_config().tie_word_embeddings) and self._head is not None
         self._quantization, self._weights = quantization, weights
+        self._merged_bias = merged_bias
         self._experts = PackedExperts(self.model, quantization, weights.read) if quantization else None
         # The start is overwritten by what was trained; some starts of LoRA would need the base's weights.
         if hasattr(peft_config, "init_lora_weights"):
@@ -338,7 +341,7 @@ class _Merger:
             return self._replaced[name].to(tensor.dtype)
         module_name, _, part = name.rpartition(".")
         if part == "bias" and module_name in self._layers:
-            return _merged_bias(self._layers[module_name], tensor)
+            return self._merged_bias(self._layers[module_name], tensor)
         if part != "weight":
             return tensor
         weight = self._as_trained_on(module_name, tensor)
@@ -388,8 +391,8 @@ def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
     """The weight of one layer of PEFT's with its update, computed in fp32 by PEFT."""
     base = layer.get_base_layer()
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
-    if isinstance(layer, IA3Layer):
-        base.bias = None  # which PEFT would multiply with it, and which has no numbers here: `_merged_bias`
+    if getattr(base, "bias", None) is not None:
+        base.bias = None  # it has no numbers here, and is merged apart
     try:
         layer.merge(safe_merge=True)
     except ValueError as error:
@@ -397,11 +400,3 @@ def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
     merged = base.weight.detach().to(weight.dtype)
     base.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     return merged
-
-
-@torch.no_grad()
-def _merged_bias(layer: Any, bias: Tensor) -> Tensor:
-    """The bias of one layer of PEFT's: factors of the outputs multiply it too."""
-    if not isinstance(layer, IA3Layer) or layer.is_feedforward:
-        return bias
-    return (bias.float() * layer.ia3_l[ADAPTER].reshape(bias.shape)).to(bias.dtype)

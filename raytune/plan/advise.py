@@ -84,7 +84,7 @@ def _with_method(config: RunConfig, method: str) -> RunConfig:
     """The config with another method."""
     if method == config.adapter.method:
         return config
-    if not (isinstance(config.adapter, LoraAdapter) and method in RANKED):
+    if config.adapter.method not in RANKED or method not in RANKED:
         saved = getattr(config.adapter, "modules_to_save", []) if method != "full" else []
         config = config.model_copy(update={"adapter": LoraAdapter(modules_to_save=saved) if saved else LoraAdapter()})
     return config_with(config, {"adapter": {"method": method}})

@@ -100,6 +100,13 @@ def test_names_that_peft_would_not_take_are_refused_by_the_plan(method: str, cha
         planned(CPU, DEMO, adapter=METHODS[method].section | changes)
 
 
+def test_a_norm_is_not_trained_twice():
+    """PEFT 0.21 takes `norm` for the end of every norm's name, and would fail in the worker."""
+    with pytest.raises(ModelError, match=r"\['norm'\] takes in model\.layers\.0\.input_layernorm"):
+        planned(CPU, DEMO, adapter={"method": "layernorm", "modules_to_save": ["norm"]})
+    assert planned(CPU, DEMO, adapter={"method": "layernorm", "modules_to_save": ["lm_head"]}).num_trainable
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_says_what_is_trained(method: str) -> None:
     plan = planned(gpus(1, 80), LLAMA_3_8B, adapter=METHODS[method].section)

@@ -246,7 +246,8 @@ def test_masks_of_dropout_are_planned(family: str, kind: str, rates: dict[str, f
     shape = model_shape(type(CONFIGS[family])(**READ[family]).to_dict(), "x")
     kept = {}
     for dropped in ({}, rates):
-        config = type(CONFIGS[family])(**READ[family] | {"num_hidden_layers": 3, "vocab_size": 101, "pad_token_id": 0} | dropped)
+        sizes: dict[str, Any] = READ[family] | {"num_hidden_layers": 3, "vocab_size": 101, "pad_token_id": 0} | dropped
+        config = type(CONFIGS[family])(**sizes)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
         kept[bool(dropped)] = saved_bytes(model, "fp32", num_tokens=128)
     works = [

@@ -29,6 +29,11 @@ def nothing_to_mend(model: PeftModel) -> None:
     """For adapters that compute as they are."""
 
 
+def same_bias(layer: Any, bias: Tensor) -> Tensor:
+    """For adapters that change what a layer multiplies by only."""
+    return bias
+
+
 def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
     """For adapters that start without data."""
 
@@ -53,6 +58,8 @@ class Adapting:
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
     merges: bool = False
     """Whether `raytune merge` lays its adapters into their base."""
+    merged_bias: Callable[[Any, Tensor], Tensor] = same_bias
+    """The bias of a layer once the adapter lies in it: of PEFT's layer and the base's bias."""
     needs_whole_targets: bool = False
     """Whether PEFT looks at the weights of a layer when it adds something to it, which ZeRO-3 may have divided."""
     starts_from_data: Callable[[Any], bool] = lambda adapter: False

@@ -1,7 +1,9 @@
 """(IA)^3 on a model: PEFT's configuration of it, with both lists of layers by names that PEFT reads alike."""
 
+import torch
 from peft import IA3Config, PeftModel
 from peft.tuners.ia3.layer import IA3Layer
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -60,6 +62,14 @@ def _keep_dtype(model: PeftModel) -> None:
             module.register_forward_hook(lambda layer, inputs, output: output.to(inputs[0].dtype))
 
 
+@torch.no_grad()
+def _merged_bias(layer: IA3Layer, bias: Tensor) -> Tensor:
+    """Factors of the outputs multiply it too."""
+    if layer.is_feedforward:
+        return bias
+    return (bias.float() * layer.ia3_l["default"].reshape(bias.shape)).to(bias.dtype)
+
+
 ADAPTING = Adapting(
     add=_add,
     frozen_experts=unchanged_experts,
@@ -67,5 +77,6 @@ ADAPTING = Adapting(
     leaves_base_alone=lambda adapter, is_quantised: not (adapter.modules_to_save or is_quantised),
     peft_type="IA3",
     merges=True,
+    merged_bias=_merged_bias,
     mend=_keep_dtype,
 )

@@ -11,7 +11,7 @@ from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import most_in_a_module, packed_experts
 from raytune.plan.methods.layers import named_targets, unread_names, without_experts
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import check_names, has_name, is_left_to_saving, matches, saved_modules
+from raytune.plan.methods.targets import check_names, has_name, is_left_to_saving, is_saved, matches, saved_modules
 from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained, lowest_layer, whole_parts
 
@@ -90,6 +90,12 @@ def _trained(adapter: LayerNormAdapter, shape: ModelShape, quantization: Quantiz
 
 def _check(adapter: LayerNormAdapter, config: RunConfig, held: HeldBase, shape: ModelShape) -> None:
     check_names(adapter, shape)
+    both = next((norm.name for norm in tuned_norms(adapter, shape) if is_saved(norm.name, adapter.modules_to_save)), None)
+    if both:
+        raise ModelError(
+            f"adapter.modules_to_save {adapter.modules_to_save} takes in {both}, because PEFT asks for the end of a name only, "
+            f"and adapter.method layernorm trains it already. Leave the name out, or write the whole name of a module."
+        )
 
 
 def _unread(adapter: LayerNormAdapter, shape: ModelShape) -> Iterator[str]:
