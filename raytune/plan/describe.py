@@ -245,7 +245,7 @@ def _evaluation(plan: RunPlan) -> str:
 def _checkpoints(plan: RunPlan) -> str:
     settings = plan.checkpoint
     best = f", the {settings.keep_best} best by {settings.metric}" if settings.keep_best else ""
-    size = format_bytes(plan.checkpoint_bytes)
+    size = f"{'up to ' * bool(plan.optimization.phases)}{format_bytes(plan.checkpoint_bytes)}"
     return f"every {settings.every_steps} steps, {size} each; kept: the last {settings.keep_last}{best}"
 
 
@@ -270,13 +270,13 @@ def _listed(parts: list[MemoryPart]) -> str:
 def _time(plan: RunPlan) -> list[tuple[str, str]]:
     if plan.step_time is None:
         return []
-    step = plan.step_time
+    step, when = plan.step_time, " in the last phase" if plan.optimization.phases else ""
     overlapped = {"communication": step.communication_s, "offload": step.offload_s}
     beside = "".join(f", beside {name} {_short_time(seconds)}" for name, seconds in overlapped.items() if seconds)
     return [
         (
             "time per step",
-            f"{_short_time(step.seconds)}: products {_short_time(step.compute_s)} + memory traffic "
+            f"{_short_time(step.seconds)}{when}: products {_short_time(step.compute_s)} + memory traffic "
             f"{_short_time(step.memory_s)}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
         )
     ]

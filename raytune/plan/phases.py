@@ -58,8 +58,8 @@ def words_of(phase: PhaseSection, trained: Trained, shape: ModelShape) -> str:
     if phase.last_layers == "all":
         return "all"
     top = [name for name in (shape.head.name, shape.final_norm.name) if name in trained.whole]
-    layers = f"the last {phase.last_layers} layers" if phase.last_layers > 1 else "the last layer" if phase.last_layers else ""
-    return " and ".join([*([layers] if layers else []), *top])
+    layers = ["the last layer" if phase.last_layers == 1 else f"the last {phase.last_layers} layers"] if phase.last_layers else []
+    return " and ".join([", ".join([*layers, *top][:-1]), [*layers, *top][-1]]).removeprefix(" and ")
 
 
 def phase_notes(config: RunConfig, shape: ModelShape) -> Iterator[str]:

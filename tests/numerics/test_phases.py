@@ -1,6 +1,7 @@
 """Gradual unfreezing = plain torch that sets `requires_grad` as it goes, and what each phase runs, holds and saves."""
 
-from collections import defaultdict
+import gc
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from raytune.config.load import config_from
 from raytune.data.batches import step_batches
 from raytune.data.store import Store
+from raytune.launch.cluster import this_machine
+from raytune.launch.result import RunResult
 from raytune.model.layers import layers_of
 from raytune.plan.memory import Workload, memory_parts
 from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.scoring import Weights, scoring_plan
+from raytune.run_folder import RunFolder
+from raytune.training.commit import committed
 from raytune.training.engine import Engine, HeldBytes
 from raytune.training.loop import StepNumbers
 from raytune.training.phases import Phases
+from raytune.training.run import Worker, train
 from raytune.training.start import prepare_process, start_engine
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.processes import run_on_ranks
@@ -36,7 +45,11 @@ from tests.numerics.runs import (
     relative_difference,
     steps_of,
 )
+from tests.numerics.saved_models import loss_by_plain_transformers
 from tests.numerics.strategies import FULL, settled, strategy_plan
+from tests.numerics.test_release import bytes_of_tensors
+from tests.numerics.test_score import score_here
+from tests.numerics.test_whole_run import prepared_run
 from tests.tiny import save_tiny_model
 
 UNFREEZE: list[dict[str, Any]] = [
@@ -197,9 +210,7 @@ def see(plan: RunPlan, folder: Path, resumes_at: tuple[int, ...]) -> Seen:
     if dist.is_initialized():
         dist.barrier()
     steps = range(1, NUM_STEPS + 1)
-    saved = {
-        step: sum(file.stat().st_size for file in (folder / str(step)).rglob("*") if file.is_file()) for step in steps
-    }
+    saved = {step: sum(file.stat().st_size for file in (folder / str(step)).rglob("*") if file.is_file()) for step in steps}
     resumed = {step: train_phases(plan, Change(start=step, load=folder / str(step))) for step in resumes_at}
     return Seen(whole=whole, resumed=resumed, reached=reached, held=held, saved=saved)
 
@@ -247,3 +258,171 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, untied: M
     assert largest_difference(first.whole, alone) <= 3 * SAME_SUMS
     assert_resumes(first)
     assert_reaches(first)
+
+
+# --- planned bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """On one rank, in the last step of each phase and after them."""
+
+    phases: list[HeldBytes]
+    """Between backward pass and update."""
+    left: int
+    """Bytes of tensors after the last phase has begun and made a step."""
+    left_alone: int
+    """The same of an engine that began in that phase."""
+
+
+def hold(plan: RunPlan) -> Held:
+    def one_run(num_made: int) -> tuple[list[HeldBytes], int]:
+        gc.collect()
+        engine, loss_sum = start_in(plan, num_made)
+        phases, held = Phases(plan, engine, phase_of(max(0, num_made - 1))), []
+        make_step = engine.step
+
+        def step(learning_rate: float) -> Tensor:
+            held.append(engine.held_bytes())
+            return make_step(learning_rate)
+
+        engine.step = step
+        for result in steps_of(plan, engine, loss_sum, batches_of_rank(plan), Change(start=num_made and num_made - 1)):
+            result.read(engine)
+            phases.reach_step(result.step)
+        left = bytes_of_tensors()
+        del engine.step
+        engine.release()
+        return held, left
+
+    held, left = one_run(0)
+    return Held(phases=[held[step - 1] for step in (*BORDERS, NUM_STEPS)], left=left, left_alone=one_run(NUM_STEPS)[1])
+
+
+def hold_all(plans: list[RunPlan]) -> list[Held]:
+    return [hold(plan) for plan in plans]
+
+
+def test_each_phase_holds_the_planned_bytes_and_nothing_of_the_one_before(
+    material: Material, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Within 2 %, on two ranks."""
+    model = save_tiny_model(
+        tmp_path_factory.mktemp("wide"), tied=False, num_hidden_layers=3, hidden_size=128, intermediate_size=352
+    )
+    wide = replace(material, model=model)
+    setting, shape = settled(model, {"unfreeze": UNFREEZE}, FULL)
+    stages = (0, 2, 3)
+    plans = [
+        phased_plan(
+            wide,
+            workers=2,
+            stage=stage,
+            precision="bf16",
+            model={"dtype": "bf16" if stage else "fp32", "compute_dtype": "bf16"},
+            num_parameters=shape.num_parameters,
+        )
+        for stage in stages
+    ]
+    for rank in run_on_ranks(hold_all, 2, plans):
+        for stage, held in zip(stages, rank, strict=True):
+            for trained, measured in zip(setting.phases, held.phases, strict=True):
+                work = Workload(
+                    shape=shape,
+                    trained=trained,
+                    engine="zero" if stage else "plain",
+                    zero_stage=stage,
+                    workers=2,
+                    offload_optimizer="none",
+                    offload_parameters="none",
+                    precision="bf16",
+                    optimizer="adamw",
+                    attention="varlen",
+                    has_checkpointing=False,
+                    accumulation=2,
+                    num_tokens=1,
+                    num_targets=1,
+                    chunk_tokens=None,
+                    is_on_gpu=False,
+                )
+                parts = {part.name: part.num_bytes for part in memory_parts(work)}
+                for name in ("weights", "gradients", "optimizer"):
+                    assert parts[name] == pytest.approx(getattr(measured, name), rel=0.02), (name, stage)
+            assert held.left == pytest.approx(held.left_alone, rel=0.01), stage
+
+
+# --- whole runs
+
+LAST_LAYER_THEN_ALL = [{"last_layers": 1}, {"from_fraction": 0.5, "last_layers": "all", "learning_rate": 1e-3}]
+
+
+class Stopped(Exception):
+    """Ends a run in a test."""
+
+
+def whole_run(storage: Path, material: Material) -> tuple[RunFolder, RunPlan]:
+    changes: dict[str, Any] = {
+        "model": {"base": str(material.model)},
+        "adapter": FULL,
+        "data": {"train": {"path": "demo:train", "max_rows": 20}},
+        "strategy": {"unfreeze": LAST_LAYER_THEN_ALL},
+        "training": {"max_steps": 4, "learning_rate": 2e-3, "warmup_steps": 0},
+        "evaluation": {"every_steps": 2},
+        "checkpoint": {"every_steps": 2, "keep_last": 3, "mode": "max"},  # the loss falls: the earlier of two is "best"
+    }
+    return prepared_run(storage, changes)
+
+
+def train_here(plan: RunPlan, stop_at: int | None = None, attempt: int = 1) -> None:
+    def report(metrics: dict[str, float]) -> None:
+        if metrics["step"] == stop_at:
+            raise Stopped
+
+    rank, world = rank_and_world()
+    train(plan, Worker(rank=rank, world_size=world, device_index=rank, attempt=attempt, report=report))
+
+
+def test_a_whole_run_stopped_at_a_border_leaves_the_best_of_an_earlier_phase(untied: Material, tmp_path: Path) -> None:
+    """Its weights below the layers of that phase are the base's, though they were trained since."""
+    folder, plan = whole_run(tmp_path / "unbroken", untied)
+    train_here(plan)
+    result = RunResult.read(folder)
+    losses = dict(result.history.series("validation/loss"))
+    assert losses[2] > losses[4]
+    assert result.best_step == 2
+    assert loss_by_plain_transformers(plan, result.model_path) == pytest.approx(losses[2], rel=2e-5)
+    base, tuned = (load_file(Path(path) / "model.safetensors") for path in (plan.model.path, result.model_path))
+    changed = {name for name, value in base.items() if not torch.equal(value, tuned[name].to(value.dtype))}
+    assert changed == {name for name in base if is_trained(name, 1)}
+    measured = {name: (planned, held) for name, planned, held in result.planned_and_measured}
+    for name in ("weights", "optimizer"):
+        planned, held = measured[name]
+        assert planned == pytest.approx(held, rel=0.02), "of the last phase: the best checkpoint is loaded later"
+    for step in (2, 4):
+        assert scored_loss(plan, Weights(folder=folder, step=step)) == pytest.approx(losses[step], rel=2e-5)
+
+    folder, plan = whole_run(tmp_path / "stopped", untied)
+    with pytest.raises(Stopped):
+        train_here(plan, stop_at=2)
+    until_committed(folder, 2)
+    train_here(plan, attempt=2)
+    resumed = RunResult.read(folder).history
+    for name in ("train/loss", "validation/loss", "train/learning_rate"):
+        assert resumed.series(name) == result.history.series(name)
+
+
+def scored_loss(plan: RunPlan, weights: Weights) -> float:
+    """Mean loss of the validation rows under a checkpoint."""
+    scoring = scoring_plan(plan, this_machine(config_from({}).cluster), weights)
+    data = plan.data.model_copy(update={"train": plan.data.validation[0], "validation": []})
+    rows = score_here(scoring.model_copy(update={"storage": weights.folder.scores, "name": "here", "data": data}), weights)
+    return sum(row.loss * row.targets for row in rows) / sum(row.targets for row in rows)
+
+
+def until_committed(folder: RunFolder, step: int) -> None:
+    """Wait for the thread of a save."""
+    for _ in range(600):
+        if any(commit.step == step for commit in committed(folder)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not committed")
