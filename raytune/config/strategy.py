@@ -44,10 +44,13 @@ class PhaseSection(Section):
     """Steps at the beginning of the phase over which the rate rises from 0; the first phase has the run's own warm-up."""
 
 
+UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
+
+
 class StrategySection(Section):
     freeze: FreezeSection = FreezeSection()
     """What stays as it is of the parameters that the method would train."""
-    unfreeze: list[PhaseSection] = []
+    unfreeze: Annotated[list[PhaseSection], Field(examples=[UNFREEZE_EXAMPLE])] = []
     """Phases of a run that trains the last layers first, and more of the model in each phase (with `full`). Gradients, optimizer
     state and checkpoints are of what a phase trains; the optimizer state of what is trained already is kept."""
     layer_rate_decay: Annotated[float, Field(gt=0, le=1, examples=[0.9])] = 1.0

@@ -367,6 +367,10 @@ class ZeroEngine:
     def _end(self) -> None:
         """Let go of DeepSpeed's engine, which leaves the model as it is."""
         self._engine.destroy()
+        # What DeepSpeed 0.19 leaves on a model that lives on: a dead engine would go on being called by it, and hold its buffers.
+        for name in ("module_forward_pre_hook", "module_forward_post_hook", "first_dataloader_check"):
+            if hook := getattr(self._engine, name, None):
+                hook.remove()
         del self.module, self._trained, self._engine
         _forget_modules()
         free_memory(self.device)

@@ -277,7 +277,7 @@ class Held:
 
 def hold(plan: RunPlan) -> Held:
     def one_run(num_made: int) -> tuple[list[HeldBytes], int]:
-        gc.collect()
+        gc.collect()  # the run before
         engine, loss_sum = start_in(plan, num_made)
         phases, held = Phases(plan, engine, phase_of(max(0, num_made - 1))), []
         make_step = engine.step
@@ -290,6 +290,7 @@ def hold(plan: RunPlan) -> Held:
         for result in steps_of(plan, engine, loss_sum, batches_of_rank(plan), Change(start=num_made and num_made - 1)):
             result.read(engine)
             phases.reach_step(result.step)
+        gc.collect()
         left = bytes_of_tensors()
         del engine.step
         engine.release()

@@ -158,7 +158,7 @@ def test_the_best_can_be_loaded_at_the_end(folder: RunFolder) -> None:
     best = checkpoints.best()
     assert best is not None
     assert best.step == 2
-    checkpoints.load(best)
+    checkpoints.load(best, engine)
     assert equal(engine, engine_at(2))
 
 
