@@ -4,7 +4,7 @@ import gc
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from raytune.config.load import config_from
 from raytune.data.batches import step_batches
 from raytune.data.store import Store
+from raytune.config.training import Optimizer
 from raytune.launch.cluster import this_machine
 from raytune.launch.result import RunResult
 from raytune.model.layers import layers_of
@@ -260,6 +261,34 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, untied: M
     assert_reaches(first)
 
 
+SAVED_AT = 3
+
+
+def resume_each(plans: list[RunPlan], folder: Path) -> list[tuple[Outcome, Outcome]]:
+    """Of each plan the unbroken run, and one that went on in the second phase."""
+    found = []
+    for number, plan in enumerate(plans):
+        whole = train_phases(plan)
+        train_phases(plan, Change(stop=SAVED_AT, save=folder / str(number)))
+        found.append((whole, train_phases(plan, Change(start=SAVED_AT, load=folder / str(number) / "rank-0"))))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_optimizer_keeps_its_state_over_borders(stage: int, untied: Material, tmp_path: Path) -> None:
+    plans = [phased_plan(untied, stage=stage, optimization={"optimizer": optimizer}) for optimizer in get_args(Optimizer)]
+    for whole, resumed in run_on_ranks(resume_each, 1, plans, tmp_path)[0]:
+        assert resumed.losses == whole.losses[SAVED_AT:]
+        assert largest_difference(resumed, whole) == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_compiled_anew_for_each_phase(untied: Material) -> None:
+    losses = train_phases(phased_plan(untied, model={"compile": True})).losses
+    assert relative_difference(losses, train_phases(phased_plan(untied)).losses) <= SAME_SUMS
+
+
 # --- planned bytes
 
 
@@ -349,7 +378,7 @@ def test_each_phase_holds_the_planned_bytes_and_nothing_of_the_one_before(
                 parts = {part.name: part.num_bytes for part in memory_parts(work)}
                 for name in ("weights", "gradients", "optimizer"):
                     assert parts[name] == pytest.approx(getattr(measured, name), rel=0.02), (name, stage)
-            assert held.left == pytest.approx(held.left_alone, rel=0.01), stage
+            assert held.left < 1.01 * held.left_alone, stage
 
 
 # --- whole runs
