@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from raytune.config.load import config_from
+from raytune.config.training import Optimizer
 from raytune.data.batches import step_batches
 from raytune.data.store import Store
-from raytune.config.training import Optimizer
 from raytune.launch.cluster import this_machine
 from raytune.launch.result import RunResult
 from raytune.model.layers import layers_of
