@@ -164,8 +164,6 @@ class Seen:
     """By the step that they went on from."""
     reached: list[set[int]]
     """Layers whose output got a gradient, of each step."""
-    held: list[HeldBytes]
-    """In each step, between backward pass and update."""
     saved: dict[int, int]
     """Bytes of each checkpoint."""
 
@@ -192,14 +190,7 @@ def see(plan: RunPlan, folder: Path, resumes_at: tuple[int, ...]) -> Seen:
     engine, loss_sum = start_in(plan)
     phases, now = Phases(plan, engine), set[int]()
     watch_layers(engine.model, now)
-    numbers, reached, held = [], [], []
-    make_step = engine.step
-
-    def step(learning_rate: float) -> Tensor:
-        held.append(engine.held_bytes())
-        return make_step(learning_rate)
-
-    engine.step = step
+    numbers, reached = [], []
     for result in steps_of(plan, engine, loss_sum, batches_of_rank(plan)):
         numbers.append(result.read(engine))
         reached.append({*now})
@@ -207,13 +198,12 @@ def see(plan: RunPlan, folder: Path, resumes_at: tuple[int, ...]) -> Seen:
         engine.save(folder / str(result.step))
         phases.reach_step(result.step)
     whole = outcome(engine, numbers)
-    del engine.step
     if dist.is_initialized():
         dist.barrier()
     steps = range(1, NUM_STEPS + 1)
     saved = {step: sum(file.stat().st_size for file in (folder / str(step)).rglob("*") if file.is_file()) for step in steps}
     resumed = {step: train_phases(plan, Change(start=step, load=folder / str(step))) for step in resumes_at}
-    return Seen(whole=whole, resumed=resumed, reached=reached, held=held, saved=saved)
+    return Seen(whole=whole, resumed=resumed, reached=reached, saved=saved)
 
 
 def assert_resumes(seen: Seen) -> None:
@@ -297,7 +287,6 @@ class Held:
     """On one rank, in the last step of each phase and after them."""
 
     phases: list[HeldBytes]
-    """Between backward pass and update."""
     left: int
     """Bytes of tensors after the last phase has begun and made a step."""
     left_alone: int
@@ -312,8 +301,10 @@ def hold(plan: RunPlan) -> Held:
         make_step = engine.step
 
         def step(learning_rate: float) -> Tensor:
-            held.append(engine.held_bytes())
-            return make_step(learning_rate)
+            gradients = engine.held_bytes().gradients  # before the update, which clears them
+            norm = make_step(learning_rate)
+            held.append(replace(engine.held_bytes(), gradients=gradients))
+            return norm
 
         engine.step = step
         for result in steps_of(plan, engine, loss_sum, batches_of_rank(plan), Change(start=num_made and num_made - 1)):
