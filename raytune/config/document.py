@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from raytune.config.error_pages import ERROR_PAGES, ErrorPage
 from raytune.config.guides import GUIDES, Guide, guides, guides_text
 from raytune.config.hints import nearest_keys, why_there_is_none
-from raytune.config.keys import REQUIRED, Key, example_of, in_words, keys, keys_in
+from raytune.config.keys import REQUIRED, Key, example_of, in_words, is_in_list, keys, keys_in
 from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import write_yaml
 from raytune.errors import UserError
@@ -113,6 +113,7 @@ def _find(subject: str) -> Key | ErrorPage | Guide:
     page = ERROR_PAGES.get(subject.upper())
     path = re.sub(r"\.\d+(?=\.|$)", "", subject.strip("."))
     same_leaf = [key for key in keys().values() if key.path.rpartition(".")[2] == path]
+    same_leaf = [key for key in same_leaf if not is_in_list(key)] or same_leaf  # a position has to be named for the others
     found = page or keys().get(path) or guides().get(path.lower()) or (same_leaf[0] if len(same_leaf) == 1 else None)
     if found is None:
         near = nearest_keys(path)
@@ -125,10 +126,16 @@ def _find(subject: str) -> Key | ErrorPage | Guide:
 def _properties(key: Key) -> str:
     rows = {"type": in_words(key.annotation)}
     if not keys_in(key.path):
-        rows |= {"default": _default_text(key), "example": f"{key.path}={_flow(example_of(key))}"}
+        rows |= {"default": _default_text(key), "example": f"{_written(key)}={_flow(example_of(key))}"}
     if key.methods:
         rows |= {"only with": f"{key.union}.method {' or '.join(key.methods)}"}
     return "\n".join(f"{name:9}  {text}" for name, text in rows.items())
+
+
+def _written(key: Key) -> str:
+    """The path of a key as it is written on the command line."""
+    section, _, leaf = key.path.rpartition(".")
+    return f"{section}.0.{leaf}" if is_in_list(key) else key.path
 
 
 def _key_facts(key: Key) -> dict[str, Any]:

@@ -74,6 +74,15 @@ def is_mapping(annotation: Any) -> bool:
     return get_origin(_container(annotation)) is dict
 
 
+def is_in_list(key: Key) -> bool:
+    """Whether a key lies in a section of a list, where its position has to be written before it: not in a list for which one
+    section may stand, such as `data.train`."""
+    above = keys().get(key.path.rpartition(".")[0])
+    if above is None or get_origin(_container(above.annotation)) is not list:
+        return False
+    return not any(field.title for field in _fields(above.annotation))
+
+
 def names_keys(path: tuple[str | int, ...]) -> bool:
     """Whether the names in the mapping at a path are dotted keys themselves, as in `sweep.space`."""
     container = _container(type_at(path))

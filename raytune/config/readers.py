@@ -349,6 +349,8 @@ READERS: dict[str, Reader] = {
     # strategy
     **_read("strategy", "freeze", "plan.setting"),
     **_read("strategy.freeze", "embeddings first_layers modules train_only", "plan.freezing"),
+    **_read("strategy", "unfreeze", "plan.phases"),
+    **_read("strategy.unfreeze", "from_epoch from_step from_fraction last_layers learning_rate warmup_steps", "plan.phases"),
     **_read("strategy", "layer_rate_decay rate_scales weight_decay_of", "plan.update_groups"),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),

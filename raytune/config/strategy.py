@@ -1,6 +1,6 @@
 """`strategy`: which of the parameters that a method trains stay as they are, and how fast each of the others learns."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -26,9 +26,33 @@ class FreezeSection(Section):
     them."""
 
 
+class PhaseSection(Section):
+    """A part of the run, from where it begins to where the next one does; the first begins with the run."""
+
+    from_epoch: NonNegativeFloat | None = None
+    """The phase begins with the first step all of whose rows come after this many epochs (`0.5`: half of the rows)."""
+    from_step: NonNegativeInt | None = None
+    """The phase begins after this many steps."""
+    from_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The phase begins after this share of all steps, rounded up."""
+    last_layers: NonNegativeInt | Literal["all"]
+    """How many layers are trained, counted from the last one, with the output head and the norm before it; 0: these two alone.
+    `all`: embeddings too, and all that `strategy.freeze` leaves. A head that is tied to the embeddings is trained with them."""
+    learning_rate: PositiveFloat | None = None
+    """Peak rate in this phase, in place of `training.learning_rate`; the schedule shapes it as it shapes that one."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps at the beginning of the phase over which the rate rises from 0; the first phase has the run's own warm-up."""
+
+
+UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
+
+
 class StrategySection(Section):
     freeze: FreezeSection = FreezeSection()
     """What stays as it is of the parameters that the method would train."""
+    unfreeze: Annotated[list[PhaseSection], Field(examples=[UNFREEZE_EXAMPLE])] = []
+    """Phases of a run that trains the last layers first, and more of the model in each phase (with `full`). Gradients, optimizer
+    state and checkpoints are of what a phase trains; the optimizer state of what is trained already is kept."""
     layer_rate_decay: Annotated[float, Field(gt=0, le=1, examples=[0.9])] = 1.0
     """Each layer learns at this share of the rate of the layer above it: the output head and the norm before it at the full rate,
     the last layer at this share of it, and the embeddings, below the first layer, slowest. 1: all at one rate."""

@@ -104,7 +104,7 @@ class RunResult:
         def most(key: str) -> float | None:
             return max((rank[key] for rank in self.held_bytes), default=None)
 
-        step_time = self.plan.step_time
+        step_time = None if self.plan.optimization.phases else self.plan.step_time  # whose steps differ
         peak = tensor_bytes if self.plan.cluster.device == "cuda" else partial(bytes_in, place="device")
         return [
             ("weights", parts.get("weights"), most("weights")),

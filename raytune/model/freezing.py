@@ -18,6 +18,12 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def freeze_only(model: nn.Module, names: Sequence[str]) -> None:
+    """Let all of a base learn but the modules of these names: those that another phase had frozen learn again."""
+    model.requires_grad_(True)
+    freeze(model, names)
+
+
 def recompute_from(model: nn.Module, lowest_layer: int) -> None:
     """Let activation checkpointing begin at a layer, below which nothing is trained.
 
@@ -35,11 +41,14 @@ def recompute_from(model: nn.Module, lowest_layer: int) -> None:
     for module in model.modules():
         if getattr(module, "_require_grads_hooks", None):
             module.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
-    for layer in layers[:lowest_layer]:
+    for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
-    if lowest_layer < len(layers) and _begin_gradient not in layers[lowest_layer]._forward_pre_hooks.values():  # of a kept base
+                module.gradient_checkpointing = index >= lowest_layer  # pyright: ignore[reportArgumentType]
+        for key, hook in [*layer._forward_pre_hooks.items()]:  # of a kept base, or a phase before
+            if hook is _begin_gradient:
+                del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
+    if lowest_layer < len(layers):
         layers[lowest_layer].register_forward_pre_hook(_begin_gradient, with_kwargs=True)
 
 

@@ -35,6 +35,7 @@ from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
+from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
 from raytune.plan.run_plan import (
@@ -49,6 +50,8 @@ from raytune.plan.run_plan import (
     LossPlan,
     ModelPlan,
     OptimizationPlan,
+    PhaseNeeds,
+    PhasePlan,
     RunPlan,
 )
 from raytune.plan.setting import Setting
@@ -118,7 +121,7 @@ def choose_plan(
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
     num_steps = math.ceil(num_rows / rows_per_step)
-    optimization = _optimization(setting, num_steps, num_rows, reasons)
+    optimization = _optimization(setting, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
     evaluation = _evaluation(config, data, num_steps, reasons)
     plan = RunPlan(
         name=config.name,
@@ -161,11 +164,13 @@ def choose_plan(
         cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
         step_time=fit.step_time,
-        cost=_cost(config, fit, machine, num_steps),
+        cost=_cost(config, fit, machine, num_steps, optimization.phases),
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
         num_trainable=setting.trained.num_trainable,
+        phase_needs=_phase_needs(setting, fit),
         notes=[
+            *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
             *expert_notes(adapter, shape, setting.trained, quantization),
@@ -261,15 +266,39 @@ def _reasons_of_cluster(config: RunConfig, machine: Machine) -> list[str]:
     return []
 
 
-def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int) -> CostPlan | None:
-    if machine.instance is None or fit.step_time is None:
+def _phase_needs(setting: Setting, fit: Fit) -> list[PhaseNeeds]:
+    return [
+        PhaseNeeds(
+            trains=words_of(phase, needs.trained, setting.shape),
+            num_trainable=needs.trained.num_trainable,
+            lowest_layer=needs.trained.lowest_layer,
+            memory=needs.memory,
+            checkpoint_bytes=needs.checkpoint_bytes,
+            step_time=needs.step_time,
+        )
+        for phase, needs in zip(setting.config.strategy.unfreeze, fit.phases)
+    ]
+
+
+def _mean_step_s(fit: Fit, num_steps: int, phases: list[PhasePlan]) -> float | None:
+    """Seconds of a step, over all phases; None where the machines' speed is not known."""
+    firsts = [phase.first_step for phase in phases] or [0]
+    ends = [*firsts[1:], num_steps]
+    parts = [(end - first, one.step_time) for one, first, end in zip(fit.phases, firsts, ends)]
+    seconds = [number * time.seconds for number, time in parts if time]
+    return sum(seconds) / num_steps if len(seconds) == len(parts) else None
+
+
+def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int, phases: list[PhasePlan]) -> CostPlan | None:
+    step_s = _mean_step_s(fit, num_steps, phases)
+    if machine.instance is None or step_s is None:
         return None
     return cost_of(
         machine.instance,
         num_nodes=machine.num_nodes,
         is_spot=config.cluster.spot,
         num_steps=num_steps,
-        step_s=fit.step_time.seconds,
+        step_s=step_s,
         checkpoint_bytes=fit.checkpoint_bytes,
         num_writers=1 if fit.zero_stage == 0 else machine.num_nodes,  # PlainEngine saves from rank 0 alone
     )
@@ -285,10 +314,12 @@ def _why_rows(batch: BatchPlan, wanted_rows: int, training: TrainingSection, row
     return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
 
 
-def _optimization(setting: Setting, num_steps: int, num_rows: int, reasons: _Reasons) -> OptimizationPlan:
+def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: float, reasons: _Reasons) -> OptimizationPlan:
     training, trained, num_parameters = setting.config.training, setting.trained, setting.shape.num_parameters
     name, method = setting.config.adapter.method, method_of(setting.adapter)
-    rate = training.learning_rate
+    rate, phases = training.learning_rate, setting.config.strategy.unfreeze
+    if has_own_rates(setting.config):
+        rate = phases[0].learning_rate or 0.0
     if rate == "auto":
         rate = reasons.taken(default_learning_rate(name, method.learning_rate(num_parameters), num_parameters))
     decay = training.weight_decay
@@ -303,6 +334,7 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, reasons: _Rea
         lora_plus_ratio=trained.way_back_rate_scale,
         lora_plus_embedding_rate=trained.embedding_rate,
         update_groups=update_groups(trained),
+        phases=phase_plans(setting.config, setting.phases, setting.shape, rate, num_steps=num_steps, epoch_steps=epoch_steps),
         schedule=training.lr_scheduler_type,
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,

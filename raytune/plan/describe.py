@@ -36,6 +36,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
+        *_phases(plan),
         *_rates(plan),
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
         ("engine", _engine(plan)),
@@ -171,8 +172,11 @@ def _length(plan: RunPlan) -> str:
 
 def _optimizer(plan: RunPlan) -> str:
     settings = plan.optimization
+    rates = [phase.learning_rate for phase in settings.phases] or [settings.learning_rate]
+    by_phase = f"{min(rates):g} to {max(rates):g} by phase"
+    rate = by_phase if min(rates) < max(rates) else f"{rates[0]:g}"
     return (
-        f"{settings.optimizer}, learning rate {settings.learning_rate:g} ({settings.schedule}, "
+        f"{settings.optimizer}, learning rate {rate} ({settings.schedule}, "
         f"{_warmup_text(settings.warmup_steps)}), weight decay {settings.weight_decay:g}"
     )
 
@@ -191,6 +195,24 @@ def _rates(plan: RunPlan) -> list[tuple[str, str]]:
         half = MOST_GROUPS // 2
         lines = [*lines[:half], f"... {left_out} others between these ...", *lines[-half:]]
     return [("rates" if index == 0 else "", line) for index, line in enumerate(lines)]
+
+
+def _phases(plan: RunPlan) -> list[tuple[str, str]]:
+    """A line for each phase: when it is, what it trains, and what that takes."""
+    phases = plan.optimization.phases
+    ends = [*(phase.first_step for phase in phases[1:]), plan.optimization.num_steps]
+    lines = []
+    for phase, needs, end in zip(phases, plan.phase_needs, ends):
+        share = 100 * needs.num_trainable / plan.num_parameters
+        warm_up = f", {_warmup_text(phase.warmup_steps)}" if phase.warmup_steps else ""
+        place: Place = "device" if bytes_in(needs.memory, "device") else "host"
+        time = f", {_short_time(needs.step_time.seconds)} a step" if needs.step_time else ""
+        lines.append(
+            f"steps {phase.first_step + 1} to {end}: {needs.trains}, {format_count(needs.num_trainable)} ({share:.3g}%) trained; "
+            f"learning rate {phase.learning_rate:g}{warm_up}; {format_bytes(bytes_in(needs.memory, place))} per worker, "
+            f"checkpoints {format_bytes(needs.checkpoint_bytes)}{time}"
+        )
+    return [("phases" if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def _some(names: list[str]) -> str:
@@ -223,7 +245,7 @@ def _evaluation(plan: RunPlan) -> str:
 def _checkpoints(plan: RunPlan) -> str:
     settings = plan.checkpoint
     best = f", the {settings.keep_best} best by {settings.metric}" if settings.keep_best else ""
-    size = format_bytes(plan.checkpoint_bytes)
+    size = f"{'up to ' * bool(plan.optimization.phases)}{format_bytes(plan.checkpoint_bytes)}"
     return f"every {settings.every_steps} steps, {size} each; kept: the last {settings.keep_last}{best}"
 
 
@@ -248,13 +270,13 @@ def _listed(parts: list[MemoryPart]) -> str:
 def _time(plan: RunPlan) -> list[tuple[str, str]]:
     if plan.step_time is None:
         return []
-    step = plan.step_time
+    step, when = plan.step_time, " in the last phase" if plan.optimization.phases else ""
     overlapped = {"communication": step.communication_s, "offload": step.offload_s}
     beside = "".join(f", beside {name} {_short_time(seconds)}" for name, seconds in overlapped.items() if seconds)
     return [
         (
             "time per step",
-            f"{_short_time(step.seconds)}: products {_short_time(step.compute_s)} + memory traffic "
+            f"{_short_time(step.seconds)}{when}: products {_short_time(step.compute_s)} + memory traffic "
             f"{_short_time(step.memory_s)}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
         )
     ]

@@ -1,7 +1,7 @@
 """Which micro-batch, ZeRO stage and activation checkpointing fit into memory, and what would fit where nothing does."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from raytune.config.adapter import LoraAdapter, preset_of
@@ -26,6 +26,7 @@ from raytune.plan.requirements import Device
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
 from raytune.plan.setting import Setting, settle
 from raytune.plan.throughput import Speed, step_time
+from raytune.plan.trained import Trained
 from raytune.units import format_bytes
 
 # Tokens per forward pass above which little gets faster: a GPU is busy with 8k (docs/performance.md), a CPU core with far
@@ -43,6 +44,17 @@ Change = tuple[str, RunConfig, Machine]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a phase takes; a run without phases is one."""
+
+    trained: Trained
+    memory: list[MemoryPart]
+    checkpoint_bytes: int
+    step_time: StepTimePlan | None
+    """None where the machines' speed is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
     """One way to run, with its bytes."""
 
@@ -50,10 +62,22 @@ class Fit:
     zero_stage: ZeroStage
     has_checkpointing: bool
     chunk_tokens: int | None
-    memory: list[MemoryPart]
-    checkpoint_bytes: int
-    step_time: StepTimePlan | None
-    """None where the machines' speed is not known."""
+    phases: tuple[Needs, ...]
+
+    @property
+    def memory(self) -> list[MemoryPart]:
+        """Of the fullest phase."""
+        return max((one.memory for one in self.phases), key=lambda parts: (bytes_in(parts, "device"), bytes_in(parts, "host")))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the largest."""
+        return max(one.checkpoint_bytes for one in self.phases)
+
+    @property
+    def step_time(self) -> StepTimePlan | None:
+        """Of the last phase; None where the machines' speed is not known."""
+        return self.phases[-1].step_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +87,10 @@ class Room:
     device: int | None
     host: int | None
 
-    def holds(self, memory: list[MemoryPart]) -> bool:
+    def holds(self, way: Fit) -> bool:
+        return all(self._holds(one.memory) for one in way.phases)
+
+    def _holds(self, memory: list[MemoryPart]) -> bool:
         on_device = self.device is None or bytes_in(memory, "device") <= self.device
         return on_device and (self.host is None or bytes_in(memory, "host") <= self.host)
 
@@ -79,7 +106,7 @@ def choose_fit(setting: Setting, rows_per_step: int, data: DataFacts) -> Fit:
         PlanError: if none fits; the message names the nearest settings that do.
     """
     room = room_of_worker(setting)
-    fitting = (way for way in _ways(setting, rows_per_step, data) if room.holds(way.memory))
+    fitting = (way for way in _ways(setting, rows_per_step, data) if room.holds(way))
     if (first := next(fitting, None)) is not None:
         return first if first.step_time is None else _fastest([first, *fitting])
     smallest = min(_ways(setting, rows_per_step, data), key=lambda way: bytes_in(way.memory, "device"))
@@ -146,15 +173,22 @@ def _way(
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
     )
+    # Rates of the catalogue are those of 16-bit products on GPUs.
+    is_timed = work.is_on_gpu and work.precision != "fp32"
     return Fit(
         batch=batch,
         zero_stage=stage,
         has_checkpointing=has_checkpointing,
         chunk_tokens=chunk_tokens,
-        memory=memory_parts(work),
-        checkpoint_bytes=checkpoint_bytes(work),
-        # Rates of the catalogue are those of 16-bit products on GPUs.
-        step_time=step_time(work, speed, row_tokens) if speed and work.is_on_gpu and work.precision != "fp32" else None,
+        phases=tuple(
+            Needs(
+                trained=each.trained,
+                memory=memory_parts(each),
+                checkpoint_bytes=checkpoint_bytes(each),
+                step_time=step_time(each, speed, row_tokens) if speed and is_timed else None,
+            )
+            for each in (replace(work, trained=trained) for trained in setting.phases or (setting.trained,))
+        ),
     )
 
 
@@ -175,7 +209,7 @@ def _fits(config: RunConfig, machine: Machine, was: Setting, rows_per_step: int,
     try:
         setting = settle(config, was.shape, machine, was.begun)
         room = room_of_worker(setting)
-        return any(room.holds(way.memory) for way in _ways(setting, rows_per_step, data, is_timed=False))
+        return any(room.holds(way) for way in _ways(setting, rows_per_step, data, is_timed=False))
     except UserError:
         return False
 

@@ -105,6 +105,19 @@ class UpdateGroup(Plan):
     """None: the run's."""
 
 
+class PhasePlan(Plan):
+    """A part of a run that trains more of the base than the one before it."""
+
+    first_step: int
+    """Steps made before it."""
+    frozen: list[str]
+    """As `ModelPlan.frozen`; each phase trains all that those before it do."""
+    learning_rate: float
+    """Peak of the schedule, in this phase."""
+    warmup_steps: int
+    """Of the phase, over which its rate rises from 0."""
+
+
 class OptimizationPlan(Plan):
     num_steps: int
     num_rows: int
@@ -116,6 +129,8 @@ class OptimizationPlan(Plan):
     """Peak rate of low-rank updates of embeddings under LoRA+; None without it."""
     update_groups: list[UpdateGroup] = []
     """The lowest in the model first. What is in none learns by the settings below alone."""
+    phases: list[PhasePlan] = []
+    """In order, the first from step 0 on; empty where the same is trained in all steps."""
     schedule: Schedule
     warmup_steps: int
     min_lr_ratio: float
@@ -228,6 +243,19 @@ class CostPlan(Plan):
     price_date: str
 
 
+class PhaseNeeds(Plan):
+    """What a phase takes."""
+
+    trains: str
+    """In words."""
+    num_trainable: int
+    lowest_layer: int
+    """As `ModelPlan.lowest_layer`."""
+    memory: list[MemoryPart]
+    checkpoint_bytes: int
+    step_time: StepTimePlan | None
+
+
 _ADAPTER: TypeAdapter[Adapter] = TypeAdapter(Adapter)
 
 
@@ -267,17 +295,19 @@ class RunPlan(Plan):
     rungs: tuple[int, ...] = ()
     """Steps after which a sweep judges this trial: it is evaluated and saved there. None outside of sweeps."""
     memory: list[MemoryPart]
-    """Expected bytes per rank, by part."""
+    """Expected bytes per rank, by part; of the fullest phase."""
     checkpoint_bytes: int
-    """Expected size of one checkpoint, over all ranks."""
+    """Expected size of one checkpoint, over all ranks; of the largest."""
     step_time: StepTimePlan | None
-    """Expected; None where the speed of the machines is not known (no cluster.instance)."""
+    """Expected, of the last phase; None where the speed of the machines is not known (no cluster.instance)."""
     cost: CostPlan | None
     """Expected; None without cluster.instance."""
     num_parameters: int
     """Of the base model."""
     num_trainable: int
-    """Parameters that are trained; an adapter's come on top of the base."""
+    """Parameters that are trained, by the end of the run; an adapter's come on top of the base."""
+    phase_needs: list[PhaseNeeds] = []
+    """Of each of `optimization.phases`."""
     notes: list[str] = []
     """What a reader may not expect of what is trained, quantised or estimated, a sentence or two each."""
     reasons: list[str]

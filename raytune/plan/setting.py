@@ -17,6 +17,7 @@ from raytune.plan.freezing import narrowed, trained_with
 from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
+from raytune.plan.phases import trained_by_phase
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
     Device,
@@ -63,6 +64,9 @@ class Setting:
     dropout: dict[str, float]
     """Keys of the base's config with the rates that they are to have in training."""
     trained: Trained
+    """By the end of the run."""
+    phases: tuple[Trained, ...]
+    """What is trained in each phase of `strategy.unfreeze`; empty without."""
     attention: Attention
     row_length: int
     """Tokens that a packed row holds at most."""
@@ -104,7 +108,10 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     of(lambda: check_lone_documents(config, asked, shape))
     method, quantization, strategy = method_of(section), asked.quantization, config.strategy
     adapter = of(lambda: narrowed(section, shape, strategy.freeze))
-    trained = adapter and of(lambda: with_rates(trained_with(adapter, shape, strategy.freeze, quantization), strategy, shape))
+    phases = adapter and of(lambda: trained_by_phase(adapter, shape, config))
+    trained = adapter and of(
+        lambda: with_rates(phases[-1] if phases else trained_with(adapter, shape, strategy.freeze, quantization), strategy, shape)
+    )
     dropout = of(lambda: resolve_dropout(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:
@@ -119,7 +126,9 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         of(lambda: check_quantization(base.value, trained, precision.value))
     of(lambda: check_stored_quantization(shape.stored_quantization, base.value, config.adapter.method, config.model.base))
     stages = of(lambda: possible_stages(config.training, limits, device, num_workers, precision.value))
-    if row_length is None or adapter is None or trained is None or dropout is None or attention is None or stages is None:
+    if row_length is None or adapter is None or phases is None or trained is None:
+        return None
+    if dropout is None or attention is None or stages is None:
         return None
     reasons = [workers.reason, precision.reason, base.reason, attention.reason]
     if num_workers != workers.value and begun:
@@ -138,6 +147,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         held=base.value,
         dropout=dropout,
         trained=trained,
+        phases=phases,
         attention=attention.value,
         row_length=row_length,
         stages=tuple(stages),

@@ -39,6 +39,7 @@ KEY_OF = {
     "optimization.lora_plus_ratio": "adapter.lora_plus_ratio",
     "optimization.lora_plus_embedding_rate": "adapter.lora_plus_embedding_rate",
     "optimization.update_groups": "strategy",
+    "optimization.phases": "strategy.unfreeze",
     "optimization.schedule": "training.lr_scheduler_type",
     "optimization.warmup_steps": "training.warmup_steps",
     "optimization.min_lr_ratio": "training.min_lr_ratio",
@@ -61,7 +62,7 @@ _OF_LENGTH = ("training.num_train_epochs", "training.max_steps")
 """Keys from which the rows of a run follow, together with those that there are."""
 _SAID_IN_TWO_WAYS = {"adapter.method": {"lora", "qlora"}, "model.quantization": {"auto", "none"}}
 """Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
-_BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation")
+_BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation", "strategy.unfreeze")
 """Keys that name what may be the same under another name."""
 _ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """Keys that make the rows of a step, together with the number of workers."""

@@ -85,6 +85,7 @@ class Checkpoints:
     Args:
         attempt: number of this attempt, from `next_attempt`.
         fingerprint: the identity of the run (plan.identity), which must equal that of a checkpoint for it to be resumed.
+        prepare: called on every rank with the step of a commit before that is loaded into the engine.
         report: told about saves, skips and damage; called on rank 0 only, from any thread.
         scratch: private folder on this node for what is on its way to or from an object store.
         timeout_s: how long a rank waits for the others to finish their part of a save.
@@ -103,12 +104,14 @@ class Checkpoints:
         policy: CheckpointPlan,
         fingerprint: Mapping[str, Any],
         report: Report,
+        prepare: Callable[[int], None] = lambda step: None,
         scratch: Path | None = None,
         timeout_s: float = 1800.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder, self._engine, self._policy = folder, engine, policy
         self._attempt, self._clock = attempt, clock
+        self._prepare = prepare
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as a manifest gives it back: lists for tuples
         self._report = report if engine.rank == 0 else _say_nothing
         self._place = CheckpointFolder(folder, attempt)
@@ -142,13 +145,14 @@ class Checkpoints:
                 return None
             problems = self._fetch(commit)
             if not problems:
-                self._load_fetched(commit)
+                self._prepare(commit.step)
+                self._load_fetched(commit, self._engine)
                 self._newest = commit
                 return commit
             self._peers.decide(lambda c=commit, p=problems: self._set_aside(c.step, p))
 
-    def load(self, commit: Commit) -> None:
-        """Load a certain commit into the engine, such as the best one at the end of a run.
+    def load(self, commit: Commit, engine: Engine) -> None:
+        """Load a certain commit into an engine, such as the best one at the end of a run.
 
         Raises:
             CheckpointError: if it is damaged or does not fit this run.
@@ -156,7 +160,7 @@ class Checkpoints:
         self._peers.decide(lambda: self._refuse_stranger(commit))
         if problems := self._fetch(commit):
             raise CheckpointError(f"{commit.path} is damaged: {'; '.join(problems[:5])}.")
-        self._load_fetched(commit)
+        self._load_fetched(commit, engine)
 
     def best(self) -> Commit | None:
         """The commit whose model is the result of the run so far."""
@@ -363,10 +367,10 @@ class Checkpoints:
             target.mkdir(parents=True)
         return bring(commit, self._engine.rank, target)
 
-    def _load_fetched(self, commit: Commit) -> None:
+    def _load_fetched(self, commit: Commit, engine: Engine) -> None:
         def load() -> None:
             try:
-                load_state(self._engine, commit, self._at_hand(commit))
+                load_state(engine, commit, self._at_hand(commit))
             finally:
                 if not self._place.is_local:
                     storage.remove_folder(self._at_hand(commit), self._scratch.parent)

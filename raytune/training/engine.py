@@ -26,6 +26,7 @@ from raytune.model.adapters.adapting import shared_matrices
 from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
+from raytune.plan.run_plan import RunPlan
 from raytune.training.layout import refuse_other_layout, write_layout
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -91,6 +92,17 @@ class Engine(Protocol):
 
         Raises:
             CheckpointError: if it was saved by another kind of engine or number of workers, or does not fit the model.
+        """
+        ...
+
+    def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
+        """Train from now on what requires a gradient now, which is all that did and more; between steps, on every rank.
+
+        What was trained keeps its optimizer state, weights that are updated in fp32 among it.
+
+        Args:
+            optimizer: over all that is trained; each group has parameters of one age (plan.phases).
+            plan: in the phase that begins.
         """
         ...
 
@@ -166,11 +178,16 @@ class PlainEngine:
         self._scaler = torch.amp.GradScaler(
             device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
         )
-        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for parameter in self._trained.values():
-            parameter.data = parameter.data.float()
+        self._trained = self._take_trained()
         if compile_model:
             model.compile()
+
+    def _take_trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name, in fp32."""
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+        return trained
 
     def autocast(self) -> AbstractContextManager:
         if self._precision == "fp32":
@@ -292,6 +309,10 @@ class PlainEngine:
                 state.setdefault(indices[name], {})[entry] = file.get_tensor(key)
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
         self._scaler.load_state_dict(saved["scaler"])
+
+    def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
+        optimizer.state.update(self._optimizer.state)
+        self._optimizer, self._trained = optimizer, self._take_trained()
 
     def held_bytes(self) -> HeldBytes:
         return HeldBytes(

@@ -31,28 +31,32 @@ from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.recorder import Recorder, peak_memory_bytes
+from raytune.training.start import Started
 
 PATIENCE_S = 12 * 3600.0
 """How long ranks wait for each other at the end, where rank 0 writes a whole model and may upload it. A rank that dies is noticed
 at once, whatever this says."""
 
 
-def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Recorder, folder: RunFolder) -> None:
+def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder) -> None:
     """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
 
     The engine is released before base and tuned model are loaded, so that they have the device to themselves: the caller holds
     no other reference to its model. The result also says what was measured of what the plan had counted: what each rank held of
     model and optimizer until then, the most that its process held while it trained, and the seconds of a step.
     """
+    plan, engine, folder = started.plan, started.engine, started.folder
     peers = Peers(engine.rank, gather_in_own_group(engine.world_size, PATIENCE_S), RaytuneError)
     peak_bytes = peak_memory_bytes(engine.device)
+    held = {"node": os.uname().nodename, **asdict(engine.held_bytes()), "peak": peak_bytes}
     newest, best = checkpoints.wait(), checkpoints.best()
     assert newest is not None
     assert best is not None, "the last step is always saved"
     if best.step != newest.step:
-        checkpoints.load(best)
+        engine = started.engine_of_state(best.step, newest.step)
+        checkpoints.load(best, engine)
     peers.together(lambda: write_model(plan, engine, folder))
-    held = engine.gather_objects({"node": os.uname().nodename, **asdict(engine.held_bytes()), "peak": peak_bytes})
+    held_by_ranks = engine.gather_objects(held)
     engine.release()
     comparison = compare_answers(plan, engine, peers, folder, plan.evaluation.generation) if plan.evaluation.generation else None
     if engine.rank == 0:
@@ -61,7 +65,7 @@ def finish(plan: RunPlan, engine: Engine, checkpoints: Checkpoints, recorder: Re
             {
                 "best_step": best.step,
                 "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
-                "held_bytes": held,
+                "held_bytes": held_by_ranks,
                 "median_step_s": recorder.median_step_s,
                 "comparison": comparison and asdict(comparison),
                 "model_files": file_sizes(folder.model),

@@ -12,6 +12,7 @@ from torch import nn
 
 from raytune.config.training import Optimizer
 from raytune.plan.memory import EIGHT_BIT
+from raytune.plan.phases import age
 from raytune.plan.run_plan import OptimizationPlan
 from raytune.plan.update_groups import rate_scale, weight_decay
 
@@ -36,7 +37,8 @@ def build_optimizer(model: nn.Module, plan: OptimizationPlan, device: torch.devi
 
 
 def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
-    """The trained parameters, grouped by weight decay, scale of the learning rate and bits of state, in the model's order.
+    """The trained parameters, grouped by weight decay, scale of the learning rate, the phase in which their training begins and
+    bits of state, in the model's order.
 
     Biases, norms and everything of one dimension are not decayed, and all learns at one rate, unless the plan says otherwise.
     """
@@ -51,6 +53,8 @@ def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
             "lr_scale": scale,
             "weight_decay": weight_decay(name, _num_dimensions(parameter), plan, has_none=name in undecayed),
         }
+        if plan.phases:
+            settings["phase"] = age(name, plan.phases)  # ZeRO counts the steps of a group, not of a parameter
         if plan.optimizer in EIGHT_BIT:
             # 8 bits are too coarse for the rare and large updates of an embedding (Dettmers et al. 2021).
             settings["optim_bits"] = 32 if name in embeddings else 8

@@ -12,6 +12,7 @@ from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
 from raytune.training.final import finish
 from raytune.training.loop import training_steps
+from raytune.training.phases import Phases
 from raytune.training.recorder import Recorder
 from raytune.training.requests import Request, Requests, SaveClock
 from raytune.training.schedule import learning_rate
@@ -33,19 +34,26 @@ def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
     with _told(folder, worker) as report:
+        phases = Phases(plan, engine)
         checkpoints = Checkpoints(
-            folder, engine, attempt=worker.attempt, policy=plan.checkpoint, fingerprint=identity_of(plan), report=report
+            folder,
+            engine,
+            attempt=worker.attempt,
+            policy=plan.checkpoint,
+            fingerprint=identity_of(plan),
+            report=report,
+            prepare=phases.reach_state,
         )
         resumed = checkpoints.load_newest()
         first = resumed.step if resumed else 0
         report("training_started", step=first)
         with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=first) as recorder:
-            _make_steps(started, checkpoints, recorder, first)
+            _make_steps(started, checkpoints, recorder, phases, first)
             started.loss.release()
-            finish(plan, engine, checkpoints, recorder, folder)
+            finish(started, checkpoints, recorder)
 
 
-def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, first: int) -> None:
+def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, phases: Phases, first: int) -> None:
     """Train from the step after `first` to the last, and do what is due on the way."""
     plan, worker, engine = started.plan, started.worker, started.engine
     timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss)
@@ -54,6 +62,7 @@ def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, 
     requests = Requests([save_clock] if save_clock else [], engine.gather_objects)
     if first == 0 and plan.evaluation.at_start and validation:
         recorder.evaluation(0, validation.measure())
+    phases.reach_step(first)
     for result in training_steps(
         engine,
         _batches(plan, store, worker),
@@ -82,6 +91,7 @@ def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, 
             checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
         if evaluates:
             worker.report({"step": step, **measured})
+        phases.reach_step(step)
 
 
 @contextmanager

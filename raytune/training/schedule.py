@@ -7,12 +7,21 @@ import math
 from collections.abc import Callable
 
 from raytune.config.training import Schedule
+from raytune.plan.phases import phase_at
 from raytune.plan.run_plan import OptimizationPlan
 
 
 def learning_rate(step: int, plan: OptimizationPlan) -> float:
-    """Learning rate of an optimizer step, counted from 0."""
-    return plan.learning_rate * _share_of_peak(step, plan)
+    """Learning rate of an optimizer step, counted from 0.
+
+    A phase has a peak of its own, which the schedule of the whole run shapes, and may have a warm-up of its own.
+    """
+    if not plan.phases:
+        return plan.learning_rate * _share_of_peak(step, plan)
+    phase = plan.phases[phase_at(step, plan.phases)]
+    num_made = step - phase.first_step
+    warmed_up = num_made / phase.warmup_steps if num_made < phase.warmup_steps else 1.0
+    return phase.learning_rate * warmed_up * _share_of_peak(step, plan)
 
 
 def _share_of_peak(step: int, plan: OptimizationPlan) -> float:

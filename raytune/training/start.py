@@ -21,6 +21,7 @@ from raytune.model.base_check import check_base
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
+from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path
@@ -88,13 +89,28 @@ class Started:
     engine: Engine
     loss: BatchLoss
 
+    def engine_of_state(self, num_made: int, num_made_by_engine: int) -> Engine:
+        """An engine that can load what the run left after so many steps: this one where its phase left that, else one made anew,
+        with the base's weights where nothing was trained yet; this one is released then. Every rank calls it.
+        """
+        plan, phases = self.plan, self.plan.optimization.phases
+        index = phase_of_state(num_made, phases)
+        if index == phase_of_state(num_made_by_engine, phases):
+            return self.engine
+        rank, world_size, device = self.engine.rank, self.engine.world_size, self.engine.device
+        self.engine.release()
+        return start_engine(in_phase(plan, index), device, rank, world_size, looks_at_data=False)[0]
 
-def start(plan: RunPlan, worker: Worker, saved_model: str | None = None, *, looks_at_data: bool = True) -> Started:
+
+def start(
+    plan: RunPlan, worker: Worker, saved_model: str | None = None, *, looks_at_data: bool = True, num_made: int = 0
+) -> Started:
     """Bring the base here, set the process up, and start the engine. Every rank calls it.
 
     Args:
         saved_model: folder or URL of a model that a run saved, which is loaded in place of the untrained one.
         looks_at_data: whether an adapter may start from the rows of the plan; not where other weights are loaded over its start.
+        num_made: steps after which the state was left that is to be loaded; the engine is in the phase that left it.
 
     Raises:
         RaytuneError: the same on every rank where it concerns all of them.
@@ -110,7 +126,13 @@ def start(plan: RunPlan, worker: Worker, saved_model: str | None = None, *, look
                 peers = Peers(worker.rank, gather_in_own_group(worker.world_size, PATIENCE_S), RaytuneError)
                 peers.together(lambda: download_folder(saved_model, saved))
         engine, loss = start_engine(
-            plan, device, worker.rank, worker.world_size, worker.kept, saved, looks_at_data=looks_at_data and saved is None
+            in_phase(plan, phase_of_state(num_made, plan.optimization.phases)),
+            device,
+            worker.rank,
+            worker.world_size,
+            worker.kept,
+            saved,
+            looks_at_data=looks_at_data and saved is None,
         )
     return Started(plan=plan, worker=worker, folder=folder, engine=engine, loss=loss)
 

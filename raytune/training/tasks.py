@@ -24,5 +24,7 @@ def perform(task: str, plan: RunPlan, worker: Worker, request: Request) -> None:
     Raises:
         RaytuneError: the same on every rank where it concerns all of them.
     """
-    started = start(plan, worker, request.get("saved_model"), looks_at_data="checkpoint" not in request)
+    checkpoint = request.get("checkpoint")
+    num_made = checkpoint["step"] if checkpoint else 0
+    started = start(plan, worker, request.get("saved_model"), looks_at_data=not checkpoint, num_made=num_made)
     TASKS[task](started, request)

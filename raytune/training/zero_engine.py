@@ -232,11 +232,19 @@ class ZeroEngine:
         _cast_unsharded(model, DTYPES[precision])
         if compile_model:
             model.compile()
-        trained: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, model_parameters=trained)[0]
+        self._begin(optimizer, config)
+
+    def _begin(self, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+        """Make DeepSpeed's engine around the model, for what is trained of it."""
+        self._trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._engine: Any = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer,
+            config=config,
+            model_parameters=[*self._trained.values()],  # pyright: ignore[reportArgumentType]
+        )[0]
         self.module: nn.Module = self._engine
         self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
-        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
@@ -310,6 +318,31 @@ class ZeroEngine:
             return {}
         return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
 
+    def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
+        # Groups hold parameters of one age, so those of before come again as they were, and with them each rank's share.
+        before = self._engine.optimizer
+        kept = {group: (master.data, before.state.get(master, {})) for group, master in self._masters().items()}
+        loss_scaler = before.loss_scaler
+        del before
+        self._end()
+        self._begin(optimizer, deepspeed_config(plan))
+        now: Any = self._engine.optimizer
+        now.loss_scaler = loss_scaler
+        masters = self._masters()
+        for group, (values, state) in kept.items():
+            masters[group].data.copy_(values)
+            if state:
+                now.state[masters[group]] = state
+
+    def _masters(self) -> dict[tuple[int, ...], Tensor]:
+        """This rank's fp32 shares, by the ids of the parameters that each is of."""
+        optimizer: Any = self._engine.optimizer
+        if self._stage == 3:
+            groups, masters = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
+        else:
+            groups, masters = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        return {tuple(id(parameter) for parameter in group): master for group, master in zip(groups, masters, strict=True)}
+
     def held_bytes(self) -> HeldBytes:
         optimizer: Any = self._engine.optimizer
         if self._stage == 3:
@@ -327,8 +360,18 @@ class ZeroEngine:
         )
 
     def release(self) -> None:
+        self._end()
+        del self.model
+        free_memory(self.device)
+
+    def _end(self) -> None:
+        """Let go of DeepSpeed's engine, which leaves the model as it is."""
         self._engine.destroy()
-        del self.model, self.module, self._trained, self._engine
+        # What DeepSpeed 0.19 leaves on a model that lives on: a dead engine would go on being called by it, and hold its buffers.
+        for name in ("module_forward_pre_hook", "module_forward_post_hook", "first_dataloader_check"):
+            if hook := getattr(self._engine, name, None):
+                hook.remove()
+        del self.module, self._trained, self._engine
         _forget_modules()
         free_memory(self.device)
 

@@ -14,12 +14,13 @@ from raytune.data.batches import step_batches
 from raytune.data.store import Store
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.freezing import frozen_names
+from raytune.plan.phases import phase_plans
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import Setting, settle
 from raytune.plan.shapes import ModelShape
 from raytune.plan.update_groups import update_groups
 from tests.numerics.oracles import document_loss, documents
-from tests.numerics.runs import Material, make_plan
+from tests.numerics.runs import NUM_STEPS, Material, make_plan
 from tests.unit.plan_cases import CPU
 
 FULL: dict[str, Any] = {"method": "full"}
@@ -55,9 +56,24 @@ def strategy_plan(
             "update_groups": [group.model_dump() for group in update_groups(setting.trained)],
             "lora_plus_ratio": setting.trained.way_back_rate_scale,
             "lora_plus_embedding_rate": setting.trained.embedding_rate,
+            "phases": [
+                phase.model_dump()
+                for phase in phase_plans(setting.config, setting.phases, shape, 1e-3, num_steps=NUM_STEPS, epoch_steps=4.0)
+            ],
         }
         | changes.pop("optimization", {}),
         num_trainable=setting.trained.num_trainable,
+        phase_needs=[
+            {
+                "trains": "",
+                "num_trainable": trained.num_trainable,
+                "lowest_layer": trained.lowest_layer,
+                "memory": [],
+                "checkpoint_bytes": 0,
+                "step_time": None,
+            }
+            for trained in setting.phases
+        ],
         **changes,
     )
 

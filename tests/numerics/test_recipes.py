@@ -45,9 +45,10 @@ def narrow_model(config: RunConfig, folder: Path) -> Path:
 
 OF_TWO_LAYERS = {
     "llama-3.1-8b-upper-half-8xh100": "strategy.freeze.first_layers=1",
+    "mistral-7b-unfreeze-8xh100": "strategy.unfreeze=[{last_layers: 1}, {from_fraction: 0.5, last_layers: all}]",
     "qwen2.5-1.5b-head-24gb": "strategy.freeze.train_only=[layers.1, norms]",
 }
-"""What recipes say of layers by their numbers, for a model of two."""
+"""What recipes say of layers by their numbers, for a model of two and a run of two steps."""
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -158,7 +158,7 @@ def test_the_best_can_be_loaded_at_the_end(folder: RunFolder) -> None:
     best = checkpoints.best()
     assert best is not None
     assert best.step == 2
-    checkpoints.load(best)
+    checkpoints.load(best, engine)
     assert equal(engine, engine_at(2))
 
 
@@ -782,11 +782,11 @@ def zero_ranks(rank: int, tmp: str) -> None:
         got = weights(resumed)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
         # And the end of a run: the best state comes back into an engine that has trained beyond it.
-        again.load(commit)
+        again.load(commit, resumed)
         got, expected = weights(resumed), weights(zero_engine_at(stage, 2))
         assert all(torch.equal(got[name], expected[name]) for name in expected)
         with pytest.raises(RaytuneError, match="damaged"):
-            again.load(replace(commit, files=commit.files[:-1]))
+            again.load(replace(commit, files=commit.files[:-1]), resumed)
 
 
 def test_sharded_states_resume_bit_for_bit_from_files_and_objects(tmp_path: Path) -> None:

@@ -50,3 +50,4 @@ def test_recipes_show_sizes_methods_presets_and_strategies():
     assert any(freeze.first_layers for freeze in frozen)
     assert any(freeze.train_only for freeze in frozen)
     assert any(each.strategy.layer_rate_decay < 1 for each in recipes)
+    assert any(each.strategy.unfreeze for each in recipes)
