@@ -11,7 +11,7 @@ class EarlyStoppingSection(Section):
     """Ends a run whose metric gets no better. Counted are evaluations by `evaluation.every_steps` or `every_epochs`, not the one
     before the first step."""
 
-    patience: Annotated[PositiveInt, Field(examples=[3])]
+    patience: PositiveInt = 3
     """Evaluations in a row without a better value, after the last of which the run ends. The learning rate follows the schedule
     of all steps until then."""
     min_delta: NonNegativeFloat = 0.0

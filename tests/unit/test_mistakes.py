@@ -95,16 +95,16 @@ MISTAKES = {
     ),
     "evaluation of nothing": Mistake(RUN + "evaluation: {every_steps: 5}\n", "3:14", "nothing is evaluated"),
     "steps and epochs": Mistake(
-        RUN + "checkpoint:\n  every_epochs: 0.5\n  every_steps: 5\n", "5:16", "checkpoint.every_epochs (0.5) says so in epochs"
+        RUN + "checkpoint:\n  every_epochs: 0.5\n  every_steps: 5\n", "5:3", "checkpoint.every_epochs (0.5) says so in epochs"
     ),
     "early stopping by what is not evaluated": Mistake(
         DEMO
         + "data: {train: rows.jsonl, validation_fraction: 0.5}\ntraining:\n  early_stopping: {patience: 2, metric: train/loss}\n",
-        "4:42",
-        "train/loss is not measured here; these are: validation/loss",
+        "4:41",
+        '"train/loss" is not measured here; these are: validation/loss',
     ),
     "early stopping without evaluations": Mistake(
-        RUN + "training:\n  early_stopping:\n    patience: 2\n", "5:15", "nothing is evaluated"
+        RUN + "training:\n  early_stopping:\n    patience: 2\n", "5:5", "nothing is evaluated"
     ),
     "a detector of overfitting without evaluations": Mistake(
         RUN + "training:\n  overfitting: {}\n", "4:3", "looks at evaluations, but nothing is evaluated"
