@@ -1,14 +1,18 @@
 """`checkpoint`: when state is saved and what is kept."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from raytune.config.section import Auto, Duration, NonNegativeInt, PositiveInt, Section, Text
+from pydantic import Field
+
+from raytune.config.section import Auto, Duration, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 
 class CheckpointSection(Section):
     every_steps: PositiveInt | Auto = "auto"
     """Steps between two saves. `auto`: with every evaluation, so that the best one can be kept. If it neither divides
     `evaluation.every_steps` nor is a multiple of it, each of these saves is evaluated as well."""
+    every_epochs: Annotated[PositiveFloat, Field(examples=[1])] | None = None
+    """Passes over the training rows between two saves, instead of `every_steps`; as `evaluation.every_epochs`."""
     every: Duration | None = None
     """Save as well at the first logged step (`training.logging_steps`) at which this much time has passed since the last save.
     For safety only: such a save is not evaluated, and so never the best one, unless an evaluation is due."""

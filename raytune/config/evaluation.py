@@ -1,7 +1,11 @@
 """`evaluation`: what is measured on held-out rows, and when."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from raytune.config.data import Sources
-from raytune.config.section import Auto, PositiveInt, Section
+from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section
 
 
 class GenerationSection(Section):
@@ -21,6 +25,9 @@ class EvaluationSection(Section):
     every_steps: PositiveInt | Auto = "auto"
     """Steps between two evaluations on the validation rows. `auto`: ten over the run. The last step is always evaluated,
     and what `checkpoint.every_steps` saves, unless one of the two numbers divides the other."""
+    every_epochs: Annotated[PositiveFloat, Field(examples=[0.5])] | None = None
+    """Passes over the training rows between two evaluations, instead of `every_steps`: each is made after the first step at which
+    its share of the rows is trained."""
     at_start: bool = True
     """Evaluate before the first step, so that the curve begins at the base model."""
     max_rows: PositiveInt | None = None

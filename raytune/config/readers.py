@@ -186,6 +186,17 @@ def _not_beside(key: str) -> Need:
     )
 
 
+def _instead_of(key: str) -> Need:
+    """A key that says the same in another unit is not there."""
+    section, name = key.split(".")
+    return Need(
+        keys=(key,),
+        holds=lambda config, _: getattr(getattr(config, section), name) is None,
+        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name):g}) says so in epochs",
+        remedy=f"leave out {key}",
+    )
+
+
 _VALIDATION = Need(
     keys=("data.validation", "data.validation_fraction"),
     holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
@@ -369,20 +380,25 @@ READERS: dict[str, Reader] = {
     **_read("training", "adam_beta1 adam_beta2", "plan.choose", needs=(_choice("training.optimizer", (*_ADAMW, "lion")),)),
     **_read("training", "adam_epsilon", "plan.choose", needs=(_choice("training.optimizer", _ADAMW),)),
     **_read("training", "max_grad_norm tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
+    **_read("training", "early_stopping overfitting", "plan.stopping", needs=(_VALIDATION,)),
+    **_read("training.early_stopping", "patience min_delta metric mode", "training.stopping", needs=(_VALIDATION,)),
+    **_read("training.overfitting", "policy patience max_gap", "training.stopping", needs=(_VALIDATION,)),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
     **_read("training", "zero", "plan.stages"),
     **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.stages"),
     **_read("training.zero", "nvme_path", "plan.choose", needs=(_NVME,)),
     # evaluation
-    **_read("evaluation", "every_steps max_rows", "plan.choose", needs=(_VALIDATION,)),
+    **_read("evaluation", "every_steps", "plan.choose", needs=(_VALIDATION, _instead_of("evaluation.every_epochs"))),
+    **_read("evaluation", "every_epochs max_rows", "plan.choose", needs=(_VALIDATION,)),
     **_read("evaluation", "at_start", "plan.choose", needs=(_VALIDATION,), idle=(False,)),
     **_read("evaluation", "generation", "launch.stores"),
     **_read("evaluation.generation", "rows max_rows", "launch.stores"),
     **_rows_of_sources("evaluation.generation.rows"),
     **_read("evaluation.generation", "max_new_tokens batch_size", "plan.choose"),
     # checkpoint
-    **_read("checkpoint", "every_steps every keep_last", "plan.choose"),
+    **_read("checkpoint", "every_steps", "plan.choose", needs=(_instead_of("checkpoint.every_epochs"),)),
+    **_read("checkpoint", "every_epochs every keep_last", "plan.choose"),
     **_read("checkpoint", "keep_best", "plan.choose", needs=(_VALIDATION,), idle=(0,)),
     **_read("checkpoint", "metric", "plan.choose", needs=(_VALIDATION, _is_ranked_by("metric"))),
     **_read("checkpoint", "mode", "plan.choose", needs=(_VALIDATION, _is_ranked_by("mode"))),

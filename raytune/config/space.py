@@ -51,11 +51,21 @@ class NodeAt(Protocol):
 
 
 def space_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
-    """Everything that is wrong with the sweep of a config, if it has one, and with the metric that ranks.
+    """Everything that is wrong with the sweep of a config, if it has one, and with the metrics that rank and stop.
 
     Args:
         node_at: finds what was written at a path.
     """
+    return [*_early_stopping_problems(config, node_at), *_sweep_problems(config, node_at)]
+
+
+def _early_stopping_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
+    early, key = config.training.early_stopping, "training.early_stopping.metric"
+    message = metric_refusal(config, key, early.metric) if early else None
+    return [Problem(CONFLICT, node_at("training", "early_stopping", "metric").place, key, message)] if message else []
+
+
+def _sweep_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
     if config.sweep is None:
         message = metric_refusal(config, "checkpoint.metric", config.checkpoint.metric)
         return [Problem(CONFLICT, node_at("checkpoint", "metric").place, "checkpoint.metric", message)] if message else []

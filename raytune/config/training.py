@@ -14,6 +14,7 @@ from raytune.config.section import (
     Section,
     Text,
 )
+from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion"]
@@ -105,6 +106,10 @@ class TrainingSection(Section):
     """Compile the model with torch.compile. Refused with ZeRO-3, whose hooks break the graph."""
     logging_steps: PositiveInt = 1
     """Steps between two lines of metrics.jsonl."""
+    early_stopping: EarlyStoppingSection | None = None
+    """End the run where its metric gets no better."""
+    overfitting: OverfittingSection | None = None
+    """Look out for overfitting: warn, or end the run."""
     seed: NonNegativeInt = 42
     """Seed of the data order, dropout and adapter initialisation."""
     zero: ZeroSection = ZeroSection()

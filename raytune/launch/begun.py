@@ -1,5 +1,6 @@
 """The run that a folder holds already: its plan and its newest checkpoint, which decide how a command goes on with it."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -46,7 +47,7 @@ def begun_for(config: RunConfig, folder: RunFolder) -> Begun | None:
         PlanError: (or UserError) if its newest checkpoint does not allow that whatever machines there are, with the way out.
     """
     begun = read_begun(folder)
-    if begun and is_finished(folder):
+    if begun and is_finished(folder, config):
         begun = replace(begun, layout=None)  # nothing is to be loaded
     if begun:
         continued(config, begun)
@@ -94,15 +95,22 @@ def known_rows(folder: RunFolder, was: RunPlan, plan: RunPlan) -> RunPlan:
             left.remove(before)
         validation.append(_known(before, store) if before else store)
     renamed = {new.name: old.name for new, old in zip(data.validation, validation, strict=True)}
-    kind, _, rest = plan.checkpoint.metric.partition("/")
-    name, _, of_set = rest.partition("/")
-    metric = f"{kind}/{renamed.get(name, name)}/{of_set}" if of_set else plan.checkpoint.metric
+    early = plan.stopping.early_stopping
+    stopping = {"early_stopping": early.model_copy(update={"metric": _renamed(early.metric, renamed)})} if early else {}
     return plan.model_copy(
         update={
             "data": data.model_copy(update={"train": train, "validation": validation}),
-            "checkpoint": plan.checkpoint.model_copy(update={"metric": metric}),
+            "checkpoint": plan.checkpoint.model_copy(update={"metric": _renamed(plan.checkpoint.metric, renamed)}),
+            "stopping": plan.stopping.model_copy(update=stopping),
         }
     )
+
+
+def _renamed(metric: str, names: Mapping[str, str]) -> str:
+    """A metric whose validation set, if it is of one, goes by another name."""
+    kind, _, rest = metric.partition("/")
+    name, _, of_set = rest.partition("/")
+    return f"{kind}/{names.get(name, name)}/{of_set}" if of_set else metric
 
 
 def _known(was: StorePlan, store: StorePlan) -> StorePlan:

@@ -13,12 +13,19 @@ from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, read_plan
 from raytune.launch.result import RunResult
+from raytune.metrics.history import History
 from raytune.plan.settings import asks_for
+from raytune.plan.stopping import rules_of
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, file_sizes, is_local, local_path, read_json
 from raytune.training.commit import committed
+from raytune.training.stopping import Curve, Findings, verdict
 
-FREE = ("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store")
+RULES = ("training.early_stopping", "training.overfitting")
+FREE = (
+    *("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store"),
+    *RULES,
+)
 """Beginnings of keys that change neither what a step computes nor how it is divided."""
 
 _log = logging.getLogger(__name__)
@@ -31,8 +38,9 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
     there.
 
     Returns:
-        None if there is no such run, if its files are damaged, if the config differs in more than what changes no numbers, or if
-        a file that it names has changed since: whether it asks for another run is then for the plan to say.
+        None if there is no such run, if its files are damaged, if it goes on under the rules of the config, if the config differs
+        in more than what changes no numbers, or if a file that it names has changed since: whether it asks for another run is
+        then for the plan to say.
 
     Raises:
         UserError: if it is damaged beyond repair.
@@ -46,10 +54,11 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
         return None
     if exists(folder.plan) and not asks_for(read_plan(folder), asked_then, config, may_change=FREE):
         return None
-    if _has_changed(config, record.created) or not is_finished(folder):
+    if _has_changed(config, record.created) or not is_finished(folder, config):
         return None
+    rules = () if read_plan(folder).stopping == rules_of(config) else RULES  # a run that went on was last asked for otherwise
     changes = config_diff(asked_then, config)
-    if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation."))]:
+    if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation.", *rules))]:
         _log.warning("Run %r has finished before; what has changed since is not applied to it: %s.", folder.name, ", ".join(idle))
     return RunResult.read(folder)
 
@@ -65,14 +74,31 @@ def _has_changed(config: RunConfig, since: float) -> bool:
     return any(max(entry.st_mtime, entry.st_ctime) > since for entry in entries)
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """Whether a run has finished and what it left is still there; a damaged one has to be exported again.
+def goes_on(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether a finished run is to be trained further: a rule ended it early, the rules of the config would not have, and the
+    checkpoint that it ended with is still there."""
+    record = RunRecord.read(folder)
+    if record is None or record.state != "finished" or not (exists(folder.plan) and exists(folder.result)):
+        return False
+    try:
+        stopped = Findings.from_json(read_json(folder.result)).stopped
+    except (ValueError, TypeError):  # it is torn, and exported again first
+        return False
+    if stopped is None or max((commit.step for commit in committed(folder)), default=0) != stopped.step:
+        return False
+    curve = Curve.of(read_plan(folder)).read(History.read(folder.metrics), stopped.step)
+    return verdict(curve.evaluations, rules_of(config), stopped.step).stopped is None
+
+
+def is_finished(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether a run has finished and what it left is still there; a damaged one has to be exported again, and one that a rule
+    ended may have to go on.
 
     Raises:
         UserError: if it is damaged and no checkpoint is left to export it from.
     """
     record = RunRecord.read(folder)
-    if record is None or record.state != "finished":
+    if record is None or record.state != "finished" or goes_on(folder, config):
         return False
     problems = list(damage(folder))
     if not problems:

@@ -57,6 +57,9 @@ class _Told:
 
     starts: tuple[tuple[int, int], ...] = ()
     """(attempt, step that it goes on from)."""
+    warnings: tuple[str, ...] = ()
+    ended_early: bool = False
+    """Whether a rule has ended the newest attempt."""
     saved_step: int | None = None
     saved_at: float = 0.0
     """Seconds since 1970."""
@@ -76,7 +79,7 @@ class RunView:
         self._clock = clock
         self._started = clock()
         self._told, self._looked = _Told(), -1e9
-        self._num_starts_shown = 0
+        self._num_starts_shown = self._num_warnings_shown = 0
         self._last_line = ""
 
     def new_lines(self) -> Iterator[str]:
@@ -85,6 +88,9 @@ class RunView:
         starts = self._told.starts[self._num_starts_shown :]
         self._num_starts_shown += len(starts)
         yield from filter(None, (_start_sentence(*start) for start in starts))
+        warnings = self._told.warnings[self._num_warnings_shown :]
+        self._num_warnings_shown += len(warnings)
+        yield from warnings
         line = "  ".join(f"{label} {value}" for label, value in facts)
         if line != self._last_line:
             self._last_line = line
@@ -106,6 +112,8 @@ class RunView:
         if self._told.saved_step is not None:
             age = format_seconds(max(0.0, self._clock() - self._told.saved_at))
             table.add_row(Text("checkpoint", style="dim"), f"step {self._told.saved_step}, {age} ago")
+        for warning in self._told.warnings[-1:]:
+            table.add_row(Text("warning", style="dim"), warning)
         for start in self._told.starts[-1:]:
             if sentence := _start_sentence(*start):
                 table.add_row(Text("started", style="dim"), sentence)
@@ -129,7 +137,10 @@ class RunView:
                 facts.append((label, form(value) + (f" (step {measured})" if not is_of_training(name) else "")))
         if step >= num_steps:
             return [*facts, ("state", "all steps done, writing the model")]
-        return [*facts, ("left", format_seconds((num_steps - step) * metrics.seconds_per_step()))]
+        if self._told.ended_early:
+            return [*facts, ("state", "ended early, writing the model")]
+        left = format_seconds((num_steps - step) * metrics.seconds_per_step())
+        return [*facts, ("left", f"at most {left}" if self.plan.stopping.may_end else left)]
 
     def _read_events(self) -> None:
         """Look at the events of this command, from time to time: they are few, but on a bucket each look is a download."""
@@ -140,12 +151,13 @@ class RunView:
         with suppress(RaytuneError, OSError, KeyError, TypeError), once():
             events = read_events(self.folder.events)
             saved = [event for event in events if event["event"] == "checkpoint_saved"]
+            own = [event for event in events if event["time"] >= self._started]
             self._told = _Told(
-                starts=tuple(
-                    (event["attempt"], event["step"])
-                    for event in events
-                    if event["event"] == "training_started" and event["time"] >= self._started
+                starts=tuple((event["attempt"], event["step"]) for event in own if event["event"] == "training_started"),
+                warnings=tuple(
+                    _overfitting_sentence(event["step"], event["reason"]) for event in own if event["event"] == "overfitting"
                 ),
+                ended_early=any(event["event"] == "stopped_early" and event["attempt"] == own[-1]["attempt"] for event in own),
                 saved_step=saved[-1]["step"] if saved else None,
                 saved_at=saved[-1]["time"] if saved else 0.0,
             )
@@ -173,6 +185,8 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
     if result.finished_before:
         sentence = f"Run {result.name} had finished before: nothing was trained. Another name (name=...) trains it again."
         console.print(sentence, soft_wrap=True)
+    for sentence in _findings(result):
+        console.print(sentence, soft_wrap=True)
     rows = list(_comparisons(result))
     if rows:
         title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
@@ -185,6 +199,21 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
     for label, line in report_table(result.data_report) if result.data_report else []:
         console.print(f"{label}: {line}", soft_wrap=True)
     console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", soft_wrap=True)
+
+
+def _findings(result: RunResult) -> Iterator[str]:
+    """What the rules of the run came to."""
+    if stopped := result.findings.stopped:
+        yield (
+            f"Ended early after step {stopped.step} of {result.plan.optimization.num_steps} (training.{stopped.rule}): "
+            f"{stopped.reason}. The model is that of step {result.best_step}."
+        )
+    for found in result.findings.overfitting:
+        yield _overfitting_sentence(found.step, found.reason)
+
+
+def _overfitting_sentence(step: int, reason: str) -> str:
+    return f"Overfitting by step {step}: {reason}."
 
 
 def _planned_and_measured(result: RunResult) -> Table:

@@ -1,6 +1,6 @@
 """What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Self
 
@@ -13,6 +13,7 @@ from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
+from raytune.training.stopping import Findings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class RunResult:
         median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
         comparison: base against tuned, or None where `evaluation.generation` was not asked for.
+        findings: which rule ended it before its last step, if one did, and where overfitting began.
         finished_before: whether it was only read: an earlier command had trained it.
     """
 
@@ -43,6 +45,7 @@ class RunResult:
     median_step_s: float | None
     history: History
     comparison: Comparison | None
+    findings: Findings = field(default_factory=Findings)
     finished_before: bool = False
 
     @classmethod
@@ -69,6 +72,7 @@ class RunResult:
             median_step_s=result["median_step_s"],
             history=history,
             comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
+            findings=Findings.from_json(result),
         )
 
     @property
@@ -84,6 +88,7 @@ class RunResult:
             "model_path": self.model_path,
             "finished_before": self.finished_before,
             "best_step": self.best_step,
+            **self.findings.to_json(),
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
             "comparison": self.comparison and asdict(self.comparison),
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),

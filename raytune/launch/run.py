@@ -15,7 +15,7 @@ from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base, refuse_changed_base
 from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloadable
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
-from raytune.launch.finished import answer, damage, damage_text, is_finished
+from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
@@ -73,7 +73,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
         return replace(result, finished_before=True)
     refuse_changed_settings(folder, config)
     base = refuse_without_cluster(config)
-    with _held_unless_finished(folder) as lease:
+    with _held_unless_finished(folder, config) as lease:
         begun = begun_for(config, folder)
         with connect(config.cluster) as machine:
             on_cluster = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
@@ -104,14 +104,14 @@ def train_plan(
         UserError: if the folder holds another run, or an unfinished one that is not to be continued.
         RunHeldError, TakenOverError, RunFailedError: as `run` does.
     """
-    with _held_unless_finished(RunFolder(plan.storage, plan.name)) as lease:
+    with _held_unless_finished(RunFolder(plan.storage, plan.name), config) as lease:
         return _train_held(plan, questions, config, watch, attempt, lease)
 
 
 @contextmanager
-def _held_unless_finished(folder: RunFolder) -> Iterator[Holding | None]:
+def _held_unless_finished(folder: RunFolder, config: RunConfig) -> Iterator[Holding | None]:
     """A finished run is only read, by any number of commands at once and where nobody may write."""
-    with nullcontext() if is_finished(folder) else hold(folder) as lease:
+    with nullcontext() if is_finished(folder, config) else hold(folder) as lease:
         yield lease
 
 
@@ -130,7 +130,9 @@ def _train_held(
     plan, begun = as_begun(folder, plan, config)
     if known and not begun:  # its plan is gone, so the record is of what is planned now
         known = replace(known, config=config.model_dump(mode="json"))
-    if known and known.state == "finished":  # by now, where there is a lease
+    if known and goes_on(folder, config):
+        logger.warning("Run %r had ended early; by the rules that it has now it goes on.", plan.name)
+    elif known and known.state == "finished":  # by now, where there is a lease
         problems = list(damage(folder))
         if lease is None or not problems:
             return replace(RunResult.read(folder), finished_before=True)

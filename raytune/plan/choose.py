@@ -18,6 +18,7 @@ from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
+from raytune.plan.calendar import Epoch, Period, divides, in_steps, steps_of_epochs
 from raytune.plan.cost import cost_of
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.deepspeed_keys import unread_overrides
@@ -56,6 +57,7 @@ from raytune.plan.run_plan import (
 )
 from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
+from raytune.plan.stopping import stopping_notes, stopping_of
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.update_groups import rate_notes, update_groups
 from raytune.units import format_bytes
@@ -122,7 +124,10 @@ def choose_plan(
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
     num_steps = math.ceil(num_rows / rows_per_step)
     optimization = _optimization(setting, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
-    evaluation = _evaluation(config, data, num_steps, reasons)
+    epoch = Epoch(data.train.num_rows, rows_per_step, num_steps)
+    evaluation = _evaluation(config, data, epoch, reasons)
+    checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
+    stopping = stopping_of(config, _measured(data))
     plan = RunPlan(
         name=config.name,
         storage=storage,
@@ -160,7 +165,8 @@ def choose_plan(
         engine=_engine(config, fit),
         loss=LossPlan(chunk_tokens=fit.chunk_tokens),
         evaluation=evaluation,
-        checkpoint=_checkpoint(config, data, evaluation, reasons),
+        checkpoint=checkpoint,
+        stopping=stopping,
         cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
         step_time=fit.step_time,
@@ -177,6 +183,7 @@ def choose_plan(
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),
+            *stopping_notes(stopping, evaluation, checkpoint, optimization),
         ],
         reasons=list(reasons),
         data_report=data.report,
@@ -392,18 +399,24 @@ def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
     )
 
 
-def _evaluation(config: RunConfig, data: DataFacts, num_steps: int, reasons: _Reasons) -> EvaluationPlan:
+def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: _Reasons) -> EvaluationPlan:
     section, generation = config.evaluation, config.evaluation.generation
     every_steps = section.every_steps
-    if every_steps == "auto":
-        every_steps = max(1, num_steps // EVALUATIONS_PER_RUN)
+    if section.every_epochs is not None:
+        every_steps = reasons.taken(steps_of_epochs("evaluation", section.every_epochs, epoch))
+    elif every_steps == "auto":
+        every_steps = max(1, epoch.num_steps // EVALUATIONS_PER_RUN)
         if data.validation:
-            reasons.append(f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {num_steps} steps.")
-    at_saves = bool(data.validation) and _saves_miss_evaluations(config.checkpoint, every_steps)
+            reasons.append(
+                f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {epoch.num_steps} steps."
+            )
+    at_saves = bool(data.validation) and _saves_miss_evaluations(config.checkpoint, every_steps, epoch)
     if at_saves:
+        name = "every_steps" if config.checkpoint.every_epochs is None else "every_epochs"
+        saves = f"checkpoint.{name} {getattr(config.checkpoint, name)}"
         reasons.append(
-            f"evaluation.every_steps is {every_steps}, but what checkpoint.every_steps {config.checkpoint.every_steps} saves is "
-            f"evaluated as well: only so can the best be kept."
+            f"evaluation.every_steps is {in_steps(every_steps)}, but what {saves} saves is evaluated as well: only so can the "
+            f"best be kept."
         )
     return EvaluationPlan(
         every_steps=every_steps,
@@ -419,29 +432,37 @@ def _evaluation(config: RunConfig, data: DataFacts, num_steps: int, reasons: _Re
     )
 
 
-def _saves_miss_evaluations(section: CheckpointSection, evaluate_every: int) -> bool:
+def _saves_miss_evaluations(section: CheckpointSection, evaluate_every: Period, epoch: Epoch) -> bool:
     """Whether saves and evaluations fall on different steps, so that hardly a checkpoint would have the metric that ranks it.
 
     Where each evaluation is saved, or each save evaluated, nothing is amiss.
     """
-    if section.every_steps == "auto" or not section.keep_best:
+    save_every = section.every_steps if section.every_epochs is None else epoch.steps_of(section.every_epochs)
+    if save_every == "auto" or not section.keep_best:
         return False
-    return section.every_steps % evaluate_every != 0 and evaluate_every % section.every_steps != 0
+    return not divides(evaluate_every, save_every) and not divides(save_every, evaluate_every)
 
 
-def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, reasons: _Reasons) -> CheckpointPlan:
+def _checkpoint(
+    config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, epoch: Epoch, reasons: _Reasons
+) -> CheckpointPlan:
     section = config.checkpoint
     every_steps = section.every_steps
-    if every_steps == "auto":
+    if section.every_epochs is not None:
+        every_steps = reasons.taken(steps_of_epochs("checkpoint", section.every_epochs, epoch))
+    elif every_steps == "auto":
         every_steps = evaluation.every_steps
         why = "with every evaluation" if data.validation else f"about {EVALUATIONS_PER_RUN} times in the run"
-        reasons.append(f"checkpoint.every_steps is {every_steps}: {why}.")
+        reasons.append(f"checkpoint.every_steps is {in_steps(every_steps)}: {why}.")
     keep_best = section.keep_best
     if not data.validation and keep_best:
         keep_best = 0
         reasons.append("checkpoint.keep_best is 0: without validation rows the last checkpoint counts as the best.")
-    elif data.validation:
-        _check_metric(section.metric, data)
+    elif data.validation and section.metric not in _measured(data):
+        raise UserError(
+            f"checkpoint.metric is {section.metric!r}, which this run does not measure. Set it to one of: "
+            f"{', '.join(_measured(data))}."
+        )
     return CheckpointPlan(
         every_steps=every_steps,
         every_s=section.every,
@@ -452,14 +473,11 @@ def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, 
     )
 
 
-def _check_metric(metric: str, data: DataFacts) -> None:
+def _measured(data: DataFacts) -> list[str]:
+    """Metrics that evaluations give; none without validation rows."""
     several = data.validation if len(data.validation) > 1 else ()
-    prefixes = ["validation", *(f"validation/{store.name}" for store in several)]
-    known = [f"{prefix}/{name}" for prefix in prefixes for name in METRICS]
-    if metric not in known:
-        raise UserError(
-            f"checkpoint.metric is {metric!r}, which this run does not measure. Set it to one of: {', '.join(known)}."
-        )
+    prefixes = ["validation", *(f"validation/{store.name}" for store in several)] if data.validation else []
+    return [f"{prefix}/{name}" for prefix in prefixes for name in METRICS]
 
 
 def _check_generation(config: RunConfig, shape: ModelShape, machine: Machine, device: Device) -> None:

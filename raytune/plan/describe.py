@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from raytune.plan.advise import Advice, Advised
 from raytune.plan.ahead import Candidate
+from raytune.plan.calendar import in_steps
 from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
+from raytune.plan.stopping import rules_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
@@ -44,6 +46,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("loss", f"{plan.loss.chunk_tokens} targets at a time" if plan.loss.chunk_tokens else "all targets at once"),
         ("evaluation", _evaluation(plan)),
         ("checkpoints", _checkpoints(plan)),
+        *_stopping(plan),
         *_memory(plan.memory),
         *_time(plan),
         *_money(plan),
@@ -237,16 +240,22 @@ def _engine(plan: RunPlan) -> str:
 def _evaluation(plan: RunPlan) -> str:
     if not plan.data.validation:
         return "none: no validation rows"
-    at_saves = f" and every {plan.checkpoint.every_steps}" if plan.evaluation.at_saves else ""
+    at_saves = f" and every {in_steps(plan.checkpoint.every_steps)}" if plan.evaluation.at_saves else ""
     at_start = " and before the first" if plan.evaluation.at_start else ""
-    return f"every {plan.evaluation.every_steps}{at_saves} steps, after the last{at_start}"
+    return f"every {in_steps(plan.evaluation.every_steps)}{at_saves} steps, after the last{at_start}"
 
 
 def _checkpoints(plan: RunPlan) -> str:
     settings = plan.checkpoint
     best = f", the {settings.keep_best} best by {settings.metric}" if settings.keep_best else ""
     size = f"{'up to ' * bool(plan.optimization.phases)}{format_bytes(plan.checkpoint_bytes)}"
-    return f"every {settings.every_steps} steps, {size} each; kept: the last {settings.keep_last}{best}"
+    return f"every {in_steps(settings.every_steps)} steps, {size} each; kept: the last {settings.keep_last}{best}"
+
+
+def _stopping(plan: RunPlan) -> list[tuple[str, str]]:
+    words = rules_in_words(plan.stopping, plan.evaluation)
+    label = "ends early" if plan.stopping.may_end else "looks out"
+    return [(label, words)] if words else []
 
 
 def _memory(memory: list[MemoryPart]) -> list[tuple[str, str]]:

@@ -6,7 +6,9 @@ from pydantic import TypeAdapter, model_validator
 
 from raytune.config.adapter import Adapter, own_quantization, without_preset
 from raytune.config.model import Attention, Quantization
+from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
+from raytune.plan.calendar import Period
 from raytune.plan.data_report import DataReport
 from raytune.plan.value import Plan
 
@@ -167,7 +169,7 @@ class GenerationPlan(Plan):
 
 
 class EvaluationPlan(Plan):
-    every_steps: int
+    every_steps: Period
     at_saves: bool
     """Also wherever a checkpoint is due by its step, so that its metric is known when the best one is sought."""
     at_start: bool
@@ -176,12 +178,28 @@ class EvaluationPlan(Plan):
 
 
 class CheckpointPlan(Plan):
-    every_steps: int
+    every_steps: Period
     every_s: float | None
     keep_last: int
     keep_best: int
     metric: str
     mode: Literal["min", "max"]
+
+
+class StoppingPlan(Plan):
+    """Rules that may end the run before its last step, or that warn (training.stopping)."""
+
+    early_stopping: EarlyStoppingSection | None = None
+    overfitting: OverfittingSection | None = None
+
+    @property
+    def are_given(self) -> bool:
+        return bool(self.early_stopping or self.overfitting)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether one of them may end the run."""
+        return bool(self.early_stopping or (self.overfitting and self.overfitting.policy == "stop"))
 
 
 class ClusterPlan(Plan):
@@ -291,6 +309,7 @@ class RunPlan(Plan):
     loss: LossPlan
     evaluation: EvaluationPlan
     checkpoint: CheckpointPlan
+    stopping: StoppingPlan = StoppingPlan()
     cluster: ClusterPlan
     rungs: tuple[int, ...] = ()
     """Steps after which a sweep judges this trial: it is evaluated and saved there. None outside of sweeps."""

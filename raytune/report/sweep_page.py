@@ -150,7 +150,7 @@ class _Fact:
 def _facts(result: SweepResult) -> list[_Fact]:
     """What is to be seen first."""
     best = result.best
-    finished = sum(trial.state == "finished" for trial in result.trials)
+    to_the_end = sum(trial.state == "finished" and not trial.ended_early for trial in result.trials)
     saved = f"{result.saved_share:.0%}" if result.is_complete and result.full_worker_s > 0 else "–"
     return [
         _Fact(
@@ -158,7 +158,7 @@ def _facts(result: SweepResult) -> list[_Fact]:
             metric_text(best.value if best else None),
             best.trial.name if best else "no trial has a value",
         ),
-        _Fact("trials", str(len(result.trials)), f"{finished} trained to the end"),
+        _Fact("trials", str(len(result.trials)), f"{to_the_end} trained to the end"),
         _Fact("spent", format_seconds(result.wall_s), worker_time(result.spent_worker_s, result.device)),
         _Fact("saved", saved, f"of {worker_time(result.full_worker_s, result.device)} for the full grid"),
     ]

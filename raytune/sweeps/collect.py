@@ -11,11 +11,12 @@ from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import exists
-from raytune.sweeps.ledger import Known, read_ledger
+from raytune.storage import exists, read_json
+from raytune.sweeps.ledger import Ended, Known, read_ledger
 from raytune.sweeps.results import SweepResult, TrialResult, ranked
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
+from raytune.training.stopping import Findings
 
 
 def collect(folder: SweepFolder, plan: SweepPlan, keys: Sequence[str]) -> SweepResult:
@@ -100,10 +101,20 @@ def _trial_result(trace: _Trace, known: Known, plan: SweepPlan) -> TrialResult:
         num_steps=trace.plan.optimization.num_steps if trace.plan else 0,
         rung=known.rung_of(trace.trial.name),
         worker_s=trace.seconds * trace.workers,
-        cause=end.cause if end else None,
+        cause=_cause(end, trace, last_step),
         curve=curve,
         folder=trace.run.path,
     )
+
+
+def _cause(end: Ended | None, trace: _Trace, last_step: int) -> str | None:
+    """Why a trial ended where it did; None if it trained to its end, or goes on."""
+    if end is None or end.state != "finished":
+        return end.cause if end else None
+    if trace.plan is None or last_step >= trace.plan.optimization.num_steps or not exists(trace.run.result):
+        return None
+    stopped = Findings.from_json(read_json(trace.run.result)).stopped
+    return f"after step {stopped.step}: {stopped.reason}" if stopped else None
 
 
 def seconds_at_work(events: Sequence[dict[str, Any]], history: History) -> float:

@@ -22,7 +22,7 @@ class TrialResult:
         num_steps: its full budget.
         rung: index of the last rung that it reached, from 0; None before the first.
         worker_s: wall seconds × workers that it held, over all attempts.
-        cause: why it failed, or which rung stopped it.
+        cause: why it failed, which rung stopped it, or which rule of its own ended it early.
         curve: (step, value) of the metric wherever it was measured.
         folder: its run folder.
     """
@@ -42,6 +42,11 @@ class TrialResult:
     def is_ranked(self) -> bool:
         """Whether it may win: it did not fail and has a finite value."""
         return self.state != "failed" and self.value is not None and math.isfinite(self.value)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether it is finished, by a rule of its own, before its full budget."""
+        return self.state == "finished" and self.step < self.num_steps
 
     @property
     def num_rungs(self) -> int:

@@ -35,7 +35,9 @@ def metric_text(value: float | None) -> str:
 
 
 def state_text(trial: TrialResult) -> str:
-    """`stopped at rung 1`, `finished`: what became of it."""
+    """`stopped at rung 1`, `finished`, `finished early`: what became of it."""
+    if trial.ended_early:
+        return "finished early"
     return f"stopped at rung {trial.num_rungs}" if trial.state == "stopped" and trial.num_rungs else trial.state
 
 
@@ -61,7 +63,8 @@ def _states_sentence(result: SweepResult) -> str:
     count = Counter(trial.state for trial in result.trials)
     words = []
     if count["finished"]:
-        words.append(f"{count['finished']} finished")
+        early = sum(trial.ended_early for trial in result.trials)
+        words.append(f"{count['finished']} finished" + (f" ({early} of them early, by a rule of its own)" if early else ""))
     if count["stopped"]:
         at = Counter(trial.rung for trial in result.trials if trial.state == "stopped" and trial.rung is not None)
         places = "; ".join(f"{at[rung]} at {rung_text(result, rung)}" for rung in sorted(at))

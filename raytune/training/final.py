@@ -32,13 +32,14 @@ from raytune.training.engine import Engine
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.recorder import Recorder, peak_memory_bytes
 from raytune.training.start import Started
+from raytune.training.stopping import Findings
 
 PATIENCE_S = 12 * 3600.0
 """How long ranks wait for each other at the end, where rank 0 writes a whole model and may upload it. A rank that dies is noticed
 at once, whatever this says."""
 
 
-def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder) -> None:
+def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findings: Findings) -> None:
     """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
 
     The engine is released before base and tuned model are loaded, so that they have the device to themselves: the caller holds
@@ -64,6 +65,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder) -> No
             folder.result,
             {
                 "best_step": best.step,
+                **findings.to_json(),
                 "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
                 "held_bytes": held_by_ranks,
                 "median_step_s": recorder.median_step_s,

@@ -3,7 +3,7 @@
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -22,10 +22,22 @@ class Recorder:
     Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
     `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
     `validation/...`.
+
+    Args:
+        told: hears on every rank what is measured after a step, as it is written down.
     """
 
-    def __init__(self, plan: RunPlan, engine: Engine, folder: RunFolder, *, attempt: int, resumed_step: int) -> None:
-        self._plan, self._engine = plan, engine
+    def __init__(
+        self,
+        plan: RunPlan,
+        engine: Engine,
+        folder: RunFolder,
+        *,
+        attempt: int,
+        resumed_step: int,
+        told: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        self._plan, self._engine, self._told = plan, engine, told
         self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step) if engine.rank == 0 else None
         self._last_step, self._last_s = resumed_step, time.perf_counter()
         self._step_seconds: list[float] = []
@@ -81,6 +93,7 @@ class Recorder:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         self.metrics |= values
+        self._told(step, values)
         if self._writer:
             self._writer.write(step, values)
 

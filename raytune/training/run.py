@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.metrics.events import EventLog
+from raytune.metrics.history import History
 from raytune.plan.identity import identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -17,6 +18,7 @@ from raytune.training.recorder import Recorder
 from raytune.training.requests import Request, Requests, SaveClock
 from raytune.training.schedule import learning_rate
 from raytune.training.start import Started, Worker, start
+from raytune.training.stopping import Curve, Stopping
 from raytune.training.timetable import Timetable
 from raytune.training.validation import Validation
 
@@ -47,14 +49,26 @@ def train_started(started: Started) -> None:
         resumed = checkpoints.load_newest()
         first = resumed.step if resumed else 0
         report("training_started", step=first)
-        with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=first) as recorder:
-            _make_steps(started, checkpoints, recorder, phases, first)
+        stopping = _stopping(started, first, report)
+        with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=first, told=stopping.add) as recorder:
+            if not stopping.has_ended(first):
+                _make_steps(started, checkpoints, recorder, phases, stopping, first)
             started.loss.release()
-            finish(started, checkpoints, recorder)
+            finish(started, checkpoints, recorder, stopping.findings)
 
 
-def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, phases: Phases, first: int) -> None:
-    """Train from the step after `first` to the last, and do what is due on the way."""
+def _stopping(started: Started, first: int, report: Report) -> Stopping:
+    """The rules of the run, which know what was measured until the step that this attempt goes on from."""
+    plan, curve = started.plan, Curve.of(started.plan)
+    if plan.stopping.are_given and started.worker.rank == 0:
+        curve.read(History.read(started.folder.metrics), last_step=first)
+    return Stopping(plan.stopping, plan.optimization.num_steps, curve, started.engine.gather_objects, report)
+
+
+def _make_steps(
+    started: Started, checkpoints: Checkpoints, recorder: Recorder, phases: Phases, stopping: Stopping, first: int
+) -> None:
+    """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
     plan, worker, engine = started.plan, started.worker, started.engine
     timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss)
     store = Store.open(plan.data.train.path)
@@ -82,7 +96,8 @@ def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, 
         measured = validation.measure() if evaluates else {}
         if evaluates:
             recorder.evaluation(step, measured)
-        if saves:
+        ends = evaluates and stopping.ends_after(step)
+        if saves or ends:
             recorder.flush()
             checkpoints.save(step, metrics=measured)
             if save_clock:
@@ -91,6 +106,8 @@ def _make_steps(started: Started, checkpoints: Checkpoints, recorder: Recorder, 
             checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
         if evaluates:
             worker.report({"step": step, **measured})
+        if ends:
+            break
         phases.reach_step(step)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from raytune.plan.calendar import Period, is_due
 from raytune.plan.run_plan import RunPlan
 
 
@@ -11,10 +12,10 @@ class Timetable:
 
     num_steps: int
     log_every: int
-    evaluate_every: int | None
+    evaluate_every: Period | None
     evaluate_at_saves: bool
     """Where a save is due; those on request are not evaluated, since clocks would decide how much is measured."""
-    save_every: int
+    save_every: Period
     rungs: tuple[int, ...]
     """Steps after which a sweep judges its trial: evaluated, and saved first."""
 
@@ -35,11 +36,11 @@ class Timetable:
     def evaluates_after(self, step: int) -> bool:
         if self.evaluate_every is None:
             return False
-        at_save = self.evaluate_at_saves and step % self.save_every == 0
-        return at_save or step % self.evaluate_every == 0 or step == self.num_steps or self.is_rung(step)
+        at_save = self.evaluate_at_saves and is_due(step, self.save_every)
+        return at_save or is_due(step, self.evaluate_every) or step == self.num_steps or self.is_rung(step)
 
     def saves_after(self, step: int) -> bool:
-        return step % self.save_every == 0 or step == self.num_steps or self.is_rung(step)
+        return is_due(step, self.save_every) or step == self.num_steps or self.is_rung(step)
 
     def is_rung(self, step: int) -> bool:
         return step in self.rungs

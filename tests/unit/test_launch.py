@@ -34,6 +34,7 @@ HEAD = {"memory": 1e9}
 SMALL = {"CPU": 2.0, "memory": 4e9}
 LARGE = {"CPU": 8.0, "memory": 8e9}
 WITH_GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 8e9}
+ASKED = config_from({"name": "tiny"})
 HELD = [{"node": "a", "weights": rank * GIB, "gradients": 0, "optimizer": GIB, "peak": 3 * GIB} for rank in (1, 2)]
 
 
@@ -212,9 +213,9 @@ def test_a_changed_setting_is_not_answered_by_the_run_before_it(folder: RunFolde
 )
 def test_a_damaged_finished_run_is_not_finished(folder: RunFolder, finished: RunConfig, spoil: Any, said: str) -> None:
     commit_step(folder)
-    assert is_finished(folder)
+    assert is_finished(folder, ASKED)
     spoil(folder)
-    assert not is_finished(folder)
+    assert not is_finished(folder, ASKED)
     assert said in damage_text(folder, list(damage(folder)))
     assert answer(finished, folder) is None
     shutil.rmtree(folder.checkpoints)
@@ -225,13 +226,13 @@ def test_a_damaged_finished_run_is_not_finished(folder: RunFolder, finished: Run
 def test_a_model_whose_small_files_were_edited_or_that_got_more_files_is_whole(folder: RunFolder, finished: RunConfig) -> None:
     Path(folder.model, "config.json").write_text('{"a": 1, "b": 2}')
     Path(folder.model, "README.md").write_text("mine")
-    assert is_finished(folder)
+    assert is_finished(folder, ASKED)
 
 
 def test_a_result_without_a_list_of_files_is_believed(folder: RunFolder, finished: RunConfig) -> None:
     """Written by a raytune that made none."""
     change(folder.result, model_files=None)
-    assert is_finished(folder)
+    assert is_finished(folder, ASKED)
 
 
 def test_train_of_a_finished_run_needs_no_file_that_the_config_names(

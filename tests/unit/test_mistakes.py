@@ -94,6 +94,21 @@ MISTAKES = {
         DEMO + "data: {train: rows.jsonl, validation: rows.jsonl, validation_fraction: 0.1}\n", "2:1", "not both"
     ),
     "evaluation of nothing": Mistake(RUN + "evaluation: {every_steps: 5}\n", "3:14", "nothing is evaluated"),
+    "steps and epochs": Mistake(
+        RUN + "checkpoint:\n  every_epochs: 0.5\n  every_steps: 5\n", "5:3", "checkpoint.every_epochs (0.5) says so in epochs"
+    ),
+    "early stopping by what is not evaluated": Mistake(
+        DEMO
+        + "data: {train: rows.jsonl, validation_fraction: 0.5}\ntraining:\n  early_stopping: {patience: 2, metric: train/loss}\n",
+        "4:41",
+        '"train/loss" is not measured here; these are: validation/loss',
+    ),
+    "early stopping without evaluations": Mistake(
+        RUN + "training:\n  early_stopping:\n    patience: 2\n", "5:5", "nothing is evaluated"
+    ),
+    "a detector of overfitting without evaluations": Mistake(
+        RUN + "training:\n  overfitting: {}\n", "4:3", "looks at evaluations, but nothing is evaluated"
+    ),
     "NVMe without a disk": Mistake(
         RUN + "training: {zero: {offload_optimizer: nvme}}\n", "3:12", "needs training.zero.nvme_path"
     ),

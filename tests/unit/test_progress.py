@@ -10,6 +10,7 @@ from rich.console import Console
 from raytune.config.load import config_from
 from raytune.launch.progress import RunView, show_result
 from raytune.launch.record import RunRecord, write_plan
+from raytune.launch.result import RunResult
 from raytune.launch.run import train_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
@@ -129,3 +130,39 @@ def test_a_finished_run_says_that_it_had_finished_before(tmp_path: Path, capsys:
     assert json.loads(json.dumps(again.to_json()))["finished_before"] is True
     show_result(again)
     assert "Run r had finished before: nothing was trained." in capsys.readouterr().out
+
+
+def test_a_run_that_a_rule_ended_says_so_while_it_writes_its_model_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    plan = tiny_plan(
+        name="r",
+        storage=str(tmp_path),
+        optimization={"num_steps": STEPS},
+        stopping={"early_stopping": {"patience": 2}, "overfitting": {"policy": "warn"}},
+    )
+    folder, view = RunFolder(plan.storage, plan.name), RunView(plan, clock)
+    write_steps(plan, clock, attempt=1, resumed=0, until=4)
+    (line,) = view.new_lines()
+    assert line.endswith("left at most 8.0s")
+    with EventLog(folder.events, attempt=1, clock=clock) as events:
+        events.write("overfitting", step=4, reason="it rose")
+        events.write("stopped_early", step=4, rule="early_stopping", reason="no better")
+    clock.now += 60
+    warning, line = view.new_lines()
+    assert warning == "Overfitting by step 4: it rose."
+    assert line.endswith("state ended early, writing the model")
+    write_plan(folder, plan)
+    findings = {
+        "stopped": {"step": 4, "rule": "early_stopping", "reason": "no better"},
+        "overfitting": [{"step": 4, "reason": "it rose"}],
+    }
+    result = {"metrics": {}, "best_step": 2, "held_bytes": [], "median_step_s": 1.0, "comparison": None}
+    write_json(folder.result, result | findings)
+    read = RunResult.read(folder)
+    assert {key: read.to_json()[key] for key in findings} == findings
+    show_result(read)
+    shown_text = capsys.readouterr().out
+    assert "Ended early after step 4 of 8 (training.early_stopping): no better. The model is that of step 2." in shown_text
+    assert "Overfitting by step 4: it rose." in shown_text

@@ -8,12 +8,14 @@ from raytune.launch.record import write_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
 from raytune.run_folder import SweepFolder
+from raytune.storage import write_json
 from raytune.sweeps.collect import collect
 from raytune.sweeps.cost import ExpectedCost
 from raytune.sweeps.halving import RungDecision, Verdict
 from raytune.sweeps.ledger import Decided, Ended, Ledger
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
+from raytune.sweeps.words import state_text, summary
 from tests.tiny import tiny_plan
 
 PLAN = SweepPlan(
@@ -84,3 +86,23 @@ def test_spent_and_full_worker_seconds_are_those_of_all_workers(workers: int, tm
     assert result.full_worker_s == workers * 300.0, "each trial would have taken 100 seconds, also the one that never began"
     assert (finished.value, stopped.value, stopped.rung, waiting.value) == (1.0, 4.0, 0, None)
     assert result.rungs == (10, 30)
+
+
+def test_a_trial_that_ended_by_its_own_rule_is_finished_and_ranked_by_its_best_value(tmp_path: Path) -> None:
+    folder = SweepFolder(str(tmp_path), "s")
+    ledger = Ledger(folder.ledger, {})
+    for number, steps in ((0, 20), (1, 40)):
+        ledger.assign(Trial(number=number, values={"training.seed": number}))
+        leave_run(folder, f"trial-00{number}", steps, workers=1, start_up_s=20, step_s=2)
+        ledger.end(f"trial-00{number}", Ended(state="finished"))
+    stopped = {"step": 20, "rule": "early_stopping", "reason": "validation/loss was not better"}
+    write_json(folder.trial("trial-000").result, {"stopped": stopped})
+    result = collect(folder, PLAN, ["training.seed"])
+    whole, early = result.trials
+    assert (early.trial.name, early.state, early.value, early.step) == ("trial-000", "finished", 3.0, 20)
+    assert (early.ended_early, whole.ended_early) == (True, False)
+    assert (early.cause, whole.cause) == ("after step 20: validation/loss was not better", None)
+    assert (state_text(early), state_text(whole)) == ("finished early", "finished")
+    assert result.best is whole
+    assert result.is_complete
+    assert any("2 finished (1 of them early, by a rule of its own)" in sentence for sentence in summary(result))

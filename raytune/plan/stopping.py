@@ -1,0 +1,85 @@
+"""Rules that may end a run early, as they are planned: refused where nothing feeds them, and put into words. Pure."""
+
+from collections.abc import Iterator
+
+from raytune.config.run import RunConfig
+from raytune.errors import UserError
+from raytune.plan.calendar import divides, in_steps
+from raytune.plan.run_plan import CheckpointPlan, EvaluationPlan, OptimizationPlan, StoppingPlan
+
+
+def rules_of(config: RunConfig) -> StoppingPlan:
+    """The rules as they are written: nothing of them needs resolving."""
+    return StoppingPlan(early_stopping=config.training.early_stopping, overfitting=config.training.overfitting)
+
+
+def stopping_of(config: RunConfig, measured: list[str]) -> StoppingPlan:
+    """The rules that a config asks for.
+
+    Args:
+        measured: metrics that evaluations give; none without validation rows.
+
+    Raises:
+        UserError: if no evaluation gives what a rule looks at.
+    """
+    rules = rules_of(config)
+    given = [name for name in ("early_stopping", "overfitting") if getattr(rules, name)]
+    if given and not measured:
+        raise UserError(
+            f"training.{given[0]} looks at evaluations, but nothing is evaluated: there is neither data.validation nor "
+            f"data.validation_fraction. Give one of the two, or leave training.{given[0]} out."
+        )
+    if rules.early_stopping and rules.early_stopping.metric not in measured:
+        raise UserError(
+            f"training.early_stopping.metric is {rules.early_stopping.metric!r}, which no evaluation of this run gives. Set it "
+            f"to one of: {', '.join(measured)}."
+        )
+    return rules
+
+
+def rules_in_words(rules: StoppingPlan, evaluation: EvaluationPlan) -> str:
+    """What ends the run early, or warns, for the table of a plan; empty without rules."""
+    words, early, overfitting = [], rules.early_stopping, rules.overfitting
+    if early:
+        better = ("below" if early.mode == "min" else "above") + " its best"
+        by = f" by more than {early.min_delta:g}" if early.min_delta else ""
+        steps = f"{in_steps(early.patience * evaluation.every_steps)} steps"
+        words.append(f"after {_evaluations(early.patience)} in a row ({steps}) with {early.metric} not {better}{by}")
+    if overfitting:
+        gap = "" if overfitting.max_gap is None else f", or is more than {overfitting.max_gap:g} above it"
+        does = "ends the run" if overfitting.policy == "stop" else "is told"
+        words.append(
+            f"overfitting {does}: at {_evaluations(overfitting.patience)} in a row the validation loss rises while the training "
+            f"loss falls{gap}"
+        )
+    return "; ".join(words)
+
+
+def stopping_notes(
+    rules: StoppingPlan, evaluation: EvaluationPlan, checkpoint: CheckpointPlan, optimization: OptimizationPlan
+) -> Iterator[str]:
+    """What a reader of the plan may not expect of the rules."""
+    if not rules.are_given:
+        return
+    num_counted = int(optimization.num_steps / evaluation.every_steps + 1e-9)
+    for name, rule in (("early_stopping", rules.early_stopping), ("overfitting", rules.overfitting)):
+        if rule and num_counted <= rule.patience:
+            yield (
+                f"training.{name} cannot come to anything: its patience is {_evaluations(rule.patience)} after a first one, but "
+                f"{optimization.num_steps} steps have {num_counted} by evaluation.every_steps {in_steps(evaluation.every_steps)}."
+            )
+    if not rules.may_end:
+        return
+    yield (
+        "The run may end before its last step. Schedule, time and money are those of all steps. If it ended early, it goes on "
+        "when it is asked for again under rules by which it had not ended."
+    )
+    if not divides(checkpoint.every_steps, evaluation.every_steps):
+        yield (
+            f"Only what is saved can become the model: every {in_steps(checkpoint.every_steps)} steps, and where a rule ends the "
+            f"run. Without checkpoint.every_steps and every_epochs, whatever is evaluated is saved."
+        )
+
+
+def _evaluations(number: int) -> str:
+    return f"{number} evaluation{'s' * (number != 1)}"
