@@ -110,6 +110,11 @@ class RunFolder:
         return f"{self.path}/rows.jsonl"
 
     @property
+    def tried_losses(self) -> str:
+        """What workers that try learning rates leave in a folder of their own."""
+        return f"{self.path}/losses.json"
+
+    @property
     def failures(self) -> str:
         return f"{self.path}/failures"
 
