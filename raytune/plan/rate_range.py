@@ -4,6 +4,7 @@ has, what its losses are when they are smoothed, and when to stop. Pure: the los
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from raytune.errors import UserError
@@ -15,6 +16,8 @@ Stop = Literal["exploded", "not finite"]
 
 FEWEST_STEPS = 20
 """Of which smoothing leaves something to be seen."""
+BELOW, ABOVE = 1e-3, 1e2
+"""Where a range begins and ends unless somebody says so, in usual rates of the method."""
 
 
 class RateRange(Plan):
@@ -26,7 +29,7 @@ class RateRange(Plan):
     shape: Shape = "exponential"
     smoothing: float = 0.9
     """Share of the average so far in the next one; 0: losses as they are."""
-    stop_factor: float = 4.0
+    stop_factor: float = 3.0
     """The test ends where the smoothed loss is more than so many times its lowest value."""
 
     def rate(self, step: int) -> float:
@@ -38,21 +41,38 @@ class RateRange(Plan):
             return self.low + (self.high - self.low) * share
         return self.low * (self.high / self.low) ** share
 
-    def step_of(self, rate: float) -> float:
-        """Where in the test a rate lies, in steps; the inverse of `rate`."""
-        if self.shape == "linear":
-            share = (rate - self.low) / (self.high - self.low)
-        else:
-            share = math.log(rate / self.low) / math.log(self.high / self.low)
-        return share * (self.num_steps - 1)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeOptions:
+    """A range as it was asked for."""
+
+    low: float | None = None
+    high: float | None = None
+    """None: from a thousandth to a hundred times the usual rate of the method."""
+    num_steps: int = 100
+    shape: Shape = "exponential"
+    smoothing: float = RateRange.model_fields["smoothing"].default
+    stop_factor: float = RateRange.model_fields["stop_factor"].default
+
+    def around(self, usual_rate: float) -> RateRange:
+        """What is tried for a method whose usual rate is known.
+
+        Raises:
+            UserError: naming the option that cannot be tried.
+        """
+        return _checked(
+            RateRange(
+                low=two_digits(BELOW * usual_rate) if self.low is None else self.low,
+                high=two_digits(ABOVE * usual_rate) if self.high is None else self.high,
+                num_steps=self.num_steps,
+                shape=self.shape,
+                smoothing=self.smoothing,
+                stop_factor=self.stop_factor,
+            )
+        )
 
 
-def checked(tried: RateRange) -> RateRange:
-    """`tried`, if it can be tried.
-
-    Raises:
-        UserError: naming the option that says something else.
-    """
+def _checked(tried: RateRange) -> RateRange:
     if not (math.isfinite(tried.low) and tried.low > 0):
         raise UserError(f"--low is {tried.low:g}, expected a learning rate above 0.")
     if not (math.isfinite(tried.high) and tried.high > tried.low):
@@ -64,6 +84,11 @@ def checked(tried: RateRange) -> RateRange:
     if not (math.isfinite(tried.stop_factor) and tried.stop_factor > 1):
         raise UserError(f"--stop-factor is {tried.stop_factor:g}, expected a factor above 1.")
     return tried
+
+
+def two_digits(rate: float) -> float:
+    """A rate as people write it, which is more than such a test knows."""
+    return float(f"{rate:.1e}")
 
 
 def smoothed(losses: Sequence[float], smoothing: float) -> list[float]:
