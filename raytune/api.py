@@ -111,9 +111,7 @@ def find_rate(
     resolved, places = _resolved(config, overrides)
     paths = [] if isinstance(config, RunConfig | Mapping) else [config] if isinstance(config, str | PathLike) else list(config)
     target = file_for_rate([fspath(path) for path in paths], places) if apply else None
-    options = RangeOptions(
-        low=low, high=high, num_steps=num_steps, shape=shape, smoothing=smoothing, stop_factor=stop_factor
-    )
+    options = RangeOptions(low=low, high=high, num_steps=num_steps, shape=shape, smoothing=smoothing, stop_factor=stop_factor)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
         found = (

@@ -27,7 +27,7 @@ _USUAL = RangeOptions()
     ),
 )
 @run_arguments
-@click.option("--low", type=float, metavar="RATE", help="Of the first step. Default: a thousandth of the usual rate of the method.")
+@click.option("--low", type=float, metavar="RATE", help="Of the first step. Default: a thousandth of the method's usual rate.")
 @click.option("--high", type=float, metavar="RATE", help="Of the last step. Default: a hundred times the usual rate.")
 @click.option("--steps", "num_steps", type=int, default=_USUAL.num_steps, show_default=True, help="Optimizer steps between them.")
 @click.option(
@@ -57,8 +57,8 @@ _USUAL = RangeOptions()
 def find_rate(arguments: tuple[str, ...], applies: bool, as_json: bool, **options: Any) -> None:
     """Find a learning rate: try a range of rates, one per step, on a copy of a run, and say what the losses show.
 
-    Workers, engine and rows are those of the run, which is left as it is. The curve goes to rates/NAME in the storage. Exit code 0
-    also where the curve names no rate; the words, and in JSON `suggestion: null`, say so.
+    Workers, engine and rows are those of the run, which is left as it is. The curve goes to rates/NAME in the storage. Where
+    it names no rate, the words say why, `suggestion` is null in JSON, and the exit code is 0.
     """
     from raytune.config.asked import require_named
     from raytune.config.load import as_one_run

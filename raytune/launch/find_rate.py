@@ -1,7 +1,7 @@
-"""Find a learning rate: the workers, engine and data of a run, a range of rates in place of its schedule, and what the losses say.
+"""Find a learning rate: workers, engine and data of a run, a range of rates in place of its schedule, and what the losses say.
 
-Nothing of the run is read or changed, whether it has begun or finished: the test trains a copy that begins at the base, in a folder of
-its own that goes when it ends.
+Nothing of the run is read or changed, whether it has begun or finished: the test trains a copy that begins at the base, in a
+folder of its own that goes when it ends.
 """
 
 import json
@@ -24,10 +24,9 @@ from raytune.plan.rate_advice import RateAdvice, advise_rate
 from raytune.plan.rate_range import RangeOptions, RateRange, Stop, reason_to_stop, smoothed
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RatesFolder, RunFolder
-from raytune.storage import absolute, exists, read_json, remove_empty_folder, remove_folder, write_bytes, write_json
+from raytune.storage import exists, read_json, remove_empty_folder, remove_folder, write_bytes, write_json
 
 ATTEMPT = 1
-KEY = "training.learning_rate"
 
 Watch = Callable[[RunPlan, str], AbstractContextManager]
 

@@ -1,8 +1,8 @@
 """What a learning-rate range test says: a rate, or why its curve names none. Pure: the losses are an argument.
 
-Two rates are named. The steepest: where the smoothed loss falls fastest along the range; the smoothed loss lags behind the rate, as does
-what a rate does to a model. The safe one: a tenth of the rate at which the loss, smoothed without a lag, is lowest, and never more than
-the steepest. Neither is named where the curve
+Two rates are named. The steepest: where the smoothed loss falls fastest along the range; it lags behind the rate, as does what a
+rate does to a model. The safe one: a tenth of the rate at which the loss, smoothed without a lag, is lowest, and never more
+than the steepest. Neither is named where the curve
 could not show it: an end of the range is no answer.
 """
 
@@ -54,7 +54,7 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
         reached = tried.rate(max(0, len(losses) - 1))
         return RateAdvice(
             verdict="exploded at once",
-            words=f"The loss {_ended(stop)} within {len(losses)} steps, at {reached:.2g}: too few for a curve. Begin lower (--low).",
+            words=f"The loss {_ended(stop)} within {len(losses)} steps, at {reached:.2g}: no curve to read. Begin lower (--low).",
         )
     opening = max(3, round(OPENING * len(finite)))
     first = statistics.fmean(finite[:opening])
@@ -71,16 +71,16 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
     if stop is None and lowest >= len(curve) - last and curve[-1 - last] - curve[-1] > STILL * fall:
         return RateAdvice(
             verdict="still falling",
-            words=f"The loss was still falling at the end of the range, {tried.high:.2g}: the best rate lies above it. Go on further "
-            f"(--high {min(1000 * tried.high, 10.0):.2g}).",
+            words=f"The loss was still falling at the end of the range, {tried.high:.2g}: the best rate lies above it. "
+            f"Go on further (--high {min(1000 * tried.high, 10.0):.2g}).",
         )
     ceiling = max(finite[:opening])
-    steepest = _steepest(smoothed([min(loss, ceiling) for loss in finite], tried.smoothing), last)
+    steepest = _steepest(smoothed([min(loss, ceiling) for loss in finite], tried.smoothing), opening, last)
     if steepest is None:
         return RateAdvice(
             verdict="exploded at once",
-            words=f"The loss fell from the first rate on, and was lowest at {tried.rate(lowest):.2g} already: the range begins too high. "
-            f"Begin lower (--low {tried.low / 1000:.2g}).",
+            words=f"The loss fell from the first rate on, and was lowest at {tried.rate(lowest):.2g} already: the range "
+            f"begins too high. Begin lower (--low {tried.low / 1000:.2g}).",
         )
     at_steepest, at_lowest = tried.rate(steepest), tried.rate(lowest)
     safe = max(tried.low, min(at_steepest, SAFE_SHARE * at_lowest))
@@ -111,22 +111,20 @@ def noise_of(losses: Sequence[float]) -> float:
     return 1.4826 * statistics.median(steps) / math.sqrt(2)
 
 
-def _steepest(curve: Sequence[float], width: int) -> int | None:
-    """The step around which the curve falls most over `width` steps before its lowest; None if that is where it begins."""
+def _steepest(curve: Sequence[float], first: int, width: int) -> int | None:
+    """The step around which the curve falls most over `width` steps before its lowest; None if that lies in the opening."""
     half, lowest = max(1, width // 2), min(range(len(curve)), key=curve.__getitem__)
-    middles = range(half, lowest - half + 1)
+    middles = range(max(half, first), lowest - half + 1)
     if not middles:
         return None
     return max(middles, key=lambda step: curve[step - half] - curve[step + half])
 
 
-def _without_fall(
-    losses: Sequence[float], tried: RateRange, stop: Stop | None, first: float, enough: float
-) -> RateAdvice:
+def _without_fall(losses: Sequence[float], tried: RateRange, stop: Stop | None, first: float, enough: float) -> RateAdvice:
     if stop is None and max(smoothed(losses, tried.smoothing)) <= first + enough:
         return RateAdvice(
             verdict="flat",
-            words=f"The loss stayed near {first:.4g} from {tried.low:.2g} to {tried.high:.2g}: no rate of the range moved it by more "
+            words=f"The loss stayed near {first:.4g} from {tried.low:.2g} to {tried.high:.2g}: no rate moved it by more "
             f"than it differs from batch to batch. Go on further (--high), or take larger batches (training.global_batch_size).",
         )
     end = "grew" if stop is None else _ended(stop)

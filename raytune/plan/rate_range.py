@@ -1,5 +1,5 @@
-"""The learning-rate range test (Smith 2017, "Cyclical Learning Rates for Training Neural Networks") as arithmetic: which rate a step
-has, what its losses are when they are smoothed, and when to stop. Pure: the losses so far are an argument.
+"""The learning-rate range test (Smith 2017, "Cyclical Learning Rates for Training Neural Networks") as arithmetic: which rate a
+step has, what its losses are when they are smoothed, and when to stop. Pure: the losses so far are an argument.
 """
 
 import math
