@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytune.api import advise as advise
+    from raytune.api import find_rate as find_rate
     from raytune.api import score as score
     from raytune.api import sweep as sweep
     from raytune.api import train as train
 
 __version__ = "0.1.0"
-__all__ = ["advise", "score", "sweep", "train"]
+__all__ = ["advise", "find_rate", "score", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,10 @@ from raytune.launch.result import RunResult
 from raytune.launch.run import run
 
 if TYPE_CHECKING:
+    from raytune.launch.find_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
+    from raytune.plan.rate_range import Shape
     from raytune.sweeps.results import SweepResult
 
 File = str | PathLike[str]
@@ -71,6 +73,56 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
     write_sweep_page(result, dump_yaml(resolved), result.folder)
     require_winner(result)
     return result
+
+
+def find_rate(
+    config: Config,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    num_steps: int = 100,
+    shape: "Shape" = "exponential",
+    smoothing: float = 0.9,
+    stop_factor: float = 3.0,
+    apply: bool = False,
+    progress: bool = True,
+    **overrides: Any,
+) -> "FoundRate":
+    """Find a learning rate as `raytune find-rate` does: a range of rates on a copy of a run, and what the losses say.
+
+    Args:
+        config, progress, overrides: as for `train`.
+        low, high: of the range; by default around the usual rate of the method.
+        num_steps: from one to the other, along equal factors or, with `shape="linear"`, equal differences.
+        smoothing: of the losses: share of the average so far in the next one.
+        stop_factor: the test ends where the smoothed loss is more than so many times its lowest value.
+        apply: write the suggestion into the file that `config` names.
+
+    Returns:
+        `suggestion` (None where the curve names none), `advice` (words, steepest, safe), `rates`, `losses`, `folder`.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, with every problem and what to do about it.
+        raytune.errors.RaytuneError: if the workers failed.
+    """
+    from raytune.config.rate_in_file import file_for_rate, write_rate
+    from raytune.launch.find_rate import find_rate
+    from raytune.plan.rate_range import RangeOptions
+
+    resolved, places = _resolved(config, overrides)
+    paths = [] if isinstance(config, RunConfig | Mapping) else [config] if isinstance(config, str | PathLike) else list(config)
+    target = file_for_rate([fspath(path) for path in paths], places) if apply else None
+    options = RangeOptions(low=low, high=high, num_steps=num_steps, shape=shape, smoothing=smoothing, stop_factor=stop_factor)
+    with errors_at(resolved, places):
+        require_named(as_one_run(resolved), places=places)
+        found = (
+            find_rate(resolved, options, lambda plan, heading: show_progress(plan, heading=heading, at_end="reading the curve"))
+            if progress
+            else find_rate(resolved, options)
+        )
+    if target is not None and found.suggestion is not None:
+        write_rate(target, found.suggestion)
+    return found
 
 
 def score(

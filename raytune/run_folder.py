@@ -20,6 +20,11 @@
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
 <storage>/stores/<hash>/        tokenised data, shared by runs
 
+<storage>/rates/<name of a run>/    what `raytune find-rate` leaves; a second one is called NAME-2
+    rates.jsonl                 a line per step: rate, loss, smoothed loss
+    result.json                 the range, what the curve says, the rates it names; written last
+    report.html  figures/       the page and its figure
+
 <storage>/<name of a sweep>/
     sweep.json                  identity: config as resolved
     ledger.jsonl                trials, what was decided about them, how they ended; the truth that a sweep resumes from
@@ -110,6 +115,11 @@ class RunFolder:
         return f"{self.path}/rows.jsonl"
 
     @property
+    def tried_losses(self) -> str:
+        """What workers that try learning rates leave in a folder of their own."""
+        return f"{self.path}/losses.json"
+
+    @property
     def failures(self) -> str:
         return f"{self.path}/failures"
 
@@ -144,6 +154,31 @@ class RunFolder:
 
     def failure(self, attempt: int, rank: int) -> str:
         return f"{self.failures}/attempt-{attempt}.rank-{rank}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RatesFolder:
+    """Paths of one range test of learning rates below `storage`, beside the run that it is for."""
+
+    storage: str
+    name: str
+
+    @property
+    def root(self) -> str:
+        """Folder of all range tests."""
+        return f"{self.storage.rstrip('/')}/rates"
+
+    @property
+    def path(self) -> str:
+        return f"{self.root}/{self.name}"
+
+    @property
+    def rates(self) -> str:
+        return f"{self.path}/rates.jsonl"
+
+    @property
+    def result(self) -> str:
+        return f"{self.path}/result.json"
 
 
 @dataclass(frozen=True, slots=True)

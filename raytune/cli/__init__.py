@@ -11,6 +11,7 @@ import warnings
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, schema
+from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.runs import advise, merge, plan, score, sweep, train
@@ -26,6 +27,7 @@ for verb in (
     advise,
     train,
     sweep,
+    find_rate,
     score,
     merge,
     cluster,

@@ -233,3 +233,44 @@ def _syntax_problem(error: Exception, text: str, place: Place) -> Problem:
         words = next((plain for fragment, plain in _PLAIN_WORDS.items() if fragment in words), words)
     where = place if place.line is None else replace(place, line=line + 1, column=column + 1)
     return Problem(NOT_YAML, where, "", f"not valid YAML: {shortened(words, len(words))}")
+
+
+def with_value(text: str, section: str, name: str, value: str) -> str:
+    """A document with a key of a section set, and no other character changed: comments, order and quotes stay.
+
+    Whether it now says what it should is the caller's to check: anchors may lead elsewhere.
+
+    Args:
+        value: as it is to be written.
+    """
+    end = "\r\n" if "\r\n" in text else "\n"
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is None:
+        return f"{text}{'' if not text or text.endswith(end) else end}{section}:{end}  {name}: {value}{end}"
+    assert isinstance(root, yaml.MappingNode), "a config is a mapping"
+    pairs = {key.value: (key, child) for key, child in root.value}
+    if section not in pairs:
+        if root.flow_style:
+            return _inside(text, root, f"{section}: {{{name}: {value}}}")
+        whole = text if text.endswith(("\n", "\r")) else text + end
+        margin = " " * root.start_mark.column
+        return f"{whole}{margin}{section}:{end}{margin}  {name}: {value}{end}"
+    key, child = pairs[section]
+    if isinstance(child, yaml.MappingNode):
+        found = next((old for own, old in child.value if own.value == name), None)
+        if found is not None:
+            start, stop = found.start_mark.index, found.end_mark.index
+            return f"{text[:start]}{' ' if start == stop else ''}{value}{text[stop:]}"
+        if child.flow_style:
+            return _inside(text, child, f"{name}: {value}")
+        margin = " " * child.value[0][0].start_mark.column
+    else:
+        margin = " " * (key.start_mark.column + 2)
+    line_end = next((place for place in range(key.end_mark.index, len(text)) if text[place] in "\r\n"), len(text))
+    return f"{text[:line_end]}{end}{margin}{name}: {value}{text[line_end:]}"
+
+
+def _inside(text: str, node: Any, pair: str) -> str:
+    """A pair as the first of a mapping in braces."""
+    first = text.index("{", node.start_mark.index) + 1
+    return f"{text[:first]}{pair}{', ' if node.value else ''}{text[first:]}"

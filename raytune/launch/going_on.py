@@ -1,6 +1,7 @@
 """What the same command does when it is given again: said where a run ends early, and only what is true."""
 
-from raytune.errors import RaytuneError
+from raytune.errors import ClusterError, RaytuneError
+from raytune.launch.attempts import Failure, details
 from raytune.run_folder import RunFolder
 from raytune.storage import list_folder
 from raytune.training.commit import committed
@@ -30,3 +31,18 @@ def tracebacks(folder: RunFolder, attempt: int) -> str | None:
     except (RaytuneError, OSError):
         return None
     return f"Tracebacks: {folder.failures}" if left else None
+
+
+def task_failed(what: str, failure: Failure, folder: RunFolder) -> RaytuneError:
+    """The error of a task that is no run and is not tried again: the last line is the cause.
+
+    Args:
+        what: was done, as the beginning of a sentence.
+        folder: in which its workers left tracebacks.
+    """
+    lines = [
+        *([where] if (where := tracebacks(folder, failure.attempt)) else []),
+        *details(failure.message),
+        f"{what} failed: {failure.headline}",
+    ]
+    return (ClusterError if failure.may_pass else RaytuneError)("\n".join(lines))

@@ -42,11 +42,18 @@ _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
 
 
 @contextmanager
-def show_progress(plan: RunPlan, stream: TextIO = sys.stderr) -> Iterator[None]:
-    """Show the plan, and then the run's progress until the block ends."""
+def show_progress(
+    plan: RunPlan, stream: TextIO = sys.stderr, *, heading: str | None = None, at_end: str = "writing the model"
+) -> Iterator[None]:
+    """Show the plan, and then the run's progress until the block ends.
+
+    Args:
+        heading: instead of the plan, for another task than training.
+        at_end: what is done behind the last step.
+    """
     console = PlainConsole(file=stream)
-    console.print(f"{plan_text(plan)}\n", soft_wrap=True)
-    view = RunView(plan)
+    console.print(f"{plan_text(plan) if heading is None else heading}\n", soft_wrap=True)
+    view = RunView(plan, at_end=at_end)
     with showing(console, view.table, view.new_lines):
         yield
 
@@ -72,8 +79,8 @@ class RunView:
         clock: seconds since 1970.
     """
 
-    def __init__(self, plan: RunPlan, clock: Callable[[], float] = time.time) -> None:
-        self.plan = plan
+    def __init__(self, plan: RunPlan, clock: Callable[[], float] = time.time, *, at_end: str = "writing the model") -> None:
+        self.plan, self._at_end = plan, at_end
         self.folder = RunFolder(plan.storage, plan.name)
         self._metrics = Follower(self.folder.metrics)
         self._clock = clock
@@ -136,9 +143,9 @@ class RunView:
                 measured, value = newest
                 facts.append((label, form(value) + (f" (step {measured})" if not is_of_training(name) else "")))
         if step >= num_steps:
-            return [*facts, ("state", "all steps done, writing the model")]
+            return [*facts, ("state", f"all steps done, {self._at_end}")]
         if self._told.ended_early:
-            return [*facts, ("state", "ended early, writing the model")]
+            return [*facts, ("state", f"ended early, {self._at_end}")]
         left = format_seconds((num_steps - step) * metrics.seconds_per_step())
         return [*facts, ("left", f"at most {left}" if self.plan.stopping.may_end else left)]
 

@@ -13,13 +13,12 @@ from typing import Any
 from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataSource, source_name
 from raytune.config.run import RunConfig
-from raytune.errors import ClusterError, RaytuneError, UserError
+from raytune.errors import UserError
 from raytune.evaluate.perplexity import perplexity
 from raytune.evaluate.scored_rows import TABLES, ScoredRow, csv_table, jsonl_table, read_jsonl_table
-from raytune.launch.attempts import Failure, details
 from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.cluster import connect, map_on_cluster
-from raytune.launch.going_on import tracebacks
+from raytune.launch.going_on import task_failed
 from raytune.launch.record import RunRecord, read_plan, readable
 from raytune.launch.rows_to_score import as_text, look_at_rows, tokenised
 from raytune.launch.stores import store_plan_of
@@ -178,7 +177,7 @@ def score(run: RunToScore, sources: Sequence[DataSource], *, output: str | None 
         failure = fit(scoring, ATTEMPT, lambda: None, "score", weights.request)
     scratch = RunFolder(scoring.storage, scoring.name)
     if failure is not None:
-        raise _failed(failure, scratch)
+        raise task_failed("Scoring", failure, scratch)
     rows = read_jsonl_table(read_bytes(scratch.scored_rows))
     write_bytes(table, csv_table(rows) if table.endswith(".csv") else jsonl_table(rows))
     remove_folder(scratch.path, scratch.storage)
@@ -212,12 +211,3 @@ def _table_for(sources: Sequence[DataSource], folder: RunFolder, output: str | N
     if is_local(table) and any(os.path.exists(table) and os.path.samefile(path, table) for path in read):
         raise UserError(f"--output is {output}, which holds the rows that are to be scored. Name another file.")
     return table
-
-
-def _failed(failure: Failure, scratch: RunFolder) -> RaytuneError:
-    lines = [
-        *([where] if (where := tracebacks(scratch, ATTEMPT)) else []),
-        *details(failure.message),
-        f"Scoring failed: {failure.headline}",
-    ]
-    return (ClusterError if failure.may_pass else RaytuneError)("\n".join(lines))

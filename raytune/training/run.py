@@ -79,7 +79,7 @@ def _make_steps(
     phases.reach_step(first)
     for result in training_steps(
         engine,
-        _batches(plan, store, worker),
+        batches_of_run(plan, store, worker),
         started.loss,
         lambda step: learning_rate(step, plan.optimization),
         start=first,
@@ -121,7 +121,7 @@ def _told(folder: RunFolder, worker: Worker) -> Iterator[Report]:
         yield events.write
 
 
-def _batches(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Sequence[Batch]]:
+def batches_of_run(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Sequence[Batch]]:
     """This rank's micro-batches of a step."""
 
     def batches_of(step: int) -> Sequence[Batch]:

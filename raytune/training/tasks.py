@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raytune.plan.run_plan import RunPlan
+from raytune.training.find_rate import find_rate
 from raytune.training.run import train_started
 from raytune.training.score import score_rows
 from raytune.training.start import Started, Worker, start
@@ -15,6 +16,7 @@ the rest is the task's own."""
 TASKS: dict[str, Callable[[Started, Request], None]] = {
     "train": lambda started, request: train_started(started),
     "score": score_rows,
+    "find_rate": find_rate,
 }
 
 
