@@ -10,6 +10,7 @@ from typing import Self
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
+from raytune.data.tokenizers import open_tokenizer, vocabulary_of
 from raytune.errors import UserError
 from raytune.evaluate.questions import Question
 from raytune.hub.snapshot import described, in_lines
@@ -24,6 +25,7 @@ from raytune.plan.data_facts import DataFacts
 from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
+from raytune.plan.new_tokens import with_new_tokens
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
@@ -56,6 +58,8 @@ class Base:
         """See `described_base`."""
         model, path = described_base(model)
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+        if model.new_tokens:
+            shape = with_new_tokens(shape, model, vocabulary_of(open_tokenizer(path, model.revision, model.trust_remote_code)))
         return cls(section=model, path=path, shape=shape)
 
 

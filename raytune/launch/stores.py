@@ -56,7 +56,7 @@ class DataBuilder:
             )
         self._folder = config.data.store or f"{storage}/{STORES_FOLDER}"
         model = config.model
-        self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code)
+        self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code, model.new_tokens)
         self._template = self._needed_template(self._tokenizer)
         self._chat = ChatTemplate(self._tokenizer, self._template) if self._template else None
 
@@ -160,6 +160,7 @@ class DataBuilder:
             tokenizer_path=self._model_path,
             tokenizer_revision=model.revision,
             trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
             folder=self._folder,
             parallel_map=self._parallel_map,
         )

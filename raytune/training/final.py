@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune.data.tokenizers import load_tokenizer
+from raytune.data.tokenizers import load_tokenizer, with_tokens
 from raytune.errors import RaytuneError
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
@@ -99,6 +99,7 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
             if plan.model.content is not None:
                 save_content(plan.model.content, target)
         tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+        tokenizer = with_tokens(tokenizer, plan.model.new_tokens)
         tokenizer.chat_template = plan.template or tokenizer.chat_template
         tokenizer.save_pretrained(target)
         # Not set on the model itself: its base may be kept for a run with another template.
