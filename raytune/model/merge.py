@@ -280,6 +280,8 @@ class _Merger:
                 # PEFT sends an update to where its base is, and would drop it if that were nowhere.
                 name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
                 setattr(layer.get_base_layer(), name, nn.Parameter(torch.empty(0), requires_grad=False))
+                if isinstance(layer, TrainableTokensLayer):
+                    layer.trainable_tokens_original[ADAPTER] = torch.empty(0)  # which it sends there too
             loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(

@@ -1,8 +1,10 @@
 """Trainable tokens on a model: PEFT's configuration of them."""
 
 import warnings
+from typing import Any
 
 from peft import PeftModel, TrainableTokensConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import TrainableTokensAdapter
@@ -29,6 +31,16 @@ def _add(model: PreTrainedModel, adapter: TrainableTokensAdapter, revision: str 
     return adapted
 
 
+def _with_tied(model: PeftModel, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
+    """What is trained under each of its names: PEFT asks a file for a tied head's rows, which are the embedding's."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first in state and name not in state:
+            state = state | {name: state[first]}
+    return state, config
+
+
 ADAPTING = Adapting(
     add=_add,
     frozen_experts=lambda model, adapter: unchanged_experts(model, NO_TARGETS),
@@ -36,4 +48,5 @@ ADAPTING = Adapting(
     peft_type="TRAINABLE_TOKENS",
     merges=True,
     mend=compute_rows_alone,
+    for_original_base=_with_tied,
 )
