@@ -54,10 +54,12 @@ class NewToken(Section):
     special: bool = True
     """Whether decoding leaves it out together with the special tokens, as most programs that serve a model have it."""
 
-    @field_validator("token")
+    @field_validator("token", mode="before")
     @classmethod
-    def _is_seen(cls, token: str) -> str:
-        if token != token.strip() or not token.isprintable():
+    def _is_seen(cls, token: object) -> object:
+        if isinstance(token, str) and not token.strip():
+            raise ValueError("must have at least one character that is no white space")
+        if isinstance(token, str) and (token != token.strip() or not token.isprintable()):
             raise ValueError("must neither begin nor end with white space, nor have characters that are not printed")
         return token
 

@@ -22,7 +22,7 @@ from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
 from raytune.launch.begun import begun_for
 from raytune.launch.cluster import this_machine
-from raytune.launch.prepare import Base
+from raytune.launch.prepare import Base, refuse_unknown_tokens
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
@@ -210,6 +210,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     """Open the tokenizer and the template, tokenise the first rows of each source, and plan where these say enough."""
     if found.of(reading.open) is None:
         return
+    found.of(lambda: refuse_unknown_tokens(reading.config, reading.model_path))
     found.looked_at.append("its tokenizer and template")
     generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:

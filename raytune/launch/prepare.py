@@ -19,6 +19,7 @@ from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
+from raytune.model.new_tokens import token_numbers
 from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
@@ -95,6 +96,20 @@ def refuse_without_cluster(config: RunConfig) -> Base:
     return base
 
 
+def refuse_unknown_tokens(config: RunConfig, path: str) -> None:
+    """Refuse tokens whose rows are to be trained and that the tokenizer does not have.
+
+    Args:
+        path: of the base, as transformers finds it.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    named, model = getattr(config.adapter, "trainable_tokens", "auto"), config.model
+    if named != "auto" and named:
+        token_numbers(open_tokenizer(path, model.revision, model.trust_remote_code, model.new_tokens), named)
+
+
 def described_base(model: ModelSection) -> tuple[ModelSection, str]:
     """A base whose config and tokenizer are here, a hub's at its commit, and where transformers finds it.
 
@@ -130,6 +145,7 @@ class Preparation:
         storage = absolute(config.storage)
         with _as_it_began(begun):
             setting = settle(config, base.shape, machine, begun)
+        refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
         read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
         if (key := repr(read)) not in self._data:

@@ -45,7 +45,7 @@ def check_rows(adapter: Any, config: RunConfig, shape: ModelShape, updated: Iter
     """
     named = adapter.trainable_tokens
     if isinstance(named, list) and (twice := next((token for token in named if named.count(token) > 1), None)):
-        raise UserError(f"{TRAINABLE} names {twice!r} twice.", keys=(TRAINABLE,))
+        raise UserError(f"{TRAINABLE} names {twice!r} twice. Leave one of them out.", keys=(TRAINABLE,))
     parts = {part.name for part in row_parts(adapter, shape)}
     saved = [one.name for one in (shape.embeddings[0], shape.head) if is_saved(one.name, getattr(adapter, "modules_to_save", []))]
     if saved and isinstance(named, list) and named and not parts:
