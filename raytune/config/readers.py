@@ -317,7 +317,8 @@ READERS: dict[str, Reader] = {
     **_read("model", "quant_compute_dtype", "config.quantization", needs=(_agrees("compute_dtype"), _four_bits("model"))),
     **_read("model", "quant_storage", "config.quantization", needs=(_agrees("quant_storage"), _four_bits("model"))),
     **_read("model", "new_tokens vocabulary_multiple", "plan.new_tokens"),
-    **_read("model.new_tokens", "token description special", "data.tokenizers", "model.new_tokens"),
+    **_read("model.new_tokens", "token special", "data.tokenizers"),
+    **_read("model.new_tokens", "description", "model.new_tokens"),
     **_read("model", "dropout", "plan.dropouts"),
     **_read("model.dropout", "attention hidden embedding", "config.model"),
     # data

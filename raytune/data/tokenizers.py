@@ -63,6 +63,29 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         )
 
 
+def token_numbers(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Numbers of tokens by their texts in the vocabulary.
+
+    Raises:
+        ModelError: naming the first that is none, and how the vocabulary writes it.
+    """
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            pieces = tokenizer.tokenize(token)
+            said = (
+                f"which the vocabulary writes as {pieces[0]!r}"
+                if len(pieces) == 1
+                else f"which is {len(pieces)} tokens: {pieces}"
+            )
+            raise ModelError(
+                f"adapter.trainable_tokens names {token!r}, {said[:200]}. Name tokens as the vocabulary writes them; "
+                f"model.new_tokens makes a text one token.",
+                keys=("adapter.trainable_tokens",),
+            )
+    return [known[token] for token in tokens]
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything in a tokenizer that decides which tokens a text becomes. Its chat template is not part of it."""
     parts = [backend_of(tokenizer).to_str(), json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]

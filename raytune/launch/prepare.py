@@ -10,7 +10,7 @@ from typing import Self
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
-from raytune.data.tokenizers import open_tokenizer, vocabulary_of
+from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
 from raytune.errors import UserError
 from raytune.evaluate.questions import Question
 from raytune.hub.snapshot import described, in_lines
@@ -19,7 +19,6 @@ from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
-from raytune.model.new_tokens import token_numbers
 from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts

@@ -11,7 +11,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raytune.data.tokenizers import backend_of, load_tokenizer, vocabulary_of, with_tokens
+from raytune.data.tokenizers import backend_of, load_tokenizer, token_numbers, vocabulary_of, with_tokens
 from raytune.errors import ModelError
 from raytune.plan.run_plan import ModelPlan
 
@@ -80,29 +80,6 @@ def resize(model: PreTrainedModel, num_rows: int) -> None:
         ) from error
     head: Any = model.get_output_embeddings()
     head.out_features = num_rows
-
-
-def token_numbers(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Numbers of tokens by their texts in the vocabulary.
-
-    Raises:
-        ModelError: naming the first that is none, and how the vocabulary writes it.
-    """
-    known = tokenizer.get_vocab()
-    for token in tokens:
-        if token not in known:
-            pieces = tokenizer.tokenize(token)
-            said = (
-                f"which the vocabulary writes as {pieces[0]!r}"
-                if len(pieces) == 1
-                else f"which is {len(pieces)} tokens: {pieces}"
-            )
-            raise ModelError(
-                f"adapter.trainable_tokens names {token!r}, {said[:200]}. Name tokens as the vocabulary writes them; "
-                f"model.new_tokens makes a text one token.",
-                keys=("adapter.trainable_tokens",),
-            )
-    return [known[token] for token in tokens]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, description: str | None, num_known: int) -> list[int] | None:

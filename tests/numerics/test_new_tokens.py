@@ -1,4 +1,4 @@
-"""New tokens = plain transformers and PEFT, written here without our code: start, curve, ZeRO's stages, files, merging, a resume."""
+"""New tokens = plain transformers and PEFT, written here without our code: start, curve, ZeRO, files, merging."""
 
 import json
 from collections.abc import Callable
@@ -208,7 +208,9 @@ def test_full_fine_tuning_is_plain_torch_s(base: Base) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [None, 16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(chunk_tokens: int | None, checkpointing: bool, base: Base) -> None:
+def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
+    chunk_tokens: int | None, checkpointing: bool, base: Base
+) -> None:
     alone = train(plan_of(base, LORA))
     other = plan_of(base, LORA, loss={"chunk_tokens": chunk_tokens}, model={"gradient_checkpointing": checkpointing})
     assert relative_difference(train(other).losses, alone.losses) <= SAME_SUMS
@@ -288,9 +290,7 @@ def test_over_a_quantised_base_rows_are_those_of_plain_peft(kind: str, base: Bas
     plan = plan_of(base, LORA, model={"quantization": quantization})
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}), bnb_4bit_compute_dtype=torch.float32)
-    model = plain_base(
-        base.material.model, plan.model.num_embeddings or 0, quantization_config=config, device_map={"": "cpu"}
-    )
+    model = plain_base(base.material.model, plan.model.num_embeddings or 0, quantization_config=config, device_map={"": "cpu"})
     ours = train(plan)
     assert relative_difference(ours.losses, peft_losses(model, plan, lora_with_rows(base))) <= SAME_SUMS
     assert any("trainable_tokens_delta" in name for name in ours.weights)
@@ -312,7 +312,9 @@ def test_rows_of_tokens_that_are_there_are_trained_by_name(base: Base) -> None:
 def test_a_kept_base_is_not_given_to_a_trial_with_other_tokens(base: Base) -> None:
     kept = KeptBase()
     plans = [plan_of(base, LORA), plan_of(base, LORA | {"trainable_tokens": ["a"]})]
-    plans.append(plans[0].model_copy(update={"model": plans[0].model.model_copy(update={"new_tokens": [], "num_embeddings": None})}))
+    plans.append(
+        plans[0].model_copy(update={"model": plans[0].model.model_copy(update={"new_tokens": [], "num_embeddings": None})})
+    )
     for plan in [*plans, *plans]:
         model: Any = load_model(plan.model, plan.adapter, device=CPU, seed=0, kept=kept)
         fresh: Any = load_model(plan.model, plan.adapter, device=CPU, seed=0)

@@ -147,6 +147,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
     for rows in (data.get("data", {}).get("train"), data.get("data", {}).get("validation")):
         if isinstance(rows, dict):
             rows.setdefault("path", "a.jsonl")
+    if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
+        tokens.setdefault("token", "<a>")
     if generation := data.get("evaluation", {}).get("generation"):
         rows = generation.setdefault("rows", "a.jsonl")
         if isinstance(rows, dict):

@@ -258,7 +258,9 @@ def test_trials_prepared_by_one_preparation_have_their_own_tokens(tmp_path: Path
     stores = []
     for tokens in ([], ["Reply in JSON."], []):
         sections: dict[str, Any] = {"name": "a", "storage": str(tmp_path), "model": {"base": "demo", "new_tokens": tokens}}
-        resolved = config_from(sections | {"data": {"train": {"path": "demo:train", "max_rows": 9}}, "adapter": {"method": "full"}})
+        resolved = config_from(
+            sections | {"data": {"train": {"path": "demo:train", "max_rows": 9}}, "adapter": {"method": "full"}}
+        )
         plan = preparation.prepare(resolved).plan
         stores.append((plan.data.train.num_tokens, plan.model.num_embeddings))
     assert stores[0] == stores[2] != stores[1]

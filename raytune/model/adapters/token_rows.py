@@ -15,7 +15,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune.model.new_tokens import added_rows, added_texts, token_numbers
+from raytune.data.tokenizers import token_numbers
+from raytune.model.new_tokens import added_rows, added_texts
 from raytune.plan.methods.targets import is_saved
 
 # Shapes: T tokens, D width, V vocabulary, R trained rows.
