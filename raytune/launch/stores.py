@@ -127,8 +127,8 @@ class DataBuilder:
         name = self._tokenizer.convert_ids_to_tokens(token)
         return DataError(
             f"The token {name!r} in {place} is number {token} of the tokenizer, but {self._config.model.base} has embeddings for "
-            f"{self._num_embeddings} tokens, from 0 on. Name it in model.new_tokens, which gives it a row that is trained; or use "
-            f"the tokenizer that belongs to the base."
+            f"{self._num_embeddings} tokens, from 0 on. Name it in model.new_tokens, which gives it a row that is trained; or "
+            f"use the tokenizer that belongs to the base."
         )
 
     def _needed_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
