@@ -39,6 +39,10 @@ class LoraAdapter(Section):
     """Names of modules, and of parameters of fused experts, that `target_modules` would take but that stay frozen."""
     modules_to_save: list[Text] = []
     """Modules outside the update that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+    trainable_tokens: list[Text] | Auto = "auto"
+    """Tokens whose rows of embedding and head are trained beside the update, and nothing else of these matrices; as the
+    tokenizer's vocabulary writes them. `model.new_tokens` are always among them; `auto` takes these, unless
+    `modules_to_save` trains both matrices."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "default"
@@ -197,6 +201,16 @@ class OftAdapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
+class TrainableTokensAdapter(Section):
+    """Trainable tokens: a frozen base, but for the rows of some tokens in embedding and head."""
+
+    method: Literal["trainable_tokens"]
+    """Train rows of embedding and head; all else stays as it is."""
+    trainable_tokens: list[Text] | Auto = "auto"
+    """Tokens whose rows are trained, as the tokenizer's vocabulary writes them. `model.new_tokens` are always among them; `auto`
+    takes these alone."""
+
+
 Adapter = Annotated[
     FullAdapter
     | LoraAdapter
@@ -206,7 +220,8 @@ Adapter = Annotated[
     | LokrAdapter
     | LohaAdapter
     | VeraAdapter
-    | OftAdapter,
+    | OftAdapter
+    | TrainableTokensAdapter,
     Field(discriminator="method"),
 ]
 

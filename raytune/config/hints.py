@@ -4,7 +4,7 @@ from typing import Any
 
 from raytune.config.foreign_names import Answer, answer_for_name, answer_for_value
 from raytune.config.keys import choices, keys, keys_in, unions
-from raytune.config.near_words import near_words
+from raytune.config.near_words import are_opposite, near_words
 
 
 def hint_for_key(section: str, name: str, method: str, value: object = None) -> str:
@@ -31,7 +31,9 @@ def hint_for_key(section: str, name: str, method: str, value: object = None) -> 
         return _sentence(answer)
     if elsewhere:
         return f" here; it belongs to {' or '.join((below or elsewhere)[:3])}"
-    near = near_words(plain, here) or near_words(path.lower(), keys(), cutoff=0.75) or _near_leaves(plain)
+    paths = near_words(path.lower(), keys(), cutoff=0.75)  # in which a section may have the word that its key negates
+    paths = [known for known in paths if not are_opposite(plain, known.rpartition(".")[2])]
+    near = near_words(plain, here) or paths or _near_leaves(plain)
     if near:
         return f'. Did you mean "{near[0]}"?'
     return f". Known here: {', '.join(here)}" if here and len(here) <= 12 else f". `raytune explain {section}` lists the keys"

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from raytune.config.section import Auto, Section, Text
+from raytune.config.section import Auto, PositiveInt, Section, Text
 
 Attention = Literal["flash_attention_2", "flash_attention_3", "varlen", "flex_attention", "sdpa", "eager"]
 QuantFormat = Literal["nf4", "fp4", "int8"]
@@ -44,6 +44,38 @@ class DropoutSection(Section):
     """Of the embeddings."""
 
 
+class NewToken(Section):
+    """A token that the tokenizer of the base does not have."""
+
+    token: Annotated[Text, Field(examples=["<tool>"])]
+    """Its text, which is one token from then on, wherever it stands."""
+    description: Text | None = None
+    """What it means, in words: its rows start as the mean of those of the words' tokens; without it, as the mean of all."""
+    special: bool = True
+    """Whether decoding leaves it out together with the special tokens, as most programs that serve a model have it."""
+
+    @field_validator("token", mode="before")
+    @classmethod
+    def _is_seen(cls, token: object) -> object:
+        if isinstance(token, str) and not token.strip():
+            raise ValueError("must have at least one character that is no white space")
+        if isinstance(token, str) and (token != token.strip() or not token.isprintable()):
+            raise ValueError("must neither begin nor end with white space, nor have characters that are not printed")
+        return token
+
+
+def _as_tokens(value: object) -> object:
+    tokens = value if isinstance(value, list) else [value]
+    return [{"token": token} if isinstance(token, str) else token for token in tokens]
+
+
+NewTokens = Annotated[
+    list[NewToken],
+    BeforeValidator(_as_tokens, json_schema_input_type=str | NewToken | list[str | NewToken]),
+    Field(title="a text, a token (token, description, ...), or a list of them", examples=["<tool>"]),
+]
+
+
 class ModelSection(Section):
     base: Text = "demo"
     """Model to start from: a local folder, a Hugging Face hub id, or `demo` for the tiny model that ships with raytune. A run has
@@ -66,11 +98,24 @@ class ModelSection(Section):
     quant_storage: QuantStorage | Auto = "auto"
     """Dtype that holds the packed 4-bit numbers. ZeRO-3 shards the base only if it equals the compute dtype, which `auto`
     chooses."""
+    new_tokens: NewTokens = []
+    """Tokens that are added to the tokenizer, and get rows of embedding and head: a list of texts, or of token and description.
+    Full fine-tuning trains these rows; LoRA does by `adapter.trainable_tokens`, other adapters by `adapter.modules_to_save`."""
+    vocabulary_multiple: PositiveInt = 1
+    """Where new tokens need more rows than the base has, round their number up to a multiple of this: 64 suits GPUs."""
     dropout: DropoutSection = DropoutSection()
     """Dropout of the base in training, in place of what its config says. The saved model keeps the base's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. A hub model needs `revision` to be a full commit hash; that of a local folder is
     part of the run, as its weights are."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _each_token_once(cls, tokens: list[NewToken]) -> list[NewToken]:
+        texts = [one.token for one in tokens]
+        if twice := next((text for text in texts if texts.count(text) > 1), None):
+            raise ValueError(f"names {twice!r} twice")
+        return tokens
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "ModelSection":

@@ -327,6 +327,9 @@ READERS: dict[str, Reader] = {
     **_read("model", "double_quantization", "config.quantization", needs=(_agrees("double_quantization"), _four_bits("model"))),
     **_read("model", "quant_compute_dtype", "config.quantization", needs=(_agrees("compute_dtype"), _four_bits("model"))),
     **_read("model", "quant_storage", "config.quantization", needs=(_agrees("quant_storage"), _four_bits("model"))),
+    **_read("model", "new_tokens vocabulary_multiple", "plan.new_tokens"),
+    **_read("model.new_tokens", "token special", "data.tokenizers"),
+    **_read("model.new_tokens", "description", "model.new_tokens"),
     **_read("model", "dropout", "plan.dropouts"),
     **_read("model.dropout", "attention hidden embedding", "config.model"),
     # data
@@ -343,6 +346,7 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters.lora"),
     **_read("adapter", "modules_to_save bias", "model.adapters.lora"),
     **_read("adapter", "init use_rslora use_dora rank_pattern alpha_pattern", "model.adapters.lora"),
+    **_read("adapter", "trainable_tokens", "plan.methods.token_rows"),
     **_read("adapter", "feedforward_modules", "plan.methods.ia3"),
     **_read("adapter", "decompose_factor decompose_both", "plan.methods.lokr"),
     **_read("adapter", "rank_dropout", "model.adapters.lokr", "model.adapters.loha"),

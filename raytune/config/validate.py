@@ -136,8 +136,11 @@ def _schema_problem(tree: Node, path: KeyPath, details: ErrorDetails) -> Problem
         method = method_of(deepest(tree, tuple(union.split("."))).value, unions()[union]) if union else ""
         message = f"unknown key{hint_for_key(schema_path(path[:-1]), str(path[-1]), method, node.plain)}"
         return Problem(UNKNOWN_KEY, node.key_place, dotted(path), message)
-    if details["type"] == "value_error" and isinstance(node.value, dict):
-        return Problem(CONFLICT, node.key_place, dotted(path), str(details.get("ctx", {})["error"]))
+    said = str(details.get("ctx", {}).get("error", "")) if details["type"] == "value_error" else ""
+    if said and isinstance(node.value, dict | list):
+        return Problem(CONFLICT, node.key_place, dotted(path), said)
+    if said.startswith("must "):
+        return Problem(WRONG_VALUE, node.place, dotted(path), f"{said}, got {shown(node.plain)}")
     expected = in_words(type_at(path))
     if details["type"] == "missing":
         return Problem(MISSING_KEY, node.key_place, dotted(path), f"is missing; it must be {expected}")

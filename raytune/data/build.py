@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from raytune.config.data import DataFormat, DataSource
+from raytune.config.model import NewToken
 from raytune.data.formats import names_format
 from raytune.data.prompts import TOLERATED_SHARE
 from raytune.data.row_file import write_rows
@@ -48,12 +49,14 @@ def build_store(
     folder: str | Path,
     tokenizer_revision: str | None = None,
     trust_remote_code: bool = False,
+    new_tokens: Sequence[NewToken] = (),
     parallel_map: ParallelMap = map,
 ) -> StoreInfo:
     """Tokenise and pack what the request asks for, or find that it was done before.
 
     Args:
         tokenizer_path: folder or hub id of the tokenizer, for every process that `parallel_map` uses.
+        new_tokens: that it is given.
         folder: local folder for stores, readable and writable for all these processes.
         parallel_map: calls a function on every task and gives the results in order.
 
@@ -85,6 +88,7 @@ def build_store(
             tokenizer_path=tokenizer_path,
             tokenizer_revision=tokenizer_revision,
             trust_remote_code=trust_remote_code,
+            new_tokens=tuple(new_tokens),
             tokenizer_fingerprint=request.tokenizer_fingerprint,
             template=request.template,
             targets=request.targets,

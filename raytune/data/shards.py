@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raytune.config.data import DataFormat
+from raytune.config.model import NewToken
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.sources import Segment
@@ -26,6 +27,7 @@ class TokenisingOptions:
     tokenizer_path: str
     tokenizer_revision: str | None
     trust_remote_code: bool
+    new_tokens: tuple[NewToken, ...]
     tokenizer_fingerprint: str
     template: str
     targets: Targets

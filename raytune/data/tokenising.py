@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raytune.config.model import NewToken
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
@@ -53,6 +54,7 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
         options.tokenizer_path,
         options.tokenizer_revision,
         options.trust_remote_code,
+        options.new_tokens,
         options.tokenizer_fingerprint,
         options.template,
     )
@@ -94,10 +96,15 @@ class _Document:
 
 @lru_cache(maxsize=2)
 def _encoder_and_template(
-    path: str, revision: str | None, trust_remote_code: bool, fingerprint: str, template: str
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    new_tokens: tuple[NewToken, ...],
+    fingerprint: str,
+    template: str,
 ) -> tuple[TextEncoder, ChatTemplate | None]:
     """Loaded once per process, which may tokenise many shards. Plain text needs no template."""
-    tokenizer = open_tokenizer(path, revision, trust_remote_code)
+    tokenizer = open_tokenizer(path, revision, trust_remote_code, new_tokens)
     if tokenizer_fingerprint(tokenizer) != fingerprint:
         raise DataError(
             f"The tokenizer at '{path}' on {os.uname().nodename} is not the one that this run was planned with. "

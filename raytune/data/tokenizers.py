@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from raytune.config.model import NewToken
 from raytune.errors import ModelError
 from raytune.hub.snapshot import described
 from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.model_folder import check_tokenizer_code, reading
+from raytune.plan.new_tokens import Vocabulary, next_number
 
 
-def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can say where in the text its tokens lie.
+def open_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False, new_tokens: Sequence[NewToken] = ()
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can say where in the text its tokens lie, with new tokens.
 
     Raises:
         ModelError: if there is none at that path, or it is not backed by the `tokenizers` library.
@@ -28,7 +33,20 @@ def open_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
             f"The tokenizer at '{path}' is a {type(tokenizer).__name__}, which is not backed by the `tokenizers` library. "
             f"Convert it once: AutoTokenizer.from_pretrained(path, use_fast=True).save_pretrained(folder)."
         )
+    return with_tokens(tokenizer, new_tokens)
+
+
+def with_tokens(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[NewToken]) -> PreTrainedTokenizerBase:
+    """A tokenizer with tokens added; the same object. One that it has already stays as it is."""
+    for one in new_tokens:
+        tokenizer.add_tokens([AddedToken(one.token, special=one.special, normalized=False)], special_tokens=one.special)
     return tokenizer
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """What a tokenizer says of tokens that are to be added to it."""
+    own = backend_of(tokenizer).get_vocab_size(with_added_tokens=False)
+    return Vocabulary(known=tokenizer.get_vocab(), next_number=next_number(own, tokenizer.added_tokens_decoder))
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -43,6 +61,29 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         return AutoTokenizer.from_pretrained(
             model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code
         )
+
+
+def token_numbers(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Numbers of tokens by their texts in the vocabulary.
+
+    Raises:
+        ModelError: naming the first that is none, and how the vocabulary writes it.
+    """
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            pieces = tokenizer.tokenize(token)
+            said = (
+                f"which the vocabulary writes as {pieces[0]!r}"
+                if len(pieces) == 1
+                else f"which is {len(pieces)} tokens: {pieces}"
+            )
+            raise ModelError(
+                f"adapter.trainable_tokens names {token!r}, {said[:200]}. Name tokens as the vocabulary writes them; "
+                f"model.new_tokens makes a text one token.",
+                keys=("adapter.trainable_tokens",),
+            )
+    return [known[token] for token in tokens]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

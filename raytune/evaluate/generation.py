@@ -1,6 +1,6 @@
 """Answers written by a model: greedy, in batches of similar length."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ def write_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    kept: Collection[str] = (),
 ) -> list[str]:
     """Continue each prompt greedily until it ends its turn or has `max_new_tokens`.
 
@@ -26,13 +27,17 @@ def write_answers(
         prompts: token ids of each prompt, ending where the answer begins.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts continued at once. Neighbours in length share a batch, so that little is padded.
+        kept: texts of special tokens that stay in the answers.
 
     Returns:
-        The answers' text up to where they stop, in the order of the prompts, without special tokens.
+        The answers' text up to where they stop, in the order of the prompts, without other special tokens.
     """
     device = next(model.parameters()).device
     stops = as_ids(model.generation_config.eos_token_id)
     pad: Any = next((token for token in (tokenizer.pad_token_id, *stops) if token is not None), 0)
+    added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    specials = {*tokenizer.all_special_ids, *added}
+    left_out = specials - {*tokenizer.convert_tokens_to_ids([*kept])}
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_size):
@@ -56,7 +61,7 @@ def write_answers(
             tokenizer=tokenizer,  # for texts that end an answer, where the model's own settings have some
         )
         answered = [_before_stop(ids, stops) for ids in written[:, longest:].tolist()]
-        texts = tokenizer.batch_decode(answered, skip_special_tokens=True)
+        texts = tokenizer.batch_decode([[one for one in ids if one not in left_out] for ids in answered])
         for index, text in zip(indices, texts, strict=True):
             answers[index] = text
     return answers

@@ -22,19 +22,19 @@ from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
 from raytune.launch.begun import begun_for
 from raytune.launch.cluster import this_machine
-from raytune.launch.prepare import described_base
+from raytune.launch.prepare import Base, refuse_unknown_tokens
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
 from raytune.model.files import local_files, resolve_model_path
 from raytune.object_store import once
-from raytune.plan.base_model import find_config, read_model_shape
+from raytune.plan.base_model import find_config
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
-from raytune.plan.references import planned_shape
+from raytune.plan.new_tokens import planned_base
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
@@ -152,10 +152,8 @@ def _machine(config: RunConfig) -> Machine:
 
 def _shape(config: RunConfig) -> ModelShape:
     if config.cluster.instance:  # a plan for machines that are yet to be rented needs no model here, and a check of it neither
-        read, model = planned_shape, config.model
-    else:
-        read, (model, _) = read_model_shape, described_base(config.model)
-    return read(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+        return planned_base(config.model)
+    return Base.of(config.model).shape
 
 
 def _path_of_base(config: RunConfig) -> str | None:
@@ -212,6 +210,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     """Open the tokenizer and the template, tokenise the first rows of each source, and plan where these say enough."""
     if found.of(reading.open) is None:
         return
+    found.of(lambda: refuse_unknown_tokens(reading.config, reading.model_path))
     found.looked_at.append("its tokenizer and template")
     generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:

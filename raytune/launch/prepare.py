@@ -10,6 +10,7 @@ from typing import Self
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
+from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
 from raytune.errors import UserError
 from raytune.evaluate.questions import Question
 from raytune.hub.snapshot import described, in_lines
@@ -24,6 +25,7 @@ from raytune.plan.data_facts import DataFacts
 from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
+from raytune.plan.new_tokens import with_new_tokens
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
@@ -56,6 +58,8 @@ class Base:
         """See `described_base`."""
         model, path = described_base(model)
         shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+        if model.new_tokens:
+            shape = with_new_tokens(shape, model, vocabulary_of(open_tokenizer(path, model.revision, model.trust_remote_code)))
         return cls(section=model, path=path, shape=shape)
 
 
@@ -89,6 +93,20 @@ def refuse_without_cluster(config: RunConfig) -> Base:
     base = Base.of(config.model)
     look_at(config, base.shape, None, lambda look: look())
     return base
+
+
+def refuse_unknown_tokens(config: RunConfig, path: str) -> None:
+    """Refuse tokens whose rows are to be trained and that the tokenizer does not have.
+
+    Args:
+        path: of the base, as transformers finds it.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    named, model = getattr(config.adapter, "trainable_tokens", "auto"), config.model
+    if named != "auto" and named:
+        token_numbers(open_tokenizer(path, model.revision, model.trust_remote_code, model.new_tokens), named)
 
 
 def described_base(model: ModelSection) -> tuple[ModelSection, str]:
@@ -126,6 +144,7 @@ class Preparation:
         storage = absolute(config.storage)
         with _as_it_began(begun):
             setting = settle(config, base.shape, machine, begun)
+        refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
         read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
         if (key := repr(read)) not in self._data:

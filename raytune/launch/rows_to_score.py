@@ -80,7 +80,7 @@ def tokenised(
             f"The run lies in {storage}, but tokenised rows are mapped into memory from files, and its config names no "
             f"data.store. Copy its folder to a disk that every node mounts."
         )
-    tokenizer = open_tokenizer(model.path, model.revision, model.trust_remote_code)
+    tokenizer = open_tokenizer(model.path, model.revision, model.trust_remote_code, model.new_tokens)
     request = StoreRequest(
         sources=tuple(sources),
         template=plan.template,
@@ -97,6 +97,7 @@ def tokenised(
         tokenizer_path=model.path,
         tokenizer_revision=model.revision,
         trust_remote_code=model.trust_remote_code,
+        new_tokens=model.new_tokens,
         folder=data.store or f"{storage}/{STORES_FOLDER}",
         parallel_map=parallel_map,
     )

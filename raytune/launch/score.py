@@ -189,7 +189,7 @@ def standing_alone(plan: RunPlan, weights: Weights) -> ModelPlan:
     if weights.step is not None or not adapting(plan.adapter).is_whole or not is_local(weights.folder.model):
         return plan.model
     folder = str(local_path(weights.folder.model))
-    return plan.model.model_copy(update={"path": folder, "revision": None, "content": None})
+    return plan.model.model_copy(update={"path": folder, "revision": None, "content": None, "new_tokens": []})
 
 
 def _name_of(sources: Sequence[DataSource]) -> str:

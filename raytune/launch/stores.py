@@ -56,7 +56,7 @@ class DataBuilder:
             )
         self._folder = config.data.store or f"{storage}/{STORES_FOLDER}"
         model = config.model
-        self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code)
+        self._tokenizer = open_tokenizer(model_path, model.revision, model.trust_remote_code, model.new_tokens)
         self._template = self._needed_template(self._tokenizer)
         self._chat = ChatTemplate(self._tokenizer, self._template) if self._template else None
 
@@ -127,9 +127,8 @@ class DataBuilder:
         name = self._tokenizer.convert_ids_to_tokens(token)
         return DataError(
             f"The token {name!r} in {place} is number {token} of the tokenizer, but {self._config.model.base} has embeddings for "
-            f"{self._num_embeddings} tokens, from 0 on. Save the base with more of them (model.resize_token_embeddings("
-            f"len(tokenizer)) and save_pretrained) and train these, with adapter.modules_to_save or adapter.method: full; or use "
-            f"the tokenizer that belongs to it."
+            f"{self._num_embeddings} tokens, from 0 on. Name it in model.new_tokens, which gives it a row that is trained; or "
+            f"use the tokenizer that belongs to the base."
         )
 
     def _needed_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -160,6 +159,7 @@ class DataBuilder:
             tokenizer_path=self._model_path,
             tokenizer_revision=model.revision,
             trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
             folder=self._folder,
             parallel_map=self._parallel_map,
         )

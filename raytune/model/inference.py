@@ -13,6 +13,7 @@ from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.dtypes import DTYPES
 from raytune.model.load import load_base, load_model
+from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.quantize import quantization_config
 from raytune.plan.base_model import model_files
@@ -49,7 +50,7 @@ def load_saved(
         device, shard: as for `load_model`.
     """
     if adapting(plan.adapter).is_whole:
-        saved = plan.model.model_copy(update={"path": str(folder), "revision": None})
+        saved = plan.model.model_copy(update={"path": str(folder), "revision": None, "new_tokens": []})
         return load_model(saved, plan.adapter, device=device, seed=plan.seed, shard=shard)
     base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
     row = adapting(plan.adapter)
@@ -73,5 +74,7 @@ def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) 
             device_map={"": device},
             **({"quantization_config": quantization} if quantization else {}),
         )
+    if path == model.path:  # a saved model has them
+        add_new_tokens(loaded, model)
     expand_packed_experts(loaded, keeps_nothing=False)
     return loaded.eval()

@@ -46,6 +46,7 @@ class KeptBase:
 def _leaves_base_alone(model: ModelPlan, adapter: Adapter) -> bool:
     return (
         adapting(adapter).leaves_base_alone(adapter, model.quantization is not None)
+        and not model.new_tokens  # whose rows an adapter may train in place of the base's
         and not model.compile
         and not model.neftune_noise_alpha
     )

@@ -7,6 +7,7 @@ transformers itself.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.config.adapter import Adapter
 from raytune.config.quantization import HeldBase
+from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.attention import check_attention, implementation_name
@@ -28,6 +30,7 @@ from raytune.model.freezing import freeze, recompute_from
 from raytune.model.kept_base import KeptBase
 from raytune.model.loading_report import LoadingReport, check_report
 from raytune.model.neftune import add_neftune
+from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
@@ -103,6 +106,8 @@ def load_base(
         )
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
+    loaded.base_tokenizer = partial(load_tokenizer, model.path, model.revision, model.trust_remote_code)
+    add_new_tokens(loaded, model)
     loaded.config.use_cache = False
     loaded.own_dropouts = own_dropouts
     if is_on_hub(model.path):  # an adapter names its base as everybody knows it, not this machine's folder

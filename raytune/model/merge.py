@@ -22,6 +22,7 @@ import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError, safe_open
@@ -52,6 +53,7 @@ from raytune.model.files import resolve_model_path
 from raytune.model.hub import download_base
 from raytune.model.merge_experts import PackedExperts
 from raytune.model.merge_parameters import ParameterUpdates
+from raytune.model.merge_rows import TrainedRows, num_rows_with
 from raytune.model.pretrained import load_config, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
@@ -114,10 +116,15 @@ def merge_adapter(
     weights = _BaseWeights(_base_folder(path, revision))
     own_class = model_class(path, config, revision=revision, trust_remote_code=trust_remote_code)
     check_files(weights.folder, config, own_class)
+    config = copy.deepcopy(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        num_rows = num_rows_with(adapter_folder / ADAPTER_WEIGHTS, peft_config, model)
+        if num_rows > config.get_text_config().vocab_size:
+            config.get_text_config().vocab_size = num_rows
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     quantization = _quantization(adapter_folder) if dequantise else None
-    merger = _Merger(model, adapter_folder, peft_config, quantization, weights, row.merged_bias)
+    merger = _Merger(model, num_rows, adapter_folder, peft_config, quantization, weights, row.merged_bias)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
@@ -236,6 +243,7 @@ class _Merger:
     def __init__(
         self,
         model: PreTrainedModel,
+        num_rows: int,
         folder: Path,
         peft_config: PeftConfig,
         quantization: dict[str, Any] | None,
@@ -245,6 +253,7 @@ class _Merger:
         """
         Args:
             model: on the meta device.
+            num_rows: of its embedding.
             merged_bias: `Adapting.merged_bias` of the adapter's method.
         """
         self.model = model
@@ -266,7 +275,8 @@ class _Merger:
             tuned: dict[str, Any] = {
                 name: module for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)
             }
-            updated = {name: layer for name, layer in tuned.items() if not isinstance(layer, LNTuningLayer)}
+            replaced = LNTuningLayer | TrainableTokensLayer
+            updated = {name: layer for name, layer in tuned.items() if not isinstance(layer, replaced)}
             self._layers = {name: layer for name, layer in updated.items() if not isinstance(layer, ParamWrapper)}
             bare = {name: layer for name, layer in updated.items() if isinstance(layer, ParamWrapper)}
             self._updates = ParameterUpdates(self.model, bare)
@@ -274,13 +284,16 @@ class _Merger:
                 # PEFT sends an update to where its base is, and would drop it if that were nowhere.
                 name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
                 setattr(layer.get_base_layer(), name, nn.Parameter(torch.empty(0), requires_grad=False))
+                if isinstance(layer, TrainableTokensLayer):
+                    layer.trainable_tokens_original[ADAPTER] = torch.empty(0)  # which it sends there too
             loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"The adapter in {folder} cannot be put on this base: {in_a_line(error)}. Its file is damaged, or it was trained "
                 f"on another base."
             ) from error
-        foreign = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if self._mark in name)]
+        self._rows = TrainedRows(self.model, ADAPTER, num_rows)
+        foreign = [*loaded.unexpected_keys, *self._rows.missing, *(name for name in loaded.missing_keys if self._mark in name)]
         if foreign:
             raise ModelError(
                 f"The adapter in {folder} does not fit this base: {len(foreign)} of its tensors are missing or have no layer, "
@@ -344,6 +357,8 @@ class _Merger:
             return self._merged_bias(self._layers[module_name], tensor)
         if part != "weight":
             return tensor
+        if module_name in (self._embedding, self._head):
+            tensor = self._rows.laid_over(name, tensor)
         weight = self._as_trained_on(module_name, tensor)
         if module_name not in self._layers:
             return weight
@@ -372,7 +387,7 @@ class _Merger:
         replaced = {
             name.replace(".base_layer.", "."): parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if not parameter.is_meta and parameter.numel() and self._mark not in name and ".modules_to_save." not in name
+            if not parameter.is_meta and parameter.numel() and not any(mark in name for mark in (self._mark, *_MARKS))
         }
         for name, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper | LNTuningLayer):
@@ -380,6 +395,10 @@ class _Merger:
                 trained: nn.Module = copies[ADAPTER]
                 replaced |= {f"{name}.{part}": tensor for part, tensor in trained.state_dict().items()}
         return replaced
+
+
+_MARKS = (".modules_to_save.", ".trainable_tokens_delta.")
+"""What is in the names of an adapter's own parameters of every kind."""
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:

@@ -13,7 +13,7 @@ from raytune.plan.choose import choose_plan
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.methods import METHODS
-from raytune.plan.references import planned_shape
+from raytune.plan.new_tokens import planned_base
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import settle
@@ -66,7 +66,7 @@ def advise(config: RunConfig, here: Machine, num_tokens: int | None = None) -> A
     if config.cluster.instance:
         instance = catalogue.instance(config.cluster.instance)
         machine = Machine.rented(instance, catalogue.gpu_of(instance), config.cluster.nodes)
-    shape = planned_shape(config.model.base, config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    shape = planned_base(config.model)
     data = assumed_data(config, choose_row_length(config, shape), num_tokens)
     advice = []
     for name, method in METHODS.items():

@@ -18,7 +18,7 @@ from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.hardware import Catalogue, Instance, load_catalogue
 from raytune.plan.machine import Machine
-from raytune.plan.references import planned_shape
+from raytune.plan.new_tokens import planned_base
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.plan.setting import settle
@@ -69,7 +69,7 @@ def plan_ahead(config: RunConfig, num_tokens: int | None = None) -> RunPlan:
     assert config.cluster.instance is not None
     catalogue = load_catalogue()
     instance = catalogue.instance(config.cluster.instance)
-    shape = planned_shape(config.model.base, config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    shape = planned_base(config.model)
     data = assumed_data(config, choose_row_length(config, shape), num_tokens)
     return _plan(config, shape, data, instance, catalogue, config.cluster.nodes)
 
@@ -86,7 +86,7 @@ def compare(config: RunConfig, instances: Iterable[Instance], num_tokens: int | 
         UserError: if the config asks for what no machine could do.
     """
     catalogue = load_catalogue()
-    shape = planned_shape(config.model.base, config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    shape = planned_base(config.model)
     data = assumed_data(config, choose_row_length(config, shape), num_tokens)
     candidates = [_candidate(config, shape, data, instance, catalogue) for instance in instances]
     return sorted(candidates, key=lambda one: (one.usd is None, not one.usd, one.usd or 0.0, one.instance.name))

@@ -36,6 +36,7 @@ from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
+from raytune.plan.new_tokens import new_token_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
@@ -152,6 +153,8 @@ def choose_plan(
             neftune_noise_alpha=training.neftune_noise_alpha,
             frozen=frozen_names(setting.trained, shape),
             lowest_layer=setting.trained.lowest_layer,
+            new_tokens=config.model.new_tokens,
+            num_embeddings=shape.vocab if shape.new_tokens else None,
             dropout=setting.dropout,
         ),
         data=DataPlan(
@@ -180,6 +183,7 @@ def choose_plan(
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
             *expert_notes(adapter, shape, setting.trained, quantization),
+            *new_token_notes(shape, setting.trained, config.model),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),

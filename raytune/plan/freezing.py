@@ -48,6 +48,13 @@ def narrowed(adapter: Adapter, shape: ModelShape, freeze: FreezeSection) -> Adap
             f"adapter.modules_to_save takes in {beside.name}, which {FREEZE} freezes. Leave it out of one of the two.",
             keys=("adapter.modules_to_save", FREEZE),
         )
+    rows = next((part for part in left_out if part.how == "rows"), None)
+    if rows:
+        raise UserError(
+            f"{FREEZE} freezes {rows.name}, of which adapter.trainable_tokens trains rows of tokens. Leave it out of {FREEZE}, "
+            f"or set adapter.trainable_tokens to [].",
+            keys=("adapter.trainable_tokens", FREEZE),
+        )
     named = getattr(adapter, "target_modules", [])
     for name in named if isinstance(named, list) else []:
         if not any(has_name(part.name, [name]) for part in kept):
@@ -55,7 +62,7 @@ def narrowed(adapter: Adapter, shape: ModelShape, freeze: FreezeSection) -> Adap
                 f"adapter.target_modules names {name!r}, and {FREEZE} freezes all of it. Leave it out of one of the two.",
                 keys=("adapter.target_modules", FREEZE),
             )
-    updates = [part for part in kept if part.how != "bias" and not is_saved(part.name, saved)]
+    updates = [part for part in kept if part.how not in ("bias", "rows") and not is_saved(part.name, saved)]
     in_layers = [part.name for part in updates if not part.is_parameter]
     fields = {
         "target_modules": in_layers,

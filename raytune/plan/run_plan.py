@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter, model_validator
 
 from raytune.config.adapter import Adapter, own_quantization, without_preset
-from raytune.config.model import Attention, Quantization
+from raytune.config.model import Attention, NewToken, Quantization
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 from raytune.plan.calendar import Period
@@ -48,6 +48,10 @@ class ModelPlan(Plan):
     """Modules of a base that is trained itself which stay as they are, with all that they hold (plan.freezing.folded)."""
     lowest_layer: int = 0
     """The lowest layer that a backward pass has to reach; the number of layers where only what follows them is trained."""
+    new_tokens: list[NewToken] = []
+    """Added to the base's tokenizer."""
+    num_embeddings: int | None = None
+    """Rows of embedding and head once they have room for these; None: as many as the base has."""
     dropout: dict[str, float] = {}
     """Values of the base's config that are set anew, in training only."""
 

@@ -17,6 +17,7 @@ from raytune.plan.freezing import narrowed, trained_with
 from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
+from raytune.plan.new_tokens import check_rows_are_trained
 from raytune.plan.phases import trained_by_phase
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
@@ -112,6 +113,8 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     trained = adapter and of(
         lambda: with_rates(phases[-1] if phases else trained_with(adapter, shape, strategy.freeze, quantization), strategy, shape)
     )
+    if trained is not None:
+        of(lambda: check_rows_are_trained(trained, shape))
     dropout = of(lambda: resolve_dropout(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:

@@ -31,6 +31,8 @@ KEY_OF = {
     "model.quantization": "model.quantization",
     "model.neftune_noise_alpha": "training.neftune_noise_alpha",
     "model.frozen": "strategy.freeze",
+    "model.new_tokens": "model.new_tokens",
+    "model.num_embeddings": "model.vocabulary_multiple",
     "model.dropout": "model.dropout",
     "optimization.num_steps": "training.max_steps",
     "optimization.num_rows": "training.num_train_epochs",

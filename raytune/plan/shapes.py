@@ -104,6 +104,12 @@ class ModelShape:
     embeddings: tuple[Module, ...]
     final_norm: Module
     head: Module
+    new_tokens: tuple[str, ...] = ()
+    """Texts of the tokens that `model.new_tokens` adds, for which the counts above have rows."""
+    added_rows: int = 0
+    """Rows of the embedding that the base's files do not have."""
+    new_rows: int = 0
+    """These, and those that the new tokens take of the base's own, which had no token."""
     dropouts: tuple[tuple[str, str], ...] = ()
     """Kinds of `model.dropout` that the architecture has, each with its key in the base's config."""
     stored_quantization: dict[str, Any] | None = field(default=None, hash=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune.data.tokenizers import load_tokenizer
+from raytune.data.tokenizers import load_tokenizer, with_tokens
 from raytune.errors import RaytuneError
 from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
 from raytune.evaluate.generation import write_answers
@@ -105,6 +105,7 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
             if plan.model.content is not None:
                 save_content(plan.model.content, target)
         tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
+        tokenizer = with_tokens(tokenizer, plan.model.new_tokens)
         tokenizer.chat_template = plan.template or tokenizer.chat_template
         tokenizer.save_pretrained(target)
         # Not set on the model itself: its base may be kept for a run with another template.
@@ -150,6 +151,7 @@ def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFold
                     [questions[index].prompt_ids for index in own],
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.batch_size,
+                    kept=[one.token for one in plan.model.new_tokens],
                 )
             )
             del model  # before the next one is loaded

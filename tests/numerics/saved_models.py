@@ -1,17 +1,29 @@
 """What a saved model is worth to somebody who has transformers and PEFT only."""
 
+from typing import Any
+
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raytune.data.store import Store
+from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import RunPlan
+
+
+def plainly_loaded(plan: RunPlan, model_path: str) -> Any:
+    """In fp32. A base whose adapter was trained with more rows is given them first, as the plan's note says."""
+    if plan.adapter.method == "full":
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_files(plan.model.path), dtype=torch.float32)
+    if plan.model.num_embeddings is not None:
+        base.resize_token_embeddings(plan.model.num_embeddings)
+    return PeftModel.from_pretrained(base, model_path)
 
 
 def loss_by_plain_transformers(plan: RunPlan, model_path: str) -> float:
     """Mean loss per validation target in fp32, a document at a time, by nothing of ours but the tokens."""
-    loader = AutoModelForCausalLM if plan.adapter.method == "full" else AutoPeftModelForCausalLM
-    model = loader.from_pretrained(model_path, dtype=torch.float32).eval()
+    model = plainly_loaded(plan, model_path).eval()
     store = Store.open(plan.data.validation[0].path)
     total, count = 0.0, 0
     for index in range(store.num_rows):

@@ -84,6 +84,7 @@ def plain_training(
     rate_scale: Callable[[str], float] = lambda name: 1.0,
     decay: Callable[[str], float] | None = None,
     lora: LoraConfig | None = None,
+    base: Any = None,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and what was trained by its name, of a plan's rows: a document at a time, an optimizer group per parameter.
 
@@ -91,8 +92,9 @@ def plain_training(
         is_trained: of the name of a parameter, asked of those that would be trained.
         rate_scale: of a name.
         decay: weight decay of a name; None: the plan's, of matrices.
+        base: the model, where it is not as its files have it.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
+    model: Any = base or AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     if lora is not None:
         torch.manual_seed(plan.seed)
         model = get_peft_model(model, lora)

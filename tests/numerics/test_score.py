@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 from raytune.config.data import DataSource
 from raytune.config.load import config_from
@@ -32,9 +31,11 @@ from raytune.training.start import Worker
 from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import rank_and_world
+from tests.numerics.saved_models import plainly_loaded
 from tests.numerics.test_whole_run import LORA, config, finished
-from tests.tiny import save_tiny_model, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_rows
 
+NEW = [{"token": '","city":"', "description": "city"}, "Reply in JSON."]
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, chunked loss": {"adapter": {"method": "full"}, "training": {"loss": "chunked"}},
     "lora": {"adapter": LORA},
@@ -43,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eva": {"adapter": LORA | {"init": "eva"}},
     "trained embeddings": {"adapter": LORA | {"modules_to_save": ["embed_tokens"]}},
     "no packing": {"data": {"packing": "none"}},
+    "new tokens": {"adapter": {"method": "full"}, "model": {"new_tokens": NEW}},
+    "new tokens, rows": {"adapter": LORA, "model": {"new_tokens": NEW, "vocabulary_multiple": 16}},
 }
 
 
@@ -91,9 +94,9 @@ def score_here(plan: RunPlan, weights: Weights) -> tuple[ScoredRow, ...]:
 
 def plain_losses(result: RunResult, rows: Sequence[Any]) -> dict[int, tuple[int, float]]:
     """Row -> targets and mean loss, by the saved files and transformers alone."""
-    loader: Any = AutoModelForCausalLM if result.plan.adapter.method == "full" else AutoPeftModelForCausalLM
-    model = loader.from_pretrained(result.model_path, dtype=torch.float32).eval()
-    tokenizer, found = tiny_tokenizer(), {}
+    model: Any = plainly_loaded(result.plan, result.model_path).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(result.model_path)
+    found = {}
     for number, row in enumerate(rows, 1):
         if not row["messages"]:
             continue

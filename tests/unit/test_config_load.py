@@ -141,7 +141,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         "evaluation": {"generation": {"rows": "a.jsonl"}},
         "data": {"train": "a.jsonl", "validation": "b.jsonl"} if key.path != "data.validation_fraction" else {},
         "training": {"zero": {"stage": 3, "nvme_path": "/nvme"}},
-        "model": {"revision": "0" * 40},
+        "model": {"revision": "0" * 40}
+        | ({"new_tokens": [{"token": "<b>"}]} if key.path.startswith("model.new_tokens.") else {}),
     }
     if key.path in ("model.double_quantization", "model.quant_compute_dtype", "model.quant_storage"):
         base["model"] |= {"quantization": "nf4"}
@@ -150,7 +151,7 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["sweep"] = {"space": {"adapter.alpha": dimension, "adapter.rank": [4]}}
         base["sweep"] |= {"stopping": {"method": key.methods[-1]}} if key.methods else {}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
-    path = path.replace("sweep.space.", "sweep.space.adapter.alpha.")
+    path = path.replace("sweep.space.", "sweep.space.adapter.alpha.").replace("model.new_tokens.", "model.new_tokens.0.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])
     at: Any = config.model_dump()
@@ -192,7 +193,7 @@ NASTY = {
     "out of range": ("adapter: {dropout: 1}", "1:20", "adapter.dropout", "E104", "a number >= 0 and < 1, got 1"),
     "number or word": ("data: {max_length: long}", "1:20", "data.max_length", "E104", 'an integer >= 1 or auto, got "long"'),
     "nearby word": ("training: {optimizer: adamv}", "1:23", "training.optimizer", "E104", 'Did you mean "adamw"?'),
-    "unknown method": ("adapter: {method: qlra, rank: 3}", "1:19", "adapter.method", "E104", 'vera or oft, got "qlra"'),
+    "unknown method": ("adapter: {method: qlra}", "1:19", "adapter.method", "E104", 'oft or trainable_tokens, got "qlra"'),
     "method as text": ("adapter: qlora", "1:10", "adapter", "E104", 'Did you mean "method: qlora"?'),
     "list item": ("data: {targets: [user, asistant]}", "1:24", "data.targets.1", "E104", 'Did you mean "assistant"?'),
     "mapping value": ("adapter: {rank_pattern: {q: 0}}", "1:29", "adapter.rank_pattern.q", "E104", "an integer >= 1, got 0"),

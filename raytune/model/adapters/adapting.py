@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.errors import ModelError
+from raytune.model.adapters.token_rows import rows_of_shards
 from raytune.model.quantize import quantized_modules
 from raytune.plan.methods.targets import NamesTargets, has_name
 
@@ -103,7 +104,8 @@ def as_asked() -> Iterator[None]:
         # PEFT 0.21 looks among layers only, and says so of patterns of parameters, which it obeys.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
         warnings.filterwarnings("ignore", "Unsupported layer type '.*' encountered")  # norms, which have no inputs and outputs
-        yield
+        with rows_of_shards():
+            yield
 
 
 @contextmanager

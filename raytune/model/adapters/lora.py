@@ -20,6 +20,7 @@ from raytune.model.adapters.targets import (
     targets,
     unchanged_experts,
 )
+from raytune.model.adapters.token_rows import compute_rows_alone, trained_rows
 from raytune.model.experts import bare_parameters, expert_parameters
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.lora_limits import FROM_BASE
@@ -38,6 +39,7 @@ INITIALISATIONS: dict[str, bool | str] = {
 def _add(model: PreTrainedModel, adapter: LoraAdapter, revision: str | None, seed: int) -> PeftModel:
     """Add a LoRA adapter, and keep what export needs of its start."""
     peft_model = added(model, lora_config(model, adapter, revision=revision), adapter, seed=seed)
+    compute_rows_alone(peft_model)
     if adapter.init in FROM_BASE:
         # Both factors as they start, which export needs to make an adapter of the original base.
         start = {name: value.detach().to("cpu", copy=True) for name, value in peft_model.named_parameters() if ".lora_" in name}
@@ -65,6 +67,7 @@ def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str |
         target_parameters=shortest_suffixes(parameters, [name for name, _ in model.named_parameters()], num_parts=2) or None,
         exclude_modules=adapter.exclude_modules or None,
         modules_to_save=adapter.modules_to_save or None,
+        trainable_token_indices=trained_rows(model, adapter) or None,
         bias=adapter.bias,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
@@ -95,8 +98,10 @@ def _frozen_experts(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
 
 
 def _leaves_base_alone(adapter: LoraAdapter, is_quantised: bool) -> bool:
-    """Not one that trains biases or whole modules, or that takes its start out of the base's weights."""
-    return adapter.init not in FROM_BASE and adapter.bias == "none" and not adapter.modules_to_save
+    """Not one that trains biases or whole modules, or that takes its start out of the base's weights. Nor one that
+    trains rows of tokens."""
+    trains_others = adapter.bias != "none" or adapter.modules_to_save or adapter.trainable_tokens not in ("auto", [])
+    return adapter.init not in FROM_BASE and not trains_others
 
 
 def _for_original_base(model: PeftModel, state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
@@ -169,6 +174,7 @@ ADAPTING = Adapting(
     leaves_base_alone=_leaves_base_alone,
     peft_type="LORA",
     merges=True,
+    mend=compute_rows_alone,
     for_original_base=_for_original_base,
     starts_from_data=lambda adapter: adapter.init == "eva",
     start_from_data=initialise_eva,

@@ -16,6 +16,7 @@ from raytune.plan.methods.lora_limits import check, excluding_experts, unread, w
 from raytune.plan.methods.lora_updates import UpdateSize, all_updated, biases_of, sizes_of, updated_layers, updated_parameters
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters, in_short, saved_modules
+from raytune.plan.methods.token_rows import num_rows, row_parts
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.stage_limit import StageLimit
 from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
@@ -32,7 +33,8 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
     saved = whole_parts(saved_modules(adapter, shape))
     biases = biases_of(adapter, shape, layers)
     num_magnitudes = sum(module.outputs for module in layers) if adapter.use_dora else 0
-    parts = (*(_part(adapter, one, sizes[one.name]) for one in (*layers, *parameters)), *_bias_parts(biases))
+    rows = row_parts(adapter, shape)
+    parts = (*(_part(adapter, one, sizes[one.name]) for one in (*layers, *parameters)), *_bias_parts(biases), *rows)
     in_layers = [module for module in layers if module.kind in LINEAR_KINDS]
     updated = [parameter for parameter in parameters if parameter.kind == "experts"]
     packed = packed_experts(adapter, shape, quantization, parameters)
@@ -42,8 +44,10 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
         num_sides=sum(module.inputs + module.outputs for module in layers)
         + sum(one.inputs + one.outputs + 2 * sizes[one.name].rank * one.copies for one in parameters)
         + num_magnitudes
+        + len(rows) * (num_rows(adapter, shape) + shape.hidden)
         + sum(part.num_parameters for part in saved),
         reads_inputs=True,
+        num_constants=sum(part.num_parameters for part in rows),
         target_inputs=sum(module.inputs for module in in_layers),
         inner_width=sum(sizes[module.name].rank for module in in_layers),
         drops_inputs=adapter.dropout > 0,

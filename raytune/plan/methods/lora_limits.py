@@ -20,6 +20,7 @@ from raytune.plan.methods.targets import (
     saved_modules,
     unread_exclusions,
 )
+from raytune.plan.methods.token_rows import check_rows
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
@@ -52,6 +53,7 @@ def check(adapter: LoraAdapter, config: RunConfig, held: HeldBase, shape: ModelS
     if adapter.init == "eva":
         _check_eva(adapter, targets)
     _check_quantised(adapter, held, targets)
+    check_rows(adapter, config, shape, targets)
 
 
 def unread(adapter: LoraAdapter, shape: ModelShape) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
@@ -25,6 +26,18 @@ class NamesTargets(Protocol):
     def exclude_modules(self) -> list[str]: ...
     @property
     def modules_to_save(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoTargets:
+    """Of a method that names no layers."""
+
+    target_modules: list[str] = field(default_factory=list)
+    exclude_modules: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+
+
+NO_TARGETS = NoTargets()
 
 
 def target_modules(adapter: NamesTargets, shape: ModelShape, *, or_none: bool = False) -> list[Module]:
