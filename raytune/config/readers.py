@@ -337,6 +337,9 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "rank_dropout", "model.adapters.lokr", "model.adapters.loha"),
     **_read("adapter", "d_initial projection_prng_key save_projection", "model.adapters.vera"),
     **_read("adapter", "block_size block_share num_cayley_neumann_terms", "plan.methods.oft"),
+    **_read("adapter", "num_virtual_tokens", "plan.methods.in_front", "data.in_front"),
+    **_read("adapter", "init_text", "model.adapters.prompt_tuning"),
+    **_read("adapter", "projection encoder_hidden_size", "plan.methods.prefix_tuning", "plan.methods.p_tuning"),
     **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",

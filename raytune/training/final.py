@@ -144,6 +144,7 @@ def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFold
                     [questions[index].prompt_ids for index in own],
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.batch_size,
+                    can_pad=adapting(plan.adapter).can_pad,
                 )
             )
             del model  # before the next one is loaded

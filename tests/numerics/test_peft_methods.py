@@ -39,7 +39,7 @@ from tests.numerics.runs import (
 )
 from tests.numerics.test_plan_bytes import persisted_activations
 from tests.numerics.test_plan_bytes import planned as planned_bytes
-from tests.peft_methods import METHODS
+from tests.peft_methods import EVERY, METHODS
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 
 
 def plan_of(method: str, material: Material, **changes: Any) -> RunPlan:
-    row = METHODS[method]
+    row = EVERY[method]
     return make_plan(material, adapter=row.section, optimization={"learning_rate": row.rate, "weight_decay": 0.0}, **changes)
 
 
@@ -72,10 +72,10 @@ def run_alone(method: str, material: Material) -> tuple[Any, Outcome]:
 
 def plain_losses(plan: RunPlan, method: str, **base: Any) -> list[float]:
     model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32, **base)
-    return peft_losses(model, plan, METHODS[method].config())
+    return peft_losses(model, plan, EVERY[method].config())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_the_curve_is_plain_peft_s(method: str, material: Material) -> None:
     losses = run_alone(method, material)[1].losses
     assert relative_difference(losses, plain_losses(plan_of(method, material), method)) <= SAME_SUMS
@@ -83,7 +83,7 @@ def test_the_curve_is_plain_peft_s(method: str, material: Material) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name == "ia3" else SLOW) for name, row in METHODS.items() if row.takes_nf4]
+    "method", [pytest.param(name, marks=() if name == "ia3" else SLOW) for name, row in EVERY.items() if row.takes_nf4]
 )
 def test_the_curve_is_plain_peft_s_over_a_base_in_nf4(method: str, material: Material) -> None:
     quantization = {"format": "nf4", "compute_dtype": "fp32", "quant_storage": "uint8"}
@@ -93,7 +93,7 @@ def test_the_curve_is_plain_peft_s_over_a_base_in_nf4(method: str, material: Mat
     assert relative_difference(train(plan).losses, plain) <= SAME_SUMS
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_nf4])
+@pytest.mark.parametrize("method", [name for name, row in EVERY.items() if row.takes_nf4])
 def test_over_nf4_in_bf16_an_engine_of_deepspeed_learns_what_a_plain_one_does(method: str, material: Material) -> None:
     """Within what bf16 rounds: one has masters and no autocast, the other autocast."""
     quantization = {"format": "nf4", "compute_dtype": "bf16", "quant_storage": "bf16"}
@@ -104,16 +104,16 @@ def test_over_nf4_in_bf16_an_engine_of_deepspeed_learns_what_a_plain_one_does(me
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_every_stage_on_two_ranks_equals_one_plain_process(method: str, stage: int, material: Material) -> None:
     alone = run_alone(method, material)[1]
     sharded = run(plan_of(method, material, workers=2, stage=stage))
     assert sharded[0].numbers == sharded[1].numbers
     assert relative_difference(sharded[0].losses, alone.losses) <= SAME_SUMS
-    assert largest_difference(sharded[0], alone) <= METHODS[method].same_weights
+    assert largest_difference(sharded[0], alone) <= EVERY[method].same_weights
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_a_base_of_which_no_layer_stays_gathered_computes_the_same(method: str, material: Material) -> None:
     """As a large base does at stage 3: DeepSpeed lets go of a layer's weights as soon as it has computed."""
     alone = run_alone(method, material)[1]
@@ -125,7 +125,7 @@ def test_a_base_of_which_no_layer_stays_gathered_computes_the_same(method: str, 
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_resumed_equals_unbroken(method: str, stage: int, material: Material, tmp_path: Path) -> None:
     plan = plan_of(method, material, stage=stage)
     unbroken = run_alone(method, material)[1] if stage == 0 else run(plan)[0]
@@ -181,7 +181,7 @@ def test_the_start_is_plain_peft_s_and_computes_what_the_base_does(method: str, 
     assert all(trained[name].equal(theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_an_engine_holds_the_planned_bytes(method: str, material: Material, tmp_path: Path) -> None:
     seen = run_alone(method, material)[1]
     shape = read_model_shape(str(material.model))
@@ -228,7 +228,7 @@ def test_every_rank_takes_the_planned_bytes(material: Material, tmp_path: Path) 
     sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 32}
     save_tiny_model(wide.model, tied=False, **sizes | {"num_attention_heads": 8, "num_key_value_heads": 4})
     cases = [
-        planned_bytes(wide, stage, METHODS[method].section | LARGER.get(method, {}), has_checkpointing=checkpointing)
+        planned_bytes(wide, stage, EVERY[method].section | LARGER.get(method, {}), has_checkpointing=checkpointing)
         for stage, method, checkpointing in WAYS
     ]
     plans = [plan for _, plan in cases]

@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import full, ia3, layernorm, loha, lokr, lora, oft, vera
+from raytune.model.adapters import full, ia3, layernorm, loha, lokr, lora, oft, p_tuning, prefix_tuning, prompt_tuning, vera
 from raytune.model.adapters.adapting import Adapting
 
 ADAPTERS: dict[str, Adapting] = {
@@ -19,6 +19,9 @@ ADAPTERS: dict[str, Adapting] = {
     "loha": loha.ADAPTING,
     "vera": vera.ADAPTING,
     "oft": oft.ADAPTING,
+    "prompt_tuning": prompt_tuning.ADAPTING,
+    "prefix_tuning": prefix_tuning.ADAPTING,
+    "p_tuning": p_tuning.ADAPTING,
 }
 
 
