@@ -103,12 +103,12 @@ IN_FRONT: dict[str, PeftMethod] = {
         rate=2e-2,
     ),
     "prefix_tuning": _in_front(
-        {"method": "prefix_tuning", "init": "random"},
+        {"method": "prefix_tuning", "prefix_init": "random"},
         lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
         rate=0.3,
     ),
     "projected prefix_tuning": _in_front(
-        {"method": "prefix_tuning", "projection": True, "encoder_hidden_size": 24, "init": "random"},
+        {"method": "prefix_tuning", "projection": True, "encoder_hidden_size": 24, "prefix_init": "random"},
         lambda: PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM"),
         rate=2e-2,
     ),

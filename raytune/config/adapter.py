@@ -204,9 +204,9 @@ class PromptTuningAdapter(Section):
     """Train embeddings of virtual tokens; the base stays frozen."""
     num_virtual_tokens: PositiveInt = 20
     """Virtual tokens in front of each document. They take positions of the model, and lengthen rows."""
-    init: Literal["vocabulary", "random"] = "vocabulary"
+    prompt_init: Literal["vocabulary", "random"] = "vocabulary"
     """Start of the virtual tokens: embeddings of tokens drawn from the vocabulary, or numbers of a normal distribution."""
-    init_text: Text | None = None
+    prompt_init_text: Text | None = None
     """A text to start from: its tokens' embeddings, repeated or cut to as many as there are virtual tokens."""
 
 
@@ -218,7 +218,7 @@ class PrefixTuningAdapter(Section):
     """Train keys and values of virtual tokens in each layer; the base stays frozen."""
     num_virtual_tokens: PositiveInt = 20
     """Virtual tokens in front of each document. They take positions of the model."""
-    init: Literal["zero", "random"] = "zero"
+    prefix_init: Literal["zero", "random"] = "zero"
     """Start of keys and values: 0, or numbers of a normal distribution."""
     projection: bool = False
     """Have keys and values come from smaller embeddings, by two layers with tanh between them, which are trained as well and not

@@ -64,7 +64,7 @@ def laid_out(own: Tensor, virtual: Tensor, token_positions_N: Tensor, cumulative
         virtual: (V, width) or (..., V, width)
 
     Returns:
-        (..., N + D V, width) in the dtype of `own`. The gradient of `virtual` is summed over documents in its own dtype, and in the
+        (..., N + D V, width) in the dtype of `own`. The gradient of `virtual` is summed over documents in its own dtype, in the
         same order each time.
     """
     num_virtual, num_documents = virtual.shape[-2], len(cumulative_D1) - 1

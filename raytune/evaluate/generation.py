@@ -1,6 +1,8 @@
 """Answers written by a model: greedy, in batches of similar length."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from raytune.model.stopping import as_ids
 
 
+@contextmanager
+def _without_positions() -> Iterator[None]:
+    """Context in which PEFT does not warn that under prompts the model itself counts positions, as it is asked to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
+        yield
+
+
 @torch.inference_mode()
+@_without_positions()
 def write_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

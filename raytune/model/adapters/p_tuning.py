@@ -26,7 +26,7 @@ def _add(model: PreTrainedModel, adapter: PTuningAdapter, revision: str | None, 
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: expert_parameters(model),
+    frozen_experts=lambda model, adapter: [*expert_parameters(model)],
     leaves_base_alone=lambda adapter, is_quantised: True,
     peft_type="P_TUNING",
     mend=sees_tokens,

@@ -15,7 +15,7 @@ def _add(model: PreTrainedModel, adapter: PrefixTuningAdapter, revision: str | N
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=adapter.num_virtual_tokens,
-        init_weights="zero" if adapter.init == "zero" else None,
+        init_weights="zero" if adapter.prefix_init == "zero" else None,
         prefix_projection=adapter.projection,
         encoder_hidden_size=None if width == "auto" else width,  # pyright: ignore[reportArgumentType]  its default
         revision=revision,
@@ -27,7 +27,7 @@ def _add(model: PreTrainedModel, adapter: PrefixTuningAdapter, revision: str | N
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: expert_parameters(model),
+    frozen_experts=lambda model, adapter: [*expert_parameters(model)],
     leaves_base_alone=lambda adapter, is_quantised: True,
     peft_type="PREFIX_TUNING",
     mend=sees_keys,

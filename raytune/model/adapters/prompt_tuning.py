@@ -24,7 +24,7 @@ def _add(model: PreTrainedModel, adapter: PromptTuningAdapter, revision: str | N
     config = PromptTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=adapter.num_virtual_tokens,
-        prompt_tuning_init="RANDOM" if adapter.init_text else STARTS[adapter.init],
+        prompt_tuning_init="RANDOM" if adapter.prompt_init_text else STARTS[adapter.prompt_init],
         revision=revision,
     )
     adapted = added_in_front(model, config, seed=seed)
@@ -34,11 +34,13 @@ def _add(model: PreTrainedModel, adapter: PromptTuningAdapter, revision: str | N
 
 def _start_from_text(model: PeftModel, adapter: PromptTuningAdapter, tokens_of: Callable[[str], list[int]]) -> None:
     """As PEFT does it with `prompt_tuning_init="TEXT"`, but by the run's tokenizer, wherever that lies."""
-    if adapter.init_text is None:
+    if adapter.prompt_init_text is None:
         return
-    tokens = tokens_of(adapter.init_text)
+    tokens = tokens_of(adapter.prompt_init_text)
     if not tokens:
-        raise ModelError(f"adapter.init_text {adapter.init_text!r} has no token, so that nothing can start from it.")
+        raise ModelError(
+            f"adapter.prompt_init_text {adapter.prompt_init_text!r} has no token, so that nothing can start from it."
+        )
     repeated = (tokens * math.ceil(adapter.num_virtual_tokens / len(tokens)))[: adapter.num_virtual_tokens]
     base: Any = model.get_base_model()
     embeddings, encoder = base.get_input_embeddings(), model.prompt_encoder[NAME]
@@ -47,7 +49,7 @@ def _start_from_text(model: PeftModel, adapter: PromptTuningAdapter, tokens_of: 
     weight: Any = encoder.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
     weight.data = start.to(weight.dtype)
     config: Any = model.active_peft_config
-    config.prompt_tuning_init, config.prompt_tuning_init_text = "TEXT", adapter.init_text
+    config.prompt_tuning_init, config.prompt_tuning_init_text = "TEXT", adapter.prompt_init_text
     config.tokenizer_name_or_path = base.name_or_path
 
 
@@ -57,7 +59,7 @@ def _saved(model: PeftModel, state: dict[str, Tensor], config: Any) -> dict[str,
 
 ADAPTING = Adapting(
     add=_add,
-    frozen_experts=lambda model, adapter: expert_parameters(model),
+    frozen_experts=lambda model, adapter: [*expert_parameters(model)],
     leaves_base_alone=lambda adapter, is_quantised: True,
     peft_type="PROMPT_TUNING",
     mend=sees_tokens,
