@@ -56,7 +56,7 @@ def virtual_positions(cumulative_D1: Tensor, num_virtual: int) -> Tensor:
     return (cumulative_D1[:-1, None].long() + torch.arange(num_virtual, device=cumulative_D1.device)).flatten()
 
 
-def laid_out(own: Tensor, virtual: Tensor, token_positions_N: Tensor, cumulative_D1: Tensor) -> Tensor:
+def laid_out(own: Tensor, virtual: Tensor, token_positions_N: Tensor, virtual_positions_DV: Tensor) -> Tensor:
     """Rows of tokens with virtual ones in front of each document.
 
     Args:
@@ -67,12 +67,14 @@ def laid_out(own: Tensor, virtual: Tensor, token_positions_N: Tensor, cumulative
         (..., N + D V, width) in the dtype of `own`. The gradient of `virtual` is summed over documents in its own dtype, in the
         same order each time.
     """
-    num_virtual, num_documents = virtual.shape[-2], len(cumulative_D1) - 1
-    around = own.shape[:-2]
+    num_virtual, around = virtual.shape[-2], own.shape[:-2]
+    num_documents = len(virtual_positions_DV) // num_virtual
     of_each = virtual.unsqueeze(-3).expand(*around, num_documents, *virtual.shape[-2:]).flatten(-3, -2)
-    rows = own.new_zeros(*around, len(token_positions_N) + num_documents * num_virtual, own.shape[-1])
-    rows = rows.index_copy(-2, token_positions_N, own)
-    return rows.index_copy(-2, virtual_positions(cumulative_D1, num_virtual), of_each.to(own.dtype))
+    rows = own.new_zeros(*around, len(token_positions_N) + len(virtual_positions_DV), own.shape[-1])
+    # Not index_copy, which keeps what it copies for the backward pass.
+    rows[..., token_positions_N, :] = own
+    rows[..., virtual_positions_DV, :] = of_each.to(own.dtype)
+    return rows
 
 
 def document_of(ends: Tensor, length: int) -> Tensor:

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from raytune.data.in_front import laid_out
+from raytune.data.in_front import laid_out, virtual_positions
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import as_asked
 
@@ -67,7 +67,7 @@ def _forward_with_tokens(model: PeftModel, input_ids: Tensor, token_positions: T
     if token_positions is None:
         rows = torch.cat([virtual.expand(len(own), -1, -1).to(own.dtype), own], dim=1)
     else:
-        rows = laid_out(own, virtual, token_positions, inputs["cu_seq_lens_q"])
+        rows = laid_out(own, virtual, token_positions, virtual_positions(inputs["cu_seq_lens_q"], len(virtual)))
     return model.base_model(inputs_embeds=rows, **inputs)
 
 
@@ -78,7 +78,7 @@ def _forward_with_keys(model: PeftModel, input_ids: Tensor, token_positions: Ten
     config: Any = model.active_peft_config
     virtual = _made(model).to(model.dtype)  # as PEFT casts it
     virtual = virtual.view(config.num_virtual_tokens, config.num_layers, 2, config.num_attention_heads, -1).permute(1, 2, 3, 0, 4)
-    keys = KeysInFront(virtual, token_positions, inputs["cu_seq_lens_k"])
+    keys = KeysInFront(virtual, token_positions, virtual_positions(inputs["cu_seq_lens_k"], config.num_virtual_tokens))
     return model.base_model(input_ids=input_ids, past_key_values=keys, **inputs)
 
 
@@ -88,12 +88,12 @@ class KeysInFront(Cache):
     Args:
         virtual: (layers, 2, heads, V, width)
         token_positions: (N,) where a token's keys lie among all.
-        ends: (D + 1,) where the keys of each document begin.
+        positions: (D V,) where those of virtual tokens lie.
     """
 
-    def __init__(self, virtual: Tensor, token_positions: Tensor, ends: Tensor) -> None:
+    def __init__(self, virtual: Tensor, token_positions: Tensor, positions: Tensor) -> None:
         super().__init__(layers=[])
-        self._virtual, self._token_positions, self._ends = virtual, token_positions, ends
+        self._virtual, self._token_positions, self._positions = virtual, token_positions, positions
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -101,8 +101,8 @@ class KeysInFront(Cache):
         """(1, heads, N, width) to (1, heads, N + D V, width)."""
         keys, values = self._virtual[layer_idx, :, None]
         return (
-            laid_out(key_states, keys, self._token_positions, self._ends),
-            laid_out(value_states, values, self._token_positions, self._ends),
+            laid_out(key_states, keys, self._token_positions, self._positions),
+            laid_out(value_states, values, self._token_positions, self._positions),
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

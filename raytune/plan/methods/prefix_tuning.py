@@ -43,7 +43,7 @@ def _check(adapter: PrefixTuningAdapter, config: RunConfig, held: HeldBase, shap
         )
     if shape.why_lone:
         raise ModelError(
-            f"{shape.why_lone}, and adapter.method prefix_tuning needs attention in every layer, with positions. {others}."
+            f"{shape.why_lone}, and adapter.method prefix_tuning is there for models whose documents can share one. {others}."
         )
     odd = next((layer for layer in shape.layers() if not _has_keys(layer, shape)), None)
     if odd is not None:
