@@ -1,5 +1,6 @@
 """Methods that lay virtual tokens in front of documents, in a plan: what is trained, how long rows are, and what is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from raytune.config.load import config_from
 from raytune.config.quantization import HeldBase
 from raytune.data.packing import PACKINGS, pack
 from raytune.errors import ModelError, PlanError, UserError
+from raytune.launch.prepare import Preparation
 from raytune.model.adapters import add_adapter
 from raytune.plan.architectures import model_shape
 from raytune.plan.describe import plan_table, plan_text
 from raytune.plan.methods import METHODS, expert_notes, trained_by
 from raytune.plan.requirements import choose_row_length
+from tests.hybrids import HYBRIDS
 from tests.peft_methods import IN_FRONT
 from tests.tiny import PATIENT
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, gpus, planned
@@ -72,7 +75,7 @@ def test_virtual_tokens_take_positions_of_the_model() -> None:
     ):
         length(20, most - 19)
     assert length(most - 1) == 1
-    with pytest.raises(UserError, match="adapter.num_virtual_tokens is"):
+    with pytest.raises(UserError, match=r"adapter\.num_virtual_tokens is"):
         length(most)
 
 
@@ -105,11 +108,11 @@ def test_packed_rows_have_room_for_the_virtual_tokens_of_all_their_documents(
 
 def test_a_prefix_is_never_computed_again() -> None:
     """Where `auto` would recompute activations to fit, it looks for another way."""
-    few = {"training": {"per_device_train_batch_size": 8, "global_batch_size": 8}}
-    prompt = planned(gpus(1, 40), LLAMA_3_8B, adapter={"method": "prompt_tuning"}, **few)
+    few = {"per_device_train_batch_size": 8, "global_batch_size": 8}
+    prompt = planned(gpus(1, 40), LLAMA_3_8B, adapter={"method": "prompt_tuning"}, training=few)
     assert prompt.model.gradient_checkpointing
-    with pytest.raises(PlanError, match="What would fit: training.per_device_train_batch_size=1"):
-        planned(gpus(1, 40), LLAMA_3_8B, adapter={"method": "prefix_tuning"}, **few)
+    with pytest.raises(PlanError, match=r"What would fit: training\.per_device_train_batch_size=1"):
+        planned(gpus(1, 40), LLAMA_3_8B, adapter={"method": "prefix_tuning"}, training=few)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,24 @@ def test_a_prefix_is_refused_or_is_as_wide_as_the_keys_of_every_layer(name: str)
     assert trained_by(adapter, shape).num_trainable == sum(one.numel() for one in model.parameters() if one.requires_grad)
     if name != "phi":  # a tiny one rotates half of 6 numbers, in pairs
         assert model(input_ids=torch.arange(3, 9)[None], use_cache=False).logits.shape[1] == 6
+
+
+def test_models_without_attention_have_no_number_of_heads_to_tell_peft() -> None:
+    config = config_from({"data": {"train": "demo:train"}, "adapter": {"method": "prompt_tuning"}})
+    shape = shape_by_building(HYBRIDS["mamba"]())
+    with pytest.raises(ModelError, match=r"this mamba model has none\. Set adapter\.method to lora"):
+        METHODS["prompt_tuning"].check(section("prompt_tuning"), config, HeldBase(quantization=None), shape)
+
+
+def test_trials_with_other_virtual_tokens_have_rows_of_their_own(tmp_path: Path) -> None:
+    preparation = Preparation(CPU, map)
+    rows = []
+    for adapter in ({"method": "lora"}, {"method": "prompt_tuning"}, {"method": "prompt_tuning", "num_virtual_tokens": 60}):
+        data = {"train": {"path": "demo:train", "max_rows": 40}, "max_length": 1000}
+        plan = preparation.prepare(config_from({"data": data, "adapter": adapter, "storage": str(tmp_path)})).plan
+        rows.append(plan.data.train.num_rows)
+        assert plan.data.row_length == 1000
+    assert rows[0] < rows[1] < rows[2]
 
 
 @pytest.mark.parametrize("method", IN_FRONT)

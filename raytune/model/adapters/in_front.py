@@ -1,7 +1,8 @@
 """What methods share that lay virtual tokens in front of documents: PEFT's models, which see packed rows here, and their files.
 
 PEFT's own forward pass has one document per row: it takes no positions and lets the documents of a packed row see each other.
-A model that PEFT made, or loaded, is given another one here (`see_packed`), which finds where documents begin among its inputs.
+A model that PEFT made, or loaded, is given another one here (`sees_tokens`, `sees_keys`), which finds among its inputs where
+documents begin.
 Names, start and files stay PEFT's, so that plain PEFT reads what is saved.
 """
 

@@ -6,7 +6,7 @@ from raytune.config.adapter import Adapter, num_virtual_tokens
 from raytune.config.model import Quantization
 from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
-from raytune.errors import UserError
+from raytune.errors import ModelError, UserError
 from raytune.plan.defaults import adapter_rate
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
 from raytune.plan.shapes import ModelShape
@@ -66,8 +66,13 @@ def check_embeds(adapter: Adapter, config: RunConfig, held: HeldBase, shape: Mod
     """`Method.check` of methods whose virtual tokens are embeddings.
 
     Raises:
-        UserError: with the setting that works.
+        UserError: (or ModelError) with the setting that works.
     """
+    if not shape.heads:
+        raise ModelError(
+            f"adapter.method {adapter.method} is PEFT's, which asks for the number of heads of attention, and this "
+            f"{shape.model_type} model has none. Set adapter.method to lora."
+        )
     if config.training.neftune_noise_alpha:
         raise UserError(
             f"training.neftune_noise_alpha is {config.training.neftune_noise_alpha:g}, but adapter.method {adapter.method} makes "
