@@ -39,7 +39,7 @@ from tests.numerics.runs import (
 )
 from tests.numerics.test_plan_bytes import persisted_activations
 from tests.numerics.test_plan_bytes import planned as planned_bytes
-from tests.peft_methods import EVERY, METHODS
+from tests.peft_methods import EVERY, IN_FRONT, METHODS
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -93,7 +93,10 @@ def test_the_curve_is_plain_peft_s_over_a_base_in_nf4(method: str, material: Mat
     assert relative_difference(train(plan).losses, plain) <= SAME_SUMS
 
 
-@pytest.mark.parametrize("method", [name for name, row in EVERY.items() if row.takes_nf4])
+FEW_IN_FRONT = [pytest.param(name, marks=() if name == "prefix_tuning" else SLOW) for name in IN_FRONT]
+
+
+@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.takes_nf4), *FEW_IN_FRONT])
 def test_over_nf4_in_bf16_an_engine_of_deepspeed_learns_what_a_plain_one_does(method: str, material: Material) -> None:
     """Within what bf16 rounds: one has masters and no autocast, the other autocast."""
     quantization = {"format": "nf4", "compute_dtype": "bf16", "quant_storage": "bf16"}
