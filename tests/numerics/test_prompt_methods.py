@@ -75,6 +75,8 @@ def test_packed_documents_behind_virtual_tokens_equal_each_alone_in_plain_peft(m
     """Documents of 1 to 20 tokens, windows of 4: to plain PEFT's model, one document per row."""
     if method == "prefix_tuning" and family == "DeepseekV3Config":
         pytest.skip("refused by the plan: its keys are not as wide as PEFT takes them to be")
+    if method == "prefix_tuning" and family == "GPTNeoXConfig":
+        pytest.skip("this tiny one names fewer heads of keys, which PEFT reads, than the architecture gives it")
     section: Any = TypeAdapter(Adapter).validate_python(IN_FRONT[method].section)
     batch, model = packed_batch(), small_model(family, "eager").eval()
     plain: Any = get_peft_model(model, IN_FRONT[method].config()).eval()
