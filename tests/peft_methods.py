@@ -4,7 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    OFTConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -77,3 +88,33 @@ METHODS: dict[str, PeftMethod] = {
         takes_conv1d=False,
     ),
 }
+
+
+def _in_front(section: dict[str, Any], config: Callable[[], PeftConfig], rate: float, **others: Any) -> PeftMethod:
+    return PeftMethod(section=section | {"num_virtual_tokens": 5}, config=config, rate=rate, merges=False, **others)
+
+
+IN_FRONT: dict[str, PeftMethod] = {
+    "prompt_tuning": _in_front(
+        {"method": "prompt_tuning"},
+        lambda: PromptTuningConfig(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"),
+        rate=2e-2,
+    ),
+    "prefix_tuning": _in_front(
+        {"method": "prefix_tuning", "prefix_init": "random"},
+        lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        rate=0.3,
+    ),
+    "projected prefix_tuning": _in_front(
+        {"method": "prefix_tuning", "projection": True, "encoder_hidden_size": 24, "prefix_init": "random"},
+        lambda: PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM"),
+        rate=2e-2,
+    ),
+    "p_tuning": _in_front(
+        {"method": "p_tuning", "encoder_hidden_size": 24},
+        lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=24, task_type="CAUSAL_LM"),
+        rate=2e-2,
+    ),
+}
+"""Those that lay virtual tokens in front of each document."""
+EVERY = METHODS | IN_FRONT

@@ -211,6 +211,47 @@ class TrainableTokensAdapter(Section):
     takes these alone."""
 
 
+class PromptTuningAdapter(Section):
+    """Prompt tuning (Lester et al. 2021): a frozen base, and trained embeddings of virtual tokens in front of each document."""
+
+    method: Literal["prompt_tuning"]
+    """Train embeddings of virtual tokens; the base stays frozen."""
+    num_virtual_tokens: PositiveInt = 20
+    """Virtual tokens in front of each document. They take positions of the model, and lengthen rows."""
+    prompt_init: Literal["vocabulary", "random"] = "vocabulary"
+    """Start of the virtual tokens: embeddings of tokens drawn from the vocabulary, or numbers of a normal distribution."""
+    prompt_init_text: Text | None = None
+    """A text to start from: its tokens' embeddings, repeated or cut to as many as there are virtual tokens."""
+
+
+class PrefixTuningAdapter(Section):
+    """Prefix tuning (Li and Liang 2021): a frozen base, and trained keys and values of virtual tokens in front of each document,
+    in each layer."""
+
+    method: Literal["prefix_tuning"]
+    """Train keys and values of virtual tokens in each layer; the base stays frozen."""
+    num_virtual_tokens: PositiveInt = 20
+    """Virtual tokens in front of each document. They take positions of the model."""
+    prefix_init: Literal["zero", "random"] = "zero"
+    """Start of keys and values: 0, or numbers of a normal distribution."""
+    projection: bool = False
+    """Have keys and values come from smaller embeddings, by two layers with tanh between them, which are trained as well and not
+    saved."""
+    encoder_hidden_size: PositiveInt | Auto = "auto"
+    """Width between these two layers; `auto` is that of a layer's keys."""
+
+
+class PTuningAdapter(Section):
+    """P-tuning (Liu et al. 2021): as prompt tuning, but the embeddings come from others, by an MLP of three layers."""
+
+    method: Literal["p_tuning"]
+    """Train embeddings of virtual tokens and an MLP that they pass through; the base stays frozen."""
+    num_virtual_tokens: PositiveInt = 20
+    """Virtual tokens in front of each document. They take positions of the model, and lengthen rows."""
+    encoder_hidden_size: PositiveInt | Auto = "auto"
+    """Width inside the MLP, which is not saved; `auto` is the model's."""
+
+
 Adapter = Annotated[
     FullAdapter
     | LoraAdapter
@@ -221,9 +262,17 @@ Adapter = Annotated[
     | LohaAdapter
     | VeraAdapter
     | OftAdapter
-    | TrainableTokensAdapter,
+    | TrainableTokensAdapter
+    | PromptTuningAdapter
+    | PrefixTuningAdapter
+    | PTuningAdapter,
     Field(discriminator="method"),
 ]
+
+
+def num_virtual_tokens(adapter: Adapter) -> int:
+    """Virtual tokens that a method lays in front of each document; 0: none."""
+    return getattr(adapter, "num_virtual_tokens", 0)
 
 
 def own_quantization(adapter: Adapter) -> Quantization | None:

@@ -352,6 +352,12 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "rank_dropout", "model.adapters.lokr", "model.adapters.loha"),
     **_read("adapter", "d_initial projection_prng_key save_projection", "model.adapters.vera"),
     **_read("adapter", "block_size block_share num_cayley_neumann_terms", "plan.methods.oft"),
+    **_read("adapter", "num_virtual_tokens", "config.adapter"),
+    **_read("adapter", "prompt_init", "model.adapters.prompt_tuning", needs=(_not_beside("adapter.prompt_init_text"),)),
+    **_read("adapter", "prompt_init_text", "model.adapters.prompt_tuning"),
+    **_read("adapter", "prefix_init", "model.adapters.prefix_tuning"),
+    **_read("adapter", "projection", "plan.methods.prefix_tuning"),
+    **_read("adapter", "encoder_hidden_size", "plan.methods.prefix_tuning", "plan.methods.p_tuning"),
     **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",

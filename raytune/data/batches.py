@@ -13,7 +13,10 @@ from torch import Tensor
 from raytune.data.order import positions_of_step, rows_at, share_of_rank
 from raytune.data.store import Store
 
-_TENSORS = ("input_ids", "position_ids", "cumulative_lengths", "target_positions", "target_ids", "target_weights")
+_TENSORS = (
+    *("input_ids", "position_ids", "cumulative_lengths"),
+    *("target_positions", "target_ids", "target_weights", "token_positions"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +42,15 @@ class Batch:
     """Sum of the weights of those; None where each is 1."""
     rows: tuple[int, ...]
     """Rows of the store, for messages."""
+    token_positions: Tensor | None = None
+    """(N,) int64: with virtual tokens in front of each document, where its own tokens lie among them (data.in_front)."""
+    num_virtual_keys: int = 0
+    """Of each document, where keys and values alone have virtual tokens."""
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[1]
+        """That pass through the layers."""
+        return self.position_ids.shape[1]
 
     @property
     def num_targets(self) -> int:

@@ -101,7 +101,8 @@ def build_store(
         tallies = _checked_tallies(request, results)
         built = draft / "store"
         built.mkdir()
-        sizes = write_rows(built / ROWS_FILE, [result.path for result in results], request.max_length, request.packing)
+        shards = [result.path for result in results]
+        sizes = write_rows(built / ROWS_FILE, shards, request.max_length, request.packing, request.num_virtual)
         digest = file_digest(built / ROWS_FILE)
         files = [file.file.name for source_files in scanned for file in source_files]
         meta = {

@@ -15,12 +15,14 @@ from raytune.errors import DataError
 Packing = Literal["best_fit", "token_budget", "none"]
 
 
-def pack(lengths: Sequence[int] | np.ndarray, row_length: int, packing: Packing) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, row_length: int, packing: Packing, *, num_virtual: int = 0) -> list[list[int]]:
     """Assign documents to rows in one of the ways that `data.packing` names.
 
     Args:
         lengths: tokens per document, each in 1..row_length.
         row_length: capacity of a row, in tokens.
+        num_virtual: virtual tokens in front of each document. A row holds as many more, so that the longest document fits with
+            them, and those of all its documents count.
 
     Returns:
         For each row, the indices of its documents. Every index appears exactly once.
@@ -28,7 +30,8 @@ def pack(lengths: Sequence[int] | np.ndarray, row_length: int, packing: Packing)
     Raises:
         DataError: if a document is longer than a row.
     """
-    return PACKINGS[packing](lengths, row_length)
+    lengths = _checked(lengths, row_length)
+    return PACKINGS[packing](lengths + num_virtual, row_length + num_virtual)
 
 
 def pack_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:

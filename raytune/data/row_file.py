@@ -71,14 +71,17 @@ def _batches_of(path: str) -> Iterator[pa.RecordBatch]:
     return (reader.get_batch(index) for index in range(reader.num_record_batches))
 
 
-def write_rows(path: Path, shard_paths: Sequence[str], row_length: int, packing: Packing) -> dict[str, int]:
+def write_rows(path: Path, shard_paths: Sequence[str], row_length: int, packing: Packing, num_virtual: int = 0) -> dict[str, int]:
     """Pack the documents of all shards and write the rows.
+
+    Args:
+        row_length, packing, num_virtual: as of `pack`.
 
     Returns:
         The counts of `StoreInfo`.
     """
     documents = _Documents(shard_paths)
-    rows = pack(documents.lengths, row_length, packing)
+    rows = pack(documents.lengths, row_length, packing, num_virtual=num_virtual)
     num_targets = 0
     schema = _WEIGHTED_ROWS_SCHEMA if documents.are_weighted else _ROWS_SCHEMA
     with local_errors(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

@@ -55,6 +55,8 @@ class StoreRequest:
     """Tokens per packed row, and the longest document."""
     too_long: TooLong | Literal["auto"]
     packing: Packing
+    num_virtual: int = 0
+    """Virtual tokens that are laid in front of each document, and for which packed rows leave room."""
     on_bad_row: Literal["error", "skip"]
     on_prompt_mismatch: Literal["error", "accept"] = "error"
     """Decides whether the store may be used, and nothing of what is in it."""

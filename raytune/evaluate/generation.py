@@ -1,6 +1,9 @@
 """Answers written by a model: greedy, in batches of similar length."""
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,7 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from raytune.model.stopping import as_ids
 
 
+@contextmanager
+def _without_positions() -> Iterator[None]:
+    """Context in which PEFT does not warn that under prompts the model itself counts positions, as it is asked to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
+        yield
+
+
 @torch.inference_mode()
+@_without_positions()
 def write_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -18,6 +30,7 @@ def write_answers(
     max_new_tokens: int,
     batch_size: int,
     kept: Collection[str] = (),
+    can_pad: bool = True,
 ) -> list[str]:
     """Continue each prompt greedily until it ends its turn or has `max_new_tokens`.
 
@@ -28,6 +41,8 @@ def write_answers(
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts continued at once. Neighbours in length share a batch, so that little is padded.
         kept: texts of special tokens that stay in the answers.
+        can_pad: whether prompts of different lengths may share one. PEFT 0.21 lets the model count padding as positions between
+            virtual tokens and a prompt.
 
     Returns:
         The answers' text up to where they stop, in the order of the prompts, without other special tokens.
@@ -39,9 +54,7 @@ def write_answers(
     specials = {*tokenizer.all_special_ids, *added}
     left_out = specials - {*tokenizer.convert_tokens_to_ids([*kept])}
     answers = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), batch_size):
-        indices = by_length[start : start + batch_size]
+    for indices in _batches([len(prompt) for prompt in prompts], batch_size, can_pad=can_pad):
         longest = len(prompts[indices[-1]])
         input_ids = torch.full((len(indices), longest), pad, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -65,6 +78,15 @@ def write_answers(
         for index, text in zip(indices, texts, strict=True):
             answers[index] = text
     return answers
+
+
+def _batches(lengths: Sequence[int], batch_size: int, *, can_pad: bool) -> Iterator[list[int]]:
+    """Indices of prompts that are continued together, shortest first."""
+    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    groups = [by_length] if can_pad else [list(group) for _, group in groupby(by_length, key=lambda index: lengths[index])]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def _before_stop(ids: list[int], stops: Sequence[int]) -> list[int]:

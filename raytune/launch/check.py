@@ -35,7 +35,7 @@ from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import planned_base
-from raytune.plan.requirements import choose_row_length
+from raytune.plan.requirements import choose_row_length, most_tokens
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
@@ -197,8 +197,8 @@ class _Reading:
     @property
     def row_length(self) -> int:
         """Of the run; the model's limit where it asks for more than that."""
-        wanted = self.config.data.max_length
-        return choose_row_length(self.config, self.shape) if wanted == "auto" else min(wanted, self.shape.max_positions)
+        wanted, most = self.config.data.max_length, max(1, most_tokens(self.config, self.shape))
+        return choose_row_length(self.config, self.shape) if wanted == "auto" else min(wanted, most)
 
     def open(self) -> DataBuilder:
         """The run's own tokenizer, template and folders."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+from raytune.config.adapter import num_virtual_tokens
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
@@ -147,6 +148,7 @@ class Preparation:
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
         read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
+        read.append(num_virtual_tokens(config.adapter))  # which rows leave room for
         if (key := repr(read)) not in self._data:
             num_embeddings = base.shape.vocab
             builder = DataBuilder(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
@@ -88,6 +89,7 @@ def tokenised(
         max_length=plan.data.row_length,
         too_long="drop" if data.too_long == "error" else data.too_long,  # counted, as all that has no score
         packing=data.packing,
+        num_virtual=0 if data.packing == "none" else num_virtual_tokens(plan.adapter),
         on_bad_row="skip",
         on_prompt_mismatch="accept",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

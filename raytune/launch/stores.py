@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
+from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataSource, named_sources, validation_sets
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
@@ -148,6 +149,7 @@ class DataBuilder:
             max_length=self._row_length,
             too_long=data.too_long,
             packing=data.packing,
+            num_virtual=0 if data.packing == "none" else num_virtual_tokens(self._config.adapter),
             on_bad_row=data.on_bad_row,
             on_prompt_mismatch=data.on_prompt_mismatch,
             tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),

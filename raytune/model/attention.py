@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from raytune.config.model import Attention
 from raytune.data.batches import Batch
+from raytune.data.in_front import document_of, longer
 from raytune.errors import ModelError
 from raytune.model.packed_attention import DENSE, IN_STEPS, VARLEN
 
@@ -163,48 +164,60 @@ def model_inputs(batch: Batch, attention: Attention, *, packs: bool = True) -> d
     """What to pass to a model's forward so that the documents of `batch` do not see each other.
 
     Args:
+        batch: as the model sees it, with virtual tokens in front of documents if the method lays any there.
         packs: whether they share a row; else `batch` is one document.
     """
     if not packs:
         assert batch.cumulative_lengths.numel() == 2, "a document per pass"
         return {"input_ids": batch.input_ids, "use_cache": False}
+    key_ends = longer(batch.cumulative_lengths, batch.num_virtual_keys)
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "cu_seq_lens_q": batch.cumulative_lengths,
-        "cu_seq_lens_k": batch.cumulative_lengths,
+        "cu_seq_lens_k": key_ends,
         "max_length_q": batch.max_document_length,
-        "max_length_k": batch.max_document_length,
+        "max_length_k": batch.max_document_length + batch.num_virtual_keys,
         "use_cache": False,
     }
+    if batch.token_positions is not None:  # for the model of a method that lays something in front (adapters.in_front)
+        inputs["token_positions"] = batch.token_positions
     # transformers hands a mask of four dimensions to the layers as it is, so it builds none and does not ask the GPU where
     # positions restart.
     match attention:
         case "varlen":
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.input_ids.device)
         case "sdpa" | "eager":
-            inputs["attention_mask"] = _visible_keys(_document_of(batch))[None, None]
+            inputs["attention_mask"] = _visible_keys(batch, key_ends)[None, None]
         case "flex_attention":
-            inputs["attention_mask"] = _block_mask(_document_of(batch))
+            inputs["attention_mask"] = _block_mask(batch, key_ends)
         case "flash_attention_2" | "flash_attention_3":
             pass
     return inputs
 
 
-def _document_of(batch: Batch) -> Tensor:
-    """(T,) the document that each token belongs to."""
-    positions = torch.arange(batch.input_ids.shape[1], dtype=torch.int32, device=batch.input_ids.device)
-    return torch.bucketize(positions, batch.cumulative_lengths[1:], right=True)
+def _visible_keys(batch: Batch, key_ends: Tensor) -> Tensor:
+    """(T, keys) whether a query sees a key: no later one, none of another document."""
+    places_T, documents_T, document_of_keys = _places(batch, key_ends)
+    keys = torch.arange(len(document_of_keys), device=key_ends.device)
+    return (documents_T[:, None] == document_of_keys) & (places_T[:, None] >= keys)
 
 
-def _visible_keys(document_T: Tensor) -> Tensor:
-    """(T, T) whether a query sees a key: no later one, none of another document."""
-    return (document_T[:, None] == document_T).tril()
+def _block_mask(batch: Batch, key_ends: Tensor) -> BlockMask:
+    places_T, documents_T, document_of_keys = _places(batch, key_ends)
 
-
-def _block_mask(document_T: Tensor) -> BlockMask:
     def is_visible(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_T[query] == document_T[key])
+        return (places_T[query] >= key) & (documents_T[query] == document_of_keys[key])
 
-    length = document_T.shape[0]
-    return create_block_mask(is_visible, B=1, H=None, Q_LEN=length, KV_LEN=length, device=document_T.device, _compile=True)
+    num_queries, num_keys = len(places_T), len(document_of_keys)
+    return create_block_mask(is_visible, B=1, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=key_ends.device, _compile=True)
+
+
+def _places(batch: Batch, key_ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the key of each token lies among all keys, (T,); the document of each token, (T,), and of each key."""
+    document_T = document_of(batch.cumulative_lengths, batch.num_tokens)
+    if not batch.num_virtual_keys:
+        return torch.arange(batch.num_tokens, device=key_ends.device), document_T, document_T
+    assert batch.token_positions is not None
+    num_keys = batch.num_tokens + batch.num_virtual_keys * (len(key_ends) - 1)
+    return batch.token_positions, document_T, document_of(key_ends, num_keys)

@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -43,7 +43,7 @@ def save_adapter(model: PeftModel, state: Mapping[str, Tensor], folder: Path) ->
     row = adapting_with(config)
     assert row is not None, "we made the adapter"
     values, config = row.for_original_base(model, dict(state), config)
-    tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
+    tensors = row.saved_tensors(model, values, config)
     # Entries may share memory or be transposed views, neither of which safetensors takes.
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     config.inference_mode = True
@@ -55,7 +55,8 @@ def _save_quantization(model: PeftModel, folder: Path) -> None:
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is None:
         return
-    prefix = "base_model.model."
+    # PEFT leaves a base that it only lays something in front of as it is, and wraps others twice.
+    prefix = "base_model." if model.active_peft_config.is_prompt_learning else "base_model.model."
     # A layer with an update lies one level deeper, as its `base_layer`.
     modules = [name.removeprefix(prefix).removesuffix(".base_layer") for name in quantized_modules(model)]
     parameters = [name.removeprefix(prefix).replace(".base_layer.", ".") for name in packed_experts(model)]

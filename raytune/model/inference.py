@@ -55,7 +55,7 @@ def load_saved(
     base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
     row = adapting(plan.adapter)
     with as_asked(), whole_targets(row.peft_type) if row.needs_whole_targets else nullcontext():
-        loaded = PeftModel.from_pretrained(base, str(folder), is_trainable=True).train()
+        loaded = row.load(base, folder).train()
     row.mend(loaded)
     return loaded
 

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import adapting
+from raytune.model.adapters import adapting, adapting_with
 from raytune.model.packed_experts import experts_to_pack, packed_experts
 from raytune.plan.run_plan import ModelPlan
 
@@ -28,7 +28,9 @@ class KeptBase:
         held, self._model = self._model, None
         if held is None or self._key != model.model_dump_json():
             return None
-        base: Any = held.unload()  # pyright: ignore[reportCallIssue]
+        row = adapting_with(held.active_peft_config)
+        assert row is not None, "we made the adapter"
+        base: Any = row.taken_off(held)
         if model.quantization and {*packed_experts(base)} != {*experts_to_pack(base, adapter, model.quantization.is_4_bit)}:
             return None
         return base

@@ -21,7 +21,7 @@ from raytune.config.adapter import Adapter
 from raytune.config.quantization import HeldBase
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError
-from raytune.model.adapters import add_adapter
+from raytune.model.adapters import adapting, add_adapter
 from raytune.model.attention import check_attention, implementation_name
 from raytune.model.base_check import check_base
 from raytune.model.dropouts import set_dropouts
@@ -65,12 +65,19 @@ def load_model(
     base = kept.take(model, adapter) if kept else None
     base = load_base(model, adapter, device, shard) if base is None else base
     adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
+    if isinstance(adapted, PeftModel):
+        adapting(adapter).start_from_text(adapted, adapter, partial(_tokens_of, model))
     freeze(adapted, model.frozen)
     if model.gradient_checkpointing:
         recompute_from(adapted, model.lowest_layer)
     if kept and isinstance(adapted, PeftModel):
         kept.keep(model, adapter, adapted)
     return adapted
+
+
+def _tokens_of(model: ModelPlan, text: str) -> list[int]:
+    """What the run's tokenizer makes of a text, with the special tokens that it adds by itself."""
+    return load_tokenizer(model.path, model.revision, model.trust_remote_code)(text)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def load_base(

@@ -17,7 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 from raytune.errors import ModelError
 
-# Shapes: H heads, T tokens of all documents, L tokens of one document, D head width.
+# Shapes: H heads, T tokens of all documents, L tokens of one document, D head width. Keys and values may have virtual tokens in
+# front of each document (prefix tuning), V of them: then there are more of them than of queries.
 
 VARLEN, DENSE, IN_STEPS = "varlen", "packed_dense", "packed_in_steps"
 MAX_FLASH_WIDTH = 256
@@ -30,7 +31,7 @@ def varlen_attention(
     """Attention of packed documents without a mask, in the form that transformers' attention interface calls.
 
     Args:
-        query: (1, H, T, D), documents end to end; `key` and `value` have fewer heads or as many.
+        query: (1, H, T, D), documents end to end; `key` and `value` have fewer heads or as many, and perhaps virtual tokens.
         attention_mask: used only where rows are padded, as in generation: then `cu_seq_lens_q` is not among the options.
         options: see `_Call`.
 
@@ -62,7 +63,7 @@ def dense_attention(
     query, key, value, width = _alike(query, key, value)
     if call.ends is not None and call.window is not None:
         assert attention_mask is not None
-        attention_mask = attention_mask & _in_window(query.shape[2], call.window, query.device)
+        attention_mask = attention_mask & _in_window(key.shape[2], call.window, query.device)[call.places_of(query, key)]
     return _dense(query, key, value, attention_mask, call)[..., :width], None
 
 
@@ -101,6 +102,9 @@ class _Call:
     ends: Tensor | None
     """(documents + 1,) where documents begin and the last one ends; None: rows are padded."""
     longest: int
+    key_ends: Tensor | None
+    """The same of keys."""
+    longest_keys: int
     in_steps: bool
 
     @classmethod
@@ -116,6 +120,8 @@ class _Call:
         position_bias: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_k: int | None = None,
         in_steps: bool = False,
         **_: Any,
     ) -> "_Call":
@@ -133,8 +139,24 @@ class _Call:
             dropout=dropout,
             ends=cu_seq_lens_q,
             longest=max_length_q or 0,
+            key_ends=cu_seq_lens_k,
+            longest_keys=max_length_k or 0,
             in_steps=in_steps or softcap is not None or s_aux is not None,
         )
+
+    def num_virtual(self, query: Tensor, key: Tensor) -> int:
+        """Virtual tokens in front of each document's keys."""
+        assert self.ends is not None
+        return (key.shape[2] - query.shape[2]) // (len(self.ends) - 1)
+
+    def places_of(self, query: Tensor, key: Tensor) -> Tensor | slice:
+        """Where the keys of the tokens that have queries lie among all keys."""
+        num_virtual = self.num_virtual(query, key)
+        if not num_virtual:
+            return slice(None)
+        assert self.ends is not None
+        tokens = torch.arange(query.shape[2], device=query.device)
+        return tokens + num_virtual * (1 + torch.bucketize(tokens, self.ends[1:].long(), right=True))
 
     def has_kernel_for(self, query: Tensor) -> bool:
         """Whether PyTorch's variable-length FlashAttention computes this."""
@@ -158,14 +180,16 @@ def _window_of(module: nn.Module) -> int | None:
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     assert call.ends is not None
+    assert call.key_ends is not None
+    # Causal from the end of each document on: where it has more keys than queries, its first query sees the virtual ones too.
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         call.ends,
-        call.ends,
+        call.key_ends,
         call.longest,
-        call.longest,
+        call.longest_keys,
         scale=call.scaling,
         window_size=(-1 if call.window is None else call.window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -180,12 +204,15 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Ten
     # On a GPU this waits for the device, in fp32 only, where the kernel above does not exist and speed is not the point.
     starts = call.ends.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
+    num_virtual = call.num_virtual(query, key)
+    key_lengths = [length + num_virtual for length in lengths]
     # The backward pass of one split is one concatenation; of slices it would be a row of zeros per document.
     outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
-        length, window = q.shape[2], call.window
+    for q, k, v in zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)):
+        length, window = k.shape[2], call.window
         mask = _in_window(length, window, q.device) if window is not None and window < length else None
-        outputs.append(_dense(q, k, v, mask, call))
+        # Queries of 0 for virtual tokens: a document's own mask would be held for the backward pass.
+        outputs.append(_dense(F.pad(q, (0, 0, num_virtual, 0)), k, v, mask, call)[:, num_virtual:])
     return torch.cat(outputs, dim=1)
 
 

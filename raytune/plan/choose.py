@@ -30,12 +30,13 @@ from raytune.plan.defaults import (
     default_weight_decay,
 )
 from raytune.plan.fabric import fabric_notes
-from raytune.plan.fitting import Fit, choose_fit, longest_row, room_of_worker
+from raytune.plan.fitting import Fit, choose_fit, positions_of_row, room_of_worker
 from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
+from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.new_tokens import new_token_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
@@ -182,6 +183,7 @@ def choose_plan(
             *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
+            *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
             *lone_notes(shape),
@@ -231,7 +233,7 @@ def _reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFac
         rows = fit.batch.global_batch_size
         reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, wanted_rows, training, row)}.")
     if training.per_device_train_batch_size == "auto":
-        tokens = fit.batch.micro_batch_size * longest_row(setting, data)
+        tokens = fit.batch.micro_batch_size * positions_of_row(setting, data)
         reasons.append(
             f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
         )

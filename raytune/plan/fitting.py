@@ -135,10 +135,11 @@ def room_of_worker(setting: Setting) -> Room:
 def _ways(setting: Setting, rows_per_step: int, data: DataFacts, *, is_timed: bool = True) -> Iterator[Fit]:
     wanted = setting.config.training.gradient_checkpointing
     speed = setting.machine.speed if is_timed else None
-    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // longest_row(setting, data))
+    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // positions_of_row(setting, data))
     training = rows_of_a_pass(setting.config.training, setting.shape)
     batches = possible_batches(training, setting.workers, rows_per_step, max_micro_batch)
-    for has_checkpointing in (False, True) if wanted == "auto" else (wanted,):
+    either = (False, True) if method_of(setting.adapter).recomputes else (False,)
+    for has_checkpointing in either if wanted == "auto" else (wanted,):
         for stage in setting.stages:
             for batch in batches:
                 yield _way(setting, speed, data, batch, stage, has_checkpointing)
@@ -148,14 +149,14 @@ def _way(
     setting: Setting, speed: Speed | None, data: DataFacts, batch: BatchPlan, stage: ZeroStage, has_checkpointing: bool
 ) -> Fit:
     training, shape = setting.config.training, setting.shape
-    row_tokens = longest_row(setting, data)
+    row_tokens, trained = positions_of_row(setting, data), setting.trained
     num_tokens = batch.micro_batch_size * row_tokens
-    num_targets = most_targets(data, num_tokens)
+    num_targets = most_targets(data, batch.micro_batch_size * longest_row(setting, data))
     is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab))
     chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
     work = Workload(
         shape=shape,
-        trained=setting.trained,
+        trained=trained,
         quantization=setting.quantization,
         engine="plain" if stage == 0 else "zero",
         zero_stage=stage,
@@ -172,6 +173,7 @@ def _way(
         chunk_tokens=chunk_tokens,
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
+        num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.
     is_timed = work.is_on_gpu and work.precision != "fp32"
@@ -196,6 +198,11 @@ def longest_row(setting: Setting, data: DataFacts) -> int:
     """Tokens of the longest row: without packing, those of the longest document."""
     is_packed = setting.config.data.packing != "none"
     return setting.row_length if is_packed else min(setting.row_length, data.longest_document)
+
+
+def positions_of_row(setting: Setting, data: DataFacts) -> int:
+    """What passes through the layers of the longest row: its tokens, and as many virtual ones as rows leave room for."""
+    return longest_row(setting, data) + (setting.trained.num_virtual if setting.trained.lengthens_rows else 0)
 
 
 def most_targets(data: DataFacts, num_tokens: int) -> int:

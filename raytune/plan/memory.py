@@ -85,13 +85,15 @@ class Workload:
     has_checkpointing: bool
     accumulation: int
     num_tokens: int
-    """Tokens of a micro-batch."""
+    """Tokens of a micro-batch, with virtual ones that pass through the layers."""
     num_targets: int
     """Target tokens of a micro-batch, at most."""
     chunk_tokens: int | None
     is_on_gpu: bool
     drops: frozenset[str] = frozenset()
     """Kinds of `model.dropout` that the config asks for."""
+    num_virtual_keys: int = 0
+    """Virtual tokens of a micro-batch that only keys and values have."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -379,8 +381,9 @@ def layer_activation_bytes(work: Workload) -> float:
         for module in shape.layer
         if module.kind == "norm"
     )
-    # The first norm is in front of everything that is trained, unless embeddings are.
-    normalised -= 0 if trains_base and work.trained.num_whole_embeddings else 4 * shape.hidden / num_layers
+    # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens.
+    is_below = work.trained.lengthens_rows or (trains_base and work.trained.num_whole_embeddings)
+    normalised -= 0 if is_below else 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
     keeps_inputs = _keeps_inputs(work)
@@ -401,7 +404,17 @@ def layer_activation_bytes(work: Workload) -> float:
     branches = width * (shape.intermediate - shape.expert_width) * (num_steps - (not keeps_products))
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     made = BYTES[work.precision] * work.trained.num_made / num_layers
-    return work.num_tokens * per_token + _score_bytes(work) + _mask_bytes(work) + _updated_expert_bytes(work) + made
+    kept = work.num_tokens * per_token + _virtual_key_bytes(work)
+    return kept + _score_bytes(work) + _mask_bytes(work) + _updated_expert_bytes(work) + made
+
+
+def _virtual_key_bytes(work: Workload) -> float:
+    """Keys and values of virtual tokens; with one call per document queries for them too, and what attention gives these."""
+    shape = work.shape
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    per_document = work.attention == "varlen" and not work.is_on_gpu
+    numbers = 2 * keys + (2 * queries if per_document else 0)
+    return work.num_virtual_keys * (BYTES[work.precision] * numbers + (4 * shape.heads if per_document else 0))
 
 
 def _keeps_inputs(work: Workload) -> bool:
@@ -465,7 +478,7 @@ def _linear_input_bytes(work: Workload) -> float:
 
 def _score_bytes(work: Workload) -> float:
     """`sdpa` holds a mask over the packed row, `eager` scores and probabilities of every head too; the others hold neither."""
-    pairs = work.num_tokens**2
+    pairs = work.num_tokens * (work.num_tokens + work.num_virtual_keys)
     if work.attention == "eager":
         return pairs * work.shape.heads * 3 * BYTES[work.precision]
     return pairs / work.shape.num_layers if work.attention == "sdpa" else 0

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from raytune.config.adapter import num_virtual_tokens
 from raytune.config.cluster import ClusterSection
 from raytune.config.model import Attention
 from raytune.config.run import RunConfig
@@ -24,17 +25,29 @@ def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
     """Tokens per packed row; the store is built with it, before the rest is planned.
 
     Raises:
-        UserError: if it is more than the model has positions for.
+        UserError: if it is more than the model has positions for, with virtual tokens in front.
     """
-    wanted = config.data.max_length
-    if wanted == "auto":
-        return min(DEFAULT_ROW_LENGTH, shape.max_positions)
-    if wanted > shape.max_positions:
+    wanted, most, num_virtual = config.data.max_length, most_tokens(config, shape), num_virtual_tokens(config.adapter)
+    has = f"{config.model.base} ({shape.model_type}) has {shape.max_positions} positions"
+    if most < 1:
         raise UserError(
-            f"data.max_length is {wanted}, but {config.model.base} ({shape.model_type}) has {shape.max_positions} positions. "
-            f"Set data.max_length to {shape.max_positions} or less; data.too_long says what happens to longer documents."
+            f"adapter.num_virtual_tokens is {num_virtual}, but {has}, which documents need as well. Set it to less.",
+            keys=("adapter.num_virtual_tokens",),
+        )
+    if wanted == "auto":
+        return min(DEFAULT_ROW_LENGTH, most)
+    if wanted > most:
+        taken = f", of which adapter.num_virtual_tokens takes {num_virtual}" if num_virtual else ""
+        raise UserError(
+            f"data.max_length is {wanted}, but {has}{taken}. "
+            f"Set data.max_length to {most} or less; data.too_long says what happens to longer documents."
         )
     return wanted
+
+
+def most_tokens(config: RunConfig, shape: ModelShape) -> int:
+    """Tokens of the longest document that the model has positions for, behind virtual ones."""
+    return shape.max_positions - num_virtual_tokens(config.adapter)
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:

@@ -137,7 +137,8 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     if num_workers != workers.value and begun:
         reasons[0] = f"cluster.workers is {num_workers}: the most that share the {begun.rows_per_step} rows of a step evenly."
     if config.data.max_length == "auto":
-        reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions.")
+        taken = f", of which virtual tokens take {trained.num_virtual}" if trained.num_virtual else ""
+        reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions{taken}.")
     return Setting(
         config=config,
         shape=shape,

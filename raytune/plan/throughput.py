@@ -115,7 +115,9 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
     passes = forward + 2 * bool(work.trained.whole - {shape.head.name} or not trains_base)
     passes += 2 * (trains_base and shape.head.name in work.trained.whole)
     head = passes * shape.head.inputs * shape.head.outputs * work.num_targets
-    adapter = 0 if trains_base else (6 + again) * (work.trained.num_trainable - work.trained.num_in_experts) * work.num_tokens
+    # What makes virtual tokens is computed once per pass, for them alone.
+    through_adapter = work.trained.num_virtual or work.num_tokens
+    adapter = 0 if trains_base else (6 + again) * (work.trained.num_trainable - work.trained.num_in_experts) * through_adapter
     products = 2 + reached * (5 + (2 if work.has_checkpointing else 0))
     attention = shape.num_layers * products * row_tokens * shape.heads * shape.head_dim * work.num_tokens
     return float(layers + head + adapter + attention + _expert_update_flops(work, 6 + again))

@@ -9,10 +9,10 @@ from typing import Literal
 
 from raytune.plan.shapes import Kind, ModelShape, Module
 
-How = Literal["whole", "low rank", "product", "rotation", "scale", "rows", "bias"]
+How = Literal["whole", "low rank", "product", "rotation", "scale", "rows", "bias", "in front"]
 """Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it, or one that is another
 product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; rows of some tokens;
-its bias."""
+its bias. Of a module beside the base, what it makes virtual tokens of, in front of each document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,11 @@ class Trained:
     """Numbers that a method adds and does not train, in the weights' dtype; ZeRO-3 leaves them whole on every rank."""
     drops_inputs: bool = False
     """Whether updates drop some of their inputs, and so keep what was dropped."""
+    num_virtual: int = 0
+    """Virtual tokens in front of each document, which what is trained makes."""
+    lengthens_rows: bool = False
+    """Whether these pass through the layers as other tokens do, and gradients through all of them; else only keys and values have
+    them."""
     num_in_experts: int = 0
     """Of the trained parameters, those of updates of fused experts."""
     expert_rank: int = 0
@@ -98,7 +103,8 @@ class Trained:
     @cached_property
     def num_whole_embeddings(self) -> int:
         """Of the trained parameters, those of embeddings that are trained whole."""
-        return sum(part.num_parameters for part in self.parts if part.how == "whole" and part.kind == "embedding")
+        hows = ("whole", "in front")
+        return sum(part.num_parameters for part in self.parts if part.how in hows and part.kind == "embedding")
 
     @cached_property
     def whole_norms(self) -> Counter[str]:

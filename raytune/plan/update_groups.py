@@ -39,6 +39,12 @@ def with_rates(trained: Trained, strategy: StrategySection, shape: ModelShape) -
             f"have the full rate. Leave it out.",
             keys=("strategy.layer_rate_decay",),
         )
+    if decay != 1 and trained.num_virtual:
+        raise UserError(
+            f"strategy.layer_rate_decay is {decay:g}, but nothing in layers is trained: virtual tokens lie in front of "
+            f"documents. Leave it out; training.learning_rate is the rate of all.",
+            keys=("strategy.layer_rate_decay",),
+        )
     owners = [replace(part, name=_owner(part)) for part in trained.parts]
     for pattern, factor in strategy.rate_scales.items():
         if not meant(owners, pattern, shape, RATES):

@@ -152,6 +152,7 @@ def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFold
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.batch_size,
                     kept=[one.token for one in plan.model.new_tokens],
+                    can_pad=adapting(plan.adapter).can_pad,
                 )
             )
             del model  # before the next one is loaded

@@ -59,16 +59,19 @@ class BatchLoss:
     def __init__(self, plan: RunPlan, model: nn.Module) -> None:
         self._layer: LossLayer | None = attach_loss(model, plan.loss.chunk_tokens)
         self._model = plan.model
+        self._in_front = partial(adapting(plan.adapter).in_front, plan.adapter)
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `LossLayer.loss_sum`."""
         assert self._layer is not None, "released"
-        return self._layer.loss_sum(module, batch, self._inputs(batch))
+        seen = self._in_front(batch)
+        return self._layer.loss_sum(module, seen, self._inputs(seen))
 
     def of_each_target(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `LossLayer.losses`."""
         assert self._layer is not None, "released"
-        return self._layer.losses(module, batch, self._inputs(batch))
+        seen = self._in_front(batch)
+        return self._layer.losses(module, seen, self._inputs(seen))
 
     def release(self) -> None:
         """Let go of the model; the engine is then all that holds it."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytune.data.batches import Batch
+from raytune.model.adapters import adapting
 from raytune.plan.run_plan import RunPlan
 from raytune.training.start import prepare_process, start_engine
 from tests.numerics.runs import batches_of_rank, rank_and_world
@@ -25,6 +27,7 @@ class Measured:
     """What autograd keeps of the layers at the end of a forward pass."""
     num_tokens: int
     num_targets: int
+    num_virtual_keys: int
 
 
 def measure_all(plans: Sequence[RunPlan]) -> list[Measured]:
@@ -52,9 +55,15 @@ def measure(plan: RunPlan) -> Measured:
         gradients=gradients,
         optimizer=held.optimizer,
         activations=kept,
-        num_tokens=batches[-1].input_ids.numel(),
-        num_targets=int(batches[-1].num_targets),
+        **counts(plan, batches[-1]),
     )
+
+
+def counts(plan: RunPlan, batch: Batch) -> dict[str, int]:
+    """Of a batch as the model sees it."""
+    seen = adapting(plan.adapter).in_front(plan.adapter, batch)
+    virtual_keys = seen.num_virtual_keys * (len(seen.cumulative_lengths) - 1)
+    return {"num_tokens": seen.num_tokens, "num_targets": seen.num_targets, "num_virtual_keys": virtual_keys}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,7 @@ class Peak:
     """Of all tensors at the fullest moment of a step."""
     num_tokens: int
     num_targets: int
+    num_virtual_keys: int
 
 
 def measure_peaks(plans: Sequence[RunPlan]) -> list[Peak]:
@@ -90,7 +100,7 @@ def measure_peak(plan: RunPlan) -> Peak:
     step()
     peak = peak_bytes(device, step) - others
     engine.release()
-    return Peak(num_bytes=peak, num_tokens=batches[-1].input_ids.numel(), num_targets=int(batches[-1].num_targets))
+    return Peak(num_bytes=peak, **counts(plan, batches[-1]))
 
 
 class Keeping:

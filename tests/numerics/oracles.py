@@ -111,5 +111,5 @@ def documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
 
 
 def document_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] : -1].float()  # behind those of virtual tokens
     return F.cross_entropy(logits, labels[0, 1:], reduction="sum")

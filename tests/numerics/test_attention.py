@@ -1,7 +1,6 @@
 """Packed documents compute exactly what each of them computes alone, for every architecture and kind of attention."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from raytune.data.batches import Batch
 from raytune.errors import ModelError
 from raytune.model.attention import available_attention, check_attention, implementation_name, model_inputs
 
@@ -93,14 +93,19 @@ def small_model(name: str, attention: str) -> Any:
     return model
 
 
-def packed_batch(lengths: list[int] = LENGTHS, vocabulary: int = 61) -> Any:
+def packed_batch(lengths: list[int] = LENGTHS, vocabulary: int = 61) -> Batch:
     """A batch as data/batches.py makes it; the loss fields play no part here."""
     generator = torch.Generator().manual_seed(1)
-    return SimpleNamespace(
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Batch(
         input_ids=torch.randint(3, vocabulary, (1, sum(lengths)), generator=generator),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         cumulative_lengths=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         max_document_length=max(lengths),
+        target_positions=nothing,
+        target_ids=nothing,
+        num_targets_in_step=0,
+        rows=(),
     )
 
 

@@ -193,7 +193,7 @@ NASTY = {
     "out of range": ("adapter: {dropout: 1}", "1:20", "adapter.dropout", "E104", "a number >= 0 and < 1, got 1"),
     "number or word": ("data: {max_length: long}", "1:20", "data.max_length", "E104", 'an integer >= 1 or auto, got "long"'),
     "nearby word": ("training: {optimizer: adamv}", "1:23", "training.optimizer", "E104", 'Did you mean "adamw"?'),
-    "unknown method": ("adapter: {method: qlra}", "1:19", "adapter.method", "E104", 'oft or trainable_tokens, got "qlra"'),
+    "unknown method": ("adapter: {method: qlra, rank: 3}", "1:19", "adapter.method", "E104", 'or p_tuning, got "qlra"'),
     "method as text": ("adapter: qlora", "1:10", "adapter", "E104", 'Did you mean "method: qlora"?'),
     "list item": ("data: {targets: [user, asistant]}", "1:24", "data.targets.1", "E104", 'Did you mean "assistant"?'),
     "mapping value": ("adapter: {rank_pattern: {q: 0}}", "1:29", "adapter.rank_pattern.q", "E104", "an integer >= 1, got 0"),

@@ -67,7 +67,8 @@ def curve(falls: float, rises: float | None) -> list[float]:
 def test_the_rate_of_the_steepest_descent_is_named_and_a_safe_one_below_it() -> None:
     advice = advise_rate(curve(-3.5, -1), TRIED)
     assert advice.is_found
-    assert advice.steepest and advice.safe
+    assert advice.steepest
+    assert advice.safe
     assert advice.lowest
     # The smoothed loss lags by 9 steps of 0.06 decades each.
     assert 10**-3.5 <= advice.steepest <= 10**-2.7

@@ -167,7 +167,7 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("finetuning_type: freeze", '"adapter.method"? freeze is no value: it is method full here, with strategy.freeze'),
         ("finetuning_type: lora", '"adapter.method"'),
         ("adapter: {method: dora}", "adapter.use_dora: true"),
-        ("adapter: prompt_tuning", "raytune has no prompt methods"),
+        ("adapter: llama_adapter", "prompt_tuning is the nearest"),
         ("wandb_project: mine", "no tracker is connected"),
         ("dpo_beta: 0.1", "no preference or reinforcement learning"),
         ("evaluation: {batch_size: 4}", "it belongs to evaluation.generation.batch_size"),

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from raytune.config.adapter import FullAdapter, LoraAdapter
 from raytune.config.model import Quantization
+from raytune.data.batches import Batch
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError
 from raytune.model.attention import model_inputs
@@ -178,11 +178,16 @@ def test_neftune_is_the_rule_of_transformers_for_one_document_and_silent_in_eval
 
 def test_neftune_noise_follows_the_length_of_each_document(base: Path) -> None:
     model: Any = load_model(model_plan(base, neftune_noise_alpha=5.0), FULL, device=CPU, seed=0)
-    batch: Any = SimpleNamespace(
+    nothing = torch.zeros(0, dtype=torch.long)
+    batch = Batch(
         input_ids=torch.randint(0, 250, (1, 68), generator=torch.Generator().manual_seed(1)),
         position_ids=torch.cat([torch.arange(4), torch.arange(64)])[None],
         cumulative_lengths=torch.tensor([0, 4, 68], dtype=torch.int32),
         max_document_length=64,
+        target_positions=nothing,
+        target_ids=nothing,
+        num_targets_in_step=0,
+        rows=(),
     )
     noisy: list[torch.Tensor] = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: noisy.append(output))

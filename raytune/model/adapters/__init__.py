@@ -7,7 +7,20 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import full, ia3, layernorm, loha, lokr, lora, oft, trainable_tokens, vera
+from raytune.model.adapters import (
+    full,
+    ia3,
+    layernorm,
+    loha,
+    lokr,
+    lora,
+    oft,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    trainable_tokens,
+    vera,
+)
 from raytune.model.adapters.adapting import Adapting
 
 ADAPTERS: dict[str, Adapting] = {
@@ -20,6 +33,9 @@ ADAPTERS: dict[str, Adapting] = {
     "vera": vera.ADAPTING,
     "oft": oft.ADAPTING,
     "trainable_tokens": trainable_tokens.ADAPTING,
+    "prompt_tuning": prompt_tuning.ADAPTING,
+    "prefix_tuning": prefix_tuning.ADAPTING,
+    "p_tuning": p_tuning.ADAPTING,
 }
 
 

@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils.integrations import gather_params_ctx
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from raytune.data.batches import Batch
 from raytune.errors import ModelError
 from raytune.model.adapters.token_rows import rows_of_shards
 from raytune.model.quantize import quantized_modules
@@ -33,6 +35,30 @@ def nothing_to_mend(model: PeftModel) -> None:
 def same_bias(layer: Any, bias: Tensor) -> Tensor:
     """For adapters that change what a layer multiplies by only."""
     return bias
+
+
+def nothing_in_front(adapter: Any, batch: Batch) -> Batch:
+    """For methods under which a model sees documents as they are."""
+    return batch
+
+
+def no_start_from_text(model: PeftModel, adapter: Any, tokens_of: Callable[[str], list[int]]) -> None:
+    """For adapters that start without a text."""
+
+
+def loaded_for_training(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """For adapters that plain PEFT loads as something that can be trained."""
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+
+
+def peft_tensors(model: PeftModel, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """For adapters of which PEFT saves what is trained."""
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+
+
+def unloaded(model: PeftModel) -> PreTrainedModel:
+    """For adapters that PEFT takes off again."""
+    return model.unload()  # pyright: ignore[reportCallIssue]
 
 
 def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
@@ -57,6 +83,18 @@ class Adapting:
     """Have a model that PEFT made, or loaded, compute in the run's precision."""
     for_original_base: Callable[[PeftModel, dict[str, Tensor], Any], tuple[dict[str, Tensor], Any]] = as_it_is
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
+    saved_tensors: Callable[[PeftModel, dict[str, Tensor], Any], dict[str, Tensor]] = peft_tensors
+    """What is saved of these, by PEFT's names."""
+    load: Callable[[PreTrainedModel, Path], PeftModel] = loaded_for_training
+    """A saved adapter on its base, for an engine; what is trained may be less than before it was saved."""
+    taken_off: Callable[[PeftModel], PreTrainedModel] = unloaded
+    """The base without the adapter, if that left it alone."""
+    in_front: Callable[[Any, Batch], Batch] = nothing_in_front
+    """A batch as a model sees it, with what the method lays in front of documents."""
+    start_from_text: Callable[[PeftModel, Any, Callable[[str], list[int]]], None] = no_start_from_text
+    """Start from a text of the section, given what the run's tokenizer makes of texts; weights may be sharded."""
+    can_pad: bool = True
+    """Whether what plain PEFT makes of its files answers prompts of different lengths in one batch."""
     merges: bool = False
     """Whether `raytune merge` lays its adapters into their base."""
     merged_bias: Callable[[Any, Tensor], Tensor] = same_bias

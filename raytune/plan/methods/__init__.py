@@ -9,7 +9,20 @@ from dataclasses import replace
 
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
-from raytune.plan.methods import full, ia3, layernorm, loha, lokr, lora, oft, trainable_tokens, vera
+from raytune.plan.methods import (
+    full,
+    ia3,
+    layernorm,
+    loha,
+    lokr,
+    lora,
+    oft,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    trainable_tokens,
+    vera,
+)
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters
 from raytune.plan.shapes import ModelShape
@@ -25,6 +38,9 @@ METHODS: dict[str, Method] = {
     "vera": vera.METHOD,
     "oft": oft.METHOD,
     "trainable_tokens": trainable_tokens.METHOD,
+    "prompt_tuning": prompt_tuning.METHOD,
+    "prefix_tuning": prefix_tuning.METHOD,
+    "p_tuning": p_tuning.METHOD,
     # The preset, as a config says it; in a plan it is `lora` and `model.quantization`.
     "qlora": replace(lora.METHOD, when="as lora, where the base does not fit otherwise: a quarter of its bytes, slower steps"),
 }

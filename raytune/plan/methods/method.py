@@ -47,6 +47,8 @@ class Method:
     """The usual one."""
     when: str
     """What the method is good for, and what it costs, in a line."""
+    recomputes: bool = True
+    """Whether layers can compute their activations again."""
     stage_limits: Callable[[Any, ModelShape, Quantization | None], list[StageLimit]] = no_limits
     """ZeRO stages that the method leaves."""
     unread: Callable[[Any, ModelShape], Iterator[str]] = nothing_unread
