@@ -1,20 +1,19 @@
 """Clusters on this machine, one at a time: raylets that are nodes to Ray."""
 
-import atexit
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+
+from tests.ray.forking import forking_python
 
 
 class Kept:
@@ -72,34 +71,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[index] = item
 
 
-@cache
-def forking_python() -> str:
-    """A program for raylets to call in place of Python: workers are forked from a process that has imported the libraries.
-
-    It lives as long as this process does. Other nodes, clusters that a run starts itself, and all of them with --slow, start each
-    worker as Ray does.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="rf", dir="/tmp"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    python, here, socket = sys.executable, Path(__file__).parent / "forked", folder / "socket"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    server = subprocess.Popen(
-        [python, str(here / "server.py"), str(socket)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
-    program = folder / "python"
-    program.write_text(f'#!/bin/sh\nexec "{python}" -IS "{here / "starter.py"}" "{python}" "{socket}" "$@"\n')
-    program.chmod(0o755)
-    return str(program)
+@contextmanager
+def forking() -> Iterator[None]:
+    """Context in which a node is started whose workers start in a moment."""
+    with mock.patch.object(sys, "executable", forking_python()):
+        yield
 
 
 @contextmanager
-def running_cluster(cpus_of_nodes: list[int], gpus_of_head: int = 0) -> Iterator[Cluster]:
-    """
-    Args:
-        gpus_of_head: that Ray counts; none need be there.
-    """
+def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     # Ray's sockets lie in this folder, and the path of a socket has at most 107 characters.
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     before = dict(os.environ)
@@ -110,14 +90,12 @@ def running_cluster(cpus_of_nodes: list[int], gpus_of_head: int = 0) -> Iterator
     head, *others = cpus_of_nodes
     # Free ports: the agent that starts jobs has a fixed one by default, and dies if another cluster on this machine holds it.
     ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-    with mock.patch.object(sys, "executable", forking_python()):
+    with forking():
         started = Cluster(
-            initialize_head=True,
-            connect=False,
-            head_node_args={"num_cpus": head, "num_gpus": gpus_of_head, "include_dashboard": True, **ports},
+            initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, **ports}
         )
     try:
-        with mock.patch.object(sys, "executable", forking_python()):
+        with forking():
             for num_cpus in others:
                 started.add_node(num_cpus=num_cpus)
         started.wait_for_nodes()

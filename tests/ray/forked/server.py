@@ -3,7 +3,7 @@ for itself, for six CPU seconds, most of what a short run takes.
 
 Of Ray it imports nothing, because Ray's C++ keeps the environment that it was imported in; of raytune nothing, because workers
 get that from where the run has sent it. A worker for whom a library would have read other settings while it was imported is left
-to start as Ray starts it, and so is one that wants another folder or interpreter.
+to start as Ray starts it, and so is one that wants another interpreter.
 
 Called with the path of its socket; it ends when its standard input does.
 """
@@ -15,6 +15,7 @@ import os
 import random
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import struct
@@ -86,12 +87,15 @@ def started(starter: socket.socket) -> int | None:
     context = json.loads(
         next((word for word in request["arguments"] if word.startswith(CONTEXT)), f"{CONTEXT}{{}}")[len(CONTEXT) :]
     )
-    can_fork = not context.get("command_prefix") and context.get("py_executable", sys.executable) == sys.executable
+    prefix = context.get("command_prefix", [])  # a job's is ["cd", its folder, "&&"]
+    is_in_folder = len(prefix) == 3 and (prefix[0], prefix[2]) == ("cd", "&&")
+    folder = shlex.split(prefix[1])[0] if is_in_folder else request["folder"]
+    can_fork = (is_in_folder or not prefix) and context.get("py_executable", sys.executable) == sys.executable
     can_fork &= of_imports(request["environment"] | context.get("env_vars", {})) == of_imports(dict(os.environ))
     starter.sendall(FORKED if can_fork else REFUSED)
     pid = None
     if can_fork and (pid := os.fork()) == 0:
-        become_worker(request["arguments"], request["environment"], request["folder"], descriptors)
+        become_worker(request["arguments"], request["environment"], folder, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     return pid
