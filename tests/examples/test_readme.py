@@ -36,17 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, tmp: str, *, forks: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README with this test's interpreter.
-
-    Args:
-        forks: whether workers of its cluster start as those of other tests do; else as they do at a user's.
-    """
-    environment = os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(folder)}
+def run(command: str, folder: Path, tmp: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README with this test's interpreter."""
     return subprocess.run(
         [sys.executable, *command.split()[1:]],
         cwd=folder,
-        env=forking_environment(environment) if forks else environment,
+        env=forking_environment(os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(folder)}),
         capture_output=True,
         text=True,
         timeout=600,
@@ -65,7 +60,7 @@ def ray_tmp() -> str:
 def quickstart(folder: Path, ray_tmp: str) -> subprocess.CompletedProcess[str]:
     (command,) = [line.split("&&")[-1].strip() for line in commands() if "install -e . " in line]
     assert command == ".venv/bin/python launch.py train configs/recipes/quickstart.yaml"
-    return run(command, folder, ray_tmp, forks=False)
+    return run(command, folder, ray_tmp)
 
 
 def test_the_quickstart_takes_held_out_exact_match_from_under_10_to_over_95_percent(

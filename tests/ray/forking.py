@@ -12,8 +12,7 @@ from pathlib import Path
 
 FORKED = Path(__file__).parent / "forked"
 starts_as_ray_does = False
-"""Whether workers start as they do at a user's: with --slow. Without it, so do those of the quickstart, of test_embedded, of
-test_hub_base, and of nodes that tests add to a cluster."""
+"""Whether all workers start as they do at a user's: with --slow. Without it, so do those of test_embedded and test_hub_base."""
 
 
 @cache

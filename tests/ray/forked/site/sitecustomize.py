@@ -4,4 +4,4 @@ import os
 import sys
 
 if sys.orig_argv[1:] and sys.orig_argv[1].endswith(("launch.py", "example.py")):
-    sys.executable = os.environ["PYTHON_OF_RAYLETS"]
+    sys.executable = os.environ.get("PYTHON_OF_RAYLETS", sys.executable)
