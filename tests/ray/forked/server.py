@@ -102,7 +102,9 @@ def started(starter: socket.socket) -> int | None:
 
 
 def of_imports(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    """What libraries have read. Of telemetry runs have a setting and other workers none, and it makes no difference offline."""
+    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return read | {"HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def become_worker(words: list[str], environment: dict[str, str], folder: str, descriptors: list[int]) -> None:
