@@ -20,6 +20,8 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.ray import forking
+
 _status: list[int] = []
 """Exit status of the session, once it is over."""
 
@@ -53,6 +55,7 @@ settings.register_profile("at night", max_examples=300, deadline=None)
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("at night" if config.getoption("--slow") else "often")
+    forking.starts_as_ray_does = config.getoption("--slow")
 
 
 WITH_RAY = ("tests/ray/", "tests/examples/")

@@ -12,6 +12,7 @@ import pytest
 
 from raytune.launch.result import RunResult
 from raytune.run_folder import RunFolder
+from tests.ray.forking import forking_environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ def run(command: str, folder: Path, tmp: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, *command.split()[1:]],
         cwd=folder,
-        env=os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(folder)},
+        env=forking_environment(os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(folder)}),
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,6 +1,8 @@
 """Sharded = unsharded: the same steps on two ranks, at every ZeRO stage, as in one plain process."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,15 +39,22 @@ BF16_UNIT = 2**-8
 BF16 = {"precision": "bf16", "model": {"dtype": "bf16", "compute_dtype": "bf16"}}
 
 
+@pytest.fixture(scope="module")
+def alone(material: Material) -> Callable[[str], Outcome]:
+    """What one plain process has, by adapter."""
+    return cache(lambda adapter: train(make_plan(material, adapter=ADAPTERS[adapter])))
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, adapter: str, material: Material) -> None:
-    alone = train(make_plan(material, adapter=ADAPTERS[adapter]))
+def test_every_stage_on_two_ranks_equals_one_plain_process(
+    stage: int, adapter: str, material: Material, alone: Callable[[str], Outcome]
+) -> None:
     sharded = run(make_plan(material, workers=2, stage=stage, adapter=ADAPTERS[adapter]))
     assert sharded[0].numbers == sharded[1].numbers
-    assert relative_difference(sharded[0].losses, alone.losses) <= SAME_SUMS
-    assert largest_difference(sharded[0], alone) <= SAME_SUMS
-    norms = [[numbers.grad_norm for numbers in outcome.numbers] for outcome in (sharded[0], alone)]
+    assert relative_difference(sharded[0].losses, alone(adapter).losses) <= SAME_SUMS
+    assert largest_difference(sharded[0], alone(adapter)) <= SAME_SUMS
+    norms = [[numbers.grad_norm for numbers in outcome.numbers] for outcome in (sharded[0], alone(adapter))]
     assert relative_difference(*norms) <= SAME_SUMS
     assert max(norms[1]) > 0.5  # the clip did something
 
@@ -137,11 +146,19 @@ def test_each_stage_divides_what_it_promises_to_divide(material: Material) -> No
     assert optimizer == pytest.approx([2 * weights, 1.5 * weights, 1.5 * weights, 1.5 * weights], rel=0.01)
 
 
+@pytest.fixture(scope="module")
+def after_three_steps(material: Material) -> Callable[[int], Outcome]:
+    """What rank 0 of two has after three steps, by stage."""
+    return cache(lambda stage: run(make_plan(material, workers=2, stage=stage), Change(stop=3))[0])
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(stage: int, what: str, material: Material) -> None:
+def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(
+    stage: int, what: str, material: Material, after_three_steps: Callable[[int], Outcome]
+) -> None:
     plan = make_plan(material, workers=2, stage=stage)
-    before = run(plan, Change(stop=3))[0]
+    before = after_three_steps(stage)
     (message, after), (other_message, _) = run_on_ranks(train_spoiled, 2, plan, Spoil(step=3, rank=1, what=what))
     assert message == other_message
     assert f"The {what} of step 4 is not finite" in message

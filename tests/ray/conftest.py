@@ -7,10 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+
+from tests.ray.forking import forking_python
 
 
 class Kept:
@@ -69,11 +72,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @contextmanager
-def running_cluster(cpus_of_nodes: list[int], gpus_of_head: int = 0) -> Iterator[Cluster]:
-    """
-    Args:
-        gpus_of_head: that Ray counts; none need be there.
-    """
+def forking() -> Iterator[None]:
+    """Context in which a node is started whose workers start in a moment."""
+    with mock.patch.object(sys, "executable", forking_python()):
+        yield
+
+
+@contextmanager
+def running_cluster(cpus_of_nodes: list[int]) -> Iterator[Cluster]:
     # Ray's sockets lie in this folder, and the path of a socket has at most 107 characters.
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     before = dict(os.environ)
@@ -84,14 +90,14 @@ def running_cluster(cpus_of_nodes: list[int], gpus_of_head: int = 0) -> Iterator
     head, *others = cpus_of_nodes
     # Free ports: the agent that starts jobs has a fixed one by default, and dies if another cluster on this machine holds it.
     ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-    started = Cluster(
-        initialize_head=True,
-        connect=False,
-        head_node_args={"num_cpus": head, "num_gpus": gpus_of_head, "include_dashboard": True, **ports},
-    )
+    with forking():
+        started = Cluster(
+            initialize_head=True, connect=False, head_node_args={"num_cpus": head, "include_dashboard": True, **ports}
+        )
     try:
-        for num_cpus in others:
-            started.add_node(num_cpus=num_cpus)
+        with forking():
+            for num_cpus in others:
+                started.add_node(num_cpus=num_cpus)
         started.wait_for_nodes()
         yield started
     finally:

@@ -33,26 +33,13 @@ def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[
     }
 
 
-def pid_of_a_worker(cluster: Cluster) -> int | None:
-    """A Ray Train worker of this cluster, that is: a child of one of its raylets."""
-    raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and b"ray::RayTrainWorker" in (entry / "cmdline").read_bytes():
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in raylets:
-                    return int(entry.name)
-        except OSError:
-            continue
-    return None
-
-
-def kill_a_worker_after(cluster: Cluster, metrics: Path, step: int) -> None:
+def kill_a_worker_after(run: Path, step: int) -> None:
     """Wait until a run has made some steps, then end one of its workers the hard way."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if History.read(metrics).last_step >= step and (pid := pid_of_a_worker(cluster)):
-            os.kill(pid, signal.SIGKILL)
+        if History.read(run / "metrics.jsonl").last_step >= step:
+            places = json.loads((run / "places" / "attempt-1.json").read_text())
+            os.kill(places["1"]["pid"], signal.SIGKILL)
             return
         time.sleep(0.1)
 
@@ -66,7 +53,7 @@ def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunR
 def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_losses_of_the_unbroken_one(
     cluster: Cluster, unbroken: RunResult, tmp_path: Path
 ) -> None:
-    killer = threading.Thread(target=kill_a_worker_after, args=(cluster, tmp_path / "killed" / "metrics.jsonl", 12))
+    killer = threading.Thread(target=kill_a_worker_after, args=(tmp_path / "killed", 12))
     killer.start()
     survived = train(config(cluster, tmp_path, "killed"), progress=False)
     killer.join()

@@ -18,6 +18,7 @@ import pytest
 from raytune.metrics.history import History
 from raytune.run_folder import SweepFolder
 from raytune.sweeps.ledger import read_ledger
+from tests.ray.forking import forking_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -47,7 +48,7 @@ def ray_tmp() -> Iterator[str]:
 
 def interrupted(arguments: list[str], number: signal.Signals, is_under_way: Callable[[], bool], ray_tmp: str) -> tuple[int, str]:
     """Exit code and messages of a command that gets a signal once it is under way; nothing of its cluster is left after it."""
-    environment = os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"}
+    environment = forking_environment(os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"})
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "launch.py", *arguments]
     process = subprocess.Popen(

@@ -27,7 +27,8 @@ from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
-from tests.ray.conftest import running_cluster
+from tests.ray.conftest import forking, running_cluster
+from tests.ray.forking import forking_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -51,7 +52,7 @@ def config(cluster: Cluster, storage: Path, name: str, **of_cluster: Any) -> dic
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """One that no other file has, since a node of it is lost."""
+    """One that no other file has, since nodes of it are lost."""
     with running_cluster(cpus_of_nodes=[1, 1]) as started:
         yield started
 
@@ -119,45 +120,49 @@ def test_a_lost_node_is_named_with_its_rank_and_so_is_what_its_place_is_waited_f
     assert lost in last
 
 
-def test_a_survivor_that_tells_before_ray_does_is_not_taken_for_the_cause(tmp_path: Path) -> None:
+def test_a_survivor_that_tells_before_ray_does_is_not_taken_for_the_cause(cluster: Cluster, tmp_path: Path) -> None:
     """How an attempt looks whose rank was lost a moment ago: a broken connection, and a rank that says nothing."""
     folder = RunFolder(str(tmp_path), "told")
     broken = "[pair.cc:537] Read error [192.0.2.9]:1: Connection reset by peer"
     record = {"rank": 0, "node": "h", "kind": "RuntimeError", "message": broken, "traceback": broken, "time": 0.0}
     write_json(folder.failure(1, 0), record)
-    with running_cluster([1, 1]) as cluster:
-        here, other = sorted(cluster.list_all_nodes(), key=lambda node: not node.head)
-        places = enumerate((here, other))
-        write_places(folder, 1, {rank: Place(host="h", address="192.0.2.9", node_id=at.node_id, pid=1) for rank, at in places})
-        ray.init(address=cluster.address, log_to_driver=False)
+    here, other = cluster.head_node, cluster.add_node(num_cpus=1)
+    assert here is not None
+    places = enumerate((here, other))
+    write_places(folder, 1, {rank: Place(host="h", address="192.0.2.9", node_id=at.node_id, pid=1) for rank, at in places})
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
         process_lost = first_failure(folder, 1, RuntimeError("training failed"))
         os.kill(other.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         node_lost = first_failure(folder, 1, RuntimeError("training failed"))
+    finally:
+        ray.shutdown()
     assert (process_lost.rank, process_lost.kind, process_lost.collateral) == (1, WORKER_DIED, (0,))
     assert process_lost.message == "rank 1 ended without a word"
     assert (node_lost.rank, node_lost.kind, node_lost.collateral) == (1, NODE_LOST, (0,))
     assert node_lost.message.endswith("was lost, with rank 1")
 
 
-def test_workers_whose_process_group_fails_leave_their_gpus_to_the_next_attempt(tmp_path: Path) -> None:
+def test_workers_whose_process_group_fails_leave_their_gpus_to_the_next_attempt(cluster: Cluster, tmp_path: Path) -> None:
     """These GPUs are counted and not there, so NCCL is not either."""
-    with running_cluster([2], gpus_of_head=2) as cluster:
-        settings = config(cluster, tmp_path, "nccl", gpus_per_worker=1, start_timeout="60s")
-        settings["training"] = SMALL["training"] | {"precision": "fp32"}
-        with pytest.raises(RunFailedError, match="NCCL") as caught:
-            train(settings, progress=False)
-        events = read_events(tmp_path / "nccl" / "events.jsonl")
-        assert [event["event"] for event in events] == ["attempt_started", "attempt_failed"] * 2
-        assert events[3]["time"] - events[2]["time"] < 50, "the second attempt waited for the GPUs of the first"
-        assert "Tracebacks" not in str(caught.value), "no worker has left one"
-        ray.init(address=cluster.address, log_to_driver=False)
-        try:
-            deadline = time.monotonic() + 20
-            while ray.available_resources().get("GPU") != 2.0 and time.monotonic() < deadline:
-                time.sleep(0.5)
-            assert ray.available_resources().get("GPU") == 2.0
-        finally:
-            ray.shutdown()
+    with forking():
+        cluster.add_node(num_cpus=2, num_gpus=2)
+    settings = config(cluster, tmp_path, "nccl", gpus_per_worker=1, start_timeout="60s")
+    settings["training"] = SMALL["training"] | {"precision": "fp32"}
+    with pytest.raises(RunFailedError, match="NCCL") as caught:
+        train(settings, progress=False)
+    events = read_events(tmp_path / "nccl" / "events.jsonl")
+    assert [event["event"] for event in events] == ["attempt_started", "attempt_failed"] * 2
+    assert events[3]["time"] - events[2]["time"] < 50, "the second attempt waited for the GPUs of the first"
+    assert "Tracebacks" not in str(caught.value), "no worker has left one"
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        deadline = time.monotonic() + 20
+        while ray.available_resources().get("GPU") != 2.0 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert ray.available_resources().get("GPU") == 2.0
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -178,7 +183,7 @@ def test_a_driver_whose_cluster_is_lost_says_so_and_leaves_an_event(
 ) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"name": "lost", "storage": str(tmp_path), **SMALL, "cluster": {"workers": 2}}))
-    environment = os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"}
+    environment = forking_environment(os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"})
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "launch.py", "train", str(file)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

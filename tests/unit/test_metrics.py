@@ -1,22 +1,27 @@
 """metrics.jsonl as writers leave it and as readers see it."""
 
 import cProfile
+import errno
 import json
 import logging
 import math
 import os
+import re
 import subprocess
 import time
 import uuid
 from itertools import count
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune import storage
-from raytune.errors import ClusterError, StorageFullError, UserError
+from raytune.errors import StorageFullError, UserError
 from raytune.metrics.events import EventLog, read_events
 from raytune.metrics.follower import Follower
 from raytune.metrics.history import History
@@ -169,31 +174,47 @@ def test_remote_lines_arrive_by_themselves() -> None:
     writer.close()
 
 
+class FullStore(MemoryFileSystem):
+    """A store of files in memory that has no room for a while."""
+
+    protocol = "full"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    is_full = True
+    num_refused = 0
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **others: Any) -> None:
+        if FullStore.is_full:
+            FullStore.num_refused += 1
+            raise OSError(errno.ENOSPC, "no room for now")
+        super().pipe_file(path, value, mode, **others)
+
+
+@pytest.fixture
+def full_store(monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a folder in a store that is full."""
+    fsspec.register_implementation("full", FullStore, clobber=True)
+    monkeypatch.setattr(FullStore, "is_full", True)
+    monkeypatch.setattr(FullStore, "num_refused", 0)
+    return f"full://{uuid.uuid4().hex}"
+
+
 def test_lines_that_wait_for_a_storage_that_is_away_are_told_of_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    full_store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, num_tries, is_away = f"memory://{uuid.uuid4().hex}/metrics.jsonl", 0, True
-
-    def failing(target: str, data: bytes) -> None:
-        nonlocal num_tries
-        num_tries += 1
-        if is_away:
-            raise ClusterError("no answer")
-        storage.write_bytes(target, data)
-
-    monkeypatch.setattr("raytune.metrics.lines.write_bytes", failing)
+    path = f"{full_store}/metrics.jsonl"
     with caplog.at_level(logging.WARNING, "raytune.metrics.lines"):
         writer = MetricsWriter(path, attempt=1, resumed_step=0, upload_every_s=0.01)
-        while num_tries < 4:
+        while FullStore.num_refused < 4:
             time.sleep(0.01)
-        is_away = False
+        monkeypatch.setattr(FullStore, "is_full", False)
         while len(caplog.messages) < 2:
             time.sleep(0.01)
         writer.close()
-    assert caplog.messages == [
-        f"Lines of {path} wait until the storage answers again: no answer",
-        f"The lines of {path} that waited have arrived.",
-    ]
+    waiting, arrived = caplog.messages
+    assert waiting.startswith(f"Lines of {path} wait until the storage answers again: ")
+    assert "the disk is full (no room for now)" in waiting
+    assert arrived == f"The lines of {path} that waited have arrived."
     assert len(storage.read_bytes(path).splitlines()) == 1
 
 
@@ -267,23 +288,24 @@ def test_a_follower_tells_what_is_new(path: str) -> None:
     writer.close()
 
 
-def test_a_look_reads_what_was_added_and_not_the_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def num_read() -> int:
+    """Bytes that this process has read from files so far."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_a_look_reads_what_was_added_and_not_the_file_again(tmp_path: Path) -> None:
     path = str(tmp_path / "metrics.jsonl")
     write(path, 1, 0, list(range(1, 1001)))
-    follower, num_read = Follower(path), [0]
+    follower, num_in_looks = Follower(path), 0
     follower.look()
-
-    def counted(path: str, offset: int) -> bytes:
-        data = storage.read_from(path, offset)
-        num_read[0] += len(data)
-        return data
-
-    monkeypatch.setattr("raytune.metrics.follower.read_from", counted)
     writer = MetricsWriter(path, attempt=2, resumed_step=1000)
     for step in range(1001, 1101):
         writer.write(step, {"train/loss": 0.0})
-        assert [point.step for point in follower.look()] == [step]
-    assert num_read[0] < 100 * 300, "two or three lines a look, where the file has a thousand"
+        before = num_read()
+        points = follower.look()
+        num_in_looks += num_read() - before
+        assert [point.step for point in points] == [step]
+    assert num_in_looks < 100 * 600, "two or three lines a look and the counter itself, where the file has a thousand lines"
     writer.close()
 
 
@@ -393,18 +415,12 @@ def test_whatever_ends_a_block_the_events_are_written(path: str) -> None:
     assert [event["event"] for event in read_events(path)] == ["started"]
 
 
-def test_what_ends_a_block_is_told_though_the_storage_is_away_too(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def away(path: str, data: bytes) -> None:
-        raise ClusterError("the storage does not answer")
-
-    monkeypatch.setattr("raytune.metrics.lines.write_bytes", away)
-    url = f"memory://{uuid.uuid4().hex}/events.jsonl"
+def test_what_ends_a_block_is_told_though_the_storage_is_away_too(full_store: str, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"{full_store}/events.jsonl"
     with pytest.raises(ZeroDivisionError):
         start_and_fail(url)
-    assert "the storage does not answer" in caplog.text
-    with pytest.raises(ClusterError), EventLog(url, attempt=1, upload_every_s=3600) as events:
+    assert "the disk is full (no room for now)" in caplog.text
+    with pytest.raises(StorageFullError), EventLog(url, attempt=1, upload_every_s=3600) as events:
         events.write("started")
 
 
