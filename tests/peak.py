@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 SETTLE_S = 0.2
+"""In which the threads of a finished gloo collective get Python's lock, and let go of its tensors."""
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
@@ -30,8 +31,8 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 def held_bytes(device: torch.device) -> int:
     """Bytes of all tensors on the device now. On a CPU: of those that Python knows."""
-    # The threads of a finished collective hold its tensors until Python's lock is free for them.
-    time.sleep(SETTLE_S)
+    if device.type == "cpu":
+        time.sleep(SETTLE_S)
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated()

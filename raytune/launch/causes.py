@@ -147,7 +147,10 @@ def _is_collective_timeout(kind: str, message: str) -> bool:
 
 
 def _is_broken_connection(kind: str, message: str) -> bool:
-    """Whether a rank lost its connection to another: what gloo and NCCL raise through torch."""
+    """Whether a rank lost its connection to another: what gloo and NCCL raise through torch, or torch itself where Ray, ending
+    the workers, took its process group away between two steps."""
+    if kind == "ValueError":
+        return "process group has not been initialized" in message
     words = ("connection", "read error", "write error", "remote process exited", "socket")
     return kind in ("RuntimeError", "DistBackendError", "DistNetworkError") and any(word in message.lower() for word in words)
 

@@ -3,6 +3,7 @@
 Long because it is the only file that may import DeepSpeed.
 """
 
+import copyreg
 import inspect
 import logging
 import math
@@ -381,6 +382,10 @@ class ZeroEngine:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return gather_objects(value, self.world_size)
+
+
+# Before 3.11.4, Python writes a member of such a class as a call of `getattr`, which the reader below does not run.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))  # pyright: ignore[reportArgumentType]
 
 
 class _DataOnlyFiles(TorchCheckpointEngine):

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
 from raytune.api import train
 from raytune.launch import cluster as launch_cluster
-from raytune.launch.attempts import NODE_LOST, WORKER_DIED
+from raytune.launch.attempts import NODE_LOST, WORKER_DIED, Failure
 from raytune.launch.causes import first_failure
 from raytune.launch.places import Place, write_places
 from raytune.launch.run import RunFailedError
@@ -121,24 +123,32 @@ def test_a_lost_node_is_named_with_its_rank_and_so_is_what_its_place_is_waited_f
 
 
 def test_a_survivor_that_tells_before_ray_does_is_not_taken_for_the_cause(cluster: Cluster, tmp_path: Path) -> None:
-    """How an attempt looks whose rank was lost a moment ago: a broken connection, and a rank that says nothing."""
+    """How an attempt looks whose rank was lost a moment ago: a broken connection, or a process group that Ray has taken away, and
+    a rank that says nothing."""
     folder = RunFolder(str(tmp_path), "told")
+
+    def told(kind: str, message: str) -> Failure:
+        record = {"rank": 0, "node": "h", "kind": kind, "message": message, "traceback": message, "time": 0.0}
+        write_json(folder.failure(1, 0), record)
+        return first_failure(folder, 1, RuntimeError("training failed"))
+
+    with pytest.raises(ValueError, match="process group") as taken_away:
+        dist.all_reduce(torch.zeros(1))
     broken = "[pair.cc:537] Read error [192.0.2.9]:1: Connection reset by peer"
-    record = {"rank": 0, "node": "h", "kind": "RuntimeError", "message": broken, "traceback": broken, "time": 0.0}
-    write_json(folder.failure(1, 0), record)
     here, other = cluster.head_node, cluster.add_node(num_cpus=1)
     assert here is not None
     places = enumerate((here, other))
     write_places(folder, 1, {rank: Place(host="h", address="192.0.2.9", node_id=at.node_id, pid=1) for rank, at in places})
     ray.init(address=cluster.address, log_to_driver=False)
     try:
-        process_lost = first_failure(folder, 1, RuntimeError("training failed"))
+        processes_lost = [told("ValueError", str(taken_away.value)), told("RuntimeError", broken)]
         os.kill(other.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        node_lost = first_failure(folder, 1, RuntimeError("training failed"))
+        node_lost = told("RuntimeError", broken)
     finally:
         ray.shutdown()
-    assert (process_lost.rank, process_lost.kind, process_lost.collateral) == (1, WORKER_DIED, (0,))
-    assert process_lost.message == "rank 1 ended without a word"
+    for process_lost in processes_lost:
+        assert (process_lost.rank, process_lost.kind, process_lost.collateral) == (1, WORKER_DIED, (0,))
+        assert process_lost.message == "rank 1 ended without a word"
     assert (node_lost.rank, node_lost.kind, node_lost.collateral) == (1, NODE_LOST, (0,))
     assert node_lost.message.endswith("was lost, with rank 1")
 

@@ -1,7 +1,6 @@
 """Claims about the `sweep` section: how it is read, what lies below it, and what is refused with its place."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -57,8 +56,9 @@ def test_every_shipped_config_checks_where_its_rows_are(path: Path, tmp_path: Pa
     """And its base, where it is to be trained on this very machine."""
     config = load_config([path])
     base = config.model.base if config.cluster.instance else "demo"
-    for name in re.findall(r"\b\w+\.(?:jsonl|txt)\b", path.read_text()):
-        (tmp_path / name).write_text("".join(f'{{"prompt": "question {row}", "completion": "answer"}}\n' for row in range(20)))
+    for source in (each for each in config.data.train if not each.path.startswith("demo:")):
+        rows = (f'{{"prompt": "question {row}", "completion": "answer"}}\n' for row in range(20))
+        (tmp_path / source.path).write_text("".join(rows))
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, ["check", str(path), f"model.base={base}", "--json"])
     assert done.exit_code == 0, done.output
