@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raytune.config.files import read_file
-from raytune.config.load import load_with_places
-from raytune.config.problems import ConfigError, Place
+from raytune.config.overlays import child_of
+from raytune.config.problems import Place
 from raytune.config.yaml_nodes import read_nodes, with_value
 from raytune.errors import UserError
 from raytune.local_files import replace_file
@@ -51,16 +50,21 @@ def file_for_rate(files: Sequence[str], places: Mapping[str, Place]) -> str:
         raise UserError("--apply writes into the YAML file of a run, and none is given.")
     first = files[0]
     place = places.get(KEY)
-    space = f"sweep.space.{KEY}"
-    of_files: Mapping[str, Place] = {}
-    with suppress(ConfigError):  # files may be valid with their overrides alone
-        of_files = load_with_places(files)[1]
-    if space in of_files:
-        raise _refused(of_files[space], space, f"a sweep varies it, so a rate in {first} would not count")
+    for rank, file in enumerate(files):  # read as they are: they may be valid with their overrides alone
+        if (varied := _varied_in(file, rank)) is not None:
+            raise _refused(varied, f"sweep.space.{KEY}", f"a sweep varies it, so a rate in {first} would not count")
     if place is not None and (place.line is None or place.file != first):
         raise _refused(place, KEY, f"it is set there, over {first}. Take it away, or write the rate there yourself")
     read_written(first)
     return first
+
+
+def _varied_in(file: str, rank: int) -> Place | None:
+    """Where a file's own sweep says how the rate varies."""
+    node = read_file(file, rank)[0]
+    for name in ("sweep", "space", KEY):
+        node = child_of(node, name) if node else None
+    return node.key_place if node else None
 
 
 def read_written(file: str) -> Any:

@@ -1,7 +1,7 @@
 """The learning-rate range test on every rank: a run's own steps from its start, each with the next rate of a range.
 
-Engine, rows, their order, what is random in a step and factors of parameter groups are those of the run; only the rate is not.
-The loss of a step is measured before its update, so it shows the rates of the steps before it.
+Engine, rows, their order, what is random in a step and the factors of parameter groups are those of the run; only the rate is
+not. The loss of a step is measured before its update, so it shows the rates of the steps before it.
 """
 
 import math

@@ -49,7 +49,7 @@ def test_a_test_ends_where_the_smoothed_loss_passes_the_factor_and_wherever_it_i
     tried = TRIED.model_copy(update={"stop_factor": factor})
     averages = smoothed(losses, tried.smoothing)
     assert (reason_to_stop(losses, tried) == "exploded") == (averages[-1] > factor * min(averages))
-    assert reason_to_stop([*losses, math.nan], tried) == reason_to_stop([*losses, math.inf], tried) == "not finite"
+    assert {reason_to_stop([*losses, last], tried) for last in (math.nan, math.inf)} == {"not finite"}
     assert reason_to_stop([], tried) is None
 
 
@@ -66,10 +66,9 @@ def curve(falls: float, rises: float | None) -> list[float]:
 
 def test_the_rate_of_the_steepest_descent_is_named_and_a_safe_one_below_it() -> None:
     advice = advise_rate(curve(-3.5, -1), TRIED)
-    assert advice.is_found
-    assert advice.steepest
-    assert advice.safe
-    assert advice.lowest
+    assert advice.steepest is not None
+    assert advice.safe is not None
+    assert advice.lowest is not None
     # The smoothed loss lags by 9 steps of 0.06 decades each.
     assert 10**-3.5 <= advice.steepest <= 10**-2.7
     assert advice.safe <= min(advice.steepest, 0.1 * advice.lowest * 1.05)
@@ -126,11 +125,11 @@ def test_a_range_lies_around_the_usual_rate_of_the_method() -> None:
 FILES = [
     ("# c\nname: a\n", "# c\nname: a\ntraining:\n  learning_rate: 2.0e-04\n"),
     ("training:\n  # c\n  max_steps: 5\n", "training:\n  learning_rate: 2.0e-04\n  # c\n  max_steps: 5\n"),
-    ("training:\n    learning_rate: 1e-4  # c\nseed: 1", "training:\n    learning_rate: 2.0e-04  # c\nseed: 1"),
+    ("training:\n    learning_rate: 1e-4  # c\nname: a", "training:\n    learning_rate: 2.0e-04  # c\nname: a"),
     ("training: {max_steps: 5}\n", "training: {learning_rate: 2.0e-04, max_steps: 5}\n"),
-    ("training: # c\nseed: 1\n", "training: # c\n  learning_rate: 2.0e-04\nseed: 1\n"),
-    ("{seed: 1}\n", "{training: {learning_rate: 2.0e-04}, seed: 1}\n"),
-    ("training:\r\n  learning_rate: auto\r\nseed: 1\r\n", "training:\r\n  learning_rate: 2.0e-04\r\nseed: 1\r\n"),
+    ("training: # c\nname: a\n", "training: # c\n  learning_rate: 2.0e-04\nname: a\n"),
+    ("{name: a}\n", "{training: {learning_rate: 2.0e-04}, name: a}\n"),
+    ("training:\r\n  learning_rate: auto\r\nname: a\r\n", "training:\r\n  learning_rate: 2.0e-04\r\nname: a\r\n"),
 ]
 
 
