@@ -2,9 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
+
+from tests.plain_bottlenecks import load_bottlenecks, with_bottlenecks
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -12,8 +25,12 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 @dataclass(frozen=True, kw_only=True)
 class PeftMethod:
     section: dict[str, Any]
-    config: Callable[[], PeftConfig]
+    config: Callable[[], PeftConfig] | None = None
     """Plain PEFT's, for the tiny Llama."""
+    plain: Callable[[Any], Any] | None = None
+    """Adapts a model in plain torch, where PEFT has no such method."""
+    reloaded: Callable[[Any, Path], Any] = lambda base, folder: PeftModel.from_pretrained(base, str(folder))
+    """A base with what a folder holds."""
     rate: float
     """At which six steps teach something."""
     same_weights: float = 2e-6
@@ -25,6 +42,14 @@ class PeftMethod:
     takes_nf4: bool = True
     takes_conv1d: bool = True
     merges: bool = True
+    why_unmerged: str = "adapter of the kind .*, and only those of .*lora.* are merged"
+
+    def adapted(self, model: Any) -> Any:
+        """A model as a user adapts it without raytune."""
+        if self.plain is not None:
+            return self.plain(model)
+        assert self.config is not None
+        return get_peft_model(model, self.config())
 
 
 METHODS: dict[str, PeftMethod] = {
@@ -77,5 +102,20 @@ METHODS: dict[str, PeftMethod] = {
         rate=2e-2,
         variants=({}, {"block_size": 8, "target_modules": "attention"}, {"block_share": True}),
         takes_conv1d=False,
+    ),
+    "bottleneck": PeftMethod(
+        section={"method": "bottleneck", "reduction": 8},
+        plain=lambda model: with_bottlenecks(model, 4),
+        reloaded=load_bottlenecks,
+        rate=2e-2,
+        excluded="o_proj",
+        variants=(
+            {},
+            {"target_modules": "mlp", "reduction": 4},
+            {"target_modules": "attention", "width": 5},
+            {"target_modules": r".*\.1\..*(o_proj|dense|c_proj|mlp)"},
+        ),
+        merges=False,
+        why_unmerged="merges into nothing: bottlenecks are not linear",
     ),
 }

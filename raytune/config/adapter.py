@@ -197,6 +197,29 @@ class OftAdapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
+class BottleneckAdapter(Section):
+    """Bottleneck adapters (Houlsby et al. 2019): a frozen base, behind whose attention and MLPs small networks are trained that
+    add something to what these give. They start by adding nothing. PEFT has no such method: what is saved is read by raytune."""
+
+    method: Literal["bottleneck"]
+    """Train small networks behind attention and MLPs; the base stays frozen."""
+    reduction: PositiveInt = 16
+    """A network is as wide inside as what it stands behind, divided by this."""
+    width: PositiveInt | None = None
+    """Width inside a network, in place of `reduction`."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Between a network's two layers."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on what a network has inside."""
+    target_modules: Literal["attention-mlp", "attention", "mlp"] | Text | list[Text] = "attention-mlp"
+    """Where they stand: behind attention and the MLP of each layer (Houlsby et al.), behind the MLP (`mlp`, Pfeiffer et al. 2021)
+    or `attention` only; or behind linear layers by their names, as with `lora`. Behind a mixture of experts stands one."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but behind which nothing stands."""
+    modules_to_save: list[Text] = []
+    """Modules of the base that are trained in full and saved with the networks, such as `embed_tokens` or `lm_head`."""
+
+
 Adapter = Annotated[
     FullAdapter
     | LoraAdapter
@@ -206,7 +229,8 @@ Adapter = Annotated[
     | LokrAdapter
     | LohaAdapter
     | VeraAdapter
-    | OftAdapter,
+    | OftAdapter
+    | BottleneckAdapter,
     Field(discriminator="method"),
 ]
 

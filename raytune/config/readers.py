@@ -337,6 +337,8 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "rank_dropout", "model.adapters.lokr", "model.adapters.loha"),
     **_read("adapter", "d_initial projection_prng_key save_projection", "model.adapters.vera"),
     **_read("adapter", "block_size block_share num_cayley_neumann_terms", "plan.methods.oft"),
+    **_read("adapter", "reduction", "plan.methods.bottleneck", needs=(_not_beside("adapter.width"),)),
+    **_read("adapter", "width activation", "plan.methods.bottleneck"),
     **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",

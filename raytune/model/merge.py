@@ -92,6 +92,8 @@ def merge_adapter(
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
     peft_config = _adapter_config(adapter_folder)
     row = adapting_with(peft_config)
+    if row is not None and row.why_unmerged:
+        raise ModelError(f"{adapter_folder} merges into nothing: {row.why_unmerged}.")
     if row is None or not row.merges:
         merged = ", ".join(sorted(name for name, row in ADAPTERS.items() if row.merges))
         raise ModelError(

@@ -9,9 +9,10 @@ from typing import Literal
 
 from raytune.plan.shapes import Kind, ModelShape, Module
 
-How = Literal["whole", "low rank", "product", "rotation", "scale", "bias"]
+How = Literal["whole", "low rank", "product", "rotation", "scale", "network", "bias"]
 """Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it, or one that is another
-product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; its bias."""
+product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; a small network
+behind it; its bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,11 @@ def _losses(
 def peft_losses(model: torch.nn.Module, plan: RunPlan, config: PeftConfig) -> list[float]:
     """What an adapter of PEFT's learns of a plan's rows, a document at a time."""
     torch.manual_seed(plan.seed)
-    model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    return adapted_losses(get_peft_model(model, config), plan)  # pyright: ignore[reportArgumentType]
+
+
+def adapted_losses(model: torch.nn.Module, plan: RunPlan) -> list[float]:
+    """What is trained of a model learns of a plan's rows, a document at a time."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = plan.optimization

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raytune.errors import ModelError
@@ -21,7 +20,7 @@ from raytune.plan.methods import trained_by
 from raytune.plan.run_plan import RunPlan, ZeroStage
 from raytune.training.engine import HeldBytes
 from tests.numerics.measured_bytes import measure_all, measure_peaks
-from tests.numerics.oracles import peft_losses
+from tests.numerics.oracles import adapted_losses
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     SAME_SUMS,
@@ -72,7 +71,8 @@ def run_alone(method: str, material: Material) -> tuple[Any, Outcome]:
 
 def plain_losses(plan: RunPlan, method: str, **base: Any) -> list[float]:
     model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32, **base)
-    return peft_losses(model, plan, METHODS[method].config())
+    torch.manual_seed(plan.seed)
+    return adapted_losses(METHODS[method].adapted(model), plan)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,14 +144,14 @@ def test_what_is_saved_computes_the_same_in_plain_peft_and_merged(method: str, m
     ours = logits(engine.model.eval())
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     before = logits(base)
-    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    plain = METHODS[method].reloaded(base, tmp_path / "adapter").eval()
     assert (ours - before).abs().max() > 1e-2
     assert (ours - logits(plain)).abs().max() <= SAME_SUMS
     loaded: Any = load_saved(plan_of(method, material), tmp_path / "adapter", device=CPU)
     assert {name for name, one in loaded.named_parameters() if one.requires_grad} == {*seen.weights}
     assert (ours - logits(loaded.eval())).abs().max() <= SAME_SUMS
     if not METHODS[method].merges:
-        with pytest.raises(ModelError, match=r"adapter of the kind IA3, and only those of .*lora.* are merged"):
+        with pytest.raises(ModelError, match=METHODS[method].why_unmerged):
             merge_adapter(tmp_path / "adapter", tmp_path / "merged")
         return
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
@@ -167,6 +167,10 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
+def own_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_start_is_plain_peft_s_and_computes_what_the_base_does(method: str, material: Material) -> None:
     plan = plan_of(method, material)
@@ -175,8 +179,8 @@ def test_the_start_is_plain_peft_s_and_computes_what_the_base_does(method: str, 
     before = logits(base)
     assert (logits(ours.eval()) - before).abs().max() == 0
     torch.manual_seed(plan.seed)
-    theirs = {name: one for name, one in get_peft_model(base, METHODS[method].config()).named_parameters() if one.requires_grad}
-    trained = {name: one for name, one in ours.named_parameters() if one.requires_grad}
+    theirs = {own_name(name): one for name, one in METHODS[method].adapted(base).named_parameters() if one.requires_grad}
+    trained = {own_name(name): one for name, one in ours.named_parameters() if one.requires_grad}
     assert trained.keys() == theirs.keys()
     assert all(trained[name].equal(theirs[name]) for name in theirs)
 

@@ -53,6 +53,8 @@ class Adapting:
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
     merges: bool = False
     """Whether `raytune merge` lays its adapters into their base."""
+    why_unmerged: str = ""
+    """Why it cannot, and what to do, in sentences; empty: it is only not done, and PEFT loads the adapter beside its base."""
     needs_whole_targets: bool = False
     """Whether PEFT looks at the weights of a layer when it adds something to it, which ZeRO-3 may have divided."""
     starts_from_data: Callable[[Any], bool] = lambda adapter: False
