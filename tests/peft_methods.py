@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -16,6 +18,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from torch import Tensor
 
 from tests.plain_bottlenecks import load_bottlenecks, with_bottlenecks
 
@@ -41,6 +44,10 @@ class PeftMethod:
     """Changes of the section; all of them suit every family."""
     takes_nf4: bool = True
     takes_conv1d: bool = True
+    penalty: Callable[[Any], Tensor | float] = lambda model: 0.0
+    """What is added to the loss of a step."""
+    after_step: Callable[[Any, int], None] = lambda model, step: None
+    """What a user of PEFT calls after this many steps, before the gradients go."""
     merges: bool = True
     why_unmerged: str = "adapter of the kind .*, and only those of .*lora.* are merged"
 
@@ -50,6 +57,14 @@ class PeftMethod:
             return self.plain(model)
         assert self.config is not None
         return get_peft_model(model, self.config())
+
+
+def orthogonality(model: Any) -> Tensor:
+    """Half the mean of |P P' - 1| over A and B, which PEFT adds where a model is given labels."""
+    matrices = [
+        one if ".lora_A." in name else one.T for name, one in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
+    ]
+    return 0.5 * torch.stack([torch.dist(one @ one.T, torch.eye(len(one))) for one in matrices]).mean()
 
 
 METHODS: dict[str, PeftMethod] = {
@@ -117,5 +132,23 @@ METHODS: dict[str, PeftMethod] = {
         ),
         merges=False,
         why_unmerged="merges into nothing: bottlenecks are not linear",
+    ),
+    "adalora": PeftMethod(
+        section={"method": "adalora", "rank": 2, "initial_rank": 4, "alpha": 8}
+        | {"tinit_fraction": 0.2, "tfinal_fraction": 0.4, "delta_t": 1},
+        config=lambda: AdaLoraConfig(
+            init_r=4,
+            target_r=2,
+            lora_alpha=8,
+            tinit=1,
+            tfinal=2,
+            deltaT=1,
+            total_step=6,
+            target_modules=PROJECTIONS,
+            task_type="CAUSAL_LM",
+        ),
+        rate=5e-2,
+        penalty=orthogonality,
+        after_step=lambda model, step: model.base_model.update_and_allocate(step),
     ),
 }

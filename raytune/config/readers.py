@@ -339,6 +339,8 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "block_size block_share num_cayley_neumann_terms", "plan.methods.oft"),
     **_read("adapter", "reduction", "plan.methods.bottleneck", needs=(_not_beside("adapter.width"),)),
     **_read("adapter", "width activation", "plan.methods.bottleneck"),
+    **_read("adapter", "initial_rank tinit_fraction tfinal_fraction", "plan.methods.adalora"),
+    **_read("adapter", "delta_t beta1 beta2 orthogonal_weight", "model.adapters.adalora"),
     **_read("adapter", "lora_plus_ratio", "plan.methods.lora"),
     **_read(
         "adapter",

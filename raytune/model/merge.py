@@ -257,6 +257,9 @@ class _Merger:
         if hasattr(peft_config, "init_lora_weights"):
             peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            row = adapting_with(peft_config)
+            assert row is not None, "it is one that is merged"
+            saved = row.of_equal_shapes(load_peft_weights(str(folder), device="cpu"), peft_config)
             with as_asked():
                 peft_model: Any = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
             self._mark = f".{peft_model.base_model.prefix}"
@@ -272,7 +275,8 @@ class _Merger:
                 # PEFT sends an update to where its base is, and would drop it if that were nowhere.
                 name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
                 setattr(layer.get_base_layer(), name, nn.Parameter(torch.empty(0), requires_grad=False))
-            loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
+            loaded = set_peft_model_state_dict(peft_model, saved, low_cpu_mem_usage=True)
+            row.restore_constants(peft_model)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"The adapter in {folder} cannot be put on this base: {in_a_line(error)}. Its file is damaged, or it was trained "
@@ -368,7 +372,7 @@ class _Merger:
         replaced = {
             name.replace(".base_layer.", "."): parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if not parameter.is_meta and parameter.numel() and self._mark not in name and ".modules_to_save." not in name
+            if not parameter.is_meta and parameter.numel() and name.replace(".base_layer.", ".") in self._names
         }
         for name, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper | LNTuningLayer):

@@ -31,6 +31,8 @@ STATE_BYTES: dict[Optimizer, float] = {
 """Optimizer state per trained parameter. Adafactor's depends on shapes."""
 EIGHT_BIT: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit")
 
+AVERAGES_BYTES = 8
+"""Of what a method follows (`Trained.num_followed`), per number: two averages in fp32."""
 CPU_PROCESS_BYTES = GIB
 """Allowance for what a worker's process holds besides tensors: Ray, torch and other libraries, 0.54 GiB once imported, and what
 they and the C library keep while they work. Measured on 2026-11-28 as resident set less planned tensors, after 10 to 120 steps of
@@ -139,6 +141,10 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("optimizer", _optimizer_bytes(work), place=optimizer_place)
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
+    yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
+    # PlainEngine has whole gradients and values anyway.
+    whole = 2 * 4 * work.trained.num_followed if work.engine == "zero" else 0
+    yield _part("whole gradients and values", whole, ("update",))
 
 
 def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
@@ -215,7 +221,8 @@ def checkpoint_bytes(work: Workload) -> int:
         trains_tied = work.trained.is_base and work.shape.embeddings[0].name in work.trained.whole
         keeps_head = work.shape.is_tied and not trains_tied
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
-    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole)
+    averages = AVERAGES_BYTES * work.trained.num_followed  # from rank 0
+    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole + averages)
 
 
 def chunk_tokens_for(vocab: int) -> int:

@@ -65,6 +65,9 @@ class Trained:
     """Numbers of the largest of these matrices."""
     num_constants: int = 0
     """Numbers that a method adds and does not train, in the weights' dtype; ZeRO-3 leaves them whole on every rank."""
+    num_followed: int = 0
+    """Trained numbers that a method follows from step to step: it has two averages of each in fp32, whole on every rank, and
+    reads their whole gradients and values in each update."""
     drops_inputs: bool = False
     """Whether updates drop some of their inputs, and so keep what was dropped."""
     num_in_experts: int = 0

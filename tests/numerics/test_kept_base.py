@@ -29,6 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "vera": {"method": "vera", "rank": 8},
     "oft": {"method": "oft", "block_size": 8},
     "bottleneck": {"method": "bottleneck", "reduction": 4},
+    "adalora": {"method": "adalora", "rank": 2},
 }
 
 

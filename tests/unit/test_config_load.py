@@ -108,7 +108,7 @@ def test_a_key_given_with_the_new_method_is_not_dropped_but_refused(tmp_path: Pa
             "1:25",
             "adapter.rank",
             "E101",
-            "unknown key for method full; it belongs to method lora or qlora or lokr or loha or vera",
+            "unknown key for method full; it belongs to method lora or qlora or lokr or loha or vera or adalora",
         )
     ]
     for overrides in [("adapter.method=full", "adapter.rank=4"), ("adapter.rank=4", "adapter.method=full")]:
@@ -192,7 +192,7 @@ NASTY = {
     "out of range": ("adapter: {dropout: 1}", "1:20", "adapter.dropout", "E104", "a number >= 0 and < 1, got 1"),
     "number or word": ("data: {max_length: long}", "1:20", "data.max_length", "E104", 'an integer >= 1 or auto, got "long"'),
     "nearby word": ("training: {optimizer: adamv}", "1:23", "training.optimizer", "E104", 'Did you mean "adamw"?'),
-    "unknown method": ("adapter: {method: qlra, rank: 3}", "1:19", "adapter.method", "E104", 'vera or oft, got "qlra"'),
+    "unknown method": ("adapter: {method: qlra, rank: 3}", "1:19", "adapter.method", "E104", 'bottleneck or adalora, got "qlra"'),
     "method as text": ("adapter: qlora", "1:10", "adapter", "E104", 'Did you mean "method: qlora"?'),
     "list item": ("data: {targets: [user, asistant]}", "1:24", "data.targets.1", "E104", 'Did you mean "assistant"?'),
     "mapping value": ("adapter: {rank_pattern: {q: 0}}", "1:29", "adapter.rank_pattern.q", "E104", "an integer >= 1, got 0"),

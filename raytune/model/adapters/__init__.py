@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
-from raytune.model.adapters import bottleneck, full, ia3, layernorm, loha, lokr, lora, oft, vera
+from raytune.model.adapters import adalora, bottleneck, full, ia3, layernorm, loha, lokr, lora, oft, vera
 from raytune.model.adapters.adapting import Adapting
 
 ADAPTERS: dict[str, Adapting] = {
@@ -20,6 +20,7 @@ ADAPTERS: dict[str, Adapting] = {
     "vera": vera.ADAPTING,
     "oft": oft.ADAPTING,
     "bottleneck": bottleneck.ADAPTING,
+    "adalora": adalora.ADAPTING,
 }
 
 

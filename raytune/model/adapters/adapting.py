@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.errors import ModelError
+from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.quantize import quantized_modules
 from raytune.plan.methods.targets import NamesTargets, has_name
 
@@ -27,6 +28,15 @@ def as_it_is(model: PeftModel, state: dict[str, Tensor], config: Any) -> tuple[d
 
 def nothing_to_mend(model: PeftModel) -> None:
     """For adapters that compute as they are."""
+
+
+def shaped_as_made(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """For adapters that are saved in the shapes in which they were made."""
+    return state
+
+
+def nothing_beside(model: PeftModel, adapter: Any, num_steps: int) -> None:
+    """For methods that train by the optimizer's updates alone."""
 
 
 def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
@@ -51,6 +61,12 @@ class Adapting:
     """Have a model that PEFT made, or loaded, compute in the run's precision."""
     for_original_base: Callable[[PeftModel, dict[str, Tensor], Any], tuple[dict[str, Tensor], Any]] = as_it_is
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
+    beside_updates: Callable[[Any, Any, int], BesideUpdates | None] = nothing_beside
+    """What is done in each step beside the optimizer's update, of the adapted model, the section and the steps of the run."""
+    of_equal_shapes: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = shaped_as_made
+    """What was saved, in the shapes that PEFT makes of its configuration, which may be changed to that end."""
+    restore_constants: Callable[[PeftModel], None] = nothing_to_mend
+    """Give what is in no file its value, in a model that PEFT made without values."""
     merges: bool = False
     """Whether `raytune merge` lays its adapters into their base."""
     why_unmerged: str = ""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
-from raytune.plan.methods import bottleneck, full, ia3, layernorm, loha, lokr, lora, oft, vera
+from raytune.plan.methods import adalora, bottleneck, full, ia3, layernorm, loha, lokr, lora, oft, vera
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters
 from raytune.plan.shapes import ModelShape
@@ -25,6 +25,7 @@ METHODS: dict[str, Method] = {
     "vera": vera.METHOD,
     "oft": oft.METHOD,
     "bottleneck": bottleneck.METHOD,
+    "adalora": adalora.METHOD,
     # The preset, as a config says it; in a plan it is `lora` and `model.quantization`.
     "qlora": replace(lora.METHOD, when="as lora, where the base does not fit otherwise: a quarter of its bytes, slower steps"),
 }

@@ -46,12 +46,13 @@ def trained_in_layers(
     casts_inputs: bool = True,
     drops_inputs: bool = False,
     num_constants: int = 0,
+    num_followed: int = 0,
 ) -> Trained:
     """What is trained where a method adds the like to each of some layers.
 
     Args:
         addition: what it adds to a layer.
-        how, reads_inputs, casts_inputs, drops_inputs, num_constants: as of `Trained`.
+        how, reads_inputs, casts_inputs, drops_inputs, num_constants, num_followed: as of `Trained`.
     """
     added = {module.name: addition(module) for module in layers}
     parts = [TrainedPart(name=one.name, kind=one.kind, how=how, num_parameters=added[one.name].num_parameters) for one in layers]
@@ -72,6 +73,7 @@ def trained_in_layers(
         num_made=sum(added[module.name].num_made for module in inside),
         largest_made=max((one.num_made for one in added.values()), default=0),
         num_constants=num_constants,
+        num_followed=num_followed,
         drops_inputs=drops_inputs,
         num_packed=sum(one.num_parameters for one in packed),
         num_packed_per_layer=most_in_a_module(packed),
