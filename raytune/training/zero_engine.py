@@ -313,6 +313,10 @@ class ZeroEngine:
                 beside.parameters[name].copy_(values[name])
         for name in changed:
             safe_set_full_fp32_param(beside.parameters[name], values[name])
+        # DeepSpeed leaves small weights whole between steps, and takes it that nobody divides them.
+        whole: list[Any] = [parameter for parameter in parameters if getattr(parameter, "ds_persist", False)]
+        if whole:
+            whole[0].all_gather(whole)
 
     def _masters(self, beside: BesideUpdates) -> dict[str, Tensor]:
         """Whole fp32 values of what a method follows."""
