@@ -457,7 +457,8 @@ def _linear_input_bytes(work: Workload) -> float:
     if trained.is_base:
         kept = kept_by_weights(trained, shape, work.zero_stage == 3)
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
-    inner = trained.inner_width * width / num_layers
+    inner_width = trained.inner_width + (trained.width_in_16_bits if work.precision != "fp32" else 0)
+    inner = inner_width * width / num_layers
     casts = _casts_inputs(work)
     # What layers are given in place of their inputs, which stage 3 has them keep too.
     inner += trained.changed_inputs * width / num_layers if work.zero_stage == 3 else 0

@@ -51,6 +51,9 @@ class Trained:
     """Widths of the inputs that updates of layers compute with."""
     inner_width: int = 0
     """Numbers per token that updates of layers keep beside these inputs: low-rank ones as many as they have ranks."""
+    width_in_16_bits: int = 0
+    """Numbers per token that updates keep besides where products are in 16 bits: of a division by a tensor, torch 2.13 keeps what
+    is divided then only."""
     scaled_inputs: int = 0
     """Widths of the inputs that are multiplied by trained factors, and kept in the dtype of these."""
     casts_inputs: bool = True

@@ -42,6 +42,7 @@ def _trained(adapter: AdaLoraAdapter, shape: ModelShape, quantization: Quantizat
             num_parameters=rank * (module.inputs + module.outputs + 1),
             num_sides=module.inputs + module.outputs + 3 * rank + 1,
             inner_width=rank,
+            width_in_16_bits=module.outputs,  # what an update gives, which PEFT divides by a tensor
             num_made=rank * module.inputs,  # E A
         )
 

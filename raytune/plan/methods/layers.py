@@ -24,6 +24,8 @@ class Addition:
     """Rows and columns of the trained matrices."""
     inner_width: int = 0
     """Numbers per token that it keeps beside the layer's inputs."""
+    width_in_16_bits: int = 0
+    """Numbers per token that it keeps besides where products are in 16 bits."""
     scaled_inputs: int = 0
     """Width of the inputs that it multiplies by trained factors."""
     scaled_width: int = 0
@@ -66,6 +68,7 @@ def trained_in_layers(
         reads_inputs=reads_inputs,
         target_inputs=sum(module.inputs for module in inside) if reads_inputs else 0,
         inner_width=sum(added[module.name].inner_width for module in inside),
+        width_in_16_bits=sum(added[module.name].width_in_16_bits for module in inside),
         scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
         casts_inputs=casts_inputs,
         changed_inputs=sum(added[module.name].changed_inputs for module in inside),
