@@ -142,9 +142,7 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
     yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
-    # PlainEngine has whole gradients and values anyway.
-    whole = 2 * 4 * work.trained.num_followed if work.engine == "zero" else 0
-    yield _part("whole gradients and values", whole, ("update",))
+    yield _part("whole gradients and values", _followed_bytes(work), ("update",))
 
 
 def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
@@ -313,6 +311,15 @@ def _update_bytes(work: Workload) -> float:
     num_updated = min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard
     is_16_bit = work.precision != "fp32" and (work.zero_stage == 3 or not _sums_in_fp32(work))
     return num_updated * (4 + is_16_bit * BYTES[work.precision])
+
+
+def _followed_bytes(work: Workload) -> float:
+    """What a method reads of what it follows, which PlainEngine has whole anyway: gradients before, during and after an update;
+    values before and after it, when what the update takes is gone."""
+    if work.engine == "plain":
+        return 0
+    whole = 4 * work.trained.num_followed
+    return whole + max(0, whole - _update_bytes(work)) if whole else 0
 
 
 def _optimizer_bytes(work: Workload) -> float:

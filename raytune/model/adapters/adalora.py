@@ -71,7 +71,9 @@ class RankUpdates:
     @torch.no_grad()
     def after_update(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> list[str]:
         self._step += 1
-        config, allocator, last = self._config, self._allocator, self._config.total_step - self._config.tfinal
+        config, allocator = self._config, self._allocator
+        assert config.total_step is not None, "PEFT refuses a configuration without"
+        last = config.total_step - config.tfinal
         whole = _Whole(values, gradients)
         if self._step > last:
             allocator.mask_using_rank_pattern(whole, config.rank_pattern)

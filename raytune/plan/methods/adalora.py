@@ -42,7 +42,9 @@ def _trained(adapter: AdaLoraAdapter, shape: ModelShape, quantization: Quantizat
             num_parameters=rank * (module.inputs + module.outputs + 1),
             num_sides=module.inputs + module.outputs + 3 * rank + 1,
             inner_width=rank,
-            width_in_16_bits=module.outputs,  # what an update gives, which PEFT divides by a tensor
+            # What an update gives, which PEFT divides by a tensor.
+            width_in_16_bits=module.outputs,
+            scaled_width=module.outputs,
             num_made=rank * module.inputs,  # E A
         )
 
