@@ -11,8 +11,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import how_experts_are_held, of_experts, packed_experts
-from raytune.plan.methods.ia3 import ways_back
-from raytune.plan.methods.layers import Addition, named_targets, trained_in_layers, unread_names
+from raytune.plan.methods.layers import Addition, named_targets, trained_in_layers, unread_names, ways_back
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import check_names, target_modules
 from raytune.plan.shapes import ModelShape, Module

@@ -13,6 +13,9 @@ from raytune.plan.methods.targets import NamesTargets, check_names, in_short, sa
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
 
+WAYS_BACK = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "linear_out")
+"""Last parts of names of an MLP's last layer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
@@ -82,6 +85,11 @@ def trained_in_layers(
         num_packed_per_layer=most_in_a_module(packed),
         largest_packed=max((one.num_parameters for one in packed), default=0),
     )
+
+
+def ways_back(mlp: list[str]) -> list[str]:
+    """The last layers of MLPs, out of the full names of all their layers."""
+    return [name for name in mlp if name.rpartition(".")[2] in WAYS_BACK]
 
 
 def refuse_embeddings(layers: Iterable[Module], what: str) -> None:
