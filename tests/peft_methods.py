@@ -2,20 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     OFTConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
+    get_peft_model,
 )
+from torch import Tensor
+
+from tests.plain_bottlenecks import load_bottlenecks, with_bottlenecks
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -23,8 +31,12 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 @dataclass(frozen=True, kw_only=True)
 class PeftMethod:
     section: dict[str, Any]
-    config: Callable[[], PeftConfig]
+    config: Callable[[], PeftConfig] | None = None
     """Plain PEFT's, for the tiny Llama."""
+    plain: Callable[[Any], Any] | None = None
+    """Adapts a model in plain torch, where PEFT has no such method."""
+    reloaded: Callable[[Any, Path], Any] = lambda base, folder: PeftModel.from_pretrained(base, str(folder))
+    """A base with what a folder holds."""
     rate: float
     """At which six steps teach something."""
     same_weights: float = 2e-6
@@ -35,6 +47,27 @@ class PeftMethod:
     """Changes of the section; all of them suit every family."""
     takes_nf4: bool = True
     takes_conv1d: bool = True
+    penalty: Callable[[Any], Tensor | float] = lambda model: 0.0
+    """What is added to the loss of a step."""
+    after_step: Callable[[Any, int], None] = lambda model, step: None
+    """What a user of PEFT calls after this many steps, before the gradients go."""
+    why_unmerged: str | None = None
+    """What `merge` says, where it merges no such adapter."""
+
+    def adapted(self, model: Any) -> Any:
+        """A model as a user adapts it without raytune."""
+        if self.plain is not None:
+            return self.plain(model)
+        assert self.config is not None
+        return get_peft_model(model, self.config())
+
+
+def orthogonality(model: Any) -> Tensor:
+    """Half the mean of |P P' - 1| over A and B, which PEFT adds where a model is given labels."""
+    matrices = [
+        one if ".lora_A." in name else one.T for name, one in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
+    ]
+    return 0.5 * torch.stack([torch.dist(one @ one.T, torch.eye(len(one))) for one in matrices]).mean()
 
 
 METHODS: dict[str, PeftMethod] = {
@@ -87,11 +120,43 @@ METHODS: dict[str, PeftMethod] = {
         variants=({}, {"block_size": 8, "target_modules": "attention"}, {"block_share": True}),
         takes_conv1d=False,
     ),
+    "bottleneck": PeftMethod(
+        section={"method": "bottleneck", "reduction": 8},
+        plain=lambda model: with_bottlenecks(model, 4),
+        reloaded=load_bottlenecks,
+        rate=2e-2,
+        excluded="o_proj",
+        variants=(
+            {},
+            {"target_modules": "mlp", "reduction": 4},
+            {"target_modules": "attention", "width": 5},
+            {"target_modules": r".*\.1\..*(o_proj|dense|c_proj|mlp)"},
+        ),
+        why_unmerged="merges into nothing: bottlenecks are not linear",
+    ),
+    "adalora": PeftMethod(
+        section={"method": "adalora", "rank": 2, "initial_rank": 4, "alpha": 8}
+        | {"tinit_fraction": 0.2, "tfinal_fraction": 0.4, "delta_t": 1},
+        config=lambda: AdaLoraConfig(
+            init_r=4,
+            target_r=2,
+            lora_alpha=8,
+            tinit=1,
+            tfinal=2,
+            deltaT=1,
+            total_step=6,
+            target_modules=PROJECTIONS,
+            task_type="CAUSAL_LM",
+        ),
+        rate=5e-2,
+        penalty=orthogonality,
+        after_step=lambda model, step: model.base_model.update_and_allocate(step),
+    ),
 }
 
 
 def _in_front(section: dict[str, Any], config: Callable[[], PeftConfig], rate: float, **others: Any) -> PeftMethod:
-    return PeftMethod(section=section | {"num_virtual_tokens": 5}, config=config, rate=rate, merges=False, **others)
+    return PeftMethod(section=section | {"num_virtual_tokens": 5}, config=config, rate=rate, **others)
 
 
 IN_FRONT: dict[str, PeftMethod] = {

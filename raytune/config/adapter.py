@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune.config.model import ComputeDtype, QuantFormat, Quantization, QuantStorage
-from raytune.config.section import Auto, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.section import Auto, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 TargetGroup = Literal["all-linear", "attention", "mlp"]
 
@@ -201,6 +201,63 @@ class OftAdapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
+class BottleneckAdapter(Section):
+    """Bottleneck adapters (Houlsby et al. 2019): a frozen base, behind whose attention and MLPs small networks are trained that
+    add something to what these give. They start by adding nothing. PEFT has no such method: what is saved is read by raytune."""
+
+    method: Literal["bottleneck"]
+    """Train small networks behind attention and MLPs; the base stays frozen."""
+    reduction: PositiveInt = 16
+    """A network is as wide inside as what it stands behind, divided by this."""
+    width: PositiveInt | None = None
+    """Width inside a network, in place of `reduction`."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Between a network's two layers."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on what a network has inside."""
+    target_modules: Literal["attention-mlp", "attention", "mlp"] | Text | list[Text] = "attention-mlp"
+    """Where they stand: behind attention and the MLP of each layer (Houlsby et al.), behind the MLP (`mlp`, Pfeiffer et al. 2021)
+    or `attention` only; or behind linear layers by their names, as with `lora`. Behind a mixture of experts stands one."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but behind which nothing stands."""
+    modules_to_save: list[Text] = []
+    """Modules of the base that are trained in full and saved with the networks, such as `embed_tokens` or `lm_head`."""
+
+
+class AdaLoraAdapter(Section):
+    """AdaLoRA (Zhang et al. 2023): low-rank updates B E A with a factor for each rank, of which those that matter least are taken
+    away while training goes on, wherever they are, until `rank` are left per layer on average."""
+
+    method: Literal["adalora"]
+    """Train low-rank updates whose ranks are shared out among the layers by importance; the base stays frozen."""
+    rank: PositiveInt = 8
+    """Rank of an update in the end, on average over the layers."""
+    initial_rank: PositiveInt | Auto = "auto"
+    """Rank of each update in the beginning; `auto`: one and a half times `rank`, as in the paper."""
+    alpha: PositiveFloat = 16.0
+    """Scale of the update: it is multiplied by alpha / `initial_rank`, whatever rank is left."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the update."""
+    tinit_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps, at the beginning, in which no rank is taken away. The paper takes about a tenth."""
+    tfinal_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the steps, at the end, in which the ranks stay as they are. The paper takes about half."""
+    delta_t: PositiveInt = 10
+    """Steps from one choice of ranks to the next, between both."""
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Of the running average of importance, which is that of weight times gradient."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Of the running average of its uncertainty."""
+    orthogonal_weight: NonNegativeFloat = 0.5
+    """What is added to the loss is this times the mean, over all A and B, of how far their ranks are from orthonormal."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get an update: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
 class TrainableTokensAdapter(Section):
     """Trainable tokens: a frozen base, but for the rows of some tokens in embedding and head."""
 
@@ -262,6 +319,8 @@ Adapter = Annotated[
     | LohaAdapter
     | VeraAdapter
     | OftAdapter
+    | BottleneckAdapter
+    | AdaLoraAdapter
     | TrainableTokensAdapter
     | PromptTuningAdapter
     | PrefixTuningAdapter

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import DataError, ModelError
 from raytune.hub.snapshot import described, in_lines
 from raytune.model.adapters import ADAPTERS, adapting_with
-from raytune.model.adapters.adapting import as_asked
+from raytune.model.adapters.adapting import Adapting, as_asked
 from raytune.model.base_check import check_files
 from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
@@ -94,6 +94,8 @@ def merge_adapter(
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
     peft_config = _adapter_config(adapter_folder)
     row = adapting_with(peft_config)
+    if row is not None and row.why_unmerged:
+        raise ModelError(f"{adapter_folder} merges into nothing: {row.why_unmerged}.")
     if row is None or not row.merges:
         merged = ", ".join(sorted(name for name, row in ADAPTERS.items() if row.merges))
         raise ModelError(
@@ -124,7 +126,7 @@ def merge_adapter(
             config.get_text_config().vocab_size = num_rows
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     quantization = _quantization(adapter_folder) if dequantise else None
-    merger = _Merger(model, num_rows, adapter_folder, peft_config, quantization, weights, row.merged_bias)
+    merger = _Merger(model, num_rows, adapter_folder, peft_config, quantization, weights, row)
 
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
@@ -248,13 +250,13 @@ class _Merger:
         peft_config: PeftConfig,
         quantization: dict[str, Any] | None,
         weights: _BaseWeights,
-        merged_bias: Callable[[Any, Tensor], Tensor],
+        row: Adapting,
     ) -> None:
         """
         Args:
             model: on the meta device.
             num_rows: of its embedding.
-            merged_bias: `Adapting.merged_bias` of the adapter's method.
+            row: of the adapter's method.
         """
         self.model = model
         self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -262,12 +264,13 @@ class _Merger:
         self._head = _name_of(self.model, self.model.get_output_embeddings())
         self._is_tied = bool(model.config.get_text_config().tie_word_embeddings) and self._head is not None
         self._quantization, self._weights = quantization, weights
-        self._merged_bias = merged_bias
+        self._merged_bias = row.merged_bias
         self._experts = PackedExperts(self.model, quantization, weights.read) if quantization else None
         # The start is overwritten by what was trained; some starts of LoRA would need the base's weights.
         if hasattr(peft_config, "init_lora_weights"):
             peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            saved = row.of_equal_shapes(load_peft_weights(str(folder), device="cpu"), peft_config)
             with as_asked():
                 peft_model: Any = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
             self._mark = f".{peft_model.base_model.prefix}"
@@ -286,7 +289,8 @@ class _Merger:
                 setattr(layer.get_base_layer(), name, nn.Parameter(torch.empty(0), requires_grad=False))
                 if isinstance(layer, TrainableTokensLayer):
                     layer.trainable_tokens_original[ADAPTER] = torch.empty(0)  # which it sends there too
-            loaded = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
+            loaded = set_peft_model_state_dict(peft_model, saved, low_cpu_mem_usage=True)
+            row.restore_constants(peft_model)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"The adapter in {folder} cannot be put on this base: {in_a_line(error)}. Its file is damaged, or it was trained "
@@ -387,7 +391,7 @@ class _Merger:
         replaced = {
             name.replace(".base_layer.", "."): parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if not parameter.is_meta and parameter.numel() and not any(mark in name for mark in (self._mark, *_MARKS))
+            if not parameter.is_meta and parameter.numel() and name.replace(".base_layer.", ".") in self._names
         }
         for name, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper | LNTuningLayer):
@@ -395,10 +399,6 @@ class _Merger:
                 trained: nn.Module = copies[ADAPTER]
                 replaced |= {f"{name}.{part}": tensor for part, tensor in trained.state_dict().items()}
         return replaced
-
-
-_MARKS = (".modules_to_save.", ".trainable_tokens_delta.")
-"""What is in the names of an adapter's own parameters of every kind."""
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import gather_params_ctx
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raytune.data.tokenizers import backend_of, load_tokenizer, token_numbers, vocabulary_of, with_tokens
@@ -107,5 +107,5 @@ def _start_rows(model: PreTrainedModel, starts: dict[int, Sequence[int] | None],
                     weight[row] = weight[list(sources)].mean(0, dtype=torch.float32) if sources else of_all
 
 
-def _by_row(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter is not None]
+def _by_row(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters())

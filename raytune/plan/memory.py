@@ -31,6 +31,8 @@ STATE_BYTES: dict[Optimizer, float] = {
 """Optimizer state per trained parameter. Adafactor's depends on shapes."""
 EIGHT_BIT: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit")
 
+AVERAGES_BYTES = 8
+"""Of what a method follows (`Trained.num_followed`), per number: two averages in fp32."""
 CPU_PROCESS_BYTES = GIB
 """Allowance for what a worker's process holds besides tensors: Ray, torch and other libraries, 0.54 GiB once imported, and what
 they and the C library keep while they work. Measured on 2026-11-28 as resident set less planned tensors, after 10 to 120 steps of
@@ -143,6 +145,8 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("optimizer", _optimizer_bytes(work), place=optimizer_place)
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
+    yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
+    yield _part("whole gradients and values", _followed_bytes(work), ("update",))
 
 
 def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
@@ -219,7 +223,8 @@ def checkpoint_bytes(work: Workload) -> int:
         trains_tied = work.trained.is_base and work.shape.embeddings[0].name in work.trained.whole
         keeps_head = work.shape.is_tied and not trains_tied
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
-    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole)
+    averages = AVERAGES_BYTES * work.trained.num_followed  # from rank 0
+    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole + averages)
 
 
 def chunk_tokens_for(vocab: int) -> int:
@@ -310,6 +315,15 @@ def _update_bytes(work: Workload) -> float:
     num_updated = min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard
     is_16_bit = work.precision != "fp32" and (work.zero_stage == 3 or not _sums_in_fp32(work))
     return num_updated * (4 + is_16_bit * BYTES[work.precision])
+
+
+def _followed_bytes(work: Workload) -> float:
+    """What a method reads of what it follows, which PlainEngine has whole anyway: gradients before, during and after an update;
+    values before and after it, when what the update takes is gone."""
+    if work.engine == "plain":
+        return 0
+    whole = 4 * work.trained.num_followed
+    return whole + max(0, whole - _update_bytes(work)) if whole else 0
 
 
 def _optimizer_bytes(work: Workload) -> float:
@@ -465,7 +479,8 @@ def _linear_input_bytes(work: Workload) -> float:
     if trained.is_base:
         kept = kept_by_weights(trained, shape, work.zero_stage == 3)
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
-    inner = trained.inner_width * width / num_layers
+    inner_width = trained.inner_width + (trained.width_in_16_bits if work.precision != "fp32" else 0)
+    inner = inner_width * width / num_layers
     casts = _casts_inputs(work)
     # What layers are given in place of their inputs, which stage 3 has them keep too.
     inner += trained.changed_inputs * width / num_layers if work.zero_stage == 3 else 0

@@ -9,10 +9,10 @@ from typing import Literal
 
 from raytune.plan.shapes import Kind, ModelShape, Module
 
-How = Literal["whole", "low rank", "product", "rotation", "scale", "rows", "bias", "in front"]
+How = Literal["whole", "low rank", "product", "rotation", "scale", "network", "rows", "bias", "in front"]
 """Every parameter of a module, in place or as a copy beside the frozen one; a low-rank update beside it, or one that is another
-product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; rows of some tokens;
-its bias. Of a module beside the base, what it makes virtual tokens of, in front of each document."""
+product of small matrices; a rotation of its inputs; factors of what enters it, leaves it or runs beside it; a small network
+behind it; rows of tokens; its bias. Of a module beside the base, what it makes virtual tokens of, in front of each document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,9 @@ class Trained:
     """Widths of the inputs that updates of layers compute with."""
     inner_width: int = 0
     """Numbers per token that updates of layers keep beside these inputs: low-rank ones as many as they have ranks."""
+    width_in_16_bits: int = 0
+    """Numbers per token that updates keep besides where products are in 16 bits: of a division by a tensor, torch 2.13 keeps what
+    is divided then only."""
     scaled_inputs: int = 0
     """Widths of the inputs that are multiplied by trained factors, and kept in the dtype of these."""
     casts_inputs: bool = True
@@ -65,6 +68,9 @@ class Trained:
     """Numbers of the largest of these matrices."""
     num_constants: int = 0
     """Numbers that a method adds and does not train, in the weights' dtype; ZeRO-3 leaves them whole on every rank."""
+    num_followed: int = 0
+    """Trained numbers that a method follows from step to step: it has two averages of each in fp32, whole on every rank, and
+    reads their whole gradients and values in each update."""
     drops_inputs: bool = False
     """Whether updates drop some of their inputs, and so keep what was dropped."""
     num_virtual: int = 0

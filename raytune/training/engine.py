@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytune.config.training import Precision
 from raytune.errors import UnfitCheckpointError
 from raytune.model.adapters.adapting import shared_matrices
+from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
@@ -31,6 +32,8 @@ from raytune.training.layout import refuse_other_layout, write_layout
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+METHOD_FILE = "method.safetensors"
+"""State of what a method does beside updates; the same on every rank."""
 
 INITIAL_LOSS_SCALE = 2.0**16
 STEPS_BEFORE_GROWTH = 2000
@@ -157,6 +160,7 @@ class PlainEngine:
         rank: int = 0,
         world_size: int = 1,
         compile_model: bool = False,
+        beside: BesideUpdates | None = None,
     ) -> None:
         """Take a model whose trained weights become fp32, in place, so that `optimizer` keeps its parameters.
 
@@ -169,12 +173,14 @@ class PlainEngine:
             rank: of this process in the default process group, which must exist if there are several.
             world_size: number of processes.
             compile_model: by torch.compile, in place, so that names stay.
+            beside: what the method does in each step beside updates; then each step waits for the norm of its gradient.
         """
         self.rank, self.world_size, self.device = rank, world_size, device
         self.model = self.module = model
         self._precision: Precision = precision
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
+        self._beside = beside
         self._scaler = torch.amp.GradScaler(
             device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
         )
@@ -201,14 +207,30 @@ class PlainEngine:
         set_learning_rate(self._optimizer, learning_rate)
         self._sum_gradients_over_ranks()
         self._scaler.unscale_(self._optimizer)
+        if self._beside:
+            self._beside.add_gradients(*self._followed(self._beside))
         # The operations of clip_grad_norm_, in its order, so that weights equal those of transformers.Trainer bit for bit.
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         norm = get_total_norm(gradients)
         if self._max_grad_norm > 0:
             clip_grads_with_norm_(self._trained.values(), self._max_grad_norm, norm)
         self._update(norm)
+        if self._beside:
+            if math.isfinite(norm.item()):
+                self._beside.after_update(*self._followed(self._beside))
+            else:
+                self._beside.skipped()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _followed(self, beside: BesideUpdates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values and gradients of what a method follows."""
+        gradients = {}
+        for name, parameter in beside.parameters.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients[name] = parameter.grad
+        return {name: parameter.data for name, parameter in beside.parameters.items()}, gradients
 
     def _update(self, norm: Tensor) -> None:
         """Let the optimizer step unless `norm` is not finite; on a GPU without asking, where the optimizer can decide there."""
@@ -263,6 +285,7 @@ class PlainEngine:
             tensors, values = self._optimizer_state()
             state = {"optimizer": values, "scaler": self._scaler.state_dict()}
             save_file(tensors, folder / OPTIMIZER_FILE, metadata={"state": json.dumps(state)})
+            save_method(self._beside, folder)
 
     def load(self, folder: Path) -> None:
         refuse_other_layout(Layout(zero_stage=0, world_size=self.world_size, precision=self._precision), folder)
@@ -281,6 +304,7 @@ class PlainEngine:
             for name, parameter in self._trained.items():
                 parameter.data.copy_(file.get_tensor(name))
         self._load_optimizer(folder / OPTIMIZER_FILE)
+        load_method(self._beside, folder)
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """Tensors as `<parameter>/<entry>`, and the entries that are plain values, by parameter."""
@@ -322,7 +346,7 @@ class PlainEngine:
         )
 
     def release(self) -> None:
-        del self.model, self.module, self._trained, self._optimizer
+        del self.model, self.module, self._trained, self._optimizer, self._beside
         free_memory(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -332,6 +356,17 @@ class PlainEngine:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return gather_objects(value, self.world_size)
+
+
+def save_method(beside: BesideUpdates | None, folder: Path) -> None:
+    """Write what a method needs to go on exactly; rank 0."""
+    if beside:
+        save_file({name: value.detach().cpu().contiguous() for name, value in beside.state().items()}, folder / METHOD_FILE)
+
+
+def load_method(beside: BesideUpdates | None, folder: Path) -> None:
+    if beside:
+        beside.load_state(load_file(folder / METHOD_FILE))
 
 
 def constant_bytes(model: nn.Module) -> int:

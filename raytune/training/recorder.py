@@ -35,7 +35,7 @@ class Recorder:
         *,
         attempt: int,
         resumed_step: int,
-        told: Callable[[int, Mapping[str, float]], None],
+        told: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
     ) -> None:
         self._plan, self._engine, self._told = plan, engine, told
         self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step) if engine.rank == 0 else None

@@ -16,6 +16,7 @@ from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.errors import RaytuneError
 from raytune.model.adapters import adapting
+from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.attention import model_inputs
 from raytune.model.base_check import check_base
 from raytune.model.inference import load_saved
@@ -207,6 +208,11 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
     )
 
 
+def _beside_updates(plan: RunPlan, model: Any) -> BesideUpdates | None:
+    """What the plan's method does in each step beside updates, on this model."""
+    return adapting(plan.adapter).beside_updates(model, plan.adapter, plan.optimization.num_steps)
+
+
 def _plain_engine(
     plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None, saved: Path | None, look: Look | None
 ) -> Engine:
@@ -225,6 +231,7 @@ def _plain_engine(
         rank=rank,
         world_size=world_size,
         compile_model=plan.model.compile,
+        beside=_beside_updates(plan, model),
     )
 
 
@@ -249,4 +256,5 @@ def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None, look: 
         precision=plan.precision,
         device=device,
         compile_model=plan.model.compile,
+        beside=_beside_updates(plan, model),
     )

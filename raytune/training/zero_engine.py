@@ -27,12 +27,14 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_fp32_param, safe_set_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from raytune.config.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
+from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.dtypes import DTYPES
 from raytune.model.weight_numbers import is_packed
 from raytune.plan.division import Layout
@@ -45,8 +47,10 @@ from raytune.training.engine import (
     constant_bytes,
     free_memory,
     gather_objects,
+    load_method,
     num_bytes,
     poisoned,
+    save_method,
     set_learning_rate,
 )
 from raytune.training.layout import refuse_other_layout, write_layout
@@ -56,6 +60,9 @@ TAG = "zero"
 
 PERSISTENT_ELEMENTS = 100_000
 """Stage 3 leaves smaller parameters (norms, biases) whole on every rank: a gather of them costs more than it saves."""
+
+CLIP_EPSILON = 1e-6
+"""What DeepSpeed, as torch, adds to a norm before it divides by it."""
 
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """Programs that DeepSpeed puts into every checkpoint; a checkpoint of ours holds data only."""
@@ -214,6 +221,7 @@ class ZeroEngine:
         precision: Precision,
         device: torch.device,
         compile_model: bool = False,
+        beside: BesideUpdates | None = None,
     ) -> None:
         """Shard a model over the default process group, which must exist.
 
@@ -224,10 +232,13 @@ class ZeroEngine:
             precision: of weights and products.
             device: of weights and batches.
             compile_model: by torch.compile, in place, so that names stay.
+            beside: what the method does in each step beside updates, for which all of what it follows is gathered twice.
         """
         prepare_deepspeed(device)
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.model = model
+        self._beside = beside
+        self._max_grad_norm: float = config["gradient_clipping"]
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
         _cast_unsharded(model, DTYPES[precision])
@@ -245,6 +256,9 @@ class ZeroEngine:
             model_parameters=[*self._trained.values()],  # pyright: ignore[reportArgumentType]
         )[0]
         self.module: nn.Module = self._engine
+        self._seen_gradients: dict[str, Tensor] = {}
+        if self._beside:
+            self._ask_before_updates(self._beside)
         self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
 
     def autocast(self) -> AbstractContextManager:
@@ -265,7 +279,57 @@ class ZeroEngine:
                     "Lower training.learning_rate, or set training.precision to bf16."
                 ) from error
             raise
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        norm = self._engine.get_global_grad_norm()
+        if self._beside:
+            self._after_update(self._beside, self._seen_gradients, float(norm))
+            self._seen_gradients = {}
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    def _ask_before_updates(self, beside: BesideUpdates) -> None:
+        """Have the method add its gradients when all stages have those of the step: DeepSpeed 0.19 has them whole, and not yet
+        clipped, only between the two halves of its own step."""
+        update = self._engine.optimizer.step
+
+        def update_with_added(*arguments: Any, **named: Any) -> Any:
+            self._seen_gradients = self._gradients_with_added(beside)
+            return update(*arguments, **named)
+
+        self._engine.optimizer.step = update_with_added
+
+    def _gradients_with_added(self, beside: BesideUpdates) -> dict[str, Tensor]:
+        """Whole gradients of what a method follows, with those of what it adds to the loss, as DeepSpeed's shards then are."""
+        scale = self.loss_scale() or 1.0
+        gradients = {
+            name: _known(safe_get_full_grad(parameter)).to(torch.float32, copy=True) / scale
+            for name, parameter in beside.parameters.items()
+        }
+        beside.add_gradients(self._whole_masters(beside), gradients)
+        for name, parameter in beside.parameters.items():
+            safe_set_full_grad(parameter, gradients[name] * scale)
+        return gradients
+
+    def _after_update(self, beside: BesideUpdates, gradients: dict[str, Tensor], norm: float) -> None:
+        if not math.isfinite(norm):
+            beside.skipped()
+            return
+        if 0 < self._max_grad_norm < norm + CLIP_EPSILON:
+            torch._foreach_mul_(list(gradients.values()), self._max_grad_norm / (norm + CLIP_EPSILON))
+        values = self._whole_masters(beside)
+        changed = beside.after_update(values, gradients)
+        parameters = [beside.parameters[name] for name in changed]
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self._stage == 3), torch.no_grad():
+            for name in changed:
+                beside.parameters[name].copy_(values[name])
+        for name in changed:
+            safe_set_full_fp32_param(beside.parameters[name], values[name])
+        # DeepSpeed leaves small weights whole between steps, and takes it that nobody divides them.
+        whole: list[Any] = [parameter for parameter in parameters if getattr(parameter, "ds_persist", False)]
+        if whole:
+            whole[0].all_gather(whole)
+
+    def _whole_masters(self, beside: BesideUpdates) -> dict[str, Tensor]:
+        """Whole fp32 values of what a method follows."""
+        return {name: _known(safe_get_full_fp32_param(parameter)) for name, parameter in beside.parameters.items()}
 
     def loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._precision == "fp16" else None
@@ -297,6 +361,7 @@ class ZeroEngine:
         )
         if self.rank == 0:
             write_layout(folder, self._layout())
+            save_method(self._beside, folder)
             for script in RECOVERY_SCRIPTS:
                 (folder / script).unlink(missing_ok=True)
 
@@ -309,6 +374,7 @@ class ZeroEngine:
             raise CheckpointError(f"DeepSpeed cannot load {folder} on rank {self.rank}: {error}") from error
         if path is None:
             raise CheckpointError(f"{folder / TAG} has no files of DeepSpeed for rank {self.rank}.")
+        load_method(self._beside, folder)
 
     def _layout(self) -> Layout:
         return Layout(zero_stage=self._stage, world_size=self.world_size, precision=self._precision)
@@ -362,7 +428,7 @@ class ZeroEngine:
 
     def release(self) -> None:
         self._end()
-        del self.model
+        del self.model, self._beside
         free_memory(self.device)
 
     def _end(self) -> None:
@@ -408,6 +474,11 @@ def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not is_packed(parameter) and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+
+
+def _known(value: Tensor | None) -> Tensor:
+    assert value is not None, "the parameter is trained"
+    return value
 
 
 def _flat(groups: Iterable[Iterable[Any] | None]) -> list[Any]:

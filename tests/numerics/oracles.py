@@ -1,6 +1,8 @@
 """The same training, written plainly with transformers, peft and bitsandbytes, and with none of our training code."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,21 @@ def _losses(
 def peft_losses(model: torch.nn.Module, plan: RunPlan, config: PeftConfig) -> list[float]:
     """What an adapter of PEFT's learns of a plan's rows, a document at a time."""
     torch.manual_seed(plan.seed)
-    model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    return adapted_losses(get_peft_model(model, config), plan)  # pyright: ignore[reportArgumentType]
+
+
+def adapted_losses(
+    model: torch.nn.Module,
+    plan: RunPlan,
+    penalty: Callable[[Any], Tensor | float] = lambda model: 0.0,
+    after_step: Callable[[Any, int], None] = lambda model, step: None,
+) -> list[float]:
+    """What is trained of a model learns of a plan's rows, a document at a time.
+
+    Args:
+        penalty: is added to the loss of a step, and not to what is returned.
+        after_step: is called after this many steps, before the gradients go.
+    """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = plan.optimization
@@ -93,10 +109,11 @@ def peft_losses(model: torch.nn.Module, plan: RunPlan, config: PeftConfig) -> li
         num_targets = sum(batch.target_ids.numel() for batch in batches)
         loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
         assert isinstance(loss, Tensor)
-        loss.backward()
+        (loss + penalty(model)).backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
+        after_step(model, step + 1)
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses

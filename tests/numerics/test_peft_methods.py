@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from raytune.errors import ModelError
 from raytune.model.export import save_adapter
 from raytune.model.inference import load_saved
 from raytune.model.load import load_model
@@ -20,7 +20,7 @@ from raytune.plan.methods import trained_by
 from raytune.plan.run_plan import RunPlan, ZeroStage
 from raytune.training.engine import HeldBytes
 from tests.numerics.measured_bytes import measure_all, measure_peaks
-from tests.numerics.oracles import peft_losses
+from tests.numerics.oracles import adapted_losses
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     SAME_SUMS,
@@ -52,7 +52,11 @@ NF4 = BitsAndBytesConfig(
 )
 SLOW = pytest.mark.slow
 # Norms have no inputs and outputs; PEFT warns of them in every use.
-pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Unsupported layer type"),
+    # AdaLoRA's, which PEFT 0.21 takes for LoRA's when it looks for the layers of a pattern.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),
+]
 
 
 def plan_of(method: str, material: Material, **changes: Any) -> RunPlan:
@@ -71,7 +75,9 @@ def run_alone(method: str, material: Material) -> tuple[Any, Outcome]:
 
 def plain_losses(plan: RunPlan, method: str, **base: Any) -> list[float]:
     model: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32, **base)
-    return peft_losses(model, plan, EVERY[method].config())
+    torch.manual_seed(plan.seed)
+    row = EVERY[method]
+    return adapted_losses(row.adapted(model), plan, row.penalty, row.after_step)
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -146,12 +152,16 @@ def test_what_is_saved_computes_the_same_in_plain_peft_and_merged(method: str, m
     ours = logits(engine.model.eval())
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     before = logits(base)
-    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    plain = METHODS[method].reloaded(base, tmp_path / "adapter").eval()
     assert (ours - before).abs().max() > 1e-2
     assert (ours - logits(plain)).abs().max() <= SAME_SUMS
     loaded: Any = load_saved(plan_of(method, material), tmp_path / "adapter", device=CPU)
     assert {name for name, one in loaded.named_parameters() if one.requires_grad} == {*seen.weights}
     assert (ours - logits(loaded.eval())).abs().max() <= SAME_SUMS
+    if unmerged := METHODS[method].why_unmerged:
+        with pytest.raises(ModelError, match=unmerged):
+            merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+        return
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     as_peft: Any = plain
@@ -165,6 +175,10 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
+def own_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_start_is_plain_peft_s_and_computes_what_the_base_does(method: str, material: Material) -> None:
     plan = plan_of(method, material)
@@ -173,8 +187,8 @@ def test_the_start_is_plain_peft_s_and_computes_what_the_base_does(method: str, 
     before = logits(base)
     assert (logits(ours.eval()) - before).abs().max() == 0
     torch.manual_seed(plan.seed)
-    theirs = {name: one for name, one in get_peft_model(base, METHODS[method].config()).named_parameters() if one.requires_grad}
-    trained = {name: one for name, one in ours.named_parameters() if one.requires_grad}
+    theirs = {own_name(name): one for name, one in METHODS[method].adapted(base).named_parameters() if one.requires_grad}
+    trained = {own_name(name): one for name, one in ours.named_parameters() if one.requires_grad}
     assert trained.keys() == theirs.keys()
     assert all(trained[name].equal(theirs[name]) for name in theirs)
 
@@ -209,11 +223,15 @@ def test_an_engine_holds_the_planned_bytes(method: str, material: Material, tmp_
     assert planned["weights"] == pytest.approx(held.weights, rel=1e-6)
     assert planned["gradients"] == 4 * trained.num_trainable
     assert planned["optimizer"] == held.optimizer - counters, "a step counter per parameter besides"
-    assert checkpoint_bytes(work) == 12 * trained.num_trainable
+    assert checkpoint_bytes(work) == 12 * trained.num_trainable + 8 * trained.num_followed
 
 
 LARGER: dict[str, dict[str, Any]] = {"lokr": {"rank": 8}, "loha": {"rank": 8}, "vera": {"rank": 64}, "oft": {"block_size": 32}}
+LARGER |= {"adalora": {"rank": 8, "initial_rank": 12}}
 """As large beside the base as they are of larger models."""
+OVER = {"adalora": 0.08}
+"""How far a plan may be above what is measured, where that is more than 6 %: with gradient checkpointing the fullest moment is
+the last layer's backward pass, at which the plan counts what has just been given back."""
 WAYS: list[tuple[ZeroStage, str, bool]] = [
     (stage, method, checkpointing)
     for stage in (0, 1, 3)
@@ -241,4 +259,5 @@ def test_every_rank_takes_the_planned_bytes(material: Material, tmp_path: Path) 
         assert persisted_activations(works[-1]) == pytest.approx(held.activations, rel=0.05), way
     for way, work, peak in zip(WAYS, works, run_on_ranks(measure_peaks, 2, plans)[0]):
         if work.zero_stage < 3:
-            assert tensor_bytes(memory_parts(work)) == pytest.approx(peak.num_bytes, rel=0.06), way
+            planned = tensor_bytes(memory_parts(work))
+            assert 0.94 * peak.num_bytes <= planned <= (1 + OVER.get(way[1], 0.06)) * peak.num_bytes, way

@@ -52,7 +52,7 @@ def test_the_start_is_plain_peft_s(method: str, material: Material) -> None:
     ours: Any = load_model(plan.model, plan.adapter, device=CPU, seed=plan.seed)
     base: Any = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     torch.manual_seed(plan.seed)
-    plain: Any = get_peft_model(base, EVERY[method].config())
+    plain: Any = EVERY[method].adapted(base)
     theirs = {name: one for name, one in plain.named_parameters() if one.requires_grad}
     trained = {name: one for name, one in ours.named_parameters() if one.requires_grad}
     assert trained.keys() == theirs.keys()
@@ -79,7 +79,7 @@ def test_packed_documents_behind_virtual_tokens_equal_each_alone_in_plain_peft(m
         pytest.skip("this tiny one names fewer heads of keys, which PEFT reads, than the architecture gives it")
     section: Any = TypeAdapter(Adapter).validate_python(IN_FRONT[method].section)
     batch, model = packed_batch(), small_model(family, "eager").eval()
-    plain: Any = get_peft_model(model, IN_FRONT[method].config()).eval()
+    plain: Any = IN_FRONT[method].adapted(model).eval()
     bounds = batch.cumulative_lengths.tolist()
     with torch.no_grad():
         expected = [
@@ -123,7 +123,7 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(method: str, material
             parameter.mul_(3)  # so that answers differ
     base.generation_config.eos_token_id = None
     torch.manual_seed(0)
-    model: Any = get_peft_model(base, IN_FRONT[method].config()).eval()
+    model: Any = IN_FRONT[method].adapted(base).eval()
     model.generation_config = base.generation_config
     prompts = [torch.randint(3, 250, (length,)).tolist() for length in (9, 4, 17, 9)]
     tokenizer: Any = AutoTokenizer.from_pretrained(material.model)

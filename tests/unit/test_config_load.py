@@ -108,7 +108,7 @@ def test_a_key_given_with_the_new_method_is_not_dropped_but_refused(tmp_path: Pa
             "1:25",
             "adapter.rank",
             "E101",
-            "unknown key for method full; it belongs to method lora or qlora or lokr or loha or vera",
+            "unknown key for method full; it belongs to method lora or qlora or lokr or loha or vera or adalora",
         )
     ]
     for overrides in [("adapter.method=full", "adapter.rank=4"), ("adapter.rank=4", "adapter.method=full")]:

@@ -79,7 +79,7 @@ MISTAKES = {
     "not a number": Mistake(RUN + "training: {weight_decay: .nan}\n", "3:26", "must be a finite number"),
     "transformers' optimizer": Mistake(RUN + "training: {optimizer: adamw_torch}\n", "3:23", 'Did you mean "adamw"?'),
     "transformers' schedule": Mistake(RUN + "training: {lr_scheduler_type: constant_with_warmup}\n", "3:31", "The warm-up is"),
-    "a method that is not there": Mistake(RUN + "adapter: {method: adalora}\n", "3:19", "lora is the nearest"),
+    "a method that is not there": Mistake(RUN + "adapter: {method: fourierft}\n", "3:19", "lora is the nearest"),
     "transformers' metric": Mistake(
         RUN + "checkpoint: {metric: eval_loss}\n",
         "3:22",

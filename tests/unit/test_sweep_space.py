@@ -288,7 +288,7 @@ def test_every_invalid_corner_is_reported_at_once_at_its_key(tmp_path: Path):
 def test_a_key_of_a_method_that_is_not_always_drawn_needs_a_condition(tmp_path: Path):
     ((place, key, message),) = refusal(tmp_path, "    adapter.method: [full, lora]\n    adapter.rank: [4, 8]\n")
     assert (place, key) == ("5:5", "adapter.rank")
-    methods = "lora or qlora or lokr or loha or vera"
+    methods = "lora or qlora or lokr or loha or vera or adalora"
     assert message == f"unknown key for method full; it belongs to method {methods}; draw it `when` the method has it"
     run = sweep({"adapter.method": ["full", "lora"], "adapter.rank": {"choice": [4, 8], "when": "adapter.method == 'lora'"}})
     check_space(run)

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from raytune.config.adapter import Adapter
 from raytune.model.adapters import (
+    adalora,
+    bottleneck,
     full,
     ia3,
     layernorm,
@@ -32,6 +34,8 @@ ADAPTERS: dict[str, Adapting] = {
     "loha": loha.ADAPTING,
     "vera": vera.ADAPTING,
     "oft": oft.ADAPTING,
+    "bottleneck": bottleneck.ADAPTING,
+    "adalora": adalora.ADAPTING,
     "trainable_tokens": trainable_tokens.ADAPTING,
     "prompt_tuning": prompt_tuning.ADAPTING,
     "prefix_tuning": prefix_tuning.ADAPTING,

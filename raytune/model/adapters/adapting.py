@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.data.batches import Batch
 from raytune.errors import ModelError
+from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.adapters.token_rows import rows_of_shards
 from raytune.model.quantize import quantized_modules
 from raytune.plan.methods.targets import NamesTargets, has_name
@@ -61,6 +62,15 @@ def unloaded(model: PeftModel) -> PreTrainedModel:
     return model.unload()  # pyright: ignore[reportCallIssue]
 
 
+def shaped_as_made(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """For adapters that are saved in the shapes in which they were made."""
+    return state
+
+
+def nothing_beside(model: PeftModel, adapter: Any, num_steps: int) -> None:
+    """For methods that train by the optimizer's updates alone."""
+
+
 def no_start_from_data(model: PeftModel, inputs: Iterable[dict[str, Any]]) -> None:
     """For adapters that start without data."""
 
@@ -83,6 +93,12 @@ class Adapting:
     """Have a model that PEFT made, or loaded, compute in the run's precision."""
     for_original_base: Callable[[PeftModel, dict[str, Tensor], Any], tuple[dict[str, Tensor], Any]] = as_it_is
     """Trained parameters and PEFT's configuration, as they are of the base that its author published."""
+    beside_updates: Callable[[Any, Any, int], BesideUpdates | None] = nothing_beside
+    """What is done in each step beside the optimizer's update, of the adapted model, the section and the steps of the run."""
+    of_equal_shapes: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = shaped_as_made
+    """What was saved, in the shapes that PEFT makes of its configuration, which may be changed to that end."""
+    restore_constants: Callable[[PeftModel], None] = nothing_to_mend
+    """Give what is in no file its value, in a model that PEFT made without values."""
     saved_tensors: Callable[[PeftModel, dict[str, Tensor], Any], dict[str, Tensor]] = peft_tensors
     """What is saved of these, by PEFT's names."""
     load: Callable[[PreTrainedModel, Path], PeftModel] = loaded_for_training
@@ -97,6 +113,8 @@ class Adapting:
     """Whether what plain PEFT makes of its files answers prompts of different lengths in one batch."""
     merges: bool = False
     """Whether `raytune merge` lays its adapters into their base."""
+    why_unmerged: str = ""
+    """Why it cannot, and what to do, in sentences; empty: it is only not done, and PEFT loads the adapter beside its base."""
     merged_bias: Callable[[Any, Tensor], Tensor] = same_bias
     """The bias of a layer once the adapter lies in it: of PEFT's layer and the base's bias."""
     needs_whole_targets: bool = False

@@ -18,7 +18,8 @@ from raytune.model.adapters.targets import (
     target_names,
     unchanged_experts,
 )
-from raytune.plan.methods.ia3 import PAPER, is_of_feedforward, paper_targets, ways_back
+from raytune.plan.methods.ia3 import PAPER, is_of_feedforward, paper_targets
+from raytune.plan.methods.layers import ways_back
 
 
 def _add(model: PreTrainedModel, adapter: Ia3Adapter, revision: str | None, seed: int) -> PeftModel:

@@ -91,7 +91,7 @@ def rows_of_shards() -> Iterator[None]:
     In the words of PEFT 0.21, which asks for a GPU.
     """
 
-    def collect(self: Any, weight: Tensor, rows: list[int], embed_dim: int) -> Tensor:
+    def collect(self: Any, weight: Any, rows: Any, embed_dim: int) -> Tensor:
         with gather_params_ctx([weight], modifier_rank=None):
             return weight[rows].detach().clone()
 

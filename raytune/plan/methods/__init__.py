@@ -10,6 +10,8 @@ from dataclasses import replace
 from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
 from raytune.plan.methods import (
+    adalora,
+    bottleneck,
     full,
     ia3,
     layernorm,
@@ -37,6 +39,8 @@ METHODS: dict[str, Method] = {
     "loha": loha.METHOD,
     "vera": vera.METHOD,
     "oft": oft.METHOD,
+    "bottleneck": bottleneck.METHOD,
+    "adalora": adalora.METHOD,
     "trainable_tokens": trainable_tokens.METHOD,
     "prompt_tuning": prompt_tuning.METHOD,
     "prefix_tuning": prefix_tuning.METHOD,

@@ -14,6 +14,7 @@ from raytune.plan.methods.layers import (
     refuse_embeddings,
     trained_in_layers,
     unread_names,
+    ways_back,
     without_experts,
 )
 from raytune.plan.methods.method import Method
@@ -27,8 +28,6 @@ KEYS_AND_VALUES = (
     "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack",
 )  # fmt: skip
 """Last parts of names of layers that give keys or values, or all of queries, keys and values."""
-WAYS_BACK = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "linear_out")
-"""Last parts of names of an MLP's last layer."""
 MAX_RATE = 1e-2
 
 
@@ -36,11 +35,6 @@ def paper_targets(attention: list[str], mlp: list[str]) -> list[str]:
     """Full names of the layers that the paper multiplies, out of those of attention and of the MLPs."""
     keys_and_values = [name for name in attention if name.rpartition(".")[2] in KEYS_AND_VALUES]
     return [*keys_and_values, *ways_back(mlp)]
-
-
-def ways_back(mlp: list[str]) -> list[str]:
-    """The last layers of MLPs, out of the full names of all their layers."""
-    return [name for name in mlp if name.rpartition(".")[2] in WAYS_BACK]
 
 
 def is_of_feedforward(name: str, adapter: Ia3Adapter, backs: set[str]) -> bool:

@@ -13,6 +13,9 @@ from raytune.plan.methods.targets import NamesTargets, check_names, in_short, sa
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 from raytune.plan.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
 
+WAYS_BACK = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "linear_out")
+"""Last parts of names of an MLP's last layer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
@@ -24,6 +27,8 @@ class Addition:
     """Rows and columns of the trained matrices."""
     inner_width: int = 0
     """Numbers per token that it keeps beside the layer's inputs."""
+    width_in_16_bits: int = 0
+    """Numbers per token that it keeps besides where products are in 16 bits."""
     scaled_inputs: int = 0
     """Width of the inputs that it multiplies by trained factors."""
     scaled_width: int = 0
@@ -46,12 +51,13 @@ def trained_in_layers(
     casts_inputs: bool = True,
     drops_inputs: bool = False,
     num_constants: int = 0,
+    num_followed: int = 0,
 ) -> Trained:
     """What is trained where a method adds the like to each of some layers.
 
     Args:
         addition: what it adds to a layer.
-        how, reads_inputs, casts_inputs, drops_inputs, num_constants: as of `Trained`.
+        how, reads_inputs, casts_inputs, drops_inputs, num_constants, num_followed: as of `Trained`.
     """
     added = {module.name: addition(module) for module in layers}
     parts = [TrainedPart(name=one.name, kind=one.kind, how=how, num_parameters=added[one.name].num_parameters) for one in layers]
@@ -65,6 +71,7 @@ def trained_in_layers(
         reads_inputs=reads_inputs,
         target_inputs=sum(module.inputs for module in inside) if reads_inputs else 0,
         inner_width=sum(added[module.name].inner_width for module in inside),
+        width_in_16_bits=sum(added[module.name].width_in_16_bits for module in inside),
         scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
         casts_inputs=casts_inputs,
         changed_inputs=sum(added[module.name].changed_inputs for module in inside),
@@ -72,11 +79,17 @@ def trained_in_layers(
         num_made=sum(added[module.name].num_made for module in inside),
         largest_made=max((one.num_made for one in added.values()), default=0),
         num_constants=num_constants,
+        num_followed=num_followed,
         drops_inputs=drops_inputs,
         num_packed=sum(one.num_parameters for one in packed),
         num_packed_per_layer=most_in_a_module(packed),
         largest_packed=max((one.num_parameters for one in packed), default=0),
     )
+
+
+def ways_back(mlp: list[str]) -> list[str]:
+    """The last layers of MLPs, out of the full names of all their layers."""
+    return [name for name in mlp if name.rpartition(".")[2] in WAYS_BACK]
 
 
 def refuse_embeddings(layers: Iterable[Module], what: str) -> None:
