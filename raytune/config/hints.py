@@ -3,7 +3,7 @@
 from typing import Any
 
 from raytune.config.foreign_names import Answer, answer_for_name, answer_for_value
-from raytune.config.keys import choices, keys, keys_in, unions
+from raytune.config.keys import choices, is_in_list, keys, keys_in, unions
 from raytune.config.near_words import are_opposite, near_words
 
 
@@ -22,6 +22,8 @@ def hint_for_key(section: str, name: str, method: str, value: object = None) -> 
     plain = name.lower().replace("-", "_")
     here = [key.path.rpartition(".")[2] for key in keys_in(section) if not key.methods or method in key.methods]
     elsewhere = [known for known in keys() if known.rpartition(".")[2] == plain and not known.startswith(f"{path}.")]
+    # A key of a list's sections is meant where the list is written, and no other key has its name.
+    elsewhere = [known for known in elsewhere if not is_in_list(keys()[known])] or elsewhere
     below = [known for known in elsewhere if section and known.startswith(f"{section}.")]
     answer = answer_for_name(section, name, value)
     near = [plain] if plain in here else near_words(plain, here, cutoff=0.75)

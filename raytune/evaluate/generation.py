@@ -52,7 +52,8 @@ def write_answers(
     pad: Any = next((token for token in (tokenizer.pad_token_id, *stops) if token is not None), 0)
     added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     specials = {*tokenizer.all_special_ids, *added}
-    left_out = specials - {tokenizer.convert_tokens_to_ids(token) for token in kept}
+    kept_ids: Any = tokenizer.convert_tokens_to_ids([*kept])
+    left_out = specials - {*kept_ids}
     answers = [""] * len(prompts)
     for indices in _batches([len(prompt) for prompt in prompts], batch_size, can_pad=can_pad):
         longest = len(prompts[indices[-1]])

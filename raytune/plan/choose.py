@@ -1,4 +1,5 @@
-"""From a config, a model's shape, the machines and the data to a `RunPlan`, in which no "auto" is left. Pure.
+"""From a config, a model's shape, the machines and the data to a `RunPlan`, in which no "auto" is left, but for what a method's
+own section leaves to the shape of the base. Pure.
 
 A launcher calls, in this order: `base_model.read_model_shape`, `setting.settle`; then it builds the stores, with rows of as many
 tokens as that says, and then calls `choose_plan`.

@@ -238,7 +238,6 @@ class ZeroEngine:
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.model = model
         self._beside = beside
-        self._max_grad_norm: float = config["gradient_clipping"]
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
         _cast_unsharded(model, DTYPES[precision])
@@ -312,8 +311,9 @@ class ZeroEngine:
         if not math.isfinite(norm):
             beside.skipped()
             return
-        if 0 < self._max_grad_norm < norm + CLIP_EPSILON:
-            torch._foreach_mul_(list(gradients.values()), self._max_grad_norm / (norm + CLIP_EPSILON))
+        most = self._engine.gradient_clipping()
+        if 0 < most < norm + CLIP_EPSILON:
+            torch._foreach_mul_(list(gradients.values()), most / (norm + CLIP_EPSILON))
         values = self._whole_masters(beside)
         changed = beside.after_update(values, gradients)
         parameters = [beside.parameters[name] for name in changed]

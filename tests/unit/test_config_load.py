@@ -144,6 +144,9 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         "model": {"revision": "0" * 40}
         | ({"new_tokens": [{"token": "<b>"}]} if key.path.startswith("model.new_tokens.") else {}),
     }
+    if key.path.startswith("strategy.unfreeze."):
+        begins = {} if ".from_" in key.path else {"from_step": 8}
+        base |= {"adapter": {"method": "full"}, "strategy": {"unfreeze": [{"last_layers": 0}, {"last_layers": "all"} | begins]}}
     if key.path in ("model.double_quantization", "model.quant_compute_dtype", "model.quant_storage"):
         base["model"] |= {"quantization": "nf4"}
     if key.path.startswith("sweep."):
@@ -152,6 +155,7 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["sweep"] |= {"stopping": {"method": key.methods[-1]}} if key.methods else {}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
     path = path.replace("sweep.space.", "sweep.space.adapter.alpha.").replace("model.new_tokens.", "model.new_tokens.0.")
+    path = path.replace("strategy.unfreeze.", "strategy.unfreeze.1.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])
     at: Any = config.model_dump()

@@ -127,7 +127,7 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("embedding_learning_rate: 1e-5", '"strategy.rate_scales"? A rate there is a factor of training.learning_rate here'),
         ("model: {attention_dropout: 0.1}", "dropout.attention"),
         ("freeze_vision_tower: true", "raytune has no such setting"),
-        ("lr_finder: true", "a sweep over training.learning_rate"),
+        ("lr_finder: true", "raytune find-rate RUN.yaml"),
         ("training: {early_stopping_patience: 3}", '"training.early_stopping.patience"'),
         ("early_stopping_threshold: 0.1", '"training.early_stopping.min_delta"'),
         ("sweep: {early_stopping: {}, space: {training.seed: [1, 2]}}\ndata: {validation_fraction: 0.1}", '"sweep.stopping"'),

@@ -99,7 +99,7 @@ def test_what_is_not_read_is_not_said_to_be_set():
 @pytest.mark.parametrize("name", ["style", "code"])
 def test_ranks_and_targets_of_a_preset_are_those_of_lora(name: str):
     """A rank of 8 is small for LoRA and starves VeRA, and `attention` is no norm."""
-    for method in METHODS:
+    for method in METHODS.keys() - {"trainable_tokens"}:  # which needs tokens
         plan = planned(preset=None, **config_from({"preset": name, "adapter": {"method": method}}).model_dump(include=PLANNED))
         own = planned(adapter={"method": method}).adapter
         assert (plan.adapter == own) == (method not in ("lora", "qlora"))

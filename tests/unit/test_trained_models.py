@@ -74,7 +74,8 @@ def test_what_is_trained_is_what_the_plan_counts(case: str) -> None:
         ("llama", LORA | {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, "down_proj.weight"),
         ("gpt_oss", FULL, "k_proj.weight"),
         ("mamba2", FULL, "mixer.in_proj.weight"),
-        *(("llama", method.section, "q_proj") for name, method in METHODS.items() if name not in ("layernorm", "ia3")),
+        *(("llama", row.section, "q_proj") for name, row in METHODS.items() if name not in ("layernorm", "ia3", "bottleneck")),
+        ("llama", METHODS["bottleneck"].section, "o_proj"),
     ],
     ids=str,
 )
