@@ -56,9 +56,9 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
             verdict="exploded at once",
             words=f"The loss {_ended(stop)} within {len(losses)} steps, at {reached:.2g}: no curve to read. Begin lower (--low).",
         )
-    opening = max(3, round(OPENING * len(finite)))
+    opening = opening_of(finite)
     first = statistics.fmean(finite[:opening])
-    curve = trend(finite, tried.smoothing, ceiling=max(finite[:opening]))
+    curve = trend(finite, tried.smoothing)
     lowest = min(range(len(curve)), key=curve.__getitem__)
     noise = noise_of(finite[: max(lowest + 1, 2 * opening)])
     # Of the mean of the opening and of the lowest value of the curve, whose weights are those of two averages that meet.
@@ -94,12 +94,17 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
     )
 
 
-def trend(losses: Sequence[float], smoothing: float, ceiling: float) -> list[float]:
+def opening_of(losses: Sequence[float]) -> int:
+    """How many of the losses, from the first, are what the test begins with."""
+    return max(3, round(OPENING * len(losses)))
+
+
+def trend(losses: Sequence[float], smoothing: float) -> list[float]:
     """The losses, smoothed from both sides, so that the curve does not lag behind the rate as a moving average does.
 
-    Args:
-        ceiling: what counts no more than this, so that an explosion does not reach back.
+    What is above all losses of the opening counts no more than the highest of these: an explosion does not reach back.
     """
+    ceiling = max(losses[: opening_of(losses)])
     capped = [min(loss, ceiling) for loss in losses]
     forward, backward = smoothed(capped, smoothing), smoothed(capped[::-1], smoothing)[::-1]
     return [(before + after) / 2 for before, after in zip(forward, backward, strict=True)]

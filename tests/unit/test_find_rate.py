@@ -1,6 +1,7 @@
 """A range test of learning rates as arithmetic, and how its suggestion gets into a file."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from raytune.config.load import load_with_places
 from raytune.config.rate_in_file import file_for_rate, write_rate
+from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import with_value
 from raytune.errors import UserError
 from raytune.plan.rate_advice import advise_rate
@@ -163,6 +165,11 @@ def test_a_file_whose_anchors_would_change_more_is_left_as_it_is(text: str, tmp_
     assert file.read_text() == text
 
 
+def target_of(files: list[str], overrides: Sequence[str] = ()) -> str:
+    config, places = load_with_places(files, overrides)
+    return file_for_rate(files, places, config)
+
+
 def test_a_rate_that_would_not_count_is_refused_with_its_place(tmp_path: Path) -> None:
     run, over, sweep = tmp_path / "run.yaml", tmp_path / "over.yaml", tmp_path / "sweep.yaml"
     run.write_text("training:\n  learning_rate: 1e-4\n")
@@ -176,7 +183,7 @@ def test_a_rate_that_would_not_count_is_refused_with_its_place(tmp_path: Path) -
     for files, overrides, place in cases:
         names = [str(file) for file in files]
         with pytest.raises(UserError, match=place):
-            file_for_rate(names, load_with_places(names, overrides)[1])
+            target_of(names, overrides)
     with pytest.raises(UserError, match="none is given"):
-        file_for_rate([], {})
-    assert file_for_rate([str(run)], load_with_places([str(run)])[1]) == str(run)
+        file_for_rate([], {}, RunConfig())
+    assert target_of([str(run)]) == str(run)
