@@ -55,7 +55,7 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
                     break
         except TrainingError as error:
             if not losses:
-                raise
+                raise TrainingError(f"{error} No rate was tried before it: rows, base or precision are the cause.") from error
             losses.append(math.nan)  # what ends a run is an answer here
             failure = str(error)
     if engine.rank == 0:
