@@ -14,7 +14,7 @@ from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import with_value
 from raytune.errors import UserError
 from raytune.plan.rate_advice import advise_rate
-from raytune.plan.rate_range import RangeOptions, RateRange, reason_to_stop, smoothed
+from raytune.plan.rate_range import RangeOptions, RateRange, cautions, reason_to_stop, smoothed
 from tests.tiny import PATIENT
 
 TRIED = RateRange(low=1e-6, high=1.0, num_steps=100)
@@ -124,6 +124,17 @@ def test_a_range_lies_around_the_usual_rate_of_the_method() -> None:
     assert (tried.low, tried.high) == (2e-7, 2e-2)
 
 
+def test_a_range_that_is_known_to_mislead_is_tried_with_a_caution() -> None:
+    usual, long = RangeOptions().around(2e-4), RangeOptions(num_steps=3000).around(2e-4)
+    assert cautions(usual, num_epochs=1.0, num_steps_of_run=1000) == ()
+    (steps,) = cautions(long, num_epochs=1.0, num_steps_of_run=5000)
+    (epochs,) = cautions(usual, num_epochs=7.0, num_steps_of_run=1000)
+    (run,) = cautions(usual, num_epochs=1.0, num_steps_of_run=20)
+    assert "3000 steps are a training run" in steps
+    assert "7.0 times" in epochs
+    assert "The run has 20 steps, and the test 100" in run
+
+
 FILES = [
     ("# c\nname: a\n", "# c\nname: a\ntraining:\n  learning_rate: 2.0e-04\n"),
     ("training:\n  # c\n  max_steps: 5\n", "training:\n  learning_rate: 2.0e-04\n  # c\n  max_steps: 5\n"),
@@ -184,6 +195,13 @@ def test_a_rate_that_would_not_count_is_refused_with_its_place(tmp_path: Path) -
         names = [str(file) for file in files]
         with pytest.raises(UserError, match=place):
             target_of(names, overrides)
+    run.write_text(
+        "adapter: {method: full}\nstrategy:\n  unfreeze:\n"
+        "    - {last_layers: 1, learning_rate: 1e-3}\n    - {last_layers: all, from_step: 3}\n"
+    )
+    with pytest.raises(UserError, match="Leave --apply out"):
+        target_of([str(run)])
+    run.write_text("training:\n  learning_rate: 1e-4\n")
     with pytest.raises(UserError, match="none is given"):
         file_for_rate([], {}, RunConfig())
     assert target_of([str(run)]) == str(run)
