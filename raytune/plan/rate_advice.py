@@ -24,8 +24,10 @@ CERTAIN = 4.0
 """A fall counts from so many standard errors of it on."""
 LEAST_FALL = 0.01
 """And from this share of the first loss on."""
-STILL = 0.1
-"""The loss still falls if the last tenth of the test brings at least this share of the whole fall."""
+LAST = 0.1
+"""Share of the steps that are its end."""
+STILL = 0.05
+"""The loss still falls if the end brings at least this share of the whole fall, half of what an even fall brings there."""
 SAFE_SHARE = 0.1
 
 
@@ -67,12 +69,12 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
     fall = first - curve[lowest]
     if fall < enough:
         return _without_fall(finite, tried, stop, first, enough)
-    last = max(1, round(STILL * len(curve)))
+    last = max(1, round(LAST * len(curve)))
     if stop is None and lowest >= len(curve) - last and curve[-1 - last] - curve[-1] > STILL * fall:
         return RateAdvice(
             verdict="still falling",
             words=f"The loss was still falling at the end of the range, {tried.high:.2g}: the best rate lies above it. "
-            f"Go on further (--high {min(1000 * tried.high, 10.0):.2g}).",
+            f"Go on further (--high {max(10 * tried.high, min(1000 * tried.high, 10.0)):.2g}).",
         )
     ceiling = max(finite[:opening])
     steepest = _steepest(smoothed([min(loss, ceiling) for loss in finite], tried.smoothing), opening, last)

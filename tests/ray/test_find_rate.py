@@ -24,7 +24,7 @@ from raytune.training.start import Worker
 from raytune.training.tasks import perform
 from tests.ray.forking import forking_environment
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 
 ROOT = Path(__file__).parents[2]
 RUN = {
@@ -58,7 +58,7 @@ def test_two_workers_leave_the_curve_of_one_a_page_and_the_run_as_it_was(folder:
     environment = forking_environment(os.environ | {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"})
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, str(ROOT / "launch.py"), "find-rate", str(file), *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
 

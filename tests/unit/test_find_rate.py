@@ -94,6 +94,14 @@ def test_a_curve_that_says_nothing_names_no_rate_and_says_why(losses: list[float
         raise AssertionError(advice.words)
 
 
+@pytest.mark.parametrize("high", [1e-3, 1.0, 100.0])
+def test_a_curve_that_still_falls_is_sent_on_to_a_higher_rate(high: float) -> None:
+    tried = TRIED.model_copy(update={"high": high})
+    words = advise_rate([6.0 - 0.05 * step for step in range(100)], tried).words
+    assert "still falling" in words
+    assert float(words.partition("--high ")[2].rstrip(").")) > high
+
+
 @PATIENT
 @given(st.lists(st.floats(0.01, 100) | st.just(math.nan), min_size=1, max_size=100))
 def test_no_edge_of_the_range_is_ever_suggested(losses: list[float]) -> None:
