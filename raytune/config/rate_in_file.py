@@ -38,6 +38,12 @@ def written(rate: float) -> str:
     return f"{rate:.1e}"
 
 
+def key_of_rate(config: RunConfig) -> str:
+    """The key of the rate that a run begins with: that of its first phase, where the phase has one."""
+    phases = config.strategy.unfreeze
+    return KEY if not phases or phases[0].learning_rate is None else "strategy.unfreeze.0.learning_rate"
+
+
 def file_for_rate(files: Sequence[str], places: Mapping[str, Place], config: RunConfig) -> str:
     """The file that a rate is to be written into: the one that is given, where nothing that lies over it says another.
 
@@ -51,9 +57,7 @@ def file_for_rate(files: Sequence[str], places: Mapping[str, Place], config: Run
     if not files:
         raise UserError("--apply writes into the YAML file of a run, and none is given.")
     first = files[0]
-    phases = config.strategy.unfreeze
-    if phases and phases[0].learning_rate is not None:
-        own = "strategy.unfreeze.0.learning_rate"
+    if (own := key_of_rate(config)) != KEY:
         raise UserError(
             f"--apply writes {KEY}, but the first phase of strategy.unfreeze, which is what is tried, has a learning_rate of its "
             f"own. Leave --apply out, and write the rate as {own} yourself.",

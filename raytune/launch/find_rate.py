@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import count
 
+from raytune.config.rate_in_file import key_of_rate
 from raytune.config.run import RunConfig
 from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.found_rate import FoundRate
@@ -62,6 +63,7 @@ def find_rate(config: RunConfig, options: RangeOptions, watch: Watch = lambda pl
     found = FoundRate(
         name=run.name,
         folder=folder.path,
+        key=key_of_rate(config),
         rate=first_rate(run),
         tried=tried,
         losses=losses,

@@ -20,6 +20,7 @@ class FoundRate:
     Attributes:
         name: of the run.
         folder: where the curve lies.
+        key: of the config, under which the run has its rate.
         rate: that the run would have without it.
         losses: mean over the targets of each step's global batch, before its update; the last may not be finite.
         failure: where a loss or gradient was not finite, with the rows; None: nowhere.
@@ -29,6 +30,7 @@ class FoundRate:
 
     name: str
     folder: str
+    key: str
     rate: float
     tried: RateRange
     losses: tuple[float, ...]
@@ -81,7 +83,7 @@ class FoundRate:
                 if advice.is_found
                 else ["suggested  none"]
             ),
-            f"the run's  {self.rate:.1e}",
+            f"the run's  {self.rate:.1e}  ({self.key})",
             f"curve      {self._place.rates}",
         ]
 
@@ -95,6 +97,7 @@ class FoundRate:
         return {
             "name": self.name,
             "folder": self.folder,
+            "key": self.key,
             "rate": self.rate,
             "suggestion": self.suggestion,
             "advice": self.advice.model_dump(mode="json"),

@@ -44,7 +44,7 @@ def rate_page(found: FoundRate, versions: Mapping[str, str], light: bytes, dark:
         "rate_page.html",
         found=found,
         facts=[*facts, ("the run's", f"{found.rate:.1e}", "without this test")],
-        apply=f"training.learning_rate={found.suggestion:.1e}" if found.suggestion is not None else None,
+        apply=f"{found.key}={found.suggestion:.1e}" if found.suggestion is not None else None,
         points=[(f"{rate:.2e}", f"{loss:.4f}", f"{average:.4f}") for rate, loss, average in found.points],
         figure=page_figure("Loss over learning rates.", _CAPTION, light, dark),
         versions=versions,

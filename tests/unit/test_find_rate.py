@@ -209,6 +209,9 @@ def test_a_rate_that_would_not_count_is_refused_with_its_place(tmp_path: Path) -
     )
     with pytest.raises(UserError, match="Leave --apply out"):
         target_of([str(run)])
+    assert (
+        load_with_places([str(run)], ["strategy.unfreeze.0.learning_rate=2.0e-4"])[0].strategy.unfreeze[0].learning_rate == 2e-4
+    )
     run.write_text("training:\n  learning_rate: 1e-4\n")
     with pytest.raises(UserError, match="none is given"):
         file_for_rate([], {}, RunConfig())

@@ -31,6 +31,7 @@ def found_rate(
     return FoundRate(
         name="<script>a</script>",
         folder=folder,
+        key="training.learning_rate",
         rate=2e-4,
         tried=tried,
         losses=tuple(losses),
