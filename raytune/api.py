@@ -14,7 +14,7 @@ from raytune.launch.result import RunResult
 from raytune.launch.run import run
 
 if TYPE_CHECKING:
-    from raytune.launch.find_rate import FoundRate
+    from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
     from raytune.plan.rate_range import Shape
@@ -99,7 +99,8 @@ def find_rate(
         apply: write the suggestion into the file that `config` names.
 
     Returns:
-        `suggestion` (None where the curve names none), `advice` (words, steepest, safe), `rates`, `losses`, `folder`.
+        `suggestion` (None where the curve names none), `advice` (words, steepest, safe), `cautions`, `rates`, `losses`, and
+        `folder`, which has the curve, its page (`report.html`) and its picture.
 
     Raises:
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
@@ -108,10 +109,11 @@ def find_rate(
     from raytune.config.rate_in_file import file_for_rate, write_rate
     from raytune.launch.find_rate import find_rate
     from raytune.plan.rate_range import RangeOptions
+    from raytune.report.rate_page import write_rate_page
 
     resolved, places = _resolved(config, overrides)
     paths = [] if isinstance(config, RunConfig | Mapping) else [config] if isinstance(config, str | PathLike) else list(config)
-    target = file_for_rate([fspath(path) for path in paths], places) if apply else None
+    target = file_for_rate([fspath(path) for path in paths], places, resolved) if apply else None
     options = RangeOptions(low=low, high=high, num_steps=num_steps, shape=shape, smoothing=smoothing, stop_factor=stop_factor)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
@@ -120,6 +122,7 @@ def find_rate(
             if progress
             else find_rate(resolved, options)
         )
+    write_rate_page(found)
     if target is not None and found.suggestion is not None:
         write_rate(target, found.suggestion)
     return found

@@ -23,7 +23,7 @@
 <storage>/rates/<name of a run>/    what `raytune find-rate` leaves; a second one is called NAME-2
     rates.jsonl                 a line per step: rate, loss, smoothed loss
     result.json                 the range, what the curve says, the rates it names; written last
-    report.html  figures/       the page and its figure
+    report.html  figures/       the page and its figure, drawn from these
 
 <storage>/<name of a sweep>/
     sweep.json                  identity: config as resolved

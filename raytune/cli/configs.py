@@ -98,7 +98,7 @@ def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings"
 def explain(subject: str, as_json: bool) -> None:
     """Say what a key (`training.learning_rate`), a section (`training`) or an error (`E101`) means, or show a guide.
 
-    `explain guides` lists those: facts about the libraries, faults, performance, changes.
+    `explain guides` lists those: methods, strategies, facts about the libraries, faults, performance, changes.
     """
     from raytune.config.document import explain, explanation_facts
 

@@ -57,30 +57,33 @@ _USUAL = RangeOptions()
 def find_rate(arguments: tuple[str, ...], applies: bool, as_json: bool, **options: Any) -> None:
     """Find a learning rate: try a range of rates, one per step, on a copy of a run, and say what the losses show.
 
-    Workers, engine and rows are those of the run, which is left as it is. The curve goes to rates/NAME in the storage. Where
-    it names no rate, the words say why, `suggestion` is null in JSON, and the exit code is 0.
+    Workers, engine and rows are those of the run, which is left as it is. The curve goes to rates/NAME in the storage, with a
+    page and a picture. Where it names no rate, the words say why, `suggestion` is null in JSON, and the exit code is 0. `raytune
+    explain strategies` says what a suggestion is worth.
     """
     from raytune.config.asked import require_named
     from raytune.config.load import as_one_run
     from raytune.config.rate_in_file import file_for_rate, write_rate
     from raytune.launch.find_rate import find_rate
     from raytune.launch.progress import show_progress
+    from raytune.report.rate_page import write_rate_page
 
     files, overrides = files_and_overrides(arguments)
     config, places = load_run(files, overrides, check_files=True)
     require_named(as_one_run(config), places=places)
-    target = file_for_rate(files, places) if applies else None
+    target = file_for_rate(files, places, config) if applies else None
     begin_on(named_address(config.cluster))
 
     def watched(plan: "RunPlan", heading: str) -> AbstractContextManager:
         return show_progress(plan, heading=heading, at_end="reading the curve")
 
     found = find_rate(config, RangeOptions(**options), watched)
+    page = write_rate_page(found)
     applied = write_rate(target, found.suggestion) if target is not None and found.suggestion is not None else None
     if as_json:
-        say(json.dumps(found.to_json() | {"applied": applied.to_json() if applied else None}))
+        say(json.dumps(found.to_json() | {"report": page, "applied": applied.to_json() if applied else None}))
         return
-    say("\n".join(found.lines))
+    say("\n".join([*found.lines, f"report     {page}"]))
     if applied:
         say(applied.sentence)
     elif applies:

@@ -9,6 +9,7 @@ from typing import Any
 from raytune.config.files import read_file
 from raytune.config.overlays import child_of
 from raytune.config.problems import Place
+from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import read_nodes, with_value
 from raytune.errors import UserError
 from raytune.local_files import replace_file
@@ -37,11 +38,18 @@ def written(rate: float) -> str:
     return f"{rate:.1e}"
 
 
-def file_for_rate(files: Sequence[str], places: Mapping[str, Place]) -> str:
+def key_of_rate(config: RunConfig) -> str:
+    """The key of the rate that a run begins with: that of its first phase, where the phase has one."""
+    phases = config.strategy.unfreeze
+    return KEY if not phases or phases[0].learning_rate is None else "strategy.unfreeze.0.learning_rate"
+
+
+def file_for_rate(files: Sequence[str], places: Mapping[str, Place], config: RunConfig) -> str:
     """The file that a rate is to be written into: the one that is given, where nothing that lies over it says another.
 
     Args:
         places: where the keys of the config were written.
+        config: that the files make.
 
     Raises:
         UserError: if there is no such file, or the rate would not count there.
@@ -49,6 +57,12 @@ def file_for_rate(files: Sequence[str], places: Mapping[str, Place]) -> str:
     if not files:
         raise UserError("--apply writes into the YAML file of a run, and none is given.")
     first = files[0]
+    if (own := key_of_rate(config)) != KEY:
+        raise UserError(
+            f"--apply writes {KEY}, but the first phase of strategy.unfreeze, which is what is tried, has a learning_rate of its "
+            f"own. Leave --apply out, and write the rate as {own} yourself.",
+            keys=(own,),
+        )
     place = places.get(KEY)
     for rank, file in enumerate(files):  # read as they are: they may be valid with their overrides alone
         if (varied := _varied_in(file, rank)) is not None:

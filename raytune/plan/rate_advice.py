@@ -24,8 +24,10 @@ CERTAIN = 4.0
 """A fall counts from so many standard errors of it on."""
 LEAST_FALL = 0.01
 """And from this share of the first loss on."""
-STILL = 0.1
-"""The loss still falls if the last tenth of the test brings at least this share of the whole fall."""
+LAST = 0.1
+"""Share of the steps that are its end."""
+STILL = 0.05
+"""The loss still falls if the end brings at least this share of the whole fall, half of what an even fall brings there."""
 SAFE_SHARE = 0.1
 
 
@@ -56,9 +58,9 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
             verdict="exploded at once",
             words=f"The loss {_ended(stop)} within {len(losses)} steps, at {reached:.2g}: no curve to read. Begin lower (--low).",
         )
-    opening = max(3, round(OPENING * len(finite)))
+    opening = opening_of(finite)
     first = statistics.fmean(finite[:opening])
-    curve = trend(finite, tried.smoothing, ceiling=max(finite[:opening]))
+    curve = trend(finite, tried.smoothing)
     lowest = min(range(len(curve)), key=curve.__getitem__)
     noise = noise_of(finite[: max(lowest + 1, 2 * opening)])
     # Of the mean of the opening and of the lowest value of the curve, whose weights are those of two averages that meet.
@@ -67,12 +69,12 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
     fall = first - curve[lowest]
     if fall < enough:
         return _without_fall(finite, tried, stop, first, enough)
-    last = max(1, round(STILL * len(curve)))
+    last = max(1, round(LAST * len(curve)))
     if stop is None and lowest >= len(curve) - last and curve[-1 - last] - curve[-1] > STILL * fall:
         return RateAdvice(
             verdict="still falling",
             words=f"The loss was still falling at the end of the range, {tried.high:.2g}: the best rate lies above it. "
-            f"Go on further (--high {min(1000 * tried.high, 10.0):.2g}).",
+            f"Go on further (--high {max(10 * tried.high, min(1000 * tried.high, 10.0)):.2g}).",
         )
     ceiling = max(finite[:opening])
     steepest = _steepest(smoothed([min(loss, ceiling) for loss in finite], tried.smoothing), opening, last)
@@ -94,12 +96,17 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
     )
 
 
-def trend(losses: Sequence[float], smoothing: float, ceiling: float) -> list[float]:
+def opening_of(losses: Sequence[float]) -> int:
+    """How many of the losses, from the first, are what the test begins with."""
+    return max(3, round(OPENING * len(losses)))
+
+
+def trend(losses: Sequence[float], smoothing: float) -> list[float]:
     """The losses, smoothed from both sides, so that the curve does not lag behind the rate as a moving average does.
 
-    Args:
-        ceiling: what counts no more than this, so that an explosion does not reach back.
+    What is above all losses of the opening counts no more than the highest of these: an explosion does not reach back.
     """
+    ceiling = max(losses[: opening_of(losses)])
     capped = [min(loss, ceiling) for loss in losses]
     forward, backward = smoothed(capped, smoothing), smoothed(capped[::-1], smoothing)[::-1]
     return [(before + after) / 2 for before, after in zip(forward, backward, strict=True)]

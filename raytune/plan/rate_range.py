@@ -16,6 +16,11 @@ Stop = Literal["exploded", "not finite"]
 
 FEWEST_STEPS = 20
 """Of which smoothing leaves something to be seen."""
+USUAL_STEPS = 100
+MOST_STEPS = 500
+"""Above it a caution is said: 3,000 steps were seen to mislead, and what lies between was not measured."""
+MOST_EPOCHS = 3.0
+"""Passes over the rows above which one is said."""
 BELOW, ABOVE = 1e-3, 1e2
 """Where a range begins and ends unless somebody says so, in usual rates of the method."""
 
@@ -49,7 +54,7 @@ class RangeOptions:
     low: float | None = None
     high: float | None = None
     """None: from a thousandth to a hundred times the usual rate of the method."""
-    num_steps: int = 100
+    num_steps: int = USUAL_STEPS
     shape: Shape = "exponential"
     smoothing: float = RateRange.model_fields["smoothing"].default
     stop_factor: float = RateRange.model_fields["stop_factor"].default
@@ -108,3 +113,29 @@ def reason_to_stop(losses: Sequence[float], tried: RateRange) -> Stop | None:
         return "not finite"
     averages = smoothed(losses, tried.smoothing)
     return "exploded" if averages[-1] > tried.stop_factor * min(averages) else None
+
+
+def cautions(tried: RateRange, *, num_epochs: float, num_steps_of_run: int) -> tuple[str, ...]:
+    """Why the curve of a test may mislead, in sentences; known before it begins.
+
+    Args:
+        num_epochs: passes that the test makes over the rows.
+        num_steps_of_run: of the run that the rate is for.
+    """
+    said = []
+    if tried.num_steps > MOST_STEPS:
+        said.append(
+            f"{tried.num_steps} steps are a training run of their own: the loss falls because the model learns in them, and less "
+            f"because of the rate. 3,000 steps were seen to mislead; take about {USUAL_STEPS} (--steps)."
+        )
+    if num_epochs > MOST_EPOCHS:
+        said.append(
+            f"The test passes over the rows {num_epochs:.1f} times: part of the fall is rows that the model knows by heart. Take "
+            f"fewer steps (--steps), more rows, or smaller batches (training.global_batch_size)."
+        )
+    if tried.num_steps > num_steps_of_run:
+        said.append(
+            f"The run has {num_steps_of_run} steps, and the test {tried.num_steps}: to train it at a few rates (raytune sweep) "
+            f"may cost no more, and says more."
+        )
+    return tuple(said)

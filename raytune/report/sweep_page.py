@@ -1,28 +1,20 @@
 """The page that a sweep leaves: one HTML file that needs neither network nor server, and the figures beside it as PNG files.
 
-Nothing on the page can run but its own few lines of JavaScript, and nothing can be fetched: everything is escaped, and the policy
-in its head allows one script and one style sheet, by hash, and images that are part of the page.
+Nothing on the page can run but its own few lines of JavaScript, and nothing can be fetched (see `page`).
 """
 
-import base64
-import hashlib
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined, Template
-from markupsafe import Markup
-
-from raytune.printable import plain_text, printable, shortened
+from raytune.printable import plain_text, shortened
 from raytune.report.figures.bars import budget_bars, importance_bars
-from raytune.report.figures.canvas import DARK, LIGHT, Drawing, png
+from raytune.report.figures.canvas import Drawing, drawn
 from raytune.report.figures.coordinates import parallel_coordinates
 from raytune.report.figures.curves import learning_curves
-from raytune.storage import write_bytes
+from raytune.report.page import page, page_figure, write_page
 from raytune.sweeps.importance import KeyImportance, importance
 from raytune.sweeps.results import SweepResult, TrialResult
 from raytune.sweeps.tables import short_keys
@@ -30,12 +22,11 @@ from raytune.sweeps.words import is_number, metric_text, state_text, summary, va
 from raytune.units import format_seconds
 from raytune.versions import library_versions
 
-PAGE, FIGURES = "report.html", "figures"
 MOST_TRIED = 12
 LONG_CAUSE = 160
 LONG_VALUE = 24
 
-_FIGURES: tuple[tuple[str, Drawing, str, str], ...] = (
+_FIGURES: tuple[tuple[str, Drawing[SweepResult], str, str], ...] = (
     (
         "learning_curves",
         learning_curves,
@@ -77,14 +68,8 @@ def write_sweep_page(result: SweepResult, config_text: str, folder: str) -> str:
     Returns:
         The path of the page.
     """
-    light = {name: png(draw(result, LIGHT)) for name, draw, _, _ in _FIGURES}
-    dark = {name: png(draw(result, DARK)) for name, draw, _, _ in _FIGURES}
-    folder = folder.rstrip("/")
-    for name, image in light.items():
-        write_bytes(f"{folder}/{FIGURES}/{name}.png", image)
-    page = f"{folder}/{PAGE}"
-    write_bytes(page, sweep_page(result, config_text, library_versions(), light, dark).encode())
-    return page
+    light, dark = drawn({name: draw for name, draw, _, _ in _FIGURES}, result)
+    return write_page(folder, sweep_page(result, config_text, library_versions(), light, dark), light)
 
 
 def sweep_page(
@@ -95,25 +80,14 @@ def sweep_page(
     Args:
         light, dark: PNG files by figure, for readers whose pages are light or dark.
     """
-    style, script = _own("sweep_page.css"), _own("sweep_page.js")
     best = result.best
     winner, states, cost = summary(result)
     found = importance(result.trials, result.keys, result.mode)
     headings, rows = _table(result)
-    return _template().render(
+    return page(
+        "sweep_page.html",
+        script="sweep_page.js",
         result=result,
-        policy="; ".join(
-            (
-                "default-src 'none'",
-                "img-src data:",
-                f"style-src {_hash(style)}",
-                f"script-src {_hash(script)}",
-                "base-uri 'none'",
-                "form-action 'none'",
-            )
-        ),
-        style=Markup(style),
-        script=Markup(script),
         best=best,
         winner=winner,
         states=states,
@@ -125,10 +99,7 @@ def sweep_page(
         num_compared=found.num_trials,
         headings=headings,
         rows=rows,
-        figures=[
-            _PageFigure(title, caption, _data_url(light[name]), _data_url(dark[name]), *_png_size(light[name]))
-            for name, _, title, caption in _FIGURES
-        ]
+        figures=[page_figure(title, caption, light[name], dark[name]) for name, _, title, caption in _FIGURES]
         if result.trials
         else [],
         failures=[_failure(trial) for trial in result.trials if trial.state == "failed"],
@@ -281,17 +252,7 @@ def _link(result: SweepResult, trial: TrialResult) -> str | None:
     return f"./{quote(trial.folder.removeprefix(root))}/" if trial.folder.startswith(root) else None
 
 
-# --- Figures and failures ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _PageFigure:
-    title: str
-    caption: str
-    light: str
-    dark: str
-    width: int
-    height: int
+# --- Failures ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,36 +274,3 @@ def _failure(trial: TrialResult) -> _Failure:
         values=", ".join(f"{key} {shortened(value_text(value), 80)}" for key, value in trial.trial.values.items()),
         folder=trial.folder,
     )
-
-
-def _data_url(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
-
-
-def _png_size(image: bytes) -> tuple[int, int]:
-    """Width and height, which a PNG file names in its first chunk."""
-    return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
-
-
-# --- Template ----------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, finalize=_fit)
-    return environment.from_string(_own("sweep_page.html"))
-
-
-def _fit(value: object) -> object:
-    """What stands in the template, before it is escaped: no text of a stranger turns the page's lines round."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _own(name: str) -> str:
-    """A file that lies beside this one."""
-    return files("raytune.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    """The word by which a policy allows an inline script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -22,7 +22,8 @@ from raytune.training.start import Started
 def find_rate(started: Started, request: Mapping[str, Any]) -> None:
     """Try the rates of a range to its end, or until the loss explodes; rank 0 writes the losses into the plan's folder.
 
-    Every rank calls it, and all end after the same step. No weights are saved. A loss that is not finite is the last one, as NaN.
+    Every rank calls it, and all end after the same step. No weights are saved. A loss that is not finite is the last one, as NaN,
+    and `failure` says where it was.
 
     Args:
         request: `range`, a `RateRange` as JSON.
@@ -33,6 +34,7 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
     plan, worker, engine, tried = started.plan, started.worker, started.engine, RateRange.model_validate(request["range"])
     store = Store.open(plan.data.train.path)
     losses: list[float] = []
+    failure: str | None = None
     with Recorder(plan, engine, started.folder, attempt=worker.attempt, resumed_step=0) as recorder:
         try:
             for result in training_steps(
@@ -51,9 +53,10 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
                 losses.append(engine.gather_objects(recorder.metrics["train/loss"])[0])
                 if reason_to_stop(losses, tried):
                     break
-        except TrainingError:
+        except TrainingError as error:
             if not losses:
-                raise
+                raise TrainingError(f"{error} No rate was tried before it: rows, base or precision are the cause.") from error
             losses.append(math.nan)  # what ends a run is an answer here
+            failure = str(error)
     if engine.rank == 0:
-        write_json(started.folder.tried_losses, [encode_number(loss) for loss in losses])
+        write_json(started.folder.tried_losses, {"losses": [encode_number(loss) for loss in losses], "failure": failure})

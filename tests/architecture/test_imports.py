@@ -60,7 +60,7 @@ OWNERS = {
     "click": {"cli/"},
     "rich": {"launch/progress.py", "launch/live.py", "launch/reading.py", "sweeps/final_table.py", "sweeps/live.py"},
     "matplotlib": {"report/figures/"},
-    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/sweep_page.py"},
+    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/page.py"},
 }
 
 

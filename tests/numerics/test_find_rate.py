@@ -31,7 +31,7 @@ def found(plan: RunPlan) -> list[float]:
     rank, world = rank_and_world()
     worker = Worker(rank=rank, world_size=world, device_index=0, attempt=1, report=lambda metrics: None)
     perform("find_rate", plan, worker, {"range": TRIED.model_dump()})
-    return read_json(RunFolder(plan.storage, plan.name).tried_losses) if rank == 0 else []
+    return read_json(RunFolder(plan.storage, plan.name).tried_losses)["losses"] if rank == 0 else []
 
 
 def plan_of(material: Material, folder: Path, **division: Any) -> RunPlan:

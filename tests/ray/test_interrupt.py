@@ -95,6 +95,20 @@ def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int
     assert number != signal.SIGINT or "same command" in messages
 
 
+@signals(often=signal.SIGINT)
+def test_an_interrupted_range_test_leaves_nothing(number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str) -> None:
+    small = ["data.max_length=192", "data.too_long=truncate", "training.global_batch_size=2", "training.zero.stage=0"]
+    arguments = ["find-rate", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", *FEW_ROWS, *small]
+
+    def is_under_way() -> bool:
+        return any(History.read(metrics).last_step >= 2 for metrics in tmp_path.glob("rates/*/metrics.jsonl"))
+
+    code, messages = interrupted(arguments, number, is_under_way, ray_tmp)
+    assert code == exit_code
+    assert "Traceback" not in messages
+    assert [path.name for path in tmp_path.iterdir()] == ["stores"]
+
+
 @signals(often=signal.SIGTERM)
 def test_a_signal_while_ray_starts_ends_in_order_too(
     number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str

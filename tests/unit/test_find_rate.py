@@ -1,6 +1,7 @@
 """A range test of learning rates as arithmetic, and how its suggestion gets into a file."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 
 from raytune.config.load import load_with_places
 from raytune.config.rate_in_file import file_for_rate, write_rate
+from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import with_value
 from raytune.errors import UserError
 from raytune.plan.rate_advice import advise_rate
-from raytune.plan.rate_range import RangeOptions, RateRange, reason_to_stop, smoothed
+from raytune.plan.rate_range import RangeOptions, RateRange, cautions, reason_to_stop, smoothed
 from tests.tiny import PATIENT
 
 TRIED = RateRange(low=1e-6, high=1.0, num_steps=100)
@@ -92,6 +94,14 @@ def test_a_curve_that_says_nothing_names_no_rate_and_says_why(losses: list[float
         raise AssertionError(advice.words)
 
 
+@pytest.mark.parametrize("high", [1e-3, 1.0, 100.0])
+def test_a_curve_that_still_falls_is_sent_on_to_a_higher_rate(high: float) -> None:
+    tried = TRIED.model_copy(update={"high": high})
+    words = advise_rate([6.0 - 0.05 * step for step in range(100)], tried).words
+    assert "still falling" in words
+    assert float(words.partition("--high ")[2].rstrip(").")) > high
+
+
 @PATIENT
 @given(st.lists(st.floats(0.01, 100) | st.just(math.nan), min_size=1, max_size=100))
 def test_no_edge_of_the_range_is_ever_suggested(losses: list[float]) -> None:
@@ -120,6 +130,17 @@ def test_a_range_that_cannot_be_tried_is_refused_by_the_name_of_its_option(asked
 def test_a_range_lies_around_the_usual_rate_of_the_method() -> None:
     tried = RangeOptions().around(2e-4)
     assert (tried.low, tried.high) == (2e-7, 2e-2)
+
+
+def test_a_range_that_is_known_to_mislead_is_tried_with_a_caution() -> None:
+    usual, long = RangeOptions().around(2e-4), RangeOptions(num_steps=3000).around(2e-4)
+    assert cautions(usual, num_epochs=1.0, num_steps_of_run=1000) == ()
+    (steps,) = cautions(long, num_epochs=1.0, num_steps_of_run=5000)
+    (epochs,) = cautions(usual, num_epochs=7.0, num_steps_of_run=1000)
+    (run,) = cautions(usual, num_epochs=1.0, num_steps_of_run=20)
+    assert "3000 steps are a training run" in steps
+    assert "7.0 times" in epochs
+    assert "The run has 20 steps, and the test 100" in run
 
 
 FILES = [
@@ -163,6 +184,11 @@ def test_a_file_whose_anchors_would_change_more_is_left_as_it_is(text: str, tmp_
     assert file.read_text() == text
 
 
+def target_of(files: list[str], overrides: Sequence[str] = ()) -> str:
+    config, places = load_with_places(files, overrides)
+    return file_for_rate(files, places, config)
+
+
 def test_a_rate_that_would_not_count_is_refused_with_its_place(tmp_path: Path) -> None:
     run, over, sweep = tmp_path / "run.yaml", tmp_path / "over.yaml", tmp_path / "sweep.yaml"
     run.write_text("training:\n  learning_rate: 1e-4\n")
@@ -176,7 +202,17 @@ def test_a_rate_that_would_not_count_is_refused_with_its_place(tmp_path: Path) -
     for files, overrides, place in cases:
         names = [str(file) for file in files]
         with pytest.raises(UserError, match=place):
-            file_for_rate(names, load_with_places(names, overrides)[1])
+            target_of(names, overrides)
+    run.write_text(
+        "adapter: {method: full}\nstrategy:\n  unfreeze:\n"
+        "    - {last_layers: 1, learning_rate: 1e-3}\n    - {last_layers: all, from_step: 3}\n"
+    )
+    with pytest.raises(UserError, match="Leave --apply out"):
+        target_of([str(run)])
+    assert (
+        load_with_places([str(run)], ["strategy.unfreeze.0.learning_rate=2.0e-4"])[0].strategy.unfreeze[0].learning_rate == 2e-4
+    )
+    run.write_text("training:\n  learning_rate: 1e-4\n")
     with pytest.raises(UserError, match="none is given"):
-        file_for_rate([], {})
-    assert file_for_rate([str(run)], load_with_places([str(run)])[1]) == str(run)
+        file_for_rate([], {}, RunConfig())
+    assert target_of([str(run)]) == str(run)

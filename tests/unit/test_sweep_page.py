@@ -24,7 +24,7 @@ from tests.sweep_cases import cases, halved_sweep, odd_values, sweep_result, tri
 
 CONFIG = "name: quickstart-sweep\nsweep:\n  space:\n    adapter.rank: [4, 8]  # <b>&amp;</b>\n"
 CASES = list(cases())
-DRAWINGS: list[Drawing] = [learning_curves, parallel_coordinates, importance_bars, budget_bars]
+DRAWINGS: list[Drawing[SweepResult]] = [learning_curves, parallel_coordinates, importance_bars, budget_bars]
 FIGURES = ["learning_curves", "parallel_coordinates", "importance", "budget"]
 
 
@@ -198,7 +198,7 @@ def test_every_key_is_listed_with_what_was_tried() -> None:
 
 @pytest.mark.parametrize("draw", DRAWINGS, ids=FIGURES)
 @pytest.mark.parametrize(("name", "theme"), [*((name, LIGHT) for name in CASES), ("sixteen", DARK), ("odd values", DARK)])
-def test_every_figure_can_be_drawn_of_every_sweep(name: str, draw: Drawing, theme: Theme) -> None:
+def test_every_figure_can_be_drawn_of_every_sweep(name: str, draw: Drawing[SweepResult], theme: Theme) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a letter without a glyph, a layout that does not fit
         image = pixels(png(draw(cases()[name], theme)))

@@ -2,10 +2,10 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
@@ -15,7 +15,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from raytune.printable import in_a_line
-from raytune.sweeps.results import SweepResult
 
 DOTS_PER_INCH = 160
 WIDTH_IN = 9.6
@@ -65,14 +64,21 @@ DARK = Theme(
 )
 
 
-Drawing = Callable[[SweepResult, Theme], Figure]
-
-
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DOTS_PER_INCH, facecolor=figure.get_facecolor())
     return file.getvalue()
+
+
+Shown = TypeVar("Shown")
+Drawing = Callable[[Shown, Theme], Figure]
+
+
+def drawn(draw: Mapping[str, Drawing[Shown]], shown: Shown) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """PNG files by figure, for readers whose pages are light, and for those whose pages are dark."""
+    light, dark = ({name: png(figure(shown, theme)) for name, figure in draw.items()} for theme in (LIGHT, DARK))
+    return light, dark
 
 
 def is_log(values: Sequence[float]) -> bool:
