@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raytune.config.adapter import WITHOUT_DECAY, WITHOUT_NOISE
 from raytune.config.overlays import child_of, laid_over, overlay_at
 from raytune.config.problems import Place, shown
 from raytune.config.run import RunConfig
@@ -14,10 +15,6 @@ from raytune.config.yaml_nodes import Node, read_nodes
 FILE = Path(__file__).with_name("presets.yaml")
 RANKED = ("lora", "qlora")
 """Methods that the presets' ranks and targets are meant for: those of others are of another size."""
-WITHOUT_NOISE = ("prompt_tuning", "p_tuning", "trainable_tokens")
-"""Methods that train embeddings of their own, or rows of them, for which the noise of NEFTune has no rule."""
-WITHOUT_DECAY = ("ia3", "trainable_tokens", "prompt_tuning", "prefix_tuning", "p_tuning")
-"""Methods whose numbers are no update: a decay would draw them to 0, which is not the base."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,8 +145,9 @@ def _way_out(trained: Trained, shape: ModelShape, adapter: Adapter, strategy: St
     names = ", ".join(module.name.rpartition(".")[2] for module in (shape.embeddings[0], shape.head))
     whole = f"Set adapter.modules_to_save to [{names}]" if hasattr(adapter, "modules_to_save") else ""
     alone = "set adapter.method to lora or trainable_tokens, whose adapter.trainable_tokens trains the new rows alone"
-    if hasattr(adapter, "trainable_tokens"):
-        key = "modules_to_save" if adapter.trainable_tokens else "trainable_tokens"
+    rows: Any = getattr(adapter, "trainable_tokens", None)
+    if rows is not None:
+        key = "modules_to_save" if rows else "trainable_tokens"
         alone = f"leave out adapter.{key}, and the new rows are trained alone"
     return f"{whole}; or {alone}" if whole else f"{alone[0].upper()}{alone[1:]}"
 
