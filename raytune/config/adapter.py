@@ -364,3 +364,7 @@ def preset_of(adapter: Adapter) -> Adapter | None:
 
 QUANTIZATION_KEYS = {*QloraAdapter.model_fields} - {*LoraAdapter.model_fields}
 """Keys of an adapter section that speak of the base."""
+WITHOUT_NOISE = ("prompt_tuning", "p_tuning", "trainable_tokens")
+"""Methods that train embeddings of their own, or rows of them, for which the noise of NEFTune has no rule."""
+WITHOUT_DECAY = ("ia3", "trainable_tokens", "prompt_tuning", "prefix_tuning", "p_tuning")
+"""Methods whose numbers are no update: a decay would draw them to 0, which is not the base."""

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raytune.config.adapter import WITHOUT_DECAY, WITHOUT_NOISE
 from raytune.config.overlays import child_of, laid_over, overlay_at
 from raytune.config.problems import Place, shown
 from raytune.config.run import RunConfig
@@ -41,13 +42,20 @@ def over_its_preset(tree: Node) -> Node:
     name = named.value if named and isinstance(named.value, str) else ""
     if name not in presets():
         return tree
-    adapter = child_of(tree, "adapter")
-    method = child_of(adapter, "method") if adapter else None
+    method = _written(tree, "adapter", "method") or RANKED[0]
+    rows = _written(tree, "adapter", "trainable_tokens")
     place = Place(_place_of(name))
     below = Node({}, place, place)
-    for key, (value, _) in _set_by(name, method.value if method else None):
+    for key, (value, _) in _set_by(name, method, _trains_rows(method, _written(tree, "model", "new_tokens"), rows)):
         below = laid_over(below, overlay_at(below, key.split("."), Node(value, place, place)), ())
     return laid_over(below, tree, ())
+
+
+def _written(tree: Node, section: str, key: str) -> Any:
+    """A value as it was written; None: nobody wrote it."""
+    below = child_of(tree, section)
+    found = child_of(below, key) if below else None
+    return found.plain if found else None
 
 
 def is_of_preset(node: Node) -> bool:
@@ -61,7 +69,10 @@ def _place_of(name: str) -> str:
 
 def preset_keys(config: RunConfig) -> Iterator[tuple[str, str, Any, str]]:
     """What the preset of a config sets: section, key in it, value and reason; nothing without one."""
-    for key, (value, why) in _set_by(config.preset, config.adapter.method) if config.preset else ():
+    if not config.preset:
+        return
+    method, rows = config.adapter.method, getattr(config.adapter, "trainable_tokens", None)
+    for key, (value, why) in _set_by(config.preset, method, _trains_rows(method, config.model.new_tokens, rows)):
         section, _, name = key.partition(".")
         yield section, name, value, why
 
@@ -73,8 +84,23 @@ def preset_reasons(config: RunConfig) -> Iterator[str]:
             yield f"{section}.{name} is {shown(value)}, set by preset {config.preset}: {why}."
 
 
-def _set_by(preset: str, method: Any) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """What a preset sets for a method; None: the default one."""
+def _trains_rows(method: Any, new_tokens: Any, rows: Any) -> bool:
+    """Whether rows of tokens are trained in place of the embedding's.
+
+    Args:
+        new_tokens, rows: `model.new_tokens` and `adapter.trainable_tokens`; of these, "auto" and None are the new ones.
+    """
+    named = new_tokens if rows in (None, "auto") else rows
+    return bool(named) and method in (*RANKED, "trainable_tokens")
+
+
+def _set_by(preset: str, method: Any, trains_rows: bool) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """What a preset sets for a method."""
+    left_out = set()
+    if method in WITHOUT_NOISE or trains_rows:
+        left_out.add("training.neftune_noise_alpha")
+    if method in WITHOUT_DECAY:
+        left_out.add("training.weight_decay")
     for key, value in presets()[preset].values.items():
-        if not key.startswith("adapter.") or method is None or method in RANKED:
+        if key not in left_out and (not key.startswith("adapter.") or method in RANKED):
             yield key, value

@@ -263,6 +263,14 @@ class _Merger:
         self._embedding = _name_of(self.model, self.model.get_input_embeddings())
         self._head = _name_of(self.model, self.model.get_output_embeddings())
         self._is_tied = bool(model.config.get_text_config().tie_word_embeddings) and self._head is not None
+        around = [f"{name}.weight" for name in (self._embedding, self._head)]
+        self._renamed = {
+            part: name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if name in around
+            for part in revert_weight_conversion(self.model, {name: parameter.detach()})
+        }
+        """Embedding and head by the names of the base's files, where these are others."""
         self._quantization, self._weights = quantization, weights
         self._merged_bias = row.merged_bias
         self._experts = PackedExperts(self.model, quantization, weights.read) if quantization else None
@@ -345,7 +353,8 @@ class _Merger:
             yield head, self._merged(head, embedding)
         unused = {self._parts[part][0] for part in left}
         packed = self._experts.missing if self._experts else set()
-        missing = sorted({*self._layers} - merged | self._updates.missing | packed | unused)
+        rows = self._rows.not_laid - ({head} if self.stays_tied else set())
+        missing = sorted({*self._layers} - merged | self._updates.missing | packed | unused | rows)
         if missing:
             raise ModelError(
                 f"{len(missing)} layers or parameters that the adapter changes, or that were packed while it was trained, are "
@@ -384,7 +393,7 @@ class _Merger:
         for name in (published, prefix + published, published.removeprefix(prefix)):
             if name in self._names:
                 return name
-        return published
+        return self._renamed.get(published, published)
 
     def _replacements(self) -> dict[str, Tensor]:
         """Tensors that the adapter holds in full: biases, norms, and modules that were trained whole."""

@@ -47,6 +47,8 @@ class TrainedRows:
                 self._rows[f"{name.removesuffix('.token_adapter')}.weight"] = (module.token_indices[adapter], rows.detach())
         self.missing = {name for name, (_, rows) in self._rows.items() if rows.is_meta}
         """Weights whose rows were not in the adapter's file."""
+        self.not_laid = {*self._rows}
+        """Weights that rows were not laid over yet."""
 
     def laid_over(self, name: str, weight: Tensor) -> Tensor:
         """A weight of embedding or head with the rows that were trained.
@@ -55,6 +57,7 @@ class TrainedRows:
             ModelError: if the adapter was trained with more rows than these and the base's make.
         """
         numbers, rows = self._rows.get(name, ([], weight[:0]))
+        self.not_laid.discard(name)
         num_own = weight.shape[0]
         if lacking := {*range(num_own, self._num_rows)} - {*numbers}:
             raise ModelError(

@@ -55,6 +55,7 @@ def advise(config: RunConfig, here: Machine, num_tokens: int | None = None) -> A
     Args:
         config: what the user wrote; its `adapter` section is for its method and presets of that (`lora`, `qlora`), of which the
             others keep `modules_to_save` and have defaults else, since ranks and names of layers mean something else there.
+            `strategy.unfreeze` is for the method that it is written with.
         here: this machine, which counts where the config names no `cluster.instance`.
         num_tokens: training tokens of an epoch; None: by the sizes of the files.
 
@@ -84,6 +85,8 @@ def _with_method(config: RunConfig, method: str) -> RunConfig:
     """The config with another method."""
     if method == config.adapter.method:
         return config
+    if config.strategy.unfreeze:  # the way of what is trained whole
+        config = config.model_copy(update={"strategy": config.strategy.model_copy(update={"unfreeze": []})})
     if config.adapter.method not in RANKED or method not in RANKED:
         saved = getattr(config.adapter, "modules_to_save", []) if method != "full" else []
         config = config.model_copy(update={"adapter": LoraAdapter(modules_to_save=saved) if saved else LoraAdapter()})

@@ -191,6 +191,7 @@ def choose_plan(
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),
             *stopping_notes(stopping, evaluation, checkpoint, optimization),
+            *(method.if_ended_early(adapter, num_steps) if stopping.may_end else ()),
         ],
         reasons=list(reasons),
         data_report=data.report,

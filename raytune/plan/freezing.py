@@ -51,8 +51,10 @@ def narrowed(adapter: Adapter, shape: ModelShape, freeze: FreezeSection) -> Adap
     rows = next((part for part in left_out if part.how == "rows"), None)
     if rows:
         raise UserError(
-            f"{FREEZE} freezes {rows.name}, of which adapter.trainable_tokens trains rows of tokens. Leave it out of {FREEZE}, "
-            f"or set adapter.trainable_tokens to [].",
+            f"{FREEZE} freezes {rows.name}, of which adapter.trainable_tokens trains rows of tokens. "
+            + (f"Name it in {FREEZE}.train_only" if freeze.train_only else f"Leave it out of {FREEZE}")
+            # New tokens have to be trained by something.
+            + ("." if shape.new_tokens else ", or set adapter.trainable_tokens to []."),
             keys=("adapter.trainable_tokens", FREEZE),
         )
     named = getattr(adapter, "target_modules", [])
@@ -271,8 +273,14 @@ def nothing_meant(said: str, pattern: str, trained: Trained, why: str, shape: Mo
             f"`embeddings` and `norms` stand for groups.",
             keys=(setting,),
         )
-    trains = sorted({part.name.rpartition(".")[2] for part in trained.parts})
+    trains = sorted({_last_words(part.name) for part in trained.parts})
     return UserError(f"{said} has no effect: {why}. What is trained: {', '.join(trains)}.", keys=(setting,))
+
+
+def _last_words(name: str) -> str:
+    """The end of a module's name that says what it is: layers in a row have numbers."""
+    path, _, last = name.rpartition(".")
+    return f"{path.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 def _numbers(shape: ModelShape) -> set[str]:

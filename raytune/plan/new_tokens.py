@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raytune.config.adapter import Adapter
 from raytune.config.model import ModelSection
+from raytune.config.strategy import StrategySection
 from raytune.errors import ModelError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.plan.base_model import find_config
@@ -106,8 +108,11 @@ def with_new_tokens(shape: ModelShape, model: ModelSection, vocabulary: Vocabula
     )
 
 
-def check_rows_are_trained(trained: Trained, shape: ModelShape) -> None:
+def check_rows_are_trained(trained: Trained, shape: ModelShape, adapter: Adapter, strategy: StrategySection) -> None:
     """Refuse new tokens whose rows nothing trains: they would stay what all tokens are on average.
+
+    Args:
+        trained: by the end of the run.
 
     Raises:
         UserError: with what trains them.
@@ -122,17 +127,29 @@ def check_rows_are_trained(trained: Trained, shape: ModelShape) -> None:
         covered.add(head)
     lacking = [name for name in (embedding, head) if name not in covered]
     if lacking:
-        remedy = (
-            "Leave them out of strategy.freeze"
-            if trained.is_base
-            else f"Set adapter.modules_to_save to [{embedding.rpartition('.')[2]}, {head.rpartition('.')[2]}]; or set "
-            f"adapter.method to lora or trainable_tokens, whose adapter.trainable_tokens trains the new rows alone"
-        )
         raise UserError(
             f"{NEW_TOKENS} adds {_listed(shape.new_tokens)}, but nothing trains the new rows of {' and '.join(lacking)}, which "
-            f"would stay as they start. {remedy}.",
+            f"would stay as they start. {_way_out(trained, shape, adapter, strategy)}.",
             keys=(NEW_TOKENS,),
         )
+
+
+def _way_out(trained: Trained, shape: ModelShape, adapter: Adapter, strategy: StrategySection) -> str:
+    """What trains rows that nothing trains, of what the method and the strategy leave."""
+    if trained.is_base:
+        ways = ["leave them out of strategy.freeze"] if strategy.freeze.embeddings or strategy.freeze.modules else []
+        ways += ["name `embeddings` and `head` in strategy.freeze.train_only"] if strategy.freeze.train_only else []
+        ends_early = strategy.unfreeze and strategy.unfreeze[-1].last_layers != "all"
+        ways += ["add a phase of last_layers: all to strategy.unfreeze"] if ends_early else []
+        return f"To train them, {' and '.join(ways)}"
+    names = ", ".join(module.name.rpartition(".")[2] for module in (shape.embeddings[0], shape.head))
+    whole = f"Set adapter.modules_to_save to [{names}]" if hasattr(adapter, "modules_to_save") else ""
+    alone = "set adapter.method to lora or trainable_tokens, whose adapter.trainable_tokens trains the new rows alone"
+    rows: Any = getattr(adapter, "trainable_tokens", None)
+    if rows is not None:
+        key = "modules_to_save" if rows else "trainable_tokens"
+        alone = f"leave out adapter.{key}, and the new rows are trained alone"
+    return f"{whole}; or {alone}" if whole else f"{alone[0].upper()}{alone[1:]}"
 
 
 def new_token_notes(shape: ModelShape, trained: Trained, model: ModelSection) -> Iterator[str]:

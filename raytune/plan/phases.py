@@ -84,10 +84,10 @@ def _freeze_of(phase: PhaseSection, strategy: StrategySection, shape: ModelShape
 def _check_method(adapter: Adapter, shape: ModelShape, config: RunConfig) -> None:
     """Refuse what cannot be trained in phases, with what can."""
     if not trained_by(adapter, shape).is_base:
+        in_layers = "; or train updates of the last layers alone, in the whole run: strategy.freeze.first_layers"
         raise UserError(
             f"{UNFREEZE} trains more and more of the base's own weights, and adapter.method {adapter.method} leaves them as they "
-            f"are. Set adapter.method to full; or train updates of the last layers alone, in the whole run: "
-            f"{UNFREEZE.rpartition('.')[0]}.freeze.first_layers.",
+            f"are. Set adapter.method to full{in_layers * hasattr(adapter, 'target_modules')}.",
             keys=(UNFREEZE,),
         )
     if config.strategy.freeze.train_only:

@@ -114,7 +114,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         lambda: with_rates(phases[-1] if phases else trained_with(adapter, shape, strategy.freeze, quantization), strategy, shape)
     )
     if trained is not None:
-        of(lambda: check_rows_are_trained(trained, shape))
+        of(lambda: check_rows_are_trained(trained, shape, section, strategy))
     dropout = of(lambda: resolve_dropout(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:

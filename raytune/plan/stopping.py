@@ -74,6 +74,11 @@ def stopping_notes(
         "The run may end before its last step. Schedule, time and money are those of all steps. If it ended early, it goes on "
         "when it is asked for again under rules by which it had not ended."
     )
+    if optimization.phases:
+        yield (
+            f"A rule that ends the run in an earlier phase leaves out the later ones: the last phase of strategy.unfreeze begins "
+            f"after step {optimization.phases[-1].first_step} of {optimization.num_steps}."
+        )
     if not divides(checkpoint.every_steps, evaluation.every_steps):
         yield (
             f"Only what is saved can become the model: every {in_steps(checkpoint.every_steps)} steps, and where a rule ends the "

@@ -221,7 +221,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module in model.modules():
         # In eval mode, bitsandbytes repacks a 4-bit weight in place for CPU inference, which a shard does not survive.
-        if hasattr(getattr(module, "weight", None), "quant_state"):
+        # Asked of what it holds itself: what PEFT wraps around rows of tokens would put the whole matrix together.
+        if hasattr(module._parameters.get("weight"), "quant_state"):
             module.training = True
     try:
         yield

@@ -64,7 +64,7 @@ def test_every_method_of_the_union_has_its_row_in_both_tables() -> None:
 
 def test_a_method_is_known_in_its_homes_and_by_lines_of_tables_only() -> None:
     """What a change touches: (IA)^3 is the example. `run.schema.json` is generated."""
-    tables = {"config/readers.py": 1, "config/foreign_names.yaml": 4}
+    tables = {"config/readers.py": 1, "config/foreign_names.yaml": 5}
     files = (path for ending in ("py", "yaml", "j2") for path in PACKAGE.rglob(f"*.{ending}"))
     mentions = {
         str(path.relative_to(PACKAGE)): sum("ia3" in line.lower() for line in path.read_text().splitlines()) for path in files

@@ -41,6 +41,14 @@ def test_new_tokens_are_planned_with_the_methods_that_train_their_rows():
     assert "trainable_tokens" in str(advised["ia3"].refusal)
 
 
+def test_phases_are_the_way_of_full_and_no_reason_against_other_methods():
+    phases = [{"last_layers": 1}, {"from_fraction": 0.5, "last_layers": "all"}]
+    job = JOB | {"adapter": {"method": "full"}, "strategy": {"unfreeze": phases}}
+    advised = {one.method: one.plan for one in raytune.advise(job, tokens=TOKENS).methods}
+    assert {method for method, plan in advised.items() if plan} == {*POSSIBLE}
+    assert [method for method, plan in advised.items() if plan and plan.optimization.phases] == ["full"]
+
+
 def test_the_adapter_section_counts_for_its_method_and_its_presets_and_what_is_saved_for_all():
     job = JOB | {"adapter": {"method": "lora", "rank": 64, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}}
     advised = {one.method: one.plan for one in raytune.advise(job, tokens=TOKENS).methods}

@@ -40,7 +40,7 @@ def test_every_counterpart_is_a_key_of_ours_and_its_value_is_accepted(ours: str)
     assert path in keys()
     if value:
         more = ["adapter.method=qlora"] if path.startswith("adapter.quant") else []
-        more += ["data.validation_fraction=0.1"] if path.startswith("checkpoint.") else []
+        more += ["data.validation_fraction=0.1"] if path.startswith(("checkpoint.", "evaluation.every")) else []
         more += ["data.train.path=rows.jsonl"] if path.startswith("data.train.") else []
         load_config([], [f"{path}={value}", *more])
 
@@ -80,10 +80,14 @@ def test_what_is_said_of_a_name_is_said_of_one_in_the_table():
 
 
 def fields_of_other_trainers() -> dict[str, list[str]]:
-    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from transformers import TrainingArguments
 
-    found = {each.__name__: [field.name for field in dataclasses.fields(each)] for each in (TrainingArguments, LoraConfig)}
+    from raytune.model.adapters import ADAPTERS
+
+    adapters = [PEFT_TYPE_TO_CONFIG_MAPPING[row.peft_type] for row in ADAPTERS.values() if row.peft_type]
+    theirs = [each for each in adapters if each.__module__.startswith("peft.")]
+    found = {each.__name__: [field.name for field in dataclasses.fields(each)] for each in (TrainingArguments, *theirs)}
     trl = pytest.importorskip("trl")
     configs = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments)
     return found | {each.__name__: [field.name for field in dataclasses.fields(each)] for each in configs}
@@ -168,6 +172,17 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("finetuning_type: lora", '"adapter.method"'),
         ("adapter: {method: dora}", "adapter.use_dora: true"),
         ("adapter: llama_adapter", "prompt_tuning is the nearest"),
+        ("adapter: {method: ptuning_v2}", 'Did you mean "prefix_tuning"?'),
+        ("adapter: {method: houlsby}", 'Did you mean "bottleneck"?'),
+        ("adapter: {method: adalora, target_r: 8}", '"adapter.rank"'),
+        ("adapter: {method: adalora, init_r: 12}", '"adapter.initial_rank"'),
+        ("adapter: {method: adalora, tinit: 200}", "It is a share of the run's steps here"),
+        ("adapter: {method: bottleneck, reduction_factor: 16}", '"adapter.reduction"'),
+        ("adapter: {method: oft, oft_dropout: 0.1}", '"dropout"'),
+        ("evals_per_epoch: 4", '"evaluation.every_epochs"? It counts epochs between two evaluations'),
+        ("training: {save_every_epochs: 1}", '"checkpoint.every_epochs"'),
+        ("eval_strategy: epoch", '"evaluation.every_epochs: 1"'),
+        ("save_strategy: epoch", '"checkpoint.every_epochs: 1"'),
         ("wandb_project: mine", "no tracker is connected"),
         ("dpo_beta: 0.1", "no preference or reinforcement learning"),
         ("evaluation: {batch_size: 4}", "it belongs to evaluation.generation.batch_size"),

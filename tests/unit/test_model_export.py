@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from raytune.config.adapter import Adapter, FullAdapter, Ia3Adapter, LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
@@ -82,7 +91,7 @@ def logits_without_raytune(base: Path, adapter: Path, merged: Path) -> tuple[tor
     code = f"""
 import sys, torch
 sys.modules["raytune"] = None
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 ids = torch.tensor({IDS.tolist()})
@@ -256,6 +265,28 @@ def test_a_base_that_lacks_a_tensor_is_not_merged_into(bases: dict[str, Path], t
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lack model\.layers\.0\.input_layernorm\.weight"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_tokens_are_merged_where_a_base_calls_its_head_by_another_name(tied: bool, tmp_path: Path) -> None:
+    """GPT-NeoX's files call `lm_head` `embed_out`; its rows were left out in silence."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, tie_word_embeddings=tied, **sizes))
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    model.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    rows: Any = {"embed_in": [3, 7]} if tied else {"embed_in": [3, 7], "lm_head": [3, 7]}
+    adapted = get_peft_model(model, LoraConfig(target_modules=["dense"], trainable_token_indices=rows, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(1.0)
+    adapted.save_pretrained(str(adapter))
+    merge_adapter(adapter, merged, base=str(base))
+    whole, ids = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval(), torch.tensor([[3, 5, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, adapted.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_is_not_merged_into_another_base_than_it_was_trained_on(bases: dict[str, Path], tmp_path: Path) -> None:

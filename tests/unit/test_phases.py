@@ -209,6 +209,12 @@ def test_the_cost_is_that_of_all_phases() -> None:
 
 HEAD = "adapter: {method: full}\nstrategy:\n  unfreeze:\n"
 REFUSED: dict[str, tuple[str, str, str]] = {
+    "virtual tokens, which lie in no layer": (
+        "adapter: {method: prompt_tuning}\n"
+        "strategy:\n  unfreeze:\n    - {last_layers: 1}\n    - {from_step: 5, last_layers: all}",
+        "strategy.unfreeze",
+        "adapter.method prompt_tuning leaves them as they are. Set adapter.method to full.",
+    ),
     "an adapter": (
         "strategy:\n  unfreeze:\n    - {last_layers: 1}\n    - {from_step: 5, last_layers: all}",
         "strategy.unfreeze",

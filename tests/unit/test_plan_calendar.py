@@ -132,3 +132,23 @@ def test_a_patience_longer_than_the_run_is_noted() -> None:
     assert any("early_stopping cannot come to anything" in note for note in plan.notes)
     plan = planned(facts=facts, training=training, evaluation={"every_steps": 5}, **VALIDATED)
     assert not any("cannot come to anything" in note for note in plan.notes)
+
+
+def test_a_rule_that_may_end_a_run_says_what_of_it_counts_on_the_last_step() -> None:
+    def notes(**sections: Any) -> str:
+        training: dict[str, Any] = {"max_steps": 40} | sections.pop("training", {})
+        return " ".join(planned(facts=data(1000, validation=("a",)), training=training, **VALIDATED, **sections).notes)
+
+    ends: dict[str, Any] = {"training": {"early_stopping": {"patience": 2}}}
+    warns: dict[str, Any] = {"training": {"overfitting": {"policy": "warn"}}}
+    adalora: dict[str, Any] = {"adapter": {"method": "adalora", "rank": 4}}
+    assert "ends before step 20, or whose best checkpoint is from before it, keeps 6 ranks in each layer, and not 4" in notes(
+        **adalora, **ends
+    )
+    phases: dict[str, Any] = {"strategy": {"unfreeze": [{"last_layers": 1}, {"from_step": 30, "last_layers": "all"}]}}
+    full: dict[str, Any] = {"adapter": {"method": "full"}}
+    assert "the last phase of strategy.unfreeze begins after step 30 of 40" in notes(**full, **phases, **ends)
+    for run in (adalora, full | phases):
+        assert "ends" not in notes(**run, **warns)
+        assert "earlier phase" not in notes(**run, **warns)
+    assert "adalora" not in notes(**full, **ends)

@@ -137,6 +137,11 @@ def test_a_prefix_is_never_computed_again() -> None:
             "has no effect: adapter.method prompt_tuning trains nothing",
         ),
         (
+            {"method": "p_tuning"},
+            {"strategy": {"rate_scales": {"self_attn": 0.1}}},
+            r"What is trained: embedding, mlp_head\.0, mlp_head\.2, mlp_head\.4",
+        ),
+        (
             {"method": "prompt_tuning"},
             {"strategy": {"freeze": {"train_only": ["prompt_encoder"]}}},
             "is for what is trained module by module",

@@ -112,6 +112,36 @@ def test_what_suits_the_rest_not_is_left_out_of_a_preset_and_refused_of_a_person
         config_from({"preset": "domain", "training": constant["training"] | {"min_lr_ratio": 0.1}})
 
 
+NEW: dict[str, object] = {"new_tokens": ["<tool>"]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "noise", "decay"),
+    [
+        ({}, 5.0, 0.1),
+        ({"adapter": {"method": "prompt_tuning"}}, 0.0, "auto"),
+        ({"adapter": {"method": "p_tuning"}}, 0.0, "auto"),
+        ({"adapter": {"method": "prefix_tuning"}}, 5.0, "auto"),
+        ({"adapter": {"method": "ia3"}}, 5.0, "auto"),
+        ({"adapter": {"method": "adalora"}}, 5.0, 0.1),
+        ({"model": NEW, "adapter": {"method": "trainable_tokens"}}, 0.0, "auto"),
+        ({"model": NEW}, 0.0, 0.1),
+        ({"model": NEW, "adapter": {"method": "full"}}, 5.0, 0.1),
+        ({"adapter": {"method": "qlora", "trainable_tokens": ["a"]}}, 0.0, 0.1),
+        ({"model": NEW, "adapter": {"trainable_tokens": [], "modules_to_save": ["embed_tokens", "lm_head"]}}, 5.0, 0.1),
+    ],
+)
+def test_noise_and_decay_of_a_preset_are_left_out_where_they_do_not_suit(
+    sections: dict[str, dict[str, object]], noise: float, decay: object
+):
+    """Noise would be refused, though nobody wrote it; a decay would draw rows and factors to 0."""
+    config = config_from({"preset": "small_data", **sections})
+    assert (config.training.neftune_noise_alpha, config.training.weight_decay) == (noise, decay)
+    said = " ".join(preset_reasons(config))
+    assert ("neftune" in said, "weight_decay" in said) == (noise != 0, decay == 0.1)
+    assert config_from(config) == config
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are():
     with pytest.raises(ConfigError, match=r"chat.*small_data"):
         config_from({"preset": "converation"})

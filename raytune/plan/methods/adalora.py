@@ -99,6 +99,15 @@ def _reasons(adapter: AdaLoraAdapter, shape: ModelShape) -> Iterator[str]:
         )
 
 
+def _if_ended_early(adapter: AdaLoraAdapter, num_steps: int) -> Iterator[str]:
+    last_choice = num_steps - rank_schedule(adapter, num_steps)[1]
+    yield (
+        f"adapter.method adalora takes ranks away by the schedule of all {num_steps} steps: a run that ends before step "
+        f"{last_choice}, or whose best checkpoint is from before it, keeps {initial_rank(adapter)} ranks in each layer, and not "
+        f"{adapter.rank} on average."
+    )
+
+
 METHOD = Method(
     trained=_trained,
     check=_check,
@@ -113,5 +122,6 @@ METHOD = Method(
     weight_decay=0.0,  # as low-rank updates: the rank already limits what it can do
     unread=_unread,
     reasons=_reasons,
+    if_ended_early=_if_ended_early,
     when="few ranks, put where they matter; needs many steps to know where, and a rate of its own",
 )

@@ -55,5 +55,7 @@ class Method:
     """A sentence for each setting that has no effect on this model's targets."""
     reasons: Callable[[Any, ModelShape], Iterator[str]] = nothing_unread
     """A sentence for each value that the method chose."""
+    if_ended_early: Callable[[Any, int], Iterator[str]] = nothing_unread
+    """What a run of so many steps leaves if a rule ends it before its last one, where that is of another kind, in sentences."""
     exclusions: Callable[[Any, ModelShape], list[str]] = no_exclusions
     """`adapter.exclude_modules` with which fused experts that a group takes in stay frozen; empty: none are taken in."""
