@@ -30,8 +30,8 @@ def guard_of(config: RunConfig, checkpoint: CheckpointPlan) -> DivergenceSection
         return rule
     if config.strategy.unfreeze:
         raise UserError(
-            f"{_KEY}.policy roll_back does not go with strategy.unfreeze: a checkpoint holds what its phase trains, and what a later "
-            f"phase has changed would stay changed. Set {_KEY}.policy to stop, skip or warn, or leave out strategy.unfreeze."
+            f"{_KEY}.policy roll_back does not go with strategy.unfreeze: a checkpoint holds what its phase trains, and what a "
+            f"later phase has changed would stay changed. Set {_KEY}.policy to stop, skip or warn, or strategy.unfreeze to []."
         )
     num_steps = rule.patience * config.training.logging_steps
     num_saves = math.ceil(num_steps / checkpoint.every_steps)

@@ -163,16 +163,16 @@ class Checkpoints:
         self._load_fetched(commit, engine)
 
     def go_back(self, bad_step: int) -> Commit | None:
-        """Load the newest intact commit from before a step, and uncommit those from there on: they are of no good. Every rank
-        calls it.
+        """Load the newest intact commit that a bad step does not speak against, and uncommit later ones. Every rank calls it.
 
-        Whoever is killed on the way goes on from what is still there, and meets the same again.
+        A step measures the weights that it begins with, so that those right before it are no good either. Whoever is killed on
+        the way goes on from what is still there, and meets the same again.
 
         Args:
             bad_step: counted from 1.
 
         Returns:
-            None if there is no commit from before; then nothing was loaded or uncommitted.
+            None if there is no such commit; then nothing was loaded or uncommitted.
 
         Raises:
             CheckpointError: if none of them is intact, or a newer attempt has taken the run over.
@@ -181,16 +181,16 @@ class Checkpoints:
             self.wait()
         except RaytuneError:
             self._previous_failed = True  # reported already
-        if not self._peers.decide(lambda: any(commit.step < bad_step for commit in committed(self._folder))):
+        if not self._peers.decide(lambda: any(commit.step < bad_step - 1 for commit in committed(self._folder))):
             return None
-        self._peers.decide(lambda: self._uncommit_from(bad_step))
+        self._peers.decide(lambda: self._uncommit_from(bad_step - 1))
         return self.load_newest()
 
-    def _uncommit_from(self, bad_step: int) -> None:
+    def _uncommit_from(self, step: int) -> None:
         """Remove the commits from a step on, the newest first; rank 0."""
         self._place.refuse_newer_attempt()
         for commit in reversed(committed(self._folder)):
-            if commit.step >= bad_step:
+            if commit.step >= step:
                 self._place.discard(commit.path)
                 self._report("checkpoint_deleted", step=commit.step)
 
