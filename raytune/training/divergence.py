@@ -250,7 +250,9 @@ class Guard:
             ) from error
         commit = checkpoints.go_back(error.bad_step)
         if commit is None:
-            raise TrainingError(f"{error} No checkpoint is left from before step {error.bad_step - 1} to roll back to.") from error
+            raise TrainingError(
+                f"{error} No checkpoint is left from before step {error.bad_step - 1} to roll back to."
+            ) from error
         back = RollBack(bad_step=error.bad_step, to=commit.step, rate_factor=rule.rate_factor)
         self._roll_backs.append(back)
         self._logged = [one for one in self._logged if one.step <= back.to]

@@ -1,4 +1,4 @@
-"""The guard against divergence: decided by a history alone, told apart from what is ordinary, refused where it promises too much."""
+"""The guard against divergence: decided by a history alone, and refused where it would promise too much."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.metrics.follower import Follower
 from raytune.metrics.history import History
-from raytune.metrics.points import RollBack, standing
+from raytune.metrics.points import Point, RollBack, standing
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.divergence import guard_in_words, guard_notes, guard_of
 from raytune.plan.run_plan import CheckpointPlan
@@ -31,7 +31,7 @@ from raytune.training.divergence import (
     spikes_in_a_row,
     where_it_diverged,
 )
-from raytune.training.stopping import Findings, Noted
+from raytune.training.stopping import Findings
 from tests.tiny import PATIENT, tiny_plan
 
 values = st.floats(0.01, 100, allow_nan=False)
@@ -50,7 +50,9 @@ def logged(losses: list[float], norms: list[float] | None = None) -> list[Logged
 
 @PATIENT
 @given(st.lists(values, max_size=40), st.integers(4, 30), st.sampled_from([1.0, 3.0, 6.0]))
-def test_a_spike_is_above_the_median_by_so_many_deviations_of_the_window(seen: list[float], window: int, threshold: float) -> None:
+def test_a_spike_is_above_the_median_by_so_many_deviations_of_the_window(
+    seen: list[float], window: int, threshold: float
+) -> None:
     limit = highest_ordinary(seen, rule(window=window, threshold=threshold))
     last = seen[-window:]
     if len(last) < min(16, window):
@@ -169,9 +171,11 @@ def test_the_findings_say_what_was_done_and_survive_the_result(tmp_path: Path) -
     assert "2 updates were not made" in found[2].reason
     assert Findings.from_json(json.loads(json.dumps(Findings(divergence=found).to_json()))).divergence == found
     assert Findings.from_json({"stopped": None}).divergence == ()
-    warned = findings(History(tuple()), rule(), 1)
-    assert warned == ()
-    assert isinstance(found[0], Noted)
+    calm, spiking = [2.0] * 20, [9.0] * 3
+    points = tuple(Point(step=one.step, time=0.0, attempt=1, values=one.values) for one in logged([*calm, *spiking]))
+    warned = findings(History(points), rule(patience=3, window=16), 1)
+    assert [noted.step for noted in warned] == [23]
+    assert findings(History(points), rule(patience=3, window=16, policy="stop"), 1) == ()
 
 
 # --- The plan ------------------------------------------------------------------------------------------------------------------
