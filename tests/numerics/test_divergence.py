@@ -253,19 +253,24 @@ def test_two_ranks_at_every_stage_equal_one(stage: int, material: Material, tmp_
         assert_close(left_by(plan), expected)
 
 
+def kill(plan: RunPlan, attempt: int, num_steps: int) -> None:
+    """Train until so many steps of the attempt are made, and die before anybody looks at the last one."""
+    made = 0
+
+    def still() -> None:
+        nonlocal made
+        made += 1
+        if made == num_steps:
+            raise ConnectionError("the node is gone")
+
+    with pytest.raises(ConnectionError):
+        run(plan, attempt, still)
+
+
 def run_killed(plan: RunPlan, dies_at: list[int]) -> Outcome:
     """Train in attempts, each of which is killed after so many steps; the last one is not."""
     for attempt, num_steps in enumerate(dies_at, start=1):
-        made = 0
-
-        def still(num_steps: int = num_steps) -> None:
-            nonlocal made
-            made += 1
-            if made == num_steps:
-                raise ConnectionError("the node is gone")
-
-        with pytest.raises(ConnectionError):
-            run(plan, attempt, still)
+        kill(plan, attempt, num_steps)
     return run(plan, len(dies_at) + 1)
 
 
@@ -275,28 +280,27 @@ def test_a_killed_run_ends_as_the_unbroken_one_wherever_it_is_killed(material: M
     assert_equal(broken, skipping)
 
     back = run(guarded(material, tmp_path / "back", BACK))
-    ((bad_step, to),) = back.roll_backs
-    # In the step before the roll back; right behind it, before the next save; and after that one.
-    for number, dies_at in enumerate([[bad_step - 1], [bad_step], [bad_step + 2], [bad_step, 3]]):
+    bad_step, to = back.roll_backs[0]
+    # In the step that goes wrong; right behind the roll back, before the next save; after that one; and twice.
+    for number, dies_at in enumerate([[bad_step], [bad_step + 1], [bad_step + 4], [bad_step + 1, 3]]):
         plan = guarded(material, tmp_path / f"back-{number}", BACK)
         assert_equal(run_killed(plan, dies_at), back)
     rates = dict(History.read(RunFolder(str(tmp_path / "back"), "tiny").metrics).series("train/learning_rate"))
-    assert [rates[step] for step in (to, to + 1, 16)] == [1e-2, 5e-3, 5e-3]
+    assert (rates[min(to for _, to in back.roll_backs)], rates[16]) == (1e-2, 1e-2 * 0.5 ** len(back.roll_backs))
 
 
 def test_a_run_killed_in_the_middle_of_a_roll_back_goes_back_again(material: Material, tmp_path: Path) -> None:
     back = run(guarded(material, tmp_path / "back", BACK))
-    ((bad_step, to),) = back.roll_backs
+    bad_step, to = back.roll_backs[0]
     plan = guarded(material, tmp_path / "broken", BACK)
-    with pytest.raises(ConnectionError):
-        run_killed(plan, [bad_step])  # by now it has gone back, and made a step
+    kill(plan, 1, bad_step + 1)  # by now it has gone back, and made a step
     # As it stands between uncommitting and the line that says so.
     folder = RunFolder(plan.storage, plan.name)
     lines = Path(folder.metrics).read_text().splitlines(keepends=True)
     cut = next(index for index, line in enumerate(lines) if "rate_factor" in line)
     Path(folder.metrics).write_text("".join(lines[:cut]))
     assert max(commit.step for commit in committed(folder)) == to
-    assert_equal(run(plan, attempt=3), back)
+    assert_equal(run(plan, attempt=2), back)
 
 
 def test_a_run_that_keeps_diverging_ends_with_cause_rows_and_what_was_tried(material: Material, tmp_path: Path) -> None:
@@ -306,13 +310,13 @@ def test_a_run_that_keeps_diverging_ends_with_cause_rows_and_what_was_tried(mate
         with pytest.raises(TrainingError) as caught:
             run(guarded(material, tmp_path / policy, guard))
         assert type(caught.value) is TrainingError, "its name says that it is not tried again"
-        for word in ["The run diverges: train/loss", "step 12, rank 0: ", *words]:
+        for word in ["The run diverges: train/grad_norm", "step 12, rank 0: ", *words]:
             assert word in str(caught.value), str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_is_rolled_back_too(material: Material, tmp_path: Path) -> None:
     # Rows of huge embeddings are not at hand; a rate that is far too high makes weights whose loss is not finite.
-    plan = guarded(material, tmp_path, BACK | {"rate_factor": 1e-6, "threshold": 1e30}, rate=1e30, num_steps=6)
+    plan = guarded(material, tmp_path, BACK | {"rate_factor": 1e-33, "threshold": 1e30}, rate=1e30, num_steps=6)
     outcome = run(plan)
     ((bad_step, to),) = outcome.roll_backs
     assert to < bad_step - 1
