@@ -69,6 +69,9 @@ class RunHeldError(RaytuneError):
 class TrainingError(RaytuneError):
     """Training itself failed: a loss that is not finite, for example. The message names step and rank."""
 
+    bad_step: int | None = None
+    """First step that went wrong, counted from 1; None where it is not known, or no step is to blame."""
+
 
 class ClusterError(RaytuneError):
     """The cluster could not be reached, or lost what the run needs; running the same command later can succeed."""

@@ -197,6 +197,20 @@ def _instead_of(key: str) -> Need:
     )
 
 
+def _guard(*policies: str) -> Need:
+    """The guard against divergence has one of some policies."""
+
+    def policy_of(config: RunConfig) -> str | None:
+        return config.training.divergence and config.training.divergence.policy
+
+    return Need(
+        keys=("training.divergence.policy",),
+        holds=lambda config, _: policy_of(config) in policies,
+        otherwise=lambda config: f"training.divergence.policy {policy_of(config)} does not read it",
+        remedy=f"set training.divergence.policy to {' or '.join(policies)}",
+    )
+
+
 _VALIDATION = Need(
     keys=("data.validation", "data.validation_fraction"),
     holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
@@ -397,6 +411,10 @@ READERS: dict[str, Reader] = {
     **_read("training", "early_stopping overfitting", "plan.stopping", needs=(_VALIDATION,)),
     **_read("training.early_stopping", "patience min_delta metric mode", "training.stopping", needs=(_VALIDATION,)),
     **_read("training.overfitting", "policy patience max_gap", "training.stopping", needs=(_VALIDATION,)),
+    **_read("training", "divergence", "plan.divergence"),
+    **_read("training.divergence", "policy window threshold", "training.divergence"),
+    **_read("training.divergence", "watch patience", "training.divergence", needs=(_guard("warn", "stop", "roll_back"),)),
+    **_read("training.divergence", "rate_factor max_roll_backs", "training.divergence", needs=(_guard("roll_back"),)),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
     **_read("training", "zero", "plan.stages"),

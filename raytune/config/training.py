@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raytune.config.divergence import DivergenceSection
 from raytune.config.section import (
     Auto,
     Fraction,
@@ -110,6 +111,8 @@ class TrainingSection(Section):
     """End the run where its metric gets no better."""
     overfitting: OverfittingSection | None = None
     """Look out for overfitting: warn, or end the run."""
+    divergence: DivergenceSection | None = None
+    """Look out for spikes of loss and gradient norm: warn, skip the step, end the run, or roll back at a lower rate."""
     seed: NonNegativeInt = 42
     """Seed of the data order, dropout and adapter initialisation."""
     zero: ZeroSection = ZeroSection()

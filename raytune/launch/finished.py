@@ -24,9 +24,13 @@ from raytune.training.stopping import Curve, Findings, verdict
 RULES = ("training.early_stopping", "training.overfitting")
 FREE = (
     *("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store"),
+    "training.divergence",
     *RULES,
 )
 """Beginnings of keys that change neither what a step computes nor how it is divided."""
+
+IDLE = ("checkpoint.", "evaluation.", "training.divergence")
+"""Of these, what would have changed the run that has finished, and changes it no more."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
         return None
     rules = () if read_plan(folder).stopping == rules_of(config) else RULES  # a run that went on was last asked for otherwise
     changes = config_diff(asked_then, config)
-    if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith(("checkpoint.", "evaluation.", *rules))]:
+    if idle := [f"{key} ({old} -> {new})" for key, old, new in changes if key.startswith((*IDLE, *rules))]:
         _log.warning("Run %r has finished before; what has changed since is not applied to it: %s.", folder.name, ", ".join(idle))
     return RunResult.read(folder)
 

@@ -41,6 +41,18 @@ _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
 ]
 
 
+_WARNINGS: dict[str, Callable[[dict], str]] = {
+    "overfitting": lambda event: _overfitting_sentence(event["step"], event["reason"]),
+    "divergence": lambda event: _divergence_sentence(event["step"], event["reason"]),
+    "update_skipped": lambda event: _divergence_sentence(
+        event["step"],
+        f"no update with a gradient norm of {event['grad_norm']:.5g}, of which {event['norm_limit']:.5g} is the limit",
+    ),
+    "rolled_back": lambda event: _roll_back_sentence(event["step"], event["to"], event["rate_scale"], event["reason"]),
+}
+"""Events that a person is told at once, in words."""
+
+
 @contextmanager
 def show_progress(
     plan: RunPlan, stream: TextIO = sys.stderr, *, heading: str | None = None, at_end: str = "writing the model"
@@ -161,9 +173,7 @@ class RunView:
             own = [event for event in events if event["time"] >= self._started]
             self._told = _Told(
                 starts=tuple((event["attempt"], event["step"]) for event in own if event["event"] == "training_started"),
-                warnings=tuple(
-                    _overfitting_sentence(event["step"], event["reason"]) for event in own if event["event"] == "overfitting"
-                ),
+                warnings=tuple(_WARNINGS[event["event"]](event) for event in own if event["event"] in _WARNINGS),
                 ended_early=any(event["event"] == "stopped_early" and event["attempt"] == own[-1]["attempt"] for event in own),
                 saved_step=saved[-1]["step"] if saved else None,
                 saved_at=saved[-1]["time"] if saved else 0.0,
@@ -217,6 +227,16 @@ def _findings(result: RunResult) -> Iterator[str]:
         )
     for found in result.findings.overfitting:
         yield _overfitting_sentence(found.step, found.reason)
+    for found in result.findings.divergence:
+        yield _divergence_sentence(found.step, found.reason)
+
+
+def _roll_back_sentence(step: int, to: int, rate_scale: float, reason: str) -> str:
+    return f"Rolled back from step {step} to step {to}, from where rates are those of the schedule times {rate_scale:g}: {reason}"
+
+
+def _divergence_sentence(step: int, reason: str) -> str:
+    return f"Divergence by step {step}: {reason}."
 
 
 def _overfitting_sentence(step: int, reason: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from raytune.metrics.points import EffectivePoints, Point
+from raytune.metrics.points import EffectivePoints, Point, RollBack
 from raytune.storage import read_bytes
 
 
@@ -14,6 +14,8 @@ class History:
     """Everything that a run measured, in the order of its steps, without what dead attempts did in vain."""
 
     points: tuple[Point, ...]
+    roll_backs: tuple[RollBack, ...] = ()
+    """Where the divergence guard went back, in their order."""
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -34,7 +36,7 @@ class History:
         effective = EffectivePoints(path)
         for line in data.split(b"\n")[:-1]:
             effective.add(line)
-        return cls(tuple(effective.points))
+        return cls(tuple(effective.points), tuple(effective.roll_backs))
 
     @property
     def last_step(self) -> int:

@@ -32,6 +32,34 @@ class Point:
         return {name: value for name, value in self.values.items() if not is_of_training(name)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollBack:
+    """Where an attempt went back to a checkpoint of its own."""
+
+    bad_step: int
+    """First step that went wrong."""
+    to: int
+    """Step of the checkpoint."""
+    rate_factor: float
+    """What all rates from there on are multiplied by."""
+
+    def to_record(self) -> dict[str, float]:
+        """What the line that says after which step the attempt goes on has beside that."""
+        return {"bad_step": self.bad_step, "rate_factor": self.rate_factor}
+
+
+def standing(roll_backs: Sequence[RollBack], step: int) -> list[RollBack]:
+    """Those that lead to what an attempt goes on from after a step: it was saved before any that leads further.
+
+    Args:
+        roll_backs: of the run, in their order.
+    """
+    found = list(roll_backs)
+    while found and found[-1].to > step:
+        found.pop()
+    return found
+
+
 class EffectivePoints:
     """The effective history that the lines of a metrics file come to, one after the other.
 
@@ -43,6 +71,8 @@ class EffectivePoints:
         self._path, self._num_lines, self._attempt = path, 0, 0
         self.points: list[Point] = []
         """By step, each once."""
+        self.roll_backs: list[RollBack] = []
+        """Those that lead to the history as it is, in their order."""
         self._last_with: dict[str, Point] | None = {}
 
     def add(self, line: bytes) -> int | None:
@@ -58,6 +88,9 @@ class EffectivePoints:
             begins = "resumed_step" in record
             step = int(record.pop("resumed_step" if begins else "step"))
             values = {name: decode_number(value) for name, value in record.items()}
+            back = None
+            if begins and "rate_factor" in values:
+                back = RollBack(bad_step=int(values["bad_step"]), to=step, rate_factor=values["rate_factor"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self._path}:{self._num_lines} is not a line of metrics ({error}). Was the file edited? Remove the line."
@@ -66,6 +99,7 @@ class EffectivePoints:
             return None
         self._attempt = writer
         if begins:
+            self.roll_backs = [*self.roll_backs, back] if back else standing(self.roll_backs, step)
             if self.points and self.points[-1].step > step:
                 del self.points[bisect_right(self.points, step, key=_step_of) :]
                 self._last_with = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.lines import LineWriter
+from raytune.metrics.points import RollBack
 
 UPLOAD_EVERY_S = 15.0
 
@@ -18,6 +19,7 @@ class MetricsWriter(LineWriter):
     Args:
         attempt: number of this attempt, larger than that of every earlier one.
         resumed_step: the step after which this attempt goes on; 0 when it starts from scratch.
+        roll_back: the way back that led there, if one did.
         clock: seconds since 1970.
     """
 
@@ -27,12 +29,14 @@ class MetricsWriter(LineWriter):
         *,
         attempt: int,
         resumed_step: int,
+        roll_back: RollBack | None = None,
         clock: Callable[[], float] = time.time,
         upload_every_s: float = UPLOAD_EVERY_S,
     ) -> None:
         super().__init__(path, upload_every_s)
         self._attempt, self._clock = attempt, clock
-        self._lines.add({"attempt": attempt, "time": clock(), "resumed_step": resumed_step})
+        facts = roll_back.to_record() if roll_back else {}
+        self._lines.add({"attempt": attempt, "time": clock(), "resumed_step": resumed_step, **facts})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add what was measured after a step. Several lines of one step add up; a name that comes twice keeps the later value."""

@@ -30,6 +30,7 @@ from raytune.plan.defaults import (
     default_warmup_ratio,
     default_weight_decay,
 )
+from raytune.plan.divergence import guard_notes, guard_of
 from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, choose_fit, positions_of_row, room_of_worker
 from raytune.plan.freezing import freezing_notes, frozen_names
@@ -172,6 +173,7 @@ def choose_plan(
         evaluation=evaluation,
         checkpoint=checkpoint,
         stopping=stopping,
+        divergence=guard_of(config, checkpoint),
         cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
         step_time=fit.step_time,
@@ -197,7 +199,7 @@ def choose_plan(
         data_report=data.report,
     )
     _check_nvme(plan, machine)
-    return plan
+    return plan.model_copy(update={"notes": [*plan.notes, *guard_notes(plan)]})
 
 
 def _check_nvme(plan: RunPlan, machine: Machine) -> None:

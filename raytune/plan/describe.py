@@ -6,6 +6,7 @@ from raytune.plan.advise import Advice, Advised
 from raytune.plan.ahead import Candidate
 from raytune.plan.calendar import in_steps
 from raytune.plan.data_report import losses_text, report_table
+from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
@@ -47,6 +48,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("evaluation", _evaluation(plan)),
         ("checkpoints", _checkpoints(plan)),
         *_stopping(plan),
+        *_divergence(plan),
         *_memory(plan.memory),
         *_time(plan),
         *_money(plan),
@@ -256,6 +258,11 @@ def _stopping(plan: RunPlan) -> list[tuple[str, str]]:
     words = rules_in_words(plan.stopping, plan.evaluation)
     label = "ends early" if plan.stopping.may_end else "looks out"
     return [(label, words)] if words else []
+
+
+def _divergence(plan: RunPlan) -> list[tuple[str, str]]:
+    words = guard_in_words(plan)
+    return [("divergence", words)] if words else []
 
 
 def _memory(memory: list[MemoryPart]) -> list[tuple[str, str]]:

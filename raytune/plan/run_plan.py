@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter, model_validator
 
 from raytune.config.adapter import Adapter, own_quantization, without_preset
+from raytune.config.divergence import DivergenceSection
 from raytune.config.model import Attention, NewToken, Quantization
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
@@ -314,6 +315,7 @@ class RunPlan(Plan):
     evaluation: EvaluationPlan
     checkpoint: CheckpointPlan
     stopping: StoppingPlan = StoppingPlan()
+    divergence: DivergenceSection | None = None
     cluster: ClusterPlan
     rungs: tuple[int, ...] = ()
     """Steps after which a sweep judges this trial: it is evaluated and saved there. None outside of sweeps."""
@@ -342,6 +344,11 @@ class RunPlan(Plan):
     @classmethod
     def _base_apart_from_preset(cls, values: Any) -> Any:
         return todays_form(values) if isinstance(values, dict) else values
+
+    @property
+    def skips_spikes(self) -> bool:
+        """Whether updates may be skipped whose gradient is a spike."""
+        return self.divergence is not None and self.divergence.policy == "skip"
 
     @property
     def bytes_on_nvme(self) -> dict[str, int]:

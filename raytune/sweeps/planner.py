@@ -80,7 +80,9 @@ class Planner:
             UserError: if it cannot be done; the message names the trial's values.
         """
         try:
-            return self._preparation.prepare(self.config(trial)).plan
+            plan = self._preparation.prepare(self.config(trial)).plan
+            _refuse_roll_backs(plan)
+            return plan
         except UserError as error:
             values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
             shared = f" {self.slots} trials share the machines: a smaller sweep.max_concurrent leaves more to each."
@@ -94,6 +96,14 @@ class Planner:
             ModelError: if it is not here, or is no whole model.
         """
         return self._preparation.base(self.config(trial).model)
+
+
+def _refuse_roll_backs(plan: RunPlan) -> None:
+    if plan.divergence and plan.divergence.policy == "roll_back":
+        raise UserError(
+            "training.divergence.policy is roll_back, but trials are not rolled back: one would go on at another learning rate "
+            "than the one that it is ranked by. Set it to stop (such a trial fails and never wins), skip or warn."
+        )
 
 
 def resolve(config: RunConfig, planner: Planner) -> Resolved:

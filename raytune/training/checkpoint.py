@@ -162,6 +162,38 @@ class Checkpoints:
             raise CheckpointError(f"{commit.path} is damaged: {'; '.join(problems[:5])}.")
         self._load_fetched(commit, engine)
 
+    def go_back(self, bad_step: int) -> Commit | None:
+        """Load the newest intact commit that a bad step does not speak against, and uncommit later ones. Every rank calls it.
+
+        A step measures the weights that it begins with, so that those right before it are no good either. Whoever is killed on
+        the way goes on from what is still there, and meets the same again.
+
+        Args:
+            bad_step: counted from 1.
+
+        Returns:
+            None if there is no such commit; then nothing was loaded or uncommitted.
+
+        Raises:
+            CheckpointError: if none of them is intact, or a newer attempt has taken the run over.
+        """
+        try:
+            self.wait()
+        except RaytuneError:
+            self._previous_failed = True  # reported already
+        if not self._peers.decide(lambda: any(commit.step < bad_step - 1 for commit in committed(self._folder))):
+            return None
+        self._peers.decide(lambda: self._uncommit_from(bad_step - 1))
+        return self.load_newest()
+
+    def _uncommit_from(self, step: int) -> None:
+        """Remove the commits from a step on, the newest first; rank 0."""
+        self._place.refuse_newer_attempt()
+        for commit in reversed(committed(self._folder)):
+            if commit.step >= step:
+                self._place.discard(commit.path)
+                self._report("checkpoint_deleted", step=commit.step)
+
     def best(self) -> Commit | None:
         """The commit whose model is the result of the run so far."""
         return self._peers.decide(lambda: best_commit(committed(self._folder), self._policy.metric, self._policy.mode))

@@ -59,11 +59,15 @@ class Engine(Protocol):
         """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN."""
         ...
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
         """Update the weights and clear the gradients.
 
+        Args:
+            norm_limit: largest norm that is updated with; the same on every rank.
+
         Returns:
-            Norm of the gradient over all ranks before clipping, the same on every rank. If it is not finite, nothing was updated.
+            Norm of the gradient over all ranks before clipping, the same on every rank. If it is not finite or above the limit,
+            nothing was updated, neither weights nor the optimizer's state.
         """
         ...
 
@@ -91,7 +95,8 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Continue from what all ranks saved, once together in `folder`. Every rank calls it, on a fresh engine.
+        """Continue from what all ranks saved, once together in `folder`, whatever was trained since. Every rank calls it, between
+        steps.
 
         Raises:
             CheckpointError: if it was saved by another kind of engine or number of workers, or does not fit the model.
@@ -203,7 +208,7 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(poisoned(loss)).backward()
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
         set_learning_rate(self._optimizer, learning_rate)
         self._sum_gradients_over_ranks()
         self._scaler.unscale_(self._optimizer)
@@ -214,9 +219,9 @@ class PlainEngine:
         norm = get_total_norm(gradients)
         if self._max_grad_norm > 0:
             clip_grads_with_norm_(self._trained.values(), self._max_grad_norm, norm)
-        self._update(norm)
+        self._update(norm, norm_limit)
         if self._beside:
-            if math.isfinite(norm.item()):
+            if is_updated_with(norm.item(), norm_limit):
                 self._beside.after_update(*self._followed(self._beside))
             else:
                 self._beside.skipped()
@@ -232,17 +237,21 @@ class PlainEngine:
             gradients[name] = parameter.grad
         return {name: parameter.data for name, parameter in beside.parameters.items()}, gradients
 
-    def _update(self, norm: Tensor) -> None:
-        """Let the optimizer step unless `norm` is not finite; on a GPU without asking, where the optimizer can decide there."""
+    def _update(self, norm: Tensor, norm_limit: float) -> None:
+        """Let the optimizer step unless `norm` is not finite or above the limit; on a GPU without asking, where the optimizer can
+        decide there."""
         if self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)
+            # What is not finite is the scaler's to see; a norm that is finite and too large is none of its business.
+            if norm_limit == math.inf or not norm_limit < norm.item() < math.inf:
+                self._scaler.step(self._optimizer)
             self._scaler.update()
         elif getattr(self._optimizer, "_step_supports_amp_scaling", False):
             # How torch.amp.GradScaler tells a fused optimizer that a step is to be skipped.
-            self._optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+            is_updated = norm.isfinite() & (norm <= norm_limit)
+            self._optimizer.found_inf = (~is_updated).float()  # pyright: ignore[reportAttributeAccessIssue]
             self._optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
             self._optimizer.step()
-        elif math.isfinite(norm.item()):
+        elif is_updated_with(norm.item(), norm_limit):
             self._optimizer.step()
 
     def _sum_gradients_over_ranks(self) -> None:
@@ -380,6 +389,11 @@ def constant_bytes(model: nn.Module) -> int:
 def poisoned(loss: Tensor) -> Tensor:
     """`loss`, whose gradient is NaN if it is not finite: so it cannot get lost on the way to the norm, which every rank sees."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def is_updated_with(norm: float, norm_limit: float) -> bool:
+    """Whether a step with a gradient of this norm updates the weights."""
+    return math.isfinite(norm) and norm <= norm_limit
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raytune.data.batches import Batch
 from raytune.errors import TrainingError
-from raytune.training.engine import Engine
+from raytune.training.engine import Engine, is_updated_with
 
 LossSum = Callable[[nn.Module, Batch], Tensor]
 """Sum over the targets of a batch of their loss times their weight, as an fp32 scalar that has a gradient."""
@@ -32,8 +32,19 @@ class StepNumbers:
     grad_norm: float
     """Before clipping."""
     updated: bool
-    """False: fp16 overflowed, the step was skipped and the loss scale lowered."""
+    """False: fp16 overflowed, the step was skipped and the loss scale lowered; or its norm was above its limit."""
     loss_scale: float | None
+    skipped: tuple["Skipped", ...] = ()
+    """Steps since the last read, this one included, whose gradient was above its limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A step whose update was not made."""
+
+    step: int
+    grad_norm: float
+    norm_limit: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +61,8 @@ class StepResult:
     loss_sum: Tensor
     """Over the targets of this rank, by their weights."""
     grad_norm: Tensor
-    """Of the global gradient before clipping; not finite: nothing was updated."""
+    """Of the global gradient before clipping; not finite, or above the limit: nothing was updated."""
+    norm_limit: float
     losses: list[Tensor]
     """Sum over the targets of each micro-batch of this rank."""
     rows: list[tuple[int, ...]]
@@ -64,12 +76,23 @@ class StepResult:
         Raises:
             TrainingError: on every rank alike, if this step or one since the last read had a loss or gradient that is not finite.
         """
-        self._unread.check(engine)
+        skipped = self._unread.check(engine)
         loss = engine.all_reduce_sum(self.loss_sum.clone()).item() / self.weight
         grad_norm = self.grad_norm.item()
         if not math.isfinite(loss):
             raise _divergence(engine, self)
-        return StepNumbers(loss=loss, grad_norm=grad_norm, updated=math.isfinite(grad_norm), loss_scale=engine.loss_scale())
+        return StepNumbers(
+            loss=loss,
+            grad_norm=grad_norm,
+            updated=is_updated_with(grad_norm, self.norm_limit),
+            loss_scale=engine.loss_scale(),
+            skipped=tuple(skipped),
+        )
+
+    def rows_of_ranks(self, engine: Engine) -> str:
+        """The rows of the step in words. Every rank calls it."""
+        rows_of_ranks = engine.gather_objects(self._named([row for rows in self.rows for row in rows]))
+        return "; ".join(f"rank {rank}: {rows}" for rank, rows in enumerate(rows_of_ranks))
 
 
 @dataclass(slots=True)
@@ -77,16 +100,28 @@ class _Unread:
     """Steps whose norm nobody has looked at yet. Looking means waiting for a GPU, so it is done for many steps at once."""
 
     steps: list[StepResult] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    """Found above their limits, and not yet told."""
 
-    def check(self, engine: Engine) -> None:
+    def look(self, engine: Engine) -> None:
+        """Look at the norms of all steps that nobody has looked at."""
         steps, self.steps = self.steps, []
         if not steps:
             return
         # The norm is global and so is a loss in it (`poisoned`): all ranks come to the same verdict and stop together.
-        is_finite = torch.stack([step.grad_norm for step in steps]).isfinite().tolist()
-        for step, fine in zip(steps, is_finite):
-            if not fine and not _is_overflow(engine, step):
-                raise _divergence(engine, step)
+        norms = torch.stack([step.grad_norm for step in steps]).tolist()
+        for step, norm in zip(steps, norms):
+            if not math.isfinite(norm):
+                if not _is_overflow(engine, step):
+                    raise _divergence(engine, step)
+            elif norm > step.norm_limit:
+                self.skipped.append(Skipped(step=step.step, grad_norm=norm, norm_limit=step.norm_limit))
+
+    def check(self, engine: Engine) -> list[Skipped]:
+        """Look, and give what was skipped since the last time."""
+        self.look(engine)
+        skipped, self.skipped = self.skipped, []
+        return skipped
 
 
 def _is_overflow(engine: Engine, step: StepResult) -> bool:
@@ -109,14 +144,15 @@ def _divergence(engine: Engine, step: StepResult) -> TrainingError:
         )
     else:
         what = "The gradient"
-        rows_of_ranks = engine.gather_objects(step._named([row for rows in step.rows for row in rows]))
-        where = "every loss is finite; " + "; ".join(f"rank {rank}: {rows}" for rank, rows in enumerate(rows_of_ranks))
+        where = f"every loss is finite; {step.rows_of_ranks(engine)}"
     scale = engine.loss_scale()
-    return TrainingError(
+    error = TrainingError(
         f"{what} of step {step.step} is not finite ({where}). Learning rate {step.learning_rate:g}"
         f"{f', loss scale {scale:g}' if scale is not None else ''}. The weights were not updated with it. Look at these rows, "
         f"lower training.learning_rate or training.max_grad_norm, or train in bf16 rather than fp16."
     )
+    error.bad_step = step.step
+    return error
 
 
 def _numbered(rows: Iterable[int]) -> str:
@@ -138,6 +174,7 @@ def training_steps(
     stop: int,
     seed: int,
     named: NameRows = _numbered,
+    norm_limit: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[StepResult]:
     """Make optimizer steps, one per iteration.
 
@@ -150,6 +187,7 @@ def training_steps(
         stop: steps made in the end.
         seed: of dropout and noise.
         named: what an error calls the rows of a micro-batch.
+        norm_limit: asked before every update for the largest norm that is updated with; the same on every rank.
 
     Raises:
         TrainingError: on every rank, for a loss or gradient that is not finite; its step has not updated the weights. On a CPU
@@ -169,7 +207,8 @@ def training_steps(
             engine.backward(loss / weight)
             losses.append(loss.detach())
             rows.append(batch.rows)
-        grad_norm = engine.step(rate)
+        limit = norm_limit()
+        grad_norm = engine.step(rate, limit)
         result = StepResult(
             step=step + 1,
             num_targets=num_targets,
@@ -177,6 +216,7 @@ def training_steps(
             learning_rate=rate,
             loss_sum=torch.stack(losses).sum(),
             grad_norm=grad_norm,
+            norm_limit=limit,
             losses=losses,
             rows=rows,
             _named=named,
@@ -184,7 +224,7 @@ def training_steps(
         )
         unread.steps.append(result)
         if engine.device.type == "cpu":
-            unread.check(engine)
+            unread.look(engine)
         yield result
 
 

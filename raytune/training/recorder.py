@@ -9,11 +9,12 @@ from typing import Self
 import torch
 
 from raytune.metrics.history import History
+from raytune.metrics.points import RollBack
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.engine import Engine
-from raytune.training.loop import StepResult
+from raytune.training.loop import StepNumbers, StepResult
 
 
 class Recorder:
@@ -21,9 +22,10 @@ class Recorder:
 
     Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
     `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
-    `validation/...`.
+    `train/skipped` (updates that the divergence guard has skipped since the line before), `validation/...`.
 
     Args:
+        roll_back: the way back that led to `resumed_step`, if one did.
         told: hears on every rank what is measured after a step, as it is written down.
     """
 
@@ -35,10 +37,13 @@ class Recorder:
         *,
         attempt: int,
         resumed_step: int,
+        roll_back: RollBack | None = None,
         told: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
     ) -> None:
         self._plan, self._engine, self._told = plan, engine, told
-        self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step) if engine.rank == 0 else None
+        self._writer = None
+        if engine.rank == 0:
+            self._writer = MetricsWriter(folder.metrics, attempt=attempt, resumed_step=resumed_step, roll_back=roll_back)
         self._last_step, self._last_s = resumed_step, time.perf_counter()
         self._step_seconds: list[float] = []
         self.metrics: dict[str, float] = History.read(folder.metrics).as_of(resumed_step) if self._writer else {}
@@ -51,8 +56,8 @@ class Recorder:
         if self._writer:
             self._writer.__exit__(kind, *error)
 
-    def step(self, result: StepResult) -> None:
-        """Wait for a step and write it down. Every rank calls it.
+    def step(self, result: StepResult) -> StepNumbers:
+        """Wait for a step and write it down; what is known of it then. Every rank calls it.
 
         Raises:
             TrainingError: if a loss or gradient since the last call was not finite.
@@ -74,7 +79,10 @@ class Recorder:
         }
         if numbers.loss_scale is not None:
             values |= {"train/loss_scale": numbers.loss_scale, "train/updated": float(numbers.updated)}
+        if self._plan.skips_spikes:
+            values["train/skipped"] = float(len(numbers.skipped))
         self._write(result.step, values)
+        return numbers
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Write down what the model was worth after a step; the time it took counts for no step."""

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
+from raytune.errors import TrainingError
 from raytune.metrics.events import EventLog
 from raytune.metrics.history import History
+from raytune.metrics.points import RollBack
 from raytune.plan.identity import identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
+from raytune.training.divergence import Guard, findings
 from raytune.training.final import finish
 from raytune.training.loop import training_steps
 from raytune.training.phases import Phases
@@ -18,7 +22,7 @@ from raytune.training.recorder import Recorder
 from raytune.training.requests import Request, Requests, SaveClock
 from raytune.training.schedule import learning_rate
 from raytune.training.start import Started, Worker, start
-from raytune.training.stopping import Curve, Stopping
+from raytune.training.stopping import Curve, Noted, Stopping
 from raytune.training.timetable import Timetable
 from raytune.training.validation import Validation
 
@@ -49,12 +53,49 @@ def train_started(started: Started) -> None:
         resumed = checkpoints.load_newest()
         first = resumed.step if resumed else 0
         report("training_started", step=first)
-        stopping = _stopping(started, first, report)
-        with Recorder(plan, engine, folder, attempt=worker.attempt, resumed_step=first, told=stopping.add) as recorder:
+        guard = Guard.resumed(plan, engine, report, folder.metrics, first) if resumed else Guard(plan, engine, report)
+        back = None
+        while diverged := _train_from(first, back, started, checkpoints, phases, guard, report):
+            back = guard.go_back(diverged, checkpoints)
+            first = back.to
+
+
+def _train_from(
+    first: int,
+    back: RollBack | None,
+    started: Started,
+    checkpoints: Checkpoints,
+    phases: Phases,
+    guard: Guard,
+    report: Report,
+) -> TrainingError | None:
+    """Train from the step after `first` to the final model; or to where the run diverges, if it may be rolled back then.
+
+    Args:
+        back: the way back that led to `first`, if one did.
+    """
+    plan, worker, engine, folder = started.plan, started.worker, started.engine, started.folder
+    stopping = _stopping(started, first, report)
+    with Recorder(
+        plan, engine, folder, attempt=worker.attempt, resumed_step=first, roll_back=back, told=stopping.add
+    ) as recorder:
+        try:
             if not stopping.has_ended(first):
-                _make_steps(started, checkpoints, recorder, phases, stopping, first)
-            started.loss.release()
-            finish(started, checkpoints, recorder, stopping.findings)
+                _make_steps(started, checkpoints, recorder, phases, stopping, guard, first)
+        except TrainingError as error:
+            if not guard.rolls_back or error.bad_step is None:
+                raise
+            return error.with_traceback(None)  # which would keep what the failed step holds
+        recorder.flush()
+        found = replace(stopping.findings, divergence=_divergence(plan, folder, worker))
+        started.loss.release()
+        finish(started, checkpoints, recorder, found)
+    return None
+
+
+def _divergence(plan: RunPlan, folder: RunFolder, worker: Worker) -> tuple[Noted, ...]:
+    """What the guard came to, for the result, which rank 0 writes."""
+    return findings(History.read(folder.metrics), plan.divergence, plan.logging_steps) if worker.rank == 0 else ()
 
 
 def _stopping(started: Started, first: int, report: Report) -> Stopping:
@@ -66,7 +107,13 @@ def _stopping(started: Started, first: int, report: Report) -> Stopping:
 
 
 def _make_steps(
-    started: Started, checkpoints: Checkpoints, recorder: Recorder, phases: Phases, stopping: Stopping, first: int
+    started: Started,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    phases: Phases,
+    stopping: Stopping,
+    guard: Guard,
+    first: int,
 ) -> None:
     """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
     plan, worker, engine = started.plan, started.worker, started.engine
@@ -76,23 +123,27 @@ def _make_steps(
     requests = Requests([save_clock] if save_clock else [], engine.gather_objects)
     if first == 0 and plan.evaluation.at_start and validation:
         recorder.evaluation(0, validation.measure())
+    if guard.rolls_back and checkpoints.wait() is None:
+        recorder.flush()
+        checkpoints.save(0, metrics={})  # so that there is always a way back; unmeasured, since it is not what the run is for
     phases.reach_step(first)
     for result in training_steps(
         engine,
         batches_of_run(plan, store, worker),
         started.loss,
-        lambda step: learning_rate(step, plan.optimization),
+        lambda step: learning_rate(step, plan.optimization) * guard.rate_scale,
         start=first,
         stop=timetable.num_steps,
         seed=plan.seed,
         named=store.named,
+        norm_limit=guard.norm_limit,
     ):
         worker.check()
         step = result.step
         asked = requests.agreed() if timetable.logs_after(step) else frozenset()
         evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step) or Request.SAVE in asked
         if timetable.logs_after(step) or evaluates or saves:
-            recorder.step(result)  # reads the step, and so stops here if it went wrong
+            guard.look(result, recorder.step(result))  # reads the step, and so stops here if it went wrong
         measured = validation.measure() if evaluates else {}
         if evaluates:
             recorder.evaluation(step, measured)

@@ -58,9 +58,15 @@ class Findings:
     """None: the run was trained to its last step."""
     overfitting: tuple[Noted, ...] = ()
     """Where overfitting began, each time once."""
+    divergence: tuple[Noted, ...] = ()
+    """What the guard against divergence found and did."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"stopped": self.stopped and asdict(self.stopped), "overfitting": [asdict(found) for found in self.overfitting]}
+        return {
+            "stopped": self.stopped and asdict(self.stopped),
+            "overfitting": [asdict(found) for found in self.overfitting],
+            "divergence": [asdict(found) for found in self.divergence],
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
@@ -69,6 +75,7 @@ class Findings:
         return cls(
             stopped=Stopped(**stopped) if stopped else None,
             overfitting=tuple(Noted(**found) for found in record.get("overfitting", ())),
+            divergence=tuple(Noted(**found) for found in record.get("divergence", ())),
         )
 
 

@@ -23,6 +23,7 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -47,6 +48,7 @@ from raytune.training.engine import (
     constant_bytes,
     free_memory,
     gather_objects,
+    is_updated_with,
     load_method,
     num_bytes,
     poisoned,
@@ -238,6 +240,7 @@ class ZeroEngine:
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.model = model
         self._beside = beside
+        self._norm_limit, self._norm_above_limit = math.inf, math.nan
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
         _cast_unsharded(model, DTYPES[precision])
@@ -256,6 +259,7 @@ class ZeroEngine:
         )[0]
         self.module: nn.Module = self._engine
         self._seen_gradients: dict[str, Tensor] = {}
+        self._bound_norms()
         if self._beside:
             self._ask_before_updates(self._beside)
         self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
@@ -267,8 +271,9 @@ class ZeroEngine:
         # DeepSpeed averages over the ranks and the loss of a step is a sum over them, hence the factor (test_zero_parity.py).
         self._engine.backward(poisoned(loss) * self.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
         set_learning_rate(self._engine.optimizer, learning_rate)
+        self._norm_limit, self._norm_above_limit = norm_limit, math.nan
         try:
             self._engine.step()
         except Exception as error:
@@ -279,10 +284,32 @@ class ZeroEngine:
                 ) from error
             raise
         norm = self._engine.get_global_grad_norm()
+        if not math.isnan(self._norm_above_limit):
+            norm = self._norm_above_limit  # what DeepSpeed took for infinite
         if self._beside:
             self._after_update(self._beside, self._seen_gradients, float(norm))
             self._seen_gradients = {}
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    def _bound_norms(self) -> None:
+        """Have DeepSpeed take a norm above the limit of the step for infinite, which it skips, on all ranks and with all that it
+        offloads. It also lowers the loss scale then, so that fp16 has no limits here (plan.stages)."""
+        optimizer: Any = self._engine.optimizer
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        measure = getattr(optimizer, name)
+
+        def measure_within_limit(*arguments: Any, **named: Any) -> Any:
+            norm = measure(*arguments, **named)
+            if self._norm_limit == math.inf:
+                return norm
+            whole = float(combine_grad_norm_groups(norm) if self._stage == 3 else norm)
+            if not self._norm_limit < whole < math.inf:
+                return norm
+            self._norm_above_limit = whole
+            infinite = torch.full((), math.inf, device=self.device)
+            return [infinite] if self._stage == 3 else infinite
+
+        setattr(optimizer, name, measure_within_limit)
 
     def _ask_before_updates(self, beside: BesideUpdates) -> None:
         """Have the method add its gradients when all stages have those of the step: DeepSpeed 0.19 has them whole, and not yet
@@ -308,7 +335,7 @@ class ZeroEngine:
         return gradients
 
     def _after_update(self, beside: BesideUpdates, gradients: dict[str, Tensor], norm: float) -> None:
-        if not math.isfinite(norm):
+        if not is_updated_with(norm, self._norm_limit):
             beside.skipped()
             return
         most = self._engine.gradient_clipping()

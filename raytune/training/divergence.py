@@ -1,0 +1,283 @@
+"""When a run diverges, and what is done then: rules, as pure functions of what its logged steps have measured.
+
+As with `stopping`, the history is that of metrics.jsonl: an attempt that resumes reads back what was measured until its
+checkpoint, and so decides as a run that was never interrupted. Only steps by the period of `training.logging_steps` are looked
+at. That a run was rolled back stands there too, in the line that a segment of an attempt begins with, and holds for what follows
+whatever the config says by then.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Self
+
+import torch
+
+from raytune.config.divergence import DivergenceSection
+from raytune.errors import TrainingError
+from raytune.metrics.history import History
+from raytune.metrics.points import RollBack, standing
+from raytune.plan.divergence import FEWEST
+from raytune.plan.run_plan import RunPlan
+from raytune.training.checkpoint import Checkpoints, Report
+from raytune.training.engine import Engine
+from raytune.training.loop import StepNumbers, StepResult
+from raytune.training.stopping import Noted
+
+WATCHED = {"loss": ("train/loss",), "grad_norm": ("train/grad_norm",), "both": ("train/loss", "train/grad_norm")}
+SKIPPED = "train/skipped"
+NORMAL = 1.4826
+"""Standard deviations of a normal distribution in its median absolute deviation."""
+LEAST_DEVIATION = 0.01
+"""Of the median: where values hardly differ, not every small rise is a spike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """A logged step."""
+
+    step: int
+    values: Mapping[str, float]
+    """Of what may be watched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spike:
+    """A value that is too high."""
+
+    step: int
+    metric: str
+    value: float
+    median: float
+    deviation: float
+    """A robust standard deviation."""
+
+    @property
+    def text(self) -> str:
+        times = f"{(self.value - self.median) / self.deviation:.3g}" if self.deviation else "infinitely many"
+        return (
+            f"{self.metric} {self.value:.5g} at step {self.step} is {times} robust deviations above {self.median:.5g}, the "
+            f"median of the logged steps before"
+        )
+
+
+# --- The rules ---------------------------------------------------------------------------------------------------------------
+
+
+def ordinary(values: Sequence[float], rule: DivergenceSection) -> tuple[float, float] | None:
+    """Median and robust standard deviation of the last values of a metric; None while there are too few of them.
+
+    Values that are not finite (the norm where fp16 overflows) are none.
+    """
+    finite = [value for value in values[-rule.window :] if math.isfinite(value)]
+    if len(finite) < min(FEWEST, rule.window):
+        return None
+    middle = median(finite)
+    deviation = NORMAL * median(abs(value - middle) for value in finite)
+    return middle, max(deviation, LEAST_DEVIATION * abs(middle))
+
+
+def highest_ordinary(values: Sequence[float], rule: DivergenceSection) -> float:
+    """The highest next value that would be no spike; infinity while there are too few."""
+    known = ordinary(values, rule)
+    return math.inf if known is None else known[0] + rule.threshold * known[1]
+
+
+def spike_at(logged: Sequence[Logged], index: int, rule: DivergenceSection) -> Spike | None:
+    """The spike at a logged step, the first of those that are watched; None if it has none."""
+    before, now = logged[max(0, index - rule.window) : index], logged[index]
+    for metric in WATCHED[rule.watch]:
+        known = ordinary([one.values[metric] for one in before], rule)
+        value = now.values[metric]
+        if known and math.isfinite(value) and value > known[0] + rule.threshold * known[1]:
+            return Spike(step=now.step, metric=metric, value=value, median=known[0], deviation=known[1])
+    return None
+
+
+def spikes_in_a_row(logged: Sequence[Logged], rule: DivergenceSection) -> list[Spike]:
+    """The spikes of the last logged steps, back to the last step without one, in their order."""
+    found = []
+    for index in reversed(range(len(logged))):
+        spike = spike_at(logged, index, rule)
+        if spike is None:
+            break
+        found.append(spike)
+    return found[::-1]
+
+
+def where_it_diverged(logged: Sequence[Logged], rule: DivergenceSection) -> list[Noted]:
+    """Logged steps at which spikes in a row are as many as the patience, each time once."""
+    found, in_a_row = [], 0
+    for index in range(len(logged)):
+        spike = spike_at(logged, index, rule)
+        in_a_row = in_a_row + 1 if spike else 0
+        if spike and in_a_row == rule.patience:
+            found.append(Noted(step=spike.step, reason=_reason(spike, rule)))
+    return found
+
+
+def rate_scale(roll_backs: Sequence[RollBack]) -> float:
+    """What rates are multiplied by after these."""
+    return math.prod(back.rate_factor for back in roll_backs)
+
+
+def logged_steps(history: History, log_every: int, last_step: int | None = None) -> list[Logged]:
+    """What a run has logged by a step; without one, all of it."""
+    return [
+        Logged(step=point.step, values={metric: point.values[metric] for metric in WATCHED["both"]})
+        for point in history.points
+        if point.step % log_every == 0
+        and (last_step is None or point.step <= last_step)
+        and all(metric in point.values for metric in WATCHED["both"])
+    ]
+
+
+def findings(history: History, rule: DivergenceSection | None, log_every: int) -> tuple[Noted, ...]:
+    """What the guard found and did in a run, in words, as it stands in its result."""
+    found = [
+        Noted(
+            step=back.bad_step,
+            reason=f"rolled back to step {back.to}; rates from there on are those of the schedule times "
+            f"{rate_scale(history.roll_backs[: number + 1]):g}",
+        )
+        for number, back in enumerate(history.roll_backs)
+    ]
+    if skipping := [(step, int(number)) for step, number in history.series(SKIPPED) if number]:
+        total = sum(number for _, number in skipping)
+        updates = f"{total} update{'s were' if total > 1 else ' was'}"
+        reason = f"{updates} not made, because the norm of the gradient was a spike"
+        found.append(Noted(step=skipping[-1][0], reason=reason))
+    if rule and rule.policy == "warn":
+        found += where_it_diverged(logged_steps(history, log_every), rule)
+    return tuple(found)
+
+
+def _reason(spike: Spike, rule: DivergenceSection) -> str:
+    in_a_row = f"; {rule.patience} logged steps in a row have a spike" if rule.patience > 1 else ""
+    return f"{spike.text}{in_a_row}"
+
+
+# --- In a run ----------------------------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """The guard of a run while it trains, the same on every rank: what rank 0 measured counts. Without a section it only keeps
+    the rate where roll backs have brought it.
+
+    Args:
+        logged: what was logged before this attempt.
+        roll_backs: those of the run so far.
+        report: told what is found and done, as `EventLog.write`.
+    """
+
+    def __init__(
+        self, plan: RunPlan, engine: Engine, report: Report, logged: Sequence[Logged] = (), roll_backs: Sequence[RollBack] = ()
+    ) -> None:
+        self._rule, self._log_every, self._engine, self._report = plan.divergence, plan.logging_steps, engine, report
+        self._skips = plan.skips_spikes
+        self._logged, self._roll_backs = list(logged), list(roll_backs)
+        self._spiking: list[StepResult] = []
+        self._norm_limit = math.inf
+        self._bound_norms()
+
+    @classmethod
+    def resumed(cls, plan: RunPlan, engine: Engine, report: Report, metrics: str, last_step: int) -> Self:
+        """The guard of an attempt that goes on after a step. Every rank calls it.
+
+        Args:
+            metrics: the metrics file of the run.
+        """
+        past: tuple[list[Logged], list[RollBack]] = [], []
+        if engine.rank == 0:
+            history = History.read(metrics)
+            logged = logged_steps(history, plan.logging_steps, last_step) if plan.divergence else []
+            past = logged, standing(history.roll_backs, last_step)
+        logged, roll_backs = engine.gather_objects(past)[0]
+        return cls(plan, engine, report, logged, roll_backs)
+
+    @property
+    def rolls_back(self) -> bool:
+        return self._rule is not None and self._rule.policy == "roll_back"
+
+    @property
+    def rate_scale(self) -> float:
+        """What the schedule's rate is multiplied by."""
+        return rate_scale(self._roll_backs)
+
+    def norm_limit(self) -> float:
+        """Largest norm of a gradient that the next update is made with."""
+        return self._norm_limit
+
+    def look(self, result: StepResult, numbers: StepNumbers) -> None:
+        """Look at a step that was read. Every rank calls it.
+
+        Raises:
+            TrainingError: on every rank, if the run diverges and is not to go on.
+        """
+        rule = self._rule
+        for skipped in numbers.skipped:
+            self._report("update_skipped", step=skipped.step, grad_norm=skipped.grad_norm, norm_limit=skipped.norm_limit)
+        if rule is None or result.step % self._log_every:
+            return
+        self._logged.append(Logged(step=result.step, values=self._of_rank_0(numbers)))
+        self._bound_norms()
+        if self._skips:
+            return
+        spikes = spikes_in_a_row(self._logged, rule)
+        self._spiking = [*self._spiking, result][-rule.patience :] if spikes else []
+        if len(spikes) < rule.patience:
+            return
+        if rule.policy != "warn":
+            raise self._diverged(spikes, rule)
+        if len(spikes) == rule.patience:
+            self._report("divergence", step=result.step, reason=_reason(spikes[-1], rule))
+
+    def go_back(self, error: TrainingError, checkpoints: Checkpoints) -> RollBack:
+        """Have the run where it was before it diverged. Every rank calls it, without holding on to the steps since.
+
+        Raises:
+            TrainingError: on every rank, if that has been done too often, or there is no checkpoint from before.
+            CheckpointError: as `Checkpoints.go_back`.
+        """
+        rule, num_before = self._rule, len(self._roll_backs)
+        assert rule is not None
+        assert error.bad_step is not None
+        if num_before >= rule.max_roll_backs:
+            raise TrainingError(
+                f"{error} The run was rolled back {num_before} time{'s' * (num_before > 1)} before, the last time to step "
+                f"{self._roll_backs[-1].to} with {self.rate_scale:g} of the rate: that is training.divergence.max_roll_backs."
+            ) from error
+        commit = checkpoints.go_back(error.bad_step)
+        if commit is None:
+            raise TrainingError(
+                f"{error} No checkpoint is left from before step {error.bad_step - 1} to roll back to."
+            ) from error
+        back = RollBack(bad_step=error.bad_step, to=commit.step, rate_factor=rule.rate_factor)
+        self._roll_backs.append(back)
+        self._logged = [one for one in self._logged if one.step <= back.to]
+        self._spiking = []
+        self._report("rolled_back", step=back.bad_step, to=back.to, rate_scale=self.rate_scale, reason=str(error))
+        return back
+
+    def _bound_norms(self) -> None:
+        if self._skips and self._rule:
+            norms = [one.values["train/grad_norm"] for one in self._logged[-self._rule.window :]]
+            self._norm_limit = highest_ordinary(norms, self._rule)
+
+    def _of_rank_0(self, numbers: StepNumbers) -> dict[str, float]:
+        """What is watched; where another rank has rounded otherwise, it does not go a way of its own."""
+        own = [numbers.loss, numbers.grad_norm] if self._engine.rank == 0 else [0.0, 0.0]
+        shared = self._engine.all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self._engine.device))
+        return dict(zip(WATCHED["both"], shared.tolist(), strict=True))
+
+    def _diverged(self, spikes: Sequence[Spike], rule: DivergenceSection) -> TrainingError:
+        """The error that every rank raises."""
+        rows = "; ".join(f"step {result.step}, {result.rows_of_ranks(self._engine)}" for result in self._spiking)
+        error = TrainingError(
+            f"The run diverges: {_reason(spikes[-1], rule)}. Learning rate {self._spiking[-1].learning_rate:g}. The rows were: "
+            f"{rows}. Look at these rows, or lower training.learning_rate or training.max_grad_norm."
+        )
+        # Steps that were not logged may have gone wrong before the one that was.
+        error.bad_step = spikes[0].step - self._log_every + 1
+        return error
