@@ -201,6 +201,28 @@ class OftAdapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
+class BoftAdapter(Section):
+    """BOFT (Liu et al. 2024): a frozen base whose layers' inputs are rotated, block by block, and whose outputs are multiplied by
+    trained factors. Several rotations, between which the blocks are mixed as a butterfly does, let far inputs meet. Each layer holds
+    matrices as large as the square of its inputs: for small models."""
+
+    method: Literal["boft"]
+    """Train rotations of the inputs of linear layers, and factors of their outputs; the base stays frozen."""
+    block_size: Annotated[int, Field(ge=2, strict=True)] = 4
+    """Inputs that are rotated together; it has to divide the inputs of each layer. Larger blocks train more parameters."""
+    num_butterfly_factors: PositiveInt = 1
+    """Rotations of each layer, one after the other, which mix twice as many inputs each time. With more than 1 plain PEFT reads
+    the adapter only where it can compile its CUDA extension; raytune reads and merges it everywhere."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the blocks of one of a layer's rotations that are not rotated in a pass."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get rotations: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
 class BottleneckAdapter(Section):
     """Bottleneck adapters (Houlsby et al. 2019): a frozen base, behind whose attention and MLPs small networks are trained that
     add something to what these give. They start by adding nothing. PEFT has no such method: what is saved is read by raytune."""
@@ -319,6 +341,7 @@ Adapter = Annotated[
     | LohaAdapter
     | VeraAdapter
     | OftAdapter
+    | BoftAdapter
     | BottleneckAdapter
     | AdaLoraAdapter
     | TrainableTokensAdapter

@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.boft.layer import BOFTLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -146,11 +147,11 @@ def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, 
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=config.revision)  # pyright: ignore[reportReturnType]
 
 
-def shared_matrices(model: nn.Module) -> Iterator[Tensor]:
-    """Matrices of an adapter that are not trained, and that all layers share."""
+def constant_matrices(model: nn.Module) -> Iterator[Tensor]:
+    """Matrices of an adapter that are not trained: those that all layers share, and permutations of each."""
     for module in model.modules():
-        if isinstance(module, BufferDict):
-            yield from module.buffers()
+        if isinstance(module, BufferDict | BOFTLayer):
+            yield from module.buffers(recurse=False)
 
 
 @contextmanager
