@@ -107,9 +107,9 @@ class TrainingSection(Section):
     logging_steps: PositiveInt = 1
     """Steps between two lines of metrics.jsonl."""
     early_stopping: EarlyStoppingSection | None = None
-    """End the run where its metric gets no better."""
+    """End the run where its metric gets no better; `{}` turns it on as its keys are by default."""
     overfitting: OverfittingSection | None = None
-    """Look out for overfitting: warn, or end the run."""
+    """Look out for overfitting: warn, or end the run; `{}` turns it on as its keys are by default."""
     seed: NonNegativeInt = 42
     """Seed of the data order, dropout and adapter initialisation."""
     zero: ZeroSection = ZeroSection()

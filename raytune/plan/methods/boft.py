@@ -69,12 +69,14 @@ def _check(adapter: BoftAdapter, config: RunConfig, held: HeldBase, shape: Model
     above = min((size for size in sizes if size > adapter.block_size), default=None)
     near = " or ".join(str(size) for size in (below, above) if size)
     many = adapter.num_butterfly_factors
-    mixed = f", with adapter.num_butterfly_factors {many} in an even size and {_num_joined(adapter)} blocks at a time" * (many > 1)
+    mixed = f", with adapter.num_butterfly_factors {many} in an even size and {_num_joined(adapter)} blocks at a time" * (
+        many > 1
+    )
     remedy = f"Set adapter.block_size to {near}" if near else "No size does for all layers"
     fewer = ", set adapter.num_butterfly_factors to 1," if many > 1 else ""
     raise ModelError(
-        f"adapter.block_size is {adapter.block_size}, which does not divide the {odd.inputs} inputs of {odd.name}{mixed}, as PEFT "
-        f"needs it. {remedy}{fewer} or leave such layers out by adapter.exclude_modules."
+        f"adapter.block_size is {adapter.block_size}, which does not divide the {odd.inputs} inputs of {odd.name}{mixed}, as "
+        f"PEFT needs it. {remedy}{fewer} or leave such layers out by adapter.exclude_modules."
     )
 
 
@@ -93,16 +95,17 @@ def _unread(adapter: BoftAdapter, shape: ModelShape) -> Iterator[str]:
     most = max((module.inputs // adapter.block_size for module in target_modules(adapter, shape)), default=0)
     if adapter.dropout > 0 and int(adapter.dropout * most) == 0:
         yield (
-            f"adapter.dropout {adapter.dropout:g} is not read: it would leave out less than one of the {most} blocks that a layer "
-            f"has at most."
+            f"adapter.dropout {adapter.dropout:g} is not read: it would leave out less than one of the {most} blocks that a "
+            f"layer has at most."
         )
 
 
 def _reasons(adapter: BoftAdapter, shape: ModelShape) -> Iterator[str]:
     if adapter.num_butterfly_factors > 1:
         yield (
-            f"adapter.num_butterfly_factors is {adapter.num_butterfly_factors}: plain PEFT reads such an adapter only where it can "
-            f"compile its CUDA extension, and takes it for one of another shape elsewhere. raytune reads and merges it everywhere."
+            f"adapter.num_butterfly_factors is {adapter.num_butterfly_factors}: plain PEFT reads such an adapter only where it "
+            f"can compile its CUDA extension, and takes it for one of another shape elsewhere. raytune reads and merges it "
+            f"everywhere."
         )
 
 
