@@ -105,7 +105,8 @@ def measure_peak(plan: RunPlan) -> Peak:
 
 
 class Keeping:
-    """Counts the bytes of what autograd keeps between the first layer's input and the last one's output, without weights and constants."""
+    """Counts the bytes of what autograd keeps between the first layer's input and the last one's output, but for weights and
+    constants."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
