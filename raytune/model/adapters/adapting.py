@@ -51,8 +51,8 @@ def no_start_from_text(model: PeftModel, adapter: Any, tokens_of: Callable[[str]
 def loaded_for_training(base: PreTrainedModel, folder: Path) -> PeftModel:
     """For adapters that plain PEFT loads as something that can be trained.
 
-    Biases of the base, which LoRA may have trained and saved, are whole meanwhile: PEFT copies what it reads over them, and ZeRO-3
-    has divided them by then. Every rank reads the same files.
+    Biases of the base, which LoRA may have trained and saved, are whole meanwhile: PEFT copies what it reads over them, and
+    ZeRO-3 has divided them by then. Every rank reads the same files.
     """
     biases = [parameter for name, parameter in base.named_parameters() if name.endswith("bias")]
     with gather_params_ctx(biases, modifier_rank=0):
