@@ -1,13 +1,17 @@
 """The methods of PEFT that tests train, each as a section of ours and as the configuration that a user of plain PEFT writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft.tuners.boft.layer as boft_layer
+import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    BOFTConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -70,6 +74,24 @@ def orthogonality(model: Any) -> Tensor:
     return 0.5 * torch.stack([torch.dist(one @ one.T, torch.eye(len(one))) for one in matrices]).mean()
 
 
+@contextmanager
+def own_blocks() -> Iterator[None]:
+    """Context in which PEFT makes layers of BOFT that lay out their blocks as PEFT does itself where it has no CUDA extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boft_layer, "get_fbd_cuda", lambda: None)
+        yield
+
+
+def with_boft(model: Any) -> Any:
+    with own_blocks():
+        return get_peft_model(model, BOFTConfig(boft_block_size=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
+
+
+def load_boft(base: Any, folder: Path) -> Any:
+    with own_blocks():
+        return PeftModel.from_pretrained(base, str(folder))
+
+
 METHODS: dict[str, PeftMethod] = {
     "ia3": PeftMethod(
         section={"method": "ia3"},
@@ -118,6 +140,18 @@ METHODS: dict[str, PeftMethod] = {
         config=lambda: OFTConfig(r=0, oft_block_size=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
         rate=2e-2,
         variants=({}, {"block_size": 8, "target_modules": "attention"}, {"block_share": True}),
+        takes_conv1d=False,
+    ),
+    "boft": PeftMethod(
+        section={"method": "boft", "block_size": 4},
+        plain=with_boft,
+        reloaded=load_boft,
+        rate=2e-2,
+        variants=(
+            {},
+            {"block_size": 8, "target_modules": "attention"},
+            {"block_size": 2, "num_butterfly_factors": 2},
+        ),
         takes_conv1d=False,
     ),
     "bottleneck": PeftMethod(

@@ -32,19 +32,19 @@ class LoraAdapter(Section):
     """Layers that get an update: a group (`all-linear`, `attention`, `mlp`), a list of module names, or a regular expression
     that must match a module's whole name. `all-linear` and `mlp` take in the fused experts of a mixture; the output head is never
     part of a group."""
-    target_parameters: list[Text] = []
+    target_parameters: Annotated[list[Text], Field(examples=[["mlp.experts.down_proj"]])] = []
     """Matrices outside linear layers that get an update as well, by their names or the ends of these: the fused experts of a
     mixture (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), or its router."""
-    exclude_modules: list[Text] = []
+    exclude_modules: Annotated[list[Text], Field(examples=[["o_proj"]])] = []
     """Names of modules, and of parameters of fused experts, that `target_modules` would take but that stay frozen."""
-    modules_to_save: list[Text] = []
+    modules_to_save: Annotated[list[Text], Field(examples=[["embed_tokens", "lm_head"]])] = []
     """Modules outside the update that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
-    trainable_tokens: list[Text] | Auto = "auto"
+    trainable_tokens: Annotated[list[Text] | Auto, Field(examples=[["<tool>", "</tool>"]])] = "auto"
     """Tokens whose rows of embedding and head are trained beside the update, and nothing else of these matrices; as the
     tokenizer's vocabulary writes them. `model.new_tokens` are always among them; `auto` takes these, unless
     `modules_to_save` trains both matrices."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained."""
+    """Which biases are trained: none, those of layers with an update (`lora_only`), or all of the model's."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "default"
     """Start of the update. `default` (Kaiming, B = 0), `gaussian` and `orthogonal` need no weights; `pissa` and `olora`
     factorise the base weights; `eva` looks at the activations of the first training batches."""
@@ -56,9 +56,9 @@ class LoraAdapter(Section):
     """LoRA+: the learning rate of B is this many times that of A."""
     lora_plus_embedding_rate: PositiveFloat = 1e-6
     """LoRA+: the peak rate of updates of embeddings, whatever `training.learning_rate` is; the schedule shapes it as well."""
-    rank_pattern: dict[str, PositiveInt] = {}
+    rank_pattern: Annotated[dict[str, PositiveInt], Field(examples=[{"q_proj": 32}])] = {}
     """Other ranks for modules whose name matches a key (regular expression)."""
-    alpha_pattern: dict[str, PositiveFloat] = {}
+    alpha_pattern: Annotated[dict[str, PositiveFloat], Field(examples=[{"q_proj": 64.0}])] = {}
     """Other alphas for modules whose name matches a key (regular expression)."""
 
 
@@ -87,8 +87,9 @@ class Ia3Adapter(Section):
     target_modules: TargetGroup | Literal["keys-values-mlp"] | Text | list[Text] = "keys-values-mlp"
     """Layers that get factors: as with `lora`, or `keys-values-mlp`, those of the paper: what gives keys and values (with the
     queries, where one matrix gives all three), and the MLP's way back. Fused experts get none."""
-    feedforward_modules: list[Text] | Auto = "auto"
-    """Names of the layers among these whose inputs are multiplied and not their outputs. `auto` takes the MLP's ways back."""
+    feedforward_modules: Annotated[list[Text] | Auto, Field(examples=[["down_proj"]])] = "auto"
+    """Names of the layers among `target_modules` whose inputs are multiplied and not their outputs. `auto` takes the
+    MLP's ways back."""
     exclude_modules: list[Text] = []
     """Names of modules that `target_modules` would take but that get no factors."""
     modules_to_save: list[Text] = []
@@ -116,15 +117,15 @@ class LokrAdapter(Section):
     method: Literal["lokr"]
     """Train updates that are Kronecker products; the base stays frozen."""
     rank: PositiveInt = 16
-    """Rank of the product that the larger of both matrices is in its turn, unless half its side is not above it: then it is
-    trained as it is."""
+    """Rank of the low-rank product that stands for the larger of both matrices; a matrix of at most twice this side is trained as
+    it is."""
     alpha: PositiveFloat = 16.0
     """Scale of the update: it is multiplied by alpha / rank."""
     decompose_factor: PositiveInt | Auto = "auto"
     """Side of the smaller matrix, where it divides that of the layer, else the largest divisor below it; `auto` makes both
     matrices about as large. A small factor trains more parameters."""
     decompose_both: bool = False
-    """Have the smaller matrix be a product of `rank` as well."""
+    """Have the smaller matrix be a low-rank product of rank `rank` as well, where it is large enough."""
     rank_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a layer's outputs whose update is dropped in a pass."""
     target_modules: TargetGroup | Text | list[Text] = "all-linear"
@@ -166,7 +167,7 @@ class VeraAdapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the update."""
     d_initial: PositiveFloat = 0.1
-    """Start of the factors between both matrices; those behind them start at 0."""
+    """Start of the factors between the two shared matrices; those behind them start at 0."""
     projection_prng_key: NonNegativeInt = 0
     """Seed of the shared matrices."""
     save_projection: bool = True
@@ -201,6 +202,28 @@ class OftAdapter(Section):
     """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
 
 
+class BoftAdapter(Section):
+    """BOFT (Liu et al. 2024): a frozen base whose layers' inputs are rotated, block by block, and whose outputs are multiplied by
+    trained factors. Several rotations, between which the blocks are mixed as a butterfly does, let far inputs meet. Each layer
+    holds matrices as large as the square of its inputs: for small models."""
+
+    method: Literal["boft"]
+    """Train rotations of the inputs of linear layers, and factors of their outputs; the base stays frozen."""
+    block_size: Annotated[int, Field(ge=2, strict=True)] = 4
+    """Inputs that are rotated together; it has to divide the inputs of each layer. Larger blocks train more parameters."""
+    num_butterfly_factors: PositiveInt = 1
+    """Rotations of each layer, one after the other, which mix twice as many inputs each time. With more than 1 plain PEFT reads
+    the adapter only where it can compile its CUDA extension; raytune reads and merges it everywhere."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the blocks of one of a layer's rotations that are not rotated in a pass."""
+    target_modules: TargetGroup | Text | list[Text] = "all-linear"
+    """Layers that get rotations: as with `lora`. Fused experts get none."""
+    exclude_modules: list[Text] = []
+    """Names of modules that `target_modules` would take but that stay frozen."""
+    modules_to_save: list[Text] = []
+    """Modules outside of this that are trained in full and saved with the adapter, such as `embed_tokens` or `lm_head`."""
+
+
 class BottleneckAdapter(Section):
     """Bottleneck adapters (Houlsby et al. 2019): a frozen base, behind whose attention and MLPs small networks are trained that
     add something to what these give. They start by adding nothing. PEFT has no such method: what is saved is read by raytune."""
@@ -209,10 +232,10 @@ class BottleneckAdapter(Section):
     """Train small networks behind attention and MLPs; the base stays frozen."""
     reduction: PositiveInt = 16
     """A network is as wide inside as what it stands behind, divided by this."""
-    width: PositiveInt | None = None
+    width: Annotated[PositiveInt | None, Field(examples=[64])] = None
     """Width inside a network, in place of `reduction`."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    """Between a network's two layers."""
+    """What stands between a network's two layers."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on what a network has inside."""
     target_modules: Literal["attention-mlp", "attention", "mlp"] | Text | list[Text] = "attention-mlp"
@@ -232,7 +255,7 @@ class AdaLoraAdapter(Section):
     """Train low-rank updates whose ranks are shared out among the layers by importance; the base stays frozen."""
     rank: PositiveInt = 8
     """Rank of an update in the end, on average over the layers."""
-    initial_rank: PositiveInt | Auto = "auto"
+    initial_rank: Annotated[PositiveInt | Auto, Field(examples=[12])] = "auto"
     """Rank of each update in the beginning; `auto`: one and a half times `rank`, as in the paper."""
     alpha: PositiveFloat = 16.0
     """Scale of the update: it is multiplied by alpha / `initial_rank`, whatever rank is left."""
@@ -243,11 +266,11 @@ class AdaLoraAdapter(Section):
     tfinal_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the steps, at the end, in which the ranks stay as they are. The paper takes about half."""
     delta_t: PositiveInt = 10
-    """Steps from one choice of ranks to the next, between both."""
+    """Steps from one choice of ranks to the next, between `tinit_fraction` and `tfinal_fraction`."""
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """Of the running average of importance, which is that of weight times gradient."""
+    """Share of the running average of importance (weight times gradient) that stays from step to step."""
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """Of the running average of its uncertainty."""
+    """Share of the running average of how much importance wavers that stays from step to step."""
     orthogonal_weight: NonNegativeFloat = 0.5
     """What is added to the loss is this times the mean, over all A and B, of how far their ranks are from orthonormal."""
     target_modules: TargetGroup | Text | list[Text] = "all-linear"
@@ -277,7 +300,7 @@ class PromptTuningAdapter(Section):
     """Virtual tokens in front of each document. They take positions of the model, and lengthen rows."""
     prompt_init: Literal["vocabulary", "random"] = "vocabulary"
     """Start of the virtual tokens: embeddings of tokens drawn from the vocabulary, or numbers of a normal distribution."""
-    prompt_init_text: Text | None = None
+    prompt_init_text: Annotated[Text | None, Field(examples=["Reply in JSON."])] = None
     """A text to start from: its tokens' embeddings, repeated or cut to as many as there are virtual tokens."""
 
 
@@ -294,8 +317,8 @@ class PrefixTuningAdapter(Section):
     projection: bool = False
     """Have keys and values come from smaller embeddings, by two layers with tanh between them, which are trained as well and not
     saved."""
-    encoder_hidden_size: PositiveInt | Auto = "auto"
-    """Width between these two layers; `auto` is that of a layer's keys."""
+    encoder_hidden_size: Annotated[PositiveInt | Auto, Field(examples=[128])] = "auto"
+    """Width between the two layers of `projection`; `auto` is that of a layer's keys."""
 
 
 class PTuningAdapter(Section):
@@ -319,6 +342,7 @@ Adapter = Annotated[
     | LohaAdapter
     | VeraAdapter
     | OftAdapter
+    | BoftAdapter
     | BottleneckAdapter
     | AdaLoraAdapter
     | TrainableTokensAdapter

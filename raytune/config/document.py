@@ -127,7 +127,7 @@ def _properties(key: Key) -> str:
     rows = {"type": in_words(key.annotation)}
     if not keys_in(key.path):
         rows |= {"default": _default_text(key), "example": f"{_written(key)}={_flow(example_of(key))}"}
-    if key.methods:
+    if key.methods and not key.path.endswith(".method"):
         rows |= {"only with": f"{key.union}.method {' or '.join(key.methods)}"}
     return "\n".join(f"{name:9}  {text}" for name, text in rows.items())
 

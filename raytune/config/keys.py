@@ -1,5 +1,6 @@
 """Every key of a run config as a flat table, and types in words. What loading, hints, `explain` and tables share."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -175,7 +176,11 @@ def _merged_sentence(first: Key, second: Key) -> str:
     """The first one's, and where a later method says something else of the same key, that behind it."""
     if second.sentence in first.sentence:
         return first.sentence
-    return f"{first.sentence} With `{'`, `'.join(second.methods)}`: {second.sentence[:1].lower()}{second.sentence[1:]}"
+    words, methods = f"{second.sentence[:1].lower()}{second.sentence[1:]}", "`, `".join(second.methods)
+    said = re.compile(rf"`: {re.escape(words)}(?=$| With `)")
+    if said.search(first.sentence):
+        return said.sub(lambda match: f"`, `{methods}{match[0]}", first.sentence)
+    return f"{first.sentence} With `{methods}`: {words}"
 
 
 def _methods(section: type[Section]) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class NewToken(Section):
 
     token: Annotated[Text, Field(examples=["<tool>"])]
     """Its text, which is one token from then on, wherever it stands."""
-    description: Text | None = None
+    description: Annotated[Text | None, Field(examples=["calls a tool"])] = None
     """What it means, in words: its rows start as the mean of those of the words' tokens; without it, as the mean of all."""
     special: bool = True
     """Whether decoding leaves it out together with the special tokens, as most programs that serve a model have it."""
@@ -101,7 +101,7 @@ class ModelSection(Section):
     new_tokens: NewTokens = []
     """Tokens that are added to the tokenizer, and get rows of embedding and head: a list of texts, or of token and description.
     Full fine-tuning trains these rows; LoRA does by `adapter.trainable_tokens`, other adapters by `adapter.modules_to_save`."""
-    vocabulary_multiple: PositiveInt = 1
+    vocabulary_multiple: Annotated[PositiveInt, Field(examples=[64])] = 1
     """Where new tokens need more rows than the base has, round their number up to a multiple of this: 64 suits GPUs."""
     dropout: DropoutSection = DropoutSection()
     """Dropout of the base in training, in place of what its config says. The saved model keeps the base's own."""

@@ -18,7 +18,7 @@ class FreezeSection(Section):
     first_layers: NonNegativeInt = 0
     """Freeze this many layers, from the first one; with `lora` and the like: updates in the layers above only. Embeddings are
     frozen by a key of their own, and as long as they are trained, backward passes run through all layers."""
-    modules: list[Pattern] = []
+    modules: Annotated[list[Pattern], Field(examples=[["mlp"]])] = []
     """Freeze modules whose name, or that of a module that holds them, matches: a regular expression for a whole name or its last
     parts (`mlp`, `layers\\.[0-3]\\..*_proj`), or one of the words `head`, `embeddings` and `norms`."""
     train_only: Annotated[list[Pattern], Field(examples=[["head", "norms"]])] = []
@@ -29,16 +29,16 @@ class FreezeSection(Section):
 class PhaseSection(Section):
     """A part of the run, from where it begins to where the next one does; the first begins with the run."""
 
-    from_epoch: NonNegativeFloat | None = None
+    from_epoch: Annotated[NonNegativeFloat | None, Field(examples=[1.0])] = None
     """The phase begins with the first step all of whose rows come after this many epochs (`0.5`: half of the rows)."""
-    from_step: NonNegativeInt | None = None
+    from_step: Annotated[NonNegativeInt | None, Field(examples=[200])] = None
     """The phase begins after this many steps."""
-    from_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    from_fraction: Annotated[float, Field(ge=0, lt=1, examples=[0.5])] | None = None
     """The phase begins after this share of all steps, rounded up."""
     last_layers: NonNegativeInt | Literal["all"]
     """How many layers are trained, counted from the last one, with the output head and the norm before it; 0: these two alone.
     `all`: embeddings too, and all that `strategy.freeze` leaves. A head that is tied to the embeddings is trained with them."""
-    learning_rate: PositiveFloat | None = None
+    learning_rate: Annotated[PositiveFloat | None, Field(examples=[2e-5])] = None
     """Peak rate in this phase, in place of `training.learning_rate`; the schedule shapes it as it shapes that one."""
     warmup_steps: NonNegativeInt = 0
     """Steps at the beginning of the phase over which the rate rises from 0; the first phase has the run's own warm-up."""

@@ -108,11 +108,12 @@ class TrainingSection(Section):
     logging_steps: PositiveInt = 1
     """Steps between two lines of metrics.jsonl."""
     early_stopping: EarlyStoppingSection | None = None
-    """End the run where its metric gets no better."""
+    """End the run where its metric gets no better; `{}` turns it on as its keys are by default."""
     overfitting: OverfittingSection | None = None
-    """Look out for overfitting: warn, or end the run."""
+    """Look out for overfitting: warn, or end the run; `{}` turns it on as its keys are by default."""
     divergence: DivergenceSection | None = None
-    """Look out for spikes of loss and gradient norm: warn, skip the step, end the run, or roll back at a lower rate."""
+    """Look out for spikes of loss and gradient norm: warn, skip the step, end the run, or roll back at a lower rate; `{}` turns it
+    on as its keys are by default."""
     seed: NonNegativeInt = 42
     """Seed of the data order, dropout and adapter initialisation."""
     zero: ZeroSection = ZeroSection()

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune.config.asked import DEMO_MODEL
 from raytune.config.data import DataSource, validation_sets
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS
+from raytune.plan.built_in_rows import built_in
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.hardware import Catalogue, Instance, load_catalogue
@@ -115,10 +117,12 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
     """
     if num_tokens is not None:
         source = "as --tokens says"
+    elif (counted := _demo_tokens(config)) is not None:
+        num_tokens, source = counted, "counted: they are built in, and so is the tokenizer"
     elif (num_bytes := _file_bytes(config.data.train)) is not None:
         if not num_bytes:
             raise UserError(f"data.train ({', '.join(one.path for one in config.data.train)}) is empty.", keys=("data.train",))
-        num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), f"at {BYTES_PER_TOKEN} bytes of its files per token"
+        num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), f"at {BYTES_PER_TOKEN} bytes of its rows per token"
     elif config.training.max_steps is not None:
         num_tokens, source = config.training.max_steps * DEFAULT_ROWS * row_length, "enough for training.max_steps"
     else:
@@ -145,10 +149,21 @@ def _store(name: str, num_tokens: int, row_length: int) -> StorePlan:
     return StorePlan(name=name, path="", num_rows=num_rows, num_tokens=num_tokens, num_targets=num_tokens)
 
 
+def _demo_tokens(config: RunConfig) -> int | None:
+    """Tokens of the built-in rows under the built-in model's tokenizer; None: there are others of one or the other."""
+    parts = [built_in(source) for source in config.data.train]
+    if config.model.base != DEMO_MODEL or None in parts:
+        return None
+    return sum(part.num_tokens for part in parts if part)
+
+
 def _file_bytes(sources: Iterable[DataSource]) -> int | None:
-    """Bytes of all local files; None if a source has none here."""
+    """Bytes of all local files, and of built-in rows as if they lay in one; None if a source has none here."""
     total = 0
     for source in sources:
+        if part := built_in(source):
+            total += part.num_bytes
+            continue
         files = [Path(name) for name in glob.glob(str(Path(source.path).expanduser())) if Path(name).is_file()]
         if not files:
             return None

@@ -117,10 +117,12 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
     head = passes * shape.head.inputs * shape.head.outputs * work.num_targets
     # What makes virtual tokens is computed once per pass, for them alone.
     through_adapter = work.trained.num_virtual or work.num_tokens
-    adapter = 0 if trains_base else (6 + again) * (work.trained.num_trainable - work.trained.num_in_experts) * through_adapter
+    num_applied = work.trained.num_applied or work.trained.num_trainable - work.trained.num_in_experts
+    adapter = 0 if trains_base else (6 + again) * num_applied * through_adapter
+    making = (2 + work.has_checkpointing) * work.trained.making_flops
     products = 2 + reached * (5 + (2 if work.has_checkpointing else 0))
     attention = shape.num_layers * products * row_tokens * shape.heads * shape.head_dim * work.num_tokens
-    return float(layers + head + adapter + attention + _expert_update_flops(work, 6 + again))
+    return float(layers + head + adapter + making + attention + _expert_update_flops(work, 6 + again))
 
 
 def _share_trained(work: Workload) -> float:

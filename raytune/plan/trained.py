@@ -66,6 +66,11 @@ class Trained:
     """Numbers of matrices that layers make of what is trained in each pass, and keep for the backward pass: whole updates."""
     largest_made: int = 0
     """Numbers of the largest of these matrices."""
+    num_applied: int = 0
+    """Numbers of those of these matrices that tokens are multiplied by; 0: they are multiplied by what is trained itself."""
+    making_flops: int = 0
+    """Floating-point operations of making these matrices in a forward pass, and about as many of a backward pass, where they are
+    many beside the layers' own."""
     num_constants: int = 0
     """Numbers that a method adds and does not train, in the weights' dtype; ZeRO-3 leaves them whole on every rank."""
     num_followed: int = 0

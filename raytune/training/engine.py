@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytune.config.training import Precision
 from raytune.errors import UnfitCheckpointError
-from raytune.model.adapters.adapting import shared_matrices
+from raytune.model.adapters.adapting import constant_matrices
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
@@ -379,11 +379,11 @@ def load_method(beside: BesideUpdates | None, folder: Path) -> None:
 
 
 def constant_bytes(model: nn.Module) -> int:
-    """Bytes of what is no parameter and lies whole on every rank: scales of 4-bit weights, matrices that layers share."""
+    """Bytes of what is no parameter and lies whole on every rank: scales of 4-bit weights, matrices of methods."""
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     nested = [getattr(state, "state2", None) for state in states]
     scales = num_bytes(getattr(state, "absmax", None) for state in (*states, *nested))
-    return scales + num_bytes(shared_matrices(model))
+    return scales + num_bytes(constant_matrices(model))
 
 
 def poisoned(loss: Tensor) -> Tensor:

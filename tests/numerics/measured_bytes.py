@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def measure_peak(plan: RunPlan) -> Peak:
 
 
 class Keeping:
-    """Counts the bytes of what autograd keeps between the first layer's input and the last one's output, weights aside."""
+    """Counts the bytes of what autograd keeps between the first layer's input and the last one's output, but for weights and
+    constants."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -137,7 +139,8 @@ class Keeping:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         # At stage 3 a weight lies elsewhere each time it is gathered, and what is kept of it is its name.
-        is_weight = any(_pointer(tensor) == _pointer(parameter) for parameter in self._model.parameters())
+        held = chain(self._model.parameters(), self._model.buffers())
+        is_weight = any(_pointer(tensor) == _pointer(one) for one in held)
         if self._inside and not is_weight:
             self._kept.setdefault(_pointer(tensor), tensor)
         return tensor

@@ -28,6 +28,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "loha": {"method": "loha", "rank": 2},
     "vera": {"method": "vera", "rank": 8},
     "oft": {"method": "oft", "block_size": 8},
+    "boft": {"method": "boft", "block_size": 8},
     "bottleneck": {"method": "bottleneck", "reduction": 4},
     "adalora": {"method": "adalora", "rank": 2},
 }

@@ -229,9 +229,10 @@ def test_an_engine_holds_the_planned_bytes(method: str, material: Material, tmp_
 LARGER: dict[str, dict[str, Any]] = {"lokr": {"rank": 8}, "loha": {"rank": 8}, "vera": {"rank": 64}, "oft": {"block_size": 32}}
 LARGER |= {"adalora": {"rank": 8, "initial_rank": 12}}
 """As large beside the base as they are of larger models."""
-OVER = {"adalora": 0.08}
+OVER = {"adalora": 0.08, "boft": 0.13}
 """How far a plan may be above what is measured, where that is more than 6 %: with gradient checkpointing the fullest moment is
-the last layer's backward pass, at which the plan counts what has just been given back."""
+the last layer's backward pass, at which the plan counts what has just been given back: what the last norm kept, the inputs of
+the MLP's last layer, and three gradients of a norm in fp32, whose turn comes when the MLP has given back its own."""
 WAYS: list[tuple[ZeroStage, str, bool]] = [
     (stage, method, checkpointing)
     for stage in (0, 1, 3)

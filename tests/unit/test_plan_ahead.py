@@ -12,14 +12,20 @@ import pytest
 
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
+from raytune.data.demo import demo_rows
+from raytune.data.sources import DEMO_ROWS
+from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError, PlanError, UserError
+from raytune.plan.advise import advise
 from raytune.plan.ahead import BYTES_PER_TOKEN, assumed_data, compare, named_instances, plan_ahead
+from raytune.plan.built_in_rows import SPLITS
 from raytune.plan.describe import comparison_text, plan_text
 from raytune.plan.fitting import WORTH_CHOOSING
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.memory import bytes_in
 from raytune.plan.references import REFERENCES, planned_shape
 from raytune.plan.run_plan import RunPlan
+from tests.unit.plan_cases import CPU
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -184,6 +190,34 @@ def test_files_are_weighed_where_nobody_says_how_many_tokens_there_are(tmp_path:
     assert facts.train.num_rows == 6
     assert [store.name for store in facts.validation] == ["validation"]
     assert assumed_data(config, 512, 99).train.num_tokens == 99, "what is said counts"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_built_in_rows_are_as_many_as_a_plan_says(split: str) -> None:
+    rows, said = demo_rows(split, DEMO_ROWS[split]), SPLITS[split]
+    tokenizer: Any = load_tokenizer("demo")
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    assert said.num_rows == len(rows)
+    assert said.num_bytes == sum(len(json.dumps(row)) + 1 for row in rows)
+    assert said.num_tokens == sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+
+def test_built_in_rows_are_counted_without_files() -> None:
+    def tokens(model: dict[str, Any], *sources: dict[str, Any]) -> int:
+        return assumed_data(config_from({"model": model, "data": {"train": list(sources)}}), 512, None).train.num_tokens
+
+    demo, other = {"base": "demo"}, {"base": "meta-llama/Llama-3.1-8B"}
+    assert tokens(demo, {"path": "demo:train"}) == SPLITS["train"].num_tokens
+    assert tokens(demo, {"path": "demo:train", "max_rows": 400}) == round(SPLITS["train"].num_tokens / 10)
+    assert tokens(other, {"path": "demo:train"}) == SPLITS["train"].num_bytes // BYTES_PER_TOKEN
+    both = [{"path": "demo:train", "name": "a"}, {"path": "demo:test", "name": "b"}]
+    assert tokens(demo, *both) == SPLITS["train"].num_tokens + SPLITS["test"].num_tokens
+
+
+def test_advice_on_the_demo_needs_no_number_of_tokens() -> None:
+    advised = advise(config_from({"model": {"base": "demo"}, "data": {"train": "demo:train"}}), CPU)
+    assert "541k tokens" in advised.assumption
+    assert all(one.plan is not None for one in advised.methods if one.method in ("full", "lora", "boft"))
 
 
 def test_data_that_cannot_be_weighed_must_be_said() -> None:

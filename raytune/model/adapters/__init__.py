@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from raytune.config.adapter import Adapter
 from raytune.model.adapters import (
     adalora,
+    boft,
     bottleneck,
     full,
     ia3,
@@ -34,6 +35,7 @@ ADAPTERS: dict[str, Adapting] = {
     "loha": loha.ADAPTING,
     "vera": vera.ADAPTING,
     "oft": oft.ADAPTING,
+    "boft": boft.ADAPTING,
     "bottleneck": bottleneck.ADAPTING,
     "adalora": adalora.ADAPTING,
     "trainable_tokens": trainable_tokens.ADAPTING,

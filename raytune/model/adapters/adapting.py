@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.boft.layer import BOFTLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,8 +49,14 @@ def no_start_from_text(model: PeftModel, adapter: Any, tokens_of: Callable[[str]
 
 
 def loaded_for_training(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """For adapters that plain PEFT loads as something that can be trained."""
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    """For adapters that plain PEFT loads as something that can be trained.
+
+    Biases of the base, which LoRA may have trained and saved, are whole meanwhile: PEFT copies what it reads over them, and
+    ZeRO-3 has divided them by then. Every rank reads the same files.
+    """
+    biases = [parameter for name, parameter in base.named_parameters() if name.endswith("bias")]
+    with gather_params_ctx(biases, modifier_rank=0):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
 
 
 def peft_tensors(model: PeftModel, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -146,11 +153,11 @@ def added(model: PreTrainedModel, config: PeftConfig, adapter: NamesTargets, *, 
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=config.revision)  # pyright: ignore[reportReturnType]
 
 
-def shared_matrices(model: nn.Module) -> Iterator[Tensor]:
-    """Matrices of an adapter that are not trained, and that all layers share."""
+def constant_matrices(model: nn.Module) -> Iterator[Tensor]:
+    """Matrices of an adapter that are not trained: those that all layers share, and permutations of each."""
     for module in model.modules():
-        if isinstance(module, BufferDict):
-            yield from module.buffers()
+        if isinstance(module, BufferDict | BOFTLayer):
+            yield from module.buffers(recurse=False)
 
 
 @contextmanager

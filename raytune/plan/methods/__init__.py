@@ -11,6 +11,7 @@ from raytune.config.adapter import Adapter
 from raytune.config.model import Quantization
 from raytune.plan.methods import (
     adalora,
+    boft,
     bottleneck,
     full,
     ia3,
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
     "loha": loha.METHOD,
     "vera": vera.METHOD,
     "oft": oft.METHOD,
+    "boft": boft.METHOD,
     "bottleneck": bottleneck.METHOD,
     "adalora": adalora.METHOD,
     "trainable_tokens": trainable_tokens.METHOD,

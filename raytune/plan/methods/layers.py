@@ -37,6 +37,10 @@ class Addition:
     """Width of what it has the layer compute with in place of its inputs."""
     num_made: int = 0
     """Numbers of matrices that it makes of these in each pass."""
+    num_applied: int = 0
+    """Numbers of a matrix among these that tokens are multiplied by, in place of what is trained."""
+    making_flops: int = 0
+    """Floating-point operations of making these in a forward pass, where they are many."""
 
 
 def trained_in_layers(
@@ -78,6 +82,8 @@ def trained_in_layers(
         widest_scaled=max((one.scaled_width for one in added.values()), default=0),
         num_made=sum(added[module.name].num_made for module in inside),
         largest_made=max((one.num_made for one in added.values()), default=0),
+        num_applied=sum(one.num_applied for one in added.values()),
+        making_flops=sum(one.making_flops for one in added.values()),
         num_constants=num_constants,
         num_followed=num_followed,
         drops_inputs=drops_inputs,

@@ -85,7 +85,8 @@ METHOD = Method(
     check=checked_products("LoKr"),
     in_words=lambda adapter, held, trained: f"lokr rank {adapter.rank} on {named_targets(adapter)}{held}, {trained}",
     expert_notes=without_experts("Kronecker products"),
-    # PEFT's comparison of methods (method_comparison/MetaMathQA, Llama 3.2 3B) takes 3e-3, fifteen times LoRA's rate here.
+    # PEFT's comparison of methods (method_comparison/MetaMathQA, Llama 3.2 3B) takes 3e-3, fifteen times LoRA's rate here, with
+    # other settings than the defaults here: decompose_factor 4, and an alpha of twice the rank (64 and 32).
     learning_rate=lambda num_parameters: min(MAX_RATE, 15 * adapter_rate(num_parameters)),
     epochs=adapter_epochs,
     weight_decay=0.0,  # as low-rank updates: the product already limits what it can do
