@@ -34,6 +34,8 @@ class StepNumbers:
     updated: bool
     """False: fp16 overflowed, the step was skipped and the loss scale lowered."""
     loss_scale: float | None
+    penalty: float | None = None
+    """On weights, before the update, beside the loss; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,13 @@ class StepResult:
         grad_norm = self.grad_norm.item()
         if not math.isfinite(loss):
             raise _divergence(engine, self)
-        return StepNumbers(loss=loss, grad_norm=grad_norm, updated=math.isfinite(grad_norm), loss_scale=engine.loss_scale())
+        return StepNumbers(
+            loss=loss,
+            grad_norm=grad_norm,
+            updated=math.isfinite(grad_norm),
+            loss_scale=engine.loss_scale(),
+            penalty=engine.penalty(),
+        )
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ class Recorder:
 
     Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
     `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
-    `validation/...`.
+    `train/penalty` (on weights, where there is one: added to the loss, and not in `train/loss`), `validation/...`.
 
     Args:
         told: hears on every rank what is measured after a step, as it is written down.
@@ -74,6 +74,8 @@ class Recorder:
         }
         if numbers.loss_scale is not None:
             values |= {"train/loss_scale": numbers.loss_scale, "train/updated": float(numbers.updated)}
+        if numbers.penalty is not None:
+            values["train/penalty"] = numbers.penalty
         self._write(result.step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
