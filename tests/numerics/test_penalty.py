@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune.plan.memory import Workload, memory_parts
 from raytune.plan.run_plan import RunPlan, ZeroStage
+from raytune.plan.scoring import Weights, scoring_plan
+from raytune.run_folder import RunFolder
 from raytune.training.loop import StepNumbers
 from raytune.training.phases import Phases
 from tests.numerics.measured_bytes import measure_updates
@@ -31,7 +33,9 @@ from tests.numerics.runs import (
 )
 from tests.numerics.strategies import plain_training, strategy_plan
 from tests.numerics.test_freezing_bytes import planned, wide  # noqa: F401
+from tests.numerics.test_whole_run import finished
 from tests.tiny import save_tiny_model
+from tests.unit.plan_cases import CPU
 
 STRENGTH = 30.0
 """The penalty's gradient is then about as large as the loss's, once weights have moved for some steps."""
@@ -211,3 +215,13 @@ def memory_of(work: Workload) -> dict[str, int]:
 
 def update_bytes(work: Workload) -> int:
     return sum(part.num_bytes for part in memory_parts(work) if "update" in part.moments)
+
+
+def test_a_run_records_its_penalty_and_is_scored_without_one(tmp_path: Path) -> None:
+    result = finished(tmp_path, {"adapter": {"method": "full"}, "strategy": {"l2_sp": {"strength": STRENGTH}}})
+    recorded = dict(result.history.series("train/penalty"))
+    assert recorded[1] == 0, "nothing has moved before the first update"
+    assert recorded[6] > 1e-4
+    assert {rank["penalty"] for rank in result.held_bytes} == {4 * result.plan.num_trainable}
+    weights = Weights(folder=RunFolder(result.plan.storage, result.plan.name), step=None)
+    assert scoring_plan(result.plan, CPU, weights).optimization.l2_sp_strength == 0
