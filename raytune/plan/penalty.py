@@ -14,7 +14,7 @@ def check_penalty(config: RunConfig, trained: Trained) -> None:
     Raises:
         UserError: (or PlanError) with what to set instead.
     """
-    if config.strategy.l2_sp is None:
+    if not holds_weights(config):
         return
     if not trained.is_base:
         raise UserError(
