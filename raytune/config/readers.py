@@ -393,6 +393,8 @@ READERS: dict[str, Reader] = {
     **_read("strategy", "unfreeze", "plan.phases"),
     **_read("strategy.unfreeze", "from_epoch from_step from_fraction last_layers learning_rate warmup_steps", "plan.phases"),
     **_read("strategy", "layer_rate_decay rate_scales weight_decay_of", "plan.update_groups"),
+    **_read("strategy", "l2_sp", "plan.penalty"),
+    **_read("strategy.l2_sp", "strength", "plan.penalty"),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

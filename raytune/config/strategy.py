@@ -1,4 +1,5 @@
-"""`strategy`: which of the parameters that a method trains stay as they are, and how fast each of the others learns."""
+"""`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, and what holds
+them near the base."""
 
 from typing import Annotated, Literal
 
@@ -44,6 +45,13 @@ class PhaseSection(Section):
     """Steps at the beginning of the phase over which the rate rises from 0; the first phase has the run's own warm-up."""
 
 
+class L2SPSection(Section):
+    """L2-SP (Li et al. 2018): the loss has a penalty on the squared way of all trained weights from those of the base."""
+
+    strength: NonNegativeFloat
+    """Half of this is added per squared unit of a weight's way: strength / 2 * sum (w - w0)^2. 0: no penalty."""
+
+
 UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
 
 
@@ -62,3 +70,6 @@ class StrategySection(Section):
     weight_decay_of: Annotated[dict[Pattern, NonNegativeFloat], Field(examples=[{"head": 0.0}])] = {}
     """Weight decay, in place of `training.weight_decay`, of modules whose name matches, named as in `freeze.modules`; the first
     match counts. Biases and magnitudes (DoRA) have none, and norms only where a name is their own or the word `norms`."""
+    l2_sp: Annotated[L2SPSection | None, Field(examples=[{"strength": 0.01}])] = None
+    """Hold trained weights near those of the base, so that less of what it can do is forgotten (with `full`). `train/loss` is
+    without the penalty, which is `train/penalty`."""

@@ -112,8 +112,8 @@ class TrainingSection(Section):
     overfitting: OverfittingSection | None = None
     """Look out for overfitting: warn, or end the run; `{}` turns it on as its keys are by default."""
     divergence: DivergenceSection | None = None
-    """Look out for spikes of loss and gradient norm: warn, skip the step, end the run, or roll back at a lower rate; `{}` turns it
-    on as its keys are by default."""
+    """Look out for spikes of loss and gradient norm: warn, skip the step, end the run, or roll back at a lower rate; `{}` turns
+    it on as its keys are by default."""
     seed: NonNegativeInt = 42
     """Seed of the data order, dropout and adapter initialisation."""
     zero: ZeroSection = ZeroSection()

@@ -40,6 +40,7 @@ from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.new_tokens import new_token_notes
+from raytune.plan.penalty import holds_weights, l2_sp_strength, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
@@ -186,6 +187,7 @@ def choose_plan(
             *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
+            *penalty_notes(config, weight_decay=optimization.weight_decay),
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
@@ -340,7 +342,10 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: 
     if rate == "auto":
         rate = reasons.taken(default_learning_rate(name, method.learning_rate(num_parameters), num_parameters))
     decay = training.weight_decay
-    if decay == "auto":
+    if decay == "auto" and holds_weights(setting.config):
+        decay = 0.0
+        reasons.append("training.weight_decay is 0: strategy.l2_sp draws weights to the base, in place of drawing them to 0.")
+    elif decay == "auto":
         decay = reasons.taken(default_weight_decay(name, method.weight_decay))
     reasons += method.reasons(setting.adapter, setting.shape)
     return OptimizationPlan(
@@ -363,6 +368,7 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: 
         beta2=training.adam_beta2,
         epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
+        l2_sp_strength=l2_sp_strength(setting.config),
     )
 
 

@@ -9,6 +9,7 @@ from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
+from raytune.plan.penalty import penalty_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
@@ -39,6 +40,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
+        *_penalty(plan),
         *_phases(plan),
         *_rates(plan),
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
@@ -184,6 +186,11 @@ def _optimizer(plan: RunPlan) -> str:
         f"{settings.optimizer}, learning rate {rate} ({settings.schedule}, "
         f"{_warmup_text(settings.warmup_steps)}), weight decay {settings.weight_decay:g}"
     )
+
+
+def _penalty(plan: RunPlan) -> list[tuple[str, str]]:
+    words = penalty_in_words(plan.optimization)
+    return [("penalty", words)] if words else []
 
 
 def _rates(plan: RunPlan) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from raytune.plan.memory import (
     parts_at,
 )
 from raytune.plan.methods import method_of
+from raytune.plan.penalty import holds_weights
 from raytune.plan.requirements import Device
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
 from raytune.plan.setting import Setting, settle
@@ -173,6 +174,7 @@ def _way(
         chunk_tokens=chunk_tokens,
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
+        holds_weights=holds_weights(setting.config),
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.

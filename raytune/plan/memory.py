@@ -96,6 +96,8 @@ class Workload:
     """Kinds of `model.dropout` that the config asks for."""
     num_virtual_keys: int = 0
     """Virtual tokens of a micro-batch that only keys and values have."""
+    holds_weights: bool = False
+    """Whether a penalty holds what is trained near the base (training.penalty)."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -145,6 +147,8 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("optimizer", _optimizer_bytes(work), place=optimizer_place)
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
+    yield _part("weights of the base", _held_bytes(work), place=optimizer_place)
+    yield _part("penalty", _penalty_bytes(work), ("update",), gradients_place)
     yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
     yield _part("whole gradients and values", _followed_bytes(work), ("update",))
 
@@ -315,6 +319,25 @@ def _update_bytes(work: Workload) -> float:
     num_updated = min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard
     is_16_bit = work.precision != "fp32" and (work.zero_stage == 3 or not _sums_in_fp32(work))
     return num_updated * (4 + is_16_bit * BYTES[work.precision])
+
+
+def _held_bytes(work: Workload) -> float:
+    """What a penalty holds weights to, beside and divided as what is updated, in the dtype that they come in."""
+    return work.holds_weights * BYTES[work.trained_dtype] * work.trained.num_trainable / work.share(1)
+
+
+def _penalty_bytes(work: Workload) -> float:
+    """The way of one weight after the other, or of a rank's part of it, from the base. DeepSpeed takes more for its update
+    afterwards, but of gradients in fp32, as they are by then, it makes no copy in 16 bits, and has them beside its own."""
+    if not work.holds_weights:
+        return 0
+    largest, own_shard = max(part.num_parameters for part in work.trained.parts), work.trained.num_trainable / work.share(1)
+    moved = 4 * (largest / work.share(3) if work.zero_stage == 3 else min(largest, own_shard))
+    if work.engine == "plain":
+        return moved  # gloo may not have let go of the last bucket yet
+    updated, is_widened = _update_bytes(work), work.precision != "fp32" and not _sums_in_fp32(work)
+    num_updated = updated / (4 + BYTES[work.precision]) if is_widened else 0
+    return max(0, is_widened * 4 * own_shard + max(moved, 4 * num_updated) - updated)
 
 
 def _followed_bytes(work: Workload) -> float:

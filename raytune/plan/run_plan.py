@@ -149,6 +149,8 @@ class OptimizationPlan(Plan):
     beta2: float
     epsilon: float
     max_grad_norm: float
+    l2_sp_strength: float = 0.0
+    """Of the penalty on the way from the base (training.penalty); 0: there is none."""
 
 
 class EnginePlan(Plan):

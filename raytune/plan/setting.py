@@ -18,6 +18,7 @@ from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
 from raytune.plan.new_tokens import check_rows_are_trained
+from raytune.plan.penalty import check_penalty
 from raytune.plan.phases import trained_by_phase
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
@@ -115,6 +116,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     )
     if trained is not None:
         of(lambda: check_rows_are_trained(trained, shape, section, strategy))
+        of(lambda: check_penalty(config, trained))
     dropout = of(lambda: resolve_dropout(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:

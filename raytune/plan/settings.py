@@ -53,6 +53,7 @@ KEY_OF = {
     "optimization.beta2": "training.adam_beta2",
     "optimization.epsilon": "training.adam_epsilon",
     "optimization.max_grad_norm": "training.max_grad_norm",
+    "optimization.l2_sp_strength": "strategy.l2_sp.strength",
     "adapter": "adapter",
     "overrides": "training.zero.overrides",
 }
@@ -83,6 +84,7 @@ _BESIDE = {
     "adapter.target_modules": ("strategy.freeze",),
     "adapter.target_parameters": ("strategy.freeze",),
     "adapter.exclude_modules": ("strategy.freeze",),
+    "optimization.weight_decay": ("strategy.l2_sp",),
     "rows_per_step": (*_ROWS, "cluster.workers"),
 }
 """Values that follow from several keys."""

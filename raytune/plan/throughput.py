@@ -161,7 +161,9 @@ def _memory_traffic_bytes(work: Workload) -> float:
         per_weight = quantized_bytes(work.quantization, work.shape, work.trained) / num_packed + BYTES[work.precision]
         # Recomputed experts stay as they are until their backward pass; others are expanded for it.
         dequantised = per_weight * (passes * work.shape.num_quantizable + 2 * work.trained.num_packed)
-    updated = 0 if work.offload_optimizer != "none" else 30 * work.trained.num_trainable / work.share(1)
+    # A penalty reads weight and anchor, writes what lies between, and reads it to count it and to add it to the gradient.
+    per_trained = 30 + work.holds_weights * (24 + BYTES[work.trained_dtype])
+    updated = 0 if work.offload_optimizer != "none" else per_trained * work.trained.num_trainable / work.share(1)
     return work.accumulation * (elementwise + logits + dequantised) + updated
 
 

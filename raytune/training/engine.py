@@ -29,6 +29,7 @@ from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.run_plan import RunPlan
 from raytune.training.layout import refuse_other_layout, write_layout
+from raytune.training.penalty import Held, Penalty
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -73,6 +74,10 @@ class Engine(Protocol):
 
     def loss_scale(self) -> float | None:
         """What fp16 multiplies the loss by at present; None in other precisions."""
+        ...
+
+    def penalty(self) -> float | None:
+        """What the penalty on weights added to the loss of the last step; None without one. Every rank calls it."""
         ...
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -144,6 +149,8 @@ class HeldBytes:
     """Between backward and step."""
     optimizer: int
     """Optimizer state, and fp32 master weights that exist beside the weights."""
+    penalty: int = 0
+    """What weights are held to."""
 
 
 class PlainEngine:
@@ -166,6 +173,7 @@ class PlainEngine:
         world_size: int = 1,
         compile_model: bool = False,
         beside: BesideUpdates | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         """Take a model whose trained weights become fp32, in place, so that `optimizer` keeps its parameters.
 
@@ -179,13 +187,15 @@ class PlainEngine:
             world_size: number of processes.
             compile_model: by torch.compile, in place, so that names stay.
             beside: what the method does in each step beside updates; then each step waits for the norm of its gradient.
+            penalty: on the way of trained weights from those that they have now.
         """
         self.rank, self.world_size, self.device = rank, world_size, device
         self.model = self.module = model
         self._precision: Precision = precision
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
-        self._beside = beside
+        self._beside, self._penalty = beside, penalty
+        self._held: dict[str, Held] = {}
         self._scaler = torch.amp.GradScaler(
             device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
         )
@@ -198,6 +208,11 @@ class PlainEngine:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         for parameter in trained.values():
             parameter.data = parameter.data.float()
+        if self._penalty:
+            # What was trained before began elsewhere; what is trained from now on is still as in the base.
+            for name, parameter in trained.items():
+                if name not in self._held:
+                    self._held[name] = Held(parameter.detach().clone())
         return trained
 
     def autocast(self) -> AbstractContextManager:
@@ -214,6 +229,8 @@ class PlainEngine:
         self._scaler.unscale_(self._optimizer)
         if self._beside:
             self._beside.add_gradients(*self._followed(self._beside))
+        if self._penalty:
+            self._add_penalty(self._penalty)
         # The operations of clip_grad_norm_, in its order, so that weights equal those of transformers.Trainer bit for bit.
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -236,6 +253,14 @@ class PlainEngine:
                 parameter.grad = torch.zeros_like(parameter)
             gradients[name] = parameter.grad
         return {name: parameter.data for name, parameter in beside.parameters.items()}, gradients
+
+    @torch.no_grad()
+    def _add_penalty(self, penalty: Penalty) -> None:
+        penalty.begin_step()
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            penalty.add_gradient(parameter.grad, parameter, self._held[name])
 
     def _update(self, norm: Tensor, norm_limit: float) -> None:
         """Let the optimizer step unless `norm` is not finite or above the limit; on a GPU without asking, where the optimizer can
@@ -269,6 +294,9 @@ class PlainEngine:
 
     def loss_scale(self) -> float | None:
         return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
+    def penalty(self) -> float | None:
+        return None if self._penalty is None or self._penalty.value is None else self._penalty.value.item()
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
         return nullcontext()
@@ -352,10 +380,11 @@ class PlainEngine:
             weights=num_bytes(self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
+            penalty=num_bytes(held.start for held in self._held.values()),
         )
 
     def release(self) -> None:
-        del self.model, self.module, self._trained, self._optimizer, self._beside
+        del self.model, self.module, self._trained, self._optimizer, self._beside, self._held
         free_memory(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class StepNumbers:
     loss_scale: float | None
     skipped: tuple["Skipped", ...] = ()
     """Steps since the last read, this one included, whose gradient was above its limit."""
+    penalty: float | None = None
+    """On weights, before the update, beside the loss; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ class StepResult:
             updated=is_updated_with(grad_norm, self.norm_limit),
             loss_scale=engine.loss_scale(),
             skipped=tuple(skipped),
+            penalty=engine.penalty(),
         )
 
     def rows_of_ranks(self, engine: Engine) -> str:

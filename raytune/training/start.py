@@ -32,6 +32,7 @@ from raytune.training.losses import LossLayer, attach_loss
 from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
 from raytune.training.peers import Peers, gather_in_own_group
+from raytune.training.penalty import penalty_of
 
 Look = Callable[[nn.Module], None]
 """Starts an adapter from data."""
@@ -232,6 +233,7 @@ def _plain_engine(
         world_size=world_size,
         compile_model=plan.model.compile,
         beside=_beside_updates(plan, model),
+        penalty=penalty_of(plan.optimization),
     )
 
 
@@ -257,4 +259,5 @@ def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None, look: 
         device=device,
         compile_model=plan.model.compile,
         beside=_beside_updates(plan, model),
+        penalty=penalty_of(plan.optimization),
     )

@@ -56,6 +56,7 @@ from raytune.training.engine import (
     set_learning_rate,
 )
 from raytune.training.layout import refuse_other_layout, write_layout
+from raytune.training.penalty import Held, Penalty
 
 TAG = "zero"
 """Folder of DeepSpeed's files inside a checkpoint."""
@@ -108,6 +109,7 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
 def _zero_section(plan: RunPlan) -> dict[str, Any]:
     stage, on_gpu = plan.engine.zero_stage, plan.cluster.device == "cuda"
     bucket = min(ZERO_BUCKET_ELEMENTS, max(plan.num_trainable, 1))
+    bucket += bucket % 2  # DeepSpeed refuses odd ones
     section: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
@@ -224,6 +226,7 @@ class ZeroEngine:
         device: torch.device,
         compile_model: bool = False,
         beside: BesideUpdates | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         """Shard a model over the default process group, which must exist.
 
@@ -235,11 +238,13 @@ class ZeroEngine:
             device: of weights and batches.
             compile_model: by torch.compile, in place, so that names stay.
             beside: what the method does in each step beside updates, for which all of what it follows is gathered twice.
+            penalty: on the way of trained weights from those that they have now.
         """
         prepare_deepspeed(device)
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.model = model
-        self._beside = beside
+        self._beside, self._penalty = beside, penalty
+        self._held: dict[tuple[int, ...], Held] = {}
         self._norm_limit, self._norm_above_limit = math.inf, math.nan
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
@@ -262,6 +267,8 @@ class ZeroEngine:
         self._bound_norms()
         if self._beside:
             self._ask_before_updates(self._beside)
+        if self._penalty:
+            self._penalise_updates(self._penalty)
         self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
 
     def autocast(self) -> AbstractContextManager:
@@ -358,6 +365,60 @@ class ZeroEngine:
         """Whole fp32 values of what a method follows."""
         return {name: _known(safe_get_full_fp32_param(parameter)) for name, parameter in beside.parameters.items()}
 
+    def _penalise_updates(self, penalty: Penalty) -> None:
+        """Hold this rank's shares where they are, as far as they are not held already, and add the penalty's gradient to theirs
+        before each update: when DeepSpeed has neither counted nor clipped them."""
+        # Masters begin as the weights are, so that these have them exactly, in half the bytes of fp32 where they have 16 bits.
+        dtype = DTYPES[self._precision]
+        for group, masters in self._masters().items():
+            if group not in self._held:
+                self._held[group] = Held(masters.detach().to(dtype, copy=True))
+        update = self._engine.optimizer.step
+
+        def update_with_penalty(*arguments: Any, **named: Any) -> Any:
+            self._add_penalty(penalty)
+            return update(*arguments, **named)
+
+        self._engine.optimizer.step = update_with_penalty
+
+    @torch.no_grad()
+    def _add_penalty(self, penalty: Penalty) -> None:
+        penalty.begin_step()
+        optimizer: Any = self._engine.optimizer
+        scale = self.loss_scale() or 1.0
+        for index, (group, masters) in enumerate(self._masters().items()):
+            held, begin = self._held[group], 0
+            gradients = optimizer.averaged_gradients[index]
+            pieces = []
+            for piece, num_own in zip(gradients, self._num_own(index, gradients), strict=True):
+                # 16 bits would lose a small penalty in a large gradient; the update casts to fp32 in any case.
+                wide = piece.float()
+                if hasattr(piece, "_zero_padding"):
+                    wide._zero_padding = piece._zero_padding  # pyright: ignore[reportAttributeAccessIssue]
+                pieces.append(wide)
+                own = slice(begin, begin + num_own)
+                if num_own:
+                    penalty.add_gradient(wide.view(-1)[:num_own], masters[own], Held(held.start[own]), scale=scale)
+                begin += piece.numel()
+            if any(wide is not piece for wide, piece in zip(pieces, gradients, strict=True)):
+                optimizer.averaged_gradients[index] = pieces
+
+    def _num_own(self, index: int, gradients: list[Tensor]) -> list[int]:
+        """How many numbers of each piece of this rank's gradients are of a weight: what fills up the last share is of none, and
+        DeepSpeed leaves it as memory was."""
+        if self._stage < 3:
+            return [0 if getattr(piece, "_zero_padding", False) else piece.numel() for piece in gradients]
+        weights = self._engine.optimizer.fp16_groups[index]
+        sizes = [piece.numel() for piece in gradients]
+        return [min(size, max(0, weight.ds_numel - self.rank * size)) for weight, size in zip(weights, sizes, strict=True)]
+
+    def penalty(self) -> float | None:
+        if self._penalty is None:
+            return None
+        own = self._penalty.value
+        value = torch.zeros((), device=self.device) if own is None else own.clone()
+        return self.all_reduce_sum(value).item()
+
     def loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._precision == "fp16" else None
 
@@ -451,11 +512,12 @@ class ZeroEngine:
             weights=num_bytes(_held_weight(parameter) for parameter in self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes([*shards, *whole]),
             optimizer=num_bytes([*states, *masters]),
+            penalty=num_bytes(held.start for held in self._held.values()),
         )
 
     def release(self) -> None:
         self._end()
-        del self.model, self._beside
+        del self.model, self._beside, self._held
         free_memory(self.device)
 
     def _end(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from raytune.data.batches import Batch
 from raytune.model.adapters import adapting
 from raytune.plan.run_plan import RunPlan
+from raytune.training.engine import HeldBytes
 from raytune.training.start import prepare_process, start_engine
 from tests.numerics.runs import batches_of_rank, rank_and_world
 from tests.peak import held_bytes, peak_bytes
@@ -76,6 +77,40 @@ class Peak:
     num_tokens: int
     num_targets: int
     num_virtual_keys: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """On one rank."""
+
+    held: HeldBytes
+    """Before the first step."""
+    num_bytes: int
+    """Of all tensors at the fullest moment of an update."""
+
+
+def measure_updates(plans: Sequence[RunPlan]) -> list[Update]:
+    """Of the second step of each plan on this rank, one plan after the other."""
+    return [measure_update(plan) for plan in plans]
+
+
+def measure_update(plan: RunPlan) -> Update:
+    rank, world = rank_and_world()
+    device = prepare_process(plan, rank)
+    others = held_bytes(device)
+    engine, loss_sum = start_engine(plan, device, rank, world)
+    held = engine.held_bytes()
+    batches = batches_of_rank(plan)(0)
+    peak = 0
+    for _ in range(2):
+        for batch in batches:
+            with engine.autocast():
+                loss = loss_sum(engine.module, batch.to(device))
+            engine.backward(loss / 1000)
+            del loss
+        peak = peak_bytes(device, lambda: engine.step(1e-4)) - others
+    engine.release()
+    return Update(held=held, num_bytes=peak)
 
 
 def measure_peaks(plans: Sequence[RunPlan]) -> list[Peak]:

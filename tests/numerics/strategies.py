@@ -14,6 +14,7 @@ from raytune.data.batches import step_batches
 from raytune.data.store import Store
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.freezing import frozen_names
+from raytune.plan.penalty import l2_sp_strength
 from raytune.plan.phases import phase_plans
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import Setting, settle
@@ -54,6 +55,7 @@ def strategy_plan(
         model=model | changes.pop("model", {}),
         optimization={
             "update_groups": [group.model_dump() for group in update_groups(setting.trained)],
+            "l2_sp_strength": l2_sp_strength(setting.config),
             "lora_plus_ratio": setting.trained.way_back_rate_scale,
             "lora_plus_embedding_rate": setting.trained.embedding_rate,
             "phases": [
@@ -85,6 +87,7 @@ def plain_training(
     decay: Callable[[str], float] | None = None,
     lora: LoraConfig | None = None,
     base: Any = None,
+    penalty: Callable[[dict[str, nn.Parameter]], Tensor] | None = None,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and what was trained by its name, of a plan's rows: a document at a time, an optimizer group per parameter.
 
@@ -93,6 +96,7 @@ def plain_training(
         rate_scale: of a name.
         decay: weight decay of a name; None: the plan's, of matrices.
         base: the model, where it is not as its files have it.
+        penalty: of what is trained, added to the loss that is minimised and to none that is returned.
     """
     model: Any = base or AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     if lora is not None:
@@ -124,7 +128,7 @@ def plain_training(
         num_targets = sum(batch.target_ids.numel() for batch in batches)
         loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
         assert isinstance(loss, Tensor)
-        loss.backward()
+        (loss if penalty is None else loss + penalty(trained)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()

@@ -198,6 +198,16 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "strategy.weight_decay_of",
         "biases and norms only",
     ),
+    "a penalty on what is not trained": (
+        "strategy:\n  l2_sp: {strength: 0.1}",
+        "strategy.l2_sp",
+        "adapter.method lora leaves these as they are",
+    ),
+    "a penalty that comes too late": (
+        "adapter: {method: full}\nstrategy:\n  l2_sp: {strength: 0.1}\ntraining: {zero: {offload_optimizer: cpu}}",
+        "strategy.l2_sp",
+        "Set training.zero.offload_optimizer to none",
+    ),
     "dropout that there is not": ("model:\n  dropout: {hidden: 0.1}", "model.dropout.hidden", "only attention"),
     "attention without dropout": (
         "model:\n  attention: flex_attention\n  dropout: {attention: 0.1}",
@@ -309,6 +319,26 @@ def test_folding_names_changes_no_value(values: dict[str, int]) -> None:
         assert {found for path, found in short.items() if f"{name}.".startswith(f"{path}.")} == {value}
 
 
+# --- a penalty on the way from the base
+
+
+def test_a_penalty_is_planned_and_told() -> None:
+    held = plan(l2_sp={"strength": 0.02})
+    assert held.optimization.l2_sp_strength == 0.02
+    assert held.optimization.weight_decay == 0
+    assert "training.weight_decay is 0: strategy.l2_sp draws" in " ".join(held.reasons)
+    assert ("penalty", "L2-SP: 0.02 / 2 x squared way of the trained weights from the base, added to the loss") in plan_table(
+        held
+    )
+    assert any("which is train/penalty" in note for note in held.notes)
+
+
+def test_a_penalty_of_strength_0_is_none_and_said_to_be() -> None:
+    none, off = plan(), plan(l2_sp={"strength": 0})
+    assert off.model_copy(update={"notes": none.notes}) == none
+    assert "strategy.l2_sp.strength is 0: nothing is added to the loss." in off.notes
+
+
 # --- identity
 
 
@@ -321,6 +351,7 @@ def test_folding_names_changes_no_value(values: dict[str, int]) -> None:
         (FULL, {"strategy": {"rate_scales": {"mlp": 0.5}}}, "strategy.rate_scales.mlp"),
         (FULL, {"strategy": {"weight_decay_of": {"mlp": 0.5}}}, "strategy.weight_decay_of.mlp"),
         (FULL, {"model": {"dropout": {"attention": 0.1}}}, "model.dropout.attention"),
+        (FULL, {"strategy": {"l2_sp": {"strength": 0.1}}}, "strategy.l2_sp.strength"),
     ],
 )
 def test_another_strategy_is_another_run_told_in_its_key(adapter: dict[str, Any], sections: dict[str, Any], key: str) -> None:
