@@ -22,8 +22,8 @@ class Recorder:
 
     Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
     `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
-    `train/skipped` (updates that the divergence guard has skipped since the line before), `train/penalty` (on weights, where there
-    is one: added to the loss, and not in `train/loss`), `validation/...`.
+    `train/skipped` (updates that the divergence guard has skipped since the line before), `train/penalty` (on weights, where
+    there is one: added to the loss, and not in `train/loss`), `validation/...`.
 
     Args:
         roll_back: the way back that led to `resumed_step`, if one did.

@@ -22,6 +22,11 @@ def nothing_unread(adapter: Any, shape: ModelShape) -> Iterator[str]:
     return iter(())
 
 
+def same_at_any_step(adapter: Any, num_steps: int) -> Iterator[str]:
+    """For methods that train alike in all steps."""
+    return iter(())
+
+
 def no_exclusions(adapter: Any, shape: ModelShape) -> list[str]:
     """For methods that leave fused experts as they are."""
     return []
@@ -55,7 +60,7 @@ class Method:
     """A sentence for each setting that has no effect on this model's targets."""
     reasons: Callable[[Any, ModelShape], Iterator[str]] = nothing_unread
     """A sentence for each value that the method chose."""
-    if_ended_early: Callable[[Any, int], Iterator[str]] = nothing_unread
+    if_ended_early: Callable[[Any, int], Iterator[str]] = same_at_any_step
     """What a run of so many steps leaves if a rule ends it before its last one, where that is of another kind, in sentences."""
     exclusions: Callable[[Any, ModelShape], list[str]] = no_exclusions
     """`adapter.exclude_modules` with which fused experts that a group takes in stay frozen; empty: none are taken in."""
