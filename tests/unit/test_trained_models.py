@@ -30,7 +30,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
 def built(family: str, adapter: dict[str, Any], **strategy: Any) -> tuple[Any, Any]:
     """The plan, and the model as a worker has it, without storage."""
     config = FAMILIES[family]
-    with torch.device("meta"):
+    # PEFT looks at the numbers of BOFT's permutations.
+    with torch.device("cpu" if adapter["method"] == "boft" else "meta"):
         model = AutoModelForCausalLM.from_config(config)
         shape = shape_of(model)
         plan = planned(
