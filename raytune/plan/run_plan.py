@@ -160,7 +160,7 @@ class EnginePlan(Plan):
     offload_parameters: Offload
     nvme_path: str | None
     deepspeed_overrides: dict
-    """Raw DeepSpeed JSON laid over what zero_engine makes."""
+    """Raw DeepSpeed JSON laid over what training/deepspeed_json.py makes."""
 
 
 class LossPlan(Plan):

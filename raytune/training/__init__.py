@@ -8,7 +8,7 @@ One run on one rank, from the rim inwards:
     run.py          the policy of a run: what is evaluated, saved and reported after which step (timetable.py)
     loop.py         `training_steps`: a generator of optimizer steps; the only place that normalises the loss
     engine.py       the `Engine` protocol; `PlainEngine`: whole weights on every rank
-    zero_engine.py  `ZeroEngine`: weights, gradients and optimizer state sharded by DeepSpeed
+    zero_engine.py  `ZeroEngine`: weights, gradients and optimizer state sharded by DeepSpeed, as deepspeed_json.py tells it
     objectives.py   what is minimised, per target; losses.py makes the model compute it, in chunks over its head (projections.py)
     optimizer.py schedule.py    what the loop and the engines are handed
     requests.py     what is asked of a run, agreed among its ranks at log steps

@@ -26,6 +26,7 @@ from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path
+from raytune.training.deepspeed_json import deepspeed_config
 from raytune.training.engine import Engine, PlainEngine
 from raytune.training.fetched_base import PATIENCE_S, fetch_base
 from raytune.training.losses import LossLayer, attach_loss
@@ -238,7 +239,7 @@ def _plain_engine(
 
 
 def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None, look: Look | None) -> Engine:
-    from raytune.training.zero_engine import ZeroEngine, check_offload, deepspeed_config, sharded_loading
+    from raytune.training.zero_engine import ZeroEngine, check_offload, sharded_loading
 
     check_offload(plan)
     if plan.engine.zero_stage == 3:

@@ -62,7 +62,8 @@ def train_fp16_shards(plan: RunPlan, stage: int, spoil: Spoil) -> tuple[str, Out
     """The same on shards. DeepSpeed believes that no CPU computes in fp16; PyTorch does."""
     from deepspeed.accelerator import get_accelerator
 
-    from raytune.training.zero_engine import ZeroEngine, deepspeed_config
+    from raytune.training.deepspeed_json import deepspeed_config
+    from raytune.training.zero_engine import ZeroEngine
 
     get_accelerator().is_fp16_supported = lambda: True
     zero = plan.model_copy(update={"engine": plan.engine.model_copy(update={"kind": "zero", "zero_stage": stage})})

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from raytune.errors import PlanError
-from raytune.training.zero_engine import check_offload, deepspeed_config
+from raytune.training.deepspeed_json import deepspeed_config
+from raytune.training.zero_engine import check_offload
 from tests.tiny import tiny_plan
 
 
