@@ -3,8 +3,8 @@
     python -m tests.bench.methods --task demo --output
     python -m tests.bench.methods --task gsm8k --output
 
-Every method trains the model that ships with raytune on the same rows in the same order, on one worker, with each of three
-rates: its default, three and ten times that; the run with the lowest loss on held-out rows counts. `demo` is the quickstart's
+Every method trains the model that ships with raytune on the same rows in the same order, on one worker, with some rates
+around its default; the run with the lowest loss on held-out rows counts. `demo` is the quickstart's
 task, which the model does not know and which is scored by exact match; of `gsm8k` (its `train.jsonl` and `test.jsonl`) so small
 a model learns the language only, and the loss on held-out answers counts.
 """
@@ -21,15 +21,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch
 
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.evaluate.questions import to_json_lines
+from raytune.data.tokenizers import load_tokenizer
+from raytune.evaluate.generation import write_answers
+from raytune.evaluate.text_metrics import exact_match
 from raytune.launch.cluster import this_machine
-from raytune.launch.prepare import prepare
+from raytune.launch.prepare import Prepared, prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
+from raytune.model.adapters import adapting
+from raytune.model.inference import base_then_tuned
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import write_bytes
 from raytune.training.run import train
 from raytune.training.start import Worker
 from tests.bench.measure import report, tree_cpu_s
@@ -62,15 +64,15 @@ METHODS |= {
         ["adalora", "bottleneck", "oft", "loha", "lokr", "vera", "ia3", "layernorm", "prefix_tuning", "p_tuning", "prompt_tuning"]
     )
 }
-FACTORS = (1, 3, 10)
-"""Of the default rate."""
+MAX_NEW_TOKENS = 96
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["demo", "gsm8k"], default="demo")
     parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl and test.jsonl")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--factors", type=float, nargs="+", default=[1, 3, 10], help="rates to try, as factors of the default")
     parser.add_argument("--methods", nargs="*", default=[*METHODS], help=f"some of: {'; '.join(METHODS)}")
     parser.add_argument("--output", action="store_true", help="append the figures to tests/bench/baselines/methods.jsonl")
     options = parser.parse_args()
@@ -79,6 +81,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for name in dict.fromkeys([LORA, *options.methods]):
             best = min(runs(name, options, folder), key=lambda figures: figures["held_out_loss"])
+            if (ready := best.pop("ready")).questions:
+                best["exact_match"] = score(ready)
             of_lora = of_lora or best
             best["cpu_s_of_lora"] = round(best["cpu_s"] / of_lora["cpu_s"], 2)
             report("methods", {"task": options.task, "method": name, "steps": options.steps} | best, options.output)
@@ -86,24 +90,24 @@ def main() -> None:
 
 def runs(name: str, options: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
     """Figures of a run of a method with each rate."""
-    settings = task(options) | METHODS[name] | {"storage": folder}
-    default = planned(config_from(settings | {"name": "default"})).optimization.learning_rate
-    for factor in FACTORS:
-        config = config_from(settings | {"name": f"run-{len(list(Path(folder).iterdir()))}"})
-        config = config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": factor * default})})
-        plan = planned(config)
+    settings: dict[str, Any] = task(options) | METHODS[name] | {"storage": folder}
+    default = prepared(settings | {"name": "default"}).plan.optimization.learning_rate
+    for factor in options.factors:
+        training = settings["training"] | {"learning_rate": factor * default}
+        ready = prepared(settings | {"name": f"{len(list(Path(folder).iterdir()))}", "training": training})
         started = tree_cpu_s()
-        train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda values: None))
-        yield {"cpu_s": round(tree_cpu_s() - started, 1), "learning_rate": plan.optimization.learning_rate} | figures(plan)
+        train(ready.plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda values: None))
+        cpu_s = round(tree_cpu_s() - started, 1)
+        yield {"cpu_s": cpu_s, "learning_rate": ready.plan.optimization.learning_rate, **figures(ready.plan), "ready": ready}
 
 
 def task(options: argparse.Namespace) -> dict[str, Any]:
     training = {"max_steps": options.steps, "global_batch_size": 4, "warmup_steps": 10, "logging_steps": 10}
-    data: dict[str, Any] = {"max_length": 1024}
+    data: dict[str, Any] = {"max_length": 512}
     evaluation: dict[str, Any] = {"every_steps": options.steps}
     if options.task == "demo":
         data |= {"train": "demo:train", "validation": {"path": "demo:validation", "max_rows": 100}}
-        evaluation["generation"] = {"rows": "demo:test", "max_rows": 100, "max_new_tokens": 96, "batch_size": 100}
+        evaluation["generation"] = {"rows": "demo:test", "max_rows": 100, "max_new_tokens": MAX_NEW_TOKENS}
     else:
         data["train"] = {"path": str(options.data / "train.jsonl"), "columns": COLUMNS, "max_rows": 2000}
         data["validation"] = {"path": str(options.data / "test.jsonl"), "columns": COLUMNS, "max_rows": 100}
@@ -111,26 +115,40 @@ def task(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": {"base": "demo"}, "data": data, "training": training, "evaluation": evaluation, "cluster": {"workers": 1}}
 
 
-def planned(config: RunConfig) -> RunPlan:
-    """The plan of a run, whose folder is made ready as a launcher does it."""
+def prepared(settings: dict[str, Any]) -> Prepared:
+    """What a launcher makes ready of a run; its questions are asked here, of the best run only."""
+    config = config_from(settings)
     ready = prepare(config, this_machine(config.cluster), map)
-    folder = RunFolder(ready.plan.storage, ready.plan.name)
-    write_plan(folder, ready.plan)
-    write_bytes(folder.questions, to_json_lines(ready.questions))
-    return ready.plan
+    plan = ready.plan.model_copy(update={"evaluation": ready.plan.evaluation.model_copy(update={"generation": None})})
+    write_plan(RunFolder(plan.storage, plan.name), plan)
+    return Prepared(plan=plan, questions=ready.questions)
 
 
 def figures(plan: RunPlan) -> dict[str, Any]:
     """What a finished run has learned, trained and saved."""
     result = RunResult.read(RunFolder(plan.storage, plan.name))
     saved = sum(file.stat().st_size for file in Path(result.model_path).glob("*.safetensors"))
-    scores = {} if result.comparison is None else {"exact_match": result.comparison.tuned, "of_base": result.comparison.base}
     return {
         "trained_parameters": plan.num_trainable,
         "saved_kib": round(saved / 1024),
         "held_out_loss": round(result.metrics["validation/loss"], 4),
-        **scores,
     }
+
+
+def score(ready: Prepared) -> float:
+    """Share of the questions that a finished run's model answers exactly as expected."""
+    plan, saved = ready.plan, Path(RunFolder(ready.plan.storage, ready.plan.name).model)
+    _, tuned = base_then_tuned(plan, saved, torch.device("cpu"))
+    answers = write_answers(
+        tuned,
+        load_tokenizer(str(saved)),
+        [question.prompt_ids for question in ready.questions],
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=len(ready.questions),
+        can_pad=adapting(plan.adapter).can_pad,
+    )
+    scores = [exact_match(answer, question.expected) for answer, question in zip(answers, ready.questions, strict=True)]
+    return sum(scores) / len(scores)
 
 
 if __name__ == "__main__":
