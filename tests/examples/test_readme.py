@@ -87,7 +87,8 @@ def test_the_samples_of_the_quickstart_are_the_answers_that_were_counted(
 OTHERS = [line for line in commands() if line.startswith(".venv/bin/python launch.py")]
 SHORTER = {
     ".venv/bin/python launch.py sweep configs/sweeps/quickstart.yaml": (
-        "sweep.trials=2 training.max_steps=12 data.train.0.max_rows=100 data.validation.0.max_rows=8"
+        "sweep.trials=2 training.max_steps=12 training.global_batch_size=2 data.max_length=256 data.train.0.max_rows=100 "
+        "data.validation.0.max_rows=8"
     ),
     ".venv/bin/python launch.py train --from-sweep runs/quickstart-sweep": "evaluation.generation=null",
 }

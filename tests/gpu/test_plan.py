@@ -18,10 +18,11 @@ SMALL = ("--size", "small", "--device", "cpu", "--tokens", "256", "--document", 
 @pytest.mark.parametrize(
     ("options", "moments"),
     [
-        (("--stages", "0", "2", "3"), {"forward", "loss", "update"}),
-        (
+        pytest.param(("--stages", "0", "2", "3"), {"forward", "loss", "update"}, marks=pytest.mark.slow),
+        pytest.param(
             ("--stages", "0", "1", "3", "--methods", "full", "--set", "training.gradient_accumulation_steps=2"),
             {"forward", "loss"},
+            marks=pytest.mark.slow,
         ),
         (("--stages", "0", "2", "--methods", "full", "--set", "training.loss=chunked"), {"forward", "update"}),
     ],

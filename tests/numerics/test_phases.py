@@ -300,9 +300,9 @@ def hold(plan: RunPlan) -> Held:
         phases, held = Phases(plan, engine, phase_of(max(0, num_made - 1))), []
         make_step = engine.step
 
-        def step(learning_rate: float) -> Tensor:
+        def step(learning_rate: float, norm_limit: float) -> Tensor:
             gradients = engine.held_bytes().gradients  # before the update, which clears them
-            norm = make_step(learning_rate)
+            norm = make_step(learning_rate, norm_limit)
             held.append(replace(engine.held_bytes(), gradients=gradients))
             return norm
 
