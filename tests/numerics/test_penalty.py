@@ -138,7 +138,7 @@ def train_in_phases(
     return outcome(engine, numbers)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_what_a_later_phase_trains_is_held_to_the_base_as_well(stage: int, material: Material, tmp_path: Path) -> None:
     plan = strategy_plan(replace(material, model=save_tiny_model(tmp_path / "m", tied=False)), L2_SP | UNFREEZE, stage=stage)
     penalty = PlainPenalty(Path(plan.model.path), STRENGTH)
