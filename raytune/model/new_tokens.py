@@ -73,6 +73,8 @@ def resize(model: PreTrainedModel, num_rows: int) -> None:
         return
     try:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
+    except torch.OutOfMemoryError:  # which is a RuntimeError, and says nothing of the model
+        raise
     except (TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"model.new_tokens needs {num_rows} rows of embeddings, and transformers cannot give them to a "

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from raytune.printable import printable
@@ -42,7 +42,8 @@ def page(template: str, *, script: str | None = None, **shown: Any) -> str:
     """A page as HTML.
 
     Args:
-        template: file beside this one, which gets `policy`, `style` and `script` besides what is shown.
+        template: file beside this one, with `page_head.html` in its head; gets `policy`, `style` and `script` besides what is
+            shown.
         script: file beside this one.
     """
     style, code = _own(STYLE), _own(script) if script else ""
@@ -76,8 +77,10 @@ def _png_size(image: bytes) -> tuple[int, int]:
 
 @cache
 def _template(name: str) -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, finalize=_fit)
-    return environment.from_string(_own(name))
+    environment = Environment(
+        loader=FunctionLoader(_own), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, finalize=_fit
+    )
+    return environment.get_template(name)
 
 
 def _fit(value: object) -> object:
