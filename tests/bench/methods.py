@@ -54,14 +54,14 @@ METHODS: dict[str, dict[str, Any]] = {
             ]
         }
     },
-    "full, last layer and head only": FULL | {"strategy": {"freeze": {"embeddings": True, "first_layers": 2}}},
-    "full, head only": FULL | {"strategy": {"freeze": {"train_only": ["head"]}}},
+    "full, last layer and norm only": FULL | {"strategy": {"freeze": {"embeddings": True, "first_layers": 2}}},
     "qlora": {"adapter": {"method": "qlora"}},
 }
 METHODS |= {
     method: {"adapter": {"method": method}}
     for method in (
-        ["adalora", "bottleneck", "oft", "loha", "lokr", "vera", "ia3", "layernorm", "prefix_tuning", "p_tuning", "prompt_tuning"]
+        *("adalora", "bottleneck", "oft", "boft", "loha", "lokr", "vera", "ia3", "layernorm"),
+        *("prefix_tuning", "p_tuning", "prompt_tuning"),
     )
 }
 MAX_NEW_TOKENS = 96

@@ -5,14 +5,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune.launch.result import RunResult
 from raytune.run_folder import RunFolder
-from tests.ray.forking import forking_environment
+from tests.ray.forking import forking_environment, forking_python
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: str, folder: Path, tmp: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the README with this test's interpreter."""
     return subprocess.run(
-        [sys.executable, *command.split()[1:]],
+        [forking_python(), *command.split()[1:]],
         cwd=folder,
         env=forking_environment(os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(folder)}),
         capture_output=True,
@@ -97,12 +97,22 @@ SHORTER = {
 
 def test_the_readme_has_commands_besides_the_first_two() -> None:
     assert len(OTHERS) >= 5
+    assert set(AS_ANOTHER) <= set(OTHERS)
 
 
 SCORE = ".venv/bin/python launch.py score runs/quickstart demo:test --max-rows 50"
+AS_ANOTHER = (
+    ".venv/bin/python launch.py check configs/recipes/quickstart.yaml training.learning_rate=1e-3 adapter.method=full",
+    ".venv/bin/python launch.py plan configs/recipes/quickstart.yaml data.max_length=256",
+)
+"""Commands that differ from others by their overrides alone."""
 
 
-@pytest.mark.parametrize("command", [line for line in OTHERS if line not in (*SHORTER, SCORE)])
+def as_they_run(commands: list[str]) -> list[Any]:
+    return [pytest.param(command, marks=[pytest.mark.slow] if command in AS_ANOTHER else []) for command in commands]
+
+
+@pytest.mark.parametrize("command", as_they_run([line for line in OTHERS if line not in (*SHORTER, SCORE)]))
 def test_the_other_commands_work(quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str, command: str) -> None:
     done = run(command, folder, ray_tmp)
     assert done.returncode == 0, done.stderr

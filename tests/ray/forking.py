@@ -1,5 +1,5 @@
 """How tests of Ray start workers in a moment: a raylet calls a program in place of Python, and that has each worker forked from a
-process which has imported the libraries (`forked/server.py`)."""
+process which has imported the libraries (`forked/server.py`). Commands that a test runs to their end start so too."""
 
 import atexit
 import os

@@ -1,5 +1,5 @@
-"""The process that workers of the tests' clusters are forked from: it has imported the libraries that each of them would import
-for itself, for six CPU seconds, most of what a short run takes.
+"""The process that workers of the tests' clusters are forked from, and commands that a test runs to their end: it has imported
+the libraries that each of them would import for itself, for six CPU seconds, most of what a short run takes.
 
 Of Ray it imports nothing, because Ray's C++ keeps the environment that it was imported in; of raytune nothing, because workers
 get that from where the run has sent it. A worker for whom a library would have read other settings while it was imported is left
@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import traceback
+from contextlib import suppress
 
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.superoffload  # noqa: F401
@@ -33,7 +34,7 @@ import pydantic  # noqa: F401
 import setuptools  # noqa: F401
 import torch
 import transformers.integrations.bitsandbytes  # noqa: F401
-from starter import FORKED, REFUSED  # beside this file
+from starter import EXIT_CODE, FORKED, REFUSED, WORKER  # beside this file
 
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "DS_", "OMP_", "MKL_", "OPENBLAS_", "LD_")
 """How the names of variables begin that libraries read while they are imported."""
@@ -49,7 +50,7 @@ def serve(path: str) -> None:
         wakeup.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        starters: dict[int, socket.socket] = {}  # by worker
+        starters: dict[int, socket.socket] = {}  # by process
         for source in (listener, ended, sys.stdin):
             selector.register(source, selectors.EVENT_READ)
         sys.stdout.write("ready\n")
@@ -67,23 +68,28 @@ def serve(path: str) -> None:
                         selector.register(starter, selectors.EVENT_READ, pid)
                 elif key.fileobj is ended:
                     ended.recv(4096)
-                    for pid in [pid for pid in starters if os.waitpid(pid, os.WNOHANG)[0]]:
-                        starter = starters.pop(pid)
-                        if starter in selector.get_map():
-                            selector.unregister(starter)
-                        starter.close()  # it ends now
+                    for pid in list(starters):
+                        found, status = os.waitpid(pid, os.WNOHANG)
+                        if found:
+                            starter = starters.pop(pid)
+                            if starter in selector.get_map():
+                                selector.unregister(starter)
+                            with suppress(OSError):  # it may have been killed meanwhile
+                                starter.sendall(EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
+                            starter.close()  # it ends now
                 elif key.fileobj in selector.get_map():  # a starter was killed
                     selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
 
 
 def started(starter: socket.socket) -> int | None:
-    """Fork the worker that a starter asks for; None if it has to start by itself."""
+    """Fork the process that a starter asks for; None if it has to start by itself."""
     header, descriptors, _, _ = socket.recv_fds(starter, 4, 3)
     payload = b""
     while len(payload) < struct.unpack("!I", header)[0]:
         payload += starter.recv(1 << 20)
     request = json.loads(payload)
+    is_worker = request["arguments"][0].endswith(WORKER)
     context = json.loads(
         next((word for word in request["arguments"] if word.startswith(CONTEXT)), f"{CONTEXT}{{}}")[len(CONTEXT) :]
     )
@@ -95,7 +101,7 @@ def started(starter: socket.socket) -> int | None:
     starter.sendall(FORKED if can_fork else REFUSED)
     pid = None
     if can_fork and (pid := os.fork()) == 0:
-        become_worker(request["arguments"], request["environment"], folder, descriptors)
+        become(is_worker, request["arguments"], request["environment"], folder, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     return pid
@@ -107,8 +113,8 @@ def of_imports(environment: dict[str, str]) -> dict[str, str]:
     return read | {"HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def become_worker(words: list[str], environment: dict[str, str], folder: str, descriptors: list[int]) -> None:
-    """Do what Ray's setup_worker.py and default_worker.py do in a new process. Does not return."""
+def become(is_worker: bool, words: list[str], environment: dict[str, str], folder: str, descriptors: list[int]) -> None:
+    """Do what Python would do with these words in a new process, or Ray's setup_worker.py for a worker. Does not return."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -120,17 +126,14 @@ def become_worker(words: list[str], environment: dict[str, str], folder: str, de
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        from ray._private.runtime_env.context import RuntimeEnvContext
-        from ray._private.utils import update_envs
-        from ray._private.workers.setup_worker import parser
-
-        known, arguments = parser.parse_known_args(words)
-        update_envs(RuntimeEnvContext.deserialize(known.serialized_runtime_env_context or "{}").env_vars)
+        arguments = arguments_of_worker(words[1:]) if is_worker else words
         for seed in (random.seed, numpy.random.seed, torch.seed):
             seed()
         named = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         sys.path[:] = [os.path.dirname(arguments[0]), *named, *INSTALLED]
         sys.argv = arguments
+        if not is_worker:
+            sys.executable = environment["PYTHON_OF_RAYLETS"]  # as site/sitecustomize.py does
         runpy.run_path(arguments[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -141,6 +144,17 @@ def become_worker(words: list[str], environment: dict[str, str], folder: str, de
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def arguments_of_worker(words: list[str]) -> list[str]:
+    """What Ray's setup_worker.py makes of its own: sets the environment and gives the worker's script and its arguments."""
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.utils import update_envs
+    from ray._private.workers.setup_worker import parser
+
+    known, arguments = parser.parse_known_args(words)
+    update_envs(RuntimeEnvContext.deserialize(known.serialized_runtime_env_context or "{}").env_vars)
+    return arguments
 
 
 def main() -> None:
