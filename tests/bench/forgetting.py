@@ -76,7 +76,7 @@ def settings_of(name: str, options: argparse.Namespace, held_out: Path) -> dict[
         "training": training | {"lr_scheduler_type": "constant"} | arm.get("training", {}),
         "evaluation": {"every_steps": 5, "at_start": True},
         "checkpoint": {"every_steps": options.steps},
-        "cluster": {"workers": 1},
+        "cluster": {"workers": 1, "threads_per_worker": 1},
     }
 
 
