@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = "raytune"
-OPTIONAL = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna"}
+OPTIONAL = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna", "sacrebleu": "metrics", "rouge_score": "metrics"}
 """Extra of raytune that brings a package which not everybody needs."""
 
 

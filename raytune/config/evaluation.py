@@ -1,11 +1,28 @@
 """`evaluation`: what is measured on held-out rows, and when."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from raytune.config.data import Sources
 from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section
+
+AnswerMetricName = Literal[
+    "exact_match",
+    "token_f1",
+    "numeric_match",
+    "json_valid",
+    "json_fields",
+    "accuracy",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+]
 
 
 class GenerationSection(Section):
@@ -19,6 +36,10 @@ class GenerationSection(Section):
     """Longest answer, in tokens."""
     batch_size: PositiveInt = 32
     """Answers written at once by one worker."""
+    metrics: Annotated[list[AnswerMetricName], Field(min_length=1, examples=[["numeric_match", "rougeL"]])] = ["exact_match"]
+    """What the answers are worth beside those that the data expects: `exact_match`, `token_f1` (SQuAD), `numeric_match` (the last
+    number), `json_valid`, `json_fields`; for classes `accuracy`, `macro_precision`, `macro_recall`, `macro_f1`; with the extra
+    `metrics` also `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`."""
 
 
 class EvaluationSection(Section):

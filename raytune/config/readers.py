@@ -431,7 +431,7 @@ READERS: dict[str, Reader] = {
     **_read("evaluation", "generation", "launch.stores"),
     **_read("evaluation.generation", "rows max_rows", "launch.stores"),
     **_rows_of_sources("evaluation.generation.rows"),
-    **_read("evaluation.generation", "max_new_tokens batch_size", "plan.choose"),
+    **_read("evaluation.generation", "max_new_tokens batch_size metrics", "plan.choose"),
     # checkpoint
     **_read("checkpoint", "every_steps", "plan.choose", needs=(_instead_of("checkpoint.every_epochs"),)),
     **_read("checkpoint", "every_epochs every keep_last", "plan.choose"),

@@ -9,11 +9,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
+from raytune.config.evaluation import AnswerMetricName
 from raytune.data.conversation import RowError
 from raytune.data.shards import Tally, bad_questions_error
 from raytune.data.source_rows import read_conversations
 from raytune.data.template import ChatTemplate
 from raytune.errors import DataError
+from raytune.evaluate.answer_metrics import answer_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +27,22 @@ class Question:
 
 
 def read_questions(
-    sources: Sequence[DataSource], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, *, max_rows: int, downloads: Path
+    sources: Sequence[DataSource],
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    metrics: Sequence[AnswerMetricName],
+    max_rows: int,
+    downloads: Path,
 ) -> list[Question]:
     """Take the first rows of the sources as questions.
 
     Raises:
-        DataError: if rows are bad or do not end with an answer, the first few of them with file and line; or there are no rows.
+        DataError: if rows are bad, do not end with an answer, or end with one that a metric cannot judge by, the first few of
+            them with file and line; or there are no rows.
+        UserError: if a package that a metric needs is not installed.
     """
+    judges = answer_metrics(metrics)
     questions: list[Question] = []
     tally = Tally()
     for conversation in chain.from_iterable(read_conversations(source, downloads, tally) for source in sources):
@@ -41,6 +52,10 @@ def read_questions(
             prompt, expected = template.prompt(conversation), template.expected(conversation)
         except RowError as error:
             tally.add("bad", conversation.origin, str(error))
+            continue
+        refusals = (f"for {name} {why}" for name, judge in judges.items() if (why := judge.refusal(expected)))
+        if refusal := next(refusals, None):
+            tally.add("bad", conversation.origin, refusal)
             continue
         questions.append(
             Question(

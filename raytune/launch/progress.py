@@ -207,10 +207,11 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
     rows = list(_comparisons(result))
     if rows:
         title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
-        numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain")]
+        numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain", "95 % interval")]
+        numbers = numbers if result.comparison else numbers[:-1]
         table = Table("", *numbers, title=title, title_justify="left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*row[: len(numbers) + 1])
         console.print(table)
     console.print(_planned_and_measured(result))
     for label, line in report_table(result.data_report) if result.data_report else []:
@@ -256,13 +257,13 @@ def _planned_and_measured(result: RunResult) -> Table:
     return table
 
 
-def _comparisons(result: RunResult) -> Iterator[tuple[str, str, str, str]]:
-    """Name, base, tuned and difference of whatever was measured on both."""
-    if result.comparison:
-        metric = result.comparison
-        yield metric.metric, f"{metric.base:.1%}", f"{metric.tuned:.1%}", f"{metric.gain:+.1%}"
+def _comparisons(result: RunResult) -> Iterator[tuple[str, str, str, str, str]]:
+    """Name, base, tuned and difference of whatever was measured on both, and of answers how far that could be chance."""
+    for score in result.comparison.scores.values() if result.comparison else ():
+        interval = f"{score.gain_low:+.1%} to {score.gain_high:+.1%}"
+        yield score.words, f"{score.base:.1%}", f"{score.tuned:.1%}", f"{score.gain:+.1%}", interval
     for label, name, digits in (("validation loss", "validation/loss", 4), ("perplexity", "validation/perplexity", 3)):
         series = result.history.series(name)
         if series and series[0][0] == 0:  # measured before the first step
             base, tuned = series[0][1], result.metrics[name]
-            yield label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}"
+            yield label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}", ""

@@ -1,6 +1,6 @@
 """What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
@@ -30,7 +30,7 @@ class RunResult:
             process: by the allocator on a GPU, resident in RAM otherwise.
         median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
-        comparison: base against tuned, or None where `evaluation.generation` was not asked for.
+        comparison: what the answers of base and tuned model are worth, or None where `evaluation.generation` was not asked for.
         findings: which rule ended it before its last step, if one did, and where overfitting began.
         finished_before: whether it was only read: an earlier command had trained it.
     """
@@ -71,7 +71,7 @@ class RunResult:
             held_bytes=result["held_bytes"],
             median_step_s=result["median_step_s"],
             history=history,
-            comparison=Comparison(**result["comparison"]) if result["comparison"] else None,
+            comparison=Comparison.from_json(result["comparison"]) if result["comparison"] else None,
             findings=Findings.from_json(result),
         )
 
@@ -90,7 +90,7 @@ class RunResult:
             "best_step": self.best_step,
             **self.findings.to_json(),
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
-            "comparison": self.comparison and asdict(self.comparison),
+            "comparison": self.comparison and self.comparison.to_json(),
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
                 {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured

@@ -101,6 +101,7 @@ class DataBuilder:
                 generation.rows,
                 self._chat,
                 self._tokenizer,
+                metrics=generation.metrics,
                 max_rows=generation.max_rows,
                 downloads=Path(downloads),
             )

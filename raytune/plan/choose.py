@@ -444,6 +444,7 @@ def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: _Reas
         else GenerationPlan(
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.batch_size,
+            metrics=tuple(generation.metrics),
         ),
     )
 

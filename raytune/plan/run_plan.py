@@ -6,6 +6,7 @@ from pydantic import TypeAdapter, model_validator
 
 from raytune.config.adapter import Adapter, own_quantization, without_preset
 from raytune.config.divergence import DivergenceSection
+from raytune.config.evaluation import AnswerMetricName
 from raytune.config.model import Attention, NewToken, Quantization
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
@@ -173,6 +174,7 @@ class GenerationPlan(Plan):
 
     max_new_tokens: int
     batch_size: int
+    metrics: tuple[AnswerMetricName, ...]
 
 
 class EvaluationPlan(Plan):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raytune.data.tokenizers import load_tokenizer, with_tokens
 from raytune.errors import RaytuneError
-from raytune.evaluate.compare import Comparison, Sample, compare_exact_match
+from raytune.evaluate.compare import Comparison, Sample, compare
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.questions import from_json_lines
 from raytune.metrics.json_numbers import encode_number
@@ -69,7 +69,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
                 "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
                 "held_bytes": held_by_ranks,
                 "median_step_s": recorder.median_step_s,
-                "comparison": comparison and asdict(comparison),
+                "comparison": comparison and comparison.to_json(),
                 "model_files": file_sizes(folder.model),
             },
         )
@@ -114,21 +114,24 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
             upload_folder(target, folder.model)
 
 
-def compare_answers(plan: RunPlan, engine: Engine, peers: Peers, folder: RunFolder, generation: GenerationPlan) -> Comparison:
+def compare_answers(
+    plan: RunPlan, engine: Engine, peers: Peers, folder: RunFolder, generation: GenerationPlan
+) -> Comparison | None:
     """Let base and tuned model answer the questions, each rank its share, from the files that a user would load.
 
     Args:
         engine: released; says which share is this rank's, and on which device.
 
     Returns:
-        The comparison over all ranks' answers, on every rank; rank 0 writes the answers to samples.jsonl.
+        What all ranks' answers are worth, on rank 0, which also writes them to samples.jsonl.
     """
     share = slice(engine.rank, None, engine.world_size)
     parts = peers.together(lambda: _answered(plan, share, engine.device, folder, generation))
     samples = sorted((sample for part in parts for sample in part), key=lambda sample: sample.row)
     if engine.rank == 0:
         write_bytes(folder.samples, "".join(json.dumps(sample.to_json()) + "\n" for sample in samples).encode())
-    return compare_exact_match(samples)
+        return compare(samples, generation.metrics)
+    return None
 
 
 def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFolder, generation: GenerationPlan) -> list[Sample]:

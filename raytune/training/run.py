@@ -7,6 +7,7 @@ from dataclasses import replace
 from raytune.data.batches import Batch, step_batches
 from raytune.data.store import Store
 from raytune.errors import TrainingError
+from raytune.evaluate.answer_metrics import answer_metrics
 from raytune.metrics.events import EventLog
 from raytune.metrics.history import History
 from raytune.metrics.points import RollBack
@@ -39,6 +40,8 @@ def train(plan: RunPlan, worker: Worker) -> None:
 def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
+    if plan.evaluation.generation:
+        answer_metrics(plan.evaluation.generation.metrics)  # what they need has to be here too, and not only at the command's
     with _told(folder, worker) as report:
         phases = Phases(plan, engine)
         checkpoints = Checkpoints(

@@ -132,7 +132,11 @@ def test_roles_of_others_are_hinted(role: str, meant: str, tmp_path: Path) -> No
 def questions(path: Path, max_rows: int = 100) -> int:
     tokenizer = tiny_tokenizer()
     template = ChatTemplate(tokenizer, resolve_template("chatml", tokenizer))
-    return len(read_questions([DataSource(path=str(path))], template, tokenizer, max_rows=max_rows, downloads=path.parent))
+    return len(
+        read_questions(
+            [DataSource(path=str(path))], template, tokenizer, metrics=["exact_match"], max_rows=max_rows, downloads=path.parent
+        )
+    )
 
 
 def test_bad_questions_are_told_all_at_once(tmp_path: Path) -> None:

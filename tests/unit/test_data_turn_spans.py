@@ -89,7 +89,7 @@ def test_the_expected_answer_of_a_call_is_what_the_template_writes(tmp_path: Pat
     tokenizer = tiny_tokenizer()
     template = ChatTemplate(tokenizer, resolve_template("qwen", tokenizer))
     source = DataSource(path=str(CASES / "9" / "questions.jsonl"))
-    (question,) = read_questions([source], template, tokenizer, max_rows=5, downloads=tmp_path)
+    (question,) = read_questions([source], template, tokenizer, metrics=["exact_match"], max_rows=5, downloads=tmp_path)
     assert question.expected == '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
