@@ -96,6 +96,8 @@ class DataReport(Plan):
     train: StoreReport
     validation: dict[str, StoreReport]
     """By the name of the set in metrics."""
+    ewc: StoreReport | None = None
+    """What the importance of weights is estimated from, a document per row; None without EWC."""
 
     def __str__(self) -> str:
         return "\n".join([*(f"{label}: {line}" for label, line in report_table(self)), *losses_text(self)])
@@ -129,7 +131,7 @@ def store_text(report: StoreReport) -> list[str]:
 def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
-    return [("training", report.train), *held_out]
+    return [("training", report.train), *held_out, *([("EWC", report.ewc)] if report.ewc else [])]
 
 
 def _source_lines(store: StoreReport) -> list[str]:

@@ -7,9 +7,9 @@ checkpoint. It never looks at a batch.
 import gc
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,21 @@ class Engine(Protocol):
 
     def penalty(self) -> float | None:
         """What the penalty on weights added to the loss of the last step; None without one. Every rank calls it."""
+        ...
+
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Square the gradient of each loss by itself, and sum over all losses of all ranks. Nothing is updated.
+
+        Args:
+            losses: made one after the other; as many on every rank.
+
+        Returns:
+            This rank's shares of the sums, in fp32, by names of their own; whole where the engine holds whole weights.
+        """
+        ...
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        """Let the penalty count what each weight has moved by its importance, in shares as `sum_squared_gradients` gives them."""
         ...
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -150,7 +165,7 @@ class HeldBytes:
     optimizer: int
     """Optimizer state, and fp32 master weights that exist beside the weights."""
     penalty: int = 0
-    """What weights are held to."""
+    """What weights are held to, and by how much each is."""
 
 
 class PlainEngine:
@@ -298,6 +313,22 @@ class PlainEngine:
     def penalty(self) -> float | None:
         return None if self._penalty is None or self._penalty.value is None else self._penalty.value.item()
 
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        with squaring(self._trained.values()):
+            for loss in losses:
+                loss.backward()
+        self._sum_gradients_over_ranks()
+        sums = {
+            name: torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
+            for name, parameter in self._trained.items()
+        }
+        self._optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        for name, held in self._held.items():
+            self._held[name] = replace(held, importance=importance[name].to(self.device))
+
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
         return nullcontext()
 
@@ -380,7 +411,7 @@ class PlainEngine:
             weights=num_bytes(self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
-            penalty=num_bytes(held.start for held in self._held.values()),
+            penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
         )
 
     def release(self) -> None:
@@ -418,6 +449,18 @@ def constant_bytes(model: nn.Module) -> int:
 def poisoned(loss: Tensor) -> Tensor:
     """`loss`, whose gradient is NaN if it is not finite: so it cannot get lost on the way to the norm, which every rank sees."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+@contextmanager
+def squaring(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which a backward pass adds to each gradient the square of its own: of all that reaches the parameter in that
+    pass, before it is added up over passes or ranks."""
+    hooks = [parameter.register_hook(torch.square) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_updated_with(norm: float, norm_limit: float) -> bool:

@@ -16,6 +16,7 @@ from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
 from raytune.training.divergence import Guard, findings
 from raytune.training.final import finish
+from raytune.training.importance import hold_by_importance
 from raytune.training.loop import training_steps
 from raytune.training.phases import Phases
 from raytune.training.recorder import Recorder
@@ -40,6 +41,7 @@ def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
     with _told(folder, worker) as report:
+        hold_by_importance(started, report)
         phases = Phases(plan, engine)
         checkpoints = Checkpoints(
             folder,
