@@ -40,7 +40,7 @@ from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.new_tokens import new_token_notes
-from raytune.plan.penalty import ewc_documents, ewc_strength, holds_weights, l2_sp_strength, penalty_notes
+from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
@@ -347,9 +347,10 @@ def _optimization(
     if rate == "auto":
         rate = reasons.taken(default_learning_rate(name, method.learning_rate(num_parameters), num_parameters))
     decay = training.weight_decay
-    if decay == "auto" and holds_weights(setting.config):
+    if decay == "auto" and (keys := penalty_keys(setting.config)):
         decay = 0.0
-        reasons.append("training.weight_decay is 0: the penalty draws weights to the base, in place of drawing them to 0.")
+        draw = f"{' and '.join(keys)} draw{'s' * (len(keys) == 1)}"
+        reasons.append(f"training.weight_decay is 0: {draw} weights to the base, in place of drawing them to 0.")
     elif decay == "auto":
         decay = reasons.taken(default_weight_decay(name, method.weight_decay))
     reasons += method.reasons(setting.adapter, setting.shape)

@@ -105,7 +105,11 @@ class DataReport(Plan):
 
 def report_table(report: DataReport) -> list[tuple[str, str]]:
     """A line for each source, as (label, value)."""
-    return [(f"{what} rows", line) for what, store in _stores(report) for line in _source_lines(store)]
+    return [
+        (f"{what} rows", line)
+        for what, store in _stores(report)
+        for line in _source_lines(store, is_packed=store is not report.ewc)
+    ]
 
 
 def losses_text(report: DataReport) -> list[str]:
@@ -134,9 +138,11 @@ def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     return [("training", report.train), *held_out, *([("EWC", report.ewc)] if report.ewc else [])]
 
 
-def _source_lines(store: StoreReport) -> list[str]:
+def _source_lines(store: StoreReport, *, is_packed: bool = True) -> list[str]:
     several = len(store.sources) > 1
     lines = [f"{f'{source.name}: ' if several else ''}{_counted(source)}" for source in store.sources]
+    if not is_packed:
+        return lines
     packed = f"{_many(store.num_rows, 'packed row')}, {store.fill:.0%} full"
     return [*lines, packed] if several else [f"{lines[0]}; {packed}"]
 

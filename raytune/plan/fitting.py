@@ -23,7 +23,7 @@ from raytune.plan.memory import (
     parts_at,
 )
 from raytune.plan.methods import method_of
-from raytune.plan.penalty import ewc_documents, ewc_strength, holds_weights
+from raytune.plan.penalty import ewc_documents, ewc_strength, penalty_keys
 from raytune.plan.requirements import Device
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
 from raytune.plan.setting import Setting, settle
@@ -179,7 +179,7 @@ def _way(
         chunk_tokens=chunk_tokens,
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
-        holds_weights=holds_weights(setting.config),
+        holds_weights=bool(penalty_keys(setting.config)),
         weighs_importance=ewc_strength(setting.config) > 0,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )

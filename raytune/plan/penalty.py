@@ -21,7 +21,7 @@ def check_penalty(config: RunConfig, trained: Trained) -> None:
     Raises:
         UserError: (or PlanError) with what to set instead.
     """
-    for key in _keys_of(config):
+    for key in penalty_keys(config):
         if not trained.is_base:
             raise UserError(
                 f"{key} holds trained weights near those of the base, but adapter.method {config.adapter.method} leaves these as "
@@ -59,9 +59,9 @@ def check_importance(config: RunConfig, precision: str) -> None:
         )
 
 
-def holds_weights(config: RunConfig) -> bool:
-    """Whether weights are held near the base; strength 0 asks for nothing."""
-    return bool(_keys_of(config))
+def penalty_keys(config: RunConfig) -> list[str]:
+    """What holds weights near the base, by its key; strength 0 asks for nothing."""
+    return [key for key, strength in ((L2_SP, l2_sp_strength(config)), (EWC, ewc_strength(config))) if strength]
 
 
 def l2_sp_strength(config: RunConfig) -> float:
@@ -89,11 +89,6 @@ def ewc_documents(config: RunConfig, data: DataFacts) -> int:
     if data.ewc is None or config.strategy.ewc is None:
         return 0
     return min(config.strategy.ewc.max_documents, data.ewc.num_rows)
-
-
-def _keys_of(config: RunConfig) -> list[str]:
-    """The penalties that a config asks for."""
-    return [key for key, strength in ((L2_SP, l2_sp_strength(config)), (EWC, ewc_strength(config))) if strength]
 
 
 # --- in words
@@ -131,7 +126,7 @@ def penalty_notes(config: RunConfig, data: DataFacts, *, weight_decay: float) ->
     for key, section in ((L2_SP, config.strategy.l2_sp), (EWC, config.strategy.ewc)):
         if section and not section.strength:
             yield f"{key}.strength is 0: nothing is added to the loss{' and nothing estimated' * (key == EWC)}."
-    keys = _keys_of(config)
+    keys = penalty_keys(config)
     if not keys:
         return
     yield (

@@ -60,7 +60,9 @@ def hold_by_importance(started: Started, tell: Tell = lambda event, **facts: Non
     shares, why = kept.read()
     if shares is None:
         began = time.monotonic()
-        tell("importance_started", documents=plan.optimization.ewc_documents, why=why)
+        if why:
+            tell("importance_again", why=why)
+        tell("importance_started", documents=plan.optimization.ewc_documents)
         shares = estimated(started)
         kept.write(shares)
         tell("importance_estimated", documents=plan.optimization.ewc_documents, seconds=time.monotonic() - began)

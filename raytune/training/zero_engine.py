@@ -297,8 +297,8 @@ class ZeroEngine:
         return {name: _known(safe_get_full_fp32_param(parameter)) for name, parameter in beside.parameters.items()}
 
     def _penalise_updates(self, penalty: Penalty) -> None:
-        """Hold this rank's shares where they are, as far as they are not held already, and have the penalty's gradient added before
-        each update: when DeepSpeed has neither counted nor clipped any."""
+        """Hold this rank's shares where they are, as far as they are not held already, and have the penalty's gradient added to
+        theirs before each update: when DeepSpeed has neither counted nor clipped them."""
         # Masters begin as the weights are, so that these have them exactly, in half the bytes of fp32 where they have 16 bits.
         dtype = DTYPES[self._precision]
         for group, share in self._masters().items():
