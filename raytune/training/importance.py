@@ -35,10 +35,12 @@ from raytune.plan.settings import key_of
 from raytune.run_folder import MANIFEST
 from raytune.storage import Digest
 from raytune.training.engine import Engine
-from raytune.training.peers import Peers
+from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.start import Started
 
 Tell = Callable[..., None]
+PATIENCE_S = 12 * 3600.0
+"""How long ranks wait for each other's files."""
 _DECIDE = ("seed", "precision", "model.", "data.ewc", "optimization.ewc_documents")
 """Beginnings of values of an identity that decide importance."""
 
@@ -150,7 +152,7 @@ class _Kept:
     @classmethod
     def of(cls, started: Started) -> "_Kept":
         engine = started.engine
-        peers = Peers(engine.rank, engine.gather_objects, TrainingError)
+        peers = Peers(engine.rank, gather_in_own_group(engine.world_size, PATIENCE_S), TrainingError)
         return cls(folder=started.folder.importance, plan=started.plan, engine=engine, peers=peers)
 
     @property
@@ -168,9 +170,9 @@ class _Kept:
         why = "" if manifest is None else self._why_not(manifest)
         if manifest is None or why:
             return None, why
-        shares, damage = self._shares(manifest)
-        damages = [each for each in self.engine.gather_objects(damage) if each]
-        return (None, damages[0]) if damages else (shares, "")
+        read: list[dict[str, Tensor]] = []
+        damages = [each for each in self.peers.together(lambda: self._damage(manifest, read)) if each]
+        return (None, damages[0]) if damages else (read[0], "")
 
     def _manifest(self) -> dict[str, Any] | None:
         try:
@@ -187,16 +189,17 @@ class _Kept:
         keys = dict.fromkeys(key_of(name) for name in changes if name.startswith(_DECIDE))
         return f"it was estimated with another {', '.join(keys)}" if keys else ""
 
-    def _shares(self, manifest: dict[str, Any]) -> tuple[dict[str, Tensor] | None, str]:
-        """What the file of this rank holds; or None, and what is wrong with it."""
+    def _damage(self, manifest: dict[str, Any], read: list[dict[str, Tensor]]) -> str:
+        """Append what the file of this rank holds to `read`; or say what is wrong with it."""
         path = f"{self.folder}/{self._file}"
         try:
             if asdict(storage.file_digest(path)) != manifest["files"].get(self._file):
-                return None, f"{path} is damaged"
+                return f"{path} is damaged"
         except FileNotFoundError:
-            return None, f"{path} is missing"
+            return f"{path} is missing"
         with _at_hand(path) as file:
-            return load_file(file), ""
+            read.append(load_file(file))
+        return ""
 
     def write(self, shares: dict[str, Tensor]) -> None:
         digests = self.peers.together(lambda: self._written(shares))
