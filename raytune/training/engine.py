@@ -8,7 +8,7 @@ import gc
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from raytune.plan.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.run_plan import RunPlan
 from raytune.training.layout import refuse_other_layout, write_layout
 from raytune.training.penalty import Held, Penalty
+from raytune.training.squares import squaring
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -449,18 +450,6 @@ def constant_bytes(model: nn.Module) -> int:
 def poisoned(loss: Tensor) -> Tensor:
     """`loss`, whose gradient is NaN if it is not finite: so it cannot get lost on the way to the norm, which every rank sees."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-
-
-@contextmanager
-def squaring(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context in which a backward pass adds to each gradient the square of its own: of all that reaches the parameter in that
-    pass, before it is added up over passes or ranks."""
-    hooks = [parameter.register_hook(torch.square) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def is_updated_with(norm: float, norm_limit: float) -> bool:

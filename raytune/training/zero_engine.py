@@ -53,10 +53,10 @@ from raytune.training.engine import (
     poisoned,
     save_method,
     set_learning_rate,
-    squaring,
 )
 from raytune.training.layout import refuse_other_layout, write_layout
 from raytune.training.penalty import Held, Penalty
+from raytune.training.squares import squaring
 from raytune.training.zero_shares import Group, masters, own_gradients
 
 TAG = "zero"
@@ -330,7 +330,7 @@ class ZeroEngine:
     def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
         sums = self._sums = {group: torch.zeros_like(share, requires_grad=False) for group, share in self._masters().items()}
         try:
-            with squaring(self._trained.values()):
+            with squaring(self._trained.values()), _without_warnings():
                 for loss in losses:
                     self._engine.backward(loss, scale_wrt_gas=False)
                     self.step(0.0, norm_limit=UPDATE_WITH_NONE)
@@ -474,6 +474,18 @@ class _DataOnlyFiles(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Context in which DeepSpeed says nothing of updates that it does not make, which it takes for overflows."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _forget_modules() -> None:

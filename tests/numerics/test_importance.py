@@ -148,10 +148,11 @@ def held_run(plan: RunPlan, change: Change, events: list[str]) -> tuple[Started,
     hold_by_importance(began, lambda event, **facts: events.append(event))
     engine = began.engine
     if change.load:
-        engine.load(change.load / f"rank-{engine.rank}")
+        engine.load(change.load)
     numbers = [result.read(engine) for result in steps_of(plan, engine, began.loss, batches_of, change)]
     if change.save:
-        engine.save(change.save / f"rank-{engine.rank}")
+        engine.save(change.save)
+        engine.gather_objects(None)  # until all of it is there
     return began, outcome(engine, numbers)
 
 
