@@ -14,6 +14,8 @@
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
                /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
                /step-00000100.damaged             set aside: its files are not what the manifest says
+    importance/rank-0.safetensors    by how much each weight is held under EWC; a file per rank where ranks share it
+              /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
     result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last
     samples.jsonl               generated answers, base against tuned
@@ -87,6 +89,11 @@ class RunFolder:
     @property
     def fence(self) -> str:
         return f"{self.checkpoints}/FENCE.json"
+
+    @property
+    def importance(self) -> str:
+        """Folder of what EWC estimates (training.importance)."""
+        return f"{self.path}/importance"
 
     @property
     def model(self) -> str:

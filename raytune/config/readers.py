@@ -16,6 +16,7 @@ from raytune.config.keys import schema_path
 from raytune.config.model import is_written_as_path
 from raytune.config.problems import dotted, shown
 from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
+from raytune.config.rows import tokenised_sources
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.training import Schedule
@@ -277,16 +278,15 @@ _HUB_MODEL = Need(
     is_said=True,
 )
 _MANY_SPLITS = Need(
-    keys=("data.train", "data.validation", "evaluation.generation.rows"),
+    keys=("data.train", "data.validation", "strategy.ewc.data", "evaluation.generation.rows"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
     remedy="name a hub data set or a `save_to_disk` folder as path",
 )
 _CHAT = Need(
-    keys=("data.train", "data.validation", "evaluation.generation"),
+    keys=("data.train", "data.validation", "strategy.ewc.data", "evaluation.generation"),
     holds=lambda config, _: (
-        config.evaluation.generation is not None
-        or any(source.format != "text" for source in (*config.data.train, *config.data.validation))
+        config.evaluation.generation is not None or any(source.format != "text" for source in tokenised_sources(config))
     ),
     otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
     remedy="give the rows another format",
@@ -395,6 +395,9 @@ READERS: dict[str, Reader] = {
     **_read("strategy", "layer_rate_decay rate_scales weight_decay_of", "plan.update_groups"),
     **_read("strategy", "l2_sp", "plan.penalty"),
     **_read("strategy.l2_sp", "strength", "plan.penalty"),
+    **_read("strategy", "ewc", "plan.penalty"),
+    **_read("strategy.ewc", "strength data max_documents", "plan.penalty"),
+    **_rows_of_sources("strategy.ewc.data"),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

@@ -3,9 +3,10 @@ them near the base."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raytune.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, Text
+from raytune.config.data import Sources
+from raytune.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 Pattern = Annotated[Text, Field(examples=["self_attn"])]
 """A regular expression for the whole name of a module, or for its last parts; or a word for a group of modules."""
@@ -52,6 +53,27 @@ class L2SPSection(Section):
     """Half of this is added per squared unit of a weight's way: strength / 2 * sum (w - w0)^2. 0: no penalty."""
 
 
+class EWCSection(Section):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): as L2-SP, but the way of each weight counts by how much rows that
+    the base knows depend on it."""
+
+    strength: NonNegativeFloat
+    """Half of this is added per squared unit of a weight's way, times its importance: strength / 2 * sum F (w - w0)^2. 0: no
+    penalty, and nothing is estimated."""
+    data: Sources
+    """Rows that the base knows and is not to forget: one source or a list, read and tokenised as those of `data.train` are.
+    Importance is estimated from them before the first step, and kept in the run folder."""
+    max_documents: PositiveInt = 500
+    """Documents that importance is estimated from, drawn by `training.seed` where the rows have more. Each takes a forward and a
+    backward pass of its own; they are divided among the workers."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> "EWCSection":
+        if not self.data:
+            raise ValueError("strategy.ewc.data needs at least one source")
+        return self
+
+
 UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
 
 
@@ -73,3 +95,6 @@ class StrategySection(Section):
     l2_sp: Annotated[L2SPSection | None, Field(examples=[{"strength": 0.01}])] = None
     """Hold trained weights near those of the base, so that less of what it can do is forgotten (with `full`). `train/loss` is
     without the penalty, which is `train/penalty`."""
+    ewc: Annotated[EWCSection | None, Field(examples=[{"strength": 100.0, "data": "general.jsonl"}])] = None
+    """Hold trained weights near those of the base by how much other rows depend on each (with `full`); beside `l2_sp`, both
+    count. `train/penalty` has the sum."""

@@ -118,6 +118,15 @@ def evaluation_batches(store: Store, *, rank: int, world: int, micro_batch_size:
         yield _make_batch(store, [p % num_rows for p in positions], [p < num_rows for p in positions], totals)
 
 
+def lone_batches(store: Store, rows: Sequence[int], *, rank: int, world: int) -> Iterator[Batch]:
+    """This rank's share of some rows, each in a batch of its own; every rank gets as many, the tail without targets."""
+    for first in range(0, len(rows), world):
+        position = first + rank
+        counts = position < len(rows)
+        row = rows[position if counts else 0]
+        yield _make_batch(store, [row], [counts], _Totals.of(store, slice(row, row + 1)))
+
+
 @dataclass(frozen=True, slots=True)
 class _Totals:
     """Of all targets of a step, or of an evaluation."""

@@ -94,12 +94,15 @@ def known_rows(folder: RunFolder, was: RunPlan, plan: RunPlan) -> RunPlan:
         if before in left:
             left.remove(before)
         validation.append(_known(before, store) if before else store)
+    ewc = data.ewc
+    if ewc and was.data.ewc and _are_same(folder, was.data.ewc, ewc):
+        ewc = _known(was.data.ewc, ewc)
     renamed = {new.name: old.name for new, old in zip(data.validation, validation, strict=True)}
     early = plan.stopping.early_stopping
     stopping = {"early_stopping": early.model_copy(update={"metric": _renamed(early.metric, renamed)})} if early else {}
     return plan.model_copy(
         update={
-            "data": data.model_copy(update={"train": train, "validation": validation}),
+            "data": data.model_copy(update={"train": train, "validation": validation, "ewc": ewc}),
             "checkpoint": plan.checkpoint.model_copy(update={"metric": _renamed(plan.checkpoint.metric, renamed)}),
             "stopping": plan.stopping.model_copy(update=stopping),
         }

@@ -5,7 +5,7 @@ Opens the tokenizer and reads the first rows of each source. Names and numbers a
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from raytune.config.data import DataSource
 from raytune.config.evaluation import GenerationSection
+from raytune.config.rows import rows_by_key
 from raytune.config.run import RunConfig
 from raytune.data.source_rows import formats_of
 from raytune.data.sources import DEMO_ROWS, find_files, scan
@@ -183,11 +184,18 @@ class _Reading:
     shape: ModelShape
     model_path: str
 
-    def builder(self, scratch: str, generation: GenerationSection | None = None, **data: Any) -> DataBuilder:
+    def builder(
+        self, scratch: str, generation: GenerationSection | None = None, ewc: Sequence[DataSource] = (), **data: Any
+    ) -> DataBuilder:
         """As of the run, with other sources, and a folder of its own for what is tokenised."""
-        data_section = self.config.data.model_copy(update={**data, "store": scratch})
-        evaluation = self.config.evaluation.model_copy(update={"generation": generation})
-        run = self.config.model_copy(update={"data": data_section, "evaluation": evaluation})
+        section = self.config.strategy.ewc
+        weighed = section.model_copy(update={"data": list(ewc)}) if section and ewc else None
+        changes = {
+            "data": self.config.data.model_copy(update={**data, "store": scratch}),
+            "evaluation": self.config.evaluation.model_copy(update={"generation": generation}),
+            "strategy": self.config.strategy.model_copy(update={"ewc": weighed}),
+        }
+        run = self.config.model_copy(update=changes)
         return DataBuilder(run, self.model_path, self.row_length, scratch, map, num_embeddings=self.shape.vocab)
 
     @property
@@ -230,10 +238,11 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
     """Plan the run on the rows that were read."""
-    train, validation = (
-        [source for key, source in here.items() if key.startswith(side)] for side in ("data.train", "data.valid")
+    train, validation, ewc = (
+        [source for key, source in here.items() if key.startswith(side)]
+        for side in ("data.train", "data.validation", "strategy.ewc.data")
     )
-    facts = reading.builder(scratch, train=train, validation=validation).build()
+    facts = reading.builder(scratch, ewc=ewc, train=train, validation=validation).build()
     setting = settle(reading.config, reading.shape, machine)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
@@ -247,10 +256,10 @@ def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> boo
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:
-    """Sources of rows that are trained or evaluated, by their key."""
-    for side in ("train", "validation"):
-        for position, source in enumerate(getattr(config.data, side)):
-            yield f"data.{side}.{position}", source
+    """Sources of rows that are trained, evaluated or weighed by, by their key."""
+    for key in ("data.train", "data.validation", "strategy.ewc.data"):
+        for position, source in enumerate(rows_by_key(config)[key]):
+            yield f"{key}.{position}", source
 
 
 def _is_here(source: DataSource, is_elsewhere: bool) -> bool:

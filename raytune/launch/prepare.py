@@ -27,6 +27,7 @@ from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import with_new_tokens
+from raytune.plan.penalty import ewc_sources
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
@@ -149,6 +150,7 @@ class Preparation:
         content = self.base(base.section)
         read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
         read.append(num_virtual_tokens(config.adapter))  # which rows leave room for
+        read.append(ewc_sources(config))
         if (key := repr(read)) not in self._data:
             num_embeddings = base.shape.vocab
             builder = DataBuilder(

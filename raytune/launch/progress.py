@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
@@ -48,6 +48,7 @@ _WARNINGS: dict[str, Callable[[dict], str]] = {
         event["step"],
         f"no update with a gradient norm of {event['grad_norm']:.5g}, of which {event['norm_limit']:.5g} is the limit",
     ),
+    "importance_again": lambda event: f"warning: the importance of weights in the run folder is estimated again: {event['why']}.",
     "rolled_back": lambda event: _roll_back_sentence(event["step"], event["to"], event["rate_scale"], event["reason"]),
 }
 """Events that a person is told at once, in words."""
@@ -79,6 +80,8 @@ class _Told:
     warnings: tuple[str, ...] = ()
     ended_early: bool = False
     """Whether a rule has ended the newest attempt."""
+    estimates_from: int | None = None
+    """Documents that importance is being estimated from."""
     saved_step: int | None = None
     saved_at: float = 0.0
     """Seconds since 1970."""
@@ -147,7 +150,10 @@ class RunView:
         step = metrics.last_step
         if not step:
             downloads = [("downloading", text) for text in self._downloads()]
-            starting = ("state", f"starting workers, {format_seconds(self._clock() - self._started)}")
+            what = "starting workers"
+            if self._told.estimates_from is not None:
+                what = f"estimating the importance of weights from {self._told.estimates_from} documents"
+            starting = ("state", f"{what}, {format_seconds(self._clock() - self._started)}")
             return [("step", f"0/{num_steps}"), *(downloads or [starting])]
         facts = [("step", f"{step}/{num_steps}")]
         for label, name, form in _SHOWN:
@@ -175,6 +181,7 @@ class RunView:
                 starts=tuple((event["attempt"], event["step"]) for event in own if event["event"] == "training_started"),
                 warnings=tuple(_WARNINGS[event["event"]](event) for event in own if event["event"] in _WARNINGS),
                 ended_early=any(event["event"] == "stopped_early" and event["attempt"] == own[-1]["attempt"] for event in own),
+                estimates_from=_estimates_from(own),
                 saved_step=saved[-1]["step"] if saved else None,
                 saved_at=saved[-1]["time"] if saved else 0.0,
             )
@@ -238,6 +245,12 @@ def _roll_back_sentence(step: int, to: int, rate_scale: float, reason: str) -> s
 
 def _divergence_sentence(step: int, reason: str) -> str:
     return f"Divergence by step {step}: {reason}."
+
+
+def _estimates_from(events: Sequence[dict]) -> int | None:
+    """Documents that the newest attempt estimates importance from; None if it does not, or has."""
+    newest = next((event for event in reversed(events) if event["event"].startswith(("importance_", "attempt_"))), None)
+    return newest["documents"] if newest and newest["event"] == "importance_started" else None
 
 
 def _overfitting_sentence(step: int, reason: str) -> str:

@@ -8,8 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataSource, named_sources, validation_sets
+from raytune.config.rows import tokenised_sources
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
+from raytune.data.packing import Packing
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
@@ -19,6 +21,7 @@ from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import DataReport
+from raytune.plan.penalty import ewc_name, ewc_sources
 from raytune.plan.run_plan import StorePlan
 from raytune.storage import is_local
 
@@ -74,7 +77,11 @@ class DataBuilder:
             held_out = {"validation": self._store(data.train, side="validation")}
         else:
             held_out = {name: self._store([source], side="all") for name, source in validation_sets(data.validation).items()}
-        for info in (train, *held_out.values()):
+        ewc_rows = ewc_sources(self._config)
+        # Each document has a gradient of its own, which only one that passes alone gives.
+        ewc = self._store(ewc_rows, side="all", packing="none") if ewc_rows else None
+        learned_from = [train, ewc] if ewc else [train]
+        for info in (*learned_from, *held_out.values()):
             self._check_tokens(info)
         sources = list(named_sources(data.train))
         return DataFacts(
@@ -82,10 +89,12 @@ class DataBuilder:
                 template=self._chat.notes if self._chat else [],
                 train=train.report.named(sources),
                 validation={name: info.report.named(sources if fraction else [name]) for name, info in held_out.items()},
+                ewc=ewc.report.named(named_sources(ewc_rows)) if ewc else None,
             ),
             train=store_plan_of("train", train),
             validation=tuple(store_plan_of(name, info) for name, info in held_out.items()),
-            longest_document=train.longest_document,
+            ewc=store_plan_of(ewc_name(self._config), ewc) if ewc else None,
+            longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
         )
 
@@ -135,22 +144,25 @@ class DataBuilder:
 
     def _needed_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The template's text; empty where only plain text is trained, which needs none."""
-        data = self._config.data
-        sources = [*data.train, *data.validation]
-        if all(source.format == "text" for source in sources) and not self._config.evaluation.generation:
+        are_texts = all(source.format == "text" for source in tokenised_sources(self._config))
+        if are_texts and not self._config.evaluation.generation:
             return ""
-        return resolve_template(data.template, tokenizer)
+        return resolve_template(self._config.data.template, tokenizer)
 
-    def _store(self, sources: Sequence[DataSource], side: str) -> StoreInfo:
+    def _store(self, sources: Sequence[DataSource], side: str, packing: Packing | None = None) -> StoreInfo:
+        """Args:
+        packing: other than the run's.
+        """
         data, model = self._config.data, self._config.model
+        packing = packing or data.packing
         request = StoreRequest(
             sources=tuple(sources),
             template=self._template,
             targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
             max_length=self._row_length,
             too_long=data.too_long,
-            packing=data.packing,
-            num_virtual=0 if data.packing == "none" else num_virtual_tokens(self._config.adapter),
+            packing=packing,
+            num_virtual=0 if packing == "none" else num_virtual_tokens(self._config.adapter),
             on_bad_row=data.on_bad_row,
             on_prompt_mismatch=data.on_prompt_mismatch,
             tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),

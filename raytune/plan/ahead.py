@@ -21,6 +21,7 @@ from raytune.plan.data_facts import DataFacts
 from raytune.plan.hardware import Catalogue, Instance, load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import planned_base
+from raytune.plan.penalty import ewc_name, ewc_sources
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.plan.setting import settle
@@ -133,15 +134,27 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         )
     held_out = config.data.validation_fraction or 0.01
     names = ["validation"] if config.data.validation_fraction else list(validation_sets(config.data.validation))
+    ewc, ewc_words = _assumed_ewc(config, row_length)
     return DataFacts(
         train=_store("train", num_tokens, row_length),
         validation=tuple(_store(name, math.ceil(held_out * num_tokens), row_length) for name in names),
+        ewc=ewc,
         longest_document=row_length,
         assumption=(
             f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows. "
             f"No row was read: how many are bad, cut or dropped is said by a plan without cluster.instance, and before training."
+            f"{ewc_words}"
         ),
     )
+
+
+def _assumed_ewc(config: RunConfig, row_length: int) -> tuple[StorePlan | None, str]:
+    """What importance is estimated from, as it will probably be, and a sentence about it."""
+    if not ewc_sources(config) or config.strategy.ewc is None:
+        return None, ""
+    count = config.strategy.ewc.max_documents
+    store = _store(ewc_name(config), count * row_length, row_length)
+    return store, f" strategy.ewc.data is taken to have {count} documents, as long as rows."
 
 
 def _store(name: str, num_tokens: int, row_length: int) -> StorePlan:

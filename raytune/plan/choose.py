@@ -40,7 +40,7 @@ from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.new_tokens import new_token_notes
-from raytune.plan.penalty import holds_weights, l2_sp_strength, penalty_notes
+from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
@@ -128,7 +128,7 @@ def choose_plan(
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
     num_steps = math.ceil(num_rows / rows_per_step)
-    optimization = _optimization(setting, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
+    optimization = _optimization(setting, data, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
     epoch = Epoch(data.train.num_rows, rows_per_step, num_steps)
     evaluation = _evaluation(config, data, epoch, reasons)
     checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
@@ -165,6 +165,7 @@ def choose_plan(
             train=data.train,
             validation=list(data.validation),
             row_length=setting.row_length,
+            ewc=data.ewc,
         ),
         adapter=adapter,
         batch=fit.batch,
@@ -178,6 +179,7 @@ def choose_plan(
         cluster=_cluster(config, device, machine, fit.batch.workers),
         memory=fit.memory,
         step_time=fit.step_time,
+        importance_s=fit.importance_s,
         cost=_cost(config, fit, machine, num_steps, optimization.phases),
         checkpoint_bytes=fit.checkpoint_bytes,
         num_parameters=shape.num_parameters,
@@ -187,7 +189,7 @@ def choose_plan(
             *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
-            *penalty_notes(config, weight_decay=optimization.weight_decay),
+            *penalty_notes(config, data, weight_decay=optimization.weight_decay),
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
@@ -318,6 +320,7 @@ def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int, phases:
         is_spot=config.cluster.spot,
         num_steps=num_steps,
         step_s=step_s,
+        importance_s=fit.importance_s or 0.0,
         checkpoint_bytes=fit.checkpoint_bytes,
         num_writers=1 if fit.zero_stage == 0 else machine.num_nodes,  # PlainEngine saves from rank 0 alone
     )
@@ -333,7 +336,9 @@ def _why_rows(batch: BatchPlan, wanted_rows: int, training: TrainingSection, row
     return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
 
 
-def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: float, reasons: _Reasons) -> OptimizationPlan:
+def _optimization(
+    setting: Setting, data: DataFacts, num_steps: int, num_rows: int, epoch_steps: float, reasons: _Reasons
+) -> OptimizationPlan:
     training, trained, num_parameters = setting.config.training, setting.trained, setting.shape.num_parameters
     name, method = setting.config.adapter.method, method_of(setting.adapter)
     rate, phases = training.learning_rate, setting.config.strategy.unfreeze
@@ -342,9 +347,10 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: 
     if rate == "auto":
         rate = reasons.taken(default_learning_rate(name, method.learning_rate(num_parameters), num_parameters))
     decay = training.weight_decay
-    if decay == "auto" and holds_weights(setting.config):
+    if decay == "auto" and (keys := penalty_keys(setting.config)):
         decay = 0.0
-        reasons.append("training.weight_decay is 0: strategy.l2_sp draws weights to the base, in place of drawing them to 0.")
+        draw = f"{' and '.join(keys)} draw{'s' * (len(keys) == 1)}"
+        reasons.append(f"training.weight_decay is 0: {draw} weights to the base, in place of drawing them to 0.")
     elif decay == "auto":
         decay = reasons.taken(default_weight_decay(name, method.weight_decay))
     reasons += method.reasons(setting.adapter, setting.shape)
@@ -369,6 +375,8 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: 
         epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
         l2_sp_strength=l2_sp_strength(setting.config),
+        ewc_strength=ewc_strength(setting.config),
+        ewc_documents=ewc_documents(setting.config, data),
     )
 
 

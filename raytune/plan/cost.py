@@ -22,6 +22,7 @@ def cost_of(
     is_spot: bool,
     num_steps: int,
     step_s: float,
+    importance_s: float = 0.0,
     checkpoint_bytes: int,
     num_writers: int,
 ) -> CostPlan:
@@ -33,10 +34,11 @@ def cost_of(
         is_spot: whether nodes can be taken away.
         num_steps: optimizer steps of the run.
         step_s: seconds of a step.
+        importance_s: seconds before the first step, in which the importance of weights is estimated.
         checkpoint_bytes: of one checkpoint, over all ranks.
         num_writers: nodes that write it.
     """
-    hours = num_steps * step_s / 3600
+    hours = (importance_s + num_steps * step_s) / 3600
     per_hour = instance.usd_per_hour * num_nodes
     spot = instance.spot_usd_per_hour
     spot_per_hour = None if spot is None else spot * num_nodes

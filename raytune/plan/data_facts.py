@@ -12,8 +12,10 @@ class DataFacts:
 
     train: StorePlan
     validation: tuple[StorePlan, ...] = ()
+    ewc: StorePlan | None = None
+    """What the importance of weights is estimated from, a document per row; None without EWC."""
     longest_document: int
-    """Tokens of the longest training document."""
+    """Tokens of the longest document that is trained, or that importance is estimated from."""
     template: str = ""
     """Text of the chat template that made them; empty for plain text."""
     report: DataReport | None = None

@@ -96,6 +96,8 @@ class DataReport(Plan):
     train: StoreReport
     validation: dict[str, StoreReport]
     """By the name of the set in metrics."""
+    ewc: StoreReport | None = None
+    """What the importance of weights is estimated from, a document per row; None without EWC."""
 
     def __str__(self) -> str:
         return "\n".join([*(f"{label}: {line}" for label, line in report_table(self)), *losses_text(self)])
@@ -103,7 +105,11 @@ class DataReport(Plan):
 
 def report_table(report: DataReport) -> list[tuple[str, str]]:
     """A line for each source, as (label, value)."""
-    return [(f"{what} rows", line) for what, store in _stores(report) for line in _source_lines(store)]
+    return [
+        (f"{what} rows", line)
+        for what, store in _stores(report)
+        for line in _source_lines(store, is_packed=store is not report.ewc)
+    ]
 
 
 def losses_text(report: DataReport) -> list[str]:
@@ -129,12 +135,14 @@ def store_text(report: StoreReport) -> list[str]:
 def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
-    return [("training", report.train), *held_out]
+    return [("training", report.train), *held_out, *([("EWC", report.ewc)] if report.ewc else [])]
 
 
-def _source_lines(store: StoreReport) -> list[str]:
+def _source_lines(store: StoreReport, *, is_packed: bool = True) -> list[str]:
     several = len(store.sources) > 1
     lines = [f"{f'{source.name}: ' if several else ''}{_counted(source)}" for source in store.sources]
+    if not is_packed:
+        return lines
     packed = f"{_many(store.num_rows, 'packed row')}, {store.fill:.0%} full"
     return [*lines, packed] if several else [f"{lines[0]}; {packed}"]
 

@@ -9,7 +9,7 @@ from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
-from raytune.plan.penalty import penalty_in_words
+from raytune.plan.penalty import importance_in_words, penalty_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
@@ -189,8 +189,8 @@ def _optimizer(plan: RunPlan) -> str:
 
 
 def _penalty(plan: RunPlan) -> list[tuple[str, str]]:
-    words = penalty_in_words(plan.optimization)
-    return [("penalty", words)] if words else []
+    lines = {"penalty": penalty_in_words(plan), "importance": importance_in_words(plan)}
+    return [(label, words) for label, words in lines.items() if words]
 
 
 def _rates(plan: RunPlan) -> list[tuple[str, str]]:

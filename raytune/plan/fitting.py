@@ -1,5 +1,6 @@
 """Which micro-batch, ZeRO stage and activation checkpointing fit into memory, and what would fit where nothing does."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,9 +23,9 @@ from raytune.plan.memory import (
     parts_at,
 )
 from raytune.plan.methods import method_of
-from raytune.plan.penalty import holds_weights
+from raytune.plan.penalty import ewc_documents, ewc_strength, penalty_keys
 from raytune.plan.requirements import Device
-from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, ZeroStage
+from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
 from raytune.plan.setting import Setting, settle
 from raytune.plan.throughput import Speed, step_time
 from raytune.plan.trained import Trained
@@ -64,6 +65,8 @@ class Fit:
     has_checkpointing: bool
     chunk_tokens: int | None
     phases: tuple[Needs, ...]
+    importance_s: float | None = None
+    """Seconds of estimating the importance of weights; None where none is, or the machines' speed is not known."""
 
     @property
     def memory(self) -> list[MemoryPart]:
@@ -152,7 +155,9 @@ def _way(
     training, shape = setting.config.training, setting.shape
     row_tokens, trained = positions_of_row(setting, data), setting.trained
     num_tokens = batch.micro_batch_size * row_tokens
-    num_targets = most_targets(data, batch.micro_batch_size * longest_row(setting, data))
+    num_targets = most_targets(data.train, batch.micro_batch_size * longest_row(setting, data))
+    if data.ewc:  # a document of these passes alone
+        num_targets = max(num_targets, most_targets(data.ewc, longest_row(setting, data)))
     is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab))
     chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
     work = Workload(
@@ -174,7 +179,8 @@ def _way(
         chunk_tokens=chunk_tokens,
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
-        holds_weights=holds_weights(setting.config),
+        holds_weights=bool(penalty_keys(setting.config)),
+        weighs_importance=ewc_strength(setting.config) > 0,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.
@@ -193,7 +199,17 @@ def _way(
             )
             for each in (replace(work, trained=trained) for trained in setting.phases or (setting.trained,))
         ),
+        importance_s=_importance_s(work, speed, setting, data) if speed and is_timed else None,
     )
+
+
+def _importance_s(work: Workload, speed: Speed, setting: Setting, data: DataFacts) -> float | None:
+    """Seconds of estimating the importance of weights: as many steps as a worker has documents, of a document of mean length."""
+    if data.ewc is None:
+        return None
+    tokens = math.ceil(data.ewc.num_tokens / data.ewc.num_rows)
+    alone = replace(work, accumulation=1, num_tokens=tokens, num_targets=most_targets(data.ewc, tokens))
+    return -(-ewc_documents(setting.config, data) // work.workers) * step_time(alone, speed, tokens).seconds
 
 
 def longest_row(setting: Setting, data: DataFacts) -> int:
@@ -207,9 +223,9 @@ def positions_of_row(setting: Setting, data: DataFacts) -> int:
     return longest_row(setting, data) + (setting.trained.num_virtual if setting.trained.lengthens_rows else 0)
 
 
-def most_targets(data: DataFacts, num_tokens: int) -> int:
-    """Target tokens of a micro-batch: twice the data's mean share, because rows differ, at most all of them."""
-    share = data.train.num_targets / data.train.num_tokens
+def most_targets(store: StorePlan, num_tokens: int) -> int:
+    """Target tokens of a micro-batch: twice the mean share of its rows, because rows differ, at most all of them."""
+    share = store.num_targets / store.num_tokens
     return min(num_tokens, int(2 * share * num_tokens) + 1)
 
 

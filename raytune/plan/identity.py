@@ -18,7 +18,8 @@ _DIVIDES_MODEL = {"attention", "gradient_checkpointing", "lowest_layer", "compil
 """Of `ModelPlan`: which kernels compute the same products, what is computed again, and how weights are stored."""
 _DIVIDES_QUANTIZATION = "quant_storage"
 """Of how a quantised base is held: the dtype that packed 4-bit weights are kept in."""
-_STORES = ("data.train", "data.validation")
+STORES = ("data.train", "data.validation", "data.ewc")
+"""Beginnings of values that are fingerprints of rows."""
 
 
 def identity_of(plan: RunPlan) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def identity_of(plan: RunPlan) -> dict[str, Any]:
             "train": fingerprints(plan.data.train),
             "validation": {store.name: fingerprints(store) for store in plan.data.validation},
             "row_length": plan.data.row_length,
+            **({"ewc": fingerprints(plan.data.ewc)} if plan.data.ewc else {}),
         },
         "adapter": plan.adapter.model_dump(mode="json"),
         "optimization": plan.optimization.model_dump(mode="json"),
@@ -63,7 +65,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
 
 
 def _equal(name: str, old: object, new: object) -> bool:
-    if name.startswith(_STORES) and isinstance(old, list) and isinstance(new, list):
+    if name.startswith(STORES) and isinstance(old, list) and isinstance(new, list):
         return not set(old).isdisjoint(new)
     return old == new
 

@@ -98,6 +98,8 @@ class Workload:
     """Virtual tokens of a micro-batch that only keys and values have."""
     holds_weights: bool = False
     """Whether a penalty holds what is trained near the base (training.penalty)."""
+    weighs_importance: bool = False
+    """Whether it does so by the importance of each weight."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -148,6 +150,7 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
     yield _part("weights of the base", _held_bytes(work), place=optimizer_place)
+    yield _part("importance of weights", _importance_bytes(work), place=optimizer_place)
     yield _part("penalty", _penalty_bytes(work), ("update",), gradients_place)
     yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
     yield _part("whole gradients and values", _followed_bytes(work), ("update",))
@@ -324,6 +327,11 @@ def _update_bytes(work: Workload) -> float:
 def _held_bytes(work: Workload) -> float:
     """What a penalty holds weights to, beside and divided as what is updated, in the dtype that they come in."""
     return work.holds_weights * BYTES[work.trained_dtype] * work.trained.num_trainable / work.share(1)
+
+
+def _importance_bytes(work: Workload) -> float:
+    """A number in fp32 for each that is updated, divided as these are. To estimate them takes less than a step does."""
+    return work.weighs_importance * 4 * work.trained.num_trainable / work.share(1)
 
 
 def _penalty_bytes(work: Workload) -> float:

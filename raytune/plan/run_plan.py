@@ -78,6 +78,8 @@ class DataPlan(Plan):
     """One store per validation source, so that each gets its own loss."""
     row_length: int
     """Tokens that a packed row holds at most."""
+    ewc: StorePlan | None = None
+    """What the importance of weights is estimated from, a document per row; None without EWC."""
 
 
 class BatchPlan(Plan):
@@ -152,6 +154,10 @@ class OptimizationPlan(Plan):
     max_grad_norm: float
     l2_sp_strength: float = 0.0
     """Of the penalty on the way from the base (training.penalty); 0: there is none."""
+    ewc_strength: float = 0.0
+    """Of the same by the importance of each weight; 0: there is none."""
+    ewc_documents: int = 0
+    """Of `DataPlan.ewc`, that importance is estimated from."""
 
 
 class EnginePlan(Plan):
@@ -329,6 +335,8 @@ class RunPlan(Plan):
     """Expected size of one checkpoint, over all ranks; of the largest."""
     step_time: StepTimePlan | None
     """Expected, of the last phase; None where the speed of the machines is not known (no cluster.instance)."""
+    importance_s: float | None = None
+    """Seconds of estimating the importance of weights, expected; None without EWC, or where `step_time` is None."""
     cost: CostPlan | None
     """Expected; None without cluster.instance."""
     num_parameters: int

@@ -18,7 +18,7 @@ from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
 from raytune.plan.new_tokens import check_rows_are_trained
-from raytune.plan.penalty import check_penalty
+from raytune.plan.penalty import check_importance, check_penalty
 from raytune.plan.phases import trained_by_phase
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
 from raytune.plan.requirements import (
@@ -130,6 +130,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     if trained is not None:
         of(lambda: check_quantization(base.value, trained, precision.value))
     of(lambda: check_stored_quantization(shape.stored_quantization, base.value, config.adapter.method, config.model.base))
+    of(lambda: check_importance(config, precision.value))
     stages = of(lambda: possible_stages(config.training, limits, device, num_workers, precision.value))
     if row_length is None or adapter is None or phases is None or trained is None:
         return None

@@ -5,7 +5,7 @@ from typing import Any
 
 from raytune.config.load import config_diff
 from raytune.config.run import RunConfig
-from raytune.plan.identity import differences, identity_of, leaves
+from raytune.plan.identity import STORES, differences, identity_of, leaves
 from raytune.plan.run_plan import RunPlan
 
 Change = tuple[str, object, object]
@@ -19,6 +19,7 @@ KEY_OF = {
     "data.train": "data.train",
     "data.validation": "data.validation",
     "data.row_length": "data.max_length",
+    "data.ewc": "strategy.ewc.data",
     "model.path": "model.base",
     "model.content": "model.base",
     "model.packs": "model.base",
@@ -54,6 +55,8 @@ KEY_OF = {
     "optimization.epsilon": "training.adam_epsilon",
     "optimization.max_grad_norm": "training.max_grad_norm",
     "optimization.l2_sp_strength": "strategy.l2_sp.strength",
+    "optimization.ewc_strength": "strategy.ewc.strength",
+    "optimization.ewc_documents": "strategy.ewc.max_documents",
     "adapter": "adapter",
     "overrides": "training.zero.overrides",
 }
@@ -65,7 +68,10 @@ _OF_LENGTH = ("training.num_train_epochs", "training.max_steps")
 """Keys from which the rows of a run follow, together with those that there are."""
 _SAID_IN_TWO_WAYS = {"adapter.method": {"lora", "qlora"}, "model.quantization": {"auto", "none"}}
 """Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
-_BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation", "strategy.unfreeze")
+_BY_CONTENT = (
+    *("model.base", "data.template", "data.train", "data.validation"),
+    *("strategy.unfreeze", "strategy.ewc.data", "strategy.ewc.max_documents"),
+)
 """Keys that name what may be the same under another name."""
 _ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """Keys that make the rows of a step, together with the number of workers."""
@@ -84,7 +90,8 @@ _BESIDE = {
     "adapter.target_modules": ("strategy.freeze",),
     "adapter.target_parameters": ("strategy.freeze",),
     "adapter.exclude_modules": ("strategy.freeze",),
-    "optimization.weight_decay": ("strategy.l2_sp",),
+    "optimization.weight_decay": ("strategy.l2_sp", "strategy.ewc"),
+    "optimization.ewc_documents": ("strategy.ewc.data", "strategy.ewc.strength"),
     "rows_per_step": (*_ROWS, "cluster.workers"),
 }
 """Values that follow from several keys."""
@@ -176,15 +183,16 @@ def _named(
 ) -> Iterator[Change]:
     """A difference between two plans in the words of the configs: keys that were written anew, else what the plan resolved."""
     key = key_of(leaf)
-    if leaf.startswith(("data.train", "data.validation", "template")):
-        decided = [each for each in written if each.startswith(("data.", "model.base")) and each != "data.store"]
+    if leaf.startswith((*STORES, "template")):
+        deciding = ("data.", "model.base", *(["strategy.ewc."] if leaf == "data.ewc" else []))
+        decided = [each for each in written if each.startswith(deciding) and each != "data.store"]
     else:
         deciding = (key, *_BESIDE.get(leaf, ()))
         decided = [each for each in written if any(f"{each}.".startswith(f"{one}.") for one in deciding)]
         decided = [each for each in decided if not any(other.startswith(f"{each}.") for other in decided)]  # an empty mapping
     if decided:
         yield from ((each, *written[each]) for each in decided)
-    elif leaf.startswith(("data.train", "data.validation")):
+    elif leaf.startswith(STORES):
         yield f"{key} (the same names, other rows)", _rows_of(was, key), _rows_of(plan, key)
     elif leaf == "template":
         yield "data.template (the same name, another text)", _start(old), _start(new)
@@ -203,8 +211,9 @@ def key_of(leaf: str) -> str:
 
 
 def _rows_of(plan: RunPlan, key: str) -> str:
-    stores = [plan.data.train] if key == "data.train" else plan.data.validation
-    row = "packed row" if plan.model.packs else "document"
+    ewc = [plan.data.ewc] if plan.data.ewc else []
+    stores = {"data.train": [plan.data.train], "data.validation": plan.data.validation, "strategy.ewc.data": ewc}[key]
+    row = "packed row" if plan.model.packs and key != "strategy.ewc.data" else "document"
     return ", ".join(f"{store.num_rows} {row}s of {store.num_tokens} tokens" for store in stores) or "none"
 
 

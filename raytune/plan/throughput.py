@@ -162,7 +162,8 @@ def _memory_traffic_bytes(work: Workload) -> float:
         # Recomputed experts stay as they are until their backward pass; others are expanded for it.
         dequantised = per_weight * (passes * work.shape.num_quantizable + 2 * work.trained.num_packed)
     # A penalty reads weight and anchor, writes what lies between, and reads it to count it and to add it to the gradient.
-    per_trained = 30 + work.holds_weights * (24 + BYTES[work.trained_dtype])
+    # Importance is read twice, and the way from the base written and read once more where it is squared by it.
+    per_trained = 30 + work.holds_weights * (24 + BYTES[work.trained_dtype]) + work.weighs_importance * 16
     updated = 0 if work.offload_optimizer != "none" else per_trained * work.trained.num_trainable / work.share(1)
     return work.accumulation * (elementwise + logits + dequantised) + updated
 

@@ -7,9 +7,9 @@ checkpoint. It never looks at a batch.
 import gc
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from raytune.plan.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.run_plan import RunPlan
 from raytune.training.layout import refuse_other_layout, write_layout
 from raytune.training.penalty import Held, Penalty
+from raytune.training.squares import squaring
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -78,6 +79,21 @@ class Engine(Protocol):
 
     def penalty(self) -> float | None:
         """What the penalty on weights added to the loss of the last step; None without one. Every rank calls it."""
+        ...
+
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Square the gradient of each loss by itself, and sum over all losses of all ranks. Nothing is updated.
+
+        Args:
+            losses: made one after the other; as many on every rank.
+
+        Returns:
+            This rank's shares of the sums, in fp32, by names of their own; whole where the engine holds whole weights.
+        """
+        ...
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        """Let the penalty count what each weight has moved by its importance, in shares as `sum_squared_gradients` gives them."""
         ...
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -150,7 +166,7 @@ class HeldBytes:
     optimizer: int
     """Optimizer state, and fp32 master weights that exist beside the weights."""
     penalty: int = 0
-    """What weights are held to."""
+    """What weights are held to, and by how much each is."""
 
 
 class PlainEngine:
@@ -298,6 +314,22 @@ class PlainEngine:
     def penalty(self) -> float | None:
         return None if self._penalty is None or self._penalty.value is None else self._penalty.value.item()
 
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        with squaring(self._trained.values()):
+            for loss in losses:
+                loss.backward()
+        self._sum_gradients_over_ranks()
+        sums = {
+            name: torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
+            for name, parameter in self._trained.items()
+        }
+        self._optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        for name, held in self._held.items():
+            self._held[name] = replace(held, importance=importance[name].to(self.device))
+
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
         return nullcontext()
 
@@ -380,7 +412,7 @@ class PlainEngine:
             weights=num_bytes(self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
-            penalty=num_bytes(held.start for held in self._held.values()),
+            penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
         )
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import Checkpoints, Report
 from raytune.training.divergence import Guard, findings
 from raytune.training.final import finish
+from raytune.training.importance import hold_by_importance
 from raytune.training.loop import training_steps
 from raytune.training.phases import Phases
 from raytune.training.recorder import Recorder
@@ -43,6 +44,7 @@ def train_started(started: Started) -> None:
     if plan.evaluation.generation:
         answer_metrics(plan.evaluation.generation.metrics)  # what they need has to be here too, and not only at the command's
     with _told(folder, worker) as report:
+        hold_by_importance(started, report)
         phases = Phases(plan, engine)
         checkpoints = Checkpoints(
             folder,

@@ -7,8 +7,9 @@ import copyreg
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,17 @@ from raytune.training.engine import (
 )
 from raytune.training.layout import refuse_other_layout, write_layout
 from raytune.training.penalty import Held, Penalty
+from raytune.training.squares import squaring
+from raytune.training.zero_shares import Group, masters, own_gradients
 
 TAG = "zero"
 """Folder of DeepSpeed's files inside a checkpoint."""
 
 CLIP_EPSILON = 1e-6
 """What DeepSpeed, as torch, adds to a norm before it divides by it."""
+
+UPDATE_WITH_NONE = -1.0
+"""A limit that every norm is above."""
 
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """Programs that DeepSpeed puts into every checkpoint; a checkpoint of ours holds data only."""
@@ -168,7 +174,8 @@ class ZeroEngine:
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.model = model
         self._beside, self._penalty = beside, penalty
-        self._held: dict[tuple[int, ...], Held] = {}
+        self._held: dict[Group, Held] = {}
+        self._sums: dict[Group, Tensor] | None = None
         self._norm_limit, self._norm_above_limit = math.inf, math.nan
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
@@ -290,17 +297,20 @@ class ZeroEngine:
         return {name: _known(safe_get_full_fp32_param(parameter)) for name, parameter in beside.parameters.items()}
 
     def _penalise_updates(self, penalty: Penalty) -> None:
-        """Hold this rank's shares where they are, as far as they are not held already, and add the penalty's gradient to theirs
-        before each update: when DeepSpeed has neither counted nor clipped them."""
+        """Hold this rank's shares where they are, as far as they are not held already, and have the penalty's gradient added to
+        theirs before each update: when DeepSpeed has neither counted nor clipped them."""
         # Masters begin as the weights are, so that these have them exactly, in half the bytes of fp32 where they have 16 bits.
         dtype = DTYPES[self._precision]
-        for group, masters in self._masters().items():
+        for group, share in self._masters().items():
             if group not in self._held:
-                self._held[group] = Held(masters.detach().to(dtype, copy=True))
+                self._held[group] = Held(share.detach().to(dtype, copy=True))
         update = self._engine.optimizer.step
 
         def update_with_penalty(*arguments: Any, **named: Any) -> Any:
-            self._add_penalty(penalty)
+            if self._sums is None:
+                self._add_penalty(penalty)
+            else:
+                self._add_to(self._sums)
             return update(*arguments, **named)
 
         self._engine.optimizer.step = update_with_penalty
@@ -308,33 +318,30 @@ class ZeroEngine:
     @torch.no_grad()
     def _add_penalty(self, penalty: Penalty) -> None:
         penalty.begin_step()
-        optimizer: Any = self._engine.optimizer
-        scale = self.loss_scale() or 1.0
-        for index, (group, masters) in enumerate(self._masters().items()):
-            held, begin = self._held[group], 0
-            gradients = optimizer.averaged_gradients[index]
-            pieces = []
-            for piece, num_own in zip(gradients, self._num_own(index, gradients), strict=True):
-                # 16 bits would lose a small penalty in a large gradient; the update casts to fp32 in any case.
-                wide = piece.float()
-                if hasattr(piece, "_zero_padding"):
-                    wide._zero_padding = piece._zero_padding  # pyright: ignore[reportAttributeAccessIssue]
-                pieces.append(wide)
-                own = slice(begin, begin + num_own)
-                if num_own:
-                    penalty.add_gradient(wide.view(-1)[:num_own], masters[own], Held(held.start[own]), scale=scale)
-                begin += piece.numel()
-            if any(wide is not piece for wide, piece in zip(pieces, gradients, strict=True)):
-                optimizer.averaged_gradients[index] = pieces
+        scale, shares = self.loss_scale() or 1.0, self._masters()
+        for group, own, gradient in own_gradients(self._engine.optimizer, self._stage, self.rank):
+            penalty.add_gradient(gradient, shares[group][own], self._held[group].part(own), scale=scale)
 
-    def _num_own(self, index: int, gradients: list[Tensor]) -> list[int]:
-        """How many numbers of each piece of this rank's gradients are of a weight: what fills up the last share is of none, and
-        DeepSpeed leaves it as memory was."""
-        if self._stage < 3:
-            return [0 if getattr(piece, "_zero_padding", False) else piece.numel() for piece in gradients]
-        weights = self._engine.optimizer.fp16_groups[index]
-        sizes = [piece.numel() for piece in gradients]
-        return [min(size, max(0, weight.ds_numel - self.rank * size)) for weight, size in zip(weights, sizes, strict=True)]
+    @torch.no_grad()
+    def _add_to(self, sums: dict[Group, Tensor]) -> None:
+        for group, own, gradient in own_gradients(self._engine.optimizer, self._stage, self.rank):
+            sums[group][own] += gradient
+
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        sums = self._sums = {group: torch.zeros_like(share, requires_grad=False) for group, share in self._masters().items()}
+        try:
+            with squaring(self._trained.values()), _without_warnings():
+                for loss in losses:
+                    self._engine.backward(loss, scale_wrt_gas=False)
+                    self.step(0.0, norm_limit=UPDATE_WITH_NONE)
+        finally:
+            self._sums = None
+        # DeepSpeed has averaged over the ranks.
+        return {str(index): total.mul_(self.world_size) for index, total in enumerate(sums.values())}
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        for index, (group, held) in enumerate(self._held.items()):
+            self._held[group] = replace(held, importance=importance[str(index)].to(held.start.device))
 
     def penalty(self) -> float | None:
         if self._penalty is None:
@@ -407,20 +414,15 @@ class ZeroEngine:
         self._begin(optimizer, deepspeed_config(plan))
         now: Any = self._engine.optimizer
         now.loss_scaler = loss_scaler
-        masters = self._masters()
+        shares = self._masters()
         for group, (values, state) in kept.items():
-            masters[group].data.copy_(values)
+            shares[group].data.copy_(values)
             if state:
-                now.state[masters[group]] = state
+                now.state[shares[group]] = state
 
-    def _masters(self) -> dict[tuple[int, ...], Tensor]:
-        """This rank's fp32 shares, by the ids of the parameters that each is of."""
-        optimizer: Any = self._engine.optimizer
-        if self._stage == 3:
-            groups, masters = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
-        else:
-            groups, masters = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-        return {tuple(id(parameter) for parameter in group): master for group, master in zip(groups, masters, strict=True)}
+    def _masters(self) -> dict[Group, Tensor]:
+        """This rank's fp32 shares."""
+        return masters(self._engine.optimizer, self._stage)
 
     def held_bytes(self) -> HeldBytes:
         optimizer: Any = self._engine.optimizer
@@ -431,12 +433,11 @@ class ZeroEngine:
             shards = _flat([*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()])
         whole = [parameter.grad for parameter in self._trained.values()]
         states = [value for state in optimizer.state.values() for value in state.values()]
-        masters = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
         return HeldBytes(
             weights=num_bytes(_held_weight(parameter) for parameter in self.model.parameters()) + constant_bytes(self.model),
             gradients=num_bytes([*shards, *whole]),
-            optimizer=num_bytes([*states, *masters]),
-            penalty=num_bytes(held.start for held in self._held.values()),
+            optimizer=num_bytes([*states, *self._masters().values()]),
+            penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
         )
 
     def release(self) -> None:
@@ -473,6 +474,18 @@ class _DataOnlyFiles(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Context in which DeepSpeed says nothing of updates that it does not make, which it takes for overflows."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _forget_modules() -> None:

@@ -14,7 +14,7 @@ from raytune.data.batches import step_batches
 from raytune.data.store import Store
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.freezing import frozen_names
-from raytune.plan.penalty import l2_sp_strength
+from raytune.plan.penalty import ewc_strength, l2_sp_strength
 from raytune.plan.phases import phase_plans
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import Setting, settle
@@ -56,6 +56,7 @@ def strategy_plan(
         optimization={
             "update_groups": [group.model_dump() for group in update_groups(setting.trained)],
             "l2_sp_strength": l2_sp_strength(setting.config),
+            "ewc_strength": ewc_strength(setting.config),
             "lora_plus_ratio": setting.trained.way_back_rate_scale,
             "lora_plus_embedding_rate": setting.trained.embedding_rate,
             "phases": [

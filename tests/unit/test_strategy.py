@@ -1,6 +1,7 @@
 """What `strategy` leaves to be trained, how fast it learns, and what is refused, with the place where it was written."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,21 @@ from hypothesis import strategies as st
 from raytune.config.load import load_with_places
 from raytune.config.places import errors_at
 from raytune.config.run import RunConfig
-from raytune.errors import UserError
+from raytune.errors import PlanError, UserError
 from raytune.plan.ahead import plan_ahead
 from raytune.plan.architectures import model_shape
+from raytune.plan.data_facts import DataFacts
 from raytune.plan.describe import plan_table
 from raytune.plan.freezing import folded
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.memory import bytes_in
-from raytune.plan.run_plan import OptimizationPlan, RunPlan
+from raytune.plan.run_plan import OptimizationPlan, RunPlan, StorePlan
 from raytune.plan.setting import settle
 from raytune.plan.settings import changes_in_keys
 from raytune.plan.shapes import ModelShape
 from raytune.plan.update_groups import rate_scale, weight_decay
 from tests.tiny import PATIENT, tiny_plan
-from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, gpus, planned
+from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, data, gpus, planned
 
 FULL = {"method": "full"}
 MIXTRAL = model_shape(
@@ -208,6 +210,23 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "strategy.l2_sp",
         "Set training.zero.offload_optimizer to none",
     ),
+    "importance of what is not trained": (
+        "strategy:\n  ewc: {strength: 1.0, data: 'demo:test'}",
+        "strategy.ewc",
+        "Set adapter.method to full, or leave strategy.ewc out",
+    ),
+    "importance that comes too late": (
+        "adapter: {method: full}\nstrategy:\n  ewc: {strength: 1.0, data: 'demo:test'}\n"
+        "training: {zero: {offload_optimizer: cpu}}",
+        "strategy.ewc",
+        "Set training.zero.offload_optimizer to none",
+    ),
+    "importance of a part": (
+        "adapter: {method: full}\nstrategy:\n  ewc: {strength: 1.0, data: 'demo:test'}\n"
+        "  unfreeze: [{last_layers: 1}, {from_step: 1, last_layers: all}]",
+        "strategy.ewc",
+        "strategy.l2_sp holds weights in phases too",
+    ),
     "dropout that there is not": ("model:\n  dropout: {hidden: 0.1}", "model.dropout.hidden", "only attention"),
     "attention without dropout": (
         "model:\n  attention: flex_attention\n  dropout: {attention: 0.1}",
@@ -337,6 +356,92 @@ def test_a_penalty_of_strength_0_is_none_and_said_to_be() -> None:
     none, off = plan(), plan(l2_sp={"strength": 0})
     assert off.model_copy(update={"notes": none.notes}) == none
     assert "strategy.l2_sp.strength is 0: nothing is added to the loss." in off.notes
+
+
+GENERAL = StorePlan(name="general", path="/stores/general", num_rows=800, num_tokens=80_000, num_targets=40_000)
+EWC = {"strength": 100.0, "data": "general.jsonl"}
+
+
+def with_general(**changes: Any) -> DataFacts:
+    return replace(data(), ewc=GENERAL.model_copy(update=changes))
+
+
+def test_importance_is_planned_and_told() -> None:
+    held = planned(facts=with_general(), adapter=FULL, strategy={"ewc": EWC, "l2_sp": {"strength": 0.1}})
+    assert (held.optimization.ewc_strength, held.optimization.ewc_documents) == (100, 500)
+    assert held.data.ewc == GENERAL
+    table = dict(plan_table(held))
+    assert table["penalty"] == (
+        "L2-SP: 0.1 / 2 x squared way of the trained weights from the base + EWC: 100 / 2 x the squared way, that of each "
+        "counted by its importance, added to the loss"
+    )
+    assert "general: 500 of its 800 documents, about 50k tokens, a forward and a backward pass for each" in table["importance"]
+    assert "strategy.l2_sp and strategy.ewc draw weights to the base" in " ".join(held.reasons)
+    parts = {part.name: part.num_bytes for part in held.memory}
+    assert parts["importance of weights"] == 4 * held.num_trainable
+    few = planned(facts=with_general(num_rows=20), adapter=FULL, strategy={"ewc": EWC})
+    assert few.optimization.ewc_documents == 20
+    assert any("estimated from 20 documents" in note for note in few.notes)
+
+
+def test_importance_of_strength_0_is_none_and_said_to_be() -> None:
+    none, off = plan(), plan(ewc=EWC | {"strength": 0})
+    assert off.model_copy(update={"notes": none.notes}) == none
+    assert "strategy.ewc.strength is 0: nothing is added to the loss and nothing estimated." in off.notes
+
+
+def test_a_plan_makes_room_for_documents_that_are_all_target() -> None:
+    """A chat's rows have few targets, plain text nothing else: its logits may be the larger ones."""
+    texts = with_general(num_tokens=800 * 2048, num_targets=800 * 2048)
+    training = {"per_device_train_batch_size": 1, "loss": "full"}
+    sections: dict[str, Any] = {"adapter": FULL, "strategy": {"ewc": EWC}, "training": training}
+    chats = with_general(num_tokens=800 * 2048, num_targets=800 * 2048 // 3)
+    logits = [
+        next(part.num_bytes for part in planned(facts=facts, **sections).memory if part.name == "logits and loss")
+        for facts in (chats, texts)
+    ]
+    assert logits[1] == pytest.approx(1.5 * logits[0], rel=0.01), "all of 2048 in place of twice a third"
+
+
+def test_squares_are_not_estimated_in_fp16() -> None:
+    with pytest.raises(PlanError, match=r"no numbers below 6e-8.*Set training.precision to bf16 or fp32"):
+        planned(gpus(1), facts=with_general(), adapter=FULL, strategy={"ewc": EWC}, training={"precision": "fp16"})
+
+
+def test_an_instance_s_time_and_money_count_the_estimate() -> None:
+    sections: dict[str, Any] = {
+        "model": {"base": "meta-llama/Llama-3.1-8B"},
+        "adapter": FULL,
+        "cluster": {"instance": "p5.48xlarge"},
+        "data": {"train": "x.jsonl"},
+    }
+    free, held = (
+        plan_ahead(RunConfig.model_validate(sections | {"strategy": strategy}), 10_000_000)
+        for strategy in ({}, {"ewc": EWC | {"max_documents": 800}})
+    )
+    assert free.importance_s is None
+    assert held.importance_s is not None
+    assert held.cost is not None
+    assert held.step_time is not None
+    steps_s = held.optimization.num_steps * held.step_time.seconds
+    assert 3600 * held.cost.hours == pytest.approx(steps_s + held.importance_s)
+    assert "800 documents, as long as rows" in " ".join(held.reasons)
+
+
+def test_what_importance_is_estimated_from_is_part_of_a_run() -> None:
+    def changed(**ewc: Any) -> list[str]:
+        asked = {"ewc": EWC | ewc}
+        facts = with_general(path=f"/stores/{ewc.get('data', 'general')}")
+        before = planned(facts=with_general(), adapter=FULL, strategy={"ewc": EWC})
+        after = planned(facts=facts, adapter=FULL, strategy=asked)
+        configs = (config(adapter=FULL, strategy={"ewc": EWC}), config(adapter=FULL, strategy=asked))
+        return [key for key, _, _ in changes_in_keys(before, after, *configs)]
+
+    assert changed() == []
+    assert changed(strength=1.0) == ["strategy.ewc.strength"]
+    assert changed(max_documents=100) == ["strategy.ewc.max_documents"]
+    assert changed(max_documents=900) == ["strategy.ewc.max_documents"]
+    assert changed(data="other.jsonl") == ["strategy.ewc.data"]
 
 
 # --- identity
