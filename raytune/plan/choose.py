@@ -44,6 +44,7 @@ from raytune.plan.penalty import holds_weights, l2_sp_strength, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
+from raytune.plan.rope import resolve_rope, rope_notes
 from raytune.plan.run_plan import (
     BatchPlan,
     CheckpointPlan,
@@ -133,6 +134,7 @@ def choose_plan(
     evaluation = _evaluation(config, data, epoch, reasons)
     checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
     stopping = stopping_of(config, _measured(data))
+    rope = resolve_rope(config.model, shape)
     plan = RunPlan(
         name=config.name,
         storage=storage,
@@ -159,6 +161,7 @@ def choose_plan(
             lowest_layer=setting.trained.lowest_layer,
             new_tokens=config.model.new_tokens,
             num_embeddings=shape.vocab if shape.new_tokens else None,
+            rope=rope,
             dropout=setting.dropout,
         ),
         data=DataPlan(
@@ -191,6 +194,7 @@ def choose_plan(
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
+            *rope_notes(rope, config.model, shape, setting.trained, setting.row_length),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),

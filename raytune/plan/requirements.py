@@ -12,6 +12,7 @@ from raytune.plan.defaults import Choice
 from raytune.plan.dropouts import WITHOUT_DROPOUT, drops_attention
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
+from raytune.plan.rope import positions_of
 from raytune.plan.shapes import ModelShape
 
 Device = Literal["cpu", "cuda"]
@@ -28,7 +29,7 @@ def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
         UserError: if it is more than the model has positions for, with virtual tokens in front.
     """
     wanted, most, num_virtual = config.data.max_length, most_tokens(config, shape), num_virtual_tokens(config.adapter)
-    has = f"{config.model.base} ({shape.model_type}) has {shape.max_positions} positions"
+    has = f"{config.model.base} ({shape.model_type}) has {positions_of(config.model, shape)} positions"
     if most < 1:
         raise UserError(
             f"adapter.num_virtual_tokens is {num_virtual}, but {has}, which documents need as well. Set it to less.",
@@ -47,7 +48,7 @@ def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
 
 def most_tokens(config: RunConfig, shape: ModelShape) -> int:
     """Tokens of the longest document that the model has positions for, behind virtual ones."""
-    return shape.max_positions - num_virtual_tokens(config.adapter)
+    return positions_of(config.model, shape) - num_virtual_tokens(config.adapter)
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:

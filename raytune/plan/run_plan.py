@@ -22,6 +22,17 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
 
+class RopePlan(Plan):
+    """Rotary positions in place of the base's own, but for its theta and how much of a head they rotate."""
+
+    parameters: dict[str, str | bool | int | float]
+    """By transformers' names (`rope_parameters`)."""
+    original_positions: int
+    """That the base was first trained with."""
+    max_position_embeddings: int
+    """Of the config: how far positions reach, or with `dynamic` the original length, which it reckons from."""
+
+
 class ModelPlan(Plan):
     path: str
     """Local folder or hub id that transformers can load."""
@@ -53,6 +64,8 @@ class ModelPlan(Plan):
     """Added to the base's tokenizer."""
     num_embeddings: int | None = None
     """Rows of embedding and head once they have room for these; None: as many as the base has."""
+    rope: RopePlan | None = None
+    """None: the base's own positions, if it has rotary ones."""
     dropout: dict[str, float] = {}
     """Values of the base's config that are set anew, in training only."""
 

@@ -31,6 +31,7 @@ from raytune.plan.requirements import (
     choose_row_length,
     choose_workers,
 )
+from raytune.plan.rope import positions_of, resolve_rope
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
@@ -118,6 +119,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         of(lambda: check_rows_are_trained(trained, shape, section, strategy))
         of(lambda: check_penalty(config, trained))
     dropout = of(lambda: resolve_dropout(config.model, shape))
+    of(lambda: resolve_rope(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:
         return None
@@ -140,7 +142,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         reasons[0] = f"cluster.workers is {num_workers}: the most that share the {begun.rows_per_step} rows of a step evenly."
     if config.data.max_length == "auto":
         taken = f", of which virtual tokens take {trained.num_virtual}" if trained.num_virtual else ""
-        reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions{taken}.")
+        reasons.append(f"data.max_length is {row_length}; the model has {positions_of(config.model, shape)} positions{taken}.")
     return Setting(
         config=config,
         shape=shape,

@@ -33,6 +33,7 @@ KEY_OF = {
     "model.frozen": "strategy.freeze",
     "model.new_tokens": "model.new_tokens",
     "model.num_embeddings": "model.vocabulary_multiple",
+    "model.rope": "model.rope_scaling",
     "model.dropout": "model.dropout",
     "optimization.num_steps": "training.max_steps",
     "optimization.num_rows": "training.num_train_epochs",
