@@ -1,4 +1,4 @@
-"""Rotary positions of a base, as a plan stretches them; and `dynamic` scaling in packed rows, whoever asked for it.
+"""Rotary positions of a base, as a plan stretches them; and `dynamic` scaling in packed rows, the base's own too.
 
 Shapes: B rows, T tokens of a row, D frequencies.
 """
@@ -72,8 +72,10 @@ def document_lengths(position_ids: Tensor) -> Tensor:
 
 def _frequencies(module: Any, lengths: Tensor) -> Tensor:
     """(B, T, D) as transformers' dynamic scaling has them for documents of these lengths."""
-    values, original = module.config.rope_parameters, module.config.max_position_embeddings
-    dim, factor = 2 * module.original_inv_freq.shape[-1], values["factor"]
+    config: Any = module.config
+    values, original = config.rope_parameters, config.max_position_embeddings
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim, factor = int(head_dim * values.get("partial_rotary_factor", 1.0)), values["factor"]
     stretched = (factor * lengths.clamp(min=original) / original) - (factor - 1)
     theta = values["rope_theta"] * stretched ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float, device=lengths.device) / dim

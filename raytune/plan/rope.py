@@ -67,8 +67,8 @@ def resolve_rope(model: ModelSection, shape: ModelShape) -> RopePlan | None:
         return None
     if shape.rope is None:
         raise UserError(
-            f"{KEY} stretches rotary positions, and {name} has none: how far it sees is in its weights, or has no bound. Leave "
-            f"{KEY} out, or train another base.",
+            f"{KEY} stretches rotary positions, and {name} has none that transformers stretches: its positions are learned, kept "
+            f"by distance or states, or computed in its own way. Leave {KEY} out, or train another base.",
             keys=(KEY, "model.base"),
         )
     if shape.rope.kind not in REPLACED:
@@ -120,8 +120,8 @@ def rope_in_words(plan: RopePlan) -> str:
     """For the table of a plan."""
     values = dict(plan.parameters)
     kind, factor = values.pop("rope_type"), values.pop("factor")
-    more = "".join(f", {name} {value:g}" for name, value in values.items())
-    return f"rotary positions stretched by {kind}: {factor:g} x {plan.original_positions}{more}"
+    more = "".join(f", {name} {value}" for name, value in values.items() if name != "original_max_position_embeddings")
+    return f"rotary positions stretched by {kind}: {factor} x {plan.original_positions}{more}"
 
 
 def rope_notes(plan: RopePlan | None, model: ModelSection, shape: ModelShape, trained: Trained, row_length: int) -> Iterator[str]:
