@@ -33,6 +33,8 @@ def stretch(config: PretrainedConfig, rope: RopePlan | None) -> None:
     text.max_position_embeddings = rope.max_position_embeddings
     if hasattr(text, "original_max_position_embeddings"):  # which transformers would take before that in the parameters (Phi-3)
         text.original_max_position_embeddings = rope.original_positions
+    if getattr(text, "head_dim", 0) is None:  # which transformers 5.23 would multiply (Mixtral), but for linear and llama3
+        text.head_dim = text.hidden_size // text.num_attention_heads
 
 
 def rotates(model: nn.Module) -> bool:

@@ -58,6 +58,7 @@ def by_transformers(folder: Path, kind: str) -> Any:
     config: Any = AutoConfig.from_pretrained(folder)
     kept = {name: value for name, value in config.rope_parameters.items() if name in ("rope_theta", "partial_rotary_factor")}
     original = {"original_max_position_embeddings": ORIGINAL} if words["type"] in ("yarn", "llama3") else {}
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     config.rope_parameters = kept | {"rope_type": words.pop("type")} | words | original
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
