@@ -433,6 +433,7 @@ READERS: dict[str, Reader] = {
     **_read("training.divergence", "policy window threshold", "training.divergence"),
     **_read("training.divergence", "watch patience", "training.divergence", needs=(_guard("warn", "stop", "roll_back"),)),
     **_read("training.divergence", "rate_factor max_roll_backs", "training.divergence", needs=(_guard("roll_back"),)),
+    **_read("training", "sequence_parallel_size", "plan.sequence"),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
     **_read("training", "zero", "plan.stages"),

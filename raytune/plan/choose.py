@@ -32,7 +32,7 @@ from raytune.plan.defaults import (
 )
 from raytune.plan.divergence import guard_notes, guard_of
 from raytune.plan.fabric import fabric_notes
-from raytune.plan.fitting import Fit, choose_fit, positions_of_row, room_of_worker
+from raytune.plan.fitting import Fit, choose_fit, room_of_worker, tokens_of_worker
 from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
@@ -61,6 +61,7 @@ from raytune.plan.run_plan import (
     PhasePlan,
     RunPlan,
 )
+from raytune.plan.sequence import sequence_notes
 from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stopping import stopping_notes, stopping_of
@@ -195,6 +196,7 @@ def choose_plan(
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
             *rope_notes(rope, config.model, shape, setting.trained, setting.row_length),
+            *sequence_notes(fit.batch, machine.num_gpus // machine.num_nodes if device == "cuda" else None),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),
@@ -243,7 +245,7 @@ def _reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFac
         rows = fit.batch.global_batch_size
         reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, wanted_rows, training, row)}.")
     if training.per_device_train_batch_size == "auto":
-        tokens = fit.batch.micro_batch_size * positions_of_row(setting, data)
+        tokens = tokens_of_worker(setting, data, fit.batch)
         reasons.append(
             f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
         )

@@ -297,12 +297,13 @@ def _time(plan: RunPlan) -> list[tuple[str, str]]:
         return []
     step, when = plan.step_time, " in the last phase" if plan.optimization.phases else ""
     overlapped = {"communication": step.communication_s, "offload": step.offload_s}
+    exchange = f" + exchange of heads {_short_time(step.exchange_s)}" if step.exchange_s else ""
     beside = "".join(f", beside {name} {_short_time(seconds)}" for name, seconds in overlapped.items() if seconds)
     return [
         (
             "time per step",
             f"{_short_time(step.seconds)}{when}: products {_short_time(step.compute_s)} + memory traffic "
-            f"{_short_time(step.memory_s)}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
+            f"{_short_time(step.memory_s)}{exchange}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
         )
     ]
 

@@ -13,6 +13,7 @@ from raytune.plan.dropouts import WITHOUT_DROPOUT, drops_attention
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
 from raytune.plan.rope import positions_of
+from raytune.plan.sequence import check_groups
 from raytune.plan.shapes import ModelShape
 
 Device = Literal["cpu", "cuda"]
@@ -71,6 +72,7 @@ def choose_workers(config: RunConfig, machine: Machine, device: Device) -> Choic
     else:
         choice = Choice(1, "cluster.workers is 1: without GPUs, more processes only share the same cores.")
     workers = choice.value
+    check_groups(config.training.sequence_parallel_size, workers)
     if device == "cuda" and workers > machine.num_gpus:
         raise PlanError(
             f"cluster.workers is {workers}, but the cluster has {machine.num_gpus} GPUs. Set it to {machine.num_gpus} or less."
@@ -113,6 +115,7 @@ def choose_attention(
         for kind in machine.attention
         if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
         and not (kind in WITHOUT_DROPOUT and drops_attention(config.model))
+        and (kind == "varlen" or config.training.sequence_parallel_size == 1)
     ]
     wanted = config.model.attention
     if shape.why_lone:

@@ -33,6 +33,7 @@ from raytune.plan.requirements import (
 )
 from raytune.plan.rope import positions_of, resolve_rope
 from raytune.plan.run_plan import ZeroStage
+from raytune.plan.sequence import check_sequence
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
 from raytune.plan.stored_quantization import check_stored_quantization
@@ -105,6 +106,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     of(lambda: check_cluster(config.cluster))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))
+    of(lambda: check_sequence(config, shape))
     asked, section = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
     if asked is None:
         return None
