@@ -100,7 +100,7 @@ def sequence_notes(batch: BatchPlan, num_gpus_of_node: int | None) -> Iterator[s
         return
     yield (
         f"{size} workers share each row ({KEY}): each computes 1/{size} of its tokens and, in attention, 1/{size} of the heads "
-        f"over all of them. What is trained is the same; {batch.data_parallel} rows pass at a time for {batch.workers}."
+        f"over all of them. What is trained is the same; where {size} rows would pass at a time, one does."
     )
     if num_gpus_of_node and size > num_gpus_of_node:
         yield (

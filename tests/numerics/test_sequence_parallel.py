@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from raytune.plan.run_plan import RunPlan
+from raytune.launch.result import RunResult
+from raytune.plan.run_plan import RunPlan, ZeroStage
+from tests.numerics.measured_bytes import measure_all
+from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     GLOBAL_BATCH,
     LORA,
@@ -15,12 +19,16 @@ from tests.numerics.runs import (
     Change,
     Material,
     largest_difference,
+    make_material,
     make_plan,
     relative_difference,
     run,
     train,
 )
+from tests.numerics.saved_models import loss_by_plain_transformers
+from tests.numerics.test_plan_bytes import METHODS, WIDE, persisted_activations, planned
 from tests.numerics.test_resume_engine import merged
+from tests.numerics.test_whole_run import prepared_run, train_rank
 from tests.tiny import save_tiny_model
 
 SLOW = pytest.mark.slow
@@ -83,3 +91,35 @@ def test_resumed_equals_unbroken(stage: int, material: Material, tmp_path: Path)
     run(plan, Change(stop=3, save=tmp_path))
     resumed = run(plan, Change(start=3, load=merged(tmp_path)))[0]
     assert resumed.losses == unbroken.losses[3:]
+
+
+def test_a_whole_run_records_the_validation_loss_of_what_it_saves(tmp_path: Path) -> None:
+    """Evaluation, checkpoints and the final model, with rows that two workers cannot share evenly."""
+    changes: dict[str, Any] = {
+        "data": {"max_length": 333},
+        "adapter": {"method": "full"},
+        "training": {"sequence_parallel_size": 2, "max_steps": 3, "zero": {"stage": 2}},
+        "cluster": {"workers": 2},
+    }
+    folder, plan = prepared_run(tmp_path, changes)
+    assert (plan.batch.data_parallel, plan.batch.global_batch_size) == (1, 2)
+    run_on_ranks(train_rank, 2, plan)
+    result = RunResult.read(folder)
+    assert loss_by_plain_transformers(plan, result.model_path) == pytest.approx(result.metrics["validation/loss"], rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_every_rank_keeps_the_planned_activations_of_its_part_of_a_row(stage: ZeroStage, tmp_path: Path) -> None:
+    """Within 2 %, with more workers than heads of keys and values."""
+    material = replace(make_material(tmp_path), model=tmp_path / "model")
+    config = transformers.LlamaConfig(**WIDE | {"num_key_value_heads": 1})
+    transformers.LlamaForCausalLM(config).save_pretrained(material.model)
+    cases = []
+    for method in ("full", "lora"):
+        work, plan = planned(material, stage, METHODS[method])
+        batch = plan.batch.model_copy(update={"sequence_parallel": 2})
+        cases.append((replace(work, sequence_parallel=2), plan.model_copy(update={"batch": batch})))
+    for rank in run_on_ranks(measure_all, 2, [plan for _, plan in cases]):
+        for (work, _), measured in zip(cases, rank):
+            work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
+            assert persisted_activations(work) == pytest.approx(measured.activations, rel=0.02)
