@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from raytune.config.section import Auto, PositiveInt, Section, Text
+from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section, Text
 
 Attention = Literal["flash_attention_2", "flash_attention_3", "varlen", "flex_attention", "sdpa", "eager"]
 QuantFormat = Literal["nf4", "fp4", "int8"]
@@ -42,6 +42,53 @@ class DropoutSection(Section):
     """Of what attention and MLP add to the stream."""
     embedding: DropoutRate | None = None
     """Of the embeddings."""
+
+
+RopeScaling = Literal["linear", "dynamic", "yarn", "llama3"]
+
+
+class RopeScalingSection(Section):
+    """Rotary positions of the base, stretched to longer documents than it was trained with; keys as transformers names them."""
+
+    type: RopeScaling
+    """`linear`: all frequencies by the factor (position interpolation). `dynamic`: a base of the frequencies that grows with a
+    document's length, and leaves documents of the original length as they were. `yarn`: low frequencies by the factor, high ones
+    not at all, and scores tempered (Peng et al. 2023). `llama3`: as Llama 3.1 does it, between two bounds of frequency."""
+    factor: Annotated[float, Field(ge=1, examples=[4.0])]
+    """How many times longer than the original length documents may be; 1 stretches nothing."""
+    original_max_position_embeddings: Annotated[PositiveInt | Auto, Field(examples=[8192])] = "auto"
+    """Positions that the base was first trained with. `auto`: those of its config."""
+    attention_factor: Annotated[PositiveFloat | None, Field(examples=[1.1])] = None
+    """What rotated queries and keys are multiplied by; without it, 0.1 x ln(factor) + 1."""
+    beta_fast: Annotated[PositiveFloat | None, Field(examples=[32.0])] = None
+    """Rotations over the original length from which on a frequency stays as it is; without it, 32."""
+    beta_slow: Annotated[PositiveFloat | None, Field(examples=[1.0])] = None
+    """Rotations up to which a frequency is divided by the whole factor; without it, 1."""
+    mscale: Annotated[PositiveFloat | None, Field(examples=[1.0])] = None
+    """With `mscale_all_dim`, in place of `attention_factor`: the weight of ln(factor) in it, as DeepSeek has it."""
+    mscale_all_dim: Annotated[PositiveFloat | None, Field(examples=[1.0])] = None
+    """The weight of ln(factor) in what `mscale`'s term is divided by."""
+    truncate: bool | None = None
+    """Whether the bounds between frequencies are rounded to whole dimensions; without it, they are."""
+    low_freq_factor: Annotated[PositiveFloat | None, Field(examples=[1.0])] = None
+    """Rotations over the original length up to which a frequency is divided by the whole factor."""
+    high_freq_factor: Annotated[PositiveFloat | None, Field(examples=[4.0])] = None
+    """Rotations from which on a frequency stays as it is."""
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "RopeScalingSection":
+        if self.type == "llama3" and (self.low_freq_factor is None or self.high_freq_factor is None):
+            raise ValueError("type llama3 needs low_freq_factor and high_freq_factor; Llama 3.1 has 1 and 4")
+        if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor:g} must be below high_freq_factor {self.high_freq_factor:g}")
+        fast, slow = self.beta_fast or 32, self.beta_slow or 1
+        if fast <= slow:
+            raise ValueError(f"beta_slow {slow:g} must be below beta_fast {fast:g} (without them: 1 and 32)")
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("mscale and mscale_all_dim go together: transformers reads neither of them alone")
+        if self.mscale is not None and self.attention_factor is not None:
+            raise ValueError("attention_factor says what mscale and mscale_all_dim would: give one or the other")
+        return self
 
 
 class NewToken(Section):
@@ -103,6 +150,9 @@ class ModelSection(Section):
     Full fine-tuning trains these rows; LoRA does by `adapter.trainable_tokens`, other adapters by `adapter.modules_to_save`."""
     vocabulary_multiple: Annotated[PositiveInt, Field(examples=[64])] = 1
     """Where new tokens need more rows than the base has, round their number up to a multiple of this: 64 suits GPUs."""
+    rope_scaling: Annotated[RopeScalingSection | None, Field(examples=[{"type": "yarn", "factor": 4.0}])] = None
+    """Stretch the base's rotary positions, so that `data.max_length` may be up to the factor times the original length. In place
+    of a scaling that its config has already. A whole or merged model that is saved has it in its config."""
     dropout: DropoutSection = DropoutSection()
     """Dropout of the base in training, in place of what its config says. The saved model keeps the base's own."""
     trust_remote_code: bool = False

@@ -344,6 +344,20 @@ READERS: dict[str, Reader] = {
     **_read("model", "new_tokens vocabulary_multiple", "plan.new_tokens"),
     **_read("model.new_tokens", "token special", "data.tokenizers"),
     **_read("model.new_tokens", "description", "model.new_tokens"),
+    **_read("model", "rope_scaling", "plan.rope"),
+    **_read("model.rope_scaling", "type factor original_max_position_embeddings", "plan.rope"),
+    **_read(
+        "model.rope_scaling",
+        "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
+        "plan.rope",
+        needs=(_choice("model.rope_scaling.type", ("yarn",)),),
+    ),
+    **_read(
+        "model.rope_scaling",
+        "low_freq_factor high_freq_factor",
+        "plan.rope",
+        needs=(_choice("model.rope_scaling.type", ("llama3",)),),
+    ),
     **_read("model", "dropout", "plan.dropouts"),
     **_read("model.dropout", "attention hidden embedding", "config.model"),
     # data
@@ -422,6 +436,7 @@ READERS: dict[str, Reader] = {
     **_read("training.divergence", "policy window threshold", "training.divergence"),
     **_read("training.divergence", "watch patience", "training.divergence", needs=(_guard("warn", "stop", "roll_back"),)),
     **_read("training.divergence", "rate_factor max_roll_backs", "training.divergence", needs=(_guard("roll_back"),)),
+    **_read("training", "sequence_parallel_size", "plan.sequence"),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
     **_read("training", "zero", "plan.stages"),

@@ -59,6 +59,9 @@ class TrainingSection(Section):
     """Rows per forward pass of one worker (the micro-batch)."""
     gradient_accumulation_steps: PositiveInt | Auto = "auto"
     """Forward passes of one worker per optimizer step."""
+    sequence_parallel_size: Annotated[PositiveInt, Field(examples=[4])] = 1
+    """Workers that share each row: each holds a part of its tokens, and they exchange heads in attention (Ulysses). For rows
+    whose activations no GPU holds; equal results, for time. `cluster.workers` and heads must be divisible by it."""
     learning_rate: Annotated[PositiveFloat | Auto, Field(examples=[2e-4])] = "auto"
     """Peak learning rate. `auto` depends on the method."""
     lr_scheduler_type: Schedule = "cosine"

@@ -15,7 +15,9 @@ from raytune.model.dtypes import DTYPES
 from raytune.model.load import load_base, load_model
 from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
+from raytune.model.pretrained import load_config
 from raytune.model.quantize import quantization_config
+from raytune.model.rope import stretch
 from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import RunPlan
 
@@ -62,11 +64,15 @@ def load_saved(
 
 def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:
     model = plan.model
+    config = load_config(path, revision, model.trust_remote_code)
+    if path == model.path:  # a saved model says it itself
+        stretch(config, model.rope)
     quantization = quantization_config(model)
     with packing_experts(plan.adapter, quantization):
         loaded = AutoModelForCausalLM.from_pretrained(
             model_files(path, revision, with_code=model.trust_remote_code),
             revision=revision,
+            config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.compute_dtype],
             attn_implementation="sdpa",  # padding on the left and a cache of keys, which the kernels for packed rows do not know

@@ -34,6 +34,7 @@ from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import explained, load_config, model_class
 from raytune.model.quantize import is_quantized, quantization_config
+from raytune.model.rope import scale_each_document, stretch
 from raytune.model.weight_numbers import check_finite
 from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.run_plan import ModelPlan
@@ -98,6 +99,7 @@ def load_base(
         check_base(model.path, model.revision, model.trust_remote_code)
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
     own_dropouts = set_dropouts(config, model.dropout)
+    stretch(config, model.rope)
     with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _sharding(shard):
         loaded, report = load(
             model_files(model.path, model.revision, with_code=model.trust_remote_code),
@@ -115,6 +117,7 @@ def load_base(
     check_finite(loaded, model.path)
     loaded.base_tokenizer = partial(load_tokenizer, model.path, model.revision, model.trust_remote_code)
     add_new_tokens(loaded, model)
+    scale_each_document(loaded)
     loaded.config.use_cache = False
     loaded.own_dropouts = own_dropouts
     if is_on_hub(model.path):  # an adapter names its base as everybody knows it, not this machine's folder

@@ -56,6 +56,7 @@ from raytune.model.merge_parameters import ParameterUpdates
 from raytune.model.merge_rows import TrainedRows, num_rows_with
 from raytune.model.pretrained import load_config, model_class
 from raytune.model.quantize import as_seen_in_training
+from raytune.model.rope import saved_rope, stretch
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import is_on_hub, model_files
@@ -119,6 +120,7 @@ def merge_adapter(
     own_class = model_class(path, config, revision=revision, trust_remote_code=trust_remote_code)
     check_files(weights.folder, config, own_class)
     config = copy.deepcopy(config)
+    stretch(config, saved_rope(adapter_folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         num_rows = num_rows_with(adapter_folder / ADAPTER_WEIGHTS, peft_config, model)

@@ -34,6 +34,8 @@ from raytune.model.kernels import bypassed_layers, bypassed_norms
 from raytune.model.layers import layers_of
 from raytune.model.norms import is_norm
 from raytune.model.pretrained import load_config, model_class
+from raytune.model.rope import rotates
+from raytune.plan.rope import own_positions, own_rope
 from raytune.plan.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
 from raytune.units import GIB, format_bytes
 
@@ -145,6 +147,7 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
     embeddings, final_norm, head = _around(model, layers_name, config, stateful=stateful)
     intermediate, has_gate = _widest_mlp(kinds, hidden) if stateful else _mlp(kinds[0], hidden)
     kv_heads = getattr(config, "num_key_value_heads", heads) or heads
+    rope = own_rope(config.to_dict()) if rotates(model) else None
     return ModelShape(
         model_type=model.config.model_type,
         num_layers=len(layers),
@@ -154,7 +157,8 @@ def _shape(model: PreTrainedModel, config: PretrainedConfig) -> ModelShape:
         kv_heads=kv_heads if stateful else _kv_heads(kinds[0], config, hidden, heads * head_dim, head_dim),
         head_dim=head_dim,
         vocab=head.outputs,
-        max_positions=next((n for key in _BOUNDS if (n := getattr(config, key, None))), UNBOUNDED_POSITIONS),
+        max_positions=own_positions(rope, next((n for key in _BOUNDS if (n := getattr(config, key, None))), UNBOUNDED_POSITIONS)),
+        rope=rope,
         has_gate=has_gate,
         activation=next((str(name) for key in _ACTIVATIONS if (name := getattr(config, key, None))), "unknown"),
         is_tied=_weight_of(model.get_input_embeddings()) is _weight_of(model.get_output_embeddings()),

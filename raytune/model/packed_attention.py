@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from raytune.errors import ModelError
+from raytune.model.sequence_parallel import SharedRows
 
 # Shapes: H heads, T tokens of all documents, L tokens of one document, D head width. Keys and values may have virtual tokens in
 # front of each document (prefix tuning), V of them: then there are more of them than of queries.
@@ -30,6 +31,8 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Attention of packed documents without a mask, in the form that transformers' attention interface calls.
 
+    Of rows that ranks share, each has the queries, keys and values of its tokens (`shared_rows`: model.sequence_parallel).
+
     Args:
         query: (1, H, T, D), documents end to end; `key` and `value` have fewer heads or as many, and perhaps virtual tokens.
         attention_mask: used only where rows are padded, as in generation: then `cu_seq_lens_q` is not among the options.
@@ -38,6 +41,11 @@ def varlen_attention(
     Returns:
         (1, T, H, D)
     """
+    shared: SharedRows | None = options.pop("shared_rows", None)
+    if shared is not None:
+        query, key, value = (shared.own_heads(of_slice) for of_slice in (query, key, value))
+        if (sinks := options.get("s_aux")) is not None:
+            options["s_aux"] = shared.share_of(sinks)
     call = _Call.of(module, **options)
     query, key, value, width = _alike(query, key, value)
     if call.ends is None:
@@ -52,7 +60,8 @@ def varlen_attention(
     else:
         # torch does not say what `compiler.disable` returns.
         output = _per_document(query, key, value, call)  # pyright: ignore[reportCallIssue]
-    return output[..., :width], None
+    output = output[..., :width]
+    return output if shared is None else shared.own_tokens(output), None
 
 
 def dense_attention(

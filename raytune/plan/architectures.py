@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune.errors import ModelError
+from raytune.plan.rope import own_positions, own_rope
 from raytune.plan.shapes import Matrix, ModelShape, Module
 
 _SHOWN = 60
@@ -178,6 +179,7 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
     if family.num_experts:
         mlps, intermediate = _experts(numbers, family, hidden)
     head_norms = ("self_attn.q_norm", "self_attn.k_norm") if family.has_head_norms else ()
+    rope = own_rope(numbers.config)
     return ModelShape(
         model_type=model_type,
         num_layers=numbers.count("num_hidden_layers"),
@@ -187,7 +189,8 @@ def _llama_like(numbers: _Numbers) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=vocab,
-        max_positions=numbers.count("max_position_embeddings", family.max_positions),
+        max_positions=own_positions(rope, numbers.count("max_position_embeddings", family.max_positions)),
+        rope=rope,
         has_gate=True,
         activation=numbers.name("hidden_activation", "hidden_act", default="silu"),
         is_tied=numbers.flag("tie_word_embeddings", family.is_tied),
@@ -287,6 +290,7 @@ def _gpt_neox(numbers: _Numbers) -> ModelShape:
     hidden, heads, vocab = numbers.count("hidden_size"), numbers.count("num_attention_heads"), numbers.count("vocab_size")
     intermediate = numbers.count("intermediate_size")
     bias = hidden if numbers.flag("attention_bias", True) else 0
+    rope = own_rope(numbers.config)
     return ModelShape(
         model_type="gpt_neox",
         num_layers=numbers.count("num_hidden_layers"),
@@ -296,7 +300,8 @@ def _gpt_neox(numbers: _Numbers) -> ModelShape:
         kv_heads=heads,
         head_dim=numbers.divided("hidden_size", hidden, "num_attention_heads", heads),
         vocab=vocab,
-        max_positions=numbers.count("max_position_embeddings", 2048),
+        max_positions=own_positions(rope, numbers.count("max_position_embeddings", 2048)),
+        rope=rope,
         has_gate=False,
         activation=numbers.name("hidden_act", default="gelu"),
         is_tied=numbers.flag("tie_word_embeddings", False),

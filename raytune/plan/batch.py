@@ -26,7 +26,7 @@ def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, 
 
     Args:
         training: any two of rows per step, micro-batch and accumulation fix the third.
-        workers: training processes.
+        workers: training processes, of which `training.sequence_parallel_size` share each row.
         wanted_rows: rows per step where the config does not say.
         max_micro_batch: largest micro-batch that is chosen where the config does not say.
 
@@ -37,34 +37,39 @@ def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, 
         None if value == "auto" else value
         for value in (training.global_batch_size, training.per_device_train_batch_size, training.gradient_accumulation_steps)
     )
-    unit = workers * (micro or 1) * (accumulation or 1)
+    size = training.sequence_parallel_size
+    groups = workers // size
+    unit = groups * (micro or 1) * (accumulation or 1)
     if total is None:
         total = unit if micro and accumulation else unit * max(1, wanted_rows // unit)
     elif total % unit or (micro and accumulation and total != unit):
-        raise UserError(_no_solution(total, workers, micro, accumulation))
-    rows_per_worker = total // workers
+        raise UserError(_no_solution(total, workers, size, micro, accumulation))
+    rows_per_group = total // groups
     if micro:
-        return [BatchPlan(workers=workers, micro_batch_size=micro, accumulation=rows_per_worker // micro)]
-    if accumulation:
-        return [BatchPlan(workers=workers, micro_batch_size=rows_per_worker // accumulation, accumulation=accumulation)]
+        sizes = [micro]
+    elif accumulation:
+        sizes = [rows_per_group // accumulation]
+    else:
+        at_most = max(1, min(max_micro_batch, rows_per_group))
+        sizes = [rows for rows in range(at_most, 0, -1) if rows_per_group % rows == 0]
     return [
-        BatchPlan(workers=workers, micro_batch_size=size, accumulation=rows_per_worker // size)
-        for size in range(max(1, min(max_micro_batch, rows_per_worker)), 0, -1)
-        if rows_per_worker % size == 0
+        BatchPlan(workers=workers, micro_batch_size=rows, accumulation=rows_per_group // rows, sequence_parallel=size)
+        for rows in sizes
     ]
 
 
-def _no_solution(total: int, workers: int, micro: int | None, accumulation: int | None) -> str:
-    factors = [f"{workers} worker{'s' * (workers != 1)}"]
+def _no_solution(total: int, workers: int, size: int, micro: int | None, accumulation: int | None) -> str:
+    groups = workers // size
+    factors = [f"{groups} groups of {size} workers" if size > 1 else f"{workers} worker{'s' * (workers != 1)}"]
     factors += [f"per_device_train_batch_size {micro}"] if micro else []
     factors += [f"gradient_accumulation_steps {accumulation}"] if accumulation else []
-    unit = workers * (micro or 1) * (accumulation or 1)
+    unit = groups * (micro or 1) * (accumulation or 1)
     if micro and accumulation:
         advice = f"Set it to {unit}, or leave one of the two others out."
     else:
         below = total // unit * unit
         nearest = " or ".join(str(rows) for rows in (below, below + unit) if rows)
-        advice = f"The nearest that are possible: {nearest}; or set cluster.workers to a divisor of {total}."
+        advice = f"The nearest that are possible: {nearest}; or set cluster.workers to a divisor of {total * size}."
     return (
         f"training.global_batch_size {total} cannot be divided: {' x '.join(factors)} = {unit} rows"
         f"{'' if micro and accumulation else ', times a whole number,'} must make {total}. {advice}"

@@ -32,7 +32,7 @@ from raytune.plan.defaults import (
 )
 from raytune.plan.divergence import guard_notes, guard_of
 from raytune.plan.fabric import fabric_notes
-from raytune.plan.fitting import Fit, choose_fit, positions_of_row, room_of_worker
+from raytune.plan.fitting import Fit, choose_fit, room_of_worker, tokens_of_worker
 from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import USABLE_SHARE, Machine
@@ -44,6 +44,7 @@ from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, pe
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.requirements import Device
+from raytune.plan.rope import resolve_rope, rope_notes
 from raytune.plan.run_plan import (
     BatchPlan,
     CheckpointPlan,
@@ -60,6 +61,7 @@ from raytune.plan.run_plan import (
     PhasePlan,
     RunPlan,
 )
+from raytune.plan.sequence import sequence_notes
 from raytune.plan.setting import Setting
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stopping import stopping_notes, stopping_of
@@ -133,6 +135,7 @@ def choose_plan(
     evaluation = _evaluation(config, data, epoch, reasons)
     checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
     stopping = stopping_of(config, _measured(data))
+    rope = resolve_rope(config.model, shape)
     plan = RunPlan(
         name=config.name,
         storage=storage,
@@ -159,6 +162,7 @@ def choose_plan(
             lowest_layer=setting.trained.lowest_layer,
             new_tokens=config.model.new_tokens,
             num_embeddings=shape.vocab if shape.new_tokens else None,
+            rope=rope,
             dropout=setting.dropout,
         ),
         data=DataPlan(
@@ -193,6 +197,8 @@ def choose_plan(
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
+            *rope_notes(rope, config.model, shape, setting.trained, setting.row_length),
+            *sequence_notes(fit.batch, machine.num_gpus // machine.num_nodes if device == "cuda" else None),
             *lone_notes(shape),
             *quantization_note(shape.stored_quantization),
             *fabric_notes(machine.instance, machine.num_nodes, config.provider),
@@ -241,7 +247,7 @@ def _reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFac
         rows = fit.batch.global_batch_size
         reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, wanted_rows, training, row)}.")
     if training.per_device_train_batch_size == "auto":
-        tokens = fit.batch.micro_batch_size * positions_of_row(setting, data)
+        tokens = tokens_of_worker(setting, data, fit.batch)
         reasons.append(
             f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
         )

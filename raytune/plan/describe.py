@@ -10,6 +10,7 @@ from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
 from raytune.plan.penalty import importance_in_words, penalty_in_words
+from raytune.plan.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
@@ -35,6 +36,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
     return [
         ("model", f"{plan.model.path}, {format_count(plan.num_parameters)} parameters in {plan.model.dtype}"),
         ("method", _method(plan)),
+        *([("positions", rope_in_words(plan.model.rope))] if plan.model.rope else []),
         ("data", _data(plan)),
         *(report_table(plan.data_report) if plan.data_report else []),
         ("batch", plan.batch.in_words(_row(plan))),
@@ -295,12 +297,13 @@ def _time(plan: RunPlan) -> list[tuple[str, str]]:
         return []
     step, when = plan.step_time, " in the last phase" if plan.optimization.phases else ""
     overlapped = {"communication": step.communication_s, "offload": step.offload_s}
+    exchange = f" + exchange of heads {_short_time(step.exchange_s)}" if step.exchange_s else ""
     beside = "".join(f", beside {name} {_short_time(seconds)}" for name, seconds in overlapped.items() if seconds)
     return [
         (
             "time per step",
             f"{_short_time(step.seconds)}{when}: products {_short_time(step.compute_s)} + memory traffic "
-            f"{_short_time(step.memory_s)}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
+            f"{_short_time(step.memory_s)}{exchange}{beside}; {step.binds} binds; {format_count(step.tokens_per_s)} tokens/s",
         )
     ]
 

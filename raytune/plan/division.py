@@ -22,6 +22,7 @@ class Division(Plan):
     zero_stage: ZeroStage
     micro_batch_size: int
     accumulation: int
+    sequence_parallel: int = 1
     offload_optimizer: Offload
     offload_parameters: Offload
     gradient_checkpointing: bool
@@ -40,6 +41,7 @@ class Division(Plan):
             zero_stage=plan.engine.zero_stage,
             micro_batch_size=plan.batch.micro_batch_size,
             accumulation=plan.batch.accumulation,
+            sequence_parallel=plan.batch.sequence_parallel,
             offload_optimizer=plan.engine.offload_optimizer,
             offload_parameters=plan.engine.offload_parameters,
             gradient_checkpointing=plan.model.gradient_checkpointing,
@@ -127,7 +129,9 @@ def most_that_divide(rows_per_step: int, workers: int, training: TrainingSection
     """As many workers as there are places for, or fewer, so that each has the same number of whole forward passes."""
     micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     unit = (1 if micro == "auto" else micro) * (1 if accumulation == "auto" else accumulation)
-    return max((number for number in range(1, workers + 1) if rows_per_step % (number * unit) == 0), default=workers)
+    size = training.sequence_parallel_size
+    groups = (number for number in range(1, workers // size + 1) if rows_per_step % (number * unit) == 0)
+    return size * max(groups, default=workers // size) or workers
 
 
 def kept_settings(begun: Begun) -> str:
@@ -173,8 +177,8 @@ def _refuse_other_rows(training: TrainingSection, workers: int | str, rows: int)
         if isinstance(value, int)
     ]
     product = 1
-    for _, value in written:
-        product *= value
+    for key, value in written:
+        product *= value // training.sequence_parallel_size if key == "cluster.workers" else value
     if rows % product == 0 and (len(written) < 3 or product == rows):
         return
     asked = " x ".join(f"{key} {value}" for key, value in written)

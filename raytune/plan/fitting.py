@@ -35,6 +35,8 @@ from raytune.units import format_bytes
 # fewer.
 TOKENS_PER_MICRO_BATCH: dict[Device, int] = {"cuda": 8192, "cpu": 2048}
 MAX_ADVICE = 3
+MAX_SHARING = 8
+"""More workers per row are not advised: they rarely lie in one node."""
 MIN_ROW_LENGTH = 128
 """Shorter rows are not advised."""
 
@@ -139,7 +141,8 @@ def room_of_worker(setting: Setting) -> Room:
 def _ways(setting: Setting, rows_per_step: int, data: DataFacts, *, is_timed: bool = True) -> Iterator[Fit]:
     wanted = setting.config.training.gradient_checkpointing
     speed = setting.machine.speed if is_timed else None
-    max_micro_batch = max(1, TOKENS_PER_MICRO_BATCH[setting.device] // positions_of_row(setting, data))
+    at_once = TOKENS_PER_MICRO_BATCH[setting.device] * setting.config.training.sequence_parallel_size
+    max_micro_batch = max(1, at_once // positions_of_row(setting, data))
     training = rows_of_a_pass(setting.config.training, setting.shape)
     batches = possible_batches(training, setting.workers, rows_per_step, max_micro_batch)
     either = (False, True) if method_of(setting.adapter).recomputes else (False,)
@@ -154,8 +157,9 @@ def _way(
 ) -> Fit:
     training, shape = setting.config.training, setting.shape
     row_tokens, trained = positions_of_row(setting, data), setting.trained
-    num_tokens = batch.micro_batch_size * row_tokens
-    num_targets = most_targets(data.train, batch.micro_batch_size * longest_row(setting, data))
+    num_tokens = tokens_of_worker(setting, data, batch)
+    # Of a row that is shared, all targets may lie in one part.
+    num_targets = min(num_tokens, most_targets(data.train, batch.micro_batch_size * longest_row(setting, data)))
     if data.ewc:  # a document of these passes alone
         num_targets = max(num_targets, most_targets(data.ewc, longest_row(setting, data)))
     is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab))
@@ -174,6 +178,7 @@ def _way(
         attention=setting.attention,
         has_checkpointing=has_checkpointing,
         accumulation=batch.accumulation,
+        sequence_parallel=batch.sequence_parallel,
         num_tokens=num_tokens,
         num_targets=num_targets,
         chunk_tokens=chunk_tokens,
@@ -221,6 +226,11 @@ def longest_row(setting: Setting, data: DataFacts) -> int:
 def positions_of_row(setting: Setting, data: DataFacts) -> int:
     """What passes through the layers of the longest row: its tokens, and as many virtual ones as rows leave room for."""
     return longest_row(setting, data) + (setting.trained.num_virtual if setting.trained.lengthens_rows else 0)
+
+
+def tokens_of_worker(setting: Setting, data: DataFacts, batch: BatchPlan) -> int:
+    """What passes through the layers of a worker in a micro-batch of the longest rows."""
+    return -(-batch.micro_batch_size * positions_of_row(setting, data) // batch.sequence_parallel)
 
 
 def most_targets(store: StorePlan, num_tokens: int) -> int:
@@ -286,6 +296,12 @@ def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
             yield [with_workers(workers) for workers in sorted(larger) if setting.workers < workers <= machine.num_gpus]
         if machine.instance and config.cluster.workers == "auto":
             yield [with_nodes(machine.num_nodes * 2**power) for power in range(1, 7)]
+        sizes = range(training.sequence_parallel_size + 1, min(setting.workers, MAX_SHARING) + 1)
+        yield [
+            with_training(f"training.sequence_parallel_size={size}", sequence_parallel_size=size)
+            for size in sizes
+            if setting.workers % size == 0
+        ]
         optimizer, weights = "training.zero.offload_optimizer=cpu", "training.zero.offload_parameters=cpu"
         if zero.offload_optimizer == "none":
             yield [with_zero(optimizer, offload_optimizer="cpu")]

@@ -96,6 +96,8 @@ class Workload:
     """Kinds of `model.dropout` that the config asks for."""
     num_virtual_keys: int = 0
     """Virtual tokens of a micro-batch that only keys and values have."""
+    sequence_parallel: int = 1
+    """Workers that share each row, each with the tokens above."""
     holds_weights: bool = False
     """Whether a penalty holds what is trained near the base (training.penalty)."""
     weighs_importance: bool = False
@@ -417,6 +419,7 @@ def layer_activation_bytes(work: Workload) -> float:
     trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
     kept = kept_by_weights(work.trained, shape, work.zero_stage == 3)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    shares_rows = work.sequence_parallel > 1
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
     per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
     width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
@@ -435,11 +438,13 @@ def layer_activation_bytes(work: Workload) -> float:
     keeps_products = keeps_inputs or (work.trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
     # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
     is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
-    attention = width * (2 * queries + 2 * keys + is_fused * (queries + 2 * keys))
+    # Where there are more ranks than heads of keys and values, each head lies on several.
+    read = keys * max(1.0, work.sequence_parallel / shape.kv_heads)
+    attention = width * (2 * queries + 2 * read + is_fused * (not shares_rows) * (queries + 2 * keys))
     if work.attention != "eager":
         attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
-    if work.attention == "varlen" and not work.is_on_gpu and keeps_inputs:
-        attention += width * queries  # outputs document by document, and end to end
+    if ((work.attention == "varlen" and not work.is_on_gpu) or shares_rows) and keeps_inputs:
+        attention += width * queries  # outputs document by document, or of own heads, and end to end
     has_rotary = len(shape.embeddings) == 1
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / num_layers if has_rotary else 0
     attention = max(attention, STATE_STEPS * width * shape.state_width)

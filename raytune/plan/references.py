@@ -35,8 +35,18 @@ def _decoder(
     } | more
 
 
-_LLAMA_3_1_8B = _decoder("llama", 4096, 14336, 32, 32, 8, 128_256, 131_072)
-_LLAMA_3_1_70B = _decoder("llama", 8192, 28672, 80, 64, 8, 128_256, 131_072)
+def _llama_3(*sizes: int, factor: float = 8.0, **more: Any) -> dict[str, Any]:
+    """Llama 3.1 and later: 8,192 positions at first, scaled to 131,072."""
+    scaling = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192}
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    hidden, intermediate, layers, heads, kv_heads = sizes
+    return _decoder(
+        "llama", hidden, intermediate, layers, heads, kv_heads, 128_256, 131_072, rope_scaling=scaling | bounds, **more
+    )
+
+
+_LLAMA_3_1_8B = _llama_3(4096, 14336, 32, 32, 8)
+_LLAMA_3_1_70B = _llama_3(8192, 28672, 80, 64, 8)
 _QWEN_2_5 = {
     "0.5B": _decoder("qwen2", 896, 4864, 24, 14, 2, 151_936, 32_768, tie_word_embeddings=True),
     "1.5B": _decoder("qwen2", 1536, 8960, 28, 12, 2, 151_936, 32_768, tie_word_embeddings=True),
@@ -59,8 +69,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-70B": _LLAMA_3_1_70B,
     "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_3_1_70B,
-    "meta-llama/Llama-3.2-1B": _decoder("llama", 2048, 8192, 16, 32, 8, 128_256, 131_072, head_dim=64, tie_word_embeddings=True),
-    "meta-llama/Llama-3.2-3B": _decoder("llama", 3072, 8192, 28, 24, 8, 128_256, 131_072, head_dim=128, tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-1B": _llama_3(2048, 8192, 16, 32, 8, factor=32.0, head_dim=64, tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-3B": _llama_3(3072, 8192, 28, 24, 8, factor=32.0, head_dim=128, tie_word_embeddings=True),
     "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_3_1_70B,
     "codellama/CodeLlama-34b-hf": _decoder("llama", 8192, 22016, 48, 64, 8, 32_000, 16_384),
     "mistralai/Mistral-7B-v0.1": _decoder("mistral", 4096, 14336, 32, 32, 8, 32_000, 32_768),

@@ -12,6 +12,8 @@ from raytune.plan.defaults import Choice
 from raytune.plan.dropouts import WITHOUT_DROPOUT, drops_attention
 from raytune.plan.lone_documents import choose_lone_attention
 from raytune.plan.machine import Machine
+from raytune.plan.rope import positions_of
+from raytune.plan.sequence import check_groups
 from raytune.plan.shapes import ModelShape
 
 Device = Literal["cpu", "cuda"]
@@ -28,7 +30,7 @@ def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
         UserError: if it is more than the model has positions for, with virtual tokens in front.
     """
     wanted, most, num_virtual = config.data.max_length, most_tokens(config, shape), num_virtual_tokens(config.adapter)
-    has = f"{config.model.base} ({shape.model_type}) has {shape.max_positions} positions"
+    has = f"{config.model.base} ({shape.model_type}) has {positions_of(config.model, shape)} positions"
     if most < 1:
         raise UserError(
             f"adapter.num_virtual_tokens is {num_virtual}, but {has}, which documents need as well. Set it to less.",
@@ -47,7 +49,7 @@ def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
 
 def most_tokens(config: RunConfig, shape: ModelShape) -> int:
     """Tokens of the longest document that the model has positions for, behind virtual ones."""
-    return shape.max_positions - num_virtual_tokens(config.adapter)
+    return positions_of(config.model, shape) - num_virtual_tokens(config.adapter)
 
 
 def choose_device(config: RunConfig, machine: Machine) -> Device:
@@ -70,6 +72,7 @@ def choose_workers(config: RunConfig, machine: Machine, device: Device) -> Choic
     else:
         choice = Choice(1, "cluster.workers is 1: without GPUs, more processes only share the same cores.")
     workers = choice.value
+    check_groups(config.training.sequence_parallel_size, workers)
     if device == "cuda" and workers > machine.num_gpus:
         raise PlanError(
             f"cluster.workers is {workers}, but the cluster has {machine.num_gpus} GPUs. Set it to {machine.num_gpus} or less."
@@ -112,6 +115,7 @@ def choose_attention(
         for kind in machine.attention
         if not (kind in FLASH and (precision == "fp32" or device == "cpu"))
         and not (kind in WITHOUT_DROPOUT and drops_attention(config.model))
+        and (kind == "varlen" or config.training.sequence_parallel_size == 1)
     ]
     wanted = config.model.attention
     if shape.why_lone:

@@ -23,6 +23,17 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
 
+class RopePlan(Plan):
+    """Rotary positions in place of the base's own, but for its theta and how much of a head they rotate."""
+
+    parameters: dict[str, str | bool | int | float]
+    """By transformers' names (`rope_parameters`)."""
+    original_positions: int
+    """That the base was first trained with."""
+    max_position_embeddings: int
+    """Of the config: how far positions reach, or with `dynamic` the original length, which it reckons from."""
+
+
 class ModelPlan(Plan):
     path: str
     """Local folder or hub id that transformers can load."""
@@ -54,6 +65,8 @@ class ModelPlan(Plan):
     """Added to the base's tokenizer."""
     num_embeddings: int | None = None
     """Rows of embedding and head once they have room for these; None: as many as the base has."""
+    rope: RopePlan | None = None
+    """None: the base's own positions, if it has rotary ones."""
     dropout: dict[str, float] = {}
     """Values of the base's config that are set anew, in training only."""
 
@@ -88,11 +101,18 @@ class BatchPlan(Plan):
     """Rows per forward pass of one worker."""
     accumulation: int
     """Forward passes per optimizer step."""
+    sequence_parallel: int = 1
+    """Workers that share each row."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of workers that have rows of their own."""
+        return self.workers // self.sequence_parallel
 
     @property
     def global_batch_size(self) -> int:
         """Rows per optimizer step over all workers."""
-        return self.workers * self.micro_batch_size * self.accumulation
+        return self.data_parallel * self.micro_batch_size * self.accumulation
 
     @property
     def equation(self) -> str:
@@ -101,6 +121,8 @@ class BatchPlan(Plan):
     def in_words(self, row: str) -> str:
         """The equation, with what a row is: a packed row, or a document where each has one of its own."""
         workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
+        if self.sequence_parallel > 1:
+            workers = f"{self.data_parallel} group{'s' * (self.data_parallel != 1)} of {self.sequence_parallel} workers"
         rows = f"{self.micro_batch_size} {row}{'s' * (self.micro_batch_size != 1)}"
         return f"{workers} x {rows} x {self.accumulation} accumulation = {self.global_batch_size} {row}s per step"
 
@@ -246,6 +268,8 @@ class StepTimePlan(Plan):
     memory_s: float
     communication_s: float
     offload_s: float
+    exchange_s: float = 0.0
+    """Of heads between workers that share rows, for which these wait."""
     seconds: float
     binds: Bound
     """What a faster one of would make the step shorter."""

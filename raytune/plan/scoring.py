@@ -57,7 +57,7 @@ def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
     return plan.model_copy(
         update={
             "precision": precision,
-            "batch": plan.batch.model_copy(update={"workers": workers, "accumulation": 1}),
+            "batch": plan.batch.model_copy(update={"workers": workers, "accumulation": 1, "sequence_parallel": 1}),
             "engine": plan.engine if keeps_shards else whole,
             "optimization": plan.optimization.model_copy(update={"l2_sp_strength": 0.0, "ewc_strength": 0.0}),
             "model": plan.model.model_copy(

@@ -31,7 +31,9 @@ from raytune.plan.requirements import (
     choose_row_length,
     choose_workers,
 )
+from raytune.plan.rope import positions_of, resolve_rope
 from raytune.plan.run_plan import ZeroStage
+from raytune.plan.sequence import check_sequence
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
 from raytune.plan.stored_quantization import check_stored_quantization
@@ -104,6 +106,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     of(lambda: check_cluster(config.cluster))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))
+    of(lambda: check_sequence(config, shape))
     asked, section = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
     if asked is None:
         return None
@@ -118,6 +121,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         of(lambda: check_rows_are_trained(trained, shape, section, strategy))
         of(lambda: check_penalty(config, trained))
     dropout = of(lambda: resolve_dropout(config.model, shape))
+    of(lambda: resolve_rope(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:
         return None
@@ -141,7 +145,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         reasons[0] = f"cluster.workers is {num_workers}: the most that share the {begun.rows_per_step} rows of a step evenly."
     if config.data.max_length == "auto":
         taken = f", of which virtual tokens take {trained.num_virtual}" if trained.num_virtual else ""
-        reasons.append(f"data.max_length is {row_length}; the model has {shape.max_positions} positions{taken}.")
+        reasons.append(f"data.max_length is {row_length}; the model has {positions_of(config.model, shape)} positions{taken}.")
     return Setting(
         config=config,
         shape=shape,

@@ -34,6 +34,7 @@ KEY_OF = {
     "model.frozen": "strategy.freeze",
     "model.new_tokens": "model.new_tokens",
     "model.num_embeddings": "model.vocabulary_multiple",
+    "model.rope": "model.rope_scaling",
     "model.dropout": "model.dropout",
     "optimization.num_steps": "training.max_steps",
     "optimization.num_rows": "training.num_train_epochs",
@@ -75,12 +76,22 @@ _BY_CONTENT = (
 """Keys that name what may be the same under another name."""
 _ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """Keys that make the rows of a step, together with the number of workers."""
+_SHARE_ROWS = ("cluster.workers", "training.sequence_parallel_size")
+"""Keys that make the number of workers, or of groups of them, that have rows of their own."""
 _KEPT = ("training.precision", "training.global_batch_size")
 """Keys that keep what a run began with where they are automatic (plan.division)."""
 _NOWHERE = object()
 DIVIDING = (
     *("cluster.", "provider.", "model.attention", "model.quant_storage", "adapter.quant_storage", "training.zero."),
-    *("training.loss", "training.compile", "training.liger", "training.tf32", "training.gradient_checkpointing", *_ROWS[1:]),
+    *(
+        "training.loss",
+        "training.compile",
+        "training.sequence_parallel_size",
+        "training.liger",
+        "training.tf32",
+        "training.gradient_checkpointing",
+        *_ROWS[1:],
+    ),
 )
 """Beginnings of keys that decide how a run is divided, and nothing of what it computes while its rows per step stay."""
 _BESIDE = {
@@ -92,7 +103,7 @@ _BESIDE = {
     "adapter.exclude_modules": ("strategy.freeze",),
     "optimization.weight_decay": ("strategy.l2_sp", "strategy.ewc"),
     "optimization.ewc_documents": ("strategy.ewc.data", "strategy.ewc.strength"),
-    "rows_per_step": (*_ROWS, "cluster.workers"),
+    "rows_per_step": (*_ROWS, *_SHARE_ROWS),
 }
 """Values that follow from several keys."""
 
@@ -137,7 +148,7 @@ def asks_for(was: RunPlan, before: RunConfig, now: RunConfig, *, may_change: tup
     identity = leaves(identity_of(was))
     changes = config_diff(before, now)
     leaf_of = _leaves_by_key(identity)
-    divides_rows = any(key in (*_ROWS, "cluster.workers") for key, _, _ in changes)
+    divides_rows = any(key in (*_ROWS, *_SHARE_ROWS) for key, _, _ in changes)
     rows_stay = not divides_rows or _rows_asked(now, was.batch.global_batch_size)
     return rows_stay and all(
         (key.startswith((*DIVIDING, *may_change)) and not key.startswith("training.zero.overrides"))
@@ -160,7 +171,10 @@ def _rows_asked(config: RunConfig, rows: int) -> bool:
     micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if micro == "auto" or accumulation == "auto":
         return True
-    return config.cluster.workers != "auto" and micro * accumulation * config.cluster.workers == rows
+    return (
+        config.cluster.workers != "auto"
+        and micro * accumulation * config.cluster.workers == rows * training.sequence_parallel_size
+    )
 
 
 def changes_in_keys(was: RunPlan, plan: RunPlan, before: RunConfig, now: RunConfig) -> list[Change]:

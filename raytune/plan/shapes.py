@@ -65,6 +65,17 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary positions as a base's config has them."""
+
+    kind: str
+    """As transformers names it (`rope_type`), or words for what has no such name."""
+    factor: float = 1.0
+    original: int | None = None
+    """Positions before it was scaled, where its config says that apart from those that it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Everything that the plan asks about a model."""
 
@@ -78,6 +89,8 @@ class ModelShape:
     head_dim: int
     vocab: int
     max_positions: int
+    rope: Rope | None = None
+    """None: positions are not rotary."""
     has_gate: bool
     """Whether the MLP multiplies two branches (SwiGLU, GeGLU)."""
     activation: str

@@ -80,16 +80,19 @@ def step_time(work: Workload, speed: Speed, row_tokens: int) -> StepTimePlan:
         "communication": communication_s,
         "offload": offload_s,
     }
-    on_gpu = compute_s + memory_s
+    exchange_s = _exchange_s(work, speed)
+    on_gpu = compute_s + memory_s + exchange_s
     seconds = max(on_gpu, communication_s, offload_s)
     overlapped: Bound = "communication" if communication_s >= offload_s else "offload"
-    binds = overlapped if parts[overlapped] > on_gpu else "compute" if compute_s >= memory_s else "memory bandwidth"
+    there: dict[Bound, float] = {"compute": compute_s, "memory bandwidth": memory_s, "communication": exchange_s}
+    binds = overlapped if parts[overlapped] > on_gpu else max(there, key=lambda bound: there[bound])
     tokens = work.workers * work.accumulation * work.num_tokens
     return StepTimePlan(
         compute_s=compute_s,
         memory_s=memory_s,
         communication_s=communication_s,
         offload_s=offload_s,
+        exchange_s=exchange_s,
         seconds=seconds,
         binds=binds,
         tokens_per_s=tokens / seconds,
@@ -188,6 +191,24 @@ def _communication_s(work: Workload, speed: Speed) -> float:
         return (work.accumulation + 1) * gradients
     gathers = 3 if work.has_checkpointing else 2
     return work.accumulation * (gathers * _collective_s(work.all_weight_bytes, work.workers, speed) + gradients)
+
+
+def _exchange_s(work: Workload, speed: Speed) -> float:
+    """Seconds that a step's attention waits for the ranks that share its rows.
+
+    Jacobs et al. 2023 (DeepSpeed Ulysses), section 3.2: of queries, keys, values and outputs of its own tokens, a rank sends all
+    but its share, in each pass. What leaves a node shares that node's link.
+    """
+    size, shape = work.sequence_parallel, work.shape
+    if size == 1:
+        return 0.0
+    keys = shape.kv_heads * max(1.0, size / shape.kv_heads)
+    per_pass = BYTES[work.precision] * work.num_tokens * 2 * (shape.heads + keys) * shape.head_dim
+    passes = shape.num_layers + work.num_reached * (1 + work.has_checkpointing)
+    on_node = min(size, speed.gpus_per_node)
+    inside = (on_node - 1) / size / speed.intra_bytes_per_s
+    between = (size - on_node) / size * speed.gpus_per_node / speed.inter_bytes_per_s
+    return work.accumulation * passes * per_pass * max(inside, between)
 
 
 def _collective_s(num_bytes: float, workers: int, speed: Speed) -> float:

@@ -21,7 +21,8 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
     if plan.precision == "fp16" and plan.cluster.device == "cpu":
         raise PlanError("DeepSpeed has no fp16 on CPUs. Set training.precision to bf16 or fp32, or training.zero.stage to 0.")
     config: dict[str, Any] = {
-        "train_batch_size": plan.batch.global_batch_size,
+        # As DeepSpeed counts, to whom each worker has rows of its own; nothing is divided by it.
+        "train_batch_size": plan.batch.workers * plan.batch.micro_batch_size * plan.batch.accumulation,
         "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
         "gradient_accumulation_steps": plan.batch.accumulation,
         # `step()` is the boundary: the loop knows how many micro-batches a step has, DeepSpeed need not count them.

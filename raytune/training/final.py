@@ -23,6 +23,7 @@ from raytune.model.base_content import save_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
 from raytune.model.inference import base_then_tuned
+from raytune.model.rope import save_rope
 from raytune.model.stopping import save_generation_config, stopping_config
 from raytune.plan.run_plan import GenerationPlan, RunPlan
 from raytune.run_folder import RunFolder
@@ -102,6 +103,7 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
             save_model(model, tensors, target)
         else:
             save_adapter(model, dict(tensors), target)
+            save_rope(plan.model.rope, target)
             if plan.model.content is not None:
                 save_content(plan.model.content, target)
         tokenizer = load_tokenizer(plan.model.path, plan.model.revision, plan.model.trust_remote_code)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from raytune.data.batches import Batch, step_batches
+from raytune.data.slices import Seat
 from raytune.data.store import Store
 from raytune.errors import TrainingError
 from raytune.evaluate.answer_metrics import answer_metrics
@@ -180,17 +181,20 @@ def _told(folder: RunFolder, worker: Worker) -> Iterator[Report]:
 def batches_of_run(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Sequence[Batch]]:
     """This rank's micro-batches of a step."""
 
+    seat = Seat.of(plan.batch, worker.rank, worker.world_size)
+
     def batches_of(step: int) -> Sequence[Batch]:
         batches = step_batches(
             store,
             step=step,
-            rank=worker.rank,
-            world=worker.world_size,
+            rank=seat.group,
+            world=seat.num_groups,
             micro_batch_size=plan.batch.micro_batch_size,
             accumulation=plan.batch.accumulation,
             num_rows_in_run=plan.optimization.num_rows,
             seed=plan.seed,
         )
+        batches = [seat.own(batch) for batch in batches]
         return [batch.pin_memory() for batch in batches] if plan.cluster.device == "cuda" else batches
 
     return batches_of

@@ -22,6 +22,7 @@ from raytune.model.base_check import check_base
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
+from raytune.model.sequence_parallel import SharedRows
 from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -59,9 +60,13 @@ class Worker:
 class BatchLoss:
     """The loss of a model on a batch, with the attention that the plan chose. Called, it gives the sum over the targets."""
 
-    def __init__(self, plan: RunPlan, model: nn.Module) -> None:
+    def __init__(self, plan: RunPlan, model: nn.Module, shared: SharedRows | None = None) -> None:
+        """
+        Args:
+            shared: with whom this rank shares rows.
+        """
         self._layer: LossLayer | None = attach_loss(model, plan.loss.chunk_tokens)
-        self._model = plan.model
+        self._model, self._shared = plan.model, shared
         self._in_front = partial(adapting(plan.adapter).in_front, plan.adapter)
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -81,7 +86,8 @@ class BatchLoss:
         self._layer = None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return model_inputs(batch, self._model.attention, packs=self._model.packs)
+        inputs = model_inputs(batch, self._model.attention, packs=self._model.packs)
+        return inputs if self._shared is None else inputs | {"shared_rows": self._shared}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +193,8 @@ def start_engine(
     engine = (
         _plain_engine(plan, device, rank, world_size, kept, saved, look) if is_plain else _zero_engine(plan, device, saved, look)
     )
-    return engine, BatchLoss(plan, engine.model)
+    size, timeout_s = plan.batch.sequence_parallel, plan.cluster.collective_timeout_s
+    return engine, BatchLoss(plan, engine.model, SharedRows.of(size, rank, world_size, timeout_s))
 
 
 def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte on held-out rows, per data set and over all of them."""
 
 from raytune.data.batches import evaluation_batches
+from raytune.data.slices import Seat
 from raytune.data.store import Store
 from raytune.evaluate.perplexity import bits_per_byte, perplexity
 from raytune.plan.run_plan import RunPlan
@@ -25,16 +26,17 @@ class Validation:
         mean target.
         """
         metrics: dict[str, float] = {}
+        seat = Seat.of(self._plan.batch, self._engine.rank, self._engine.world_size)
         loss_sum, weight, num_targets, num_bytes = 0.0, 0.0, 0, 0
         for name, store in self._stores.items():
             batches = evaluation_batches(
                 store,
-                rank=self._engine.rank,
-                world=self._engine.world_size,
+                rank=seat.group,
+                world=seat.num_groups,
                 micro_batch_size=self._plan.batch.micro_batch_size,
                 max_rows=self._plan.evaluation.max_rows,
             )
-            measured = evaluate_loss(self._engine, batches, self._loss_sum)
+            measured = evaluate_loss(self._engine, map(seat.own, batches), self._loss_sum)
             own_bytes = int(store.num_bytes_of_row[: self._plan.evaluation.max_rows].sum())
             loss_sum += measured.loss * measured.weight
             weight += measured.weight

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytune.data.batches import Batch, step_batches
+from raytune.data.slices import Seat
 from raytune.data.store import Store
 from raytune.errors import TrainingError
 from raytune.plan.run_plan import RunPlan, StorePlan
@@ -193,20 +194,21 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def batches_of_rank(plan: RunPlan, *, num_rows_in_run: int = 10**6) -> Callable[[int], Sequence[Batch]]:
-    rank, world = rank_and_world()
+    seat = Seat.of(plan.batch, *rank_and_world())
     store = Store.open(plan.data.train.path)
 
     def batches_of(step: int) -> list[Batch]:
-        return step_batches(
+        batches = step_batches(
             store,
             step=step,
-            rank=rank,
-            world=world,
+            rank=seat.group,
+            world=seat.num_groups,
             micro_batch_size=plan.batch.micro_batch_size,
             accumulation=plan.batch.accumulation,
             num_rows_in_run=num_rows_in_run,
             seed=plan.seed,
         )
+        return [seat.own(batch) for batch in batches]
 
     return batches_of
 

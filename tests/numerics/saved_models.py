@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune.data.store import Store
 from raytune.plan.base_model import model_files
@@ -12,10 +12,14 @@ from raytune.plan.run_plan import RunPlan
 
 
 def plainly_loaded(plan: RunPlan, model_path: str) -> Any:
-    """In fp32. A base whose adapter was trained with more rows is given them first, as the plan's note says."""
+    """In fp32. A base whose adapter was trained with more rows or other positions gets them first, as the plan's notes say."""
     if plan.adapter.method == "full":
         return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(model_files(plan.model.path), dtype=torch.float32)
+    config = AutoConfig.from_pretrained(model_files(plan.model.path))
+    if rope := plan.model.rope:
+        config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"]} | rope.parameters
+        config.max_position_embeddings = rope.max_position_embeddings
+    base = AutoModelForCausalLM.from_pretrained(model_files(plan.model.path), config=config, dtype=torch.float32)
     if plan.model.num_embeddings is not None:
         base.resize_token_embeddings(plan.model.num_embeddings)
     return PeftModel.from_pretrained(base, model_path)
