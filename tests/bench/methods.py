@@ -112,7 +112,13 @@ def task(options: argparse.Namespace) -> dict[str, Any]:
         data["train"] = {"path": str(options.data / "train.jsonl"), "columns": COLUMNS, "max_rows": 2000}
         data["validation"] = {"path": str(options.data / "test.jsonl"), "columns": COLUMNS, "max_rows": 100}
         evaluation["at_start"] = True
-    return {"model": {"base": "demo"}, "data": data, "training": training, "evaluation": evaluation, "cluster": {"workers": 1, "threads_per_worker": 1}}
+    return {
+        "model": {"base": "demo"},
+        "data": data,
+        "training": training,
+        "evaluation": evaluation,
+        "cluster": {"workers": 1, "threads_per_worker": 1},
+    }
 
 
 def prepared(settings: dict[str, Any]) -> Prepared:
