@@ -8,7 +8,6 @@ before it is added to any other, is the engine's matter (`sum_squared_gradients`
     <run>/importance/MANIFEST.json          what it was estimated from, how it is divided, sizes and hashes; written last
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,7 +176,7 @@ class _Kept:
     def _manifest(self) -> dict[str, Any] | None:
         try:
             return storage.read_json(f"{self.folder}/{MANIFEST}")
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError):  # it is written last, and whole
             return None
 
     def _why_not(self, manifest: dict[str, Any]) -> str:
@@ -212,14 +211,11 @@ class _Kept:
             return None  # rank 0 has the same
         path = f"{self.folder}/{self._file}"
         tensors = {name: share.cpu().contiguous() for name, share in shares.items()}
-        if storage.is_local(path):
-            target = storage.local_path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = target.with_name(f"{target.name}.unfinished")
-            save_file(tensors, unfinished)
-            os.replace(unfinished, target)
-            return self._file, storage.file_digest(path)
-        with TemporaryDirectory() as scratch:
+        beside = None
+        if storage.is_local(path):  # where there is room for it, and not where the system has its own
+            beside = storage.local_path(self.folder)
+            beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=beside) as scratch:
             save_file(tensors, Path(scratch, self._file))
             return self._file, storage.upload_file(Path(scratch, self._file), path)
 

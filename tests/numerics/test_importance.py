@@ -61,7 +61,7 @@ def general(tmp_path_factory: pytest.TempPathFactory) -> StorePlan:
 def odd(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Material:
     """Weights whose numbers two ranks cannot share evenly, so that shards are filled up, and a tied head."""
     folder = tmp_path_factory.mktemp("odd")
-    shape = {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
+    shape: dict[str, Any] = {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
     return replace(material, model=save_tiny_model(folder, **shape))
 
 
@@ -233,7 +233,8 @@ def importance_of(plan: RunPlan) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_three_ranks_share_documents(stage: int, odd: Material, general: StorePlan) -> None:
-    plan = ewc_plan(odd, general, stage=stage)
+    """Activations are recomputed, at stage 3 in a backward pass of their own, and the tied head sees chunks."""
+    plan = ewc_plan(odd, general, stage=stage, checkpointing=True, loss={"chunk_tokens": 16})
     plan = plan.model_copy(update={"batch": plan.batch.model_copy(update={"workers": 3})})
     expected = plain_importance(plan)
     for importance in run_on_ranks(importance_of, 3, plan):
