@@ -1,10 +1,11 @@
-"""`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, and what holds
-them near the base."""
+"""`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, what holds them
+near the base, and which earlier rows are trained again."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raytune.config.data import Sources
 from raytune.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, Text
 
 Pattern = Annotated[Text, Field(examples=["self_attn"])]
@@ -52,6 +53,16 @@ class L2SPSection(Section):
     """Half of this is added per squared unit of a weight's way: strength / 2 * sum (w - w0)^2. 0: no penalty."""
 
 
+class ReplaySection(Section):
+    """Rows of earlier tasks, or of general data, among those of the new one, so that less of what they taught is forgotten."""
+
+    data: Sources
+    """The rows that are seen again: one source or a list, as in `data.train`."""
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Their share of all targets of an epoch: 0.1 is one replayed target in ten. They are a part of these rows, the same in each
+    epoch, or these rows several times where they are few. 0: none."""
+
+
 UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
 
 
@@ -73,3 +84,5 @@ class StrategySection(Section):
     l2_sp: Annotated[L2SPSection | None, Field(examples=[{"strength": 0.01}])] = None
     """Hold trained weights near those of the base, so that less of what it can do is forgotten (with `full`). `train/loss` is
     without the penalty, which is `train/penalty`."""
+    replay: ReplaySection | None = None
+    """Mix rows of earlier tasks, or of general data, into the training rows."""

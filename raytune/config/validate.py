@@ -27,6 +27,7 @@ from raytune.config.problems import (
     shown,
 )
 from raytune.config.readers import Unread, unread, without
+from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
 from raytune.config.space import space_problems
@@ -170,14 +171,8 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
     """Local files that the config names and this machine lacks. Not checked where the files lie elsewhere, with the cluster."""
     if config.cluster.address:
         return []
-    generation = config.evaluation.generation
-    sources = {
-        ("data", "train"): config.data.train,
-        ("data", "validation"): config.data.validation,
-        ("evaluation", "generation", "rows"): generation.rows if generation else [],
-    }
     named: list[tuple[KeyPath, str]] = [
-        ((*key, i, "path"), source.path) for key, rows in sources.items() for i, source in enumerate(rows)
+        ((*key.split("."), i, "path"), source.path) for key, rows in row_sources(config).items() for i, source in enumerate(rows)
     ]
     local = [(path, name) for path, name in named if name.endswith(_ROW_FILES)]
     local += [(("model", "base"), config.model.base)] if is_written_as_path(config.model.base) else []

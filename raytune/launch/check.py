@@ -5,15 +5,16 @@ Opens the tokenizer and reads the first rows of each source. Names and numbers a
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, TrainSource
 from raytune.config.evaluation import GenerationSection
+from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.data.source_rows import formats_of
 from raytune.data.sources import DEMO_ROWS, find_files, scan
@@ -44,6 +45,9 @@ from raytune.units import format_seconds
 
 SAMPLE_ROWS = 2000
 """Rows of each source that are read and tokenised at most."""
+
+_TOKENISED = ("data.train", "data.validation", "strategy.replay.data")
+"""Keys of rows that a run tokenises."""
 
 Result = TypeVar("Result")
 
@@ -183,11 +187,23 @@ class _Reading:
     shape: ModelShape
     model_path: str
 
-    def builder(self, scratch: str, generation: GenerationSection | None = None, **data: Any) -> DataBuilder:
+    def builder(
+        self,
+        scratch: str,
+        generation: GenerationSection | None = None,
+        replayed: Sequence[DataSource] = (),
+        **data: Any,
+    ) -> DataBuilder:
         """As of the run, with other sources, and a folder of its own for what is tokenised."""
-        data_section = self.config.data.model_copy(update={**data, "store": scratch})
-        evaluation = self.config.evaluation.model_copy(update={"generation": generation})
-        run = self.config.model_copy(update={"data": data_section, "evaluation": evaluation})
+        replay = self.config.strategy.replay
+        sections = {
+            "data": self.config.data.model_copy(update={**data, "store": scratch}),
+            "evaluation": self.config.evaluation.model_copy(update={"generation": generation}),
+            "strategy": self.config.strategy.model_copy(
+                update={"replay": replay.model_copy(update={"data": replayed}) if replay and replayed else None}
+            ),
+        }
+        run = self.config.model_copy(update=sections)
         return DataBuilder(run, self.model_path, self.row_length, scratch, map, num_embeddings=self.shape.vocab)
 
     @property
@@ -215,7 +231,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[source], validation=[], validation_fraction=0.0)
+            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0)
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -230,10 +246,8 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
     """Plan the run on the rows that were read."""
-    train, validation = (
-        [source for key, source in here.items() if key.startswith(side)] for side in ("data.train", "data.valid")
-    )
-    facts = reading.builder(scratch, train=train, validation=validation).build()
+    train, validation, replayed = ([source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED)
+    facts = reading.builder(scratch, replayed=replayed, train=train, validation=validation).build()
     setting = settle(reading.config, reading.shape, machine)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
@@ -248,9 +262,8 @@ def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> boo
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:
     """Sources of rows that are trained or evaluated, by their key."""
-    for side in ("train", "validation"):
-        for position, source in enumerate(getattr(config.data, side)):
-            yield f"data.{side}.{position}", source
+    rows = row_sources(config)
+    return ((f"{key}.{position}", source) for key in _TOKENISED for position, source in enumerate(rows[key]))
 
 
 def _is_here(source: DataSource, is_elsewhere: bool) -> bool:
@@ -276,6 +289,11 @@ def _has_config(config: RunConfig) -> bool:
     except ModelError:
         return False
     return True
+
+
+def _alone(source: DataSource) -> TrainSource:
+    """A source as the only one that is trained on, which nothing is weighed against."""
+    return TrainSource(**{name: getattr(source, name) for name in DataSource.model_fields})
 
 
 def _first_rows(source: DataSource) -> DataSource:

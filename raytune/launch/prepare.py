@@ -147,7 +147,7 @@ class Preparation:
             setting = settle(config, base.shape, machine, begun)
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
-        read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
+        read = [config.data, config.strategy.replay, base.section, config.evaluation.generation, setting.row_length, storage]
         read.append(num_virtual_tokens(config.adapter))  # which rows leave room for
         if (key := repr(read)) not in self._data:
             num_embeddings = base.shape.vocab

@@ -177,7 +177,8 @@ def _named(
     """A difference between two plans in the words of the configs: keys that were written anew, else what the plan resolved."""
     key = key_of(leaf)
     if leaf.startswith(("data.train", "data.validation", "template")):
-        decided = [each for each in written if each.startswith(("data.", "model.base")) and each != "data.store"]
+        deciding = ("data.", "model.base", "strategy.replay")
+        decided = [each for each in written if each.startswith(deciding) and each != "data.store"]
     else:
         deciding = (key, *_BESIDE.get(leaf, ()))
         decided = [each for each in written if any(f"{each}.".startswith(f"{one}.") for one in deciding)]
