@@ -17,7 +17,7 @@ from typing import Any
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from raytune.clusters.secret_files import SECRET_FOLDERS, looks_secret, secret_in
-from raytune.config.rows import rows_by_key
+from raytune.config.row_sources import all_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.local_files import local_errors
@@ -163,8 +163,8 @@ def named_by(config: RunConfig) -> list[str]:
 
 
 def rows_named_by(config: RunConfig) -> list[str]:
-    """Of the paths that a config names, those of rows."""
-    return _in_working_dir(source.path for sources in rows_by_key(config).values() for source in sources)
+    """Of the paths that a config names, those of rows that are trained on, validated on or answered."""
+    return _in_working_dir(source.path for source in all_sources(config))
 
 
 def _in_working_dir(names: Iterable[str]) -> list[str]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from raytune.config.section import Auto, Fraction, PositiveInt, Section, Text
+from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
 
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
@@ -33,6 +33,28 @@ class DataSource(Section):
     """Read the first rows only."""
 
 
+class TrainSource(DataSource):
+    """One set of training rows, and how much it counts among several."""
+
+    loss_weight: PositiveFloat = 1.0
+    """How much each of its targets counts in the loss, against those of other sources: 0.2 for general text beside a domain, say.
+    Multiplied by what a row gives its turns (`weight`). A source that is to count nothing is left out."""
+    proportion: Annotated[PositiveFloat | None, Field(examples=[3.0])] = None
+    """Its part of the targets of an epoch, against the parts of the other sources, each of which needs one: 3 beside 1 is three
+    quarters. `mixing.until` says which rows are repeated or left out for that."""
+
+
+class MixingSection(Section):
+    """How much an epoch has of each of several training sources, where that is not each row once."""
+
+    temperature: Annotated[float, Field(ge=0.01, examples=[2.0])] | None = None
+    """Instead of a `proportion` per source: a source of n targets gets a part of n^(1 / temperature). 1: as many as it has; the
+    higher, the more alike the parts are."""
+    until: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """When an epoch ends: with `all_exhausted` when each row of each source was seen, those of others more than once; with
+    `first_exhausted` when those of one source were, so that no row is seen twice, and some of the others' never."""
+
+
 def _as_list(value: object) -> object:
     sources = value if isinstance(value, list) else [value]
     return [{"path": source} if isinstance(source, str) else source for source in sources]
@@ -45,13 +67,31 @@ Sources = Annotated[
 ]
 
 
+def _all_or_none(sources: list[TrainSource]) -> list[TrainSource]:
+    without = [source.path for source in sources if source.proportion is None]
+    if 0 < len(without) < len(sources):
+        raise ValueError(f"give each source a proportion, or none of them: {', '.join(without)} has none")
+    return sources
+
+
+TrainSources = Annotated[
+    list[TrainSource],
+    BeforeValidator(_as_list, json_schema_input_type=str | TrainSource | list[str | TrainSource]),
+    AfterValidator(_all_or_none),
+    Field(title="a path, a source (path, format, ...), or a list of them", examples=["rows.jsonl"]),
+]
+
+
 class DataSection(Section):
-    train: Sources = [DataSource(path="demo:train")]
+    train: TrainSources = [TrainSource(path="demo:train")]
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
+    mixing: MixingSection = MixingSection()
+    """How often an epoch has the rows of each of several sources. Without a word here or in them: each row once."""
     validation: Sources = []
     """Rows for evaluation while training. Empty with `validation_fraction` 0: no evaluation."""
     validation_fraction: Fraction = 0.0
-    """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content."""
+    """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content. Those of several
+    sources are measured as sets of their own too (`validation/NAME/loss`)."""
     template: Text = "auto"
     """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`,
     `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""

@@ -1,8 +1,8 @@
 """Names of what a run measures on its validation rows, as they may be written in `checkpoint.metric` and `sweep.metric`. Pure."""
 
-from raytune.config.data import validation_sets
 from raytune.config.hints import hint_for_value
 from raytune.config.problems import shown
+from raytune.config.row_sources import evaluated_sets
 from raytune.config.run import RunConfig
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
@@ -11,9 +11,10 @@ METRICS = ("loss", "perplexity", "bits_per_byte")
 
 def measured(config: RunConfig) -> list[str]:
     """Names of the metrics of a run; none without validation rows."""
-    several = validation_sets(config.data.validation) if len(config.data.validation) > 1 else {}
-    if not config.data.validation and not config.data.validation_fraction:
+    sets = evaluated_sets(config)
+    if not sets:
         return []
+    several = sets if len(sets) > 1 else {}
     return [f"{prefix}/{name}" for prefix in ("validation", *(f"validation/{each}" for each in several)) for name in METRICS]
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from raytune.config.keys import keys, schema_path
 from raytune.config.problems import NOT_POSSIBLE, ConfigError, Place, Problem
-from raytune.config.rows import rows_by_key
+from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 
@@ -66,8 +66,8 @@ def _is_key(name: str) -> bool:
 
 def _source_of(message: str, config: RunConfig, places: Places) -> str | None:
     """The key of the longest path in a message."""
-    sources = {key: [source.path for source in rows] for key, rows in rows_by_key(config).items()}
-    sources["model.base"] = [config.model.base]
+    rows = {key: [source.path for source in sources] for key, sources in row_sources(config).items()}
+    sources = rows | {"model.base": [config.model.base]}
     named = {path: key for key, paths in sources.items() for path in paths if key in places and _says(message, path)}
     return named[max(named, key=len)] if named else None
 

@@ -16,7 +16,7 @@ from raytune.config.keys import schema_path
 from raytune.config.model import is_written_as_path
 from raytune.config.problems import dotted, shown
 from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
-from raytune.config.rows import tokenised_sources
+from raytune.config.row_sources import tokenised_sources, trained_sources
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.training import Schedule
@@ -278,18 +278,46 @@ _HUB_MODEL = Need(
     is_said=True,
 )
 _MANY_SPLITS = Need(
-    keys=("data.train", "data.validation", "strategy.ewc.data", "evaluation.generation.rows"),
+    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation.generation.rows"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
     remedy="name a hub data set or a `save_to_disk` folder as path",
 )
 _CHAT = Need(
-    keys=("data.train", "data.validation", "strategy.ewc.data", "evaluation.generation"),
+    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation.generation"),
     holds=lambda config, _: (
         config.evaluation.generation is not None or any(source.format != "text" for source in tokenised_sources(config))
     ),
     otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
     remedy="give the rows another format",
+)
+
+
+_SEVERAL_SOURCES = Need(
+    keys=("data.train", "strategy.replay"),
+    holds=lambda config, _: len(trained_sources(config)) > 1,
+    otherwise=lambda config: "there is one source of training rows, and sources count against each other",
+    remedy="name another one in data.train",
+)
+_TO_BE_MIXED = Need(
+    keys=("data.train",),
+    holds=lambda config, _: len(config.data.train) > 1,
+    otherwise=lambda config: "data.train has one source, and nothing to mix it with",
+    remedy="name another one",
+)
+_NO_PROPORTIONS = Need(
+    keys=("data.train",),
+    holds=lambda config, _: all(source.proportion is None for source in config.data.train),
+    otherwise=lambda config: "each source of data.train has a proportion, which says how they are mixed",
+    remedy="leave out the proportions",
+)
+_MIXED = Need(
+    keys=("data.train", "data.mixing.temperature"),
+    holds=lambda config, _: (
+        config.data.mixing.temperature is not None or any(source.proportion is not None for source in config.data.train)
+    ),
+    otherwise=lambda config: "each row is seen once per epoch: there are neither proportions nor data.mixing.temperature",
+    remedy="give each source of data.train a proportion",
 )
 
 
@@ -363,6 +391,11 @@ READERS: dict[str, Reader] = {
     # data
     **_read("data", "train validation", "launch.stores"),
     **_rows_of_sources("data.train"),
+    **_read("data.train", "loss_weight", "plan.mixing", needs=(_SEVERAL_SOURCES,)),
+    **_read("data.train", "proportion", "plan.mixing", needs=(_TO_BE_MIXED,)),
+    **_read("data", "mixing", "plan.mixing"),
+    **_read("data.mixing", "temperature", "plan.mixing", needs=(_TO_BE_MIXED, _NO_PROPORTIONS)),
+    **_read("data.mixing", "until", "plan.mixing", needs=(_TO_BE_MIXED, _MIXED)),
     **_rows_of_sources("data.validation"),
     **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
     **_read("data", "on_prompt_mismatch", "launch.stores", needs=(_CHAT,), idle=("error",)),
@@ -412,6 +445,10 @@ READERS: dict[str, Reader] = {
     **_read("strategy", "ewc", "plan.penalty"),
     **_read("strategy.ewc", "strength data max_documents", "plan.penalty"),
     **_rows_of_sources("strategy.ewc.data"),
+    **_read("strategy", "replay", "plan.mixing"),
+    **_read("strategy.replay", "data", "config.row_sources"),
+    **_read("strategy.replay", "share", "plan.mixing"),
+    **_rows_of_sources("strategy.replay.data"),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

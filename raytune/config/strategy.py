@@ -1,5 +1,5 @@
-"""`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, and what holds
-them near the base."""
+"""`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, what holds them
+near the base, and which earlier rows are trained again."""
 
 from typing import Annotated, Literal
 
@@ -74,6 +74,16 @@ class EWCSection(Section):
         return self
 
 
+class ReplaySection(Section):
+    """Rows of earlier tasks, or of general data, among those of the new one, so that less of what they taught is forgotten."""
+
+    data: Sources
+    """The rows that are seen again: one source or a list, as in `data.train`."""
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Their share of all targets of an epoch: 0.1 is one replayed target in ten. They are a part of these rows, the same in each
+    epoch, or these rows several times where they are few. 0: none."""
+
+
 UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
 
 
@@ -98,3 +108,5 @@ class StrategySection(Section):
     ewc: Annotated[EWCSection | None, Field(examples=[{"strength": 100.0, "data": "general.jsonl"}])] = None
     """Hold trained weights near those of the base by how much other rows depend on each (with `full`); beside `l2_sp`, both
     count. `train/penalty` has the sum."""
+    replay: ReplaySection | None = None
+    """Mix rows of earlier tasks, or of general data, into the training rows."""

@@ -27,7 +27,7 @@ from raytune.config.problems import (
     shown,
 )
 from raytune.config.readers import Unread, unread, without
-from raytune.config.rows import rows_by_key
+from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
 from raytune.config.space import space_problems
@@ -172,7 +172,7 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
     if config.cluster.address:
         return []
     named: list[tuple[KeyPath, str]] = [
-        ((*key.split("."), i, "path"), source.path) for key, rows in rows_by_key(config).items() for i, source in enumerate(rows)
+        ((*key.split("."), i, "path"), source.path) for key, rows in row_sources(config).items() for i, source in enumerate(rows)
     ]
     local = [(path, name) for path, name in named if name.endswith(_ROW_FILES)]
     local += [(("model", "base"), config.model.base)] if is_written_as_path(config.model.base) else []

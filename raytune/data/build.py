@@ -14,7 +14,7 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.config.model import NewToken
 from raytune.data.formats import names_format
 from raytune.data.prompts import TOLERATED_SHARE
-from raytune.data.row_file import write_rows
+from raytune.data.row_file import SourceUse, WrittenRows, write_rows
 from raytune.data.shards import (
     ShardPart,
     ShardResult,
@@ -34,6 +34,7 @@ from raytune.data.store_request import StoreRequest, last_part
 from raytune.errors import DataError
 from raytune.local_files import local_errors, sync_local_folder
 from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.plan.mixing import passes_of_epoch
 from raytune.storage import file_digest, is_local, local_path, write_json
 
 _MIN_SHARD_SEGMENTS = 2
@@ -101,8 +102,9 @@ def build_store(
         tallies = _checked_tallies(request, results)
         built = draft / "store"
         built.mkdir()
-        shards = [result.path for result in results]
-        sizes = write_rows(built / ROWS_FILE, shards, request.max_length, request.packing, request.num_virtual)
+        uses = _uses(request, tallies)
+        written = write_rows(built / ROWS_FILE, results, uses, request.max_length, request.packing, request.num_virtual)
+        _refuse_empty_parts(request, tallies, written)
         digest = file_digest(built / ROWS_FILE)
         files = [file.file.name for source_files in scanned for file in source_files]
         meta = {
@@ -110,8 +112,8 @@ def build_store(
             "source_files": files,
             "size": digest.size,
             "sha256": digest.sha256,
-            **sizes,
-            "report": _report(request, formats, policies, tallies, sizes["num_rows"]).model_dump(mode="json"),
+            **written.sizes,
+            "report": _report(request, formats, policies, tallies, uses, written).model_dump(mode="json"),
         }
         write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
         sync_local_folder(built)
@@ -133,7 +135,8 @@ def _report(
     formats: Sequence[DataFormat],
     policies: Sequence[TooLong],
     tallies: Sequence[Tally],
-    num_rows: int,
+    uses: Sequence[SourceUse],
+    written: WrittenRows,
 ) -> StoreReport:
     sources = [
         SourceReport(
@@ -143,11 +146,42 @@ def _report(
             unread_columns=dict(tally.unread_columns),
             unread_keys=dict(tally.unread_keys),
             examples=tally.examples,
+            loss_weight=use.loss_weight,
+            passes=use.passes,
+            mixed=written.mixed[number] if written.mixed else None,
+            is_replayed=number >= len(request.sources) - request.mixture.num_replayed,
             **{count: tally.counts[count] for count in COUNTS},
         )
-        for source, name, policy, tally in zip(request.sources, formats, policies, tallies, strict=True)
+        for number, (source, name, policy, tally, use) in enumerate(
+            zip(request.sources, formats, policies, tallies, uses, strict=True)
+        )
     ]
-    return StoreReport(row_length=request.max_length, num_rows=num_rows, sources=sources)
+    return StoreReport(row_length=request.max_length, num_rows=written.sizes["num_rows"], sources=sources)
+
+
+def _uses(request: StoreRequest, tallies: Sequence[Tally]) -> list[SourceUse]:
+    """What is made of each source, once it is known how much there is of it."""
+    names = [source.path for source in request.sources]
+    passes = passes_of_epoch(request.mixture, [tally.counts["targets"] for tally in tallies], names)
+    weights = request.loss_weights or (1.0,) * len(names)
+    return [SourceUse(passes=each, loss_weight=weight) for each, weight in zip(passes, weights, strict=True)]
+
+
+def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written: WrittenRows) -> None:
+    """Refuse a mixture that has no room for any document of a source that has some.
+
+    Raises:
+        DataError: with what to change.
+    """
+    for number, (tally, part) in enumerate(zip(tallies, written.mixed or [])):
+        if tally.counts["documents"] and not part.documents:
+            is_replayed = number >= len(request.sources) - request.mixture.num_replayed
+            key = "strategy.replay.share" if is_replayed else "data.mixing"
+            raise DataError(
+                f"An epoch has no document of {request.sources[number].path}: the smallest is larger than its part. Raise that "
+                f"({'strategy.replay.share' if is_replayed else 'its proportion, or data.mixing.temperature'}), or leave it out.",
+                keys=(key, "data.train"),
+            )
 
 
 def _shards(

@@ -13,7 +13,8 @@ from raytune.data.masking import Targets
 from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
 from raytune.data.split import Side
-from raytune.plan import data_report
+from raytune.plan import data_report, mixing
+from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
 # Modules whose code decides what a store holds.
 _CODE = (
@@ -22,6 +23,8 @@ _CODE = (
     "fields",
     "formats",
     "masking",
+    "mixing",
+    "order",
     "packing",
     "prompts",
     "readers",
@@ -65,6 +68,10 @@ class StoreRequest:
     side: Side | Literal["all"] = "all"
     """With `validation_fraction`, the side of the split that the store holds."""
     validation_fraction: float = 0.0
+    mixture: Mixture = EACH_ROW_ONCE
+    """How often the store has the documents of each source."""
+    loss_weights: tuple[float, ...] = ()
+    """Of each source; empty: each is 1."""
 
     def address(self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong]) -> str:
         """Name of the store: equal only for equal tokens in equal rows.
@@ -99,5 +106,5 @@ def last_part(path: str) -> str:
 @cache
 def _code_fingerprint() -> str:
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__)]
+    files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__), Path(mixing.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -12,9 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, TrainSource
 from raytune.config.evaluation import GenerationSection
-from raytune.config.rows import rows_by_key
+from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.data.source_rows import formats_of
 from raytune.data.sources import DEMO_ROWS, find_files, scan
@@ -45,6 +45,9 @@ from raytune.units import format_seconds
 
 SAMPLE_ROWS = 2000
 """Rows of each source that are read and tokenised at most."""
+
+_TOKENISED = ("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data")
+"""Keys of rows that a run tokenises."""
 
 Result = TypeVar("Result")
 
@@ -185,17 +188,25 @@ class _Reading:
     model_path: str
 
     def builder(
-        self, scratch: str, generation: GenerationSection | None = None, ewc: Sequence[DataSource] = (), **data: Any
+        self,
+        scratch: str,
+        generation: GenerationSection | None = None,
+        replayed: Sequence[DataSource] = (),
+        weighed: Sequence[DataSource] = (),
+        **data: Any,
     ) -> DataBuilder:
         """As of the run, with other sources, and a folder of its own for what is tokenised."""
-        section = self.config.strategy.ewc
-        weighed = section.model_copy(update={"data": list(ewc)}) if section and ewc else None
-        changes = {
+        replay, ewc = self.config.strategy.replay, self.config.strategy.ewc
+        strategy = {
+            "replay": replay.model_copy(update={"data": replayed}) if replay and replayed else None,
+            "ewc": ewc.model_copy(update={"data": weighed}) if ewc and weighed else None,
+        }
+        sections = {
             "data": self.config.data.model_copy(update={**data, "store": scratch}),
             "evaluation": self.config.evaluation.model_copy(update={"generation": generation}),
-            "strategy": self.config.strategy.model_copy(update={"ewc": weighed}),
+            "strategy": self.config.strategy.model_copy(update=strategy),
         }
-        run = self.config.model_copy(update=changes)
+        run = self.config.model_copy(update=sections)
         return DataBuilder(run, self.model_path, self.row_length, scratch, map, num_embeddings=self.shape.vocab)
 
     @property
@@ -223,7 +234,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[source], validation=[], validation_fraction=0.0)
+            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0)
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -238,11 +249,10 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
     """Plan the run on the rows that were read."""
-    train, validation, ewc = (
-        [source for key, source in here.items() if key.startswith(side)]
-        for side in ("data.train", "data.validation", "strategy.ewc.data")
+    train, validation, replayed, weighed = (
+        [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
-    facts = reading.builder(scratch, ewc=ewc, train=train, validation=validation).build()
+    facts = reading.builder(scratch, replayed=replayed, weighed=weighed, train=train, validation=validation).build()
     setting = settle(reading.config, reading.shape, machine)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
@@ -257,9 +267,8 @@ def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> boo
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:
     """Sources of rows that are trained, evaluated or weighed by, by their key."""
-    for key in ("data.train", "data.validation", "strategy.ewc.data"):
-        for position, source in enumerate(rows_by_key(config)[key]):
-            yield f"{key}.{position}", source
+    rows = row_sources(config)
+    return ((f"{key}.{position}", source) for key in _TOKENISED for position, source in enumerate(rows[key]))
 
 
 def _is_here(source: DataSource, is_elsewhere: bool) -> bool:
@@ -285,6 +294,11 @@ def _has_config(config: RunConfig) -> bool:
     except ModelError:
         return False
     return True
+
+
+def _alone(source: DataSource) -> TrainSource:
+    """A source as the only one that is trained on, which nothing is weighed against."""
+    return TrainSource(**{name: getattr(source, name) for name in DataSource.model_fields})
 
 
 def _first_rows(source: DataSource) -> DataSource:

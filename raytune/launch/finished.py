@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from raytune.config.load import config_diff
-from raytune.config.rows import rows_by_key
+from raytune.config.row_sources import all_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, read_plan
@@ -70,8 +70,7 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
 
 def _has_changed(config: RunConfig, since: float) -> bool:
     """Whether a local file of data or base was written, replaced or moved there after `since` (seconds since 1970)."""
-    rows = [source.path for sources in rows_by_key(config).values() for source in sources]
-    paths = [path for path in (config.model.base, *rows) if is_local(path)]
+    paths = [path for path in (config.model.base, *(source.path for source in all_sources(config))) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
     # Folders and links too: another one that was moved to this name brings files that are older.
     entries = [entry.lstat() for name in named for entry in (name, *name.rglob("*")) if entry.is_dir() or entry.is_file()]

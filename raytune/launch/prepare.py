@@ -9,6 +9,7 @@ from typing import Self
 
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.model import ModelSection
+from raytune.config.row_sources import weighed_sources
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
@@ -27,7 +28,6 @@ from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import with_new_tokens
-from raytune.plan.penalty import ewc_sources
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
@@ -148,9 +148,9 @@ class Preparation:
             setting = settle(config, base.shape, machine, begun)
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
-        read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]
+        read = [config.data, config.strategy.replay, base.section, config.evaluation.generation, setting.row_length, storage]
         read.append(num_virtual_tokens(config.adapter))  # which rows leave room for
-        read.append(ewc_sources(config))
+        read.append(weighed_sources(config))
         if (key := repr(read)) not in self._data:
             num_embeddings = base.shape.vocab
             builder = DataBuilder(

@@ -1,17 +1,19 @@
 """The data of a run, made ready before any worker exists: tokenised stores, and the questions of its end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.adapter import num_virtual_tokens
-from raytune.config.data import DataSource, named_sources, validation_sets
-from raytune.config.rows import tokenised_sources
+from raytune.config.data import DataSource, named_sources
+from raytune.config.row_sources import evaluated_sets, tokenised_sources, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
 from raytune.data.packing import Packing
+from raytune.data.split import Side
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
@@ -20,8 +22,9 @@ from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
 from raytune.plan.data_facts import DataFacts
-from raytune.plan.data_report import DataReport
-from raytune.plan.penalty import ewc_name, ewc_sources
+from raytune.plan.data_report import DataReport, StoreReport
+from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
+from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
 from raytune.storage import is_local
 
@@ -70,30 +73,29 @@ class DataBuilder:
         Raises:
             DataError: if rows cannot be used or none is left.
         """
-        data = self._config.data
-        fraction = data.validation_fraction
-        train = self._store(data.train, side="train" if fraction else "all")
-        if fraction:
-            held_out = {"validation": self._store(data.train, side="validation")}
-        else:
-            held_out = {name: self._store([source], side="all") for name, source in validation_sets(data.validation).items()}
-        ewc_rows = ewc_sources(self._config)
+        config, is_split = self._config, bool(self._config.data.validation_fraction)
+        sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
+        train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config))
+        counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
+        sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
+        side = "validation" if is_split else "all"
+        measured = {name: self._store([source] if source else sources, side) for name, source in sets.items()}
         # Each document has a gradient of its own, which only one that passes alone gives.
-        ewc = self._store(ewc_rows, side="all", packing="none") if ewc_rows else None
+        ewc = self._store(weighed, "all", packing="none") if weighed else None
         learned_from = [train, ewc] if ewc else [train]
-        for info in (*learned_from, *held_out.values()):
+        for info in (*learned_from, *measured.values()):
             self._check_tokens(info)
-        sources = list(named_sources(data.train))
+        names = list(named_sources(sources))
         return DataFacts(
             report=DataReport(
                 template=self._chat.notes if self._chat else [],
-                train=train.report.named(sources),
-                validation={name: info.report.named(sources if fraction else [name]) for name, info in held_out.items()},
-                ewc=ewc.report.named(named_sources(ewc_rows)) if ewc else None,
+                train=train.report.named(names),
+                validation={name: info.report.named([name] if sets[name] else names) for name, info in measured.items()},
+                ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
             ),
             train=store_plan_of("train", train),
-            validation=tuple(store_plan_of(name, info) for name, info in held_out.items()),
-            ewc=store_plan_of(ewc_name(self._config), ewc) if ewc else None,
+            validation=tuple(store_plan_of(name, info, counts.get(name, 1.0)) for name, info in measured.items()),
+            ewc=store_plan_of(ewc_name(config), ewc) if ewc else None,
             longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
         )
@@ -149,7 +151,14 @@ class DataBuilder:
             return ""
         return resolve_template(self._config.data.template, tokenizer)
 
-    def _store(self, sources: Sequence[DataSource], side: str, packing: Packing | None = None) -> StoreInfo:
+    def _store(
+        self,
+        sources: Sequence[DataSource],
+        side: Side | Literal["all"],
+        mixture: Mixture = EACH_ROW_ONCE,
+        loss_weights: tuple[float, ...] = (),
+        packing: Packing | None = None,
+    ) -> StoreInfo:
         """Args:
         packing: other than the run's.
         """
@@ -166,8 +175,10 @@ class DataBuilder:
             on_bad_row=data.on_bad_row,
             on_prompt_mismatch=data.on_prompt_mismatch,
             tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
-            side=side,  # pyright: ignore[reportArgumentType]
+            side=side,
             validation_fraction=data.validation_fraction,
+            mixture=mixture,
+            loss_weights=loss_weights,
         )
         return build_store(
             request,
@@ -180,6 +191,20 @@ class DataBuilder:
         )
 
 
-def store_plan_of(name: str, info: StoreInfo) -> StorePlan:
+def _counts_in_training(sets: Iterable[str], trained: StoreReport) -> dict[str, float]:
+    """How much a target of each source counts in training, by the name of the set that is held out of it; sources of which no row
+    is held out have none."""
+    counted = zip(sets, trained.sources, strict=True)
+    return {name: source.loss_weight * source.passes for name, source in counted if source.other_side}
+
+
+def store_plan_of(name: str, info: StoreInfo, weight: float = 1.0) -> StorePlan:
     """A store as the plan names it."""
-    return StorePlan(name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets)
+    return StorePlan(
+        name=name,
+        path=info.path,
+        num_rows=info.num_rows,
+        num_tokens=info.num_tokens,
+        num_targets=info.num_targets,
+        weight=weight,
+    )

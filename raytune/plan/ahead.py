@@ -5,13 +5,14 @@ Nothing is started and nothing tokenised: how much data there is, is said (`plan
 
 import glob
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytune.config.asked import DEMO_MODEL
-from raytune.config.data import DataSource, validation_sets
+from raytune.config.data import DataSource
+from raytune.config.row_sources import evaluated_sets, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS
@@ -20,8 +21,9 @@ from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.hardware import Catalogue, Instance, load_catalogue
 from raytune.plan.machine import Machine
+from raytune.plan.mixing import mixture_of, size_of_epoch
 from raytune.plan.new_tokens import planned_base
-from raytune.plan.penalty import ewc_name, ewc_sources
+from raytune.plan.penalty import ewc_name
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.plan.setting import settle
@@ -120,9 +122,10 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         source = "as --tokens says"
     elif (counted := _demo_tokens(config)) is not None:
         num_tokens, source = counted, "counted: they are built in, and so is the tokenizer"
-    elif (num_bytes := _file_bytes(config.data.train)) is not None:
-        if not num_bytes:
+    elif (sizes := _file_bytes(trained_sources(config))) is not None:
+        if not sum(sizes):
             raise UserError(f"data.train ({', '.join(one.path for one in config.data.train)}) is empty.", keys=("data.train",))
+        num_bytes = int(_as_mixed(config, sizes))
         num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), f"at {BYTES_PER_TOKEN} bytes of its rows per token"
     elif config.training.max_steps is not None:
         num_tokens, source = config.training.max_steps * DEFAULT_ROWS * row_length, "enough for training.max_steps"
@@ -132,8 +135,8 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
             f"How many tokens data.train ({paths}) has cannot be seen from here: it is not in local files. Say it, for example "
             f"`--tokens 50M`."
         )
-    held_out = config.data.validation_fraction or 0.01
-    names = ["validation"] if config.data.validation_fraction else list(validation_sets(config.data.validation))
+    names = list(evaluated_sets(config))
+    held_out = config.data.validation_fraction / len(names) if config.data.validation_fraction else 0.01
     ewc, ewc_words = _assumed_ewc(config, row_length)
     return DataFacts(
         train=_store("train", num_tokens, row_length),
@@ -150,7 +153,7 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
 
 def _assumed_ewc(config: RunConfig, row_length: int) -> tuple[StorePlan | None, str]:
     """What importance is estimated from, as it will probably be, and a sentence about it."""
-    if not ewc_sources(config) or config.strategy.ewc is None:
+    if not weighed_sources(config) or config.strategy.ewc is None:
         return None, ""
     count = config.strategy.ewc.max_documents
     store = _store(ewc_name(config), count * row_length, row_length)
@@ -164,24 +167,30 @@ def _store(name: str, num_tokens: int, row_length: int) -> StorePlan:
 
 def _demo_tokens(config: RunConfig) -> int | None:
     """Tokens of the built-in rows under the built-in model's tokenizer; None: there are others of one or the other."""
-    parts = [built_in(source) for source in config.data.train]
+    parts = [built_in(source) for source in trained_sources(config)]
     if config.model.base != DEMO_MODEL or None in parts:
         return None
-    return sum(part.num_tokens for part in parts if part)
+    return round(_as_mixed(config, [part.num_tokens for part in parts if part]))
 
 
-def _file_bytes(sources: Iterable[DataSource]) -> int | None:
-    """Bytes of all local files, and of built-in rows as if they lay in one; None if a source has none here."""
-    total = 0
+def _as_mixed(config: RunConfig, sizes: Sequence[int]) -> float:
+    """What an epoch has of all sources, each of which has a size."""
+    names = [source.path for source in trained_sources(config)]
+    return size_of_epoch(mixture_of(config), sizes, names)
+
+
+def _file_bytes(sources: Iterable[DataSource]) -> list[int] | None:
+    """Of each source the bytes of its local files, or of built-in rows as if they lay in one; None if one has none here."""
+    sizes = []
     for source in sources:
         if part := built_in(source):
-            total += part.num_bytes
+            sizes.append(part.num_bytes)
             continue
         files = [Path(name) for name in glob.glob(str(Path(source.path).expanduser())) if Path(name).is_file()]
         if not files:
             return None
-        total += sum(file.stat().st_size for file in files)
-    return total
+        sizes.append(sum(file.stat().st_size for file in files))
+    return sizes
 
 
 def _candidate(config: RunConfig, shape: ModelShape, data: DataFacts, instance: Instance, catalogue: Catalogue) -> Candidate:

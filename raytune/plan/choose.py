@@ -39,6 +39,7 @@ from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
+from raytune.plan.mixing import mixture_notes
 from raytune.plan.new_tokens import new_token_notes
 from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
@@ -194,6 +195,7 @@ def choose_plan(
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
             *penalty_notes(config, data, weight_decay=optimization.weight_decay),
+            *mixture_notes(config, data.report, num_rows / data.train.num_rows),
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),

@@ -7,6 +7,14 @@ from raytune.plan.value import Plan
 from raytune.units import format_count
 
 
+class EpochPart(Plan):
+    """What an epoch has of a source: pieces that it has several times count so."""
+
+    documents: int
+    tokens: int
+    targets: int
+
+
 class SourceReport(Plan):
     """The rows of one source. Counts are of rows where nothing else is said.
 
@@ -59,6 +67,19 @@ class SourceReport(Plan):
     they are written -> rows that have them."""
     examples: dict[str, list[str]]
     """For some of these counts, by name, the first few rows with file and line."""
+    loss_weight: float = 1.0
+    """How much each of its targets counts in the loss, times what its row says."""
+    passes: float = 1.0
+    """Over its documents in an epoch, as asked for; below 1 a part of them."""
+    mixed: EpochPart | None = None
+    """What an epoch has of it where some source has other than one pass; None: all of it once."""
+    is_replayed: bool = False
+    """Of `strategy.replay`."""
+
+    @property
+    def in_epoch(self) -> EpochPart:
+        """What an epoch has of it."""
+        return self.mixed or EpochPart(documents=self.documents, tokens=self.tokens, targets=self.targets)
 
 
 COUNTS = tuple(name for name, field in SourceReport.model_fields.items() if field.annotation is int)
@@ -80,7 +101,7 @@ class StoreReport(Plan):
     @property
     def fill(self) -> float:
         """Share of the packed rows that holds tokens."""
-        return self.total("tokens") / max(1, self.num_rows * self.row_length)
+        return sum(source.in_epoch.tokens for source in self.sources) / max(1, self.num_rows * self.row_length)
 
     def named(self, names: Iterable[str]) -> "StoreReport":
         """The same with other names for its sources."""
@@ -120,7 +141,9 @@ def losses_text(report: DataReport) -> list[str]:
         for source in store.sources:
             of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
             lines += [f"{of}: {line}" for line in _losses(source, store.row_length)]
-    return lines
+    is_split = any(source.other_side for source in report.train.sources)
+    kept = [source.name for source in report.train.sources if is_split and not source.other_side]
+    return [*lines, *(f"{name}: no row of it is held out (data.validation_fraction)" for name in kept)]
 
 
 def store_text(report: StoreReport) -> list[str]:

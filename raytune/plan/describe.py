@@ -9,6 +9,7 @@ from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
+from raytune.plan.mixing import mixture_in_words
 from raytune.plan.penalty import importance_in_words, penalty_in_words
 from raytune.plan.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
@@ -39,6 +40,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         *([("positions", rope_in_words(plan.model.rope))] if plan.model.rope else []),
         ("data", _data(plan)),
         *(report_table(plan.data_report) if plan.data_report else []),
+        *_mixture(plan),
         ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
@@ -168,15 +170,14 @@ def _data(plan: RunPlan) -> str:
 def _row(plan: RunPlan) -> str:
     """What a row of the store is."""
     report = plan.data_report
-    is_lone = not plan.model.packs or (report is not None and report.train.total("documents") == plan.data.train.num_rows)
-    return "document" if is_lone else "packed row"
+    num_documents = sum(source.in_epoch.documents for source in report.train.sources) if report else None
+    return "document" if not plan.model.packs or num_documents == plan.data.train.num_rows else "packed row"
 
 
 def _length(plan: RunPlan) -> str:
     train, rows_per_step = plan.data.train, plan.batch.global_batch_size
-    epochs = plan.optimization.num_rows / train.num_rows
     tokens = train.num_tokens / train.num_rows * rows_per_step
-    return f"{plan.optimization.num_steps} steps, {epochs:.3g} epochs, about {format_count(tokens)} tokens per step"
+    return f"{plan.optimization.num_steps} steps, {_epochs(plan):.3g} epochs, about {format_count(tokens)} tokens per step"
 
 
 def _optimizer(plan: RunPlan) -> str:
@@ -188,6 +189,15 @@ def _optimizer(plan: RunPlan) -> str:
         f"{settings.optimizer}, learning rate {rate} ({settings.schedule}, "
         f"{_warmup_text(settings.warmup_steps)}), weight decay {settings.weight_decay:g}"
     )
+
+
+def _mixture(plan: RunPlan) -> list[tuple[str, str]]:
+    lines = mixture_in_words(plan.data_report.train, _epochs(plan)) if plan.data_report else []
+    return [("mixture" if index == 0 else "", line) for index, line in enumerate(lines)]
+
+
+def _epochs(plan: RunPlan) -> float:
+    return plan.optimization.num_rows / plan.data.train.num_rows
 
 
 def _penalty(plan: RunPlan) -> list[tuple[str, str]]:

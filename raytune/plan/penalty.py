@@ -1,8 +1,9 @@
 """Penalties that hold trained weights near those of the base, as planned: where they mean nothing they are refused. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from raytune.config.data import DataSource, named_sources
+from raytune.config.data import named_sources
+from raytune.config.row_sources import weighed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.data_facts import DataFacts
@@ -36,7 +37,7 @@ def check_penalty(config: RunConfig, trained: Trained) -> None:
                 f"off and counted their norm by then. Set training.zero.offload_optimizer to none, or leave {key} out.",
                 keys=(key, "training.zero.offload_optimizer"),
             )
-    if ewc_sources(config) and config.strategy.unfreeze:
+    if weighed_sources(config) and config.strategy.unfreeze:
         raise UserError(
             f"{EWC} estimates the importance of weights before the first step, from gradients of all that is trained, and the "
             f"first phase of strategy.unfreeze has gradients of a part. Leave one of them out: strategy.l2_sp holds weights in "
@@ -51,7 +52,7 @@ def check_importance(config: RunConfig, precision: str) -> None:
     Raises:
         PlanError: with those that can.
     """
-    if ewc_sources(config) and precision == "fp16":
+    if weighed_sources(config) and precision == "fp16":
         raise PlanError(
             f"{EWC} squares gradients, and fp16 has no numbers below 6e-8: the squares of most would be 0. Set "
             f"training.precision to bf16 or fp32, or hold weights by strategy.l2_sp, which squares none.",
@@ -74,14 +75,9 @@ def ewc_strength(config: RunConfig) -> float:
     return config.strategy.ewc.strength if config.strategy.ewc else 0.0
 
 
-def ewc_sources(config: RunConfig) -> Sequence[DataSource]:
-    """Rows that the importance of weights is estimated from; none where nothing is."""
-    return config.strategy.ewc.data if config.strategy.ewc and ewc_strength(config) else ()
-
-
 def ewc_name(config: RunConfig) -> str:
     """What these rows are called."""
-    return ", ".join(named_sources(ewc_sources(config)))
+    return ", ".join(named_sources(weighed_sources(config)))
 
 
 def ewc_documents(config: RunConfig, data: DataFacts) -> int:

@@ -81,6 +81,8 @@ class StorePlan(Plan):
     """Packed rows."""
     num_tokens: int
     num_targets: int
+    weight: float = 1.0
+    """Of a validation set: how much each of its targets counts in what is measured over all sets."""
     known_as: tuple[str, ...] = ()
     """Names of other stores with the same rows: made of a file with another name, or by the code of another raytune."""
 

@@ -198,7 +198,7 @@ def _named(
     """A difference between two plans in the words of the configs: keys that were written anew, else what the plan resolved."""
     key = key_of(leaf)
     if leaf.startswith((*STORES, "template")):
-        deciding = ("data.", "model.base", *(["strategy.ewc."] if leaf == "data.ewc" else []))
+        deciding = ("data.", "model.base", "strategy.replay", *(["strategy.ewc."] if leaf == "data.ewc" else []))
         decided = [each for each in written if each.startswith(deciding) and each != "data.store"]
     else:
         deciding = (key, *_BESIDE.get(leaf, ()))

@@ -14,21 +14,21 @@ class Validation:
 
     def __init__(self, plan: RunPlan, engine: Engine, loss_sum: LossSum) -> None:
         self._plan, self._engine, self._loss_sum = plan, engine, loss_sum
-        self._stores = {store.name: Store.open(store.path) for store in plan.data.validation}
+        self._sets = [(each, Store.open(each.path)) for each in plan.data.validation]
 
     def __bool__(self) -> bool:
-        return bool(self._stores)
+        return bool(self._sets)
 
     def measure(self) -> dict[str, float]:
         """Metrics of the weights as they are. All ranks call it.
 
-        In `validation/loss` each target of each set counts by its weight; where weights differ, bits per byte are those of the
-        mean target.
+        In `validation/loss` each target of each set counts by its weight and by that of the set; where weights differ, bits per
+        byte are those of the mean target.
         """
         metrics: dict[str, float] = {}
         seat = Seat.of(self._plan.batch, self._engine.rank, self._engine.world_size)
         loss_sum, weight, num_targets, num_bytes = 0.0, 0.0, 0, 0
-        for name, store in self._stores.items():
+        for each, store in self._sets:
             batches = evaluation_batches(
                 store,
                 rank=seat.group,
@@ -38,12 +38,12 @@ class Validation:
             )
             measured = evaluate_loss(self._engine, map(seat.own, batches), self._loss_sum)
             own_bytes = int(store.num_bytes_of_row[: self._plan.evaluation.max_rows].sum())
-            loss_sum += measured.loss * measured.weight
-            weight += measured.weight
+            loss_sum += measured.loss * measured.weight * each.weight
+            weight += measured.weight * each.weight
             num_targets += measured.num_targets
             num_bytes += own_bytes
-            if len(self._stores) > 1:
-                metrics |= _named(f"validation/{name}", measured.loss, measured.num_targets, own_bytes)
+            if len(self._sets) > 1:
+                metrics |= _named(f"validation/{each.name}", measured.loss, measured.num_targets, own_bytes)
         return _named("validation", loss_sum / weight, num_targets, num_bytes) | metrics
 
 

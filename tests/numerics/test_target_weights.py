@@ -194,8 +194,17 @@ def weighted(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Ma
     return replace(material, store=store_plan(tiny_store(folder / "stores", str(path), max_rows=None, max_length=288)))
 
 
-def plain_losses(plan: RunPlan) -> list[float]:
-    """Weighted training written with transformers, peft and torch alone; the weights come from the rows themselves."""
+def weight_in_file(file: str, line: int) -> float:
+    """Of the rows of `weighted`."""
+    return (0.25, 1, 3)[(line - 1) % 3]
+
+
+def plain_losses(plan: RunPlan, weight_of: Callable[[str, int], float] = weight_in_file) -> list[float]:
+    """Weighted training written with transformers, peft and torch alone.
+
+    Args:
+        weight_of: each target of a file's line.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -216,12 +225,12 @@ def plain_losses(plan: RunPlan) -> list[float]:
         )
         loss, total = torch.zeros(()), 0.0
         for batch in batches:
-            lines = [line for row in batch.rows for _, line in store.sources(row)]
+            weights = [weight_of(*source) for row in batch.rows for source in store.sources(row)]
             bounds = batch.cumulative_lengths.tolist()
             is_target = torch.zeros(batch.num_tokens, dtype=torch.bool)
             is_target[batch.target_positions + 1] = True
-            for line, (first, last) in zip(lines, pairwise(bounds), strict=True):
-                ids, weight = batch.input_ids[:, first:last], (0.25, 1, 3)[(line - 1) % 3]
+            for weight, (first, last) in zip(weights, pairwise(bounds), strict=True):
+                ids = batch.input_ids[:, first:last]
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 each = F.cross_entropy(logits, ids[0, 1:], reduction="none")[is_target[first + 1 : last]]
                 loss, total = loss + weight * each.sum(), total + weight * len(each)

@@ -156,10 +156,16 @@ def test_the_example_of_a_key_fits_the_schema(key):
     if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
         tokens.setdefault("token", "<a>")
     if generation := data.get("evaluation", {}).get("generation"):
-        rows = generation.setdefault("rows", "a.jsonl")
-        if isinstance(rows, dict):
-            rows.setdefault("path", "a.jsonl")
+        with_rows(generation, "rows")
+    if replay := data.get("strategy", {}).get("replay"):
+        with_rows(replay, "data")
     jsonschema.Draft7Validator(json_schema()).validate(data)
+
+
+def with_rows(section: dict, key: str) -> None:
+    rows = section.setdefault(key, "a.jsonl")
+    if isinstance(rows, dict):
+        rows.setdefault("path", "a.jsonl")
 
 
 def nested(parts: list[str], value: object) -> dict:

@@ -1,0 +1,52 @@
+"""Which sets of rows a run names, and where. Pure."""
+
+from collections.abc import Sequence
+
+from raytune.config.data import DataSource, validation_sets
+from raytune.config.run import RunConfig
+
+
+def row_sources(config: RunConfig) -> dict[str, Sequence[DataSource]]:
+    """All sources by the key under which they are listed, in the order of the schema."""
+    replay, ewc, generation = config.strategy.replay, config.strategy.ewc, config.evaluation.generation
+    return {
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+        "strategy.replay.data": replay.data if replay else [],
+        "strategy.ewc.data": ewc.data if ewc else [],
+        "evaluation.generation.rows": generation.rows if generation else [],
+    }
+
+
+def all_sources(config: RunConfig) -> list[DataSource]:
+    return [source for sources in row_sources(config).values() for source in sources]
+
+
+def replayed_sources(config: RunConfig) -> list[DataSource]:
+    """Sources whose rows are mixed into the training rows; share 0 asks for none."""
+    replay = config.strategy.replay
+    return replay.data if replay and replay.share else []
+
+
+def trained_sources(config: RunConfig) -> list[DataSource]:
+    """All sources whose rows are trained on: those of `data.train`, then what is replayed."""
+    return [*config.data.train, *replayed_sources(config)]
+
+
+def weighed_sources(config: RunConfig) -> list[DataSource]:
+    """Sources whose rows the importance of weights is estimated from; strength 0 asks for none."""
+    ewc = config.strategy.ewc
+    return ewc.data if ewc and ewc.strength else []
+
+
+def tokenised_sources(config: RunConfig) -> list[DataSource]:
+    """Sources whose rows become documents: all but those that are asked as questions."""
+    return [*trained_sources(config), *config.data.validation, *weighed_sources(config)]
+
+
+def evaluated_sets(config: RunConfig) -> dict[str, DataSource | None]:
+    """What is evaluated, by its name in metrics: a source, or None for the rows that are held out of the only training source."""
+    if not config.data.validation_fraction:
+        return dict(validation_sets(config.data.validation))
+    trained = trained_sources(config)
+    return dict(validation_sets(trained)) if len(trained) > 1 else {"validation": None}
