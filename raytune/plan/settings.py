@@ -54,6 +54,12 @@ KEY_OF = {
     "optimization.epsilon": "training.adam_epsilon",
     "optimization.max_grad_norm": "training.max_grad_norm",
     "optimization.l2_sp_strength": "strategy.l2_sp.strength",
+    "distillation.weight": "strategy.distillation.weight",
+    "distillation.temperature": "strategy.distillation.temperature",
+    "distillation.top_k": "strategy.distillation.top_k",
+    "distillation.teacher.revision": "strategy.distillation.revision",
+    "distillation.teacher": "strategy.distillation.teacher",
+    "distillation": "strategy.distillation",
     "adapter": "adapter",
     "overrides": "training.zero.overrides",
 }
@@ -65,7 +71,14 @@ _OF_LENGTH = ("training.num_train_epochs", "training.max_steps")
 """Keys from which the rows of a run follow, together with those that there are."""
 _SAID_IN_TWO_WAYS = {"adapter.method": {"lora", "qlora"}, "model.quantization": {"auto", "none"}}
 """Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
-_BY_CONTENT = ("model.base", "data.template", "data.train", "data.validation", "strategy.unfreeze")
+_BY_CONTENT = (
+    "model.base",
+    "data.template",
+    "data.train",
+    "data.validation",
+    "strategy.unfreeze",
+    "strategy.distillation.teacher",
+)
 """Keys that name what may be the same under another name."""
 _ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """Keys that make the rows of a step, together with the number of workers."""
