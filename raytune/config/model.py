@@ -169,13 +169,26 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "ModelSection":
-        pinned = self.revision is not None and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")
-        if self.trust_remote_code and not pinned and not is_written_as_path(self.base) and self.base != "demo":
-            raise ValueError(
-                "trust_remote_code: true needs model.revision to be a full 40-digit commit hash; a local folder, which has none, "
-                f"is written as a path, such as ./{self.base}"
-            )
+        if self.trust_remote_code:
+            check_code_is_pinned("model", self.base, self.revision)
         return self
+
+
+def check_code_is_pinned(section: str, base: str, revision: str | None) -> None:
+    """Refuse to run the code of a hub model that may be another tomorrow.
+
+    Args:
+        section: that names the model.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    is_pinned = revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+    if not is_pinned and not is_written_as_path(base) and base != "demo":
+        raise ValueError(
+            f"trust_remote_code: true needs {section}.revision to be a full 40-digit commit hash; a local folder, which has none,"
+            f" is written as a path, such as ./{base}"
+        )
 
 
 def is_written_as_path(base: str) -> bool:

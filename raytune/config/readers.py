@@ -19,6 +19,7 @@ from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_b
 from raytune.config.row_sources import tokenised_sources, trained_sources
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
+from raytune.config.strategy import DistillationSection
 from raytune.config.training import Schedule
 
 KeyPath = tuple[str | int, ...]
@@ -277,6 +278,22 @@ _HUB_MODEL = Need(
     remedy="name a hub id as model.base",
     is_said=True,
 )
+_HUB_TEACHER = Need(
+    keys=("strategy.distillation.teacher",),
+    holds=lambda _, section: (
+        isinstance(section, DistillationSection)
+        and section.teacher not in ("base", "demo")
+        and not is_written_as_path(section.teacher)
+    ),
+    otherwise=lambda config: "this teacher is no model of the hub, and has no revisions",
+    remedy="name a hub id as strategy.distillation.teacher",
+)
+_TEACHER_BESIDE = Need(
+    keys=("strategy.distillation.teacher",),
+    holds=lambda _, section: isinstance(section, DistillationSection) and section.teacher != "base",
+    otherwise=lambda config: "the teacher is the base, for which model.trust_remote_code says it",
+    remedy="name a model as strategy.distillation.teacher",
+)
 _MANY_SPLITS = Need(
     keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation.generation.rows"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
@@ -449,6 +466,10 @@ READERS: dict[str, Reader] = {
     **_read("strategy.replay", "data", "config.row_sources"),
     **_read("strategy.replay", "share", "plan.mixing"),
     **_rows_of_sources("strategy.replay.data"),
+    **_read("strategy", "distillation", "plan.distillation"),
+    **_read("strategy.distillation", "teacher weight temperature top_k", "plan.distillation"),
+    **_read("strategy.distillation", "revision", "plan.distillation", needs=(_HUB_TEACHER,)),
+    **_read("strategy.distillation", "trust_remote_code", "plan.distillation", needs=(_TEACHER_BESIDE,)),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),

@@ -1,12 +1,13 @@
 """`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, what holds them
-near the base, and which earlier rows are trained again."""
+near the base, which earlier rows are trained again, and whom the model learns from beside its rows."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from raytune.config.data import Sources
-from raytune.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.model import check_code_is_pinned
+from raytune.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 Pattern = Annotated[Text, Field(examples=["self_attn"])]
 """A regular expression for the whole name of a module, or for its last parts; or a word for a group of modules."""
@@ -84,6 +85,32 @@ class ReplaySection(Section):
     epoch, or these rows several times where they are few. 0: none."""
 
 
+class DistillationSection(Section):
+    """Knowledge distillation (Hinton et al. 2015): at each target a part of the loss is how far the model is from a teacher, and
+    not only from the text. The loss is (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || model)."""
+
+    teacher: Text = "base"
+    """`base`: the base as it was, so that less of what it can do is forgotten; beneath an adapter that is no second copy. Or a
+    better model with the same tokens: a local folder, or a Hugging Face hub id."""
+    revision: Text | None = None
+    """Branch, tag or commit of a teacher of the hub, as `model.revision`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the teacher, as `model.trust_remote_code`."""
+    weight: Annotated[Fraction, Field(examples=[0.5])] = 0.5
+    """Share of the teacher in the loss, from 0 (none: then it is not loaded) to 1 (the teacher alone)."""
+    temperature: PositiveFloat = 2.0
+    """What the logits of both are divided by before they are compared: above 1, unlikely tokens count for more."""
+    top_k: Annotated[PositiveInt | None, Field(examples=[64])] = None
+    """Compare only the tokens that the teacher finds likeliest at a target, as many as this: the probabilities of each model are
+    made to sum to 1 among them. None: all tokens."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> "DistillationSection":
+        if self.trust_remote_code and self.teacher != "base":
+            check_code_is_pinned("strategy.distillation", self.teacher, self.revision)
+        return self
+
+
 UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
 
 
@@ -110,3 +137,6 @@ class StrategySection(Section):
     count. `train/penalty` has the sum."""
     replay: ReplaySection | None = None
     """Mix rows of earlier tasks, or of general data, into the training rows."""
+    distillation: Annotated[DistillationSection | None, Field(examples=[{"teacher": "base", "weight": 0.5}])] = None
+    """Learn from a teacher beside the rows: from the base itself, or from a better model. `train/loss` is all that is minimised;
+    `validation/loss` stays cross-entropy."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from raytune.config.data import DataSource, TrainSource
 from raytune.config.evaluation import GenerationSection
+from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.data.source_rows import formats_of
@@ -23,7 +24,7 @@ from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
 from raytune.launch.begun import begun_for
 from raytune.launch.cluster import this_machine
-from raytune.launch.prepare import Base, refuse_unknown_tokens
+from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.model.base_check import check_base
@@ -33,6 +34,7 @@ from raytune.plan.base_model import find_config
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import losses_text
+from raytune.plan.distillation import planned_teacher, teacher_section
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import planned_base
@@ -107,13 +109,15 @@ def check_run(config: RunConfig) -> Findings:
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
     found.not_looked_at += [f"the machines of {address}"] if address else []
-    if is_elsewhere and not _has_config(config):
+    if is_elsewhere and not _has_config(config.model):
         found.not_looked_at.append(f"model {config.model.base} (not on this machine)")
         shape = None
     else:
         shape = found.of(lambda: _shape(config), keys=("model.base",))
+    teacher = None
     if shape is not None:
-        look_at(config, shape, machine, found.of)
+        teacher = found.of(lambda: _teacher(config, found))
+        look_at(config, shape, machine, found.of, teacher=teacher)
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
     here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}
     found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
@@ -121,7 +125,7 @@ def check_run(config: RunConfig) -> Findings:
     if shape is None or model_path is None:
         _look_at_formats(here, found)
     else:
-        _look_at_rows(_Reading(config, shape, model_path), here, machine, found)
+        _look_at_rows(_Reading(config, shape, model_path, teacher), here, machine, found)
     found.seconds = time.monotonic() - began
     return found
 
@@ -160,6 +164,23 @@ def _shape(config: RunConfig) -> ModelShape:
     return Base.of(config.model).shape
 
 
+def _teacher(config: RunConfig, found: Findings) -> ModelShape | None:
+    """Shape of a model beside the one in training; None if there is none, or none here."""
+    section = teacher_section(config)
+    if section is None:
+        return None
+    if config.cluster.instance:
+        return planned_teacher(config)
+    if config.cluster.address is not None and not _has_config(section):
+        found.not_looked_at.append(f"teacher {section.base} (not on this machine)")
+        return None
+    teacher = teacher_of(config, Base.of(config.model))
+    assert teacher is not None
+    check_base(teacher.path, teacher.section.revision, teacher.section.trust_remote_code)
+    found.looked_at.append(f"teacher {section.base} ({teacher.shape.model_type})")
+    return teacher.shape
+
+
 def _path_of_base(config: RunConfig) -> str | None:
     """Where the base's files are; None if they are yet to be downloaded."""
     model = config.model
@@ -186,6 +207,7 @@ class _Reading:
     config: RunConfig
     shape: ModelShape
     model_path: str
+    teacher: ModelShape | None
 
     def builder(
         self,
@@ -253,7 +275,7 @@ def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, s
         [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
     facts = reading.builder(scratch, replayed=replayed, weighed=weighed, train=train, validation=validation).build()
-    setting = settle(reading.config, reading.shape, machine)
+    setting = settle(reading.config, reading.shape, machine, teacher=reading.teacher)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
 
@@ -288,9 +310,9 @@ def _is_here(source: DataSource, is_elsewhere: bool) -> bool:
     return file.kind != "dataset" or local_path(file.path).exists()
 
 
-def _has_config(config: RunConfig) -> bool:
+def _has_config(model: ModelSection) -> bool:
     try:
-        find_config(config.model.base, config.model.revision, default_hub_cache())
+        find_config(model.base, model.revision, default_hub_cache())
     except ModelError:
         return False
     return True

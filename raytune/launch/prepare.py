@@ -13,23 +13,26 @@ from raytune.config.row_sources import weighed_sources
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
-from raytune.errors import UserError
+from raytune.errors import ModelError, UserError
 from raytune.evaluate.questions import Question
 from raytune.hub.snapshot import described, in_lines
 from raytune.launch.reading import show_reading
 from raytune.launch.stores import DataBuilder
+from raytune.model.attention import check_attention
 from raytune.model.base_check import check_base
 from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
+from raytune.model.pretrained import load_config, model_class
 from raytune.plan.base_model import is_on_hub, read_model_shape
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.distillation import TeacherFiles, check_vocabularies, names_base, teacher_section
 from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import with_new_tokens
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import look_at, settle
+from raytune.plan.setting import Setting, look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.storage import absolute
 
@@ -93,8 +96,35 @@ def refuse_without_cluster(config: RunConfig) -> Base:
     if config.cluster.instance:
         load_catalogue().instance(config.cluster.instance)
     base = Base.of(config.model)
-    look_at(config, base.shape, None, lambda look: look())
+    teacher = teacher_of(config, base)
+    look_at(config, base.shape, None, lambda look: look(), teacher=teacher and teacher.shape)
     return base
+
+
+def teacher_of(config: RunConfig, base: Base) -> Base | None:
+    """The model beside the one in training that it learns from; None if there is none.
+
+    Raises:
+        UserError: if it has other tokens than the base, or is none.
+        ClusterError: if a hub has to be asked for it and does not answer.
+    """
+    section = teacher_section(config)
+    if section is None:
+        return None
+    if names_base(config):
+        model, path = base.section.model_copy(update={"new_tokens": []}), base.path
+        shape = read_model_shape(model.base, model.revision, trust_remote_code=model.trust_remote_code)
+        return Base(section=model, path=path, shape=shape)
+    try:
+        teacher = Base.of(section)
+    except UserError as error:
+        key = "strategy.distillation.teacher"
+        said = str(error).replace("model.base", key)
+        raise type(error)(said if key in said else f"{key}: {said}", keys=(key,)) from error
+    own, theirs = (open_tokenizer(one.path, one.section.revision, one.section.trust_remote_code) for one in (base, teacher))
+    num_shared = min(base.shape.vocab, teacher.shape.vocab)
+    check_vocabularies(section.base, own.get_vocab(), theirs.get_vocab(), num_shared)
+    return teacher
 
 
 def refuse_unknown_tokens(config: RunConfig, path: str) -> None:
@@ -125,6 +155,22 @@ def described_base(model: ModelSection) -> tuple[ModelSection, str]:
     return model.model_copy(update={"revision": commit}), path
 
 
+def refuse_blind_teacher(teacher: Base, setting: Setting) -> None:
+    """Refuse a teacher whose architecture has not the attention of the run.
+
+    Raises:
+        ModelError: naming the kinds that it has.
+    """
+    section = teacher.section
+    config = load_config(teacher.path, section.revision, section.trust_remote_code)
+    own_class = model_class(teacher.path, config, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    try:
+        check_attention(own_class, config, setting.attention, packs=not setting.shape.why_lone)
+    except ModelError as error:
+        key = "strategy.distillation.teacher"
+        raise ModelError(f"{key} {section.base}: {error}", keys=(key,)) from error
+
+
 class Preparation:
     """Prepares runs that may differ in any setting. Data that several of them read is looked at once."""
 
@@ -144,10 +190,12 @@ class Preparation:
         config = continued(config, begun) if begun else config
         config = config.model_copy(update={"model": base.section})
         storage = absolute(config.storage)
+        teacher = teacher_of(config, base)
         with _as_it_began(begun):
-            setting = settle(config, base.shape, machine, begun)
+            setting = settle(config, base.shape, machine, begun, teacher and teacher.shape)
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
+        files = teacher and self._teacher(teacher, setting)
         read = [config.data, config.strategy.replay, base.section, config.evaluation.generation, setting.row_length, storage]
         read.append(num_virtual_tokens(config.adapter))  # which rows leave room for
         read.append(weighed_sources(config))
@@ -159,8 +207,14 @@ class Preparation:
             self._data[key] = builder.build(), builder.questions()
         facts, questions = self._data[key]
         with _as_it_began(begun):
-            plan = choose_plan(setting, facts, model_path=base.path, storage=storage, content=content)
+            plan = choose_plan(setting, facts, model_path=base.path, storage=storage, content=content, teacher=files)
         return Prepared(plan=plan, questions=questions)
+
+    def _teacher(self, teacher: Base, setting: Setting) -> TeacherFiles:
+        """A teacher whose files hold what its config describes, and which can see rows as the model does."""
+        refuse_blind_teacher(teacher, setting)
+        section = teacher.section
+        return TeacherFiles(path=teacher.path, revision=section.revision, content=self.base(section))
 
     def base(self, model: ModelSection) -> Content:
         """The content of a base whose files hold the model that its config describes.

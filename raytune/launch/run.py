@@ -177,7 +177,8 @@ def _train_held(
 def _base_here(plan: RunPlan) -> None:
     """See `bring_base`."""
     with noted(RunFolder(plan.storage, plan.name)) as report:
-        bring_base(plan.model, report)
+        for model in plan.models:
+            bring_base(model, report)
 
 
 def plan_run(config: RunConfig) -> RunPlan:
@@ -246,7 +247,8 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
             replace(record, state="failed", failure=failure.headline).write(folder)
             raise RunFailedError(explanation(failures, folder, resumes=resumes), failure)
         try:
-            refuse_changed_base(plan.model)
+            for model in plan.models:
+                refuse_changed_base(model)
         except ModelError as error:
             replace(record, state="failed", failure=str(error)).write(folder)
             raise

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from raytune.config.adapter import Adapter
+from raytune.config.adapter import Adapter, FullAdapter
 from raytune.config.quantization import HeldBase
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError
@@ -133,6 +133,18 @@ def load_base(
     if model.neftune_noise_alpha > 0:
         add_neftune(loaded, model.neftune_noise_alpha)
     return loaded
+
+
+def load_teacher(model: ModelPlan, device: torch.device) -> PreTrainedModel:
+    """A model that is read and never trained, in evaluation mode.
+
+    Args:
+        device: as for `load_model`.
+
+    Raises:
+        ModelError: if it cannot be found, or read.
+    """
+    return load_base(model, FullAdapter(method="full"), device, None).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.ahead import assumed_data
 from raytune.plan.choose import choose_plan
+from raytune.plan.distillation import planned_teacher
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.methods import METHODS
@@ -73,7 +74,8 @@ def advise(config: RunConfig, here: Machine, num_tokens: int | None = None) -> A
     for name, method in METHODS.items():
         plan = refusal = None
         try:
-            setting = settle(_with_method(config, name), shape, machine)
+            with_method = _with_method(config, name)
+            setting = settle(with_method, shape, machine, teacher=planned_teacher(with_method))
             plan = choose_plan(setting, data, model_path=config.model.base, storage=config.storage)
         except UserError as error:
             refusal = str(error)

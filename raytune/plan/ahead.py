@@ -19,6 +19,7 @@ from raytune.plan.batch import DEFAULT_ROWS
 from raytune.plan.built_in_rows import built_in
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.distillation import planned_teacher
 from raytune.plan.hardware import Catalogue, Instance, load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.mixing import mixture_of, size_of_epoch
@@ -223,5 +224,5 @@ def _plan(
     machine = Machine.rented(instance, catalogue.gpu_of(instance), num_nodes)
     cluster = config.cluster.model_copy(update={"instance": instance.name, "nodes": num_nodes})
     config = config.model_copy(update={"cluster": cluster})
-    setting = settle(config, shape, machine)
+    setting = settle(config, shape, machine, teacher=planned_teacher(config))
     return choose_plan(setting, data, model_path=config.model.base, storage=config.storage)

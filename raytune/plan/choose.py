@@ -30,6 +30,7 @@ from raytune.plan.defaults import (
     default_warmup_ratio,
     default_weight_decay,
 )
+from raytune.plan.distillation import TeacherFiles, distillation_notes, distillation_of, distillation_plan, teacher_section
 from raytune.plan.divergence import guard_notes, guard_of
 from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, choose_fit, room_of_worker, tokens_of_worker
@@ -91,6 +92,7 @@ def choose_plan(
     model_path: str,
     storage: str,
     content: dict[str, str] | None = None,
+    teacher: TeacherFiles | None = None,
 ) -> RunPlan:
     """Resolve everything.
 
@@ -100,6 +102,7 @@ def choose_plan(
         model_path: the base model as workers load it: a local folder or a hub id.
         storage: absolute folder or URL of the run folders.
         content: of the base, as `ModelPlan.content`; None: it need not be here.
+        teacher: what `distillation.teacher_section` names, where it is; None: it need not be here.
 
     Raises:
         UserError: (or PlanError) if it cannot be done as asked; the message says what could.
@@ -175,6 +178,7 @@ def choose_plan(
         adapter=adapter,
         batch=fit.batch,
         optimization=optimization,
+        distillation=distillation_plan(config, _teacher(setting, teacher)),
         engine=_engine(config, fit),
         loss=LossPlan(chunk_tokens=fit.chunk_tokens),
         evaluation=evaluation,
@@ -196,6 +200,7 @@ def choose_plan(
             *rate_notes(setting.trained, config.strategy, shape),
             *penalty_notes(config, data, weight_decay=optimization.weight_decay),
             *mixture_notes(config, data.report, num_rows / data.train.num_rows),
+            *distillation_notes(config, shape, setting.teacher),
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
             *new_token_notes(shape, setting.trained, config.model),
@@ -212,6 +217,27 @@ def choose_plan(
     )
     _check_nvme(plan, machine)
     return plan.model_copy(update={"notes": [*plan.notes, *guard_notes(plan)]})
+
+
+def _teacher(setting: Setting, files: TeacherFiles | None) -> ModelPlan | None:
+    """How the model is loaded that is beside the one in training."""
+    section = teacher_section(setting.config)
+    if section is None:
+        return None
+    return ModelPlan(
+        path=files.path if files else section.base,
+        revision=section.revision if files is None else files.revision,
+        content=files.content if files else None,
+        trust_remote_code=section.trust_remote_code,
+        attention=setting.attention,
+        packs=not setting.shape.why_lone,
+        dtype=setting.precision,
+        compute_dtype=setting.precision,
+        gradient_checkpointing=False,
+        compile=False,
+        liger=False,
+        neftune_noise_alpha=0.0,
+    )
 
 
 def _check_nvme(plan: RunPlan, machine: Machine) -> None:
@@ -263,9 +289,10 @@ def _reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFac
         why = "it would not fit without" if fit.has_checkpointing else "it fits without"
         why = of_all if fit.step_time else why
         reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
+    logits = "all logits" if distillation_of(setting.config) is None else "all logits, with those of the teacher"
     if training.loss == "auto" and fit.chunk_tokens:
         reasons.append(
-            f"training.loss is chunked, {fit.chunk_tokens} targets at a time: all logits (vocabulary "
+            f"training.loss is chunked, {fit.chunk_tokens} targets at a time: {logits} (vocabulary "
             f"{setting.shape.vocab}) would exceed {format_bytes(FULL_LOGITS_BYTES)}."
         )
     elif training.loss == "auto":

@@ -6,6 +6,7 @@ from raytune.plan.advise import Advice, Advised
 from raytune.plan.ahead import Candidate
 from raytune.plan.calendar import in_steps
 from raytune.plan.data_report import losses_text, report_table
+from raytune.plan.distillation import distillation_in_words
 from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
@@ -24,6 +25,7 @@ MOST_NAMES = 4
 """Modules that a line of rates names."""
 
 MOMENT_NAMES: dict[Moment, str] = {
+    "teacher": "the teacher's forward pass",
     "forward": "the forward pass's end",
     "loss": "the loss's backward pass",
     "last layer": "the last layer's backward pass",
@@ -45,6 +47,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
         *_penalty(plan),
+        *_distillation(plan),
         *_phases(plan),
         *_rates(plan),
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
@@ -203,6 +206,11 @@ def _epochs(plan: RunPlan) -> float:
 def _penalty(plan: RunPlan) -> list[tuple[str, str]]:
     lines = {"penalty": penalty_in_words(plan), "importance": importance_in_words(plan)}
     return [(label, words) for label, words in lines.items() if words]
+
+
+def _distillation(plan: RunPlan) -> list[tuple[str, str]]:
+    words = distillation_in_words(plan.distillation, plan.model.path)
+    return [("teacher", words)] if words else []
 
 
 def _rates(plan: RunPlan) -> list[tuple[str, str]]:

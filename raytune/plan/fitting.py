@@ -10,6 +10,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import possible_batches
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.distillation import is_beneath
 from raytune.plan.lone_documents import rows_of_a_pass
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import (
@@ -162,7 +163,9 @@ def _way(
     num_targets = min(num_tokens, most_targets(data.train, batch.micro_batch_size * longest_row(setting, data)))
     if data.ewc:  # a document of these passes alone
         num_targets = max(num_targets, most_targets(data.ewc, longest_row(setting, data)))
-    is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, shape.vocab))
+    teacher = setting.teacher or (shape if is_beneath(setting.config) else None)
+    num_logits = shape.vocab + (teacher.vocab if teacher else 0)
+    is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, num_logits))
     chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
     work = Workload(
         shape=shape,
@@ -186,6 +189,8 @@ def _way(
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
         holds_weights=bool(penalty_keys(setting.config)),
         weighs_importance=ewc_strength(setting.config) > 0,
+        teacher=teacher,
+        teacher_is_beside=setting.teacher is not None,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.
@@ -242,7 +247,7 @@ def most_targets(store: StorePlan, num_tokens: int) -> int:
 def _fits(config: RunConfig, machine: Machine, was: Setting, rows_per_step: int, data: DataFacts) -> bool:
     """Whether anything fits after a change of the config, which may be refused for other reasons too."""
     try:
-        setting = settle(config, was.shape, machine, was.begun)
+        setting = settle(config, was.shape, machine, was.begun, was.teacher)
         room = room_of_worker(setting)
         return any(room.holds(way) for way in _ways(setting, rows_per_step, data, is_timed=False))
     except UserError:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from raytune.plan.deepspeed_keys import computing_overrides
-from raytune.plan.run_plan import ModelPlan, OptimizationPlan, RunPlan, StorePlan, todays_form
+from raytune.plan.run_plan import DistillationPlan, ModelPlan, OptimizationPlan, RunPlan, StorePlan, todays_form
 
 _DIVIDES_MODEL = {"attention", "gradient_checkpointing", "lowest_layer", "compile", "liger", "dtype"}
 """Of `ModelPlan`: which kernels compute the same products, what is computed again, and how weights are stored."""
@@ -40,9 +40,21 @@ def identity_of(plan: RunPlan) -> dict[str, Any]:
         },
         "adapter": plan.adapter.model_dump(mode="json"),
         "optimization": plan.optimization.model_dump(mode="json"),
+        "distillation": _of_distillation(plan.distillation),
         "rows_per_step": plan.batch.global_batch_size,
         "overrides": computing_overrides(plan.engine.deepspeed_overrides),
     }
+
+
+def _of_distillation(plan: DistillationPlan | None) -> dict[str, Any] | None:
+    if plan is None:
+        return None
+    teacher = plan.teacher
+    if teacher is None:
+        who: object = "the base beneath the adapter"
+    else:
+        who = teacher.content or {"path": teacher.path, "revision": teacher.revision}
+    return plan.model_dump(mode="json", exclude={"teacher"}) | {"teacher": who}
 
 
 def fingerprints(store: StorePlan) -> list[str]:

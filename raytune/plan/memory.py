@@ -102,6 +102,10 @@ class Workload:
     """Whether a penalty holds what is trained near the base (training.penalty)."""
     weighs_importance: bool = False
     """Whether it does so by the importance of each weight."""
+    teacher: ModelShape | None = None
+    """Whom the model learns from (training.teacher)."""
+    teacher_is_beside: bool = False
+    """Whether that is a model of its own, and not the base beneath what is trained."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -136,18 +140,16 @@ class Workload:
 
 def memory_parts(work: Workload) -> list[MemoryPart]:
     """Bytes per rank by part, each at the moments of a step when it is there."""
-    parts = (*_model_states(work), *_pass_parts(work), *_engine_parts(work))
+    parts = (*_model_states(work), *_pass_parts(work), *_teacher_parts(work), *_engine_parts(work))
     return [part for part in parts if part.num_bytes]
 
 
 def _model_states(work: Workload) -> Iterator[MemoryPart]:
     """Weights, gradients, optimizer state, and what the update takes for itself."""
-    host: Place = "host" if work.is_on_gpu else "device"
-    places: dict[Offload, Place] = {"none": "device", "cpu": host, "nvme": "nvme"}
-    optimizer_place = places[work.offload_optimizer]
+    host, optimizer_place = _place("cpu", work), _place(work.offload_optimizer, work)
     # DeepSpeed keeps the gradients of a sharded optimizer where that optimizer computes.
     gradients_place = host if optimizer_place != "device" and work.zero_stage >= 2 else "device"
-    yield _part("weights", _weight_bytes(work), place=places[work.offload_parameters])
+    yield _part("weights", _weight_bytes(work), place=_place(work.offload_parameters, work))
     yield _part("optimizer", _optimizer_bytes(work), place=optimizer_place)
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
@@ -156,6 +158,12 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("penalty", _penalty_bytes(work), ("update",), gradients_place)
     yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
     yield _part("whole gradients and values", _followed_bytes(work), ("update",))
+
+
+def _place(offload: Offload, work: Workload) -> Place:
+    """Where that lies which is offloaded so."""
+    places: dict[Offload, Place] = {"none": "device", "cpu": "host" if work.is_on_gpu else "device", "nvme": "nvme"}
+    return places[offload]
 
 
 def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
@@ -172,12 +180,47 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
         yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
         yield _part("gradients of activations", _activation_gradient_bytes(work), in_layers)
     else:
-        yield _part("activations of a layer", max(0, _passing_bytes(work) - _loss_bytes(work)), ("forward",))
+        yield _part("activations of a layer", max(0, passing_bytes(work, work.shape) - _loss_bytes(work)), ("forward",))
     yield _part("a weight out of 4 or 8 bits", _dequantized_bytes(work), in_layers)
     yield _part("experts out of 4 bits", _expanded_expert_bytes(work), experts_at)
     yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
     yield _part("gradient of the logits", _logit_gradient_bytes(work), ("loss",))
     yield _part("gradient of the head", _head_gradient_bytes(work), head_gradient_at)
+
+
+def _teacher_parts(work: Workload) -> Iterator[MemoryPart]:
+    """A teacher's weights, its forward pass, and what is kept of that until the loss is there."""
+    shape = work.teacher
+    if shape is None:
+        return
+    width = BYTES[work.precision]
+    until_loss: tuple[Moment, ...] = ("teacher", "forward", "loss")
+    is_divided = work.zero_stage == 3 and work.workers > 1
+    if work.teacher_is_beside:
+        yield _part(
+            "weights of the teacher", teacher_weight_bytes(work) / work.share(3), place=_place(work.offload_parameters, work)
+        )
+    at_a_time = _gathered_at_a_time(teacher_weight_bytes(work), work) if is_divided else 0
+    yield _part("gathered weights of the teacher", at_a_time, ("teacher",))
+    dequantized = 0 if work.teacher_is_beside else max(_dequantized_bytes(work), _expanded_expert_bytes(work))
+    yield _part("activations of the teacher", passing_bytes(work, shape) + dequantized, ("teacher",))
+    # Stage 3 gives the ranks their shares of a head again when its pass is over; what the loss computes with is kept whole.
+    yield _part("head of the teacher", is_divided * width * shape.head.inputs * shape.head.outputs, until_loss)
+    yield _part("hidden states of the teacher", work.num_targets * shape.hidden * width, until_loss)
+    yield _part("logits of the teacher", _teacher_logit_bytes(work, shape), ("forward",))
+
+
+def teacher_weight_bytes(work: Workload) -> float:
+    """All weights that a teacher's forward pass reads."""
+    assert work.teacher is not None
+    return BYTES[work.precision] * work.teacher.num_parameters if work.teacher_is_beside else work.all_weight_bytes
+
+
+def _teacher_logit_bytes(work: Workload, shape: ModelShape) -> float:
+    """Per logit that both have: softened log-probabilities of both models and the teacher's probabilities, in fp32, and a byte
+    that says where these are 0; beside the logits of the model. Less what `_loss_bytes` counts."""
+    chunk = work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
+    return chunk * min(shape.vocab, work.shape.vocab) * (9 if work.precision == "fp32" else 5)
 
 
 def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
@@ -191,7 +234,7 @@ def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
     else:
         # Stage 1 leaves sums over micro-batches in it.
         keeps_sums = work.zero_stage == 1 and work.accumulation > 1
-        yield _part("buckets of gradients", buckets, PASSES if keeps_sums else ("last layer", "first layer"))
+        yield _part("buckets of gradients", buckets, (*PASSES, "teacher") if keeps_sums else ("last layer", "first layer"))
     yield _part(CUDA_CONTEXT, GPU_CONTEXT_BYTES) if work.is_on_gpu else _part(CPU_PROCESS, CPU_PROCESS_BYTES)
 
 
@@ -390,9 +433,8 @@ def _kept_bytes(work: Workload) -> float:
     return around + max(0, work.num_reached - 1) * layer_activation_bytes(work)
 
 
-def _passing_bytes(work: Workload) -> float:
+def passing_bytes(work: Workload, shape: ModelShape) -> float:
     """What a layer without a backward pass holds while it computes: branches of the MLP and their product, beside the stream."""
-    shape = work.shape
     return work.num_tokens * BYTES[work.weight_dtype] * ((2 + shape.has_gate) * shape.intermediate + 3 * shape.hidden)
 
 
@@ -594,7 +636,10 @@ def _gathered_bytes(work: Workload) -> float:
 
     Alone, a rank has them whole anyway.
     """
-    if work.workers == 1:
-        return 0
+    return 0 if work.workers == 1 else _gathered_at_a_time(work.all_weight_bytes, work)
+
+
+def _gathered_at_a_time(num_bytes: float, work: Workload) -> float:
+    """Of the weights of one model."""
     width = BYTES[work.precision]
-    return min(work.all_weight_bytes, ZERO_LIVE_ELEMENTS * width) + min(work.all_weight_bytes, ZERO_PREFETCH_ELEMENTS * width)
+    return min(num_bytes, ZERO_LIVE_ELEMENTS * width) + min(num_bytes, ZERO_PREFETCH_ELEMENTS * width)

@@ -16,9 +16,10 @@ from raytune.plan.value import Plan
 
 ZeroStage = Literal[0, 1, 2, 3]
 Place = Literal["device", "host", "nvme"]
-Moment = Literal["forward", "loss", "last layer", "first layer", "update"]
-"""When in a step memory may be fullest: at the end of the forward pass; in the backward pass of the loss, of the last layer (all
-activations, no gradients yet) or of the first (the reverse); in the update."""
+Moment = Literal["forward", "loss", "last layer", "first layer", "update", "teacher"]
+"""When in a step memory may be fullest: in the forward pass of a teacher, which comes before all else; at the end of the forward
+pass; in the backward pass of the loss, of the last layer (all activations, no gradients yet) or of the first (the reverse); in
+the update."""
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
@@ -184,6 +185,17 @@ class OptimizationPlan(Plan):
     """Of `DataPlan.ewc`, that importance is estimated from."""
 
 
+class DistillationPlan(Plan):
+    """What a teacher adds to the loss (training.objectives.Distillation)."""
+
+    weight: float
+    """Of the teacher against the targets; more than 0."""
+    temperature: float
+    top_k: int | None
+    teacher: ModelPlan | None
+    """A model beside the one that is trained; None: the frozen base beneath the adapter."""
+
+
 class EnginePlan(Plan):
     kind: Literal["plain", "zero"]
     zero_stage: ZeroStage
@@ -346,6 +358,7 @@ class RunPlan(Plan):
     adapter: Adapter
     batch: BatchPlan
     optimization: OptimizationPlan
+    distillation: DistillationPlan | None = None
     engine: EnginePlan
     loss: LossPlan
     evaluation: EvaluationPlan
@@ -382,6 +395,12 @@ class RunPlan(Plan):
     @classmethod
     def _base_apart_from_preset(cls, values: Any) -> Any:
         return todays_form(values) if isinstance(values, dict) else values
+
+    @property
+    def models(self) -> list[ModelPlan]:
+        """Models whose files the run reads: the base, and a teacher beside it."""
+        teacher = self.distillation and self.distillation.teacher
+        return [self.model, teacher] if teacher else [self.model]
 
     @property
     def skips_spikes(self) -> bool:

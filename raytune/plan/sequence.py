@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
+from raytune.plan.distillation import distillation_of
 from raytune.plan.penalty import ewc_strength
 from raytune.plan.run_plan import BatchPlan
 from raytune.plan.shapes import ModelShape
@@ -45,6 +46,10 @@ def check_sequence(config: RunConfig, shape: ModelShape) -> None:
         "strategy.ewc": (
             ewc_strength(config) > 0,
             "strategy.ewc measures the gradient of one document at a time, which one rank has whole",
+        ),
+        "strategy.distillation": (
+            distillation_of(config) is not None,
+            "strategy.distillation has a teacher, which sees whole rows",
         ),
         "training.compile": (config.training.compile, "training.compile is true, and collectives would break its graph"),
         "training.liger": (config.training.liger, "training.liger is true, and its kernels were not tried on parts of rows"),

@@ -11,6 +11,7 @@ from raytune.config.run import RunConfig
 from raytune.config.training import Precision
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
+from raytune.plan.distillation import check_distillation, teacher_section
 from raytune.plan.division import Begun, most_that_divide
 from raytune.plan.dropouts import check_drops, resolve_dropout
 from raytune.plan.freezing import narrowed, trained_with
@@ -58,6 +59,8 @@ class Setting:
     machine: Machine
     begun: Begun | None
     """The run that is continued."""
+    teacher: ModelShape | None = None
+    """Of a model beside the one that is trained (plan.distillation)."""
     device: Device
     workers: int
     precision: Precision
@@ -85,22 +88,33 @@ class Setting:
         return self.held.quantization
 
 
-def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun | None = None) -> Setting:
+def settle(
+    config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun | None = None, teacher: ModelShape | None = None
+) -> Setting:
     """Decide what needs no data.
 
     Args:
         begun: the run that is continued; `config` is then what `division.continued` made of it.
+        teacher: shape of what `distillation.teacher_section` names, if it names a model.
 
     Raises:
         UserError: (or PlanError, ModelError) if it cannot work whatever the rows are, with what to set instead.
     """
-    setting = look_at(config, shape, machine, _at_once, begun)
+    setting = look_at(config, shape, machine, _at_once, begun, teacher)
     assert setting is not None, "what is missing was raised"
     return setting
 
 
-def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: Of, begun: Begun | None = None) -> Setting | None:
+def look_at(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine | None,
+    of: Of,
+    begun: Begun | None = None,
+    teacher: ModelShape | None = None,
+) -> Setting | None:
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
+    teacher = teacher if teacher_section(config) else None  # whatever another method would need
     row_length = of(lambda: choose_row_length(config, shape))
     of(lambda: check_drops(config.model))
     of(lambda: check_cluster(config.cluster))
@@ -111,6 +125,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
     if asked is None:
         return None
     of(lambda: check_lone_documents(config, asked, shape))
+    of(lambda: check_distillation(config, shape, teacher, row_length))
     method, quantization, strategy = method_of(section), asked.quantization, config.strategy
     adapter = of(lambda: narrowed(section, shape, strategy.freeze))
     phases = adapter and of(lambda: trained_by_phase(adapter, shape, config))
@@ -151,6 +166,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         shape=shape,
         machine=machine,
         begun=begun,
+        teacher=teacher,
         device=device,
         workers=num_workers,
         precision=precision.value,

@@ -58,6 +58,12 @@ KEY_OF = {
     "optimization.l2_sp_strength": "strategy.l2_sp.strength",
     "optimization.ewc_strength": "strategy.ewc.strength",
     "optimization.ewc_documents": "strategy.ewc.max_documents",
+    "distillation.weight": "strategy.distillation.weight",
+    "distillation.temperature": "strategy.distillation.temperature",
+    "distillation.top_k": "strategy.distillation.top_k",
+    "distillation.teacher.revision": "strategy.distillation.revision",
+    "distillation.teacher": "strategy.distillation.teacher",
+    "distillation": "strategy.distillation",
     "adapter": "adapter",
     "overrides": "training.zero.overrides",
 }
@@ -71,7 +77,7 @@ _SAID_IN_TWO_WAYS = {"adapter.method": {"lora", "qlora"}, "model.quantization": 
 """Values of keys that may mean the same, together with those of other keys: the preset `qlora` speaks of the base too."""
 _BY_CONTENT = (
     *("model.base", "data.template", "data.train", "data.validation"),
-    *("strategy.unfreeze", "strategy.ewc.data", "strategy.ewc.max_documents"),
+    *("strategy.unfreeze", "strategy.ewc.data", "strategy.ewc.max_documents", "strategy.distillation.teacher"),
 )
 """Keys that name what may be the same under another name."""
 _ROWS = ("training.global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune.plan.hardware import Fabric, Gpu, Instance
-from raytune.plan.memory import BYTES, Workload, layer_activation_bytes
+from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, passing_bytes, teacher_weight_bytes
 from raytune.plan.quantization import num_quantised, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
 
@@ -125,7 +125,19 @@ def flops_per_micro_batch(work: Workload, row_tokens: int) -> float:
     making = (2 + work.has_checkpointing) * work.trained.making_flops
     products = 2 + reached * (5 + (2 if work.has_checkpointing else 0))
     attention = shape.num_layers * products * row_tokens * shape.heads * shape.head_dim * work.num_tokens
-    return float(layers + head + adapter + making + attention + _expert_update_flops(work, 6 + again))
+    of_updates = _expert_update_flops(work, 6 + again)
+    return float(layers + head + adapter + making + attention + of_updates + _teacher_flops(work, row_tokens))
+
+
+def _teacher_flops(work: Workload, row_tokens: int) -> float:
+    """Of a teacher's forward pass: 2 per weight and token, and attention's 2 products."""
+    shape = work.teacher
+    if shape is None:
+        return 0.0
+    attention = shape.num_layers * 2 * row_tokens * shape.heads * shape.head_dim
+    return (
+        2 * shape.num_product_weights + attention
+    ) * work.num_tokens + 2 * shape.head.inputs * shape.head.outputs * work.num_targets
 
 
 def _share_trained(work: Workload) -> float:
@@ -158,17 +170,28 @@ def _memory_traffic_bytes(work: Workload) -> float:
     passes = 3 if work.has_checkpointing else 2
     elementwise = 2 * (work.shape.num_layers + (passes - 1) * work.num_reached) * layer_activation_bytes(work)
     logits = 4 * 4 * work.shape.vocab * work.num_targets
-    dequantised = 0.0
+    dequantised = per_weight = 0.0
     if work.quantization:
         num_packed = num_quantised(work.shape, work.trained)
         per_weight = quantized_bytes(work.quantization, work.shape, work.trained) / num_packed + BYTES[work.precision]
         # Recomputed experts stay as they are until their backward pass; others are expanded for it.
         dequantised = per_weight * (passes * work.shape.num_quantizable + 2 * work.trained.num_packed)
+    taught = _teacher_traffic_bytes(work, per_weight)
     # A penalty reads weight and anchor, writes what lies between, and reads it to count it and to add it to the gradient.
     # Importance is read twice, and the way from the base written and read once more where it is squared by it.
     per_trained = 30 + work.holds_weights * (24 + BYTES[work.trained_dtype]) + work.weighs_importance * 16
     updated = 0 if work.offload_optimizer != "none" else per_trained * work.trained.num_trainable / work.share(1)
-    return work.accumulation * (elementwise + logits + dequantised) + updated
+    return work.accumulation * (elementwise + logits + dequantised + taught) + updated
+
+
+def _teacher_traffic_bytes(work: Workload, per_packed_weight: float) -> float:
+    """What a teacher's forward pass moves: as a student's, which keeps nothing of it; and both models' softened logits."""
+    shape = work.teacher
+    if shape is None:
+        return 0.0
+    elementwise = 2 * shape.num_layers * passing_bytes(work, shape)
+    packed = 0.0 if work.teacher_is_beside else per_packed_weight * work.shape.num_quantizable
+    return elementwise + packed + 2 * 4 * 4 * shape.vocab * work.num_targets
 
 
 def _communication_s(work: Workload, speed: Speed) -> float:
@@ -190,7 +213,8 @@ def _communication_s(work: Workload, speed: Speed) -> float:
     if work.zero_stage == 2:
         return (work.accumulation + 1) * gradients
     gathers = 3 if work.has_checkpointing else 2
-    return work.accumulation * (gathers * _collective_s(work.all_weight_bytes, work.workers, speed) + gradients)
+    taught = _collective_s(teacher_weight_bytes(work), work.workers, speed) if work.teacher else 0.0
+    return work.accumulation * (gathers * _collective_s(work.all_weight_bytes, work.workers, speed) + gradients + taught)
 
 
 def _exchange_s(work: Workload, speed: Speed) -> float:
@@ -239,7 +263,8 @@ def _offload_s(work: Workload, speed: Speed) -> float:
         seconds += 2 * 12 * own_shard * on_node / NVME_BYTES_PER_S
     if work.offload_parameters != "none":
         gathers = 3 if work.has_checkpointing else 2
-        read = work.accumulation * gathers * work.all_weight_bytes / work.share(3)
+        taught = teacher_weight_bytes(work) if work.teacher else 0.0
+        read = work.accumulation * (gathers * work.all_weight_bytes + taught) / work.share(3)
         seconds += read / speed.host_bytes_per_s
         seconds += read * on_node / NVME_BYTES_PER_S if work.offload_parameters == "nvme" else 0
     return seconds

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.config.sweep import SweepSection
 from raytune.data.build import ParallelMap
@@ -9,6 +10,7 @@ from raytune.errors import PlanError, UserError
 from raytune.launch.prepare import Preparation
 from raytune.launch.stores import STORES_FOLDER
 from raytune.model.base_content import Content
+from raytune.plan.distillation import teacher_section
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import SweepFolder
@@ -89,13 +91,19 @@ class Planner:
             is_crowded = isinstance(error, PlanError) and self.slots > 1
             raise type(error)(f"With {values}: {error}{shared if is_crowded else ''}") from error
 
-    def base(self, trial: Trial) -> Content:
-        """What the base of a trial holds now, wherever it lies.
+    def models(self, trial: Trial) -> dict[str, ModelSection]:
+        """Models whose files a trial reads, in the order of `RunPlan.models`, by the keys that name them."""
+        config = self.config(trial)
+        teacher = teacher_section(config)
+        return {"model.base": config.model} | ({"strategy.distillation.teacher": teacher} if teacher else {})
+
+    def content(self, model: ModelSection) -> Content:
+        """What a model holds now, wherever it lies.
 
         Raises:
             ModelError: if it is not here, or is no whole model.
         """
-        return self._preparation.base(self.config(trial).model)
+        return self._preparation.base(model)
 
 
 def _refuse_roll_backs(plan: RunPlan) -> None:

@@ -76,7 +76,8 @@ def sweep(
         board = Board(resolved.plan.mode)
         with closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger, watch(resolved.plan, ledger.known, board):
             if named_address(config.cluster) is None:
-                for model in {(plan.model.path, plan.model.revision): plan.model for plan in resolved.plans}.values():
+                models = (model for plan in resolved.plans for model in plan.models)
+                for model in {(model.path, model.revision): model for model in models}.values():
                     bring_base(model, in_lines(_log.warning))
             search = _search(config, folder, planner, resolved, ledger, board)
             try:
@@ -185,7 +186,7 @@ def _refuse_other_trials(folder: SweepFolder, planner: Planner, known: Known) ->
 
 
 def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> None:
-    """Refuse to compare trials with ended ones whose base held something else, wherever it lay then and lies now.
+    """Refuse to compare trials with ended ones whose base or teacher held something else, wherever it lay then and lies now.
 
     Raises:
         UserError: naming every file that differs.
@@ -194,10 +195,11 @@ def _refuse_other_bases(folder: SweepFolder, planner: Planner, known: Known) -> 
         run = folder.trial(trial.name)
         if not known.has_ended(trial.name) or not exists(run.plan):
             continue
-        was = read_plan(run).model.content
-        if was is not None:
-            now = planner.base(trial)
-            changes = [(f"model.base (its file {name})", old, new) for name, old, new in content_changes(was, now)]
+        for was, (key, section) in zip(read_plan(run).models, planner.models(trial).items()):
+            if was.content is None:
+                continue
+            now = planner.content(section)
+            changes = [(f"{key} (its file {name})", old, new) for name, old, new in content_changes(was.content, now)]
             refuse_changes("sweep", folder.name, folder.storage, changes)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 from raytune.errors import RaytuneError
 from raytune.hub.snapshot import Progress, Report
@@ -21,15 +22,18 @@ REPORT_EVERY_S, REPORT_REMOTE_EVERY_S = 2.0, 15.0
 
 
 def fetch_base(plan: RunPlan, folder: RunFolder, rank: int, world_size: int) -> None:
-    """Download what this node lacks of the base; one of its ranks does, and all ranks of the run wait until all nodes have it.
+    """Download what this node lacks of the base, and of a teacher; one of its ranks does, and all ranks of the run wait until all
+    nodes have it.
 
     Raises:
         ModelError, ClusterError: the same on every rank, as `download_base` does.
     """
-    if not is_known_by_commit(plan.model):
+    models = [model for model in plan.models if is_known_by_commit(model)]
+    if not models:
         return
     peers = Peers(rank, gather_in_own_group(world_size, PATIENCE_S), RaytuneError)
-    peers.together(lambda: _download(plan.model, folder))
+    for model in models:
+        peers.together(partial(_download, model, folder))
 
 
 def is_known_by_commit(model: ModelPlan) -> bool:

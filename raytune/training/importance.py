@@ -83,7 +83,7 @@ def estimated(started: Started) -> dict[str, Tensor]:
             started.worker.check()
             batch = batch.to(engine.device)
             with engine.autocast():
-                loss = started.loss(engine.module, batch)
+                loss = started.loss.cross_entropy(engine.module, batch)
             seen.losses.append(loss.detach())
             seen.rows += batch.rows
             yield loss

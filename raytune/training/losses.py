@@ -54,7 +54,12 @@ class LossLayer:
         self._pass: _Pass | None = None
 
     def loss_sum(
-        self, module: nn.Module, batch: Batch, inputs: dict[str, Any], extras: Mapping[str, Tensor] | None = None
+        self,
+        module: nn.Module,
+        batch: Batch,
+        inputs: dict[str, Any],
+        extras: Mapping[str, Tensor] | None = None,
+        objective: TokenLoss | None = None,
     ) -> Tensor:
         """Run `module` and return the sum over the batch's targets of their loss times their weight: an fp32 scalar.
 
@@ -64,11 +69,12 @@ class LossLayer:
             module: what is called for a forward pass; leads to the model that this layer was made for.
             inputs: arguments of the forward pass.
             extras: `TokenTargets.extras`, if the objective needs any.
+            objective: in place of the layer's own, for this pass.
 
         Raises:
             ModelError: if the model computes its logits past its output head.
         """
-        return self._run(module, batch, inputs, extras or {}, for_each=False)
+        return self._run(module, batch, inputs, extras or {}, objective or self._objective, for_each=False)
 
     def losses(self, module: nn.Module, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Run `module` and return the loss of each target of the batch, (M,) in fp32, without its weight and without a gradient.
@@ -77,16 +83,23 @@ class LossLayer:
             ModelError: if the model computes its logits past its output head.
         """
         with torch.no_grad():
-            return self._run(module, batch, inputs, {}, for_each=True)
+            return self._run(module, batch, inputs, {}, self._objective, for_each=True)
 
     def _run(
-        self, module: nn.Module, batch: Batch, inputs: dict[str, Any], extras: Mapping[str, Tensor], *, for_each: bool
+        self,
+        module: nn.Module,
+        batch: Batch,
+        inputs: dict[str, Any],
+        extras: Mapping[str, Tensor],
+        objective: TokenLoss,
+        *,
+        for_each: bool,
     ) -> Tensor:
         targets = TokenTargets(batch.target_ids, batch.target_weights, extras)
-        self._pass = _Pass(batch.target_positions, targets, for_each, self._head.forward, self._model.forward)
+        self._pass = _Pass(batch.target_positions, targets, objective, for_each, self._head.forward, self._model.forward)
         after_head = self._head.register_forward_hook(self._keep_hooked_output)
         try:
-            with _forward_replaced(self._head, self._new_head_forward), _forward_replaced(self._model, self._new_model_forward):
+            with forward_replaced(self._head, self._new_head_forward), forward_replaced(self._model, self._new_model_forward):
                 return module(**inputs)
         finally:
             after_head.remove()
@@ -104,7 +117,7 @@ class LossLayer:
         if self._chunk_tokens is not None:
             return now.head_output
         logits_MV = output.logits.flatten(0, -2)
-        return (self._objective.losses if now.for_each else self._objective.loss)(logits_MV, now.targets)
+        return (now.objective.losses if now.for_each else now.objective.loss)(logits_MV, now.targets)
 
     def _forward_head(self, hidden_1ND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         now = self._pass
@@ -115,14 +128,12 @@ class LossLayer:
             return now.head_output
         projection = projection_of(self._head, self._transform)
         if now.for_each:
-            now.head_output = _losses_in_chunks(self._objective, projection, hidden_MD, now.targets, self._chunk_tokens)
+            now.head_output = _losses_in_chunks(now.objective, projection, hidden_MD, now.targets, self._chunk_tokens)
             return now.head_output
         grad = torch.is_grad_enabled()
         loss = cast(
             Tensor,
-            _ChunkedLoss.apply(
-                self._objective, projection, hidden_MD, now.targets, self._chunk_tokens, grad, *projection.weights
-            ),
+            _ChunkedLoss.apply(now.objective, projection, hidden_MD, now.targets, self._chunk_tokens, grad, *projection.weights),
         )
         now.head_output = loss
         return loss if projection.weights else loss.detach()
@@ -142,6 +153,7 @@ class _Pass:
 
     target_positions: Tensor
     targets: TokenTargets
+    objective: TokenLoss
     for_each: bool
     """Whether the loss of each target is asked for, and not their sum."""
     head_forward: Callable[..., Tensor]
@@ -151,7 +163,8 @@ class _Pass:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Context in which a module's forward pass is another."""
     previous = module.__dict__.get("forward")
     module.forward = forward
     try:

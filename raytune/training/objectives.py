@@ -4,9 +4,9 @@ An objective is a frozen value with the methods of `TokenLoss`. It never sees a 
 models, chunks and ranks: sums over targets are added up by the loss layer and divided by the sum of their weights in the loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class TokenTargets:
     weights_C: Tensor | None = None
     """fp32; None: each weighs 1."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """What else an objective compares with, a row per target: a teacher's logits, for example."""
+    """What else an objective compares with, a row per target, by its name."""
 
     def chunk(self, part: slice) -> "TokenTargets":
         weights_C = None if self.weights_C is None else self.weights_C[part]
@@ -90,6 +90,101 @@ class CrossEntropy:
         if targets.weights_C is not None:
             gradient_CV *= targets.weights_C[:, None]
         return losses_C1.sum(), gradient_CV.to(logits_CV.dtype)
+
+
+TEACHER = "teacher"
+"""Of `TokenTargets.extras`: the hidden states of a teacher from which it predicts the targets, (C, width of the teacher)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """(1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student), both softened by the temperature T (Hinton et al.
+    2015), over the tokens that both have.
+
+    With `top_k`, over those of them that the teacher finds likeliest at each target, among which both are made to sum to 1.
+    """
+
+    weight: float
+    """More than 0; at 1 the targets themselves count for nothing."""
+    temperature: float
+    top_k: int | None
+    teacher_logits: Callable[[Tensor], Tensor]
+    """Of some rows of hidden states, (C, vocabulary of the teacher); without a gradient."""
+
+    def losses(self, logits_CV: Tensor, targets: TokenTargets) -> Tensor:
+        losses_C, _ = self._divergence(logits_CV, targets, with_gradient=False)
+        return losses_C.add_(CrossEntropy().losses(logits_CV, targets), alpha=1 - self.weight) if self.weight < 1 else losses_C
+
+    def loss(self, logits_CV: Tensor, targets: TokenTargets) -> Tensor:
+        return _Analytic.apply(self, logits_CV, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+
+    def loss_and_gradient(self, logits_CV: Tensor, targets: TokenTargets, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        losses_C, gradient_CV = self._divergence(logits_CV, targets, with_gradient=with_gradient)
+        ids_C1 = targets.ids_C[:, None]
+        if self.weight < 1:
+            log_probabilities_CV = _log_softmax(logits_CV)
+            losses_C.sub_(log_probabilities_CV.gather(1, ids_C1)[:, 0], alpha=1 - self.weight)
+            if gradient_CV is not None:
+                hard_CV = log_probabilities_CV.exp_()
+                hard_CV.scatter_add_(1, ids_C1, hard_CV.new_full(ids_C1.shape, -1.0))
+                gradient_CV = gradient_CV.add_(hard_CV, alpha=1 - self.weight)
+        if targets.weights_C is not None:
+            losses_C *= targets.weights_C
+            if gradient_CV is not None:
+                gradient_CV *= targets.weights_C[:, None]
+        return losses_C.sum(), None if gradient_CV is None else gradient_CV.to(logits_CV.dtype)
+
+    @torch.no_grad()
+    def _divergence(self, logits_CV: Tensor, targets: TokenTargets, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """weight * T^2 * KL of each target, and its gradient by all logits, weight * T * (q - p)."""
+        teacher_CV = self.teacher_logits(targets.extras[TEACHER])
+        num_shared = min(logits_CV.shape[1], teacher_CV.shape[1])
+        student_CK, kept_CK = logits_CV[:, :num_shared], None
+        teacher_CK = teacher_CV[:, :num_shared]
+        if self.top_k is not None and self.top_k < num_shared:
+            teacher_CK, kept_CK = teacher_CK.topk(self.top_k, sorted=False)
+            student_CK = student_CK.gather(1, kept_CK)
+        del teacher_CV
+        log_p_CK = _log_softmax(self._softened(teacher_CK))
+        del teacher_CK
+        log_q_CK = _log_softmax(self._softened(student_CK))
+        p_CK = log_p_CK.exp()
+        # Where a teacher rules a token out, nothing is added: 0 * log 0 is 0.
+        terms_CK = log_p_CK.sub_(log_q_CK).masked_fill_(p_CK == 0, 0.0).mul_(p_CK)
+        losses_C = terms_CK.sum(1).mul_(self.weight * self.temperature**2)
+        if not with_gradient:
+            return losses_C, None
+        del terms_CK, log_p_CK
+        gradient_CK = log_q_CK.exp_().sub_(p_CK).mul_(self.weight * self.temperature)
+        if gradient_CK.shape == logits_CV.shape:
+            return losses_C, gradient_CK
+        gradient_CV = gradient_CK.new_zeros(logits_CV.shape)
+        if kept_CK is None:
+            gradient_CV[:, :num_shared] = gradient_CK
+        else:
+            gradient_CV.scatter_(1, kept_CK, gradient_CK)
+        return losses_C, gradient_CV
+
+    def _softened(self, logits_CK: Tensor) -> Tensor:
+        return logits_CK.to(loss_dtype(logits_CK)) / self.temperature
+
+
+class _Analytic(torch.autograd.Function):
+    """The loss of an objective whose gradient is made with it; the backward pass only scales that."""
+
+    @staticmethod
+    def forward(ctx: Any, objective: TokenLoss, logits_CV: Tensor, targets: TokenTargets, with_gradient: bool) -> Tensor:
+        # In 16 bits a weight of 1e-5 would be 0, and one of 1e5 infinite.
+        targets, scale = targets.scaled() if len(targets) else (targets, None)
+        loss, ctx.gradient_CV = objective.loss_and_gradient(logits_CV, targets, with_gradient=with_gradient)
+        ctx.scale = scale
+        return loss if scale is None else loss * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient_CV, ctx.gradient_CV = ctx.gradient_CV, None  # scaled in place, hence once
+        return None, gradient_CV.mul_(loss_gradient if ctx.scale is None else loss_gradient * ctx.scale), None, None
 
 
 def loss_dtype(logits: Tensor) -> torch.dtype:

@@ -90,6 +90,17 @@ def projection_of(head: nn.Module, transform: Transform | None) -> Projection:
     return ModuleProjection(_without_hooks(head), transform)
 
 
+def frozen_projection_of(head: nn.Module, transform: Transform | None) -> Projection:
+    """How a head makes logits without a gradient, with its weights as they are now, for as long as the projection is kept.
+
+    Called in its forward pass, as `projection_of`. Afterwards ZeRO-3 may divide them again.
+    """
+    if type(head) is nn.Linear and transform is None:
+        return LinearProjection(head)
+    _read_weights(head)
+    return ModuleProjection(_without_hooks(head, is_kept=True), transform)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, without a second matrix of that size when the factors have fewer bits than the total."""
     if left.dtype == total.dtype:
@@ -119,7 +130,9 @@ def output_head(model: nn.Module) -> nn.Module:
         raise ModelError(f"{type(model).__name__} has no output head onto a vocabulary; raytune trains causal language models.")
     # PEFT's `modules_to_save` puts a trained copy beside the module; the copy in use is the head.
     copies = getattr(head, "modules_to_save", None)
-    return copies[head.active_adapters[0]] if isinstance(copies, nn.ModuleDict) else head
+    if not isinstance(copies, nn.ModuleDict):
+        return head
+    return head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
 
 
 def _read_weights(head: nn.Module) -> None:
@@ -133,13 +146,21 @@ def _read_weights(head: nn.Module) -> None:
             getattr(module, name)
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
+def _without_hooks(module: nn.Module, *, is_kept: bool = False) -> nn.Module:
     """A view of a module: same class, weights and settings, but neither hooks nor a replaced `forward`.
 
     A head in pieces is called once per chunk, and ranks differ in their number of chunks: the hooks of ZeRO-3 on its submodules
     would gather a different number of times on each, and wait for each other for ever.
+
+    Args:
+        is_kept: whether the weights stay as they are now when ZeRO-3 divides the module's.
     """
-    return _view(module, {name: child and _without_hooks(child) for name, child in module._modules.items()})
+    children = {name: child and _without_hooks(child, is_kept=is_kept) for name, child in module._modules.items()}
+    view = _view(module, children)
+    if is_kept:
+        values = {name: getattr(module, name) for name in module._parameters}
+        view.__dict__["_parameters"] = {name: value if value is None else value.detach() for name, value in values.items()}
+    return view
 
 
 def _view(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:

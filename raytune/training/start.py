@@ -21,7 +21,7 @@ from raytune.model.attention import model_inputs
 from raytune.model.base_check import check_base
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
-from raytune.model.load import load_model
+from raytune.model.load import load_model, load_teacher
 from raytune.model.sequence_parallel import SharedRows
 from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
@@ -35,6 +35,7 @@ from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.penalty import penalty_of
+from raytune.training.teacher import Teacher, base_beneath
 
 Look = Callable[[nn.Module], None]
 """Starts an adapter from data."""
@@ -58,19 +59,29 @@ class Worker:
 
 
 class BatchLoss:
-    """The loss of a model on a batch, with the attention that the plan chose. Called, it gives the sum over the targets."""
+    """The loss of a model on a batch, with the attention that the plan chose. Called, it gives what is minimised, summed over the
+    targets."""
 
-    def __init__(self, plan: RunPlan, model: nn.Module, shared: SharedRows | None = None) -> None:
+    def __init__(self, plan: RunPlan, model: nn.Module, shared: SharedRows | None = None, teacher: Teacher | None = None) -> None:
         """
         Args:
             shared: with whom this rank shares rows.
+            teacher: whom the model learns from beside its rows.
         """
         self._layer: LossLayer | None = attach_loss(model, plan.loss.chunk_tokens)
-        self._model, self._shared = plan.model, shared
+        self._model, self._shared, self._teacher = plan.model, shared, teacher
         self._in_front = partial(adapting(plan.adapter).in_front, plan.adapter)
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `LossLayer.loss_sum`."""
+        if self._teacher is None:
+            return self.cross_entropy(module, batch)
+        assert self._layer is not None, "released"
+        lesson, seen = self._teacher.teach(module, batch), self._in_front(batch)
+        return self._layer.loss_sum(module, seen, self._inputs(seen), lesson.extras, lesson.objective)
+
+    def cross_entropy(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The same of the targets alone, whatever else is minimised: what losses of runs are compared by."""
         assert self._layer is not None, "released"
         seen = self._in_front(batch)
         return self._layer.loss_sum(module, seen, self._inputs(seen))
@@ -82,8 +93,8 @@ class BatchLoss:
         return self._layer.losses(module, seen, self._inputs(seen))
 
     def release(self) -> None:
-        """Let go of the model; the engine is then all that holds it."""
-        self._layer = None
+        """Let go of the model, which the engine is then all that holds, and of its teacher."""
+        self._layer = self._teacher = None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = model_inputs(batch, self._model.attention, packs=self._model.packs)
@@ -111,7 +122,8 @@ class Started:
             return self.engine
         rank, world_size, device = self.engine.rank, self.engine.world_size, self.engine.device
         self.engine.release()
-        return start_engine(in_phase(plan, index), device, rank, world_size, looks_at_data=False)[0]
+        alone = in_phase(plan, index).model_copy(update={"distillation": None})
+        return start_engine(alone, device, rank, world_size, looks_at_data=False)[0]
 
 
 def start(
@@ -194,7 +206,26 @@ def start_engine(
         _plain_engine(plan, device, rank, world_size, kept, saved, look) if is_plain else _zero_engine(plan, device, saved, look)
     )
     size, timeout_s = plan.batch.sequence_parallel, plan.cluster.collective_timeout_s
-    return engine, BatchLoss(plan, engine.model, SharedRows.of(size, rank, world_size, timeout_s))
+    shared = SharedRows.of(size, rank, world_size, timeout_s)
+    return engine, BatchLoss(plan, engine.model, shared, _teacher(plan, engine, device))
+
+
+def _teacher(plan: RunPlan, engine: Engine, device: torch.device) -> Teacher | None:
+    """The teacher of a plan, on this rank: whole, or divided among the ranks as the weights in training are."""
+    if plan.distillation is None:
+        return None
+    seen = plan.distillation.teacher
+    if seen is None:
+        return base_beneath(plan.distillation, plan.model, engine.model)
+    if plan.engine.zero_stage < 3:
+        model = load_teacher(seen, device)
+        return Teacher(plan.distillation, seen, model, model)
+    from raytune.training.zero_engine import sharded_loading, without_training
+
+    check_base(seen.path, seen.revision, seen.trust_remote_code)
+    with sharded_loading(plan, device):
+        model = load_teacher(seen, device)
+    return Teacher(plan.distillation, seen, model, without_training(model, plan))
 
 
 def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:

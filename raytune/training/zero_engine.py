@@ -139,6 +139,12 @@ def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Callable[[n
         del alive
 
 
+def without_training(model: nn.Module, plan: RunPlan) -> nn.Module:
+    """What to call for a forward pass of a model beside the one in training, whose weights were sharded as they were loaded."""
+    _cast_unsharded(model, DTYPES[plan.precision])
+    return deepspeed.initialize(model=model, config=deepspeed_config(plan))[0]
+
+
 class ZeroEngine:
     """Optimizer state (stage 1), gradients (2) and weights (3) divided among the ranks by DeepSpeed.
 

@@ -13,15 +13,17 @@ from raytune.config.run import RunConfig
 from raytune.data.batches import step_batches
 from raytune.data.store import Store
 from raytune.plan.base_model import read_model_shape
+from raytune.plan.distillation import distillation_plan, teacher_section
 from raytune.plan.freezing import frozen_names
 from raytune.plan.penalty import ewc_strength, l2_sp_strength
 from raytune.plan.phases import phase_plans
-from raytune.plan.run_plan import RunPlan
+from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.plan.setting import Setting, settle
 from raytune.plan.shapes import ModelShape
 from raytune.plan.update_groups import update_groups
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.runs import NUM_STEPS, Material, make_plan
+from tests.tiny import tiny_plan
 from tests.unit.plan_cases import CPU
 
 FULL: dict[str, Any] = {"method": "full"}
@@ -65,6 +67,7 @@ def strategy_plan(
             ],
         }
         | changes.pop("optimization", {}),
+        distillation=distillation_plan(setting.config, teacher_beside(setting.config, changes.get("precision", "fp32"))),
         num_trainable=setting.trained.num_trainable,
         phase_needs=[
             {
@@ -81,6 +84,15 @@ def strategy_plan(
     )
 
 
+def teacher_beside(config: RunConfig, precision: str) -> ModelPlan | None:
+    """How the planner has a teacher loaded, on one of the tests' models."""
+    section = teacher_section(config)
+    if section is None:
+        return None
+    model = tiny_plan().model.model_copy(update={"path": section.base})
+    return model.model_copy(update={"dtype": precision, "compute_dtype": precision})
+
+
 def plain_training(
     plan: RunPlan,
     is_trained: Callable[[str], bool],
@@ -89,6 +101,7 @@ def plain_training(
     lora: LoraConfig | None = None,
     base: Any = None,
     penalty: Callable[[dict[str, nn.Parameter]], Tensor] | None = None,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] = document_loss,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and what was trained by its name, of a plan's rows: a document at a time, an optimizer group per parameter.
 
@@ -98,6 +111,7 @@ def plain_training(
         decay: weight decay of a name; None: the plan's, of matrices.
         base: the model, where it is not as its files have it.
         penalty: of what is trained, added to the loss that is minimised and to none that is returned.
+        loss_of: the model on a document: its ids and labels.
     """
     model: Any = base or AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     if lora is not None:
@@ -127,7 +141,7 @@ def plain_training(
             store, step=step, rank=0, world=1, micro_batch_size=8, accumulation=1, num_rows_in_run=10**6, seed=plan.seed
         )
         num_targets = sum(batch.target_ids.numel() for batch in batches)
-        loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
+        loss = sum(loss_of(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
         assert isinstance(loss, Tensor)
         (loss if penalty is None else loss + penalty(trained)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)

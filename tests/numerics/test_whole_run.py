@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no packing": {"data": {"packing": "none"}},
     "noisy embeddings": {"training": {"neftune_noise_alpha": 5.0}},
     "dropout": {"adapter": LORA | {"dropout": 0.1}},
+    "distilled": {"strategy": {"distillation": {"teacher": "base", "weight": 0.3}}},
     "adafactor": {"training": {"optimizer": "adafactor"}},
     "lion": {"training": {"optimizer": "lion", "learning_rate": 3e-4}},
     "8-bit adam": {"training": {"optimizer": "adamw_8bit"}},
@@ -163,7 +164,9 @@ def test_a_run_in_bf16_saves_what_its_products_were_made_of(
     )
 
 
-def test_the_engine_is_gone_when_base_and_tuned_model_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_and_teacher_are_gone_when_base_and_tuned_model_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def parameters() -> set[int]:
         return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter)}
 
@@ -177,7 +180,8 @@ def test_the_engine_is_gone_when_base_and_tuned_model_are_loaded(tmp_path: Path,
     gc.collect()
     before = parameters()
     generation = {"rows": "demo:test", "max_rows": 2, "max_new_tokens": 4}
-    result = finished(tmp_path, {"evaluation": {"generation": generation}})
+    strategy = {"distillation": {"teacher": "demo"}}
+    result = finished(tmp_path, {"evaluation": {"generation": generation}, "strategy": strategy})
     assert result.comparison is not None
     assert len(seen) == 1
     assert seen[0] <= before

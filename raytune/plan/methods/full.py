@@ -61,5 +61,6 @@ METHOD = Method(
     learning_rate=full_rate,
     epochs=full_epochs,
     weight_decay=0.1,  # Llama 2 chat
+    keeps_base=lambda adapter: False,
     when="much data, or much that is new to the model; sixteen bytes per parameter and a whole model as the result",
 )

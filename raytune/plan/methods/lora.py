@@ -12,7 +12,7 @@ from raytune.plan.methods.experts import (
     packed_experts,
     takes_experts,
 )
-from raytune.plan.methods.lora_limits import check, excluding_experts, unread, without_experts
+from raytune.plan.methods.lora_limits import FROM_BASE, check, excluding_experts, unread, without_experts
 from raytune.plan.methods.lora_updates import UpdateSize, all_updated, biases_of, sizes_of, updated_layers, updated_parameters
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters, in_short, saved_modules
@@ -155,6 +155,7 @@ METHOD = Method(
     learning_rate=adapter_rate,
     epochs=adapter_epochs,
     weight_decay=0.0,  # QLoRA: the rank already limits what it can do
+    keeps_base=lambda adapter: adapter.init not in FROM_BASE and adapter.bias == "none",
     stage_limits=_stage_limits,
     unread=unread,
     reasons=_reasons,

@@ -54,6 +54,8 @@ class Method:
     """What the method is good for, and what it costs, in a line."""
     recomputes: bool = True
     """Whether layers can compute their activations again."""
+    keeps_base: Callable[[Any], bool] = lambda adapter: True
+    """Whether the model computes what its base does once what is trained is switched off."""
     stage_limits: Callable[[Any, ModelShape, Quantization | None], list[StageLimit]] = no_limits
     """ZeRO stages that the method leaves."""
     unread: Callable[[Any, ModelShape], Iterator[str]] = nothing_unread
