@@ -151,6 +151,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
         data["strategy"]["unfreeze"] = [{"last_layers": 1} | phase]
     if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
         tokens.setdefault("token", "<a>")
+    if isinstance(scaling := data.get("model", {}).get("rope_scaling"), dict):
+        data["model"]["rope_scaling"] = {"type": "yarn", "factor": 4.0} | scaling
     if generation := data.get("evaluation", {}).get("generation"):
         rows = generation.setdefault("rows", "a.jsonl")
         if isinstance(rows, dict):
