@@ -18,6 +18,12 @@ WITH_ORIGINAL = ("yarn", "llama3")
 """Kinds whose parameters name the length that the base was first trained with. `linear` needs none, and `dynamic` takes the
 config's `max_position_embeddings` for it."""
 
+GIVEN = (
+    *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("low_freq_factor", "high_freq_factor"),
+)
+"""Keys of the section that go into the parameters as they are, where they are given."""
+
 
 def own_rope(config: Mapping[str, Any]) -> Rope:
     """The rotary positions that the `config.json` of an architecture which has them describes.
@@ -97,7 +103,7 @@ def resolve_rope(model: ModelSection, shape: ModelShape) -> RopePlan | None:
             ),
             keys=(f"{KEY}.factor", f"{KEY}.original_max_position_embeddings", KEY),
         )
-    given = section.model_dump(exclude={"type", "original_max_position_embeddings"}, exclude_none=True)
+    given = {name: value for name in GIVEN if (value := getattr(section, name)) is not None}
     named = {"original_max_position_embeddings": original} if section.type in WITH_ORIGINAL else {}
     return RopePlan(
         parameters={"rope_type": section.type, **given, **named},

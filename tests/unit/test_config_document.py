@@ -155,6 +155,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
             ewc["data"].setdefault("path", "a.jsonl")
     if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
         tokens.setdefault("token", "<a>")
+    if isinstance(scaling := data.get("model", {}).get("rope_scaling"), dict):
+        data["model"]["rope_scaling"] = {"type": "yarn", "factor": 4.0} | scaling
     if generation := data.get("evaluation", {}).get("generation"):
         with_rows(generation, "rows")
     if replay := data.get("strategy", {}).get("replay"):
