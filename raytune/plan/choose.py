@@ -18,6 +18,7 @@ from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
+from raytune.plan.averaging import averaging_notes, averaging_of
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.calendar import Epoch, Period, divides, in_steps, steps_of_epochs
 from raytune.plan.cost import cost_of
@@ -40,6 +41,7 @@ from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.new_tokens import new_token_notes
+from raytune.plan.optimizers import optimizer_notes
 from raytune.plan.penalty import holds_weights, l2_sp_strength, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
@@ -187,6 +189,7 @@ def choose_plan(
             *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
+            *optimizer_notes(config, setting.trained),
             *penalty_notes(config, weight_decay=optimization.weight_decay),
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
@@ -201,7 +204,7 @@ def choose_plan(
         data_report=data.report,
     )
     _check_nvme(plan, machine)
-    return plan.model_copy(update={"notes": [*plan.notes, *guard_notes(plan)]})
+    return plan.model_copy(update={"notes": [*plan.notes, *averaging_notes(plan), *guard_notes(plan)]})
 
 
 def _check_nvme(plan: RunPlan, machine: Machine) -> None:
@@ -369,6 +372,7 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: 
         epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
         l2_sp_strength=l2_sp_strength(setting.config),
+        averaging=reasons.taken(averaging_of(training.averaging, num_steps)),
     )
 
 

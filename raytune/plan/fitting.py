@@ -175,6 +175,7 @@ def _way(
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
         holds_weights=holds_weights(setting.config),
+        averages_every=training.averaging and training.averaging.every_steps,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.

@@ -125,6 +125,16 @@ class PhasePlan(Plan):
     """Of the phase, over which its rate rises from 0."""
 
 
+class AveragingPlan(Plan):
+    """A running average of the trained weights (plan.averaging)."""
+
+    decay: float
+    """What weights count for, as a share of those that are averaged after them; 1: all count alike."""
+    first_step: int
+    """After which weights are averaged for the first time, counted from 1."""
+    every_steps: int
+
+
 class OptimizationPlan(Plan):
     num_steps: int
     num_rows: int
@@ -151,6 +161,8 @@ class OptimizationPlan(Plan):
     max_grad_norm: float
     l2_sp_strength: float = 0.0
     """Of the penalty on the way from the base (training.penalty); 0: there is none."""
+    averaging: AveragingPlan | None = None
+    """None: the model is the weights as they are."""
 
 
 class EnginePlan(Plan):

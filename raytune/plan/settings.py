@@ -54,6 +54,7 @@ KEY_OF = {
     "optimization.epsilon": "training.adam_epsilon",
     "optimization.max_grad_norm": "training.max_grad_norm",
     "optimization.l2_sp_strength": "strategy.l2_sp.strength",
+    "optimization.averaging": "training.averaging",
     "adapter": "adapter",
     "overrides": "training.zero.overrides",
 }
