@@ -176,7 +176,8 @@ def test_muon_updates_matrices_of_hidden_layers_and_adamw_all_else() -> None:
     class Both(torch.optim.Optimizer):
         def __init__(self) -> None:
             super().__init__(groups, {})
-            self.both = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"), torch_adamw(others)
+            adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), eps=1e-8, fused=True)
+            self.both = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"), adamw
 
         def step(self, closure: Any = None) -> None:
             for optimizer in self.both:
