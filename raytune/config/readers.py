@@ -213,6 +213,20 @@ def _guard(*policies: str) -> Need:
     )
 
 
+def _average(kind: str) -> Need:
+    """The average of weights is of a kind."""
+
+    def kind_of(config: RunConfig) -> str | None:
+        return config.training.averaging and config.training.averaging.kind
+
+    return Need(
+        keys=("training.averaging.kind",),
+        holds=lambda config, _: kind_of(config) == kind,
+        otherwise=lambda config: f"training.averaging.kind {kind_of(config)} does not read it",
+        remedy=f"set training.averaging.kind to {kind}",
+    )
+
+
 _VALIDATION = Need(
     keys=("data.validation", "data.validation_fraction"),
     holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
@@ -353,7 +367,7 @@ def _has_splits(path: str) -> bool:
     return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in FILE_ENDINGS
 
 
-_ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+_ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
 
 
 # --- the table
@@ -495,6 +509,10 @@ READERS: dict[str, Reader] = {
     **_read("training.divergence", "watch patience", "training.divergence", needs=(_guard("warn", "stop", "roll_back"),)),
     **_read("training.divergence", "rate_factor max_roll_backs", "training.divergence", needs=(_guard("roll_back"),)),
     **_read("training", "sequence_parallel_size", "plan.sequence"),
+    **_read("training", "averaging", "plan.averaging"),
+    **_read("training.averaging", "kind every_steps", "plan.averaging"),
+    **_read("training.averaging", "decay", "plan.averaging", needs=(_average("ema"),)),
+    **_read("training.averaging", "last_steps", "plan.averaging", needs=(_average("last"),)),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
     **_read("training", "zero", "plan.stages"),

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raytune.config.averaging import AveragingSection
 from raytune.config.divergence import DivergenceSection
 from raytune.config.section import (
     Auto,
@@ -18,7 +19,7 @@ from raytune.config.section import (
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 
 Precision = Literal["bf16", "fp16", "fp32"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon"]
 Schedule = Literal["linear", "cosine", "constant", "wsd", "polynomial", "cosine_with_restarts"]
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -80,15 +81,17 @@ class TrainingSection(Section):
     warmup_steps: NonNegativeInt | None = None
     """Warm-up in steps; wins over `warmup_ratio`."""
     optimizer: Optimizer = "adamw"
-    """AdamW is fused where PyTorch has it; `adamw_8bit` and `paged_*` come from bitsandbytes; `adafactor`, `lion`."""
+    """AdamW is fused where PyTorch has it; `adamw_8bit` and `paged_*` come from bitsandbytes; `adafactor`, `lion`. `muon`
+    (PyTorch's, momentum 0.95) orthogonalises the updates of matrices of hidden layers, or of both factors of their low-rank
+    updates, at AdamW's rates; AdamW updates all else (embeddings, head, norms, biases, experts). Without DeepSpeed only."""
     weight_decay: Annotated[NonNegativeFloat | Auto, Field(examples=[0.01])] = "auto"
     """Decoupled weight decay of matrices; biases and norms have none. `auto` depends on the method."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """First-moment decay. For AdamW and Lion."""
+    """First-moment decay. For AdamW and Lion; with `muon`, for what AdamW updates."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Second-moment decay. For AdamW and Lion."""
+    """Second-moment decay. For AdamW and Lion; with `muon`, for what AdamW updates."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Denominator offset. For AdamW only."""
+    """Denominator offset. For AdamW only; with `muon`, for what AdamW updates."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""
     precision: Precision | Auto = "auto"
@@ -117,6 +120,9 @@ class TrainingSection(Section):
     divergence: DivergenceSection | None = None
     """Look out for spikes of loss and gradient norm: warn, skip the step, end the run, or roll back at a lower rate; `{}` turns
     it on as its keys are by default."""
+    averaging: AveragingSection | None = None
+    """Average the trained weights over steps; the average is then the model that is validated and saved. `{}` turns it on as its
+    keys are by default."""
     seed: NonNegativeInt = 42
     """Seed of the data order, dropout and adapter initialisation."""
     zero: ZeroSection = ZeroSection()

@@ -18,6 +18,7 @@ from raytune.config.readers import unread
 from raytune.config.run import RunConfig
 from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
+from raytune.plan.averaging import averaging_notes, averaging_of
 from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
 from raytune.plan.calendar import Epoch, Period, divides, in_steps, steps_of_epochs
 from raytune.plan.cost import cost_of
@@ -42,6 +43,7 @@ from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.mixing import mixture_notes
 from raytune.plan.new_tokens import new_token_notes
+from raytune.plan.optimizers import optimizer_notes
 from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
@@ -198,6 +200,7 @@ def choose_plan(
             *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
+            *optimizer_notes(config, setting.trained),
             *penalty_notes(config, data, weight_decay=optimization.weight_decay),
             *mixture_notes(config, data.report, num_rows / data.train.num_rows),
             *distillation_notes(config, shape, setting.teacher),
@@ -216,7 +219,7 @@ def choose_plan(
         data_report=data.report,
     )
     _check_nvme(plan, machine)
-    return plan.model_copy(update={"notes": [*plan.notes, *guard_notes(plan)]})
+    return plan.model_copy(update={"notes": [*plan.notes, *averaging_notes(plan), *guard_notes(plan)]})
 
 
 def _teacher(setting: Setting, files: TeacherFiles | None) -> ModelPlan | None:
@@ -412,6 +415,7 @@ def _optimization(
         l2_sp_strength=l2_sp_strength(setting.config),
         ewc_strength=ewc_strength(setting.config),
         ewc_documents=ewc_documents(setting.config, data),
+        averaging=reasons.taken(averaging_of(training.averaging, num_steps)),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from raytune.plan.advise import Advice, Advised
 from raytune.plan.ahead import Candidate
+from raytune.plan.averaging import averaging_in_words
 from raytune.plan.calendar import in_steps
 from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.distillation import distillation_in_words
@@ -48,6 +49,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("optimizer", _optimizer(plan)),
         *_penalty(plan),
         *_distillation(plan),
+        *_averaging(plan),
         *_phases(plan),
         *_rates(plan),
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
@@ -211,6 +213,11 @@ def _penalty(plan: RunPlan) -> list[tuple[str, str]]:
 def _distillation(plan: RunPlan) -> list[tuple[str, str]]:
     words = distillation_in_words(plan.distillation, plan.model.path)
     return [("teacher", words)] if words else []
+
+
+def _averaging(plan: RunPlan) -> list[tuple[str, str]]:
+    words = averaging_in_words(plan)
+    return [("averaging", words)] if words else []
 
 
 def _rates(plan: RunPlan) -> list[tuple[str, str]]:

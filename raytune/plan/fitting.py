@@ -189,6 +189,7 @@ def _way(
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
         holds_weights=bool(penalty_keys(setting.config)),
         weighs_importance=ewc_strength(setting.config) > 0,
+        averages_every=training.averaging and training.averaging.every_steps,
         teacher=teacher,
         teacher_is_beside=setting.teacher is not None,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,

@@ -27,9 +27,13 @@ STATE_BYTES: dict[Optimizer, float] = {
     "adamw_8bit": 2 + 2 * 4 / 256,
     "paged_adamw_8bit": 2 + 2 * 4 / 256,
     "lion": 4,
+    # Of matrices of hidden layers, which have a momentum only; all else is AdamW's.
+    "muon": 4,
 }
 """Optimizer state per trained parameter. Adafactor's depends on shapes."""
 EIGHT_BIT: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit")
+ORTHOGONAL: tuple[Optimizer, ...] = ("muon",)
+"""Which orthogonalise updates of matrices, and leave all else to AdamW."""
 
 AVERAGES_BYTES = 8
 """Of what a method follows (`Trained.num_followed`), per number: two averages in fp32."""
@@ -106,6 +110,8 @@ class Workload:
     """Whom the model learns from (training.teacher)."""
     teacher_is_beside: bool = False
     """Whether that is a model of its own, and not the base beneath what is trained."""
+    averages_every: int | None = None
+    """Steps between two of which the trained weights are averaged (training.averaging); None: they are not."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -156,6 +162,7 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     yield _part("weights of the base", _held_bytes(work), place=optimizer_place)
     yield _part("importance of weights", _importance_bytes(work), place=optimizer_place)
     yield _part("penalty", _penalty_bytes(work), ("update",), gradients_place)
+    yield _part("average of the weights", _average_bytes(work) / work.share(1), place=optimizer_place)
     yield _part("importance of ranks", AVERAGES_BYTES * work.trained.num_followed)
     yield _part("whole gradients and values", _followed_bytes(work), ("update",))
 
@@ -276,7 +283,7 @@ def checkpoint_bytes(work: Workload) -> int:
         keeps_head = work.shape.is_tied and not trains_tied
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
     averages = AVERAGES_BYTES * work.trained.num_followed  # from rank 0
-    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole + averages)
+    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole + averages + _average_bytes(work))
 
 
 def chunk_tokens_for(vocab: int) -> int:
@@ -393,6 +400,11 @@ def _penalty_bytes(work: Workload) -> float:
     return max(0, is_widened * 4 * own_shard + max(moved, 4 * num_updated) - updated)
 
 
+def _average_bytes(work: Workload) -> float:
+    """In fp32 as what is updated, over all ranks, which divide it as they divide that."""
+    return 4 * work.trained.num_trainable if work.averages_every else 0
+
+
 def _followed_bytes(work: Workload) -> float:
     """What a method reads of what it follows, which PlainEngine has whole anyway: gradients before, during and after an update;
     values before and after it, when what the update takes is gone."""
@@ -415,6 +427,8 @@ def _state_bytes(work: Workload) -> float:
         return 4 * work.trained.num_sides
     # training.optimizer leaves embeddings at 32 bits (Dettmers et al. 2022, section 2.3).
     num_exact = work.trained.num_whole_embeddings if work.optimizer in EIGHT_BIT else 0
+    if work.optimizer in ORTHOGONAL:
+        num_exact = work.trained.num_trainable - work.trained.num_in_matrices
     return (work.trained.num_trainable - num_exact) * STATE_BYTES[work.optimizer] + num_exact * STATE_BYTES["adamw"]
 
 

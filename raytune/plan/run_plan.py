@@ -153,6 +153,16 @@ class PhasePlan(Plan):
     """Of the phase, over which its rate rises from 0."""
 
 
+class AveragingPlan(Plan):
+    """A running average of the trained weights (plan.averaging)."""
+
+    decay: float
+    """What weights count for, as a share of those that are averaged after them; 1: all count alike."""
+    first_step: int
+    """After which weights are averaged for the first time, counted from 1."""
+    every_steps: int
+
+
 class OptimizationPlan(Plan):
     num_steps: int
     num_rows: int
@@ -183,6 +193,8 @@ class OptimizationPlan(Plan):
     """Of the same by the importance of each weight; 0: there is none."""
     ewc_documents: int = 0
     """Of `DataPlan.ewc`, that importance is estimated from."""
+    averaging: AveragingPlan | None = None
+    """None: the model is the weights as they are."""
 
 
 class DistillationPlan(Plan):

@@ -9,6 +9,7 @@ from raytune.config.model import Attention, Quantization
 from raytune.config.quantization import HeldBase, held_base
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
+from raytune.plan.averaging import check_averaging
 from raytune.plan.deepspeed_keys import check_overrides
 from raytune.plan.defaults import Choice
 from raytune.plan.distillation import check_distillation, teacher_section
@@ -19,6 +20,7 @@ from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
 from raytune.plan.new_tokens import check_rows_are_trained
+from raytune.plan.optimizers import check_optimizer
 from raytune.plan.penalty import check_importance, check_penalty
 from raytune.plan.phases import trained_by_phase
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
@@ -135,6 +137,8 @@ def look_at(
     if trained is not None:
         of(lambda: check_rows_are_trained(trained, shape, section, strategy))
         of(lambda: check_penalty(config, trained))
+        of(lambda: check_averaging(config, trained))
+        of(lambda: check_optimizer(config, trained))
     dropout = of(lambda: resolve_dropout(config.model, shape))
     of(lambda: resolve_rope(config.model, shape))
     of(lambda: method.check(section, config, asked, shape))

@@ -64,6 +64,7 @@ KEY_OF = {
     "distillation.teacher.revision": "strategy.distillation.revision",
     "distillation.teacher": "strategy.distillation.teacher",
     "distillation": "strategy.distillation",
+    "optimization.averaging": "training.averaging",
     "adapter": "adapter",
     "overrides": "training.zero.overrides",
 }

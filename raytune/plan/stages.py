@@ -50,6 +50,8 @@ def _stage_limits(training: TrainingSection, device: Device, precision: Precisio
         limits.append(StageLimit(0, 2, "training.compile is true, and the hooks of stage 3 would break the graph"))
     if training.optimizer == "adafactor":
         limits.append(StageLimit(0, 0, "training.optimizer is adafactor, which needs whole matrices where ZeRO has flat shards"))
+    if training.optimizer == "muon":
+        limits.append(StageLimit(0, 0, "training.optimizer is muon, which needs whole matrices where ZeRO has flat shards"))
     if precision == "fp16" and training.divergence and training.divergence.policy == "skip":
         because = "training.divergence.policy is skip in fp16, where DeepSpeed lowers the loss scale with every update it skips"
         limits.append(StageLimit(0, 0, because))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune.plan.hardware import Fabric, Gpu, Instance
-from raytune.plan.memory import BYTES, Workload, layer_activation_bytes, passing_bytes, teacher_weight_bytes
+from raytune.plan.memory import BYTES, ORTHOGONAL, Workload, layer_activation_bytes, passing_bytes, teacher_weight_bytes
 from raytune.plan.quantization import num_quantised, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
 
@@ -70,7 +70,7 @@ def step_time(work: Workload, speed: Speed, row_tokens: int) -> StepTimePlan:
         speed: of the machines.
         row_tokens: tokens of a row; a document is taken to be as long.
     """
-    compute_s = work.accumulation * flops_per_micro_batch(work, row_tokens) / speed.flops
+    compute_s = (work.accumulation * flops_per_micro_batch(work, row_tokens) + update_flops(work)) / speed.flops
     memory_s = _memory_traffic_bytes(work) / speed.memory_bytes_per_s
     communication_s = _communication_s(work, speed)
     offload_s = _offload_s(work, speed)
@@ -140,6 +140,18 @@ def _teacher_flops(work: Workload, row_tokens: int) -> float:
     ) * work.num_tokens + 2 * shape.head.inputs * shape.head.outputs * work.num_targets
 
 
+def update_flops(work: Workload) -> float:
+    """Floating-point operations of the products of an update: Muon's, of which every rank makes all.
+
+    Five steps of Newton and Schulz (Jordan 2024, *Muon*), each X X^T, its square, and that times X, for X with the smaller side n
+    as rows and m columns: 2 n (n m + n n + n m).
+    """
+    if work.optimizer not in ORTHOGONAL:
+        return 0.0
+    sides = ((min(pair), max(pair)) for pair in work.trained.matrices)
+    return float(sum(5 * 2 * n * (2 * n * m + n * n) for n, m in sides))
+
+
 def _share_trained(work: Workload) -> float:
     """Of the weights in layers that a token is multiplied by, those that are trained whole as part of the base."""
     if not work.trained.is_base:
@@ -180,6 +192,8 @@ def _memory_traffic_bytes(work: Workload) -> float:
     # A penalty reads weight and anchor, writes what lies between, and reads it to count it and to add it to the gradient.
     # Importance is read twice, and the way from the base written and read once more where it is squared by it.
     per_trained = 30 + work.holds_weights * (24 + BYTES[work.trained_dtype]) + work.weighs_importance * 16
+    # An average of the weights is read, drawn to the weights, which are read too, and written.
+    per_trained += 12 / work.averages_every if work.averages_every else 0
     updated = 0 if work.offload_optimizer != "none" else per_trained * work.trained.num_trainable / work.share(1)
     return work.accumulation * (elementwise + logits + dequantised + taught) + updated
 

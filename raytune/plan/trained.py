@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -25,6 +25,8 @@ class TrainedPart:
     how: How
     num_parameters: int
     """That are trained, biases and magnitudes with them."""
+    matrices: tuple[tuple[int, int], ...] = ()
+    """Of these, sides of matrices of hidden layers: whole weights of linear layers, or both factors of their updates."""
     is_parameter: bool = False
     """Whether it is a parameter outside of layers, and not a module."""
     rate_scale: float = 1.0
@@ -117,6 +119,16 @@ class Trained:
         hows = ("whole", "in front")
         return sum(part.num_parameters for part in self.parts if part.how in hows and part.kind == "embedding")
 
+    @property
+    def matrices(self) -> Iterator[tuple[int, int]]:
+        """Sides of matrices of hidden layers that are trained."""
+        return (sides for part in self.parts for sides in part.matrices)
+
+    @cached_property
+    def num_in_matrices(self) -> int:
+        """Trained parameters in these."""
+        return sum(rows * columns for rows, columns in self.matrices)
+
     @cached_property
     def whole_norms(self) -> Counter[str]:
         """How many norms of each name are trained whole; names without the layer's number."""
@@ -148,4 +160,15 @@ def num_sides(modules: Iterable[Module]) -> int:
 
 def whole_parts(modules: Iterable[Module]) -> list[TrainedPart]:
     """Modules that are trained whole, as parts."""
-    return [TrainedPart(name=one.name, kind=one.kind, how="whole", num_parameters=one.num_parameters) for one in modules]
+    return [whole_part(module, module.num_parameters) for module in modules]
+
+
+def whole_part(module: Module, num_parameters: int) -> TrainedPart:
+    """A module that is trained whole.
+
+    Args:
+        num_parameters: of its own; a tied head has no weights.
+    """
+    is_hidden = module.is_linear and module.kind != "head"
+    matrices = ((module.outputs, module.inputs),) * is_hidden
+    return TrainedPart(name=module.name, kind=module.kind, how="whole", num_parameters=num_parameters, matrices=matrices)

@@ -8,7 +8,7 @@ import gc
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +28,14 @@ from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.run_plan import RunPlan
+from raytune.training.averaging import Average
 from raytune.training.layout import refuse_other_layout, write_layout
 from raytune.training.penalty import Held, Penalty
 from raytune.training.squares import squaring
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
 METHOD_FILE = "method.safetensors"
 """State of what a method does beside updates; the same on every rank."""
 
@@ -94,6 +96,18 @@ class Engine(Protocol):
 
     def weigh(self, importance: Mapping[str, Tensor]) -> None:
         """Let the penalty count what each weight has moved by its importance, in shares as `sum_squared_gradients` gives them."""
+
+    def average(self, share: float) -> None:
+        """Draw the average of the trained weights to what they are now, by a share of the way; between steps, on every rank.
+
+        Args:
+            share: 1 the first time (plan.averaging).
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager:
+        """Context in which the weights are their average, and nothing is trained or saved; without an average, as they are. Every
+        rank enters it, between steps."""
         ...
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -167,6 +181,8 @@ class HeldBytes:
     """Optimizer state, and fp32 master weights that exist beside the weights."""
     penalty: int = 0
     """What weights are held to, and by how much each is."""
+    average: int = 0
+    """Of the weights, beside them."""
 
 
 class PlainEngine:
@@ -212,6 +228,7 @@ class PlainEngine:
         self._optimizer = optimizer
         self._beside, self._penalty = beside, penalty
         self._held: dict[str, Held] = {}
+        self._average: Average[str] = Average()
         self._scaler = torch.amp.GradScaler(
             device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
         )
@@ -330,6 +347,20 @@ class PlainEngine:
         for name, held in self._held.items():
             self._held[name] = replace(held, importance=importance[name].to(self.device))
 
+    def average(self, share: float) -> None:
+        self._average.add(self._trained, share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if not self._average:
+            yield
+            return
+        self._average.exchange(self._trained)
+        try:
+            yield
+        finally:
+            self._average.exchange(self._trained)
+
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
         return nullcontext()
 
@@ -355,6 +386,7 @@ class PlainEngine:
             state = {"optimizer": values, "scaler": self._scaler.state_dict()}
             save_file(tensors, folder / OPTIMIZER_FILE, metadata={"state": json.dumps(state)})
             save_method(self._beside, folder)
+            self._average.save(self._trained, folder / AVERAGE_FILE)
 
     def load(self, folder: Path) -> None:
         refuse_other_layout(Layout(zero_stage=0, world_size=self.world_size, precision=self._precision), folder)
@@ -374,6 +406,7 @@ class PlainEngine:
                 parameter.data.copy_(file.get_tensor(name))
         self._load_optimizer(folder / OPTIMIZER_FILE)
         load_method(self._beside, folder)
+        self._average.load(self._trained, folder / AVERAGE_FILE)
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """Tensors as `<parameter>/<entry>`, and the entries that are plain values, by parameter."""
@@ -406,6 +439,8 @@ class PlainEngine:
     def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
         optimizer.state.update(self._optimizer.state)
         self._optimizer, self._trained = optimizer, self._take_trained()
+        if self._average:
+            self._average.begin(self._trained)
 
     def held_bytes(self) -> HeldBytes:
         return HeldBytes(
@@ -413,10 +448,11 @@ class PlainEngine:
             gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
             penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
+            average=num_bytes(self._average.values),
         )
 
     def release(self) -> None:
-        del self.model, self.module, self._trained, self._optimizer, self._beside, self._held
+        del self.model, self.module, self._trained, self._optimizer, self._beside, self._held, self._average
         free_memory(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:

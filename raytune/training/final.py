@@ -57,7 +57,8 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
     if best.step != newest.step:
         engine = started.engine_of_state(best.step, newest.step)
         checkpoints.load(best, engine)
-    peers.together(lambda: write_model(plan, engine, folder))
+    with engine.averaged():
+        peers.together(lambda: write_model(plan, engine, folder))
     held_by_ranks = engine.gather_objects(held)
     engine.release()
     comparison = compare_answers(plan, engine, peers, folder, plan.evaluation.generation) if plan.evaluation.generation else None

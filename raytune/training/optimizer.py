@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from raytune.config.training import Optimizer
-from raytune.plan.memory import EIGHT_BIT
+from raytune.plan.memory import EIGHT_BIT, ORTHOGONAL
 from raytune.plan.phases import age
 from raytune.plan.run_plan import OptimizationPlan
 from raytune.plan.update_groups import rate_scale, weight_decay
@@ -43,6 +44,7 @@ def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
     Biases, norms and everything of one dimension are not decayed, and all learns at one rate, unless the plan says otherwise.
     """
     undecayed, embeddings = set(_undecayed_names(model)), set(_embedding_names(model))
+    matrices = set(_matrices_of_hidden_layers(model)) if plan.optimizer in ORTHOGONAL else set()
     groups: dict[tuple, Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -58,6 +60,8 @@ def parameter_groups(model: nn.Module, plan: OptimizationPlan) -> list[Group]:
         if plan.optimizer in EIGHT_BIT:
             # 8 bits are too coarse for the rare and large updates of an embedding (Dettmers et al. 2021).
             settings["optim_bits"] = 32 if name in embeddings else 8
+        if plan.optimizer in ORTHOGONAL:
+            settings["is_orthogonalised"] = name in matrices
         group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -75,6 +79,15 @@ def _embedding_names(model: nn.Module) -> Iterator[str]:
     for module_name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             yield from (name for name, _ in module.named_parameters(module_name, recurse=False))
+
+
+def _matrices_of_hidden_layers(model: nn.Module) -> Iterator[str]:
+    """Names of weights of linear layers, and of both factors of their updates, but for those of the output head."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    in_head = set() if head is None else {*head.modules()}
+    for module_name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in in_head:
+            yield f"{module_name}.weight"
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
@@ -117,6 +130,42 @@ def _lion(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> 
     return bitsandbytes.optim.Lion(groups, lr=plan.learning_rate, betas=(plan.beta1, plan.beta2))
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """PyTorch's Muon for groups of which `is_orthogonalised` is set, and its AdamW for the others, as one optimizer.
+
+    Both work on the groups and the state of this one.
+    """
+
+    def __init__(self, groups: list[Group], settings: dict[str, Any], device: torch.device) -> None:
+        matrices = [group for group in groups if group["is_orthogonalised"]]
+        others = [group for group in groups if not group["is_orthogonalised"]]
+        # Liu et al. 2025 (Muon is Scalable for LLM Training): updates as large as AdamW's usually are, so that its rates and
+        # decays hold.
+        muon = torch.optim.Muon(matrices, lr=settings["lr"], adjust_lr_fn="match_rms_adamw") if matrices else None
+        adamw = torch.optim.AdamW(others, **settings, fused=device.type in FUSED_DEVICES) if others else None
+        self._parts = [part for part in (muon, adamw) if part]
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        for part in self._parts:
+            is_muon = isinstance(part, torch.optim.Muon)
+            part.param_groups = [group for group in self.param_groups if group["is_orthogonalised"] == is_muon]
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:
+        for part in self._parts:
+            part.step()
+
+
+def _muon(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    return MuonAndAdamW(groups, _adam_settings(plan), device)
+
+
 def _adam_settings(plan: OptimizationPlan) -> dict[str, Any]:
     return {"lr": plan.learning_rate, "betas": (plan.beta1, plan.beta2), "eps": plan.epsilon}
 
@@ -130,4 +179,5 @@ OPTIMIZERS: dict[Optimizer, Callable[[list[Group], OptimizationPlan, torch.devic
     "paged_adamw_8bit": _bitsandbytes_adamw,
     "adafactor": _adafactor,
     "lion": _lion,
+    "muon": _muon,
 }

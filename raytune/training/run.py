@@ -12,6 +12,7 @@ from raytune.evaluate.answer_metrics import answer_metrics
 from raytune.metrics.events import EventLog
 from raytune.metrics.history import History
 from raytune.metrics.points import RollBack
+from raytune.plan.averaging import share_after
 from raytune.plan.identity import identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -146,6 +147,8 @@ def _make_steps(
     ):
         worker.check()
         step = result.step
+        if (share := share_after(step, plan.optimization.averaging)) is not None:
+            engine.average(share)
         asked = requests.agreed() if timetable.logs_after(step) else frozenset()
         evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step) or Request.SAVE in asked
         if timetable.logs_after(step) or evaluates or saves:

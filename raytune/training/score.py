@@ -42,7 +42,7 @@ def score_rows(started: Started, request: Mapping[str, Any]) -> None:
         store, rank=engine.rank, world=engine.world_size, micro_batch_size=plan.batch.micro_batch_size, max_rows=None
     )
     found: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    with evaluating(engine.model):
+    with engine.averaged(), evaluating(engine.model):
         for batch in batches:
             sources = [source for row in batch.rows for source in store.sources(row)]
             for source, loss, num_targets in zip(sources, *_by_document(started, batch), strict=True):

@@ -20,11 +20,15 @@ class Validation:
         return bool(self._sets)
 
     def measure(self) -> dict[str, float]:
-        """Metrics of the weights as they are. All ranks call it.
+        """Metrics of the model that the run would leave now: of the weights, or of their average. All ranks call it.
 
         In `validation/loss` each target of each set counts by its weight and by that of the set; where weights differ, bits per
         byte are those of the mean target.
         """
+        with self._engine.averaged():
+            return self._measure()
+
+    def _measure(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         seat = Seat.of(self._plan.batch, self._engine.rank, self._engine.world_size)
         loss_sum, weight, num_targets, num_bytes = 0.0, 0.0, 0, 0

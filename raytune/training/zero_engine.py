@@ -41,8 +41,10 @@ from raytune.model.dtypes import DTYPES
 from raytune.model.weight_numbers import is_packed
 from raytune.plan.division import Layout
 from raytune.plan.run_plan import RunPlan
+from raytune.training.averaging import Average
 from raytune.training.deepspeed_json import deepspeed_config
 from raytune.training.engine import (
+    AVERAGE_FILE,
     HeldBytes,
     constant_bytes,
     free_memory,
@@ -182,6 +184,7 @@ class ZeroEngine:
         self._beside, self._penalty = beside, penalty
         self._held: dict[Group, Held] = {}
         self._sums: dict[Group, Tensor] | None = None
+        self._average: Average[Group] = Average()
         self._norm_limit, self._norm_above_limit = math.inf, math.nan
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
@@ -359,6 +362,34 @@ class ZeroEngine:
     def loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._precision == "fp16" else None
 
+    def average(self, share: float) -> None:
+        self._average.add(self._masters(), share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if not self._average:
+            yield
+            return
+        self._exchange_average()
+        try:
+            yield
+        finally:
+            self._exchange_average()
+
+    def _exchange_average(self) -> None:
+        """Exchange the masters, and give the weights their values as after an update. In fp32 stage 3 updates the weights'
+        shares themselves, so that these must not be written to beside them."""
+        optimizer: Any = self._engine.optimizer
+        self._average.exchange(self._masters())
+        if self._stage < 3:
+            optimizer.update_lp_params()
+            return
+        # An evaluation may leave weights whole, which would then stay as they were.
+        optimizer.checkpoint_event_prologue()
+        for share, master in zip(optimizer.fp16_partitioned_groups_flat, self._masters().values(), strict=True):
+            share.data.copy_(master.data)
+        optimizer.checkpoint_event_epilogue()
+
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None, enabled=self._stage == 3)
 
@@ -384,6 +415,7 @@ class ZeroEngine:
         self._engine.save_checkpoint(
             str(folder), tag=TAG, client_state=self._universal_info(), save_latest=False, exclude_frozen_parameters=True
         )
+        self._average.save(self._masters(), folder / self._average_file)
         if self.rank == 0:
             write_layout(folder, self._layout())
             save_method(self._beside, folder)
@@ -400,6 +432,12 @@ class ZeroEngine:
         if path is None:
             raise CheckpointError(f"{folder / TAG} has no files of DeepSpeed for rank {self.rank}.")
         load_method(self._beside, folder)
+        self._average.load(self._masters(), folder / self._average_file)
+
+    @property
+    def _average_file(self) -> str:
+        """With DeepSpeed's name for what only this rank loads again (training.commit)."""
+        return f"zero_pp_rank_{self.rank}_{AVERAGE_FILE}"
 
     def _layout(self) -> Layout:
         return Layout(zero_stage=self._stage, world_size=self.world_size, precision=self._precision)
@@ -425,6 +463,8 @@ class ZeroEngine:
             shares[group].data.copy_(values)
             if state:
                 now.state[shares[group]] = state
+        if self._average:
+            self._average.begin(shares)
 
     def _masters(self) -> dict[Group, Tensor]:
         """This rank's fp32 shares."""
@@ -444,11 +484,12 @@ class ZeroEngine:
             gradients=num_bytes([*shards, *whole]),
             optimizer=num_bytes([*states, *self._masters().values()]),
             penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
+            average=num_bytes(self._average.values),
         )
 
     def release(self) -> None:
         self._end()
-        del self.model, self._beside, self._held
+        del self.model, self._beside, self._held, self._average
         free_memory(self.device)
 
     def _end(self) -> None:

@@ -102,6 +102,8 @@ def plain_training(
     base: Any = None,
     penalty: Callable[[dict[str, nn.Parameter]], Tensor] | None = None,
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] = document_loss,
+    after_step: Callable[[dict[str, nn.Parameter]], None] = lambda trained: None,
+    optimizer_of: Callable[[list[dict[str, Any]], float], torch.optim.Optimizer] | None = None,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and what was trained by its name, of a plan's rows: a document at a time, an optimizer group per parameter.
 
@@ -112,6 +114,8 @@ def plain_training(
         base: the model, where it is not as its files have it.
         penalty: of what is trained, added to the loss that is minimised and to none that is returned.
         loss_of: the model on a document: its ids and labels.
+        after_step: sees what is trained after each update.
+        optimizer_of: groups of one parameter each, with its `name`, and the plan's epsilon; None: AdamW.
     """
     model: Any = base or AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
     if lora is not None:
@@ -127,12 +131,13 @@ def plain_training(
     groups = [
         {
             "params": [parameter],
+            "name": name,
             "lr": settings.learning_rate * rate_scale(name),
             "weight_decay": (settings.weight_decay * (parameter.dim() > 1)) if decay is None else decay(name),
         }
         for name, parameter in trained.items()
     ]
-    optimizer = torch.optim.AdamW(groups, eps=settings.epsilon)
+    optimizer = (optimizer_of or _adamw)(groups, settings.epsilon)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
     store = Store.open(plan.data.train.path)
     losses = []
@@ -148,5 +153,10 @@ def plain_training(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        after_step(trained)
         losses.append(loss.item())
     return losses, {name: parameter.detach() for name, parameter in trained.items()}
+
+
+def _adamw(groups: list[dict[str, Any]], epsilon: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, eps=epsilon)

@@ -164,6 +164,37 @@ def test_eight_bit_updates_are_those_of_bitsandbytes(name: Optimizer) -> None:
     torch.testing.assert_close(trained(ours, build_optimizer(ours, settings, CPU)), trained(theirs, Both()), rtol=0, atol=0)
 
 
+def test_muon_updates_matrices_of_hidden_layers_and_adamw_all_else() -> None:
+    ours, theirs = tiny_model(tied=False, attention_bias=True), tiny_model(tied=False, attention_bias=True)
+    settings = plan(optimizer="muon")
+    named = [(name, weight, 0.1 * (weight.dim() > 1)) for name, weight in theirs.named_parameters()]
+    groups = [{"params": [weight], "lr": 1e-3, "weight_decay": decay, "name": name} for name, weight, decay in named]
+    hidden = [one for one in groups if "_proj.weight" in one["name"]]
+    others = [one for one in groups if "_proj.weight" not in one["name"]]
+    assert len(hidden) == 7 * len(theirs.model.layers)
+
+    class Both(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__(groups, {})
+            adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), eps=1e-8, fused=True)
+            self.both = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"), adamw
+
+        def step(self, closure: Any = None) -> None:
+            for optimizer in self.both:
+                optimizer.step()
+
+    torch.testing.assert_close(trained(ours, build_optimizer(ours, settings, CPU)), trained(theirs, Both()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_dora": True}])
+def test_muon_orthogonalises_both_factors_of_updates_of_hidden_layers(lora: dict[str, Any]) -> None:
+    model = get_peft_model(tiny_model(tied=False), LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | lora))
+    groups = build_optimizer(model, plan(optimizer="muon"), CPU).param_groups
+    hidden = {name for group in groups if group["is_orthogonalised"] for name in group["names"]}
+    expected = {name for name, weight in model.named_parameters() if weight.requires_grad and "q_proj.lora_" in name}
+    assert hidden == {name for name in expected if "magnitude" not in name}
+
+
 def state_bytes(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> int:
     return sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor))
 
@@ -183,6 +214,7 @@ def test_state_takes_the_bytes_that_the_optimizer_is_known_for(name: Optimizer) 
         "paged_adamw_8bit": eight_bit,
         "adafactor": 4 * (rows + columns) + 4,  # and the root mean square of the weights
         "lion": 4 * size,
+        "muon": 4 * size,
     }
     assert state_bytes(optimizer, matrix) == expected[name]
     if "8bit" in name:

@@ -9,19 +9,14 @@ from raytune.plan.defaults import full_epochs, full_rate
 from raytune.plan.methods.experts import of_experts
 from raytune.plan.methods.method import Method
 from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained, TrainedPart, num_sides
+from raytune.plan.trained import Trained, num_sides, whole_part
 
 
 def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
     return Trained(
         parts=tuple(
-            TrainedPart(
-                name=module.name,
-                kind=module.kind,
-                how="whole",
-                # A tied head holds no weights of its own.
-                num_parameters=module.num_biases if module.name == shape.head.name and shape.is_tied else module.num_parameters,
-            )
+            # A tied head holds no weights of its own.
+            whole_part(module, module.num_biases if module.name == shape.head.name and shape.is_tied else module.num_parameters)
             for module in shape.modules()
         ),
         is_base=True,

@@ -66,11 +66,13 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
 def _part(adapter: LoraAdapter, target: Module, size: UpdateSize) -> TrainedPart:
     is_layer = target.kind not in ("experts", "router") or target.is_linear_layer
     num_magnitudes = target.outputs if adapter.use_dora and is_layer else 0
+    factors = ((size.rank, target.inputs), (target.outputs, size.rank))
     return TrainedPart(
         name=target.name,
         kind=target.kind,
         how="low rank",
         num_parameters=size.num_parameters + num_magnitudes,
+        matrices=factors if target.is_linear and target.kind != "head" else (),
         is_parameter=not is_layer,
     )
 
