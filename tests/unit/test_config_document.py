@@ -150,9 +150,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
     if isinstance(phase := data.get("strategy", {}).get("unfreeze"), dict):
         data["strategy"]["unfreeze"] = [{"last_layers": 1} | phase]
     if isinstance(ewc := data.get("strategy", {}).get("ewc"), dict):
-        data["strategy"]["ewc"] = ewc = {"strength": 1.0, "data": "a.jsonl"} | ewc
-        if isinstance(ewc["data"], dict):
-            ewc["data"].setdefault("path", "a.jsonl")
+        ewc.setdefault("strength", 1.0)
+        with_rows(ewc, "data")
     if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
         tokens.setdefault("token", "<a>")
     if isinstance(scaling := data.get("model", {}).get("rope_scaling"), dict):

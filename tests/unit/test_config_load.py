@@ -74,7 +74,7 @@ def test_a_source_may_be_a_path_a_mapping_or_a_list(tmp_path: Path):
 
 def test_aliases_repeat_values(tmp_path: Path):
     config = load_config([written(tmp_path, "data:\n  train: [&rows {path: a.jsonl, format: text}]\n  validation: *rows\n")])
-    assert config.data.validation == config.data.train
+    assert [source.path for source in config.data.validation] == [source.path for source in config.data.train] == ["a.jsonl"]
 
 
 # --- overlays and overrides
@@ -147,6 +147,24 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
     if key.path.startswith("strategy.unfreeze."):
         begins = {} if ".from_" in key.path else {"from_step": 8}
         base |= {"adapter": {"method": "full"}, "strategy": {"unfreeze": [{"last_layers": 0}, {"last_layers": "all"} | begins]}}
+    if key.path.startswith(("strategy.ewc.", "strategy.replay.")):
+        _, section, _ = key.path.split(".", 2)
+        base["strategy"] = {section: {"data": "a.jsonl"} | ({"strength": 1.0} if section == "ewc" else {})}
+    if key.path.startswith("model.rope_scaling."):
+        of_kind: dict[str, Any] = {"type": "yarn"}
+        if key.path.endswith("_freq_factor"):
+            of_kind = {"type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        elif "mscale" in key.path:
+            of_kind |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+        base["model"]["rope_scaling"] = {"factor": 4.0} | of_kind
+    if key.path == "strategy.distillation.revision":
+        base["strategy"] = {"distillation": {"teacher": "a/b"}}
+    if key.path == "training.averaging.last_steps":
+        base["training"]["averaging"] = {"kind": "last"}
+    if key.path == "data.mixing.temperature":
+        base["data"]["train"] = ["a.jsonl", "c.jsonl"]
+    if key.path == "data.train.proportion":
+        base["data"]["train"] = [{"path": "a.jsonl", "proportion": 1.0}, {"path": "c.jsonl", "proportion": 1.0}]
     if key.path in ("model.double_quantization", "model.quant_compute_dtype", "model.quant_storage"):
         base["model"] |= {"quantization": "nf4"}
     if key.path.startswith("sweep."):
@@ -156,6 +174,7 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
     path = path.replace("sweep.space.", "sweep.space.adapter.alpha.").replace("model.new_tokens.", "model.new_tokens.0.")
     path = path.replace("strategy.unfreeze.", "strategy.unfreeze.1.")
+    path = path.replace("strategy.ewc.data.", "strategy.ewc.data.0.").replace("strategy.replay.data.", "strategy.replay.data.0.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])
     at: Any = config.model_dump()
