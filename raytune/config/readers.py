@@ -355,6 +355,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "max_length", "plan.requirements"),
     **_read("data", "template", "launch.stores", needs=(_CHAT,)),
     **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
+    **_read("data", "token_weights", "launch.stores"),
+    **_read("data.token_weights", "numbers code_syntax patterns", "data.token_classes"),
     # adapter
     **_read("adapter", "method", "plan.choose"),
     **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters.lora"),

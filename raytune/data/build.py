@@ -92,6 +92,7 @@ def build_store(
             tokenizer_fingerprint=request.tokenizer_fingerprint,
             template=request.template,
             targets=request.targets,
+            token_classes=request.token_classes,
             max_length=request.max_length,
             side=request.side,
             validation_fraction=request.validation_fraction,
@@ -142,6 +143,7 @@ def _report(
             too_long=policy,
             unread_columns=dict(tally.unread_columns),
             unread_keys=dict(tally.unread_keys),
+            targets_of_class={str(one): tally.targets_of_class[str(one)] for one in request.token_classes},
             examples=tally.examples,
             **{count: tally.counts[count] for count in COUNTS},
         )

@@ -14,6 +14,7 @@ from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
+from raytune.data.token_classes import token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
@@ -69,11 +70,12 @@ class DataBuilder:
         """
         data = self._config.data
         fraction = data.validation_fraction
-        train = self._store(data.train, side="train" if fraction else "all")
+        train = self._store(data.train, side="train" if fraction else "all", is_held_out=False)
         if fraction:
-            held_out = {"validation": self._store(data.train, side="validation")}
+            held_out = {"validation": self._store(data.train, side="validation", is_held_out=True)}
         else:
-            held_out = {name: self._store([source], side="all") for name, source in validation_sets(data.validation).items()}
+            sets = validation_sets(data.validation)
+            held_out = {name: self._store([source], side="all", is_held_out=True) for name, source in sets.items()}
         for info in (train, *held_out.values()):
             self._check_tokens(info)
         sources = list(named_sources(data.train))
@@ -140,12 +142,14 @@ class DataBuilder:
             return ""
         return resolve_template(data.template, tokenizer)
 
-    def _store(self, sources: Sequence[DataSource], side: str) -> StoreInfo:
+    def _store(self, sources: Sequence[DataSource], *, side: str, is_held_out: bool) -> StoreInfo:
         data, model = self._config.data, self._config.model
         request = StoreRequest(
             sources=tuple(sources),
             template=self._template,
             targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+            # Held-out rows are measured alike whatever the training loss is of.
+            token_classes=() if is_held_out else token_classes(data.token_weights),
             max_length=self._row_length,
             too_long=data.too_long,
             packing=data.packing,
