@@ -395,6 +395,8 @@ READERS: dict[str, Reader] = {
     **_read("strategy", "unfreeze", "plan.phases"),
     **_read("strategy.unfreeze", "from_epoch from_step from_fraction last_layers learning_rate warmup_steps", "plan.phases"),
     **_read("strategy", "layer_rate_decay rate_scales weight_decay_of", "plan.update_groups"),
+    **_read("strategy", "objective", "plan.objective"),
+    **_read("strategy.objective", "function options", "plan.objective"),
     **_read("strategy", "l2_sp", "plan.penalty"),
     **_read("strategy.l2_sp", "strength", "plan.penalty"),
     # training

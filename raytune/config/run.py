@@ -40,7 +40,7 @@ class RunConfig(Section):
     adapter: Adapter = LoraAdapter()
     """Which parameters are trained, and how (`method`)."""
     strategy: StrategySection = StrategySection()
-    """What of these stays frozen, and how fast each of the others learns."""
+    """What of these stays frozen, how fast each of the others learns, and by which loss."""
     training: TrainingSection = TrainingSection()
     """Optimisation, precision, memory and sharding."""
     evaluation: EvaluationSection = EvaluationSection()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, TokenWeightsSection
 from raytune.config.evaluation import GenerationSection
 from raytune.config.run import RunConfig
 from raytune.data.source_rows import formats_of
@@ -35,11 +35,13 @@ from raytune.plan.data_report import losses_text
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import planned_base
+from raytune.plan.objective import objective_of
 from raytune.plan.requirements import choose_row_length, most_tokens
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
+from raytune.training.user_objective import tried
 from raytune.units import format_seconds
 
 SAMPLE_ROWS = 2000
@@ -110,6 +112,7 @@ def check_run(config: RunConfig) -> Findings:
         shape = found.of(lambda: _shape(config), keys=("model.base",))
     if shape is not None:
         look_at(config, shape, machine, found.of)
+        found.of(lambda: tried(objective_of(config), shape.vocab), keys=("strategy.objective",))
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
     here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}
     found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
@@ -215,7 +218,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[source], validation=[], validation_fraction=0.0)
+            alone = reading.builder(scratch, train=[source], validation=[], validation_fraction=0.0, **_weights_of(key))
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -226,6 +229,11 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         if machine is not None and not found.errors and _say_enough(reading.config, facts):
             found.of(lambda: _plan(reading, here, machine, scratch))
             found.looked_at.append("the plan")
+
+
+def _weights_of(key: str) -> dict[str, Any]:
+    """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
+    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
 
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:

@@ -27,10 +27,12 @@ from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import with_new_tokens
+from raytune.plan.objective import objective_of
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.storage import absolute
+from raytune.training.user_objective import tried
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ def refuse_without_cluster(config: RunConfig) -> Base:
         load_catalogue().instance(config.cluster.instance)
     base = Base.of(config.model)
     look_at(config, base.shape, None, lambda look: look())
+    tried(objective_of(config), base.shape.vocab)
     return base
 
 
@@ -143,8 +146,9 @@ class Preparation:
         config = continued(config, begun) if begun else config
         config = config.model_copy(update={"model": base.section})
         storage = absolute(config.storage)
+        objective = tried(objective_of(config), base.shape.vocab)
         with _as_it_began(begun):
-            setting = settle(config, base.shape, machine, begun)
+            setting = settle(config, base.shape, machine, begun, objective)
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
         read = [config.data, base.section, config.evaluation.generation, setting.row_length, storage]

@@ -40,6 +40,7 @@ from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.new_tokens import new_token_notes
+from raytune.plan.objective import objective_notes
 from raytune.plan.penalty import holds_weights, l2_sp_strength, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
@@ -187,6 +188,7 @@ def choose_plan(
             *phase_notes(config, shape),
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
+            *objective_notes(setting.objective),
             *penalty_notes(config, weight_decay=optimization.weight_decay),
             *virtual_notes(setting.trained, setting.row_length, is_packed=config.data.packing != "none"),
             *expert_notes(adapter, shape, setting.trained, quantization),
@@ -368,6 +370,7 @@ def _optimization(setting: Setting, num_steps: int, num_rows: int, epoch_steps: 
         beta2=training.adam_beta2,
         epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
+        objective=setting.objective,
         l2_sp_strength=l2_sp_strength(setting.config),
     )
 

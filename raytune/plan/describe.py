@@ -9,6 +9,7 @@ from raytune.plan.data_report import losses_text, report_table
 from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
+from raytune.plan.objective import objective_in_words
 from raytune.plan.penalty import penalty_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
@@ -40,6 +41,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
+        *_objective(plan),
         *_penalty(plan),
         *_phases(plan),
         *_rates(plan),
@@ -186,6 +188,11 @@ def _optimizer(plan: RunPlan) -> str:
         f"{settings.optimizer}, learning rate {rate} ({settings.schedule}, "
         f"{_warmup_text(settings.warmup_steps)}), weight decay {settings.weight_decay:g}"
     )
+
+
+def _objective(plan: RunPlan) -> list[tuple[str, str]]:
+    words = objective_in_words(plan.optimization)
+    return [("objective", words)] if words else []
 
 
 def _penalty(plan: RunPlan) -> list[tuple[str, str]]:

@@ -175,6 +175,7 @@ def _way(
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
         holds_weights=holds_weights(setting.config),
+        objective_bytes=setting.objective.bytes_per_logit if setting.objective else None,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.
@@ -216,7 +217,7 @@ def most_targets(data: DataFacts, num_tokens: int) -> int:
 def _fits(config: RunConfig, machine: Machine, was: Setting, rows_per_step: int, data: DataFacts) -> bool:
     """Whether anything fits after a change of the config, which may be refused for other reasons too."""
     try:
-        setting = settle(config, was.shape, machine, was.begun)
+        setting = settle(config, was.shape, machine, was.begun, was.objective)
         room = room_of_worker(setting)
         return any(room.holds(way) for way in _ways(setting, rows_per_step, data, is_timed=False))
     except UserError:

@@ -18,6 +18,8 @@ _DIVIDES_MODEL = {"attention", "gradient_checkpointing", "lowest_layer", "compil
 """Of `ModelPlan`: which kernels compute the same products, what is computed again, and how weights are stored."""
 _DIVIDES_QUANTIZATION = "quant_storage"
 """Of how a quantised base is held: the dtype that packed 4-bit weights are kept in."""
+_NOT_OF_OBJECTIVE = {"module", "text", "bytes_per_logit", "is_tried"}
+"""Of `ObjectivePlan`: where its code lies. What it is, its hash says."""
 _STORES = ("data.train", "data.validation")
 
 
@@ -37,7 +39,7 @@ def identity_of(plan: RunPlan) -> dict[str, Any]:
             "row_length": plan.data.row_length,
         },
         "adapter": plan.adapter.model_dump(mode="json"),
-        "optimization": plan.optimization.model_dump(mode="json"),
+        "optimization": plan.optimization.model_dump(mode="json", exclude={"objective": _NOT_OF_OBJECTIVE}),
         "rows_per_step": plan.batch.global_batch_size,
         "overrides": computing_overrides(plan.engine.deepspeed_overrides),
     }

@@ -18,6 +18,7 @@ from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
 from raytune.plan.new_tokens import check_rows_are_trained
+from raytune.plan.objective import check_objective, objective_of
 from raytune.plan.penalty import check_penalty
 from raytune.plan.phases import trained_by_phase
 from raytune.plan.quantization import check_quantization, quantization_limits, resolve_quantization
@@ -31,7 +32,7 @@ from raytune.plan.requirements import (
     choose_row_length,
     choose_workers,
 )
-from raytune.plan.run_plan import ZeroStage
+from raytune.plan.run_plan import ObjectivePlan, ZeroStage
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
 from raytune.plan.stored_quantization import check_stored_quantization
@@ -72,6 +73,8 @@ class Setting:
     attention: Attention
     row_length: int
     """Tokens that a packed row holds at most."""
+    objective: ObjectivePlan | None
+    """What is minimised; None: cross-entropy."""
     stages: tuple[ZeroStage, ...]
     """ZeRO stages that the settings leave, lowest first."""
     reasons: tuple[str, ...]
@@ -83,25 +86,41 @@ class Setting:
         return self.held.quantization
 
 
-def settle(config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun | None = None) -> Setting:
+def settle(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    begun: Begun | None = None,
+    objective: ObjectivePlan | None = None,
+) -> Setting:
     """Decide what needs no data.
 
     Args:
+        objective: what is minimised, where it was tried.
         begun: the run that is continued; `config` is then what `division.continued` made of it.
 
     Raises:
         UserError: (or PlanError, ModelError) if it cannot work whatever the rows are, with what to set instead.
     """
-    setting = look_at(config, shape, machine, _at_once, begun)
+    setting = look_at(config, shape, machine, _at_once, begun, objective)
     assert setting is not None, "what is missing was raised"
     return setting
 
 
-def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: Of, begun: Begun | None = None) -> Setting | None:
+def look_at(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine | None,
+    of: Of,
+    begun: Begun | None = None,
+    objective: ObjectivePlan | None = None,
+) -> Setting | None:
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
     row_length = of(lambda: choose_row_length(config, shape))
     of(lambda: check_drops(config.model))
     of(lambda: check_cluster(config.cluster))
+    of(lambda: check_objective(config))
+    objective = objective or of(lambda: objective_of(config))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))
     asked, section = of(lambda: held_base(config.model, config.adapter)), without_preset(config.adapter)
@@ -156,6 +175,7 @@ def look_at(config: RunConfig, shape: ModelShape, machine: Machine | None, of: O
         phases=phases,
         attention=attention.value,
         row_length=row_length,
+        objective=objective,
         stages=tuple(stages),
         reasons=tuple(reason for reason in reasons if reason),
     )

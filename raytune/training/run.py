@@ -117,7 +117,7 @@ def _make_steps(
 ) -> None:
     """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
     plan, worker, engine = started.plan, started.worker, started.engine
-    timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss)
+    timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss.cross_entropy)
     store = Store.open(plan.data.train.path)
     save_clock = None if plan.checkpoint.every_s is None else SaveClock(plan.checkpoint.every_s)
     requests = Requests([save_clock] if save_clock else [], engine.gather_objects)

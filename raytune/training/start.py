@@ -34,6 +34,7 @@ from raytune.training.nvme_room import refuse_small_nvme
 from raytune.training.optimizer import build_optimizer
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.penalty import penalty_of
+from raytune.training.user_objective import objective_from
 
 Look = Callable[[nn.Module], None]
 """Starts an adapter from data."""
@@ -57,28 +58,38 @@ class Worker:
 
 
 class BatchLoss:
-    """The loss of a model on a batch, with the attention that the plan chose. Called, it gives the sum over the targets."""
+    """The loss of a model on a batch, with the attention that the plan chose. Called, it gives the sum of what is minimised over
+    the targets."""
 
     def __init__(self, plan: RunPlan, model: nn.Module) -> None:
-        self._layer: LossLayer | None = attach_loss(model, plan.loss.chunk_tokens)
+        chunk_tokens, objective = plan.loss.chunk_tokens, plan.optimization.objective
+        self._measured: LossLayer | None = attach_loss(model, chunk_tokens)
+        self._minimised = attach_loss(model, chunk_tokens, objective_from(objective)) if objective else self._measured
         self._model = plan.model
         self._in_front = partial(adapting(plan.adapter).in_front, plan.adapter)
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `LossLayer.loss_sum`."""
-        assert self._layer is not None, "released"
-        seen = self._in_front(batch)
-        return self._layer.loss_sum(module, seen, self._inputs(seen))
+        return self._sum(self._minimised, module, batch)
+
+    def cross_entropy(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The same sum of cross-entropy, whatever is minimised: for rows that are held out."""
+        return self._sum(self._measured, module, batch)
 
     def of_each_target(self, module: nn.Module, batch: Batch) -> Tensor:
-        """See `LossLayer.losses`."""
-        assert self._layer is not None, "released"
+        """The cross-entropy of each target; see `LossLayer.losses`."""
+        assert self._measured is not None, "released"
         seen = self._in_front(batch)
-        return self._layer.losses(module, seen, self._inputs(seen))
+        return self._measured.losses(module, seen, self._inputs(seen))
 
     def release(self) -> None:
         """Let go of the model; the engine is then all that holds it."""
-        self._layer = None
+        self._measured = self._minimised = None
+
+    def _sum(self, layer: LossLayer | None, module: nn.Module, batch: Batch) -> Tensor:
+        assert layer is not None, "released"
+        seen = self._in_front(batch)
+        return layer.loss_sum(module, seen, self._inputs(seen))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return model_inputs(batch, self._model.attention, packs=self._model.packs)
