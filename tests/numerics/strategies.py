@@ -55,6 +55,7 @@ def strategy_plan(
         model=model | changes.pop("model", {}),
         optimization={
             "update_groups": [group.model_dump() for group in update_groups(setting.trained)],
+            "objective": setting.objective and setting.objective.model_dump(),
             "l2_sp_strength": l2_sp_strength(setting.config),
             "lora_plus_ratio": setting.trained.way_back_rate_scale,
             "lora_plus_embedding_rate": setting.trained.embedding_rate,
@@ -88,6 +89,7 @@ def plain_training(
     lora: LoraConfig | None = None,
     base: Any = None,
     penalty: Callable[[dict[str, nn.Parameter]], Tensor] | None = None,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] = document_loss,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and what was trained by its name, of a plan's rows: a document at a time, an optimizer group per parameter.
 
@@ -96,6 +98,7 @@ def plain_training(
         rate_scale: of a name.
         decay: weight decay of a name; None: the plan's, of matrices.
         base: the model, where it is not as its files have it.
+        loss_of: of a model, the tokens of a document and its labels: the sum over its targets.
         penalty: of what is trained, added to the loss that is minimised and to none that is returned.
     """
     model: Any = base or AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32)
@@ -126,7 +129,7 @@ def plain_training(
             store, step=step, rank=0, world=1, micro_batch_size=8, accumulation=1, num_rows_in_run=10**6, seed=plan.seed
         )
         num_targets = sum(batch.target_ids.numel() for batch in batches)
-        loss = sum(document_loss(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
+        loss = sum(loss_of(model, ids, labels) for batch in batches for ids, labels in documents(batch)) / num_targets
         assert isinstance(loss, Tensor)
         (loss if penalty is None else loss + penalty(trained)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
