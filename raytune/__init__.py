@@ -12,6 +12,7 @@ once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trai
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytune.api import RunEvent as RunEvent
     from raytune.api import advise as advise
     from raytune.api import find_rate as find_rate
     from raytune.api import score as score
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from raytune.api import train as train
 
 __version__ = "0.1.0"
-__all__ = ["advise", "find_rate", "score", "sweep", "train"]
+__all__ = ["RunEvent", "advise", "find_rate", "score", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

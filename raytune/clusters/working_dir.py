@@ -155,11 +155,14 @@ def contents(folder: Path, named: Iterable[str], rows: Iterable[str] = ()) -> Co
 def named_by(config: RunConfig) -> list[str]:
     """Paths that a config names and a job would look for in its working directory: rows, template, base, code; a sweep's too."""
     objective = config.strategy.objective
-    named = [objective.function] if objective else []
+    named = [*([objective.function] if objective else []), *config.callbacks]
     code = [module for module, _ in map(parts_of, named) if module.endswith(FILE_ENDING)]
     names = [*rows_named_by(config), config.data.template, config.model.base, *code]
     if config.sweep:
         drawn = [value for key, value in config.sweep.space.items() if key.startswith(("data.", "model.base"))]
+        drawn_code = [value for key, value in config.sweep.space.items() if key.startswith("strategy.objective")]
+        code = [parts_of(text)[0] for dimension in drawn_code for text in _texts(dimension.model_dump())]
+        names += [module for module in code if module.endswith(FILE_ENDING)]
         names += [text for dimension in drawn for text in _texts(dimension.model_dump())]
         names += [text for trial in config.sweep.first for text in _texts(trial)]
     return _in_working_dir(names)

@@ -223,6 +223,12 @@ _ONE_RUN = Need(
     otherwise=lambda config: "trials of a sweep are always continued",
     remedy="train one run (sweep=null)",
 )
+_NO_SWEEP = Need(
+    keys=("sweep",),
+    holds=lambda config, _: config.sweep is None,
+    otherwise=lambda config: "they are told of one run, and a sweep has many at once",
+    remedy="train one run (sweep=null)",
+)
 _NVME = Need(
     keys=("training.zero.offload_optimizer", "training.zero.offload_parameters"),
     holds=lambda config, _: "nvme" in (config.training.zero.offload_optimizer, config.training.zero.offload_parameters),
@@ -333,6 +339,7 @@ READERS: dict[str, Reader] = {
     **_read("", "name storage", "launch.run"),
     **_read("", "preset", "config.presets"),
     **_read("", "model data adapter strategy training evaluation checkpoint cluster sweep provider", "config.run"),
+    **_read("", "callbacks", "launch.callbacks", needs=(_NO_SWEEP,)),
     # model
     **_read("model", "base trust_remote_code", "launch.prepare"),
     **_read("model", "revision", "launch.prepare", needs=(_HUB_MODEL,)),

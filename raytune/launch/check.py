@@ -21,6 +21,7 @@ from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
 from raytune.launch.begun import begun_for
+from raytune.launch.callbacks import load_callbacks
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Base, refuse_unknown_tokens
 from raytune.launch.record import refuse_changed_settings
@@ -102,6 +103,7 @@ def check_run(config: RunConfig) -> Findings:
             found.of(lambda: refuse_unusable(config.data.store or ""), keys=("data.store",))
     found.of(lambda: _look_at_run_of_that_name(config, found), keys=("storage",))
     found.of(lambda: _refuse_missing_packages(config))
+    found.of(lambda: load_callbacks(config.callbacks))
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
     found.not_looked_at += [f"the machines of {address}"] if address else []
