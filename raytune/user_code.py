@@ -5,12 +5,14 @@ module from that. An installed module is imported by each of them, and has to be
 asked for.
 """
 
+import ast
 import hashlib
 import importlib
 import linecache
 import sys
 import traceback
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +65,11 @@ def read_code(reference: str) -> UserCode:
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"{reference}: {file} cannot be read ({what}). Relative paths start at the working directory.") from error
+    if module.endswith(FILE_ENDING) and (beside := _beside(file, text)):
+        raise UserError(
+            f"{module} imports {beside}, which lies beside it and would not be on the workers: of your files only {module} "
+            f"itself goes there. Put what it needs into it, or install {beside} on every node."
+        )
     return UserCode(module=module, name=name, text=text)
 
 
@@ -75,7 +82,7 @@ def load(code: UserCode) -> Any:
     try:
         module = _module_of_text(code) if code.is_file else importlib.import_module(code.module)
     except Exception as error:
-        raise UserError(f"{code} cannot be imported. {told(error, code)}{_why_not_found(error, code)}") from error
+        raise UserError(f"{code} cannot be imported. {told(error, code)}{_how_to_install(error, code)}") from error
     if not code.is_file and read_code(str(code)).sha256 != code.sha256:
         raise UserError(
             f"{code.module} is another one on this machine than where the plan was made. Install the same everywhere."
@@ -140,10 +147,19 @@ def _file_of(module: str) -> Path:
     return Path(spec.origin)
 
 
-def _why_not_found(error: Exception, code: UserCode) -> str:
-    if not isinstance(error, ModuleNotFoundError) or not code.is_file:
+def _beside(file: Path, text: str) -> str:
+    """A module of the user's that a file imports and that is not installed; empty if there is none."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # told when it is run
         return ""
-    return (
-        f" Of your files only {code.module} itself goes to the workers: put what it needs into it, or install {error.name} on "
-        f"every node."
-    )
+    named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    roots = dict.fromkeys(name.partition(".")[0] for name in named)
+    here = [root for root in roots if (file.parent / f"{root}.py").is_file() or (file.parent / root / "__init__.py").is_file()]
+    installed = packages_distributions() if here else {}
+    return next((root for root in here if root not in installed and root not in sys.stdlib_module_names), "")
+
+
+def _how_to_install(error: Exception, code: UserCode) -> str:
+    return f" Install {error.name} on every node." if isinstance(error, ModuleNotFoundError) and code.is_file else ""

@@ -103,8 +103,7 @@ def tried(plan: ObjectivePlan | None, vocab: int) -> ObjectivePlan | None:
     ids_C = torch.randint(vocab, (PROBE_TARGETS,), generator=generator)
     weights_C = torch.linspace(0.5, 2.0, PROBE_TARGETS)
     with _blamed(code, "fails on random logits"):
-        losses_C = objective.losses(logits_CV.clone().requires_grad_(), TokenTargets(ids_C)).detach()
-        _check_losses(code, losses_C)
+        losses_C = _checked(code, objective.losses(logits_CV.clone().requires_grad_(), TokenTargets(ids_C)))
         parts = [objective.losses(logits_CV[part], TokenTargets(ids_C[part])).detach() for part in (slice(2), slice(2, None))]
         if not torch.allclose(torch.cat(parts), losses_C, rtol=SAME, atol=SAME):
             raise _refused(
@@ -142,7 +141,7 @@ def _with_options(code: UserCode, function: LossFunction, options: dict[str, Any
     return lambda logits_CV, ids_C: function(logits_CV, ids_C, **options)
 
 
-def _check_losses(code: UserCode, losses_C: Any) -> None:
+def _checked(code: UserCode, losses_C: Any) -> Tensor:
     if not isinstance(losses_C, Tensor):
         raise _refused(code, f"returned {type(losses_C).__name__}, and not a tensor")
     if losses_C.shape != (PROBE_TARGETS,):
@@ -153,6 +152,7 @@ def _check_losses(code: UserCode, losses_C: Any) -> None:
         )
     if not losses_C.is_floating_point() or not losses_C.isfinite().all():
         raise _refused(code, f"returned losses that are not finite numbers: {losses_C.tolist()}")
+    return losses_C.detach()
 
 
 def _gradient(code: UserCode, loss: Tensor, leaf_CV: Tensor) -> Tensor:
