@@ -99,8 +99,8 @@ class StrategySection(Section):
     """Weight decay, in place of `training.weight_decay`, of modules whose name matches, named as in `freeze.modules`; the first
     match counts. Biases and magnitudes (DoRA) have none, and norms only where a name is their own or the word `norms`."""
     objective: Objective = None
-    """What is minimised: `cross_entropy`, or a loss of your own. Held-out rows are measured by cross-entropy in any case, so that
-    their loss stays comparable; `train/loss` is of the objective."""
+    """What is minimised: `cross_entropy`, or a loss of your own. Rows that are held out are measured by `cross_entropy` in any
+    case, so that their loss stays comparable; `train/loss` is of the objective."""
     l2_sp: Annotated[L2SPSection | None, Field(examples=[{"strength": 0.01}])] = None
     """Hold trained weights near those of the base, so that less of what it can do is forgotten (with `full`). `train/loss` is
     without the penalty, which is `train/penalty`."""

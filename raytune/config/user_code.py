@@ -49,4 +49,7 @@ def _with_file(node: Node) -> Node:
     own = os.path.dirname(node.place.file) if node.place.line else ""
     path = f"{module.replace('.', '/')}{FILE_ENDING}"
     file = next((file for folder in (own, "") if os.path.isfile(file := os.path.join(folder, path))), None)
-    return node if file is None else replace(node, value=f"{file}:{name}")
+    if file is None:
+        return node
+    here = os.path.relpath(file)  # as a job finds it, which has this folder elsewhere
+    return replace(node, value=f"{file if here.startswith(os.pardir) else here}:{name}")

@@ -60,7 +60,6 @@ class FunctionLoss:
             gradient_CV = torch.autograd.grad(loss, leaf_CV)[0]
         return loss.detach(), gradient_CV.to(logits_CV.dtype)
 
-    @torch.compiler.disable
     def _of_each(self, logits_CV: Tensor, ids_C: Tensor) -> Tensor:
         with torch.autocast(logits_CV.device.type, enabled=False):  # else products of the user's would be in 16 bits
             return self.function(logits_CV.to(loss_dtype(logits_CV)), ids_C)
@@ -83,7 +82,7 @@ def objective_from(plan: ObjectivePlan) -> TokenLoss:
         return cast(TokenLoss, made)
     if not callable(found):
         raise _refused(code, f"is no function, but of type {type(found).__name__}")
-    return FunctionLoss(_with_options(code, found, plan.options))
+    return FunctionLoss(cast(LossFunction, torch.compiler.disable(_with_options(code, cast(LossFunction, found), plan.options))))
 
 
 def tried(plan: ObjectivePlan | None, vocab: int) -> ObjectivePlan | None:

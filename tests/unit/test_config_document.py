@@ -149,6 +149,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
             rows.setdefault("path", "a.jsonl")
     if isinstance(phase := data.get("strategy", {}).get("unfreeze"), dict):
         data["strategy"]["unfreeze"] = [{"last_layers": 1} | phase]
+    if isinstance(objective := data.get("strategy", {}).get("objective"), dict):
+        objective.setdefault("function", "my_losses.py:focal")
     if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
         tokens.setdefault("token", "<a>")
     if generation := data.get("evaluation", {}).get("generation"):

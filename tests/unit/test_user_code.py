@@ -79,8 +79,7 @@ def test_a_module_is_a_file_beside_the_config_that_names_it_before_one_in_the_wo
     text = "model: {base: demo}\nstrategy: {objective: 'mine:loss'}\ncallbacks: ['pack.deep:f', 'json:dumps']\n"
     loaded = load_config([written(here / "of", text, "r.yaml")])
     assert loaded.strategy.objective is not None
-    assert loaded.strategy.objective.function == f"{here}/of/mine.py:loss"
-    assert load_config(["of/r.yaml"]).strategy.objective.function == "of/mine.py:loss"  # pyright: ignore[reportOptionalMemberAccess]
+    assert loaded.strategy.objective.function == "of/mine.py:loss"
     assert loaded.callbacks == ["pack/deep.py:f", "json:dumps"]
     overridden = load_config(["of/r.yaml"], ["strategy.objective=mine:loss"]).strategy.objective
     assert overridden is not None
