@@ -1,8 +1,8 @@
 """raytune: one YAML to a fine-tuned model on a Ray cluster.
 
 Floors, from the ground up; each imports only itself and lower ones:
-errors, units, missing, versions, printable, credentials, run_folder, token_file < local_files < object_store, hub < storage <
-metrics < config < plan < data < model < evaluate < training < launch < sweeps < report < clusters < api < cli < entry
+errors, units, missing, versions, printable, credentials, run_folder, token_file, user_code < local_files < object_store, hub <
+storage < metrics < config < plan < data < model < evaluate < training < launch < sweeps < report < clusters < api < cli < entry
 
 One run passes through them in this order: `config.load` reads the YAML, `launch.run` connects to Ray, `data.store` tokenises
 once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, and
@@ -12,6 +12,7 @@ once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trai
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytune.api import RunEvent as RunEvent
     from raytune.api import advise as advise
     from raytune.api import find_rate as find_rate
     from raytune.api import score as score
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from raytune.api import train as train
 
 __version__ = "0.1.0"
-__all__ = ["advise", "find_rate", "score", "sweep", "train"]
+__all__ = ["RunEvent", "advise", "find_rate", "score", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ from raytune.config.asked import NAMED, require_named
 from raytune.config.load import as_one_run, config_from, dump_yaml, load_with_places
 from raytune.config.places import Places, errors_at
 from raytune.config.run import RunConfig
+from raytune.launch.callbacks import Callback, check_callback
+from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
@@ -24,12 +26,14 @@ File = str | PathLike[str]
 Config = File | Sequence[File] | Mapping[str, Any] | RunConfig
 
 
-def train(config: Config, *, progress: bool = True, **overrides: Any) -> RunResult:
+def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback] = (), **overrides: Any) -> RunResult:
     """Train as `raytune train` does: plan, start or join a Ray cluster, and leave weights in the run folder.
 
     Args:
         config: a YAML file, several that are laid over each other, a mapping with the same keys, or a `RunConfig`.
         progress: show the run on standard error while it goes on.
+        callbacks: called with a `RunEvent` for what happens, from a thread of this process (`raytune explain user_code`); those
+            that the config names are called too, before them.
         overrides: keys laid over it and validated like it: `name="short", training={"max_steps": 20}`, or with dotted keys
             `**{"training.max_steps": 20}`.
 
@@ -44,7 +48,10 @@ def train(config: Config, *, progress: bool = True, **overrides: Any) -> RunResu
     resolved, places = _resolved(config, overrides)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
-        return run(resolved, watch=show_progress) if progress else run(resolved)
+        for callback in callbacks:
+            check_callback(callback, repr(callback))
+        watch = {"watch": show_progress} if progress else {}
+        return run(resolved, callbacks=callbacks, **watch)
 
 
 def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepResult":

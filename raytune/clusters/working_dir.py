@@ -24,6 +24,7 @@ from raytune.local_files import local_errors
 from raytune.plan.base_model import DEMO
 from raytune.plan.hardware import HARDWARE, PACKAGED_HARDWARE
 from raytune.units import MIB, format_bytes
+from raytune.user_code import FILE_ENDING, parts_of
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -153,10 +154,16 @@ def contents(folder: Path, named: Iterable[str], rows: Iterable[str] = ()) -> Co
 
 
 def named_by(config: RunConfig) -> list[str]:
-    """Paths that a config names and a job would look for in its working directory: rows, template, base; all of a sweep's."""
-    names = [*rows_named_by(config), config.data.template, config.model.base]
+    """Paths that a config names and a job would look for in its working directory: rows, template, base, code; a sweep's too."""
+    objective = config.strategy.objective
+    named = [*([objective.function] if objective else []), *config.callbacks]
+    code = [module for module, _ in map(parts_of, named) if module.endswith(FILE_ENDING)]
+    names = [*rows_named_by(config), config.data.template, config.model.base, *code]
     if config.sweep:
         drawn = [value for key, value in config.sweep.space.items() if key.startswith(("data.", "model.base"))]
+        drawn_code = [value for key, value in config.sweep.space.items() if key.startswith("strategy.objective")]
+        code = [parts_of(text)[0] for dimension in drawn_code for text in _texts(dimension.model_dump())]
+        names += [module for module in code if module.endswith(FILE_ENDING)]
         names += [text for dimension in drawn for text in _texts(dimension.model_dump())]
         names += [text for trial in config.sweep.first for text in _texts(trial)]
     return _in_working_dir(names)

@@ -1,5 +1,6 @@
 """`data`: the rows, how they become conversations, tokens, targets and packed rows."""
 
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal
@@ -82,6 +83,30 @@ TrainSources = Annotated[
 ]
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression ({error})") from error
+    return text
+
+
+class TokenWeightsSection(Section):
+    """How much the tokens of some classes of text count in the training loss, as factors. Where a token is of several, all are
+    multiplied, and with the `weight` of its turn. A token is of a class if one character of its text is."""
+
+    numbers: PositiveFloat = 1.0
+    """Of tokens that cover a digit."""
+    code_syntax: PositiveFloat = 1.0
+    """Of tokens in a fenced code block (three backticks or tildes) that cover a bracket, an operator, other punctuation of code
+    or a keyword of a common language. White space, names, and what lies outside of blocks are not of it."""
+    patterns: Annotated[
+        dict[Annotated[Text, AfterValidator(_regex)], PositiveFloat], Field(examples=[{r"(?i)\byes\b|\bno\b": 3.0}])
+    ] = {}
+    """Of tokens that share a character with what a regular expression (Python's) finds in a trained piece of text: an answer with
+    its end of turn, or all of a plain document."""
+
+
 class DataSection(Section):
     train: TrainSources = [TrainSource(path="demo:train")]
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
@@ -99,6 +124,9 @@ class DataSection(Section):
     """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
     prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is, nor a turn whose row says
     `weight: 0` or `train: false`. Another `weight` of a turn (`0.5`, `3`) is how much each of its tokens counts in the loss."""
+    token_weights: TokenWeightsSection = TokenWeightsSection()
+    """Let tokens of some classes of text (digits, syntax of code, what patterns find) count more or less than others in the
+    training loss; held-out rows are measured without, so that their loss stays comparable. The plan says how many there are."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
     too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"

@@ -16,6 +16,7 @@ from raytune.config.presets import over_its_preset, preset_keys
 from raytune.config.problems import BAD_OVERRIDE, ConfigError, Place, Problem, dotted
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
+from raytune.config.user_code import with_files
 from raytune.config.validate import validated
 from raytune.config.yaml_nodes import Node, write_yaml
 from raytune.errors import UserError
@@ -144,7 +145,7 @@ def _resolve(readings: list[Reading], overrides: Sequence[str], check_files: boo
         overlay, problems = read_override(text, tree, rank=len(readings))
         tree = laid_over(tree, overlay, ()) if overlay else tree
         readings = [*readings, (overlay, problems)]
-    tree = over_its_preset(tree)
+    tree = over_its_preset(with_files(tree))
     if whole.place.line is not None:  # what is missing is missing in the file, not on the command line
         tree = replace(tree, place=whole.place, key_place=whole.key_place)
     unreadable = [problem for _, problems in readings for problem in problems]

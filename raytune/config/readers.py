@@ -239,6 +239,12 @@ _ONE_RUN = Need(
     otherwise=lambda config: "trials of a sweep are always continued",
     remedy="train one run (sweep=null)",
 )
+_NO_SWEEP = Need(
+    keys=("sweep",),
+    holds=lambda config, _: config.sweep is None,
+    otherwise=lambda config: "they are told of one run, and a sweep has many at once",
+    remedy="train one run (sweep=null)",
+)
 _NVME = Need(
     keys=("training.zero.offload_optimizer", "training.zero.offload_parameters"),
     holds=lambda config, _: "nvme" in (config.training.zero.offload_optimizer, config.training.zero.offload_parameters),
@@ -392,6 +398,7 @@ READERS: dict[str, Reader] = {
     **_read("", "name storage", "launch.run"),
     **_read("", "preset", "config.presets"),
     **_read("", "model data adapter strategy training evaluation checkpoint cluster sweep provider", "config.run"),
+    **_read("", "callbacks", "launch.callbacks", needs=(_NO_SWEEP,)),
     # model
     **_read("model", "base trust_remote_code", "launch.prepare"),
     **_read("model", "revision", "launch.prepare", needs=(_HUB_MODEL,)),
@@ -433,6 +440,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "max_length", "plan.requirements"),
     **_read("data", "template", "launch.stores", needs=(_CHAT,)),
     **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
+    **_read("data", "token_weights", "launch.stores"),
+    **_read("data.token_weights", "numbers code_syntax patterns", "data.token_classes"),
     # adapter
     **_read("adapter", "method", "plan.choose"),
     **_read("adapter", "rank alpha dropout target_modules target_parameters exclude_modules", "model.adapters.lora"),
@@ -471,6 +480,8 @@ READERS: dict[str, Reader] = {
     **_read("strategy", "unfreeze", "plan.phases"),
     **_read("strategy.unfreeze", "from_epoch from_step from_fraction last_layers learning_rate warmup_steps", "plan.phases"),
     **_read("strategy", "layer_rate_decay rate_scales weight_decay_of", "plan.update_groups"),
+    **_read("strategy", "objective", "plan.objective"),
+    **_read("strategy.objective", "function options", "plan.objective"),
     **_read("strategy", "l2_sp", "plan.penalty"),
     **_read("strategy.l2_sp", "strength", "plan.penalty"),
     **_read("strategy", "ewc", "plan.penalty"),

@@ -15,6 +15,7 @@ from raytune.config.section import Section, Text
 from raytune.config.strategy import StrategySection
 from raytune.config.sweep import SweepSection
 from raytune.config.training import TrainingSection
+from raytune.config.user_code import CodeName
 
 Preset = Literal["chat", "code", "domain", "style", "task", "qa", "classification", "summarisation", "small_data"]
 
@@ -40,13 +41,16 @@ class RunConfig(Section):
     adapter: Adapter = LoraAdapter()
     """Which parameters are trained, and how (`method`)."""
     strategy: StrategySection = StrategySection()
-    """What of these stays frozen, and how fast each of the others learns."""
+    """What of these stays frozen, how fast each of the others learns, and by which loss."""
     training: TrainingSection = TrainingSection()
     """Optimisation, precision, memory and sharding."""
     evaluation: EvaluationSection = EvaluationSection()
     """What is measured on held-out rows, and when."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When state is saved and what is kept."""
+    callbacks: Annotated[list[CodeName], Field(examples=[["my_callbacks.py:tell"]])] = []
+    """Functions of your own that are called with what happens to the run (`raytune explain user_code`), as `module:function` or
+    `file.py:function`; a module is looked for beside this file, in the working directory and among those that are installed."""
     cluster: ClusterSection = ClusterSection()
     """Which Ray cluster, how many workers, and what each of them gets."""
     sweep: SweepSection | None = None

@@ -1,13 +1,14 @@
 """`strategy`: which of the parameters that a method trains stay as they are, how fast each of the others learns, what holds them
-near the base, which earlier rows are trained again, and whom the model learns from beside its rows."""
+near the base, which earlier rows are trained again, whom the model learns from beside its rows; and what is minimised."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from raytune.config.data import Sources
 from raytune.config.model import check_code_is_pinned
 from raytune.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.user_code import CodeName
 
 Pattern = Annotated[Text, Field(examples=["self_attn"])]
 """A regular expression for the whole name of a module, or for its last parts; or a word for a group of modules."""
@@ -111,6 +112,33 @@ class DistillationSection(Section):
         return self
 
 
+class ObjectiveSection(Section):
+    """A loss of your own in place of cross-entropy."""
+
+    function: CodeName
+    """`module:function` or `file.py:function`; a module is looked for beside this file, in the working directory and among those
+    that are installed. The function is given the logits of some targets (targets x vocabulary, fp32) and their token ids, and
+    returns the loss of each target, which autograd can follow. A class is a `TokenLoss` (`raytune explain user_code`)."""
+    options: Annotated[dict[str, Any], Field(examples=[{"gamma": 2.0}])] = {}
+    """Further arguments of the function, by name."""
+
+
+def _as_objective(value: object) -> object:
+    if value == CROSS_ENTROPY:
+        return None
+    return {"function": value} if isinstance(value, str) else value
+
+
+CROSS_ENTROPY = "cross_entropy"
+Objective = Annotated[
+    ObjectiveSection | None,
+    BeforeValidator(_as_objective, json_schema_input_type=str | ObjectiveSection | None),
+    Field(
+        title=f"{CROSS_ENTROPY}, a function as module:function or file.py:function, or a section (function, options)",
+        examples=[{"function": "my_losses.py:focal", "options": {"gamma": 2.0}}],
+    ),
+]
+
 UNFREEZE_EXAMPLE = [{"last_layers": 1}, {"from_epoch": 1, "last_layers": "all"}]
 
 
@@ -129,6 +157,9 @@ class StrategySection(Section):
     weight_decay_of: Annotated[dict[Pattern, NonNegativeFloat], Field(examples=[{"head": 0.0}])] = {}
     """Weight decay, in place of `training.weight_decay`, of modules whose name matches, named as in `freeze.modules`; the first
     match counts. Biases and magnitudes (DoRA) have none, and norms only where a name is their own or the word `norms`."""
+    objective: Objective = None
+    """What is minimised: `cross_entropy`, or a loss of your own. Rows that are held out are measured by `cross_entropy` in any
+    case, so that their loss stays comparable; `train/loss` is of the objective."""
     l2_sp: Annotated[L2SPSection | None, Field(examples=[{"strength": 0.01}])] = None
     """Hold trained weights near those of the base, so that less of what it can do is forgotten (with `full`). `train/loss` is
     without the penalty, which is `train/penalty`."""

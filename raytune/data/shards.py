@@ -11,6 +11,7 @@ from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.sources import Segment
 from raytune.data.split import Side
+from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
 from raytune.plan.data_report import SourceReport
 
@@ -31,6 +32,7 @@ class TokenisingOptions:
     tokenizer_fingerprint: str
     template: str
     targets: Targets
+    token_classes: tuple[TokenClass, ...]
     max_length: int
     side: Side | Literal["all"]
     validation_fraction: float
@@ -68,6 +70,7 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     unread_columns: Counter[str] = field(default_factory=Counter)
     unread_keys: Counter[str] = field(default_factory=Counter)
+    targets_of_class: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
@@ -79,6 +82,7 @@ class Tally:
         self.counts.update(other.counts)
         self.unread_columns.update(other.unread_columns)
         self.unread_keys.update(other.unread_keys)
+        self.targets_of_class.update(other.targets_of_class)
         for what, examples in other.examples.items():
             mine = self.examples.setdefault(what, [])
             mine.extend(examples[: NUM_EXAMPLES - len(mine)])

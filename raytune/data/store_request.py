@@ -13,6 +13,7 @@ from raytune.data.masking import Targets
 from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
 from raytune.data.split import Side
+from raytune.data.token_classes import TokenClass
 from raytune.plan import data_report, mixing
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
@@ -38,6 +39,7 @@ _CODE = (
     "template",
     "template_text",
     "text_encoder",
+    "token_classes",
     "tokenising",
     "tokenizers",
     "turn_ends",
@@ -54,6 +56,8 @@ class StoreRequest:
     template: str
     """Jinja text (`template_text.resolve_template`); empty if all sources are plain text."""
     targets: Targets
+    token_classes: tuple[TokenClass, ...] = ()
+    """Whose tokens weigh otherwise than the rest."""
     max_length: int
     """Tokens per packed row, and the longest document."""
     too_long: TooLong | Literal["auto"]

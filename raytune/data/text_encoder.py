@@ -103,7 +103,7 @@ class TextEncoder:
         for index, text in enumerate(texts):
             in_text = slice(first_tokens[index], first_tokens[index + 1])
             if not text.isascii():
-                places[in_text] = _bytes_before(text)[places[in_text]]
+                places[in_text] = bytes_before(text)[places[in_text]]
             places[in_text] += first_bytes[index]
         # Neither may ever decrease; a token without text of its own lies where the one before it ended.
         starts, ends = np.maximum.accumulate(places[:, 0]), np.maximum.accumulate(places[:, 1])
@@ -118,7 +118,7 @@ def _flat_ids(encodings: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(chain.from_iterable(ids), np.int32, int(first_tokens[-1])), first_tokens
 
 
-def _bytes_before(text: str) -> np.ndarray:
+def bytes_before(text: str) -> np.ndarray:
     """UTF-8 bytes before each character of a text, and its size."""
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)

@@ -20,10 +20,11 @@ from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
-from raytune.data.shards import ShardResult, ShardTask, Tally, TooLong
+from raytune.data.shards import ShardResult, ShardTask, Tally, TokenisingOptions, TooLong
 from raytune.data.source_rows import read_parts
 from raytune.data.template import ChatTemplate
-from raytune.data.text_encoder import TextEncoder
+from raytune.data.text_encoder import EncodedTexts, TextEncoder, bytes_before
+from raytune.data.token_classes import Span, TokenClass, spans_in, weights_of
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.data.turns import obeyed_requests
 from raytune.errors import DataError
@@ -62,14 +63,15 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
         for is_text, rows in groupby(_conversations(task, tally), key=lambda row: row[0].text is not None):
             while batch := list(islice(rows, _DOCUMENTS_AT_ONCE)):
                 if is_text:
-                    documents = _text_documents(batch, encoder, tally)
+                    documents = _text_documents(batch, encoder, options.token_classes, tally)
                 else:
                     assert template is not None
-                    documents = _chat_documents(batch, encoder, template, options.targets, tally)
+                    documents = _chat_documents(batch, encoder, template, options, tally)
                 pieces = [
                     piece for document in documents for piece in _fitted(document, options.max_length, task.too_long, tally)
                 ]
                 for piece in pieces:
+                    _tally_classes(piece, options.token_classes, tally)
                     if not piece.is_cut and not _ends_with_special(piece, encoder):
                         tally.add("unending", piece.origin)
                 if pieces:
@@ -89,8 +91,10 @@ class _Document:
     token_bytes: np.ndarray
     file_index: int
     origin: Origin
-    target_weights: np.ndarray | None = None
+    target_weights: np.ndarray | None
     """float32, per token; None: each weighs 1."""
+    of_class: np.ndarray
+    """bool, per token and class of `data.token_weights`."""
     is_cut: bool = False
 
 
@@ -120,8 +124,13 @@ def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation
 
 
 def _chat_documents(
-    rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, template: ChatTemplate, targets: Targets, tally: Tally
+    rows: Sequence[tuple[Conversation, int]],
+    encoder: TextEncoder,
+    template: ChatTemplate,
+    options: TokenisingOptions,
+    tally: Tally,
 ) -> Iterator[_Document]:
+    targets = options.targets
     usable, texts, spans, weights = [], [], [], []
     for row, rendered in zip(rows, template.render([row for row, _ in rows], targets), strict=True):
         if isinstance(rendered, RowError):
@@ -143,10 +152,12 @@ def _chat_documents(
     all_weights = None
     if any(weight != 1 for row_weights in weights for weight in row_weights):
         all_weights = target_weights(encoded.starts, encoded.ends, starts, ends, list(chain.from_iterable(weights)))
+    of_class = _tokens_of_classes(options.token_classes, texts, spans, encoded)
     # Nothing comes before a document's first token that could predict it.
     is_target[encoded.first_tokens[:-1][np.diff(encoded.first_tokens) > 0]] = False
     for index, (conversation, file_index) in enumerate(usable):
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
+        row_weights = None if all(weight == 1 for weight in weights[index]) or all_weights is None else all_weights[tokens]
         if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
             _compare_prompts(conversation, texts[index], encoded.input_ids[tokens], encoder, template, targets, tally)
         yield _Document(
@@ -155,8 +166,32 @@ def _chat_documents(
             encoded.token_bytes[tokens],
             file_index,
             conversation.origin,
-            None if all(weight == 1 for weight in weights[index]) or all_weights is None else all_weights[tokens],
+            weights_of(options.token_classes, of_class[:, tokens], row_weights),
+            of_class[:, tokens].T,
         )
+
+
+def _tokens_of_classes(
+    classes: Sequence[TokenClass], texts: Sequence[str], trained: Sequence[Sequence[Span]], encoded: EncodedTexts
+) -> np.ndarray:
+    """Which tokens share trained text with each class: bool, a row per class."""
+    of_class = np.zeros((len(classes), len(encoded.input_ids)), bool)
+    if not classes:
+        return of_class
+    places: list[list[np.ndarray]] = [[] for _ in classes]
+    for text, spans, first in zip(texts, trained, encoded.first_bytes):
+        to_byte = np.arange(len(text) + 1) if text.isascii() else bytes_before(text)
+        for number, found in enumerate(spans_in(classes, text, spans)):
+            places[number].append(first + to_byte[np.array(found, np.int64).reshape(-1, 2)])
+    for number, found in enumerate(places):
+        spans_S2 = np.concatenate([*found, np.empty((0, 2), np.int64)])
+        of_class[number] = target_mask(encoded.starts, encoded.ends, spans_S2[:, 0], spans_S2[:, 1])
+    return of_class
+
+
+def _tally_classes(piece: _Document, classes: Sequence[TokenClass], tally: Tally) -> None:
+    for one, count in zip(classes, piece.of_class[piece.is_target].sum(axis=0).tolist()):
+        tally.targets_of_class[str(one)] += count
 
 
 def _compare_prompts(
@@ -212,10 +247,14 @@ def _is_blank_answer(message: Message) -> bool:
     return not (message.get("content") or "").strip()
 
 
-def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, tally: Tally) -> Iterator[_Document]:
+def _text_documents(
+    rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, classes: Sequence[TokenClass], tally: Tally
+) -> Iterator[_Document]:
     """Plain documents: every token is a target but the first, which nothing predicts."""
     before, behind = encoder.around_documents()
-    encoded = encoder.encode([row.text or "" for row, _ in rows])
+    texts = [row.text or "" for row, _ in rows]
+    encoded = encoder.encode(texts)
+    of_class = _tokens_of_classes(classes, texts, [[(0, len(text))] for text in texts], encoded)
     for index, (conversation, file_index) in enumerate(rows):
         if not (conversation.text or "").strip():
             tally.add("blank_answers", conversation.origin)
@@ -223,7 +262,9 @@ def _text_documents(rows: Sequence[tuple[Conversation, int]], encoder: TextEncod
         input_ids = np.concatenate([np.array(before, np.int32), encoded.input_ids[tokens], np.array(behind, np.int32)])
         token_bytes = np.pad(encoded.token_bytes[tokens], (len(before), len(behind)))
         is_target = np.arange(len(input_ids)) > 0
-        yield _Document(input_ids, is_target, token_bytes, file_index, conversation.origin)
+        of_class_here = np.pad(of_class[:, tokens], ((0, 0), (len(before), len(behind))))
+        weights = weights_of(classes, of_class_here, None)
+        yield _Document(input_ids, is_target, token_bytes, file_index, conversation.origin, weights, of_class_here.T)
 
 
 def _fitted(document: _Document, limit: int, too_long: TooLong, tally: Tally) -> list[_Document]:
@@ -274,6 +315,7 @@ def _piece(document: _Document, start: int, stop: int) -> _Document:
         document.file_index,
         document.origin,
         None if document.target_weights is None else document.target_weights[start:stop],
+        document.of_class[start:stop],
         is_cut=stop < len(document.input_ids),
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource, TrainSource
+from raytune.config.data import DataSource, TokenWeightsSection, TrainSource
 from raytune.config.evaluation import GenerationSection
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
@@ -23,6 +23,7 @@ from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
 from raytune.launch.begun import begun_for
+from raytune.launch.callbacks import load_callbacks
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of
 from raytune.launch.record import refuse_changed_settings
@@ -38,11 +39,13 @@ from raytune.plan.distillation import planned_teacher, teacher_section
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import planned_base
+from raytune.plan.objective import objective_of
 from raytune.plan.requirements import choose_row_length, most_tokens
 from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
+from raytune.training.user_objective import tried
 from raytune.units import format_seconds
 
 SAMPLE_ROWS = 2000
@@ -106,6 +109,7 @@ def check_run(config: RunConfig) -> Findings:
             found.of(lambda: refuse_unusable(config.data.store or ""), keys=("data.store",))
     found.of(lambda: _look_at_run_of_that_name(config, found), keys=("storage",))
     found.of(lambda: _refuse_missing_packages(config))
+    found.of(lambda: load_callbacks(config.callbacks))
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
     found.not_looked_at += [f"the machines of {address}"] if address else []
@@ -118,6 +122,8 @@ def check_run(config: RunConfig) -> Findings:
     if shape is not None:
         teacher = found.of(lambda: _teacher(config, found))
         look_at(config, shape, machine, found.of, teacher=teacher)
+        look_at(config, shape, machine, found.of)
+        found.of(lambda: tried(objective_of(config), shape.vocab), keys=("strategy.objective",))
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
     here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}
     found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]
@@ -256,7 +262,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     generation, facts = reading.config.evaluation.generation, {}
     with TemporaryDirectory() as scratch:
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0)
+            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0, **_weights_of(key))
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -267,6 +273,11 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         if machine is not None and not found.errors and _say_enough(reading.config, facts):
             found.of(lambda: _plan(reading, here, machine, scratch))
             found.looked_at.append("the plan")
+
+
+def _weights_of(key: str) -> dict[str, Any]:
+    """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
+    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
 
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:

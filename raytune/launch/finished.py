@@ -21,11 +21,12 @@ from raytune.run_folder import RunFolder
 from raytune.storage import exists, file_sizes, is_local, local_path, read_json
 from raytune.training.commit import committed
 from raytune.training.stopping import Curve, Findings, verdict
+from raytune.user_code import parts_of
 
 RULES = ("training.early_stopping", "training.overfitting")
 FREE = (
     *("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store"),
-    "training.divergence",
+    *("training.divergence", "callbacks"),
     *RULES,
 )
 """Beginnings of keys that change neither what a step computes nor how it is divided."""
@@ -69,8 +70,10 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
 
 
 def _has_changed(config: RunConfig, since: float) -> bool:
-    """Whether a local file of data or base was written, replaced or moved there after `since` (seconds since 1970)."""
-    paths = [path for path in (config.model.base, *(source.path for source in all_sources(config))) if is_local(path)]
+    """Whether a local file of data, base or objective was written, replaced or moved there after `since` (seconds since 1970)."""
+    code = [parts_of(config.strategy.objective.function)[0]] if config.strategy.objective else []
+    rows = (source.path for source in all_sources(config))
+    paths = [path for path in (config.model.base, *rows, *code) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
     # Folders and links too: another one that was moved to this name brings files that are older.
     entries = [entry.lstat() for name in named for entry in (name, *name.rglob("*")) if entry.is_dir() or entry.is_file()]

@@ -31,10 +31,12 @@ from raytune.plan.division import Begun, continued, kept_settings
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import with_new_tokens
+from raytune.plan.objective import objective_of
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import Setting, look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.storage import absolute
+from raytune.training.user_objective import tried
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ def refuse_without_cluster(config: RunConfig) -> Base:
     base = Base.of(config.model)
     teacher = teacher_of(config, base)
     look_at(config, base.shape, None, lambda look: look(), teacher=teacher and teacher.shape)
+    look_at(config, base.shape, None, lambda look: look())
+    tried(objective_of(config), base.shape.vocab)
     return base
 
 
@@ -191,8 +195,9 @@ class Preparation:
         config = config.model_copy(update={"model": base.section})
         storage = absolute(config.storage)
         teacher = teacher_of(config, base)
+        objective = tried(objective_of(config), base.shape.vocab)
         with _as_it_began(begun):
-            setting = settle(config, base.shape, machine, begun, teacher and teacher.shape)
+            setting = settle(config, base.shape, machine, begun, teacher and teacher.shape, objective)
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
         files = teacher and self._teacher(teacher, setting)

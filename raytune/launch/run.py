@@ -14,6 +14,7 @@ from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base, refuse_changed_base
 from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloadable
+from raytune.launch.callbacks import Callback, calling, load_callbacks
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
 from raytune.launch.going_on import going_on, tracebacks
@@ -55,12 +56,13 @@ class RunFailedError(RaytuneError):
         return type(self), (self.args[0], self.failure)
 
 
-def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResult:
+def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks: Sequence[Callback] = ()) -> RunResult:
     """Train what `config` says, or return the result of the finished run of that name.
 
     Args:
         config: what the user wrote.
         watch: given the plan, a context that lasts as long as the training: progress for a person, for example.
+        callbacks: called with what happens, behind those that the config names.
 
     Raises:
         UserError: before anything is started, if the config, the model, the data or the machines do not allow the run.
@@ -72,7 +74,14 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
     if result := answer(config, folder):
         return replace(result, finished_before=True)
     refuse_changed_settings(folder, config)
+    told = [*load_callbacks(config.callbacks), *callbacks]
     base = refuse_without_cluster(config)
+
+    @contextmanager
+    def watched(plan: RunPlan) -> Iterator[None]:
+        with watch(plan), calling(told, plan):
+            yield
+
     with _held_unless_finished(folder, config) as lease:
         begun = begun_for(config, folder)
         with connect(config.cluster) as machine:
@@ -81,7 +90,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext()) -> RunResu
             get_ready = (
                 _base_here if named_address(config.cluster) is None else lambda plan: None
             )  # else nodes download their own
-            return _train_held(prepared.plan, prepared.questions, config, watch, fit, lease, get_ready)
+            return _train_held(prepared.plan, prepared.questions, config, watched, fit, lease, get_ready)
 
 
 def train_plan(

@@ -18,6 +18,7 @@ from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
+from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluate.questions import Question, read_questions
@@ -75,7 +76,8 @@ class DataBuilder:
         """
         config, is_split = self._config, bool(self._config.data.validation_fraction)
         sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
-        train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config))
+        classes = token_classes(config.data.token_weights)
+        train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config), classes)
         counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
         sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
         side = "validation" if is_split else "all"
@@ -157,9 +159,11 @@ class DataBuilder:
         side: Side | Literal["all"],
         mixture: Mixture = EACH_ROW_ONCE,
         loss_weights: tuple[float, ...] = (),
+        classes: tuple[TokenClass, ...] = (),
         packing: Packing | None = None,
     ) -> StoreInfo:
         """Args:
+        classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
         packing: other than the run's.
         """
         data, model = self._config.data, self._config.model
@@ -168,6 +172,7 @@ class DataBuilder:
             sources=tuple(sources),
             template=self._template,
             targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+            token_classes=classes,
             max_length=self._row_length,
             too_long=data.too_long,
             packing=packing,

@@ -43,6 +43,7 @@ from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.mixing import mixture_notes
 from raytune.plan.new_tokens import new_token_notes
+from raytune.plan.objective import objective_notes
 from raytune.plan.optimizers import optimizer_notes
 from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
@@ -201,6 +202,7 @@ def choose_plan(
             *freezing_notes(setting.trained, shape, config.strategy.freeze),
             *rate_notes(setting.trained, config.strategy, shape),
             *optimizer_notes(config, setting.trained),
+            *objective_notes(setting.objective),
             *penalty_notes(config, data, weight_decay=optimization.weight_decay),
             *mixture_notes(config, data.report, num_rows / data.train.num_rows),
             *distillation_notes(config, shape, setting.teacher),
@@ -412,6 +414,7 @@ def _optimization(
         beta2=training.adam_beta2,
         epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
+        objective=setting.objective,
         l2_sp_strength=l2_sp_strength(setting.config),
         ewc_strength=ewc_strength(setting.config),
         ewc_documents=ewc_documents(setting.config, data),

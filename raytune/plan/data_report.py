@@ -60,6 +60,8 @@ class SourceReport(Plan):
     """Turns that `data.targets` means and that carry no loss because their row says so, by `weight: 0` or `train: false`."""
     weighted_turns: int = 0
     """Trained turns whose row gives each of their tokens another weight than 1 (`weight: 0.5`)."""
+    targets_of_class: dict[str, int] = {}
+    """Classes of `data.token_weights`, with their factors -> targets."""
     unread_columns: dict[str, int]
     """Columns with something in them that the format does not read -> rows that have them."""
     unread_keys: dict[str, int]
@@ -212,6 +214,9 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         lines.append(f"{turns} without loss because the row says so (weight: 0, train: false)")
     if source.weighted_turns:
         lines.append(f"{_many(source.weighted_turns, 'turn')} whose tokens count by the weight that the row gives them")
+    if source.targets_of_class:
+        counts = (f"{name}: {count} of {source.targets} targets" for name, count in source.targets_of_class.items())
+        lines.append(f"tokens that count by data.token_weights in the training loss: {'; '.join(counts)}")
     if source.unread_columns:
         lines.append(f"columns that the format {source.format} does not read: {_with_counts(source.unread_columns)}")
     if source.unread_keys:

@@ -12,6 +12,7 @@ from raytune.plan.divergence import guard_in_words
 from raytune.plan.memory import bytes_in, fullest_moment, parts_at
 from raytune.plan.methods import method_of
 from raytune.plan.mixing import mixture_in_words
+from raytune.plan.objective import objective_in_words
 from raytune.plan.penalty import importance_in_words, penalty_in_words
 from raytune.plan.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
@@ -47,6 +48,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("batch", plan.batch.in_words(_row(plan))),
         ("run", _length(plan)),
         ("optimizer", _optimizer(plan)),
+        *_objective(plan),
         *_penalty(plan),
         *_distillation(plan),
         *_averaging(plan),
@@ -203,6 +205,11 @@ def _mixture(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _epochs(plan: RunPlan) -> float:
     return plan.optimization.num_rows / plan.data.train.num_rows
+
+
+def _objective(plan: RunPlan) -> list[tuple[str, str]]:
+    words = objective_in_words(plan.optimization)
+    return [("objective", words)] if words else []
 
 
 def _penalty(plan: RunPlan) -> list[tuple[str, str]]:

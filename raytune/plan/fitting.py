@@ -190,6 +190,7 @@ def _way(
         holds_weights=bool(penalty_keys(setting.config)),
         weighs_importance=ewc_strength(setting.config) > 0,
         averages_every=training.averaging and training.averaging.every_steps,
+        objective_bytes=setting.objective.bytes_per_logit if setting.objective else None,
         teacher=teacher,
         teacher_is_beside=setting.teacher is not None,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
@@ -248,7 +249,7 @@ def most_targets(store: StorePlan, num_tokens: int) -> int:
 def _fits(config: RunConfig, machine: Machine, was: Setting, rows_per_step: int, data: DataFacts) -> bool:
     """Whether anything fits after a change of the config, which may be refused for other reasons too."""
     try:
-        setting = settle(config, was.shape, machine, was.begun, was.teacher)
+        setting = settle(config, was.shape, machine, was.begun, was.teacher, was.objective)
         room = room_of_worker(setting)
         return any(room.holds(way) for way in _ways(setting, rows_per_step, data, is_timed=False))
     except UserError:

@@ -18,6 +18,8 @@ _DIVIDES_MODEL = {"attention", "gradient_checkpointing", "lowest_layer", "compil
 """Of `ModelPlan`: which kernels compute the same products, what is computed again, and how weights are stored."""
 _DIVIDES_QUANTIZATION = "quant_storage"
 """Of how a quantised base is held: the dtype that packed 4-bit weights are kept in."""
+_NOT_OF_OBJECTIVE = {"module", "text", "bytes_per_logit", "is_tried"}
+"""Of `ObjectivePlan`: where its code lies. What it is, its hash says."""
 STORES = ("data.train", "data.validation", "data.ewc")
 """Beginnings of values that are fingerprints of rows."""
 
@@ -39,7 +41,7 @@ def identity_of(plan: RunPlan) -> dict[str, Any]:
             **({"ewc": fingerprints(plan.data.ewc)} if plan.data.ewc else {}),
         },
         "adapter": plan.adapter.model_dump(mode="json"),
-        "optimization": plan.optimization.model_dump(mode="json"),
+        "optimization": plan.optimization.model_dump(mode="json", exclude={"objective": _NOT_OF_OBJECTIVE}),
         "distillation": _of_distillation(plan.distillation),
         "rows_per_step": plan.batch.global_batch_size,
         "overrides": computing_overrides(plan.engine.deepspeed_overrides),

@@ -112,6 +112,8 @@ class Workload:
     """Whether that is a model of its own, and not the base beneath what is trained."""
     averages_every: int | None = None
     """Steps between two of which the trained weights are averaged (training.averaging); None: they are not."""
+    objective_bytes: float | None = None
+    """Per logit, of a loss of the user's and its gradient beside logits in fp32; None: cross-entropy."""
 
     @property
     def weight_dtype(self) -> Precision:
@@ -625,6 +627,8 @@ def _loss_bytes(work: Workload) -> float:
     """Logits as the head gives them, in fp32, and their softmax. The chunked loss has the hidden states' gradient beside them."""
     is_16_bit = work.precision != "fp32"
     per_logit = 8 + is_16_bit * BYTES[work.precision]
+    if work.objective_bytes is not None:
+        per_logit = BYTES[work.precision] + is_16_bit * 4 + work.objective_bytes
     if work.chunk_tokens is None:
         return work.num_targets * work.shape.vocab * per_logit
     hidden_gradient = work.num_targets * work.shape.hidden * 4
@@ -633,7 +637,11 @@ def _loss_bytes(work: Workload) -> float:
 
 def _logit_gradient_bytes(work: Workload) -> float:
     """The softmax, its gradient and that of the logits are in fp32 together; the chunked loss computes them in place."""
-    return work.num_targets * work.shape.vocab * 12 - _loss_bytes(work) if work.chunk_tokens is None else 0
+    if work.chunk_tokens is not None:
+        return 0
+    if work.objective_bytes is not None:  # counted with the loss
+        return work.num_targets * work.shape.vocab * BYTES[work.precision] if work.precision != "fp32" else 0
+    return work.num_targets * work.shape.vocab * 12 - _loss_bytes(work)
 
 
 def _bucket_bytes(work: Workload) -> float:

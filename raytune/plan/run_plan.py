@@ -163,6 +163,24 @@ class AveragingPlan(Plan):
     every_steps: int
 
 
+class ObjectivePlan(Plan):
+    """A loss of the user's (training.own_objective)."""
+
+    module: str
+    """The file, as it was named, or an installed module."""
+    name: str
+    """Of the function or class in it."""
+    text: str
+    """Of the module."""
+    sha256: str
+    """Of the text."""
+    options: dict[str, Any]
+    bytes_per_logit: float
+    """That it and its gradient take, at the fullest moment, beside logits in fp32."""
+    is_tried: bool = False
+    """Whether these were measured; else they are assumed."""
+
+
 class OptimizationPlan(Plan):
     num_steps: int
     num_rows: int
@@ -187,6 +205,8 @@ class OptimizationPlan(Plan):
     beta2: float
     epsilon: float
     max_grad_norm: float
+    objective: ObjectivePlan | None = None
+    """None: cross-entropy."""
     l2_sp_strength: float = 0.0
     """Of the penalty on the way from the base (training.penalty); 0: there is none."""
     ewc_strength: float = 0.0

@@ -59,7 +59,7 @@ def scoring_plan(plan: RunPlan, machine: Machine, weights: Weights) -> RunPlan:
             "precision": precision,
             "batch": plan.batch.model_copy(update={"workers": workers, "accumulation": 1, "sequence_parallel": 1}),
             "engine": plan.engine if keeps_shards else whole,
-            "optimization": plan.optimization.model_copy(update={"l2_sp_strength": 0.0, "ewc_strength": 0.0}),
+            "optimization": plan.optimization.model_copy(update={"l2_sp_strength": 0.0, "ewc_strength": 0.0, "objective": None}),
             "distillation": None,
             "model": plan.model.model_copy(
                 update={

@@ -20,6 +20,7 @@ from raytune.plan.lone_documents import check_lone_documents
 from raytune.plan.machine import Machine
 from raytune.plan.methods import method_of
 from raytune.plan.new_tokens import check_rows_are_trained
+from raytune.plan.objective import check_objective, objective_of
 from raytune.plan.optimizers import check_optimizer
 from raytune.plan.penalty import check_importance, check_penalty
 from raytune.plan.phases import trained_by_phase
@@ -35,7 +36,7 @@ from raytune.plan.requirements import (
     choose_workers,
 )
 from raytune.plan.rope import positions_of, resolve_rope
-from raytune.plan.run_plan import ZeroStage
+from raytune.plan.run_plan import ObjectivePlan, ZeroStage
 from raytune.plan.sequence import check_sequence
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
@@ -79,6 +80,8 @@ class Setting:
     attention: Attention
     row_length: int
     """Tokens that a packed row holds at most."""
+    objective: ObjectivePlan | None
+    """What is minimised; None: cross-entropy."""
     stages: tuple[ZeroStage, ...]
     """ZeRO stages that the settings leave, lowest first."""
     reasons: tuple[str, ...]
@@ -91,18 +94,24 @@ class Setting:
 
 
 def settle(
-    config: RunConfig, shape: ModelShape, machine: Machine, begun: Begun | None = None, teacher: ModelShape | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    begun: Begun | None = None,
+    teacher: ModelShape | None = None,
+    objective: ObjectivePlan | None = None,
 ) -> Setting:
     """Decide what needs no data.
 
     Args:
+        objective: what is minimised, where it was tried.
         begun: the run that is continued; `config` is then what `division.continued` made of it.
         teacher: shape of what `distillation.teacher_section` names, if it names a model.
 
     Raises:
         UserError: (or PlanError, ModelError) if it cannot work whatever the rows are, with what to set instead.
     """
-    setting = look_at(config, shape, machine, _at_once, begun, teacher)
+    setting = look_at(config, shape, machine, _at_once, begun, teacher, objective)
     assert setting is not None, "what is missing was raised"
     return setting
 
@@ -114,12 +123,15 @@ def look_at(
     of: Of,
     begun: Begun | None = None,
     teacher: ModelShape | None = None,
+    objective: ObjectivePlan | None = None,
 ) -> Setting | None:
     """Take each look by itself; None if one of them gave nothing, or without a machine, which some of them need."""
     teacher = teacher if teacher_section(config) else None  # whatever another method would need
     row_length = of(lambda: choose_row_length(config, shape))
     of(lambda: check_drops(config.model))
     of(lambda: check_cluster(config.cluster))
+    of(lambda: check_objective(config))
+    objective = objective or of(lambda: objective_of(config))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))
     of(lambda: check_sequence(config, shape))
@@ -181,6 +193,7 @@ def look_at(
         phases=phases,
         attention=attention.value,
         row_length=row_length,
+        objective=objective,
         stages=tuple(stages),
         reasons=tuple(reason for reason in reasons if reason),
     )

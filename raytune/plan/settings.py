@@ -55,6 +55,10 @@ KEY_OF = {
     "optimization.beta2": "training.adam_beta2",
     "optimization.epsilon": "training.adam_epsilon",
     "optimization.max_grad_norm": "training.max_grad_norm",
+    "optimization.objective.name": "strategy.objective.function",
+    "optimization.objective.sha256": "strategy.objective",
+    "optimization.objective.options": "strategy.objective.options",
+    "optimization.objective": "strategy.objective",
     "optimization.l2_sp_strength": "strategy.l2_sp.strength",
     "optimization.ewc_strength": "strategy.ewc.strength",
     "optimization.ewc_documents": "strategy.ewc.max_documents",
@@ -217,6 +221,8 @@ def _named(
         yield f"{key} (the same names, other rows)", _rows_of(was, key), _rows_of(plan, key)
     elif leaf == "template":
         yield "data.template (the same name, another text)", _start(old), _start(new)
+    elif leaf == "optimization.objective.sha256" and old and new:
+        yield f"{key} (the same name, another code)", _start(old), _start(new)
     elif leaf.startswith("model.content"):
         file = leaf.removeprefix("model.content.")
         yield f"{key} (its {file if file == 'commit' else f'file {file}'})", old, new

@@ -181,7 +181,9 @@ def _memory_traffic_bytes(work: Workload) -> float:
     """
     passes = 3 if work.has_checkpointing else 2
     elementwise = 2 * (work.shape.num_layers + (passes - 1) * work.num_reached) * layer_activation_bytes(work)
-    logits = 4 * 4 * work.shape.vocab * work.num_targets
+    # What a loss of the user's holds was written, and is read; twice, in the forward and the backward pass.
+    per_logit = 4 * 4 if work.objective_bytes is None else 8 + 2 * work.objective_bytes
+    logits = per_logit * work.shape.vocab * work.num_targets
     dequantised = per_weight = 0.0
     if work.quantization:
         num_packed = num_quantised(work.shape, work.trained)

@@ -10,6 +10,7 @@ One run on one rank, from the rim inwards:
     engine.py       the `Engine` protocol; `PlainEngine`: whole weights on every rank
     zero_engine.py  `ZeroEngine`: weights, gradients and optimizer state sharded by DeepSpeed, as deepspeed_json.py tells it
     objectives.py   what is minimised, per target; losses.py makes the model compute it, in chunks over its head (projections.py)
+    user_objective.py   a function of the user's as an objective, tried before anything starts
     optimizer.py schedule.py    what the loop and the engines are handed
     requests.py     what is asked of a run, agreed among its ranks at log steps
     checkpoint.py   the commit protocol: how a checkpoint comes to count, is found again and goes

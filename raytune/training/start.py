@@ -1,7 +1,7 @@
 """From a plan to a model in an engine, on this rank: what every task of a worker begins with."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +32,12 @@ from raytune.training.engine import Engine, PlainEngine
 from raytune.training.fetched_base import PATIENCE_S, fetch_base
 from raytune.training.losses import LossLayer, attach_loss
 from raytune.training.nvme_room import refuse_small_nvme
+from raytune.training.objectives import TokenLoss
 from raytune.training.optimizer import build_optimizer
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.penalty import penalty_of
 from raytune.training.teacher import Teacher, base_beneath
+from raytune.training.user_objective import objective_from
 
 Look = Callable[[nn.Module], None]
 """Starts an adapter from data."""
@@ -68,26 +70,25 @@ class BatchLoss:
             shared: with whom this rank shares rows.
             teacher: whom the model learns from beside its rows.
         """
+        objective = plan.optimization.objective
         self._layer: LossLayer | None = attach_loss(model, plan.loss.chunk_tokens)
+        self._objective = objective_from(objective) if objective else None
         self._model, self._shared, self._teacher = plan.model, shared, teacher
         self._in_front = partial(adapting(plan.adapter).in_front, plan.adapter)
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `LossLayer.loss_sum`."""
-        if self._teacher is None:
-            return self.cross_entropy(module, batch)
-        assert self._layer is not None, "released"
-        lesson, seen = self._teacher.teach(module, batch), self._in_front(batch)
-        return self._layer.loss_sum(module, seen, self._inputs(seen), lesson.extras, lesson.objective)
+        if self._teacher:
+            lesson = self._teacher.teach(module, batch)
+            return self._sum(module, batch, lesson.extras, lesson.objective)
+        return self._sum(module, batch, objective=self._objective)
 
     def cross_entropy(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The same of the targets alone, whatever else is minimised: what losses of runs are compared by."""
-        assert self._layer is not None, "released"
-        seen = self._in_front(batch)
-        return self._layer.loss_sum(module, seen, self._inputs(seen))
+        """The same sum of cross-entropy, whatever is minimised: what losses of runs are compared by."""
+        return self._sum(module, batch)
 
     def of_each_target(self, module: nn.Module, batch: Batch) -> Tensor:
-        """See `LossLayer.losses`."""
+        """The cross-entropy of each target; see `LossLayer.losses`."""
         assert self._layer is not None, "released"
         seen = self._in_front(batch)
         return self._layer.losses(module, seen, self._inputs(seen))
@@ -95,6 +96,17 @@ class BatchLoss:
     def release(self) -> None:
         """Let go of the model, which the engine is then all that holds, and of its teacher."""
         self._layer = self._teacher = None
+
+    def _sum(
+        self,
+        module: nn.Module,
+        batch: Batch,
+        extras: Mapping[str, Tensor] | None = None,
+        objective: TokenLoss | None = None,
+    ) -> Tensor:
+        assert self._layer is not None, "released"
+        seen = self._in_front(batch)
+        return self._layer.loss_sum(module, seen, self._inputs(seen), extras, objective)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = model_inputs(batch, self._model.attention, packs=self._model.packs)

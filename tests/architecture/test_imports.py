@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
 FLOORS = (
-    ("errors", "units", "missing", "versions", "printable", "credentials", "run_folder", "token_file"),
+    ("errors", "units", "missing", "versions", "printable", "credentials", "run_folder", "token_file", "user_code"),
     ("local_files",),
     ("object_store", "hub"),
     ("storage",),

@@ -57,6 +57,7 @@ def strategy_plan(
         model=model | changes.pop("model", {}),
         optimization={
             "update_groups": [group.model_dump() for group in update_groups(setting.trained)],
+            "objective": setting.objective and setting.objective.model_dump(),
             "l2_sp_strength": l2_sp_strength(setting.config),
             "ewc_strength": ewc_strength(setting.config),
             "lora_plus_ratio": setting.trained.way_back_rate_scale,
@@ -112,6 +113,7 @@ def plain_training(
         rate_scale: of a name.
         decay: weight decay of a name; None: the plan's, of matrices.
         base: the model, where it is not as its files have it.
+        loss_of: of a model, the tokens of a document and its labels: the sum over its targets.
         penalty: of what is trained, added to the loss that is minimised and to none that is returned.
         loss_of: the model on a document: its ids and labels.
         after_step: sees what is trained after each update.

@@ -152,6 +152,8 @@ def test_the_example_of_a_key_fits_the_schema(key):
     if isinstance(ewc := data.get("strategy", {}).get("ewc"), dict):
         ewc.setdefault("strength", 1.0)
         with_rows(ewc, "data")
+    if isinstance(objective := data.get("strategy", {}).get("objective"), dict):
+        objective.setdefault("function", "my_losses.py:focal")
     if isinstance(tokens := data.get("model", {}).get("new_tokens"), dict):
         tokens.setdefault("token", "<a>")
     if isinstance(scaling := data.get("model", {}).get("rope_scaling"), dict):

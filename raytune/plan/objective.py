@@ -1,0 +1,86 @@
+"""What is minimised, as it is planned: cross-entropy, or a loss of the user's whose code goes with the plan. Pure."""
+
+import math
+from collections.abc import Iterator
+
+from raytune.config.run import RunConfig
+from raytune.config.strategy import CROSS_ENTROPY
+from raytune.errors import PlanError
+from raytune.plan.distillation import distillation_of
+from raytune.plan.run_plan import ObjectivePlan, OptimizationPlan
+from raytune.user_code import UserCode, read_code
+
+KEY = "strategy.objective"
+ASSUMED_BYTES_PER_LOGIT = 24.0
+"""Of a loss of the user's that nobody has tried: six copies of the logits in fp32."""
+
+
+def objective_of(config: RunConfig) -> ObjectivePlan | None:
+    """The loss that a config names, with its code; None: cross-entropy.
+
+    Raises:
+        UserError: if the code is not here.
+    """
+    asked = config.strategy.objective
+    if asked is None:
+        return None
+    code = read_code(asked.function)
+    return ObjectivePlan(
+        module=code.module,
+        name=code.name,
+        text=code.text,
+        sha256=code.sha256,
+        options=asked.options,
+        bytes_per_logit=ASSUMED_BYTES_PER_LOGIT,
+    )
+
+
+def code_of(objective: ObjectivePlan) -> UserCode:
+    return UserCode(module=objective.module, name=objective.name, text=objective.text)
+
+
+def check_objective(config: RunConfig) -> None:
+    """Refuse two things to minimise at once, and a rule that would compare two losses which do not mean the same.
+
+    Raises:
+        PlanError: with what to set instead.
+    """
+    if config.strategy.objective and distillation_of(config):
+        raise PlanError(
+            f"{KEY} names a loss of your own, and strategy.distillation one that has a teacher beside cross-entropy. Leave one of "
+            f"the two out.",
+            keys=(KEY, "strategy.distillation"),
+        )
+    overfitting = config.training.overfitting
+    if overfitting is None or overfitting.max_gap is None:
+        return
+    weights = config.data.token_weights
+    others = {
+        KEY: config.strategy.objective is not None,
+        "strategy.distillation": distillation_of(config) is not None,
+        "data.token_weights": any(weight != 1 for weight in (weights.numbers, weights.code_syntax, *weights.patterns.values())),
+    }
+    if key := next((key for key, is_asked in others.items() if is_asked), None):
+        raise PlanError(
+            f"training.overfitting.max_gap compares the validation loss, which is cross-entropy, with the training loss, which "
+            f"with {key} is something else. Leave max_gap out: a validation loss that rises is told without it.",
+            keys=("training.overfitting.max_gap", key),
+        )
+
+
+def objective_in_words(plan: OptimizationPlan) -> str:
+    """What is minimised in place of cross-entropy, for the table of a plan; empty where it is not."""
+    asked = plan.objective
+    if asked is None:
+        return ""
+    options = "".join(f", {name} {value}" for name, value in asked.options.items())
+    return f"{asked.module}:{asked.name}{options} (code {asked.sha256[:12]}); of held-out rows: {CROSS_ENTROPY}"
+
+
+def objective_notes(objective: ObjectivePlan | None) -> Iterator[str]:
+    """What a reader of the plan may not expect."""
+    if objective is None:
+        return
+    took = f"{math.ceil(objective.bytes_per_logit)} bytes for each logit beside the logits themselves"
+    was = "took, when it was tried," if objective.is_tried else "was not tried here; assumed are"
+    yield f"train/loss is the loss of {KEY}; validation/loss is cross-entropy, as it always is. It {was} {took}."
