@@ -40,7 +40,10 @@ def _meant_turns(messages: Sequence[Message], targets: Targets) -> list[int]:
 
 
 def target_mask(
-    token_starts: np.ndarray, token_ends: np.ndarray, span_starts: Sequence[int], span_ends: Sequence[int]
+    token_starts: np.ndarray,
+    token_ends: np.ndarray,
+    span_starts: Sequence[int] | np.ndarray,
+    span_ends: Sequence[int] | np.ndarray,
 ) -> np.ndarray:
     """Which tokens are targets: those that share text with a span.
 
@@ -75,7 +78,10 @@ def target_weights(
 
 
 def _tokens_of_spans(
-    token_starts: np.ndarray, token_ends: np.ndarray, span_starts: Sequence[int], span_ends: Sequence[int]
+    token_starts: np.ndarray,
+    token_ends: np.ndarray,
+    span_starts: Sequence[int] | np.ndarray,
+    span_ends: Sequence[int] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each span the first token that shares text with it, and the one behind the last."""
     first = np.searchsorted(token_ends, span_starts, side="right")

@@ -57,11 +57,11 @@ def spans_in(classes: Sequence[TokenClass], text: str, trained: Sequence[Span]) 
     ]
 
 
-def weights_of(classes: Sequence[TokenClass], members: Sequence[np.ndarray], weights: np.ndarray | None) -> np.ndarray | None:
+def weights_of(classes: Sequence[TokenClass], members: np.ndarray, weights: np.ndarray | None) -> np.ndarray | None:
     """The weight of each token, float32, times those of all classes that it is of.
 
     Args:
-        members: for each class, which tokens are of it.
+        members: which tokens are of each class, a row per class.
         weights: of the tokens without classes; None: 1.
 
     Returns:
