@@ -47,8 +47,8 @@ def check_objective(config: RunConfig) -> None:
     """
     if config.strategy.objective and distillation_of(config):
         raise PlanError(
-            f"{KEY} names a loss of your own, and strategy.distillation one of a teacher's beside cross-entropy. Leave one of the "
-            f"two out.",
+            f"{KEY} names a loss of your own, and strategy.distillation one of a teacher's beside cross-entropy. Leave one of "
+            f"them out.",
             keys=(KEY, "strategy.distillation"),
         )
     overfitting = config.training.overfitting
