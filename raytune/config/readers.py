@@ -3,43 +3,46 @@
 A key that is written and that nothing reads is a wish that nobody would hear: `load` refuses it, or, where nothing is lost by
 that, the plan says so. `READERS` has a row for every key (a test holds it against the schema): the modules
 that read it, and what must hold for that. What depends on the model or the machines is the plan's matter (`plan.methods`,
-`plan.requirements`). Longer than most files, because half of it is that table, which is read as a whole.
+`plan.requirements`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, get_args
 
-from raytune.config.data import FILE_ENDINGS, DataSource
 from raytune.config.keys import schema_path
-from raytune.config.model import is_written_as_path
+from raytune.config.needs import (
+    ADAMW,
+    CHAT,
+    HUB_MODEL,
+    HUB_TEACHER,
+    MANY_SPLITS,
+    MIXED,
+    NO_PROPORTIONS,
+    NO_SWEEP,
+    NVME,
+    ONE_RUN,
+    SEVERAL_SOURCES,
+    TEACHER_BESIDE,
+    TO_BE_MIXED,
+    VALIDATION,
+    Need,
+    agrees,
+    average,
+    choice,
+    four_bits,
+    guard,
+    instead_of,
+    is_given,
+    is_ranked_by,
+    not_beside,
+)
 from raytune.config.problems import dotted, shown
-from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
-from raytune.config.row_sources import tokenised_sources, trained_sources
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
-from raytune.config.strategy import DistillationSection
 from raytune.config.training import Schedule
 
 KeyPath = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """What must hold for a key to be read."""
-
-    keys: tuple[str, ...]
-    """Keys that decide it."""
-    holds: Callable[[RunConfig, Section], bool]
-    """Of a config, and the section that the key lies in."""
-    otherwise: Callable[[RunConfig], str]
-    """Why nothing reads the key, after "but"."""
-    remedy: str
-    """What else to do besides leaving the key out."""
-    is_said: bool = False
-    """Nothing is lost without the key, as where another one is documented to win: people lay it over a run for a while, or keep
-    what their machines have in an overlay. Said by the plan, not refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,237 +148,6 @@ def _reset(section: Any, path: KeyPath) -> Any:
     return copy
 
 
-# --- needs
-
-
-def _choice(key: str, values: tuple[Any, ...]) -> Need:
-    """A key has one of some values."""
-
-    def value_of(config: RunConfig) -> Any:
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        return value
-
-    return Need(
-        keys=(key,),
-        holds=lambda config, section: value_of(config) in values,
-        otherwise=lambda config: f"{key} {value_of(config)} does not read it",
-        remedy=f"set {key} to {' or '.join(str(value) for value in values)}",
-    )
-
-
-def _is_given(key: str, what: str, *, example: str) -> Need:
-    """A key that has no value by default has one."""
-    section, name = key.split(".")
-    return Need(
-        keys=(key,),
-        holds=lambda config, _: getattr(getattr(config, section), name, None) is not None,
-        otherwise=lambda config: f"{what} without {key}",
-        remedy=f"set {key}, for example to {example}",
-    )
-
-
-def _not_beside(key: str) -> Need:
-    """A key that wins is not there."""
-    section, name = key.split(".")
-    return Need(
-        keys=(key,),
-        holds=lambda config, _: getattr(getattr(config, section), name) is None,
-        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name)}) wins over it",
-        remedy=f"leave out {key}",
-        is_said=True,
-    )
-
-
-def _instead_of(key: str) -> Need:
-    """A key that says the same in another unit is not there."""
-    section, name = key.split(".")
-    return Need(
-        keys=(key,),
-        holds=lambda config, _: getattr(getattr(config, section), name) is None,
-        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name):g}) says so in epochs",
-        remedy=f"leave out {key}",
-    )
-
-
-def _guard(*policies: str) -> Need:
-    """The guard against divergence has one of some policies."""
-
-    def policy_of(config: RunConfig) -> str | None:
-        return config.training.divergence and config.training.divergence.policy
-
-    return Need(
-        keys=("training.divergence.policy",),
-        holds=lambda config, _: policy_of(config) in policies,
-        otherwise=lambda config: f"training.divergence.policy {policy_of(config)} does not read it",
-        remedy=f"set training.divergence.policy to {' or '.join(policies)}",
-    )
-
-
-def _average(kind: str) -> Need:
-    """The average of weights is of a kind."""
-
-    def kind_of(config: RunConfig) -> str | None:
-        return config.training.averaging and config.training.averaging.kind
-
-    return Need(
-        keys=("training.averaging.kind",),
-        holds=lambda config, _: kind_of(config) == kind,
-        otherwise=lambda config: f"training.averaging.kind {kind_of(config)} does not read it",
-        remedy=f"set training.averaging.kind to {kind}",
-    )
-
-
-_VALIDATION = Need(
-    keys=("data.validation", "data.validation_fraction"),
-    holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
-    otherwise=lambda config: "nothing is evaluated: there is neither data.validation nor data.validation_fraction",
-    remedy="give one of the two",
-)
-_ONE_RUN = Need(
-    keys=(),
-    holds=lambda config, _: config.sweep is None,
-    otherwise=lambda config: "trials of a sweep are always continued",
-    remedy="train one run (sweep=null)",
-)
-_NO_SWEEP = Need(
-    keys=("sweep",),
-    holds=lambda config, _: config.sweep is None,
-    otherwise=lambda config: "they are told of one run, and a sweep has many at once",
-    remedy="train one run (sweep=null)",
-)
-_NVME = Need(
-    keys=("training.zero.offload_optimizer", "training.zero.offload_parameters"),
-    holds=lambda config, _: "nvme" in (config.training.zero.offload_optimizer, config.training.zero.offload_parameters),
-    otherwise=lambda config: "nothing is offloaded to nvme",
-    remedy="set training.zero.offload_optimizer to nvme",
-    is_said=True,
-)
-
-
-def _agrees(name: str) -> Need:
-    """A preset says nothing else of the base."""
-
-    def said_by_preset(config: RunConfig) -> str:
-        field, sentence = contradiction(config.model, config.adapter) or ("", "")
-        return sentence if field == name else ""
-
-    return Need(
-        keys=("adapter.method", f"adapter.{KEYS[name][1]}"),
-        holds=lambda config, _: not said_by_preset(config),
-        otherwise=said_by_preset,
-        remedy=LEAVES_BASE,
-    )
-
-
-def _held_in_four_bits(config: RunConfig, _: Section) -> bool:
-    if contradiction(config.model, config.adapter):
-        return True  # it is said of the key that contradicts
-    quantization = held_base(config.model, config.adapter).quantization
-    return quantization is not None and quantization.is_4_bit
-
-
-def _does_not_read(config: RunConfig) -> str:
-    held = held_base(config.model, config.adapter)
-    return f"{held.key('format')} {held.quantization.format if held.quantization else config.model.quantization} does not read it"
-
-
-def _four_bits(section: str) -> Need:
-    """The base is held in 4 bits."""
-    return Need(
-        keys=("model.quantization", "adapter.quantization", "adapter.method"),
-        holds=_held_in_four_bits,
-        otherwise=_does_not_read,
-        remedy=f"set {section}.quantization to nf4 or fp4",
-    )
-
-
-_HUB_MODEL = Need(
-    keys=("model.base",),
-    holds=lambda config, _: config.model.base != "demo" and not is_written_as_path(config.model.base),
-    otherwise=lambda config: f"model.base {config.model.base} is no model of the hub, and has no revisions",
-    remedy="name a hub id as model.base",
-    is_said=True,
-)
-_HUB_TEACHER = Need(
-    keys=("strategy.distillation.teacher",),
-    holds=lambda _, section: (
-        isinstance(section, DistillationSection)
-        and section.teacher not in ("base", "demo")
-        and not is_written_as_path(section.teacher)
-    ),
-    otherwise=lambda config: "this teacher is no model of the hub, and has no revisions",
-    remedy="name a hub id as strategy.distillation.teacher",
-)
-_TEACHER_BESIDE = Need(
-    keys=("strategy.distillation.teacher",),
-    holds=lambda _, section: isinstance(section, DistillationSection) and section.teacher != "base",
-    otherwise=lambda config: "the teacher is the base, for which model.trust_remote_code says it",
-    remedy="name a model as strategy.distillation.teacher",
-)
-_MANY_SPLITS = Need(
-    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation.generation.rows"),
-    holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
-    otherwise=lambda config: "this path is a file, which has no splits",
-    remedy="name a hub data set or a `save_to_disk` folder as path",
-)
-_CHAT = Need(
-    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation.generation"),
-    holds=lambda config, _: (
-        config.evaluation.generation is not None or any(source.format != "text" for source in tokenised_sources(config))
-    ),
-    otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
-    remedy="give the rows another format",
-)
-
-
-_SEVERAL_SOURCES = Need(
-    keys=("data.train", "strategy.replay"),
-    holds=lambda config, _: len(trained_sources(config)) > 1,
-    otherwise=lambda config: "there is one source of training rows, and sources count against each other",
-    remedy="name another one in data.train",
-)
-_TO_BE_MIXED = Need(
-    keys=("data.train",),
-    holds=lambda config, _: len(config.data.train) > 1,
-    otherwise=lambda config: "data.train has one source, and nothing to mix it with",
-    remedy="name another one",
-)
-_NO_PROPORTIONS = Need(
-    keys=("data.train",),
-    holds=lambda config, _: all(source.proportion is None for source in config.data.train),
-    otherwise=lambda config: "each source of data.train has a proportion, which says how they are mixed",
-    remedy="leave out the proportions",
-)
-_MIXED = Need(
-    keys=("data.train", "data.mixing.temperature"),
-    holds=lambda config, _: (
-        config.data.mixing.temperature is not None or any(source.proportion is not None for source in config.data.train)
-    ),
-    otherwise=lambda config: "each row is seen once per epoch: there are neither proportions nor data.mixing.temperature",
-    remedy="give each source of data.train a proportion",
-)
-
-
-def _is_ranked_by(name: str) -> Need:
-    """What ranks trials ranks their checkpoints."""
-    return Need(
-        keys=("sweep",),
-        holds=lambda config, _: config.sweep is None or getattr(config.checkpoint, name) == getattr(config.sweep, name),
-        otherwise=lambda config: f"trials and their checkpoints are ranked by sweep.{name}, {getattr(config.sweep, name)}",
-        remedy=f"set sweep.{name} to it",
-    )
-
-
-def _has_splits(path: str) -> bool:
-    """Whether a path may be a hub data set or a `save_to_disk` folder, as far as its name tells."""
-    return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in FILE_ENDINGS
-
-
-_ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
-
-
 # --- the table
 
 
@@ -389,7 +161,7 @@ def _rows_of_sources(section: str) -> dict[str, Reader]:
         **_read(section, "path columns max_rows", "data.build"),
         **_read(section, "format", "data.source_rows", "data.formats"),
         **_read(section, "name", "config.data"),
-        **_read(section, "split", "data.sources", needs=(_MANY_SPLITS,), idle=("train",)),
+        **_read(section, "split", "data.sources", needs=(MANY_SPLITS,), idle=("train",)),
     }
 
 
@@ -398,15 +170,15 @@ READERS: dict[str, Reader] = {
     **_read("", "name storage", "launch.run"),
     **_read("", "preset", "config.presets"),
     **_read("", "model data adapter strategy training evaluation checkpoint cluster sweep provider", "config.run"),
-    **_read("", "callbacks", "launch.callbacks", needs=(_NO_SWEEP,)),
+    **_read("", "callbacks", "launch.callbacks", needs=(NO_SWEEP,)),
     # model
     **_read("model", "base trust_remote_code", "launch.prepare"),
-    **_read("model", "revision", "launch.prepare", needs=(_HUB_MODEL,)),
+    **_read("model", "revision", "launch.prepare", needs=(HUB_MODEL,)),
     **_read("model", "attention", "plan.requirements"),
-    **_read("model", "quantization", "config.quantization", needs=(_agrees("format"),)),
-    **_read("model", "double_quantization", "config.quantization", needs=(_agrees("double_quantization"), _four_bits("model"))),
-    **_read("model", "quant_compute_dtype", "config.quantization", needs=(_agrees("compute_dtype"), _four_bits("model"))),
-    **_read("model", "quant_storage", "config.quantization", needs=(_agrees("quant_storage"), _four_bits("model"))),
+    **_read("model", "quantization", "config.quantization", needs=(agrees("format"),)),
+    **_read("model", "double_quantization", "config.quantization", needs=(agrees("double_quantization"), four_bits("model"))),
+    **_read("model", "quant_compute_dtype", "config.quantization", needs=(agrees("compute_dtype"), four_bits("model"))),
+    **_read("model", "quant_storage", "config.quantization", needs=(agrees("quant_storage"), four_bits("model"))),
     **_read("model", "new_tokens vocabulary_multiple", "plan.new_tokens"),
     **_read("model.new_tokens", "token special", "data.tokenizers"),
     **_read("model.new_tokens", "description", "model.new_tokens"),
@@ -416,30 +188,30 @@ READERS: dict[str, Reader] = {
         "model.rope_scaling",
         "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
         "plan.rope",
-        needs=(_choice("model.rope_scaling.type", ("yarn",)),),
+        needs=(choice("model.rope_scaling.type", ("yarn",)),),
     ),
     **_read(
         "model.rope_scaling",
         "low_freq_factor high_freq_factor",
         "plan.rope",
-        needs=(_choice("model.rope_scaling.type", ("llama3",)),),
+        needs=(choice("model.rope_scaling.type", ("llama3",)),),
     ),
     **_read("model", "dropout", "plan.dropouts"),
     **_read("model.dropout", "attention hidden embedding", "config.model"),
     # data
     **_read("data", "train validation", "launch.stores"),
     **_rows_of_sources("data.train"),
-    **_read("data.train", "loss_weight", "plan.mixing", needs=(_SEVERAL_SOURCES,)),
-    **_read("data.train", "proportion", "plan.mixing", needs=(_TO_BE_MIXED,)),
+    **_read("data.train", "loss_weight", "plan.mixing", needs=(SEVERAL_SOURCES,)),
+    **_read("data.train", "proportion", "plan.mixing", needs=(TO_BE_MIXED,)),
     **_read("data", "mixing", "plan.mixing"),
-    **_read("data.mixing", "temperature", "plan.mixing", needs=(_TO_BE_MIXED, _NO_PROPORTIONS)),
-    **_read("data.mixing", "until", "plan.mixing", needs=(_TO_BE_MIXED, _MIXED)),
+    **_read("data.mixing", "temperature", "plan.mixing", needs=(TO_BE_MIXED, NO_PROPORTIONS)),
+    **_read("data.mixing", "until", "plan.mixing", needs=(TO_BE_MIXED, MIXED)),
     **_rows_of_sources("data.validation"),
     **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
-    **_read("data", "on_prompt_mismatch", "launch.stores", needs=(_CHAT,), idle=("error",)),
+    **_read("data", "on_prompt_mismatch", "launch.stores", needs=(CHAT,), idle=("error",)),
     **_read("data", "max_length", "plan.requirements"),
-    **_read("data", "template", "launch.stores", needs=(_CHAT,)),
-    **_read("data", "targets", "launch.stores", needs=(_CHAT,), idle=("all",)),
+    **_read("data", "template", "launch.stores", needs=(CHAT,)),
+    **_read("data", "targets", "launch.stores", needs=(CHAT,), idle=("all",)),
     **_read("data", "token_weights", "launch.stores"),
     **_read("data.token_weights", "numbers code_syntax patterns", "data.token_classes"),
     # adapter
@@ -455,12 +227,12 @@ READERS: dict[str, Reader] = {
     **_read("adapter", "block_size", "plan.methods.oft", "plan.methods.boft"),
     **_read("adapter", "block_share num_cayley_neumann_terms", "plan.methods.oft"),
     **_read("adapter", "num_butterfly_factors", "plan.methods.boft"),
-    **_read("adapter", "reduction", "plan.methods.bottleneck", needs=(_not_beside("adapter.width"),)),
+    **_read("adapter", "reduction", "plan.methods.bottleneck", needs=(not_beside("adapter.width"),)),
     **_read("adapter", "width activation", "plan.methods.bottleneck"),
     **_read("adapter", "initial_rank tinit_fraction tfinal_fraction", "plan.methods.adalora"),
     **_read("adapter", "delta_t beta1 beta2 orthogonal_weight", "model.adapters.adalora"),
     **_read("adapter", "num_virtual_tokens", "config.adapter"),
-    **_read("adapter", "prompt_init", "model.adapters.prompt_tuning", needs=(_not_beside("adapter.prompt_init_text"),)),
+    **_read("adapter", "prompt_init", "model.adapters.prompt_tuning", needs=(not_beside("adapter.prompt_init_text"),)),
     **_read("adapter", "prompt_init_text", "model.adapters.prompt_tuning"),
     **_read("adapter", "prefix_init", "model.adapters.prefix_tuning"),
     **_read("adapter", "projection", "plan.methods.prefix_tuning"),
@@ -470,10 +242,10 @@ READERS: dict[str, Reader] = {
         "adapter",
         "lora_plus_embedding_rate",
         "plan.methods.lora",
-        needs=(_is_given("adapter.lora_plus_ratio", "there is no LoRA+", example="16"),),
+        needs=(is_given("adapter.lora_plus_ratio", "there is no LoRA+", example="16"),),
     ),
     **_read("adapter", "quantization", "config.adapter"),
-    **_read("adapter", "double_quantization compute_dtype quant_storage", "config.adapter", needs=(_four_bits("adapter"),)),
+    **_read("adapter", "double_quantization compute_dtype quant_storage", "config.adapter", needs=(four_bits("adapter"),)),
     # strategy
     **_read("strategy", "freeze", "plan.setting"),
     **_read("strategy.freeze", "embeddings first_layers modules train_only", "plan.freezing"),
@@ -493,57 +265,57 @@ READERS: dict[str, Reader] = {
     **_rows_of_sources("strategy.replay.data"),
     **_read("strategy", "distillation", "plan.distillation"),
     **_read("strategy.distillation", "teacher weight temperature top_k", "plan.distillation"),
-    **_read("strategy.distillation", "revision", "plan.distillation", needs=(_HUB_TEACHER,)),
-    **_read("strategy.distillation", "trust_remote_code", "plan.distillation", needs=(_TEACHER_BESIDE,)),
+    **_read("strategy.distillation", "revision", "plan.distillation", needs=(HUB_TEACHER,)),
+    **_read("strategy.distillation", "trust_remote_code", "plan.distillation", needs=(TEACHER_BESIDE,)),
     # training
-    **_read("training", "num_train_epochs", "plan.choose", needs=(_not_beside("training.max_steps"),)),
+    **_read("training", "num_train_epochs", "plan.choose", needs=(not_beside("training.max_steps"),)),
     **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),
-    **_read("training", "warmup_ratio", "plan.choose", needs=(_not_beside("training.warmup_steps"),)),
+    **_read("training", "warmup_ratio", "plan.choose", needs=(not_beside("training.warmup_steps"),)),
     **_read("training", "global_batch_size per_device_train_batch_size gradient_accumulation_steps", "plan.batch"),
     **_read(
         "training",
         "min_lr_ratio",
         "plan.choose",
-        needs=(_choice("training.lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),),
+        needs=(choice("training.lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),),
     ),
-    **_read("training", "decay_ratio", "plan.choose", needs=(_choice("training.lr_scheduler_type", ("wsd",)),)),
-    **_read("training", "polynomial_power", "plan.choose", needs=(_choice("training.lr_scheduler_type", ("polynomial",)),)),
-    **_read("training", "num_cycles", "plan.choose", needs=(_choice("training.lr_scheduler_type", ("cosine_with_restarts",)),)),
-    **_read("training", "adam_beta1 adam_beta2", "plan.choose", needs=(_choice("training.optimizer", (*_ADAMW, "lion")),)),
-    **_read("training", "adam_epsilon", "plan.choose", needs=(_choice("training.optimizer", _ADAMW),)),
+    **_read("training", "decay_ratio", "plan.choose", needs=(choice("training.lr_scheduler_type", ("wsd",)),)),
+    **_read("training", "polynomial_power", "plan.choose", needs=(choice("training.lr_scheduler_type", ("polynomial",)),)),
+    **_read("training", "num_cycles", "plan.choose", needs=(choice("training.lr_scheduler_type", ("cosine_with_restarts",)),)),
+    **_read("training", "adam_beta1 adam_beta2", "plan.choose", needs=(choice("training.optimizer", (*ADAMW, "lion")),)),
+    **_read("training", "adam_epsilon", "plan.choose", needs=(choice("training.optimizer", ADAMW),)),
     **_read("training", "max_grad_norm tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
-    **_read("training", "early_stopping overfitting", "plan.stopping", needs=(_VALIDATION,)),
-    **_read("training.early_stopping", "patience min_delta metric mode", "training.stopping", needs=(_VALIDATION,)),
-    **_read("training.overfitting", "policy patience max_gap", "training.stopping", needs=(_VALIDATION,)),
+    **_read("training", "early_stopping overfitting", "plan.stopping", needs=(VALIDATION,)),
+    **_read("training.early_stopping", "patience min_delta metric mode", "training.stopping", needs=(VALIDATION,)),
+    **_read("training.overfitting", "policy patience max_gap", "training.stopping", needs=(VALIDATION,)),
     **_read("training", "divergence", "plan.divergence"),
     **_read("training.divergence", "policy window threshold", "training.divergence"),
-    **_read("training.divergence", "watch patience", "training.divergence", needs=(_guard("warn", "stop", "roll_back"),)),
-    **_read("training.divergence", "rate_factor max_roll_backs", "training.divergence", needs=(_guard("roll_back"),)),
+    **_read("training.divergence", "watch patience", "training.divergence", needs=(guard("warn", "stop", "roll_back"),)),
+    **_read("training.divergence", "rate_factor max_roll_backs", "training.divergence", needs=(guard("roll_back"),)),
     **_read("training", "sequence_parallel_size", "plan.sequence"),
     **_read("training", "averaging", "plan.averaging"),
     **_read("training.averaging", "kind every_steps", "plan.averaging"),
-    **_read("training.averaging", "decay", "plan.averaging", needs=(_average("ema"),)),
-    **_read("training.averaging", "last_steps", "plan.averaging", needs=(_average("last"),)),
+    **_read("training.averaging", "decay", "plan.averaging", needs=(average("ema"),)),
+    **_read("training.averaging", "last_steps", "plan.averaging", needs=(average("last"),)),
     **_read("training", "precision", "plan.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.fitting"),
     **_read("training", "zero", "plan.stages"),
     **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.stages"),
-    **_read("training.zero", "nvme_path", "plan.choose", needs=(_NVME,)),
+    **_read("training.zero", "nvme_path", "plan.choose", needs=(NVME,)),
     # evaluation
-    **_read("evaluation", "every_steps", "plan.choose", needs=(_VALIDATION, _instead_of("evaluation.every_epochs"))),
-    **_read("evaluation", "every_epochs max_rows", "plan.choose", needs=(_VALIDATION,)),
-    **_read("evaluation", "at_start", "plan.choose", needs=(_VALIDATION,), idle=(False,)),
+    **_read("evaluation", "every_steps", "plan.choose", needs=(VALIDATION, instead_of("evaluation.every_epochs"))),
+    **_read("evaluation", "every_epochs max_rows", "plan.choose", needs=(VALIDATION,)),
+    **_read("evaluation", "at_start", "plan.choose", needs=(VALIDATION,), idle=(False,)),
     **_read("evaluation", "generation", "launch.stores"),
     **_read("evaluation.generation", "rows max_rows", "launch.stores"),
     **_rows_of_sources("evaluation.generation.rows"),
     **_read("evaluation.generation", "max_new_tokens batch_size metrics", "plan.choose"),
     # checkpoint
-    **_read("checkpoint", "every_steps", "plan.choose", needs=(_instead_of("checkpoint.every_epochs"),)),
+    **_read("checkpoint", "every_steps", "plan.choose", needs=(instead_of("checkpoint.every_epochs"),)),
     **_read("checkpoint", "every_epochs every keep_last", "plan.choose"),
-    **_read("checkpoint", "keep_best", "plan.choose", needs=(_VALIDATION,), idle=(0,)),
-    **_read("checkpoint", "metric", "plan.choose", needs=(_VALIDATION, _is_ranked_by("metric"))),
-    **_read("checkpoint", "mode", "plan.choose", needs=(_VALIDATION, _is_ranked_by("mode"))),
-    **_read("checkpoint", "resume", "launch.run", needs=(_ONE_RUN,), idle=(True,)),
+    **_read("checkpoint", "keep_best", "plan.choose", needs=(VALIDATION,), idle=(0,)),
+    **_read("checkpoint", "metric", "plan.choose", needs=(VALIDATION, is_ranked_by("metric"))),
+    **_read("checkpoint", "mode", "plan.choose", needs=(VALIDATION, is_ranked_by("mode"))),
+    **_read("checkpoint", "resume", "launch.run", needs=(ONE_RUN,), idle=(True,)),
     # cluster
     **_read("cluster", "address", "launch.cluster"),
     **_read("cluster", "instance", "launch.prepare", "clusters.provider"),

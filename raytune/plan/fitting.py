@@ -14,7 +14,6 @@ from raytune.plan.distillation import is_beneath
 from raytune.plan.lone_documents import rows_of_a_pass
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import (
-    Workload,
     bytes_in,
     checkpoint_bytes,
     chunk_tokens_for,
@@ -30,6 +29,7 @@ from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan
 from raytune.plan.setting import Setting, settle
 from raytune.plan.throughput import Speed, step_time
 from raytune.plan.trained import Trained
+from raytune.plan.workload import Workload
 from raytune.units import format_bytes
 
 # Tokens per forward pass above which little gets faster: a GPU is busy with 8k (docs/performance.md), a CPU core with far

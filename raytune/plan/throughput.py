@@ -7,10 +7,12 @@ left out. Rows are mapped from files and are thousands of times smaller than wha
 from dataclasses import dataclass
 from typing import Literal
 
+from raytune.plan.activations import layer_activation_bytes, passing_bytes
 from raytune.plan.hardware import Fabric, Gpu, Instance
-from raytune.plan.memory import BYTES, ORTHOGONAL, Workload, layer_activation_bytes, passing_bytes, teacher_weight_bytes
+from raytune.plan.memory import ORTHOGONAL, teacher_weight_bytes
 from raytune.plan.quantization import num_quantised, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
+from raytune.plan.workload import BYTES, Workload
 
 LINK_SHARE: dict[Fabric | Literal["intra"], float] = {
     "intra": 0.8,

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 from raytune.config.adapter import LoraAdapter
 from raytune.model.adapters.lora import lora_config
 from raytune.model.attention import lone_attention
+from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import Workload, layer_activation_bytes, memory_parts
+from raytune.plan.memory import memory_parts
 from raytune.plan.methods import trained_by
+from raytune.plan.workload import Workload
 from tests.hybrids import HYBRIDS
 from tests.numerics.measured_bytes import measure
 from tests.numerics.oracles import plain_losses

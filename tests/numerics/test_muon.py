@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from raytune.plan.memory import Workload, memory_parts
+from raytune.plan.memory import memory_parts
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.workload import Workload
 from tests.numerics.oracles import PROJECTIONS
 from tests.numerics.runs import LORA, Change, Material, largest_difference, relative_difference, run, train
 from tests.numerics.strategies import FULL, plain_training, settled, strategy_plan

@@ -15,9 +15,10 @@ from raytune.model.inference import load_saved
 from raytune.model.load import load_model
 from raytune.model.merge import merge_adapter
 from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import Workload, checkpoint_bytes, memory_parts, tensor_bytes
+from raytune.plan.memory import checkpoint_bytes, memory_parts, tensor_bytes
 from raytune.plan.methods import trained_by
 from raytune.plan.run_plan import RunPlan, ZeroStage
+from raytune.plan.workload import Workload
 from raytune.training.engine import HeldBytes
 from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.oracles import adapted_losses

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from raytune.plan.memory import Workload, memory_parts
+from raytune.plan.memory import memory_parts
 from raytune.plan.run_plan import RunPlan, ZeroStage
 from raytune.plan.scoring import Weights, scoring_plan
+from raytune.plan.workload import Workload
 from raytune.run_folder import RunFolder
 from raytune.training.loop import StepNumbers
 from raytune.training.phases import Phases

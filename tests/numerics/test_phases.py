@@ -20,10 +20,11 @@ from raytune.data.store import Store
 from raytune.launch.cluster import this_machine
 from raytune.launch.result import RunResult
 from raytune.model.layers import layers_of
-from raytune.plan.memory import Workload, memory_parts
+from raytune.plan.memory import memory_parts
 from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
+from raytune.plan.workload import Workload
 from raytune.run_folder import RunFolder
 from raytune.training.commit import committed
 from raytune.training.engine import Engine, HeldBytes

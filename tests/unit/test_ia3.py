@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from raytune.config.adapter import Ia3Adapter
 from raytune.errors import ModelError, UserError
 from raytune.model.adapters import add_adapter
+from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.architectures import model_shape
 from raytune.plan.describe import plan_table
-from raytune.plan.memory import layer_activation_bytes
 from raytune.plan.methods import trained_by
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, gpus, planned
 from tests.unit.test_plan_memory import saved_bytes, workload

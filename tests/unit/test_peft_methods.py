@@ -12,9 +12,10 @@ from raytune.config.load import config_from
 from raytune.config.quantization import HeldBase
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
+from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.architectures import model_shape
 from raytune.plan.describe import plan_table
-from raytune.plan.memory import layer_activation_bytes, memory_parts
+from raytune.plan.memory import memory_parts
 from raytune.plan.methods import METHODS as METHOD_ROWS
 from raytune.plan.methods import expert_notes, trained_by
 from tests.peft_methods import METHODS

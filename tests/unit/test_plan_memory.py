@@ -11,17 +11,12 @@ from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapt
 from raytune.config.training import Optimizer, Precision
 from raytune.model.adapters import add_adapter
 from raytune.model.demo import demo_config
+from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.architectures import model_shape
-from raytune.plan.memory import (
-    Workload,
-    bytes_in,
-    checkpoint_bytes,
-    chunk_tokens_for,
-    layer_activation_bytes,
-    memory_parts,
-)
+from raytune.plan.memory import bytes_in, checkpoint_bytes, chunk_tokens_for, memory_parts
 from raytune.plan.methods import trained_by
 from raytune.plan.shapes import ModelShape
+from raytune.plan.workload import Workload
 from raytune.training.engine import PlainEngine
 from raytune.training.optimizer import build_optimizer
 from raytune.units import MIB

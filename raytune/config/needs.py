@@ -1,0 +1,259 @@
+"""What must hold for a key of a run config to be read: other keys, and what they are. Pure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from raytune.config.data import FILE_ENDINGS, DataSource
+from raytune.config.model import is_written_as_path
+from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
+from raytune.config.row_sources import tokenised_sources, trained_sources
+from raytune.config.run import RunConfig
+from raytune.config.section import Section
+from raytune.config.strategy import DistillationSection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What must hold for a key to be read."""
+
+    keys: tuple[str, ...]
+    """Keys that decide it."""
+    holds: Callable[[RunConfig, Section], bool]
+    """Of a config, and the section that the key lies in."""
+    otherwise: Callable[[RunConfig], str]
+    """Why nothing reads the key, after "but"."""
+    remedy: str
+    """What else to do besides leaving the key out."""
+    is_said: bool = False
+    """Nothing is lost without the key, as where another one is documented to win: people lay it over a run for a while, or keep
+    what their machines have in an overlay. Said by the plan, not refused."""
+
+
+def choice(key: str, values: tuple[Any, ...]) -> Need:
+    """A key has one of some values."""
+
+    def value_of(config: RunConfig) -> Any:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    return Need(
+        keys=(key,),
+        holds=lambda config, section: value_of(config) in values,
+        otherwise=lambda config: f"{key} {value_of(config)} does not read it",
+        remedy=f"set {key} to {' or '.join(str(value) for value in values)}",
+    )
+
+
+def is_given(key: str, what: str, *, example: str) -> Need:
+    """A key that has no value by default has one."""
+    section, name = key.split(".")
+    return Need(
+        keys=(key,),
+        holds=lambda config, _: getattr(getattr(config, section), name, None) is not None,
+        otherwise=lambda config: f"{what} without {key}",
+        remedy=f"set {key}, for example to {example}",
+    )
+
+
+def not_beside(key: str) -> Need:
+    """A key that wins is not there."""
+    section, name = key.split(".")
+    return Need(
+        keys=(key,),
+        holds=lambda config, _: getattr(getattr(config, section), name) is None,
+        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name)}) wins over it",
+        remedy=f"leave out {key}",
+        is_said=True,
+    )
+
+
+def instead_of(key: str) -> Need:
+    """A key that says the same in another unit is not there."""
+    section, name = key.split(".")
+    return Need(
+        keys=(key,),
+        holds=lambda config, _: getattr(getattr(config, section), name) is None,
+        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name):g}) says so in epochs",
+        remedy=f"leave out {key}",
+    )
+
+
+def guard(*policies: str) -> Need:
+    """The guard against divergence has one of some policies."""
+
+    def policy_of(config: RunConfig) -> str | None:
+        return config.training.divergence and config.training.divergence.policy
+
+    return Need(
+        keys=("training.divergence.policy",),
+        holds=lambda config, _: policy_of(config) in policies,
+        otherwise=lambda config: f"training.divergence.policy {policy_of(config)} does not read it",
+        remedy=f"set training.divergence.policy to {' or '.join(policies)}",
+    )
+
+
+def average(kind: str) -> Need:
+    """The average of weights is of a kind."""
+
+    def kind_of(config: RunConfig) -> str | None:
+        return config.training.averaging and config.training.averaging.kind
+
+    return Need(
+        keys=("training.averaging.kind",),
+        holds=lambda config, _: kind_of(config) == kind,
+        otherwise=lambda config: f"training.averaging.kind {kind_of(config)} does not read it",
+        remedy=f"set training.averaging.kind to {kind}",
+    )
+
+
+VALIDATION = Need(
+    keys=("data.validation", "data.validation_fraction"),
+    holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
+    otherwise=lambda config: "nothing is evaluated: there is neither data.validation nor data.validation_fraction",
+    remedy="give one of the two",
+)
+ONE_RUN = Need(
+    keys=(),
+    holds=lambda config, _: config.sweep is None,
+    otherwise=lambda config: "trials of a sweep are always continued",
+    remedy="train one run (sweep=null)",
+)
+NO_SWEEP = Need(
+    keys=("sweep",),
+    holds=lambda config, _: config.sweep is None,
+    otherwise=lambda config: "they are told of one run, and a sweep has many at once",
+    remedy="train one run (sweep=null)",
+)
+NVME = Need(
+    keys=("training.zero.offload_optimizer", "training.zero.offload_parameters"),
+    holds=lambda config, _: "nvme" in (config.training.zero.offload_optimizer, config.training.zero.offload_parameters),
+    otherwise=lambda config: "nothing is offloaded to nvme",
+    remedy="set training.zero.offload_optimizer to nvme",
+    is_said=True,
+)
+
+
+def agrees(name: str) -> Need:
+    """A preset says nothing else of the base."""
+
+    def said_by_preset(config: RunConfig) -> str:
+        field, sentence = contradiction(config.model, config.adapter) or ("", "")
+        return sentence if field == name else ""
+
+    return Need(
+        keys=("adapter.method", f"adapter.{KEYS[name][1]}"),
+        holds=lambda config, _: not said_by_preset(config),
+        otherwise=said_by_preset,
+        remedy=LEAVES_BASE,
+    )
+
+
+def _held_in_four_bits(config: RunConfig, _: Section) -> bool:
+    if contradiction(config.model, config.adapter):
+        return True  # it is said of the key that contradicts
+    quantization = held_base(config.model, config.adapter).quantization
+    return quantization is not None and quantization.is_4_bit
+
+
+def _does_not_read(config: RunConfig) -> str:
+    held = held_base(config.model, config.adapter)
+    return f"{held.key('format')} {held.quantization.format if held.quantization else config.model.quantization} does not read it"
+
+
+def four_bits(section: str) -> Need:
+    """The base is held in 4 bits."""
+    return Need(
+        keys=("model.quantization", "adapter.quantization", "adapter.method"),
+        holds=_held_in_four_bits,
+        otherwise=_does_not_read,
+        remedy=f"set {section}.quantization to nf4 or fp4",
+    )
+
+
+HUB_MODEL = Need(
+    keys=("model.base",),
+    holds=lambda config, _: config.model.base != "demo" and not is_written_as_path(config.model.base),
+    otherwise=lambda config: f"model.base {config.model.base} is no model of the hub, and has no revisions",
+    remedy="name a hub id as model.base",
+    is_said=True,
+)
+HUB_TEACHER = Need(
+    keys=("strategy.distillation.teacher",),
+    holds=lambda _, section: (
+        isinstance(section, DistillationSection)
+        and section.teacher not in ("base", "demo")
+        and not is_written_as_path(section.teacher)
+    ),
+    otherwise=lambda config: "this teacher is no model of the hub, and has no revisions",
+    remedy="name a hub id as strategy.distillation.teacher",
+)
+TEACHER_BESIDE = Need(
+    keys=("strategy.distillation.teacher",),
+    holds=lambda _, section: isinstance(section, DistillationSection) and section.teacher != "base",
+    otherwise=lambda config: "the teacher is the base, for which model.trust_remote_code says it",
+    remedy="name a model as strategy.distillation.teacher",
+)
+MANY_SPLITS = Need(
+    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation.generation.rows"),
+    holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
+    otherwise=lambda config: "this path is a file, which has no splits",
+    remedy="name a hub data set or a `save_to_disk` folder as path",
+)
+CHAT = Need(
+    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation.generation"),
+    holds=lambda config, _: (
+        config.evaluation.generation is not None or any(source.format != "text" for source in tokenised_sources(config))
+    ),
+    otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
+    remedy="give the rows another format",
+)
+
+
+SEVERAL_SOURCES = Need(
+    keys=("data.train", "strategy.replay"),
+    holds=lambda config, _: len(trained_sources(config)) > 1,
+    otherwise=lambda config: "there is one source of training rows, and sources count against each other",
+    remedy="name another one in data.train",
+)
+TO_BE_MIXED = Need(
+    keys=("data.train",),
+    holds=lambda config, _: len(config.data.train) > 1,
+    otherwise=lambda config: "data.train has one source, and nothing to mix it with",
+    remedy="name another one",
+)
+NO_PROPORTIONS = Need(
+    keys=("data.train",),
+    holds=lambda config, _: all(source.proportion is None for source in config.data.train),
+    otherwise=lambda config: "each source of data.train has a proportion, which says how they are mixed",
+    remedy="leave out the proportions",
+)
+MIXED = Need(
+    keys=("data.train", "data.mixing.temperature"),
+    holds=lambda config, _: (
+        config.data.mixing.temperature is not None or any(source.proportion is not None for source in config.data.train)
+    ),
+    otherwise=lambda config: "each row is seen once per epoch: there are neither proportions nor data.mixing.temperature",
+    remedy="give each source of data.train a proportion",
+)
+
+
+def is_ranked_by(name: str) -> Need:
+    """What ranks trials ranks their checkpoints."""
+    return Need(
+        keys=("sweep",),
+        holds=lambda config, _: config.sweep is None or getattr(config.checkpoint, name) == getattr(config.sweep, name),
+        otherwise=lambda config: f"trials and their checkpoints are ranked by sweep.{name}, {getattr(config.sweep, name)}",
+        remedy=f"set sweep.{name} to it",
+    )
+
+
+def _has_splits(path: str) -> bool:
+    """Whether a path may be a hub data set or a `save_to_disk` folder, as far as its name tells."""
+    return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in FILE_ENDINGS
+
+
+ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
