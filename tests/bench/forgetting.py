@@ -30,11 +30,26 @@ from raytune.training.start import Worker
 from tests.bench.measure import report, tree_cpu_s
 
 FULL = {"adapter": {"method": "full"}}
-ARMS: dict[str, dict[str, Any]] = {
-    "full": FULL,
-    "lora": {"adapter": {"method": "lora"}, "training": {"learning_rate": 5e-3}},
-    **{f"l2_sp {strength:g}": FULL | {"strategy": {"l2_sp": {"strength": strength}}} for strength in (0.1, 1.0, 10.0)},
-}
+LORA = {"adapter": {"method": "lora"}, "training": {"learning_rate": 5e-3}}
+
+
+def arms(general: str) -> dict[str, dict[str, Any]]:
+    """Sections of each arm's config, by its name.
+
+    Args:
+        general: file with rows of what the base knows.
+    """
+    return {
+        "full": FULL,
+        "lora": LORA,
+        **{f"l2_sp {one:g}": FULL | {"strategy": {"l2_sp": {"strength": one}}} for one in (0.03, 0.1)},
+        **{f"ewc {one:g}": FULL | {"strategy": {"ewc": {"strength": one, "data": general}}} for one in (17.0, 50.0, 170.0)},
+        **{f"replay {one:g}": FULL | {"strategy": {"replay": {"data": general, "share": one}}} for one in (0.1, 0.3)},
+        **{f"lora, replay {one:g}": LORA | {"strategy": {"replay": {"data": general, "share": one}}} for one in (0.1,)},
+        **{f"distillation {one:g}": FULL | {"strategy": {"distillation": {"weight": one}}} for one in (0.01, 0.03)},
+    }
+
+
 GENERAL_ROWS = 4_000
 HELD_OUT_ROWS = 200
 GENERAL, TASK = "validation/general/loss", "validation/task/loss"
@@ -44,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--target", type=float, default=0.02, help="loss of the new task at which arms are compared")
-    parser.add_argument("--arms", nargs="*", default=[*ARMS], help=f"some of: {'; '.join(ARMS)}")
+    parser.add_argument("--arms", nargs="*", default=[*arms("")], help=f"some of: {'; '.join(arms(''))}")
     parser.add_argument("--output", action="store_true", help="append the figures to tests/bench/baselines/forgetting.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,12 +68,11 @@ def main() -> None:
         for path, num_rows, seed in ((general, GENERAL_ROWS, 11), (held_out, HELD_OUT_ROWS, 12)):
             path.write_text("".join(f"{json.dumps(row)}\n" for row in demo_rows("pretraining", num_rows, seed)))
         for number, name in enumerate(options.arms):
-            settings = settings_of(name, options, held_out) | {"name": f"{number}", "storage": folder}
+            settings = settings_of(arms(str(general))[name], options, held_out) | {"name": f"{number}", "storage": folder}
             report("forgetting", {"arm": name, "steps": options.steps} | figures(settings, options.target), options.output)
 
 
-def settings_of(name: str, options: argparse.Namespace, held_out: Path) -> dict[str, Any]:
-    arm = ARMS[name]
+def settings_of(arm: dict[str, Any], options: argparse.Namespace, held_out: Path) -> dict[str, Any]:
     training = {
         "max_steps": options.steps,
         "global_batch_size": 4,
@@ -72,7 +86,7 @@ def settings_of(name: str, options: argparse.Namespace, held_out: Path) -> dict[
     ]
     return arm | {
         "model": {"base": "demo"},
-        "data": {"train": "demo:train", "validation": validation, "max_length": 512} | arm.get("data", {}),
+        "data": {"train": "demo:train", "validation": validation, "max_length": 512},
         "training": training | {"lr_scheduler_type": "constant"} | arm.get("training", {}),
         "evaluation": {"every_steps": 5, "at_start": True},
         "checkpoint": {"every_steps": options.steps},
