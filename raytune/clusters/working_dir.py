@@ -158,7 +158,7 @@ _NAME_PATHS = ("data.", "model.base", "strategy.replay", "strategy.ewc", "strate
 
 
 def named_by(config: RunConfig) -> list[str]:
-    """Paths that a config names and a job would look for in its working directory: rows, template, models, code; also a sweep's."""
+    """Paths that a config names and a job would look for where it runs: rows, template, models, code; also those of a sweep."""
     objective = config.strategy.objective
     named = [*([objective.function] if objective else []), *config.callbacks]
     code = [module for module, _ in map(parts_of, named) if module.endswith(FILE_ENDING)]
