@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from raytune.config.load import as_one_run, dump_yaml
 from raytune.config.provider import ProviderSection
+from raytune.config.row_sources import named_models, row_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.hardware import Catalogue, Cloud, Instance
@@ -233,8 +234,8 @@ def _missing(spec: ClusterSpec, target: Target) -> list[str]:
 
 def _not_in_pods(config: RunConfig) -> list[str]:
     """What the run reads from this machine's working directory, which no pod has. Other names are a hub's."""
-    paths = [("model.base", config.model.base)]
-    paths += [(f"data.{name}", source.path) for name in ("train", "validation") for source in getattr(config.data, name)]
+    paths = [*named_models(config).items()]
+    paths += [(key, source.path) for key, sources in row_sources(config).items() for source in sources]
     return [
         f"{key}: {path} is relative to this folder; give a path that the pods have, or a URL"
         for key, path in paths

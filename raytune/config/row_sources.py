@@ -1,4 +1,4 @@
-"""Which sets of rows a run names, and where. Pure."""
+"""Which sets of rows and which models a run names, and where. Pure."""
 
 from collections.abc import Sequence
 
@@ -50,3 +50,10 @@ def evaluated_sets(config: RunConfig) -> dict[str, DataSource | None]:
         return dict(validation_sets(config.data.validation))
     trained = trained_sources(config)
     return dict(validation_sets(trained)) if len(trained) > 1 else {"validation": None}
+
+
+def named_models(config: RunConfig) -> dict[str, str]:
+    """Paths or ids of the models that a run loads, by the key that names them: its base, and a teacher that is another."""
+    distillation = config.strategy.distillation
+    is_taught = distillation is not None and distillation.weight > 0 and distillation.teacher != "base"
+    return {"model.base": config.model.base} | ({"strategy.distillation.teacher": distillation.teacher} if is_taught else {})

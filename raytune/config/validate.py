@@ -27,7 +27,7 @@ from raytune.config.problems import (
     shown,
 )
 from raytune.config.readers import Unread, unread, without
-from raytune.config.row_sources import row_sources
+from raytune.config.row_sources import named_models, row_sources
 from raytune.config.run import RunConfig
 from raytune.config.secrets_in import secret_problems
 from raytune.config.space import space_problems
@@ -175,7 +175,7 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
         ((*key.split("."), i, "path"), source.path) for key, rows in row_sources(config).items() for i, source in enumerate(rows)
     ]
     local = [(path, name) for path, name in named if name.endswith(_ROW_FILES)]
-    local += [(("model", "base"), config.model.base)] if is_written_as_path(config.model.base) else []
+    local += [(tuple(key.split(".")), name) for key, name in named_models(config).items() if is_written_as_path(name)]
     local += [(("data", "template"), config.data.template)] if config.data.template.endswith((".jinja", ".j2")) else []
     return [
         Problem(NO_SUCH_FILE, deepest(tree, path).place, dotted(path), f"{shown(name)} is not on this machine")

@@ -122,7 +122,6 @@ def check_run(config: RunConfig) -> Findings:
     if shape is not None:
         teacher = found.of(lambda: _teacher(config, found))
         look_at(config, shape, machine, found.of, teacher=teacher)
-        look_at(config, shape, machine, found.of)
         found.of(lambda: tried(objective_of(config), shape.vocab), keys=("strategy.objective",))
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
     here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}

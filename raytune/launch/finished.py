@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from raytune.config.load import config_diff
-from raytune.config.row_sources import all_sources
+from raytune.config.row_sources import all_sources, named_models
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, read_plan
@@ -70,10 +70,11 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
 
 
 def _has_changed(config: RunConfig, since: float) -> bool:
-    """Whether a local file of data, base or objective was written, replaced or moved there after `since` (seconds since 1970)."""
+    """Whether a local file of data, model, teacher or objective was written, replaced or moved there after `since` (seconds since
+    1970)."""
     code = [parts_of(config.strategy.objective.function)[0]] if config.strategy.objective else []
     rows = (source.path for source in all_sources(config))
-    paths = [path for path in (config.model.base, *rows, *code) if is_local(path)]
+    paths = [path for path in (*named_models(config).values(), *rows, *code) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
     # Folders and links too: another one that was moved to this name brings files that are older.
     entries = [entry.lstat() for name in named for entry in (name, *name.rglob("*")) if entry.is_dir() or entry.is_file()]

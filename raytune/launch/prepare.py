@@ -100,7 +100,6 @@ def refuse_without_cluster(config: RunConfig) -> Base:
     base = Base.of(config.model)
     teacher = teacher_of(config, base)
     look_at(config, base.shape, None, lambda look: look(), teacher=teacher and teacher.shape)
-    look_at(config, base.shape, None, lambda look: look())
     tried(objective_of(config), base.shape.vocab)
     return base
 

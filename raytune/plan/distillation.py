@@ -188,6 +188,11 @@ def distillation_notes(config: RunConfig, shape: ModelShape, teacher: ModelShape
         "train/loss is all that is minimised, with the teacher's part. validation/loss is cross-entropy alone, so that runs "
         "compare."
     )
+    if is_beneath(config) and config.model.rope_scaling is not None:
+        yield (
+            "The teacher is the base beneath the adapter with the positions of model.rope_scaling, untrained with these, and not "
+            "the base as it was."
+        )
     if section.teacher == BASE and teacher is not None and config.adapter.method != "full":
         yield (
             f"As it is set here, adapter.method {config.adapter.method} changes weights of the base: the teacher is a second "

@@ -1,5 +1,6 @@
 """What a sweep is going to do: configs and plans of its trials, and how they are compared. Starts nothing."""
 
+import math
 from dataclasses import dataclass
 
 from raytune.config.model import ModelSection
@@ -125,6 +126,8 @@ def resolve(config: RunConfig, planner: Planner) -> Resolved:
     # Beside the trials themselves, so that a longer search of this space cannot run into a wall later.
     points = [Trial(number=number, values=values) for number, values in enumerate(corners(space_of(config)))]
     plans = [planner.plan(trial) for trial in [*trials, *points]]
+    if config.data.validation_fraction:
+        refuse_other_weights(section.metric, plans)
     plan = plan_sweep(section, config.name, len(trials) or section.trials, plans, planner.slots)
     return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)
 
@@ -138,3 +141,38 @@ def section_of(config: RunConfig) -> SweepSection:
 def _workers(config: RunConfig) -> int:
     """Workers of a trial: one, unless the config says otherwise, so that as many trials as possible run side by side."""
     return 1 if config.cluster.workers == "auto" else config.cluster.workers
+
+
+def refuse_other_weights(metric: str, plans: list[RunPlan]) -> None:
+    """Refuse to compare trials by a mean over sets that each of them weighs in its own way: one that counts a hard source less
+    would win by that alone.
+
+    Raises:
+        UserError: if they do.
+    """
+    if metric.count("/") > 1:  # of one set
+        return
+    first, *others = ({store.name: store.weight for store in plan.data.validation} for plan in plans)
+    other = next((each for each in others if not _are_alike(first, each)), None)
+    if other is None:
+        return
+    name = next((name for name in first if name in other), None)
+    by_one = f" Set sweep.metric to that of one source, such as validation/{name}/loss, or" if name else ""
+    raise UserError(
+        f"sweep.metric is {metric}, a mean over held-out rows in which each source counts as in training, and trials count them "
+        f"differently: {_weights_in_words(first)}; or {_weights_in_words(other)}.{by_one or ' For one measure'} give rows as "
+        f"data.validation in place of data.validation_fraction.",
+        keys=("sweep.metric", "data.validation_fraction"),
+    )
+
+
+def _are_alike(weights: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether two sets of weights make the same mean."""
+    if weights.keys() != other.keys():
+        return len(weights) == len(other) == 1  # called after the file
+    ratios = [other[name] / weights[name] for name in weights]
+    return all(math.isclose(ratio, ratios[0], rel_tol=1e-6) for ratio in ratios)
+
+
+def _weights_in_words(weights: dict[str, float]) -> str:
+    return ", ".join(f"{name} by {weight:.3g}" for name, weight in weights.items())

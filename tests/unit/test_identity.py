@@ -367,6 +367,16 @@ def test_a_folder_that_was_moved_to_the_name_of_another_is_looked_into(finished:
     assert not _has_changed(config, since=time.time() + 1)
 
 
+def test_a_teacher_that_was_written_anew_is_looked_into(tmp_path: Path) -> None:
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    written = weights.stat().st_ctime
+    config = asked(tmp_path, f"strategy.distillation.teacher={weights.parent}")
+    assert _has_changed(config, since=written - 1)
+    assert not _has_changed(asked(tmp_path), since=written - 1)
+
+
 def test_overrides_that_change_numbers_are_of_the_run_and_those_of_speed_are_not() -> None:
     overrides = {
         "zero_optimization": {"zero_quantized_weights": True, "overlap_comm": False},

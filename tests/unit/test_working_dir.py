@@ -219,6 +219,15 @@ def test_every_path_of_a_config_is_known_those_of_a_sweep_too():
     assert {"one.jinja", "two.jinja"} <= set(named_by(sweep))
 
 
+def test_a_teacher_and_what_is_replayed_are_sent_along_those_of_a_sweep_too():
+    strategy = {"distillation": {"teacher": "models/teacher"}, "replay": {"data": "old.jsonl"}}
+    asked = {"data": {"train": "a.jsonl", "validation_fraction": 0.1}, "strategy": strategy}
+    assert {"models/teacher", "old.jsonl"} <= set(named_by(config_from(asked)))
+    space = {"strategy.distillation.teacher": ["models/one", "models/two"]}
+    sweep = config_from(asked | {"sweep": {"space": space, "trials": 2}})
+    assert {"models/one", "models/two"} <= set(named_by(sweep))
+
+
 def test_links_out_of_the_folder_and_special_files_stay_here_by_whatever_name(tmp_path: Path):
     folder = write(tmp_path / "work", **{"run.yaml": "", "real/code.py": ""})
     write(tmp_path / "outside", **{"diary.py": "canary", "deep/x.py": "canary"})
