@@ -20,7 +20,7 @@ from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
-from raytune.data.shards import ShardResult, ShardTask, Tally, TokenisingOptions, TooLong
+from raytune.data.shards import ShardResult, ShardTask, Tally, TooLong
 from raytune.data.source_rows import read_parts
 from raytune.data.template import ChatTemplate
 from raytune.data.text_encoder import EncodedTexts, TextEncoder, bytes_before
@@ -66,7 +66,7 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
                     documents = _text_documents(batch, encoder, options.token_classes, tally)
                 else:
                     assert template is not None
-                    documents = _chat_documents(batch, encoder, template, options, tally)
+                    documents = _chat_documents(batch, encoder, template, options.targets, options.token_classes, tally)
                 pieces = [
                     piece for document in documents for piece in _fitted(document, options.max_length, task.too_long, tally)
                 ]
@@ -127,10 +127,10 @@ def _chat_documents(
     rows: Sequence[tuple[Conversation, int]],
     encoder: TextEncoder,
     template: ChatTemplate,
-    options: TokenisingOptions,
+    targets: Targets,
+    classes: Sequence[TokenClass],
     tally: Tally,
 ) -> Iterator[_Document]:
-    targets = options.targets
     usable, texts, spans, weights = [], [], [], []
     for row, rendered in zip(rows, template.render([row for row, _ in rows], targets), strict=True):
         if isinstance(rendered, RowError):
@@ -152,7 +152,7 @@ def _chat_documents(
     all_weights = None
     if any(weight != 1 for row_weights in weights for weight in row_weights):
         all_weights = target_weights(encoded.starts, encoded.ends, starts, ends, list(chain.from_iterable(weights)))
-    of_class = _tokens_of_classes(options.token_classes, texts, spans, encoded)
+    of_class = _tokens_of_classes(classes, texts, spans, encoded)
     # Nothing comes before a document's first token that could predict it.
     is_target[encoded.first_tokens[:-1][np.diff(encoded.first_tokens) > 0]] = False
     for index, (conversation, file_index) in enumerate(usable):
@@ -166,7 +166,7 @@ def _chat_documents(
             encoded.token_bytes[tokens],
             file_index,
             conversation.origin,
-            weights_of(options.token_classes, of_class[:, tokens], row_weights),
+            weights_of(classes, of_class[:, tokens], row_weights),
             of_class[:, tokens].T,
         )
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
@@ -49,7 +48,7 @@ def _outcomes(function: Callable[..., Any], num_ranks: int, arguments: tuple, ti
     context.set_forkserver_preload(PRELOADED)
     outcomes: dict[int, tuple[bool, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"tcp://127.0.0.1:{_free_port()}"
+        rendezvous = f"file://{folder}/rendezvous"  # a port that was free may be another's by the time a rank listens
         processes, readers = [], {}
         for rank in range(num_ranks):
             reader, writer = context.Pipe(duplex=False)
@@ -118,9 +117,3 @@ def _rank_main(
 def _log(folder: str, rank: int) -> str:
     path = Path(folder) / f"{rank}.log"
     return f"its output ends:\n{path.read_text(errors='replace')[-3000:]}" if path.exists() else "no output"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -157,6 +157,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         elif "mscale" in key.path:
             of_kind |= {"mscale": 1.0, "mscale_all_dim": 1.0}
         base["model"]["rope_scaling"] = {"factor": 4.0} | of_kind
+    if key.path == "strategy.objective.options":
+        base["strategy"] = {"objective": {"function": "my_losses.py:focal"}}
     if key.path == "strategy.distillation.revision":
         base["strategy"] = {"distillation": {"teacher": "a/b"}}
     if key.path == "training.averaging.last_steps":

@@ -227,7 +227,7 @@ CHATS = st.tuples(st.none() | TEXTS.filter(len), st.lists(st.tuples(TEXTS, TEXTS
 
 def tokens_and_mask(template: ChatTemplate, tokenizer: Any, row: Conversation, targets: Targets) -> tuple[list[int], list[bool]]:
     tally = Tally()
-    documents = list(_chat_documents([(row, 0)], TextEncoder(tokenizer), template, targets, tally))
+    documents = list(_chat_documents([(row, 0)], TextEncoder(tokenizer), template, targets, (), tally))
     assert not tally.counts["bad"], tally.examples
     return documents[0].input_ids.tolist(), documents[0].is_target.tolist()
 
