@@ -78,7 +78,7 @@ def layer_activation_bytes(work: Workload) -> float:
     # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
     is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
     # Where there are more ranks than heads of keys and values, each head lies on several.
-    read = keys * max(1.0, work.sequence_parallel / shape.kv_heads)
+    read = keys * max(1.0, work.sequence_parallel / max(1, shape.kv_heads))
     attention = width * (2 * queries + 2 * read + is_fused * (not shares_rows) * (queries + 2 * keys))
     if work.attention != "eager":
         attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
