@@ -54,6 +54,7 @@ def evaluated_sets(config: RunConfig) -> dict[str, DataSource | None]:
 
 def named_models(config: RunConfig) -> dict[str, str]:
     """Paths or ids of the models that a run loads, by the key that names them: its base, and a teacher that is another."""
-    distillation = config.strategy.distillation
-    is_taught = distillation is not None and distillation.weight > 0 and distillation.teacher != "base"
-    return {"model.base": config.model.base} | ({"strategy.distillation.teacher": distillation.teacher} if is_taught else {})
+    named, distillation = {"model.base": config.model.base}, config.strategy.distillation
+    if distillation and distillation.weight > 0 and distillation.teacher != "base":
+        named["strategy.distillation.teacher"] = distillation.teacher
+    return named
