@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from raytune.config.run import RunConfig
 from raytune.config.strategy import CROSS_ENTROPY
-from raytune.errors import PlanError
+from raytune.errors import PlanError, UserError
 from raytune.plan.distillation import distillation_of
 from raytune.plan.run_plan import ObjectivePlan, OptimizationPlan
 from raytune.user_code import UserCode, read_code
@@ -24,7 +24,10 @@ def objective_of(config: RunConfig) -> ObjectivePlan | None:
     asked = config.strategy.objective
     if asked is None:
         return None
-    code = read_code(asked.function)
+    try:
+        code = read_code(asked.function)
+    except UserError as error:
+        raise UserError(str(error), keys=(KEY,)) from error
     return ObjectivePlan(
         module=code.module,
         name=code.name,

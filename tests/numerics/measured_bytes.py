@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytune.config.training import Optimizer
 from raytune.data.batches import Batch
 from raytune.model.adapters import adapting
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.shapes import ModelShape
+from raytune.plan.trained import Trained
+from raytune.plan.workload import Workload
 from raytune.training.engine import HeldBytes
 from raytune.training.start import prepare_process, start_engine
 from tests.numerics.runs import batches_of_rank, rank_and_world
@@ -30,6 +34,28 @@ class Measured:
     num_tokens: int
     num_targets: int
     num_virtual_keys: int
+
+
+def of_one_process(shape: ModelShape, trained: Trained, optimizer: Optimizer = "adamw") -> Workload:
+    """What decides the bytes that a process alone holds between steps, without DeepSpeed and in fp32."""
+    return Workload(
+        shape=shape,
+        trained=trained,
+        engine="plain",
+        zero_stage=0,
+        workers=1,
+        offload_optimizer="none",
+        offload_parameters="none",
+        precision="fp32",
+        optimizer=optimizer,
+        attention="varlen",
+        has_checkpointing=False,
+        accumulation=2,
+        num_tokens=1,
+        num_targets=1,
+        chunk_tokens=None,
+        is_on_gpu=False,
+    )
 
 
 def measure_all(plans: Sequence[RunPlan]) -> list[Measured]:

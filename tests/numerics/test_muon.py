@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from raytune.plan.memory import memory_parts
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.workload import Workload
+from tests.numerics.measured_bytes import of_one_process
 from tests.numerics.oracles import PROJECTIONS
 from tests.numerics.runs import LORA, Change, Material, largest_difference, relative_difference, run, train
 from tests.numerics.strategies import FULL, plain_training, settled, strategy_plan
@@ -68,23 +68,6 @@ def test_resumed_equals_unbroken(adapter: dict[str, Any], material: Material, tm
 def test_a_rank_holds_the_planned_bytes_of_state(adapter: dict[str, Any], material: Material) -> None:
     """Within 2 %."""
     setting, shape = settled(material.model, {}, adapter)
-    work = Workload(
-        shape=shape,
-        trained=setting.trained,
-        engine="plain",
-        zero_stage=0,
-        workers=1,
-        offload_optimizer="none",
-        offload_parameters="none",
-        precision="fp32",
-        optimizer="muon",
-        attention="varlen",
-        has_checkpointing=False,
-        accumulation=2,
-        num_tokens=1,
-        num_targets=1,
-        chunk_tokens=None,
-        is_on_gpu=False,
-    )
+    work = of_one_process(shape, setting.trained, optimizer="muon")
     planned = {part.name: part.num_bytes for part in memory_parts(work)}["optimizer"]
     assert planned == pytest.approx(train(plan(material, adapter), Change(stop=1)).held.optimizer, rel=0.02)

@@ -18,9 +18,8 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import checkpoint_bytes, memory_parts, tensor_bytes
 from raytune.plan.methods import trained_by
 from raytune.plan.run_plan import RunPlan, ZeroStage
-from raytune.plan.workload import Workload
 from raytune.training.engine import HeldBytes
-from tests.numerics.measured_bytes import measure_all, measure_peaks
+from tests.numerics.measured_bytes import measure_all, measure_peaks, of_one_process
 from tests.numerics.oracles import adapted_losses
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
@@ -200,24 +199,7 @@ def test_an_engine_holds_the_planned_bytes(method: str, material: Material, tmp_
     shape = read_model_shape(str(material.model))
     trained = trained_by(plan_of(method, material).adapter, shape)
     assert trained.num_trainable == sum(value.numel() for value in seen.weights.values())
-    work = Workload(
-        shape=shape,
-        trained=trained,
-        engine="plain",
-        zero_stage=0,
-        workers=1,
-        offload_optimizer="none",
-        offload_parameters="none",
-        precision="fp32",
-        optimizer="adamw",
-        attention="varlen",
-        has_checkpointing=False,
-        accumulation=2,
-        num_tokens=1,
-        num_targets=1,
-        chunk_tokens=None,
-        is_on_gpu=False,
-    )
+    work = of_one_process(shape, trained)
     planned = {part.name: part.num_bytes for part in memory_parts(work)}
     held: HeldBytes = seen.held
     counters = 4 * len(seen.weights)
