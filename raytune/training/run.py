@@ -145,8 +145,8 @@ def _make_steps(
         named=store.named,
         norm_limit=guard.norm_limit,
     ):
-        worker.check()
         step = result.step
+        worker.check()
         if (share := share_after(step, plan.optimization.averaging)) is not None:
             engine.average(share)
         asked = requests.agreed() if timetable.logs_after(step) else frozenset()

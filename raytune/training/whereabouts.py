@@ -16,6 +16,8 @@ import raytune
 _PACKAGE = str(Path(raytune.__file__).parent)
 _STEPS = "training_steps"
 """Name of the generator that makes the steps; its local `step` counts those before."""
+_BETWEEN = "_make_steps"
+"""Name of its caller, who evaluates, saves and agrees with other ranks between steps; its local `step` counts those made."""
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 _threads: list[int] = []
 
@@ -25,14 +27,16 @@ class Whereabouts:
     """Where a rank is."""
 
     step: int | None
-    """Being made; None: outside of steps, while a model is loaded, for example."""
+    """Being made, or the last one made; None: before and after all steps, while a model is loaded, for example."""
+    is_made: bool = False
+    """Whether the step is over, and what comes after it is under way: an evaluation or a save, for example."""
     place: str
     """File, line and function, innermost of raytune's own, and the function of a library in which it is."""
     waits: bool
     """Whether it is inside an operation that all ranks take part in."""
 
     def __str__(self) -> str:
-        step = "" if self.step is None else f" in step {self.step}"
+        step = "" if self.step is None else f" {'after' if self.is_made else 'in'} step {self.step}"
         return f"{'waits for the others' if self.waits else 'is'}{step} ({self.place})"
 
 
@@ -70,10 +74,16 @@ def _read(frames: list[FrameType]) -> Whereabouts:
     place = f"{Path(own.f_code.co_filename).name}:{own.f_lineno} {own.f_code.co_name}"
     if within:
         place += f", in {within[0].f_code.co_name} of {Path(within[0].f_code.co_filename).name}"
-    steps = next((frame for frame in frames if frame.f_code.co_name == _STEPS), None)
-    step = steps.f_locals.get("step") if steps else None
+    being_made, made = (_step_of(name, frames) for name in (_STEPS, _BETWEEN))
     return Whereabouts(
-        step=None if step is None else step + 1,
+        step=made if being_made is None else being_made + 1,
+        is_made=being_made is None and made is not None,
         place=place,
         waits=any(part in frame.f_code.co_filename for frame in within for part in _COLLECTIVES),
     )
+
+
+def _step_of(function: str, frames: list[FrameType]) -> int | None:
+    """The local `step` of a function; None if it is not on the stack or has none yet."""
+    frame = next((frame for frame in frames if frame.f_code.co_name == function), None)
+    return frame.f_locals.get("step") if frame else None

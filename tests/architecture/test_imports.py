@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def modules() -> dict[str, Path]:
     }
 
 
+@cache
 def imported_names(path: Path) -> set[str]:
     """Every module that a file imports, lazily or not, by full name."""
     names = set()

@@ -11,9 +11,11 @@ import deepspeed.runtime.superoffload  # noqa: F401
 import numpy.ma  # noqa: F401
 import setuptools  # noqa: F401
 import transformers.integrations.bitsandbytes  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import raytune.training.zero_engine  # noqa: F401
 import tests.numerics.runs  # noqa: F401
 
+get_checkpoint_conversion_mapping("llama")  # of all models: a thousand regular expressions, compiled once
 gc.collect()
 gc.freeze()

@@ -32,6 +32,7 @@ from raytune.training.stopping import Findings
 from tests.numerics.oracles import PROJECTIONS, document_loss, documents
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, QLORA, SAME_SUMS, Material, make_plan
+from tests.variants import variants
 
 SAVE_EVERY, WINDOW, MOST = 2, 4, 3
 FULL: dict[str, Any] = {"method": "full"}
@@ -256,7 +257,7 @@ def train_both_here(plans: list[RunPlan]) -> None:
         train(plan, Worker(rank=rank, world_size=world_size, device_index=rank, attempt=1, report=lambda metrics: None))
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 1, 2]))
 def test_two_ranks_at_every_stage_equal_one(
     stage: int, material: Material, skipping: Outcome, back: Outcome, tmp_path: Path
 ) -> None:

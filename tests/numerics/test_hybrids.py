@@ -20,6 +20,7 @@ from tests.numerics.measured_bytes import measure
 from tests.numerics.oracles import plain_losses
 from tests.numerics.runs import LORA, SAME_SUMS, Change, Material, make_plan, relative_difference, run, train
 from tests.tiny import store_plan, tiny_store, tiny_tokenizer
+from tests.variants import variants
 
 WORK: dict[str, Any] = {
     "engine": "plain",
@@ -61,7 +62,7 @@ def batch(workers: int = 1) -> dict[str, int]:
     return {"workers": workers, "micro_batch_size": 1, "accumulation": 4 // workers}
 
 
-@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS])
+@pytest.mark.parametrize("name", variants(OFTEN, [name for name in HYBRIDS if name not in OFTEN]))
 def test_documents_alone_in_their_rows_train_as_in_plain_transformers_and_peft(name: str, rows: Any, tmp_path: Path) -> None:
     material, section, modules, parameters = material_of(name, tmp_path, rows)
     plan = make_plan(material, adapter=LORA, model=section, batch=batch(), optimization={"num_steps": STEPS})
@@ -71,9 +72,7 @@ def test_documents_alone_in_their_rows_train_as_in_plain_transformers_and_peft(n
     assert relative_difference(train(again, Change(stop=STEPS)).losses, wanted) <= SAME_SUMS
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*OFTEN, "mamba")]
-)
+@pytest.mark.parametrize("name", variants(QUICK, [name for name in (*OFTEN, "mamba") if name not in QUICK]))
 def test_planned_bytes_are_exact_for_what_lasts_and_near_for_activations(name: str, rows: Any, tmp_path: Path) -> None:
     """Activations within a factor of 5: of a layer with a state they depend on how its scan is computed."""
     material, section, _, _ = material_of(name, tmp_path, rows)
@@ -89,7 +88,7 @@ def test_planned_bytes_are_exact_for_what_lasts_and_near_for_activations(name: s
     assert measured.activations / 5 < kept < 5 * measured.activations
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lfm2", "jamba"))])
+@pytest.mark.parametrize("name", variants(["qwen3_next"], ["lfm2", "jamba"]))
 def test_a_hybrid_divided_by_stage_3_trains_as_a_whole_one(name: str, rows: Any, tmp_path: Path) -> None:
     material, section, _, _ = material_of(name, tmp_path, rows)
     settings: dict[str, Any] = {"adapter": LORA, "model": section, "optimization": {"num_steps": STEPS}}

@@ -14,6 +14,7 @@ from raytune.launch.result import RunResult
 from raytune.model.kept_base import KeptBase
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
+from tests.variants import variants
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4, "dropout": 0.1},
@@ -55,11 +56,11 @@ def trained(storage: Path, name: str, adapter: dict[str, Any], kept: KeptBase | 
     return RunResult.read(RunFolder(plan.storage, plan.name))
 
 
-OFTEN = ("lora", "qlora", "pissa, which changes its base")
+OFTEN = ("qlora", "pissa, which changes its base")
 """A base that stays, one that is quantised, and one that may not stay; which others do not is the last test's."""
 
 
-@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS])
+@pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_a_run_after_another_equals_the_run_alone(name: str, tmp_path: Path) -> None:
     adapter = ADAPTERS[name]
     alone = trained(tmp_path, "alone", adapter, None)

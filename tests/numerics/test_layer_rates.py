@@ -21,6 +21,7 @@ from tests.numerics.runs import (
 )
 from tests.numerics.strategies import FULL, plain_training, strategy_plan
 from tests.tiny import save_tiny_model
+from tests.variants import variants
 
 NUM_LAYERS = 3
 
@@ -101,7 +102,7 @@ MANY = {"layer_rate_decay": 0.5, "rate_scales": {"mlp": 3.0}, "weight_decay_of":
 
 @pytest.mark.parametrize(
     ("adapter", "stage"),
-    [(FULL, 1), (FULL, 2), (FULL, 3), (LORA_PLUS, 3), *(pytest.param(LORA_PLUS, n, marks=pytest.mark.slow) for n in (1, 2))],
+    variants([(FULL, 3), (LORA_PLUS, 3)], [(section, stage) for section in (FULL, LORA_PLUS) for stage in (1, 2)]),
     ids=str,
 )
 def test_every_stage_on_two_ranks_equals_one_plain_process(adapter: dict[str, Any], stage: int, untied: Material) -> None:
@@ -113,7 +114,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(adapter: dict[str, An
     assert largest_difference(sharded[0], alone) <= 3 * SAME_SUMS
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 2]))
 def test_resumed_equals_unbroken(stage: int, untied: Material, tmp_path: Path) -> None:
     plan = strategy_plan(untied, MANY, stage=stage)
     unbroken = run(plan)[0]

@@ -1,8 +1,5 @@
 """The loss layer against the definition: all logits, softmax, the sum of cross-entropy over the targets."""
 
-import os
-import queue
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +33,7 @@ from transformers import (
 from raytune.data.batches import Batch
 from raytune.errors import ModelError
 from raytune.training.losses import attach_loss
+from tests.numerics.processes import run_on_ranks
 
 VOCABULARY = 97
 NUM_TOKENS = 40
@@ -361,14 +358,14 @@ def unsharded_gradients(kind: str) -> list[dict[str, Tensor]]:
     return steps
 
 
-def sharded_worker(rank: int, port: int, results: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+def sharded_errors() -> dict[tuple[str, int | None], float]:
+    """Largest difference of a gradient from the unsharded one, by case."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.init_distributed("gloo", verbose=False)
+    rank, errors = torch.distributed.get_rank(), {}
     for kind, chunk_tokens in SHARDED_CASES:
         model = build(kind)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -395,29 +392,12 @@ def sharded_worker(rank: int, port: int, results: Any) -> None:
             for name, weight in trained.items():
                 error = max(error, float((safe_get_full_grad(weight) - expected[name]).abs().max()))
             engine.step()
-        if rank == 0:
-            results.put((kind, chunk_tokens, error))
+        errors[kind, chunk_tokens] = error
+    return errors
 
 
 def test_gradients_under_zero_3_are_those_of_one_process() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")  # a fork would wait for OpenMP threads that stayed in its parent
-    results = context.Queue()
-    workers = [context.Process(target=sharded_worker, args=(rank, port, results), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    try:
-        errors = {}
-        while len(errors) < len(SHARDED_CASES):
-            try:
-                kind, chunk_tokens, error = results.get(timeout=2)
-                errors[kind, chunk_tokens] = error
-            except queue.Empty:
-                assert all(worker.exitcode in (None, 0) for worker in workers), f"a worker failed after {errors}"
-    finally:
-        for worker in workers:
-            worker.kill()
-    # fp32: gradients of the order of 1, summed in another order.
-    assert {which: error for which, error in errors.items() if error > 1e-6} == {}
+    for errors in run_on_ranks(sharded_errors, 2):
+        # fp32: gradients of the order of 1, summed in another order.
+        assert {which: error for which, error in errors.items() if error > 1e-6} == {}
+        assert len(errors) == len(SHARDED_CASES)

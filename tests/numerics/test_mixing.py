@@ -24,6 +24,7 @@ from tests.numerics.runs import (
 from tests.numerics.test_target_weights import plain_losses
 from tests.numerics.test_whole_run import finished
 from tests.tiny import store_plan, tiny_rows, tiny_store
+from tests.variants import variants
 
 WEIGHTS = {"task": 2.0, "code": 0.25, "general": 1.0}
 MIXTURE = Mixture(proportions=(2.0, 1.0), num_replayed=1, replay_share=0.25)
@@ -74,7 +75,7 @@ def test_a_mixture_does_not_depend_on_its_division(stage: int, workers: int, mix
     assert largest_difference(divided, alone) <= 3 * SAME_SUMS
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", variants([0], [3]))
 def test_a_mixture_resumed_is_one_unbroken(stage: int, mixed: Material, tmp_path: Path) -> None:
     plan = make_plan(mixed, stage=stage, adapter=LORA)
     unbroken = run(plan)[0]

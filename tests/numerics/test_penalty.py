@@ -37,6 +37,7 @@ from tests.numerics.test_freezing_bytes import planned, wide  # noqa: F401
 from tests.numerics.test_whole_run import finished
 from tests.tiny import save_tiny_model
 from tests.unit.plan_cases import CPU
+from tests.variants import variants
 
 STRENGTH = 30.0
 """The penalty's gradient is then about as large as the loss's, once weights have moved for some steps."""
@@ -89,7 +90,7 @@ def penalties(run_: Outcome) -> list[float]:
     return [numbers.penalty or 0.0 for numbers in run_.numbers]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 1, 2]))
 def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, odd: Material) -> None:
     alone = train(strategy_plan(odd, L2_SP))
     sharded = run(strategy_plan(odd, L2_SP, workers=2, stage=stage))
@@ -100,7 +101,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, odd: Mate
     assert largest_difference(sharded[0], alone) <= 3 * SAME_SUMS
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 1, 2]))
 def test_resumed_equals_unbroken(stage: int, material: Material, tmp_path: Path) -> None:
     """So weights are held to those of the base, and not to those of the checkpoint."""
     plan = strategy_plan(material, L2_SP, stage=stage)
@@ -111,7 +112,7 @@ def test_resumed_equals_unbroken(stage: int, material: Material, tmp_path: Path)
     assert largest_difference(resumed, unbroken) == 0
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 2]))
 def test_strength_0_is_none(stage: int, material: Material) -> None:
     none, zero = (run(strategy_plan(material, strategy, stage=stage))[0] for strategy in ({}, {"l2_sp": {"strength": 0}}))
     assert zero.numbers == none.numbers
@@ -139,7 +140,7 @@ def train_in_phases(
     return outcome(engine, numbers)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 2]))
 def test_what_a_later_phase_trains_is_held_to_the_base_as_well(stage: int, material: Material, tmp_path: Path) -> None:
     plan = strategy_plan(replace(material, model=save_tiny_model(tmp_path / "m", tied=False)), L2_SP | UNFREEZE, stage=stage)
     penalty = PlainPenalty(Path(plan.model.path), STRENGTH)
@@ -181,7 +182,7 @@ def dtypes_added_to(plan: RunPlan) -> tuple[set[torch.dtype], Outcome]:
     return dtypes, outcome(engine, [result.read(engine) for result in steps_of(plan, engine, loss_sum, batches_of)])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", variants([3], [1, 2]))
 def test_under_16_bits_the_penalty_is_added_in_fp32_and_updated_with(stage: int, material: Material) -> None:
     """16 bits would lose a small penalty in a large gradient."""
     model = {"dtype": "bf16", "compute_dtype": "bf16"}

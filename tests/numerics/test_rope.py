@@ -24,6 +24,7 @@ from tests.numerics.test_whole_run import finished
 from tests.tiny import save_tiny_model
 from tests.unit.test_meta_shape import OTHERS
 from tests.unit.test_plan_shapes import CONFIGS
+from tests.variants import variants
 
 ORIGINAL = 64
 """Positions of the bases here: most documents are longer."""
@@ -90,7 +91,7 @@ def test_factor_1_changes_nothing_bit_for_bit(short: Material, monkeypatch: pyte
     assert train(stretched(short, "linear")).losses == train(make_plan(short)).losses
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", variants([3], [1, 2]))
 def test_two_workers_equal_one(stage: int, short: Material) -> None:
     alone = train(stretched(short, "dynamic", adapter=LORA))
     first, _ = run(stretched(short, "dynamic", adapter=LORA, workers=2, stage=stage))

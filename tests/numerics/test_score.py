@@ -34,6 +34,7 @@ from tests.numerics.runs import rank_and_world
 from tests.numerics.saved_models import plainly_loaded
 from tests.numerics.test_whole_run import LORA, config, finished
 from tests.tiny import save_tiny_model, tiny_rows
+from tests.variants import variants
 
 NEW = [{"token": '","city":"', "description": "city"}, "Reply in JSON."]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -151,7 +152,7 @@ def test_a_checkpoint_is_scored_as_the_model_that_is_exported_from_it(method: st
         score_here(plan, checkpoint)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", variants([3], [0]))
 def test_workers_that_share_rows_and_weights_score_as_one(stage: int, rows: Path, tmp_path: Path) -> None:
     result = finished(tmp_path, {"adapter": {"method": "full"}})
     weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)

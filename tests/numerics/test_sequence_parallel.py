@@ -30,6 +30,7 @@ from tests.numerics.test_plan_bytes import METHODS, WIDE, persisted_activations,
 from tests.numerics.test_resume_engine import merged
 from tests.numerics.test_whole_run import prepared_run, train_rank
 from tests.tiny import save_tiny_model
+from tests.variants import variants
 
 SLOW = pytest.mark.slow
 CASES: dict[str, dict[str, Any]] = {
@@ -49,7 +50,7 @@ def shared(material: Material, *, workers: int = 2, size: int = 2, accumulation:
     return make_plan(material, workers=workers, batch=batch, **changes)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("stage", variants([3], [0, 1, 2]))
 @pytest.mark.parametrize("case", ["full", *(pytest.param(case, marks=SLOW) for case in CASES if case != "full")])
 def test_two_workers_that_share_rows_equal_one(case: str, stage: int, material: Material) -> None:
     alone = train(make_plan(material, **CASES[case]))
@@ -108,7 +109,7 @@ def test_a_whole_run_records_the_validation_loss_of_what_it_saves(tmp_path: Path
     assert loss_by_plain_transformers(plan, result.model_path) == pytest.approx(result.metrics["validation/loss"], rel=2e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", variants([3], [0]))
 def test_every_rank_keeps_the_planned_activations_of_its_part_of_a_row(stage: ZeroStage, tmp_path: Path) -> None:
     """Within 2 %, with more workers than heads of keys and values."""
     material = replace(make_material(tmp_path), model=tmp_path / "model")

@@ -22,6 +22,7 @@ from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     LORA,
     SAME_SUMS,
+    Change,
     Material,
     Outcome,
     largest_difference,
@@ -35,6 +36,7 @@ from tests.numerics.runs import (
 )
 from tests.numerics.test_losses import MODELS, assert_same_gradients, build, gradients, inputs_of, make_batch
 from tests.tiny import store_plan, tiny_rows, tiny_store
+from tests.variants import variants
 
 
 def ones(batch: Batch) -> Batch:
@@ -163,7 +165,7 @@ def train_on(plan: RunPlan, change: Callable[[Batch], Batch]) -> Outcome:
     def changed(step: int) -> Sequence[Batch]:
         return [change(batch) for batch in batches_of(step)]
 
-    found = outcome(engine, [result.read(engine) for result in steps_of(plan, engine, loss_sum, changed)])
+    found = outcome(engine, [result.read(engine) for result in steps_of(plan, engine, loss_sum, changed, Change(stop=2))])
     engine.release()
     return found
 
@@ -172,7 +174,7 @@ def with_and_without_ones(plans: Sequence[RunPlan]) -> list[tuple[Outcome, Outco
     return [(train_on(plan, lambda batch: batch), train_on(plan, ones)) for plan in plans]
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])  # 3 divides as 2 does, and more
+@pytest.mark.parametrize("stage", variants([3], [0, 2]))
 def test_weights_of_1_change_no_bit_of_a_run(stage: int, material: Material) -> None:
     plans = [plan_of(kind, chunk_tokens, material, workers=2, stage=stage) for kind, chunk_tokens in CASES]
     for case, (without, with_ones) in zip(CASES, run_on_ranks(with_and_without_ones, 2, plans)[0]):
@@ -262,7 +264,7 @@ def test_a_weighted_run_is_that_of_plain_torch(chunk_tokens: int | None, adapter
     assert losses[2] != losses[0]
 
 
-@pytest.mark.parametrize(("workers", "accumulation", "stage"), [(1, 8, 0), (2, 2, 0), (2, 2, 2), (2, 4, 3)])
+@pytest.mark.parametrize(("workers", "accumulation", "stage"), variants([(1, 8, 0), (2, 4, 3)], [(2, 2, 0), (2, 2, 2)]))
 def test_the_curve_of_a_weighted_run_does_not_depend_on_its_division(
     workers: int, accumulation: int, stage: int, weighted: Material
 ) -> None:

@@ -31,9 +31,11 @@ from raytune.training import final
 from raytune.training.commit import committed
 from raytune.training.engine import PlainEngine
 from raytune.training.run import Worker, train
+from raytune.training.whereabouts import findable, whereabouts
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.saved_models import loss_by_plain_transformers
 from tests.tiny import tiny_rows
+from tests.variants import variants
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
 
@@ -65,7 +67,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SAVED_AS_OTHERS = (
     "rslora",
     "lora+",
+    "olora",
+    "orthogonal",
     "rank pattern",
+    "full with checkpointing",
+    "chunked loss",
+    "noisy embeddings",
     "dense mask",
     "by length",
     "no packing",
@@ -117,9 +124,7 @@ def train_rank(plan: RunPlan) -> None:
     train(plan, Worker(rank=rank, world_size=world_size, device_index=rank, attempt=1, report=lambda metrics: None))
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SAVED_AS_OTHERS else name for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", variants([name for name in VARIANTS if name not in SAVED_AS_OTHERS], SAVED_AS_OTHERS))
 def test_the_saved_model_has_the_validation_loss_that_was_recorded(variant: str, tmp_path: Path) -> None:
     result = finished(tmp_path, VARIANTS[variant])
     losses = dict(result.history.series("validation/loss"))
@@ -277,6 +282,22 @@ def test_ranks_save_together_when_the_time_has_come(tmp_path: Path) -> None:
     always = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update={"every_s": 0.0})})
     run_on_ranks(train_rank, 2, always)
     assert [commit.step for commit in committed(folder)] == [2, 4, 6]
+
+
+def test_between_steps_a_rank_says_which_was_the_last(tmp_path: Path) -> None:
+    said: list[str] = []
+    _, plan = prepared_run(tmp_path, {"training": {"max_steps": 2}, "evaluation": {"at_start": False}})
+    worker = Worker(
+        rank=0,
+        world_size=1,
+        device_index=0,
+        attempt=1,
+        report=lambda metrics: None,
+        check=lambda: said.append(str(whereabouts())),
+    )
+    with findable():
+        train(plan, worker)
+    assert [words.partition(" (")[0] for words in said] == ["is after step 1", "is after step 2"]
 
 
 def test_the_events_of_a_run_that_fails_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from tests.ray.test_preflight import preflight
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.distributed.is_nccl_available(), reason="this PyTorch has NCCL")
 def test_a_pytorch_without_nccl_is_called_that_and_no_firewall_is_blamed() -> None:
     with running_cluster(cpus_of_nodes=[0]) as cluster:

@@ -32,6 +32,7 @@ def train(hub: StandIn, folder: Path, *overrides: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_downloads_its_base_once_for_two_workers_and_names_its_commit(tmp_path: Path) -> None:
     with serving() as hub:

@@ -95,6 +95,7 @@ def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int
     assert number != signal.SIGINT or "same command" in messages
 
 
+@pytest.mark.slow
 @signals(often=signal.SIGINT)
 def test_an_interrupted_range_test_leaves_nothing(number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str) -> None:
     small = ["data.max_length=192", "data.too_long=truncate", "training.global_batch_size=2", "training.zero.stage=0"]

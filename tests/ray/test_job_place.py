@@ -11,6 +11,7 @@ from tests.ray.test_job_verbs import dashboard, project, raytune
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
+@pytest.mark.slow
 def test_a_job_runs_off_a_head_without_cpus(tmp_path: Path) -> None:
     folder = project(tmp_path / "e", "off-head", steps=1)
     with running_cluster(cpus_of_nodes=[0, 2]) as cluster:

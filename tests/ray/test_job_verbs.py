@@ -131,11 +131,11 @@ def test_a_job_name_is_taken_once(one_node: Cluster, submitted: tuple[subprocess
     assert (again.returncode, "There is a job first-job" in again.stderr) == (2, True)
 
 
+@pytest.mark.slow  # often by the name with a command in it, below
 @pytest.mark.parametrize(
     ("override", "code", "message"),
     [
-        # Often by the name with a command in it, below.
-        pytest.param("data.train.path=/no/such/rows.jsonl", 2, "no/such/rows.jsonl", marks=pytest.mark.slow),
+        ("data.train.path=/no/such/rows.jsonl", 2, "no/such/rows.jsonl"),
         ("cluster.cpus_per_worker=64", 10, "can hold a worker"),
     ],
 )

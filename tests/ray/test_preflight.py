@@ -55,6 +55,7 @@ def test_a_storage_that_was_there_stays_as_it_was(cluster: Cluster, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_network_below_what_was_expected_fails_with_the_share(cluster: Cluster) -> None:
     code, findings = preflight(cluster, "--expect", "100TB")
     assert (code, findings["all-reduce"]["status"]) == (1, "fail")

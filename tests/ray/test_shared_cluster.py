@@ -79,6 +79,7 @@ def double(number: int) -> int:
     return 2 * number
 
 
+@pytest.mark.slow
 def test_a_wait_for_cpus_that_others_hold_ends_with_what_is_free(connection: None) -> None:
     @ray.remote(num_cpus=2)
     class Other:

@@ -234,6 +234,7 @@ def test_a_trial_that_diverges_fails_with_its_cause_and_never_wins(cluster: Clus
     assert dead.step < 9
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_is_continued_and_the_others_go_on(cluster: Cluster, tmp_path: Path) -> None:
     patient = config(
         cluster,
@@ -269,7 +270,8 @@ def test_a_trial_whose_process_is_killed_is_continued_and_the_others_go_on(clust
     assert History.read(first.metrics).series("train/loss") == unbroken.history.series("train/loss")
 
 
-@pytest.mark.parametrize("method", ["hyperband", pytest.param("median", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hyperband", "median"])
 def test_ray_tunes_other_rules_stop_trials_too(cluster: Cluster, tmp_path: Path, method: str) -> None:
     section = {
         "space": {"training.learning_rate": {"grid": [1e-2, 5e-3, 2e-5, 1e-5, 3e-5, 2e-2]}},

@@ -35,6 +35,7 @@ import setuptools  # noqa: F401
 import torch
 import transformers.integrations.bitsandbytes  # noqa: F401
 from starter import EXIT_CODE, FORKED, REFUSED, WORKER  # beside this file
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "DS_", "OMP_", "MKL_", "OPENBLAS_", "LD_")
 """How the names of variables begin that libraries read while they are imported."""
@@ -159,6 +160,7 @@ def arguments_of_worker(words: list[str]) -> list[str]:
 
 def main() -> None:
     assert not {"ray", "raytune"} & set(sys.modules)
+    get_checkpoint_conversion_mapping("llama")  # of all models: a thousand regular expressions, compiled once
     gc.collect()
     gc.freeze()
     serve(sys.argv[1])
