@@ -30,6 +30,7 @@ from raytune.plan.base_model import read_model_shape
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
 from tests.tiny import save_tiny_model
+from tests.variants import variants
 
 IDS = torch.arange(1, 20)[None]
 
@@ -91,7 +92,7 @@ def logits(folder: Path | str) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", variants(["full"], ["lora"]))
 def test_own_code_trains_as_the_same_code_of_transformers(method: str, own: Path, plain: Path) -> None:
     ours = trained(run_config(own, "ours", method, trust_remote_code=True))
     theirs = trained(run_config(plain, "theirs", method))

@@ -49,7 +49,7 @@ def config(started: Cluster, storage: Path, name: str, **sections: Any) -> dict[
         "storage": str(storage),
         "data": {
             "train": {"path": "demo:train", "max_rows": 120},
-            "validation": {"path": "demo:validation", "max_rows": 24},
+            "validation": {"path": "demo:validation", "max_rows": 10},
             "max_length": 512,
         },
         "training": {"max_steps": STEPS, "global_batch_size": 2, "warmup_steps": 1},

@@ -33,7 +33,7 @@ def config(cluster: Cluster, storage: Path, name: str, **sections: Any) -> dict[
         "storage": str(storage),
         "data": {
             "train": {"path": "demo:train", "max_rows": 200},
-            "validation": {"path": "demo:validation", "max_rows": 40},
+            "validation": {"path": "demo:validation", "max_rows": 12},
             "max_length": 512,
         },
         "training": {"max_steps": 6, "global_batch_size": 4, "learning_rate": 1e-3, "zero": {"stage": 3}},
