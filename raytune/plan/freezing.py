@@ -10,7 +10,7 @@ from raytune.config.model import Quantization
 from raytune.config.strategy import FreezeSection
 from raytune.errors import ModelError, UserError
 from raytune.plan.methods import trained_by
-from raytune.plan.methods.targets import WORDS, has_name, is_meant, is_saved, paths_to
+from raytune.plan.module_names import WORDS, has_name, is_meant, is_saved, paths_to
 from raytune.plan.shapes import ModelShape
 from raytune.plan.trained import Trained, TrainedPart, layer_of, lowest_layer, num_sides
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from raytune.config.strategy import StrategySection
 from raytune.errors import UserError
 from raytune.plan.freezing import folded, is_in, meant, nothing_meant
-from raytune.plan.methods.targets import WORDS, is_meant, matches_end
+from raytune.plan.module_names import WORDS, is_meant, matches_end
 from raytune.plan.run_plan import OptimizationPlan, UpdateGroup
 from raytune.plan.shapes import ModelShape
 from raytune.plan.trained import Trained, TrainedPart, layer_of

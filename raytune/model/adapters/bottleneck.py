@@ -25,7 +25,7 @@ from raytune.model.adapters.targets import (
 )
 from raytune.model.experts import expert_parameters
 from raytune.plan.methods.bottleneck import PLACES, block_of, places, width_behind
-from raytune.plan.methods.targets import has_name, matches
+from raytune.plan.module_names import has_name, matches
 
 KIND: Any = "RAYTUNE_BOTTLENECK"
 """In the place of one of PEFT's types, which it would not find without raytune."""

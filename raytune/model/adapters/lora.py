@@ -24,7 +24,8 @@ from raytune.model.adapters.token_rows import compute_rows_alone, trained_rows
 from raytune.model.experts import bare_parameters, expert_parameters
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.lora_limits import FROM_BASE
-from raytune.plan.methods.targets import has_name, is_left_out, matches_end
+from raytune.plan.methods.targets import is_left_out
+from raytune.plan.module_names import has_name, matches_end
 
 INITIALISATIONS: dict[str, bool | str] = {
     "default": True,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from raytune.data.tokenizers import token_numbers
 from raytune.model.new_tokens import added_rows, added_texts
-from raytune.plan.methods.targets import is_saved
+from raytune.plan.module_names import is_saved
 
 # Shapes: T tokens, D width, V vocabulary, R trained rows.
 

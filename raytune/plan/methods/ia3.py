@@ -18,7 +18,8 @@ from raytune.plan.methods.layers import (
     without_experts,
 )
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import check_names, has_name, target_modules
+from raytune.plan.methods.targets import check_names, target_modules
+from raytune.plan.module_names import has_name
 from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained
 

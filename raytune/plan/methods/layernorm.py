@@ -11,7 +11,8 @@ from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import most_in_a_module, packed_experts
 from raytune.plan.methods.layers import named_targets, unread_names, without_experts
 from raytune.plan.methods.method import Method
-from raytune.plan.methods.targets import check_names, has_name, is_left_to_saving, is_saved, matches, saved_modules
+from raytune.plan.methods.targets import check_names, saved_modules
+from raytune.plan.module_names import has_name, is_left_to_saving, is_saved, matches
 from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import Trained, lowest_layer, whole_parts
 

@@ -11,16 +11,9 @@ from raytune.config.run import RunConfig
 from raytune.errors import ModelError, PlanError, UserError, capitalised
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.lora_updates import all_updated, biases_of, rank_of
-from raytune.plan.methods.targets import (
-    check_names,
-    expert_parameters,
-    matches_end,
-    names_in,
-    own_names,
-    saved_modules,
-    unread_exclusions,
-)
+from raytune.plan.methods.targets import check_names, expert_parameters, names_in, own_names, saved_modules, unread_exclusions
 from raytune.plan.methods.token_rows import check_rows
+from raytune.plan.module_names import matches_end
 from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")

@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from raytune.config.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.plan.methods.experts import takes_experts
-from raytune.plan.methods.targets import (
-    all_parameters,
-    has_name,
-    is_left_out,
-    is_saved,
-    matches_end,
-    target_modules,
-)
+from raytune.plan.methods.targets import all_parameters, is_left_out, target_modules
+from raytune.plan.module_names import has_name, is_saved, matches_end
 from raytune.plan.shapes import ModelShape, Module
 
 

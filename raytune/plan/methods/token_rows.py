@@ -5,7 +5,7 @@ from typing import Any
 
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError, UserError
-from raytune.plan.methods.targets import is_saved
+from raytune.plan.module_names import is_saved
 from raytune.plan.shapes import ModelShape, Module
 from raytune.plan.trained import TrainedPart
 
