@@ -53,7 +53,8 @@ def in_layer_bytes(work: Workload) -> float:
     - gradients of that layer's weight and of what entered it, which is still kept;
     - what passes where the widest update is, in the dtype of what is trained: on the way back, or while it is computed again.
 
-    The gradient of an update of fused experts comes out of that of all their weights.
+    Experts have the stream's gradient beside it once for each that a token passes through. The gradient of an update of fused
+    experts comes out of that of all their weights.
     """
     shape, trained, width = work.shape, work.trained, BYTES[work.precision]
     stream = work.num_tokens * shape.hidden * BYTES[work.weight_dtype]
@@ -67,7 +68,8 @@ def in_layer_bytes(work: Workload) -> float:
         _back_through_update_bytes(work, kept_product),
         _computing_update_bytes(work, product - (0 if _casts_inputs(work) else kept_product)) if work.has_checkpointing else 0,
     )
-    return stream + max(ways) + width * trained.largest_updated
+    routed = sum(module.copies_per_token * module.inputs for module in shape.layer if module.kind == "experts")
+    return stream + max(ways) + width * (work.num_tokens * routed + trained.largest_updated)
 
 
 def _back_through_update_bytes(work: Workload, kept_product: float) -> float:
@@ -120,10 +122,11 @@ def layer_activation_bytes(work: Workload) -> float:
     )
     # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens.
     is_below = work.trained.lengthens_rows or (trains_base and work.trained.num_whole_embeddings)
-    is_first = not is_below and (num_layers == 1 or not work.has_checkpointing)
-    # With checkpointing, a layer's input in fp32 is kept anyway.
-    is_kept_anyway = work.has_checkpointing and work.weight_dtype == "fp32"
-    normalised -= 4 * shape.hidden / sharing if is_first or is_kept_anyway else 0
+    if work.has_checkpointing:
+        # A layer computed again has gradients for its input, which is kept anyway: where it is in fp32, the norm keeps no other.
+        normalised -= 4 * shape.hidden * (work.weight_dtype == "fp32")
+    elif not is_below:
+        normalised -= 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
     keeps_inputs = _keeps_inputs(work)
@@ -243,7 +246,9 @@ def _linear_input_bytes(work: Workload) -> float:
         scaled = trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0
         return inner + scaled + (shared if work.zero_stage == 3 else 0)
     cast = trained.target_inputs * width / num_layers
-    return inner + (cast if casts or trained.drops_inputs else shared) + (cast if trained.drops_inputs else 0)
+    # Beside what was dropped: a mask, on a CPU in the dtype of what is dropped.
+    mask = cast if work.is_on_gpu else trained.target_inputs * BYTES[work.trained_dtype] / num_layers
+    return inner + (cast if casts or trained.drops_inputs else shared) + (mask if trained.drops_inputs else 0)
 
 
 def _score_bytes(work: Workload) -> float:
