@@ -99,6 +99,12 @@ METHODS: dict[str, PeftMethod] = {
             target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
         ),
         rate=2e-2,
+        variants=(
+            {},
+            {"target_modules": "all-linear"},
+            {"target_modules": "attention"},
+            {"target_modules": r".*\.1\..*(proj|dense|c_attn|c_proj)"},
+        ),
     ),
     "layernorm": PeftMethod(
         section={"method": "layernorm"},

@@ -1,8 +1,11 @@
 """Bytes of what passes through the layers of a model: what autograd keeps, what a layer takes while it computes, and the
 gradients that come back. Every formula names its source."""
 
+from functools import lru_cache
+
 from raytune.plan.kept_by_weights import kept_by_weights
 from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.trained import Trained
 from raytune.plan.workload import BYTES, Workload
 
 KEPT_STEPS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 2}
@@ -16,18 +19,19 @@ transformers' elementary steps, within a factor of 5 for tiny models (test_hybri
 
 
 def kept_bytes(work: Workload) -> float:
-    """What autograd keeps for the backward pass, beside the layer that this pass is in.
+    """What autograd keeps of layers for the backward pass, beside the layer that this pass is in.
 
-    With checkpointing only the input of each layer is kept, and one layer at a time whole. Around the layers it keeps what the
-    embedding gives, and what the last norm computes in fp32 and gives.
+    With checkpointing only the input of each layer is kept, and one layer at a time whole.
     """
-    shape, width = work.shape, BYTES[work.weight_dtype]
-    if not work.num_reached:
-        return work.num_tokens * shape.hidden * (4 + width)
-    around = work.num_tokens * shape.hidden * (4 + 2 * width)
     if work.has_checkpointing:
-        return around + work.num_reached * work.num_tokens * shape.hidden * width
-    return around + max(0, work.num_reached - 1) * layer_activation_bytes(work)
+        return work.num_reached * work.num_tokens * work.shape.hidden * BYTES[work.weight_dtype]
+    return max(0, work.num_reached - 1) * layer_activation_bytes(work)
+
+
+def around_bytes(work: Workload) -> float:
+    """What it keeps around the layers: what the embedding gives, if a layer is reached, and what the last norm computes in fp32
+    and gives. The last norm's backward pass lets go of it."""
+    return work.num_tokens * work.shape.hidden * (4 + (1 + (work.num_reached > 0)) * BYTES[work.weight_dtype])
 
 
 def passing_bytes(work: Workload, shape: ModelShape) -> float:
@@ -35,17 +39,63 @@ def passing_bytes(work: Workload, shape: ModelShape) -> float:
     return work.num_tokens * BYTES[work.weight_dtype] * ((2 + shape.has_gate) * shape.intermediate + 3 * shape.hidden)
 
 
-def activation_gradient_bytes(work: Workload) -> float:
-    """Gradients of the branches of an MLP, and of the stream in fp32, of which a norm's backward pass holds three.
+def last_norm_bytes(work: Workload) -> float:
+    """The backward pass of the norm behind the layers: what is kept around these, three gradients in fp32, and, where the stream
+    is in 16 bits, what comes and what goes."""
+    in_16_bits = 0 if work.weight_dtype == "fp32" else 2 * BYTES[work.weight_dtype]
+    return around_bytes(work) + work.num_tokens * work.shape.hidden * (12 + in_16_bits)
 
-    The gradient of an update of fused experts comes out of that of all their weights, that of a product out of that of the whole
-    update. Where factors or rotations in fp32 multiply, the gradient of what they give is in fp32 as well.
+
+def in_layer_bytes(work: Workload) -> float:
+    """What lives beside what is kept at the fullest moment of a layer's backward pass: the stream's gradient, and the most of
+
+    - gradients of an MLP's product and of both its branches, when what entered its last layer is no longer kept;
+    - gradients of that layer's weight and of what entered it, which is still kept;
+    - what passes where the widest update is, in the dtype of what is trained: on the way back, or while it is computed again.
+
+    Experts have the stream's gradient beside it once for each that a token passes through. The gradient of an update of fused
+    experts comes out of that of all their weights.
     """
-    of_updates = BYTES[work.weight_dtype] * work.trained.largest_updated
-    of_updates += BYTES[work.precision] * work.trained.largest_made
-    if work.trained_dtype != work.precision:
-        of_updates += BYTES[work.trained_dtype] * work.num_tokens * work.trained.widest_scaled
-    return work.num_tokens * (3 * work.shape.intermediate * BYTES[work.precision] + 3 * work.shape.hidden * 4) + of_updates
+    shape, trained, width = work.shape, work.trained, BYTES[work.precision]
+    stream = work.num_tokens * shape.hidden * BYTES[work.weight_dtype]
+    product = work.num_tokens * shape.intermediate * width
+    kept_product = _share_of_products(work) * work.num_tokens * (shape.intermediate - shape.expert_width) * width
+    # Where the stream is in fp32, autocast casts its gradient on the way into a layer.
+    cast = work.num_tokens * shape.hidden * width if work.weight_dtype != work.precision else 0
+    ways = (
+        3 * product - kept_product,
+        cast + product + width * _largest_in_mlp(trained, shape),
+        _back_through_update_bytes(work, kept_product),
+        _computing_update_bytes(work, product - (0 if _casts_inputs(work) else kept_product)) if work.has_checkpointing else 0,
+    )
+    routed = sum(module.copies_per_token * module.inputs for module in shape.layer if module.kind == "experts")
+    return stream + max(ways) + width * (work.num_tokens * routed + trained.largest_updated)
+
+
+def _back_through_update_bytes(work: Workload, kept_product: float) -> float:
+    """Most of what passes where an update of a layer is on the way back.
+
+    An update of what the MLP's branches give has its turn when the product's last layer has had it, and so does one that is made
+    as a whole: its gradient, and what that goes through.
+    """
+    trained, width = work.trained, BYTES[work.trained_dtype]
+    passing = trained.passing_back if work.trained_dtype != work.precision else trained.passing_back_as_it_is
+    tokens = work.num_tokens * width * passing
+    return max(tokens - (0 if trained.changed_inputs else kept_product), width * trained.making_back)
+
+
+def _computing_update_bytes(work: Workload, product: float) -> float:
+    """Most of what passes while an update of a layer is computed again: casts and sums of the update, beside the stream, what
+    entered the MLP and left it, the gradient that waits for the update, and the product.
+
+    Args:
+        product: of the MLP's branches, where no layer keeps it as it is.
+    """
+    trained, width = work.trained, BYTES[work.precision]
+    if not trained.passing_ahead and not trained.making_ahead:
+        return 0
+    casts = BYTES[work.trained_dtype] * trained.passing_ahead if work.trained_dtype != work.precision else 0
+    return work.num_tokens * (4 * work.shape.hidden * width + casts) + product + width * trained.making_ahead
 
 
 def layer_activation_bytes(work: Workload) -> float:
@@ -56,6 +106,8 @@ def layer_activation_bytes(work: Workload) -> float:
     """
     shape, width = work.shape, BYTES[work.precision]
     trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
+    # Of what is kept once, a layer has its share; computed again with checkpointing, it has all.
+    sharing = 1 if work.has_checkpointing else num_layers
     kept = kept_by_weights(work.trained, shape, work.zero_stage == 3)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     shares_rows = work.sequence_parallel > 1
@@ -70,7 +122,11 @@ def layer_activation_bytes(work: Workload) -> float:
     )
     # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens.
     is_below = work.trained.lengthens_rows or (trains_base and work.trained.num_whole_embeddings)
-    normalised -= 0 if is_below else 4 * shape.hidden / num_layers
+    if work.has_checkpointing:
+        # A layer computed again has gradients for its input, which is kept anyway: where it is in fp32, the norm keeps no other.
+        normalised -= 4 * shape.hidden * (work.weight_dtype == "fp32")
+    elif not is_below:
+        normalised -= 4 * shape.hidden / num_layers
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
     keeps_inputs = _keeps_inputs(work)
@@ -85,7 +141,7 @@ def layer_activation_bytes(work: Workload) -> float:
     if ((work.attention == "varlen" and not work.is_on_gpu) or shares_rows) and keeps_inputs:
         attention += width * queries  # outputs document by document, or of own heads, and end to end
     has_rotary = len(shape.embeddings) == 1
-    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / num_layers if has_rotary else 0
+    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / sharing if has_rotary else 0
     attention = max(attention, STATE_STEPS * width * shape.state_width)
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
@@ -111,6 +167,33 @@ def _keeps_inputs(work: Workload) -> bool:
     unless that is in another dtype and keeps casts of them; by every layer at stage 3, whose linear function keeps its own."""
     reads = work.trained.reads_inputs and not _casts_inputs(work)
     return work.trained.is_base or work.zero_stage == 3 or reads
+
+
+def _share_of_products(work: Workload) -> float:
+    """The share of MLPs that keep what enters their last layer, as it is or cast."""
+    trained, shape = work.trained, work.shape
+    if trained.is_base:
+        return kept_by_weights(trained, shape, work.zero_stage == 3).ways_back or 0.0
+    if work.zero_stage == 3:
+        return 1.0
+    is_read = trained.reads_inputs or (trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
+    return float(is_read and _updates_ways_back(trained, shape))
+
+
+@lru_cache(maxsize=4)
+def _updates_ways_back(trained: Trained, shape: ModelShape) -> bool:
+    """Whether an update is at the last layer of MLPs."""
+    ways_back = [f".{module.name}" for module in shape.layer if module.kind == "mlp"][-1:]
+    return any(part.kind == "mlp" and part.name.endswith(tuple(ways_back)) for part in trained.parts)
+
+
+@lru_cache(maxsize=4)
+def _largest_in_mlp(trained: Trained, shape: ModelShape) -> int:
+    """Numbers of the largest weight of an MLP that is trained whole."""
+    whole = {shape.name_in_layer(name) for name in trained.whole}
+    mlp = [module for module in shape.layer if module.kind in ("mlp", "experts") and module.name in whole]
+    matrices = [(module.copies, one) for module in mlp for one in module.matrices or (module,)]
+    return max((copies * one.inputs * one.outputs for copies, one in matrices), default=0)
 
 
 def _casts_inputs(work: Workload) -> bool:
@@ -163,7 +246,9 @@ def _linear_input_bytes(work: Workload) -> float:
         scaled = trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0
         return inner + scaled + (shared if work.zero_stage == 3 else 0)
     cast = trained.target_inputs * width / num_layers
-    return inner + (cast if casts or trained.drops_inputs else shared) + (cast if trained.drops_inputs else 0)
+    # Beside what was dropped: a mask, on a CPU in the dtype of what is dropped.
+    mask = cast if work.is_on_gpu else trained.target_inputs * BYTES[work.trained_dtype] / num_layers
+    return inner + (cast if casts or trained.drops_inputs else shared) + (mask if trained.drops_inputs else 0)
 
 
 def _score_bytes(work: Workload) -> float:
@@ -171,7 +256,7 @@ def _score_bytes(work: Workload) -> float:
     pairs = work.num_tokens * (work.num_tokens + work.num_virtual_keys)
     if work.attention == "eager":
         return pairs * work.shape.heads * 3 * BYTES[work.precision]
-    return pairs / work.shape.num_layers if work.attention == "sdpa" else 0
+    return pairs / (1 if work.has_checkpointing else work.shape.num_layers) if work.attention == "sdpa" else 0
 
 
 def _mask_bytes(work: Workload) -> float:

@@ -10,10 +10,12 @@ from functools import lru_cache
 
 from raytune.config.training import Offload, Optimizer
 from raytune.plan.activations import (
-    activation_gradient_bytes,
+    around_bytes,
     dequantized_bytes,
     expanded_expert_bytes,
+    in_layer_bytes,
     kept_bytes,
+    last_norm_bytes,
     layer_activation_bytes,
     passing_bytes,
 )
@@ -100,11 +102,18 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
     experts_at: tuple[Moment, ...] = ("forward", *in_layers) if work.has_checkpointing else ("forward",)
     head_gradient_at: tuple[Moment, ...] = ("last layer",) if work.chunk_tokens is None else until_last
     yield _part("weights in compute precision", _autocast_bytes(work), casts_at)
+    yield _part("weights of a layer in compute precision", _layer_autocast_bytes(work), in_layers)
     yield _part("activations", kept_bytes(work), until_last)
     if work.num_reached:
+        in_layer = in_layer_bytes(work)
+        yield _part("activations around the layers", around_bytes(work), ("forward", "loss"))
         yield _part("activations of a layer", layer_activation_bytes(work), layer_at)
-        yield _part("gradients of activations", activation_gradient_bytes(work), in_layers)
+        yield _part("gradients of activations", in_layer, in_layers)
+        # With checkpointing no layer has been computed again by then.
+        last_norm = 0 if work.has_checkpointing else max(0, last_norm_bytes(work) - in_layer)
+        yield _part("gradients of the last norm", last_norm, ("last layer",))
     else:
+        yield _part("activations around the layers", around_bytes(work), until_last)
         yield _part("activations of a layer", max(0, passing_bytes(work, work.shape) - _loss_bytes(work)), ("forward",))
     yield _part("a weight out of 4 or 8 bits", dequantized_bytes(work), in_layers)
     yield _part("experts out of 4 bits", expanded_expert_bytes(work), experts_at)
@@ -241,6 +250,16 @@ def _autocast_bytes(work: Workload) -> float:
         if not work.has_checkpointing:
             num_cast += _num_frozen_products(trained, shape)
     return BYTES[work.precision] * num_cast
+
+
+def _layer_autocast_bytes(work: Workload) -> float:
+    """With checkpointing, those casts are made again for the layer that a backward pass is in, of its frozen weights too."""
+    if not work.has_checkpointing or not _autocast_bytes(work):
+        return 0
+    if not work.trained.is_base:
+        return _autocast_bytes(work) / max(1, work.num_reached)
+    linear = (sum(module.num_parameters for module in layer if module.is_linear) for layer in work.shape.layers())
+    return BYTES[work.precision] * max(linear)
 
 
 @lru_cache(maxsize=4)

@@ -62,12 +62,19 @@ class Trained:
     """Whether what is trained computes with inputs in its own dtype."""
     changed_inputs: int = 0
     """Widths of the inputs that layers get changed: rotated or multiplied."""
-    widest_scaled: int = 0
-    """Width of the widest activation that is multiplied by what is trained, in the dtype of that."""
+    passing_ahead: int = 0
+    """Numbers per token that pass in the dtype of what is trained, where this is not the layers', while the widest update is
+    computed: casts of what it reads or gives, and sums of these. What is kept is not among them."""
+    passing_back: int = 0
+    """Numbers per token that pass so on the way back through it: gradients, and what these are made of."""
+    passing_back_as_it_is: int = 0
+    """Of these, as many as pass where the dtype is the layers' own."""
     num_made: int = 0
     """Numbers of matrices that layers make of what is trained in each pass, and keep for the backward pass: whole updates."""
-    largest_made: int = 0
-    """Numbers of the largest of these matrices."""
+    making_ahead: int = 0
+    """Numbers that pass while the largest of an update's matrices are made, in the layers' dtype."""
+    making_back: int = 0
+    """Numbers that pass when their gradient is on the way back, in the dtype of what is trained."""
     num_applied: int = 0
     """Numbers of those of these matrices that tokens are multiplied by; 0: they are multiplied by what is trained itself."""
     making_flops: int = 0

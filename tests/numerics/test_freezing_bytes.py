@@ -129,7 +129,7 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(wide: Material) -> Non
 
 
 def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(wide: Material) -> None:
-    """Within 5 %; with checkpointing up to 12 % less than planned, and at stage 3 without what it may have gathered."""
+    """Within 5 %, at stage 3 without what it may have gathered."""
     cases = [planned(wide, way, stage, precision, checkpointing=recomputes) for way, stage, precision, recomputes in CASES]
     for rank in run_on_ranks(measure_peaks, 2, [plan for _, plan in cases]):
         for case, (work, _), measured in zip(CASES, cases, rank):
@@ -138,7 +138,7 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(wide
             buckets = sum(part.num_bytes for part in parts if part.name == "buckets of gradients") if work.zero_stage else 0
             assert tensor_bytes(parts) + buckets > 0.95 * measured.num_bytes, case
             least = tensor_bytes([part for part in parts if part.name != "gathered weights"])
-            assert least < (1.12 if work.has_checkpointing else 1.05) * measured.num_bytes, case
+            assert least < 1.05 * measured.num_bytes, case
 
 
 @pytest.mark.parametrize(("way", "stage"), [("upper half", 0), ("upper half", 2), ("updates above", 3)])

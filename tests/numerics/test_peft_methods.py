@@ -212,10 +212,6 @@ def test_an_engine_holds_the_planned_bytes(method: str, material: Material, tmp_
 LARGER: dict[str, dict[str, Any]] = {"lokr": {"rank": 8}, "loha": {"rank": 8}, "vera": {"rank": 64}, "oft": {"block_size": 32}}
 LARGER |= {"adalora": {"rank": 8, "initial_rank": 12}}
 """As large beside the base as they are of larger models."""
-OVER = {"adalora": 0.08, "boft": 0.13}
-"""How far a plan may be above what is measured, where that is more than 6 %: with gradient checkpointing the fullest moment is
-the last layer's backward pass, at which the plan counts what has just been given back: what the last norm kept, the inputs of
-the MLP's last layer, and three gradients of a norm in fp32, whose turn comes when the MLP has given back its own."""
 WAYS: list[tuple[ZeroStage, str, bool]] = [
     (stage, method, checkpointing)
     for stage in (0, 1, 3)
@@ -227,7 +223,7 @@ WAYS: list[tuple[ZeroStage, str, bool]] = [
 
 @SLOW
 def test_every_rank_takes_the_planned_bytes(material: Material, tmp_path: Path) -> None:
-    """Activations within 5 %; the fullest moment of a step within 6 %, but at stage 3, which gathers weights when it likes."""
+    """Within 5 %, activations and the fullest moment of a step, but at stage 3, which gathers weights when it likes."""
     wide = replace(material, model=tmp_path / "model")
     sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 32}
     save_tiny_model(wide.model, tied=False, **sizes | {"num_attention_heads": 8, "num_key_value_heads": 4})
@@ -244,4 +240,4 @@ def test_every_rank_takes_the_planned_bytes(material: Material, tmp_path: Path) 
     for way, work, peak in zip(WAYS, works, run_on_ranks(measure_peaks, 2, plans)[0]):
         if work.zero_stage < 3:
             planned = tensor_bytes(memory_parts(work))
-            assert 0.94 * peak.num_bytes <= planned <= (1 + OVER.get(way[1], 0.06)) * peak.num_bytes, way
+            assert planned == pytest.approx(peak.num_bytes, rel=0.05), way

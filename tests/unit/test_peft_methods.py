@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from raytune.config.adapter import Adapter
 from raytune.config.load import config_from
 from raytune.config.quantization import HeldBase
-from raytune.errors import ModelError
+from raytune.errors import ModelError, UserError
 from raytune.model.adapters import add_adapter
 from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.architectures import model_shape
@@ -108,14 +108,42 @@ def test_a_norm_is_not_trained_twice():
     assert planned(CPU, DEMO, adapter={"method": "layernorm", "modules_to_save": ["lm_head"]}).num_trainable
 
 
+@pytest.mark.parametrize(
+    ("targets", "multiplied_in_front"),
+    [
+        ({}, {"k_proj": False, "v_proj": False, "down_proj": True}),
+        ({"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}, {"o_proj": True}),
+    ],
+)
+def test_ia3_multiplies_what_keys_and_values_give_and_what_enters_the_way_back(
+    targets: dict[str, Any], multiplied_in_front: dict[str, bool]
+) -> None:
+    layers = adapted("qwen2", section("ia3", **targets)).named_modules()
+    sides = {name.rpartition(".")[2]: layer.is_feedforward for name, layer in layers if hasattr(layer, "is_feedforward")}
+    assert sides == multiplied_in_front
+
+
+def test_ia3_multiplies_in_front_only_what_gets_factors() -> None:
+    message = "'gate_proj', which is not among the layers that get factors: down_proj, k_proj"
+    with pytest.raises(ModelError, match=message):
+        planned(CPU, DEMO, adapter={"method": "ia3", "feedforward_modules": ["gate_proj"]})
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_plan_says_what_is_trained(method: str) -> None:
-    plan = planned(gpus(1, 80), LLAMA_3_8B, adapter=METHODS[method].section)
+def test_a_plan_says_what_is_trained_and_over_what(method: str) -> None:
+    held = {"model": {"quantization": "nf4"}} if METHODS[method].takes_nf4 else {}
+    plan = planned(gpus(1, 80), LLAMA_3_8B, adapter=METHODS[method].section, **held)
     said = dict(plan_table(plan))["method"]
     assert said.startswith(f"{method} "), said
+    assert (" over a base in nf4, " in said) == bool(held)
     assert said.endswith("of the base)")
     assert plan.optimization.weight_decay == 0
     assert 1e-4 <= plan.optimization.learning_rate <= 1e-2
+
+
+def test_advice_of_a_run_that_does_not_fit_names_the_quantised_base() -> None:
+    with pytest.raises(UserError, match=r"model\.quantization=nf4"):
+        planned(gpus(1, 14), LLAMA_3_8B, adapter={"method": "ia3"})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -44,7 +44,11 @@ def _trained(adapter: AdaLoraAdapter, shape: ModelShape, quantization: Quantizat
             inner_width=rank,
             # What an update gives, which PEFT divides by a tensor.
             width_in_16_bits=module.outputs,
-            scaled_width=module.outputs,
+            passing_ahead=module.inputs,  # in fp32
+            # What an update gives is divided by a tensor: the gradient, its quotient, and for that of the tensor what was divided
+            # over it, minus that and its product with the gradient.
+            passing_back=5 * module.outputs,
+            passing_back_as_it_is=4 * module.outputs,
             num_made=rank * module.inputs,  # E A
         )
 

@@ -32,11 +32,13 @@ def _trained(adapter: BoftAdapter, shape: ModelShape, quantization: Quantization
             num_parameters=in_blocks + module.outputs,
             num_sides=2 * factors * module.inputs + module.outputs + 1,
             inner_width=module.outputs,  # what its factors multiply
-            scaled_width=module.outputs,
             changed_inputs=module.inputs,
+            passing_ahead=min(module.inputs, module.outputs),  # the gradient of what an MLP's last layer gives, in fp32
             # Each factor among its permutations and what they make together so far; of blocks, the skew matrix, the solution of
             # Cayley's equation and how that was found, and the rotation.
             num_made=2 * factors * square + 4 * in_blocks,
+            # What the factors make together and the product before that, with the permutation.
+            making_ahead=2 * square,
             num_applied=square,
             making_flops=3 * factors * 2 * module.inputs * square,
         )

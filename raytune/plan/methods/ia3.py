@@ -1,6 +1,7 @@
 """(IA)^3 in a plan: which layers get factors, on which side, and how a plan speaks of it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from raytune.config.adapter import Ia3Adapter
 from raytune.config.model import Quantization
@@ -78,9 +79,12 @@ def _trained(adapter: Ia3Adapter, shape: ModelShape, quantization: Quantization 
     def addition(module: Module) -> Addition:
         if is_of_feedforward(module.name, adapter, backs):
             width = module.inputs
-            return Addition(num_parameters=width, num_sides=width + 1, scaled_inputs=width, changed_inputs=width)
-        width = module.outputs
-        return Addition(num_parameters=width, num_sides=width + 1, inner_width=width, scaled_width=width)
+            sides = Addition(num_parameters=width, num_sides=width + 1, scaled_inputs=width, changed_inputs=width)
+        else:
+            width = module.outputs
+            sides = Addition(num_parameters=width, num_sides=width + 1, inner_width=width)
+        # The gradient of what is multiplied, those of both that are, and the latter before it is summed.
+        return replace(sides, passing_back=3 * width, passing_back_as_it_is=3 * width)
 
     return trained_in_layers(adapter, shape, quantization, scaled_layers(adapter, shape), addition, how="scale")
 

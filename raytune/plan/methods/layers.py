@@ -31,12 +31,20 @@ class Addition:
     """Numbers per token that it keeps besides where products are in 16 bits."""
     scaled_inputs: int = 0
     """Width of the inputs that it multiplies by trained factors."""
-    scaled_width: int = 0
-    """Width of what it multiplies by what is trained, and so computes in the dtype of that."""
+    passing_ahead: int = 0
+    """Numbers per token that pass while it is computed, as of `Trained`."""
+    passing_back: int = 0
+    """Numbers per token that pass on the way back."""
+    passing_back_as_it_is: int = 0
+    """Of these, as many as pass where nothing is cast."""
     changed_inputs: int = 0
     """Width of what it has the layer compute with in place of its inputs."""
     num_made: int = 0
     """Numbers of matrices that it makes of these in each pass."""
+    making_ahead: int = 0
+    """Numbers that pass while it makes these, as of `Trained`."""
+    making_back: int = 0
+    """Numbers that pass when their gradient is on the way back."""
     num_applied: int = 0
     """Numbers of a matrix among these that tokens are multiplied by, in place of what is trained."""
     making_flops: int = 0
@@ -79,9 +87,12 @@ def trained_in_layers(
         scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
         casts_inputs=casts_inputs,
         changed_inputs=sum(added[module.name].changed_inputs for module in inside),
-        widest_scaled=max((one.scaled_width for one in added.values()), default=0),
+        passing_ahead=max((one.passing_ahead for one in added.values()), default=0),
+        passing_back=max((one.passing_back for one in added.values()), default=0),
+        passing_back_as_it_is=max((one.passing_back_as_it_is for one in added.values()), default=0),
         num_made=sum(added[module.name].num_made for module in inside),
-        largest_made=max((one.num_made for one in added.values()), default=0),
+        making_ahead=max((one.making_ahead for one in added.values()), default=0),
+        making_back=max((one.making_back for one in added.values()), default=0),
         num_applied=sum(one.num_applied for one in added.values()),
         making_flops=sum(one.making_flops for one in added.values()),
         num_constants=num_constants,

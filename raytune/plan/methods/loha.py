@@ -26,6 +26,8 @@ def _trained(adapter: LohaAdapter, shape: ModelShape, quantization: Quantization
             num_parameters=2 * adapter.rank * sides,
             num_sides=2 * (sides + 2 * adapter.rank),
             num_made=module.inputs * module.outputs,
+            # The update's gradient, scaled, and for each pair of matrices what it is multiplied by and the product.
+            making_back=5 * module.inputs * module.outputs,
         )
 
     layers = target_modules(adapter, shape)

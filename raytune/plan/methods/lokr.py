@@ -58,7 +58,9 @@ def _addition(adapter: LokrAdapter, module: Module) -> Addition:
     return Addition(
         num_parameters=first + second,
         num_sides=first_sides + second_sides,
+        passing_ahead=module.inputs,  # in fp32
         num_made=module.inputs * module.outputs,
+        making_ahead=2 * module.inputs * module.outputs,  # in fp32, before it is cast
     )
 
 

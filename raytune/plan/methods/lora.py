@@ -49,6 +49,8 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
         reads_inputs=True,
         num_constants=sum(part.num_parameters for part in rows),
         target_inputs=sum(module.inputs for module in in_layers),
+        # Inputs in fp32, and what of these is not dropped.
+        passing_ahead=(1 + (adapter.dropout > 0)) * max((module.inputs for module in in_layers), default=0),
         inner_width=sum(sizes[module.name].rank for module in in_layers),
         drops_inputs=adapter.dropout > 0,
         num_in_experts=sum(sizes[parameter.name].num_parameters for parameter in updated),

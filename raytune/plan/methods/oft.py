@@ -35,7 +35,11 @@ def _trained(adapter: OftAdapter, shape: ModelShape, quantization: Quantization 
             num_parameters=num_blocks * per_block,
             num_sides=num_blocks + per_block,
             changed_inputs=module.inputs,
-            scaled_width=module.inputs,
+            # Of inputs, which are cast, rotated block by block, laid side by side and cast back.
+            passing_ahead=3 * module.inputs,
+            # Of rotated ones the gradient, that laid out in blocks, and that before the rotation; of three, two are in 16 bits.
+            passing_back=2 * module.inputs,
+            passing_back_as_it_is=3 * module.inputs,
             num_made=made,
         )
 

@@ -27,7 +27,16 @@ def _trained(adapter: VeraAdapter, shape: ModelShape, quantization: Quantization
     def addition(module: Module) -> Addition:
         width = module.outputs + adapter.rank
         # What runs between the shared matrices and what leaves them is multiplied by factors, and kept for their gradients.
-        return Addition(num_parameters=width, num_sides=width + 2, inner_width=width, scaled_width=module.outputs)
+        return Addition(
+            num_parameters=width,
+            num_sides=width + 2,
+            inner_width=width,
+            # What a layer gives in fp32, the update, and their sum.
+            passing_ahead=3 * module.outputs,
+            # The gradient of that sum, those of the factors before they are summed and of what they multiply, and this, cast.
+            passing_back=4 * module.outputs,
+            passing_back_as_it_is=3 * module.outputs,
+        )
 
     layers = target_modules(adapter, shape)
     # As wide as the widest layers; PEFT slices them for the others.
