@@ -40,7 +40,7 @@ from raytune.config.needs import (
 from raytune.config.problems import dotted, shown
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
-from raytune.config.training import Schedule
+from raytune.config.training import SCHEDULE_FREE, Optimizer, Schedule
 
 KeyPath = tuple[str | int, ...]
 
@@ -276,7 +276,10 @@ READERS: dict[str, Reader] = {
         "training",
         "min_lr_ratio",
         "plan.choose",
-        needs=(choice("training.lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),),
+        needs=(
+            choice("training.lr_scheduler_type", ("auto", *(name for name in get_args(Schedule) if name != "constant"))),
+            choice("training.optimizer", tuple(name for name in get_args(Optimizer) if name not in SCHEDULE_FREE)),
+        ),
     ),
     **_read("training", "decay_ratio", "plan.choose", needs=(choice("training.lr_scheduler_type", ("wsd",)),)),
     **_read("training", "polynomial_power", "plan.choose", needs=(choice("training.lr_scheduler_type", ("polynomial",)),)),
