@@ -21,8 +21,9 @@ from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "schedule_free_adamw"]
 SCHEDULE_FREE: tuple[Optimizer, ...] = ("schedule_free_adamw",)
-"""Which average the weights themselves as they go, at a constant rate; of the package schedulefree."""
+"""Which average weights as they go, at a constant rate; of the package schedulefree."""
 Schedule = Literal["linear", "cosine", "constant", "wsd", "polynomial", "cosine_with_restarts"]
+USUAL_SCHEDULE: Schedule = "cosine"
 Offload = Literal["none", "cpu", "nvme"]
 
 

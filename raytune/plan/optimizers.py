@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from raytune.config.run import RunConfig
-from raytune.config.training import SCHEDULE_FREE, Schedule, TrainingSection
+from raytune.config.training import SCHEDULE_FREE, USUAL_SCHEDULE, Schedule, TrainingSection
 from raytune.errors import UserError
 from raytune.plan.defaults import Choice
 from raytune.plan.memory import ORTHOGONAL
@@ -84,7 +84,7 @@ def schedule_of(training: TrainingSection) -> Choice[Schedule]:
         return Choice(training.lr_scheduler_type)
     if training.optimizer in SCHEDULE_FREE:
         return Choice("constant", f"training.lr_scheduler_type is constant: {training.optimizer} has no other.")
-    return Choice("cosine")
+    return Choice(USUAL_SCHEDULE)
 
 
 def optimizer_notes(config: RunConfig, trained: Trained) -> Iterator[str]:

@@ -191,7 +191,7 @@ def test_an_engine_that_goes_back_has_counts_and_average_of_then(material: Mater
     assert difference(found[0], found[1]) > 1e-5
 
 
-@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [FULL, LORA | {"rank": 64}], ids=["full", "lora"])
 def test_a_rank_holds_the_planned_bytes_of_state_and_of_an_update(adapter: dict[str, Any], material: Material) -> None:
     """Within 2 %."""
     setting, shape = settled(material.model, {}, adapter)

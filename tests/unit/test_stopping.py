@@ -225,7 +225,9 @@ UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
 LIKE: dict[str, dict[str, Any]] = {
     "plain": {},
     "nothing replayed": {"strategy": {"replay": REPLAY | {"share": 0.0}}},
-    "weights that are all alike": {"data": {"train": {"path": "demo:train", "loss_weight": 2.0}}},
+    "weights that are all alike": {
+        "data": {"train": [{"path": path, "loss_weight": 2.0} for path in ("demo:train", "demo:validation")]}
+    },
 }
 
 
