@@ -256,4 +256,4 @@ def _has_splits(path: str) -> bool:
     return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in FILE_ENDINGS
 
 
-ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
+ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "schedule_free_adamw")

@@ -40,7 +40,7 @@ from raytune.config.needs import (
 from raytune.config.problems import dotted, shown
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
-from raytune.config.training import Schedule
+from raytune.config.training import SCHEDULE_FREE, Optimizer, Schedule
 
 KeyPath = tuple[str | int, ...]
 
@@ -269,14 +269,18 @@ READERS: dict[str, Reader] = {
     **_read("strategy.distillation", "trust_remote_code", "plan.distillation", needs=(TEACHER_BESIDE,)),
     # training
     **_read("training", "num_train_epochs", "plan.choose", needs=(not_beside("training.max_steps"),)),
-    **_read("training", "max_steps learning_rate lr_scheduler_type warmup_steps optimizer weight_decay", "plan.choose"),
+    **_read("training", "max_steps learning_rate warmup_steps optimizer weight_decay", "plan.choose"),
+    **_read("training", "lr_scheduler_type", "plan.optimizers"),
     **_read("training", "warmup_ratio", "plan.choose", needs=(not_beside("training.warmup_steps"),)),
     **_read("training", "global_batch_size per_device_train_batch_size gradient_accumulation_steps", "plan.batch"),
     **_read(
         "training",
         "min_lr_ratio",
         "plan.choose",
-        needs=(choice("training.lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")),),
+        needs=(
+            choice("training.lr_scheduler_type", ("auto", *(name for name in get_args(Schedule) if name != "constant"))),
+            choice("training.optimizer", tuple(name for name in get_args(Optimizer) if name not in SCHEDULE_FREE)),
+        ),
     ),
     **_read("training", "decay_ratio", "plan.choose", needs=(choice("training.lr_scheduler_type", ("wsd",)),)),
     **_read("training", "polynomial_power", "plan.choose", needs=(choice("training.lr_scheduler_type", ("polynomial",)),)),
@@ -286,7 +290,8 @@ READERS: dict[str, Reader] = {
     **_read("training", "max_grad_norm tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
     **_read("training", "early_stopping overfitting", "plan.stopping", needs=(VALIDATION,)),
     **_read("training.early_stopping", "patience min_delta metric mode", "training.stopping", needs=(VALIDATION,)),
-    **_read("training.overfitting", "policy patience max_gap", "training.stopping", needs=(VALIDATION,)),
+    **_read("training.overfitting", "policy patience", "training.stopping", needs=(VALIDATION,)),
+    **_read("training.overfitting", "max_gap", "training.stopping", "plan.stopping", needs=(VALIDATION,)),
     **_read("training", "divergence", "plan.divergence"),
     **_read("training.divergence", "policy window threshold", "training.divergence"),
     **_read("training.divergence", "watch patience", "training.divergence", needs=(guard("warn", "stop", "roll_back"),)),

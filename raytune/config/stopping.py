@@ -33,4 +33,5 @@ class OverfittingSection(Section):
     """Evaluations in a row at which the validation loss rises, or the gap is too wide, before it is overfitting."""
     max_gap: Annotated[PositiveFloat, Field(examples=[0.5])] | None = None
     """Nats by which the validation loss may be above the training loss. Without a value only a rising loss counts: rows that are
-    harder than those of training have a gap from the start."""
+    harder than those of training have a gap from the start. Refused where the two losses are not of the same: another loss, rows
+    that count otherwise (`data.validation` beside replay or weights of sources), or an average of the weights."""

@@ -19,8 +19,11 @@ from raytune.config.section import (
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 
 Precision = Literal["bf16", "fp16", "fp32"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "schedule_free_adamw"]
+SCHEDULE_FREE: tuple[Optimizer, ...] = ("schedule_free_adamw",)
+"""Which average weights as they go, at a constant rate; of the package schedulefree."""
 Schedule = Literal["linear", "cosine", "constant", "wsd", "polynomial", "cosine_with_restarts"]
+USUAL_SCHEDULE: Schedule = "cosine"
 Offload = Literal["none", "cpu", "nvme"]
 
 
@@ -65,8 +68,9 @@ class TrainingSection(Section):
     whose activations no GPU holds; equal results, for time. `cluster.workers` and heads must be divisible by it."""
     learning_rate: Annotated[PositiveFloat | Auto, Field(examples=[2e-4])] = "auto"
     """Peak learning rate. `auto` depends on the method."""
-    lr_scheduler_type: Schedule = "cosine"
-    """Shape after the warm-up. `wsd`: constant, then a linear decay over the last `decay_ratio` of the steps."""
+    lr_scheduler_type: Annotated[Schedule | Auto, Field(examples=["cosine"])] = "auto"
+    """Shape after the warm-up. `wsd`: constant, then a linear decay over the last `decay_ratio` of the steps. `auto`: cosine;
+    `constant` with `optimizer: schedule_free_adamw`, which goes with no other."""
     min_lr_ratio: Fraction = 0.0
     """Where the schedule ends, as a share of the peak. Refused with `constant`, which stays at the peak."""
     decay_ratio: Fraction = 0.2
@@ -83,7 +87,9 @@ class TrainingSection(Section):
     optimizer: Optimizer = "adamw"
     """AdamW is fused where PyTorch has it; `adamw_8bit` and `paged_*` come from bitsandbytes; `adafactor`, `lion`. `muon`
     (PyTorch's, momentum 0.95) orthogonalises the updates of matrices of hidden layers, or of both factors of their low-rank
-    updates, at AdamW's rates; AdamW updates all else (embeddings, head, norms, biases, experts). Without DeepSpeed only."""
+    updates, at AdamW's rates; AdamW updates all else (embeddings, head, norms, biases, experts). `schedule_free_adamw`
+    (of the package schedulefree): AdamW without a schedule, whose model is an average that it makes as it goes. The last two
+    without DeepSpeed only."""
     weight_decay: Annotated[NonNegativeFloat | Auto, Field(examples=[0.01])] = "auto"
     """Decoupled weight decay of matrices; biases and norms have none. `auto` depends on the method."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -17,6 +17,7 @@ from raytune.config.evaluation import GenerationSection
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
+from raytune.config.training import SCHEDULE_FREE
 from raytune.data.source_rows import formats_of
 from raytune.data.sources import DEMO_ROWS, find_files, scan
 from raytune.errors import ModelError, RaytuneError, UserError
@@ -28,6 +29,7 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
+from raytune.missing import OPTIONAL, install_command
 from raytune.model.base_check import check_base
 from raytune.model.files import local_files, resolve_model_path
 from raytune.object_store import once
@@ -150,6 +152,12 @@ def _look_at_run_of_that_name(config: RunConfig, found: Findings) -> None:
 
 
 def _refuse_missing_packages(config: RunConfig) -> None:
+    if config.training.optimizer in SCHEDULE_FREE and find_spec("schedulefree") is None:
+        raise UserError(
+            f"training.optimizer {config.training.optimizer} needs the package schedulefree, which the Python of this process "
+            f"does not have. Install it on every node: {install_command(OPTIONAL['schedulefree'])}",
+            keys=("training.optimizer",),
+        )
     if config.training.liger and find_spec("liger_kernel") is None:
         raise UserError("training.liger needs the package liger-kernel, which is not installed here: pip install liger-kernel.")
 

@@ -44,7 +44,7 @@ from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.mixing import mixture_notes
 from raytune.plan.new_tokens import new_token_notes
 from raytune.plan.objective import objective_notes
-from raytune.plan.optimizers import optimizer_notes
+from raytune.plan.optimizers import optimizer_notes, schedule_of
 from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
 from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
 from raytune.plan.quantization import quantization_limits, quantized_bytes
@@ -403,7 +403,7 @@ def _optimization(
         lora_plus_embedding_rate=trained.embedding_rate,
         update_groups=update_groups(trained),
         phases=phase_plans(setting.config, setting.phases, setting.shape, rate, num_steps=num_steps, epoch_steps=epoch_steps),
-        schedule=training.lr_scheduler_type,
+        schedule=reasons.taken(schedule_of(training)),
         warmup_steps=_warmup_steps(training, num_steps, reasons),
         min_lr_ratio=training.min_lr_ratio,
         decay_ratio=training.decay_ratio,

@@ -8,7 +8,7 @@ all parts; a test holds that against the allocator. Not in here: fragmentation a
 from collections.abc import Iterator
 from functools import lru_cache
 
-from raytune.config.training import Offload, Optimizer
+from raytune.config.training import SCHEDULE_FREE, Offload, Optimizer
 from raytune.plan.activations import (
     around_bytes,
     dequantized_bytes,
@@ -35,6 +35,8 @@ STATE_BYTES: dict[Optimizer, float] = {
     "lion": 4,
     # Of matrices of hidden layers, which have a momentum only; all else is AdamW's.
     "muon": 4,
+    # The weights that updates are made on, of which the model is the average, and one moment.
+    "schedule_free_adamw": 8,
 }
 """Optimizer state per trained parameter. Adafactor's depends on shapes."""
 EIGHT_BIT: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit")
@@ -303,10 +305,11 @@ def _head_gradient_bytes(work: Workload) -> float:
 def _update_bytes(work: Workload) -> float:
     """DeepSpeed lays the gradients of its own shard end to end and copies them to fp32, at stage 3 a sub-group at a time.
 
-    Below stage 3, sums in fp32 are laid out already, and are copied once.
+    Below stage 3, sums in fp32 are laid out already, and are copied once. Plain optimizers update in place, but for
+    schedulefree's, which holds what it divides the gradients by.
     """
     if work.engine == "plain":
-        return 0
+        return 4 * work.trained.num_trainable if work.optimizer in SCHEDULE_FREE else 0
     own_shard = work.trained.num_trainable / work.share(1)
     num_updated = min(own_shard, ZERO_SUB_GROUP_ELEMENTS) if work.zero_stage == 3 else own_shard
     is_16_bit = work.precision != "fp32" and (work.zero_stage == 3 or not _sums_in_fp32(work))

@@ -43,7 +43,7 @@ def code_of(objective: ObjectivePlan) -> UserCode:
 
 
 def check_objective(config: RunConfig) -> None:
-    """Refuse two things to minimise at once, and a rule that would compare two losses which do not mean the same.
+    """Refuse two things to minimise at once.
 
     Raises:
         PlanError: with what to set instead.
@@ -53,21 +53,6 @@ def check_objective(config: RunConfig) -> None:
             f"{KEY} names a loss of your own, and strategy.distillation one of a teacher's beside cross-entropy. Leave one of "
             f"them out.",
             keys=(KEY, "strategy.distillation"),
-        )
-    overfitting = config.training.overfitting
-    if overfitting is None or overfitting.max_gap is None:
-        return
-    weights = config.data.token_weights
-    others = {
-        KEY: config.strategy.objective is not None,
-        "strategy.distillation": distillation_of(config) is not None,
-        "data.token_weights": any(weight != 1 for weight in (weights.numbers, weights.code_syntax, *weights.patterns.values())),
-    }
-    if key := next((key for key, is_asked in others.items() if is_asked), None):
-        raise PlanError(
-            f"training.overfitting.max_gap compares the validation loss, which is cross-entropy, with the training loss, which "
-            f"with {key} is something else. Leave max_gap out: a validation loss that rises is told without it.",
-            keys=("training.overfitting.max_gap", key),
         )
 
 

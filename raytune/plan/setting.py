@@ -40,6 +40,7 @@ from raytune.plan.run_plan import ObjectivePlan, ZeroStage
 from raytune.plan.sequence import check_sequence
 from raytune.plan.shapes import ModelShape
 from raytune.plan.stages import possible_stages
+from raytune.plan.stopping import check_gap
 from raytune.plan.stored_quantization import check_stored_quantization
 from raytune.plan.trained import Trained
 from raytune.plan.update_groups import with_rates
@@ -131,6 +132,7 @@ def look_at(
     of(lambda: check_drops(config.model))
     of(lambda: check_cluster(config.cluster))
     of(lambda: check_objective(config))
+    of(lambda: check_gap(config))
     objective = objective or of(lambda: objective_of(config))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))

@@ -10,3 +10,5 @@ class StageLimit:
     lowest: int
     highest: int
     because: str
+    instead: str = ""
+    """What to set, after "Set", so that the limit is gone."""

@@ -1,12 +1,18 @@
 """Which ZeRO stages the settings of a run leave."""
 
-from raytune.config.training import Precision, TrainingSection
+from raytune.config.training import Optimizer, Precision, TrainingSection
 from raytune.errors import PlanError, capitalised
 from raytune.plan.requirements import Device
 from raytune.plan.run_plan import ZeroStage
 from raytune.plan.stage_limit import StageLimit
 
 STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
+WITHOUT_SHARDS: dict[Optimizer, str] = {
+    "adafactor": "which needs whole matrices where ZeRO has flat shards",
+    "muon": "which needs whole matrices where ZeRO has flat shards",
+    "schedule_free_adamw": "which puts its average in the place of weights, where DeepSpeed's fp32 masters do not follow",
+}
+"""Why an optimizer does not go with DeepSpeed."""
 
 
 def possible_stages(
@@ -27,9 +33,10 @@ def possible_stages(
     floor = max(limits, key=lambda limit: limit.lowest)
     ceiling = min(limits, key=lambda limit: limit.highest)
     if floor.lowest > ceiling.highest:
+        remedy = f"Set {ceiling.instead}, or change the first of the two." if ceiling.instead else "Change one of the two."
         raise PlanError(
             f"{capitalised(floor.because)}, which needs ZeRO stage {floor.lowest} or higher; but {ceiling.because}, which "
-            f"allows at most stage {ceiling.highest}. Change one of the two."
+            f"allows at most stage {ceiling.highest}. {remedy}"
         )
     # One worker has nobody to share with: a higher stage would only cost time.
     highest = floor.lowest if workers == 1 else ceiling.highest
@@ -48,10 +55,9 @@ def _stage_limits(training: TrainingSection, device: Device, precision: Precisio
         limits.append(StageLimit(3, 3, f"training.zero.offload_parameters is {zero.offload_parameters}"))
     if training.compile:
         limits.append(StageLimit(0, 2, "training.compile is true, and the hooks of stage 3 would break the graph"))
-    if training.optimizer == "adafactor":
-        limits.append(StageLimit(0, 0, "training.optimizer is adafactor, which needs whole matrices where ZeRO has flat shards"))
-    if training.optimizer == "muon":
-        limits.append(StageLimit(0, 0, "training.optimizer is muon, which needs whole matrices where ZeRO has flat shards"))
+    if training.optimizer in WITHOUT_SHARDS:
+        because = f"training.optimizer is {training.optimizer}, {WITHOUT_SHARDS[training.optimizer]}"
+        limits.append(StageLimit(0, 0, because, "training.optimizer to adamw"))
     if precision == "fp16" and training.divergence and training.divergence.policy == "skip":
         because = "training.divergence.policy is skip in fp16, where DeepSpeed lowers the loss scale with every update it skips"
         limits.append(StageLimit(0, 0, because))

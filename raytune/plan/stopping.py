@@ -2,10 +2,73 @@
 
 from collections.abc import Iterator
 
+from raytune.config.row_sources import replayed_sources
 from raytune.config.run import RunConfig
-from raytune.errors import UserError
+from raytune.config.training import SCHEDULE_FREE
+from raytune.errors import PlanError, UserError
 from raytune.plan.calendar import divides, in_steps
+from raytune.plan.distillation import distillation_of
 from raytune.plan.run_plan import CheckpointPlan, EvaluationPlan, OptimizationPlan, StoppingPlan
+
+_GAP = "training.overfitting.max_gap"
+
+
+def check_gap(config: RunConfig) -> None:
+    """Refuse a gap between two losses that are not of the same loss, rows and weights, and so do not tell overfitting.
+
+    Raises:
+        PlanError: with what to set instead.
+    """
+    overfitting = config.training.overfitting
+    if overfitting is None or overfitting.max_gap is None:
+        return
+    for key, why, instead in (*_other_loss(config), *_other_rows(config), *_other_weights(config)):
+        raise PlanError(
+            f"{_GAP} compares the validation loss, {why}. Leave max_gap out: a validation loss that rises is told without "
+            f"it{instead}.",
+            keys=(_GAP, key),
+        )
+
+
+Difference = tuple[str, str, str]
+"""The key that makes the losses differ, how they do, and what would be another way out."""
+
+
+def _other_loss(config: RunConfig) -> Iterator[Difference]:
+    weights = config.data.token_weights
+    others = {
+        "strategy.objective": config.strategy.objective is not None,
+        "strategy.distillation": distillation_of(config) is not None,
+        "data.token_weights": any(weight != 1 for weight in (weights.numbers, weights.code_syntax, *weights.patterns.values())),
+    }
+    for key in (key for key, is_asked in others.items() if is_asked):
+        yield key, f"which is cross-entropy, with the training loss, which with {key} is something else", ""
+
+
+def _other_rows(config: RunConfig) -> Iterator[Difference]:
+    """Rows that are held out count as training counts their sources; those of `data.validation` do not."""
+    train = config.data.train
+    others = {
+        "strategy.replay": ("strategy.replay", bool(replayed_sources(config))),
+        "loss_weight of data.train": ("data.train", len({source.loss_weight for source in train}) > 1),
+        "proportion of data.train": ("data.train", any(source.proportion is not None for source in train)),
+        "data.mixing.temperature": ("data.mixing.temperature", config.data.mixing.temperature is not None),
+    }
+    for words, (key, is_asked) in others.items():
+        if is_asked and not config.data.validation_fraction:
+            yield (
+                key,
+                f"which is of the rows of data.validation, with the training loss, in which {words} says what rows count",
+                ", or hold rows out by data.validation_fraction, which count as they do in training",
+            )
+
+
+def _other_weights(config: RunConfig) -> Iterator[Difference]:
+    training = config.training
+    others = {"training.averaging": training.averaging is not None, "training.optimizer": training.optimizer in SCHEDULE_FREE}
+    for key in (key for key, is_asked in others.items() if is_asked):
+        words = key if key == "training.averaging" else f"{key} {training.optimizer}"
+        yield key, f"which is of the average that {words} makes, with the training loss, which is of other weights", ""
 
 
 def rules_of(config: RunConfig) -> StoppingPlan:

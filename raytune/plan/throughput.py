@@ -7,6 +7,7 @@ left out. Rows are mapped from files and are thousands of times smaller than wha
 from dataclasses import dataclass
 from typing import Literal
 
+from raytune.config.training import SCHEDULE_FREE
 from raytune.plan.activations import layer_activation_bytes, passing_bytes
 from raytune.plan.hardware import Fabric, Gpu, Instance
 from raytune.plan.memory import ORTHOGONAL, teacher_weight_bytes
@@ -180,6 +181,7 @@ def _memory_traffic_bytes(work: Workload) -> float:
     Elementwise steps write and read what autograd keeps, forward and backward, and once more where it is recomputed. QLoRA reads
     packed weights and writes them in 16 bits in every pass (Dettmers et al. 2023, section 3). Adam reads and writes fp32 weight
     and moments, reads the gradient and writes the weight: 30 bytes per trained parameter of the own shard.
+    schedulefree's AdamW makes a pass of each of its ten operations.
     """
     passes = 3 if work.has_checkpointing else 2
     elementwise = 2 * (work.shape.num_layers + (passes - 1) * work.num_reached) * layer_activation_bytes(work)
@@ -195,7 +197,8 @@ def _memory_traffic_bytes(work: Workload) -> float:
     taught = _teacher_traffic_bytes(work, per_weight)
     # A penalty reads weight and anchor, writes what lies between, and reads it to count it and to add it to the gradient.
     # Importance is read twice, and the way from the base written and read once more where it is squared by it.
-    per_trained = 30 + work.holds_weights * (24 + BYTES[work.trained_dtype]) + work.weighs_importance * 16
+    per_trained = 104 if work.optimizer in SCHEDULE_FREE else 30
+    per_trained += work.holds_weights * (24 + BYTES[work.trained_dtype]) + work.weighs_importance * 16
     # An average of the weights is read, drawn to the weights, which are read too, and written.
     per_trained += 12 / work.averages_every if work.averages_every else 0
     updated = 0 if work.offload_optimizer != "none" else per_trained * work.trained.num_trainable / work.share(1)

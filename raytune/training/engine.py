@@ -31,6 +31,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.training.averaging import Average
 from raytune.training.layout import refuse_other_layout, write_layout
 from raytune.training.penalty import Held, Penalty
+from raytune.training.schedule_free import at_average, counts, take_counts
 from raytune.training.squares import squaring
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -106,8 +107,8 @@ class Engine(Protocol):
         ...
 
     def averaged(self) -> AbstractContextManager:
-        """Context in which the weights are their average, and nothing is trained or saved; without an average, as they are. Every
-        rank enters it, between steps."""
+        """Context in which the weights are their average, or that of an optimizer which makes one itself, and nothing is trained
+        or saved; without an average, as they are. Every rank enters it, between steps."""
         ...
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -353,7 +354,8 @@ class PlainEngine:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         if not self._average:
-            yield
+            with at_average(self._optimizer):
+                yield
             return
         self._average.exchange(self._trained)
         try:
@@ -383,7 +385,7 @@ class PlainEngine:
             write_layout(folder, Layout(zero_stage=0, world_size=self.world_size, precision=self._precision))
             save_file({name: parameter.detach().contiguous() for name, parameter in self._trained.items()}, folder / WEIGHTS_FILE)
             tensors, values = self._optimizer_state()
-            state = {"optimizer": values, "scaler": self._scaler.state_dict()}
+            state = {"optimizer": values, "groups": counts(self._optimizer), "scaler": self._scaler.state_dict()}
             save_file(tensors, folder / OPTIMIZER_FILE, metadata={"state": json.dumps(state)})
             save_method(self._beside, folder)
             self._average.save(self._trained, folder / AVERAGE_FILE)
@@ -434,6 +436,7 @@ class PlainEngine:
                 name, _, entry = key.rpartition("/")
                 state.setdefault(indices[name], {})[entry] = file.get_tensor(key)
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        take_counts(self._optimizer, saved.get("groups", []))  # of which a checkpoint of an earlier raytune has none
         self._scaler.load_state_dict(saved["scaler"])
 
     def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:

@@ -166,6 +166,16 @@ def _muon(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> 
     return MuonAndAdamW(groups, _adam_settings(plan), device)
 
 
+def _schedule_free_adamw(groups: list[Group], plan: OptimizationPlan, device: torch.device) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    # The warm-up is the schedule's. A step counts in the average by the square of the highest rate until it, wherever that rate
+    # comes from.
+    optimizer = AdamWScheduleFree(groups, **_adam_settings(plan))
+    optimizer.train()
+    return optimizer
+
+
 def _adam_settings(plan: OptimizationPlan) -> dict[str, Any]:
     return {"lr": plan.learning_rate, "betas": (plan.beta1, plan.beta2), "eps": plan.epsilon}
 
@@ -180,4 +190,5 @@ OPTIMIZERS: dict[Optimizer, Callable[[list[Group], OptimizationPlan, torch.devic
     "adafactor": _adafactor,
     "lion": _lion,
     "muon": _muon,
+    "schedule_free_adamw": _schedule_free_adamw,
 }

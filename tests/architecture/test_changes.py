@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "an error of a config": (("E101", "E112"), set()),
     "a verb": (("doctor",), set()),
     "a figure of a sweep": (("parallel_coordinates", "learning_curves"), set()),
-    "an optimizer": (("adafactor", "lion", "muon"), set()),
+    "an optimizer": (("adafactor", "lion", "muon", "schedule_free_adamw"), set()),
     "a learning-rate schedule": (("wsd", "cosine"), set()),
     "a rule that stops trials": (("asha", "hyperband", "median"), set()),
     "a GPU, an instance or a price": (("p5.48xlarge", "g6e.12xlarge", "H100"), {"config/cluster.py"}),  # an example of its field

@@ -56,6 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "full, last layer and norm only": FULL | {"strategy": {"freeze": {"embeddings": True, "first_layers": 2}}},
     "qlora": {"adapter": {"method": "qlora"}},
+    "lora, schedule-free AdamW": {"adapter": {"method": "lora"}, "training": {"optimizer": "schedule_free_adamw"}},
+    "full, schedule-free AdamW": FULL | {"training": {"optimizer": "schedule_free_adamw"}},
 }
 METHODS |= {
     method: {"adapter": {"method": method}}
@@ -90,7 +92,8 @@ def main() -> None:
 
 def runs(name: str, options: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
     """Figures of a run of a method with each rate."""
-    settings: dict[str, Any] = task(options) | METHODS[name] | {"storage": folder}
+    common, method = task(options), METHODS[name]
+    settings: dict[str, Any] = common | method | {"storage": folder, "training": common["training"] | method.get("training", {})}
     default = prepared(settings | {"name": "default"}).plan.optimization.learning_rate
     for factor in options.factors:
         training = settings["training"] | {"learning_rate": factor * default}

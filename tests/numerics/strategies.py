@@ -140,7 +140,8 @@ def plain_training(
         for name, parameter in trained.items()
     ]
     optimizer = (optimizer_of or _adamw)(groups, settings.epsilon)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
+    kind = {"linear": "linear", "constant": "constant_with_warmup"}[settings.schedule]
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.num_steps)
     store = Store.open(plan.data.train.path)
     losses = []
     for step in range(settings.num_steps):

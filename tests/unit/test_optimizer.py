@@ -215,6 +215,7 @@ def test_state_takes_the_bytes_that_the_optimizer_is_known_for(name: Optimizer) 
         "adafactor": 4 * (rows + columns) + 4,  # and the root mean square of the weights
         "lion": 4 * size,
         "muon": 4 * size,
+        "schedule_free_adamw": 2 * 4 * size,
     }
     assert state_bytes(optimizer, matrix) == expected[name]
     if "8bit" in name:

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytune.config.load import config_from
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
+from raytune.errors import PlanError
 from raytune.metrics.history import History
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import StoppingPlan
+from raytune.plan.stopping import check_gap
 from raytune.training.stopping import (
     Curve,
     Evaluated,
@@ -202,3 +205,52 @@ def test_metrics_files_give_the_numbers_back_to_the_bit(tmp_path: Path) -> None:
     read = Curve(2, 1).read(History.read(path), len(thirds)).evaluations
     assert [one.values["validation/loss"] for one in read] == thirds[1::2]
     assert read[0].train_loss == (thirds[0] / 7 + thirds[1] / 7) / 2
+
+
+TWO = [{"path": "demo:train", "loss_weight": 2.0}, {"path": "demo:validation"}]
+IN_PARTS = [{"path": "demo:train", "proportion": 2.0}, {"path": "demo:validation", "proportion": 1.0}]
+REPLAY: dict[str, Any] = {"data": ["demo:validation"], "share": 0.2}
+UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
+    "a teacher": ({"strategy": {"distillation": {"teacher": "base"}}}, "strategy.distillation is something else"),
+    "weights of tokens": ({"data": {"token_weights": {"numbers": 2.0}}}, "data.token_weights is something else"),
+    "replayed rows": ({"strategy": {"replay": REPLAY}}, "strategy.replay says what rows count"),
+    "weights of sources": ({"data": {"train": TWO}}, "loss_weight of data.train says what rows count"),
+    "proportions": ({"data": {"train": IN_PARTS}}, "proportion of data.train says what rows count"),
+    "an average": ({"training": {"averaging": {}}}, "the average that training.averaging makes"),
+    "an average of the optimizer": (
+        {"training": {"optimizer": "schedule_free_adamw"}},
+        "training.optimizer schedule_free_adamw makes",
+    ),
+}
+LIKE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nothing replayed": {"strategy": {"replay": REPLAY | {"share": 0.0}}},
+    "weights that are all alike": {
+        "data": {"train": [{"path": path, "loss_weight": 2.0} for path in ("demo:train", "demo:validation")]}
+    },
+}
+
+
+def with_gap(how: dict[str, Any], gap: float | None = 0.5, **held_out: Any) -> Any:
+    data = {"train": "demo:train"} | (held_out or {"validation": "demo:test"}) | how.get("data", {})
+    training = {"overfitting": {"max_gap": gap}} | how.get("training", {})
+    return config_from({"model": {"base": "demo"}} | how | {"data": data, "training": training})
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_gap_between_losses_that_are_not_of_the_same_is_refused(case: str) -> None:
+    how, said = UNLIKE[case]
+    with pytest.raises(PlanError, match=said) as caught:
+        check_gap(with_gap(how))
+    assert caught.value.keys[0] == "training.overfitting.max_gap"
+    check_gap(with_gap(how, gap=None))
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_a_gap_between_losses_of_the_same_is_none_of_that(case: str) -> None:
+    check_gap(with_gap(LIKE[case]))
+
+
+@pytest.mark.parametrize("case", ["replayed rows", "weights of sources", "proportions"])
+def test_rows_held_out_count_as_in_training_and_so_have_a_gap(case: str) -> None:
+    check_gap(with_gap(UNLIKE[case][0], validation_fraction=0.1))
