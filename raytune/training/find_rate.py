@@ -48,6 +48,7 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
                 stop=tried.num_steps,
                 seed=plan.seed,
                 named=store.named,
+                part_sum=started.loss.take_divergence,
             ):
                 worker.check()
                 recorder.step(result)
