@@ -189,7 +189,10 @@ def test_what_lies_in_this_folder_only_is_refused_since_no_pod_has_it(
 
 
 def test_code_that_the_container_has_is_no_reason_to_refuse_a_job() -> None:
-    named = {"strategy": {"objective": "/opt/code/my_losses.py:focal"}, "callbacks": ["my_package.callbacks:note"]}
+    named: dict[str, Any] = {
+        "strategy": {"objective": "/opt/code/my_losses.py:focal"},
+        "callbacks": ["my_package.callbacks:note"],
+    }
     assert "/opt/code/my_losses.py:focal" in text_of("p5.48xlarge", "kuberay", **named)
 
 
