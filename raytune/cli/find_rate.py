@@ -49,7 +49,7 @@ _USUAL = RangeOptions()
     type=float,
     default=_USUAL.stop_factor,
     show_default=True,
-    help="End where the smoothed loss is more than so many times its lowest value.",
+    help="End where the smoothed loss is more than so many times its lowest value (a loss below 0: has risen by as much).",
 )
 @click.option("--apply", "applies", is_flag=True, help="Write the suggestion into FILE as training.learning_rate.")
 @as_json_option

@@ -289,6 +289,8 @@ def score(
 
     RUN is a run folder. A finished run is scored by its final model, another one by its best checkpoint. ROWS are files, globs,
     folders or data sets, as in data.train. They are read and cut as the run's own; what cannot be used is left out and counted.
+    A loss is cross-entropy, whatever the run minimises (a teacher's part, a function of your own, weights of tokens), and that of
+    the averaged weights where the run has training.averaging.
     """
     from raytune.launch.rows_to_score import columns_of, sources_of
     from raytune.launch.score import run_to_score

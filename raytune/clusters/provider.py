@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from raytune.config.load import as_one_run, dump_yaml
 from raytune.config.provider import ProviderSection
-from raytune.config.row_sources import named_models, row_sources
+from raytune.config.row_sources import named_code, named_models, row_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.hardware import Catalogue, Cloud, Instance
@@ -234,12 +234,17 @@ def _missing(spec: ClusterSpec, target: Target) -> list[str]:
 
 def _not_in_pods(config: RunConfig) -> list[str]:
     """What the run reads from this machine's working directory, which no pod has. Other names are a hub's."""
-    paths = [*named_models(config).items()]
+    template = config.data.template
+    paths = [*named_models(config).items(), *([("data.template", template)] if Path(template).is_file() else [])]
     paths += [(key, source.path) for key, sources in row_sources(config).items() for source in sources]
     return [
         f"{key}: {path} is relative to this folder; give a path that the pods have, or a URL"
         for key, path in paths
         if is_local(path) and not path.startswith("/") and (path.startswith(".") or glob.has_magic(path) or Path(path).exists())
+    ] + [
+        f"{key}: {file} is relative to this folder; give its path in the container, or name a module that is installed there"
+        for key, file in named_code(config)
+        if not file.startswith(("/", "~"))
     ]
 
 

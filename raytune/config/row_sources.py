@@ -1,9 +1,10 @@
-"""Which sets of rows and which models a run names, and where. Pure."""
+"""Which sets of rows, which models and which code of the user's a run names, and where. Pure."""
 
 from collections.abc import Sequence
 
 from raytune.config.data import DataSource, validation_sets
 from raytune.config.run import RunConfig
+from raytune.user_code import FILE_ENDING, parts_of
 
 
 def row_sources(config: RunConfig) -> dict[str, Sequence[DataSource]]:
@@ -58,3 +59,11 @@ def named_models(config: RunConfig) -> dict[str, str]:
     if distillation and distillation.weight > 0 and distillation.teacher != "base":
         named["strategy.distillation.teacher"] = distillation.teacher
     return named
+
+
+def named_code(config: RunConfig) -> list[tuple[str, str]]:
+    """Files with functions of the user's, each with the key that names it. Installed modules are none."""
+    objective = config.strategy.objective
+    named = [("strategy.objective", objective.function)] if objective else []
+    named += [("callbacks", name) for name in config.callbacks]
+    return [(key, file) for key, file in ((key, parts_of(name)[0]) for key, name in named) if file.endswith(FILE_ENDING)]

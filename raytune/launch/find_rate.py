@@ -116,6 +116,10 @@ def heading(run: RunPlan, tried: RateRange) -> str:
         lines.append(
             f"All steps train what the first of the {len(phases)} phases of strategy.unfreeze trains; the rate is for that."
         )
+    if documents := run.optimization.ewc_documents:
+        lines.append(
+            f"First the importance of weights is estimated from {documents} documents of strategy.ewc.data, and not kept."
+        )
     said = cautions(tried, num_epochs=epochs, num_steps_of_run=run.optimization.num_steps)
     return "\n".join([*lines, *(f"caution: {caution}" for caution in said)])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from raytune.config.load import config_diff
-from raytune.config.row_sources import all_sources, named_models
+from raytune.config.row_sources import all_sources, named_code, named_models
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, read_plan
@@ -21,7 +21,6 @@ from raytune.run_folder import RunFolder
 from raytune.storage import exists, file_sizes, is_local, local_path, read_json
 from raytune.training.commit import committed
 from raytune.training.stopping import Curve, Findings, verdict
-from raytune.user_code import parts_of
 
 RULES = ("training.early_stopping", "training.overfitting")
 FREE = (
@@ -72,7 +71,7 @@ def answer(config: RunConfig, folder: RunFolder) -> RunResult | None:
 def _has_changed(config: RunConfig, since: float) -> bool:
     """Whether a local file of data, model, teacher or objective was written, replaced or moved there after `since` (seconds since
     1970)."""
-    code = [parts_of(config.strategy.objective.function)[0]] if config.strategy.objective else []
+    code = [file for key, file in named_code(config) if not key.startswith(FREE)]
     rows = (source.path for source in all_sources(config))
     paths = [path for path in (*named_models(config).values(), *rows, *code) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]

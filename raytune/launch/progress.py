@@ -34,6 +34,7 @@ BAR_WIDTH = 40
 
 _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "train/loss", "{:.4f}".format),
+    ("of which the teacher's", "train/distillation", "{:.4f}".format),
     ("validation loss", "validation/loss", "{:.4f}".format),
     ("learning rate", "train/learning_rate", "{:.2e}".format),
     ("tokens/s", "train/tokens_per_s", format_count),

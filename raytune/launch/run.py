@@ -26,6 +26,7 @@ from raytune.launch.trainer import fit
 from raytune.metrics.events import EventLog
 from raytune.plan.division import Begun, Division
 from raytune.plan.identity import differences, identity_of
+from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
@@ -166,7 +167,7 @@ def _train_held(
                 plan.name,
                 changes,
             )
-    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint)
+    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint, importance_bytes(plan))
     record = known or RunRecord(
         name=plan.name,
         state="running",

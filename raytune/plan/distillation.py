@@ -185,8 +185,8 @@ def distillation_notes(config: RunConfig, shape: ModelShape, teacher: ModelShape
         yield f"{SECTION}.weight is 0: there is no teacher, and none is loaded."
         return
     yield (
-        "train/loss is all that is minimised, with the teacher's part. validation/loss is cross-entropy alone, so that runs "
-        "compare."
+        "train/loss is all that is minimised, with the teacher's part, which is train/distillation. validation/loss is "
+        "cross-entropy alone, so that runs compare."
     )
     if is_beneath(config) and config.model.rope_scaling is not None:
         yield (

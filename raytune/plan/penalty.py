@@ -87,6 +87,11 @@ def ewc_documents(config: RunConfig, data: DataFacts) -> int:
     return min(config.strategy.ewc.max_documents, data.ewc.num_rows)
 
 
+def importance_bytes(plan: RunPlan) -> int:
+    """Of the importance of weights in the run folder, over all ranks; 0 without EWC."""
+    return 4 * plan.num_trainable if plan.data.ewc else 0
+
+
 # --- in words
 
 
@@ -113,7 +118,7 @@ def importance_in_words(plan: RunPlan) -> str:
     time = f" in {format_seconds(plan.importance_s)}" if plan.importance_s else ""
     return (
         f"mean squared gradient of {store.name}: {drawn}, about {tokens} tokens, a forward and a backward pass for each{share}, "
-        f"before the first step{time}; {format_bytes(4 * plan.num_trainable)} in the run folder"
+        f"before the first step{time}; {format_bytes(importance_bytes(plan))} in the run folder"
     )
 
 

@@ -65,7 +65,7 @@ def advise_rate(losses: Sequence[float], tried: RateRange) -> RateAdvice:
     noise = noise_of(finite[: max(lowest + 1, 2 * opening)])
     # Of the mean of the opening and of the lowest value of the curve, whose weights are those of two averages that meet.
     error = noise * math.sqrt(1 / opening + (1 - tried.smoothing) / (1 + tried.smoothing) / 2)
-    enough = max(CERTAIN * error, LEAST_FALL * first)
+    enough = max(CERTAIN * error, LEAST_FALL * abs(first))
     fall = first - curve[lowest]
     if fall < enough:
         return _without_fall(finite, tried, stop, first, enough)

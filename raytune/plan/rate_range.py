@@ -21,6 +21,8 @@ MOST_STEPS = 500
 """Above it a caution is said: 3,000 steps were seen to mislead, and what lies between was not measured."""
 MOST_EPOCHS = 3.0
 """Passes over the rows above which one is said."""
+FEW_LOSSES = 10
+"""Of a loss that is not above 0, how many do not say what is large for it."""
 BELOW, ABOVE = 1e-3, 1e2
 """Where a range begins and ends unless somebody says so, in usual rates of the method."""
 
@@ -35,7 +37,8 @@ class RateRange(Plan):
     smoothing: float = 0.9
     """Share of the average so far in the next one; 0: losses as they are."""
     stop_factor: float = 3.0
-    """The test ends where the smoothed loss is more than so many times its lowest value."""
+    """The test ends where the smoothed loss is more than so many times its lowest value; where that is not above 0, where it has
+    risen by as much of its largest value."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0: equal factors from step to step, or with `linear` equal differences."""
@@ -112,7 +115,19 @@ def reason_to_stop(losses: Sequence[float], tried: RateRange) -> Stop | None:
     if not math.isfinite(losses[-1]):
         return "not finite"
     averages = smoothed(losses, tried.smoothing)
-    return "exploded" if averages[-1] > tried.stop_factor * min(averages) else None
+    return "exploded" if averages[-1] > _highest(averages, tried.stop_factor) else None
+
+
+def _highest(averages: Sequence[float], factor: float) -> float:
+    """Above which smoothed losses have exploded.
+
+    A loss of the user's may be 0 or less, of which no multiple is above it: how far it may rise is then told from the largest
+    that it has been, on either side of 0; and not from the first few, which may all be near 0.
+    """
+    lowest = min(averages)
+    if lowest > 0:
+        return factor * lowest
+    return lowest + (factor - 1) * max(map(abs, averages[:-1])) if len(averages) > FEW_LOSSES else math.inf
 
 
 def cautions(tried: RateRange, *, num_epochs: float, num_steps_of_run: int) -> tuple[str, ...]:

@@ -154,8 +154,11 @@ def required_bytes(checkpoint_bytes: int, policy: CheckpointPlan) -> int:
     return (policy.keep_last + policy.keep_best + 1) * checkpoint_bytes
 
 
-def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: CheckpointPlan) -> None:
-    """Refuse a run whose checkpoints cannot fit, before anything starts; checkpoints that are already there count as room.
+def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: CheckpointPlan, importance_bytes: int = 0) -> None:
+    """Refuse a run whose checkpoints cannot fit, before anything starts; what is already there of it counts as room.
+
+    Args:
+        importance_bytes: that EWC's importance of weights takes beside them.
 
     Raises:
         PlanError: with the numbers and the settings that would fit.
@@ -163,13 +166,16 @@ def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: Checkpoi
     free = storage.free_bytes(folder.checkpoints)
     if free is None:
         return
-    available = free + sum(storage.file_sizes(folder.checkpoints).values())
+    there = [folder.checkpoints, *([folder.importance] if importance_bytes else [])]
+    available = free + sum(sum(storage.file_sizes(each).values()) for each in there)
     needed = required_bytes(checkpoint_bytes, policy)
-    if needed > available:
+    if needed + importance_bytes > available:
+        beside = f", and the importance of its weights (strategy.ewc) {format_bytes(importance_bytes)} beside them"
         raise PlanError(
             f"The checkpoints of this run need {policy.keep_last + policy.keep_best + 1} x {format_bytes(checkpoint_bytes)} = "
-            f"{format_bytes(needed)} in {folder.checkpoints} (keep_last + keep_best + the one being written), but "
-            f"{format_bytes(available)} are free. Lower checkpoint.keep_last or checkpoint.keep_best, or choose a larger storage."
+            f"{format_bytes(needed)} in {folder.checkpoints} (keep_last + keep_best + the one being written)"
+            f"{beside if importance_bytes else ''}, but {format_bytes(available)} are free. Lower checkpoint.keep_last or "
+            f"checkpoint.keep_best, or choose a larger storage."
         )
 
 

@@ -13,7 +13,7 @@ from raytune.errors import TrainingError
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.rate_range import RateRange, reason_to_stop
 from raytune.storage import write_json
-from raytune.training.importance import hold_by_importance
+from raytune.training.importance import hold_for_once
 from raytune.training.loop import training_steps
 from raytune.training.recorder import Recorder
 from raytune.training.run import batches_of_run
@@ -33,7 +33,7 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
         TrainingError: on every rank alike, if the loss is not finite before any rate was tried.
     """
     plan, worker, engine, tried = started.plan, started.worker, started.engine, RateRange.model_validate(request["range"])
-    hold_by_importance(started)
+    hold_for_once(started)
     store = Store.open(plan.data.train.path)
     losses: list[float] = []
     failure: str | None = None
@@ -48,6 +48,7 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
                 stop=tried.num_steps,
                 seed=plan.seed,
                 named=store.named,
+                part_sum=started.loss.take_divergence,
             ):
                 worker.check()
                 recorder.step(result)

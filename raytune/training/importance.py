@@ -70,6 +70,12 @@ def hold_by_importance(started: Started, tell: Tell = lambda event, **facts: Non
     engine.weigh(shares)
 
 
+def hold_for_once(started: Started) -> None:
+    """`hold_by_importance`, for a task that keeps nothing of it: estimated now, from the base. Every rank calls it."""
+    if started.plan.optimization.ewc_strength:
+        started.engine.weigh(estimated(started))
+
+
 def estimated(started: Started) -> dict[str, Tensor]:
     """This rank's shares of the importance, by the engine's names of them. Every rank calls it."""
     plan, engine = started.plan, started.engine

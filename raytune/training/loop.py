@@ -38,6 +38,8 @@ class StepNumbers:
     """Steps since the last read, this one included, whose gradient was above its limit."""
     penalty: float | None = None
     """On weights, before the update, beside the loss; None without one."""
+    distillation: float | None = None
+    """The teacher's part of the loss; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class StepResult:
     """Sum over the targets of each micro-batch of this rank."""
     rows: list[tuple[int, ...]]
     """Rows of the store in each micro-batch of this rank."""
+    part_sum: Tensor | None
+    """What a part of the loss adds to `loss_sum`, where one is told by itself."""
     _named: NameRows = field(repr=False)
     _unread: "_Unread" = field(repr=False)
 
@@ -79,7 +83,8 @@ class StepResult:
             TrainingError: on every rank alike, if this step or one since the last read had a loss or gradient that is not finite.
         """
         skipped = self._unread.check(engine)
-        loss = engine.all_reduce_sum(self.loss_sum.clone()).item() / self.weight
+        own = [self.loss_sum] if self.part_sum is None else [self.loss_sum, self.part_sum.to(self.loss_sum)]
+        loss, *parts = (total / self.weight for total in engine.all_reduce_sum(torch.stack(own)).tolist())
         grad_norm = self.grad_norm.item()
         if not math.isfinite(loss):
             raise _divergence(engine, self)
@@ -90,6 +95,7 @@ class StepResult:
             loss_scale=engine.loss_scale(),
             skipped=tuple(skipped),
             penalty=engine.penalty(),
+            distillation=parts[0] if parts else None,
         )
 
     def rows_of_ranks(self, engine: Engine) -> str:
@@ -178,6 +184,7 @@ def training_steps(
     seed: int,
     named: NameRows = _numbered,
     norm_limit: Callable[[], float] = lambda: math.inf,
+    part_sum: Callable[[], Tensor | None] = lambda: None,
 ) -> Iterator[StepResult]:
     """Make optimizer steps, one per iteration.
 
@@ -191,6 +198,7 @@ def training_steps(
         seed: of dropout and noise.
         named: what an error calls the rows of a micro-batch.
         norm_limit: asked before every update for the largest norm that is updated with; the same on every rank.
+        part_sum: asked after every step for what a part of the losses, which is told by itself, has added since the step before.
 
     Raises:
         TrainingError: on every rank, for a loss or gradient that is not finite; its step has not updated the weights. On a CPU
@@ -222,6 +230,7 @@ def training_steps(
             norm_limit=limit,
             losses=losses,
             rows=rows,
+            part_sum=part_sum(),
             _named=named,
             _unread=unread,
         )

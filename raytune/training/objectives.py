@@ -110,16 +110,20 @@ class Distillation:
     top_k: int | None
     teacher_logits: Callable[[Tensor], Tensor]
     """Of some rows of hidden states, (C, vocabulary of the teacher); without a gradient."""
+    told: Callable[[Tensor], None] = lambda divergences: None
+    """Hears weight * T^2 * KL of each target, (C,), without its own weight, as sums are computed: of some targets after the
+    other, in their order."""
 
     def losses(self, logits_CV: Tensor, targets: TokenTargets) -> Tensor:
         losses_C, _ = self._divergence(logits_CV, targets, with_gradient=False)
         return losses_C.add_(CrossEntropy().losses(logits_CV, targets), alpha=1 - self.weight) if self.weight < 1 else losses_C
 
     def loss(self, logits_CV: Tensor, targets: TokenTargets) -> Tensor:
-        return _Analytic.apply(self, logits_CV, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+        return _analytic_loss(self, logits_CV, targets)  # pyright: ignore[reportCallIssue]
 
     def loss_and_gradient(self, logits_CV: Tensor, targets: TokenTargets, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         losses_C, gradient_CV = self._divergence(logits_CV, targets, with_gradient=with_gradient)
+        self.told(losses_C.clone())  # which is changed below
         ids_C1 = targets.ids_C[:, None]
         if self.weight < 1:
             log_probabilities_CV = _log_softmax(logits_CV)
@@ -185,6 +189,11 @@ class _Analytic(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient_CV, ctx.gradient_CV = ctx.gradient_CV, None  # scaled in place, hence once
         return None, gradient_CV.mul_(loss_gradient if ctx.scale is None else loss_gradient * ctx.scale), None, None
+
+
+@torch.compiler.disable  # a compiler would not hear what an objective tells
+def _analytic_loss(objective: TokenLoss, logits_CV: Tensor, targets: TokenTargets) -> Tensor:
+    return _Analytic.apply(objective, logits_CV, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 def loss_dtype(logits: Tensor) -> torch.dtype:

@@ -23,7 +23,8 @@ class Recorder:
     Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
     `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
     `train/skipped` (updates that the divergence guard has skipped since the line before), `train/penalty` (on weights, where
-    there is one: added to the loss, and not in `train/loss`), `validation/...`.
+    there is one: added to the loss, and not in `train/loss`), `train/distillation` (the teacher's part of `train/loss`, where
+    there is one: weight * temperature^2 * KL), `validation/...`.
 
     Args:
         roll_back: the way back that led to `resumed_step`, if one did.
@@ -84,6 +85,8 @@ class Recorder:
             values["train/skipped"] = float(len(numbers.skipped))
         if numbers.penalty is not None:
             values["train/penalty"] = numbers.penalty
+        if numbers.distillation is not None:
+            values["train/distillation"] = numbers.distillation
         self._write(result.step, values)
         return numbers
 

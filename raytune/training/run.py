@@ -144,6 +144,7 @@ def _make_steps(
         seed=plan.seed,
         named=store.named,
         norm_limit=guard.norm_limit,
+        part_sum=started.loss.take_divergence,
     ):
         step = result.step
         worker.check()

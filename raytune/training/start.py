@@ -75,13 +75,22 @@ class BatchLoss:
         self._objective = objective_from(objective) if objective else None
         self._model, self._shared, self._teacher = plan.model, shared, teacher
         self._in_front = partial(adapting(plan.adapter).in_front, plan.adapter)
+        self._divergence: Tensor | None = None
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `LossLayer.loss_sum`."""
         if self._teacher:
             lesson = self._teacher.teach(module, batch)
-            return self._sum(module, batch, lesson.extras, lesson.objective)
+            loss = self._sum(module, batch, lesson.extras, lesson.objective)
+            divergence = lesson.divergence_sum(batch.target_weights).to(loss.device)
+            self._divergence = divergence if self._divergence is None else self._divergence + divergence
+            return loss
         return self._sum(module, batch, objective=self._objective)
+
+    def take_divergence(self) -> Tensor | None:
+        """The teacher's part of the sums since the last call; None without a teacher."""
+        divergence, self._divergence = self._divergence, None
+        return divergence
 
     def cross_entropy(self, module: nn.Module, batch: Batch) -> Tensor:
         """The same sum of cross-entropy, whatever is minimised: what losses of runs are compared by."""

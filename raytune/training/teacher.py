@@ -31,6 +31,19 @@ class Lesson:
     objective: Distillation
     extras: Mapping[str, Tensor]
     """Of the objective's targets."""
+    divergences: list[Tensor]
+    """Of the targets, as the objective has told them."""
+
+    def divergence_sum(self, weights_M: Tensor | None) -> Tensor:
+        """The teacher's part of the loss that was computed, a scalar in its dtype.
+
+        Args:
+            weights_M: of the batch's targets; None: each weighs 1.
+        """
+        if not self.divergences:  # in chunks, and no target
+            return torch.zeros(())
+        divergences_M = torch.cat(self.divergences)
+        return (divergences_M if weights_M is None else divergences_M * weights_M).sum()
 
 
 class Teacher:
@@ -80,8 +93,9 @@ class Teacher:
         def logits(hidden_CD: Tensor) -> Tensor:
             return projection.project(hidden_CD)[0]
 
-        plan = self._plan
-        return Lesson(Distillation(plan.weight, plan.temperature, plan.top_k, logits), {TEACHER: hidden_MD})
+        plan, told = self._plan, list[Tensor]()
+        objective = Distillation(plan.weight, plan.temperature, plan.top_k, logits, told.append)
+        return Lesson(objective, {TEACHER: hidden_MD}, told)
 
     def _forward_head(self, hidden_1ND: Tensor) -> Tensor:
         assert self._target_positions is not None

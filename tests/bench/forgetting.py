@@ -24,6 +24,8 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.metrics.history import History
+from raytune.metrics.points import Point
+from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.run import train
 from raytune.training.start import Worker
@@ -47,6 +49,7 @@ def arms(general: str) -> dict[str, dict[str, Any]]:
         **{f"replay {one:g}": FULL | {"strategy": {"replay": {"data": general, "share": one}}} for one in (0.1, 0.3)},
         **{f"lora, replay {one:g}": LORA | {"strategy": {"replay": {"data": general, "share": one}}} for one in (0.1,)},
         **{f"distillation {one:g}": FULL | {"strategy": {"distillation": {"weight": one}}} for one in (0.01, 0.03)},
+        **{f"lora, distillation {one:g}": LORA | {"strategy": {"distillation": {"weight": one}}} for one in (0.01, 0.03)},
     }
 
 
@@ -96,14 +99,7 @@ def settings_of(arm: dict[str, Any], options: argparse.Namespace, held_out: Path
 
 def figures(settings: dict[str, Any], target: float) -> dict[str, Any]:
     """The general loss before, where the task's loss first reaches the target, and at the end."""
-    config = config_from(settings)
-    plan = prepare(config, this_machine(config.cluster), map).plan
-    folder = RunFolder(plan.storage, plan.name)
-    write_plan(folder, plan)
-    started = tree_cpu_s()
-    train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda values: None))
-    cpu_s = round(tree_cpu_s() - started, 1)
-    evaluated = [point for point in History.read(folder.metrics).points if TASK in point.values]
+    plan, evaluated, cpu_s = trained(settings)
     reached = next((point for point in evaluated if point.values[TASK] <= target), None)
     first, last = evaluated[0], evaluated[-1]
     return {
@@ -116,6 +112,22 @@ def figures(settings: dict[str, Any], target: float) -> dict[str, Any]:
         "task_at_end": round(last.values[TASK], 4),
         "target": target,
     }
+
+
+def trained(settings: dict[str, Any]) -> tuple[RunPlan, list[Point], float]:
+    """A run in this process: its plan, what was evaluated, and the CPU seconds that training took."""
+    config = config_from(settings)
+    plan = prepare(config, this_machine(config.cluster), map).plan
+    folder = RunFolder(plan.storage, plan.name)
+    write_plan(folder, plan)
+    started = tree_cpu_s()
+    train(plan, Worker(rank=0, world_size=1, device_index=0, attempt=1, report=lambda values: None))
+    cpu_s = round(tree_cpu_s() - started, 1)
+    return plan, [point for point in History.read(folder.metrics).points if is_evaluated(point)], cpu_s
+
+
+def is_evaluated(point: Point) -> bool:
+    return any(name.startswith("validation/") for name in point.values)
 
 
 if __name__ == "__main__":

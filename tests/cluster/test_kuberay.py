@@ -169,11 +169,31 @@ def test_names_keep_to_the_operators_limits(name: str) -> None:
         assert given.replace("-", "").isalnum()
 
 
-@pytest.mark.parametrize(("section", "key"), [("data", "data.train"), ("model", "model.base")])
-def test_what_lies_in_this_folder_only_is_refused_since_no_pod_has_it(section: str, key: str) -> None:
-    relative = {"data": {"train": "./tickets.jsonl"}, "model": {"base": "./my-model"}}
+RELATIVE: dict[str, dict[str, Any]] = {
+    "data.train": {"data": {"train": "./tickets.jsonl"}},
+    "data.template": {"data": {"train": "/data/tickets.jsonl", "template": "./own.jinja"}},
+    "model.base": {"model": {"base": "./my-model"}},
+    "strategy.objective": {"strategy": {"objective": "./my_losses.py:focal"}},
+    "callbacks": {"callbacks": ["./my_callbacks.py:note"]},
+}
+
+
+@pytest.mark.parametrize("key", RELATIVE)
+def test_what_lies_in_this_folder_only_is_refused_since_no_pod_has_it(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
     with pytest.raises(UserError, match=rf"{key}: \./.* is relative to this folder"):
-        text_of("p5.48xlarge", "kuberay", **{section: relative[section]})
+        text_of("p5.48xlarge", "kuberay", **RELATIVE[key])
+
+
+def test_code_that_the_container_has_is_no_reason_to_refuse_a_job() -> None:
+    named: dict[str, Any] = {
+        "strategy": {"objective": "/opt/code/my_losses.py:focal"},
+        "callbacks": ["my_package.callbacks:note"],
+    }
+    assert "/opt/code/my_losses.py:focal" in text_of("p5.48xlarge", "kuberay", **named)
 
 
 def test_a_job_for_a_sweep_is_refused_because_it_would_train_one_run() -> None:

@@ -15,14 +15,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from raytune.config.training import Precision
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.memory import memory_parts, tensor_bytes
-from raytune.plan.run_plan import DistillationPlan, ZeroStage
+from raytune.plan.run_plan import DistillationPlan, RunPlan, ZeroStage
+from raytune.training.loop import training_steps
 from raytune.training.objectives import TEACHER, CrossEntropy, Distillation, TokenTargets
+from raytune.training.schedule import learning_rate
+from raytune.training.start import BatchLoss
 from raytune.training.teacher import base_beneath
 from tests.numerics.measured_bytes import measure_peak
 from tests.numerics.oracles import PROJECTIONS, documents
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     LORA,
+    NUM_STEPS,
     QLORA,
     SAME_SUMS,
     Change,
@@ -36,6 +40,7 @@ from tests.numerics.runs import (
 )
 from tests.numerics.strategies import FULL, plain_training, strategy_plan
 from tests.numerics.test_freezing_bytes import planned, wide  # noqa: F401
+from tests.numerics.test_whole_run import finished
 from tests.peft_methods import EVERY
 from tests.tiny import save_tiny_model
 
@@ -110,6 +115,98 @@ def test_steps_equal_plain_torch_with_a_whole_teacher(
     found = {name.replace(".default.", ".").removeprefix("base_model.model."): value for name, value in ours.weights.items()}
     assert found.keys() == named.keys()
     assert max((found[name] - named[name]).abs().max() for name in named) <= 2 * SAME_SUMS
+
+
+# --- what is told of it
+
+
+def told_of(plan: RunPlan) -> list[tuple[float, float | None]]:
+    """Loss, and the teacher's part of it, of every step."""
+    engine, loss, batches_of = start(plan)
+    assert isinstance(loss, BatchLoss)
+    steps = training_steps(
+        engine,
+        batches_of,
+        loss,
+        lambda step: learning_rate(step, plan.optimization),
+        start=0,
+        stop=NUM_STEPS,
+        seed=plan.seed,
+        part_sum=loss.take_divergence,
+    )
+    numbers = [result.read(engine) for result in steps]
+    return [(one.loss, one.distillation) for one in numbers]
+
+
+@pytest.mark.parametrize(("top_k", "chunk"), [(None, None), (5, 7)])
+def test_the_teachers_part_of_a_step_is_that_of_plain_torch(
+    top_k: int | None, chunk: int | None, material: Material, teacher: Path
+) -> None:
+    plan = strategy_plan(material, other(teacher, top_k=top_k), FULL, loss={"chunk_tokens": chunk})
+    whole, hard = plain_loss(teacher, 0.7, 3.0, top_k), plain_loss(teacher, 0.0, 3.0)
+    parts, counts = [0.0], [0]
+
+    def loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+        minimised = whole(model, ids, labels)
+        with torch.no_grad():
+            parts[-1] += (minimised - 0.3 * hard(model, ids, labels)).item()
+        counts[-1] += int((labels[0, 1:] >= 0).sum())
+        return minimised
+
+    def next_step(trained: Any) -> None:
+        parts.append(0.0)
+        counts.append(0)
+
+    losses, _ = plain_training(plan, lambda name: True, loss_of=loss, after_step=next_step)
+    told = told_of(plan)
+    assert [one for one, _ in told] == pytest.approx(losses, rel=SAME_SUMS)
+    # The oracle's is a difference of two larger sums.
+    expected = [part / count for part, count in zip(parts[:-1], counts[:-1], strict=True)]
+    assert [part for _, part in told] == pytest.approx(expected, rel=3 * SAME_SUMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_tell_what_one_does(stage: int, material: Material, teacher: Path) -> None:
+    alone = told_of(strategy_plan(material, other(teacher), LORA, loss={"chunk_tokens": 16}))
+    plan = strategy_plan(material, other(teacher), LORA, workers=2, stage=stage, loss={"chunk_tokens": 16})
+    both = run_on_ranks(told_of, 2, plan)
+    assert both[0] == both[1]
+    for one, same in zip(both[0], alone, strict=True):
+        assert one == pytest.approx(same, rel=SAME_SUMS)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("has_targets", [True, False])
+def test_weights_of_targets_count_in_what_is_told(
+    chunk: int | None, has_targets: bool, material: Material, teacher: Path
+) -> None:
+    engine, loss, batches_of = start(strategy_plan(material, other(teacher), LORA, loss={"chunk_tokens": chunk}))
+    assert isinstance(loss, BatchLoss)
+    batch = batches_of(0)[0]
+    if not has_targets:
+        batch = replace(batch, target_positions=batch.target_positions[:0], target_ids=batch.target_ids[:0])
+    weights = 3 * torch.rand(len(batch.target_ids), generator=torch.Generator().manual_seed(0))
+    batch = replace(batch, target_weights=weights)
+    whole = sum(loss(engine.module, batch).item() for _ in range(2))
+    told, then = loss.take_divergence(), loss.take_divergence()
+    assert told is not None
+    assert then is None
+    hard = 2 * loss.cross_entropy(engine.module, batch).item()
+    # A difference of two fp32 sums that are larger.
+    assert told.item() == pytest.approx(whole - 0.3 * hard, rel=1e-5)
+
+
+def test_a_run_writes_the_teachers_part_down_and_one_without_a_teacher_has_none(tmp_path: Path) -> None:
+    training = {"max_steps": 3, "global_batch_size": 2, "learning_rate": 2e-3, "logging_steps": 1}
+    strategy = {"distillation": {"teacher": "base", "weight": 0.3}}
+    taught = finished(tmp_path / "taught", {"strategy": strategy, "training": training})
+    alone = finished(tmp_path / "alone", {"training": training})
+    losses, parts = (dict(taught.history.series(f"train/{name}")) for name in ("loss", "distillation"))
+    assert list(parts) == [1, 2, 3]
+    assert parts[1] == pytest.approx(0, abs=1e-6), "beneath an adapter that has changed nothing yet"
+    assert 0 < parts[3] < losses[3]
+    assert not list(alone.history.series("train/distillation"))
 
 
 # --- the objective

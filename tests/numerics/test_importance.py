@@ -17,9 +17,11 @@ from raytune.data.store import Store
 from raytune.errors import TrainingError
 from raytune.metrics.events import read_events
 from raytune.plan.memory import memory_parts
+from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan, StorePlan, ZeroStage
 from raytune.plan.scoring import Weights, scoring_plan
 from raytune.run_folder import RunFolder
+from raytune.storage import file_sizes
 from raytune.training.importance import estimated, hold_by_importance
 from raytune.training.start import Started, Worker
 from tests.numerics.oracles import document_loss, documents
@@ -357,3 +359,5 @@ def test_a_run_keeps_its_importance_and_is_scored_without_one(tmp_path: Path) ->
     assert result.plan.data_report.ewc is not None
     assert result.plan.data_report.ewc.total("used") == 9
     assert scoring_plan(result.plan, CPU, Weights(folder=folder, step=None)).optimization.ewc_strength == 0
+    # Names and shapes stand before the numbers.
+    assert file_sizes(folder.importance)["rank-0.safetensors"] == pytest.approx(importance_bytes(result.plan), rel=0.01)

@@ -488,6 +488,13 @@ def test_a_run_that_cannot_fit_is_refused_with_numbers(small_disk: Path) -> None
     with pytest.raises(PlanError, match=r"4 x 2 MiB = 8 MiB .*6 MiB are free"):
         refuse_small_disk(folder, 2 << 20, POLICY)
     refuse_small_disk(RunFolder("memory://x", "run"), 1 << 40, POLICY)
+    refuse_small_disk(folder, 1 << 20, POLICY, 1 << 20)
+    with pytest.raises(PlanError, match=r"4 x 1 MiB = 4 MiB .*importance of its weights \(strategy.ewc\) 3 MiB.*6 MiB are free"):
+        refuse_small_disk(folder, 1 << 20, POLICY, 3 << 20)
+    storage.write_bytes(f"{folder.importance}/rank-0.safetensors", bytes(3 << 20))
+    with pytest.raises(PlanError, match="3 MiB are free"):
+        refuse_small_disk(folder, 1 << 20, POLICY)
+    refuse_small_disk(folder, 3 << 18, POLICY, 3 << 20)  # it is there, and goes on with it
 
 
 SAVE_FOR_EVER = """

@@ -55,6 +55,16 @@ def test_a_test_ends_where_the_smoothed_loss_passes_the_factor_and_wherever_it_i
     assert reason_to_stop([], tried) is None
 
 
+@pytest.mark.parametrize("offset", [0.0, -3.0, -6.0, -12.0])
+def test_a_loss_that_falls_below_0_is_tried_to_where_it_explodes_and_advised_on_as_any_other(offset: float) -> None:
+    losses = [loss + offset for loss in curve(-3.5, -1)]
+    assert {reason_to_stop(losses[:end], TRIED) for end in range(1, len(losses))} == {None}
+    far = next(end for end in range(1, 200) if reason_to_stop([*losses, *[30.0] * end], TRIED))
+    assert far < 20
+    advice, above_0 = advise_rate(losses, TRIED), advise_rate(curve(-3.5, -1), TRIED)
+    assert (advice.verdict, advice.steepest, advice.safe) == (above_0.verdict, above_0.steepest, above_0.safe)
+
+
 def curve(falls: float, rises: float | None) -> list[float]:
     """A loss of 6 that falls to 2 around a rate and rises to 7 around another."""
     losses = []

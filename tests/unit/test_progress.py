@@ -65,6 +65,14 @@ def test_a_value_that_is_older_than_the_step_says_how_old(tmp_path: Path) -> Non
     assert not list(view.new_lines()), "nothing new, nothing said"
 
 
+def test_a_teachers_part_stands_beside_the_loss_that_it_is_of(tmp_path: Path) -> None:
+    plan = run_of(tmp_path)
+    with MetricsWriter(RunFolder(plan.storage, plan.name).metrics, attempt=1, resumed_step=0) as writer:
+        writer.write(1, {"train/loss": 0.5, "train/distillation": 0.125})
+    (line,) = RunView(plan, Clock()).new_lines()
+    assert line.startswith("step 1/8  loss 0.5000  of which the teacher's 0.1250  ")
+
+
 def test_a_terminal_shows_a_bar_the_time_left_and_the_age_of_the_checkpoint(tmp_path: Path) -> None:
     plan, clock = run_of(tmp_path), Clock()
     view = RunView(plan, clock)

@@ -228,6 +228,26 @@ def test_a_teacher_and_what_is_replayed_are_sent_along_those_of_a_sweep_too():
     assert {"models/one", "models/two"} <= set(named_by(sweep))
 
 
+CODE = {"strategy": {"objective": "own/losses.py:focal"}, "callbacks": ["notes.py:note", "installed.package:told"]}
+
+
+def test_the_users_code_is_sent_though_an_ignore_file_or_its_size_would_leave_it_here(tmp_path: Path):
+    config = config_from({"data": {"train": "/shared/rows.jsonl"}} | CODE)
+    assert [name for name in named_by(config) if name != "auto"] == ["own/losses.py", "notes.py"]
+    large = "# " + "x" * (2 << 20)
+    folder = write(tmp_path, **{"own/losses.py": large, "notes.py": "", "other.py": large})
+    assert own(folder, *named_by(config)) == ["notes.py", "own/losses.py"]
+    write(folder, **{".gitignore": "own/\n"})
+    with pytest.raises(UserError, match=r"own/losses\.py, which is not sent with a job: \.gitignore"):
+        contents(folder, named_by(config))
+
+
+def test_a_secret_in_the_users_code_is_refused_and_not_sent(tmp_path: Path):
+    folder = write(tmp_path, **{"own/losses.py": "", "notes.py": f"WHERE = '{TOKEN}'\n"})
+    with pytest.raises(UserError, match=r"notes.py:1 holds what looks like a GitHub token.*The config names it"):
+        contents(folder, named_by(config_from({"data": {"train": "/shared/rows.jsonl"}} | CODE)))
+
+
 def test_links_out_of_the_folder_and_special_files_stay_here_by_whatever_name(tmp_path: Path):
     folder = write(tmp_path / "work", **{"run.yaml": "", "real/code.py": ""})
     write(tmp_path / "outside", **{"diary.py": "canary", "deep/x.py": "canary"})
