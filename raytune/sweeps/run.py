@@ -41,13 +41,7 @@ Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
 """Given the plan, what the ledger says and the board, a context that lasts as long as the trials: progress for a person."""
 
 MAY_CHANGE = (
-    "sweep.trials",
-    "sweep.max_concurrent",
-    "cluster.",
-    "provider.",
-    "checkpoint.keep_",
-    "training.logging_steps",
-    "tracking",
+    *("sweep.trials", "sweep.max_concurrent", "cluster.", "provider.", "checkpoint.keep_", "training.logging_steps", "tracking"),
 )
 """Beginnings of keys that may change between two commands of one sweep."""
 

@@ -136,10 +136,8 @@ class Following:
         if told is None or not started.keeps:
             told = Told(run_id=started.run_id, place=self._tracker.place)
         self._told = told
-        history = (
-            History.parse(read_from(self._folder.metrics, 0)[: told.num_bytes], self._folder.metrics) if told.num_bytes else None
-        )
-        self._known = {point.step: point for point in history.points} if history else {}
+        sent = read_from(self._folder.metrics, 0)[: told.num_bytes] if told.num_bytes else b""
+        self._known = {point.step: point for point in History.parse(sent, self._folder.metrics).points}
         self._untold = {point.step: point for point in self._metrics.points}
         self._cuts = (0, 0)
         self._save(status=None)

@@ -1,4 +1,4 @@
-"""MLflow: a server or an SQLite file, by its client. It keeps what it has been told, and takes a point that it knows once only."""
+"""MLflow: a server or a database, by its client. It keeps what it has been told, and takes a point that it knows only once."""
 
 import os
 import posixpath
@@ -16,6 +16,7 @@ from raytune.run_folder import RunFolder
 from raytune.storage import is_local
 from raytune.tracking.tracker import Happening, Row, Setting, Started, Status, TrackedRun
 
+SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "databricks")
 FILE_NAME = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
 SWEEP_TAG = "raytune.sweep"
@@ -40,9 +41,7 @@ def problem(section: MlflowSection, storage: str) -> str | None:
         return f"MLFLOW_TRACKING_URI is set and is not read. Write tracking.mlflow.uri={in_a_line(redacted(known))}, or unset it."
     if section.uri is None and not is_local(storage):
         return f"storage is {storage}, where no database can be. Set tracking.mlflow.uri."
-    if section.uri is not None and not section.uri.startswith(
-        ("http://", "https://", "sqlite:///", "postgresql", "mysql", "databricks")
-    ):
+    if section.uri is not None and not section.uri.startswith(SCHEMES):
         return f"tracking.mlflow.uri is {section.uri}: plain folders are no store of MLflow 3 any more. Write sqlite:///FILE, or http://..."
     return None
 

@@ -1,4 +1,4 @@
-"""TensorBoard: event files, one folder per run. They are written anew by each command, so that a run has one file that is whole."""
+"""TensorBoard: an event file per run, which each command writes anew, so that it is whole and has nothing twice."""
 
 import time
 from collections.abc import Mapping, Sequence

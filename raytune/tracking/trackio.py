@@ -32,8 +32,8 @@ def _database(section: TrackioSection, storage: str) -> str:
 
 
 class Trackio:
-    """See `Tracker`. It keeps no files of a run. Its storage is used rather than its `init`, which writes in a thread, with the time
-    of writing, and goes on where that fails."""
+    """See `Tracker`. Its storage is used rather than its `init`, which writes in a thread, with the time of writing, and goes on
+    where that fails."""
 
     def __init__(self, section: TrackioSection, folder: RunFolder, storage: str) -> None:
         self._project = section.project

@@ -28,9 +28,7 @@ def problem(section: WandbSection, storage: str) -> str | None:
     if section.folder is None and not is_local(storage):
         return f"storage is {storage}, where wandb writes no files. Set tracking.wandb.folder to a local folder."
     if section.mode == "online" and not _has_key():
-        return (
-            "there is no API key for W&B. Set WANDB_API_KEY in the environment, or `wandb login`, or tracking.wandb.mode=offline."
-        )
+        return "there is no API key for W&B. Set WANDB_API_KEY, or `wandb login`, or tracking.wandb.mode=offline."
     return None
 
 

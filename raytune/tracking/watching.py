@@ -94,7 +94,7 @@ class Telling:
         self._heard = time.monotonic()
         self._is_done = False
         self._has_news = threading.Condition()
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (for as long as the process)
         options = section.chosen[name]
         package = str(Path(__file__).parents[2])
         self._process = subprocess.Popen(
