@@ -131,8 +131,9 @@ class Following:
         told = Told.read(self._note)
         if told is not None and told.place != self._tracker.place:
             told = None
+        run = self._run()
         with self._to_tracker():
-            started = self._tracker.start(self._run(), told.run_id if told else None)
+            started = self._tracker.start(run, told.run_id if told else None)
         if told is None or not started.keeps:
             told = Told(run_id=started.run_id, place=self._tracker.place)
         self._told = told

@@ -18,7 +18,8 @@ _UNTOLD = ("version", "storage", "tracking", "provider", "sweep")
 def settings_of(config: Mapping[str, Any], plan: RunPlan) -> dict[str, Setting]:
     """A config as it was resolved, and the main figures of its plan, without what looks like a credential."""
     told = {name: value for section, under in config.items() if section not in _UNTOLD for name, value in _flat(section, under)}
-    return {name: value for name, value in {**told, **_figures(plan)}.items() if find_secret_value(name, str(value)) is None}
+    told |= dict(_figures(plan))
+    return {name: value for name, value in told.items() if find_secret_value(name, str(value)) is None}
 
 
 def _figures(plan: RunPlan) -> Iterator[tuple[str, Setting]]:

@@ -5,6 +5,7 @@ Nothing here waits for a tracker, but for a few seconds at the end, and nothing 
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from raytune.tracking.process import END
 from raytune.tracking.trackers import LIBRARIES
 
 WAIT_AT_END_S, WAIT_FOR_ABSENT_S = 15.0, 3.0
-"""For a tracker that takes what it is told, and for one that is away or has not been heard of for SILENT_S."""
+"""For a tracker that takes what it is told, and for one that is away or has not been heard of for SILENT_S; from the end of the
+runs on."""
 SILENT_S = 15.0
 MODEL_BYTES_PER_S = 20e6
 """That `log_model` is given time for."""
@@ -91,7 +93,7 @@ class Telling:
     ) -> None:
         self._library, self._section, self._folder, self._events = LIBRARIES[name], section, folder, events
         self._why_away: str | None = None
-        self._heard = time.monotonic()
+        self._heard = self._finished_at = time.monotonic()
         self._is_done = False
         self._has_news = threading.Condition()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (for as long as the process)
@@ -115,14 +117,14 @@ class Telling:
 
     def finish(self) -> None:
         """Ask for the rest, now that the runs have ended."""
+        self._finished_at = time.monotonic()
         self._say(END)
 
     def wait(self) -> None:
         """Until the rest is told, or for as long as the tracker may be waited for; and say what is left."""
-        is_absent = self._why_away is not None or time.monotonic() - self._heard > SILENT_S
-        patience_s = WAIT_FOR_ABSENT_S if is_absent else WAIT_AT_END_S + self._model_s()
-        with self._has_news:
-            self._has_news.wait_for(lambda: self._is_over, patience_s)
+        if self._finished_at - self._heard < SILENT_S:
+            self._wait_until(lambda: self._why_away is not None, self._finished_at + WAIT_AT_END_S + self._model_s())
+        self._wait_until(lambda: False, self._finished_at + WAIT_FOR_ABSENT_S)
         self.kill()
         if not self._is_done:
             _log.warning(
@@ -135,8 +137,7 @@ class Telling:
 
     def wait_patiently(self) -> str | None:
         """Until all is told, or the tracker is away; why it is."""
-        with self._has_news:
-            self._has_news.wait_for(lambda: self._is_over or self._why_away is not None)
+        self._wait_until(lambda: self._why_away is not None, math.inf)
         self.kill()
         return None if self._is_done else self._why_away or "it does not say why"
 
@@ -146,6 +147,11 @@ class Telling:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def _wait_until(self, holds: Callable[[], bool], deadline: float) -> None:
+        with self._has_news:
+            left_s = max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None
+            self._has_news.wait_for(lambda: self._is_over or holds(), left_s)
 
     @property
     def _is_over(self) -> bool:
