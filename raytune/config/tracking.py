@@ -68,9 +68,11 @@ class TrackingSection(Section):
 def _by_name(value: Any) -> Any:
     """Names alone stand for trackers without options."""
     names = [value] if isinstance(value, str) else value
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        return {name: {} for name in names}
-    return value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return value
+    if strangers := [name for name in names if name not in TRACKERS]:
+        raise ValueError(f"{strangers[0]!r} is no tracker that raytune knows; there are {', '.join(TRACKERS)}")
+    return {name: {} for name in names}
 
 
 Tracking = Annotated[

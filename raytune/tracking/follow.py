@@ -213,7 +213,15 @@ class Following:
             yield
         except Exception as error:
             self._told = None
-            raise TrackerAwayError(in_a_line(redacted(f"{type(error).__name__}: {error}"))) from error
+            first = _first_cause(error)
+            raise TrackerAwayError(in_a_line(redacted(f"{type(first).__name__}: {first}"))) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Under what libraries lay over it: a refused connection, for example."""
+    while (under := error.__cause__ or error.__context__) is not None:
+        error = under
+    return error
 
 
 def _differ(one: float, other: float) -> bool:
