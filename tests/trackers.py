@@ -210,11 +210,17 @@ class MlflowServer:
             run_id = f"{len(self.runs):032x}"
             self.runs[run_id] = {"tags": asked.get("tags", []), "params": [], "metrics": [], "status": "RUNNING"}
             return {"run": self._shown(run_id)}
+        if what == "runs/search":
+            tagged = [
+                run_id for run_id, run in self.runs.items() if any(f"'{tag['value']}'" in asked["filter"] for tag in run["tags"])
+            ]
+            return {"runs": [self._shown(run_id) for run_id in tagged]}
         run = self.runs[asked["run_id"]]
         if what == "runs/update":
             run["status"] = asked.get("status", run["status"])
             return {"run_info": self._shown(asked["run_id"])["info"]}
         if what == "runs/log-batch":
+            run["tags"] += [one for one in asked.get("tags", []) if one not in run["tags"]]
             run["metrics"] += [one for one in asked.get("metrics", []) if one not in run["metrics"]]
             run["params"] += asked.get("params", [])
         if what == "runs/set-tag":

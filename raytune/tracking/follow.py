@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -144,16 +145,17 @@ class Following:
         self._save(status=None)
 
     def _run(self) -> TrackedRun:
-        config, plan = read_json(self._folder.run)["config"], RunPlan.model_validate_json(read_bytes(self._folder.plan))
+        record, plan = read_json(self._folder.run), RunPlan.model_validate_json(read_bytes(self._folder.plan))
         section, name = self._section, self._folder.name
         shown = section.run_name or (self._sweep.name if self._sweep else name)
         return TrackedRun(
             name=f"{shown} {name}" if self._sweep else shown,
+            key=sha256(f"{self._folder.path} {record['created']}".encode()).hexdigest()[:16],
             place=f"{self._sweep.name}/{name}" if self._sweep else name,
             group=section.group or (self._sweep.name if self._sweep else None),
             sweep=self._sweep.path if self._sweep else None,
             tags=section.tags,
-            settings=settings_of(config, plan),
+            settings=settings_of(record["config"], plan),
         )
 
     def _tell_points(self) -> None:

@@ -19,7 +19,7 @@ from raytune.tracking.tracker import Happening, Row, Setting, Started, Status, T
 SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "databricks")
 FILE_NAME = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
-SWEEP_TAG = "raytune.sweep"
+RUN_TAG, SWEEP_TAG = "raytune.run", "raytune.sweep"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "stopped": "KILLED"}
 _MOST_METRICS, _MOST_PARAMETERS, _LONGEST_NAME, _LONGEST_VALUE = 1000, 100, 250, 6000
 """Limits of MLflow 3: of a request, and of texts."""
@@ -65,25 +65,27 @@ class Mlflow:
         from mlflow.entities import RunTag
         from mlflow.exceptions import MlflowException
 
-        known = None
+        known, keeps = None, run_id is not None
         if run_id is not None:
             try:
                 known = self._client.get_run(run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        tags = {**run.tags, **({"raytune.group": run.group} if run.group else {})}
+                keeps = False
+        tags = {**run.tags, RUN_TAG: run.key, **({"raytune.group": run.group} if run.group else {})}
         if known is None:
             experiment = self._experiment()
+            known = self._found(experiment, RUN_TAG, run.key)  # it was made, and the answer was lost
+        if known is None:
             nested = {"mlflow.parentRunId": self._parent(experiment, run)} if run.sweep else {}
             known = self._client.create_run(experiment, run_name=run.name, tags={**tags, **nested})
-            run_id = None
         else:
             self._client.update_run(known.info.run_id, "RUNNING")
             self._client.log_batch(known.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self._run_id = known.info.run_id
         self._tell_settings(run.settings, known.data.params)
-        return Started(run_id=self._run_id, keeps=run_id is not None)
+        return Started(run_id=self._run_id, keeps=keeps)
 
     def metrics(self, rows: Sequence[Row]) -> None:
         from mlflow.entities import Metric
@@ -132,15 +134,18 @@ class Mlflow:
                 raise
             return self._client.get_experiment_by_name(name).experiment_id
 
+    def _found(self, experiment: str, tag: str, value: str) -> Any | None:
+        """The run with this tag."""
+        quoted = value.replace("'", "''")
+        return next(iter(self._client.search_runs([experiment], f"tags.`{tag}` = '{quoted}'", max_results=1)), None)
+
     def _parent(self, experiment: str, run: TrackedRun) -> str:
         """The run that stands for the sweep."""
         assert run.sweep is not None
-        quoted = run.sweep.replace("'", "")
-        found = self._client.search_runs([experiment], f"tags.`{SWEEP_TAG}` = '{quoted}'", max_results=1)
-        if found:
-            return found[0].info.run_id
+        if found := self._found(experiment, SWEEP_TAG, run.sweep):
+            return found.info.run_id
         name = posixpath.basename(run.sweep)
-        made = self._client.create_run(experiment, run_name=name, tags={**run.tags, SWEEP_TAG: quoted})
+        made = self._client.create_run(experiment, run_name=name, tags={**run.tags, SWEEP_TAG: run.sweep})
         self._client.set_terminated(made.info.run_id)  # it computes nothing itself
         return made.info.run_id
 

@@ -16,6 +16,8 @@ class TrackedRun:
 
     name: str
     """As it is shown."""
+    key: str
+    """Of this run alone: of its folder, and when it was begun there."""
     place: str
     """Below a tracker's folder: that of its run folder below `storage`."""
     group: str | None

@@ -1,7 +1,6 @@
 """Trackio: an SQLite database, by its own storage. A run is written anew by each command, and is whole."""
 
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +49,7 @@ class Trackio:
     def start(self, run: TrackedRun, run_id: str | None) -> Started:
         if run_id is not None:
             self._storage.delete_run(self._project, run.name, run_id=run_id)
-        self._run, self._run_id, self._created = run, run_id or uuid.uuid4().hex, _iso(time.time())
+        self._run, self._run_id, self._created = run, run_id or run.key, _iso(time.time())
         return Started(run_id=self._run_id, keeps=False)
 
     def metrics(self, rows: Sequence[Row]) -> None:

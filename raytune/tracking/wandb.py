@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -59,7 +58,7 @@ class Wandb:
 
         self._finish(0)
         keeps = run_id is not None and not self._discard(run_id)
-        run_id = run_id or uuid.uuid4().hex[:16]
+        run_id = run_id or run.key
         self._told = run
         self._folder.mkdir(parents=True, exist_ok=True)
         is_online = self._section.mode == "online"

@@ -185,7 +185,7 @@ def test_trials_are_runs_of_a_group_and_stand_below_the_sweep(tmp_path: Path) ->
 # --- trackers that are away
 
 
-@pytest.mark.parametrize("illness", ["is gone", "fails"])
+@pytest.mark.parametrize("illness", ["is gone", pytest.param("fails", marks=pytest.mark.slow)])
 def test_a_tracker_that_was_away_is_said_once_and_knows_everything_later(
     illness: str, server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,7 +213,7 @@ def test_a_tracker_that_was_away_is_said_once_and_knows_everything_later(
     ]
 
 
-@pytest.mark.parametrize("illness", ["is gone", "hangs"])
+@pytest.mark.parametrize("illness", ["is gone", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_command_ends_beside_a_dead_tracker_which_is_told_by_a_later_one(
     illness: str, server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,6 +268,7 @@ def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed(serv
     assert rounded(server.points(run_id)) == rounded(history(RunFolder(str(tmp_path), "tracked")))
 
 
+@pytest.mark.slow
 def test_a_command_that_dies_takes_its_trackers_process_with_it_and_the_next_one_goes_on(
     server: MlflowServer, tmp_path: Path
 ) -> None:
