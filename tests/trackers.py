@@ -1,5 +1,8 @@
 """What trackers hold of a run, by the readers of their own libraries; and a server that speaks MLflow's protocol."""
 
+# Protobuf makes the classes of messages when their modules are imported.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import sqlite3
 import threading

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Any, Self
 
 from raytune.config.tracking import TrackingSection
 from raytune.credentials import redacted
@@ -203,9 +203,9 @@ class Following:
                 self._tracker.happened(happenings, num_known)
             self._save(num_events=len(self._events))
 
-    def _save(self, **changes: object) -> None:
+    def _save(self, **changes: Any) -> None:
         assert self._told is not None
-        self._told = Told(**asdict(self._told) | changes)
+        self._told = replace(self._told, **changes)
         write_json(self._note, asdict(self._told))
 
     @contextmanager

@@ -69,7 +69,7 @@ class Runs:
 
     def _status(self, name: str) -> Status | None:
         folder = RunFolder(self._trials, name) if self._is_sweep else self._folder
-        state = read_json(folder.run)["state"] if exists(folder.run) else None
+        state = str(read_json(folder.run)["state"]) if exists(folder.run) else ""
         return _ENDS.get(state, "stopped" if self._is_sweep else None)
 
 

@@ -1,5 +1,8 @@
 """TensorBoard: an event file per run, which each command writes anew, so that it is whole and has nothing twice."""
 
+# Protobuf makes the classes of messages when their modules are imported.
+# pyright: reportAttributeAccessIssue=false
+
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
