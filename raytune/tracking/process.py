@@ -70,7 +70,9 @@ class Runs:
     def _status(self, name: str) -> Status | None:
         folder = RunFolder(self._trials, name) if self._is_sweep else self._folder
         state = str(read_json(folder.run)["state"]) if exists(folder.run) else ""
-        return _ENDS.get(state, "stopped" if self._is_sweep else None)
+        if state in _ENDS:
+            return _ENDS[state]
+        return "stopped" if self._is_sweep else None
 
 
 def follow(runs: Runs, say: Say, ended: threading.Event, look_every_s: float) -> None:

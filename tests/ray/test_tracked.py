@@ -1,4 +1,4 @@
-"""A run on a cluster and the trials of a sweep, told to trackers while they train: what their folders have is there at the end."""
+"""A run on a cluster and the trials of a sweep, told to trackers while they train: what their folders have arrives."""
 
 from pathlib import Path
 from typing import Any
