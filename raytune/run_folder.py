@@ -7,6 +7,7 @@
     events.jsonl                starts, saves, failures, retries
     failures/attempt-1.rank-0.json   what ended a worker
             /attempt-1.whereabouts.json   where the others were when it was lost
+    tracking/mlflow.json        the run of a tracker that this one is, and what it has been told
     places/attempt-1.json       the node of each rank
     downloads/NODE.json         how far a node is with the base of a hub; gone when it is there
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
@@ -104,6 +105,11 @@ class RunFolder:
         return f"{self.path}/result.json"
 
     @property
+    def report(self) -> str:
+        """The page about the run."""
+        return f"{self.path}/report.html"
+
+    @property
     def questions(self) -> str:
         return f"{self.path}/questions.jsonl"
 
@@ -129,6 +135,10 @@ class RunFolder:
     @property
     def failures(self) -> str:
         return f"{self.path}/failures"
+
+    def tracking(self, tracker: str) -> str:
+        """What a tracker has been told of this run."""
+        return f"{self.path}/tracking/{tracker}.json"
 
     def places(self, attempt: int) -> str:
         """The node of each rank of an attempt."""

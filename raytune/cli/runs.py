@@ -303,6 +303,32 @@ def score(
     say(json.dumps(scores.to_json()) if as_json else "\n".join(scores.lines))
 
 
+@click.command(
+    epilog=examples(
+        "track runs/support-bot",
+        "track runs/support-bot tracking=tensorboard",
+        "track runs/rank-and-rate tracking.mlflow.uri=http://mlflow.internal:5000",
+    )
+)
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[tracking...=VALUE]...")
+@as_json_option
+@debug_option
+def track(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Tell trackers of a run or a sweep what they do not know: what they missed, or all of it.
+
+    RUN is its folder. Its own config says which trackers, or what is written here in its place. No command may be at work on it:
+    one that trains tells them itself.
+    """
+    from raytune.launch.track import track as track_run
+
+    if strangers := [override for override in overrides if not override.startswith(("tracking.", "tracking="))]:
+        raise UserError(f"{strangers[0]} is nothing that trackers are told by. Write keys of tracking, or leave it out.")
+    section = load_run([], overrides)[0].tracking if overrides else None
+    told = track_run(run, section)
+    say(json.dumps({"told": told}) if as_json else "\n".join(told))
+
+
 def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":
     """The config of a plan, which trains nothing: settings alone are planned for the built-in toy, and that is said."""
     from raytune.config.asked import NEITHER, is_settings_alone, require_named

@@ -128,6 +128,18 @@ NO_SWEEP = Need(
     otherwise=lambda config: "they are told of one run, and a sweep has many at once",
     remedy="train one run (sweep=null)",
 )
+TRACKED = Need(
+    keys=("tracking",),
+    holds=lambda config, _: bool(config.tracking.chosen),
+    otherwise=lambda config: "no tracker is named",
+    remedy="name one, for example tracking.tensorboard={}",
+)
+KEEPS_MODELS = Need(
+    keys=("tracking.mlflow", "tracking.wandb"),
+    holds=lambda config, _: bool(config.tracking.mlflow or config.tracking.wandb),
+    otherwise=lambda config: "only MLflow and W&B keep models",
+    remedy="name one of them, for example tracking.mlflow={}",
+)
 NVME = Need(
     keys=("training.zero.offload_optimizer", "training.zero.offload_parameters"),
     holds=lambda config, _: "nvme" in (config.training.zero.offload_optimizer, config.training.zero.offload_parameters),

@@ -14,6 +14,7 @@ from raytune.config.provider import ProviderSection
 from raytune.config.section import Section, Text
 from raytune.config.strategy import StrategySection
 from raytune.config.sweep import SweepSection
+from raytune.config.tracking import Tracking, TrackingSection
 from raytune.config.training import TrainingSection
 from raytune.config.user_code import CodeName
 
@@ -51,6 +52,8 @@ class RunConfig(Section):
     callbacks: Annotated[list[CodeName], Field(examples=[["my_callbacks.py:tell"]])] = []
     """Functions of your own that are called with what happens to the run (`raytune explain user_code`), as `module:function` or
     `file.py:function`; a module is looked for beside this file, in the working directory and among those that are installed."""
+    tracking: Tracking = TrackingSection()
+    """Experiment trackers that are told what the run does (`raytune explain trackers`): by name, or with options."""
     cluster: ClusterSection = ClusterSection()
     """Which Ray cluster, how many workers, and what each of them gets."""
     sweep: SweepSection | None = None

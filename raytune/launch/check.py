@@ -47,6 +47,7 @@ from raytune.plan.setting import look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
+from raytune.tracking.trackers import away, refuse_unready
 from raytune.training.user_objective import tried
 from raytune.units import format_seconds
 
@@ -112,6 +113,8 @@ def check_run(config: RunConfig) -> Findings:
     found.of(lambda: _look_at_run_of_that_name(config, found), keys=("storage",))
     found.of(lambda: _refuse_missing_packages(config))
     found.of(lambda: load_callbacks(config.callbacks))
+    found.of(lambda: refuse_unready(config.tracking, absolute(config.storage)))
+    found.not_looked_at += [why] if (why := away(config.tracking)) else []
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))
     found.not_looked_at += [f"the machines of {address}"] if address else []

@@ -30,6 +30,8 @@ from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
+from raytune.tracking.trackers import refuse_unready
+from raytune.tracking.watching import tracking
 from raytune.training.commit import next_attempt, refuse_small_disk
 from raytune.training.fetched_base import noted
 from raytune.versions import library_versions
@@ -76,11 +78,12 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks:
         return replace(result, finished_before=True)
     refuse_changed_settings(folder, config)
     told = [*load_callbacks(config.callbacks), *callbacks]
+    refuse_unready(config.tracking, folder.storage)
     base = refuse_without_cluster(config)
 
     @contextmanager
     def watched(plan: RunPlan) -> Iterator[None]:
-        with watch(plan), calling(told, plan):
+        with watch(plan), tracking(config.tracking, folder), calling(told, plan):
             yield
 
     with _held_unless_finished(folder, config) as lease:

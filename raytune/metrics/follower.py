@@ -1,5 +1,6 @@
 """Everything that a run measures, read while it goes on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from raytune.errors import UserError
@@ -16,10 +17,12 @@ class Follower:
 
     def __init__(self, path: str | Path) -> None:
         self._path = path
+        self._num_begun = 0
         self._begin()
 
     def _begin(self) -> None:
         self._offset, self._last_line = 0, b""
+        self._num_begun += 1
         self._effective = EffectivePoints(str(self._path))
 
     def look(self) -> tuple[Point, ...]:
@@ -41,6 +44,26 @@ class Follower:
             self._last_line = lines[lines.rfind(b"\n", 0, -1) + 1 :]
         known = (self._effective.point_at(step) for step in sorted(steps))
         return tuple(point for point in known if point is not None)  # a resume may have cut it off again
+
+    @property
+    def points(self) -> Sequence[Point]:
+        """All that stand, by step."""
+        return self._effective.points
+
+    @property
+    def num_bytes(self) -> int:
+        """How much of the file was read."""
+        return self._offset
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """Another value than before says that points of earlier looks may stand no more."""
+        return self._num_begun, self._effective.num_cuts
+
+    def stands(self, point: Point) -> bool:
+        """Whether a point of an earlier look is a part of the history still, be it with more values."""
+        now = self._effective.point_at(point.step)
+        return now is not None and now.time == point.time
 
     @property
     def last_step(self) -> int:

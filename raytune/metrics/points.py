@@ -69,6 +69,8 @@ class EffectivePoints:
 
     def __init__(self, path: str) -> None:
         self._path, self._num_lines, self._attempt = path, 0, 0
+        self.num_cuts = 0
+        """How often points were taken back."""
         self.points: list[Point] = []
         """By step, each once."""
         self.roll_backs: list[RollBack] = []
@@ -102,6 +104,7 @@ class EffectivePoints:
             self.roll_backs = [*self.roll_backs, back] if back else standing(self.roll_backs, step)
             if self.points and self.points[-1].step > step:
                 del self.points[bisect_right(self.points, step, key=_step_of) :]
+                self.num_cuts += 1
                 self._last_with = None
             return None
         at = bisect_left(self.points, step, key=_step_of)

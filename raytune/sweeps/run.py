@@ -32,13 +32,17 @@ from raytune.sweeps.tables import trials_csv, trials_jsonl
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.tuner import run_trials
 from raytune.sweeps.winner import best_yaml, read_sweep
+from raytune.tracking.trackers import refuse_unready
+from raytune.tracking.watching import tracking
 
 _log = logging.getLogger(__name__)
 
 Watch = Callable[[SweepPlan, Known, Board], AbstractContextManager]
 """Given the plan, what the ledger says and the board, a context that lasts as long as the trials: progress for a person."""
 
-MAY_CHANGE = ("sweep.trials", "sweep.max_concurrent", "cluster.", "provider.", "checkpoint.keep_", "training.logging_steps")
+MAY_CHANGE = (
+    *("sweep.trials", "sweep.max_concurrent", "cluster.", "provider.", "checkpoint.keep_", "training.logging_steps", "tracking"),
+)
 """Beginnings of keys that may change between two commands of one sweep."""
 
 COMPARED_BY_CONTENT = "model.base"
@@ -59,6 +63,7 @@ def sweep(
         ClusterError: if Ray lost what the sweep itself needs.
     """
     folder = _checked(config, places)
+    refuse_unready(config.tracking, folder.storage)
     if _is_finished(folder, config):
         _refuse_another_sweep(folder, config, may_change=MAY_CHANGE)
         return replace(read_sweep(folder.path), finished_before=True)
@@ -74,7 +79,12 @@ def sweep(
         write_bytes(folder.sweep, config.model_dump_json(indent=2).encode())
         remove_folder(folder.result, folder.path)  # until this command has one too
         board = Board(resolved.plan.mode)
-        with closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger, watch(resolved.plan, ledger.known, board):
+        told = RunFolder(folder.storage, folder.name)
+        with (
+            closing(Ledger(folder.ledger, resolved.plan.comparison)) as ledger,
+            watch(resolved.plan, ledger.known, board),
+            tracking(config.tracking, told, is_sweep=True),
+        ):
             if named_address(config.cluster) is None:
                 models = (model for plan in resolved.plans for model in plan.models)
                 for model in {(model.path, model.revision): model for model in models}.values():

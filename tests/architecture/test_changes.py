@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "a rule that stops trials": (("asha", "hyperband", "median"), set()),
     "a GPU, an instance or a price": (("p5.48xlarge", "g6e.12xlarge", "H100"), {"config/cluster.py"}),  # an example of its field
     "a cloud": (("aws", "gcp", "azure"), {"missing.py"}),  # an extra of the package
+    "a tracker": (("trackio", "mlflow"), set()),
 }
 
 

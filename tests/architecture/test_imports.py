@@ -22,6 +22,7 @@ FLOORS = (
     ("model",),
     ("evaluate",),
     ("training",),
+    ("tracking",),
     ("launch",),
     ("sweeps",),
     ("report",),
@@ -60,6 +61,10 @@ OWNERS = {
     "fsspec": {"object_store.py"},
     "click": {"cli/"},
     "rich": {"launch/progress.py", "launch/live.py", "launch/reading.py", "sweeps/final_table.py", "sweeps/live.py"},
+    "tensorboard": {"tracking/tensorboard.py"},
+    "mlflow": {"tracking/mlflow.py"},
+    "wandb": {"tracking/wandb.py"},
+    "trackio": {"tracking/trackio.py"},
     "matplotlib": {"report/figures/"},
     "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/page.py"},
 }

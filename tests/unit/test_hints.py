@@ -123,7 +123,7 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("report_to: wandb", "raytune has no such setting: metrics go to metrics.jsonl"),
+        ("report_to: wandb", '"tracking"'),
         ("freeze: [embed]", '"strategy.freeze"'),
         ("freeze_trainable_layers: 2", '"strategy.freeze.first_layers"? It counts frozen layers here, from the first one'),
         ("unfrozen_parameters: [lm_head]", '"strategy.freeze.train_only"? Set adapter.method: full with it'),
@@ -183,7 +183,8 @@ def test_every_optimizer_schedule_and_adapter_of_transformers_and_peft_has_an_an
         ("training: {save_every_epochs: 1}", '"checkpoint.every_epochs"'),
         ("eval_strategy: epoch", '"evaluation.every_epochs: 1"'),
         ("save_strategy: epoch", '"checkpoint.every_epochs: 1"'),
-        ("wandb_project: mine", "no tracker is connected"),
+        ("wandb_project: mine", '"tracking.wandb.project"'),
+        ("swanlab_project: mine", "raytune has no such setting: metrics go to metrics.jsonl"),
         ("dpo_beta: 0.1", "no preference or reinforcement learning"),
         ("evaluation: {batch_size: 4}", "it belongs to evaluation.generation.batch_size"),
         ("checkpoint: {metric: validation/loss, mode: maximize}\ndata: {validation_fraction: 0.1}", 'Did you mean "max"?'),
@@ -194,8 +195,8 @@ def test_a_name_of_another_trainer_is_answered_by_what_it_is_here(text: str, sai
 
 
 def test_explain_and_a_space_of_a_sweep_answer_foreign_names_too(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no tracker is connected\.$"):
-        explain("report_to")
+    with pytest.raises(UserError, match=r"by their options in tracking\.$"):
+        explain("swanlab")
     with pytest.raises(UserError, match=r"training\.optimizer"):
         explain("optim")
     text = "sweep: {space: {training.label_smoothing: [0, 0.1]}}\ndata: {validation_fraction: 0.1}"
@@ -277,4 +278,4 @@ def test_typing_errors_still_lead_to_their_key():
     assert hint_for_value("training.precision", keys()["training.precision"].annotation, "bf61") == '. Did you mean "bf16"?'
     assert answer_for_value("training.precision", "bf61") is None
     assert answer_for_name("training", "learning_rat") is None
-    assert answer_for_name("", "wandb_anything_new") == Answer(note=answer_for_name("", "wandb").note)  # pyright: ignore
+    assert answer_for_name("", "wandb_anything_new") == Answer(note=answer_for_name("", "comet").note)  # pyright: ignore

@@ -69,7 +69,7 @@ MISTAKES = {
     "PEFT's name": Mistake(RUN + "adapter: {lora_alpha: 16}\n", "3:11", 'Did you mean "adapter.alpha"?'),
     "Axolotl's name": Mistake(RUN + "micro_batch_size: 4\n", "3:1", 'Did you mean "training.per_device_train_batch_size"?'),
     "LLaMA-Factory's name": Mistake(RUN + "stage: sft\n", "3:1", "(supervised fine-tuning): leave it out"),
-    "a tracker": Mistake(RUN + "report_to: wandb\n", "3:1", "metrics go to metrics.jsonl"),
+    "a tracker": Mistake(RUN + "report_to: wandb\n", "3:1", '"tracking"'),
     "a flag that is off": Mistake(RUN + "bf16: false\n", "3:1", "Leave it out"),
     "a key of another method": Mistake(RUN + "adapter: {method: full, rank: 8}\n", "3:25", "it belongs to method lora or qlora"),
     # values

@@ -1,0 +1,49 @@
+"""A run on a cluster and the trials of a sweep, told to trackers while they train: what their folders have arrives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from raytune.api import sweep, train
+from raytune.metrics.history import History
+from raytune.run_folder import RunFolder, SweepFolder
+from tests.trackers import in_tensorboard, in_trackio
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def asked(cluster: Cluster, storage: Path, **sections: Any) -> dict[str, Any]:
+    return {
+        "storage": str(storage),
+        "data": {
+            "train": {"path": "demo:train", "max_rows": 16},
+            "validation": {"path": "demo:validation", "max_rows": 4},
+            "max_length": 512,
+        },
+        "training": {"max_steps": 3, "global_batch_size": 2, "warmup_steps": 0, "logging_steps": 1},
+        "cluster": {"address": cluster.address, "workers": 1},
+        "tracking": ["tensorboard", "trackio"],
+        **sections,
+    }
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [value for _, value in History.read(folder.metrics).series("train/loss")]
+
+
+def test_a_run_and_the_trials_of_a_sweep_are_known_to_their_trackers(cluster: Cluster, tmp_path: Path) -> None:
+    train(asked(cluster, tmp_path, name="alone"), progress=False)
+    space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}
+    sweep(asked(cluster, tmp_path, name="two", sweep=space), progress=False)
+
+    names = ["alone", "two/trials/trial-000", "two/trials/trial-001"]
+    folders = [RunFolder(str(tmp_path), "alone"), *(SweepFolder(str(tmp_path), "two").trial(name[-9:]) for name in names[1:])]
+    shown = {str(Path(kept.run_id).parent.relative_to(tmp_path)): kept for kept in in_tensorboard(tmp_path)}
+    assert set(shown) == set(names)
+    for name, folder in zip(names, folders):
+        assert len(losses(folder)) == 3
+        found = [shown[name].points["train/loss", step][0] for step in (1, 2, 3)]
+        assert found == pytest.approx(losses(folder), rel=1e-6)  # held in 32 bits
+    assert sorted(run.settings["_Group"] for run in in_trackio(tmp_path)) == ["None", "two", "two"]
