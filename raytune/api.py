@@ -14,6 +14,8 @@ from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
+from raytune.run_folder import RunFolder
+from raytune.storage import absolute
 
 if TYPE_CHECKING:
     from raytune.launch.found_rate import FoundRate
@@ -45,13 +47,16 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
+    from raytune.report.run_page import with_page
+
     resolved, places = _resolved(config, overrides)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
         for callback in callbacks:
             check_callback(callback, repr(callback))
         watch = {"watch": show_progress} if progress else {}
-        return run(resolved, callbacks=callbacks, **watch)
+        folder = RunFolder(absolute(resolved.storage), resolved.name)
+        return with_page(lambda: run(resolved, callbacks=callbacks, **watch), folder)
 
 
 def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepResult":

@@ -15,6 +15,7 @@ from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.runs import advise, merge, plan, score, sweep, train
+from raytune.cli.reports import report
 from raytune.cli.supervise import Notes, supervised
 
 __all__ = ["cli", "files_and_overrides", "main", "quiet_libraries"]
@@ -29,6 +30,7 @@ for verb in (
     sweep,
     find_rate,
     score,
+    report,
     merge,
     cluster,
     preflight,

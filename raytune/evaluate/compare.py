@@ -83,7 +83,7 @@ def compare(samples: Sequence[Sample], metrics: Sequence[AnswerMetricName]) -> C
 
 
 def comparisons_in(result: Mapping[str, Any]) -> dict[str, Comparison]:
-    """What a run's result.json says of base against tuned, by suite; of an earlier raytune's the one comparison, as `generation`."""
+    """Base against tuned as a run's result.json has it, by suite; the one comparison of an earlier raytune's is `generation`."""
     records = result.get("comparisons")
     if records is None:
         records = {"generation": result["comparison"]} if result.get("comparison") else {}

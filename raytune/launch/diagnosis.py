@@ -7,14 +7,15 @@ healthy has none (`tests/cases/diagnosis` holds what real runs measured that wer
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from raytune.config.divergence import DivergenceSection
-from raytune.launch.outcome import VALIDATION, Change, Spent
+from raytune.launch.outcome import Change, Spent
 from raytune.metrics.history import History
 from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
-from raytune.training.divergence import Logged, spike_at
+from raytune.training.spikes import Logged, spike_at
 from raytune.training.stopping import TRAINING_LOSS, VALIDATION_LOSS
 from raytune.units import format_bytes, format_seconds
 
@@ -52,6 +53,10 @@ class Symptom:
     key: str
     """What to change first."""
     advice: str
+
+    @property
+    def sentence(self) -> str:
+        return f"Looks wrong: {self.words} Change {self.key}: {self.advice}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +134,8 @@ def rate_too_high(evidence: Evidence) -> Iterator[Symptom]:
         name="rate_too_high",
         words=words,
         key="training.learning_rate",
-        advice=f"Divide {evidence.plan.optimization.learning_rate:g} by 3 to 10; raytune find-rate tries a range. A longer warm-up "
-        "(training.warmup_steps) helps where it is only the beginning that is rough.",
+        advice=f"Divide {evidence.plan.optimization.learning_rate:g} by 3 to 10; raytune find-rate tries a range. A longer "
+        "warm-up (training.warmup_steps) helps where it is only the beginning that is rough.",
     )
 
 
@@ -149,8 +154,8 @@ def spikes(evidence: Evidence) -> Iterator[Symptom]:
             name="spikes",
             words=f"{count}: the highest is {worst.value:.4g} at step {worst.step}, where {worst.median:.4g} was ordinary.",
             key="training.divergence.policy",
-            advice="skip leaves out updates whose gradient is a spike; a lower training.learning_rate or max_grad_norm makes them "
-            "rarer. If it is always the same rows, look at those.",
+            advice="skip leaves out updates whose gradient is a spike; a lower training.learning_rate or max_grad_norm makes "
+            "them rarer. If it is always the same rows, look at those.",
         )
 
 
@@ -162,12 +167,12 @@ def not_falling(evidence: Evidence) -> Iterator[Symptom]:
         return
     fall = (first - last) / first
     validation = [loss for _, loss in evidence.history.series(VALIDATION_LOSS)]
-    falls_steadily = len(validation) >= 3 and all(after < before for before, after in zip(validation, validation[1:]))
+    falls_steadily = len(validation) >= 3 and all(after < before for before, after in pairwise(validation))
     rate = evidence.plan.optimization.learning_rate
     if (FLAT <= fall < SLOW and late_share(evidence) >= STILL_FALLING) or (fall < FLAT and falls_steadily):
         yield Symptom(
             name="rate_too_low",
-            words=f"The training loss fell by {fall:.1%} only ({first:.4g} to {last:.4g}), and at its end as fast as at its beginning.",
+            words=f"The training loss fell by {fall:.1%} only ({first:.4g} to {last:.4g}), and at its end as fast as before.",
             key="training.learning_rate",
             advice=f"Multiply {rate:g} by 3 to 10; raytune find-rate tries a range. If the rate is what it should be, train for "
             "longer (training.num_train_epochs).",
@@ -189,8 +194,8 @@ def out_of_memory(evidence: Evidence) -> Iterator[Symptom]:
             name="out_of_memory",
             words=f"Memory was full: {evidence.failure}",
             key="training.per_device_train_batch_size",
-            advice="Halve it (the global batch stays the same by accumulation), or set training.gradient_checkpointing=true, a higher "
-            "training.zero.stage, or a smaller data.max_length.",
+            advice="Halve it (the global batch stays the same by accumulation), or set training.gradient_checkpointing=true, a "
+            "higher training.zero.stage, or a smaller data.max_length.",
         )
 
 
@@ -213,8 +218,8 @@ def overfitting(evidence: Evidence) -> Iterator[Symptom]:
         kept = " The model is that of the best evaluation." if evidence.plan.checkpoint.keep_best else ""
         yield Symptom(
             name="overfitting",
-            words=f"Overfitting: the validation loss was best at step {step} ({best:.4g}) and is {last:.4g} at step {last_step}, while "
-            f"the training loss went on falling.{kept}",
+            words=f"Overfitting: the validation loss was best at step {step} ({best:.4g}) and is {last:.4g} at step {last_step}, "
+            f"while the training loss went on falling.{kept}",
             key="training.num_train_epochs",
             advice=f"Train for less long, on more rows, or with fewer trained weights (adapter.rank, adapter.dropout).{early}",
         )
@@ -231,8 +236,8 @@ def few_rows(evidence: Evidence) -> Iterator[Symptom]:
             name="few_rows",
             words=f"Each of only {documents} documents is trained {passes:.0f} times: the model may learn them by heart.",
             key="data.train",
-            advice="More and other rows help most. Without them, train for fewer epochs (training.num_train_epochs); preset=small_data "
-            "has defaults for this.",
+            advice="More and other rows help most. Without them, train for fewer epochs (training.num_train_epochs); "
+            "preset=small_data has defaults for this.",
         )
 
 
@@ -252,8 +257,8 @@ def forgetting(evidence: Evidence) -> Iterator[Symptom]:
             name="forgetting",
             words=f"The model is worse than its base at something: {'; '.join(change.sentence for change in worse)}.",
             key="strategy.replay",
-            advice="Replay rows of what is not to be forgotten, hold the weights near the base (strategy.l2_sp, strategy.ewc), lower "
-            "the rate, or train an adapter of a smaller rank.",
+            advice="Replay rows of what is not to be forgotten, hold the weights near the base (strategy.l2_sp, strategy.ewc), "
+            "lower the rate, or train an adapter of a smaller rank.",
         )
 
 
@@ -281,7 +286,13 @@ def lost_rows(evidence: Evidence) -> Iterator[Symptom]:
     for source in evidence.plan.data_report.train.sources if evidence.plan.data_report else ():
         rows = max(1, source.rows)
         for name, count, key, what, advice in (
-            ("cut_rows", source.cut, "data.max_length", "lost targets to data.max_length", "Raise it, or split texts that are too long."),
+            (
+                "cut_rows",
+                source.cut,
+                "data.max_length",
+                "lost targets to data.max_length",
+                "Raise it, or split texts that are too long.",
+            ),
             ("bad_rows", source.bad, "data.train", "cannot be read", "The plan names the first of them with file and line."),
             ("no_targets", source.no_target, "data.targets", "have no target", "Is data.targets what is to be learnt?"),
             (
@@ -298,8 +309,8 @@ def lost_rows(evidence: Evidence) -> Iterator[Symptom]:
         if source.prompts_differ:
             yield Symptom(
                 name="prompts_differ",
-                words=f"{source.prompts_differ} of {source.prompts_compared} answers of {source.name} are trained behind other tokens "
-                "than their prompt has: in use the model will see something else.",
+                words=f"{source.prompts_differ} of {source.prompts_compared} answers of {source.name} are trained behind other "
+                "tokens than their prompt has: in use the model will see something else.",
                 key="data.template",
                 advice="Choose the template that the model is used with.",
             )
@@ -315,10 +326,10 @@ def slow_steps(evidence: Evidence) -> Iterator[Symptom]:
     if planned and evidence.step_s and evidence.step_s > SLOWER * planned.seconds:
         yield Symptom(
             name="slow_steps",
-            words=f"A step takes {evidence.step_s:.3g} s, {evidence.step_s / planned.seconds:.1f} times the planned {planned.seconds:.3g} s.",
+            words=f"A step takes {evidence.step_s:.3g} s, and {planned.seconds:.3g} s were planned.",
             key="data.store",
-            advice="The plan counts products, memory traffic and communication, and no waiting for rows: is the store on a slow disk, "
-            "are the machines shared, or is their network slower than cluster.instance says? raytune preflight measures it.",
+            advice="The plan counts products, memory traffic and communication, and no waiting for rows: is the store on a slow "
+            "disk, are the machines shared, or is their network slower than cluster.instance says? raytune preflight tells.",
         )
 
 
@@ -331,7 +342,7 @@ def much_besides(evidence: Evidence) -> Iterator[Symptom]:
     if besides > max(LEAST_OUTSIDE_S, OUTSIDE * took.training_s):
         yield Symptom(
             name="much_besides",
-            words=f"{format_seconds(besides)} of {format_seconds(took.training_s)} went into evaluations and saves, not into steps.",
+            words=f"{format_seconds(besides)} of {format_seconds(took.training_s)} went into evaluations and saves.",
             key="evaluation.every_steps",
             advice="Evaluate and save less often (checkpoint.every_steps), or on fewer rows (evaluation.max_rows).",
         )

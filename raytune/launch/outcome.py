@@ -1,4 +1,4 @@
-"""What a run came to, in words: how long it took, what that cost, and by how much the model is better or worse than its base. Pure."""
+"""What a run came to, in words: how long it took, what that cost, and what is better and worse than in its base. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class Change:
 
     @property
     def sentence(self) -> str:
-        base, tuned, _, low_high = self.cells
+        base, tuned, *_ = self.cells
         if self.kind == "score":
             points = f"{100 * self.gain:+.1f} points"
             could_be_chance = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]

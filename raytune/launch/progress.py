@@ -24,7 +24,7 @@ from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import is_local, list_folder, read_json
+from raytune.storage import exists, is_local, list_folder, read_json
 from raytune.units import format_bytes, format_count, format_seconds
 
 DOWNLOAD_IS_DEAD_AFTER_S = 60.0
@@ -219,8 +219,11 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
     for sentence in result.words:
         console.print(sentence, soft_wrap=True)
     for symptom in result.symptoms:
-        console.print(f"Looks wrong: {symptom.words} Change {symptom.key}: {symptom.advice}", soft_wrap=True)
-    console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", soft_wrap=True)
+        console.print(symptom.sentence, soft_wrap=True)
+    files = {"model": result.model_path, "metrics": f"{result.folder}/metrics.jsonl"}
+    page = RunFolder(result.plan.storage, result.name).report
+    files |= {"report": page} if exists(page) else {}
+    console.print("\n".join(f"{name:<8} {path}" for name, path in files.items()), soft_wrap=True)
 
 
 def _findings(result: RunResult) -> Iterator[str]:

@@ -54,9 +54,9 @@ class RunSeen:
         folder = RunFolder(storage, name)
         record = RunRecord.read(folder)
         if record is None:
-            raise UserError(f"{folder.path} is no run folder: it has no run.json. Name the folder of a run, such as runs/quickstart.")
+            raise UserError(f"{folder.path} is no run folder: it has no run.json. Name one, such as runs/quickstart.")
         if not exists(folder.plan):
-            raise UserError(f"Run {folder.path} has no plan yet, so there is nothing to tell of it. Ask again once it has begun.")
+            raise UserError(f"Run {folder.path} has no plan yet, so there is nothing to tell. Ask again once it has begun.")
         plan, history, events = read_plan(folder), History.read(folder.metrics), read_events(folder.events)
         result, comparisons = None, {}
         if record.state == "finished" and exists(folder.result):
