@@ -47,7 +47,7 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
-    from raytune.report.run_page import with_page
+    from raytune.report.at_end import with_page
 
     resolved, places = _resolved(config, overrides)
     with errors_at(resolved, places):

@@ -14,8 +14,8 @@ from raytune.cli.configs import check, explain, schema
 from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
+from raytune.cli.reports import compare, report
 from raytune.cli.runs import advise, merge, plan, score, sweep, train
-from raytune.cli.reports import report
 from raytune.cli.supervise import Notes, supervised
 
 __all__ = ["cli", "files_and_overrides", "main", "quiet_libraries"]
@@ -31,6 +31,7 @@ for verb in (
     find_rate,
     score,
     report,
+    compare,
     merge,
     cluster,
     preflight,

@@ -35,3 +35,26 @@ def report(runs: tuple[str, ...], as_json: bool) -> None:
         for symptom in symptoms:
             say(symptom.sentence)
         say(f"report   {page}")
+
+
+@click.command(epilog=examples("compare runs/a runs/b", "compare runs/* --output compared.html"))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", metavar="FILE", help="Write a page as well, with the curves of all of them.")
+@as_json_option
+@debug_option
+def compare(runs: tuple[str, ...], output: str | None, as_json: bool) -> None:
+    """Put runs side by side: what was asked otherwise first, then losses, scores, time, dollars, memory and speed.
+
+    RUN is a run folder, finished or not. A star marks the best of a row.
+    """
+    from raytune.report.compare_page import write_compare_page
+    from raytune.report.comparison import RunComparison
+
+    compared = RunComparison.read(runs)
+    page = write_compare_page(compared, output) if output else None
+    if as_json:
+        say(json.dumps(compared.to_json() | {"page": page}))
+        return
+    say(compared.text)
+    if page:
+        say(f"page     {page}")

@@ -134,7 +134,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
     from raytune.launch.cluster_watch import watched_cluster
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
-    from raytune.report.run_page import with_page
+    from raytune.report.at_end import with_page
     from raytune.run_folder import RunFolder
     from raytune.storage import absolute
 

@@ -3,10 +3,9 @@
 A view over the run folder: it can be written at any time, again and again, of a run that trains, failed or has finished.
 """
 
-import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +16,6 @@ from raytune.config.run import RunConfig
 from raytune.credentials import redacted
 from raytune.evaluate.compare import Comparison
 from raytune.launch.outcome import validation_sets
-from raytune.launch.result import RunResult
-from raytune.launch.run import RunFailedError
 from raytune.metrics.history import History
 from raytune.plan.data_report import losses_text
 from raytune.plan.describe import plan_table
@@ -30,10 +27,7 @@ from raytune.report.figures.run_curves import Curves, Happening, Mark, run_curve
 from raytune.report.marks import Marked, marked
 from raytune.report.page import page, page_figure, write_page
 from raytune.report.run_seen import RunSeen
-from raytune.run_folder import RunFolder
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
-
-logger = logging.getLogger(__name__)
 
 MOST_EVENTS = 60
 LONG_VALUE, LONG_TEXT = 200, 600
@@ -45,26 +39,6 @@ _HAPPENINGS: dict[str, Happening] = {
     "rolled_back": "rolled back",
     "stopped_early": "ended early",
 }
-
-
-def with_page(train: Callable[[], RunResult], folder: RunFolder) -> RunResult:
-    """Train, and leave the page of the run, finished or failed. One that was only read is left as it is."""
-    try:
-        result = train()
-    except RunFailedError:
-        leave_run_page(folder.path)
-        raise
-    if not result.finished_before:
-        leave_run_page(folder.path)
-    return result
-
-
-def leave_run_page(path: str) -> None:
-    """Write the page of a run that has ended. What is wrong with the page is no fault of the run: it is said, and that is all."""
-    try:
-        write_run_page(path)
-    except Exception as error:
-        logger.warning("The page of %s was not written (raytune report %s tries again): %s", path, path, in_a_line(error))
 
 
 def write_run_page(path: str) -> str:

@@ -57,10 +57,10 @@ def run_curves(shown: Curves, theme: Theme = LIGHT) -> Figure:
         return empty(*new_figure(theme, 1.0), theme, "Nothing was measured yet.")
     figure, (top, *panels) = new_panels(theme, [3.2, *(height for _, _, height in below)])
     handles = [
-        *_line(top, history.series("train/loss"), theme.near, "training loss", zorder=2),
-        *_line(top, history.series("validation/loss"), theme.far, "validation loss", marker="o", linewidth=1.8, zorder=4),
+        *curve_line(top, history.series("train/loss"), theme.near, "training loss", zorder=2),
+        *curve_line(top, history.series("validation/loss"), theme.far, "validation loss", marker="o", linewidth=1.8, zorder=4),
     ]
-    _vertical(top, [value for name in ("train/loss", "validation/loss") for _, value in history.series(name)])
+    fit_scale(top, [value for name in ("train/loss", "validation/loss") for _, value in history.series(name)])
     best = dict(history.series("validation/loss")).get(shown.best_step or 0)
     if shown.best_step and best is not None:
         top.plot(shown.best_step, best, color=theme.best, marker="*", markersize=13, zorder=5, linewidth=0)
@@ -68,9 +68,9 @@ def run_curves(shown: Curves, theme: Theme = LIGHT) -> Figure:
         handles.append(Line2D([], [], color=theme.best, marker="*", markersize=11, linewidth=0, label=label))
     for axes, (label, name, _) in zip(panels, below):
         series = history.series(name)
-        _line(axes, series, theme.far, label, linewidth=1.2)
+        curve_line(axes, series, theme.far, label, linewidth=1.2)
         axes.set_ylabel(label, fontsize=9)
-        _vertical(axes, [value for _, value in series] if name == "train/grad_norm" else [])
+        fit_scale(axes, [value for _, value in series] if name == "train/grad_norm" else [])
         if name == "train/tokens_per_s":
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
@@ -93,15 +93,15 @@ def set_losses(shown: Curves, theme: Theme = LIGHT) -> Figure:
         series = shown.history.series(f"validation/{name}/loss")
         colour = (theme.far, theme.best, theme.failed, theme.near, theme.muted)[index % 5]
         style = LINES[(index // 5 + index) % len(LINES)]
-        handles += _line(axes, series, colour, in_a_line(name, 28), marker="o", linewidth=1.5, linestyle=style)
-    _vertical(axes, [value for name in shown.sets for _, value in shown.history.series(f"validation/{name}/loss")])
+        handles += curve_line(axes, series, colour, in_a_line(name, 28), marker="o", linewidth=1.5, linestyle=style)
+    fit_scale(axes, [value for name in shown.sets for _, value in shown.history.series(f"validation/{name}/loss")])
     axes.set_ylabel("loss (nats per target)", fontsize=9)
     _steps(axes, shown)
     legend(axes, theme, handles)
     return finished(figure)
 
 
-def _line(axes: Axes, series: Sequence[tuple[int, float]], colour: str, label: str, **style: object) -> list[Line2D]:
+def curve_line(axes: Axes, series: Sequence[tuple[int, float]], colour: str, label: str, **style: object) -> list[Line2D]:
     """A line through what is finite; nothing of a metric that was not measured."""
     finite = [(step, value) for step, value in series if math.isfinite(value)]
     if not finite:
@@ -113,7 +113,8 @@ def _line(axes: Axes, series: Sequence[tuple[int, float]], colour: str, label: s
     return axes.plot(*zip(*finite), color=colour, label=label, **options)
 
 
-def _vertical(axes: Axes, values: Sequence[float]) -> None:
+def fit_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic where values are spread widely."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and is_log(finite):
         axes.set_yscale("log")
