@@ -45,6 +45,8 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     has_general_rows: bool = False
     """Whether the loss is measured on what the base can do, too."""
+    are_shuffled: bool = False
+    """Whether each row has the answer of the next, so that there is nothing to learn but the rows themselves."""
     odd_rows: tuple[int, ...] = ()
     """Places in the file of rows that are noise."""
 
@@ -60,9 +62,10 @@ CASES = {
         symptoms=("overfitting", "few_rows"),
         keys=("training.num_train_epochs", "data.train"),
         full=True,
-        num_rows=8,
+        num_rows=16,
         rate=1e-3,
         steps=80,
+        are_shuffled=True,
     ),
     "spikes": Case(symptoms=("spikes",), keys=("training.divergence.policy",), num_rows=300, steps=75, odd_rows=(60, 130, 220)),
     "forgetting": Case(
@@ -75,6 +78,10 @@ CASES = {
 
 def config_of(case: Case, folder: Path) -> RunConfig:
     rows = demo_rows("train", case.num_rows, seed=0)
+    if case.are_shuffled:
+        answers = [row["messages"][-1]["content"] for row in rows]
+        for row, answer in zip(rows, [*answers[1:], answers[0]]):
+            row["messages"][-1]["content"] = answer
     noise = "".join(chr(33 + 7 * index % 90) for index in range(200))
     for place in case.odd_rows:
         rows[place]["messages"][-1]["content"] = noise

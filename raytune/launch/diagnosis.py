@@ -30,8 +30,12 @@ STILL_FALLING = 0.35
 has learnt what there is."""
 RISEN = 0.1
 """Share of the opening loss by which a loss is clearly above its lowest."""
+ROUGH = 0.2
+"""Share of the opening loss by which three logged losses may be above it."""
 OVERFIT = 0.05
-"""By so much, of the best, a validation loss has to rise; and by a hundredth of the first, so that noise around 0 is none."""
+"""By so much, of the best, a validation loss has to rise."""
+NOISE = 0.005
+"""And by so much of the first, so that noise around 0 is none."""
 FORGOTTEN = 0.05
 """By so much, of the base's, the loss on a data set has to rise."""
 MANY_PASSES, FEW_DOCUMENTS = 8, 1000
@@ -123,11 +127,11 @@ def rate_too_high(evidence: Evidence) -> Iterator[Symptom]:
     first, last = opening(losses), closing(losses)
     smooth = smoothed(losses)
     lowest = min(smooth)
-    top = max(smooth[len(smooth) // WINDOW_SHARE :])
+    top = max(median(losses[at : at + 3]) for at in range(len(losses) - 2))  # of three, so that it is no single spike
     if last > lowest + RISEN * first:
         words = f"The training loss rose to {last:.4g} after it had been {lowest:.4g}."
-    elif top > (1 + RISEN) * first:
-        words = f"The training loss rose from {first:.4g} to {top:.4g} before it fell."
+    elif top > (1 + ROUGH) * (start := median(losses[:3])):
+        words = f"The training loss rose from {start:.4g} to {top:.4g} before it fell."
     else:
         return
     yield Symptom(
@@ -212,7 +216,7 @@ def overfitting(evidence: Evidence) -> Iterator[Symptom]:
     since = [loss for at, loss in evidence.losses if at > step]
     if step == 0 or not until or not since:
         return
-    if last - best > max(OVERFIT * best, 0.01 * curve[0][1]) and closing(since) < closing(until):
+    if last - best > max(OVERFIT * best, NOISE * curve[0][1]) and closing(since) < closing(until):
         stopping = evidence.plan.stopping
         early = "" if stopping.may_end else " training.early_stopping would have ended the run there."
         kept = " The model is that of the best evaluation." if evidence.plan.checkpoint.keep_best else ""

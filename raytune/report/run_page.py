@@ -77,7 +77,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         words=run.words if run.history.points else [],
         symptoms=run.symptoms,
         can_be_judged=bool(run.history.points),
-        failure=plain_text(run.failure) if run.record.state == "failed" else None,
+        failure=run.failure if run.record.state == "failed" else None,
         asked=_asked(run.config),
         resolved=[(label, shortened(value, LONG_TEXT)) for label, value in plan_table(run.plan)],
         notes=run.plan.notes,

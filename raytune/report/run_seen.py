@@ -20,6 +20,7 @@ from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.metrics.points import seconds_per_step
 from raytune.plan.run_plan import RunPlan
+from raytune.printable import plain_text
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, read_bytes, read_json
 
@@ -93,9 +94,10 @@ class RunSeen:
 
     @property
     def failure(self) -> str | None:
-        """What ended it, or its newest failed attempt."""
+        """What ended it, or its newest failed attempt; without credentials."""
         causes = [event["cause"] for event in self.events if event["event"] == "attempt_failed"]
-        return self.record.failure or (causes[-1] if causes else None)
+        failure = self.record.failure or (causes[-1] if causes else None)
+        return redacted(plain_text(failure)) if failure else None
 
     @property
     def step_s(self) -> float | None:
