@@ -116,7 +116,7 @@ class Change:
             could_be_chance = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
             chance = ", which may be the choice of rows" if could_be_chance else ""
             return f"{self.words} from {base} to {tuned} ({points}{chance})"
-        by = "" if self.percent is None else f" ({abs(self.percent):.3g} % {'lower' if self.gain <= 0 else 'higher'})"
+        by = "" if self.percent is None else f" ({abs(self.percent):.4g} % {'lower' if self.gain <= 0 else 'higher'})"
         return f"{self.words} from {base} to {tuned}{by}"
 
     def to_json(self) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def choose_samples(samples: Sequence[Mapping[str, Any]], metrics: Sequence[str])
 
 
 def _judge(metrics: Sequence[str]) -> tuple[str, Callable[[Sequence[str], Sequence[str]], list[float]]]:
-    """What answers are worth one by one, by the first metric whose package is here; if none is, by whether they are right."""
+    """What answers are worth one by one, by the first metric whose package is here; if none is, by the first of all, which
+    needs none."""
     own = [name for name in ANSWER_METRICS if name in metrics]
     for name in sorted(own, key=list(metrics).index):
         try:
@@ -83,7 +84,8 @@ def _judge(metrics: Sequence[str]) -> tuple[str, Callable[[Sequence[str], Sequen
         except UserError:  # it was computed where its package is installed
             continue
         return metric.words, partial(_values, metric)
-    return ANSWER_METRICS["exact_match"].words, partial(_values, ANSWER_METRICS["exact_match"])
+    first = next(iter(ANSWER_METRICS.values()))
+    return first.words, partial(_values, first)
 
 
 def _values(metric: AnswerMetric, answers: Sequence[str], expected: Sequence[str]) -> list[float]:

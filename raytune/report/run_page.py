@@ -130,7 +130,7 @@ def _facts(run: RunSeen) -> Iterator[_Fact]:
     loss = by_name.get("validation/loss")
     if loss:
         base, tuned, *_ = loss.cells
-        yield _Fact("validation loss", tuned, f"before: {base}" + ("" if loss.percent is None else f" ({loss.percent:+.3g} %)"))
+        yield _Fact("validation loss", tuned, f"before: {base}" + ("" if loss.percent is None else f" ({loss.percent:+.4g} %)"))
     elif "train/loss" in newest:
         yield _Fact("training loss", f"{newest['train/loss']:.4f}", f"at step {run.last_step}")
     for score in [change for change in run.changes if change.kind == "score"][:2]:

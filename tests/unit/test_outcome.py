@@ -79,8 +79,8 @@ def test_changes_are_scores_then_losses_of_all_sets_and_of_each() -> None:
     words = in_words(Spent(attempts=1, total_s=90, training_s=60, usd=1.234), found, 12)
     assert words == [
         "Trained for 1m00s (12 steps); 1m30s with start and end, about $1.23 by list prices.",
-        "Better than the base: exact match from 25.0% to 50.0% (+25.0 points), mmlu: accuracy from 25.0% to 50.0% (+25.0 points), "
-        "validation loss from 2.0000 to 1.0000 (50 % lower), loss on chat from 3.0000 to 0.5000 (83.3 % lower).",
+        "Better than the base: exact match from 25.0% to 50.0% (+25.0 points), mmlu: accuracy from 25.0% to 50.0% (+25.0 "
+        "points), validation loss from 2.0000 to 1.0000 (50 % lower), loss on chat from 3.0000 to 0.5000 (83.33 % lower).",
         "Worse than the base: loss on a/b from 1.0000 to 1.5000 (50 % higher).",
     ]
 

@@ -63,7 +63,7 @@ def run_curves(shown: Curves, theme: Theme = LIGHT) -> Figure:
     fit_scale(top, [value for name in ("train/loss", "validation/loss") for _, value in history.series(name)])
     best = dict(history.series("validation/loss")).get(shown.best_step or 0)
     if shown.best_step and best is not None:
-        top.plot(shown.best_step, best, color=theme.best, marker="*", markersize=13, zorder=5, linewidth=0)
+        top.plot(shown.best_step, best, color=theme.best, marker="*", markersize=13, zorder=7, linewidth=0, clip_on=False)
         label = f"the model: step {shown.best_step}"
         handles.append(Line2D([], [], color=theme.best, marker="*", markersize=11, linewidth=0, label=label))
     for axes, (label, name, _) in zip(panels, below):
