@@ -149,7 +149,8 @@ def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping
     base = history.as_of(0)  # measured before the first step, where it was
     losses: list[tuple[str, str, Literal["loss", "perplexity"]]]
     losses = [("validation loss", f"{VALIDATION}loss", "loss"), ("perplexity", f"{VALIDATION}perplexity", "perplexity")]
-    losses += [(f"loss on {name}", f"{VALIDATION}{name}/loss", "loss") for name in validation_sets(metrics)]
+    for name in validation_sets(metrics):
+        losses.append((f"loss on {name}", f"{VALIDATION}{name}/loss", "loss"))
     found += [
         Change(name=name, words=words, base=base[name], tuned=metrics[name], kind=kind)
         for words, name, kind in losses

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from raytune.config.evaluation import AnswerMetricName
 from raytune.errors import UserError
 from raytune.evaluate.answer_metrics import ANSWER_METRICS, AnswerMetric, answer_metrics
 from raytune.printable import shortened
@@ -77,7 +78,7 @@ def choose_samples(samples: Sequence[Mapping[str, Any]], metrics: Sequence[str])
 def _judge(metrics: Sequence[str]) -> tuple[str, Callable[[Sequence[str], Sequence[str]], list[float]]]:
     """What answers are worth one by one, by the first metric whose package is here; if none is, by the first of all, which
     needs none."""
-    own = [name for name in ANSWER_METRICS if name in metrics]
+    own: list[AnswerMetricName] = [name for name in ANSWER_METRICS if name in metrics]
     for name in sorted(own, key=list(metrics).index):
         try:
             (metric,) = answer_metrics([name]).values()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -101,13 +101,13 @@ def set_losses(shown: Curves, theme: Theme = LIGHT) -> Figure:
     return finished(figure)
 
 
-def curve_line(axes: Axes, series: Sequence[tuple[int, float]], colour: str, label: str, **style: object) -> list[Line2D]:
+def curve_line(axes: Axes, series: Sequence[tuple[int, float]], colour: str, label: str, **style: Any) -> list[Line2D]:
     """A line through what is finite; nothing of a metric that was not measured."""
     finite = [(step, value) for step, value in series if math.isfinite(value)]
     if not finite:
         return []
     dense = len(finite) > 60
-    options = {"linewidth": 1.0 if dense else 1.4, "markersize": 3.5} | style
+    options: dict[str, Any] = {"linewidth": 1.0 if dense else 1.4, "markersize": 3.5} | style
     if len(finite) == 1:
         options |= {"marker": "o"}
     return axes.plot(*zip(*finite), color=colour, label=label, **options)
@@ -140,11 +140,11 @@ def _mark(axes: Axes, marks: Sequence[Mark], theme: Theme) -> None:
 def _mark_handles(marks: Sequence[Mark], theme: Theme) -> list[Line2D]:
     """One for each kind that there is."""
     words: dict[Happening, str] = {"saved": "checkpoint", "restarted": "goes on from here", "failed": "an attempt failed"}
-    kinds = dict.fromkeys(mark.kind for mark in marks)
+    kinds: list[Happening] = list(dict.fromkeys(mark.kind for mark in marks))
     return [Line2D([], [], label=words.get(kind, kind), **_style(kind, theme)) for kind in kinds]
 
 
-def _style(kind: Happening, theme: Theme) -> dict[str, object]:
+def _style(kind: Happening, theme: Theme) -> dict[str, Any]:
     if kind == "saved":
         return {"color": theme.muted, "marker": "^", "markersize": 6, "linewidth": 0, "linestyle": "none"}
     colour = theme.failed if kind in ("failed", "not finite") else theme.best if kind == "rolled back" else theme.muted
