@@ -23,6 +23,8 @@ FEWEST = 8
 """Logged steps before a curve says anything."""
 WINDOW_SHARE = 8
 """The level at an end of a curve is the median of one in so many of its values."""
+MOST_WINDOWS, MOST_LOGGED = 64, 20_000
+"""Levels that are looked at, and last logged steps in which spikes are: a curve of a million steps takes seconds."""
 FLAT, SLOW = 0.01, 0.1
 """Share of the opening loss by which a run has to fall: less than the first is not falling, less than the second may be slow."""
 STILL_FALLING = 0.35
@@ -145,10 +147,10 @@ def rate_too_high(evidence: Evidence) -> Iterator[Symptom]:
 
 def spikes(evidence: Evidence) -> Iterator[Symptom]:
     """Single logged steps whose loss is far above those before."""
-    losses = evidence.losses
+    losses = evidence.losses[-MOST_LOGGED:]
     rule = DivergenceSection(watch="loss")
     logged = [Logged(step=step, values={TRAINING_LOSS: loss}) for step, loss in losses]
-    high = RISEN * opening([loss for _, loss in losses]) if losses else 0.0
+    high = RISEN * opening([loss for _, loss in evidence.losses]) if losses else 0.0
     seen = [spike_at(logged, index, rule) for index in range(len(logged))]
     found = [spike for spike in seen if spike and spike.value - spike.median > high]
     if found:
@@ -389,9 +391,9 @@ def closing(values: Sequence[float]) -> float:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Medians of windows along a curve."""
-    width = max(1, len(values) // WINDOW_SHARE)
-    return [median(values[at : at + width]) for at in range(len(values) - width + 1)]
+    """Medians of windows along a curve, of some dozens on a long one."""
+    width, apart = max(1, len(values) // WINDOW_SHARE), max(1, len(values) // MOST_WINDOWS)
+    return [median(values[at : at + width]) for at in range(0, len(values) - width + 1, apart)]
 
 
 def late_share(evidence: Evidence) -> float:

@@ -34,6 +34,7 @@ LONG_VALUE, LONG_TEXT = 200, 600
 MOST_CONFIG = 20_000
 """Letters of a config that are shown."""
 
+_NAMES = {"num_bytes": "size"}
 _HAPPENINGS: dict[str, Happening] = {
     "checkpoint_saved": "saved",
     "rolled_back": "rolled back",
@@ -270,7 +271,9 @@ def _happenings(run: RunSeen) -> list[tuple[str, int, str, str]]:
             event["attempt"],
             event["event"].replace("_", " "),
             ", ".join(
-                f"{key} {_fact(key, value)}" for key, value in event.items() if key not in known and value not in (None, [])
+                f"{_NAMES.get(key, key)} {_fact(key, value)}"
+                for key, value in event.items()
+                if key not in known and value not in (None, [])
             ),
         )
         for event in run.events[-MOST_EVENTS:]
@@ -329,7 +332,7 @@ def _sources(run: RunSeen) -> list[list[str]]:
     report = run.plan.data_report
     if report is None:
         return []
-    stores = [("training", report.train), *((f"validation {name}", store) for name, store in report.validation.items())]
+    stores = [("training", report.train), *(("validation", store) for store in report.validation.values())]
     return [
         [
             what,

@@ -26,7 +26,7 @@ from raytune.units import format_seconds
 from raytune.versions import library_versions
 
 MOST_TRIED = 12
-MOST_PAGES = 20
+MOST_PAGES = 10
 """Of the best trials, and of those that failed; `raytune report` writes others."""
 LONG_CAUSE = 160
 LONG_VALUE = 24

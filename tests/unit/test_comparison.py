@@ -12,7 +12,7 @@ from raytune.report.comparison import RunComparison
 from raytune.report.figures.canvas import LIGHT
 from raytune.report.figures.compared_runs import compared_losses
 from tests.pages import Page, assert_needs_nothing_else
-from tests.unit.test_run_page import left_run, score
+from tests.run_cases import left_run, score
 
 
 def three_runs(storage: Path) -> list[str]:
@@ -20,7 +20,7 @@ def three_runs(storage: Path) -> list[str]:
     return [
         left_run(storage, name="a", comparisons={"generation": score(0.5, 0.75)}).path,
         left_run(storage, name="b", config=lora, comparisons={"generation": score(0.5, 1.0)}).path,
-        left_run(storage, name="<b>c</b>", state="running", until=12, config={"training": {"seed": 7}}).path,
+        left_run(storage, name="<b>c", state="running", until=12, config={"training": {"seed": 7}}).path,
     ]
 
 
@@ -37,7 +37,7 @@ def test_keys_that_differ_come_first_and_the_best_is_marked(tmp_path: Path) -> N
     assert outcomes["validation loss"].best is None, "two are as good as each other"
     assert outcomes["state"].cells == ("finished", "finished", "running")
     lines = compared.text.splitlines()
-    assert lines[0].split() == ["a", "b", "<b>c</b>"]
+    assert lines[0].split() == ["a", "b", "<b>c"]
     assert lines.index("Asked otherwise:") < lines.index("Came to:")
     assert any(line.split() == ["exact", "match", "75.0%", "100.0%", "*", "–"] for line in lines)
 

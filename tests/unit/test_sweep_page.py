@@ -5,6 +5,7 @@ import io
 import re
 import uuid
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from raytune.report.sweep_page import sweep_page, write_sweep_page
 from raytune.storage import read_bytes
 from raytune.sweeps.results import SweepResult
 from tests.pages import Page, assert_needs_nothing_else
+from tests.run_cases import left_run
 from tests.sweep_cases import cases, halved_sweep, odd_values, sweep_result, trial_result
 
 CONFIG = "name: quickstart-sweep\nsweep:\n  space:\n    adapter.rank: [4, 8]  # <b>&amp;</b>\n"
@@ -54,6 +56,23 @@ def test_page_and_figures_are_written_where_the_sweep_lies(place: str, tmp_path:
         assert source == f"data:image/png;base64,{base64.b64encode(file).decode()}"
         assert file.startswith(b"\x89PNG\r\n")
     assert all((attributes["srcset"] or "").startswith("data:image/png;base64,") for attributes in page.attributes("source"))
+
+
+def test_a_trial_leads_to_its_page_which_is_written_with_that_of_the_sweep(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    run = left_run(folder / "trials", name="trial-000")
+    left_run(folder / "trials", name="trial-001", state="failed", failure="<b>boom</b>", until=12)
+    trials = [
+        replace(trial_result(number, {}, curve, state=state), folder=str(folder / f"trials/trial-00{number}"))
+        for number, curve, state in ((0, ((20, 0.2),), "finished"), (1, (), "failed"), (2, (), "waiting"))
+    ]
+    page = Page(Path(write_sweep_page(sweep_result(trials, folder=str(folder)), CONFIG, str(folder))).read_text())
+    links = {attributes["href"] for attributes in page.attributes("a")}
+    assert {"./trials/trial-000/report.html", "./trials/trial-001/report.html", "./trials/trial-002/"} <= links
+    assert "finished after 20 steps" in Path(run.report).read_text()
+    written = Path(run.report).stat().st_mtime_ns
+    write_sweep_page(sweep_result(trials, folder=str(folder), finished_before=True), CONFIG, str(folder))
+    assert Path(run.report).stat().st_mtime_ns == written, "a sweep that is only read leaves pages as they are"
 
 
 # --- Safety ------------------------------------------------------------------------------------------------------------------
