@@ -86,6 +86,11 @@ class RunResult:
         )
 
     @property
+    def peak_bytes(self) -> float | None:
+        """Of the rank that held most; on a GPU by the allocator, of its process otherwise."""
+        return max((rank["peak"] for rank in self.held_bytes if "peak" in rank), default=None)
+
+    @property
     def words(self) -> list[str]:
         """What the run came to, in sentences: training time, dollars, what is better and what is worse than before."""
         return in_words(self.spent, self.changes, self.history.last_step)
@@ -100,7 +105,7 @@ class RunResult:
                 changes=self.changes,
                 spent=self.spent,
                 step_s=self.median_step_s,
-                peak_bytes=max((rank["peak"] for rank in self.held_bytes if "peak" in rank), default=None),
+                peak_bytes=self.peak_bytes,
             )
         )
 

@@ -1,7 +1,8 @@
 """Runs side by side: what was asked otherwise, then what each came to. A view over run folders."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 from raytune.config.load import config_diff
@@ -128,8 +129,12 @@ def _changes(runs: Sequence[RunSeen]) -> Iterator[Row]:
     for name, change in known.items():
         own = [next((one for one in run.changes if one.name == name), None) for run in runs]
         values = [None if one is None else one.tuned for one in own]
-        texts = iter([one.cells[1] for one in own if one])
-        yield _row(change.words, values, lambda value, texts=texts: next(texts), better=max if change.kind == "score" else min)
+        yield _row(change.words, values, partial(_tuned_text, change), better=max if change.kind == "score" else min)
+
+
+def _tuned_text(change: Change, tuned: float) -> str:
+    """Another run's value of what has changed."""
+    return replace(change, tuned=tuned).cells[1]
 
 
 def _newest(run: RunSeen, name: str) -> float | None:

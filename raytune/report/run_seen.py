@@ -107,8 +107,8 @@ class RunSeen:
     @property
     def peak_bytes(self) -> float | None:
         """Of the rank that held most; while the run goes on, of rank 0."""
-        held = [rank["peak"] for rank in self.result.held_bytes if "peak" in rank] if self.result else []
-        return max(held, default=None) or self.history.as_of(self.last_step).get("train/memory_bytes")
+        held = self.result.peak_bytes if self.result else None
+        return held or self.history.as_of(self.last_step).get("train/memory_bytes")
 
     @property
     def symptoms(self) -> list[Symptom]:

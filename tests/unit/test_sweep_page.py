@@ -62,10 +62,8 @@ def test_a_trial_leads_to_its_page_which_is_written_with_that_of_the_sweep(tmp_p
     folder = tmp_path / "sweep"
     run = left_run(folder / "trials", name="trial-000")
     left_run(folder / "trials", name="trial-001", state="failed", failure="<b>boom</b>", until=12)
-    trials = [
-        replace(trial_result(number, {}, curve, state=state), folder=str(folder / f"trials/trial-00{number}"))
-        for number, curve, state in ((0, ((20, 0.2),), "finished"), (1, (), "failed"), (2, (), "waiting"))
-    ]
+    made = [trial_result(0, {}, ((20, 0.2),)), trial_result(1, {}, state="failed"), trial_result(2, {}, state="waiting")]
+    trials = [replace(trial, folder=str(folder / f"trials/trial-00{number}")) for number, trial in enumerate(made)]
     page = Page(Path(write_sweep_page(sweep_result(trials, folder=str(folder)), CONFIG, str(folder))).read_text())
     links = {attributes["href"] for attributes in page.attributes("a")}
     assert {"./trials/trial-000/report.html", "./trials/trial-001/report.html", "./trials/trial-002/"} <= links
