@@ -14,12 +14,15 @@ from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
+from raytune.run_folder import RunFolder
+from raytune.storage import absolute
 
 if TYPE_CHECKING:
     from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
     from raytune.plan.rate_range import Shape
+    from raytune.report.comparison import RunComparison
     from raytune.sweeps.results import SweepResult
 
 File = str | PathLike[str]
@@ -39,19 +42,23 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
 
     Returns:
         The finished run: `metrics`, `model_path`, `folder`, `plan`, `data_report` (what became of the rows), `history`,
-        `comparison`. A finished run of the same name and settings is returned without training it again.
+        `comparison`, `words` (time, dollars, what is better and worse), `symptoms` (what looks wrong, and which key to change).
+        A finished run of the same name and settings is returned without training it again.
 
     Raises:
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
+    from raytune.report.at_end import with_page
+
     resolved, places = _resolved(config, overrides)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
         for callback in callbacks:
             check_callback(callback, repr(callback))
         watch = {"watch": show_progress} if progress else {}
-        return run(resolved, callbacks=callbacks, **watch)
+        folder = RunFolder(absolute(resolved.storage), resolved.name)
+        return with_page(lambda: run(resolved, callbacks=callbacks, **watch), folder)
 
 
 def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepResult":
@@ -168,6 +175,45 @@ def score(
     paths = [rows] if isinstance(rows, str | PathLike) else rows
     sources = sources_of([fspath(path) for path in paths], row_format, max_rows, columns)
     return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
+
+
+def write_report(run: File) -> str:
+    """Write the page of a run as `raytune report` does, finished or not.
+
+    Args:
+        run: a run folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        raytune.errors.UserError: if there is no run.
+    """
+    from raytune.report.run_page import write_run_page
+
+    return write_run_page(fspath(run))
+
+
+def compare(runs: Sequence[File], *, output: File | None = None) -> "RunComparison":
+    """Put runs side by side as `raytune compare` does.
+
+    Args:
+        runs: run folders, finished or not.
+        output: a file for a page.
+
+    Returns:
+        `differences` of what was asked, `outcomes`, and `text`, the table.
+
+    Raises:
+        raytune.errors.UserError: if there are fewer than two runs.
+    """
+    from raytune.report.compare_page import write_compare_page
+    from raytune.report.comparison import RunComparison
+
+    compared = RunComparison.read([fspath(run) for run in runs])
+    if output is not None:
+        write_compare_page(compared, fspath(output))
+    return compared
 
 
 def advise(config: Config, *, tokens: int | None = None, **overrides: Any) -> "Advised":

@@ -18,8 +18,10 @@
     importance/rank-0.safetensors    by how much each weight is held under EWC; a file per rank where ranks share it
               /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
-    result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last
+    result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last,
+                                when the driver adds time, dollars and changes in words
     samples.jsonl               generated answers, base against tuned
+    report.html  figures/       the page and its figures, drawn from these (`raytune report`)
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
 <storage>/stores/<hash>/        tokenised data, shared by runs
 
@@ -116,6 +118,11 @@ class RunFolder:
     @property
     def samples(self) -> str:
         return f"{self.path}/samples.jsonl"
+
+    @property
+    def report(self) -> str:
+        """The page of the run."""
+        return f"{self.path}/report.html"
 
     @property
     def scores(self) -> str:

@@ -14,6 +14,7 @@ from raytune.cli.configs import check, explain, schema
 from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
+from raytune.cli.reports import compare, report
 from raytune.cli.runs import advise, merge, plan, score, sweep, track, train
 from raytune.cli.supervise import Notes, supervised
 
@@ -30,6 +31,8 @@ for verb in (
     find_rate,
     score,
     track,
+    report,
+    compare,
     merge,
     cluster,
     preflight,

@@ -80,3 +80,11 @@ def compare(samples: Sequence[Sample], metrics: Sequence[AnswerMetricName]) -> C
             gain_high=high,
         )
     return Comparison(num_rows=len(samples), scores=scores)
+
+
+def comparisons_in(result: Mapping[str, Any]) -> dict[str, Comparison]:
+    """Base against tuned as a run's result.json has it, by suite; the one comparison of an earlier raytune's is `generation`."""
+    records = result.get("comparisons")
+    if records is None:
+        records = {"generation": result["comparison"]} if result.get("comparison") else {}
+    return {suite: Comparison.from_json(record) for suite, record in records.items()}

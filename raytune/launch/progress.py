@@ -24,7 +24,7 @@ from raytune.plan.data_report import report_table
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import is_local, list_folder, read_json
+from raytune.storage import exists, is_local, list_folder, read_json
 from raytune.units import format_bytes, format_count, format_seconds
 
 DOWNLOAD_IS_DEAD_AFTER_S = 60.0
@@ -205,26 +205,26 @@ def _start_sentence(attempt: int, step: int) -> str | None:
 
 
 def show_result(result: RunResult, console: Console | None = None) -> None:
-    """Print where the model lies, what it is worth (base against tuned) and how many rows it was trained on."""
+    """Print what the run came to (base against tuned, time, dollars), what looks wrong with it, and where its files are."""
     console = console or PlainConsole()
     if result.finished_before:
         sentence = f"Run {result.name} had finished before: nothing was trained. Another name (name=...) trains it again."
         console.print(sentence, soft_wrap=True)
     for sentence in _findings(result):
         console.print(sentence, soft_wrap=True)
-    rows = list(_comparisons(result))
-    if rows:
-        title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
-        numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain", "95 % interval")]
-        numbers = numbers if result.comparison else numbers[:-1]
-        table = Table("", *numbers, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row[: len(numbers) + 1])
-        console.print(table)
+    if result.changes:
+        console.print(_changes(result))
     console.print(_planned_and_measured(result))
     for label, line in report_table(result.data_report) if result.data_report else []:
         console.print(f"{label}: {line}", soft_wrap=True)
-    console.print(f"model    {result.model_path}\nmetrics  {result.folder}/metrics.jsonl", soft_wrap=True)
+    for sentence in result.words:
+        console.print(sentence, soft_wrap=True)
+    for symptom in result.symptoms:
+        console.print(symptom.sentence, soft_wrap=True)
+    files = {"model": result.model_path, "metrics": f"{result.folder}/metrics.jsonl"}
+    page = RunFolder(result.plan.storage, result.name).report
+    files |= {"report": page} if exists(page) else {}
+    console.print("\n".join(f"{name:<8} {path}" for name, path in files.items()), soft_wrap=True)
 
 
 def _findings(result: RunResult) -> Iterator[str]:
@@ -271,13 +271,13 @@ def _planned_and_measured(result: RunResult) -> Table:
     return table
 
 
-def _comparisons(result: RunResult) -> Iterator[tuple[str, str, str, str, str]]:
-    """Name, base, tuned and difference of whatever was measured on both, and of answers how far that could be chance."""
-    for score in result.comparison.scores.values() if result.comparison else ():
-        interval = f"{score.gain_low:+.1%} to {score.gain_high:+.1%}"
-        yield score.words, f"{score.base:.1%}", f"{score.tuned:.1%}", f"{score.gain:+.1%}", interval
-    for label, name, digits in (("validation loss", "validation/loss", 4), ("perplexity", "validation/perplexity", 3)):
-        series = result.history.series(name)
-        if series and series[0][0] == 0:  # measured before the first step
-            base, tuned = series[0][1], result.metrics[name]
-            yield label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}", ""
+def _changes(result: RunResult) -> Table:
+    """Base, tuned and difference of whatever was measured on both, and of answers how far that could be chance."""
+    numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain", "95 % interval")]
+    has_answers = any(change.interval for change in result.changes)
+    numbers = numbers if has_answers else numbers[:-1]
+    title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
+    table = Table("", *numbers, title=title, title_justify="left")
+    for change in result.changes:
+        table.add_row(change.words, *change.cells[: len(numbers)])
+    return table

@@ -1,18 +1,21 @@
 """What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Self
 
-from raytune.evaluate.compare import Comparison
+from raytune.evaluate.compare import Comparison, comparisons_in
+from raytune.launch.diagnosis import Evidence, Symptom, diagnose
+from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, spent
 from raytune.launch.record import read_plan, readable
+from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.plan.data_report import DataReport
 from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import read_json
+from raytune.storage import read_json, write_json
 from raytune.training.stopping import Findings
 
 
@@ -31,6 +34,8 @@ class RunResult:
         median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
         comparison: what the answers of base and tuned model are worth, or None where `evaluation.generation` was not asked for.
+        changes: scores of answers and losses on validation rows, of the base and of this model.
+        spent: time and dollars over all attempts.
         findings: which rule ended it before its last step, if one did, and where overfitting began.
         finished_before: whether it was only read: an earlier command had trained it.
     """
@@ -45,6 +50,8 @@ class RunResult:
     median_step_s: float | None
     history: History
     comparison: Comparison | None
+    changes: tuple[Change, ...]
+    spent: Spent
     findings: Findings = field(default_factory=Findings)
     finished_before: bool = False
 
@@ -55,24 +62,51 @@ class RunResult:
         Raises:
             UserError: if another raytune wrote it.
         """
-        plan, history = read_plan(folder), History.read(folder.metrics)
+        plan, history, events = read_plan(folder), History.read(folder.metrics), read_events(folder.events)
         with readable(folder.result, folder):
-            return cls._of(read_json(folder.result), folder, plan, history)
+            return cls._of(read_json(folder.result), folder, plan, history, spent(events, history, plan.cost))
 
     @classmethod
-    def _of(cls, result: dict, folder: RunFolder, plan: RunPlan, history: History) -> Self:
+    def _of(cls, result: dict, folder: RunFolder, plan: RunPlan, history: History, spent: Spent) -> Self:
+        metrics = {name: decode_number(value) for name, value in result["metrics"].items()}
         return cls(
             name=folder.name,
             folder=folder.path,
             model_path=folder.model,
             plan=plan,
-            metrics={name: decode_number(value) for name, value in result["metrics"].items()},
+            metrics=metrics,
             best_step=result["best_step"],
             held_bytes=result["held_bytes"],
             median_step_s=result["median_step_s"],
             history=history,
             comparison=Comparison.from_json(result["comparison"]) if result["comparison"] else None,
+            changes=changes(history, metrics, comparisons_in(result)),
+            spent=spent,
             findings=Findings.from_json(result),
+        )
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Of the rank that held most; on a GPU by the allocator, of its process otherwise."""
+        return max((rank["peak"] for rank in self.held_bytes if "peak" in rank), default=None)
+
+    @property
+    def words(self) -> list[str]:
+        """What the run came to, in sentences: training time, dollars, what is better and what is worse than before."""
+        return in_words(self.spent, self.changes, self.history.last_step)
+
+    @property
+    def symptoms(self) -> list[Symptom]:
+        """What looks wrong, and which key to change. Empty: nothing does."""
+        return diagnose(
+            Evidence(
+                plan=self.plan,
+                history=self.history,
+                changes=self.changes,
+                spent=self.spent,
+                step_s=self.median_step_s,
+                peak_bytes=self.peak_bytes,
+            )
         )
 
     @property
@@ -90,6 +124,8 @@ class RunResult:
             "best_step": self.best_step,
             **self.findings.to_json(),
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
+            "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
+            "symptoms": [asdict(symptom) for symptom in self.symptoms],
             "comparison": self.comparison and self.comparison.to_json(),
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
@@ -117,3 +153,11 @@ class RunResult:
             ("peak", peak(self.plan.memory), most("peak")),
             ("step_s", step_time and step_time.seconds, self.median_step_s),
         ]
+
+
+def write_outcome(result: RunResult) -> None:
+    """Add time, dollars and changes in words to the result of a run, which its workers have written: they do not know when it
+    ended."""
+    path = RunFolder(result.plan.storage, result.name).result
+    outcome = outcome_record(result.spent, result.changes, result.history.last_step)
+    write_json(path, {**read_json(path), "outcome": outcome})

@@ -21,13 +21,14 @@ from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
 from raytune.launch.record import RunRecord, refuse_changed_settings, write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.result import RunResult, write_outcome
 from raytune.launch.trainer import fit
 from raytune.metrics.events import EventLog
 from raytune.plan.division import Begun, Division
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan
+from raytune.printable import first_line
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.tracking.trackers import refuse_unready
@@ -184,7 +185,12 @@ def _train_held(
     with watch(plan):
         get_ready(plan)
         _train(plan, record, folder, attempt, lease, resumes=config.checkpoint.resume)
-    return RunResult.read(folder)
+    result = RunResult.read(folder)
+    try:
+        write_outcome(result)
+    except (RaytuneError, OSError) as error:  # the run has ended well, and whoever reads it can tell it again
+        logger.warning("%s lacks what the run came to in words: %s", folder.result, first_line(error))
+    return result
 
 
 def _base_here(plan: RunPlan) -> None:

@@ -5,16 +5,19 @@ Nothing on the page can run but its own few lines of JavaScript, and nothing can
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from urllib.parse import quote
 
 from raytune.printable import plain_text, shortened
+from raytune.report.at_end import leave_run_page
 from raytune.report.figures.bars import budget_bars, importance_bars
 from raytune.report.figures.canvas import Drawing, drawn
 from raytune.report.figures.coordinates import parallel_coordinates
 from raytune.report.figures.curves import learning_curves
-from raytune.report.page import page, page_figure, write_page
+from raytune.report.page import PAGE, page, page_figure, write_page
+from raytune.run_folder import RunFolder
+from raytune.storage import exists
 from raytune.sweeps.importance import KeyImportance, importance
 from raytune.sweeps.results import SweepResult, TrialResult
 from raytune.sweeps.tables import short_keys
@@ -23,6 +26,8 @@ from raytune.units import format_seconds
 from raytune.versions import library_versions
 
 MOST_TRIED = 12
+MOST_PAGES = 10
+"""Of the best trials, and of those that failed; `raytune report` writes others."""
 LONG_CAUSE = 160
 LONG_VALUE = 24
 
@@ -60,7 +65,7 @@ _FIGURES: tuple[tuple[str, Drawing[SweepResult], str, str], ...] = (
 
 
 def write_sweep_page(result: SweepResult, config_text: str, folder: str) -> str:
-    """Write the page and its figures into a folder, local or on an object store.
+    """Write the page and its figures into a folder, local or on an object store, and pages of its trials that have none.
 
     Args:
         config_text: the sweep as the user asked for it, YAML.
@@ -68,22 +73,44 @@ def write_sweep_page(result: SweepResult, config_text: str, folder: str) -> str:
     Returns:
         The path of the page.
     """
+    pages = _pages_of_trials(result)
     light, dark = drawn({name: draw for name, draw, _, _ in _FIGURES}, result)
-    return write_page(folder, sweep_page(result, config_text, library_versions(), light, dark), light)
+    return write_page(folder, sweep_page(result, config_text, library_versions(), light, dark, pages), light)
+
+
+def _pages_of_trials(result: SweepResult) -> set[str]:
+    """Folders of trials that have a page, written now where they have none: of the best ones, and of those that failed."""
+    ranked = [trial for trial in result.trials if trial.is_ranked]
+    shown = [*ranked[:MOST_PAGES], *[trial for trial in result.trials if trial.state == "failed"][:MOST_PAGES]]
+    with_page = set()
+    for trial in shown:
+        run = RunFolder(*trial.folder.rstrip("/").rsplit("/", 1))
+        is_told = result.finished_before and exists(run.report)
+        if not is_told and exists(run.plan):
+            leave_run_page(run.path)
+        if exists(run.report):
+            with_page.add(trial.folder)
+    return with_page
 
 
 def sweep_page(
-    result: SweepResult, config_text: str, versions: Mapping[str, str], light: Mapping[str, bytes], dark: Mapping[str, bytes]
+    result: SweepResult,
+    config_text: str,
+    versions: Mapping[str, str],
+    light: Mapping[str, bytes],
+    dark: Mapping[str, bytes],
+    pages: Set[str] = frozenset(),
 ) -> str:
     """The page as HTML.
 
     Args:
+        pages: folders of trials that have a page of their own.
         light, dark: PNG files by figure, for readers whose pages are light or dark.
     """
     best = result.best
     winner, states, cost = summary(result)
     found = importance(result.trials, result.keys, result.mode)
-    headings, rows = _table(result)
+    headings, rows = _table(result, pages)
     return page(
         "sweep_page.html",
         script="sweep_page.js",
@@ -203,7 +230,7 @@ class _Row:
     cells: list[_Cell]
 
 
-def _table(result: SweepResult) -> tuple[list[_Heading], list[_Row]]:
+def _table(result: SweepResult, pages: Set[str]) -> tuple[list[_Heading], list[_Row]]:
     numeric = {
         key: all(value is None or is_number(value) for value in (trial.trial.values.get(key) for trial in result.trials))
         for key in result.keys
@@ -215,17 +242,17 @@ def _table(result: SweepResult) -> tuple[list[_Heading], list[_Row]]:
     rows = []
     for rank, trial in enumerate(result.trials, start=1):
         kind = "best" if trial is best else "failed" if trial.state == "failed" else "other"
-        rows.append(_Row(kind, _cells(result, rank, trial, numeric)))
+        rows.append(_Row(kind, _cells(result, rank, trial, numeric, pages)))
     return headings, rows
 
 
-def _cells(result: SweepResult, rank: int, trial: TrialResult, numeric: Mapping[str, bool]) -> list[_Cell]:
+def _cells(result: SweepResult, rank: int, trial: TrialResult, numeric: Mapping[str, bool], pages: Set[str]) -> list[_Cell]:
     place = str(rank) if trial.is_ranked else ""
     cause = plain_text(trial.cause).partition("\n")[0]
     values = trial.trial.values
     return [
         _Cell(text=place, sort=place, is_number=True),
-        _Cell(text=trial.trial.name, sort=trial.trial.name, link=_link(result, trial)),
+        _Cell(text=trial.trial.name, sort=trial.trial.name, link=_link(result, trial, pages)),
         _Cell(text=metric_text(trial.value), sort="" if trial.value is None else _sort(trial.value), is_number=True),
         _Cell(text=f"{trial.step}/{trial.num_steps}", sort=str(trial.step), is_number=True),
         _Cell(text=state_text(trial), sort=state_text(trial)),
@@ -246,10 +273,11 @@ def _sort(value: object) -> str:
     return value_text(value)
 
 
-def _link(result: SweepResult, trial: TrialResult) -> str | None:
-    """The trial's folder as seen from the page, where it lies below the sweep's."""
+def _link(result: SweepResult, trial: TrialResult, pages: Set[str]) -> str | None:
+    """The trial's page, or else its folder, as seen from this page, where it lies below the sweep's."""
     root = result.folder.rstrip("/") + "/"
-    return f"./{quote(trial.folder.removeprefix(root))}/" if trial.folder.startswith(root) else None
+    page = PAGE if trial.folder in pages else ""
+    return f"./{quote(trial.folder.removeprefix(root))}/{page}" if trial.folder.startswith(root) else None
 
 
 # --- Failures ----------------------------------------------------------------------------------------------------------------

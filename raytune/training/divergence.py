@@ -1,4 +1,4 @@
-"""When a run diverges, and what is done then: rules, as pure functions of what its logged steps have measured.
+"""When a run diverges, and what is done then. What a spike is, `spikes` says.
 
 As with `stopping`, the history is that of metrics.jsonl: an attempt that resumes reads back what was measured until its
 checkpoint, and so decides as a run that was never interrupted. Only steps by the period of `training.logging_steps` are looked
@@ -7,9 +7,7 @@ whatever the config says by then.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -18,103 +16,17 @@ from raytune.config.divergence import DivergenceSection
 from raytune.errors import TrainingError
 from raytune.metrics.history import History
 from raytune.metrics.points import RollBack, standing
-from raytune.plan.divergence import FEWEST
 from raytune.plan.run_plan import RunPlan
 from raytune.training.checkpoint import Checkpoints, Report
 from raytune.training.engine import Engine
 from raytune.training.loop import StepNumbers, StepResult
+from raytune.training.spikes import WATCHED, Logged, Spike, highest_ordinary, spikes_in_a_row, where_it_diverged, why_it_diverged
 from raytune.training.stopping import Noted
 
-WATCHED = {"loss": ("train/loss",), "grad_norm": ("train/grad_norm",), "both": ("train/loss", "train/grad_norm")}
 SKIPPED = "train/skipped"
-NORMAL = 1.4826
-"""Standard deviations of a normal distribution in its median absolute deviation."""
-LEAST_DEVIATION = 0.01
-"""Of the median: where values hardly differ, not every small rise is a spike."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logged:
-    """A logged step."""
-
-    step: int
-    values: Mapping[str, float]
-    """Of what may be watched."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spike:
-    """A value that is too high."""
-
-    step: int
-    metric: str
-    value: float
-    median: float
-    deviation: float
-    """A robust standard deviation."""
-
-    @property
-    def text(self) -> str:
-        times = f"{(self.value - self.median) / self.deviation:.3g}" if self.deviation else "infinitely many"
-        return (
-            f"{self.metric} {self.value:.5g} at step {self.step} is {times} robust deviations above {self.median:.5g}, the "
-            f"median of the logged steps before"
-        )
 
 
 # --- The rules ---------------------------------------------------------------------------------------------------------------
-
-
-def ordinary(values: Sequence[float], rule: DivergenceSection) -> tuple[float, float] | None:
-    """Median and robust standard deviation of the last values of a metric; None while there are too few of them.
-
-    Values that are not finite (the norm where fp16 overflows) are none.
-    """
-    finite = [value for value in values[-rule.window :] if math.isfinite(value)]
-    if len(finite) < min(FEWEST, rule.window):
-        return None
-    middle = median(finite)
-    deviation = NORMAL * median(abs(value - middle) for value in finite)
-    return middle, max(deviation, LEAST_DEVIATION * abs(middle))
-
-
-def highest_ordinary(values: Sequence[float], rule: DivergenceSection) -> float:
-    """The highest next value that would be no spike; infinity while there are too few."""
-    known = ordinary(values, rule)
-    return math.inf if known is None else known[0] + rule.threshold * known[1]
-
-
-def spike_at(logged: Sequence[Logged], index: int, rule: DivergenceSection) -> Spike | None:
-    """The spike at a logged step, the first of those that are watched; None if it has none."""
-    before, now = logged[max(0, index - rule.window) : index], logged[index]
-    for metric in WATCHED[rule.watch]:
-        known = ordinary([one.values[metric] for one in before], rule)
-        value = now.values[metric]
-        if known and math.isfinite(value) and value > known[0] + rule.threshold * known[1]:
-            return Spike(step=now.step, metric=metric, value=value, median=known[0], deviation=known[1])
-    return None
-
-
-def spikes_in_a_row(logged: Sequence[Logged], rule: DivergenceSection) -> list[Spike]:
-    """The spikes of the last logged steps, back to the last step without one, in their order."""
-    found = []
-    for index in reversed(range(len(logged))):
-        spike = spike_at(logged, index, rule)
-        if spike is None:
-            break
-        found.append(spike)
-    return found[::-1]
-
-
-def where_it_diverged(logged: Sequence[Logged], rule: DivergenceSection) -> list[Noted]:
-    """Logged steps at which spikes in a row are as many as the patience, each time once."""
-    found, in_a_row = [], 0
-    for index in range(len(logged)):
-        spike = spike_at(logged, index, rule)
-        in_a_row = in_a_row + 1 if spike else 0
-        if spike and in_a_row == rule.patience:
-            found.append(Noted(step=spike.step, reason=_reason(spike, rule)))
-    return found
 
 
 def rate_scale(roll_backs: Sequence[RollBack]) -> float:
@@ -151,11 +63,6 @@ def findings(history: History, rule: DivergenceSection | None, log_every: int) -
     if rule and rule.policy == "warn":
         found += where_it_diverged(logged_steps(history, log_every), rule)
     return tuple(found)
-
-
-def _reason(spike: Spike, rule: DivergenceSection) -> str:
-    in_a_row = f"; {rule.patience} logged steps in a row have a spike" if rule.patience > 1 else ""
-    return f"{spike.text}{in_a_row}"
 
 
 # --- In a run ----------------------------------------------------------------------------------------------------------------
@@ -231,7 +138,7 @@ class Guard:
         if rule.policy != "warn":
             raise self._diverged(spikes, rule)
         if len(spikes) == rule.patience:
-            self._report("divergence", step=result.step, reason=_reason(spikes[-1], rule))
+            self._report("divergence", step=result.step, reason=why_it_diverged(spikes[-1], rule))
 
     def go_back(self, error: TrainingError, checkpoints: Checkpoints) -> RollBack:
         """Have the run where it was before it diverged. Every rank calls it, without holding on to the steps since.
@@ -275,7 +182,8 @@ class Guard:
         """The error that every rank raises."""
         rows = "; ".join(f"step {result.step}, {result.rows_of_ranks(self._engine)}" for result in self._spiking)
         error = TrainingError(
-            f"The run diverges: {_reason(spikes[-1], rule)}. Learning rate {self._spiking[-1].learning_rate:g}. The rows were: "
+            f"The run diverges: {why_it_diverged(spikes[-1], rule)}. Learning rate {self._spiking[-1].learning_rate:g}. The rows "
+            f"were: "
             f"{rows}. Look at these rows, or lower training.learning_rate or training.max_grad_norm."
         )
         # Steps that were not logged may have gone wrong before the one that was.

@@ -21,16 +21,8 @@ from raytune.metrics.writer import MetricsWriter
 from raytune.plan.divergence import guard_in_words, guard_notes, guard_of
 from raytune.plan.run_plan import CheckpointPlan
 from raytune.plan.stages import possible_stages
-from raytune.training.divergence import (
-    Logged,
-    findings,
-    highest_ordinary,
-    logged_steps,
-    rate_scale,
-    spike_at,
-    spikes_in_a_row,
-    where_it_diverged,
-)
+from raytune.training.divergence import findings, logged_steps, rate_scale
+from raytune.training.spikes import Logged, highest_ordinary, spike_at, spikes_in_a_row, where_it_diverged
 from raytune.training.stopping import Findings
 from tests.tiny import PATIENT, tiny_plan
 

@@ -1,12 +1,11 @@
 """The page of a sweep: it shows what there is, runs nothing that it was given, and needs nothing but itself."""
 
 import base64
-import hashlib
 import io
 import re
 import uuid
 import warnings
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,48 +19,14 @@ from raytune.report.figures.curves import learning_curves
 from raytune.report.sweep_page import sweep_page, write_sweep_page
 from raytune.storage import read_bytes
 from raytune.sweeps.results import SweepResult
+from tests.pages import Page, assert_needs_nothing_else
+from tests.run_cases import left_run
 from tests.sweep_cases import cases, halved_sweep, odd_values, sweep_result, trial_result
 
 CONFIG = "name: quickstart-sweep\nsweep:\n  space:\n    adapter.rank: [4, 8]  # <b>&amp;</b>\n"
 CASES = list(cases())
 DRAWINGS: list[Drawing[SweepResult]] = [learning_curves, parallel_coordinates, importance_bars, budget_bars]
 FIGURES = ["learning_curves", "parallel_coordinates", "importance", "budget"]
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the text of each kind of tag, and the rows of tables."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self.rows: list[list[str]] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._open.append(tag)
-        self.text.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag in ("meta", "link", "img", "source"):
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        for tag in set(self._open):
-            self.text[tag][-1] += data
-        if {"td", "th"} & set(self._open):
-            self.rows[-1][-1] += data
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def page_of(result: SweepResult) -> Page:
@@ -93,27 +58,28 @@ def test_page_and_figures_are_written_where_the_sweep_lies(place: str, tmp_path:
     assert all((attributes["srcset"] or "").startswith("data:image/png;base64,") for attributes in page.attributes("source"))
 
 
+def test_a_trial_leads_to_its_page_which_is_written_with_that_of_the_sweep(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    run = left_run(folder / "trials", name="trial-000")
+    left_run(folder / "trials", name="trial-001", state="failed", failure="<b>boom</b>", until=12)
+    made = [trial_result(0, {}, ((20, 0.2),)), trial_result(1, {}, state="failed"), trial_result(2, {}, state="waiting")]
+    trials = [replace(trial, folder=str(folder / f"trials/trial-00{number}")) for number, trial in enumerate(made)]
+    page = Page(Path(write_sweep_page(sweep_result(trials, folder=str(folder)), CONFIG, str(folder))).read_text())
+    links = {attributes["href"] for attributes in page.attributes("a")}
+    assert {"./trials/trial-000/report.html", "./trials/trial-001/report.html", "./trials/trial-002/"} <= links
+    assert "finished after 20 steps" in Path(run.report).read_text()
+    written = Path(run.report).stat().st_mtime_ns
+    write_sweep_page(sweep_result(trials, folder=str(folder), finished_before=True), CONFIG, str(folder))
+    assert Path(run.report).stat().st_mtime_ns == written, "a sweep that is only read leaves pages as they are"
+
+
 # --- Safety ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_page_fetches_nothing_and_runs_only_its_own_script(name: str) -> None:
     page = page_of(cases()[name])
-    policies = [tag["content"] or "" for tag in page.attributes("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
-    assert len(policies) == 1
-    rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
-    assert rules["default-src"] == "'none'"
-    assert rules["img-src"] == "data:"
-    for kind in ("script", "style"):
-        assert len(page.text[kind]) == 1
-        digest = base64.b64encode(hashlib.sha256(page.text[kind][0].encode()).digest()).decode()
-        assert rules[f"{kind}-src"] == f"'sha256-{digest}'"
-    for tag, attributes in page.tags:
-        assert not any(attribute.startswith("on") or attribute == "style" for attribute in attributes), tag
-        for attribute in ("src", "srcset", "href", "data", "action"):
-            value = attributes.get(attribute)
-            assert value is None or re.match(r"#|\./|data:(image/png;base64)?,", value), value
-    assert not re.search(r"url\(|@import|fetch|XMLHttp|innerHTML|eval", page.text["style"][0] + page.text["script"][0])
+    assert_needs_nothing_else(page, has_script=True)
 
 
 def test_what_looks_like_markup_is_shown_and_not_obeyed() -> None:

@@ -88,17 +88,25 @@ def is_log(values: Sequence[float]) -> bool:
 
 def new_figure(theme: Theme, height_in: float) -> tuple[Figure, Axes]:
     """A figure of the page's width with one pair of axes in the theme's colours."""
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained", facecolor=theme.paper)
-    axes = figure.add_subplot(facecolor=theme.paper)
-    axes.grid(color=theme.faint, linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink, labelsize=9, length=3, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.muted)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.yaxis.label.set_color(theme.ink)
+    figure, (axes,) = new_panels(theme, [height_in])
     return figure, axes
+
+
+def new_panels(theme: Theme, heights_in: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width with axes below each other, of heights in inches, that share their horizontal axis."""
+    figure = Figure(figsize=(WIDTH_IN, sum(heights_in)), layout="constrained", facecolor=theme.paper)
+    panels = figure.subplots(len(heights_in), sharex=True, squeeze=False, height_ratios=heights_in)[:, 0]
+    for axes in panels:
+        axes.set_facecolor(theme.paper)
+        axes.grid(color=theme.faint, linewidth=0.7, zorder=0)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=theme.ink, labelsize=9, length=3, which="both")
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(theme.muted)
+        axes.xaxis.label.set_color(theme.ink)
+        axes.yaxis.label.set_color(theme.ink)
+    return figure, list(panels)
 
 
 def legend(axes: Axes, theme: Theme, handles: Sequence[Any]) -> None:

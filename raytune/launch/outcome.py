@@ -1,0 +1,195 @@
+"""What a run came to, in words: how long it took, what that cost, and what is better and worse than in its base. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raytune.evaluate.compare import Comparison
+from raytune.metrics.history import History
+from raytune.metrics.json_numbers import encode_number
+from raytune.plan.run_plan import CostPlan
+from raytune.units import format_dollars, format_seconds
+
+MAIN_SUITE = "generation"
+ENDS = ("attempt_failed", "run_finished", "run_interrupted")
+"""Events by which the driver closes an attempt."""
+VALIDATION = "validation/"
+
+
+# --- Time and money ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Time and money of a run so far, over all its attempts."""
+
+    attempts: int
+    total_s: float
+    """From the start of workers to the end of an attempt; the time between attempts is none of it."""
+    training_s: float
+    """Of that, from the first step to the last thing that was measured or saved."""
+    usd: float | None
+    """By the list price of the plan's machines for all of `total_s`; None where the plan knows none."""
+
+
+def spent(events: Sequence[Mapping[str, Any]], history: History, cost: CostPlan | None) -> Spent:
+    """Time and money of all attempts. Of one whose driver died, what it last wrote counts as its end.
+
+    Args:
+        events: of events.jsonl, in their order.
+    """
+    total_s = training_s = 0.0
+    attempts = sorted({event["attempt"] for event in events if event["event"] == "attempt_started"})
+    for attempt in attempts:
+        own = [event for event in events if event["attempt"] == attempt]
+        begun = next(event["time"] for event in own if event["event"] == "attempt_started")
+        measured = [point.time for point in history.points if point.attempt == attempt]
+        worked = [event["time"] for event in own if event["event"] not in ENDS]
+        last = max([*worked, *measured])
+        total_s += max([last, *(event["time"] for event in own)]) - begun
+        first_step = next((event["time"] for event in own if event["event"] == "training_started"), last)
+        training_s += last - first_step
+    return Spent(attempts=len(attempts), total_s=total_s, training_s=training_s, usd=_dollars(total_s, cost))
+
+
+def _dollars(seconds: float, cost: CostPlan | None) -> float | None:
+    if cost is None or not cost.usd or not cost.hours:
+        return None
+    planned = cost.spot_usd if cost.is_spot and cost.spot_usd is not None else cost.usd
+    return planned / cost.hours * seconds / 3600
+
+
+# --- Better or worse ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One thing that was measured of the base and of the tuned model."""
+
+    name: str
+    """As in metrics; of answers the metric's, behind another suite's name than the main one."""
+    words: str
+    base: float
+    tuned: float
+    kind: Literal["score", "loss", "perplexity"]
+    """A score is a share of 1, the higher the better; of the others the lower."""
+    interval: tuple[float, float] | None = None
+    """In which the gain of a score lies with a probability of 95 %."""
+    suite: str | None = None
+    """Whose answers a score is of."""
+
+    @property
+    def gain(self) -> float:
+        """Tuned less base, whichever is better."""
+        return self.tuned - self.base
+
+    @property
+    def percent(self) -> float | None:
+        """Change in per cent of the base's value; None where that is 0."""
+        return 100 * self.gain / self.base if self.base else None
+
+    @property
+    def is_better(self) -> bool:
+        return self.gain > 0 if self.kind == "score" else self.gain < 0
+
+    @property
+    def is_worse(self) -> bool:
+        """Other than by the choice of rows, as far as that is known."""
+        if self.kind == "score":
+            return self.interval[1] < 0 if self.interval else self.gain < 0
+        return self.gain > 0
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Base, tuned, gain and interval as tables show them."""
+        if self.kind == "score":
+            low_high = "" if self.interval is None else f"{self.interval[0]:+.1%} to {self.interval[1]:+.1%}"
+            return f"{self.base:.1%}", f"{self.tuned:.1%}", f"{self.gain:+.1%}", low_high
+        digits = 4 if self.kind == "loss" else 3
+        return f"{self.base:.{digits}f}", f"{self.tuned:.{digits}f}", f"{self.gain:+.{digits}f}", ""
+
+    @property
+    def sentence(self) -> str:
+        base, tuned, *_ = self.cells
+        if self.kind == "score":
+            points = f"{100 * self.gain:+.1f} points"
+            could_be_chance = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
+            chance = ", which may be the choice of rows" if could_be_chance else ""
+            return f"{self.words} from {base} to {tuned} ({points}{chance})"
+        by = "" if self.percent is None else f" ({abs(self.percent):.4g} % {'lower' if self.gain <= 0 else 'higher'})"
+        return f"{self.words} from {base} to {tuned}{by}"
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"name": self.name, "words": self.words, "suite": self.suite}
+        numbers = {"base": self.base, "tuned": self.tuned, "gain": self.gain}
+        percent = None if self.percent is None else encode_number(self.percent)
+        encoded = {name: encode_number(value) for name, value in numbers.items()}
+        return {**facts, **encoded, "percent": percent, "interval": self.interval, "is_better": self.is_better}
+
+
+def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping[str, Comparison]) -> tuple[Change, ...]:
+    """Scores of answers, then losses on validation rows: over all sets, and of each where there are several.
+
+    Args:
+        metrics: of the model that the run left.
+    """
+    found = [
+        Change(
+            name=name if suite == MAIN_SUITE else f"{suite}/{name}",
+            words=score.words if suite == MAIN_SUITE else f"{suite}: {score.words}",
+            base=score.base,
+            tuned=score.tuned,
+            kind="score",
+            interval=(score.gain_low, score.gain_high),
+            suite=suite,
+        )
+        for suite, comparison in comparisons.items()
+        for name, score in comparison.scores.items()
+    ]
+    base = history.as_of(0)  # measured before the first step, where it was
+    losses: list[tuple[str, str, Literal["loss", "perplexity"]]]
+    losses = [("validation loss", f"{VALIDATION}loss", "loss"), ("perplexity", f"{VALIDATION}perplexity", "perplexity")]
+    for name in validation_sets(metrics):
+        losses.append((f"loss on {name}", f"{VALIDATION}{name}/loss", "loss"))
+    found += [
+        Change(name=name, words=words, base=base[name], tuned=metrics[name], kind=kind)
+        for words, name, kind in losses
+        if name in base and name in metrics
+    ]
+    return tuple(found)
+
+
+def validation_sets(metrics: Mapping[str, float]) -> list[str]:
+    """Data sets with a loss of their own among metrics, which they have where there are several."""
+    names = [name.removeprefix(VALIDATION) for name in metrics if name.startswith(VALIDATION)]
+    return [name.removesuffix("/loss") for name in names if name.endswith("/loss")]
+
+
+def in_words(took: Spent, found: Sequence[Change], num_steps: int) -> list[str]:
+    """Sentences: time and dollars; what is better; what is worse."""
+    attempts = f" in {took.attempts} attempts" if took.attempts > 1 else ""
+    dollars = "" if took.usd is None else f", about {format_dollars(took.usd)} by list prices"
+    lines = [
+        f"Trained for {format_seconds(took.training_s)} ({num_steps} step{'s' * (num_steps != 1)}{attempts}); "
+        f"{format_seconds(took.total_s)} with start and end{dollars}."
+    ]
+    told = [change for change in found if change.kind != "perplexity"]
+    for heading, chosen in (
+        ("Better than the base", [change for change in told if change.is_better]),
+        ("Worse than the base", [change for change in told if not change.is_better and change.is_worse]),
+    ):
+        if chosen:
+            lines.append(f"{heading}: {', '.join(change.sentence for change in chosen)}.")
+    return lines
+
+
+def outcome_record(took: Spent, found: Sequence[Change], num_steps: int) -> dict[str, Any]:
+    """The same as plain values, for result.json."""
+    return {
+        "training_s": took.training_s,
+        "total_s": took.total_s,
+        "attempts": took.attempts,
+        "usd": took.usd,
+        "changes": [change.to_json() for change in found],
+        "words": in_words(took, found, num_steps),
+    }

@@ -1,0 +1,152 @@
+"""A run as its folder shows it at any time: finished, failed, or still at work."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from raytune.config.load import dump_yaml
+from raytune.config.run import RunConfig
+from raytune.credentials import redacted
+from raytune.errors import UserError
+from raytune.evaluate.compare import Comparison, comparisons_in
+from raytune.launch.diagnosis import Evidence, Symptom, diagnose
+from raytune.launch.outcome import Change, Spent, changes, in_words, spent
+from raytune.launch.record import RunRecord, read_plan, readable
+from raytune.launch.result import RunResult
+from raytune.metrics.events import read_events
+from raytune.metrics.history import History
+from raytune.metrics.points import seconds_per_step
+from raytune.plan.run_plan import RunPlan
+from raytune.printable import plain_text
+from raytune.run_folder import RunFolder
+from raytune.storage import absolute, exists, read_bytes, read_json
+
+GENERATION = "generation"
+"""The suite of samples that name none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSeen:
+    """What can be told of a run now."""
+
+    folder: RunFolder
+    record: RunRecord
+    plan: RunPlan
+    history: History
+    events: Sequence[dict[str, Any]]
+    result: RunResult | None
+    """None until it has finished."""
+    comparisons: dict[str, Comparison]
+    """By suite; empty until it has finished."""
+    samples: dict[str, list[dict[str, Any]]]
+    """Answers of base and tuned model, by suite."""
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        """Read a run folder, at any time after the run was planned.
+
+        Raises:
+            UserError: if there is no run, or another raytune wrote it.
+        """
+        storage, _, name = absolute(path).rpartition("/")
+        folder = RunFolder(storage, name)
+        record = RunRecord.read(folder)
+        if record is None:
+            raise UserError(f"{folder.path} is no run folder: it has no run.json. Name one, such as runs/quickstart.")
+        if not exists(folder.plan):
+            raise UserError(f"Run {folder.path} has no plan yet, so there is nothing to tell. Ask again once it has begun.")
+        plan, history, events = read_plan(folder), History.read(folder.metrics), read_events(folder.events)
+        result, comparisons = None, {}
+        if record.state == "finished" and exists(folder.result):
+            result = RunResult.read(folder)
+            with readable(folder.result, folder):
+                comparisons = comparisons_in(read_json(folder.result))
+        return cls(
+            folder=folder,
+            record=record,
+            plan=plan,
+            history=history,
+            events=events,
+            result=result,
+            comparisons=comparisons,
+            samples=_samples(folder) if result else {},
+        )
+
+    @property
+    def last_step(self) -> int:
+        return self.history.last_step
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Of a run without a result, those of what it measured last."""
+        return self.result.changes if self.result else changes(self.history, self.history.as_of(self.last_step), {})
+
+    @property
+    def spent(self) -> Spent:
+        return spent(self.events, self.history, self.plan.cost)
+
+    @property
+    def words(self) -> list[str]:
+        return in_words(self.spent, self.changes, self.last_step)
+
+    @property
+    def failure(self) -> str | None:
+        """What ended it, or its newest failed attempt; without credentials."""
+        causes = [event["cause"] for event in self.events if event["event"] == "attempt_failed"]
+        failure = self.record.failure or (causes[-1] if causes else None)
+        return redacted(plain_text(failure)) if failure else None
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step, the median."""
+        return self.result.median_step_s if self.result else seconds_per_step(self.history.points) or None
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Of the rank that held most; while the run goes on, of rank 0."""
+        held = self.result.peak_bytes if self.result else None
+        return held or self.history.as_of(self.last_step).get("train/memory_bytes")
+
+    @property
+    def symptoms(self) -> list[Symptom]:
+        return diagnose(
+            Evidence(
+                plan=self.plan,
+                history=self.history,
+                failure=self.failure,
+                changes=self.changes,
+                spent=self.spent,
+                step_s=self.step_s,
+                peak_bytes=self.peak_bytes,
+            )
+        )
+
+    @property
+    def config(self) -> RunConfig | None:
+        """What was asked; None if another raytune wrote it down."""
+        try:
+            return RunConfig.model_validate(self.record.config)
+        except ValidationError:
+            return None
+
+    @property
+    def config_text(self) -> str:
+        """What was asked, as YAML that can be trained again, without credentials."""
+        config = self.config
+        return redacted(dump_yaml(config) if config else json.dumps(self.record.config, indent=1))
+
+
+def _samples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    try:
+        lines = read_bytes(folder.samples).splitlines()
+    except FileNotFoundError:
+        return {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    with readable(folder.samples, folder):
+        for line in lines:
+            sample = json.loads(line)
+            found.setdefault(sample.get("suite", GENERATION), []).append(sample)
+    return found
