@@ -10,6 +10,7 @@
     places/attempt-1.json       the node of each rank
     downloads/NODE.json         how far a node is with the base of a hub; gone when it is there
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
+    requests/save, stop         what somebody asks of the command and of its workers (`raytune top`); gone when it was done
     checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
                /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
@@ -145,6 +146,21 @@ class RunFolder:
     @property
     def leases(self) -> str:
         return f"{self.path}/lease"
+
+    @property
+    def requests(self) -> str:
+        """Folder of what is asked of the run while it goes on; of a sweep too."""
+        return f"{self.path}/requests"
+
+    @property
+    def save_request(self) -> str:
+        """There while the run is asked to save."""
+        return f"{self.requests}/save"
+
+    @property
+    def stop_request(self) -> str:
+        """There while the command that holds the run is asked to end."""
+        return f"{self.requests}/stop"
 
     @property
     def ray(self) -> str:
