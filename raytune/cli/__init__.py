@@ -16,7 +16,7 @@ from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.runs import advise, merge, plan, score, sweep, train
 from raytune.cli.supervise import Notes, supervised
-from raytune.cli.watch import top
+from raytune.cli.watch import top, ui
 
 __all__ = ["cli", "files_and_overrides", "main", "quiet_libraries"]
 
@@ -39,6 +39,7 @@ for verb in (
     logs,
     stop,
     top,
+    ui,
 ):
     cli.add_command(verb)
 

@@ -7,6 +7,7 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.say import say
+from raytune.errors import UserError
 
 PLAIN_WIDTH = 160
 
@@ -39,6 +40,40 @@ def top(storage: str | None, once: bool, as_json: bool) -> None:
         say(json.dumps(facts) if as_json else plain(rows, PLAIN_WIDTH))
         return
     show(watcher)
+
+
+@click.command(
+    epilog=examples(
+        "ui",
+        "ui s3://bucket/runs --port 8500",
+    )
+)
+@click.argument("storage", required=False)
+@click.option("--port", type=click.IntRange(min=0, max=65535), default=0, help="On 127.0.0.1. Default: any that is free.")
+@as_json_option
+@debug_option
+def ui(storage: str | None, port: int, as_json: bool) -> None:
+    """Serve a page that shows what `top` shows, to browsers of this machine, until Ctrl-C.
+
+    STORAGE is as for `top`. Who opens the page needs the token in the address that is printed; it is new at each start. From
+    another machine, forward the port: ssh -L PORT:127.0.0.1:PORT HOST.
+    """
+    import asyncio
+
+    from raytune.watch.look import Watcher
+    from raytune.watch.server import serve
+
+    def told(url: str) -> None:
+        say(json.dumps({"url": url}) if as_json else f"{url}\nCtrl-C ends it.")
+        sys.stdout.flush()
+
+    watcher = Watcher(storage_of(storage))
+    try:
+        asyncio.run(serve(watcher, port, told))
+    except OSError as error:
+        raise UserError(
+            f"Port {port} of this machine cannot be used ({error.strerror}). Leave --port out for a free one."
+        ) from error
 
 
 def storage_of(given: str | None) -> str:
