@@ -8,6 +8,7 @@
     failures/attempt-1.rank-0.json   what ended a worker
             /attempt-1.whereabouts.json   where the others were when it was lost
     places/attempt-1.json       the node of each rank
+    logs/attempt-1/rank-0.log   what a worker printed; rank-0.older.log is what came before, where that was much
     downloads/NODE.json         how far a node is with the base of a hub; gone when it is there
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
     requests/save, stop         what somebody asks of the command and of its workers (`raytune top`); gone when it was done
@@ -134,6 +135,19 @@ class RunFolder:
     def places(self, attempt: int) -> str:
         """The node of each rank of an attempt."""
         return f"{self.path}/places/attempt-{attempt}.json"
+
+    @property
+    def logs(self) -> str:
+        """Folder of what workers printed."""
+        return f"{self.path}/logs"
+
+    def log(self, attempt: int, rank: int) -> str:
+        """What a worker printed."""
+        return f"{self.logs}/attempt-{attempt}/rank-{rank}.log"
+
+    def older_log(self, attempt: int, rank: int) -> str:
+        """What it printed before."""
+        return f"{self.logs}/attempt-{attempt}/rank-{rank}.older.log"
 
     def whereabouts(self, attempt: int) -> str:
         """Where the ranks of an attempt were when one of them was lost."""
