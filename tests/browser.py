@@ -114,8 +114,7 @@ def running_browser() -> Iterator[Browser]:
         command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         try:
-            assert process.stderr is not None
-            line = next(line for line in process.stderr if "DevTools listening on" in line)
+            line = next(line for line in process.stderr or () if "DevTools listening on" in line)
             browser = Browser(line.split()[-1])
             try:
                 yield browser
@@ -124,4 +123,5 @@ def running_browser() -> Iterator[Browser]:
         finally:
             process.terminate()
             process.wait(20)
-            process.stderr.close()
+            if process.stderr:
+                process.stderr.close()

@@ -55,10 +55,9 @@ class Row:
         return self.path.rpartition("/")[2]
 
     def to_json(self) -> dict[str, Any]:
-        facts = asdict(self) | {"name": self.name}
-        for key in ("loss", "validation_loss"):
-            facts[key] = None if facts[key] is None else encode_number(facts[key])
-        return facts | {"curve": [encode_number(value) for value in self.curve]}
+        measured = {"loss": self.loss, "validation_loss": self.validation_loss, "tokens_per_s": self.tokens_per_s}
+        numbers = {name: None if value is None else encode_number(value) for name, value in measured.items()}
+        return asdict(self) | numbers | {"name": self.name, "curve": [encode_number(value) for value in self.curve]}
 
 
 def rows_of(seen: Seen) -> list[Row]:

@@ -202,6 +202,8 @@ def _charts(seen: RunSeen, width: int, height: int) -> list[Text]:
 def _chart(seen: RunSeen, name: str, width: int, height: int) -> list[Text]:
     label = 8
     series = series_of(seen.metrics.points, name, width - label - 1)
+    if not series:  # a resume has just taken back all that there was
+        return [Text(" " * width)] * height
     values = [value for _, value in series]
     finite = [value for value in values if abs(value) < float("inf")]
     bounds = {0: _number(max(finite, default=None)), height - 2: _number(min(finite, default=None))}
