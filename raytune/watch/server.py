@@ -1,4 +1,4 @@
-"""The page of a storage folder, served to browsers of this machine by aiohttp, which Ray's dashboard brings along.
+"""The page of a storage folder, served to browsers of this machine by aiohttp, which Ray's dashboard is served by too.
 
 Who may use it knows its token, which is random, new at each start, and in the address that the command prints. A page of
 somebody else's that a browser has open knows neither it nor our origin: requests are refused whose Host is not ours (a name that

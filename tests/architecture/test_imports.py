@@ -58,7 +58,7 @@ OWNERS = {
     "httpx2": {"hub/client.py"},
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"object_store.py"},
-    "aiohttp": {"watch/server.py"},
+    "aiohttp": {"clusters/jobs.py", "watch/server.py"},
     "click": {"cli/"},
     "rich": {
         "launch/progress.py",
