@@ -9,8 +9,10 @@
             /attempt-1.whereabouts.json   where the others were when it was lost
     tracking/mlflow.json        the run of a tracker that this one is, and what it has been told
     places/attempt-1.json       the node of each rank
+    logs/attempt-1/rank-0.log   what a worker printed; rank-0.older.log is what came before, where that was much
     downloads/NODE.json         how far a node is with the base of a hub; gone when it is there
     lease/3.json                the command that is at work on this run, and its heartbeat; gone when it ends
+    requests/save, stop         what somebody asks of the command and of its workers (`raytune top`); gone when it was done
     checkpoints/FENCE.json      number of the newest attempt; an older one commits nothing any more
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
                /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
@@ -151,6 +153,19 @@ class RunFolder:
         """The node of each rank of an attempt."""
         return f"{self.path}/places/attempt-{attempt}.json"
 
+    @property
+    def logs(self) -> str:
+        """Folder of what workers printed."""
+        return f"{self.path}/logs"
+
+    def log(self, attempt: int, rank: int) -> str:
+        """What a worker printed."""
+        return f"{self.logs}/attempt-{attempt}/rank-{rank}.log"
+
+    def older_log(self, attempt: int, rank: int) -> str:
+        """What it printed before."""
+        return f"{self.logs}/attempt-{attempt}/rank-{rank}.older.log"
+
     def whereabouts(self, attempt: int) -> str:
         """Where the ranks of an attempt were when one of them was lost."""
         return f"{self.failures}/attempt-{attempt}.whereabouts.json"
@@ -162,6 +177,21 @@ class RunFolder:
     @property
     def leases(self) -> str:
         return f"{self.path}/lease"
+
+    @property
+    def requests(self) -> str:
+        """Folder of what is asked of the run while it goes on; of a sweep too."""
+        return f"{self.path}/requests"
+
+    @property
+    def save_request(self) -> str:
+        """There while the run is asked to save."""
+        return f"{self.requests}/save"
+
+    @property
+    def stop_request(self) -> str:
+        """There while the command that holds the run is asked to end."""
+        return f"{self.requests}/stop"
 
     @property
     def ray(self) -> str:

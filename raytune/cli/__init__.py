@@ -17,6 +17,7 @@ from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.reports import compare, report
 from raytune.cli.runs import advise, merge, plan, score, sweep, track, train
 from raytune.cli.supervise import Notes, supervised
+from raytune.cli.watch import top, ui
 
 __all__ = ["cli", "files_and_overrides", "main", "quiet_libraries"]
 
@@ -41,6 +42,8 @@ for verb in (
     status,
     logs,
     stop,
+    top,
+    ui,
 ):
     cli.add_command(verb)
 

@@ -144,17 +144,38 @@ def status(name: str | None, target: str | None, insecure: bool, as_json: bool) 
     epilog=examples(
         "logs support-bot --follow",
         "logs --tail 50",
+        "logs runs/support-bot --rank 1 --attempt 2",
     )
 )
-@click.argument("name", required=False, metavar="[JOB | RUN]")
+@click.argument("name", required=False, metavar="[JOB | RUN | FOLDER]")
+@click.option("--rank", type=click.IntRange(min=0), metavar="N", help="Of a run folder: one worker's output. Default: all.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="K", help="Of a run folder. Default: the newest.")
 @target_option
 @insecure_option
-@click.option("--follow", is_flag=True, help="Go on until the job ends, and return its exit code.")
+@click.option(
+    "--follow", is_flag=True, help="Go on until the job ends, and return its exit code; of a folder, until its run ends."
+)
 @click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @as_json_option
 @debug_option
-def logs(name: str | None, target: str | None, insecure: bool, follow: bool, tail: int | None, as_json: bool) -> None:
-    """Print what a job has written; the newest job's without a name."""
+def logs(
+    name: str | None,
+    rank: int | None,
+    attempt: int | None,
+    target: str | None,
+    insecure: bool,
+    follow: bool,
+    tail: int | None,
+    as_json: bool,
+) -> None:
+    """Print what a job has written, the newest job's without a name; or what the workers of a run have, by its run folder."""
+    from raytune.watch.logs import print_logs, run_folder_of
+
+    if name is not None and "/" in name and (folder := run_folder_of(name)):
+        print_logs(folder, attempt, rank, tail, _say_line, follow=follow, as_json=as_json)
+        return
+    if rank is not None or attempt is not None:
+        raise click.UsageError("--rank and --attempt are for a run folder, such as runs/support-bot.")
     from raytune.clusters.jobs import Jobs, last_lines
 
     cluster = Jobs(target, insecure=insecure)
@@ -212,6 +233,10 @@ def _writer(as_json: bool) -> Callable[[str], None]:
 
 def _say(text: str) -> None:
     say(text, err=True)
+
+
+def _say_line(text: str) -> None:
+    say(text, is_log=True)
 
 
 def _how_to_come_back(job_id: str, target: str | None) -> str:

@@ -21,15 +21,20 @@ from typing import Self
 from raytune.errors import RaytuneError, RunHeldError, TakenOverError
 from raytune.launch.record import RunRecord
 from raytune.run_folder import RunFolder
-from raytune.storage import create_bytes, list_folder, read_bytes, remove_empty_folder, remove_folder, write_bytes
+from raytune.storage import create_bytes, exists, list_folder, read_bytes, remove_empty_folder, remove_folder, write_bytes
 from raytune.training.commit import newest_attempt
 from raytune.units import format_seconds
 
 RENEW_EVERY_S = 5.0
+"""How often a command also looks whether somebody asks it to end."""
 EXPIRES_S = 60.0
 LOOK_EVERY_S = 1.0
 
 _log = logging.getLogger(__name__)
+
+
+class StopAsked(KeyboardInterrupt):
+    """Raised where a Ctrl-C would be: somebody asks for the end of a command from elsewhere."""
 
 
 # --- Values and decisions (pure) ---------------------------------------------------------------------------------------------
@@ -163,6 +168,31 @@ def _born(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+# --- Looking -----------------------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A run whose claims are looked at again and again, by somebody who claims nothing."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._first: Look | None = None
+
+    def look(self, clock: Callable[[], float] = time.monotonic) -> tuple[Standing, Holder | None]:
+        """How its newest claim stands, and whose it is. FREE: there is none, or its holder is gone."""
+        newest = _look(self._folder, clock)
+        if newest is None:
+            self._first = None
+            return Standing.FREE, None
+        if self._first is None or (newest.number, newest.content) != (self._first.number, self._first.content):
+            moved, self._first = self._first is not None, newest
+            if moved:
+                return Standing.HELD, newest.lease.holder if newest.lease else None
+        lease = newest.lease
+        found = standing(self._first, newest, lives(lease.holder) if lease else None)
+        return found, lease.holder if lease else None
+
+
 # --- Claiming and holding ----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +204,7 @@ def hold(folder: RunFolder) -> Iterator["Holding"]:
         RunHeldError: if another command holds it.
     """
     holding = Holding(folder, claim(folder, this_process()))
+    remove_folder(folder.requests, folder.path)  # they were to a command that has ended
     thread = threading.Thread(target=holding.renew_for_ever, name=f"lease of {folder.name}", daemon=True)
     thread.start()
     try:
@@ -225,6 +256,7 @@ class Holding:
         self._renewing = threading.Lock()
         self._released = threading.Event()
         self._lost: TakenOverError | None = None
+        self._is_asked_to_end = False
 
     @property
     def number(self) -> int:
@@ -232,22 +264,28 @@ class Holding:
         return self._lease.number
 
     def check(self) -> None:
-        """Whether the run was still held when it was renewed last. Costs nothing.
+        """Whether the run was still held when it was renewed last, and is to go on. Costs nothing.
 
         Raises:
             TakenOverError: if another command has taken it over.
+            StopAsked: if somebody has asked for its end in its folder.
         """
+        self._check_held()
+        if self._is_asked_to_end:
+            raise StopAsked("stopped as asked")
+
+    def _check_held(self) -> None:
         if self._lost:
             raise self._lost
 
     def renew(self) -> None:
-        """See whether the run is still held, and say so to others.
+        """See whether the run is still held, say so to others, and hear what they ask.
 
         Raises:
             TakenOverError: if another command has taken it over.
         """
         with self._renewing:
-            self.check()
+            self._check_held()
             if self._released.is_set():
                 return
             found = _look(self._folder, time.monotonic)
@@ -256,6 +294,7 @@ class Holding:
                 raise self._lost
             self._lease = replace(self._lease, beat=self._lease.beat + 1)
             write_bytes(_file(self._folder, self._lease.number), self._lease.encode())
+            self._is_asked_to_end = self._is_asked_to_end or exists(self._folder.stop_request)
 
     def renew_for_ever(self) -> None:
         """Renew until the run is released or lost."""
@@ -273,6 +312,7 @@ class Holding:
         self._released.set()
         with self._renewing, suppress(RaytuneError):  # a lease that stays because the storage is away expires
             if is_held_by(self._lease, _look(self._folder, time.monotonic)):
+                remove_folder(self._folder.requests, self._folder.path)
                 remove_folder(_file(self._folder, self._lease.number), self._folder.path)
                 remove_empty_folder(self._folder.leases)
                 remove_empty_folder(self._folder.path)

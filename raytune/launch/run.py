@@ -250,7 +250,7 @@ def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt
                     events.write("run_interrupted")
                     replace(record, state="interrupted").write(folder)
                 if isinstance(end, KeyboardInterrupt):
-                    raise KeyboardInterrupt(f"interrupted. {going_on(folder, resumes=resumes)}") from None
+                    raise KeyboardInterrupt(f"{str(end) or 'interrupted'}. {going_on(folder, resumes=resumes)}") from None
                 raise
             if failure is not None and failure.kind == TakenOverError.__name__:
                 raise TakenOverError(failure.message)

@@ -5,25 +5,15 @@ from pathlib import Path
 
 from raytune.errors import UserError
 from raytune.metrics.points import EffectivePoints, Point, seconds_per_step
-from raytune.storage import read_from
+from raytune.metrics.tail import Tail
 
 
 class Follower:
-    """Reads a metrics file while it grows: every look reads what was added since the one before, however long the file is.
-
-    Half a line, which is still being written or which a crash left, waits for a later look. A file that is no longer the one that
-    was read, because it is shorter or its last known line has changed, is read again from its beginning.
-    """
+    """Reads a metrics file while it grows: every look reads what was added since the one before (metrics.tail)."""
 
     def __init__(self, path: str | Path) -> None:
-        self._path = path
-        self._num_begun = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._offset, self._last_line = 0, b""
-        self._num_begun += 1
-        self._effective = EffectivePoints(str(self._path))
+        self._path, self._tail = path, Tail(path)
+        self._effective, self._num_begun = EffectivePoints(str(path)), 0
 
     def look(self) -> tuple[Point, ...]:
         """Points that are new since the last look, or of which more is known, by step; whole, with what was known before.
@@ -32,28 +22,26 @@ class Follower:
             UserError: if a line is not what `MetricsWriter` writes.
             ClusterError: if the storage does not answer.
         """
-        data = self._added()
-        lines = data[: data.rfind(b"\n") + 1]
+        lines = self._tail.look()
+        if self._tail.is_new:
+            self._effective, self._num_begun = EffectivePoints(str(self._path)), self._num_begun + 1
         try:
-            steps = {step for line in lines.split(b"\n")[:-1] if (step := self._effective.add(line)) is not None}
+            steps = {step for line in lines if (step := self._effective.add(line)) is not None}
         except UserError:
-            self._begin()  # the line may be mended
+            self._tail.begin()  # the line may be mended
             raise
-        if lines:
-            self._offset += len(lines)
-            self._last_line = lines[lines.rfind(b"\n", 0, -1) + 1 :]
         known = (self._effective.point_at(step) for step in sorted(steps))
         return tuple(point for point in known if point is not None)  # a resume may have cut it off again
 
     @property
     def points(self) -> Sequence[Point]:
-        """All that stand, by step."""
+        """All that stand, by step. Not a copy: the next look changes it."""
         return self._effective.points
 
     @property
     def num_bytes(self) -> int:
         """How much of the file was read."""
-        return self._offset
+        return self._tail.num_bytes
 
     @property
     def cuts(self) -> tuple[int, int]:
@@ -78,15 +66,3 @@ class Follower:
     def seconds_per_step(self, num_intervals: int = 20) -> float:
         """Median over the last intervals between two points of the same attempt; 0 while there are none."""
         return seconds_per_step(self._effective.points[-num_intervals - 1 :])
-
-    def _added(self) -> bytes:
-        """What the file holds behind what was read."""
-        try:
-            data = read_from(self._path, self._offset - len(self._last_line))
-            if data.startswith(self._last_line):
-                return data[len(self._last_line) :]
-            self._begin()
-            return read_from(self._path, 0)
-        except FileNotFoundError:
-            self._begin()
-            return b""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raytune.metrics.events import EventLog, read_events
+from raytune.metrics.events import EventFollower, EventLog
 from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.sweeps.halving import RungDecision, Standings, Verdict
 from raytune.sweeps.trial import Trial
@@ -83,15 +83,37 @@ class Known:
 
 def read_ledger(path: str) -> Known:
     """What the ledger of a sweep says; nothing for a new sweep."""
-    known = Known()
-    spans: dict[int, tuple[float, float]] = {}
-    for line in read_events(path):
-        first_s, _ = spans.get(line["attempt"], (line["time"], 0.0))
-        spans[line["attempt"]] = first_s, line["time"]
-        _note(known, line)
-    known.num_commands = max(spans, default=0)
-    known.wall_s = sum(last_s - first_s for first_s, last_s in spans.values())
-    return known
+    return LedgerFollower(path).look()
+
+
+class LedgerFollower:
+    """Reads a ledger while it grows: every look reads what was added since the one before."""
+
+    def __init__(self, path: str) -> None:
+        self._events = EventFollower(path)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._known = Known()
+        self._spans: dict[int, tuple[float, float]] = {}
+
+    def look(self) -> Known:
+        """What it says by now; the same object, changed, as long as the file only grows.
+
+        Raises:
+            UserError: if a line is not JSON.
+            ClusterError: if the storage does not answer.
+        """
+        lines, is_new = self._events.look()
+        if is_new:
+            self._begin()
+        for line in lines:
+            first_s, _ = self._spans.get(line["attempt"], (line["time"], 0.0))
+            self._spans[line["attempt"]] = first_s, line["time"]
+            _note(self._known, line)
+        self._known.num_commands = max(self._spans, default=0)
+        self._known.wall_s = sum(last_s - first_s for first_s, last_s in self._spans.values())
+        return self._known
 
 
 def _note(known: Known, line: Mapping[str, Any]) -> None:

@@ -92,8 +92,9 @@ def sweep(
             search = _search(config, folder, planner, resolved, ledger, board)
             try:
                 run_trials(resolved.plan, folder, resolved.plans[0].cluster, search, ledger, board, lease.check)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt("interrupted. The same command continues the sweep; ended trials stay.") from None
+            except KeyboardInterrupt as end:
+                why = str(end) or "interrupted"
+                raise KeyboardInterrupt(f"{why}. The same command continues the sweep; ended trials stay.") from None
         result = collect(folder, resolved.plan, list(section_of(config).space))
         _write(folder, planner, result)
     return result

@@ -6,10 +6,19 @@ rank says what it has heard, and all of them act on all of it. One gather serves
 can be asked makes none.
 """
 
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Any
+
+from raytune.errors import RaytuneError
+from raytune.object_store import once
+from raytune.run_folder import RunFolder
+from raytune.storage import is_local, read_bytes, remove_folder
+
+LOOK_EVERY_S, REMOTE_LOOK_EVERY_S = 2.0, 15.0
 
 
 class Request(Enum):
@@ -57,3 +66,59 @@ class SaveClock:
     def saved(self) -> None:
         """The run has just been saved, on request or not."""
         self._last_s = self._clock()
+
+
+class SaveFile:
+    """Asks for a save while there is a file in the run folder that does (`RunFolder.save_request`).
+
+    The storage is looked at by a thread of its own, so that no step waits for it; on one rank, while the others hear nothing.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._heard: bytes | None = None
+        self._answered: bytes | None = None
+
+    def __call__(self) -> Collection[Request]:
+        return {Request.SAVE} if self._heard not in (None, self._answered) else ()
+
+    def saved(self) -> None:
+        """The run has just been saved, on request or not."""
+        self._answered = self._heard
+
+    def look(self) -> None:
+        """See what the folder asks, and take away what was answered; another request may have come since."""
+        with suppress(RaytuneError, OSError), once():  # a later look will tell
+            self._heard = found = _content(self._folder.save_request)
+            if found is not None and found == self._answered:
+                remove_folder(self._folder.save_request, self._folder.requests)
+
+
+def _content(path: str) -> bytes | None:
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def listening(folder: RunFolder, rank: int, look_every_s: float | None = None) -> Iterator[SaveFile]:
+    """Hear what the folder of a run asks, before the block and as long as it lasts; rank 0 looks."""
+    file, ended = SaveFile(folder), threading.Event()
+    if rank != 0:
+        yield file
+        return
+    every_s = look_every_s or (LOOK_EVERY_S if is_local(folder.path) else REMOTE_LOOK_EVERY_S)
+
+    file.look()
+
+    def look_for_ever() -> None:
+        while not ended.wait(every_s):
+            file.look()
+
+    thread = threading.Thread(target=look_for_ever, name=f"requests to {folder.name}", daemon=True)
+    thread.start()
+    try:
+        yield file
+    finally:
+        ended.set()

@@ -23,7 +23,7 @@ from raytune.training.importance import hold_by_importance
 from raytune.training.loop import training_steps
 from raytune.training.phases import Phases
 from raytune.training.recorder import Recorder
-from raytune.training.requests import Request, Requests, SaveClock
+from raytune.training.requests import Request, Requests, SaveClock, SaveFile, listening
 from raytune.training.schedule import learning_rate
 from raytune.training.start import Started, Worker, start
 from raytune.training.stopping import Curve, Noted, Stopping
@@ -88,7 +88,8 @@ def _train_from(
     ) as recorder:
         try:
             if not stopping.has_ended(first):
-                _make_steps(started, checkpoints, recorder, phases, stopping, guard, first)
+                with listening(folder, worker.rank) as asked:
+                    _make_steps(started, checkpoints, recorder, phases, stopping, guard, first, asked)
         except TrainingError as error:
             if not guard.rolls_back or error.bad_step is None:
                 raise
@@ -121,13 +122,14 @@ def _make_steps(
     stopping: Stopping,
     guard: Guard,
     first: int,
+    save_file: SaveFile,
 ) -> None:
     """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
     plan, worker, engine = started.plan, started.worker, started.engine
     timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss.cross_entropy)
     store = Store.open(plan.data.train.path)
-    save_clock = None if plan.checkpoint.every_s is None else SaveClock(plan.checkpoint.every_s)
-    requests = Requests([save_clock] if save_clock else [], engine.gather_objects)
+    sources = [save_file, *([] if plan.checkpoint.every_s is None else [SaveClock(plan.checkpoint.every_s)])]
+    requests = Requests(sources, engine.gather_objects)
     if first == 0 and plan.evaluation.at_start and validation:
         recorder.evaluation(0, validation.measure())
     if guard.rolls_back and checkpoints.wait() is None:
@@ -161,8 +163,8 @@ def _make_steps(
         if saves or ends:
             recorder.flush()
             checkpoints.save(step, metrics=measured)
-            if save_clock:
-                save_clock.saved()
+            for source in sources:
+                source.saved()
         if timetable.is_rung(step):
             checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
         if evaluates:

@@ -14,6 +14,7 @@ from raytune.missing import missing_package
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
+from raytune.training.output import output_kept
 from raytune.training.whereabouts import findable
 
 
@@ -41,12 +42,18 @@ def work(config: dict) -> None:
 
 @contextmanager
 def recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
-    """Context in which a rank works: without noise, and with a record of whatever ends it."""
+    """Context in which a rank works: without noise, its output kept, and with a record of whatever ends it."""
     _quiet()
+    with output_kept(RunFolder(plan.storage, plan.name), attempt, rank), _failure_recorded(plan, attempt, rank), findable():
+        yield
+
+
+@contextmanager
+def _failure_recorded(plan: RunPlan, attempt: int, rank: int) -> Iterator[None]:
     try:
-        with findable():
-            yield
+        yield
     except Exception as error:
+        traceback.print_exc()
         # Survivors of a dead rank fail too, a moment later: the driver shows the earliest record first.
         with suppress(Exception):  # what made the run fail may be the storage itself
             write_json(

@@ -24,6 +24,7 @@ from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.run import train_plan
 from raytune.metrics.events import EventLog, read_events
+from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
@@ -254,21 +255,40 @@ def test_a_resume_after_the_last_step_has_the_metrics_of_the_whole_run(tmp_path:
     assert again.best_step == first.best_step
 
 
-def test_saves_by_time_are_agreed_on_at_log_steps_and_cost_no_collective_between_them(
+def test_saves_on_request_are_agreed_on_at_log_steps_and_cost_no_collective_between_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gathers: dict[str, int] = {}
+    gathers: dict[int, int] = {}
     own = PlainEngine.gather_objects
-    for every in (None, "1h"):
+    for every in (2, 3, 6):
 
-        def counted(engine: PlainEngine, value: Any, every: str = str(every)) -> list[Any]:
+        def counted(engine: PlainEngine, value: Any, every: int = every) -> list[Any]:
             gathers[every] = gathers.get(every, 0) + 1
             return own(engine, value)
 
         monkeypatch.setattr(PlainEngine, "gather_objects", counted)
-        changes = {"checkpoint": {"every": every}, "training": {"max_steps": 6, "logging_steps": 3}}
+        changes = {"checkpoint": {"every": "1h"}, "training": {"max_steps": 6, "logging_steps": every}}
         finished(tmp_path / str(every), changes)
-    assert gathers["1h"] - gathers["None"] == 2, "steps 3 and 6"
+    assert gathers[2] - gathers[3] == 1, "steps 2, 4, 6, and steps 3, 6"
+    assert gathers[3] - gathers[6] == 1
+
+
+def test_ranks_save_together_where_somebody_asks_for_it_and_train_as_without(tmp_path: Path) -> None:
+    changes = {
+        "training": {"max_steps": 6, "logging_steps": 2, "global_batch_size": 4},
+        "evaluation": {"every_steps": 6},
+        "checkpoint": {"every_steps": 6, "keep_last": 6},
+        "cluster": {"workers": 2},
+    }
+    histories = []
+    for name in ("asked", "alone"):
+        folder, plan = prepared_run(tmp_path / name, changes)
+        if name == "asked":
+            write_bytes(folder.save_request, b"by somebody")
+        run_on_ranks(train_rank, 2, plan)
+        histories.append([(point.step, point.values["train/loss"]) for point in History.read(folder.metrics).points[1:]])
+        assert [commit.step for commit in committed(folder)] == ([2, 6] if name == "asked" else [6])
+    assert histories[0] == histories[1]
 
 
 def test_ranks_save_together_when_the_time_has_come(tmp_path: Path) -> None:

@@ -16,8 +16,14 @@ from pathlib import Path
 import pytest
 
 from raytune.metrics.history import History
-from raytune.run_folder import SweepFolder
+from raytune.run_folder import RunFolder, SweepFolder
+from raytune.storage import exists
 from raytune.sweeps.ledger import read_ledger
+from raytune.training.commit import committed
+from raytune.watch.asking import ask
+from raytune.watch.logs import logs_of, printed
+from raytune.watch.look import Watcher
+from raytune.watch.rows import Row, rows_of
 from tests.ray.forking import forking_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -48,6 +54,13 @@ def ray_tmp() -> Iterator[str]:
 
 def interrupted(arguments: list[str], number: signal.Signals, is_under_way: Callable[[], bool], ray_tmp: str) -> tuple[int, str]:
     """Exit code and messages of a command that gets a signal once it is under way; nothing of its cluster is left after it."""
+    return ended(arguments, lambda process: process.send_signal(number), is_under_way, ray_tmp)
+
+
+def ended(
+    arguments: list[str], end: Callable[[subprocess.Popen], None], is_under_way: Callable[[], bool], ray_tmp: str
+) -> tuple[int, str]:
+    """As `interrupted`, by whatever ends it."""
     environment = forking_environment(os.environ | {"RAY_TMPDIR": ray_tmp, "RAY_AUTH_MODE": "disabled"})
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "launch.py", *arguments]
@@ -67,7 +80,7 @@ def interrupted(arguments: list[str], number: signal.Signals, is_under_way: Call
             assert time.monotonic() < deadline, "no step was made"
             time.sleep(0.2)
         assert processes_of(ray_tmp), "this is how they are found"
-        process.send_signal(number)
+        end(process)
         _, messages = process.communicate(timeout=90)
         deadline = time.monotonic() + 20
         while processes_of(ray_tmp) and time.monotonic() < deadline:
@@ -93,6 +106,52 @@ def test_an_interrupted_run_ends_in_order(number: signal.Signals, exit_code: int
     assert code == exit_code
     assert json.loads((tmp_path / "quickstart/run.json").read_text())["state"] == "interrupted"
     assert number != signal.SIGINT or "same command" in messages
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_saves_and_then_ends_in_order_with_what_its_workers_printed(tmp_path: Path, ray_tmp: str) -> None:
+    arguments = ["train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1", *FEW_ROWS]
+    arguments += ["training.max_steps=2000", "evaluation.every_steps=2000", "checkpoint.every_steps=2000"]
+    folder = RunFolder(str(tmp_path), "quickstart")
+
+    def has_saved() -> bool:
+        row = next(iter(rows_of(Watcher(folder.storage).look())), None)
+        if row is not None and row.state == "running" and not committed(folder) and not exists(folder.save_request):
+            ask(folder.storage, row, "save")
+        return bool(committed(folder))
+
+    def stop(process: subprocess.Popen) -> None:
+        (row,) = rows_of(Watcher(folder.storage).look())
+        ask(folder.storage, row, "stop")
+
+    code, messages = ended(arguments, stop, has_saved, ray_tmp)
+    assert code == 130
+    (step,) = {commit.step for commit in committed(folder)}
+    assert f"stopped as asked. The same command continues from step {step}" in messages
+    (row,) = rows_of(Watcher(folder.storage).look())
+    assert row.state == "interrupted"
+    assert not exists(folder.requests)
+    assert set(printed(logs_of(folder, None, None))) == {0, 1}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_ends_in_order(tmp_path: Path, ray_tmp: str) -> None:
+    arguments = ["sweep", "configs/sweeps/quickstart.yaml", f"storage={tmp_path}", "training.logging_steps=1"]
+    arguments += ["sweep.stopping.method=none", "training.max_steps=20000", "evaluation.every_steps=20000", *FEW_ROWS]
+
+    def rows() -> list[Row]:
+        return rows_of(Watcher(str(tmp_path)).look())
+
+    def is_under_way() -> bool:
+        return any(row.kind == "trial" and row.state == "running" and row.step >= 2 for row in rows())
+
+    def stop(process: subprocess.Popen) -> None:
+        ask(str(tmp_path), rows()[0], "stop")
+
+    code, messages = ended(arguments, stop, is_under_way, ray_tmp)
+    assert code == 130
+    assert "stopped as asked. The same command continues the sweep" in messages
+    assert {row.state for row in rows()} <= {"interrupted", "waiting"}
 
 
 @pytest.mark.slow
