@@ -39,7 +39,7 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
 
     Returns:
         The finished run: `metrics`, `model_path`, `folder`, `plan`, `data_report` (what became of the rows), `history`,
-        `comparison`. A finished run of the same name and settings is returned without training it again.
+        `comparisons`. A finished run of the same name and settings is returned without training it again.
 
     Raises:
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.

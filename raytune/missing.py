@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 
 PACKAGE = "raytune"
-OPTIONAL = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna", "sacrebleu": "metrics", "rouge_score": "metrics"}
+OPTIONAL = {
+    "s3fs": "s3",
+    "gcsfs": "gcs",
+    "adlfs": "azure",
+    "optuna": "optuna",
+    "sacrebleu": "metrics",
+    "rouge_score": "metrics",
+    "bert_score": "bertscore",
+}
 """Extra of raytune that brings a package which not everybody needs."""
 
 

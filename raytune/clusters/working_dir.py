@@ -17,6 +17,7 @@ from typing import Any
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from raytune.clusters.secret_files import SECRET_FOLDERS, looks_secret, secret_in
+from raytune.config.evaluation import code_of_suites
 from raytune.config.row_sources import all_sources, named_models
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
@@ -160,7 +161,7 @@ _NAME_PATHS = ("data.", "model.base", "strategy.replay", "strategy.ewc", "strate
 def named_by(config: RunConfig) -> list[str]:
     """Paths that a config names and a job would look for where it runs: rows, template, models, code; also those of a sweep."""
     objective = config.strategy.objective
-    named = [*([objective.function] if objective else []), *config.callbacks]
+    named = [*([objective.function] if objective else []), *config.callbacks, *code_of_suites(config.evaluation)]
     code = [module for module, _ in map(parts_of, named) if module.endswith(FILE_ENDING)]
     names = [*rows_named_by(config), config.data.template, *named_models(config).values(), *code]
     if config.sweep:

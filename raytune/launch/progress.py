@@ -211,14 +211,12 @@ def show_result(result: RunResult, console: Console | None = None) -> None:
         console.print(sentence, soft_wrap=True)
     for sentence in _findings(result):
         console.print(sentence, soft_wrap=True)
-    rows = list(_comparisons(result))
-    if rows:
-        title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
-        numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain", "95 % interval")]
-        numbers = numbers if result.comparison else numbers[:-1]
-        table = Table("", *numbers, title=title, title_justify="left")
+    if rows := list(_base_and_tuned(result)):
+        numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain", "95 % interval", "better by")]
+        shown = [0, 1, 2, 3, 4, 5] if result.comparisons else [0, 1, 2, 3]
+        table = Table(*(["", *numbers][column] for column in shown), title="base against tuned", title_justify="left")
         for row in rows:
-            table.add_row(*row[: len(numbers) + 1])
+            table.add_row(*(row[column] for column in shown))
         console.print(table)
     console.print(_planned_and_measured(result))
     for label, line in report_table(result.data_report) if result.data_report else []:
@@ -270,13 +268,27 @@ def _planned_and_measured(result: RunResult) -> Table:
     return table
 
 
-def _comparisons(result: RunResult) -> Iterator[tuple[str, str, str, str, str]]:
-    """Name, base, tuned and difference of whatever was measured on both, and of answers how far that could be chance."""
-    for score in result.comparison.scores.values() if result.comparison else ():
-        interval = f"{score.gain_low:+.1%} to {score.gain_high:+.1%}"
-        yield score.words, f"{score.base:.1%}", f"{score.tuned:.1%}", f"{score.gain:+.1%}", interval
+def _base_and_tuned(result: RunResult) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Name, base, tuned and difference of whatever was measured on both; of suites also how far that could be chance, and how
+    much better the tuned model is, as a share of the base's score."""
+    for name, comparison in result.comparisons.items():
+        rows = f"{comparison.num_rows} row{'s' * (comparison.num_rows != 1)}"
+        yield f"{name}, {rows}", "", "", "", "", ""
+        for score in comparison.scores.values():
+            form = "{:.1%}" if score.is_share else "{:.4g}"
+            gains = [form.replace(":", ":+").format(value) for value in (score.gain, score.gain_low, score.gain_high)]
+            relative = score.relative_improvement
+            yield (
+                f"  {score.words}",
+                form.format(score.base),
+                form.format(score.tuned),
+                gains[0],
+                f"{gains[1]} to {gains[2]}",
+                "-" if relative is None else f"{relative:+.1%}",
+            )
     for label, name, digits in (("validation loss", "validation/loss", 4), ("perplexity", "validation/perplexity", 3)):
         series = result.history.series(name)
         if series and series[0][0] == 0:  # measured before the first step
             base, tuned = series[0][1], result.metrics[name]
-            yield label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}", ""
+            better = f"{(base - tuned) / base:+.1%}" if base else "-"
+            yield label, f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}", "", better

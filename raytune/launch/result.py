@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-from raytune.evaluate.compare import Comparison
+from raytune.evaluate.compare import Comparison, comparisons_in
 from raytune.launch.record import read_plan, readable
 from raytune.metrics.history import History
 from raytune.metrics.json_numbers import decode_number, encode_number
@@ -30,7 +30,8 @@ class RunResult:
             process: by the allocator on a GPU, resident in RAM otherwise.
         median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
-        comparison: what the answers of base and tuned model are worth, or None where `evaluation.generation` was not asked for.
+        comparisons: what base and tuned model are worth, by suite: `generation` for `evaluation.generation`, and those of
+            `evaluation.suites`.
         findings: which rule ended it before its last step, if one did, and where overfitting began.
         finished_before: whether it was only read: an earlier command had trained it.
     """
@@ -44,7 +45,7 @@ class RunResult:
     held_bytes: list[dict]
     median_step_s: float | None
     history: History
-    comparison: Comparison | None
+    comparisons: dict[str, Comparison]
     findings: Findings = field(default_factory=Findings)
     finished_before: bool = False
 
@@ -71,7 +72,7 @@ class RunResult:
             held_bytes=result["held_bytes"],
             median_step_s=result["median_step_s"],
             history=history,
-            comparison=Comparison.from_json(result["comparison"]) if result["comparison"] else None,
+            comparisons=comparisons_in(result),
             findings=Findings.from_json(result),
         )
 
@@ -90,7 +91,7 @@ class RunResult:
             "best_step": self.best_step,
             **self.findings.to_json(),
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
-            "comparison": self.comparison and self.comparison.to_json(),
+            "comparisons": {name: comparison.to_json() for name, comparison in self.comparisons.items()},
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
                 {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured
