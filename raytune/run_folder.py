@@ -18,7 +18,7 @@
               /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
     result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last
-    samples.jsonl               generated answers, base against tuned
+    samples.jsonl               rows of suites, base against tuned
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
 <storage>/stores/<hash>/        tokenised data, shared by runs
 

@@ -158,7 +158,7 @@ class EvaluationSection(Section):
     """Evaluate on the first packed rows only."""
     generation: GenerationSection | None = None
     """Compare generated answers of base and tuned model after training."""
-    suites: list[SuiteSection] = []
+    suites: Annotated[list[SuiteSection], Field(examples=[[{"rows": "held_out.jsonl"}]])] = []
     """Measured on base and tuned model after training, several of them: written answers, multiple choice, classes, and what is
     forgotten of general data (`raytune explain scores`)."""
 

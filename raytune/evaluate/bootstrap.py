@@ -29,5 +29,6 @@ def difference_interval(
         with np.errstate(invalid="ignore"):  # of a loss that is infinite nothing can be said
             differences.append(value(times @ after) - value(times @ before))
     outside = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(differences), [outside, 1 - outside])
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(np.concatenate(differences), [outside, 1 - outside])
     return float(low), float(high)

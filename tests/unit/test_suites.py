@@ -274,6 +274,7 @@ def test_samples_hold_what_was_counted() -> None:
     assert (sample.to_json()["suite"], sample.to_json()["row"]) == ("s", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of bert-score and transformers
 def test_bert_score_is_that_of_its_package(tmp_path: Path) -> None:
     import bert_score
