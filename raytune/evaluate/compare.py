@@ -64,7 +64,7 @@ class Score:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        values = {name: decode_number(value) if name in _NUMBERS else value for name, value in record.items()}
+        values: dict[str, Any] = {name: decode_number(value) if name in _NUMBERS else value for name, value in record.items()}
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def to_json(self) -> dict[str, Any]:

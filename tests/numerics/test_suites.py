@@ -59,7 +59,8 @@ def test_log_likelihoods_of_a_batch_are_those_of_each_text_alone(kind: str) -> N
 
 @pytest.mark.parametrize("way", ["drawn", "beams"])
 def test_answers_are_the_same_whatever_the_batch_and_whoever_has_the_other_rows(way: str) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo_base_path()).eval(), tiny_tokenizer()
+    model: Any = AutoModelForCausalLM.from_pretrained(demo_base_path()).eval()
+    tokenizer = tiny_tokenizer()
     prompts = [tokenizer(text * (1 + number))["input_ids"] for number, text in enumerate(["Ana ", "b", "cc dd ", "x", "Who?"])]
     options: dict[str, Any] = {"max_new_tokens": 24}
     if way == "drawn":

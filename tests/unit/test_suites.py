@@ -149,7 +149,7 @@ def test_a_row_that_is_no_choice_is_told_with_file_and_line(change: dict[str, An
 def test_choices_follow_the_prompt_without_the_end_of_their_turn(tmp_path: Path) -> None:
     (question,) = asked({"rows": [{"path": written(tmp_path / "mc.jsonl", [MC])}], "kind": "choices"}, tmp_path)
     assert question.prompt.endswith("2 + 2?<|im_end|>\n<|im_start|>assistant\n")
-    assert [tiny_tokenizer().decode(ids) for ids in question.choice_ids] == ["3", "4"]
+    assert [tiny_tokenizer().decode([*ids]) for ids in question.choice_ids] == ["3", "4"]
     assert question.expected == "4"
     assert from_json_lines(to_json_lines([question])) == [question]
 
@@ -278,7 +278,11 @@ def test_samples_hold_what_was_counted() -> None:
 @pytest.mark.filterwarnings("ignore")  # those of bert-score and transformers
 def test_bert_score_is_that_of_its_package(tmp_path: Path) -> None:
     import bert_score
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertModel,
+        BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
     torch.manual_seed(0)
     (tmp_path / "vocab.txt").write_text(
@@ -293,7 +297,7 @@ def test_bert_score_is_that_of_its_package(tmp_path: Path) -> None:
     answers, expected = ["the cat sat", "a dog", ""], ["the dog sat", "a dog", "the cat"]
     counts = metric.counts([Given(text=answer) for answer in answers], expected)
     BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=512).save_pretrained(tmp_path)  # which the package needs
-    oracle = bert_score.score(answers[:2], expected[:2], model_type=str(tmp_path), num_layers=2)[2]
+    oracle: Any = bert_score.score(answers[:2], expected[:2], model_type=str(tmp_path), num_layers=2)[2]
     assert counts[:, 0] == pytest.approx([*oracle.tolist(), 0.0], abs=1e-6)
     assert counts[1, 0] == pytest.approx(1.0, abs=1e-6)
     gone = suite | {"bertscore": {"model": str(tmp_path / "gone"), "layer": 2}}
