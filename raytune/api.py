@@ -42,7 +42,7 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
 
     Returns:
         The finished run: `metrics`, `model_path`, `folder`, `plan`, `data_report` (what became of the rows), `history`,
-        `comparison`, `words` (time, dollars, what is better and worse), `symptoms` (what looks wrong, and which key to change).
+        `comparisons`, `words` (time, dollars, what is better and worse), `symptoms` (what looks wrong, and which key to change).
         A finished run of the same name and settings is returned without training it again.
 
     Raises:

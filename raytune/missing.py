@@ -6,8 +6,9 @@ from pathlib import Path
 
 PACKAGE = "raytune"
 OPTIONAL = {
-    **{"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna", "sacrebleu": "metrics", "rouge_score": "metrics"},
-    **{"schedulefree": "schedule-free", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+    **{"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna"},
+    **{"sacrebleu": "metrics", "rouge_score": "metrics", "bert_score": "bertscore", "schedulefree": "schedule-free"},
+    **{"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
     **{"mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"},
 }
 """Extra of raytune that brings a package which not everybody needs."""

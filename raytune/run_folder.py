@@ -22,7 +22,7 @@
     model/                      the final weights, in Hugging Face format
     result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last,
                                 when the driver adds time, dollars and changes in words
-    samples.jsonl               generated answers, base against tuned
+    samples.jsonl               rows of suites, base against tuned
     report.html  figures/       the page and its figures, drawn from these (`raytune report`)
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
 <storage>/stores/<hash>/        tokenised data, shared by runs
@@ -120,11 +120,6 @@ class RunFolder:
     @property
     def samples(self) -> str:
         return f"{self.path}/samples.jsonl"
-
-    @property
-    def report(self) -> str:
-        """The page of the run."""
-        return f"{self.path}/report.html"
 
     @property
     def scores(self) -> str:

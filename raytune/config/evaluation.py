@@ -1,11 +1,13 @@
 """`evaluation`: what is measured on held-out rows, and when."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from raytune.config.data import Sources
-from raytune.config.section import Auto, PositiveFloat, PositiveInt, Section
+from raytune.config.data import Sources, source_name
+from raytune.config.section import Auto, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.user_code import CodeName
 
 AnswerMetricName = Literal[
     "exact_match",
@@ -23,12 +25,46 @@ AnswerMetricName = Literal[
     "rouge2",
     "rougeL",
 ]
+ChoiceMetricName = Literal["accuracy", "accuracy_per_character", "macro_precision", "macro_recall", "macro_f1"]
+LossMetricName = Literal["loss", "perplexity"]
+SuiteMetricName = Literal[AnswerMetricName, "bertscore", ChoiceMetricName, LossMetricName]
+SuiteKind = Literal["answers", "choices", "labels", "loss"]
+
+METRICS_OF: Mapping[SuiteKind, Sequence[str]] = {
+    "answers": (*get_args(AnswerMetricName), "bertscore"),
+    "choices": ("accuracy", "accuracy_per_character"),
+    "labels": get_args(ChoiceMetricName),
+    "loss": get_args(LossMetricName),
+}
+"""What a suite of a kind can be judged by; `answers` also by functions of the user's."""
+DEFAULT_METRICS: Mapping[SuiteKind, Sequence[str]] = {
+    "answers": ("exact_match",),
+    "choices": ("accuracy", "accuracy_per_character"),
+    "labels": ("accuracy", "macro_f1"),
+    "loss": ("loss", "perplexity"),
+}
+GENERATION = "generation"
+"""Name of the suite that `evaluation.generation` is short for."""
+
+SUITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+Rows = Annotated[Sources, Field(min_length=1)]
+
+
+class BertScoreSection(Section):
+    """Which model the metric `bertscore` compares texts by."""
+
+    model: Annotated[Text, Field(examples=["models/deberta-xlarge-mnli"])]
+    """Folder with the files of an encoder, on every node."""
+    layer: Annotated[PositiveInt, Field(examples=[40])]
+    """Whose output is compared: the layers up to it are run. bert-score lists the best one of many models."""
 
 
 class GenerationSection(Section):
-    """Answers written by the model and compared with the data, at the end of the run: base against tuned."""
+    """Answers written by the model and compared with the data, at the end of the run: base against tuned. Short for a suite of
+    `evaluation.suites` that is called `generation`."""
 
-    rows: Sources
+    rows: Rows
     """Rows whose last assistant turn is the expected answer: one source or a list."""
     max_rows: PositiveInt = 200
     """Rows that are answered."""
@@ -39,7 +75,74 @@ class GenerationSection(Section):
     metrics: Annotated[list[AnswerMetricName], Field(min_length=1, examples=[["numeric_match", "rougeL"]])] = ["exact_match"]
     """What the answers are worth beside those that the data expects: `exact_match`, `token_f1` (SQuAD), `numeric_match` (the last
     number), `json_valid`, `json_fields`; for classes `accuracy`, `macro_precision`, `macro_recall`, `macro_f1`; with the extra
-    `metrics` also `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`."""
+    `metrics` also `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`. Functions of your own, and more, are for `evaluation.suites`."""
+
+
+class SuiteSection(Section):
+    """Rows that base and tuned model are measured on at the end of the run, beside each other."""
+
+    name: Annotated[str, Field(pattern=SUITE_NAME, title="a name of letters, digits and . _ -")] | None = None
+    """What it is called in tables and results. Default: the name of its first source."""
+    kind: SuiteKind = "answers"
+    """`answers`: the model writes, and what it wrote is compared with the last assistant turn. `choices`: the likeliest of a
+    row's choices is its answer; rows have `question`, `choices` and `answer` (a place from 0, or the text or letter of a choice).
+    `labels`: the likeliest of all answers that the rows expect, which are few. `loss`: what the model forgets: its loss on rows
+    of general data, as on validation rows."""
+    rows: Rows
+    """One source or a list."""
+    max_rows: PositiveInt = 200
+    """Rows that are used, the first ones."""
+    metrics: Annotated[
+        list[SuiteMetricName | CodeName] | None,
+        Field(min_length=1, examples=[["numeric_match", "rougeL"]]),
+    ] = None
+    """Of `answers` those of `evaluation.generation.metrics`, `bertscore`, and functions of your own (`my_metrics.py:closeness`),
+    which are called with an answer and the expected one and give a number. Of `choices` `accuracy` (by the sum of
+    log-probabilities) and `accuracy_per_character`; of `labels` also `macro_precision`, `macro_recall`, `macro_f1`; of `loss`
+    `loss` and `perplexity`. Default: `exact_match`; both; `accuracy` and `macro_f1`; both."""
+    system: Text | None = None
+    """A system message that is put before each row; rows have none of their own then."""
+    examples: Sources = []
+    """Rows that are shown with their answers before the one that is asked, as turns of the same conversation (few-shot)."""
+    num_examples: PositiveInt | None = None
+    """Of the examples, how many are shown: the first ones that are not the asked row itself. Default: all of them."""
+    batch_size: PositiveInt = 32
+    """Rows, or choices of rows, that one worker passes through the model at once, at most. No result depends on it."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer, in tokens."""
+    num_beams: PositiveInt = 1
+    """Beams of a search for the likeliest answer; 1: none, token by token."""
+    temperature: Annotated[PositiveFloat, Field(examples=[0.7])] | None = None
+    """Draw answers at this temperature. Default: the likeliest token each time (greedy)."""
+    top_k: PositiveInt | None = None
+    """Draw among the k likeliest tokens only."""
+    top_p: Annotated[float, Field(gt=0, le=1, examples=[0.95])] | None = None
+    """Draw among the likeliest tokens only that have this probability together."""
+    seed: NonNegativeInt = 0
+    """What is drawn for a row depends on this and on its number, not on batches or workers."""
+    bertscore: BertScoreSection | None = None
+    """The model of the metric `bertscore`, which comes with the extra `bertscore`."""
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> "SuiteSection":
+        known = METRICS_OF[self.kind]
+        for metric in self.named_metrics:
+            if metric not in known and not (is_code(metric) and self.kind == "answers"):
+                raise ValueError(f"a suite of kind {self.kind} has no metric {metric}; it has {', '.join(known)}")
+        if "bertscore" in self.named_metrics and self.bertscore is None:
+            raise ValueError(
+                "bertscore compares texts by a model; name one in the suite, for example "
+                "`bertscore: {model: models/roberta-large, layer: 17}`"
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or source_name(self.rows[0])
+
+    @property
+    def named_metrics(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.metrics or DEFAULT_METRICS[self.kind]))
 
 
 class EvaluationSection(Section):
@@ -55,3 +158,35 @@ class EvaluationSection(Section):
     """Evaluate on the first packed rows only."""
     generation: GenerationSection | None = None
     """Compare generated answers of base and tuned model after training."""
+    suites: Annotated[list[SuiteSection], Field(examples=[[{"rows": "held_out.jsonl"}]])] = []
+    """Measured on base and tuned model after training, several of them: written answers, multiple choice, classes, and what is
+    forgotten of general data (`raytune explain scores`)."""
+
+    @field_validator("suites")
+    @classmethod
+    def _names_differ(cls, suites: list[SuiteSection], info: ValidationInfo) -> list[SuiteSection]:
+        names = [GENERATION] * bool(info.data.get("generation")) + [suite.title for suite in suites]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two suites are called {twice!r}; give one of them another name (evaluation.suites.name)")
+        return suites
+
+
+def suites_of(section: EvaluationSection) -> dict[str, SuiteSection]:
+    """What is asked of base and tuned model, by the key of a config that asks for it."""
+    generation = section.generation
+    short = {"evaluation.generation": suite_of_generation(generation)} if generation else {}
+    return short | {f"evaluation.suites.{number}": suite for number, suite in enumerate(section.suites)}
+
+
+def suite_of_generation(section: GenerationSection) -> SuiteSection:
+    return SuiteSection(name=GENERATION, **{name: getattr(section, name) for name in GenerationSection.model_fields})
+
+
+def code_of_suite(suite: SuiteSection) -> list[str]:
+    """Functions of the user's that a suite is judged by."""
+    return [name for name in suite.named_metrics if is_code(name)]
+
+
+def is_code(metric: str) -> bool:
+    """Whether a metric is a function of the user's."""
+    return metric not in get_args(SuiteMetricName)

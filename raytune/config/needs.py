@@ -6,9 +6,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raytune.config.data import FILE_ENDINGS, DataSource
+from raytune.config.evaluation import SuiteKind, SuiteSection
 from raytune.config.model import is_written_as_path
 from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
-from raytune.config.row_sources import tokenised_sources, trained_sources
+from raytune.config.row_sources import asks_in_chats, tokenised_sources, trained_sources
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.strategy import DistillationSection
@@ -94,6 +95,42 @@ def guard(*policies: str) -> Need:
         otherwise=lambda config: f"training.divergence.policy {policy_of(config)} does not read it",
         remedy=f"set training.divergence.policy to {' or '.join(policies)}",
     )
+
+
+def suite(*kinds: SuiteKind) -> Need:
+    """The suite is of one of some kinds."""
+    return Need(
+        keys=("evaluation.suites.kind",),
+        holds=lambda _, section: isinstance(section, SuiteSection) and section.kind in kinds,
+        otherwise=lambda config: f"only suites of kind {' or '.join(kinds)} read it",
+        remedy=f"set kind to {' or '.join(kinds)}",
+    )
+
+
+SUITE_EXAMPLES = Need(
+    keys=("evaluation.suites.examples",),
+    holds=lambda _, section: isinstance(section, SuiteSection) and bool(section.examples),
+    otherwise=lambda config: "the suite has no examples",
+    remedy="name their rows as examples",
+)
+SUITE_DRAWS = Need(
+    keys=("evaluation.suites.temperature",),
+    holds=lambda _, section: isinstance(section, SuiteSection) and section.temperature is not None,
+    otherwise=lambda config: "nothing is drawn without a temperature: each token is the likeliest one",
+    remedy="set temperature, for example to 1.0",
+)
+SUITE_NO_BEAMS = Need(
+    keys=("evaluation.suites.num_beams",),
+    holds=lambda _, section: isinstance(section, SuiteSection) and section.num_beams == 1,
+    otherwise=lambda config: "a search for the likeliest answer (num_beams) draws nothing",
+    remedy="set num_beams to 1",
+)
+SUITE_BERTSCORE = Need(
+    keys=("evaluation.suites.metrics",),
+    holds=lambda _, section: isinstance(section, SuiteSection) and "bertscore" in section.named_metrics,
+    otherwise=lambda config: "bertscore is not among the suite's metrics",
+    remedy="add it to metrics",
+)
 
 
 def average(kind: str) -> Need:
@@ -210,16 +247,14 @@ TEACHER_BESIDE = Need(
     remedy="name a model as strategy.distillation.teacher",
 )
 MANY_SPLITS = Need(
-    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation.generation.rows"),
+    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
     remedy="name a hub data set or a `save_to_disk` folder as path",
 )
 CHAT = Need(
-    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation.generation"),
-    holds=lambda config, _: (
-        config.evaluation.generation is not None or any(source.format != "text" for source in tokenised_sources(config))
-    ),
+    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation"),
+    holds=lambda config, _: asks_in_chats(config) or any(source.format != "text" for source in tokenised_sources(config)),
     otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
     remedy="give the rows another format",
 )

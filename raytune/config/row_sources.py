@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 
 from raytune.config.data import DataSource, validation_sets
+from raytune.config.evaluation import code_of_suite, suites_of
 from raytune.config.run import RunConfig
 from raytune.user_code import FILE_ENDING, parts_of
 
 
 def row_sources(config: RunConfig) -> dict[str, Sequence[DataSource]]:
     """All sources by the key under which they are listed, in the order of the schema."""
-    replay, ewc, generation = config.strategy.replay, config.strategy.ewc, config.evaluation.generation
+    replay, ewc, suites = config.strategy.replay, config.strategy.ewc, suites_of(config.evaluation)
     return {
         "data.train": config.data.train,
         "data.validation": config.data.validation,
         "strategy.replay.data": replay.data if replay else [],
         "strategy.ewc.data": ewc.data if ewc else [],
-        "evaluation.generation.rows": generation.rows if generation else [],
+        **{f"{key}.rows": suite.rows for key, suite in suites.items()},
+        **{f"{key}.examples": suite.examples for key, suite in suites.items()},
     }
 
 
@@ -40,6 +42,12 @@ def weighed_sources(config: RunConfig) -> list[DataSource]:
     return ewc.data if ewc and ewc.strength else []
 
 
+def asks_in_chats(config: RunConfig) -> bool:
+    """Whether rows are asked of base and tuned model, which takes a template whatever the training rows are."""
+    suites = suites_of(config.evaluation).values()
+    return any(suite.kind != "loss" or any(source.format != "text" for source in suite.rows) for suite in suites)
+
+
 def tokenised_sources(config: RunConfig) -> list[DataSource]:
     """Sources whose rows become documents: all but those that are asked as questions."""
     return [*trained_sources(config), *config.data.validation, *weighed_sources(config)]
@@ -54,11 +62,13 @@ def evaluated_sets(config: RunConfig) -> dict[str, DataSource | None]:
 
 
 def named_models(config: RunConfig) -> dict[str, str]:
-    """Paths or ids of the models that a run loads, by the key that names them: its base, and a teacher that is another."""
+    """Paths or ids of the models that a run loads, by the key that names them: its base, a teacher that is another, and
+    those that answers are compared by."""
     named, distillation = {"model.base": config.model.base}, config.strategy.distillation
     if distillation and distillation.weight > 0 and distillation.teacher != "base":
         named["strategy.distillation.teacher"] = distillation.teacher
-    return named
+    suites = suites_of(config.evaluation).items()
+    return named | {f"{key}.bertscore.model": suite.bertscore.model for key, suite in suites if suite.bertscore}
 
 
 def named_code(config: RunConfig) -> list[tuple[str, str]]:
@@ -66,4 +76,5 @@ def named_code(config: RunConfig) -> list[tuple[str, str]]:
     objective = config.strategy.objective
     named = [("strategy.objective", objective.function)] if objective else []
     named += [("callbacks", name) for name in config.callbacks]
+    named += [(f"{key}.metrics", name) for key, suite in suites_of(config.evaluation).items() for name in code_of_suite(suite)]
     return [(key, file) for key, file in ((key, parts_of(name)[0]) for key, name in named) if file.endswith(FILE_ENDING)]

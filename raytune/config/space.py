@@ -28,6 +28,7 @@ FIXED = (
     "cluster",
     "provider",
     "evaluation.generation",
+    "evaluation.suites",
     "checkpoint.metric",
     "checkpoint.mode",
     "checkpoint.resume",

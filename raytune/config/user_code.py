@@ -31,7 +31,23 @@ def with_files(tree: Node) -> Node:
         found["strategy"] = replace(strategy, value={**strategy.value, "objective": _objective(objective)})
     if (callbacks := found.get("callbacks")) and isinstance(callbacks.value, list):
         found["callbacks"] = replace(callbacks, value=[_with_file(each) for each in callbacks.value])
+    if evaluation := found.get("evaluation"):
+        found["evaluation"] = _evaluation(evaluation)
     return replace(tree, value=found)
+
+
+def _evaluation(node: Node) -> Node:
+    suites = node.value.get("suites") if isinstance(node.value, dict) else None
+    if suites is None or not isinstance(suites.value, list):
+        return node
+    return replace(node, value={**node.value, "suites": replace(suites, value=[_suite(each) for each in suites.value])})
+
+
+def _suite(node: Node) -> Node:
+    metrics = node.value.get("metrics") if isinstance(node.value, dict) else None
+    if metrics is None or not isinstance(metrics.value, list):
+        return node
+    return replace(node, value={**node.value, "metrics": replace(metrics, value=[_with_file(each) for each in metrics.value])})
 
 
 def _objective(node: Node) -> Node:

@@ -172,16 +172,20 @@ def _missing_files(config: RunConfig, tree: Node) -> list[Problem]:
     if config.cluster.address:
         return []
     named: list[tuple[KeyPath, str]] = [
-        ((*key.split("."), i, "path"), source.path) for key, rows in row_sources(config).items() for i, source in enumerate(rows)
+        ((*_parts(key), i, "path"), source.path) for key, rows in row_sources(config).items() for i, source in enumerate(rows)
     ]
     local = [(path, name) for path, name in named if name.endswith(_ROW_FILES)]
-    local += [(tuple(key.split(".")), name) for key, name in named_models(config).items() if is_written_as_path(name)]
+    local += [(_parts(key), name) for key, name in named_models(config).items() if is_written_as_path(name)]
     local += [(("data", "template"), config.data.template)] if config.data.template.endswith((".jinja", ".j2")) else []
     return [
         Problem(NO_SUCH_FILE, deepest(tree, path).place, dotted(path), f"{shown(name)} is not on this machine")
         for path, name in local
         if "://" not in name and not _exists(name)
     ]
+
+
+def _parts(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def _unread_keys(config: RunConfig, judged: tuple[str, ...] | None) -> list[Unread]:

@@ -99,9 +99,13 @@ def bad_rows_error(tally: Tally) -> DataError:
     return _rows_error(tally, "bad", "cannot be used", "Repair them, or leave them out with data.on_bad_row: skip.")
 
 
-def bad_questions_error(tally: Tally) -> DataError:
-    fix = "Repair them, or name a file without them: each one is asked."
-    return _rows_error(tally, "bad", "of evaluation.generation.rows cannot be asked", fix)
+def bad_questions_error(tally: Tally, key: str) -> DataError:
+    """Args:
+    key: of the config, that names the rows.
+    """
+    error = _rows_error(tally, "bad", f"of {key} cannot be asked", "Repair them, or name a file without them: each one is asked.")
+    error.keys = (key,)
+    return error
 
 
 def too_long_error(tally: Tally, max_length: int) -> DataError:

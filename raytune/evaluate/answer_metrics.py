@@ -6,16 +6,13 @@ Shapes: N rows, K counts of a metric.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 
 from raytune.config.evaluation import AnswerMetricName
-from raytune.errors import UserError
 from raytune.evaluate.overlap import BLEU, CHRF, Rouge
 from raytune.evaluate.text_metrics import exact_match, is_json, json_fields, json_valid, last_number, numeric_match, token_f1
-from raytune.missing import OPTIONAL, install_command
 
 
 class AnswerMetric(Protocol):
@@ -133,20 +130,3 @@ ANSWER_METRICS: dict[AnswerMetricName, AnswerMetric] = {
     "rouge2": Rouge("ROUGE-2", "rouge2"),
     "rougeL": Rouge("ROUGE-L", "rougeL"),
 }
-
-
-def answer_metrics(names: Sequence[AnswerMetricName]) -> dict[AnswerMetricName, AnswerMetric]:
-    """Metrics by their names.
-
-    Raises:
-        UserError: if a package that one of them needs is not installed in this Python.
-    """
-    for name in names:
-        package = ANSWER_METRICS[name].package
-        if package and find_spec(package) is None:
-            raise UserError(
-                f"evaluation.generation.metrics: {name} needs the package {package}, which the Python of this process does not "
-                f"have. Install it on every node: {install_command(OPTIONAL[package])}",
-                keys=("evaluation.generation.metrics",),
-            )
-    return {name: ANSWER_METRICS[name] for name in names}

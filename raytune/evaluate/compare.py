@@ -1,31 +1,40 @@
 """Base against tuned on the same rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from raytune.config.evaluation import AnswerMetricName
-from raytune.evaluate.answer_metrics import answer_metrics
+from raytune.config.evaluation import GENERATION
 from raytune.evaluate.bootstrap import difference_interval
+from raytune.evaluate.suite_metrics import Given, SuiteMetric
+from raytune.metrics.json_numbers import decode_number, encode_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One row answered twice."""
+    """One row of a suite, and what both models made of it."""
 
+    suite: str
     row: int
+    """From 0."""
     prompt: str
     expected: str
+    """Empty where only a loss is measured."""
     base: str
     tuned: str
+    base_numbers: tuple[float, ...] = ()
+    """As `Given.numbers`."""
+    tuned_numbers: tuple[float, ...] = ()
 
     def to_json(self) -> dict:
-        return asdict(self)
+        record = asdict(self)
+        numbers = {name: [encode_number(value) for value in record.pop(name)] for name in ("base_numbers", "tuned_numbers")}
+        return record | {name: values for name, values in numbers.items() if values}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A metric of both models, in 0..1."""
+    """A metric of both models."""
 
     words: str
     """Its name in tables."""
@@ -34,57 +43,80 @@ class Score:
     gain_low: float
     gain_high: float
     """Between these the gain lies with a probability of 95 %, as far as the choice of rows goes."""
+    lower_is_better: bool = False
+    is_share: bool = True
+    """Whether it lies in 0..1, and is shown in per cent."""
 
     @property
     def gain(self) -> float:
+        """How much higher the tuned model's is, which of a loss is how much worse."""
         return self.tuned - self.base
+
+    @property
+    def improvement(self) -> float:
+        """How much better the tuned model is; below 0: worse."""
+        return -self.gain if self.lower_is_better else self.gain
+
+    @property
+    def relative_improvement(self) -> float | None:
+        """The improvement as a share of the base's score; None where that is 0."""
+        return self.improvement / abs(self.base) if self.base else None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        values: dict[str, Any] = {name: decode_number(value) if name in _NUMBERS else value for name, value in record.items()}
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: encode_number(value) if name in _NUMBERS else value for name, value in asdict(self).items()}
+
+
+_NUMBERS = ("base", "tuned", "gain_low", "gain_high")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What the answers of the base and of the tuned model to the same rows are worth."""
+    """What base and tuned model made of the same rows, judged."""
 
     num_rows: int
     scores: Mapping[str, Score]
-    """By the name of the metric in `evaluation.generation.metrics`, in their order."""
+    """By the name of the metric in the suite's `metrics`, in their order."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        return cls(num_rows=record["num_rows"], scores={name: Score(**score) for name, score in record["scores"].items()})
+        return cls(num_rows=record["num_rows"], scores={name: Score.from_json(score) for name, score in record["scores"].items()})
 
     def to_json(self) -> dict:
-        return asdict(self)
-
-
-def compare(samples: Sequence[Sample], metrics: Sequence[AnswerMetricName]) -> Comparison:
-    """What the answers of both models are worth, by each metric.
-
-    Args:
-        samples: at least one.
-
-    Raises:
-        UserError: if a package that a metric needs is not installed.
-    """
-    expected = [sample.expected for sample in samples]
-    scores = {}
-    for name, metric in answer_metrics(metrics).items():
-        base, tuned = (
-            metric.counts(answers, expected) for answers in ([one.base for one in samples], [one.tuned for one in samples])
-        )
-        low, high = difference_interval(base, tuned, metric.value)
-        scores[name] = Score(
-            words=metric.words,
-            base=float(metric.value(base.sum(0))),
-            tuned=float(metric.value(tuned.sum(0))),
-            gain_low=low,
-            gain_high=high,
-        )
-    return Comparison(num_rows=len(samples), scores=scores)
+        return {"num_rows": self.num_rows, "scores": {name: score.to_json() for name, score in self.scores.items()}}
 
 
 def comparisons_in(result: Mapping[str, Any]) -> dict[str, Comparison]:
-    """Base against tuned as a run's result.json has it, by suite; the one comparison of an earlier raytune's is `generation`."""
-    records = result.get("comparisons")
-    if records is None:
-        records = {"generation": result["comparison"]} if result.get("comparison") else {}
-    return {suite: Comparison.from_json(record) for suite, record in records.items()}
+    """The comparisons of a run's result by suite. Until 2026-11-29 there was one, of the suite `generation`."""
+    if "comparisons" in result:
+        return {name: Comparison.from_json(record) for name, record in result["comparisons"].items()}
+    record = result.get("comparison")
+    return {GENERATION: Comparison.from_json(record)} if record else {}
+
+
+def compare(
+    base: Sequence[Given], tuned: Sequence[Given], expected: Sequence[str], metrics: Mapping[str, SuiteMetric]
+) -> Comparison:
+    """What both models are worth, by each metric.
+
+    Args:
+        base, tuned: what the models made of the same rows, of which there is at least one.
+    """
+    scores = {}
+    for name, metric in metrics.items():
+        before, after = metric.counts(base, expected), metric.counts(tuned, expected)
+        low, high = difference_interval(before, after, metric.value)
+        scores[name] = Score(
+            words=metric.words,
+            base=float(metric.value(before.sum(0))),
+            tuned=float(metric.value(after.sum(0))),
+            gain_low=low,
+            gain_high=high,
+            lower_is_better=metric.lower_is_better,
+            is_share=metric.is_share,
+        )
+    return Comparison(num_rows=len(expected), scores=scores)

@@ -1,4 +1,4 @@
-"""Answers written by a model: greedy, in batches of similar length."""
+"""Answers written by a model, in batches of similar length."""
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -7,13 +7,15 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
+from raytune.evaluate.sampling import DrawnTokens
 from raytune.model.stopping import as_ids
+from raytune.plan.run_plan import SamplingPlan
 
 
 @contextmanager
-def _without_positions() -> Iterator[None]:
+def without_position_warnings() -> Iterator[None]:
     """Context in which PEFT does not warn that under prompts the model itself counts positions, as it is asked to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
@@ -21,7 +23,7 @@ def _without_positions() -> Iterator[None]:
 
 
 @torch.inference_mode()
-@_without_positions()
+@without_position_warnings()
 def write_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -29,10 +31,13 @@ def write_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    num_beams: int = 1,
+    sampling: SamplingPlan | None = None,
+    rows: Sequence[int] | None = None,
     kept: Collection[str] = (),
     can_pad: bool = True,
 ) -> list[str]:
-    """Continue each prompt greedily until it ends its turn or has `max_new_tokens`.
+    """Continue each prompt until it ends its turn or has `max_new_tokens`.
 
     Args:
         model: a causal language model of transformers, or PEFT's around one. It stops where its `generation_config` says, as with
@@ -40,6 +45,9 @@ def write_answers(
         prompts: token ids of each prompt, ending where the answer begins.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts continued at once. Neighbours in length share a batch, so that little is padded.
+        num_beams: of a search for the likeliest answer; 1: the likeliest token each time, or one that is drawn.
+        sampling: how it is drawn.
+        rows: numbers of the prompts in their suite, from which it is drawn for each. Default: from 0.
         kept: texts of special tokens that stay in the answers.
         can_pad: whether prompts of different lengths may share one. PEFT 0.21 lets the model count padding as positions between
             virtual tokens and a prompt.
@@ -55,6 +63,7 @@ def write_answers(
     kept_ids: Any = tokenizer.convert_tokens_to_ids([*kept])
     left_out = specials - {*kept_ids}
     answers = [""] * len(prompts)
+    numbers = range(len(prompts)) if rows is None else rows
     for indices in _batches([len(prompt) for prompt in prompts], batch_size, can_pad=can_pad):
         longest = len(prompts[indices[-1]])
         input_ids = torch.full((len(indices), longest), pad, dtype=torch.long)
@@ -63,11 +72,14 @@ def write_answers(
             length = len(prompts[index])
             input_ids[row, longest - length :] = torch.tensor(prompts[index])
             attention_mask[row, longest - length :] = 1
+        draw = [DrawnTokens(sampling, [numbers[index] for index in indices], max_new_tokens, device)] if sampling else []
         written = model.generate(
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=num_beams,
+            logits_processor=LogitsProcessorList(draw),
             temperature=None,
             top_p=None,
             top_k=None,

@@ -7,13 +7,14 @@ Opens the tokenizer and reads the first rows of each source. Names and numbers a
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from raytune.config.data import DataSource, TokenWeightsSection, TrainSource
-from raytune.config.evaluation import GenerationSection
+from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
@@ -228,7 +229,6 @@ class _Reading:
     def builder(
         self,
         scratch: str,
-        generation: GenerationSection | None = None,
         replayed: Sequence[DataSource] = (),
         weighed: Sequence[DataSource] = (),
         **data: Any,
@@ -241,7 +241,6 @@ class _Reading:
         }
         sections = {
             "data": self.config.data.model_copy(update={**data, "store": scratch}),
-            "evaluation": self.config.evaluation.model_copy(update={"generation": generation}),
             "strategy": self.config.strategy.model_copy(update=strategy),
         }
         run = self.config.model_copy(update=sections)
@@ -269,7 +268,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         return
     found.of(lambda: refuse_unknown_tokens(reading.config, reading.model_path))
     found.looked_at.append("its tokenizer and template")
-    generation, facts = reading.config.evaluation.generation, {}
+    facts = {}
     with TemporaryDirectory() as scratch:
         for key, source in here.items():
             alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0, **_weights_of(key))
@@ -277,9 +276,10 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
             found.losses += [line for line in losses_text(report) if line not in found.losses]
-        if generation is not None and all(_is_here(source, reading.is_elsewhere) for source in generation.rows):
-            few = generation.model_copy(update={"max_rows": min(generation.max_rows, SAMPLE_ROWS)})
-            found.of(reading.builder(scratch, few).questions, keys=("evaluation.generation.rows",))
+        for key, suite in suites_of(reading.config.evaluation).items():
+            if all(_is_here(source, reading.is_elsewhere) for source in (*suite.rows, *suite.examples)):
+                few = suite.model_copy(update={"max_rows": min(suite.max_rows, SAMPLE_ROWS)})
+                found.of(partial(reading.builder(scratch).questions_of, few, key), keys=(f"{key}.rows",))
         if machine is not None and not found.errors and _say_enough(reading.config, facts):
             found.of(lambda: _plan(reading, here, machine, scratch))
             found.looked_at.append("the plan")

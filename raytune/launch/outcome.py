@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raytune.evaluate.compare import Comparison
+from raytune.config.evaluation import GENERATION
+from raytune.evaluate.compare import Comparison, Score
 from raytune.metrics.history import History
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import CostPlan
 from raytune.units import format_dollars, format_seconds
 
-MAIN_SUITE = "generation"
 ENDS = ("attempt_failed", "run_finished", "run_interrupted")
 """Events by which the driver closes an attempt."""
 VALIDATION = "validation/"
@@ -62,21 +62,26 @@ def _dollars(seconds: float, cost: CostPlan | None) -> float | None:
 # --- Better or worse ---------------------------------------------------------------------------------------------------------
 
 
+Kind = Literal["score", "loss", "perplexity"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """One thing that was measured of the base and of the tuned model."""
 
     name: str
-    """As in metrics; of answers the metric's, behind another suite's name than the main one."""
+    """As in metrics; of a suite the metric's, behind the suite's name where that is not `generation`."""
     words: str
     base: float
     tuned: float
-    kind: Literal["score", "loss", "perplexity"]
-    """A score is a share of 1, the higher the better; of the others the lower."""
+    kind: Kind
+    """Of a score, the higher the better; of the others the lower."""
+    is_share: bool = False
+    """Whether it lies in 0..1, and is shown in per cent."""
     interval: tuple[float, float] | None = None
-    """In which the gain of a score lies with a probability of 95 %."""
+    """In which the gain of a suite's lies with a probability of 95 %."""
     suite: str | None = None
-    """Whose answers a score is of."""
+    """Whose it is; None: of the validation rows."""
 
     @property
     def gain(self) -> float:
@@ -95,29 +100,28 @@ class Change:
     @property
     def is_worse(self) -> bool:
         """Other than by the choice of rows, as far as that is known."""
-        if self.kind == "score":
-            return self.interval[1] < 0 if self.interval else self.gain < 0
-        return self.gain > 0
+        low, high = self.interval or (self.gain, self.gain)
+        return high < 0 if self.kind == "score" else low > 0
 
     @property
-    def cells(self) -> tuple[str, str, str, str]:
-        """Base, tuned, gain and interval as tables show them."""
-        if self.kind == "score":
-            low_high = "" if self.interval is None else f"{self.interval[0]:+.1%} to {self.interval[1]:+.1%}"
-            return f"{self.base:.1%}", f"{self.tuned:.1%}", f"{self.gain:+.1%}", low_high
-        digits = 4 if self.kind == "loss" else 3
-        return f"{self.base:.{digits}f}", f"{self.tuned:.{digits}f}", f"{self.gain:+.{digits}f}", ""
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Base, tuned, gain, interval of the gain, and how much better the tuned model is, in per cent, as tables show them."""
+        form = "{:.1%}" if self.is_share else "{:.4g}" if self.suite else "{:.4f}" if self.kind == "loss" else "{:.3f}"
+        signed = form.replace(":", ":+")
+        interval = "" if self.interval is None else " to ".join(signed.format(bound) for bound in self.interval)
+        better = "-" if self.percent is None else f"{self.percent if self.kind == 'score' else -self.percent:+.1f}%"
+        return form.format(self.base), form.format(self.tuned), signed.format(self.gain), interval, better
 
     @property
     def sentence(self) -> str:
         base, tuned, *_ = self.cells
-        if self.kind == "score":
-            points = f"{100 * self.gain:+.1f} points"
-            could_be_chance = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
-            chance = ", which may be the choice of rows" if could_be_chance else ""
-            return f"{self.words} from {base} to {tuned} ({points}{chance})"
-        by = "" if self.percent is None else f" ({abs(self.percent):.4g} % {'lower' if self.gain <= 0 else 'higher'})"
-        return f"{self.words} from {base} to {tuned}{by}"
+        if self.is_share:
+            by = f"{100 * self.gain:+.1f} points"
+        else:
+            by = "" if self.percent is None else f"{abs(self.percent):.4g} % {'higher' if self.gain > 0 else 'lower'}"
+        could_be_chance = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
+        notes = [note for note in (by, "which may be the choice of rows" if could_be_chance else "") if note]
+        return f"{self.words} from {base} to {tuned}" + (f" ({', '.join(notes)})" if notes else "")
 
     def to_json(self) -> dict[str, Any]:
         facts = {"name": self.name, "words": self.words, "suite": self.suite}
@@ -135,11 +139,12 @@ def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping
     """
     found = [
         Change(
-            name=name if suite == MAIN_SUITE else f"{suite}/{name}",
-            words=score.words if suite == MAIN_SUITE else f"{suite}: {score.words}",
+            name=name if suite == GENERATION else f"{suite}/{name}",
+            words=score.words if suite == GENERATION else f"{suite}: {score.words}",
             base=score.base,
             tuned=score.tuned,
-            kind="score",
+            kind=_kind(name, score),
+            is_share=score.is_share,
             interval=(score.gain_low, score.gain_high),
             suite=suite,
         )
@@ -147,7 +152,7 @@ def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping
         for name, score in comparison.scores.items()
     ]
     base = history.as_of(0)  # measured before the first step, where it was
-    losses: list[tuple[str, str, Literal["loss", "perplexity"]]]
+    losses: list[tuple[str, str, Kind]]
     losses = [("validation loss", f"{VALIDATION}loss", "loss"), ("perplexity", f"{VALIDATION}perplexity", "perplexity")]
     for name in validation_sets(metrics):
         losses.append((f"loss on {name}", f"{VALIDATION}{name}/loss", "loss"))
@@ -157,6 +162,12 @@ def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping
         if name in base and name in metrics
     ]
     return tuple(found)
+
+
+def _kind(metric: str, score: Score) -> Kind:
+    if not score.lower_is_better:
+        return "score"
+    return "perplexity" if metric == "perplexity" else "loss"
 
 
 def validation_sets(metrics: Mapping[str, float]) -> list[str]:

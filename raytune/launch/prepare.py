@@ -8,6 +8,7 @@ from functools import partial
 from typing import Self
 
 from raytune.config.adapter import num_virtual_tokens
+from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import weighed_sources
 from raytune.config.run import RunConfig
@@ -200,7 +201,7 @@ class Preparation:
         refuse_unknown_tokens(config, base.path)
         content = self.base(base.section)
         files = teacher and self._teacher(teacher, setting)
-        read = [config.data, config.strategy.replay, base.section, config.evaluation.generation, setting.row_length, storage]
+        read = [config.data, config.strategy.replay, base.section, suites_of(config.evaluation), setting.row_length, storage]
         read.append(num_virtual_tokens(config.adapter))  # which rows leave room for
         read.append(weighed_sources(config))
         if (key := repr(read)) not in self._data:

@@ -272,12 +272,13 @@ def _planned_and_measured(result: RunResult) -> Table:
 
 
 def _changes(result: RunResult) -> Table:
-    """Base, tuned and difference of whatever was measured on both, and of answers how far that could be chance."""
-    numbers = [Column(heading, justify="right") for heading in ("base", "tuned", "gain", "95 % interval")]
-    has_answers = any(change.interval for change in result.changes)
-    numbers = numbers if has_answers else numbers[:-1]
-    title = f"{result.comparison.num_rows} held-out rows answered" if result.comparison else None
-    table = Table("", *numbers, title=title, title_justify="left")
+    """Base, tuned and difference of whatever was measured on both; of suites also how far that could be chance; and how much
+    better the tuned model is, as a share of the base's value."""
+    numbers = {"base": 0, "tuned": 1, "gain": 2, "95 % interval": 3, "better by": 4}
+    shown = [name for name in numbers if name != "95 % interval" or any(change.interval for change in result.changes)]
+    rows = ", ".join(f"{name}: {one.num_rows} row{'s' * (one.num_rows != 1)}" for name, one in result.comparisons.items())
+    title = f"base against tuned{f' ({rows})' if rows else ''}"
+    table = Table("", *(Column(name, justify="right") for name in shown), title=title, title_justify="left")
     for change in result.changes:
-        table.add_row(change.words, *change.cells[: len(numbers)])
+        table.add_row(change.words, *(change.cells[numbers[name]] for name in shown))
     return table

@@ -33,8 +33,9 @@ class RunResult:
             process: by the allocator on a GPU, resident in RAM otherwise.
         median_step_s: seconds of a step of the last attempt; None if that made none.
         history: everything that was measured on the way.
-        comparison: what the answers of base and tuned model are worth, or None where `evaluation.generation` was not asked for.
-        changes: scores of answers and losses on validation rows, of the base and of this model.
+        comparisons: what base and tuned model are worth, by suite: `generation` for `evaluation.generation`, and those of
+            `evaluation.suites`.
+        changes: scores of suites and losses on validation rows, of the base and of this model.
         spent: time and dollars over all attempts.
         findings: which rule ended it before its last step, if one did, and where overfitting began.
         finished_before: whether it was only read: an earlier command had trained it.
@@ -49,7 +50,7 @@ class RunResult:
     held_bytes: list[dict]
     median_step_s: float | None
     history: History
-    comparison: Comparison | None
+    comparisons: dict[str, Comparison]
     changes: tuple[Change, ...]
     spent: Spent
     findings: Findings = field(default_factory=Findings)
@@ -69,6 +70,7 @@ class RunResult:
     @classmethod
     def _of(cls, result: dict, folder: RunFolder, plan: RunPlan, history: History, spent: Spent) -> Self:
         metrics = {name: decode_number(value) for name, value in result["metrics"].items()}
+        comparisons = comparisons_in(result)
         return cls(
             name=folder.name,
             folder=folder.path,
@@ -79,8 +81,8 @@ class RunResult:
             held_bytes=result["held_bytes"],
             median_step_s=result["median_step_s"],
             history=history,
-            comparison=Comparison.from_json(result["comparison"]) if result["comparison"] else None,
-            changes=changes(history, metrics, comparisons_in(result)),
+            comparisons=comparisons,
+            changes=changes(history, metrics, comparisons),
             spent=spent,
             findings=Findings.from_json(result),
         )
@@ -126,7 +128,7 @@ class RunResult:
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
             "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
             "symptoms": [asdict(symptom) for symptom in self.symptoms],
-            "comparison": self.comparison and self.comparison.to_json(),
+            "comparisons": {name: comparison.to_json() for name, comparison in self.comparisons.items()},
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
                 {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured

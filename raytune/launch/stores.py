@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataSource, named_sources
-from raytune.config.row_sources import evaluated_sets, tokenised_sources, trained_sources, weighed_sources
+from raytune.config.evaluation import SuiteSection, is_code, suites_of
+from raytune.config.row_sources import asks_in_chats, evaluated_sets, tokenised_sources, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
 from raytune.data.packing import Packing
@@ -21,12 +22,14 @@ from raytune.data.template_text import resolve_template
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
-from raytune.evaluate.questions import Question, read_questions
+from raytune.evaluate.questions import Question, read_questions, read_texts
+from raytune.evaluate.suite_metrics import Given, metrics_of
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
 from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
+from raytune.plan.suites import suite_plan
 from raytune.storage import is_local
 
 STORES_FOLDER = "stores"
@@ -103,24 +106,37 @@ class DataBuilder:
         )
 
     def questions(self) -> list[Question]:
-        """The rows that both models answer at the end of the run; none if `evaluation.generation` is not asked for."""
-        generation = self._config.evaluation.generation
-        if generation is None:
-            return []
-        if self._chat is None:
-            raise DataError("evaluation.generation needs a chat template to ask with. Set data.template.")
-        with TemporaryDirectory() as downloads:
-            questions = read_questions(
-                generation.rows,
-                self._chat,
-                self._tokenizer,
-                metrics=generation.metrics,
-                max_rows=generation.max_rows,
-                downloads=Path(downloads),
-            )
+        """The rows that base and tuned model are measured on at the end of the run, suite by suite."""
+        suites = suites_of(self._config.evaluation)
+        return [question for key, suite in suites.items() for question in self.questions_of(suite, key)]
+
+    def questions_of(self, suite: SuiteSection, key: str) -> list[Question]:
+        """The rows of a suite.
+
+        Args:
+            key: of the config, that errors are about.
+
+        Raises:
+            DataError: if rows cannot be used or none is left.
+            UserError: if a metric cannot be had.
+        """
+        metrics = metrics_of(suite_plan(suite, key), key=key)
+        if suite.kind == "loss":
+            first = [(source, min(source.max_rows or suite.max_rows, suite.max_rows)) for source in suite.rows]
+            rows = [source.model_copy(update={"max_rows": max_rows}) for source, max_rows in first]
+            store = Store.open(self._store(rows, "all", packing="none").path)
+            questions = read_texts(suite, key, store, self._tokenizer)
+        elif self._chat is None:
+            raise DataError(f"{key} needs a chat template to ask with. Set data.template.", keys=(key,))
+        else:
+            with TemporaryDirectory() as downloads:
+                questions = read_questions(suite, key, self._chat, self._tokenizer, metrics, Path(downloads))
+        for name in suite.named_metrics:
+            if is_code(name):  # one that does not work is found out here rather than after hours of training
+                metrics[name].counts([Given(text=questions[0].expected)], [questions[0].expected])
         for number, question in enumerate(questions, 1):
-            if (token := max(question.prompt_ids, default=0)) >= self._num_embeddings:
-                raise self._no_embedding(token, f"question {number} of evaluation.generation.rows")
+            if question.largest_token >= self._num_embeddings:
+                raise self._no_embedding(question.largest_token, f"question {number} of {key}.rows")
         return questions
 
     def _check_tokens(self, info: StoreInfo) -> None:
@@ -149,7 +165,7 @@ class DataBuilder:
     def _needed_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The template's text; empty where only plain text is trained, which needs none."""
         are_texts = all(source.format == "text" for source in tokenised_sources(self._config))
-        if are_texts and not self._config.evaluation.generation:
+        if are_texts and not asks_in_chats(self._config):
             return ""
         return resolve_template(self._config.data.template, tokenizer)
 

@@ -37,7 +37,7 @@ from raytune.plan.fabric import fabric_notes
 from raytune.plan.fitting import Fit, choose_fit, room_of_worker, tokens_of_worker
 from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
-from raytune.plan.machine import USABLE_SHARE, Machine
+from raytune.plan.machine import Machine
 from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
@@ -58,7 +58,6 @@ from raytune.plan.run_plan import (
     DataPlan,
     EnginePlan,
     EvaluationPlan,
-    GenerationPlan,
     LossPlan,
     ModelPlan,
     OptimizationPlan,
@@ -68,9 +67,9 @@ from raytune.plan.run_plan import (
 )
 from raytune.plan.sequence import sequence_notes
 from raytune.plan.setting import Setting
-from raytune.plan.shapes import ModelShape
 from raytune.plan.stopping import stopping_notes, stopping_of
 from raytune.plan.stored_quantization import quantization_note
+from raytune.plan.suites import check_room, suites_plan
 from raytune.plan.update_groups import rate_notes, update_groups
 from raytune.units import format_bytes
 
@@ -132,7 +131,7 @@ def choose_plan(
     reasons += method.unread(without_preset(config.adapter), shape)
     reasons += unread_overrides(training.zero, fit.zero_stage, precision)
     reasons += _reasons_of_cluster(config, machine)
-    _check_generation(config, shape, machine, device)
+    check_room(config.evaluation, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
     num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
@@ -466,7 +465,7 @@ def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
 
 
 def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: _Reasons) -> EvaluationPlan:
-    section, generation = config.evaluation, config.evaluation.generation
+    section = config.evaluation
     every_steps = section.every_steps
     if section.every_epochs is not None:
         every_steps = reasons.taken(steps_of_epochs("evaluation", section.every_epochs, epoch))
@@ -489,13 +488,7 @@ def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: _Reas
         at_saves=at_saves,
         at_start=section.at_start,
         max_rows=section.max_rows,
-        generation=None
-        if generation is None
-        else GenerationPlan(
-            max_new_tokens=generation.max_new_tokens,
-            batch_size=generation.batch_size,
-            metrics=tuple(generation.metrics),
-        ),
+        suites=suites_plan(section),
     )
 
 
@@ -545,18 +538,6 @@ def _measured(data: DataFacts) -> list[str]:
     several = data.validation if len(data.validation) > 1 else ()
     prefixes = ["validation", *(f"validation/{store.name}" for store in several)] if data.validation else []
     return [f"{prefix}/{name}" for prefix in prefixes for name in METRICS]
-
-
-def _check_generation(config: RunConfig, shape: ModelShape, machine: Machine, device: Device) -> None:
-    """Refuse answers at the end of a run whose workers have no room for a whole model in 16 bits; the engine is gone by then."""
-    if config.evaluation.generation is None or device == "cpu" or machine.gpu_memory_bytes is None:
-        return
-    whole, room = 2 * shape.num_parameters, int(USABLE_SHARE * machine.gpu_memory_bytes)
-    if whole > room:
-        raise PlanError(
-            f"evaluation.generation loads the whole model on every worker at the end ({format_bytes(whole)}), but of the GPU's "
-            f"memory {format_bytes(room)} can be used. Leave evaluation.generation out."
-        )
 
 
 def _cluster(config: RunConfig, device: Device, machine: Machine, workers: int) -> ClusterPlan:

@@ -17,6 +17,7 @@ from raytune.plan.penalty import importance_in_words, penalty_in_words
 from raytune.plan.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
+from raytune.plan.suites import suite_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
@@ -59,6 +60,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("attention", plan.model.attention),
         ("loss", f"{plan.loss.chunk_tokens} targets at a time" if plan.loss.chunk_tokens else "all targets at once"),
         ("evaluation", _evaluation(plan)),
+        *(("base and tuned", suite_in_words(suite)) for suite in plan.evaluation.suites),
         ("checkpoints", _checkpoints(plan)),
         *_stopping(plan),
         *_divergence(plan),

@@ -6,7 +6,7 @@ from pydantic import TypeAdapter, model_validator
 
 from raytune.config.adapter import Adapter, own_quantization, without_preset
 from raytune.config.divergence import DivergenceSection
-from raytune.config.evaluation import AnswerMetricName
+from raytune.config.evaluation import GENERATION, BertScoreSection, SuiteKind
 from raytune.config.model import Attention, NewToken, Quantization
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
@@ -243,12 +243,40 @@ class LossPlan(Plan):
     """Target positions projected at once; None: all of them."""
 
 
-class GenerationPlan(Plan):
-    """How the questions of the run folder are answered; which rows they come from is the launcher's matter."""
+class MetricCode(Plan):
+    """A metric of the user's, with its code."""
 
-    max_new_tokens: int
+    module: str
+    """The file, as it was named, or an installed module."""
+    name: str
+    """Of the function in it."""
+    text: str
+    """Of the module."""
+
+
+class SamplingPlan(Plan):
+    """How tokens are drawn."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+
+class SuitePlan(Plan):
+    """How the questions of a suite are asked and judged; which rows they come from is the launcher's matter."""
+
+    name: str
+    kind: SuiteKind = "answers"
+    metrics: tuple[str, ...]
+    code: dict[str, MetricCode] = {}
+    """By the name of the metric."""
+    bertscore: BertScoreSection | None = None
     batch_size: int
-    metrics: tuple[AnswerMetricName, ...]
+    max_new_tokens: int
+    num_beams: int = 1
+    sampling: SamplingPlan | None = None
+    """None: the likeliest token each time."""
 
 
 class EvaluationPlan(Plan):
@@ -257,7 +285,18 @@ class EvaluationPlan(Plan):
     """Also wherever a checkpoint is due by its step, so that its metric is known when the best one is sought."""
     at_start: bool
     max_rows: int | None
-    generation: GenerationPlan | None
+    suites: tuple[SuitePlan, ...] = ()
+    """What base and tuned model are measured on at the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        """Until 2026-11-29 a plan had one suite, which was called `generation`."""
+        if not isinstance(values, dict) or "generation" not in values:
+            return values
+        generation = values["generation"]
+        suites = [{"name": GENERATION, **generation}] if generation else []
+        return {key: value for key, value in values.items() if key != "generation"} | {"suites": suites}
 
 
 class CheckpointPlan(Plan):

@@ -1,13 +1,13 @@
 """Which answers a page shows of many: those that gained most, those that lost most, and others that changed. Pure."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from raytune.config.evaluation import AnswerMetricName
-from raytune.errors import UserError
-from raytune.evaluate.answer_metrics import ANSWER_METRICS, AnswerMetric, answer_metrics
+from raytune.evaluate.suite_metrics import METRICS, Given, OfText, SuiteMetric
+from raytune.metrics.json_numbers import decode_number
+from raytune.plan.run_plan import SuitePlan
 from raytune.printable import shortened
 
 NUM_OF_EACH = 3
@@ -17,15 +17,15 @@ MOST_LETTERS = 1500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownSample:
-    """A row answered twice, with what its answers are worth by themselves."""
+    """A row answered twice, with what each answer is worth by itself, in words."""
 
     row: int
     prompt: str
     expected: str
     base: str
     tuned: str
-    base_value: float
-    tuned_value: float
+    base_value: str
+    tuned_value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,58 +36,64 @@ class SampleGroup:
     samples: list[ShownSample]
 
 
-def choose_samples(samples: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> tuple[str, list[SampleGroup]]:
+def choose_samples(samples: Sequence[Mapping[str, Any]], suite: SuitePlan) -> tuple[str, list[SampleGroup]]:
     """The metric that rows are told apart by, in words, and a few rows for each reason; each row once.
 
     Args:
-        metrics: of the suite; the first of raytune's own that can be computed here decides.
+        samples: of samples.jsonl, those of the suite.
+        suite: the first of its metrics that needs nothing but the rows decides.
     """
-    words, values = _judge(metrics)
-    judged = [
-        ShownSample(
-            row=sample["row"],
-            prompt=shortened(sample["prompt"], MOST_LETTERS),
-            expected=shortened(sample["expected"], MOST_LETTERS),
-            base=shortened(sample["base"], MOST_LETTERS),
-            tuned=shortened(sample["tuned"], MOST_LETTERS),
-            base_value=base,
-            tuned_value=tuned,
-        )
-        for sample, base, tuned in zip(
-            samples,
-            values([sample["base"] for sample in samples], [sample["expected"] for sample in samples]),
-            values([sample["tuned"] for sample in samples], [sample["expected"] for sample in samples]),
-        )
-    ]
-    by_gain = sorted(judged, key=lambda one: (one.tuned_value - one.base_value, one.tuned_value, -one.row))
-    groups, taken = [], set()
+    metric = _judge(suite)
+    base, tuned = (_worth(metric, samples, side) for side in ("base", "tuned"))
+    order = sorted(range(len(samples)), key=lambda row: (tuned[row] - base[row], tuned[row], -row))
+    changed = [row for row, sample in enumerate(samples) if sample["base"] != sample["tuned"]]
+    groups, taken = [], set[int]()
     for heading, ranked in (
-        ("Gained most", [one for one in reversed(by_gain) if one.tuned_value > one.base_value]),
-        ("Became worse", [one for one in by_gain if one.tuned_value < one.base_value]),
-        ("Still worst", sorted((one for one in judged if one.tuned_value < 1), key=lambda one: (one.tuned_value, one.row))),
-        ("Changed", [one for one in judged if one.base != one.tuned]),
-        ("The same", [one for one in judged if one.base == one.tuned]),
+        ("Gained most", [row for row in reversed(order) if tuned[row] > base[row]]),
+        ("Became worse", [row for row in order if tuned[row] < base[row]]),
+        ("Still worst", sorted((row for row in order if tuned[row] < 1), key=lambda row: (tuned[row], row))),
+        ("Changed", changed),
+        ("The same", [row for row in range(len(samples)) if row not in changed]),
     ):
-        chosen = [one for one in ranked if one.row not in taken][:NUM_OF_EACH]
-        taken |= {one.row for one in chosen}
+        chosen = [row for row in ranked if row not in taken][:NUM_OF_EACH]
+        taken |= {*chosen}
         if chosen:
-            groups.append(SampleGroup(heading, chosen))
-    return words, groups
+            groups.append(SampleGroup(heading, [_shown(samples[row], metric, base[row], tuned[row]) for row in chosen]))
+    return metric.words, groups
 
 
-def _judge(metrics: Sequence[str]) -> tuple[str, Callable[[Sequence[str], Sequence[str]], list[float]]]:
-    """What answers are worth one by one, by the first metric whose package is here; if none is, by the first of all, which
-    needs none."""
-    own: list[AnswerMetricName] = [name for name in ANSWER_METRICS if name in metrics]
-    for name in sorted(own, key=list(metrics).index):
-        try:
-            (metric,) = answer_metrics([name]).values()
-        except UserError:  # it was computed where its package is installed
-            continue
-        return metric.words, partial(_values, metric)
-    first = next(iter(ANSWER_METRICS.values()))
-    return first.words, partial(_values, first)
+def _judge(suite: SuitePlan) -> SuiteMetric:
+    """The suite's first metric that can be computed here; if none can, the first of its kind, which can."""
+    known = METRICS[suite.kind]
+    own = [known[name] for name in suite.metrics if name in known]
+    return next((metric for metric in own if _is_here(metric)), next(iter(known.values())))
 
 
-def _values(metric: AnswerMetric, answers: Sequence[str], expected: Sequence[str]) -> list[float]:
-    return [float(metric.value(row)) for row in metric.counts(answers, expected)]
+def _is_here(metric: SuiteMetric) -> bool:
+    package = metric.metric.package if isinstance(metric, OfText) else ""
+    return not package or find_spec(package) is not None
+
+
+def _worth(metric: SuiteMetric, samples: Sequence[Mapping[str, Any]], side: str) -> list[float]:
+    """What a model's answers are worth one by one, the higher the better.
+
+    Args:
+        side: `base` or `tuned`.
+    """
+    given = [
+        Given(
+            text=sample[side],
+            per_character=sample[side],
+            numbers=tuple(decode_number(number) for number in sample.get(f"{side}_numbers", ())),
+        )
+        for sample in samples
+    ]
+    values = [float(metric.value(row)) for row in metric.counts(given, [sample["expected"] for sample in samples])]
+    return [-value if metric.lower_is_better else value for value in values]
+
+
+def _shown(sample: Mapping[str, Any], metric: SuiteMetric, base: float, tuned: float) -> ShownSample:
+    form = "{:.0%}" if metric.is_share else "{:.4g}"
+    texts = {name: shortened(sample[name], MOST_LETTERS) for name in ("prompt", "expected", "base", "tuned")}
+    values = [form.format(-value if metric.lower_is_better else value) for value in (base, tuned)]
+    return ShownSample(row=sample["row"], **texts, base_value=values[0], tuned_value=values[1])

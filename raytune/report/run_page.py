@@ -14,12 +14,12 @@ from raytune.config.load import config_diff
 from raytune.config.problems import shown
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
-from raytune.evaluate.compare import Comparison
 from raytune.launch.outcome import validation_sets
 from raytune.metrics.history import History
 from raytune.plan.data_report import losses_text
 from raytune.plan.describe import plan_table
 from raytune.plan.memory import bytes_in, tensor_bytes
+from raytune.plan.run_plan import SuitePlan
 from raytune.printable import in_a_line, plain_text, shortened
 from raytune.report.chosen_samples import SampleGroup, choose_samples
 from raytune.report.figures.canvas import Drawing, drawn
@@ -87,9 +87,9 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         figures=[page_figure(title, caption, light[name], dark[name]) for name, (_, title, caption) in _figures(run).items()],
         happenings=_happenings(run),
         validation=_validation(run),
-        scores=[change for change in run.changes if change.kind == "score"],
+        scores=[change for change in run.changes if change.suite],
         num_rows={suite: comparison.num_rows for suite, comparison in run.comparisons.items()},
-        suites=[_Suite.of(suite, samples, run.comparisons.get(suite)) for suite, samples in run.samples.items()],
+        suites=[_Suite.of(suite, run.samples[suite.name]) for suite in run.plan.evaluation.suites if suite.name in run.samples],
         sources=_sources(run),
         lost=losses_text(run.plan.data_report) if run.plan.data_report else [],
         rows=rows if isinstance(rows, Marked) else None,
@@ -134,7 +134,7 @@ def _facts(run: RunSeen) -> Iterator[_Fact]:
         yield _Fact("validation loss", tuned, f"before: {base}" + ("" if loss.percent is None else f" ({loss.percent:+.4g} %)"))
     elif "train/loss" in newest:
         yield _Fact("training loss", f"{newest['train/loss']:.4f}", f"at step {run.last_step}")
-    for score in [change for change in run.changes if change.kind == "score"][:2]:
+    for score in [change for change in run.changes if change.suite][:2]:
         base, tuned, _, interval = score.cells
         yield _Fact(score.words, tuned, f"before: {base}; gain {interval}")
     yield _Fact("trained for", format_seconds(took.training_s), f"{format_seconds(took.total_s)} with start and end")
@@ -314,10 +314,10 @@ class _Suite:
     groups: list[SampleGroup]
 
     @classmethod
-    def of(cls, name: str, samples: list[dict[str, Any]], comparison: Comparison | None) -> "_Suite":
-        judged_by, groups = choose_samples(samples, list(comparison.scores) if comparison else [])
+    def of(cls, suite: SuitePlan, samples: list[dict[str, Any]]) -> "_Suite":
+        judged_by, groups = choose_samples(samples, suite)
         return cls(
-            name=name,
+            name=suite.name,
             num_rows=len(samples),
             num_changed=sum(sample["base"] != sample["tuned"] for sample in samples),
             judged_by=judged_by,

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from raytune.config.evaluation import GENERATION
 from raytune.config.load import dump_yaml
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
@@ -24,7 +25,6 @@ from raytune.printable import plain_text
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, read_bytes, read_json
 
-GENERATION = "generation"
 """The suite of samples that name none."""
 
 

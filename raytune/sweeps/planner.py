@@ -54,7 +54,7 @@ class Planner:
             update={
                 "storage": self._folder.trials,
                 "data": config.data.model_copy(update={"store": store}),
-                "evaluation": config.evaluation.model_copy(update={"generation": None}),
+                "evaluation": config.evaluation.model_copy(update={"generation": None, "suites": []}),
                 "checkpoint": config.checkpoint.model_copy(update={"resume": True}),
             }
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raytune.credentials import find_secret_value
+from raytune.evaluate.compare import comparisons_in
 from raytune.metrics.json_numbers import decode_number
 from raytune.metrics.points import is_of_training
 from raytune.plan.memory import tensor_bytes
@@ -77,7 +78,8 @@ def result_of(result: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a result.json: metrics of the model that was kept, and what answers are worth, base against tuned."""
     numbers = {f"result/{name}": decode_number(value) for name, value in result["metrics"].items() if not is_of_training(name)}
     numbers["result/best_step"] = float(result["best_step"])
-    for name, value in _flat("result", result.get("comparison") or {}):
-        if isinstance(value, int | float) and math.isfinite(value):
-            numbers[name.replace("result.scores.", "result.").replace(".", "/")] = float(value)
+    for suite, comparison in comparisons_in(result).items():
+        for name, score in comparison.scores.items():
+            values = {"base": score.base, "tuned": score.tuned, "gain": score.gain}
+            numbers |= {f"result/{suite}/{name}/{side}": value for side, value in values.items() if math.isfinite(value)}
     return numbers

@@ -1,6 +1,5 @@
 """What a run leaves behind: the best weights in Hugging Face format, answers of base and tuned model, and the result."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -9,31 +8,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from raytune.data.tokenizers import load_tokenizer, with_tokens
 from raytune.errors import RaytuneError
-from raytune.evaluate.compare import Comparison, Sample, compare
-from raytune.evaluate.generation import write_answers
-from raytune.evaluate.questions import from_json_lines
 from raytune.metrics.json_numbers import encode_number
 from raytune.model.adapters import adapting
 from raytune.model.base_content import save_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import save_adapter, save_model
-from raytune.model.inference import base_then_tuned
 from raytune.model.rope import save_rope
 from raytune.model.stopping import save_generation_config, stopping_config
-from raytune.plan.run_plan import GenerationPlan, RunPlan
+from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.storage import download_folder, file_sizes, is_local, local_path, read_bytes, upload_folder, write_bytes, write_json
+from raytune.storage import file_sizes, is_local, local_path, upload_folder, write_json
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.recorder import Recorder, peak_memory_bytes
 from raytune.training.start import Started
 from raytune.training.stopping import Findings
+from raytune.training.suites import compare_suites
 
 PATIENCE_S = 12 * 3600.0
 """How long ranks wait for each other at the end, where rank 0 writes a whole model and may upload it. A rank that dies is noticed
@@ -61,7 +56,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
         peers.together(lambda: write_model(plan, engine, folder))
     held_by_ranks = engine.gather_objects(held)
     engine.release()
-    comparison = compare_answers(plan, engine, peers, folder, plan.evaluation.generation) if plan.evaluation.generation else None
+    comparisons = compare_suites(plan, engine, peers, folder) if plan.evaluation.suites else {}
     if engine.rank == 0:
         write_json(
             folder.result,
@@ -71,7 +66,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
                 "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
                 "held_bytes": held_by_ranks,
                 "median_step_s": recorder.median_step_s,
-                "comparison": comparison and comparison.to_json(),
+                "comparisons": {name: comparison.to_json() for name, comparison in comparisons.items()},
                 "model_files": file_sizes(folder.model),
             },
         )
@@ -115,55 +110,3 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
         save_generation_config(stopping_config(model.generation_config, tokenizer, plan.template), target)
         if not is_local(folder.model):
             upload_folder(target, folder.model)
-
-
-def compare_answers(
-    plan: RunPlan, engine: Engine, peers: Peers, folder: RunFolder, generation: GenerationPlan
-) -> Comparison | None:
-    """Let base and tuned model answer the questions, each rank its share, from the files that a user would load.
-
-    Args:
-        engine: released; says which share is this rank's, and on which device.
-
-    Returns:
-        What all ranks' answers are worth, on rank 0, which also writes them to samples.jsonl.
-    """
-    share = slice(engine.rank, None, engine.world_size)
-    parts = peers.together(lambda: _answered(plan, share, engine.device, folder, generation))
-    samples = sorted((sample for part in parts for sample in part), key=lambda sample: sample.row)
-    if engine.rank == 0:
-        write_bytes(folder.samples, "".join(json.dumps(sample.to_json()) + "\n" for sample in samples).encode())
-        return compare(samples, generation.metrics)
-    return None
-
-
-def _answered(plan: RunPlan, share: slice, device: torch.device, folder: RunFolder, generation: GenerationPlan) -> list[Sample]:
-    """A share of the questions with the answers of base and tuned model."""
-    questions = from_json_lines(read_bytes(folder.questions))
-    own = range(len(questions))[share]
-    with TemporaryDirectory() as scratch:
-        if is_local(folder.model):
-            saved = local_path(folder.model)
-        else:
-            saved = Path(scratch)
-            download_folder(folder.model, saved)
-        tokenizer = load_tokenizer(str(saved), trust_remote_code=plan.model.trust_remote_code)
-        answers = []
-        for model in base_then_tuned(plan, saved, device):
-            answers.append(
-                write_answers(
-                    model,
-                    tokenizer,
-                    [questions[index].prompt_ids for index in own],
-                    max_new_tokens=generation.max_new_tokens,
-                    batch_size=generation.batch_size,
-                    kept=[one.token for one in plan.model.new_tokens],
-                    can_pad=adapting(plan.adapter).can_pad,
-                )
-            )
-            del model  # before the next one is loaded
-        base, tuned = answers
-    return [
-        Sample(row=index, prompt=questions[index].prompt, expected=questions[index].expected, base=before, tuned=after)
-        for index, before, after in zip(own, base, tuned)
-    ]

@@ -8,7 +8,7 @@ from raytune.data.batches import Batch, step_batches
 from raytune.data.slices import Seat
 from raytune.data.store import Store
 from raytune.errors import TrainingError
-from raytune.evaluate.answer_metrics import answer_metrics
+from raytune.evaluate.suite_metrics import metrics_of
 from raytune.metrics.events import EventLog
 from raytune.metrics.history import History
 from raytune.metrics.points import RollBack
@@ -43,8 +43,8 @@ def train(plan: RunPlan, worker: Worker) -> None:
 def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
-    if plan.evaluation.generation:
-        answer_metrics(plan.evaluation.generation.metrics)  # what they need has to be here too, and not only at the command's
+    for suite in plan.evaluation.suites:
+        metrics_of(suite)  # what they need has to be here too, and not only at the command's
     with _told(folder, worker) as report:
         hold_by_importance(started, report)
         phases = Phases(plan, engine)

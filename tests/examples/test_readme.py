@@ -68,9 +68,8 @@ def test_the_quickstart_takes_held_out_exact_match_from_under_10_to_over_95_perc
 ) -> None:
     assert quickstart.returncode == 0, quickstart.stderr
     result = RunResult.read(RunFolder(str(folder / "runs"), "quickstart"))
-    assert result.comparison is not None
-    assert result.comparison.num_rows == 200
-    score = result.comparison.scores["exact_match"]
+    assert result.comparisons["generation"].num_rows == 200
+    score = result.comparisons["generation"].scores["exact_match"]
     assert score.base < 0.10
     assert score.tuned >= 0.95
     assert score.gain_low > 0.9
@@ -82,10 +81,9 @@ def test_the_samples_of_the_quickstart_are_the_answers_that_were_counted(
 ) -> None:
     result = RunResult.read(RunFolder(str(folder / "runs"), "quickstart"))
     samples = [json.loads(line) for line in (folder / "runs/quickstart/samples.jsonl").read_text().splitlines()]
-    assert result.comparison is not None
     assert (
         sum(sample["tuned"] == sample["expected"] for sample in samples) / len(samples)
-        == result.comparison.scores["exact_match"].tuned
+        == result.comparisons["generation"].scores["exact_match"].tuned
     )
 
 

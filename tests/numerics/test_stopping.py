@@ -140,8 +140,7 @@ def left(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
 
 def test_a_whole_model_stops_and_is_scored_as_its_files_answer(left: Left) -> None:
     assert left.answers["full by transformers"] == ANSWER + TURN_END
-    assert left.full.comparison
-    assert left.full.comparison.scores["exact_match"].tuned == 1.0
+    assert left.full.comparisons["generation"].scores["exact_match"].tuned == 1.0
     # Without the stop in its files, nobody who loads it would get that score.
     assert len(left.answers["full without settings by transformers"]) > len(ANSWER + TURN_END)
 
@@ -150,8 +149,7 @@ def test_an_adapter_brings_where_it_stops_which_peft_has_to_be_given(left: Left)
     assert left.answers["adapter by peft, given its settings"] == ANSWER + TURN_END
     # PEFT reads no settings beside an adapter. When it does, README need not say how to give them.
     assert len(left.answers["adapter by peft"]) > len(ANSWER + TURN_END)
-    assert left.adapted.comparison
-    assert left.adapted.comparison.scores["exact_match"].tuned == 1.0
+    assert left.adapted.comparisons["generation"].scores["exact_match"].tuned == 1.0
 
 
 @pytest.mark.parametrize("adapter", ["adapter", "adapter without settings"])

@@ -176,19 +176,19 @@ def test_engine_and_teacher_are_gone_when_base_and_tuned_model_are_loaded(
     def parameters() -> set[int]:
         return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter)}
 
-    compare_answers, seen = final.compare_answers, []
+    compare_suites, seen = final.compare_suites, []
 
     def watched(*arguments: Any) -> Any:
         seen.append(parameters())
-        return compare_answers(*arguments)
+        return compare_suites(*arguments)
 
-    monkeypatch.setattr(final, "compare_answers", watched)
+    monkeypatch.setattr(final, "compare_suites", watched)
     gc.collect()
     before = parameters()
     generation = {"rows": "demo:test", "max_rows": 2, "max_new_tokens": 4}
     strategy = {"distillation": {"teacher": "demo"}}
     result = finished(tmp_path, {"evaluation": {"generation": generation}, "strategy": strategy})
-    assert result.comparison is not None
+    assert [*result.comparisons] == ["generation"]
     assert len(seen) == 1
     assert seen[0] <= before
 

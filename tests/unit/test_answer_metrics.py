@@ -1,7 +1,6 @@
 """Metrics of answers equal the packages that they are known from, and their intervals hold what they say."""
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -14,11 +13,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from raytune.config.evaluation import AnswerMetricName
-from raytune.errors import UserError
-from raytune.evaluate import answer_metrics as table
-from raytune.evaluate.answer_metrics import ANSWER_METRICS, answer_metrics
+from raytune.evaluate.answer_metrics import ANSWER_METRICS
 from raytune.evaluate.bootstrap import difference_interval
-from raytune.evaluate.compare import Comparison, Sample, compare
 from raytune.evaluate.text_metrics import exact_match, json_fields, json_valid, numeric_match, token_f1
 
 WORDS = st.sampled_from(
@@ -150,13 +146,6 @@ def test_what_is_expected_has_to_be_of_a_kind_that_answers_can_be_judged_by() ->
     assert all(metric.refusal('{"a": 1}') is None for metric in ANSWER_METRICS.values())
 
 
-def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"bleu needs the package sacrebleu.*\[metrics\]"):
-        answer_metrics(["exact_match", "bleu"])
-    assert [*answer_metrics(["exact_match", "macro_f1"])] == ["exact_match", "macro_f1"]
-
-
 def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
     """Answers drawn at known rates: of 200 intervals of 95 %, about 190 hold the difference of the rates."""
     random, held = np.random.default_rng(3), 0
@@ -184,16 +173,3 @@ def test_the_sums_of_drawn_rows_have_the_value_of_those_rows(name: AnswerMetricN
     values = metric.value(counts[drawn].sum(1))
     for rows, found in zip(drawn, values, strict=True):
         assert found == pytest.approx(value(name, [answers[row] for row in rows], [expected[row] for row in rows]))
-
-
-def test_a_comparison_has_all_its_metrics_and_survives_a_file() -> None:
-    answers = [("no", "yes"), ("yes", "yes"), ("no", "no"), ("", "yes ")]
-    samples = [Sample(row=row, prompt="p", expected="yes", base=base, tuned=tuned) for row, (base, tuned) in enumerate(answers)]
-    found = compare(samples, ["exact_match", "token_f1", "rougeL"])
-    assert [*found.scores] == ["exact_match", "token_f1", "rougeL"]
-    score = found.scores["exact_match"]
-    assert (score.base, score.tuned, score.gain, found.num_rows) == (0.25, 0.75, 0.5, 4)
-    assert score.gain_low <= score.gain <= score.gain_high
-    assert not math.isnan(score.gain_low)
-    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert compare(samples, ["exact_match"]).scores["exact_match"] == score, "the same rows are drawn each time"

@@ -160,6 +160,13 @@ def test_the_example_of_a_key_fits_the_schema(key):
         data["model"]["rope_scaling"] = {"type": "yarn", "factor": 4.0} | scaling
     if generation := data.get("evaluation", {}).get("generation"):
         with_rows(generation, "rows")
+    if isinstance(suite := data.get("evaluation", {}).get("suites"), dict):
+        with_rows(suite, "rows")
+        if isinstance(suite.get("examples"), dict):
+            with_rows(suite, "examples")
+        if isinstance(suite.get("bertscore"), dict):
+            suite["bertscore"] = {"model": "m", "layer": 1} | suite["bertscore"]
+        data["evaluation"]["suites"] = [suite]
     if replay := data.get("strategy", {}).get("replay"):
         with_rows(replay, "data")
     jsonschema.Draft7Validator(json_schema()).validate(data)

@@ -129,7 +129,9 @@ def test_a_later_override_wins():
 LEAVES = [
     key
     for key in keys().values()
-    if not keys_in(key.path) and not key.path.startswith("evaluation.generation.rows.") and key.path != "sweep.run"
+    if not keys_in(key.path)
+    and not key.path.startswith(("evaluation.generation.rows.", "evaluation.suites.rows.", "evaluation.suites.examples."))
+    and key.path != "sweep.run"
 ]
 """A loaded config holds the keys of the file that `sweep.run` names, not its name."""
 
@@ -157,6 +159,11 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         elif "mscale" in key.path:
             of_kind |= {"mscale": 1.0, "mscale_all_dim": 1.0}
         base["model"]["rope_scaling"] = {"factor": 4.0} | of_kind
+    if key.path.startswith("evaluation.suites."):
+        needed: dict[str, Any] = {"temperature": 1.0} if key.path.endswith(("top_k", "top_p", "seed")) else {}
+        needed |= {"examples": "b.jsonl"} if key.path.endswith("num_examples") else {}
+        needed |= {"metrics": ["bertscore"], "bertscore": {"model": "m", "layer": 1}} if ".bertscore." in key.path else {}
+        base["evaluation"]["suites"] = [{"rows": "a.jsonl"} | needed]
     if key.path == "strategy.objective.options":
         base["strategy"] = {"objective": {"function": "my_losses.py:focal"}}
     if key.path == "strategy.distillation.revision":
@@ -175,7 +182,7 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["sweep"] |= {"stopping": {"method": key.methods[-1]}} if key.methods else {}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
     path = path.replace("sweep.space.", "sweep.space.adapter.alpha.").replace("model.new_tokens.", "model.new_tokens.0.")
-    path = path.replace("strategy.unfreeze.", "strategy.unfreeze.1.")
+    path = path.replace("strategy.unfreeze.", "strategy.unfreeze.1.").replace("evaluation.suites.", "evaluation.suites.0.")
     path = path.replace("strategy.ewc.data.", "strategy.ewc.data.0.").replace("strategy.replay.data.", "strategy.replay.data.0.")
     value, schema = example_of(key), TypeAdapter(key.annotation)
     config = config_from(base, [f"{path}={write_yaml([value], flow=True).strip()[1:-1]}"])

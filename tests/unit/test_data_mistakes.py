@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from raytune.config.data import DataSource
+from raytune.config.evaluation import SuiteSection
 from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.errors import DataError
 from raytune.evaluate.questions import read_questions
+from raytune.evaluate.suite_metrics import METRICS
 from tests.tiny import tiny_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
@@ -132,9 +134,10 @@ def test_roles_of_others_are_hinted(role: str, meant: str, tmp_path: Path) -> No
 def questions(path: Path, max_rows: int = 100) -> int:
     tokenizer = tiny_tokenizer()
     template = ChatTemplate(tokenizer, resolve_template("chatml", tokenizer))
+    suite = SuiteSection(rows=[DataSource(path=str(path))], max_rows=max_rows)
     return len(
         read_questions(
-            [DataSource(path=str(path))], template, tokenizer, metrics=["exact_match"], max_rows=max_rows, downloads=path.parent
+            suite, "evaluation.generation", template, tokenizer, {"exact_match": METRICS["answers"]["exact_match"]}, path.parent
         )
     )
 

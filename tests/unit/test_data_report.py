@@ -305,7 +305,7 @@ def test_a_finished_run_still_tells_what_it_lost_in_its_folder_in_python_and_in_
     report = DataReport(template=[], train=build(tmp_path, CASES / "8" / "rows.jsonl", on_bad_row="skip").report, validation={})
     folder = RunFolder(str(tmp_path), "tiny")
     write_plan(folder, tiny_plan(storage=folder.storage, data_report=report))
-    outcome = {"metrics": {}, "best_step": 4, "held_bytes": [], "median_step_s": None, "comparison": None}
+    outcome = {"metrics": {}, "best_step": 4, "held_bytes": [], "median_step_s": None, "comparisons": {}}
     Path(folder.result).write_text(json.dumps(outcome))
     result = RunResult.read(folder)
     assert result.data_report == report

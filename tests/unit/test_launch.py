@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> RunFolder:
     write_plan(folder, tiny_plan(storage=str(tmp_path)))
     record = RunRecord(name="tiny", state="finished", attempts=1, created=0.0, config={}, versions={"raytune": "0.0.1"})
     record.write(folder)
-    result = {"metrics": {}, "best_step": 4, "held_bytes": HELD, "median_step_s": 0.5, "comparison": None}
+    result = {"metrics": {}, "best_step": 4, "held_bytes": HELD, "median_step_s": 0.5, "comparisons": {}}
     Path(folder.result).write_text(json.dumps(result))
     return folder
 

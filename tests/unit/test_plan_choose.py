@@ -537,6 +537,6 @@ def test_unknown_memory_refuses_nothing() -> None:
 
 def test_answers_at_the_end_need_room_for_a_whole_model() -> None:
     asked = {"generation": {"rows": "demo:test"}}
-    assert planned(gpus(8), LLAMA_3_8B, adapter={"method": "lora"}, evaluation=asked).evaluation.generation is not None
+    assert planned(gpus(8), LLAMA_3_8B, adapter={"method": "lora"}, evaluation=asked).evaluation.suites
     with pytest.raises(PlanError, match=r"Leave evaluation\.generation out"):
         planned(gpus(8), LLAMA_3_70B, adapter={"method": "lora"}, evaluation=asked)

@@ -131,7 +131,7 @@ def test_a_finished_run_says_that_it_had_finished_before(tmp_path: Path, capsys:
     config = config_from({"name": "r", "storage": str(tmp_path)})
     record = RunRecord(name="r", state="finished", attempts=1, created=0.0, config=config.model_dump(mode="json"), versions={})
     record.write(folder)
-    result = {"metrics": {"validation/loss": 1.0}, "best_step": 8, "held_bytes": [], "median_step_s": 1.0, "comparison": None}
+    result = {"metrics": {"validation/loss": 1.0}, "best_step": 8, "held_bytes": [], "median_step_s": 1.0, "comparisons": {}}
     write_json(folder.result, result)
     again = train_plan(plan, [], config)
     assert again.finished_before
@@ -166,7 +166,7 @@ def test_a_run_that_a_rule_ended_says_so_while_it_writes_its_model_and_after(
         "stopped": {"step": 4, "rule": "early_stopping", "reason": "no better"},
         "overfitting": [{"step": 4, "reason": "it rose"}],
     }
-    result = {"metrics": {}, "best_step": 2, "held_bytes": [], "median_step_s": 1.0, "comparison": None}
+    result = {"metrics": {}, "best_step": 2, "held_bytes": [], "median_step_s": 1.0, "comparisons": {}}
     write_json(folder.result, result | findings)
     read = RunResult.read(folder)
     assert {key: read.to_json()[key] for key in findings} == findings

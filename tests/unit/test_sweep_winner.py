@@ -38,7 +38,7 @@ def retrained(*curve: tuple[int, float]) -> RunResult:
         held_bytes=[],
         median_step_s=None,
         history=History(points),
-        comparison=None,
+        comparisons={},
     )
 
 

@@ -1,0 +1,51 @@
+"""Tokens drawn by chance, for each row from numbers of its own: what is drawn depends on neither batches nor workers.
+
+Shapes: B rows of a batch, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from raytune.plan.run_plan import SamplingPlan
+
+
+class DrawnTokens(LogitsProcessor):
+    """Leaves of each row's next token the one that is drawn, so that a greedy search takes it. For one batch.
+
+    The token is where a number, uniform in 0..1, lies among the cumulated probabilities: one number per row and token.
+
+    Args:
+        rows: numbers of the rows in their suite.
+    """
+
+    def __init__(self, sampling: SamplingPlan, rows: Sequence[int], max_new_tokens: int, device: torch.device) -> None:
+        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+        warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
+        warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p is not None else []
+        self._warpers = LogitsProcessorList(warpers)
+        numbers = [_numbers_of_row(sampling.seed, row, max_new_tokens) for row in rows]
+        self._numbers = torch.stack(numbers).to(device)
+        self._num_drawn = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        warped_BV = self._warpers(input_ids, scores.float())  # pyright: ignore[reportArgumentType]
+        cumulated_BV = warped_BV.double().softmax(-1).cumsum(-1)
+        places_B1 = self._numbers[:, self._num_drawn, None] * cumulated_BV[:, -1:]
+        self._num_drawn += 1
+        tokens_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)  # the first with more: one that has a probability
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens_B1.clamp(max=scores.shape[-1] - 1), 0.0)
+
+
+def _numbers_of_row(seed: int, row: int, count: int) -> Tensor:
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8], "big") >> 1
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(own))

@@ -1,0 +1,104 @@
+"""Suites as they are planned: how base and tuned model are asked, by what they are judged, and what that takes."""
+
+from collections.abc import Mapping
+
+from raytune.config.evaluation import EvaluationSection, SuiteSection, is_code, suites_of
+from raytune.errors import PlanError, UserError
+from raytune.plan.machine import USABLE_SHARE, Machine
+from raytune.plan.requirements import Device
+from raytune.plan.run_plan import MetricCode, SamplingPlan, SuitePlan
+from raytune.plan.shapes import ModelShape
+from raytune.units import format_bytes
+from raytune.user_code import UserCode, read_code
+
+
+def suites_plan(section: EvaluationSection) -> tuple[SuitePlan, ...]:
+    """The suites that a config asks for, with the code of its user's metrics.
+
+    Raises:
+        UserError: if such code is not here.
+    """
+    return tuple(suite_plan(suite, key) for key, suite in suites_of(section).items())
+
+
+def suite_plan(suite: SuiteSection, key: str) -> SuitePlan:
+    """Args:
+    key: of a config, that errors are about.
+    """
+    sampling = None
+    if suite.temperature is not None:
+        sampling = SamplingPlan(temperature=suite.temperature, top_k=suite.top_k, top_p=suite.top_p, seed=suite.seed)
+    return SuitePlan(
+        name=suite.title,
+        kind=suite.kind,
+        metrics=suite.named_metrics,
+        code=_code_of(suite, key),
+        bertscore=suite.bertscore,
+        batch_size=suite.batch_size,
+        max_new_tokens=suite.max_new_tokens,
+        num_beams=suite.num_beams,
+        sampling=sampling,
+    )
+
+
+def code_of(metric: MetricCode) -> UserCode:
+    return UserCode(module=metric.module, name=metric.name, text=metric.text)
+
+
+def check_room(section: EvaluationSection, shape: ModelShape, machine: Machine, device: Device) -> None:
+    """Refuse suites at the end of a run whose workers have no room for a whole model in 16 bits, and for the keys and values of
+    what it writes; the engine is gone by then.
+
+    Raises:
+        PlanError: naming the first suite that does not fit.
+    """
+    if device == "cpu" or machine.gpu_memory_bytes is None:
+        return
+    whole, room = 2 * shape.num_parameters, int(USABLE_SHARE * machine.gpu_memory_bytes)
+    for key, suite in suites_of(section).items():
+        if whole > room:
+            raise PlanError(
+                f"{key} loads the whole model on every worker at the end ({format_bytes(whole)}), but of the GPU's memory "
+                f"{format_bytes(room)} can be used. Leave {key} out.",
+                keys=(key,),
+            )
+        cache = cache_bytes(suite, shape)
+        if whole + cache > room:
+            raise PlanError(
+                f"{key} writes {suite.batch_size} answers at once, whose keys and values take up to {format_bytes(cache)} beside "
+                f"the whole model ({format_bytes(whole)}), but of the GPU's memory {format_bytes(room)} can be used. Lower "
+                f"{key}.batch_size.",
+                keys=(f"{key}.batch_size", key),
+            )
+
+
+def cache_bytes(suite: SuiteSection, shape: ModelShape) -> int:
+    """Keys and values, in 16 bits, of what a suite's longest answers add to their prompts."""
+    if suite.kind != "answers":
+        return 0
+    per_token = 2 * 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+    return per_token * suite.max_new_tokens * suite.batch_size * suite.num_beams
+
+
+_ASKED: Mapping[str, str] = {
+    "answers": "answers of up to {suite.max_new_tokens} tokens",
+    "choices": "the likeliest choice of each row",
+    "labels": "the likeliest label of each row",
+    "loss": "loss on general rows",
+}
+
+
+def suite_in_words(suite: SuitePlan) -> str:
+    """What becomes of a suite, for the table of a plan."""
+    words = _ASKED[suite.kind].format(suite=suite)
+    words += f", {suite.num_beams} beams" if suite.num_beams > 1 else ""
+    words += f", drawn at temperature {suite.sampling.temperature:g} (seed {suite.sampling.seed})" if suite.sampling else ""
+    return f"{suite.name}: {words}; {', '.join(suite.metrics)}"
+
+
+def _code_of(suite: SuiteSection, key: str) -> dict[str, MetricCode]:
+    try:
+        read = {name: read_code(name) for name in suite.named_metrics if is_code(name)}
+    except UserError as error:
+        raise UserError(str(error), keys=(f"{key}.metrics",)) from error
+    return {name: MetricCode(module=code.module, name=code.name, text=code.text) for name, code in read.items()}

@@ -1,0 +1,305 @@
+"""Suites: what may be asked, what becomes of rows, and what is counted."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from raytune.config.evaluation import METRICS_OF, SuiteKind, SuiteSection, suites_of
+from raytune.config.load import ConfigError, config_from, load_config
+from raytune.data.choices import choice_row
+from raytune.data.conversation import Origin, RowError
+from raytune.data.template import ChatTemplate
+from raytune.data.template_text import resolve_template
+from raytune.errors import UserError
+from raytune.evaluate import suite_metrics
+from raytune.evaluate.compare import Comparison, Sample, compare, comparisons_in
+from raytune.evaluate.questions import Question, from_json_lines, read_questions, to_json_lines
+from raytune.evaluate.sampling import DrawnTokens
+from raytune.evaluate.suite_metrics import METRICS, Given, metrics_of
+from raytune.launch.cluster import this_machine
+from raytune.launch.prepare import prepare
+from raytune.plan.run_plan import EvaluationPlan, SamplingPlan
+from raytune.plan.suites import suite_plan
+from raytune.training.suites import chosen
+from tests.tiny import tiny_tokenizer
+
+MC = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
+
+
+def written(file: Path, rows: Sequence[Any]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def config(*suites: dict[str, Any], **evaluation: Any) -> dict[str, Any]:
+    return {"evaluation": {"suites": list(suites), **evaluation}}
+
+
+def asked(suite: dict[str, Any], downloads: Path) -> list[Question]:
+    section = SuiteSection.model_validate(suite)
+    tokenizer = tiny_tokenizer()
+    template = ChatTemplate(tokenizer, resolve_template("auto", tokenizer))
+    metrics = metrics_of(suite_plan(section, "evaluation.suites.0"))
+    return read_questions(section, "evaluation.suites.0", template, tokenizer, metrics, downloads)
+
+
+# --- What may be asked -------------------------------------------------------------------------------------------------------
+
+
+def test_generation_is_short_for_a_suite_of_that_name_and_others_are_named_after_their_file() -> None:
+    found = suites_of(config_from(config({"rows": "data/gsm8k.jsonl"}, generation={"rows": "a.jsonl"})).evaluation)
+    assert {key: suite.title for key, suite in found.items()} == {
+        "evaluation.generation": "generation",
+        "evaluation.suites.0": "gsm8k",
+    }
+    assert found["evaluation.generation"].named_metrics == ("exact_match",)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "line", "said"),
+    [
+        ("suites: [{rows: a.jsonl}, {rows: b/a.jsonl}]", 2, "two suites are called 'a'"),
+        ("suites:\n  - {rows: []}", 3, "evaluation.suites.0.rows"),
+        ("suites:\n  - {rows: a.jsonl, kind: loss, metrics: [exact_match]}", 3, "a suite of kind loss has no metric exact_match"),
+        ("suites:\n  - {rows: a.jsonl, kind: choices, metrics: ['my.py:f']}", 3, "a suite of kind choices has no metric my.py:f"),
+        ("suites:\n  - {rows: a.jsonl, metrics: [bertscore]}", 3, "bertscore compares texts by a model"),
+        ("suites:\n  - rows: a.jsonl\n    kind: loss\n    num_beams: 4", 5, "only suites of kind answers read it"),
+        ("suites:\n  - rows: a.jsonl\n    top_p: 0.9", 4, "nothing is drawn without a temperature"),
+        ("suites:\n  - rows: a.jsonl\n    num_beams: 2\n    temperature: 0.9", 5, "draws nothing"),
+        ("suites:\n  - rows: a.jsonl\n    num_examples: 2", 4, "the suite has no examples"),
+        ("suites:\n  - rows: a.jsonl\n    name: a/b", 4, "letters, digits"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_its_line(evaluation: str, line: int, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("evaluation:\n" + "".join(f"  {text}\n" for text in evaluation.splitlines()))
+    with pytest.raises(ConfigError) as raised:
+        load_config([file])
+    (problem,) = raised.value.problems
+    assert problem.place.line == line
+    assert said in f"{problem.key} {problem.message}"
+
+
+def test_every_kind_has_the_metrics_that_a_config_may_name() -> None:
+    assert METRICS.keys() == METRICS_OF.keys() == {*get_args(SuiteKind)}
+    for kind, names in METRICS_OF.items():
+        assert {*METRICS[kind]} == {*names} - {"bertscore"}
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_metrics, "find_spec", lambda name: None)
+    plan = suite_plan(SuiteSection.model_validate({"rows": ["a"], "metrics": ["exact_match", "bleu"]}), "evaluation.suites.0")
+    with pytest.raises(UserError, match=r"bleu needs the package sacrebleu.*\[metrics\]"):
+        metrics_of(plan)
+
+
+def test_a_plan_with_generation_of_an_earlier_raytune_has_a_suite_of_that_name() -> None:
+    fields = {"every_steps": 3, "at_saves": False, "at_start": True, "max_rows": None}
+    generation = {"max_new_tokens": 9, "batch_size": 4, "metrics": ["exact_match"]}
+    (suite,) = EvaluationPlan.model_validate(fields | {"generation": generation}).suites
+    assert (suite.name, suite.kind, suite.max_new_tokens, suite.metrics) == ("generation", "answers", 9, ("exact_match",))
+    assert EvaluationPlan.model_validate(fields | {"generation": None}).suites == ()
+
+
+# --- Rows --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (["3", "4"], 1, 1),
+        (["3", "4"], "B", 1),
+        (["3", "4"], "4", 1),
+        (["B", "A"], "A", 1),  # the text of a choice is meant before its letter
+        ({"text": ["x", "y"], "label": ["1", "2"]}, "2", 1),
+    ],
+)
+def test_the_right_choice_is_a_place_a_text_or_a_letter(choices: Any, answer: Any, right: int) -> None:
+    assert choice_row({"question": "q", "choices": choices, "answer": answer}, {}, Origin("f", 1)).right == right
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"choices": None},
+        {"choices": ["4"]},
+        {"choices": ["4", "4 "]},
+        {"choices": ["4", ""]},
+        {"choices": "34"},
+        {"answer": 2},
+        {"answer": True},
+        {"answer": "C"},
+        {"answer": -1},
+        {"question": " "},
+    ],
+)
+def test_a_row_that_is_no_choice_is_told_with_file_and_line(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RowError):
+        choice_row(MC | change, {}, Origin("f", 1))
+    file = written(tmp_path / "mc.jsonl", [MC, MC | change])
+    with pytest.raises(UserError, match=rf"(?s)1 row of evaluation.suites.0.rows cannot be asked.*{file}:2"):
+        asked({"rows": [{"path": file}], "kind": "choices"}, tmp_path)
+
+
+def test_choices_follow_the_prompt_without_the_end_of_their_turn(tmp_path: Path) -> None:
+    (question,) = asked({"rows": [{"path": written(tmp_path / "mc.jsonl", [MC])}], "kind": "choices"}, tmp_path)
+    assert question.prompt.endswith("2 + 2?<|im_end|>\n<|im_start|>assistant\n")
+    assert [tiny_tokenizer().decode([*ids]) for ids in question.choice_ids] == ["3", "4"]
+    assert question.expected == "4"
+    assert from_json_lines(to_json_lines([question])) == [question]
+
+
+def test_labels_are_the_answers_that_rows_expect(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {number}", "completion": label} for number, label in enumerate(["no", "yes", "no"])]
+    found = asked({"rows": [{"path": written(tmp_path / "l.jsonl", rows)}], "kind": "labels"}, tmp_path)
+    assert [(one.expected, one.choices) for one in found] == [(row["completion"], ("no", "yes")) for row in rows]
+    with pytest.raises(UserError, match="expect 1 different answers"):
+        asked({"rows": [{"path": written(tmp_path / "l.jsonl", rows[:1])}], "kind": "labels"}, tmp_path)
+
+
+def test_a_row_is_asked_behind_the_system_message_and_examples_but_not_behind_itself(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.jsonl", [{"prompt": f"q{number}", "completion": f"a{number}"} for number in range(3)])
+    suite = {"rows": [{"path": file}], "examples": [{"path": file}], "num_examples": 2, "system": "Be brief."}
+    first, second, third = (question.prompt for question in asked(suite, tmp_path))
+    turns = [
+        [text for text in ("Be brief.", "q0", "a0", "q1", "a1", "q2", "a2") if text in one] for one in (first, second, third)
+    ]
+    assert turns[0] == ["Be brief.", "q0", "q1", "a1", "q2", "a2"]
+    assert first.index("a2") < first.index("q0") < first.index("assistant\n", first.index("q0"))
+    assert turns[1] == ["Be brief.", "q0", "a0", "q1", "q2", "a2"]
+    assert turns[2] == ["Be brief.", "q0", "a0", "q1", "a1", "q2"]
+    with pytest.raises(UserError, match=r"of 3 examples .* there are 2 besides the row itself"):
+        asked(suite | {"num_examples": 3}, tmp_path)
+
+
+def test_a_metric_of_the_user_s_that_fails_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text("def closeness(answer, expected):\n    return 1 / (len(answer) - len(expected))\n")
+    run = {
+        "model": {"base": "demo"},
+        "storage": str(tmp_path / "runs"),
+        "data": {"train": {"path": "demo:train", "max_rows": 4}},
+        "cluster": {"workers": 1},
+    } | config({"rows": {"path": "demo:test"}, "max_rows": 2, "metrics": [f"{code}:closeness"]})
+    resolved = config_from(run)
+    with pytest.raises(UserError, match=r"(?s)evaluation.suites.0.metrics: .*mine.py:2, in closeness: ZeroDivisionError"):
+        prepare(resolved, this_machine(resolved.cluster), map)
+    code.write_text("def closeness(answer, expected):\n    return -1.5\ncloseness.lower_is_better = True\n")
+    plan = prepare(resolved, this_machine(resolved.cluster), map).plan
+    (metric,) = metrics_of(plan.evaluation.suites[0]).values()
+    code.unlink()  # the plan carries it
+    score = compare([Given(text="a")], [Given(text="b")], ["a"], {"closeness": metric}).scores["closeness"]
+    assert (score.base, score.words, score.lower_is_better, score.is_share) == (-1.5, "closeness", True, False)
+
+
+# --- Numbers -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_has_all_its_metrics_and_survives_a_file() -> None:
+    answers = [("no", "yes"), ("yes", "yes"), ("no", "no"), ("", "yes ")]
+    base, tuned = ([Given(text=texts[side]) for texts in answers] for side in (0, 1))
+    metrics = {name: METRICS["answers"][name] for name in ("exact_match", "token_f1", "rougeL")}
+    found = compare(base, tuned, ["yes"] * 4, metrics)
+    assert [*found.scores] == ["exact_match", "token_f1", "rougeL"]
+    score = found.scores["exact_match"]
+    assert (score.base, score.tuned, score.gain, found.num_rows) == (0.25, 0.75, 0.5, 4)
+    assert (score.improvement, score.relative_improvement) == (0.5, 2.0)
+    assert score.gain_low <= score.gain <= score.gain_high
+    assert not math.isnan(score.gain_low)
+    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert compare(base, tuned, ["yes"] * 4, metrics) == found, "the same rows are drawn each time"
+
+
+def test_the_result_of_an_earlier_raytune_has_a_comparison_called_generation() -> None:
+    score = {"words": "exact match", "base": 0.0, "tuned": 0.5, "gain_low": 0.1, "gain_high": 0.9}
+    (found,) = comparisons_in({"comparison": {"num_rows": 2, "scores": {"exact_match": score}}}).items()
+    assert (found[0], found[1].scores["exact_match"].gain) == ("generation", 0.5)
+    assert not found[1].scores["exact_match"].lower_is_better
+    assert comparisons_in({"comparison": None}) == comparisons_in({"comparisons": {}}) == {}
+
+
+def test_forgetting_is_a_loss_over_all_targets_that_is_better_when_lower() -> None:
+    base = [Given(text="", numbers=(2.0, 1.0)), Given(text="", numbers=(3.0, 9.0))]
+    tuned = [Given(text="", numbers=(4.0, 1.0)), Given(text="", numbers=(6.0, 9.0))]
+    scores = compare(base, tuned, ["", ""], METRICS["loss"]).scores
+    assert (scores["loss"].base, scores["loss"].tuned) == (0.5, 1.0)
+    assert (scores["loss"].improvement, scores["loss"].relative_improvement) == (-0.5, -1.0)
+    assert scores["perplexity"].tuned == pytest.approx(math.e)
+    # Of the draws of two rows, a quarter has the first one twice, a quarter the second one: both ends of the interval.
+    assert (scores["loss"].gain_low, scores["loss"].gain_high) == pytest.approx((3 / 9, 2.0))
+    diverged = [Given(text="", numbers=(math.inf, 1.0)), Given(text="", numbers=(6.0, 9.0))]
+    record = json.dumps(compare(base, diverged, ["", ""], {"loss": METRICS["loss"]["loss"]}).to_json())
+    json.loads(record, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_likeliest_choice_is_that_of_the_sum_or_per_character() -> None:
+    question = Question(suite="s", prompt="", prompt_ids=(), expected="no", choices=("no", "certainly not"))
+    given = chosen(question, [-4.0, -6.5])
+    assert (given.text, given.per_character) == ("no", "certainly not")  # -2 and -0.5 per character
+    metrics = METRICS["choices"]
+    values = {name: compare([given], [given], ["no"], {name: metric}).scores[name].base for name, metric in metrics.items()}
+    assert values == {"accuracy": 1.0, "accuracy_per_character": 0.0}
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely_and_by_row_alone() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -30.0]]).repeat(20_000, 1)
+    rows = range(20_000)
+    for sampling, kept in [
+        (SamplingPlan(temperature=1.5, top_k=None, top_p=None, seed=1), 5),
+        (SamplingPlan(temperature=0.7, top_k=3, top_p=None, seed=1), 3),
+        (SamplingPlan(temperature=1.0, top_k=None, top_p=0.9, seed=1), 2 + 1),  # 0.64, 0.88, 0.97
+    ]:
+        draw = DrawnTokens(sampling, rows, 2, torch.device("cpu"))
+        first, second = (draw(torch.zeros(20_000, 1), logits).argmax(-1) for _ in range(2))
+        likely = (logits[0, :kept] / sampling.temperature).softmax(-1)
+        frequent = torch.bincount(first, minlength=5)[:kept] / 20_000
+        # Three standard deviations of a share of 20,000 draws are at most 1.1 %.
+        assert torch.allclose(frequent, likely, atol=0.011)
+        assert (first == second).float().mean() == pytest.approx(float((likely**2).sum()), abs=0.011), "draws are independent"
+    alone = DrawnTokens(sampling, [7], 2, torch.device("cpu"))
+    assert alone(torch.zeros(1, 1), logits[:1]).argmax(-1) == first[7]
+    other = DrawnTokens(sampling.model_copy(update={"seed": 2}), rows, 2, torch.device("cpu"))
+    assert not torch.equal(other(torch.zeros(20_000, 1), logits).argmax(-1), first)
+
+
+def test_samples_hold_what_was_counted() -> None:
+    sample = Sample(suite="s", row=3, prompt="p", expected="e", base="b", tuned="t", base_numbers=(-math.inf, 1.0))
+    assert sample.to_json()["base_numbers"] == ["-Infinity", 1.0]
+    assert "tuned_numbers" not in sample.to_json()
+    assert (sample.to_json()["suite"], sample.to_json()["row"]) == ("s", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of bert-score and transformers
+def test_bert_score_is_that_of_its_package(tmp_path: Path) -> None:
+    import bert_score
+    from transformers import (
+        BertConfig,
+        BertModel,
+        BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+    torch.manual_seed(0)
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "the"])
+    )
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    small = BertConfig(vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(small).save_pretrained(tmp_path)
+    suite = {"rows": ["a"], "metrics": ["bertscore"], "bertscore": {"model": str(tmp_path), "layer": 2}}
+    plan = suite_plan(SuiteSection.model_validate(suite), "evaluation.suites.0")
+    (metric,) = metrics_of(plan).values()
+    answers, expected = ["the cat sat", "a dog", ""], ["the dog sat", "a dog", "the cat"]
+    counts = metric.counts([Given(text=answer) for answer in answers], expected)
+    BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=512).save_pretrained(tmp_path)  # which the package needs
+    oracle: Any = bert_score.score(answers[:2], expected[:2], model_type=str(tmp_path), num_layers=2)[2]
+    assert counts[:, 0] == pytest.approx([*oracle.tolist(), 0.0], abs=1e-6)
+    assert counts[1, 0] == pytest.approx(1.0, abs=1e-6)
+    gone = suite | {"bertscore": {"model": str(tmp_path / "gone"), "layer": 2}}
+    with pytest.raises(UserError, match=r"evaluation\.suites\.0\.bertscore.model: there is no folder"):
+        metrics_of(suite_plan(SuiteSection.model_validate(gone), "evaluation.suites.0"), key="evaluation.suites.0")
