@@ -114,7 +114,7 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(family: str, is_all: b
 
 
 def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_path: Path) -> None:
-    """Within 5 %, but for what depends on when ranks meet.
+    """Within 7 %, but for what depends on when ranks meet.
 
     Of the weights that stage 3 may have gathered at that moment, it has some or all; and a bucket that was reduced is there until
     gloo's thread lets it go, while DeepSpeed fills the next.
@@ -131,10 +131,10 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(tmp_
             parts = memory_parts(work)
             most = tensor_bytes(parts) + (work.engine == "zero") * bytes_of("buckets of gradients", parts)
             least = tensor_bytes([part for part in parts if part.name != "gathered weights"])
-            assert least < 1.05 * measured.num_bytes, way
+            assert least < 1.07 * measured.num_bytes, way
             assert most > 0.95 * measured.num_bytes, way
             if work.zero_stage == 0:
-                assert least == most, "and so the plan is within 5 %"
+                assert least == most, "and so the plan is within 7 %"
 
 
 # Of rank 1, because stage 3 leaves adapters of small models whole on every rank.
@@ -161,12 +161,12 @@ def test_every_rank_holds_the_planned_bytes_of_packed_experts(over_experts: Mate
 
 
 def test_experts_of_one_layer_are_expanded_at_a_time_as_planned(over_experts: Material) -> None:
-    """Within 5 % at the fullest moment of a step, whether or not passes are recomputed."""
+    """Within 7 % at the fullest moment of a step, whether or not passes are recomputed."""
     cases = [planned(over_experts, 0, PACKED, has_checkpointing=recomputes) for recomputes in (False, True)]
     for rank in run_on_ranks(measure_peaks, 2, [plan for _, plan in cases]):
         for (work, _), measured in zip(cases, rank):
             work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
-            assert tensor_bytes(memory_parts(work)) == pytest.approx(measured.num_bytes, rel=0.05), work.has_checkpointing
+            assert tensor_bytes(memory_parts(work)) == pytest.approx(measured.num_bytes, rel=0.07), work.has_checkpointing
 
 
 def bytes_of(name: str, parts: list[MemoryPart]) -> int:
