@@ -40,7 +40,8 @@ def left_run(
     config: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """A run folder as the driver and the workers write it, with an attempt that dies after step 7 and is resumed from step 5."""
-    plan = plan or planned(storage, name=name)
+    suites = dict.fromkeys(["generation", *(sample["suite"] for sample in samples if "suite" in sample)])
+    plan = plan or planned(storage, name=name, evaluation={"suites": [suite(one) for one in suites]})
     folder, clock = RunFolder(str(storage), name), Clock()
     write_plan(folder, plan)
     asked = config_from({"name": "r", "storage": str(storage), "training": {"learning_rate": 0.003}, **(config or {})})
@@ -89,6 +90,10 @@ def measured(step: int, sets: Sequence[str]) -> dict[str, float]:
     loss = 5 / (step + 1)
     own = {f"validation/{name}/loss": loss + number * step for number, name in enumerate(sets)}
     return {"validation/loss": loss, "validation/perplexity": math.exp(loss), **own}
+
+
+def suite(name: str) -> dict[str, Any]:
+    return {"name": name, "metrics": ["exact_match"], "batch_size": 8, "max_new_tokens": 64}
 
 
 def sample(row: int, expected: str, base: str, tuned: str, **more: str) -> dict[str, Any]:

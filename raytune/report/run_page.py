@@ -135,7 +135,7 @@ def _facts(run: RunSeen) -> Iterator[_Fact]:
     elif "train/loss" in newest:
         yield _Fact("training loss", f"{newest['train/loss']:.4f}", f"at step {run.last_step}")
     for score in [change for change in run.changes if change.suite][:2]:
-        base, tuned, _, interval = score.cells
+        base, tuned, _, interval, _ = score.cells
         yield _Fact(score.words, tuned, f"before: {base}; gain {interval}")
     yield _Fact("trained for", format_seconds(took.training_s), f"{format_seconds(took.total_s)} with start and end")
     if took.usd is not None and cost is not None:
