@@ -156,7 +156,7 @@ _DEFAULT_PLAN: dict[str, Any] = {
         "deepspeed_overrides": {},
     },
     "loss": {"chunk_tokens": None},
-    "evaluation": {"every_steps": 2, "at_saves": False, "at_start": True, "max_rows": None, "generation": None},
+    "evaluation": {"every_steps": 2, "at_saves": False, "at_start": True, "max_rows": None, "suites": ()},
     "checkpoint": {
         "every_steps": 2,
         "every_s": None,

@@ -6,6 +6,7 @@ from typing import Any
 from raytune.config.load import config_diff
 from raytune.config.run import RunConfig
 from raytune.plan.identity import STORES, differences, identity_of, leaves
+from raytune.plan.optimizers import schedule_of
 from raytune.plan.run_plan import RunPlan
 
 Change = tuple[str, object, object]
@@ -91,6 +92,7 @@ _SHARE_ROWS = ("cluster.workers", "training.sequence_parallel_size")
 """Keys that make the number of workers, or of groups of them, that have rows of their own."""
 _KEPT = ("training.precision", "training.global_batch_size")
 """Keys that keep what a run began with where they are automatic (plan.division)."""
+_SCHEDULE = "optimization.schedule"
 _NOWHERE = object()
 DIVIDING = (
     *("cluster.", "provider.", "model.attention", "model.quant_storage", "adapter.quant_storage", "training.zero."),
@@ -164,6 +166,7 @@ def asks_for(was: RunPlan, before: RunConfig, now: RunConfig, *, may_change: tup
     return rows_stay and all(
         (key.startswith((*DIVIDING, *may_change)) and not key.startswith("training.zero.overrides"))
         or (key in _KEPT and new == "auto")
+        or (key == KEY_OF[_SCHEDULE] and schedule_of(now.training).value == identity[_SCHEDULE])
         or (key not in _OF_LENGTH and new not in (None, "auto") and identity.get(leaf_of.get(key, key), _NOWHERE) == new)
         for key, _, new in changes
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from raytune.config.load import config_from
-from raytune.config.training import Optimizer
+from raytune.config.training import SCHEDULE_FREE, Optimizer
 from raytune.data.batches import step_batches
 from raytune.data.store import Store
 from raytune.launch.cluster import this_machine
@@ -24,6 +24,7 @@ from raytune.plan.memory import memory_parts
 from raytune.plan.phases import in_phase, phase_of_state
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
+from raytune.plan.stages import WITHOUT_SHARDS
 from raytune.plan.workload import Workload
 from raytune.run_folder import RunFolder
 from raytune.training.commit import committed
@@ -269,7 +270,8 @@ def resume_each(plans: list[RunPlan], folder: Path) -> list[tuple[Outcome, Outco
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_optimizer_keeps_its_state_over_borders(stage: int, untied: Material, tmp_path: Path) -> None:
-    plans = [phased_plan(untied, stage=stage, optimization={"optimizer": optimizer}) for optimizer in get_args(Optimizer)]
+    optimizers = [name for name in get_args(Optimizer) if name not in SCHEDULE_FREE and not (stage and name in WITHOUT_SHARDS)]
+    plans = [phased_plan(untied, stage=stage, optimization={"optimizer": name}) for name in optimizers]
     for whole, resumed in run_on_ranks(resume_each, 1, plans, tmp_path)[0]:
         assert resumed.losses == whole.losses[SAVED_AT:]
         assert largest_difference(resumed, whole) == 0

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from raytune.config.data import DataSource
+from raytune.config.evaluation import SuiteSection
 from raytune.data.build import build_store
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.masking import Targets
@@ -88,8 +89,8 @@ def test_a_template_that_drops_tool_calls_is_refused_by_name_with_the_field(tmp_
 def test_the_expected_answer_of_a_call_is_what_the_template_writes(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     template = ChatTemplate(tokenizer, resolve_template("qwen", tokenizer))
-    source = DataSource(path=str(CASES / "9" / "questions.jsonl"))
-    (question,) = read_questions([source], template, tokenizer, metrics=["exact_match"], max_rows=5, downloads=tmp_path)
+    suite = SuiteSection(rows=[DataSource(path=str(CASES / "9" / "questions.jsonl"))])
+    (question,) = read_questions(suite, "evaluation.generation", template, tokenizer, {}, tmp_path)
     assert question.expected == '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 

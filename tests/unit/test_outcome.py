@@ -90,7 +90,7 @@ def test_without_a_measurement_before_the_first_step_nothing_is_compared() -> No
 
 
 def test_a_gain_that_may_be_chance_says_so_and_nothing_is_divided_by_nothing() -> None:
-    change = Change(name="x", words="x", base=0.0, tuned=0.1, kind="score", interval=(-0.1, 0.3))
+    change = Change(name="x", words="x", base=0.0, tuned=0.1, kind="score", is_share=True, interval=(-0.1, 0.3))
     assert change.sentence == "x from 0.0% to 10.0% (+10.0 points, which may be the choice of rows)"
     assert change.percent is None
     same = Change(name="validation/loss", words="loss", base=1.0, tuned=1.0, kind="loss")

@@ -69,7 +69,7 @@ def test_a_finished_run_shows_what_it_came_to_and_needs_nothing_else(tmp_path: P
     ):
         assert words in text, words
     assert ["training.learning_rate", "0.003"] in page.rows
-    assert ["exact match", "50.0%", "75.0%", "+25.0%", "+15.0% to +35.0%", "4"] in page.rows
+    assert ["exact match", "50.0%", "75.0%", "+25.0%", "+15.0% to +35.0%", "+50.0%", "4"] in page.rows
     assert ["all", "5.0000", "0.2381", "20", "0.2381", "1.269"] in page.rows
     headings = [heading for heading in page.text["h3"] if heading in ("Gained most", "Became worse", "Still worst", "The same")]
     assert headings == ["Gained most", "Became worse", "Still worst", "The same"]

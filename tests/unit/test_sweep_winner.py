@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune.errors import ClusterError, TrainingError, UserError
+from raytune.launch.outcome import Spent
 from raytune.launch.result import RunResult
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
@@ -39,6 +40,8 @@ def retrained(*curve: tuple[int, float]) -> RunResult:
         median_step_s=None,
         history=History(points),
         comparisons={},
+        changes=(),
+        spent=Spent(attempts=1, total_s=1.0, training_s=1.0, usd=None),
     )
 
 
