@@ -53,7 +53,7 @@ class Planned:
 
 
 @dataclass(slots=True)
-class RunSeen:
+class FollowedRun:
     """What is known of a run. It is changed by the next look."""
 
     folder: RunFolder
@@ -87,7 +87,7 @@ class SweepSeen:
 
     folder: SweepFolder
     known: Known = field(default_factory=Known)
-    trials: Mapping[str, RunSeen] = field(default_factory=dict)
+    trials: Mapping[str, FollowedRun] = field(default_factory=dict)
     """By name, those that have a folder."""
     section: SweepSection | None = None
     """None: another raytune wrote it, or it was not read yet."""
@@ -102,7 +102,7 @@ class SweepSeen:
         return False
 
 
-Seen = Sequence[RunSeen | SweepSeen]
+Seen = Sequence[FollowedRun | SweepSeen]
 
 
 class Watcher:
@@ -160,7 +160,7 @@ class Watcher:
 
 class _RunLooks:
     def __init__(self, folder: RunFolder) -> None:
-        self.seen = RunSeen(folder)
+        self.seen = FollowedRun(folder)
         self._claims = Watched(folder)
         self._signs: dict[int, tuple[float, float]] = {}
         self._plan_of: int | None = None

@@ -11,7 +11,7 @@ from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.points import Point
 from raytune.run_folder import RunFolder
 from raytune.watch.blocks import sampled
-from raytune.watch.look import RunSeen, Seen, SweepSeen
+from raytune.watch.look import FollowedRun, Seen, SweepSeen
 
 CURVE_POINTS = 60
 
@@ -89,7 +89,7 @@ def run_state(state: str | None, standing: Standing, has_steps: bool) -> State:
     return "stale"
 
 
-def run_row(seen: RunSeen, *, kind: Kind = "run", path: str | None = None) -> Row:
+def run_row(seen: FollowedRun, *, kind: Kind = "run", path: str | None = None) -> Row:
     """The row of a run."""
     record, planned, metrics = seen.record, seen.planned, seen.metrics
     points = metrics.points
@@ -124,12 +124,12 @@ def run_row(seen: RunSeen, *, kind: Kind = "run", path: str | None = None) -> Ro
     return replace(row, note=_note(seen, row))
 
 
-def _newest(seen: RunSeen, name: str) -> float | None:
+def _newest(seen: FollowedRun, name: str) -> float | None:
     newest = seen.metrics.newest(name)
     return newest[1] if newest else None
 
 
-def _note(seen: RunSeen, row: Row) -> str:
+def _note(seen: FollowedRun, row: Row) -> str:
     """What else a person should know, in a few words."""
     if seen.stops_soon:
         return "asked to stop"
@@ -195,7 +195,7 @@ def _sweep_state(seen: SweepSeen) -> State:
 
 def _trial_row(seen: SweepSeen, name: str) -> Row:
     folder, run = seen.folder.trial(name), seen.trials.get(name)
-    row = run_row(run or RunSeen(folder), kind="trial", path=f"{seen.folder.name}/trials/{name}")
+    row = run_row(run or FollowedRun(folder), kind="trial", path=f"{seen.folder.name}/trials/{name}")
     end = seen.known.ends.get(name)
     values = ", ".join(f"{key.rpartition('.')[2]}={_word(value)}" for key, value in seen.known.trials[name].values.items())
     if end:
@@ -216,7 +216,7 @@ def _word(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_at(seen: Seen, path: str) -> RunSeen | None:
+def run_at(seen: Seen, path: str) -> FollowedRun | None:
     """The run or trial of a row; None: it is gone, or a sweep."""
     name, _, trial = path.partition("/trials/")
     found = next((one for one in seen if one.folder.name == name), None)

@@ -11,7 +11,7 @@ from rich.text import Text
 from raytune.printable import in_a_line, printable
 from raytune.units import GIB, format_count, format_dollars, format_seconds
 from raytune.watch.blocks import chart, is_logarithmic, spark, stretched
-from raytune.watch.look import RunSeen, asked_of
+from raytune.watch.look import FollowedRun, asked_of
 from raytune.watch.rows import Row, series_of
 from raytune.watch.view import View, selected_row
 
@@ -139,7 +139,7 @@ def list_screen(storage: str, rows: Sequence[Row], view: View, width: int, heigh
     return _screen(body, view.message or LIST_KEYS, width, height)
 
 
-def run_screen(row: Row, seen: RunSeen, view: View, width: int, height: int) -> list[Text]:
+def run_screen(row: Row, seen: FollowedRun, view: View, width: int, height: int) -> list[Text]:
     """One run: how it stands, its curves, its last events and how it was asked for."""
     title = Text(_fitted(f"{row.path} · {row.state}{f' · {row.note}' if row.note else ''}", width), style="bold")
     body = [title, *_wrapped(_facts(row), width)]
@@ -185,7 +185,7 @@ def _wrapped(words: Iterator[str], width: int) -> list[Text]:
     return [Text(_fitted(line, width)) for line in lines]
 
 
-def _charts(seen: RunSeen, width: int, height: int) -> list[Text]:
+def _charts(seen: FollowedRun, width: int, height: int) -> list[Text]:
     """Loss of training and, where it was measured, of validation; beside each other where there is room."""
     names = [name for name in ("train/loss", "validation/loss") if seen.metrics.newest(name)]
     if not names or height < 3:
@@ -199,7 +199,7 @@ def _charts(seen: RunSeen, width: int, height: int) -> list[Text]:
     return [Text(" " * GAP).join(line) for line in zip(*columns)]
 
 
-def _chart(seen: RunSeen, name: str, width: int, height: int) -> list[Text]:
+def _chart(seen: FollowedRun, name: str, width: int, height: int) -> list[Text]:
     label = 8
     series = series_of(seen.metrics.points, name, width - label - 1)
     if not series:  # a resume has just taken back all that there was
@@ -215,7 +215,7 @@ def _chart(seen: RunSeen, name: str, width: int, height: int) -> list[Text]:
     return lines
 
 
-def _events(seen: RunSeen, width: int) -> Iterator[Text]:
+def _events(seen: FollowedRun, width: int) -> Iterator[Text]:
     """What happened, the newest first."""
     if seen.events.events:
         yield Text("events, the newest first", style="dim")
@@ -232,7 +232,7 @@ def event_line(event: dict) -> str:
     return in_a_line(printable(f"{at}  {event['event'].replace('_', ' ')} (attempt {event['attempt']})  {facts}"))
 
 
-def _asked(seen: RunSeen, width: int) -> Iterator[Text]:
+def _asked(seen: FollowedRun, width: int) -> Iterator[Text]:
     if seen.record is None:
         return
     if text := asked_of(seen.record):

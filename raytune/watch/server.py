@@ -25,7 +25,7 @@ from raytune.metrics.json_numbers import encode_number
 from raytune.printable import first_line, printable
 from raytune.storage import is_local, local_path, read_bytes
 from raytune.watch.asking import WISHES, Wish, ask, refusal, warning
-from raytune.watch.look import RunSeen, Seen, Watcher, asked_of
+from raytune.watch.look import FollowedRun, Seen, Watcher, asked_of
 from raytune.watch.rows import Row, rows_of, run_at, series_of
 from raytune.watch.screen import event_line
 
@@ -223,7 +223,7 @@ def _shown(row: Row) -> dict[str, Any]:
     return row.to_json() | {"name": printable(row.name), "note": printable(row.note)}
 
 
-def _details(run: RunSeen) -> dict[str, Any]:
+def _details(run: FollowedRun) -> dict[str, Any]:
     """Curves, events and what was asked for."""
     points = list(run.metrics.points)
     curves = {name: [(step, encode_number(value)) for step, value in series_of(points, name, CURVE_POINTS)] for name in CURVES}
