@@ -219,6 +219,7 @@ def averages_of_masters(plan: RunPlan) -> tuple[dict[str, Tensor], dict[str, Ten
         return weights_of(engine), {name: value.float() for name, value in mean.items()}
 
 
+@pytest.mark.slow
 def test_what_a_later_phase_trains_counts_as_the_base_had_it_until_then(material: Material, tmp_path: Path) -> None:
     """And the average of what an earlier phase trains goes on."""
     model = save_tiny_model(tmp_path / "m", tied=False)
@@ -291,6 +292,7 @@ def held(plans: list[RunPlan]) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_every_rank_holds_the_planned_bytes(wide: Material) -> None:  # noqa: F811
     cases = [planned(wide, *case) for case in CASES]
     for rank in run_on_ranks(held, 2, [plan for _, plan in cases]):

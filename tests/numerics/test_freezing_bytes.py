@@ -128,6 +128,7 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(wide: Material) -> Non
             assert persisted_activations(work) == pytest.approx(measured.activations, rel=0.05), case
 
 
+@pytest.mark.slow
 def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(wide: Material) -> None:
     """Within 5 %, at stage 3 without what it may have gathered."""
     cases = [planned(wide, way, stage, precision, checkpointing=recomputes) for way, stage, precision, recomputes in CASES]

@@ -36,7 +36,7 @@ WORK: dict[str, Any] = {
     "is_on_gpu": False,
 }
 OFTEN = ("lfm2", "qwen3_next", "jamba", "nemotron_h")
-QUICK = ("lfm2", "qwen3_next")
+QUICK = ("lfm2",)
 STEPS = 3
 
 

@@ -324,6 +324,7 @@ def _measure(plan: RunPlan) -> Bytes:
     return result
 
 
+@pytest.mark.slow
 def test_every_rank_holds_the_planned_bytes_and_estimates_in_fewer_than_a_step(wide: Material, general: StorePlan) -> None:  # noqa: F811
     works, plans = [], []
     for case in CASES:

@@ -40,6 +40,7 @@ from tests.numerics.test_plan_bytes import persisted_activations
 from tests.numerics.test_plan_bytes import planned as planned_bytes
 from tests.peft_methods import EVERY, IN_FRONT, METHODS
 from tests.tiny import save_tiny_model
+from tests.variants import variants
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 60)[None]
@@ -98,10 +99,12 @@ def test_the_curve_is_plain_peft_s_over_a_base_in_nf4(method: str, material: Mat
     assert relative_difference(train(plan).losses, plain) <= SAME_SUMS
 
 
-FEW_IN_FRONT = [pytest.param(name, marks=() if name == "prefix_tuning" else SLOW) for name in IN_FRONT]
+OVER_NF4 = [*(name for name, row in METHODS.items() if row.takes_nf4), *IN_FRONT]
+OFTEN_OVER_NF4 = ["vera", "prefix_tuning"]
+OFTEN_DIVIDED = ["vera", "boft", "adalora", "bottleneck", "prefix_tuning", "p_tuning"]
 
 
-@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.takes_nf4), *FEW_IN_FRONT])
+@pytest.mark.parametrize("method", variants(OFTEN_OVER_NF4, [name for name in OVER_NF4 if name not in OFTEN_OVER_NF4]))
 def test_over_nf4_in_bf16_an_engine_of_deepspeed_learns_what_a_plain_one_does(method: str, material: Material) -> None:
     """Within what bf16 rounds: one has masters and no autocast, the other autocast."""
     quantization = {"format": "nf4", "compute_dtype": "bf16", "quant_storage": "bf16"}
@@ -111,8 +114,8 @@ def test_over_nf4_in_bf16_an_engine_of_deepspeed_learns_what_a_plain_one_does(me
     assert relative_difference(sharded, plain) <= 2e-3
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("stage", variants([3], [0, 1, 2]))
+@pytest.mark.parametrize("method", variants(OFTEN_DIVIDED, [name for name in EVERY if name not in OFTEN_DIVIDED]))
 def test_every_stage_on_two_ranks_equals_one_plain_process(method: str, stage: int, material: Material) -> None:
     alone = run_alone(method, material)[1]
     sharded = run(plan_of(method, material, workers=2, stage=stage))

@@ -208,6 +208,7 @@ def held_to_base(material: Material, way: str, stage: ZeroStage, precision: str)
     return replace(work, holds_weights=True), plan
 
 
+@pytest.mark.slow
 def test_every_rank_holds_and_takes_the_planned_bytes(wide: Material) -> None:  # noqa: F811
     """What is held within 2 %; what an update takes besides is at least that, and at most what is planned, within 2 % of all."""
     cases = [held_to_base(wide, *case) for case in CASES]

@@ -328,6 +328,7 @@ def hold_all(plans: list[RunPlan]) -> list[Held]:
     return [hold(plan) for plan in plans]
 
 
+@pytest.mark.slow
 def test_each_phase_holds_the_planned_bytes_and_nothing_of_the_one_before(
     material: Material, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

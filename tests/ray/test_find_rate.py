@@ -46,6 +46,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_two_workers_leave_the_curve_of_one_a_page_and_the_run_as_it_was(folder: Path) -> None:
     storage, file = folder / "runs", folder / "run.yaml"
     file.write_text(yaml.safe_dump(RUN))

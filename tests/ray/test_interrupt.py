@@ -180,6 +180,7 @@ def test_a_signal_while_ray_starts_ends_in_order_too(
     assert not (tmp_path / "quickstart").exists(), "nobody holds the run any more"
 
 
+@pytest.mark.slow
 @signals(often=signal.SIGTERM)
 def test_an_interrupted_sweep_ends_in_order_and_none_of_its_trials_counts_as_ended(
     number: signal.Signals, exit_code: int, tmp_path: Path, ray_tmp: str

@@ -183,11 +183,12 @@ def ray_tmp() -> Iterator[str]:
         yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "lost"),
     [
         ("gcs_server", "the head of the Ray cluster inside this machine was lost: its GCS has ended"),
-        pytest.param("raylet/raylet", "was lost: its raylet has ended, and with it the driver", marks=pytest.mark.slow),
+        ("raylet/raylet", "was lost: its raylet has ended, and with it the driver"),
     ],
 )
 def test_a_driver_whose_cluster_is_lost_says_so_and_leaves_an_event(

@@ -311,6 +311,7 @@ def test_optuna_proposes_points_inside_the_space_after_the_first_ones(cluster: C
     assert len({json.dumps(trial.trial.values) for trial in by_number}) == 5
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_driver_was_killed_goes_on_where_it_stood(cluster: Cluster, tmp_path: Path) -> None:
     values = config(cluster, tmp_path, "broken", sweep=space_of_16() | {"trials": 8}, training={"max_steps": 81})
     file = tmp_path / "sweep.yaml"

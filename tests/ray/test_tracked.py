@@ -33,6 +33,7 @@ def losses(folder: RunFolder) -> list[float]:
     return [value for _, value in History.read(folder.metrics).series("train/loss")]
 
 
+@pytest.mark.slow
 def test_a_run_and_the_trials_of_a_sweep_are_known_to_their_trackers(cluster: Cluster, tmp_path: Path) -> None:
     train(asked(cluster, tmp_path, name="alone"), progress=False)
     space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}

@@ -203,6 +203,7 @@ def test_what_cannot_be_built_is_said(values: dict[str, Any], said: str, tmp_pat
         meta_model(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_why_a_model_is_not_planned_comes_back_from_the_process(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 24}')
     with pytest.raises(ModelError, match="names no model_type"):

@@ -163,6 +163,7 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
     assert second.status in {"mlflow": ("FINISHED",), "wandb": ("0",)}.get(name, (None,))
 
 
+@pytest.mark.slow
 def test_trials_are_runs_of_a_group_and_stand_below_the_sweep(tmp_path: Path) -> None:
     sweep = SweepFolder(str(tmp_path), "s")
     write_json(sweep.sweep, {"tracking": {"mlflow": {}, "wandb": {"mode": "offline"}}})

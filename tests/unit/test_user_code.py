@@ -38,6 +38,7 @@ from raytune.training.user_objective import tried
 from raytune.user_code import load, read_code
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import config
+from tests.variants import variants
 
 GOOD = """
 def loss(logits, target_ids, scale=1.0):
@@ -384,7 +385,7 @@ def trained(file: str, storage: Path) -> RunFolder:
     return RunFolder(prepared.plan.storage, prepared.plan.name)
 
 
-@pytest.mark.parametrize("name", ["loss", "callbacks", "weights"])
+@pytest.mark.parametrize("name", variants(["loss"], ["callbacks", "weights"]))
 def test_an_example_of_the_guide_trains_as_it_is_written(name: str, here: Path) -> None:
     write_examples(here)
     folder = trained(f"{name}.yaml", here / "runs")
