@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,13 @@ def test_a_page_whose_command_has_ended_says_so(browser: Browser, tmp_path: Path
 
 def test_the_command_prints_the_address_and_ends_at_a_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "raytune.cli", "ui", str(tmp_path), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells have what they run in the background ignore it
+    )
     try:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
