@@ -17,6 +17,7 @@ from raytune.cli.group import (
     run_arguments,
 )
 from raytune.cli.say import say
+from raytune.errors import UserError
 
 target_option = click.option(
     "--target",
@@ -171,7 +172,9 @@ def logs(
     """Print what a job has written, the newest job's without a name; or what the workers of a run have, by its run folder."""
     from raytune.watch.logs import print_logs, run_folder_of
 
-    if name is not None and "/" in name and (folder := run_folder_of(name)):
+    if name is not None and "/" in name:  # which no job and no run has in its name
+        if (folder := run_folder_of(name)) is None:
+            raise UserError(f"{name} is no run folder: it has no run.json. Name one, such as runs/quickstart, or a job.")
         print_logs(folder, attempt, rank, tail, _say_line, follow=follow, as_json=as_json)
         return
     if rank is not None or attempt is not None:

@@ -234,7 +234,7 @@ def _differ(one: float, other: float) -> bool:
 @contextmanager
 def _files(folder: RunFolder, with_model: bool) -> Iterator[tuple[list[Path], Path | None]]:
     """What the run folder has to give, on this machine for as long as the block lasts; the folder of the model, if asked for."""
-    there = [path for path in (folder.run, folder.plan, folder.result, folder.report) if exists(path)]
+    there = [path for path in (folder.run, folder.plan, folder.result) if exists(path)]
     if is_local(folder.path):
         yield [local_path(path) for path in there], local_path(folder.model) if with_model else None
         return

@@ -147,3 +147,9 @@ def test_what_is_not_there_is_said_with_what_is(run: RunFolder, tmp_path: Path) 
     assert "no worker of quiet has printed anything yet" in said(quiet.path)[1][0]
     code, lines = said("some-job", "--rank", "1")
     assert (code, "for a run folder" in lines[-1]) == (2, True)
+
+
+def test_a_folder_that_is_no_run_is_told_and_no_cluster_is_asked(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["logs", str(tmp_path / "nothing")])
+    assert done.exit_code == 2
+    assert "is no run folder: it has no run.json" in done.output
