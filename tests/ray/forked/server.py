@@ -22,6 +22,7 @@ import struct
 import sys
 import traceback
 from contextlib import suppress
+from typing import Any
 
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.superoffload  # noqa: F401
@@ -78,7 +79,7 @@ def serve(path: str) -> None:
                             with suppress(OSError):  # it may have been killed meanwhile
                                 starter.sendall(EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
                             starter.close()  # it ends now
-                elif key.fileobj in selector.get_map():  # a starter was killed
+                elif key.data in starters:  # killed; one whose process has ended in this round too is closed by now
                     selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
 
@@ -86,10 +87,26 @@ def serve(path: str) -> None:
 def started(starter: socket.socket) -> int | None:
     """Fork the process that a starter asks for; None if it has to start by itself."""
     header, descriptors, _, _ = socket.recv_fds(starter, 4, 3)
+    try:
+        return forked(json.loads(received(starter, *struct.unpack("!I", header))), starter, descriptors)
+    except (OSError, struct.error):  # it was killed while it asked
+        return None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def received(starter: socket.socket, size: int) -> bytes:
     payload = b""
-    while len(payload) < struct.unpack("!I", header)[0]:
-        payload += starter.recv(1 << 20)
-    request = json.loads(payload)
+    while len(payload) < size:
+        if not (part := starter.recv(1 << 20)):
+            raise ConnectionResetError
+        payload += part
+    return payload
+
+
+def forked(request: dict[str, Any], starter: socket.socket, descriptors: list[int]) -> int | None:
+    """The pid; None if it has to start by itself."""
     is_worker = request["arguments"][0].endswith(WORKER)
     context = json.loads(
         next((word for word in request["arguments"] if word.startswith(CONTEXT)), f"{CONTEXT}{{}}")[len(CONTEXT) :]
@@ -103,8 +120,6 @@ def started(starter: socket.socket) -> int | None:
     pid = None
     if can_fork and (pid := os.fork()) == 0:
         become(is_worker, request["arguments"], request["environment"], folder, descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
     return pid
 
 
