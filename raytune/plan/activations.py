@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from raytune.plan.kept_by_weights import kept_by_weights
 from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.trained import Trained, TrainedPart, layer_of
 from raytune.plan.workload import BYTES, Workload
 
 KEPT_STEPS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 2}
@@ -121,7 +121,7 @@ def layer_activation_bytes(work: Workload) -> float:
         if module.kind == "norm"
     )
     # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens.
-    is_below = work.trained.lengthens_rows or (trains_base and work.trained.num_whole_embeddings)
+    is_below = _is_below(work.trained)
     if work.has_checkpointing:
         # A layer computed again has gradients for its input, which is kept anyway: where it is in fp32, the norm keeps no other.
         normalised -= 4 * shape.hidden * (work.weight_dtype == "fp32")
@@ -141,8 +141,8 @@ def layer_activation_bytes(work: Workload) -> float:
     if ((work.attention == "varlen" and not work.is_on_gpu) or shares_rows) and keeps_inputs:
         attention += width * queries  # outputs document by document, or of own heads, and end to end
     has_rotary = len(shape.embeddings) == 1
+    attention = _share_through_attention(work) * max(attention, STATE_STEPS * width * shape.state_width)
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / sharing if has_rotary else 0
-    attention = max(attention, STATE_STEPS * width * shape.state_width)
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
     num_steps -= 0 if kept.ways_back is None else 1 - kept.ways_back
@@ -231,8 +231,8 @@ def _linear_input_bytes(work: Workload) -> float:
     layers that only get factors keep no inputs, but what is multiplied.
     """
     shape, width = work.shape, BYTES[work.precision]
-    shared = 2 * shape.hidden * width
     trained = work.trained
+    shared = (1 + _share_through_attention(work)) * shape.hidden * width
     num_layers = max(1, work.num_reached)
     if trained.is_base:
         kept = kept_by_weights(trained, shape, work.zero_stage == 3)
@@ -251,11 +251,36 @@ def _linear_input_bytes(work: Workload) -> float:
     return inner + (cast if casts or trained.drops_inputs else shared) + (mask if trained.drops_inputs else 0)
 
 
+def _is_below(trained: Trained) -> bool:
+    """Whether something is trained in front of the layers."""
+    return trained.lengthens_rows or bool(trained.is_base and trained.num_whole_embeddings)
+
+
+def _share_through_attention(work: Workload) -> float:
+    """The share of layers whose attention a backward pass comes through: not the lowest one's, where it is in front of all that
+    is trained there. With checkpointing it is of the layers that are computed again, where one is whole."""
+    if work.has_checkpointing or _is_below(work.trained) or not _begins_behind_attention(work.trained, work.shape):
+        return 1.0
+    return 1 - 1 / max(1, work.num_reached)
+
+
+@lru_cache(maxsize=4)
+def _begins_behind_attention(trained: Trained, shape: ModelShape) -> bool:
+    """Whether the lowest layer that is trained begins with networks behind its attention, or with its MLP."""
+    lowest = [part for part in trained.parts if layer_of(part.name, shape) == trained.lowest_layer]
+    ways_out = [f".{module.name}" for module in shape.layer if module.kind == "attention"][-1:]
+
+    def is_behind(part: TrainedPart) -> bool:
+        return part.kind in ("mlp", "experts", "router") or (part.how == "network" and part.name.endswith(tuple(ways_out)))
+
+    return bool(lowest) and all(map(is_behind, lowest))
+
+
 def _score_bytes(work: Workload) -> float:
     """`sdpa` holds a mask over the packed row, `eager` scores and probabilities of every head too; the others hold neither."""
     pairs = work.num_tokens * (work.num_tokens + work.num_virtual_keys)
     if work.attention == "eager":
-        return pairs * work.shape.heads * 3 * BYTES[work.precision]
+        return _share_through_attention(work) * pairs * work.shape.heads * 3 * BYTES[work.precision]
     return pairs / (1 if work.has_checkpointing else work.shape.num_layers) if work.attention == "sdpa" else 0
 
 
