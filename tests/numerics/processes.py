@@ -1,8 +1,10 @@
 """Run a function on several gloo ranks, each a process of its own, and bring back what every rank returned or raised."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -70,6 +72,8 @@ def _outcomes(function: Callable[..., Any], num_ranks: int, arguments: tuple, ti
         for rank, process in enumerate(processes):
             process.join(GRACE_S if rank in outcomes else 0)
             if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGUSR1)
+                process.join(1)  # until it has said where it is
                 process.kill()
                 process.join()
                 outcomes.setdefault(rank, (False, f"still running when its time was over\n{_log(folder, rank)}"))
@@ -97,6 +101,7 @@ def _rank_main(
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     log = (folder / f"{rank}.log").open("w")
+    faulthandler.register(signal.SIGUSR1, log)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
