@@ -3,12 +3,9 @@ own section leaves to the shape of the base. Pure.
 
 A launcher calls, in this order: `base_model.read_model_shape`, `setting.settle`; then it builds the stores, with rows of as many
 tokens as that says, and then calls `choose_plan`.
-
-Longer than most files, because every part of a plan is made here, in the order in which parts need each other.
 """
 
 import math
-from typing import TypeVar
 
 from raytune.config.adapter import without_preset
 from raytune.config.checkpoint import CheckpointSection
@@ -16,42 +13,33 @@ from raytune.config.metric_names import METRICS
 from raytune.config.presets import preset_reasons
 from raytune.config.readers import unread
 from raytune.config.run import RunConfig
-from raytune.config.training import TrainingSection
 from raytune.errors import DataError, PlanError, UserError
-from raytune.plan.averaging import averaging_notes, averaging_of
-from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step
+from raytune.plan.averaging import averaging_notes
+from raytune.plan.batch import default_rows_per_step
 from raytune.plan.calendar import Epoch, Period, divides, in_steps, steps_of_epochs
 from raytune.plan.cost import cost_of
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.deepspeed_keys import unread_overrides
-from raytune.plan.defaults import (
-    Choice,
-    default_epochs,
-    default_learning_rate,
-    default_warmup_ratio,
-    default_weight_decay,
-)
-from raytune.plan.distillation import TeacherFiles, distillation_notes, distillation_of, distillation_plan, teacher_section
+from raytune.plan.distillation import TeacherFiles, distillation_notes, distillation_plan, teacher_section
 from raytune.plan.divergence import guard_notes, guard_of
 from raytune.plan.fabric import fabric_notes
-from raytune.plan.fitting import Fit, choose_fit, room_of_worker, tokens_of_worker
+from raytune.plan.fitting import Fit, choose_fit
 from raytune.plan.freezing import freezing_notes, frozen_names
 from raytune.plan.lone_documents import lone_notes
 from raytune.plan.machine import Machine
-from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
 from raytune.plan.methods import expert_notes, method_of
 from raytune.plan.methods.in_front import virtual_notes
 from raytune.plan.mixing import mixture_notes
 from raytune.plan.new_tokens import new_token_notes
 from raytune.plan.objective import objective_notes
-from raytune.plan.optimizers import optimizer_notes, schedule_of
-from raytune.plan.penalty import ewc_documents, ewc_strength, l2_sp_strength, penalty_keys, penalty_notes
-from raytune.plan.phases import has_own_rates, phase_notes, phase_plans, words_of
-from raytune.plan.quantization import quantization_limits, quantized_bytes
+from raytune.plan.optimization import optimization_plan, rows_in_epochs
+from raytune.plan.optimizers import optimizer_notes
+from raytune.plan.penalty import penalty_notes
+from raytune.plan.phases import phase_notes, words_of
+from raytune.plan.reasons import Reasons, reasons_for_fit, reasons_of_cluster
 from raytune.plan.requirements import Device
 from raytune.plan.rope import resolve_rope, rope_notes
 from raytune.plan.run_plan import (
-    BatchPlan,
     CheckpointPlan,
     ClusterPlan,
     CostPlan,
@@ -60,7 +48,6 @@ from raytune.plan.run_plan import (
     EvaluationPlan,
     LossPlan,
     ModelPlan,
-    OptimizationPlan,
     PhaseNeeds,
     PhasePlan,
     RunPlan,
@@ -70,21 +57,10 @@ from raytune.plan.setting import Setting
 from raytune.plan.stopping import stopping_notes, stopping_of
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.suites import check_room, suites_plan
-from raytune.plan.update_groups import rate_notes, update_groups
+from raytune.plan.update_groups import rate_notes
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
-
-Value = TypeVar("Value")
-
-
-class _Reasons(list[str]):
-    """Sentences about choices, in the order in which they were made."""
-
-    def taken(self, choice: Choice[Value]) -> Value:
-        if choice.reason:
-            self.append(choice.reason)
-        return choice.value
 
 
 def choose_plan(
@@ -113,30 +89,25 @@ def choose_plan(
     if not data.train.num_targets:
         raise DataError(f"The training store {data.train.path} has no target tokens, so nothing can be learned from it.")
     config, shape, machine = setting.config, setting.shape, setting.machine
-    reasons = _Reasons([*preset_reasons(config), *setting.reasons])
-    training, device, workers = config.training, setting.device, setting.workers
+    reasons = Reasons([*preset_reasons(config), *setting.reasons])
+    training, device = config.training, setting.device
     precision, adapter, quantization = setting.precision, setting.adapter, setting.quantization
     method = method_of(adapter)
-    rows_in_epochs = _rows_in_epochs(config, data, reasons)
-    wanted_rows = default_rows_per_step(data.train.num_rows, rows_in_epochs)
+    in_epochs = rows_in_epochs(config, data, reasons)
+    wanted_rows = default_rows_per_step(data.train.num_rows, in_epochs)
     fit = choose_fit(setting, wanted_rows, data)
-    reasons += _reasons_for_fit(fit, setting, wanted_rows, data)
-    reasons += (
-        [_quantised_and_zero_3(quantized_bytes(quantization, shape, setting.trained), fit)]
-        if quantization and workers > 1 and not quantization_limits(setting.held, precision)
-        else []
-    )
+    reasons += reasons_for_fit(fit, setting, wanted_rows, data)
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
     reasons += method.unread(without_preset(config.adapter), shape)
     reasons += unread_overrides(training.zero, fit.zero_stage, precision)
-    reasons += _reasons_of_cluster(config, machine)
+    reasons += reasons_of_cluster(config, machine)
     check_room(config.evaluation, shape, machine, device)
 
     rows_per_step = fit.batch.global_batch_size
-    num_rows = (training.max_steps or 0) * rows_per_step if rows_in_epochs is None else rows_in_epochs
+    num_rows = (training.max_steps or 0) * rows_per_step if in_epochs is None else in_epochs
     num_steps = math.ceil(num_rows / rows_per_step)
-    optimization = _optimization(setting, data, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
+    optimization = optimization_plan(setting, data, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
     epoch = Epoch(data.train.num_rows, rows_per_step, num_steps)
     evaluation = _evaluation(config, data, epoch, reasons)
     checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
@@ -256,76 +227,6 @@ def _check_nvme(plan: RunPlan, machine: Machine) -> None:
         )
 
 
-def _rows_in_epochs(config: RunConfig, data: DataFacts, reasons: _Reasons) -> int | None:
-    """Rows over all epochs; None when the number of steps is given instead."""
-    training = config.training
-    if training.max_steps is not None:
-        return None
-    epochs = training.num_train_epochs
-    if epochs == "auto":
-        method, num_targets = config.adapter.method, data.train.num_targets
-        epochs = reasons.taken(default_epochs(method, method_of(config.adapter).epochs(num_targets), num_targets))
-    return math.ceil(epochs * data.train.num_rows)
-
-
-def _reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFacts) -> list[str]:
-    training = setting.config.training
-    room = room_of_worker(setting).device
-    needed = format_bytes(bytes_in(fit.memory, "device"))
-    compared = f"{needed} per worker of the {format_bytes(room)} that can be used" if room else f"{needed} per worker"
-    row = "document" if setting.config.data.packing == "none" else "packed row"
-    reasons = []
-    if training.global_batch_size == "auto":
-        rows = fit.batch.global_batch_size
-        reasons.append(f"training.global_batch_size is {rows}: {_why_rows(fit.batch, wanted_rows, training, row)}.")
-    if training.per_device_train_batch_size == "auto":
-        tokens = tokens_of_worker(setting, data, fit.batch)
-        reasons.append(
-            f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
-        )
-    if training.gradient_accumulation_steps == "auto":
-        reasons.append(f"training.gradient_accumulation_steps is {fit.batch.accumulation}: {fit.batch.in_words(row)}.")
-    of_all = "in the fastest way that fits, by the plan's arithmetic"
-    if training.zero.stage == "auto":
-        why = of_all if fit.step_time else "the lowest that fits and that the settings allow"
-        reasons.append(f"training.zero.stage is {fit.zero_stage}, {why}: {compared}.")
-    if training.gradient_checkpointing == "auto":
-        why = "it would not fit without" if fit.has_checkpointing else "it fits without"
-        why = of_all if fit.step_time else why
-        reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
-    logits = "all logits" if distillation_of(setting.config) is None else "all logits, with those of the teacher"
-    if training.loss == "auto" and fit.chunk_tokens:
-        reasons.append(
-            f"training.loss is chunked, {fit.chunk_tokens} targets at a time: {logits} (vocabulary "
-            f"{setting.shape.vocab}) would exceed {format_bytes(FULL_LOGITS_BYTES)}."
-        )
-    elif training.loss == "auto":
-        reasons.append(f"training.loss is full: the logits of all targets stay below {format_bytes(FULL_LOGITS_BYTES)}.")
-    return reasons
-
-
-def _quantised_and_zero_3(num_bytes: float, fit: Fit) -> str:
-    """What ZeRO-3 would do for a quantised base of this size, or does."""
-    packed, possible = format_bytes(num_bytes), "A quantised base under ZeRO-3 is possible"
-    if fit.zero_stage < 3:
-        return f"{possible} but not wanted here: the packed base ({packed}) lies whole on every worker."
-    return (
-        f"{possible}: packed weights are sharded while they load, and each pass of each micro-batch gathers "
-        f"them ({packed}). A lower stage gathers nothing, but needs room for the whole packed base on every worker."
-    )
-
-
-def _reasons_of_cluster(config: RunConfig, machine: Machine) -> list[str]:
-    """What the config says of machines that are others."""
-    section = config.cluster
-    if section.instance and machine.instance is None:
-        return [f"cluster.instance is {section.instance}, but the cluster has no GPUs: neither time nor money are known."]
-    if "nodes" in section.model_fields_set and section.nodes != machine.num_nodes:
-        there = f"{machine.num_nodes} that can hold a worker"
-        return [f"cluster.nodes is {section.nodes}, but the cluster has {there}: the plan is for what is there."]
-    return []
-
-
 def _phase_needs(setting: Setting, fit: Fit) -> list[PhaseNeeds]:
     return [
         PhaseNeeds(
@@ -365,93 +266,6 @@ def _cost(config: RunConfig, fit: Fit, machine: Machine, num_steps: int, phases:
     )
 
 
-def _why_rows(batch: BatchPlan, wanted_rows: int, training: TrainingSection, row: str) -> str:
-    if training.per_device_train_batch_size != "auto" and training.gradient_accumulation_steps != "auto":
-        return batch.in_words(row)
-    if batch.global_batch_size > wanted_rows:
-        return f"the fewest {row}s that the other settings allow"
-    if wanted_rows < DEFAULT_ROWS:
-        return f"fewer than {DEFAULT_ROWS}, because the data has few {row}s (at least {MIN_STEPS} steps, none twice in a step)"
-    return f"{DEFAULT_ROWS} {row}s, in whole parts for each worker"
-
-
-def _optimization(
-    setting: Setting, data: DataFacts, num_steps: int, num_rows: int, epoch_steps: float, reasons: _Reasons
-) -> OptimizationPlan:
-    training, trained, num_parameters = setting.config.training, setting.trained, setting.shape.num_parameters
-    name, method = setting.config.adapter.method, method_of(setting.adapter)
-    rate, phases = training.learning_rate, setting.config.strategy.unfreeze
-    if has_own_rates(setting.config):
-        rate = phases[0].learning_rate or 0.0
-    if rate == "auto":
-        rate = reasons.taken(default_learning_rate(name, method.learning_rate(num_parameters), num_parameters))
-    decay = training.weight_decay
-    if decay == "auto" and (keys := penalty_keys(setting.config)):
-        decay = 0.0
-        draw = f"{' and '.join(keys)} draw{'s' * (len(keys) == 1)}"
-        reasons.append(f"training.weight_decay is 0: {draw} weights to the base, in place of drawing them to 0.")
-    elif decay == "auto":
-        decay = reasons.taken(default_weight_decay(name, method.weight_decay))
-    reasons += method.reasons(setting.adapter, setting.shape)
-    return OptimizationPlan(
-        num_steps=num_steps,
-        num_rows=num_rows,
-        optimizer=training.optimizer,
-        learning_rate=rate,
-        lora_plus_ratio=trained.way_back_rate_scale,
-        lora_plus_embedding_rate=trained.embedding_rate,
-        update_groups=update_groups(trained),
-        phases=phase_plans(setting.config, setting.phases, setting.shape, rate, num_steps=num_steps, epoch_steps=epoch_steps),
-        schedule=reasons.taken(schedule_of(training)),
-        warmup_steps=_warmup_steps(training, num_steps, reasons),
-        min_lr_ratio=training.min_lr_ratio,
-        decay_ratio=training.decay_ratio,
-        polynomial_power=training.polynomial_power,
-        num_cycles=training.num_cycles,
-        weight_decay=decay,
-        beta1=training.adam_beta1,
-        beta2=training.adam_beta2,
-        epsilon=training.adam_epsilon,
-        max_grad_norm=training.max_grad_norm,
-        objective=setting.objective,
-        l2_sp_strength=l2_sp_strength(setting.config),
-        ewc_strength=ewc_strength(setting.config),
-        ewc_documents=ewc_documents(setting.config, data),
-        averaging=reasons.taken(averaging_of(training.averaging, num_steps)),
-    )
-
-
-def _warmup_steps(training: TrainingSection, num_steps: int, reasons: _Reasons) -> int:
-    if training.warmup_steps is not None:
-        if training.warmup_steps > num_steps:
-            raise UserError(
-                f"training.warmup_steps is {training.warmup_steps}, but the run has {num_steps} steps. Set it to less, or use "
-                f"training.warmup_ratio."
-            )
-        if training.warmup_steps == num_steps == 1:
-            raise UserError(
-                "training.warmup_steps is 1, but the run has one step, and a warm-up begins at rate 0: nothing would be learned. "
-                "Set it to 0, or train for more steps (training.max_steps, training.num_train_epochs)."
-            )
-        return training.warmup_steps
-    ratio = training.warmup_ratio
-    if ratio == "auto":
-        choice = default_warmup_ratio(num_steps)
-        warmup_steps = math.ceil(choice.value * num_steps)
-        if warmup_steps > 1:
-            reasons.taken(choice)
-            return warmup_steps
-        reasons.append(
-            f"The warm-up has no step: training.warmup_ratio is {choice.value:g} of {num_steps}, which is one, at rate 0."
-        )
-        return 0
-    if num_steps == 1 and ratio:
-        # The first step of a warm-up has rate 0: the only step of a run must not be it.
-        reasons.append(f"The warm-up has no step: training.warmup_ratio is {ratio:g}, but the only step would have rate 0.")
-        return 0
-    return math.ceil(ratio * num_steps)
-
-
 def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
     zero = config.training.zero
     return EnginePlan(
@@ -464,7 +278,7 @@ def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
     )
 
 
-def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: _Reasons) -> EvaluationPlan:
+def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: Reasons) -> EvaluationPlan:
     section = config.evaluation
     every_steps = section.every_steps
     if section.every_epochs is not None:
@@ -503,9 +317,7 @@ def _saves_miss_evaluations(section: CheckpointSection, evaluate_every: Period, 
     return not divides(evaluate_every, save_every) and not divides(save_every, evaluate_every)
 
 
-def _checkpoint(
-    config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, epoch: Epoch, reasons: _Reasons
-) -> CheckpointPlan:
+def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, epoch: Epoch, reasons: Reasons) -> CheckpointPlan:
     section = config.checkpoint
     every_steps = section.every_steps
     if section.every_epochs is not None:
