@@ -126,13 +126,20 @@ class RunResult:
             "best_step": self.best_step,
             **self.findings.to_json(),
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
-            "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
-            "symptoms": [asdict(symptom) for symptom in self.symptoms],
+            **self._told,
             "comparisons": {name: comparison.to_json() for name, comparison in self.comparisons.items()},
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
                 {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured
             ],
+        }
+
+    @property
+    def _told(self) -> dict:
+        """What `words` and `symptoms` say, as plain values."""
+        return {
+            "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
+            "symptoms": [asdict(symptom) for symptom in self.symptoms],
         }
 
     @property
@@ -158,8 +165,7 @@ class RunResult:
 
 
 def write_outcome(result: RunResult) -> None:
-    """Add time, dollars and changes in words to the result of a run, which its workers have written: they do not know when it
-    ended."""
+    """Add what it took, what has changed and what looks wrong to the result of a run, which its workers have written: they do not
+    know when it ended."""
     path = RunFolder(result.plan.storage, result.name).result
-    outcome = outcome_record(result.spent, result.changes, result.history.last_step)
-    write_json(path, {**read_json(path), "outcome": outcome})
+    write_json(path, {**read_json(path), **result._told})

@@ -60,13 +60,19 @@ class RunFailedError(RaytuneError):
         return type(self), (self.args[0], self.failure)
 
 
-def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks: Sequence[Callback] = ()) -> RunResult:
+def run(
+    config: RunConfig,
+    watch: Watch = lambda plan: nullcontext(),
+    callbacks: Sequence[Callback] = (),
+    leave: Callable[[RunFolder], None] = lambda folder: None,
+) -> RunResult:
     """Train what `config` says, or return the result of the finished run of that name.
 
     Args:
         config: what the user wrote.
         watch: given the plan, a context that lasts as long as the training: progress for a person, for example.
         callbacks: called with what happens, behind those that the config names.
+        leave: called when the run has finished or failed, before trackers are sent what its folder has.
 
     Raises:
         UserError: before anything is started, if the config, the model, the data or the machines do not allow the run.
@@ -84,7 +90,7 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks:
 
     @contextmanager
     def watched(plan: RunPlan) -> Iterator[None]:
-        with watch(plan), tracking(config.tracking, folder), calling(told, plan):
+        with watch(plan), tracking(config.tracking, folder), _leaving(leave, folder), calling(told, plan):
             yield
 
     with _held_unless_finished(folder, config) as lease:
@@ -185,12 +191,23 @@ def _train_held(
     with watch(plan):
         get_ready(plan)
         _train(plan, record, folder, attempt, lease, resumes=config.checkpoint.resume)
-    result = RunResult.read(folder)
-    try:
-        write_outcome(result)
-    except (RaytuneError, OSError) as error:  # the run has ended well, and whoever reads it can tell it again
-        logger.warning("%s lacks what the run came to in words: %s", folder.result, first_line(error))
+        result = RunResult.read(folder)
+        try:
+            write_outcome(result)
+        except (RaytuneError, OSError) as error:  # the run has ended well, and whoever reads it can tell it again
+            logger.warning("%s lacks what the run came to in words: %s", folder.result, first_line(error))
     return result
+
+
+@contextmanager
+def _leaving(leave: Callable[[RunFolder], None], folder: RunFolder) -> Iterator[None]:
+    """See `run`. A run that was interrupted has not ended."""
+    try:
+        yield
+    except RunFailedError:
+        leave(folder)
+        raise
+    leave(folder)
 
 
 def _base_here(plan: RunPlan) -> None:

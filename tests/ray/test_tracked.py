@@ -9,7 +9,8 @@ from ray.cluster_utils import Cluster
 from raytune.api import sweep, train
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder
-from tests.trackers import in_tensorboard, in_trackio
+from raytune.storage import read_json
+from tests.trackers import in_mlflow, in_tensorboard, in_trackio
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -35,7 +36,13 @@ def losses(folder: RunFolder) -> list[float]:
 
 @pytest.mark.slow
 def test_a_run_and_the_trials_of_a_sweep_are_known_to_their_trackers(cluster: Cluster, tmp_path: Path) -> None:
-    train(asked(cluster, tmp_path, name="alone"), progress=False)
+    result = train(asked(cluster, tmp_path, name="alone", tracking=["tensorboard", "trackio", "mlflow"]), progress=False)
+    (page,) = tmp_path.rglob("artifacts/report.html")
+    assert page.read_bytes() == Path(RunFolder(str(tmp_path), "alone").report).read_bytes(), (
+        "the page is written before they close"
+    )
+    took = in_mlflow(tmp_path)[0].points["result/training_s", 3]
+    assert took == [read_json(RunFolder(str(tmp_path), "alone").result)["outcome"]["training_s"]] == [result.spent.training_s]
     space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}
     sweep(asked(cluster, tmp_path, name="two", sweep=space), progress=False)
 

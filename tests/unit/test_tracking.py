@@ -20,8 +20,8 @@ from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import read_json, write_json
-from raytune.tracking.told import settings_of
+from raytune.storage import read_json, write_bytes, write_json
+from raytune.tracking.told import page_mark, settings_of
 from raytune.tracking.trackers import LIBRARIES, away, refuse_unready
 from raytune.tracking.watching import tracking
 from raytune.training.run import train
@@ -83,8 +83,14 @@ def train_steps(folder: RunFolder, *, attempt: int, resumed: int, until: int, se
 def finish(folder: RunFolder) -> None:
     with EventLog(folder.events, attempt=9) as events:
         events.write("run_finished")
-    write_json(folder.result, {"metrics": {"validation/loss": 0.25, "train/loss": 1.0}, "best_step": 2, "comparison": None})
+    result = {"metrics": {"validation/loss": 0.25, "train/loss": 1.0}, "best_step": 2, "comparison": None}
+    write_json(folder.result, result | {"outcome": {"training_s": 8.0, "usd": None}})
     set_state(folder, "finished")
+
+
+def leave_page_of(folder: RunFolder, state: str) -> None:
+    """A page as it is left at the end of an attempt."""
+    write_bytes(folder.report, page_mark(read_json(folder.run) | {"state": state}).encode())
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
@@ -130,8 +136,10 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
         train_steps(folder, attempt=1, resumed=0, until=6)
         wait_for(lambda: knows_all(name, folder))
         train_steps(folder, attempt=2, resumed=3, until=5, seed=1.0)  # of its first attempt, 1 to 3 stand
+        leave_page_of(folder, "failed")
         set_state(folder, "interrupted")
     assert knows_all(name, folder)
+    assert not list(tmp_path.rglob("artifacts/report.html")), "it is of an earlier end"
     first = only(read(tmp_path))
     expected = rounded(history(folder))
     assert len(expected) == 5 * 2 + 2
@@ -148,6 +156,8 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
         train_steps(folder, attempt=3, resumed=5, until=8)
         wait_for(lambda: knows_all(name, folder))  # to start takes seconds, and the end waits for few
         finish(folder)
+        leave_page_of(folder, "finished")
+    assert len(list(tmp_path.rglob("artifacts/report.html"))) == (name == "mlflow")
     second = only(read(tmp_path))
     assert second.run_id == first.run_id
     expected, known = rounded(history(folder)), rounded(second.points)
@@ -155,7 +165,7 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
     assert {key: values[-1:] for key, values in known.items()} == expected
     assert known == expected or name == "mlflow"
     results = {metric: values for (metric, _), values in rounded(second.points, results=True).items()}
-    assert results == {"result/validation/loss": [0.25], "result/best_step": [2.0]}
+    assert results == {"result/validation/loss": [0.25], "result/best_step": [2.0], "result/training_s": [8.0]}
     assert float(second.settings["training.learning_rate"]) == 3e-4
     assert float(second.settings["plan.steps"]) == 4
     assert len(second.events) == len(read_events(folder.events))
