@@ -181,12 +181,13 @@ def _planned_and_measured(run: RunSeen) -> Iterator[_Measured]:
     else:
         step = None if plan.optimization.phases else plan.step_time
         peak = partial(bytes_in, place="device")(plan.memory) if is_cpu else tensor_bytes(plan.memory)
-        known = {"peak": (peak, run.peak_bytes), "step_s": (step and step.seconds, run.step_s)}
+        known = {"peak": (peak, run.evidence.peak_bytes), "step_s": (step and step.seconds, run.step_s)}
     names = {"peak": "peak of a worker", "step_s": "seconds per step"}
     for name, (planned, measured) in known.items():
         form = "{:.3g}".format if name == "step_s" else format_bytes
         bound = "at most " if name == "peak" and is_cpu else ""
         yield _compared(names.get(name, name), planned, measured, form, bound)
+    yield _compared("of which waiting for rows", None, run.evidence.wait_s, "{:.3g}".format)
     steps_s = run.last_step * run.step_s if run.step_s else None
     planned_s = 3600 * plan.cost.hours if plan.cost else None
     yield _compared("time of all steps", planned_s, steps_s, format_seconds)
