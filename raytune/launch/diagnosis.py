@@ -80,6 +80,8 @@ class Evidence:
     failure: str | None = None
     """What ended it, or its newest failed attempt."""
     changes: Sequence[Change] = ()
+    failed_metrics: Sequence[str] = ()
+    """Why metrics of the user's have failed."""
     spent: Spent | None = None
     step_s: float | None = None
     """Seconds of a step, the median."""
@@ -94,6 +96,7 @@ class Evidence:
         events: Sequence[Mapping[str, Any]],
         changes: Sequence[Change],
         *,
+        failed_metrics: Sequence[str] = (),
         failure: str | None = None,
         step_s: float | None = None,
         peak_bytes: float | None = None,
@@ -110,6 +113,7 @@ class Evidence:
             history=history,
             failure=redacted(plain_text(failure)) if failure else None,
             changes=changes,
+            failed_metrics=failed_metrics,
             spent=spent(events, history, plan.cost),
             step_s=step_s or seconds_per_step(history.points) or None,
             peak_bytes=peak_bytes or history.as_of(history.last_step).get("train/memory_bytes"),
@@ -308,6 +312,18 @@ def forgetting(evidence: Evidence) -> Iterator[Symptom]:
         )
 
 
+def failed_metrics(evidence: Evidence) -> Iterator[Symptom]:
+    """Functions of the user's that could not judge the answers."""
+    for why in evidence.failed_metrics:
+        yield Symptom(
+            name="failed_metric",
+            words=f"A metric of your own has failed: {why}",
+            key="evaluation.suites",
+            advice="Correct the function: it has to take whatever a model writes. The run has ended well without it, and "
+            "samples.jsonl has all answers.",
+        )
+
+
 # --- Rows --------------------------------------------------------------------------------------------------------------------
 
 
@@ -476,7 +492,7 @@ RULES: tuple[tuple[Rule, ...], ...] = (
     (out_of_memory,),
     OF_THE_CURVE,
     (spikes,),
-    (overfitting, few_rows, forgetting),
+    (overfitting, few_rows, forgetting, failed_metrics),
     (lost_rows, underfilled),
     (data_bound, slow_steps, much_besides, memory_off),
 )

@@ -87,6 +87,7 @@ class RunResult:
                 history,
                 events,
                 changes(history, metrics, comparisons),
+                failed_metrics=[why for comparison in comparisons.values() for why in comparison.failed.values()],
                 step_s=median_step_s,
                 peak_bytes=max((rank["peak"] for rank in held_bytes if "peak" in rank), default=None),
             ),
