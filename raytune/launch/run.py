@@ -17,6 +17,7 @@ from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloada
 from raytune.launch.callbacks import Callback, calling, load_callbacks
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
+from raytune.launch.gauges import gauges_of
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
@@ -90,7 +91,8 @@ def run(
 
     @contextmanager
     def watched(plan: RunPlan) -> Iterator[None]:
-        with watch(plan), tracking(config.tracking, folder), _leaving(leave, folder), calling(told, plan):
+        own = [gauges_of(config.tracking, plan)] if config.tracking.prometheus else []
+        with watch(plan), tracking(config.tracking, folder), _leaving(leave, folder), calling([*own, *told], plan):
             yield
 
     with _held_unless_finished(folder, config) as lease:

@@ -2,15 +2,19 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from raytune.config.load import config_from
+import raytune
+from raytune.config.load import config_from, load_config
 from raytune.config.tracking import TrackingSection
 from raytune.errors import UserError
+from raytune.launch.gauges import METRIC, RUNNING, STEP, STEPS
 from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.run import train_plan
 from raytune.launch.track import TrackersAwayError, track
@@ -24,10 +28,11 @@ from raytune.storage import read_json, write_bytes, write_json
 from raytune.tracking.told import page_mark, settings_of
 from raytune.tracking.trackers import LIBRARIES, away, refuse_unready
 from raytune.tracking.watching import tracking
+from raytune.training.recorder import Recorder
 from raytune.training.run import train
 from raytune.training.start import Worker
 from tests.tiny import store_plan, tiny_plan, tiny_store
-from tests.trackers import READERS, Kept, MlflowServer, Points, mlflow_server
+from tests.trackers import READERS, Kept, MlflowServer, Points, RealMlflowServer, at_mlflow, mlflow_server
 
 OPTIONS = {"wandb": {"mode": "offline"}}
 DEADLINE_S = 90.0
@@ -250,6 +255,36 @@ def test_a_command_ends_beside_a_dead_tracker_which_is_told_by_a_later_one(
     assert rounded(server.points(run_id)) == rounded(history(folder))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_mlflow_server_that_is_killed_knows_everything_when_it_is_back(tmp_path: Path) -> None:
+    server = RealMlflowServer(tmp_path)
+    folder = RunFolder(str(tmp_path), "r")
+    begin(folder)
+    server.start()
+    try:
+        with tracking(section_of("mlflow", uri=server.uri), folder):
+            train_steps(folder, attempt=1, resumed=0, until=4)
+            wait_for(lambda: knows_all("mlflow", folder))
+            server.kill()
+            train_steps(folder, attempt=2, resumed=4, until=6)
+            wait_for(lambda: any(event["event"] == "tracker_away" for event in read_events(folder.events)))
+            server.start()
+            wait_for(lambda: any(event["event"] == "tracker_back" for event in read_events(folder.events)))
+            finish(folder)
+            leave_page_of(folder, "finished")
+        kept = only(at_mlflow(server.uri))
+    finally:
+        server.kill()
+    assert kept.status == "FINISHED"
+    assert rounded(kept.points) == rounded(history(folder))
+    assert kept.settings["training.learning_rate"] == "0.0003"
+    sent = {path.name for path in (tmp_path / "files").rglob("*") if path.is_file()}
+    assert sent == {"run.json", "plan.json", "result.json", "report.html", "events.txt"}
+    told = [event["event"] for event in read_events(folder.events) if event["event"].startswith("tracker_")]
+    assert told == ["tracker_away", "tracker_back"]
+
+
 def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed(server: MlflowServer, tmp_path: Path) -> None:
     store = store_plan(tiny_store(tmp_path / "store"))
 
@@ -316,6 +351,20 @@ def test_names_alone_stand_for_trackers_without_options() -> None:
         config_from(asked | {"tracking": ["wandbb"]})
 
 
+@pytest.mark.parametrize("names", ["[tensorboard, trackio]", "trackio"])
+def test_what_is_laid_over_names_alone_joins_them(names: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{base: demo}}\ndata: {{train: demo:train}}\ntracking: {names}\n")
+    section = load_config([file], ["tracking.group=x", "tracking.mlflow.experiment=e", "tracking.trackio.project=p"]).tracking
+    assert set(section.chosen) == {"trackio", "mlflow"} | ({"tensorboard"} if "tensorboard" in names else set())
+    assert section.trackio is not None
+    assert (section.group, section.trackio.project) == ("x", "p")
+    assert set(load_config([file], ["tracking=[wandb]"]).tracking.chosen) == {"wandb"}, "a list replaces"
+    file.write_text(file.read_text().replace("trackio", "trakio"))
+    with pytest.raises(UserError, match="trakio"):
+        load_config([file], ["tracking.group=x"])
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [
@@ -377,3 +426,65 @@ def test_nothing_is_started_where_no_tracker_is_named(tmp_path: Path, caplog: py
         pass
     assert not list(tmp_path.iterdir())
     assert not caplog.records
+
+
+# --- Prometheus
+
+
+def test_the_dashboard_shows_gauges_that_there_are_and_every_panel_has_its_place() -> None:
+    dashboard = json.loads((Path(raytune.__file__).parent / "docs/grafana.json").read_text())
+    jsonschema.validate(dashboard, DASHBOARD)
+    known = {f"ray_{name}" for name in (METRIC, STEP, STEPS, RUNNING)}
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    places, shown = set(), set()
+    for panel in dashboard["panels"]:
+        expression = panel["targets"][0]["expr"]
+        assert set(re.findall(r"ray_\w+", expression)) <= known, panel["title"]
+        assert set(re.findall(r"\$\{?(\w+)", json.dumps(panel))) <= variables
+        shown |= {one for pattern in re.findall(r'metric=~"([^"]+)"', expression) for one in pattern.split("|")}
+        at = panel["gridPos"]
+        own = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not own & places
+        places |= own
+    documented = re.findall(r"`(train/\w+)`", str(Recorder.__doc__))
+    assert {name for name in shown if name.startswith("train/")} <= set(documented)
+
+
+DASHBOARD = {
+    "type": "object",
+    "required": ["title", "uid", "schemaVersion", "panels", "templating", "time"],
+    "properties": {
+        "schemaVersion": {"type": "integer", "minimum": 30},
+        "panels": {
+            "type": "array",
+            "minItems": 6,
+            "items": {
+                "type": "object",
+                "required": ["id", "title", "type", "datasource", "gridPos", "targets", "fieldConfig"],
+                "properties": {
+                    "id": {"type": "integer"},
+                    "type": {"const": "timeseries"},
+                    "gridPos": {
+                        "type": "object",
+                        "required": ["x", "y", "w", "h"],
+                        "properties": {"x": {"minimum": 0}, "w": {"maximum": 24}},
+                    },
+                    "targets": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["expr", "refId"]}},
+                },
+            },
+        },
+    },
+}
+"""What Grafana asks of a dashboard that is imported, as far as ours has it."""
+
+
+def test_gauges_are_for_one_run_and_their_names_for_whoever_reads_them() -> None:
+    asked = {"model": {"base": "demo"}, "data": {"train": "demo:train"}, "tracking": ["prometheus"]}
+    section = config_from(asked).tracking
+    assert (section.prometheus is not None, section.chosen) == (True, {})
+    config_from(asked | {"tracking": {"prometheus": {}, "group": "a", "run_name": "b"}})
+    with pytest.raises(UserError, match="no tracker is named that keeps runs"):
+        config_from(asked | {"tracking": {"prometheus": {}, "tags": {"team": "a"}}})
+    space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}
+    with pytest.raises(UserError, match="a sweep has many at once"):
+        config_from(asked | {"data": {"train": "demo:train", "validation": "demo:validation"}, "sweep": space})
