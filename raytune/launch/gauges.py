@@ -4,12 +4,29 @@ from functools import cached_property
 
 from ray.util.metrics import Gauge
 
+from raytune.config.run import RunConfig
 from raytune.config.tracking import TrackingSection
+from raytune.errors import UserError
+from raytune.launch.address import named_address
 from raytune.launch.callbacks import RunEvent
 from raytune.plan.run_plan import RunPlan
 
 METRIC, STEP, STEPS, RUNNING = "raytune_metric", "raytune_step", "raytune_steps", "raytune_running"
 """Names of gauges; Ray puts `ray_` before them."""
+
+
+def refuse_unseen(config: RunConfig) -> None:
+    """Refuse gauges of a command that is on no node of its cluster, where nothing reads them.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if config.tracking.prometheus and (named_address(config.cluster) or "").startswith("ray://"):
+        raise UserError(
+            "tracking.prometheus sets gauges on the node of the command, and by ray:// it is on none. Name the cluster as "
+            "host:port on one of its nodes, submit the run as a job (raytune submit), or leave tracking.prometheus out.",
+            keys=("tracking.prometheus",),
+        )
 
 
 def gauges_of(section: TrackingSection, plan: RunPlan) -> "Gauges":

@@ -17,7 +17,7 @@ from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloada
 from raytune.launch.callbacks import Callback, calling, load_callbacks
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
-from raytune.launch.gauges import gauges_of
+from raytune.launch.gauges import gauges_of, refuse_unseen
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
@@ -87,6 +87,7 @@ def run(
     refuse_changed_settings(folder, config)
     told = [*load_callbacks(config.callbacks), *callbacks]
     refuse_unready(config.tracking, folder.storage)
+    refuse_unseen(config)
     base = refuse_without_cluster(config)
 
     @contextmanager

@@ -14,7 +14,7 @@ import raytune
 from raytune.config.load import config_from, load_config
 from raytune.config.tracking import TrackingSection
 from raytune.errors import UserError
-from raytune.launch.gauges import METRIC, RUNNING, STEP, STEPS
+from raytune.launch.gauges import METRIC, RUNNING, STEP, STEPS, refuse_unseen
 from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.run import train_plan
 from raytune.launch.track import TrackersAwayError, track
@@ -485,6 +485,9 @@ def test_gauges_are_for_one_run_and_their_names_for_whoever_reads_them() -> None
     config_from(asked | {"tracking": {"prometheus": {}, "group": "a", "run_name": "b"}})
     with pytest.raises(UserError, match="no tracker is named that keeps runs"):
         config_from(asked | {"tracking": {"prometheus": {}, "tags": {"team": "a"}}})
+    refuse_unseen(config_from(asked | {"cluster": {"address": "host:6379"}}))
+    with pytest.raises(UserError, match="by ray:// it is on none"):
+        refuse_unseen(config_from(asked | {"cluster": {"address": "ray://host:10001"}}))
     space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}
     with pytest.raises(UserError, match="a sweep has many at once"):
         config_from(asked | {"data": {"train": "demo:train", "validation": "demo:validation"}, "sweep": space})
