@@ -14,8 +14,6 @@ from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
-from raytune.run_folder import RunFolder
-from raytune.storage import absolute
 
 if TYPE_CHECKING:
     from raytune.launch.found_rate import FoundRate
@@ -49,7 +47,7 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
-    from raytune.report.at_end import with_page
+    from raytune.report.at_end import leave_page
 
     resolved, places = _resolved(config, overrides)
     with errors_at(resolved, places):
@@ -57,8 +55,7 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
         for callback in callbacks:
             check_callback(callback, repr(callback))
         watch = {"watch": show_progress} if progress else {}
-        folder = RunFolder(absolute(resolved.storage), resolved.name)
-        return with_page(lambda: run(resolved, callbacks=callbacks, **watch), folder)
+        return run(resolved, callbacks=callbacks, leave=leave_page, **watch)
 
 
 def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepResult":

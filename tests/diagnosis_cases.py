@@ -49,6 +49,7 @@ class Case:
     """Whether each row has the answer of the next, so that there is nothing to learn but the rows themselves."""
     odd_rows: tuple[int, ...] = ()
     """Places in the file of rows that are noise."""
+    template: str = "auto"
 
 
 CASES = {
@@ -99,6 +100,7 @@ def config_of(case: Case, folder: Path) -> RunConfig:
                 "validation": [{"path": path, "max_rows": 24} for path in validation],
                 "max_length": 256,
                 "packing": "none",
+                "template": case.template,
             },
             "adapter": {"method": "full"} if case.full else {"method": "lora", "rank": 8, "alpha": 16},
             "training": {

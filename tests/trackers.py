@@ -4,9 +4,15 @@
 # pyright: reportAttributeAccessIssue=false
 
 import json
+import os
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -56,9 +62,14 @@ def in_tensorboard(folder: Path) -> list[Kept]:
 
 
 def in_mlflow(folder: Path) -> list[Kept]:
+    return at_mlflow(f"sqlite:///{folder}/mlflow.db")
+
+
+def at_mlflow(uri: str) -> list[Kept]:
+    """What a server or a database has."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    client = MlflowClient(uri)
     kept = []
     for run in client.search_runs([client.get_experiment_by_name("raytune").experiment_id]):  # pyright: ignore
         points = defaultdict(list)
@@ -142,6 +153,55 @@ def in_trackio(folder: Path) -> list[Kept]:
 
 
 READERS = {"tensorboard": in_tensorboard, "mlflow": in_mlflow, "wandb": in_wandb, "trackio": in_trackio}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@dataclass
+class RealMlflowServer:
+    """`mlflow server` over a database and a folder of artefacts, as a process that can be killed."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Listen, on the same port and with what was kept before; waits until it answers."""
+        database, files = f"sqlite:///{self.folder}/server.db", str(self.folder / "files")
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--backend-store-uri", database, "--artifacts-destination", files],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 180  # seconds, of which it takes 10 on a machine of its own
+        while not self._answers():
+            assert self._process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
 
 
 @dataclass

@@ -134,9 +134,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
     from raytune.launch.cluster_watch import watched_cluster
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
-    from raytune.report.at_end import with_page
-    from raytune.run_folder import RunFolder
-    from raytune.storage import absolute
+    from raytune.report.at_end import leave_page
 
     told = begin_on(named_address(config.cluster))
 
@@ -146,7 +144,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         with watched_cluster(told.tell), show_progress(plan):
             yield
 
-    result = with_page(lambda: run(config, watch=watched), RunFolder(absolute(config.storage), config.name))
+    result = run(config, watch=watched, leave=leave_page)
     facts, comparison = result.to_json(), None
     if from_sweep is not None:
         from raytune.sweeps.winner import against_trial

@@ -162,13 +162,19 @@ ONE_RUN = Need(
 NO_SWEEP = Need(
     keys=("sweep",),
     holds=lambda config, _: config.sweep is None,
-    otherwise=lambda config: "they are told of one run, and a sweep has many at once",
+    otherwise=lambda config: "what is told is about one run, and a sweep has many at once",
     remedy="train one run (sweep=null)",
 )
 TRACKED = Need(
     keys=("tracking",),
-    holds=lambda config, _: bool(config.tracking.chosen),
+    holds=lambda config, _: config.tracking.tells_anybody,
     otherwise=lambda config: "no tracker is named",
+    remedy="name one, for example tracking.tensorboard={}",
+)
+KEEPS_RUNS = Need(
+    keys=("tracking",),
+    holds=lambda config, _: bool(config.tracking.chosen),
+    otherwise=lambda config: "no tracker is named that keeps runs",
     remedy="name one, for example tracking.tensorboard={}",
 )
 KEEPS_MODELS = Need(

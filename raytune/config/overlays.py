@@ -1,8 +1,8 @@
 """Trees of what was written, laid over each other from left to right.
 
-Mappings merge, lists and scalars replace, and an empty section changes nothing. Where an overlay changes the `method` of a
-section such as `adapter`, the keys that the new method does not have are dropped: they were written for another method. Keys that
-the overlay itself brings are not.
+Mappings merge, lists and scalars replace, and an empty section changes nothing; names of trackers alone stand for a mapping, so
+that what lies over them joins them. Where an overlay changes the `method` of a section such as `adapter`, the keys that the new
+method does not have are dropped: they were written for another method. Keys that the overlay itself brings are not.
 """
 
 import os
@@ -18,6 +18,8 @@ from raytune.config.sweep import KINDS
 from raytune.config.yaml_nodes import Node
 
 KeyPath = tuple[str | int, ...]
+TRACKING = "tracking"
+"""The section that can be written as a list of names."""
 
 
 def stacked(overlays: Iterable[Node | None]) -> Node:
@@ -32,11 +34,21 @@ def laid_over(base: Node, overlay: Node, path: KeyPath) -> Node:
     """A tree with another one laid over it; both lie at `path` of the config."""
     if overlay.value is None and _is_section(path):
         return base if path else replace(base, place=overlay.place, key_place=overlay.key_place)
+    if isinstance(overlay.value, dict) and schema_path(path) == TRACKING:
+        base = _spelled_out(base)
     if not isinstance(base.value, dict) or not isinstance(overlay.value, dict):
         return overlay
     kept = _still_meant(base.value, overlay.value, path)
     merged = {key: laid_over(kept[key], child, (*path, key)) if key in kept else child for key, child in overlay.value.items()}
     return replace(overlay, value={**kept, **merged})
+
+
+def _spelled_out(names: Node) -> Node:
+    """Names alone as the mapping of sections that they stand for; anything else as it is."""
+    listed = [names] if isinstance(names.value, str) else names.value
+    if not isinstance(listed, list) or not all(isinstance(name.value, str) for name in listed):
+        return names
+    return replace(names, value={name.value: replace(name, value={}) for name in listed})
 
 
 def _still_meant(base: dict[str, Node], overlay: dict[str, Node], path: KeyPath) -> dict[str, Node]:

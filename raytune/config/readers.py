@@ -17,6 +17,7 @@ from raytune.config.needs import (
     HUB_MODEL,
     HUB_TEACHER,
     KEEPS_MODELS,
+    KEEPS_RUNS,
     MANY_SPLITS,
     MIXED,
     NO_PROPORTIONS,
@@ -110,7 +111,8 @@ def unread(config: RunConfig, open_keys: tuple[str, ...] = ()) -> list[Unread]:
         failing = next((need for need in needs if not need.holds(config, section)), None)
         if failing:
             reason = failing.otherwise(config)
-            found.append(Unread(path=path, value=value, need=failing, reason=reason, is_default=value == default))
+            plain = {} if isinstance(value, Section) else value
+            found.append(Unread(path=path, value=plain, need=failing, reason=reason, is_default=value == default))
     return found
 
 
@@ -134,7 +136,7 @@ def _written(section: Section, path: KeyPath) -> Iterator[tuple[KeyPath, Section
         if name not in section.model_fields_set:
             continue
         value = getattr(section, name)
-        if isinstance(value, Section):
+        if isinstance(value, Section) and type(value).model_fields:
             yield from _written(value, (*path, name))
         elif isinstance(value, list) and any(isinstance(item, Section) for item in value):
             for position, item in enumerate(value):
@@ -180,7 +182,9 @@ READERS: dict[str, Reader] = {
     **_read("", "callbacks", "launch.callbacks", needs=(NO_SWEEP,)),
     **_read("", "tracking", "launch.run"),
     **_read("tracking", "tensorboard mlflow wandb trackio", "tracking.trackers"),
-    **_read("tracking", "run_name group tags", "tracking.follow", needs=(TRACKED,)),
+    **_read("tracking", "prometheus", "launch.run", needs=(NO_SWEEP,)),
+    **_read("tracking", "run_name group", "tracking.follow", "launch.gauges", needs=(TRACKED,)),
+    **_read("tracking", "tags", "tracking.follow", needs=(KEEPS_RUNS,)),
     **_read("tracking", "log_model", "tracking.follow", needs=(KEEPS_MODELS,)),
     **_read("tracking.tensorboard", "folder", "tracking.tensorboard"),
     **_read("tracking.mlflow", "uri experiment", "tracking.mlflow"),

@@ -7,6 +7,9 @@ from pydantic import BeforeValidator, Field
 from raytune.config.section import Section, Text
 
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+PROMETHEUS = "prometheus"
+NAMES = (*TRACKERS, PROMETHEUS)
+"""That can stand alone, without options."""
 
 
 class TensorboardSection(Section):
@@ -40,6 +43,10 @@ class TrackioSection(Section):
     """Local folder of its database, that `TRACKIO_DIR` names to `trackio show`. Default: `trackio` in `storage`."""
 
 
+class PrometheusSection(Section):
+    """Has no options: Prometheus is told by Ray where nodes are."""
+
+
 class TrackingSection(Section):
     tensorboard: TensorboardSection | None = None
     """TensorBoard's event files."""
@@ -49,6 +56,8 @@ class TrackingSection(Section):
     """Weights & Biases."""
     trackio: TrackioSection | None = None
     """A local database that `trackio show` draws."""
+    prometheus: PrometheusSection | None = None
+    """The newest values as gauges of Ray (`ray_raytune_metric`), which Prometheus reads from its nodes while a run trains."""
     run_name: Text | None = None
     """What the run is called there. Default: its `name`; a trial has its own behind it."""
     group: Text | None = None
@@ -61,8 +70,12 @@ class TrackingSection(Section):
 
     @property
     def chosen(self) -> dict[str, Section]:
-        """The options of each tracker that is to be told, by its name."""
+        """The options of each tracker that keeps runs, by its name."""
         return {name: section for name in TRACKERS if (section := getattr(self, name)) is not None}
+
+    @property
+    def tells_anybody(self) -> bool:
+        return bool(self.chosen) or self.prometheus is not None
 
 
 def _by_name(value: Any) -> Any:
@@ -70,8 +83,8 @@ def _by_name(value: Any) -> Any:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return value
-    if strangers := [name for name in names if name not in TRACKERS]:
-        raise ValueError(f"{strangers[0]!r} is no tracker that raytune knows; there are {', '.join(TRACKERS)}")
+    if strangers := [name for name in names if name not in NAMES]:
+        raise ValueError(f"{strangers[0]!r} is no tracker that raytune knows; there are {', '.join(NAMES)}")
     return {name: {} for name in names}
 
 
@@ -79,7 +92,7 @@ Tracking = Annotated[
     TrackingSection,
     BeforeValidator(_by_name, json_schema_input_type=str | list[str] | TrackingSection),
     Field(
-        title=f"names of trackers ({', '.join(TRACKERS)}), or a section of each with its options",
+        title=f"names of trackers ({', '.join(NAMES)}), or a section of each with its options",
         examples=[["tensorboard"], {"mlflow": {"uri": "http://mlflow.internal:5000"}}],
     ),
 ]

@@ -1,10 +1,11 @@
 """Base against tuned on the same rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from raytune.config.evaluation import GENERATION
+from raytune.errors import UserError
 from raytune.evaluate.bootstrap import difference_interval
 from raytune.evaluate.suite_metrics import Given, SuiteMetric
 from raytune.metrics.json_numbers import decode_number, encode_number
@@ -81,13 +82,17 @@ class Comparison:
     num_rows: int
     scores: Mapping[str, Score]
     """By the name of the metric in the suite's `metrics`, in their order."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Of metrics that are functions of the user's and have failed, why."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        return cls(num_rows=record["num_rows"], scores={name: Score.from_json(score) for name, score in record["scores"].items()})
+        scores = {name: Score.from_json(score) for name, score in record["scores"].items()}
+        return cls(num_rows=record["num_rows"], scores=scores, failed=record.get("failed", {}))
 
     def to_json(self) -> dict:
-        return {"num_rows": self.num_rows, "scores": {name: score.to_json() for name, score in self.scores.items()}}
+        scores = {name: score.to_json() for name, score in self.scores.items()}
+        return {"num_rows": self.num_rows, "scores": scores} | ({"failed": dict(self.failed)} if self.failed else {})
 
 
 def comparisons_in(result: Mapping[str, Any]) -> dict[str, Comparison]:
@@ -101,14 +106,18 @@ def comparisons_in(result: Mapping[str, Any]) -> dict[str, Comparison]:
 def compare(
     base: Sequence[Given], tuned: Sequence[Given], expected: Sequence[str], metrics: Mapping[str, SuiteMetric]
 ) -> Comparison:
-    """What both models are worth, by each metric.
+    """What both models are worth, by each metric. One of the user's that fails is told: what was trained is worth no less for it.
 
     Args:
         base, tuned: what the models made of the same rows, of which there is at least one.
     """
-    scores = {}
+    scores, failed = {}, {}
     for name, metric in metrics.items():
-        before, after = metric.counts(base, expected), metric.counts(tuned, expected)
+        try:
+            before, after = metric.counts(base, expected), metric.counts(tuned, expected)
+        except UserError as error:
+            failed[name] = str(error)
+            continue
         low, high = difference_interval(before, after, metric.value)
         scores[name] = Score(
             words=metric.words,
@@ -119,4 +128,4 @@ def compare(
             lower_is_better=metric.lower_is_better,
             is_share=metric.is_share,
         )
-    return Comparison(num_rows=len(expected), scores=scores)
+    return Comparison(num_rows=len(expected), scores=scores, failed=failed)

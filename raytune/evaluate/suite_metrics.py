@@ -20,7 +20,6 @@ from raytune.evaluate.answer_metrics import ANSWER_METRICS, AnswerMetric, Mean
 from raytune.evaluate.bert_score import BertScore
 from raytune.missing import OPTIONAL, install_command
 from raytune.plan.run_plan import SuitePlan
-from raytune.plan.suites import code_of
 from raytune.user_code import UserCode, load, told
 
 
@@ -143,7 +142,7 @@ def metrics_of(suite: SuitePlan, *, key: str = "", device: str = "cpu") -> dict[
 
 def _metric(suite: SuitePlan, name: str, key: str, device: str) -> SuiteMetric:
     if name in suite.code:
-        return of_user(code_of(suite.code[name]), key)
+        return of_user(suite.code[name].code, key)
     if suite.bertscore and name == "bertscore":
         if not Path(suite.bertscore.model).expanduser().is_dir():
             place = f"{key.rpartition('.')[0]}.bertscore.model"

@@ -70,6 +70,11 @@ class RunEvent:
     facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """What events.jsonl says besides."""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the end of the run, as far as this command goes."""
+        return self.kind in _LAST
+
 
 Callback = Callable[[RunEvent], object]
 
@@ -156,7 +161,7 @@ class _Teller:
         """Whether they know how the run ended."""
 
     def tell(self, event: RunEvent) -> None:
-        self.has_ended = self.has_ended or event.kind in _LAST
+        self.has_ended = self.has_ended or event.is_last
         for number, callback in enumerate(self._callbacks):
             try:
                 callback(event)

@@ -27,6 +27,7 @@ from raytune.launch.address import named_address
 from raytune.launch.begun import begun_for
 from raytune.launch.callbacks import load_callbacks
 from raytune.launch.cluster import this_machine
+from raytune.launch.gauges import refuse_unseen
 from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
@@ -115,6 +116,7 @@ def check_run(config: RunConfig) -> Findings:
     found.of(lambda: _refuse_missing_packages(config))
     found.of(lambda: load_callbacks(config.callbacks))
     found.of(lambda: refuse_unready(config.tracking, absolute(config.storage)))
+    found.of(lambda: refuse_unseen(config))
     found.not_looked_at += [why] if (why := away(config.tracking)) else []
     address = named_address(config.cluster)
     machine = None if address and not config.cluster.instance else found.of(lambda: _machine(config))

@@ -5,16 +5,20 @@ healthy has none (`tests/cases/diagnosis` holds what real runs measured that wer
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Any, Self
 
 from raytune.config.divergence import DivergenceSection
-from raytune.launch.outcome import Change, Spent
+from raytune.credentials import redacted
+from raytune.launch.outcome import Change, Spent, spent
 from raytune.metrics.history import History
+from raytune.metrics.points import seconds_per_step
 from raytune.plan.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
+from raytune.printable import plain_text
 from raytune.training.spikes import Logged, spike_at
 from raytune.training.stopping import TRAINING_LOSS, VALIDATION_LOSS
 from raytune.units import format_bytes, format_seconds
@@ -46,6 +50,8 @@ SLOWER, FULLER = 2.0, 1.1
 """Measured against planned."""
 OUTSIDE, LEAST_OUTSIDE_S = 0.5, 60.0
 """Share of the training time that is spent on other things than steps, and seconds below which it does not matter."""
+WAITED = 0.2
+"""Share of a step in which nothing is done but to wait for rows."""
 MANY_ROWS = 0.1
 """Share of the rows of a source."""
 
@@ -74,11 +80,49 @@ class Evidence:
     failure: str | None = None
     """What ended it, or its newest failed attempt."""
     changes: Sequence[Change] = ()
+    failed_metrics: Sequence[str] = ()
+    """Why metrics of the user's have failed."""
     spent: Spent | None = None
     step_s: float | None = None
     """Seconds of a step, the median."""
     peak_bytes: float | None = None
-    """Of the rank that held most; on a GPU by the allocator, of the process otherwise."""
+    """Of the rank that held most, while the run goes on of rank 0; on a GPU by the allocator, of the process otherwise."""
+
+    @classmethod
+    def of(
+        cls,
+        plan: RunPlan,
+        history: History,
+        events: Sequence[Mapping[str, Any]],
+        changes: Sequence[Change],
+        *,
+        failed_metrics: Sequence[str] = (),
+        failure: str | None = None,
+        step_s: float | None = None,
+        peak_bytes: float | None = None,
+    ) -> Self:
+        """Of what a run folder has, without credentials; what is not known of a whole run is that of its history.
+
+        Args:
+            events: of events.jsonl, in their order.
+        """
+        causes = [event["cause"] for event in events if event["event"] == "attempt_failed"]
+        failure = failure or (causes[-1] if causes else None)
+        return cls(
+            plan=plan,
+            history=history,
+            failure=redacted(plain_text(failure)) if failure else None,
+            changes=changes,
+            failed_metrics=failed_metrics,
+            spent=spent(events, history, plan.cost),
+            step_s=step_s or seconds_per_step(history.points) or None,
+            peak_bytes=peak_bytes or history.as_of(history.last_step).get("train/memory_bytes"),
+        )
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds of a step in which a worker waits for its rows, the median."""
+        return median([wait for _, wait in self.history.series("train/wait_s")] or [0.0])
 
     @property
     def losses(self) -> list[tuple[int, float]]:
@@ -268,6 +312,18 @@ def forgetting(evidence: Evidence) -> Iterator[Symptom]:
         )
 
 
+def failed_metrics(evidence: Evidence) -> Iterator[Symptom]:
+    """Functions of the user's that could not judge the answers."""
+    for why in evidence.failed_metrics:
+        yield Symptom(
+            name="failed_metric",
+            words=f"A metric of your own has failed: {why}",
+            key="evaluation.suites",
+            advice="Correct the function: it has to take whatever a model writes. The run has ended well without it, and "
+            "samples.jsonl has all answers.",
+        )
+
+
 # --- Rows --------------------------------------------------------------------------------------------------------------------
 
 
@@ -325,17 +381,30 @@ def lost_rows(evidence: Evidence) -> Iterator[Symptom]:
 # --- The machine -------------------------------------------------------------------------------------------------------------
 
 
+def data_bound(evidence: Evidence) -> Iterator[Symptom]:
+    """Steps that wait for their rows."""
+    step_s, wait_s = evidence.step_s, evidence.wait_s
+    if step_s and wait_s > WAITED * step_s:
+        yield Symptom(
+            name="data_bound",
+            words=f"Workers wait for rows in {wait_s:.3g} s of the {step_s:.3g} s that a step takes.",
+            key="data.store",
+            advice="Where the tokenised rows lie is slow, far off, or read by others too: name a folder on a faster disk or file "
+            "system that every node reads. What a node has read once its free memory keeps.",
+        )
+
+
 def slow_steps(evidence: Evidence) -> Iterator[Symptom]:
-    """Steps that take much longer than products, memory traffic and communication account for."""
+    """Steps that take much longer than products, memory traffic and communication account for, waiting for rows aside."""
     plan = evidence.plan
     planned = None if plan.optimization.phases else plan.step_time
-    if planned and evidence.step_s and evidence.step_s > SLOWER * planned.seconds:
+    if planned and evidence.step_s and evidence.step_s - evidence.wait_s > SLOWER * planned.seconds:
         yield Symptom(
             name="slow_steps",
             words=f"A step takes {evidence.step_s:.3g} s, and {planned.seconds:.3g} s were planned.",
-            key="data.store",
-            advice="The plan counts products, memory traffic and communication, and no waiting for rows: is the store on a slow "
-            "disk, are the machines shared, or is their network slower than cluster.instance says? raytune preflight tells.",
+            key="cluster.instance",
+            advice="The plan counts products, memory traffic and communication as that machine has them: are the workers' "
+            "others, are they shared, or is their network slower? raytune preflight tells.",
         )
 
 
@@ -403,11 +472,11 @@ def late_share(evidence: Evidence) -> float:
     """
     losses = evidence.losses
     rates = dict(evidence.history.series("train/learning_rate"))
-    spent = [rates.get(step, 0.0) for step, _ in losses]
-    half, total = 0.0, sum(spent)
+    by_step = [rates.get(step, 0.0) for step, _ in losses]
+    half, total = 0.0, sum(by_step)
     middle = 0
     while middle < len(losses) - 1 and half < total / 2:
-        half += spent[middle]
+        half += by_step[middle]
         middle += 1
     values = [loss for _, loss in losses]
     width = max(1, len(values) // WINDOW_SHARE)
@@ -423,8 +492,8 @@ RULES: tuple[tuple[Rule, ...], ...] = (
     (out_of_memory,),
     OF_THE_CURVE,
     (spikes,),
-    (overfitting, few_rows, forgetting),
+    (overfitting, few_rows, forgetting, failed_metrics),
     (lost_rows, underfilled),
-    (slow_steps, much_besides, memory_off),
+    (data_bound, slow_steps, much_besides, memory_off),
 )
 """The gravest first."""

@@ -1,12 +1,13 @@
 """What a finished run is: paths, plan, metrics, and base against tuned. Read from the run folder, so any process can have it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from raytune.evaluate.compare import Comparison, comparisons_in
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
-from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, spent
+from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record
 from raytune.launch.record import read_plan, readable
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
@@ -35,8 +36,7 @@ class RunResult:
         history: everything that was measured on the way.
         comparisons: what base and tuned model are worth, by suite: `generation` for `evaluation.generation`, and those of
             `evaluation.suites`.
-        changes: scores of suites and losses on validation rows, of the base and of this model.
-        spent: time and dollars over all attempts.
+        evidence: what a diagnosis is made of.
         findings: which rule ended it before its last step, if one did, and where overfitting began.
         finished_before: whether it was only read: an earlier command had trained it.
     """
@@ -51,8 +51,7 @@ class RunResult:
     median_step_s: float | None
     history: History
     comparisons: dict[str, Comparison]
-    changes: tuple[Change, ...]
-    spent: Spent
+    evidence: Evidence
     findings: Findings = field(default_factory=Findings)
     finished_before: bool = False
 
@@ -65,12 +64,13 @@ class RunResult:
         """
         plan, history, events = read_plan(folder), History.read(folder.metrics), read_events(folder.events)
         with readable(folder.result, folder):
-            return cls._of(read_json(folder.result), folder, plan, history, spent(events, history, plan.cost))
+            return cls._of(read_json(folder.result), folder, plan, history, events)
 
     @classmethod
-    def _of(cls, result: dict, folder: RunFolder, plan: RunPlan, history: History, spent: Spent) -> Self:
+    def _of(cls, result: dict, folder: RunFolder, plan: RunPlan, history: History, events: Sequence[Mapping[str, Any]]) -> Self:
         metrics = {name: decode_number(value) for name, value in result["metrics"].items()}
         comparisons = comparisons_in(result)
+        held_bytes, median_step_s = result["held_bytes"], result["median_step_s"]
         return cls(
             name=folder.name,
             folder=folder.path,
@@ -78,19 +78,32 @@ class RunResult:
             plan=plan,
             metrics=metrics,
             best_step=result["best_step"],
-            held_bytes=result["held_bytes"],
-            median_step_s=result["median_step_s"],
+            held_bytes=held_bytes,
+            median_step_s=median_step_s,
             history=history,
             comparisons=comparisons,
-            changes=changes(history, metrics, comparisons),
-            spent=spent,
+            evidence=Evidence.of(
+                plan,
+                history,
+                events,
+                changes(history, metrics, comparisons),
+                failed_metrics=[why for comparison in comparisons.values() for why in comparison.failed.values()],
+                step_s=median_step_s,
+                peak_bytes=max((rank["peak"] for rank in held_bytes if "peak" in rank), default=None),
+            ),
             findings=Findings.from_json(result),
         )
 
     @property
-    def peak_bytes(self) -> float | None:
-        """Of the rank that held most; on a GPU by the allocator, of its process otherwise."""
-        return max((rank["peak"] for rank in self.held_bytes if "peak" in rank), default=None)
+    def changes(self) -> Sequence[Change]:
+        """Scores of suites and losses on validation rows, of the base and of this model."""
+        return self.evidence.changes
+
+    @property
+    def spent(self) -> Spent:
+        """Time and dollars over all attempts."""
+        assert self.evidence.spent is not None
+        return self.evidence.spent
 
     @property
     def words(self) -> list[str]:
@@ -100,16 +113,7 @@ class RunResult:
     @property
     def symptoms(self) -> list[Symptom]:
         """What looks wrong, and which key to change. Empty: nothing does."""
-        return diagnose(
-            Evidence(
-                plan=self.plan,
-                history=self.history,
-                changes=self.changes,
-                spent=self.spent,
-                step_s=self.median_step_s,
-                peak_bytes=self.peak_bytes,
-            )
-        )
+        return diagnose(self.evidence)
 
     @property
     def data_report(self) -> DataReport | None:
@@ -126,13 +130,20 @@ class RunResult:
             "best_step": self.best_step,
             **self.findings.to_json(),
             "metrics": {name: encode_number(value) for name, value in self.metrics.items()},
-            "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
-            "symptoms": [asdict(symptom) for symptom in self.symptoms],
+            **self._told,
             "comparisons": {name: comparison.to_json() for name, comparison in self.comparisons.items()},
             "data_report": self.data_report and self.data_report.model_dump(mode="json"),
             "planned_and_measured": [
                 {"name": name, "planned": planned, "measured": measured} for name, planned, measured in self.planned_and_measured
             ],
+        }
+
+    @property
+    def _told(self) -> dict:
+        """What `words` and `symptoms` say, as plain values."""
+        return {
+            "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
+            "symptoms": [asdict(symptom) for symptom in self.symptoms],
         }
 
     @property
@@ -158,8 +169,7 @@ class RunResult:
 
 
 def write_outcome(result: RunResult) -> None:
-    """Add time, dollars and changes in words to the result of a run, which its workers have written: they do not know when it
-    ended."""
+    """Add what it took, what has changed and what looks wrong to the result of a run, which its workers have written: they do not
+    know when it ended."""
     path = RunFolder(result.plan.storage, result.name).result
-    outcome = outcome_record(result.spent, result.changes, result.history.last_step)
-    write_json(path, {**read_json(path), "outcome": outcome})
+    write_json(path, {**read_json(path), **result._told})

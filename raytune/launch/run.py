@@ -17,6 +17,7 @@ from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloada
 from raytune.launch.callbacks import Callback, calling, load_callbacks
 from raytune.launch.cluster import connect, map_on_cluster, this_machine
 from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
+from raytune.launch.gauges import gauges_of, refuse_unseen
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
 from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
@@ -60,13 +61,19 @@ class RunFailedError(RaytuneError):
         return type(self), (self.args[0], self.failure)
 
 
-def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks: Sequence[Callback] = ()) -> RunResult:
+def run(
+    config: RunConfig,
+    watch: Watch = lambda plan: nullcontext(),
+    callbacks: Sequence[Callback] = (),
+    leave: Callable[[RunFolder], None] = lambda folder: None,
+) -> RunResult:
     """Train what `config` says, or return the result of the finished run of that name.
 
     Args:
         config: what the user wrote.
         watch: given the plan, a context that lasts as long as the training: progress for a person, for example.
         callbacks: called with what happens, behind those that the config names.
+        leave: called when the run has finished or failed, before trackers are sent what its folder has.
 
     Raises:
         UserError: before anything is started, if the config, the model, the data or the machines do not allow the run.
@@ -80,11 +87,13 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks:
     refuse_changed_settings(folder, config)
     told = [*load_callbacks(config.callbacks), *callbacks]
     refuse_unready(config.tracking, folder.storage)
+    refuse_unseen(config)
     base = refuse_without_cluster(config)
 
     @contextmanager
     def watched(plan: RunPlan) -> Iterator[None]:
-        with watch(plan), tracking(config.tracking, folder), calling(told, plan):
+        own = [gauges_of(config.tracking, plan)] if config.tracking.prometheus else []
+        with watch(plan), tracking(config.tracking, folder), _leaving(leave, folder), calling([*own, *told], plan):
             yield
 
     with _held_unless_finished(folder, config) as lease:
@@ -185,12 +194,23 @@ def _train_held(
     with watch(plan):
         get_ready(plan)
         _train(plan, record, folder, attempt, lease, resumes=config.checkpoint.resume)
-    result = RunResult.read(folder)
-    try:
-        write_outcome(result)
-    except (RaytuneError, OSError) as error:  # the run has ended well, and whoever reads it can tell it again
-        logger.warning("%s lacks what the run came to in words: %s", folder.result, first_line(error))
+        result = RunResult.read(folder)
+        try:
+            write_outcome(result)
+        except (RaytuneError, OSError) as error:  # the run has ended well, and whoever reads it can tell it again
+            logger.warning("%s lacks what the run came to in words: %s", folder.result, first_line(error))
     return result
+
+
+@contextmanager
+def _leaving(leave: Callable[[RunFolder], None], folder: RunFolder) -> Iterator[None]:
+    """See `run`. A run that was interrupted has not ended."""
+    try:
+        yield
+    except RunFailedError:
+        leave(folder)
+        raise
+    leave(folder)
 
 
 def _base_here(plan: RunPlan) -> None:

@@ -8,7 +8,7 @@ from raytune.config.strategy import CROSS_ENTROPY
 from raytune.errors import PlanError, UserError
 from raytune.plan.distillation import distillation_of
 from raytune.plan.run_plan import ObjectivePlan, OptimizationPlan
-from raytune.user_code import UserCode, read_code
+from raytune.user_code import read_code
 
 KEY = "strategy.objective"
 ASSUMED_BYTES_PER_LOGIT = 24.0
@@ -36,10 +36,6 @@ def objective_of(config: RunConfig) -> ObjectivePlan | None:
         options=asked.options,
         bytes_per_logit=ASSUMED_BYTES_PER_LOGIT,
     )
-
-
-def code_of(objective: ObjectivePlan) -> UserCode:
-    return UserCode(module=objective.module, name=objective.name, text=objective.text)
 
 
 def check_objective(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from raytune.config.training import Offload, Optimizer, Precision, Schedule
 from raytune.plan.calendar import Period
 from raytune.plan.data_report import DataReport
 from raytune.plan.value import Plan
+from raytune.user_code import UserCode
 
 ZeroStage = Literal[0, 1, 2, 3]
 Place = Literal["device", "host", "nvme"]
@@ -163,8 +164,8 @@ class AveragingPlan(Plan):
     every_steps: int
 
 
-class ObjectivePlan(Plan):
-    """A loss of the user's (training.own_objective)."""
+class CodePlan(Plan):
+    """Something of the user's, with its code."""
 
     module: str
     """The file, as it was named, or an installed module."""
@@ -172,6 +173,15 @@ class ObjectivePlan(Plan):
     """Of the function or class in it."""
     text: str
     """Of the module."""
+
+    @property
+    def code(self) -> UserCode:
+        return UserCode(module=self.module, name=self.name, text=self.text)
+
+
+class ObjectivePlan(CodePlan):
+    """A loss of the user's (training.user_objective)."""
+
     sha256: str
     """Of the text."""
     options: dict[str, Any]
@@ -243,17 +253,6 @@ class LossPlan(Plan):
     """Target positions projected at once; None: all of them."""
 
 
-class MetricCode(Plan):
-    """A metric of the user's, with its code."""
-
-    module: str
-    """The file, as it was named, or an installed module."""
-    name: str
-    """Of the function in it."""
-    text: str
-    """Of the module."""
-
-
 class SamplingPlan(Plan):
     """How tokens are drawn."""
 
@@ -269,7 +268,7 @@ class SuitePlan(Plan):
     name: str
     kind: SuiteKind = "answers"
     metrics: tuple[str, ...]
-    code: dict[str, MetricCode] = {}
+    code: dict[str, CodePlan] = {}
     """By the name of the metric."""
     bertscore: BertScoreSection | None = None
     batch_size: int

@@ -6,10 +6,10 @@ from raytune.config.evaluation import EvaluationSection, SuiteSection, is_code, 
 from raytune.errors import PlanError, UserError
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.requirements import Device
-from raytune.plan.run_plan import MetricCode, SamplingPlan, SuitePlan
+from raytune.plan.run_plan import CodePlan, SamplingPlan, SuitePlan
 from raytune.plan.shapes import ModelShape
 from raytune.units import format_bytes
-from raytune.user_code import UserCode, read_code
+from raytune.user_code import read_code
 
 
 def suites_plan(section: EvaluationSection) -> tuple[SuitePlan, ...]:
@@ -39,10 +39,6 @@ def suite_plan(suite: SuiteSection, key: str) -> SuitePlan:
         num_beams=suite.num_beams,
         sampling=sampling,
     )
-
-
-def code_of(metric: MetricCode) -> UserCode:
-    return UserCode(module=metric.module, name=metric.name, text=metric.text)
 
 
 def check_room(section: EvaluationSection, shape: ModelShape, machine: Machine, device: Device) -> None:
@@ -96,9 +92,9 @@ def suite_in_words(suite: SuitePlan) -> str:
     return f"{suite.name}: {words}; {', '.join(suite.metrics)}"
 
 
-def _code_of(suite: SuiteSection, key: str) -> dict[str, MetricCode]:
+def _code_of(suite: SuiteSection, key: str) -> dict[str, CodePlan]:
     try:
         read = {name: read_code(name) for name in suite.named_metrics if is_code(name)}
     except UserError as error:
         raise UserError(str(error), keys=(f"{key}.metrics",)) from error
-    return {name: MetricCode(module=code.module, name=code.name, text=code.text) for name, code in read.items()}
+    return {name: CodePlan(module=code.module, name=code.name, text=code.text) for name, code in read.items()}

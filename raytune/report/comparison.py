@@ -119,7 +119,7 @@ def _outcomes(runs: Sequence[RunSeen]) -> Iterator[Row]:
     yield _row("training loss at the end", [_newest(run, "train/loss") for run in runs], "{:.4f}".format, better=min)
     yield _row("seconds per step", [run.step_s for run in runs], "{:.3g}".format, better=min)
     yield _row("tokens per second", [_newest(run, "train/tokens_per_s") for run in runs], format_count, better=max)
-    yield _row("peak of a worker", [run.peak_bytes for run in runs], format_bytes, better=min)
+    yield _row("peak of a worker", [run.evidence.peak_bytes for run in runs], format_bytes, better=min)
     yield _row("looks wrong", [", ".join(symptom.name for symptom in run.symptoms) or None for run in runs], str)
 
 

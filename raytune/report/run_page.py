@@ -6,9 +6,11 @@ A view over the run folder: it can be written at any time, again and again, of a
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+
+from markupsafe import Markup
 
 from raytune.config.load import config_diff
 from raytune.config.problems import shown
@@ -27,6 +29,7 @@ from raytune.report.figures.run_curves import Curves, Happening, Mark, run_curve
 from raytune.report.marks import Marked, marked
 from raytune.report.page import page, page_figure, write_page
 from raytune.report.run_seen import RunSeen
+from raytune.tracking.told import page_mark
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 MOST_EVENTS = 60
@@ -71,6 +74,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
     """
     return page(
         "run_page.html",
+        mark=Markup(page_mark(asdict(run.record))),
         run=run,
         state=_state(run, now),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now)),
@@ -177,12 +181,13 @@ def _planned_and_measured(run: RunSeen) -> Iterator[_Measured]:
     else:
         step = None if plan.optimization.phases else plan.step_time
         peak = partial(bytes_in, place="device")(plan.memory) if is_cpu else tensor_bytes(plan.memory)
-        known = {"peak": (peak, run.peak_bytes), "step_s": (step and step.seconds, run.step_s)}
+        known = {"peak": (peak, run.evidence.peak_bytes), "step_s": (step and step.seconds, run.step_s)}
     names = {"peak": "peak of a worker", "step_s": "seconds per step"}
     for name, (planned, measured) in known.items():
         form = "{:.3g}".format if name == "step_s" else format_bytes
         bound = "at most " if name == "peak" and is_cpu else ""
         yield _compared(names.get(name, name), planned, measured, form, bound)
+    yield _compared("of which waiting for rows", None, run.evidence.wait_s, "{:.3g}".format)
     steps_s = run.last_step * run.step_s if run.step_s else None
     planned_s = 3600 * plan.cost.hours if plan.cost else None
     yield _compared("time of all steps", planned_s, steps_s, format_seconds)

@@ -12,20 +12,16 @@ from raytune.config.load import dump_yaml
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
 from raytune.errors import UserError
-from raytune.evaluate.compare import Comparison, comparisons_in
+from raytune.evaluate.compare import Comparison
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
-from raytune.launch.outcome import Change, Spent, changes, in_words, spent
+from raytune.launch.outcome import Change, Spent, changes, in_words
 from raytune.launch.record import RunRecord, read_plan, readable
 from raytune.launch.result import RunResult
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
-from raytune.metrics.points import seconds_per_step
 from raytune.plan.run_plan import RunPlan
-from raytune.printable import plain_text
 from raytune.run_folder import RunFolder
-from raytune.storage import absolute, exists, read_bytes, read_json
-
-"""The suite of samples that name none."""
+from raytune.storage import absolute, exists, read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +39,8 @@ class RunSeen:
     """By suite; empty until it has finished."""
     samples: dict[str, list[dict[str, Any]]]
     """Answers of base and tuned model, by suite."""
+    evidence: Evidence
+    """What a diagnosis is made of; of a run without a result, changes are those of what it measured last."""
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -59,11 +57,12 @@ class RunSeen:
         if not exists(folder.plan):
             raise UserError(f"Run {folder.path} has no plan yet, so there is nothing to tell. Ask again once it has begun.")
         plan, history, events = read_plan(folder), History.read(folder.metrics), read_events(folder.events)
-        result, comparisons = None, {}
-        if record.state == "finished" and exists(folder.result):
-            result = RunResult.read(folder)
-            with readable(folder.result, folder):
-                comparisons = comparisons_in(read_json(folder.result))
+        result = RunResult.read(folder) if record.state == "finished" and exists(folder.result) else None
+        if result:
+            evidence = result.evidence
+        else:
+            found = changes(history, history.as_of(history.last_step), {})
+            evidence = Evidence.of(plan, history, events, found, failure=record.failure)
         return cls(
             folder=folder,
             record=record,
@@ -71,8 +70,9 @@ class RunSeen:
             history=history,
             events=events,
             result=result,
-            comparisons=comparisons,
+            comparisons=result.comparisons if result else {},
             samples=_samples(folder) if result else {},
+            evidence=evidence,
         )
 
     @property
@@ -80,13 +80,13 @@ class RunSeen:
         return self.history.last_step
 
     @property
-    def changes(self) -> tuple[Change, ...]:
-        """Of a run without a result, those of what it measured last."""
-        return self.result.changes if self.result else changes(self.history, self.history.as_of(self.last_step), {})
+    def changes(self) -> Sequence[Change]:
+        return self.evidence.changes
 
     @property
     def spent(self) -> Spent:
-        return spent(self.events, self.history, self.plan.cost)
+        assert self.evidence.spent is not None
+        return self.evidence.spent
 
     @property
     def words(self) -> list[str]:
@@ -95,34 +95,16 @@ class RunSeen:
     @property
     def failure(self) -> str | None:
         """What ended it, or its newest failed attempt; without credentials."""
-        causes = [event["cause"] for event in self.events if event["event"] == "attempt_failed"]
-        failure = self.record.failure or (causes[-1] if causes else None)
-        return redacted(plain_text(failure)) if failure else None
+        return self.evidence.failure
 
     @property
     def step_s(self) -> float | None:
         """Seconds of a step, the median."""
-        return self.result.median_step_s if self.result else seconds_per_step(self.history.points) or None
-
-    @property
-    def peak_bytes(self) -> float | None:
-        """Of the rank that held most; while the run goes on, of rank 0."""
-        held = self.result.peak_bytes if self.result else None
-        return held or self.history.as_of(self.last_step).get("train/memory_bytes")
+        return self.evidence.step_s
 
     @property
     def symptoms(self) -> list[Symptom]:
-        return diagnose(
-            Evidence(
-                plan=self.plan,
-                history=self.history,
-                failure=self.failure,
-                changes=self.changes,
-                spent=self.spent,
-                step_s=self.step_s,
-                peak_bytes=self.peak_bytes,
-            )
-        )
+        return diagnose(self.evidence)
 
     @property
     def config(self) -> RunConfig | None:

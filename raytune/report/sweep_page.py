@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from raytune.printable import plain_text, shortened
-from raytune.report.at_end import leave_run_page
+from raytune.report.at_end import leave_page
 from raytune.report.figures.bars import budget_bars, importance_bars
 from raytune.report.figures.canvas import Drawing, drawn
 from raytune.report.figures.coordinates import parallel_coordinates
@@ -87,7 +87,7 @@ def _pages_of_trials(result: SweepResult) -> set[str]:
         run = RunFolder(*trial.folder.rstrip("/").rsplit("/", 1))
         is_told = result.finished_before and exists(run.report)
         if not is_told and exists(run.plan):
-            leave_run_page(run.path)
+            leave_page(run)
         if exists(run.report):
             with_page.add(trial.folder)
     return with_page

@@ -29,7 +29,7 @@ from raytune.storage import (
     read_json,
     write_json,
 )
-from raytune.tracking.told import happening_of, result_of, settings_of
+from raytune.tracking.told import happening_of, page_mark, result_of, settings_of
 from raytune.tracking.tracker import Row, Status, TrackedRun, Tracker
 
 
@@ -231,10 +231,16 @@ def _differ(one: float, other: float) -> bool:
     return encode_number(one) != encode_number(other)
 
 
+def _has_page(folder: RunFolder) -> bool:
+    """Whether there is a page, and it is of how the run stands: one that failed and was continued may have an older one."""
+    return exists(folder.report) and page_mark(read_json(folder.run)).encode() in read_bytes(folder.report)
+
+
 @contextmanager
 def _files(folder: RunFolder, with_model: bool) -> Iterator[tuple[list[Path], Path | None]]:
     """What the run folder has to give, on this machine for as long as the block lasts; the folder of the model, if asked for."""
     there = [path for path in (folder.run, folder.plan, folder.result) if exists(path)]
+    there += [folder.report] if _has_page(folder) else []
     if is_local(folder.path):
         yield [local_path(path) for path in there], local_path(folder.model) if with_model else None
         return

@@ -75,11 +75,18 @@ def happening_of(event: Mapping[str, Any], last_step: int) -> Happening:
 
 
 def result_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a result.json: metrics of the model that was kept, and what answers are worth, base against tuned."""
+    """The numbers of a result.json: metrics of the model that was kept, what answers are worth, base against tuned, and what it
+    took."""
     numbers = {f"result/{name}": decode_number(value) for name, value in result["metrics"].items() if not is_of_training(name)}
     numbers["result/best_step"] = float(result["best_step"])
     for suite, comparison in comparisons_in(result).items():
         for name, score in comparison.scores.items():
             values = {"base": score.base, "tuned": score.tuned, "gain": score.gain}
             numbers |= {f"result/{suite}/{name}/{side}": value for side, value in values.items() if math.isfinite(value)}
-    return numbers
+    took = result.get("outcome", {})
+    return numbers | {f"result/{name}": took[name] for name in ("training_s", "total_s", "usd") if took.get(name) is not None}
+
+
+def page_mark(record: Mapping[str, Any]) -> str:
+    """What the page of a run has in its head, made of run.json: it tells a page of this end from one of an earlier attempt."""
+    return f'<meta name="run" content="{record["state"]} in attempt {record["attempts"]}">'

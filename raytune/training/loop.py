@@ -6,6 +6,7 @@ whichever micro-batch it lies, so the curve of a run does not depend on how its 
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class StepNumbers:
     """On weights, before the update, beside the loss; None without one."""
     distillation: float | None = None
     """The teacher's part of the loss; None without one."""
+    waited_s: float = field(default=0.0, compare=False)
+    """Seconds since the last read in which the rank that waited longest had nothing to do but to wait for its batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ class StepResult:
             skipped=tuple(skipped),
             penalty=engine.penalty(),
             distillation=parts[0] if parts else None,
+            waited_s=self._unread.longest_wait_s(engine),
         )
 
     def rows_of_ranks(self, engine: Engine) -> str:
@@ -111,6 +115,8 @@ class _Unread:
     steps: list[StepResult] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     """Found above their limits, and not yet told."""
+    waited_s: float = 0.0
+    """For batches, by this rank."""
 
     def look(self, engine: Engine) -> None:
         """Look at the norms of all steps that nobody has looked at."""
@@ -131,6 +137,12 @@ class _Unread:
         self.look(engine)
         skipped, self.skipped = self.skipped, []
         return skipped
+
+    def longest_wait_s(self, engine: Engine) -> float:
+        """For batches since the last time, by the rank that waited longest."""
+        waited = torch.zeros(engine.world_size, dtype=torch.float32, device=engine.device)
+        waited[engine.rank], self.waited_s = self.waited_s, 0.0
+        return engine.all_reduce_sum(waited).max().item()
 
 
 def _is_overflow(engine: Engine, step: StepResult) -> bool:
@@ -210,7 +222,11 @@ def training_steps(
         torch.manual_seed(step_seed(seed, step, engine.rank))
         rate = learning_rate(step)
         losses, rows, num_targets, weight = [], [], 0, 1.0
-        for batch in batches_of(step):
+        asked_at = time.perf_counter()
+        batches = batches_of(step)
+        if _is_idle(engine.device):
+            unread.waited_s += time.perf_counter() - asked_at
+        for batch in batches:
             batch = batch.to(engine.device)
             with engine.autocast():
                 loss = loss_sum(engine.module, batch)
@@ -238,6 +254,11 @@ def training_steps(
         if engine.device.type == "cpu":
             unread.look(engine)
         yield result
+
+
+def _is_idle(device: torch.device) -> bool:
+    """Whether a device has computed all that it was given; asked, and not waited for."""
+    return device.type != "cuda" or torch.cuda.current_stream(device).query()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ class Recorder:
 
     Names: `train/loss` (nats per target of the step's global batch), `train/grad_norm` (before clipping), `train/learning_rate`,
     `train/epoch`, `train/targets_per_s` and `train/tokens_per_s` (over all workers), `train/memory_bytes` (peak of this rank),
+    `train/wait_s` (of a step, in which the rank that waits longest has nothing to do but to wait for its batches),
     `train/skipped` (updates that the divergence guard has skipped since the line before), `train/penalty` (on weights, where
     there is one: added to the loss, and not in `train/loss`), `train/distillation` (the teacher's part of `train/loss`, where
     there is one: weight * temperature^2 * KL), `validation/...`.
@@ -66,7 +67,8 @@ class Recorder:
         """
         numbers = result.read(self._engine)
         now = time.perf_counter()
-        steps_per_s = (result.step - self._last_step) / (now - self._last_s)
+        num_steps = result.step - self._last_step
+        steps_per_s = num_steps / (now - self._last_s)
         self._step_seconds.append(1 / steps_per_s)
         self._last_step, self._last_s = result.step, now
         batch, store = self._plan.batch.global_batch_size, self._plan.data.train
@@ -77,6 +79,7 @@ class Recorder:
             "train/epoch": min(result.step * batch, self._plan.optimization.num_rows) / store.num_rows,
             "train/targets_per_s": result.num_targets * steps_per_s,
             "train/tokens_per_s": store.num_tokens / store.num_rows * batch * steps_per_s,
+            "train/wait_s": numbers.waited_s / num_steps,
             "train/memory_bytes": float(peak_memory_bytes(self._engine.device)),
         }
         if numbers.loss_scale is not None:

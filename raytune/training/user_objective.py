@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from raytune.errors import UserError
-from raytune.plan.objective import KEY, code_of
+from raytune.plan.objective import KEY
 from raytune.plan.run_plan import ObjectivePlan
 from raytune.training.objectives import TokenLoss, TokenTargets, loss_dtype
 from raytune.user_code import UserCode, load, told
@@ -71,7 +71,7 @@ def objective_from(plan: ObjectivePlan) -> TokenLoss:
     Raises:
         UserError: if the code cannot be run on this machine, or is no loss.
     """
-    code = code_of(plan)
+    code = plan.code
     found = load(code)
     if inspect.isclass(found):
         with _blamed(code, "cannot be made with strategy.objective.options"):
@@ -96,7 +96,7 @@ def tried(plan: ObjectivePlan | None, vocab: int) -> ObjectivePlan | None:
     """
     if plan is None:
         return None
-    code, objective = code_of(plan), objective_from(plan)
+    code, objective = plan.code, objective_from(plan)
     generator = torch.Generator().manual_seed(0)
     logits_CV = torch.randn(PROBE_TARGETS, vocab, generator=generator)
     ids_C = torch.randint(vocab, (PROBE_TARGETS,), generator=generator)

@@ -11,13 +11,15 @@ import pytest
 
 import raytune
 from raytune.config.keys import keys
+from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
 from raytune.launch.outcome import Change, Spent
+from raytune.launch.prepare import prepare
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
 from raytune.plan.data_report import COUNTS, DataReport, SourceReport, StoreReport
 from raytune.plan.run_plan import RunPlan, StepTimePlan
-from tests.diagnosis_cases import CASES, STORED, evidence_of, stored_evidence, train_case
+from tests.diagnosis_cases import CASES, STORED, Case, config_of, evidence_of, stored_evidence, train_case
 from tests.tiny import tiny_plan
 
 
@@ -84,6 +86,14 @@ def test_rows_that_are_not_trained_as_they_are_meant(counts: Mapping[str, int], 
     assert told(Evidence(plan=with_rows(**few), history=History(()))) == {}
 
 
+@pytest.mark.parametrize(("template", "told_of"), [("auto", {}), ("llama-3", {"no_end": "data.template"})])
+def test_the_template_of_another_model_is_told_before_a_step_is_made(template: str, told_of: dict, tmp_path: Path) -> None:
+    config = config_of(Case(symptoms=(), num_rows=40, template=template), tmp_path)
+    plan = prepare(config, this_machine(config.cluster), map).plan
+    found = told(Evidence(plan=plan, history=History(())))
+    assert {name: symptom.key for name, symptom in found.items() if symptom.key.startswith("data.template")} == told_of
+
+
 def test_rows_that_are_mostly_padding() -> None:
     data = {"train": {"num_rows": 100, "num_tokens": 100 * 512 * 4 // 10}}
     assert told(Evidence(plan=tiny_plan(data=data), history=History(())))["underfilled"].key == "data.max_length"
@@ -109,6 +119,23 @@ def test_steps_memory_and_evaluations_far_from_the_plan() -> None:
     assert told(evidence)["much_besides"].words == "9m50s of 13m20s went into evaluations and saves."
     assert set(told(replace(evidence, peak_bytes=400, step_s=7.0))) == {"slow_steps", "memory_below_plan"}
     assert told(replace(evidence, peak_bytes=1000, step_s=1.0, spent=replace(took, training_s=150))) == {}
+
+
+def test_steps_that_wait_for_their_rows_are_no_slow_machine() -> None:
+    step = StepTimePlan(
+        compute_s=1, memory_s=0, communication_s=0, offload_s=0, seconds=1.0, binds="compute", tokens_per_s=1000.0
+    )
+    plan = tiny_plan().model_copy(update={"step_time": step})
+
+    def waiting(seconds: float, step_s: float) -> set[str]:
+        waits = (5.0, seconds, seconds)  # the first step reads what the machine keeps
+        points = tuple(Point(step=at, time=0.0, attempt=1, values={"train/wait_s": wait}) for at, wait in enumerate(waits, 1))
+        return set(told(Evidence(plan=plan, history=History(points), step_s=step_s)))
+
+    assert waiting(2.0, 3.0) == {"data_bound"}
+    assert waiting(0.7, 3.0) == {"data_bound", "slow_steps"}
+    assert waiting(0.5, 3.0) == {"slow_steps"}
+    assert waiting(0.1, 1.2) == set()
 
 
 def test_a_loss_of_noise_around_nothing_is_no_overfitting() -> None:

@@ -15,10 +15,9 @@ from click.testing import CliRunner
 
 from raytune.cli import cli
 from raytune.launch.record import RunRecord
-from raytune.launch.result import RunResult
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
-from raytune.report.at_end import leave_run_page, with_page
+from raytune.report.at_end import leave_page
 from raytune.report.figures.canvas import DARK, LIGHT, Theme, png
 from raytune.report.figures.run_curves import Curves, Mark, run_curves, set_losses
 from raytune.report.marks import marked
@@ -155,20 +154,11 @@ def test_a_page_that_cannot_be_written_is_said_and_fails_nothing(tmp_path: Path,
     folder = left_run(tmp_path)
     (Path(folder.path) / "figures").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        result = with_page(lambda: RunResult.read(folder), folder)
-    assert result.best_step == 20
+        leave_page(folder)
     (said,) = [record.getMessage() for record in caplog.records]
     assert f"The page of {folder.path} was not written (raytune report {folder.path} tries again)" in said
-    leave_run_page(str(tmp_path / "nothing"))
+    leave_page(RunFolder(str(tmp_path), "nothing"))
     assert not (tmp_path / "nothing").exists()
-
-
-def test_a_run_that_was_only_read_keeps_its_page(tmp_path: Path) -> None:
-    folder = left_run(tmp_path)
-    with_page(lambda: replace(RunResult.read(folder), finished_before=True), folder)
-    assert not Path(folder.report).exists()
-    with_page(lambda: RunResult.read(folder), folder)
-    assert Path(folder.report).exists()
 
 
 # --- Verbs -------------------------------------------------------------------------------------------------------------------

@@ -20,13 +20,16 @@ from raytune.evaluate import suite_metrics
 from raytune.evaluate.compare import Comparison, Sample, compare, comparisons_in
 from raytune.evaluate.questions import Question, from_json_lines, read_questions, to_json_lines
 from raytune.evaluate.sampling import DrawnTokens
-from raytune.evaluate.suite_metrics import METRICS, Given, metrics_of
+from raytune.evaluate.suite_metrics import METRICS, Given, metrics_of, of_user
 from raytune.launch.cluster import this_machine
+from raytune.launch.diagnosis import Evidence, diagnose
 from raytune.launch.prepare import prepare
+from raytune.metrics.history import History
 from raytune.plan.run_plan import EvaluationPlan, SamplingPlan
 from raytune.plan.suites import suite_plan
 from raytune.training.suites import chosen
-from tests.tiny import tiny_tokenizer
+from raytune.user_code import UserCode
+from tests.tiny import tiny_plan, tiny_tokenizer
 
 MC = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
 
@@ -195,6 +198,20 @@ def test_a_metric_of_the_user_s_that_fails_is_told_before_anything_is_trained(tm
     code.unlink()  # the plan carries it
     score = compare([Given(text="a")], [Given(text="b")], ["a"], {"closeness": metric}).scores["closeness"]
     assert (score.base, score.words, score.lower_is_better, score.is_share) == (-1.5, "closeness", True, False)
+
+
+def test_a_metric_of_the_users_that_fails_for_an_answer_is_told_and_nothing_else_is_lost() -> None:
+    code = UserCode(module="mine.py", name="digits", text="def digits(answer, expected):\n    return int(answer)\n")
+    metrics = {"digits": of_user(code, "evaluation.suites.metrics"), "exact_match": METRICS["answers"]["exact_match"]}
+    found = compare([Given(text="one")], [Given(text="1")], ["1"], metrics)
+    assert (found.scores["exact_match"].tuned, list(found.scores)) == (1.0, ["exact_match"])
+    assert (
+        "mine.py:digits fails for the answer 'one' where '1' is expected. mine.py:2, in digits: ValueError"
+        in found.failed["digits"]
+    )
+    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
+    evidence = Evidence.of(tiny_plan(), History(()), [], (), failed_metrics=list(found.failed.values()))
+    assert [(symptom.name, symptom.key) for symptom in diagnose(evidence)] == [("failed_metric", "evaluation.suites")]
 
 
 # --- Numbers -----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune.errors import ClusterError, TrainingError, UserError
+from raytune.launch.diagnosis import Evidence
 from raytune.launch.outcome import Spent
 from raytune.launch.result import RunResult
 from raytune.metrics.history import History
@@ -29,19 +30,19 @@ def written(tmp_path: Path, result: SweepResult) -> SweepFolder:
 
 def retrained(*curve: tuple[int, float]) -> RunResult:
     points = tuple(Point(step=step, time=0.0, attempt=1, values={"validation/loss": value}) for step, value in curve)
+    plan, history = tiny_plan(), History(points)
     return RunResult(
         name="s-best",
         folder="x",
         model_path="x",
-        plan=tiny_plan(),
+        plan=plan,
         metrics={},
         best_step=0,
         held_bytes=[],
         median_step_s=None,
-        history=History(points),
+        history=history,
         comparisons={},
-        changes=(),
-        spent=Spent(attempts=1, total_s=1.0, training_s=1.0, usd=None),
+        evidence=Evidence(plan=plan, history=history, spent=Spent(attempts=1, total_s=1.0, training_s=1.0, usd=None)),
     )
 
 

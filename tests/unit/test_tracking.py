@@ -2,15 +2,19 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from raytune.config.load import config_from
+import raytune
+from raytune.config.load import config_from, load_config
 from raytune.config.tracking import TrackingSection
 from raytune.errors import UserError
+from raytune.launch.gauges import METRIC, RUNNING, STEP, STEPS, refuse_unseen
 from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.run import train_plan
 from raytune.launch.track import TrackersAwayError, track
@@ -20,14 +24,15 @@ from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import read_json, write_json
-from raytune.tracking.told import settings_of
+from raytune.storage import read_json, write_bytes, write_json
+from raytune.tracking.told import page_mark, settings_of
 from raytune.tracking.trackers import LIBRARIES, away, refuse_unready
 from raytune.tracking.watching import tracking
+from raytune.training.recorder import Recorder
 from raytune.training.run import train
 from raytune.training.start import Worker
 from tests.tiny import store_plan, tiny_plan, tiny_store
-from tests.trackers import READERS, Kept, MlflowServer, Points, mlflow_server
+from tests.trackers import READERS, Kept, MlflowServer, Points, RealMlflowServer, at_mlflow, mlflow_server
 
 OPTIONS = {"wandb": {"mode": "offline"}}
 DEADLINE_S = 90.0
@@ -83,8 +88,14 @@ def train_steps(folder: RunFolder, *, attempt: int, resumed: int, until: int, se
 def finish(folder: RunFolder) -> None:
     with EventLog(folder.events, attempt=9) as events:
         events.write("run_finished")
-    write_json(folder.result, {"metrics": {"validation/loss": 0.25, "train/loss": 1.0}, "best_step": 2, "comparison": None})
+    result = {"metrics": {"validation/loss": 0.25, "train/loss": 1.0}, "best_step": 2, "comparison": None}
+    write_json(folder.result, result | {"outcome": {"training_s": 8.0, "usd": None}})
     set_state(folder, "finished")
+
+
+def leave_page_of(folder: RunFolder, state: str) -> None:
+    """A page as it is left at the end of an attempt."""
+    write_bytes(folder.report, page_mark(read_json(folder.run) | {"state": state}).encode())
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
@@ -130,8 +141,10 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
         train_steps(folder, attempt=1, resumed=0, until=6)
         wait_for(lambda: knows_all(name, folder))
         train_steps(folder, attempt=2, resumed=3, until=5, seed=1.0)  # of its first attempt, 1 to 3 stand
+        leave_page_of(folder, "failed")
         set_state(folder, "interrupted")
     assert knows_all(name, folder)
+    assert not list(tmp_path.rglob("artifacts/report.html")), "it is of an earlier end"
     first = only(read(tmp_path))
     expected = rounded(history(folder))
     assert len(expected) == 5 * 2 + 2
@@ -148,6 +161,8 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
         train_steps(folder, attempt=3, resumed=5, until=8)
         wait_for(lambda: knows_all(name, folder))  # to start takes seconds, and the end waits for few
         finish(folder)
+        leave_page_of(folder, "finished")
+    assert len(list(tmp_path.rglob("artifacts/report.html"))) == (name == "mlflow")
     second = only(read(tmp_path))
     assert second.run_id == first.run_id
     expected, known = rounded(history(folder)), rounded(second.points)
@@ -155,7 +170,7 @@ def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resume
     assert {key: values[-1:] for key, values in known.items()} == expected
     assert known == expected or name == "mlflow"
     results = {metric: values for (metric, _), values in rounded(second.points, results=True).items()}
-    assert results == {"result/validation/loss": [0.25], "result/best_step": [2.0]}
+    assert results == {"result/validation/loss": [0.25], "result/best_step": [2.0], "result/training_s": [8.0]}
     assert float(second.settings["training.learning_rate"]) == 3e-4
     assert float(second.settings["plan.steps"]) == 4
     assert len(second.events) == len(read_events(folder.events))
@@ -240,6 +255,36 @@ def test_a_command_ends_beside_a_dead_tracker_which_is_told_by_a_later_one(
     assert rounded(server.points(run_id)) == rounded(history(folder))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_mlflow_server_that_is_killed_knows_everything_when_it_is_back(tmp_path: Path) -> None:
+    server = RealMlflowServer(tmp_path)
+    folder = RunFolder(str(tmp_path), "r")
+    begin(folder)
+    server.start()
+    try:
+        with tracking(section_of("mlflow", uri=server.uri), folder):
+            train_steps(folder, attempt=1, resumed=0, until=4)
+            wait_for(lambda: knows_all("mlflow", folder))
+            server.kill()
+            train_steps(folder, attempt=2, resumed=4, until=6)
+            wait_for(lambda: any(event["event"] == "tracker_away" for event in read_events(folder.events)))
+            server.start()
+            wait_for(lambda: any(event["event"] == "tracker_back" for event in read_events(folder.events)))
+            finish(folder)
+            leave_page_of(folder, "finished")
+        kept = only(at_mlflow(server.uri))
+    finally:
+        server.kill()
+    assert kept.status == "FINISHED"
+    assert rounded(kept.points) == rounded(history(folder))
+    assert kept.settings["training.learning_rate"] == "0.0003"
+    sent = {path.name for path in (tmp_path / "files").rglob("*") if path.is_file()}
+    assert sent == {"run.json", "plan.json", "result.json", "report.html", "events.txt"}
+    told = [event["event"] for event in read_events(folder.events) if event["event"].startswith("tracker_")]
+    assert told == ["tracker_away", "tracker_back"]
+
+
 def test_losses_are_those_of_a_run_without_trackers_when_a_server_is_killed(server: MlflowServer, tmp_path: Path) -> None:
     store = store_plan(tiny_store(tmp_path / "store"))
 
@@ -306,6 +351,20 @@ def test_names_alone_stand_for_trackers_without_options() -> None:
         config_from(asked | {"tracking": ["wandbb"]})
 
 
+@pytest.mark.parametrize("names", ["[tensorboard, trackio]", "trackio"])
+def test_what_is_laid_over_names_alone_joins_them(names: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{base: demo}}\ndata: {{train: demo:train}}\ntracking: {names}\n")
+    section = load_config([file], ["tracking.group=x", "tracking.mlflow.experiment=e", "tracking.trackio.project=p"]).tracking
+    assert set(section.chosen) == {"trackio", "mlflow"} | ({"tensorboard"} if "tensorboard" in names else set())
+    assert section.trackio is not None
+    assert (section.group, section.trackio.project) == ("x", "p")
+    assert set(load_config([file], ["tracking=[wandb]"]).tracking.chosen) == {"wandb"}, "a list replaces"
+    file.write_text(file.read_text().replace("trackio", "trakio"))
+    with pytest.raises(UserError, match="trakio"):
+        load_config([file], ["tracking.group=x"])
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [
@@ -367,3 +426,68 @@ def test_nothing_is_started_where_no_tracker_is_named(tmp_path: Path, caplog: py
         pass
     assert not list(tmp_path.iterdir())
     assert not caplog.records
+
+
+# --- Prometheus
+
+
+def test_the_dashboard_shows_gauges_that_there_are_and_every_panel_has_its_place() -> None:
+    dashboard = json.loads((Path(raytune.__file__).parent / "docs/grafana.json").read_text())
+    jsonschema.validate(dashboard, DASHBOARD)
+    known = {f"ray_{name}" for name in (METRIC, STEP, STEPS, RUNNING)}
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    places, shown = set(), set()
+    for panel in dashboard["panels"]:
+        expression = panel["targets"][0]["expr"]
+        assert set(re.findall(r"ray_\w+", expression)) <= known, panel["title"]
+        assert set(re.findall(r"\$\{?(\w+)", json.dumps(panel))) <= variables
+        shown |= {one for pattern in re.findall(r'metric=~"([^"]+)"', expression) for one in pattern.split("|")}
+        at = panel["gridPos"]
+        own = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not own & places
+        places |= own
+    documented = re.findall(r"`(train/\w+)`", str(Recorder.__doc__))
+    assert {name for name in shown if name.startswith("train/")} <= set(documented)
+
+
+DASHBOARD = {
+    "type": "object",
+    "required": ["title", "uid", "schemaVersion", "panels", "templating", "time"],
+    "properties": {
+        "schemaVersion": {"type": "integer", "minimum": 30},
+        "panels": {
+            "type": "array",
+            "minItems": 6,
+            "items": {
+                "type": "object",
+                "required": ["id", "title", "type", "datasource", "gridPos", "targets", "fieldConfig"],
+                "properties": {
+                    "id": {"type": "integer"},
+                    "type": {"const": "timeseries"},
+                    "gridPos": {
+                        "type": "object",
+                        "required": ["x", "y", "w", "h"],
+                        "properties": {"x": {"minimum": 0}, "w": {"maximum": 24}},
+                    },
+                    "targets": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["expr", "refId"]}},
+                },
+            },
+        },
+    },
+}
+"""What Grafana asks of a dashboard that is imported, as far as ours has it."""
+
+
+def test_gauges_are_for_one_run_and_their_names_for_whoever_reads_them() -> None:
+    asked = {"model": {"base": "demo"}, "data": {"train": "demo:train"}, "tracking": ["prometheus"]}
+    section = config_from(asked).tracking
+    assert (section.prometheus is not None, section.chosen) == (True, {})
+    config_from(asked | {"tracking": {"prometheus": {}, "group": "a", "run_name": "b"}})
+    with pytest.raises(UserError, match="no tracker is named that keeps runs"):
+        config_from(asked | {"tracking": {"prometheus": {}, "tags": {"team": "a"}}})
+    refuse_unseen(config_from(asked | {"cluster": {"address": "host:6379"}}))
+    with pytest.raises(UserError, match="by ray:// it is on none"):
+        refuse_unseen(config_from(asked | {"cluster": {"address": "ray://host:10001"}}))
+    space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}
+    with pytest.raises(UserError, match="a sweep has many at once"):
+        config_from(asked | {"data": {"train": "demo:train", "validation": "demo:validation"}, "sweep": space})
