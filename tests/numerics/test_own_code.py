@@ -26,7 +26,7 @@ from raytune.launch.record import refuse_another_run, write_plan
 from raytune.launch.result import RunResult
 from raytune.model.base_content import base_content, content_changes
 from raytune.model.merge import merge_adapter
-from raytune.plan.base_model import read_model_shape
+from raytune.model.meta_shape import meta_model
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
 from tests.tiny import save_tiny_model
@@ -53,8 +53,12 @@ def plain(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own(plain: Path, tmp_path: Path) -> Path:
+    return with_own_code(plain, tmp_path / "own-code")
+
+
+def with_own_code(plain: Path, folder: Path) -> Path:
     """The same weights; Llama's code beside them, under another name."""
-    folder = shutil.copytree(plain, tmp_path / "own-code")
+    shutil.copytree(plain, folder)
     for module in (configuration_llama, modeling_llama):
         code = inspect.getsource(module).replace("from ...", "from transformers.").replace('"llama"', '"own_llama"')
         (folder / f"{module.__name__.rpartition('.')[2]}.py").write_text(code)
@@ -86,6 +90,14 @@ def trained(config: RunConfig) -> RunResult:
     return RunResult.read(folder)
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    """A base with such code, and a finished run of an adapter of it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base = with_own_code(save_tiny_model(folder / "plain"), folder / "own-code")
+    return base, trained(run_config(base, "ours", trust_remote_code=True))
+
+
 def logits(folder: Path | str) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
@@ -106,26 +118,27 @@ def test_own_code_trains_as_the_same_code_of_transformers(method: str, own: Path
         assert logits(ours.model_path).equal(logits(theirs.model_path))
 
 
-def test_an_adapter_of_own_code_is_merged_where_that_code_is_trusted(own: Path, tmp_path: Path) -> None:
-    result = trained(run_config(own, "ours", trust_remote_code=True))
+def test_an_adapter_of_own_code_is_merged_where_that_code_is_trusted(adapted: tuple[Path, RunResult], tmp_path: Path) -> None:
+    base, result = adapted
     with pytest.raises(ModelError, match="--trust-remote-code"):
         merge_adapter(Path(result.model_path), tmp_path / "merged")
     arguments = ["merge", result.model_path, "--output", str(tmp_path / "merged"), "--trust-remote-code"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.output
-    base = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
     with torch.no_grad():
-        expected = PeftModel.from_pretrained(base, result.model_path)(IDS).logits
-    shutil.rmtree(own)
+        expected = PeftModel.from_pretrained(model, result.model_path)(IDS).logits
+    base.rename(aside := tmp_path / "aside")
     # Two orders of the same additions.
     assert torch.allclose(logits(tmp_path / "merged"), expected, atol=1e-5)
+    aside.rename(base)
 
 
-def test_code_that_changed_is_another_base(own: Path) -> None:
-    config = run_config(own, "ours", trust_remote_code=True)
-    plan = prepare(config, this_machine(config.cluster), map).plan
+def test_code_that_changed_is_another_base(adapted: tuple[Path, RunResult], tmp_path: Path) -> None:
+    base, result = adapted
+    plan = result.plan
     folder = RunFolder(plan.storage, plan.name)
-    write_plan(folder, plan)
+    own = shutil.copytree(base, tmp_path / "changed")
     (own / "parts").mkdir()
     for code in (own / "modeling_llama.py", own / "parts" / "more.py"):
         with code.open("a") as file:
@@ -151,7 +164,7 @@ def test_code_of_another_repository_is_refused(own: Path) -> None:
     config["auto_map"]["AutoModelForCausalLM"] = "owner/code--modeling_llama.LlamaForCausalLM"
     (own / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"from another repository .*write 'modeling_llama\.LlamaForCausalLM'"):
-        read_model_shape(str(own), trust_remote_code=True)
+        meta_model(str(own), trust_remote_code=True)
 
 
 def test_code_of_another_repository_is_refused_for_the_tokenizer_too(own: Path) -> None:

@@ -194,6 +194,7 @@ def of_two_workers(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -
     return result
 
 
+@pytest.mark.slow  # of one worker often: judged above, and freed below
 def test_trials_of_two_sharded_workers_are_judged_and_free_what_they_held(of_two_workers: SweepResult) -> None:
     result = of_two_workers
     assert [trial.state for trial in result.trials] == ["finished", "stopped"]
@@ -215,7 +216,7 @@ def test_the_winner_of_sharded_trials_trained_alone_has_the_value_of_its_trial(o
     assert comparison.value == pytest.approx(comparison.trial_value, rel=1e-6)
 
 
-def test_a_trial_that_diverges_fails_with_its_cause_and_never_wins(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_trial_that_diverges_fails_with_its_cause_and_never_wins_and_nothing_is_held(cluster: Cluster, tmp_path: Path) -> None:
     with_a_dead_one = config(
         cluster,
         tmp_path,
@@ -224,7 +225,9 @@ def test_a_trial_that_diverges_fails_with_its_cause_and_never_wins(cluster: Clus
         training={"max_grad_norm": 0.0, "max_steps": 9},
         sweep={"space": {"training.learning_rate": {"grid": [1e30, 1e-3]}}, "stopping": {"grace": 3}},
     )
-    result = sweep(with_a_dead_one, progress=False)
+    with connected(cluster):
+        result = sweep(with_a_dead_one, progress=False)
+        assert is_all_free()
     dead, alive = sorted(result.trials, key=lambda trial: trial.trial.number)
     assert (dead.state, alive.state) == ("failed", "finished")
     assert "not finite" in (dead.cause or "")

@@ -17,6 +17,11 @@ from raytune.config.load import ConfigError, config_from, dump_yaml, load_config
 from raytune.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft7Validator:
+    return jsonschema.Draft7Validator(json_schema())
+
+
 @pytest.mark.parametrize("key", keys().values(), ids=lambda key: key.path)
 def test_every_key_is_explained_with_its_sentence_type_and_default(key):
     text = " ".join(explain(key.path).split())
@@ -118,8 +123,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("data", ACCEPTED + REFUSED, ids=str)
-def test_the_schema_accepts_what_loading_accepts(data: dict):
-    errors = list(jsonschema.Draft7Validator(json_schema()).iter_errors(data))
+def test_the_schema_accepts_what_loading_accepts(data: dict, validator: jsonschema.Draft7Validator):
+    errors = list(validator.iter_errors(data))
     try:
         config_from(data)
         loads = True
@@ -128,14 +133,14 @@ def test_the_schema_accepts_what_loading_accepts(data: dict):
     assert loads == (data in ACCEPTED) == (not errors)
 
 
-def test_the_schema_accepts_what_is_dumped():
+def test_the_schema_accepts_what_is_dumped(validator: jsonschema.Draft7Validator):
     for overrides in ([], ["adapter.method=qlora"], ["evaluation.generation.rows=a.jsonl", "checkpoint.every=1h"]):
         dumped = yaml.safe_load(dump_yaml(load_config([], overrides), full=True))
-        jsonschema.Draft7Validator(json_schema()).validate(dumped)
+        validator.validate(dumped)
 
 
 @pytest.mark.parametrize("key", [key for key in keys().values() if not key.is_section], ids=lambda key: key.path)
-def test_the_example_of_a_key_fits_the_schema(key):
+def test_the_example_of_a_key_fits_the_schema(key, validator: jsonschema.Draft7Validator):
     data = nested(key.path.split("."), example_of(key))
     if key.path.startswith("adapter.") and key.path != "adapter.method":
         data["adapter"]["method"] = key.methods[-1]
@@ -169,7 +174,7 @@ def test_the_example_of_a_key_fits_the_schema(key):
         data["evaluation"]["suites"] = [suite]
     if replay := data.get("strategy", {}).get("replay"):
         with_rows(replay, "data")
-    jsonschema.Draft7Validator(json_schema()).validate(data)
+    validator.validate(data)
 
 
 def with_rows(section: dict, key: str) -> None:

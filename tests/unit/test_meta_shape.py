@@ -182,6 +182,7 @@ def test_what_the_formulas_do_not_cover_is_refused(config: PretrainedConfig, rea
         shape_by_building(config)
 
 
+@pytest.mark.slow  # often by code beside the weights, below
 def test_a_folder_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
     OTHERS["olmo2"].save_pretrained(tmp_path)
     assert read_model_shape(str(tmp_path)) == shape_by_building(OTHERS["olmo2"])

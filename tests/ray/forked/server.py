@@ -26,12 +26,16 @@ from typing import Any
 
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.superoffload  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import numpy.ma
 import numpy.random
 import pandas  # noqa: F401
 import peft  # noqa: F401
 import pyarrow.dataset  # noqa: F401
 import pydantic  # noqa: F401
+import rich.progress_bar
+import rich.table  # noqa: F401
 import setuptools  # noqa: F401
 import torch
 import transformers.integrations.bitsandbytes  # noqa: F401
