@@ -152,7 +152,8 @@ OF_AN_ADAPTER, OF_A_RUN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_of_an_adapter_works(quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str) -> None:
-    (folder / "adapter.py").write_text(OF_AN_ADAPTER + "assert prompt['input_ids'].shape[1] < written.shape[1]\n")
+    claims = "assert prompt['input_ids'].shape[1] < written.shape[1]\nassert not {'raytune', 'ray'} & set(sys.modules)\n"
+    (folder / "adapter.py").write_text(f"import sys\n{OF_AN_ADAPTER}{claims}")
     done = run("python adapter.py", folder, ray_tmp)
     assert done.returncode == 0, done.stderr
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from tests.numerics.runs import (
 from tests.numerics.strategies import plain_training
 from tests.tiny import save_tiny_model, store_plan, tiny_request, tiny_rows
 from tests.unit.plan_cases import CPU as MACHINE
+from tests.variants import variants
 
 CPU = torch.device("cpu")
 NEW: list[Any] = ["<tool>", {"token": "<cite>", "description": "the source"}, {"token": "[[", "special": False}]
@@ -173,6 +175,12 @@ FULL: dict[str, Any] = {"method": "full"}
 ADAPTERS: dict[str, dict[str, Any]] = {name: way.adapter for name, way in WAYS.items()} | {"full": FULL}
 
 
+@pytest.fixture(scope="module")
+def alone(base: Base) -> Callable[[str], Outcome]:
+    """What one plain process has, by adapter."""
+    return cache(lambda name: train(plan_of(base, ADAPTERS[name])))
+
+
 def test_tokens_and_rows_are_plain_transformers(base: Base) -> None:
     plan = plan_of(base, FULL)
     ours: Any = load_model(plan.model, plan.adapter, device=CPU, seed=0)
@@ -188,50 +196,49 @@ def test_tokens_and_rows_are_plain_transformers(base: Base) -> None:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_curve_is_plain_peft_s(name: str, base: Base) -> None:
+def test_the_curve_is_plain_peft_s(name: str, base: Base, alone: Callable[[str], Outcome]) -> None:
     plan = plan_of(base, WAYS[name].adapter)
-    ours = train(plan)
+    ours = alone(name)
     model = plain_base(base.material.model, plan.model.num_embeddings or 0)
     assert relative_difference(ours.losses, peft_losses(model, plan, WAYS[name].config(base))) <= SAME_SUMS
     assert ours.losses[-1] < ours.losses[0] - 0.005, "something was learned"
     assert plan.num_trainable == sum(value.numel() for value in ours.weights.values())
 
 
-def test_full_fine_tuning_is_plain_torch_s(base: Base) -> None:
+def test_full_fine_tuning_is_plain_torch_s(base: Base, alone: Callable[[str], Outcome]) -> None:
     plan = plan_of(base, FULL)
     losses, weights = plain_training(plan, lambda _: True, base=plain_base(base.material.model, plan.model.num_embeddings or 0))
-    ours = train(plan)
+    ours = alone("full")
     assert relative_difference(ours.losses, losses) <= SAME_SUMS
     assert max((ours.weights[name] - weights[name]).abs().max() for name in weights) <= 2e-6
     assert plan.num_trainable == sum(value.numel() for value in weights.values())
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 16])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("chunk_tokens", "checkpointing"), variants([(16, False), (16, True)], [(None, True)]))
 def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
-    chunk_tokens: int | None, checkpointing: bool, base: Base
+    chunk_tokens: int | None, checkpointing: bool, base: Base, alone: Callable[[str], Outcome]
 ) -> None:
-    alone = train(plan_of(base, LORA))
     other = plan_of(base, LORA, loss={"chunk_tokens": chunk_tokens}, model={"gradient_checkpointing": checkpointing})
-    assert relative_difference(train(other).losses, alone.losses) <= SAME_SUMS
+    assert relative_difference(train(other).losses, alone("lora with rows").losses) <= SAME_SUMS
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_every_stage_on_two_ranks_equals_one_plain_process(name: str, stage: int, base: Base) -> None:
-    alone = train(plan_of(base, ADAPTERS[name]))
+def test_every_stage_on_two_ranks_equals_one_plain_process(
+    name: str, stage: int, base: Base, alone: Callable[[str], Outcome]
+) -> None:
     sharded = run(plan_of(base, ADAPTERS[name], workers=2, stage=stage, loss={"chunk_tokens": 16}))
     assert sharded[0].numbers == sharded[1].numbers
-    assert relative_difference(sharded[0].losses, alone.losses) <= SAME_SUMS
-    assert largest_difference(sharded[0], alone) <= 3e-6
+    assert relative_difference(sharded[0].losses, alone(name).losses) <= SAME_SUMS
+    assert largest_difference(sharded[0], alone(name)) <= 3e-6
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_resumed_equals_unbroken(name: str, stage: int, base: Base, tmp_path: Path) -> None:
+def test_resumed_equals_unbroken(name: str, stage: int, base: Base, alone: Callable[[str], Outcome], tmp_path: Path) -> None:
     plan = plan_of(base, ADAPTERS[name], stage=stage)
     go: Callable[..., Outcome] = train if stage == 0 else lambda *given: run(*given)[0]
-    unbroken = go(plan)
+    unbroken = alone(name) if stage == 0 else go(plan)
     go(plan, Change(stop=3, save=tmp_path))
     resumed = go(plan, Change(start=3, load=tmp_path / "rank-0"))
     assert resumed.losses == unbroken.losses[3:]

@@ -57,12 +57,12 @@ def one_node(kept: Kept) -> Cluster:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that share a cluster one after the other, behind those that have one of their own: two on one machine get in each
-    other's way."""
+    other's way. Last the one that loses it."""
     kinds: dict[str, int] = {}
     for item in items:
-        has_own = hasattr(getattr(item, "module", None), "cluster")
-        asked = () if has_own else getattr(item, "fixturenames", ())
-        kind = 2 if "cluster" in asked else 1 if "one_node" in asked else 0
+        asked = getattr(item, "fixturenames", ())
+        loses_it = hasattr(getattr(item, "module", None), "cluster")
+        kind = 3 if loses_it else 2 if "cluster" in asked else 1 if "one_node" in asked else 0
         file = item.nodeid.partition("::")[0]
         kinds[file] = max(kinds.get(file, 0), kind)
     in_ray = [index for index, item in enumerate(items) if item.nodeid.startswith("tests/ray/")]

@@ -25,6 +25,7 @@ model: {{base: demo}}
 data: {{train: {{path: "demo:train", max_rows: 40}}, validation: {{path: "demo:validation", max_rows: 8}}, max_length: 512}}
 training: {{max_steps: {steps}, warmup_steps: 0, global_batch_size: 2}}
 checkpoint: {{every_steps: 5}}
+cluster: {{workers: 1}}
 """
 
 

@@ -30,7 +30,7 @@ from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
-from tests.ray.conftest import forking, running_cluster
+from tests.ray.conftest import Kept, forking
 from tests.ray.forking import forking_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -54,10 +54,10 @@ def config(cluster: Cluster, storage: Path, name: str, **of_cluster: Any) -> dic
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """One that no other file has, since nodes of it are lost."""
-    with running_cluster(cpus_of_nodes=[1, 1]) as started:
-        yield started
+def cluster(kept: Kept) -> Iterator[Cluster]:
+    """That of other files, which come before this one: nodes of it are lost."""
+    yield kept.of([1, 1])
+    kept.end()
 
 
 @pytest.fixture

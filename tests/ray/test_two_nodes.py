@@ -94,9 +94,10 @@ assert not any(name.startswith("raytune") for name in sys.modules)
 """
 
 
+@pytest.mark.slow  # often by the README's example of an adapter: examples/test_readme.py
 def test_the_saved_models_load_in_a_process_without_raytune(runs: dict[str, RunResult], tmp_path: Path) -> None:
     folders = {method: result.model_path for method, result in runs.items()}
-    assert "lora" in folders
+    assert list(folders)[:2] == ["full", "lora"]
     command = [sys.executable, "-c", LOAD, json.dumps(folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
