@@ -21,7 +21,7 @@
               /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
     result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last,
-                                when the driver adds time, dollars and changes in words
+                                when the driver adds time, dollars, changes in words and what looks wrong
     samples.jsonl               rows of suites, base against tuned
     report.html  figures/       the page and its figures, drawn from these (`raytune report`)
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
