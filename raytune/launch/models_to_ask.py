@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from raytune.plan.requirements import choose_row_length
 from raytune.storage import absolute, exists, is_local, local_path
 
 BASE = "base"
-_PRECISIONS: Mapping[torch.dtype | None, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRECISIONS: Mapping[Any, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +165,7 @@ def _of_model(named: Named) -> tuple[list[Subject], RunToScore | None]:
     stops = found if (Path(found) / "generation_config.json").is_file() else None
     # Asked in the words of the tuned model, as at the end of a run.
     asked = base.asked.model_copy(update={"stops": stops, "tokenizer": found})
-    return [replace(base, asked=asked, reader=replace(whole.reader, vocab=base.reader.vocab)), whole], None
+    return [replace(base, asked=asked, reader=whole.reader), whole], None
 
 
 def _other(named: Named) -> Subject:

@@ -59,7 +59,7 @@ class HeldModels:
         self._device, self._stack = device, ExitStack()
         self._base: PreTrainedModel | None = None
         self._files: tuple[Any, ...] = ()
-        self._settings: GenerationConfig | None = None
+        self._settings: Any = None
         """Of generation, that came with the base."""
         self._adapted: PeftModel | None = None
         self._adapters: dict[str, str] = {}
@@ -95,8 +95,7 @@ class HeldModels:
             base.generation_config.eos_token_id = GenerationConfig.from_pretrained(stops).eos_token_id
         # PEFT wraps a base that it only lays something in front of, and puts others into its layers.
         adapted = self._adapted
-        in_layers = adapted is not None and not adapted.active_peft_config.is_prompt_learning
-        with adapted.disable_adapter() if in_layers else nullcontext():
+        with nullcontext() if adapted is None or adapted.active_peft_config.is_prompt_learning else adapted.disable_adapter():
             yield base
 
     @contextmanager
