@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from raytune.config.cluster import ClusterSection
 from raytune.config.evaluation import SuiteSection, suites_of
 from raytune.config.places import errors_at
@@ -27,7 +29,7 @@ from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
 from raytune.launch.score import HERE
 from raytune.metrics.json_numbers import decode_number, encode_number
 from raytune.plan.asked_model import AskedModel, on_device
-from raytune.plan.base_model import DEMO, is_on_hub, read_model_shape
+from raytune.plan.base_model import DEMO, is_on_hub
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import SuitePlan
 from raytune.plan.suites import suite_plan
@@ -111,8 +113,8 @@ def evaluate(prepared: Prepared, output: str | None = None) -> Evaluation:
         RaytuneError: if the workers failed; what was answered is kept.
     """
     to_ask, chunks = prepared.to_ask, _chunks(prepared)
-    identity = _identity(prepared, chunks)
-    folder = _folder(prepared, identity, output)
+    identity = identity_of(prepared)
+    folder = folder_for(prepared, identity, output)
     write_json(folder.identity, identity)
     with connect(prepared.cluster, scales=False) as machine:
         answering = _answering_plan(prepared, machine)
@@ -135,7 +137,7 @@ def evaluate(prepared: Prepared, output: str | None = None) -> Evaluation:
                 num_actors=min(len(missing), _num_actors(prepared, machine)),
                 start_timeout=prepared.cluster.start_timeout,
             )
-    return _judged(prepared, folder, tasks, found, answering.device)
+    return _judged(prepared, folder, tasks, found)
 
 
 # --- What is asked -----------------------------------------------------------------------------------------------------------
@@ -166,12 +168,11 @@ def _refuse_incomparable(
 ) -> None:
     first, *others = to_ask.subjects
     for one in to_ask.subjects:
-        vocab = one.asked.model.num_embeddings or _vocab(one.asked)
         largest = max(question.largest_token for questions in asked[one.name].values() for question in questions)
-        if largest >= vocab:
+        if largest >= one.vocab:
             raise UserError(
-                f"{one.source} has embeddings for {vocab} tokens, but rows have token {largest} of the tokenizer that they are "
-                f"read by ({one.reader.tokenizer}). Name the base that belongs to the model."
+                f"{one.source} has embeddings for {one.vocab} tokens, but rows have token {largest} of the tokenizer that they "
+                f"are read by ({one.reader.tokenizer}). Name the base that belongs to the model."
             )
     for one in others:
         for suite in suites:
@@ -185,11 +186,6 @@ def _refuse_incomparable(
                 raise UserError(f"Suite {suite.name!r} has {len(rows)} rows for {first.source}, and {len(own)} for {one.source}.")
 
 
-def _vocab(one: AskedModel) -> int:
-    model = one.model
-    return read_model_shape(model.path, model.revision, trust_remote_code=model.trust_remote_code).vocab
-
-
 # --- Where, and what of it is there already ----------------------------------------------------------------------------------
 
 
@@ -197,18 +193,18 @@ def _chunks(prepared: Prepared) -> dict[str, list[Chunk]]:
     return {name: all_chunks(prepared.suites, asked) for name, asked in prepared.asked.items()}
 
 
-def _identity(prepared: Prepared, chunks: Mapping[str, Sequence[Chunk]]) -> dict[str, Any]:
+def identity_of(prepared: Prepared) -> dict[str, Any]:
     """What an evaluation is of: the same command has the same one."""
     return {
         "models": [one.asked.model_dump(mode="json") for one in prepared.to_ask.subjects],
         "sources": {one.name: one.source for one in prepared.to_ask.subjects},
         "pairs": [list(pair) for pair in prepared.to_ask.pairs],
         "suites": [suite.model_dump(mode="json") for suite in prepared.suites],
-        "rows": {name: _hash([_of_chunk(chunk) for chunk in of_model]) for name, of_model in chunks.items()},
+        "rows": {name: _hash([_of_chunk(chunk) for chunk in of_model]) for name, of_model in _chunks(prepared).items()},
     }
 
 
-def _folder(prepared: Prepared, identity: Mapping[str, Any], output: str | None) -> EvaluationFolder:
+def folder_for(prepared: Prepared, identity: Mapping[str, Any], output: str | None = None) -> EvaluationFolder:
     """Where results are to lie. What nobody named takes no other evaluation's place.
 
     Raises:
@@ -308,8 +304,8 @@ def _judged(
     folder: EvaluationFolder,
     tasks: Sequence[tuple[AskedModel, Chunk]],
     found: Sequence[dict[int, Given] | None],
-    device: str,
 ) -> Evaluation:
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where a metric that has a model runs it: here
     parts: dict[str, list[Answered]] = {one.name: [] for one in prepared.to_ask.subjects}
     for (one, chunk), given in zip(tasks, found, strict=True):
         parts[one.name].append({chunk.suite.name: given or {}})

@@ -86,6 +86,8 @@ class Subject:
     source: str
     """The run, or the folder, that it is of."""
     reader: Reader
+    vocab: int
+    """Tokens that it has embeddings for."""
 
     @property
     def name(self) -> str:
@@ -205,7 +207,8 @@ def _of_run(run: RunToScore) -> list[Subject]:
         vocab=vocab,
     )
     base, tuned = asked_of_run(plan, folder.model, base=BASE, tuned=folder.name)
-    return [Subject(asked=base, source=plan.model.path, reader=reader), Subject(asked=tuned, source=folder.path, reader=reader)]
+    of_both = {"reader": reader, "vocab": vocab}
+    return [Subject(asked=base, source=plan.model.path, **of_both), Subject(asked=tuned, source=folder.path, **of_both)]
 
 
 def _of_whole(named: Named, path: str, name: str) -> Subject:
@@ -215,7 +218,8 @@ def _of_whole(named: Named, path: str, name: str) -> Subject:
     model = plain_model(
         found, _dtype(named, found, section), revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    return Subject(asked=AskedModel(name=name, model=model), source=found, reader=_reader(named, section, found, found))
+    reader = _reader(named, section, found)
+    return Subject(asked=AskedModel(name=name, model=model), source=found, reader=reader, vocab=reader.vocab)
 
 
 def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> list[Subject]:
@@ -246,18 +250,20 @@ def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> lis
         }
     )
     tuned = asked.model_copy(update={"name": name, "adapter": str(folder)})
-    return [replace(base, asked=asked, reader=reader), Subject(asked=tuned, source=str(folder), reader=reader)]
+    return [replace(base, asked=asked, reader=reader), replace(base, asked=tuned, source=str(folder), reader=reader)]
 
 
-def _reader(named: Named, section: ModelSection, found: str, tokenizer: str) -> Reader:
+def _reader(named: Named, section: ModelSection, found: str) -> Reader:
     config = RunConfig(model=section, adapter=FullAdapter(method="full"))
     config = config.model_copy(update={"data": config.data.model_copy(update={"template": named.template})})
     shape = read_model_shape(found, section.revision, trust_remote_code=section.trust_remote_code)
-    return Reader(config=config, tokenizer=tokenizer, row_length=choose_row_length(config, shape), vocab=shape.vocab)
+    return Reader(config=config, tokenizer=found, row_length=choose_row_length(config, shape), vocab=shape.vocab)
 
 
 def _section(named: Named, path: str) -> ModelSection:
-    return ModelSection(base=path, trust_remote_code=named.trust_remote_code and is_written_as_path(path))
+    is_folder = Path(path).expanduser().is_dir()
+    base = str(Path(path).expanduser().resolve()) if is_folder else path
+    return ModelSection(base=base, trust_remote_code=named.trust_remote_code and is_folder)
 
 
 def _described(section: ModelSection) -> tuple[ModelSection, str]:

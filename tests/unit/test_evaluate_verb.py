@@ -15,11 +15,12 @@ from raytune.evaluate.answers import all_chunks, together
 from raytune.evaluate.evaluation import Evaluation, paired, samples_of_models, values_of
 from raytune.evaluate.questions import Question
 from raytune.evaluate.suite_metrics import Given
-from raytune.launch.evaluate import Prepared, prepare_evaluation
+from raytune.launch.evaluate import Prepared, folder_for, identity_of, prepare_evaluation
 from raytune.launch.models_to_ask import Named
 from raytune.launch.record import RunRecord, State, write_plan
 from raytune.plan.run_plan import SuitePlan
 from raytune.run_folder import RunFolder
+from raytune.storage import write_json
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
 
 SUITES = """
@@ -146,6 +147,24 @@ def test_rows_that_are_none_are_told_with_the_line_that_names_them(folder: Path,
     (tmp_path / "suites.yaml").write_text(f"suites:\n  - {{name: none, rows: {tmp_path}/empty.jsonl}}\n")
     with pytest.raises(UserError, match=r"suites.yaml:2:18  evaluation.suites.0.rows\n.*empty"):
         prepare_evaluation(Named(model=str(folder / "base")), suite=str(tmp_path / "suites.yaml"))
+
+
+def test_what_nobody_named_takes_no_other_place_and_what_was_named_is_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, wider = prepared(folder, "base"), prepared(folder, "wider")
+    identity, other = identity_of(whole), identity_of(wider)
+    assert identity != other
+    assert identity == identity_of(prepared(folder, "base"))
+    first = folder_for(whole, identity)
+    assert first.path == str(tmp_path / "evaluations/base-suites")
+    write_json(first.identity, other)
+    assert folder_for(whole, identity).path == f"{first.path}-2"
+    write_json(first.identity, identity)
+    assert folder_for(whole, identity) == folder_for(whole, identity, first.path) == first
+    with pytest.raises(UserError, match="holds an evaluation of other models, suites or rows"):
+        folder_for(wider, other, first.path)
 
 
 def question(text: str) -> Question:
