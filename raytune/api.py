@@ -179,7 +179,7 @@ def score(
     return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
 
 
-def evaluate(
+def evaluate_model(
     model: File,
     *,
     suite: File | None = None,
