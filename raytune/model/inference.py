@@ -52,7 +52,7 @@ class HeldModels:
     """Models that are asked in turn. One base is in memory at a time; adapters lie over it, and are off where it is asked itself.
 
     Several LoRA adapters share a base. Before another kind of adapter, and before a base that an adapter has changed, the base is
-    loaded anew.
+    loaded anew. A folder is taken for the same as long as it is held: what changes has to come under another name.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -64,10 +64,19 @@ def refuse_unfit_adapter(one: AskedModel) -> None:
     width = own.token_dim if own.peft_type in ("PROMPT_TUNING", "P_TUNING") else text.hidden_size
     if width != text.hidden_size:  # PEFT notices when it lays the tokens before others
         raise _unfit(folder, model.path, f"its virtual tokens are {width} wide, and those of the base {text.hidden_size}")
+    largest = max(_trained_tokens(own), default=0)
+    if largest >= text.vocab_size:  # which weights without values let pass
+        raise _unfit(folder, model.path, f"it trained the row of token {largest}, and the base has {text.vocab_size} rows")
+
+
+def _trained_tokens(config: Any) -> list[int]:
+    """Numbers of the tokens whose rows an adapter trained."""
+    named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    return [number for numbers in (named.values() if isinstance(named, dict) else [named]) for number in numbers]
 
 
 def _unfit(folder: str, base: str, why: str) -> ModelError:
     return ModelError(
         f"The adapter in {folder} cannot be put on {base}: {why}. It was trained on another base, or its file is damaged. Name "
-        f"the base that it was trained on with --base."
+        f"the base that it was trained on with --base; of an adapter with new tokens, which no base has, name the run."
     )

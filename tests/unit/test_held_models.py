@@ -90,6 +90,14 @@ def test_the_adapter_that_was_asked_longest_ago_makes_room(saved: Path, tmp_path
         assert models.num_loaded == 1
 
 
+def test_an_adapter_with_tokens_that_its_base_does_not_have_is_refused(saved: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, trainable_token_indices=[290], **LORA)
+    get_peft_model(tiny_model(vocab_size=300, **SHAPE), config).save_pretrained(tmp_path / "tokens", save_embedding_layers=False)
+    one = asked(saved, "base").model_copy(update={"adapter": str(tmp_path / "tokens")})
+    with pytest.raises(ModelError, match="of an adapter with new tokens, which no base has, name the run"):
+        refuse_unfit_adapter(one)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_another_base_is_refused_before_weights_are_read(saved: Path, name: str) -> None:
     refuse_unfit_adapter(asked(saved, name))
