@@ -28,6 +28,7 @@ from raytune.plan.division import Begun, Division
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.while_training import room_for_exports
 from raytune.printable import first_line
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
@@ -171,7 +172,7 @@ def _train_held(
                 plan.name,
                 changes,
             )
-    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint, importance_bytes(plan))
+    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint, importance_bytes(plan), room_for_exports(plan))
     record = known or RunRecord(
         name=plan.name,
         state="running",

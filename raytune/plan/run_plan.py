@@ -21,6 +21,7 @@ Moment = Literal["forward", "loss", "last layer", "first layer", "update", "teac
 pass; in the backward pass of the loss, of the last layer (all activations, no gradients yet) or of the first (the reverse); in
 the update."""
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
+MeasuredWhere = Literal["spare", "between_steps"]
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
 
@@ -279,6 +280,29 @@ class SuitePlan(Plan):
     """None: the likeliest token each time."""
 
 
+class WhileTrainingPlan(Plan):
+    """Suites that are measured while training goes on (plan.while_training)."""
+
+    every_steps: Period
+    at_saves: bool
+    """Also wherever a checkpoint is due by its step, since a suite ranks them."""
+    at_start: bool
+    suites: tuple[SuitePlan, ...]
+    where: MeasuredWhere
+    num_cpus: int
+    """Of the actor that measures, where one does."""
+    num_gpus: int
+    wait_s: float
+    """How long the end of the run waits for it, at most."""
+    export_bytes: int
+    """Expected size of an export."""
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Names of what is measured."""
+        return frozenset(f"{suite.name}/{metric}" for suite in self.suites for metric in suite.metrics)
+
+
 class EvaluationPlan(Plan):
     every_steps: Period
     at_saves: bool
@@ -287,6 +311,7 @@ class EvaluationPlan(Plan):
     max_rows: int | None
     suites: tuple[SuitePlan, ...] = ()
     """What base and tuned model are measured on at the end."""
+    while_training: WhileTrainingPlan | None = None
 
     @model_validator(mode="before")
     @classmethod
