@@ -20,6 +20,7 @@ from raytune.data.store import Store
 from raytune.data.template import ChatTemplate
 from raytune.errors import DataError
 from raytune.evaluate.suite_metrics import SuiteMetric
+from raytune.plan.run_plan import SuitePlan
 
 MOST_LABELS = 100
 SHOWN_CHARACTERS = 500
@@ -155,6 +156,11 @@ def from_json_lines(data: bytes) -> list[Question]:
         return Question(**{"prompt": "", **line, **lists, "choice_ids": choice_ids})
 
     return [of_line(json.loads(line)) for line in data.splitlines()]
+
+
+def by_suite(suites: Sequence[SuitePlan], questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """The questions of each suite, in their order."""
+    return {suite.name: [one for one in questions if one.suite == suite.name] for suite in suites}
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------

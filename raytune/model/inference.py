@@ -1,14 +1,21 @@
 """Saved models: what plain transformers and PEFT make of the files of a run, for writing answers and for an engine."""
 
+import copy
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raytune.config.adapter import Adapter
+from raytune.data.tokenizers import load_tokenizer
 from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.dtypes import DTYPES
@@ -18,28 +25,182 @@ from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import load_config
 from raytune.model.quantize import quantization_config
 from raytune.model.rope import stretch
+from raytune.plan.asked_model import AskedModel
 from raytune.plan.base_model import model_files
-from raytune.plan.run_plan import RunPlan
+from raytune.plan.run_plan import ModelPlan, RunPlan
+from raytune.storage import download_folder, is_local, local_path
+
+MOST_ADAPTERS = 8
+"""That are kept over one base. The one that was asked longest ago makes room."""
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Starts of LoRA under which PEFT leaves the base's weights as they are."""
 
 
-def base_then_tuned(plan: RunPlan, folder: Path, device: torch.device) -> Iterator[PreTrainedModel | PeftModel]:
-    """First the base model of a run, then the tuned one as it was saved in `folder`; one of them on the device at a time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model in memory, and what its answers take."""
 
-    Both stop where the saved folder says: the base is asked in the same template, and is not to lose by writing on behind an
-    answer. A whole model brings its `generation_config` along; PEFT keeps that of the base, so an adapter is given its own.
+    model: Any
+    """Of transformers, or PEFT's around one."""
+    tokenizer: PreTrainedTokenizerBase
+    kept_tokens: tuple[str, ...] = ()
+    """As `AskedModel` says."""
+    can_pad: bool = True
+
+
+class HeldModels:
+    """Models that are asked in turn. One base is in memory at a time; adapters lie over it, and are off where it is asked itself.
+
+    Several LoRA adapters share a base. Before another kind of adapter, and before a base that an adapter has changed, the base is
+    loaded anew.
     """
-    stops = GenerationConfig.from_pretrained(folder)
-    model = _load(plan, plan.model.path, plan.model.revision, device)
-    model.generation_config.eos_token_id = stops.eos_token_id
-    yield model
-    if adapting(plan.adapter).is_whole:
-        del model  # the caller lets go of it as well
-        yield _load(plan, str(folder), None, device)
-    else:
-        model.generation_config = stops
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stack = device, ExitStack()
+        self._base: PreTrainedModel | None = None
+        self._files: tuple[Any, ...] = ()
+        self._settings: GenerationConfig | None = None
+        """Of generation, that came with the base."""
+        self._adapted: PeftModel | None = None
+        self._adapters: dict[str, str] = {}
+        """PEFT's names of those that lie over the base, by their folders; last the one that was asked last."""
+        self._num_laid_over = 0
+        self._brought: dict[str, Path] = {}
+        self.num_loaded = 0
+        """Bases that were loaded so far."""
+
+    def __enter__(self) -> "HeldModels":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+        self._stack.close()
+
+    @contextmanager
+    def asked(self, one: AskedModel) -> Iterator[Loaded]:
+        """A model for the duration of the block, in evaluation mode. Nobody keeps it longer."""
+        stops = self._here(one.stops) if one.stops else None
+        tokenizer = self._here(one.tokenizer) if one.tokenizer else None
+        code = one.model.trust_remote_code
+        path, revision = (str(tokenizer), None) if tokenizer else (one.model.path, one.model.revision)
+        decoder = load_tokenizer(path, revision, code)
+        with self._with_adapter(one, stops) if one.adapter else self._without_adapters(one, stops) as model:
+            yield Loaded(model=model, tokenizer=decoder, kept_tokens=one.kept_tokens, can_pad=one.can_pad)
+
+    @contextmanager
+    def _without_adapters(self, one: AskedModel, stops: Path | None) -> Iterator[PreTrainedModel]:
+        if self._adapted is not None and not all(map(_leaves_base, self._adapted.peft_config.values())):
+            self._let_go()
+        base = self._base_of(one)
+        base.generation_config = copy.deepcopy(self._settings)
+        if stops:
+            base.generation_config.eos_token_id = GenerationConfig.from_pretrained(stops).eos_token_id
+        # PEFT wraps a base that it only lays something in front of, and puts others into its layers.
+        adapted = self._adapted
+        in_layers = adapted is not None and not adapted.active_peft_config.is_prompt_learning
+        with adapted.disable_adapter() if in_layers else nullcontext():
+            yield base
+
+    @contextmanager
+    def _with_adapter(self, one: AskedModel, stops: Path | None) -> Iterator[PeftModel]:
+        assert one.adapter is not None
+        folder = str(self._here(one.adapter))
+        config = PeftConfig.from_pretrained(folder)
+        before = [*self._adapted.peft_config.values()] if self._adapted is not None else []
+        if before and folder not in self._adapters and not _share_base([*before, config]):
+            self._let_go()
+        base = self._base_of(one)
+        # PEFT keeps those of the base.
+        base.generation_config = GenerationConfig.from_pretrained(stops) if stops else copy.deepcopy(self._settings)
         with as_asked():
-            tuned = PeftModel.from_pretrained(model, str(folder))
-        yield tuned.eval()
+            if self._adapted is None:
+                self._adapters = {folder: "default"}
+                self._adapted = PeftModel.from_pretrained(base, folder).eval()
+            else:
+                self._switch_to(folder, self._adapted)
+        yield self._adapted
+
+    def _switch_to(self, folder: str, adapted: PeftModel) -> None:
+        if folder not in self._adapters:
+            self._num_laid_over += 1
+            self._adapters[folder] = f"adapter-{self._num_laid_over}"
+            adapted.load_adapter(folder, self._adapters[folder])
+        self._adapters[folder] = self._adapters.pop(folder)
+        adapted.set_adapter(self._adapters[folder])
+        if len(self._adapters) > MOST_ADAPTERS:
+            adapted.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
+
+    def _base_of(self, one: AskedModel) -> PreTrainedModel:
+        files = (one.model, one.held_for)
+        if self._base is None or self._files != files:
+            self._let_go()
+            path = one.model.path if is_local(one.model.path) else str(self._here(one.model.path))
+            self._base, self._files = _load(one.model.model_copy(update={"path": path}), one.held_for, self._device), files
+            self._settings = self._base.generation_config
+            self.num_loaded += 1
+        return self._base
+
+    def _let_go(self) -> None:
+        if self._base is not None:
+            self._base = self._adapted = self._settings = None
+            self._files, self._adapters = (), {}
+            gc.collect()  # before the next one is loaded
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _here(self, folder: str) -> Path:
+        """A saved folder on this machine."""
+        if is_local(folder):
+            return local_path(folder)
+        if folder not in self._brought:
+            scratch = Path(self._stack.enter_context(TemporaryDirectory()))
+            download_folder(folder, scratch)
+            self._brought[folder] = scratch
+        return self._brought[folder]
+
+
+def _leaves_base(config: PeftConfig) -> bool:
+    """Whether the base's weights are as they were while an adapter lies over it."""
+    return (
+        getattr(config, "bias", "none") == "none"
+        and getattr(config, "layer_replication", None) is None
+        and getattr(config, "init_lora_weights", True) in _PLAIN_STARTS
+    )
+
+
+def _share_base(configs: list[PeftConfig]) -> bool:
+    """Whether one base can have these adapters at once, of which one is on: LoRA in layers, and nothing else."""
+    return all(
+        _leaves_base(config)
+        and config.peft_type == "LORA"
+        and not any(getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices", "target_parameters"))
+        for config in configs
+    )
+
+
+def asked_of_run(plan: RunPlan, folder: str, *, base: str = "base", tuned: str = "tuned") -> tuple[AskedModel, AskedModel]:
+    """The base of a run, and the model that it saved; both stop where the saved folder says.
+
+    Args:
+        folder: with the files of `RunFolder.model`; or those of another state of the run, in the same form.
+        base, tuned: what to call them.
+    """
+    row = adapting(plan.adapter)
+    asked = AskedModel(
+        name=base,
+        model=plan.model,
+        held_for=plan.adapter,
+        stops=folder,
+        tokenizer=folder,
+        kept_tokens=tuple(one.token for one in plan.model.new_tokens),
+        can_pad=row.can_pad,
+    )
+    if not row.is_whole:
+        return asked, asked.model_copy(update={"name": tuned, "adapter": folder})
+    whole = {"path": folder, "revision": None, "content": None, "new_tokens": [], "num_embeddings": None, "rope": None}
+    return asked, asked.model_copy(
+        update={"name": tuned, "model": plan.model.model_copy(update=whole), "stops": None, "tokenizer": folder}
+    )
 
 
 def load_saved(
@@ -62,16 +223,14 @@ def load_saved(
     return loaded
 
 
-def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) -> PreTrainedModel:
-    model = plan.model
-    config = load_config(path, revision, model.trust_remote_code)
-    if path == model.path:  # a saved model says it itself
-        stretch(config, model.rope)
+def _load(model: ModelPlan, held_for: Adapter, device: torch.device) -> PreTrainedModel:
+    config = load_config(model.path, model.revision, model.trust_remote_code)
+    stretch(config, model.rope)
     quantization = quantization_config(model)
-    with packing_experts(plan.adapter, quantization):
+    with packing_experts(held_for, quantization):
         loaded = AutoModelForCausalLM.from_pretrained(
-            model_files(path, revision, with_code=model.trust_remote_code),
-            revision=revision,
+            model_files(model.path, model.revision, with_code=model.trust_remote_code),
+            revision=model.revision,
             config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.compute_dtype],
@@ -80,7 +239,6 @@ def _load(plan: RunPlan, path: str, revision: str | None, device: torch.device) 
             device_map={"": device},
             **({"quantization_config": quantization} if quantization else {}),
         )
-    if path == model.path:  # a saved model has them
-        add_new_tokens(loaded, model)
+    add_new_tokens(loaded, model)
     expand_packed_experts(loaded, keeps_nothing=False)
     return loaded.eval()

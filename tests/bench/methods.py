@@ -21,15 +21,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch
 
 from raytune.config.load import config_from
-from raytune.data.tokenizers import load_tokenizer
 from raytune.evaluate.generation import write_answers
 from raytune.evaluate.text_metrics import exact_match
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Prepared, prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
-from raytune.model.adapters import adapting
-from raytune.model.inference import base_then_tuned
+from raytune.model.inference import HeldModels, asked_of_run
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.run import train
@@ -146,16 +144,17 @@ def figures(plan: RunPlan) -> dict[str, Any]:
 
 def score(ready: Prepared) -> float:
     """Share of the questions that a finished run's model answers exactly as expected."""
-    plan, saved = ready.plan, Path(RunFolder(ready.plan.storage, ready.plan.name).model)
-    _, tuned = base_then_tuned(plan, saved, torch.device("cpu"))
-    answers = write_answers(
-        tuned,
-        load_tokenizer(str(saved)),
-        [question.prompt_ids for question in ready.questions],
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=len(ready.questions),
-        can_pad=adapting(plan.adapter).can_pad,
-    )
+    plan = ready.plan
+    _, tuned = asked_of_run(plan, RunFolder(plan.storage, plan.name).model)
+    with HeldModels(torch.device("cpu")) as models, models.asked(tuned) as loaded:
+        answers = write_answers(
+            loaded.model,
+            loaded.tokenizer,
+            [question.prompt_ids for question in ready.questions],
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=len(ready.questions),
+            can_pad=loaded.can_pad,
+        )
     scores = [exact_match(answer, question.expected) for answer, question in zip(answers, ready.questions, strict=True)]
     return sum(scores) / len(scores)
 

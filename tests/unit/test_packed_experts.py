@@ -1,6 +1,7 @@
 """Frozen fused experts in 4 bits: which are, what they compute, what is kept of them, and what of them is saved and merged."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from raytune.config.adapter import LoraAdapter, QloraAdapter, own_quantization
 from raytune.errors import ModelError
 from raytune.model.export import save_adapter
-from raytune.model.inference import base_then_tuned
+from raytune.model.inference import HeldModels, asked_of_run
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
 from raytune.model.merge import merge_adapter
@@ -24,6 +25,7 @@ from raytune.model.quantize import quantized_modules
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.methods import experts
 from raytune.plan.methods.lora_updates import updated_parameters
+from raytune.plan.run_plan import RunPlan
 from tests.tiny import tiny_plan, tiny_tokenizer
 from tests.unit.test_expert_updates import FUSED, saved_base
 from tests.unit.test_model_export import CPU, IDS, logits, state, trained
@@ -221,12 +223,21 @@ def test_a_kept_base_serves_only_adapters_that_leave_the_same_experts_alone(tmp_
     assert suffixes(fourth) == BOTH
 
 
+def each_asked(plan: RunPlan, folder: Path) -> Iterator[Any]:
+    """Base and tuned model of a run, one after the other."""
+    with HeldModels(CPU) as models:
+        for one in asked_of_run(plan, str(folder)):
+            with models.asked(one) as loaded:
+                yield loaded.model.train()
+
+
 def test_answers_are_written_by_the_experts_of_training(tmp_path: Path) -> None:
     base = saved_base("mixtral", tmp_path / "base")
     model = trained(base, FROZEN)
     save_adapter(model, state(model), tmp_path / "adapter")
     model.generation_config.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
     plan = tiny_plan(model={"path": str(base)}, adapter=FROZEN.model_dump())
-    before, tuned = (logits(one.train()) for one in base_then_tuned(plan, tmp_path / "adapter", CPU))
+    before, tuned = (logits(model) for model in each_asked(plan, tmp_path / "adapter"))
     assert before.equal(logits(loaded(base).train()))
     assert tuned.equal(logits(model.train()))

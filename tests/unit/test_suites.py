@@ -17,6 +17,7 @@ from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.errors import UserError
 from raytune.evaluate import suite_metrics
+from raytune.evaluate.answers import chosen
 from raytune.evaluate.compare import Comparison, Sample, compare, comparisons_in
 from raytune.evaluate.questions import Question, from_json_lines, read_questions, to_json_lines
 from raytune.evaluate.sampling import DrawnTokens
@@ -25,7 +26,6 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.plan.run_plan import EvaluationPlan, SamplingPlan
 from raytune.plan.suites import suite_plan
-from raytune.training.suites import chosen
 from tests.tiny import tiny_tokenizer
 
 MC = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}

@@ -1,0 +1,37 @@
+"""What answers to the questions of a suite are worth, and the rows as they are kept. Pure, but for metrics that have a model."""
+
+from collections.abc import Sequence
+
+from raytune.evaluate.compare import Comparison, Sample, compare
+from raytune.evaluate.questions import Question
+from raytune.evaluate.suite_metrics import Given, metrics_of
+from raytune.plan.run_plan import SuitePlan
+
+
+def judged(
+    suite: SuitePlan, asked: Sequence[Question], base: Sequence[Given], tuned: Sequence[Given], *, device: str
+) -> Comparison:
+    """What both models are worth on a suite.
+
+    Args:
+        base, tuned: what the models made of its questions.
+        device: where a metric that has a model runs it.
+    """
+    return compare(base, tuned, [question.expected for question in asked], metrics_of(suite, device=device))
+
+
+def samples_of(asked: Sequence[Question], base: Sequence[Given], tuned: Sequence[Given]) -> list[Sample]:
+    """The rows of a suite, and what both models made of them."""
+    return [
+        Sample(
+            suite=question.suite,
+            row=number,
+            prompt=question.prompt,
+            expected=question.expected,
+            base=before.text,
+            tuned=after.text,
+            base_numbers=before.numbers,
+            tuned_numbers=after.numbers,
+        )
+        for number, (question, before, after) in enumerate(zip(asked, base, tuned, strict=True))
+    ]
