@@ -42,3 +42,7 @@ class Answerer:
             download_base(base.path, base.revision, with_code=base.trust_remote_code)
         with self._models.asked(one) as loaded:
             return answer(loaded, chunk.suite, chunk.rows)
+
+    def forget(self, folder: str) -> None:
+        """Keep no copy of a saved folder that is not asked again."""
+        self._models.forget(folder)

@@ -96,7 +96,17 @@ def run(config: RunConfig, watch: Watch = lambda plan: nullcontext(), callbacks:
             get_ready = (
                 _base_here if named_address(config.cluster) is None else lambda plan: None
             )  # else nodes download their own
-            return _train_held(prepared.plan, prepared.questions, config, watched, fit, lease, get_ready)
+            return _train_held(prepared.plan, prepared.questions, config, watched, _fit_measured, lease, get_ready)
+
+
+def _fit_measured(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
+    """`fit`, with somebody beside it who measures suites, where the plan wants that."""
+    if not plan.measures_beside:
+        return fit(plan, number, check)
+    from raytune.launch.evaluator import evaluating  # loads what models take
+
+    with evaluating(plan, number):
+        return fit(plan, number, check)
 
 
 def train_plan(

@@ -499,6 +499,11 @@ class RunPlan(Plan):
         return [self.model, teacher] if teacher else [self.model]
 
     @property
+    def measures_beside(self) -> bool:
+        """Whether suites are measured beside the workers while these train."""
+        return self.evaluation.while_training is not None and self.evaluation.while_training.where == "spare"
+
+    @property
     def skips_spikes(self) -> bool:
         """Whether updates may be skipped whose gradient is a spike."""
         return self.divergence is not None and self.divergence.policy == "skip"

@@ -201,7 +201,7 @@ class Checkpoints:
         return self._peers.decide(lambda: best_commit(self._measured(), self._policy.metric, self._policy.mode))
 
     def learn(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take what was measured of a step after it was saved, or is going to be; rank 0. It counts if its checkpoint is there."""
+        """Take what else was measured of a step, whether or not it is saved yet; rank 0. It counts once a checkpoint is there."""
         self._known_later[step] = self._known_later.get(step, {}) | dict(metrics)
 
     def _measured(self) -> list[Commit]:
