@@ -35,6 +35,7 @@ from raytune.storage import absolute, write_bytes
 from raytune.tracking.trackers import refuse_unready
 from raytune.tracking.watching import tracking
 from raytune.training.commit import next_attempt, refuse_small_disk
+from raytune.training.exports import remove_all
 from raytune.training.fetched_base import noted
 from raytune.versions import library_versions
 
@@ -106,7 +107,11 @@ def _fit_measured(plan: RunPlan, number: int, check: Callable[[], None]) -> Fail
     from raytune.launch.evaluator import evaluating  # loads what models take
 
     with evaluating(plan, number):
-        return fit(plan, number, check)
+        failure = fit(plan, number, check)
+    if failure is None:
+        with suppress(RaytuneError, OSError):  # nobody reads them any more
+            remove_all(RunFolder(plan.storage, plan.name))
+    return failure
 
 
 def train_plan(

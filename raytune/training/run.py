@@ -104,6 +104,8 @@ def _train_from(
         found = replace(stopping.findings, divergence=_divergence(plan, folder, worker))
         started.loss.release()
         finish(started, checkpoints, recorder, found)
+        suites.look()
+        _take_results(suites, recorder, checkpoints)  # what has come meanwhile, for the curve
     return None
 
 

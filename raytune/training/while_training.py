@@ -194,14 +194,19 @@ class WhileTraining:
         """Results that have come since the last time, on rank 0; none on others."""
         return self._results.take() if self._results else []
 
+    def look(self) -> None:
+        """See on rank 0 what has come by now."""
+        if self._results and self._engine.rank == 0:
+            self._results.look()
+
     def wait(self) -> None:
-        """Look once more after the last step; if a suite ranks checkpoints, wait for what is known of the last export, for as long
+        """Look once more after the last step; where a suite ranks checkpoints, wait until the last export is measured, for as long
         as the plan says. Every rank calls it."""
         if self._results is None or self._measured is None:
             return
         with suppress(RaytuneError):
             waits = self._plan.checkpoint.metric in self._measured.metrics
-            self._peers.decide(self._wait if waits else self._results.look)
+            self._peers.decide(self._wait if waits else self.look)
 
     def _wait(self) -> None:
         assert self._results is not None
