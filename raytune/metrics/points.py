@@ -135,10 +135,10 @@ def _step_of(point: Point) -> int:
 
 
 def seconds_per_step(points: Sequence[Point]) -> float:
-    """Median between two neighbours of the same attempt; 0 if there are none."""
+    """Median between two neighbours of the same attempt; 0 if there are none. A point that was measured late is no neighbour."""
     pairs = [
         (later.time - earlier.time) / (later.step - earlier.step)
         for earlier, later in pairwise(points)
-        if earlier.attempt == later.attempt
+        if earlier.attempt == later.attempt and earlier.time <= later.time
     ]
     return statistics.median(pairs) if pairs else 0.0

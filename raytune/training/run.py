@@ -44,7 +44,8 @@ def train(plan: RunPlan, worker: Worker) -> None:
 def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
-    for suite in plan.evaluation.suites:
+    measured = plan.evaluation.while_training
+    for suite in (*plan.evaluation.suites, *(measured.suites if measured else ())):
         metrics_of(suite)  # what they need has to be here too, and not only at the command's
     with _told(folder, worker) as report:
         hold_by_importance(started, report)

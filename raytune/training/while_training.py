@@ -200,8 +200,8 @@ class WhileTraining:
             self._results.look()
 
     def wait(self) -> None:
-        """Look once more after the last step; where a suite ranks checkpoints, wait until the last export is measured, for as long
-        as the plan says. Every rank calls it."""
+        """Look once more after the last step, and where a suite ranks checkpoints wait until the last export is measured, for as
+        long as the plan says. Every rank calls it."""
         if self._results is None or self._measured is None:
             return
         with suppress(RaytuneError):
