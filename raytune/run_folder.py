@@ -30,6 +30,7 @@
     samples.jsonl               rows of suites, base against tuned
     report.html  figures/       the page and its figures, drawn from these (`raytune report`)
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
+    evaluations/NAME/           models on suites (`raytune evaluate`): result.json, samples.jsonl, chunks/ of answers
 <storage>/stores/<hash>/        tokenised data, shared by runs
 
 <storage>/rates/<name of a run>/    what `raytune find-rate` leaves; a second one is called NAME-2
@@ -159,6 +160,11 @@ class RunFolder:
         return f"{self.path}/scores"
 
     @property
+    def evaluations(self) -> str:
+        """Folder of what models were measured on beside the end of the run."""
+        return f"{self.path}/evaluations"
+
+    @property
     def scored_rows(self) -> str:
         """What workers that score leave in a folder of their own."""
         return f"{self.path}/rows.jsonl"
@@ -235,6 +241,31 @@ class RunFolder:
 
     def failure(self, attempt: int, rank: int) -> str:
         return f"{self.failures}/attempt-{attempt}.rank-{rank}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationFolder:
+    """Paths of one evaluation of models, in a run or elsewhere."""
+
+    path: str
+
+    @property
+    def identity(self) -> str:
+        """Of which models and rows it is; written first."""
+        return f"{self.path}/evaluation.json"
+
+    @property
+    def result(self) -> str:
+        """Written last."""
+        return f"{self.path}/result.json"
+
+    @property
+    def samples(self) -> str:
+        return f"{self.path}/samples.jsonl"
+
+    def chunk(self, fingerprint: str) -> str:
+        """What a model answered to rows, by a hash of both."""
+        return f"{self.path}/chunks/{fingerprint}.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import warnings
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, schema
+from raytune.cli.evaluate import evaluate
 from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
@@ -31,6 +32,7 @@ for verb in (
     sweep,
     find_rate,
     score,
+    evaluate,
     track,
     report,
     compare,

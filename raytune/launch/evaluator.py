@@ -185,21 +185,34 @@ class Evaluator:
 
 
 class RemoteAnswers:
-    """An actor on the cluster that answers.
+    """An actor on the cluster that answers; made when it has its place.
 
     Args:
         ended: set when nobody waits for it any more.
+
+    Raises:
+        EvaluatorEnded, RayError: as `answer` does.
     """
 
     def __init__(self, plan: RunPlan, measured: WhileTrainingPlan, ended: threading.Event, events: EventLog) -> None:
-        self._ended, self._events = ended, events
+        self._ended = ended
         device = "cuda" if measured.num_gpus else "cpu"
-        self._measured, self._is_placed, self._is_said = measured, False, False
         self._actor: Any = (
             ray.remote(Answerer)
             .options(num_cpus=measured.num_cpus, num_gpus=measured.num_gpus, max_restarts=0)
             .remote(AnsweringPlan(device=device, threads=measured.num_cpus, tf32=plan.tf32))
         )
+        try:
+            there, started_s, is_said = self._actor.ready.remote(), time.monotonic(), False
+            while not self._wait(there):
+                if not is_said and time.monotonic() - started_s > UNPLACED_S:
+                    is_said = True
+                    events.write("evaluator_waits", cpus=measured.num_cpus, gpus=measured.num_gpus)
+            node, pid = ray.get(there)
+        except BaseException:
+            self.end()
+            raise
+        events.write("evaluator_started", node=node, pid=pid)
 
     def answer(self, one: AskedModel, chunk: Chunk) -> dict[int, Given]:
         """What a model makes of a chunk.
@@ -218,12 +231,12 @@ class RemoteAnswers:
             ray.kill(self._actor)
 
     def _result(self, reference: Any) -> Any:
-        asked_s = time.monotonic()
-        while not ray.wait([reference], timeout=ASK_EVERY_S)[0]:
-            if self._ended.is_set():
-                raise EvaluatorEnded
-            if not (self._is_placed or self._is_said) and time.monotonic() - asked_s > UNPLACED_S:
-                self._is_said = True
-                self._events.write("evaluator_waits", num_cpus=self._measured.num_cpus, num_gpus=self._measured.num_gpus)
-        self._is_placed = True
+        while not self._wait(reference):
+            pass
         return ray.get(reference)
+
+    def _wait(self, reference: Any) -> bool:
+        """Wait for a moment; whether there is an answer, or an error."""
+        if self._ended.is_set():
+            raise EvaluatorEnded
+        return bool(ray.wait([reference], timeout=ASK_EVERY_S)[0])

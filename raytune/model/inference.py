@@ -26,7 +26,7 @@ from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.pretrained import load_config
 from raytune.model.quantize import quantization_config
 from raytune.model.rope import stretch
-from raytune.plan.asked_model import AskedModel
+from raytune.plan.asked_model import AskedModel, files_alone, plain_model
 from raytune.plan.base_model import model_files
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.storage import download_folder, is_local, local_path
@@ -60,13 +60,14 @@ class HeldModels:
         self._device, self._stack = device, ExitStack()
         self._base: PreTrainedModel | None = None
         self._files: tuple[Any, ...] = ()
-        self._settings: GenerationConfig | None = None
+        self._settings: Any = None
         """Of generation, that came with the base."""
         self._adapted: PeftModel | None = None
         self._adapters: dict[str, str] = {}
         """PEFT's names of those that lie over the base, by their folders; last the one that was asked last."""
         self._num_laid_over = 0
         self._brought: dict[str, Path] = {}
+        self._tokenizers: dict[tuple[str, str | None], PreTrainedTokenizerBase] = {}
         self.num_loaded = 0
         """Bases that were loaded so far."""
 
@@ -81,10 +82,7 @@ class HeldModels:
     def asked(self, one: AskedModel) -> Iterator[Loaded]:
         """A model for the duration of the block, in evaluation mode. Nobody keeps it longer."""
         stops = self._here(one.stops) if one.stops else None
-        tokenizer = self._here(one.tokenizer) if one.tokenizer else None
-        code = one.model.trust_remote_code
-        path, revision = (str(tokenizer), None) if tokenizer else (one.model.path, one.model.revision)
-        decoder = load_tokenizer(path, revision, code)
+        decoder = self._tokenizer_of(one)
         with self._with_adapter(one, stops) if one.adapter else self._without_adapters(one, stops) as model:
             yield Loaded(model=model, tokenizer=decoder, kept_tokens=one.kept_tokens, can_pad=one.can_pad)
 
@@ -103,8 +101,7 @@ class HeldModels:
             base.generation_config.eos_token_id = GenerationConfig.from_pretrained(stops).eos_token_id
         # PEFT wraps a base that it only lays something in front of, and puts others into its layers.
         adapted = self._adapted
-        in_layers = adapted is not None and not adapted.active_peft_config.is_prompt_learning
-        with adapted.disable_adapter() if in_layers else nullcontext():
+        with nullcontext() if adapted is None or adapted.active_peft_config.is_prompt_learning else adapted.disable_adapter():
             yield base
 
     @contextmanager
@@ -135,6 +132,13 @@ class HeldModels:
         adapted.set_adapter(self._adapters[folder])
         if len(self._adapters) > MOST_ADAPTERS:
             adapted.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
+
+    def _tokenizer_of(self, one: AskedModel) -> PreTrainedTokenizerBase:
+        path, revision = (one.tokenizer, None) if one.tokenizer else (one.model.path, one.model.revision)
+        path = path if is_local(path) else str(self._here(path))
+        if (path, revision) not in self._tokenizers:
+            self._tokenizers[path, revision] = load_tokenizer(path, revision, one.model.trust_remote_code)
+        return self._tokenizers[path, revision]
 
     def _base_of(self, one: AskedModel) -> PreTrainedModel:
         files = (one.model, one.held_for)
@@ -192,21 +196,20 @@ def asked_of_run(plan: RunPlan, folder: str, *, base: str = "base", tuned: str =
         base, tuned: what to call them.
     """
     row = adapting(plan.adapter)
+    model, held_for = files_alone(plan.model, plan.adapter)
     asked = AskedModel(
         name=base,
-        model=plan.model,
-        held_for=plan.adapter,
+        model=model,
+        held_for=held_for,
         stops=folder,
         tokenizer=folder,
-        kept_tokens=tuple(one.token for one in plan.model.new_tokens),
+        kept_tokens=tuple(one.token for one in model.new_tokens),
         can_pad=row.can_pad,
     )
     if not row.is_whole:
         return asked, asked.model_copy(update={"name": tuned, "adapter": folder})
-    whole = {"path": folder, "revision": None, "content": None, "new_tokens": [], "num_embeddings": None, "rope": None}
-    return asked, asked.model_copy(
-        update={"name": tuned, "model": plan.model.model_copy(update=whole), "stops": None, "tokenizer": folder}
-    )
+    whole = plain_model(folder, model.compute_dtype, trust_remote_code=model.trust_remote_code)
+    return asked, asked.model_copy(update={"name": tuned, "model": whole, "stops": None})
 
 
 def load_saved(

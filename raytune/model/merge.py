@@ -57,6 +57,7 @@ from raytune.model.merge_rows import TrainedRows, num_rows_with
 from raytune.model.pretrained import load_config, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.rope import saved_rope, stretch
+from raytune.model.saved_adapter import adapter_config
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import is_on_hub, model_files
@@ -93,7 +94,7 @@ def merge_adapter(
     """
     if output_folder.exists() and any(output_folder.iterdir()):
         raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
-    peft_config = _adapter_config(adapter_folder)
+    peft_config = adapter_config(adapter_folder)
     row = adapting_with(peft_config)
     if row is not None and row.why_unmerged:
         raise ModelError(f"{adapter_folder} merges into nothing: {row.why_unmerged}.")
@@ -182,16 +183,6 @@ def _stops(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> Genera
         return stopping_config(base, tokenizer, template if isinstance(template, str) else "")
     except DataError:  # a template that raytune could not train on: another tool did
         return stopping_config(base, tokenizer, "")
-
-
-def _adapter_config(folder: Path) -> PeftConfig:
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds no {name}, so it is not an adapter in the format of PEFT.")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:

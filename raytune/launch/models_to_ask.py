@@ -1,0 +1,306 @@
+"""Models that a user names to have them measured: a run, a whole model or an adapter, each with what rows are read by for it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytune.config.adapter import FullAdapter
+from raytune.config.evaluation import SUITE_NAME, SuiteSection
+from raytune.config.model import ModelSection, is_written_as_path
+from raytune.config.run import RunConfig
+from raytune.config.training import Precision
+from raytune.data.template_text import resolve_template
+from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.errors import DataError, ModelError, RaytuneError, UserError
+from raytune.evaluate.questions import Question
+from raytune.launch.base_here import refuse_changed_base
+from raytune.launch.prepare import described_base
+from raytune.launch.score import RunToScore, run_to_score
+from raytune.launch.stores import DataBuilder
+from raytune.model.base_check import check_base
+from raytune.model.export import ADAPTER_CONFIG
+from raytune.model.inference import asked_of_run
+from raytune.model.pretrained import load_config
+from raytune.model.rope import saved_rope
+from raytune.model.saved_adapter import adapter_config, answers_padded, refuse_unfit_adapter
+from raytune.plan.asked_model import AskedModel, plain_model
+from raytune.plan.base_model import read_model_shape
+from raytune.plan.requirements import choose_row_length
+from raytune.storage import absolute, exists, is_local, local_path
+
+BASE = "base"
+_PRECISIONS: Mapping[Any, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """What rows are read by for a model."""
+
+    config: RunConfig
+    tokenizer: str
+    """Folder or hub id."""
+    row_length: int
+    """Tokens of a text at most whose loss is measured."""
+    vocab: int
+    """Tokens that the model has embeddings for."""
+
+    def questions(self, suites: RunConfig, by_key: Mapping[str, SuiteSection], scratch: str) -> list[Question]:
+        """The rows of suites, in their order.
+
+        Args:
+            suites: a config that has these suites and nothing else.
+            scratch: folder for what is tokenised.
+
+        Raises:
+            UserError: if rows cannot be used, none is left, or they need a template that is not there.
+        """
+        data = self.config.data.model_copy(update={"store": f"{scratch}/stores"})
+        config = self.config.model_copy(update={"data": data, "evaluation": suites.evaluation})
+        try:
+            builder = DataBuilder(config, self.tokenizer, self.row_length, scratch, map, num_embeddings=self.vocab)
+            return [question for key, suite in by_key.items() for question in builder.questions_of(suite, key)]
+        except DataError as error:
+            if "data.template" not in str(error):
+                raise
+            raise DataError(f"{error} Here that is the option --template.", keys=error.keys) from error
+
+    @property
+    def same_rows(self) -> tuple[str, str, int]:
+        """Equal for readers that make the same of rows."""
+        model = self.config.model
+        tokenizer = open_tokenizer(self.tokenizer, model.revision, model.trust_remote_code, model.new_tokens)
+        template = self.config.data.template
+        text = resolve_template(template, tokenizer) if template != "auto" or tokenizer.chat_template else ""
+        return tokenizer_fingerprint(tokenizer), text, self.row_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model that is measured."""
+
+    asked: AskedModel
+    source: str
+    """The run, or the folder, that it is of."""
+    reader: Reader
+
+    @property
+    def name(self) -> str:
+        return self.asked.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """What a user names, in words of the command line."""
+
+    model: str
+    base: str | None = None
+    adapters: Mapping[str, str] | None = None
+    compare: str | None = None
+    template: str = "auto"
+    dtype: Precision | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToAsk:
+    """Models that are measured beside each other."""
+
+    subjects: tuple[Subject, ...]
+    pairs: tuple[tuple[str, str], ...]
+    """Names of those that are compared, the earlier one first."""
+    run: RunToScore | None
+    """If the first of them is that of a run."""
+    title: str
+    """For the name of a folder."""
+
+
+def models_to_ask(named: Named) -> ToAsk:
+    """Look at all models that a user names, before anything is started.
+
+    Raises:
+        UserError: if one of them is none, does not fit its base, or is a run that has not finished.
+    """
+    first, run = _of_model(named)
+    base = next((one for one in first if one.name == BASE), None)
+    if named.adapters and base is None:
+        base = replace(first[0], asked=first[0].asked.named(BASE))
+        first = [base]
+    added = [_of_adapter(named, path, name, base)[-1] for name, path in (named.adapters or {}).items()]
+    other = [_other(named)] if named.compare else []
+    subjects = _differently_named([*first, *added, *other])
+    main = subjects[len(first) - 1].name
+    pairs = [(subjects[0].name, one.name) for one in subjects[1:]]
+    if other and main != subjects[0].name:
+        pairs.append((main, subjects[-1].name))
+    title = "-against-".join([_title(named.model), *([_title(named.compare)] if named.compare else [])])
+    for one in subjects:
+        model = one.asked.model
+        # What bitsandbytes packs, and rows of new tokens, are in no config.
+        if one.asked.adapter and is_local(one.asked.adapter) and not model.quantization and not model.new_tokens:
+            refuse_unfit_adapter(one.asked)
+    return ToAsk(subjects=tuple(subjects), pairs=tuple(pairs), run=run, title=title)
+
+
+def _of_model(named: Named) -> tuple[list[Subject], RunToScore | None]:
+    """The first model with its base, if it has one."""
+    if _is_run(named.model):
+        if named.base is not None:
+            raise UserError(
+                f"--base is {named.base}, but {named.model} is a run, whose base is the one that it was trained on. Leave --base "
+                f"out, or name the model of the run: {named.model.rstrip('/')}/model"
+            )
+        run = run_to_score(named.model)
+        return _of_run(run), run
+    if _is_adapter(named.model):
+        return _of_adapter(named, named.model, _title(named.model), None), None
+    whole = _of_whole(named, named.model, _title(named.model))
+    if named.base is None:
+        return [whole], None
+    base = _of_whole(named, named.base, BASE)
+    found = whole.asked.model.path
+    stops = found if (Path(found) / "generation_config.json").is_file() else None
+    # Asked in the words of the tuned model, as at the end of a run.
+    asked = base.asked.model_copy(update={"stops": stops, "tokenizer": found})
+    return [replace(base, asked=asked, reader=whole.reader), whole], None
+
+
+def _other(named: Named) -> Subject:
+    """The model that is put beside the first one, without its base."""
+    assert named.compare is not None
+    title = _title(named.compare)
+    if _is_run(named.compare):
+        return _of_run(run_to_score(named.compare))[-1]
+    if _is_adapter(named.compare):
+        return _of_adapter(replace(named, base=None), named.compare, title, None)[-1]
+    return _of_whole(named, named.compare, title)
+
+
+def _of_run(run: RunToScore) -> list[Subject]:
+    folder, plan = run.folder, run.plan
+    if run.record.state != "finished":
+        raise UserError(
+            f"Run {folder.name!r} in {folder.storage} has not finished (it is {run.record.state}), and its checkpoints hold the "
+            f"state of training, not a model that can be loaded by itself. The same `raytune train` goes on with it; `raytune "
+            f"score` measures losses under its best checkpoint."
+        )
+    if not any(exists(f"{folder.model}/{name}") for name in ("config.json", ADAPTER_CONFIG)):
+        raise UserError(
+            f"The model of run {folder.name!r} is gone: {folder.model} holds none. Train it again under another name."
+        )
+    refuse_changed_base(plan.model)
+    local = is_local(folder.model)
+    data = run.config.data.model_copy(update={"template": "auto" if local else run.config.data.template})
+    model = run.config.model.model_copy(update={"revision": None if local else plan.model.revision})
+    vocab = plan.model.num_embeddings
+    if vocab is None:
+        vocab = read_model_shape(plan.model.path, plan.model.revision, trust_remote_code=plan.model.trust_remote_code).vocab
+    reader = Reader(
+        config=run.config.model_copy(update={"data": data, "model": model}),
+        tokenizer=str(local_path(folder.model)) if local else plan.model.path,
+        row_length=plan.data.row_length,
+        vocab=vocab,
+    )
+    base, tuned = asked_of_run(plan, folder.model, base=BASE, tuned=folder.name)
+    return [Subject(asked=base, source=plan.model.path, reader=reader), Subject(asked=tuned, source=folder.path, reader=reader)]
+
+
+def _of_whole(named: Named, path: str, name: str) -> Subject:
+    section = _section(named, path)
+    section, found = _described(section)
+    check_base(found, section.revision, section.trust_remote_code)
+    model = plain_model(
+        found, _dtype(named, found, section), revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    return Subject(asked=AskedModel(name=name, model=model), source=found, reader=_reader(named, section, found, found))
+
+
+def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> list[Subject]:
+    """An adapter behind its base.
+
+    Args:
+        base: that it is laid over; None: the one that the user or the adapter names.
+    """
+    folder = Path(path).expanduser().resolve()
+    config = adapter_config(folder)
+    if base is None:
+        named_base = named.base or config.base_model_name_or_path
+        if not named_base:
+            raise ModelError(f"{folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
+        base = _of_whole(named, named_base, BASE)
+        model = base.asked.model.model_copy(update={"rope": saved_rope(folder)})
+        base = replace(base, asked=base.asked.model_copy(update={"model": model}))
+    has_tokenizer, has_stops = ((folder / file).is_file() for file in ("tokenizer_config.json", "generation_config.json"))
+    reader = base.reader
+    if has_tokenizer:
+        section = reader.config.model.model_copy(update={"revision": None})
+        reader = replace(reader, config=reader.config.model_copy(update={"model": section}), tokenizer=str(folder))
+    asked = base.asked.model_copy(
+        update={
+            "stops": str(folder) if has_stops else base.asked.stops,
+            "tokenizer": str(folder) if has_tokenizer else base.asked.tokenizer,
+            "can_pad": base.asked.can_pad and answers_padded(config),
+        }
+    )
+    tuned = asked.model_copy(update={"name": name, "adapter": str(folder)})
+    return [replace(base, asked=asked, reader=reader), Subject(asked=tuned, source=str(folder), reader=reader)]
+
+
+def _reader(named: Named, section: ModelSection, found: str, tokenizer: str) -> Reader:
+    config = RunConfig(model=section, adapter=FullAdapter(method="full"))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template": named.template})})
+    shape = read_model_shape(found, section.revision, trust_remote_code=section.trust_remote_code)
+    return Reader(config=config, tokenizer=tokenizer, row_length=choose_row_length(config, shape), vocab=shape.vocab)
+
+
+def _section(named: Named, path: str) -> ModelSection:
+    return ModelSection(base=path, trust_remote_code=named.trust_remote_code and is_written_as_path(path))
+
+
+def _described(section: ModelSection) -> tuple[ModelSection, str]:
+    path = section.base
+    if is_written_as_path(path) and not Path(path).expanduser().is_dir():
+        raise UserError(f"{path} is neither the folder of a run, nor that of a model or an adapter: there is no such folder.")
+    try:
+        return described_base(section)
+    except RaytuneError as error:
+        what = "" if Path(path).expanduser().is_dir() else f" There is no folder {path} on this machine."
+        raise type(error)(f"{path} is neither a run nor a model that can be loaded: {error}{what}") from error
+
+
+def _dtype(named: Named, path: str, section: ModelSection) -> Precision:
+    """That a model is loaded in: what the user says, or that of its files."""
+    if named.dtype is not None:
+        return named.dtype
+    return _PRECISIONS.get(load_config(path, section.revision, section.trust_remote_code).dtype, "fp32")
+
+
+def _is_run(path: str) -> bool:
+    return exists(f"{absolute(path)}/run.json")
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def _title(path: str) -> str:
+    """What a model is called that its user gave no name: its folder; that of a run for the model in it."""
+    *above, last = [part for part in absolute(path).split("/") if part]
+    own = above[-1] if last == "model" and above else last
+    return re.sub(r"[^\w.-]+", "-", own).strip("-.") or "model"
+
+
+def _differently_named(subjects: Sequence[Subject]) -> list[Subject]:
+    """Subjects of which no two have a name; one that has one already is numbered."""
+    found: list[Subject] = []
+    for one in subjects:
+        if not re.match(SUITE_NAME, one.name):
+            raise UserError(f"{one.name!r} is no name for a model: letters, digits and . _ - are.")
+        names = {other.name for other in found}
+        candidates = (one.name if number == 1 else f"{one.name}-{number}" for number in range(1, len(subjects) + 1))
+        name = next(name for name in candidates if name not in names)
+        found.append(replace(one, asked=one.asked.named(name)))
+    return found
