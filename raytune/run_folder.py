@@ -20,8 +20,8 @@
     exports/step-00000100.1f0c9b/    the model after a step, for suites that are measured while training goes on; like model/
            /.../EXPORT.json     written last: before, nobody reads the folder
            /READING.json        the export that is being measured, and stays for that
-    evaluations/step-00000100.json   what suites came to on an export
-               /GIVEN_UP.json   there while nobody measures any more, and why
+    while_training/step-00000100.json   what suites came to on an export
+                  /GIVEN_UP.json   there while nobody measures any more, and why
     importance/rank-0.safetensors    by how much each weight is held under EWC; a file per rank where ranks share it
               /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
@@ -58,7 +58,7 @@ LAYOUT_FILE = "engine.json"
 EXPORT = "EXPORT.json"
 """Written last into an export."""
 EXPORT_FOLDER = re.compile(r"^step-(\d{8})\.[0-9a-f]+$")
-EVALUATION_FILE = re.compile(r"^step-(\d{8})\.json$")
+SUITE_RESULT = re.compile(r"^step-(\d{8})\.json$")
 DAMAGED_MANIFEST = "MANIFEST.damaged.json"
 STEP_FOLDER = re.compile(r"^step-(\d{8})$")
 UNFINISHED_FOLDER = re.compile(r"^step-\d{8}\.(?:tmp|deleted)-(\d+)$")
@@ -125,17 +125,17 @@ class RunFolder:
         return f"{self.exports}/READING.json"
 
     @property
-    def evaluations(self) -> str:
+    def while_training(self) -> str:
         """Folder of what suites came to on exports."""
-        return f"{self.path}/evaluations"
+        return f"{self.path}/while_training"
 
-    def evaluation(self, step: int) -> str:
-        return f"{self.evaluations}/{step_folder(step)}.json"
+    def suite_result(self, step: int) -> str:
+        return f"{self.while_training}/{step_folder(step)}.json"
 
     @property
     def given_up(self) -> str:
         """There while nobody measures exports any more."""
-        return f"{self.evaluations}/GIVEN_UP.json"
+        return f"{self.while_training}/GIVEN_UP.json"
 
     @property
     def result(self) -> str:

@@ -104,7 +104,7 @@ class Evaluator:
         """Until the attempt has ended, or it gives up."""
         every_s = look_every_s or (LOOK_EVERY_S if is_local(self._folder.path) else REMOTE_LOOK_EVERY_S)
         with suppress(RaytuneError, OSError):
-            remove_folder(self._folder.given_up, self._folder.evaluations)
+            remove_folder(self._folder.given_up, self._folder.while_training)
         try:
             while not self._ended.wait(every_s) and self._num_failures < MOST_FAILURES:
                 with suppress(RaytuneError, OSError, ValueError):  # storage that is away: the next look will tell

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from raytune import storage
 from raytune.metrics.json_numbers import decode_number, encode_number
-from raytune.run_folder import EVALUATION_FILE, EXPORT, EXPORT_FOLDER, RunFolder, step_folder
+from raytune.run_folder import EXPORT, EXPORT_FOLDER, SUITE_RESULT, RunFolder, step_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,26 +120,26 @@ def forget_after(folder: RunFolder, step: int) -> None:
             remove(folder, export)
     for found, path in _results(folder):
         if found > step:
-            storage.remove_folder(path, folder.evaluations)
+            storage.remove_folder(path, folder.while_training)
 
 
 def write_result(folder: RunFolder, result: SuiteResult) -> bool:
     """Write what an export came to; nothing if it does not count any more. Whether it was written."""
-    path = folder.evaluation(result.export.step)
+    path = folder.suite_result(result.export.step)
     if not is_there(folder, result.export):
         return False
     storage.write_json(path, result.to_json())
     if is_there(folder, result.export):
         return True
     if (written := read_result(folder, result.export.step)) and written.export == result.export:
-        storage.remove_folder(path, folder.evaluations)  # the run went back behind it in between
+        storage.remove_folder(path, folder.while_training)  # the run went back behind it in between
     return False
 
 
 def read_result(folder: RunFolder, step: int) -> SuiteResult | None:
     """What the export of a step came to; None if it is not known."""
     with suppress(FileNotFoundError):
-        return SuiteResult.from_json(json.loads(storage.read_bytes(folder.evaluation(step))))
+        return SuiteResult.from_json(json.loads(storage.read_bytes(folder.suite_result(step))))
     return None
 
 
@@ -156,5 +156,5 @@ def _folders(folder: RunFolder) -> list[Export]:
 
 
 def _results(folder: RunFolder) -> list[tuple[int, str]]:
-    matches = (EVALUATION_FILE.match(name) for name in sorted(storage.list_folder(folder.evaluations)))
-    return [(int(match.group(1)), f"{folder.evaluations}/{match.group(0)}") for match in matches if match]
+    matches = (SUITE_RESULT.match(name) for name in sorted(storage.list_folder(folder.while_training)))
+    return [(int(match.group(1)), f"{folder.while_training}/{match.group(0)}") for match in matches if match]
