@@ -9,6 +9,7 @@ from raytune.config.data import Sources, source_name
 from raytune.config.section import Auto, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 from raytune.config.user_code import CodeName
 from raytune.config.while_training import WhileTrainingSection
+from raytune.metrics.points import NOT_OF_SUITES
 
 AnswerMetricName = Literal[
     "exact_match",
@@ -47,8 +48,6 @@ DEFAULT_METRICS: Mapping[SuiteKind, Sequence[str]] = {
 GENERATION = "generation"
 """Name of the suite that `evaluation.generation` is short for."""
 
-NAMES_OF_METRICS = ("train", "validation")
-"""What names of metrics begin with that no suite gives."""
 LOWER_IS_BETTER = get_args(LossMetricName)
 
 SUITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -187,7 +186,7 @@ class EvaluationSection(Section):
             raise ValueError("there are no suites to measure; give some (evaluation.suites), or leave while_training out")
         if unknown := next((name for name in section.suites if name not in names), None):
             raise ValueError(f"no suite is called {unknown!r}; these are there: {', '.join(names)}")
-        if taken := next((name for name in section.suites or names if name in NAMES_OF_METRICS), None):
+        if taken := next((name for name in section.suites or names if name in NOT_OF_SUITES), None):
             raise ValueError(
                 f"a suite is called {taken!r}, as other metrics are; give it another name (evaluation.suites.name) to have it "
                 f"measured while training goes on"

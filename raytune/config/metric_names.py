@@ -3,7 +3,7 @@ Pure."""
 
 from typing import Literal
 
-from raytune.config.evaluation import LOWER_IS_BETTER, NAMES_OF_METRICS, is_code, suites_while_training
+from raytune.config.evaluation import LOWER_IS_BETTER, is_code, suites_while_training
 from raytune.config.hints import hint_for_value
 from raytune.config.problems import shown
 from raytune.config.row_sources import evaluated_sets
@@ -38,11 +38,6 @@ def modes_of_suites(config: RunConfig) -> dict[str, Literal["min", "max"] | None
 
 def is_of_validation(metric: str) -> bool:
     return metric.startswith("validation/")
-
-
-def is_of_suite(metric: str) -> bool:
-    """Whether a name that a run has measured is that of a suite's metric."""
-    return metric.partition("/")[0] not in NAMES_OF_METRICS
 
 
 def metric_refusal(config: RunConfig, key: str, metric: str) -> str | None:

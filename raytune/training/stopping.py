@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Self
 
-from raytune.config.metric_names import is_of_suite, is_of_validation
+from raytune.config.metric_names import is_of_validation
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.metrics.history import History
+from raytune.metrics.points import is_of_suite
 from raytune.plan.calendar import is_due
 from raytune.plan.run_plan import RunPlan, StoppingPlan
 
