@@ -83,10 +83,11 @@ def remove(folder: RunFolder, export: Export) -> None:
 
 
 def remove_old(folder: RunFolder) -> None:
-    """Remove what is neither the newest export nor being measured."""
-    kept = {export.name for export in exports_in(folder)[-1:]} | {being_read(folder)}
-    for export in _folders(folder):
-        if export.name not in kept:
+    """Remove what is neither the newest export nor being measured. What is not whole yet is being written."""
+    there = exports_in(folder)
+    reading = being_read(folder)
+    for export in there[:-1]:
+        if export.name != reading:
             remove(folder, export)
 
 
