@@ -17,6 +17,11 @@
     checkpoints/step-00000100/  a committed checkpoint; MANIFEST.json lists its files with sizes and hashes
                /step-00000100.tmp-2, .deleted-2   being written, being removed by attempt 2
                /step-00000100.damaged             set aside: its files are not what the manifest says
+    exports/step-00000100.1f0c9b/    the model after a step, for suites that are measured while training goes on; like model/
+           /.../EXPORT.json     written last: before, nobody reads the folder
+           /READING.json        the export that is being measured, and stays for that
+    while_training/step-00000100.json   what suites came to on an export
+                  /GIVEN_UP.json   there while nobody measures any more, and why
     importance/rank-0.safetensors    by how much each weight is held under EWC; a file per rank where ranks share it
               /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
@@ -50,6 +55,10 @@ from dataclasses import dataclass
 MANIFEST = "MANIFEST.json"
 LAYOUT_FILE = "engine.json"
 """How the training state beside it is cut (plan.division.Layout)."""
+EXPORT = "EXPORT.json"
+"""Written last into an export."""
+EXPORT_FOLDER = re.compile(r"^step-(\d{8})\.[0-9a-f]+$")
+SUITE_RESULT = re.compile(r"^step-(\d{8})\.json$")
 DAMAGED_MANIFEST = "MANIFEST.damaged.json"
 STEP_FOLDER = re.compile(r"^step-(\d{8})$")
 UNFINISHED_FOLDER = re.compile(r"^step-\d{8}\.(?:tmp|deleted)-(\d+)$")
@@ -104,6 +113,29 @@ class RunFolder:
     @property
     def model(self) -> str:
         return f"{self.path}/model"
+
+    @property
+    def exports(self) -> str:
+        """Folder of models that are measured while training goes on."""
+        return f"{self.path}/exports"
+
+    @property
+    def reading(self) -> str:
+        """Names the export that is being measured."""
+        return f"{self.exports}/READING.json"
+
+    @property
+    def while_training(self) -> str:
+        """Folder of what suites came to on exports."""
+        return f"{self.path}/while_training"
+
+    def suite_result(self, step: int) -> str:
+        return f"{self.while_training}/{step_folder(step)}.json"
+
+    @property
+    def given_up(self) -> str:
+        """There while nobody measures exports any more."""
+        return f"{self.while_training}/GIVEN_UP.json"
 
     @property
     def result(self) -> str:

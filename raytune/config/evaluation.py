@@ -8,6 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from raytune.config.data import Sources, source_name
 from raytune.config.section import Auto, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 from raytune.config.user_code import CodeName
+from raytune.config.while_training import WhileTrainingSection
+from raytune.metrics.points import NOT_OF_SUITES
 
 AnswerMetricName = Literal[
     "exact_match",
@@ -45,6 +47,8 @@ DEFAULT_METRICS: Mapping[SuiteKind, Sequence[str]] = {
 }
 GENERATION = "generation"
 """Name of the suite that `evaluation.generation` is short for."""
+
+LOWER_IS_BETTER = get_args(LossMetricName)
 
 SUITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -161,6 +165,8 @@ class EvaluationSection(Section):
     suites: Annotated[list[SuiteSection], Field(examples=[[{"rows": "held_out.jsonl"}]])] = []
     """Measured on base and tuned model after training, several of them: written answers, multiple choice, classes, and what is
     forgotten of general data (`raytune explain scores`)."""
+    while_training: WhileTrainingSection | None = None
+    """Measure suites while training goes on as well. Default: only after it."""
 
     @field_validator("suites")
     @classmethod
@@ -170,12 +176,37 @@ class EvaluationSection(Section):
             raise ValueError(f"two suites are called {twice!r}; give one of them another name (evaluation.suites.name)")
         return suites
 
+    @field_validator("while_training")
+    @classmethod
+    def _are_there(cls, section: WhileTrainingSection | None, info: ValidationInfo) -> WhileTrainingSection | None:
+        if section is None or not {"generation", "suites"} <= info.data.keys():
+            return section
+        names = [GENERATION] * bool(info.data["generation"]) + [suite.title for suite in info.data["suites"]]
+        if not names:
+            raise ValueError("there are no suites to measure; give some (evaluation.suites), or leave while_training out")
+        if unknown := next((name for name in section.suites if name not in names), None):
+            raise ValueError(f"no suite is called {unknown!r}; these are there: {', '.join(names)}")
+        if taken := next((name for name in section.suites or names if name in NOT_OF_SUITES), None):
+            raise ValueError(
+                f"a suite is called {taken!r}, as other metrics are; give it another name (evaluation.suites.name) to have it "
+                f"measured while training goes on"
+            )
+        return section
+
 
 def suites_of(section: EvaluationSection) -> dict[str, SuiteSection]:
     """What is asked of base and tuned model, by the key of a config that asks for it."""
     generation = section.generation
     short = {"evaluation.generation": suite_of_generation(generation)} if generation else {}
     return short | {f"evaluation.suites.{number}": suite for number, suite in enumerate(section.suites)}
+
+
+def suites_while_training(section: EvaluationSection) -> dict[str, SuiteSection]:
+    """Those that are measured while training goes on, by the key of a config that asks for them."""
+    if section.while_training is None:
+        return {}
+    chosen = section.while_training.suites
+    return {key: suite for key, suite in suites_of(section).items() if not chosen or suite.title in chosen}
 
 
 def suite_of_generation(section: GenerationSection) -> SuiteSection:

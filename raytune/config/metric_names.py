@@ -1,5 +1,9 @@
-"""Names of what a run measures on its validation rows, as they may be written in `checkpoint.metric` and `sweep.metric`. Pure."""
+"""Names of what a run measures of its model while it trains, as they may be written in `checkpoint.metric` and `sweep.metric`.
+Pure."""
 
+from typing import Literal
+
+from raytune.config.evaluation import LOWER_IS_BETTER, is_code, suites_while_training
 from raytune.config.hints import hint_for_value
 from raytune.config.problems import shown
 from raytune.config.row_sources import evaluated_sets
@@ -10,12 +14,30 @@ METRICS = ("loss", "perplexity", "bits_per_byte")
 
 
 def measured(config: RunConfig) -> list[str]:
-    """Names of the metrics of a run; none without validation rows."""
+    """Names of the metrics of a run: of validation rows, if there are any, and of suites that are measured while it trains."""
+    return [*_of_validation(config), *modes_of_suites(config)]
+
+
+def _of_validation(config: RunConfig) -> list[str]:
     sets = evaluated_sets(config)
     if not sets:
         return []
     several = sets if len(sets) > 1 else {}
     return [f"{prefix}/{name}" for prefix in ("validation", *(f"validation/{each}" for each in several)) for name in METRICS]
+
+
+def modes_of_suites(config: RunConfig) -> dict[str, Literal["min", "max"] | None]:
+    """What suites measure while a run trains, and whether a smaller or a larger value is better; None: it is not known, since
+    a function of the user's says it."""
+    return {
+        f"{suite.title}/{metric}": None if is_code(metric) else "min" if metric in LOWER_IS_BETTER else "max"
+        for suite in suites_while_training(config.evaluation).values()
+        for metric in suite.named_metrics
+    }
+
+
+def is_of_validation(metric: str) -> bool:
+    return metric.startswith("validation/")
 
 
 def metric_refusal(config: RunConfig, key: str, metric: str) -> str | None:
@@ -25,8 +47,16 @@ def metric_refusal(config: RunConfig, key: str, metric: str) -> str | None:
         key: under which it was written.
     """
     known = measured(config)
-    if metric in known or not known:
-        return None
+    if metric in known or not known or (is_of_validation(metric) and not _of_validation(config)):
+        return None  # what is looked at where nothing gives it, says the plan
     hint = hint_for_value(key, str, metric)
     hint = hint if hint.split('"')[1:2] and hint.split('"')[1] in known else ""
     return f"{shown(metric)} is not measured here{hint or '; these are: ' + ', '.join(known)}"
+
+
+def mode_refusal(config: RunConfig, metric: str, mode: str) -> str | None:
+    """Why a suite's metric cannot be looked at in a mode; None if it can."""
+    better = modes_of_suites(config).get(metric)
+    if better is None or better == mode:
+        return None
+    return f"is {mode}, but of {metric} the {'lower' if better == 'min' else 'higher'} is better; set it to {better}"

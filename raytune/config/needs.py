@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,6 +14,7 @@ from raytune.config.row_sources import asks_in_chats, tokenised_sources, trained
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
 from raytune.config.strategy import DistillationSection
+from raytune.config.while_training import WhileTrainingSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +76,11 @@ def not_beside(key: str) -> Need:
 
 def instead_of(key: str) -> Need:
     """A key that says the same in another unit is not there."""
-    section, name = key.split(".")
+    value_of = attrgetter(key)
     return Need(
         keys=(key,),
-        holds=lambda config, _: getattr(getattr(config, section), name) is None,
-        otherwise=lambda config: f"{key} ({getattr(getattr(config, section), name):g}) says so in epochs",
+        holds=lambda config, _: value_of(config) is None,
+        otherwise=lambda config: f"{key} ({value_of(config):g}) says so in epochs",
         remedy=f"leave out {key}",
     )
 
@@ -152,6 +154,27 @@ VALIDATION = Need(
     holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
     otherwise=lambda config: "nothing is evaluated: there is neither data.validation nor data.validation_fraction",
     remedy="give one of the two",
+)
+VALIDATION_OR_SUITES = Need(
+    keys=(*VALIDATION.keys, "evaluation.while_training"),
+    holds=lambda config, section: VALIDATION.holds(config, section) or config.evaluation.while_training is not None,
+    otherwise=lambda config: (
+        "nothing is evaluated while training goes on: there is neither data.validation nor data.validation_fraction nor "
+        "evaluation.while_training"
+    ),
+    remedy="give one of them",
+)
+NO_TRIALS_MEASURED = Need(
+    keys=("sweep",),
+    holds=lambda config, _: config.sweep is None,
+    otherwise=lambda config: "trials of a sweep measure between steps, so that each of them is compared by what it has come to",
+    remedy="train one run (sweep=null)",
+)
+BESIDE_WORKERS = Need(
+    keys=("evaluation.while_training.where",),
+    holds=lambda _, section: isinstance(section, WhileTrainingSection) and section.where != "between_steps",
+    otherwise=lambda config: "nothing is measured beside the workers: evaluation.while_training.where is between_steps",
+    remedy="set that to auto or spare",
 )
 ONE_RUN = Need(
     keys=(),

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from raytune.config.expressions import Expression, ExpressionError, parse_expression
 from raytune.config.hints import hint_for_value, nearest_keys, why_there_is_none
 from raytune.config.keys import in_words, is_mapping, keys, keys_in, schema_path, type_at
-from raytune.config.metric_names import metric_refusal
+from raytune.config.metric_names import is_of_validation, measured, metric_refusal, mode_refusal
 from raytune.config.problems import CONFLICT, UNKNOWN_KEY, WRONG_VALUE, Place, Problem, dotted, shown
 from raytune.config.run import RunConfig
 from raytune.config.section import Section
@@ -61,34 +61,46 @@ def space_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
 
 
 def _early_stopping_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
-    early, key = config.training.early_stopping, "training.early_stopping.metric"
-    message = metric_refusal(config, key, early.metric) if early else None
-    return [Problem(CONFLICT, node_at("training", "early_stopping", "metric").place, key, message)] if message else []
+    early = config.training.early_stopping
+    return _judge_problems(config, ("training", "early_stopping"), early.metric, early.mode, node_at) if early else []
+
+
+def _judge_problems(config: RunConfig, section: tuple[str, ...], metric: str, mode: str, node_at: NodeAt) -> list[Problem]:
+    """What is wrong with the metric of a section, or with its mode."""
+    for name, message in (
+        ("metric", metric_refusal(config, dotted((*section, "metric")), metric)),
+        ("mode", mode_refusal(config, metric, mode)),
+    ):
+        if message:
+            return [Problem(CONFLICT, node_at(*section, name).place, dotted((*section, name)), message)]
+    return []
 
 
 def _sweep_problems(config: RunConfig, node_at: NodeAt) -> list[Problem]:
     if config.sweep is None:
-        message = metric_refusal(config, "checkpoint.metric", config.checkpoint.metric)
-        return [Problem(CONFLICT, node_at("checkpoint", "metric").place, "checkpoint.metric", message)] if message else []
+        return _judge_problems(config, ("checkpoint",), config.checkpoint.metric, config.checkpoint.mode, node_at)
     circle = _circle(config.sweep)
     found = [problem for key in config.sweep.space for problem in _dimension_problems(config.sweep, key, node_at)]
     found += [problem for i in range(len(config.sweep.first)) for problem in _point_problems(config.sweep, i, node_at)]
     if circle:
         message = f"depends on itself: {' -> '.join(circle)}"
         found.append(Problem(CONFLICT, node_at("sweep", "space", circle[0]).key_place, f"sweep.space.{circle[0]}", message))
-    message = _metric_refusal(config, config.sweep.metric)
+    message = _not_compared(config, config.sweep.metric)
     if message:
-        found.append(Problem(CONFLICT, node_at("sweep", "metric").place, "sweep.metric", message))
-    return found
+        return [*found, Problem(CONFLICT, node_at("sweep", "metric").place, "sweep.metric", message)]
+    return found + _judge_problems(config, ("sweep",), config.sweep.metric, config.sweep.mode, node_at)
 
 
-def _metric_refusal(config: RunConfig, metric: str) -> str | None:
-    """Why trials cannot be compared by a metric: they are compared where they are evaluated."""
-    if not metric.startswith("validation/"):
-        return f"trials are compared by what is measured on validation rows (validation/loss, ...), got {shown(metric)}"
+def _not_compared(config: RunConfig, metric: str) -> str | None:
+    """Why trials cannot be compared by a metric, whichever others there are: they are compared where they are evaluated."""
+    if metric in measured(config):
+        return None
+    if not is_of_validation(metric):
+        what = "what is measured on validation rows (validation/loss, ...), or on suites (evaluation.while_training)"
+        return f"trials are compared by {what}, got {shown(metric)}"
     if not config.data.validation and not config.data.validation_fraction:
         return "no trial would measure it: there are no validation rows (data.validation, data.validation_fraction)"
-    return metric_refusal(config, "sweep.metric", metric)
+    return None
 
 
 def parsed(dimension: Dimension) -> tuple[Expression | None, Expression | None]:

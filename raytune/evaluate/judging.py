@@ -1,6 +1,6 @@
 """What answers to the questions of a suite are worth, and the rows as they are kept. Pure, but for metrics that have a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from raytune.evaluate.compare import Comparison, Sample, compare
 from raytune.evaluate.questions import Question
@@ -18,6 +18,23 @@ def judged(
         device: where a metric that has a model runs it.
     """
     return compare(base, tuned, [question.expected for question in asked], metrics_of(suite, device=device))
+
+
+def values_of(
+    suites: Sequence[SuitePlan], asked: Mapping[str, Sequence[Question]], given: Mapping[str, Sequence[Given]], *, device: str
+) -> dict[str, float]:
+    """What one model is worth, by the names SUITE/METRIC.
+
+    Args:
+        asked, given: the questions of each suite, and what the model made of them.
+        device: as above.
+    """
+    return {
+        f"{suite.name}/{name}": float(metric.value(counts.sum(0)))
+        for suite in suites
+        for name, metric in metrics_of(suite, device=device).items()
+        for counts in [metric.counts(given[suite.name], [question.expected for question in asked[suite.name]])]
+    }
 
 
 def samples_of(asked: Sequence[Question], base: Sequence[Given], tuned: Sequence[Given]) -> list[Sample]:

@@ -1,6 +1,7 @@
 """Rows answered on the workers of a cluster: actors that hold models, and chunks that are handed to whichever is free."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,8 +54,9 @@ class Answerer:
         torch.backends.cudnn.allow_tf32 = plan.tf32
         self._models = HeldModels(torch.device(plan.device))
 
-    def ready(self) -> None:
-        """Answers once the process is there."""
+    def ready(self) -> tuple[str, int]:
+        """Answers once the process is there: its node, and its number there."""
+        return os.uname().nodename, os.getpid()
 
     def answer(self, one: AskedModel, chunk: Chunk) -> dict[int, Given]:
         """What a model makes of a chunk. Who hands over chunks model by model has each base loaded once.
@@ -67,6 +69,10 @@ class Answerer:
             download_base(base.path, base.revision, with_code=base.trust_remote_code)
         with self._models.asked(one) as loaded:
             return answer(loaded, chunk.suite, chunk.rows)
+
+    def forget(self, folder: str) -> None:
+        """Keep no copy of a saved folder that is not asked again."""
+        self._models.forget(folder)
 
 
 def answer_on_cluster(

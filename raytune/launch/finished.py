@@ -93,7 +93,7 @@ def goes_on(folder: RunFolder, config: RunConfig) -> bool:
     if stopped is None or max((commit.step for commit in committed(folder)), default=0) != stopped.step:
         return False
     curve = Curve.of(read_plan(folder)).read(History.read(folder.metrics), stopped.step)
-    return verdict(curve.evaluations, rules_of(config), stopped.step).stopped is None
+    return verdict(curve, rules_of(config), stopped.step).stopped is None
 
 
 def is_finished(folder: RunFolder, config: RunConfig) -> bool:

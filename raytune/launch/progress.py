@@ -31,6 +31,8 @@ DOWNLOAD_IS_DEAD_AFTER_S = 60.0
 """A node that has noted nothing for so long was killed."""
 EVENTS_EVERY_S, REMOTE_EVENTS_EVERY_S = 5.0, 30.0
 BAR_WIDTH = 40
+MOST_SUITES = 4
+"""Metrics of suites that are shown."""
 
 _SHOWN: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "train/loss", "{:.4f}".format),
@@ -50,6 +52,18 @@ _WARNINGS: dict[str, Callable[[dict], str]] = {
         f"no update with a gradient norm of {event['grad_norm']:.5g}, of which {event['norm_limit']:.5g} is the limit",
     ),
     "importance_again": lambda event: f"warning: the importance of weights in the run folder is estimated again: {event['why']}.",
+    "suites_not_measured": lambda event: (
+        f"warning: suites are not measured at step {event['step']}; training goes on. {event['reason']}"
+    ),
+    "suites_awaited": lambda event: (
+        f"the suites of step {event['step']}, which rank checkpoints, are waited for, {format_seconds(event['seconds'])} at most"
+    ),
+    "suites_not_awaited": lambda event: (
+        f"warning: the suites of step {event['step']} are not known; its checkpoint is ranked without them."
+    ),
+    "evaluator_waits": lambda event: (
+        f"the actor that measures suites waits for {event['cpus']} CPUs and {event['gpus']} GPUs of the cluster; training goes on"
+    ),
     "rolled_back": lambda event: _roll_back_sentence(event["step"], event["to"], event["rate_scale"], event["reason"]),
 }
 """Events that a person is told at once, in words."""
@@ -157,7 +171,8 @@ class RunView:
             starting = ("state", f"{what}, {format_seconds(self._clock() - self._started)}")
             return [("step", f"0/{num_steps}"), *(downloads or [starting])]
         facts = [("step", f"{step}/{num_steps}")]
-        for label, name, form in _SHOWN:
+        of_suites = [(name, name, "{:.4g}".format) for name in metrics.suites[:MOST_SUITES]]
+        for label, name, form in (*_SHOWN, *of_suites):
             if newest := metrics.newest(name):
                 measured, value = newest
                 facts.append((label, form(value) + (f" (step {measured})" if not is_of_training(name) else "")))

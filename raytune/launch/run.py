@@ -29,12 +29,14 @@ from raytune.plan.division import Begun, Division
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.while_training import room_for_exports
 from raytune.printable import first_line
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.tracking.trackers import refuse_unready
 from raytune.tracking.watching import tracking
 from raytune.training.commit import next_attempt, refuse_small_disk
+from raytune.training.exports import remove_all
 from raytune.training.fetched_base import noted
 from raytune.versions import library_versions
 
@@ -104,7 +106,21 @@ def run(
             get_ready = (
                 _base_here if named_address(config.cluster) is None else lambda plan: None
             )  # else nodes download their own
-            return _train_held(prepared.plan, prepared.questions, config, watched, fit, lease, get_ready)
+            return _train_held(prepared.plan, prepared.questions, config, watched, _fit_measured, lease, get_ready)
+
+
+def _fit_measured(plan: RunPlan, number: int, check: Callable[[], None]) -> Failure | None:
+    """`fit`, with somebody beside it who measures suites, where the plan wants that."""
+    if not plan.measures_beside:
+        return fit(plan, number, check)
+    from raytune.launch.evaluator import evaluating  # loads what models take
+
+    with evaluating(plan, number):
+        failure = fit(plan, number, check)
+    if failure is None:
+        with suppress(RaytuneError, OSError):  # nobody reads them any more
+            remove_all(RunFolder(plan.storage, plan.name))
+    return failure
 
 
 def train_plan(
@@ -180,7 +196,7 @@ def _train_held(
                 plan.name,
                 changes,
             )
-    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint, importance_bytes(plan))
+    refuse_small_disk(folder, plan.checkpoint_bytes, plan.checkpoint, importance_bytes(plan), room_for_exports(plan))
     record = known or RunRecord(
         name=plan.name,
         state="running",

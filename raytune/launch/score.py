@@ -23,6 +23,7 @@ from raytune.launch.record import RunRecord, read_plan, readable
 from raytune.launch.rows_to_score import as_text, look_at_rows, tokenised
 from raytune.launch.stores import store_plan_of
 from raytune.launch.trainer import fit
+from raytune.metrics.history import History
 from raytune.metrics.json_numbers import encode_number
 from raytune.model.adapters import adapting
 from raytune.plan.data_report import StoreReport, store_text
@@ -30,7 +31,7 @@ from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, read_bytes, remove_folder, write_bytes
-from raytune.training.commit import best_commit, committed
+from raytune.training.commit import best_commit, committed, measured
 
 ATTEMPT = 1
 HERE = "here"
@@ -114,7 +115,8 @@ class RunToScore:
         """
         if self.record.state == "finished":
             return Weights(folder=self.folder, step=None)
-        commit = best_commit(committed(self.folder), self.plan.checkpoint.metric, self.plan.checkpoint.mode)
+        known = {point.step: point.evaluation for point in History.read(self.folder.metrics).points}
+        commit = best_commit(measured(committed(self.folder), known), self.plan.checkpoint.metric, self.plan.checkpoint.mode)
         if commit is None:
             raise UserError(f"Run {self.folder.name!r} in {self.folder.storage} has neither finished nor saved a checkpoint yet.")
         return Weights(folder=self.folder, step=commit.step)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raytune.errors import UserError
-from raytune.metrics.points import EffectivePoints, Point, seconds_per_step
+from raytune.metrics.points import EffectivePoints, Point, is_of_suite, seconds_per_step
 from raytune.metrics.tail import Tail
 
 
@@ -62,6 +62,11 @@ class Follower:
         """(step, value) where a metric was measured last; None: nowhere."""
         point = self._effective.last_with(name)
         return (point.step, point.values[name]) if point else None
+
+    @property
+    def suites(self) -> list[str]:
+        """Names of what was measured of suites while training went on."""
+        return [name for name in self._effective.names if is_of_suite(name)]
 
     def seconds_per_step(self, num_intervals: int = 20) -> float:
         """Median over the last intervals between two points of the same attempt; 0 while there are none."""

@@ -10,6 +10,14 @@ from itertools import pairwise
 from raytune.errors import UserError
 from raytune.metrics.json_numbers import decode_number
 
+NOT_OF_SUITES = ("train", "validation")
+"""What names of metrics begin with that no suite gives."""
+
+
+def is_of_suite(name: str) -> bool:
+    """Whether a metric is that of a suite, SUITE/METRIC."""
+    return name.partition("/")[0] not in NOT_OF_SUITES
+
 
 def is_of_training(name: str) -> bool:
     """Whether a metric tells of the steps that lead to a point, and not of the model that stands there."""
@@ -124,10 +132,19 @@ class EffectivePoints:
         return self.points[at] if at < len(self.points) and self.points[at].step == step else None
 
     def last_with(self, name: str) -> Point | None:
-        """The last point that has a metric. Counted along while lines come in order, anew after a resume."""
+        """The last point that has a metric."""
+        return self._newest().get(name)
+
+    @property
+    def names(self) -> list[str]:
+        """All that was measured, in alphabetical order."""
+        return sorted(self._newest())
+
+    def _newest(self) -> dict[str, Point]:
+        """The last point that has it, by metric. Counted along while lines come in order, anew after a resume."""
         if self._last_with is None:
             self._last_with = {name: point for point in self.points for name in point.values}
-        return self._last_with.get(name)
+        return self._last_with
 
 
 def _step_of(point: Point) -> int:
@@ -135,10 +152,10 @@ def _step_of(point: Point) -> int:
 
 
 def seconds_per_step(points: Sequence[Point]) -> float:
-    """Median between two neighbours of the same attempt; 0 if there are none."""
+    """Median between two neighbours of the same attempt; 0 if there are none. A point that was measured late is no neighbour."""
     pairs = [
         (later.time - earlier.time) / (later.step - earlier.step)
         for earlier, later in pairwise(points)
-        if earlier.attempt == later.attempt
+        if earlier.attempt == later.attempt and earlier.time <= later.time
     ]
     return statistics.median(pairs) if pairs else 0.0

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ class HeldModels:
         decoder = self._tokenizer_of(one)
         with self._with_adapter(one, stops) if one.adapter else self._without_adapters(one, stops) as model:
             yield Loaded(model=model, tokenizer=decoder, kept_tokens=one.kept_tokens, can_pad=one.can_pad)
+
+    def forget(self, folder: str) -> None:
+        """Remove what was brought here of a saved folder that is not asked again."""
+        if (brought := self._brought.pop(folder, None)) is not None:
+            shutil.rmtree(brought, ignore_errors=True)
 
     @contextmanager
     def _without_adapters(self, one: AskedModel, stops: Path | None) -> Iterator[PreTrainedModel]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from raytune.config.checkpoint import CheckpointSection
 from raytune.plan.defaults import Choice
 
 SHOWN = 3
@@ -63,6 +64,17 @@ def steps_of_epochs(section: str, epochs: float, epoch: Epoch) -> Choice[Period]
     if not due:
         return Choice(every_steps, f"{asked}. The run has {epoch.num_steps} steps, so that is only after the last one.")
     return Choice(every_steps, f"{asked}; that is after step {', '.join(map(str, due))}{' and so on' * (len(due) == SHOWN)}.")
+
+
+def saves_miss(section: CheckpointSection, evaluate_every: Period, epoch: Epoch) -> bool:
+    """Whether saves and evaluations fall on different steps, so that hardly a checkpoint would have the metric that ranks it.
+
+    Where each evaluation is saved, or each save evaluated, nothing is amiss.
+    """
+    save_every = section.every_steps if section.every_epochs is None else epoch.steps_of(section.every_epochs)
+    if save_every == "auto" or not section.keep_best:
+        return False
+    return not divides(evaluate_every, save_every) and not divides(save_every, evaluate_every)
 
 
 def _first_due(every_steps: Period, num_steps: int) -> list[int]:

@@ -8,7 +8,6 @@ tokens as that says, and then calls `choose_plan`.
 import math
 
 from raytune.config.adapter import without_preset
-from raytune.config.checkpoint import CheckpointSection
 from raytune.config.metric_names import METRICS
 from raytune.config.presets import preset_reasons
 from raytune.config.readers import unread
@@ -16,7 +15,7 @@ from raytune.config.run import RunConfig
 from raytune.errors import DataError, PlanError, UserError
 from raytune.plan.averaging import averaging_notes
 from raytune.plan.batch import default_rows_per_step
-from raytune.plan.calendar import Epoch, Period, divides, in_steps, steps_of_epochs
+from raytune.plan.calendar import Epoch, in_steps, saves_miss, steps_of_epochs
 from raytune.plan.cost import cost_of
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.deepspeed_keys import unread_overrides
@@ -58,6 +57,7 @@ from raytune.plan.stopping import stopping_notes, stopping_of
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.suites import check_room, suites_plan
 from raytune.plan.update_groups import rate_notes
+from raytune.plan.while_training import ranks_checkpoints, while_training_notes, while_training_plan
 from raytune.units import format_bytes
 
 EVALUATIONS_PER_RUN = 10
@@ -109,9 +109,13 @@ def choose_plan(
     num_steps = math.ceil(num_rows / rows_per_step)
     optimization = optimization_plan(setting, data, num_steps, num_rows, data.train.num_rows / rows_per_step, reasons)
     epoch = Epoch(data.train.num_rows, rows_per_step, num_steps)
+    cluster = _cluster(config, device, machine, fit.batch.workers)
     evaluation = _evaluation(config, data, epoch, reasons)
+    while_training = while_training_plan(setting, fit, cluster, evaluation, epoch)
+    reasons += while_training.reasons
+    evaluation = evaluation.model_copy(update={"while_training": while_training.plan})
     checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
-    stopping = stopping_of(config, _measured(data))
+    stopping = stopping_of(config, _measured(data, evaluation))
     rope = resolve_rope(config.model, shape)
     plan = RunPlan(
         name=config.name,
@@ -158,7 +162,7 @@ def choose_plan(
         checkpoint=checkpoint,
         stopping=stopping,
         divergence=guard_of(config, checkpoint),
-        cluster=_cluster(config, device, machine, fit.batch.workers),
+        cluster=cluster,
         memory=fit.memory,
         step_time=fit.step_time,
         importance_s=fit.importance_s,
@@ -191,7 +195,8 @@ def choose_plan(
         data_report=data.report,
     )
     _check_nvme(plan, machine)
-    return plan.model_copy(update={"notes": [*plan.notes, *averaging_notes(plan), *guard_notes(plan)]})
+    later = (*averaging_notes(plan), *guard_notes(plan), *while_training_notes(config, plan, machine))
+    return plan.model_copy(update={"notes": [*plan.notes, *later]})
 
 
 def _teacher(setting: Setting, files: TeacherFiles | None) -> ModelPlan | None:
@@ -289,7 +294,7 @@ def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: Reaso
             reasons.append(
                 f"evaluation.every_steps is {every_steps}: about {EVALUATIONS_PER_RUN} times in {epoch.num_steps} steps."
             )
-    at_saves = bool(data.validation) and _saves_miss_evaluations(config.checkpoint, every_steps, epoch)
+    at_saves = bool(data.validation) and saves_miss(config.checkpoint, every_steps, epoch)
     if at_saves:
         name = "every_steps" if config.checkpoint.every_epochs is None else "every_epochs"
         saves = f"checkpoint.{name} {getattr(config.checkpoint, name)}"
@@ -306,17 +311,6 @@ def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: Reaso
     )
 
 
-def _saves_miss_evaluations(section: CheckpointSection, evaluate_every: Period, epoch: Epoch) -> bool:
-    """Whether saves and evaluations fall on different steps, so that hardly a checkpoint would have the metric that ranks it.
-
-    Where each evaluation is saved, or each save evaluated, nothing is amiss.
-    """
-    save_every = section.every_steps if section.every_epochs is None else epoch.steps_of(section.every_epochs)
-    if save_every == "auto" or not section.keep_best:
-        return False
-    return not divides(evaluate_every, save_every) and not divides(save_every, evaluate_every)
-
-
 def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, epoch: Epoch, reasons: Reasons) -> CheckpointPlan:
     section = config.checkpoint
     every_steps = section.every_steps
@@ -324,16 +318,19 @@ def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, 
         every_steps = reasons.taken(steps_of_epochs("checkpoint", section.every_epochs, epoch))
     elif every_steps == "auto":
         every_steps = evaluation.every_steps
+        by_suite = evaluation.while_training if ranks_checkpoints(config) else None
+        if by_suite:
+            every_steps = by_suite.every_steps
         why = "with every evaluation" if data.validation else f"about {EVALUATIONS_PER_RUN} times in the run"
+        why = "whenever suites are measured, one of which ranks checkpoints" if by_suite else why
         reasons.append(f"checkpoint.every_steps is {in_steps(every_steps)}: {why}.")
-    keep_best = section.keep_best
-    if not data.validation and keep_best:
+    keep_best, measured = section.keep_best, _measured(data, evaluation)
+    if not data.validation and keep_best and section.metric not in measured:
         keep_best = 0
         reasons.append("checkpoint.keep_best is 0: without validation rows the last checkpoint counts as the best.")
-    elif data.validation and section.metric not in _measured(data):
+    elif data.validation and section.metric not in measured:
         raise UserError(
-            f"checkpoint.metric is {section.metric!r}, which this run does not measure. Set it to one of: "
-            f"{', '.join(_measured(data))}."
+            f"checkpoint.metric is {section.metric!r}, which this run does not measure. Set it to one of: {', '.join(measured)}."
         )
     return CheckpointPlan(
         every_steps=every_steps,
@@ -345,11 +342,12 @@ def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, 
     )
 
 
-def _measured(data: DataFacts) -> list[str]:
-    """Metrics that evaluations give; none without validation rows."""
+def _measured(data: DataFacts, evaluation: EvaluationPlan) -> list[str]:
+    """Metrics that are measured while training goes on: of validation rows, if there are any, and of suites."""
     several = data.validation if len(data.validation) > 1 else ()
     prefixes = ["validation", *(f"validation/{store.name}" for store in several)] if data.validation else []
-    return [f"{prefix}/{name}" for prefix in prefixes for name in METRICS]
+    of_suites = evaluation.while_training.metrics if evaluation.while_training else ()
+    return [*(f"{prefix}/{name}" for prefix in prefixes for name in METRICS), *sorted(of_suites)]
 
 
 def _cluster(config: RunConfig, device: Device, machine: Machine, workers: int) -> ClusterPlan:

@@ -18,6 +18,7 @@ from raytune.plan.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
 from raytune.plan.suites import suite_in_words
+from raytune.plan.while_training import while_training_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}
@@ -61,6 +62,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("loss", f"{plan.loss.chunk_tokens} targets at a time" if plan.loss.chunk_tokens else "all targets at once"),
         ("evaluation", _evaluation(plan)),
         *(("base and tuned", suite_in_words(suite)) for suite in plan.evaluation.suites),
+        *_while_training(plan),
         ("checkpoints", _checkpoints(plan)),
         *_stopping(plan),
         *_divergence(plan),
@@ -288,6 +290,11 @@ def _evaluation(plan: RunPlan) -> str:
     at_saves = f" and every {in_steps(plan.checkpoint.every_steps)}" if plan.evaluation.at_saves else ""
     at_start = " and before the first" if plan.evaluation.at_start else ""
     return f"every {in_steps(plan.evaluation.every_steps)}{at_saves} steps, after the last{at_start}"
+
+
+def _while_training(plan: RunPlan) -> list[tuple[str, str]]:
+    words = while_training_in_words(plan)
+    return [("while training", words)] if words else []
 
 
 def _checkpoints(plan: RunPlan) -> str:

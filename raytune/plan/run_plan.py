@@ -22,6 +22,7 @@ Moment = Literal["forward", "loss", "last layer", "first layer", "update", "teac
 pass; in the backward pass of the loss, of the last layer (all activations, no gradients yet) or of the first (the reverse); in
 the update."""
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
+MeasuredWhere = Literal["spare", "between_steps"]
 Bound = Literal["compute", "memory bandwidth", "communication", "offload"]
 
 
@@ -278,6 +279,29 @@ class SuitePlan(Plan):
     """None: the likeliest token each time."""
 
 
+class WhileTrainingPlan(Plan):
+    """Suites that are measured while training goes on (plan.while_training)."""
+
+    every_steps: Period
+    at_saves: bool
+    """Also wherever a checkpoint is due by its step, since a suite ranks them."""
+    at_start: bool
+    suites: tuple[SuitePlan, ...]
+    where: MeasuredWhere
+    num_cpus: int
+    """Of the actor that measures, where one does."""
+    num_gpus: int
+    wait_s: float
+    """How long the end of the run waits for it, at most."""
+    export_bytes: int
+    """Expected size of an export."""
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Names of what is measured."""
+        return frozenset(f"{suite.name}/{metric}" for suite in self.suites for metric in suite.metrics)
+
+
 class EvaluationPlan(Plan):
     every_steps: Period
     at_saves: bool
@@ -286,6 +310,7 @@ class EvaluationPlan(Plan):
     max_rows: int | None
     suites: tuple[SuitePlan, ...] = ()
     """What base and tuned model are measured on at the end."""
+    while_training: WhileTrainingPlan | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -471,6 +496,11 @@ class RunPlan(Plan):
         """Models whose files the run reads: the base, and a teacher beside it."""
         teacher = self.distillation and self.distillation.teacher
         return [self.model, teacher] if teacher else [self.model]
+
+    @property
+    def measures_beside(self) -> bool:
+        """Whether suites are measured beside the workers while these train."""
+        return self.evaluation.while_training is not None and self.evaluation.while_training.where == "spare"
 
     @property
     def skips_spikes(self) -> bool:

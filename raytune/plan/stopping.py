@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from raytune.config.metric_names import is_of_validation
 from raytune.config.row_sources import replayed_sources
 from raytune.config.run import RunConfig
 from raytune.config.training import SCHEDULE_FREE
@@ -80,17 +81,18 @@ def stopping_of(config: RunConfig, measured: list[str]) -> StoppingPlan:
     """The rules that a config asks for.
 
     Args:
-        measured: metrics that evaluations give; none without validation rows.
+        measured: metrics that are measured while training goes on.
 
     Raises:
         UserError: if no evaluation gives what a rule looks at.
     """
     rules = rules_of(config)
     given = [name for name in ("early_stopping", "overfitting") if getattr(rules, name)]
-    if given and not measured:
+    has_validation = any(map(is_of_validation, measured))
+    if given and not (measured if given == ["early_stopping"] else has_validation):
         raise UserError(
-            f"training.{given[0]} looks at evaluations, but nothing is evaluated: there is neither data.validation nor "
-            f"data.validation_fraction. Give one of the two, or leave training.{given[0]} out."
+            f"training.{given[-1]} looks at evaluations, but nothing is evaluated: there is neither data.validation nor "
+            f"data.validation_fraction. Give one of the two, or leave training.{given[-1]} out."
         )
     if rules.early_stopping and rules.early_stopping.metric not in measured:
         raise UserError(

@@ -16,6 +16,7 @@ from raytune.config.load import config_diff
 from raytune.config.problems import shown
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
+from raytune.evaluate.suite_metrics import METRICS, SuiteMetric
 from raytune.launch.outcome import validation_sets
 from raytune.metrics.history import History
 from raytune.plan.data_report import losses_text
@@ -25,7 +26,7 @@ from raytune.plan.run_plan import SuitePlan
 from raytune.printable import in_a_line, plain_text, shortened
 from raytune.report.chosen_samples import SampleGroup, choose_samples
 from raytune.report.figures.canvas import Drawing, drawn
-from raytune.report.figures.run_curves import Curves, Happening, Mark, run_curves, set_losses
+from raytune.report.figures.run_curves import Curves, Happening, Mark, run_curves, set_losses, suite_scores
 from raytune.report.marks import Marked, marked
 from raytune.report.page import page, page_figure, write_page
 from raytune.report.run_seen import RunSeen
@@ -91,6 +92,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         figures=[page_figure(title, caption, light[name], dark[name]) for name, (_, title, caption) in _figures(run).items()],
         happenings=_happenings(run),
         validation=_validation(run),
+        while_training=_suites(run),
         scores=[change for change in run.changes if change.suite],
         num_rows={suite: comparison.num_rows for suite, comparison in run.comparisons.items()},
         suites=[_Suite.of(suite, run.samples[suite.name]) for suite in run.plan.evaluation.suites if suite.name in run.samples],
@@ -214,6 +216,7 @@ def curves_of(run: RunSeen) -> Curves:
         best_step=run.result.best_step if run.result else None,
         marks=_marks(run),
         sets=_sets(run),
+        shares=[name for name, metric in _metrics_of_suites(run).items() if metric.is_share and run.history.series(name)],
     )
 
 
@@ -234,7 +237,41 @@ def _figures(run: RunSeen) -> dict[str, tuple[Drawing[Curves], str, str]]:
             "Validation by data set.",
             "The loss on each data set. One that rises while the others fall is being forgotten.",
         )
+    if curves_of(run).shares:
+        found["suites"] = (
+            suite_scores,
+            "Suites while training went on.",
+            "What the model was worth after steps, on the suites of evaluation.while_training; at step 0 that is the base.",
+        )
     return found
+
+
+def _metrics_of_suites(run: RunSeen) -> dict[str, SuiteMetric]:
+    """What suites are judged by while training goes on, by the names of metrics; without functions of the user's, whose code a
+    page does not run."""
+    measured = run.plan.evaluation.while_training
+    return {
+        f"{suite.name}/{name}": metric
+        for suite in (measured.suites if measured else ())
+        for name, metric in METRICS[suite.kind].items()
+        if name in suite.metrics
+    }
+
+
+def _suites(run: RunSeen) -> list[tuple[str, str, str, str, str, str]]:
+    """(metric, before, best, at step, last, at step) of what was measured while training went on."""
+    known, rows = _metrics_of_suites(run), []
+    measured = run.plan.evaluation.while_training
+    for name in sorted(measured.metrics) if measured else ():
+        series = run.history.series(name)
+        if not series:
+            continue
+        metric = known.get(name)
+        best = run.history.best_of(name, "min" if metric.lower_is_better else "max") if metric else None
+        before = f"{series[0][1]:.4g}" if series[0][0] == 0 else "–"
+        found = (f"{best[1]:.4g}", str(best[0])) if best else ("–", "–")
+        rows.append((name, before, *found, f"{series[-1][1]:.4g}", str(series[-1][0])))
+    return rows
 
 
 def _sets(run: RunSeen) -> list[str]:

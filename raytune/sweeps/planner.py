@@ -1,14 +1,15 @@
 """What a sweep is going to do: configs and plans of its trials, and how they are compared. Starts nothing."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from raytune.config.metric_names import is_of_validation
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.config.sweep import SweepSection
 from raytune.data.build import ParallelMap
 from raytune.errors import PlanError, UserError
-from raytune.launch.prepare import Preparation
+from raytune.launch.prepare import Preparation, Prepared
 from raytune.launch.stores import STORES_FOLDER
 from raytune.model.base_content import Content
 from raytune.plan.distillation import teacher_section
@@ -47,14 +48,21 @@ class Planner:
         self._preparation = Preparation(share_of(machine, self.slots), parallel_map)
 
     def config(self, trial: Trial) -> RunConfig:
-        """The run config of a trial: in the sweep's folder, without questions at its end."""
+        """The run config of a trial: in the sweep's folder, without questions at its end. What is measured while it trains is
+        measured between its steps: nobody knows a later value when trials are compared."""
         config = self._ranked(trial)
+        evaluation, measured = config.evaluation, config.evaluation.while_training
+        if measured is None:
+            evaluation = evaluation.model_copy(update={"generation": None, "suites": []})
+        else:
+            measured = measured.model_copy(update={"where": "between_steps"})
+            evaluation = evaluation.model_copy(update={"while_training": measured})
         store = config.data.store or f"{absolute(self._config.storage)}/{STORES_FOLDER}"
         return config.model_copy(
             update={
                 "storage": self._folder.trials,
                 "data": config.data.model_copy(update={"store": store}),
-                "evaluation": config.evaluation.model_copy(update={"generation": None, "suites": []}),
+                "evaluation": evaluation,
                 "checkpoint": config.checkpoint.model_copy(update={"resume": True}),
             }
         )
@@ -82,10 +90,19 @@ class Planner:
         Raises:
             UserError: if it cannot be done; the message names the trial's values.
         """
+        return self.prepared(trial).plan
+
+    def prepared(self, trial: Trial) -> Prepared:
+        """The same, with the questions that it is measured by while it trains.
+
+        Raises:
+            UserError: as `plan` does.
+        """
         try:
-            plan = self._preparation.prepare(self.config(trial)).plan
-            _refuse_roll_backs(plan)
-            return plan
+            prepared = self._preparation.prepare(self.config(trial))
+            _refuse_roll_backs(prepared.plan)
+            at_end = prepared.plan.evaluation.model_copy(update={"suites": ()})
+            return replace(prepared, plan=prepared.plan.model_copy(update={"evaluation": at_end}))
         except UserError as error:
             values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
             shared = f" {self.slots} trials share the machines: a smaller sweep.max_concurrent leaves more to each."
@@ -150,7 +167,7 @@ def refuse_other_weights(metric: str, plans: list[RunPlan]) -> None:
     Raises:
         UserError: if they do.
     """
-    if metric.count("/") > 1:  # of one set
+    if not is_of_validation(metric) or metric.count("/") > 1:  # of one set
         return
     first, *others = ({store.name: store.weight for store in plan.data.validation} for plan in plans)
     other = next((each for each in others if not _are_alike(first, each)), None)

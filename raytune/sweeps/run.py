@@ -20,6 +20,7 @@ from raytune.metrics.history import History
 from raytune.model.base_content import content_changes
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, exists, read_bytes, remove_folder, write_bytes, write_json
+from raytune.sweeps.assignment import Assignment
 from raytune.sweeps.board import Board
 from raytune.sweeps.collect import collect
 from raytune.sweeps.ledger import Ended, Known, Ledger, read_ledger
@@ -129,13 +130,13 @@ def _search(
     def assign(trial: Trial) -> bool:
         ledger.assign(trial)
         try:
-            plan = planner.plan(trial)
-            plan = plan.model_copy(update={"rungs": resolved.plan.rung_steps(plan)})
+            prepared = planner.prepared(trial)
+            plan = prepared.plan.model_copy(update={"rungs": resolved.plan.rung_steps(prepared.plan)})
         except UserError as error:
             ledger.end(trial.name, Ended(state="failed", cause=str(error)))
             return False
-        told = {"config": planner.config(trial).model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
-        write_json(folder.assignment(trial.name), told)
+        told = Assignment(config=planner.config(trial), plan=plan, questions=prepared.questions)
+        told.write(folder.assignment(trial.name))
         return True
 
     def value_of(trial: Trial) -> float | None:

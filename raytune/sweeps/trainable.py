@@ -11,14 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
 from ray import tune
 
-from raytune.config.run import RunConfig
 from raytune.errors import EXIT_RETRY_LATER, RaytuneError, RunHeldError
 from raytune.launch.attempts import Failure
 from raytune.launch.causes import first_failure
@@ -29,7 +27,8 @@ from raytune.metrics.follower import Follower
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import exists, read_json
+from raytune.storage import exists
+from raytune.sweeps.assignment import Assignment
 from raytune.sweeps.schedule import AMOUNT, FAILURE, MAY_PASS, STEP
 from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
@@ -47,19 +46,6 @@ class TrialStopped(SystemExit):
 
 class SweepStopped(Exception):
     """Told to Tune, which has stopped listening, in place of a result."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """What a trial is to do."""
-
-    config: RunConfig
-    plan: RunPlan
-
-    @classmethod
-    def read(cls, path: str) -> "Assignment":
-        values = read_json(path)
-        return cls(config=RunConfig.model_validate(values["config"]), plan=RunPlan.model_validate(values["plan"]))
 
 
 class TrialActor(tune.Trainable):
@@ -199,8 +185,8 @@ class _Reporter:
         self._sweep, self._plan, self._after_step = sweep, plan, after_step
 
     def unreported(self, evaluations: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
-        """Those that Tune was not told of yet."""
-        return [values for values in evaluations if values[STEP] > self._after_step]
+        """Those that Tune was not told of yet, and that have what trials are compared by."""
+        return [values for values in evaluations if values[STEP] > self._after_step and self._sweep.metric in values]
 
     def new(self, evaluations: Iterable[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
         """Results of those that were not reported yet."""
@@ -227,7 +213,7 @@ def _run(assignment: Assignment, reporter: _Reporter, talk: _Conversation, kept:
     tell()
     attempt = _here(reporter, talk, kept) if plan.batch.workers == 1 else _elsewhere(reporter, talk, measured)
     try:
-        _train_when_free(lambda: train_plan(plan, [], assignment.config, attempt=attempt), talk)
+        _train_when_free(lambda: train_plan(plan, assignment.questions, assignment.config, attempt=attempt), talk)
     except RaytuneError as error:
         talk.say(reporter.failure(error))
         raise

@@ -47,6 +47,7 @@ from raytune.training.commit import (
     committed,
     damaged,
     entries,
+    measured,
     misplaced,
     retain,
 )
@@ -122,6 +123,7 @@ class Checkpoints:
         self._newest: Commit | None = None
         self._previous_failed = False
         self._own_bytes = 0
+        self._known_later: dict[int, dict[str, float]] = {}
         name = hashlib.sha256(folder.path.encode()).hexdigest()[:16]
         self._scratch = Path("/")  # of no use on local storage
         if not self._place.is_local:
@@ -196,7 +198,14 @@ class Checkpoints:
 
     def best(self) -> Commit | None:
         """The commit whose model is the result of the run so far."""
-        return self._peers.decide(lambda: best_commit(committed(self._folder), self._policy.metric, self._policy.mode))
+        return self._peers.decide(lambda: best_commit(self._measured(), self._policy.metric, self._policy.mode))
+
+    def learn(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take what else was measured of a step, whether or not it is saved yet; rank 0. It counts once a checkpoint is there."""
+        self._known_later[step] = self._known_later.get(step, {}) | dict(metrics)
+
+    def _measured(self) -> list[Commit]:
+        return measured(committed(self._folder), self._known_later)
 
     def save(self, step: int, *, metrics: Mapping[str, float]) -> None:
         """Save what the engine holds after `step`; returns when the engine has written it, before it is committed.
@@ -339,7 +348,7 @@ class Checkpoints:
     def _delete_old(self) -> None:
         """Remove what the policy does not keep; rank 0. The newest commit was just verified: a good one always stays."""
         try:
-            for commit in retain(committed(self._folder), self._policy)[1]:
+            for commit in retain(self._measured(), self._policy)[1]:
                 self._place.discard(commit.path)
                 self._report("checkpoint_deleted", step=commit.step)
         except RaytuneError as error:  # the save itself succeeded; what stays now goes after the next one

@@ -6,7 +6,7 @@ import math
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -154,11 +154,14 @@ def required_bytes(checkpoint_bytes: int, policy: CheckpointPlan) -> int:
     return (policy.keep_last + policy.keep_best + 1) * checkpoint_bytes
 
 
-def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: CheckpointPlan, importance_bytes: int = 0) -> None:
+def refuse_small_disk(
+    folder: RunFolder, checkpoint_bytes: int, policy: CheckpointPlan, importance_bytes: int = 0, export_bytes: int = 0
+) -> None:
     """Refuse a run whose checkpoints cannot fit, before anything starts; what is already there of it counts as room.
 
     Args:
         importance_bytes: that EWC's importance of weights takes beside them.
+        export_bytes: that exports take, which are measured while training goes on.
 
     Raises:
         PlanError: with the numbers and the settings that would fit.
@@ -166,16 +169,20 @@ def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: Checkpoi
     free = storage.free_bytes(folder.checkpoints)
     if free is None:
         return
-    there = [folder.checkpoints, *([folder.importance] if importance_bytes else [])]
+    beside = {
+        folder.importance: (importance_bytes, "the importance of its weights (strategy.ewc)"),
+        folder.exports: (export_bytes, "models that are measured on suites (evaluation.while_training)"),
+    }
+    beside = {path: needed for path, needed in beside.items() if needed[0]}
+    there = [folder.checkpoints, *beside]
     available = free + sum(sum(storage.file_sizes(each).values()) for each in there)
     needed = required_bytes(checkpoint_bytes, policy)
-    if needed + importance_bytes > available:
-        beside = f", and the importance of its weights (strategy.ewc) {format_bytes(importance_bytes)} beside them"
+    if needed + sum(num_bytes for num_bytes, _ in beside.values()) > available:
+        others = "".join(f", and {words} {format_bytes(num_bytes)} beside them" for num_bytes, words in beside.values())
         raise PlanError(
             f"The checkpoints of this run need {policy.keep_last + policy.keep_best + 1} x {format_bytes(checkpoint_bytes)} = "
-            f"{format_bytes(needed)} in {folder.checkpoints} (keep_last + keep_best + the one being written)"
-            f"{beside if importance_bytes else ''}, but {format_bytes(available)} are free. Lower checkpoint.keep_last or "
-            f"checkpoint.keep_best, or choose a larger storage."
+            f"{format_bytes(needed)} in {folder.checkpoints} (keep_last + keep_best + the one being written){others}, but "
+            f"{format_bytes(available)} are free. Lower checkpoint.keep_last or checkpoint.keep_best, or choose a larger storage."
         )
 
 
@@ -185,6 +192,15 @@ def refuse_small_disk(folder: RunFolder, checkpoint_bytes: int, policy: Checkpoi
 def committed(folder: RunFolder) -> list[Commit]:
     """Every commit with a readable manifest, by step. The files themselves are not looked at."""
     return [entry for entry in entries(folder).values() if isinstance(entry, Commit)]
+
+
+def measured(commits: Sequence[Commit], values: Mapping[int, Mapping[str, float]]) -> list[Commit]:
+    """Commits with what else is known of their steps by now, as of suites whose results come later than the save.
+
+    Args:
+        values: by step.
+    """
+    return [replace(commit, metrics=commit.metrics | dict(values.get(commit.step, {}))) for commit in commits]
 
 
 def entries(folder: RunFolder) -> dict[int, Commit | str]:

@@ -20,7 +20,6 @@ from raytune.model.export import save_adapter, save_model
 from raytune.model.rope import save_rope
 from raytune.model.stopping import save_generation_config, stopping_config
 from raytune.plan.run_plan import RunPlan
-from raytune.run_folder import RunFolder
 from raytune.storage import file_sizes, is_local, local_path, upload_folder, write_json
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
@@ -53,7 +52,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
         engine = started.engine_of_state(best.step, newest.step)
         checkpoints.load(best, engine)
     with engine.averaged():
-        peers.together(lambda: write_model(plan, engine, folder))
+        peers.together(lambda: write_model(plan, engine, folder.model))
     held_by_ranks = engine.gather_objects(held)
     engine.release()
     comparisons = compare_suites(plan, engine, peers, folder) if plan.evaluation.suites else {}
@@ -72,20 +71,23 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
         )
 
 
-def write_model(plan: RunPlan, engine: Engine, folder: RunFolder) -> None:
+def write_model(plan: RunPlan, engine: Engine, path: str) -> None:
     """Write the weights that the engine holds as a model that plain transformers or PEFT load. Every rank calls it.
 
     Weights are saved in the dtype that the forward pass used, an adapter in fp32, which PEFT expects.
+
+    Args:
+        path: folder or URL, of the storage.
     """
     state = engine.model_state(DTYPES[plan.precision]) if adapting(plan.adapter).is_whole else engine.trainable_state()
     try:
         if engine.rank == 0:
-            _write_files(plan, engine.model, state, folder)
+            _write_files(plan, engine.model, state, path)
     finally:
         deque(state, maxlen=0)  # gathering a parameter takes all ranks, also where rank 0 could not write the one before
 
 
-def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | None]], folder: RunFolder) -> None:
+def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | None]], path: str) -> None:
     """Write config, weights, the tokenizer with the template that was trained, and where the model stops.
 
     Args:
@@ -94,7 +96,7 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
     """
     tensors = ((name, tensor) for name, tensor in state if tensor is not None)
     with TemporaryDirectory() as scratch:
-        target = local_path(folder.model) if is_local(folder.model) else Path(scratch)
+        target = local_path(path) if is_local(path) else Path(scratch)
         if adapting(plan.adapter).is_whole:
             save_model(model, tensors, target)
         else:
@@ -108,5 +110,5 @@ def _write_files(plan: RunPlan, model: Any, state: Iterator[tuple[str, Tensor | 
         tokenizer.save_pretrained(target)
         # Not set on the model itself: its base may be kept for a run with another template.
         save_generation_config(stopping_config(model.generation_config, tokenizer, plan.template), target)
-        if not is_local(folder.model):
-            upload_folder(target, folder.model)
+        if not is_local(path):
+            upload_folder(target, path)

@@ -25,7 +25,8 @@ class Recorder:
     `train/wait_s` (of a step, in which the rank that waits longest has nothing to do but to wait for its batches),
     `train/skipped` (updates that the divergence guard has skipped since the line before), `train/penalty` (on weights, where
     there is one: added to the loss, and not in `train/loss`), `train/distillation` (the teacher's part of `train/loss`, where
-    there is one: weight * temperature^2 * KL), `validation/...`.
+    there is one: weight * temperature^2 * KL), `validation/...`; of suites that are measured while training goes on
+    `SUITE/METRIC`.
 
     Args:
         roll_back: the way back that led to `resumed_step`, if one did.
@@ -97,6 +98,10 @@ class Recorder:
         """Write down what the model was worth after a step; the time it took counts for no step."""
         self._write(step, values)
         self._last_s = time.perf_counter()
+
+    def late(self, step: int, values: Mapping[str, float]) -> None:
+        """Write down on rank 0 what the model was worth after a step that lies behind."""
+        self._write(step, values)
 
     @property
     def median_step_s(self) -> float | None:

@@ -24,6 +24,8 @@ LOOK_EVERY_S, REMOTE_LOOK_EVERY_S = 2.0, 15.0
 class Request(Enum):
     SAVE = "save"
     """Save after this step."""
+    TAKE_RESULTS = "take results"
+    """Take what suites came to that somebody has measured beside the run."""
 
 
 Source = Callable[[], Collection[Request]]
@@ -102,19 +104,29 @@ def _content(path: str) -> bytes | None:
 
 
 @contextmanager
-def listening(folder: RunFolder, rank: int, look_every_s: float | None = None) -> Iterator[SaveFile]:
-    """Hear what the folder of a run asks, before the block and as long as it lasts; rank 0 looks."""
+def listening(
+    folder: RunFolder, rank: int, look_every_s: float | None = None, beside: Sequence[Callable[[], None]] = ()
+) -> Iterator[SaveFile]:
+    """Hear what the folder of a run asks, before the block and as long as it lasts; rank 0 looks.
+
+    Args:
+        beside: what else it looks at.
+    """
     file, ended = SaveFile(folder), threading.Event()
     if rank != 0:
         yield file
         return
     every_s = look_every_s or (LOOK_EVERY_S if is_local(folder.path) else REMOTE_LOOK_EVERY_S)
 
-    file.look()
+    looks = (file.look, *beside)
 
     def look_for_ever() -> None:
         while not ended.wait(every_s):
-            file.look()
+            for look in looks:
+                look()
+
+    for look in looks:
+        look()
 
     thread = threading.Thread(target=look_for_ever, name=f"requests to {folder.name}", daemon=True)
     thread.start()

@@ -29,6 +29,7 @@ from raytune.training.start import Started, Worker, start
 from raytune.training.stopping import Curve, Noted, Stopping
 from raytune.training.timetable import Timetable
 from raytune.training.validation import Validation
+from raytune.training.while_training import WhileTraining
 
 
 def train(plan: RunPlan, worker: Worker) -> None:
@@ -43,7 +44,8 @@ def train(plan: RunPlan, worker: Worker) -> None:
 def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
-    for suite in plan.evaluation.suites:
+    measured = plan.evaluation.while_training
+    for suite in (*plan.evaluation.suites, *(measured.suites if measured else ())):
         metrics_of(suite)  # what they need has to be here too, and not only at the command's
     with _told(folder, worker) as report:
         hold_by_importance(started, report)
@@ -61,8 +63,9 @@ def train_started(started: Started) -> None:
         first = resumed.step if resumed else 0
         report("training_started", step=first)
         guard = Guard.resumed(plan, engine, report, folder.metrics, first) if resumed else Guard(plan, engine, report)
+        suites = WhileTraining(plan, engine, folder, report)
         back = None
-        while diverged := _train_from(first, back, started, checkpoints, phases, guard, report):
+        while diverged := _train_from(first, back, started, checkpoints, phases, guard, suites, report):
             back = guard.go_back(diverged, checkpoints)
             first = back.to
 
@@ -74,6 +77,7 @@ def _train_from(
     checkpoints: Checkpoints,
     phases: Phases,
     guard: Guard,
+    suites: WhileTraining,
     report: Report,
 ) -> TrainingError | None:
     """Train from the step after `first` to the final model; or to where the run diverges, if it may be rolled back then.
@@ -83,22 +87,34 @@ def _train_from(
     """
     plan, worker, engine, folder = started.plan, started.worker, started.engine, started.folder
     stopping = _stopping(started, first, report)
+    suites.begin(first, checkpoints.learn)
     with Recorder(
         plan, engine, folder, attempt=worker.attempt, resumed_step=first, roll_back=back, told=stopping.add
     ) as recorder:
         try:
             if not stopping.has_ended(first):
-                with listening(folder, worker.rank) as asked:
-                    _make_steps(started, checkpoints, recorder, phases, stopping, guard, first, asked)
+                with listening(folder, worker.rank, beside=suites.looks) as asked:
+                    _make_steps(started, checkpoints, recorder, phases, stopping, guard, suites, first, asked)
         except TrainingError as error:
             if not guard.rolls_back or error.bad_step is None:
                 raise
             return error.with_traceback(None)  # which would keep what the failed step holds
+        suites.wait()
+        _take_results(suites, recorder, checkpoints)
         recorder.flush()
         found = replace(stopping.findings, divergence=_divergence(plan, folder, worker))
         started.loss.release()
         finish(started, checkpoints, recorder, found)
+        suites.look()
+        _take_results(suites, recorder, checkpoints)  # what has come meanwhile, for the curve
     return None
+
+
+def _take_results(suites: WhileTraining, recorder: Recorder, checkpoints: Checkpoints) -> None:
+    """Write down, and count for what is saved, what suites came to at earlier steps; rank 0 does."""
+    for result in suites.take():
+        recorder.late(result.export.step, result.values)
+        checkpoints.learn(result.export.step, result.values)
 
 
 def _divergence(plan: RunPlan, folder: RunFolder, worker: Worker) -> tuple[Noted, ...]:
@@ -121,6 +137,7 @@ def _make_steps(
     phases: Phases,
     stopping: Stopping,
     guard: Guard,
+    suites: WhileTraining,
     first: int,
     save_file: SaveFile,
 ) -> None:
@@ -128,10 +145,10 @@ def _make_steps(
     plan, worker, engine = started.plan, started.worker, started.engine
     timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss.cross_entropy)
     store = Store.open(plan.data.train.path)
-    sources = [save_file, *([] if plan.checkpoint.every_s is None else [SaveClock(plan.checkpoint.every_s)])]
-    requests = Requests(sources, engine.gather_objects)
-    if first == 0 and plan.evaluation.at_start and validation:
-        recorder.evaluation(0, validation.measure())
+    savers = [save_file, *([] if plan.checkpoint.every_s is None else [SaveClock(plan.checkpoint.every_s)])]
+    requests = Requests([*savers, *suites.sources], engine.gather_objects)
+    if first == 0 and (measured := _at_start(plan, validation, suites)):
+        recorder.evaluation(0, measured)
     if guard.rolls_back and checkpoints.wait() is None:
         recorder.flush()
         checkpoints.save(0, metrics={})  # so that there is always a way back; unmeasured, since it is not what the run is for
@@ -154,24 +171,36 @@ def _make_steps(
             engine.average(share)
         asked = requests.agreed() if timetable.logs_after(step) else frozenset()
         evaluates, saves = timetable.evaluates_after(step), timetable.saves_after(step) or Request.SAVE in asked
-        if timetable.logs_after(step) or evaluates or saves:
+        measures = timetable.measures_after(step)
+        if timetable.logs_after(step) or evaluates or saves or measures:
             guard.look(result, recorder.step(result))  # reads the step, and so stops here if it went wrong
         measured = validation.measure() if evaluates else {}
-        if evaluates:
+        if measures:
+            measured |= suites.after(step)
+        if evaluates or measures:
             recorder.evaluation(step, measured)
-        ends = evaluates and stopping.ends_after(step)
+        if Request.TAKE_RESULTS in asked:
+            _take_results(suites, recorder, checkpoints)
+        ends = (evaluates or measures or Request.TAKE_RESULTS in asked) and stopping.ends_after(step)
         if saves or ends:
             recorder.flush()
             checkpoints.save(step, metrics=measured)
-            for source in sources:
-                source.saved()
+            for saver in savers:
+                saver.saved()
         if timetable.is_rung(step):
             checkpoints.wait()  # whoever judges the trial here may let it wait, and continue it elsewhere
-        if evaluates:
+        if measured:
             worker.report({"step": step, **measured})
         if ends:
             break
         phases.reach_step(step)
+
+
+def _at_start(plan: RunPlan, validation: Validation, suites: WhileTraining) -> dict[str, float]:
+    """What the model is worth before the first step."""
+    measured = validation.measure() if plan.evaluation.at_start and validation else {}
+    while_training = plan.evaluation.while_training
+    return measured | (suites.after(0) if while_training and while_training.at_start else {})
 
 
 @contextmanager

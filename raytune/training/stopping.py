@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Self
 
+from raytune.config.metric_names import is_of_validation
 from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.metrics.history import History
+from raytune.metrics.points import is_of_suite
 from raytune.plan.calendar import is_due
 from raytune.plan.run_plan import RunPlan, StoppingPlan
 
@@ -85,16 +87,20 @@ class Curve:
     Args:
         every_steps: period of the evaluations that count.
         log_every: steps between two training losses that count; one at an evaluation counts as well.
+        suites_every: period of the measurements of suites that count; None: there are none while training goes on.
     """
 
-    def __init__(self, every_steps: float, log_every: int) -> None:
-        self._every_steps, self._log_every = every_steps, log_every
+    def __init__(self, every_steps: float, log_every: int, suites_every: float | None = None) -> None:
+        self._every_steps, self._log_every, self._suites_every = every_steps, log_every, suites_every
         self._losses: list[float] = []
         self.evaluations: list[Evaluated] = []
+        self.of_suites: list[Evaluated] = []
+        """By step; they may be known later than what follows them."""
 
     @classmethod
     def of(cls, plan: RunPlan) -> Self:
-        return cls(plan.evaluation.every_steps, plan.logging_steps)
+        suites = plan.evaluation.while_training
+        return cls(plan.evaluation.every_steps, plan.logging_steps, suites.every_steps if suites else None)
 
     def read(self, history: History, last_step: int) -> Self:
         """Take what was measured up to a step."""
@@ -112,6 +118,18 @@ class Curve:
             mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
             self.evaluations.append(Evaluated(step=step, values=dict(values), train_loss=mean))
             self._losses = []
+        self._add_of_suites(step, {name: value for name, value in values.items() if is_of_suite(name)})
+
+    def _add_of_suites(self, step: int, values: Mapping[str, float]) -> None:
+        if values and self._suites_every is not None and step > 0 and is_due(step, self._suites_every):
+            self.of_suites.append(Evaluated(step=step, values=values, train_loss=math.nan))
+            self.of_suites.sort(key=lambda evaluated: evaluated.step)
+
+    def seen_by(self, rule: EarlyStoppingSection) -> list[Evaluated]:
+        """The evaluations that count for a rule: those of validation rows, or those of the suite that its metric is of."""
+        if is_of_validation(rule.metric):
+            return self.evaluations
+        return [evaluated for evaluated in self.of_suites if rule.metric in evaluated.values]
 
 
 # --- The rules ---------------------------------------------------------------------------------------------------------------
@@ -179,18 +197,18 @@ def where_overfitting_began(evaluations: Sequence[Evaluated], rule: OverfittingS
     return found
 
 
-def verdict(evaluations: Sequence[Evaluated], rules: StoppingPlan, step: int) -> Findings:
+def verdict(curve: Curve, rules: StoppingPlan, step: int) -> Findings:
     """What the rules say of everything that was measured by a step.
 
     Args:
         step: the last one that was made: a run that is continued under a shorter patience ends later than the rule would have it.
     """
     early, overfitting = rules.early_stopping, rules.overfitting
-    found = where_overfitting_began(evaluations, overfitting) if overfitting else []
+    found = where_overfitting_began(curve.evaluations, overfitting) if overfitting else []
     stopped = None
-    if early and (reason := reason_to_stop(evaluations, early)):
+    if early and (reason := reason_to_stop(curve.seen_by(early), early)):
         stopped = Stopped(step=step, rule="early_stopping", reason=reason)
-    elif overfitting and overfitting.policy == "stop" and (reason := overfits(evaluations, overfitting)):
+    elif overfitting and overfitting.policy == "stop" and (reason := overfits(curve.evaluations, overfitting)):
         stopped = Stopped(step=step, rule="overfitting", reason=reason)
     return Findings(stopped=stopped, overfitting=tuple(found))
 
@@ -240,7 +258,7 @@ class Stopping:
     def _judge(self, step: int) -> bool:
         if not self._rules.are_given:
             return False
-        found: Findings = self._gather(verdict(self._curve.evaluations, self._rules, step))[0]
+        found: Findings = self._gather(verdict(self._curve, self._rules, step))[0]
         self.findings = found if step < self._num_steps else replace(found, stopped=None)
         stopped = self.findings.stopped
         if stopped:

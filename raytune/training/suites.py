@@ -38,10 +38,11 @@ def _answered(plan: RunPlan, asked: Mapping[str, Sequence[Question]], engine: En
     """What base and tuned model make of this rank's chunks."""
     own = all_chunks(plan.evaluation.suites, asked)[engine.rank :: engine.world_size]
     with HeldModels(engine.device) as models:
-        return {one.name: _of_model(models, one, own) for one in asked_of_run(plan, folder.model, base=BASE, tuned=TUNED)}
+        return {one.name: of_model(models, one, own) for one in asked_of_run(plan, folder.model, base=BASE, tuned=TUNED)}
 
 
-def _of_model(models: HeldModels, one: AskedModel, chunks: Sequence[Chunk]) -> Answered:
+def of_model(models: HeldModels, one: AskedModel, chunks: Sequence[Chunk]) -> Answered:
+    """What a model makes of chunks, by suite and row."""
     found: Answered = {}
     with models.asked(one) as loaded:
         for chunk in chunks:

@@ -18,14 +18,21 @@ class Timetable:
     save_every: Period
     rungs: tuple[int, ...]
     """Steps after which a sweep judges its trial: evaluated, and saved first."""
+    measure_every: Period | None = None
+    """Of suites; None: they are measured at the end only."""
+    measure_at_saves: bool = False
+    """As `evaluate_at_saves`."""
 
     @classmethod
     def of(cls, plan: RunPlan) -> "Timetable":
+        while_training = plan.evaluation.while_training
         return cls(
             num_steps=plan.optimization.num_steps,
             log_every=plan.logging_steps,
             evaluate_every=plan.evaluation.every_steps if plan.data.validation else None,
             evaluate_at_saves=plan.evaluation.at_saves,
+            measure_every=while_training and while_training.every_steps,
+            measure_at_saves=bool(while_training and while_training.at_saves),
             save_every=plan.checkpoint.every_steps,
             rungs=plan.rungs,
         )
@@ -34,10 +41,17 @@ class Timetable:
         return step % self.log_every == 0 or step == self.num_steps
 
     def evaluates_after(self, step: int) -> bool:
-        if self.evaluate_every is None:
+        return self._looks_after(step, self.evaluate_every, self.evaluate_at_saves)
+
+    def measures_after(self, step: int) -> bool:
+        """Whether suites are measured, while training goes on."""
+        return self._looks_after(step, self.measure_every, self.measure_at_saves)
+
+    def _looks_after(self, step: int, every_steps: Period | None, at_saves: bool) -> bool:
+        if every_steps is None:
             return False
-        at_save = self.evaluate_at_saves and is_due(step, self.save_every)
-        return at_save or is_due(step, self.evaluate_every) or step == self.num_steps or self.is_rung(step)
+        at_save = at_saves and is_due(step, self.save_every)
+        return at_save or is_due(step, every_steps) or step == self.num_steps or self.is_rung(step)
 
     def saves_after(self, step: int) -> bool:
         return is_due(step, self.save_every) or step == self.num_steps or self.is_rung(step)

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -27,6 +28,8 @@ STYLES = {
     "unreadable": "red",
 }
 GAP, LEAST_NAME, LEAST_NOTE = 2, 14, 16
+MOST_SUITES = 4
+"""Metrics of suites that are shown of a run."""
 LIST_KEYS = "q quit  ↑↓ choose  Enter open  s save now  x stop"
 RUN_KEYS = "q quit  Esc back  ↑↓ scroll  s save now  x stop"
 
@@ -142,7 +145,7 @@ def list_screen(storage: str, rows: Sequence[Row], view: View, width: int, heigh
 def run_screen(row: Row, seen: FollowedRun, view: View, width: int, height: int) -> list[Text]:
     """One run: how it stands, its curves, its last events and how it was asked for."""
     title = Text(_fitted(f"{row.path} · {row.state}{f' · {row.note}' if row.note else ''}", width), style="bold")
-    body = [title, *_wrapped(_facts(row), width)]
+    body = [title, *_wrapped(chain(_facts(row), _of_suites(seen)), width)]
     room = height - len(body) - 1
     body += _charts(seen, width, min(12, max(0, room // 2)))
     below = [*_events(seen, width), *_asked(seen, width)]
@@ -174,6 +177,14 @@ def _facts(row: Row) -> Iterator[str]:
     ):
         if text:
             yield f"{label} {text}"
+
+
+def _of_suites(seen: FollowedRun) -> Iterator[str]:
+    """What suites came to while training goes on, and at which step."""
+    for name in seen.metrics.suites[:MOST_SUITES]:
+        if newest := seen.metrics.newest(name):
+            step, value = newest
+            yield f"{printable(name)} {_number(value)} (step {step})"
 
 
 def _wrapped(words: Iterator[str], width: int) -> list[Text]:

@@ -34,6 +34,8 @@ CURVE_POINTS = 400
 MOST_EVENTS = 100
 MOST_BODY = 4096
 CURVES = ("train/loss", "validation/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_s")
+MOST_SUITES = 8
+"""Metrics of suites with a curve."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -226,9 +228,10 @@ def _shown(row: Row) -> dict[str, Any]:
 def _details(run: FollowedRun) -> dict[str, Any]:
     """Curves, events and what was asked for."""
     points = list(run.metrics.points)
-    curves = {name: [(step, encode_number(value)) for step, value in series_of(points, name, CURVE_POINTS)] for name in CURVES}
+    names = (*CURVES, *run.metrics.suites[:MOST_SUITES])
+    curves = {name: [(step, encode_number(value)) for step, value in series_of(points, name, CURVE_POINTS)] for name in names}
     return {
-        "curves": {name: curve for name, curve in curves.items() if curve},
+        "curves": {printable(name): curve for name, curve in curves.items() if curve},
         "saves": [event["step"] for event in run.events.events if event["event"] == "checkpoint_saved"][-MOST_EVENTS:],
         "events": [event_line(event) for event in run.events.events[: -MOST_EVENTS - 1 : -1]],
         "asked": printable(asked_of(run.record)) if run.record else "",

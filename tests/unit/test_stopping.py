@@ -108,7 +108,8 @@ def test_overfitting_is_told_once_each_time_it_begins(losses: list[float], train
 
 
 def test_only_a_policy_to_stop_stops() -> None:
-    curve = evaluations([2.0, 2.1, 2.2], [2.0, 1.0, 0.5])
+    curve = Curve(1, 1)
+    curve.evaluations = evaluations([2.0, 2.1, 2.2], [2.0, 1.0, 0.5])
     warns = verdict(curve, StoppingPlan(overfitting=OverfittingSection(patience=2)), 3)
     assert (warns.stopped, [found.step for found in warns.overfitting]) == (None, [3])
     stops = verdict(curve, StoppingPlan(overfitting=OverfittingSection(patience=2, policy="stop")), 3)
@@ -116,6 +117,25 @@ def test_only_a_policy_to_stop_stops() -> None:
     assert (stops.stopped.step, stops.stopped.rule) == (3, "overfitting")
     assert Findings.from_json(json.loads(json.dumps(stops.to_json()))) == stops
     assert Findings.from_json({}) == Findings(), "results of an earlier raytune have no findings"
+
+
+def test_early_stopping_by_a_suite_counts_its_results_by_their_steps_however_late_they_come() -> None:
+    rules = StoppingPlan(early_stopping=EarlyStoppingSection(patience=2, metric="qa/f1", mode="max"))
+    curve = Curve(2, 1, suites_every=4)
+    for step in range(1, 13):
+        curve.add(step, {"train/loss": 1.0})
+        if step % 2 == 0:
+            curve.add(step, {"validation/loss": float(step)})
+    for step, value in ((0, 0.9), (4, 0.5), (12, 0.4), (8, 0.3), (10, 0.0)):  # 0 and 10: not by the period
+        curve.add(step, {"qa/f1": value, "qa/exact_match": 0.0})
+    assert [(one.step, one.values["qa/f1"]) for one in curve.of_suites] == [(4, 0.5), (8, 0.3), (12, 0.4)]
+    stopped = verdict(curve, rules, 13).stopped
+    assert stopped is not None
+    assert stopped.step == 13
+    assert "qa/f1 was not better than 0.5 (step 4) at 2 evaluations in a row" in stopped.reason
+    curve.add(16, {"qa/f1": 0.6})
+    assert verdict(curve, rules, 17).stopped is None
+    assert len(curve.evaluations) == 6, "of validation rows, untouched"
 
 
 def test_what_clocks_rungs_and_the_start_add_does_not_count() -> None:
@@ -163,7 +183,7 @@ def test_a_resumed_run_decides_as_the_unbroken_one(losses: list[float], patience
     for step in range(saved, len(losses) + 1):
         if step > saved:
             curve.add(step, {"train/loss": 1.0 / step, "validation/loss": losses[step - 1]})
-        assert verdict(curve.evaluations, rules, step) == verdict(unbroken(step).evaluations, rules, step)
+        assert verdict(curve, rules, step) == verdict(unbroken(step), rules, step)
 
 
 def test_ranks_do_what_rank_0_says_and_say_nothing_without_rules() -> None:

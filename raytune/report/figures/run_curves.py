@@ -1,7 +1,7 @@
 """The curves of a run: loss, learning rate, gradient norm and speed over its steps, with what happened on the way."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class Curves:
     marks: Sequence[Mark]
     sets: Sequence[str]
     """Names of validation sets that have a loss of their own."""
+    shares: Sequence[str] = ()
+    """Names of metrics of suites, of those that lie in 0..1."""
 
 
 _PANELS = (
@@ -86,16 +88,26 @@ def run_curves(shown: Curves, theme: Theme = LIGHT) -> Figure:
 
 
 def set_losses(shown: Curves, theme: Theme = LIGHT) -> Figure:
-    """The validation loss of each data set, as a share of what it was before the first step where that is known."""
+    """The validation loss of each data set."""
+    return _each(shown, {name: f"validation/{name}/loss" for name in shown.sets}, "loss (nats per target)", theme)
+
+
+def suite_scores(shown: Curves, theme: Theme = LIGHT) -> Figure:
+    """What suites came to while training went on."""
+    return _each(shown, {name: name for name in shown.shares}, "score (1: all)", theme)
+
+
+def _each(shown: Curves, names: Mapping[str, str], label: str, theme: Theme) -> Figure:
+    """A line for each of some metrics, by what it is called."""
     figure, axes = new_figure(theme, 3.2)
     handles = []
-    for index, name in enumerate(shown.sets[:MOST_SETS]):
-        series = shown.history.series(f"validation/{name}/loss")
+    for index, (words, name) in enumerate(list(names.items())[:MOST_SETS]):
         colour = (theme.far, theme.best, theme.failed, theme.near, theme.muted)[index % 5]
         style = LINES[(index // 5 + index) % len(LINES)]
-        handles += curve_line(axes, series, colour, in_a_line(name, 28), marker="o", linewidth=1.5, linestyle=style)
-    fit_scale(axes, [value for name in shown.sets for _, value in shown.history.series(f"validation/{name}/loss")])
-    axes.set_ylabel("loss (nats per target)", fontsize=9)
+        series = shown.history.series(name)
+        handles += curve_line(axes, series, colour, in_a_line(words, 28), marker="o", linewidth=1.5, linestyle=style)
+    fit_scale(axes, [value for name in names.values() for _, value in shown.history.series(name)])
+    axes.set_ylabel(label, fontsize=9)
     _steps(axes, shown)
     legend(axes, theme, handles)
     return finished(figure)
