@@ -306,7 +306,9 @@ READERS: dict[str, Reader] = {
     ),
     **_read("training", "decay_ratio", "plan.optimization", needs=(choice("training.lr_scheduler_type", ("wsd",)),)),
     **_read("training", "polynomial_power", "plan.optimization", needs=(choice("training.lr_scheduler_type", ("polynomial",)),)),
-    **_read("training", "num_cycles", "plan.optimization", needs=(choice("training.lr_scheduler_type", ("cosine_with_restarts",)),)),
+    **_read(
+        "training", "num_cycles", "plan.optimization", needs=(choice("training.lr_scheduler_type", ("cosine_with_restarts",)),)
+    ),
     **_read("training", "adam_beta1 adam_beta2", "plan.optimization", needs=(choice("training.optimizer", (*ADAMW, "lion")),)),
     **_read("training", "adam_epsilon", "plan.optimization", needs=(choice("training.optimizer", ADAMW),)),
     **_read("training", "tf32 neftune_noise_alpha liger compile logging_steps seed", "plan.choose"),
