@@ -279,7 +279,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", variants(list(VARIANTS)[-1:], list(VARIANTS)[:-1]))
+@pytest.mark.parametrize("variant", variants(list(VARIANTS)[:1], list(VARIANTS)[1:]))
 def test_ranks_measure_together_what_the_end_says(variant: str, tmp_path: Path) -> None:
     asked = VARIANTS[variant]
     asked = asked | {"training": {"max_steps": 4, "global_batch_size": 2, "learning_rate": 2e-3, **asked.get("training", {})}}

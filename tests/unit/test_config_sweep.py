@@ -266,7 +266,7 @@ REFUSED = {
         "5:11",
         "sweep.metric",
         "E105",
-        'validation rows (validation/loss, ...), got "train/loss"',
+        'validation rows (validation/loss, ...), or on suites (evaluation.while_training), got "train/loss"',
     ),
     "provider": (space("provider.region: [a]"), "4:5", "sweep.space.provider.region", "E101", "the same for all trials"),
     "unknown first": (
