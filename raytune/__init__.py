@@ -2,8 +2,8 @@
 
 Floors, from the ground up; each imports only itself and lower ones:
 errors, units, missing, versions, printable, credentials, run_folder, token_file, user_code < local_files < object_store, hub <
-storage < metrics < config < plan < data < model < evaluate < training < tracking < launch < sweeps < report < watch < clusters <
-api < cli < entry
+storage < metrics < config < plan < data < model < evaluation < training < tracking < launch < sweeps < report < watch <
+clusters < api < cli < entry
 
 One run passes through them in this order: `config.load` reads the YAML, `launch.run` connects to Ray, `data.store` tokenises
 once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, and
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raytune.api import RunEvent as RunEvent
     from raytune.api import advise as advise
     from raytune.api import compare as compare
-    from raytune.api import evaluate_model as evaluate_model
+    from raytune.api import evaluate as evaluate
     from raytune.api import find_rate as find_rate
     from raytune.api import score as score
     from raytune.api import sweep as sweep
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from raytune.api import write_report as write_report
 
 __version__ = "0.1.0"
-__all__ = ["RunEvent", "advise", "compare", "evaluate_model", "find_rate", "score", "sweep", "train", "write_report"]
+__all__ = ["RunEvent", "advise", "compare", "evaluate", "find_rate", "score", "sweep", "train", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from raytune.launch.run import run
 
 if TYPE_CHECKING:
     from raytune.config.training import Precision
-    from raytune.evaluate.evaluation import Evaluation
+    from raytune.evaluation.side_by_side import Evaluation
     from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
@@ -176,7 +176,7 @@ def score(
     return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
 
 
-def evaluate_model(
+def evaluate(
     model: File,
     *,
     suite: File | None = None,

@@ -11,8 +11,8 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from raytune.errors import ClusterError
-from raytune.evaluate.answers import Chunk, answer
-from raytune.evaluate.suite_metrics import Given
+from raytune.evaluation.answers import Chunk, answer
+from raytune.evaluation.suite_metrics import Given
 from raytune.launch.waiting import free_in_words
 from raytune.model.hub import download_base
 from raytune.model.inference import HeldModels

@@ -19,10 +19,10 @@ from raytune.config.places import errors_at
 from raytune.config.run import RunConfig
 from raytune.config.suite_file import read_suites, suites_by_key
 from raytune.errors import UserError
-from raytune.evaluate.answers import Answered, Chunk, all_chunks, together
-from raytune.evaluate.evaluation import Evaluation, paired, samples_of_models, values_of
-from raytune.evaluate.questions import Question, by_suite, from_json_lines
-from raytune.evaluate.suite_metrics import Given, metrics_of
+from raytune.evaluation.answers import Answered, Chunk, all_chunks, together
+from raytune.evaluation.questions import Question, by_suite, from_json_lines
+from raytune.evaluation.side_by_side import Evaluation, paired, samples_of_models, values_of
+from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.launch.answering import AnsweringPlan, answer_on_cluster
 from raytune.launch.cluster import connect
 from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask

@@ -16,10 +16,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from raytune.errors import RaytuneError
-from raytune.evaluate.answers import Answered, Chunk, all_chunks, together
-from raytune.evaluate.judging import values_of
-from raytune.evaluate.questions import Question, by_suite, from_json_lines
-from raytune.evaluate.suite_metrics import Given
+from raytune.evaluation.answers import Answered, Chunk, all_chunks, together
+from raytune.evaluation.judging import values_of
+from raytune.evaluation.questions import Question, by_suite, from_json_lines
+from raytune.evaluation.suite_metrics import Given
 from raytune.launch.answering import Answerer, AnsweringPlan
 from raytune.metrics.events import EventLog
 from raytune.model.inference import asked_of_run

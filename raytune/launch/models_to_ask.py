@@ -16,7 +16,7 @@ from raytune.config.training import Precision
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError, RaytuneError, UserError
-from raytune.evaluate.questions import Question
+from raytune.evaluation.questions import Question
 from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.prepare import described_base
 from raytune.launch.score import RunToScore, run_to_score

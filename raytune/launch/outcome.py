@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raytune.config.evaluation import GENERATION
-from raytune.evaluate.compare import Comparison, Score
+from raytune.evaluation.compare import Comparison, Score
 from raytune.metrics.history import History
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import CostPlan

@@ -15,7 +15,7 @@ from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
 from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
 from raytune.errors import ModelError, UserError
-from raytune.evaluate.questions import Question
+from raytune.evaluation.questions import Question
 from raytune.hub.snapshot import described, in_lines
 from raytune.launch.reading import show_reading
 from raytune.launch.stores import DataBuilder

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Self
 
-from raytune.evaluate.compare import Comparison, comparisons_in
+from raytune.evaluation.compare import Comparison, comparisons_in
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
 from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record
 from raytune.launch.record import read_plan, readable

@@ -9,7 +9,7 @@ from functools import partial
 
 from raytune.config.run import RunConfig
 from raytune.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY_LATER, ModelError, RaytuneError, TakenOverError, UserError
-from raytune.evaluate.questions import Question, to_json_lines
+from raytune.evaluation.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base, refuse_changed_base

@@ -14,8 +14,8 @@ from raytune.config.cluster import ClusterSection
 from raytune.config.data import DataSource, source_name
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
-from raytune.evaluate.perplexity import perplexity
-from raytune.evaluate.scored_rows import TABLES, ScoredRow, csv_table, jsonl_table, read_jsonl_table
+from raytune.evaluation.perplexity import perplexity
+from raytune.evaluation.scored_rows import TABLES, ScoredRow, csv_table, jsonl_table, read_jsonl_table
 from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.going_on import task_failed

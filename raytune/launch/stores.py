@@ -22,8 +22,8 @@ from raytune.data.template_text import resolve_template
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
-from raytune.evaluate.questions import Question, read_questions, read_texts
-from raytune.evaluate.suite_metrics import Given, metrics_of
+from raytune.evaluation.questions import Question, read_questions, read_texts
+from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from raytune.evaluate.suite_metrics import METRICS, Given, OfText, SuiteMetric
+from raytune.evaluation.suite_metrics import METRICS, Given, OfText, SuiteMetric
 from raytune.metrics.json_numbers import decode_number
 from raytune.plan.run_plan import SuitePlan
 from raytune.printable import shortened

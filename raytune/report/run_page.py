@@ -16,7 +16,7 @@ from raytune.config.load import config_diff
 from raytune.config.problems import shown
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
-from raytune.evaluate.suite_metrics import METRICS, SuiteMetric
+from raytune.evaluation.suite_metrics import METRICS, SuiteMetric
 from raytune.launch.outcome import validation_sets
 from raytune.metrics.history import History
 from raytune.plan.data_report import losses_text

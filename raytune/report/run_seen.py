@@ -12,7 +12,7 @@ from raytune.config.load import dump_yaml
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
 from raytune.errors import UserError
-from raytune.evaluate.compare import Comparison
+from raytune.evaluation.compare import Comparison
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
 from raytune.launch.outcome import Change, Spent, changes, in_words
 from raytune.launch.record import RunRecord, read_plan, readable

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raytune.credentials import find_secret_value
-from raytune.evaluate.compare import comparisons_in
+from raytune.evaluation.compare import comparisons_in
 from raytune.metrics.json_numbers import decode_number
 from raytune.metrics.points import is_of_training
 from raytune.plan.memory import tensor_bytes

@@ -8,7 +8,7 @@ from raytune.data.batches import Batch, step_batches
 from raytune.data.slices import Seat
 from raytune.data.store import Store
 from raytune.errors import TrainingError
-from raytune.evaluate.suite_metrics import metrics_of
+from raytune.evaluation.suite_metrics import metrics_of
 from raytune.metrics.events import EventLog
 from raytune.metrics.history import History
 from raytune.metrics.points import RollBack

@@ -12,7 +12,7 @@ from raytune import storage
 from raytune.data.batches import Batch, evaluation_batches
 from raytune.data.store import Store
 from raytune.errors import CheckpointError
-from raytune.evaluate.scored_rows import ScoredRow, jsonl_table
+from raytune.evaluation.scored_rows import ScoredRow, jsonl_table
 from raytune.run_folder import RunFolder
 from raytune.training.checkpoint import load_state
 from raytune.training.commit import Commit, altered, bring, committed, misplaced

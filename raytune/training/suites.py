@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from raytune.evaluate.answers import Answered, Chunk, all_chunks, answer, together
-from raytune.evaluate.compare import Comparison
-from raytune.evaluate.judging import judged, samples_of
-from raytune.evaluate.questions import Question, by_suite, from_json_lines
+from raytune.evaluation.answers import Answered, Chunk, all_chunks, answer, together
+from raytune.evaluation.compare import Comparison
+from raytune.evaluation.judging import judged, samples_of
+from raytune.evaluation.questions import Question, by_suite, from_json_lines
 from raytune.model.inference import HeldModels, asked_of_run
 from raytune.plan.asked_model import AskedModel
 from raytune.plan.run_plan import RunPlan

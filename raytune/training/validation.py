@@ -3,7 +3,7 @@
 from raytune.data.batches import evaluation_batches
 from raytune.data.slices import Seat
 from raytune.data.store import Store
-from raytune.evaluate.perplexity import bits_per_byte, perplexity
+from raytune.evaluation.perplexity import bits_per_byte, perplexity
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engine import Engine
 from raytune.training.loop import LossSum, evaluate_loss

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
 from raytune.errors import RaytuneError
-from raytune.evaluate.answers import all_chunks, together
-from raytune.evaluate.judging import values_of
-from raytune.evaluate.questions import by_suite, from_json_lines
+from raytune.evaluation.answers import all_chunks, together
+from raytune.evaluation.judging import values_of
+from raytune.evaluation.questions import by_suite, from_json_lines
 from raytune.metrics.history import History
 from raytune.model.inference import HeldModels, asked_of_run
 from raytune.object_store import once

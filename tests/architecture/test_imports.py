@@ -20,7 +20,7 @@ FLOORS = (
     ("plan",),
     ("data",),
     ("model",),
-    ("evaluate",),
+    ("evaluation",),
     ("training",),
     ("tracking",),
     ("launch",),

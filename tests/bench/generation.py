@@ -17,7 +17,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 
 import torch
 
-from raytune.evaluate.generation import write_answers
+from raytune.evaluation.generation import write_answers
 from tests.bench.measure import Rival, interleaved, ratios, report
 from tests.tiny import tiny_model, tiny_tokenizer
 

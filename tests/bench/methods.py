@@ -21,8 +21,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch
 
 from raytune.config.load import config_from
-from raytune.evaluate.generation import write_answers
-from raytune.evaluate.text_metrics import exact_match
+from raytune.evaluation.generation import write_answers
+from raytune.evaluation.text_metrics import exact_match
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Prepared, prepare
 from raytune.launch.record import write_plan

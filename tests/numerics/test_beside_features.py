@@ -11,7 +11,7 @@ import pytest
 
 from raytune.config.data import DataSource
 from raytune.config.load import config_from
-from raytune.evaluate.scored_rows import read_jsonl_table
+from raytune.evaluation.scored_rows import read_jsonl_table
 from raytune.launch.cluster import this_machine
 from raytune.launch.find_rate import range_test_plan
 from raytune.launch.result import RunResult

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune.config.adapter import Adapter
 from raytune.errors import ModelError
-from raytune.evaluate.generation import write_answers
+from raytune.evaluation.generation import write_answers
 from raytune.model.adapters import adapting
 from raytune.model.attention import implementation_name, model_inputs
 from raytune.model.export import save_adapter

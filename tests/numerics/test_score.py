@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from raytune.config.data import DataSource
 from raytune.config.load import config_from
 from raytune.errors import CheckpointError, UserError
-from raytune.evaluate.scored_rows import ScoredRow, read_jsonl_table
+from raytune.evaluation.scored_rows import ScoredRow, read_jsonl_table
 from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.cluster import this_machine
 from raytune.launch.result import RunResult

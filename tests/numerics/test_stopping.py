@@ -16,8 +16,8 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.config.load import config_from
-from raytune.evaluate.generation import write_answers
-from raytune.evaluate.questions import to_json_lines
+from raytune.evaluation.generation import write_answers
+from raytune.evaluation.questions import to_json_lines
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan

@@ -11,10 +11,10 @@ from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfi
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from raytune.evaluate.compare import comparisons_in
-from raytune.evaluate.generation import write_answers
-from raytune.evaluate.likelihood import Scored, log_likelihoods
-from raytune.evaluate.questions import from_json_lines
+from raytune.evaluation.compare import comparisons_in
+from raytune.evaluation.generation import write_answers
+from raytune.evaluation.likelihood import Scored, log_likelihoods
+from raytune.evaluation.questions import from_json_lines
 from raytune.launch.result import RunResult
 from raytune.model.demo import demo_base_path
 from raytune.plan.run_plan import SamplingPlan

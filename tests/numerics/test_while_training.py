@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raytune.evaluate.answers import Chunk
-from raytune.evaluate.suite_metrics import Given
+from raytune.evaluation.answers import Chunk
+from raytune.evaluation.suite_metrics import Given
 from raytune.launch.answering import Answerer, AnsweringPlan
 from raytune.launch.evaluator import MOST_FAILURES, Evaluator
 from raytune.launch.result import RunResult

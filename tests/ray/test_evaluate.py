@@ -10,8 +10,8 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from raytune.api import evaluate_model, train
-from raytune.evaluate.evaluation import Evaluation
+from raytune.api import evaluate, train
+from raytune.evaluation.side_by_side import Evaluation
 from raytune.launch.result import RunResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -64,13 +64,13 @@ def test_a_run_on_its_own_suites_gives_what_it_wrote_itself_and_goes_on_from_wha
     run: RunResult, tmp_path: Path
 ) -> None:
     output = tmp_path / "again"
-    assert_is_that_of(run, evaluate_model(run.folder, output=output))
+    assert_is_that_of(run, evaluate(run.folder, output=output))
     chunks = sorted((output / "chunks").iterdir())
     before = {chunk: (chunk.stat().st_mtime_ns, chunk.read_bytes()) for chunk in chunks}
     for lost in chunks[::3]:
         lost.unlink()
     (output / "result.json").unlink()
-    assert_is_that_of(run, evaluate_model(run.folder, output=output, workers=1))
+    assert_is_that_of(run, evaluate(run.folder, output=output, workers=1))
     assert sorted((output / "chunks").iterdir()) == chunks
     for number, chunk in enumerate(chunks):
         assert chunk.read_bytes() == before[chunk][1]
@@ -91,7 +91,7 @@ def test_what_a_dead_worker_was_at_is_done_by_another(run: RunResult, tmp_path: 
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    found = evaluate_model(run.folder, output=output, workers=1)
+    found = evaluate(run.folder, output=output, workers=1)
     killer.join(timeout=60)
     assert killed
     assert "A worker that answers rows died" in caplog.text
@@ -105,7 +105,7 @@ def test_an_adapter_in_its_folder_and_a_suite_of_a_file_are_measured_as_in_the_r
         "suites:\n  - {name: answers, rows: 'demo:test', max_rows: 5, max_new_tokens: 8, metrics: [chrf], batch_size: 2}\n"
     )
     common: dict[str, Any] = {"suite": tmp_path / "suites.yaml", "address": cluster.address, "workers": 1}
-    found = evaluate_model("demo", adapters={"one": run.model_path, "two": run.model_path}, output=tmp_path / "out", **common)
+    found = evaluate("demo", adapters={"one": run.model_path, "two": run.model_path}, output=tmp_path / "out", **common)
     wanted = run.comparisons["answers"]
     assert [(pair.before, pair.after) for pair in found.pairs] == [("base", "one"), ("base", "two")]
     for pair in found.pairs:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from raytune.config.evaluation import AnswerMetricName
-from raytune.evaluate.answer_metrics import ANSWER_METRICS
-from raytune.evaluate.bootstrap import difference_interval
-from raytune.evaluate.text_metrics import exact_match, json_fields, json_valid, numeric_match, token_f1
+from raytune.evaluation.answer_metrics import ANSWER_METRICS
+from raytune.evaluation.bootstrap import difference_interval
+from raytune.evaluation.text_metrics import exact_match, json_fields, json_valid, numeric_match, token_f1
 
 WORDS = st.sampled_from(
     ["the", "cat", "sat.", "Sat", "mat", "a", "12", "1,200", "ünï", "日本", "", "\n", "{}", "—", "\u202e", "it's"]

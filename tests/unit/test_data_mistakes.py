@@ -13,8 +13,8 @@ from raytune.data.source_rows import read_conversations
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.errors import DataError
-from raytune.evaluate.questions import read_questions
-from raytune.evaluate.suite_metrics import METRICS
+from raytune.evaluation.questions import read_questions
+from raytune.evaluation.suite_metrics import METRICS
 from tests.tiny import tiny_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}

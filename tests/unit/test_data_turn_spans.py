@@ -18,7 +18,7 @@ from raytune.data.template import ChatTemplate, Rendered
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
-from raytune.evaluate.questions import read_questions
+from raytune.evaluation.questions import read_questions
 from tests.tiny import tiny_request, tiny_store, tiny_tokenizer
 
 CASES = Path(__file__).parents[1] / "cases"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from raytune.evaluate.perplexity import bits_per_byte, perplexity
+from raytune.evaluation.perplexity import bits_per_byte, perplexity
 
 
 def test_a_uniform_model_over_256_bytes_has_perplexity_256_and_eight_bits_per_byte() -> None:

@@ -11,10 +11,10 @@ from raytune.config.problems import ConfigError
 from raytune.config.run import RunConfig
 from raytune.config.suite_file import read_suites
 from raytune.errors import UserError
-from raytune.evaluate.answers import all_chunks, together
-from raytune.evaluate.evaluation import Evaluation, paired, samples_of_models, values_of
-from raytune.evaluate.questions import Question
-from raytune.evaluate.suite_metrics import Given
+from raytune.evaluation.answers import all_chunks, together
+from raytune.evaluation.questions import Question
+from raytune.evaluation.side_by_side import Evaluation, paired, samples_of_models, values_of
+from raytune.evaluation.suite_metrics import Given
 from raytune.launch.evaluate import Prepared, folder_for, identity_of, prepare_evaluation
 from raytune.launch.models_to_ask import Named
 from raytune.launch.record import RunRecord, State, write_plan

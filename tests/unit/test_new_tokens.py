@@ -16,7 +16,7 @@ from raytune.config.model import ModelSection
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint, vocabulary_of
 from raytune.errors import UserError
-from raytune.evaluate.generation import write_answers
+from raytune.evaluation.generation import write_answers
 from raytune.launch.check import check_run
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import Base, Preparation, prepare

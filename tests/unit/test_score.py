@@ -14,7 +14,7 @@ from raytune.cli import cli
 from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
 from raytune.errors import DataError, UserError
-from raytune.evaluate.scored_rows import ScoredRow, csv_table, jsonl_table, read_jsonl_table
+from raytune.evaluation.scored_rows import ScoredRow, csv_table, jsonl_table, read_jsonl_table
 from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.rows_to_score import columns_of, look_at_rows, sources_of
 from raytune.launch.score import Scores, _table_for, run_to_score, score

@@ -16,12 +16,12 @@ from raytune.data.conversation import Origin, RowError
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.errors import UserError
-from raytune.evaluate import suite_metrics
-from raytune.evaluate.answers import chosen
-from raytune.evaluate.compare import Comparison, Sample, compare, comparisons_in
-from raytune.evaluate.questions import Question, from_json_lines, read_questions, to_json_lines
-from raytune.evaluate.sampling import DrawnTokens
-from raytune.evaluate.suite_metrics import METRICS, Given, metrics_of, of_user
+from raytune.evaluation import suite_metrics
+from raytune.evaluation.answers import chosen
+from raytune.evaluation.compare import Comparison, Sample, compare, comparisons_in
+from raytune.evaluation.questions import Question, from_json_lines, read_questions, to_json_lines
+from raytune.evaluation.sampling import DrawnTokens
+from raytune.evaluation.suite_metrics import METRICS, Given, metrics_of, of_user
 from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, diagnose
 from raytune.launch.prepare import prepare

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from raytune.config.evaluation import AnswerMetricName
-from raytune.evaluate.overlap import BLEU, CHRF, Rouge
-from raytune.evaluate.text_metrics import exact_match, is_json, json_fields, json_valid, last_number, numeric_match, token_f1
+from raytune.evaluation.overlap import BLEU, CHRF, Rouge
+from raytune.evaluation.text_metrics import exact_match, is_json, json_fields, json_valid, last_number, numeric_match, token_f1
 
 
 class AnswerMetric(Protocol):

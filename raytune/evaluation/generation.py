@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from raytune.evaluate.sampling import DrawnTokens
+from raytune.evaluation.sampling import DrawnTokens
 from raytune.model.stopping import as_ids
 from raytune.plan.run_plan import SamplingPlan
 

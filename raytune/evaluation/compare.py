@@ -6,8 +6,8 @@ from typing import Any, Self
 
 from raytune.config.evaluation import GENERATION
 from raytune.errors import UserError
-from raytune.evaluate.bootstrap import difference_interval
-from raytune.evaluate.suite_metrics import Given, SuiteMetric
+from raytune.evaluation.bootstrap import difference_interval
+from raytune.evaluation.suite_metrics import Given, SuiteMetric
 from raytune.metrics.json_numbers import decode_number, encode_number
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from raytune.evaluate.compare import Comparison, Sample, compare
-from raytune.evaluate.questions import Question
-from raytune.evaluate.suite_metrics import Given, metrics_of
+from raytune.evaluation.compare import Comparison, Sample, compare
+from raytune.evaluation.questions import Question
+from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.plan.run_plan import SuitePlan
 
 

@@ -19,7 +19,7 @@ from raytune.data.source_rows import read_conversations
 from raytune.data.store import Store
 from raytune.data.template import ChatTemplate
 from raytune.errors import DataError
-from raytune.evaluate.suite_metrics import SuiteMetric
+from raytune.evaluation.suite_metrics import SuiteMetric
 from raytune.plan.run_plan import SuitePlan
 
 MOST_LABELS = 100

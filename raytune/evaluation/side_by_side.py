@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raytune.evaluate.compare import Comparison, compare
-from raytune.evaluate.questions import Question
-from raytune.evaluate.suite_metrics import Given, metrics_of
+from raytune.evaluation.compare import Comparison, compare
+from raytune.evaluation.questions import Question
+from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import SuitePlan
 

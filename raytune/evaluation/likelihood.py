@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from raytune.evaluate.generation import without_position_warnings
+from raytune.evaluation.generation import without_position_warnings
 
 LOGITS_AT_ONCE = 1 << 28
 """Logits of a batch, at most: 1 GiB in fp32. A longer row passes alone."""

@@ -16,8 +16,8 @@ import numpy as np
 
 from raytune.config.evaluation import GENERATION, SuiteKind
 from raytune.errors import UserError
-from raytune.evaluate.answer_metrics import ANSWER_METRICS, AnswerMetric, Mean
-from raytune.evaluate.bert_score import BertScore
+from raytune.evaluation.answer_metrics import ANSWER_METRICS, AnswerMetric, Mean
+from raytune.evaluation.bert_score import BertScore
 from raytune.missing import OPTIONAL, install_command
 from raytune.plan.run_plan import SuitePlan
 from raytune.user_code import UserCode, load, told

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raytune.config.evaluation import SuiteKind
-from raytune.evaluate.generation import write_answers
-from raytune.evaluate.likelihood import Scored, log_likelihoods
-from raytune.evaluate.questions import Question
-from raytune.evaluate.suite_metrics import Given
+from raytune.evaluation.generation import write_answers
+from raytune.evaluation.likelihood import Scored, log_likelihoods
+from raytune.evaluation.questions import Question
+from raytune.evaluation.suite_metrics import Given
 from raytune.model.inference import Loaded
 from raytune.plan.run_plan import SuitePlan
 

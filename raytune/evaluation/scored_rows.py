@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Self
 
-from raytune.evaluate.perplexity import perplexity
+from raytune.evaluation.perplexity import perplexity
 from raytune.metrics.json_numbers import decode_number, encode_number
 
 TABLES = (".jsonl", ".csv")
