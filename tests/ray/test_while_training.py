@@ -75,9 +75,8 @@ def test_an_evaluator_that_is_killed_changes_no_loss_and_begins_anew(cluster: Cl
     assert names.count("evaluator_away") == names.count("evaluator_back") == 1
     found = History.read(folder.metrics).series("general/loss")
     steps = [step for step, _ in found]
-    assert steps[0] == 0
+    assert steps == sorted(steps), "which of them were left out, clocks decide"
     assert steps[-1] == NUM_STEPS, "it was waited for, since it ranks the checkpoints"
     score = result.comparisons["general"].scores["loss"]
-    assert found[0][1] == score.base
     assert found[-1][1] == score.tuned
     assert not Path(folder.exports).exists()
