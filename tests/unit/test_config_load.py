@@ -164,6 +164,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         needed |= {"examples": "b.jsonl"} if key.path.endswith("num_examples") else {}
         needed |= {"metrics": ["bertscore"], "bertscore": {"model": "m", "layer": 1}} if ".bertscore." in key.path else {}
         base["evaluation"]["suites"] = [{"rows": "a.jsonl"} | needed]
+    if key.path == "evaluation.while_training.suites":
+        base["evaluation"]["suites"] = [{"rows": "a.jsonl", "name": "gsm8k"}]
     if key.path in ("tracking.run_name", "tracking.group", "tracking.tags"):
         base["tracking"] = {"tensorboard": {}}
     if key.path == "strategy.objective.options":
