@@ -86,7 +86,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "own": {"model": NEW, "strategy": {"objective": "losses.py:likelihood"}, "training": MUON | LAST},
     "in phases": {"adapter": FULL, "strategy": PHASES | L2_SP | TEACHER, "training": EMA},
 }
-DEFAULT = ("held", "taught", "own", "in phases")
+DEFAULT = ("taught", "in phases")
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=() if one in DEFAULT else pytest.mark.slow) for one in FEATURES])

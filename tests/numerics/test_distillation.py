@@ -91,10 +91,11 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "who", "top_k", "chunk"),
     [
-        ("lora", "base", None, None),
         ("lora", "base", 5, 7),
-        ("full", "other", None, 7),
-        ("full", "other", 5, None),
+        ("full", "other", None, None),
+        pytest.param("lora", "base", None, None, marks=SLOW),
+        pytest.param("full", "other", None, 7, marks=SLOW),
+        pytest.param("full", "other", 5, None, marks=SLOW),
         pytest.param("full", "base", None, None, marks=SLOW),
         pytest.param("full", "base", 5, 7, marks=SLOW),
         pytest.param("lora", "other", None, 7, marks=SLOW),
@@ -138,7 +139,7 @@ def told_of(plan: RunPlan) -> list[tuple[float, float | None]]:
     return [(one.loss, one.distillation) for one in numbers]
 
 
-@pytest.mark.parametrize(("top_k", "chunk"), [(None, None), (5, 7)])
+@pytest.mark.parametrize(("top_k", "chunk"), [pytest.param(None, None, marks=SLOW), (5, 7)])
 def test_the_teachers_part_of_a_step_is_that_of_plain_torch(
     top_k: int | None, chunk: int | None, material: Material, teacher: Path
 ) -> None:
@@ -319,7 +320,12 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, who: str,
 
 @pytest.mark.parametrize(
     ("stage", "who"),
-    [(0, "beneath"), (3, "beside"), pytest.param(0, "beside", marks=SLOW), pytest.param(3, "beneath", marks=SLOW)],
+    [
+        (3, "beside"),
+        pytest.param(0, "beneath", marks=SLOW),
+        pytest.param(0, "beside", marks=SLOW),
+        pytest.param(3, "beneath", marks=SLOW),
+    ],
 )
 def test_resumed_equals_unbroken(stage: int, who: str, material: Material, teacher: Path, tmp_path: Path) -> None:
     adapter = LORA | {"dropout": 0.1}
@@ -342,7 +348,7 @@ WAYS: list[tuple[str, ZeroStage, Precision, str, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize("way", [pytest.param(one, marks=SLOW if one[1] else ()) for one in WAYS])
+@pytest.mark.parametrize("way", [pytest.param(one, marks=() if one in WAYS[:2] else SLOW) for one in WAYS])
 def test_every_rank_takes_the_planned_bytes(way: tuple[Any, ...], wide: Material, tmp_path: Path) -> None:  # noqa: F811
     """Within 5 % at the fullest moment of a step; at stage 3 without what it may have gathered."""
     method, stage, precision, who, chunk = way

@@ -173,6 +173,7 @@ WAYS = {
 }
 FULL: dict[str, Any] = {"method": "full"}
 ADAPTERS: dict[str, dict[str, Any]] = {name: way.adapter for name, way in WAYS.items()} | {"full": FULL}
+OFTEN = ("lora with rows", "full")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_every_stage_on_two_ranks_equals_one_plain_process(
     name: str, stage: int, base: Base, alone: Callable[[str], Outcome]
 ) -> None:
@@ -234,7 +235,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_resumed_equals_unbroken(name: str, stage: int, base: Base, alone: Callable[[str], Outcome], tmp_path: Path) -> None:
     plan = plan_of(base, ADAPTERS[name], stage=stage)
     go: Callable[..., Outcome] = train if stage == 0 else lambda *given: run(*given)[0]

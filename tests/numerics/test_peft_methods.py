@@ -124,7 +124,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(method: str, stage: i
     assert largest_difference(sharded[0], alone) <= EVERY[method].same_weights
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", variants(OFTEN_DIVIDED, [name for name in EVERY if name not in OFTEN_DIVIDED]))
 def test_a_base_of_which_no_layer_stays_gathered_computes_the_same(method: str, material: Material) -> None:
     """As a large base does at stage 3: DeepSpeed lets go of a layer's weights as soon as it has computed."""
     alone = run_alone(method, material)[1]
@@ -136,7 +136,7 @@ def test_a_base_of_which_no_layer_stays_gathered_computes_the_same(method: str, 
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", variants(OFTEN_DIVIDED, [name for name in EVERY if name not in OFTEN_DIVIDED]))
 def test_resumed_equals_unbroken(method: str, stage: int, material: Material, tmp_path: Path) -> None:
     plan = plan_of(method, material, stage=stage)
     unbroken = run_alone(method, material)[1] if stage == 0 else run(plan)[0]
