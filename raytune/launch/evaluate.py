@@ -270,11 +270,13 @@ def _kept(path: str) -> dict[int, Given] | None:
 
 
 def _encoded(given: Given) -> dict[str, Any]:
-    return asdict(given) | {"numbers": [encode_number(value) for value in given.numbers]}
+    values = {name: [encode_number(value) for value in found] for name, found in given.values.items()}
+    return asdict(given) | {"numbers": [encode_number(value) for value in given.numbers], "values": values}
 
 
 def _given(values: Mapping[str, Any]) -> Given:
-    return Given(**{**values, "numbers": tuple(decode_number(value) for value in values["numbers"])})
+    of_task = {name: tuple(map(decode_number, found)) for name, found in values.get("values", {}).items()}
+    return Given(**{**values, "numbers": tuple(map(decode_number, values["numbers"])), "values": of_task})
 
 
 # --- Who answers, and what it comes to ---------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""What a model answers to the requests of a task of lm_eval: by lm_eval's own class, around a model that is loaded."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raytune.errors import UserError
+from raytune.evaluation.generation import without_position_warnings
+from raytune.evaluation.lm_eval_documents import instances_of, judge_of, said
+from raytune.evaluation.questions import Question
+from raytune.evaluation.suite_metrics import Given
+from raytune.model.inference import Loaded
+from raytune.plan.run_plan import SuitePlan
+
+
+def answer_requests(loaded: Loaded, suite: SuitePlan, chunk: Mapping[int, Question]) -> dict[int, Given]:
+    """What a model makes of documents of a task, and what the task makes of that.
+
+    Raises:
+        UserError: if the task cannot judge an answer.
+    """
+    assert suite.task
+    asked = {number: instances_of(question) for number, question in chunk.items()}
+    responses = iter(_responses(loaded, suite, [instance for instances in asked.values() for instance in instances]))
+    answers = {number: [next(responses) for _ in instances] for number, instances in asked.items()}
+    try:
+        judge = judge_of(suite.task, list(chunk.values()))
+        return {number: judge(chunk[number], given) for number, given in answers.items()}
+    except Exception as error:  # whatever functions of the task raise
+        raise UserError(f"Task {suite.task.name} cannot judge an answer: {said(error)}.") from error
+
+
+def _responses(loaded: Loaded, suite: SuitePlan, instances: list[Any]) -> Sequence[Any]:
+    """To requests, which are all of one kind."""
+    from lm_eval.models.huggingface import HFLM
+
+    # It gives a tokenizer without padding some, which others who share it would see.
+    tokenizer = loaded.tokenizer if loaded.tokenizer.pad_token is not None else copy.deepcopy(loaded.tokenizer)
+    batch_size = suite.batch_size if loaded.can_pad else 1
+    asked: Any = HFLM(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    with without_position_warnings():
+        return getattr(asked, instances[0].request_type)(instances, disable_tqdm=True)
