@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from raytune.config.evaluation import GENERATION
-from raytune.errors import UserError
 from raytune.evaluation.bootstrap import difference_interval
-from raytune.evaluation.suite_metrics import Given, SuiteMetric
+from raytune.evaluation.suite_metrics import Given, SuiteMetric, counted
 from raytune.metrics.json_numbers import decode_number, encode_number
 
 
@@ -106,18 +105,18 @@ def comparisons_in(result: Mapping[str, Any]) -> dict[str, Comparison]:
 def compare(
     base: Sequence[Given], tuned: Sequence[Given], expected: Sequence[str], metrics: Mapping[str, SuiteMetric]
 ) -> Comparison:
-    """What both models are worth, by each metric. One of the user's that fails is told: what was trained is worth no less for it.
+    """What both models are worth, by each metric. One of the user's that fails is told.
 
     Args:
         base, tuned: what the models made of the same rows, of which there is at least one.
     """
-    scores, failed = {}, {}
+    (of_base, failed_before), (of_tuned, failed) = counted(metrics, base, expected), counted(metrics, tuned, expected)
+    failed = failed_before | failed
+    scores = {}
     for name, metric in metrics.items():
-        try:
-            before, after = metric.counts(base, expected), metric.counts(tuned, expected)
-        except UserError as error:
-            failed[name] = str(error)
+        if name in failed:
             continue
+        before, after = of_base[name], of_tuned[name]
         low, high = difference_interval(before, after, metric.value)
         scores[name] = Score(
             words=metric.words,

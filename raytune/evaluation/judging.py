@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from raytune.evaluation.compare import Comparison, Sample, compare
 from raytune.evaluation.questions import Question
-from raytune.evaluation.suite_metrics import Given, metrics_of
+from raytune.evaluation.suite_metrics import Given, counted, metrics_of
 from raytune.plan.run_plan import SuitePlan
 
 
@@ -22,19 +22,20 @@ def judged(
 
 def values_of(
     suites: Sequence[SuitePlan], asked: Mapping[str, Sequence[Question]], given: Mapping[str, Sequence[Given]], *, device: str
-) -> dict[str, float]:
-    """What one model is worth, by the names SUITE/METRIC.
+) -> tuple[dict[str, float], dict[str, str]]:
+    """What one model is worth, by the names SUITE/METRIC; and why, of the metrics that failed.
 
     Args:
         asked, given: the questions of each suite, and what the model made of them.
         device: as above.
     """
-    return {
-        f"{suite.name}/{name}": float(metric.value(counts.sum(0)))
-        for suite in suites
-        for name, metric in metrics_of(suite, device=device).items()
-        for counts in [metric.counts(given[suite.name], [question.expected for question in asked[suite.name]])]
-    }
+    values, failed = {}, {}
+    for suite in suites:
+        metrics = metrics_of(suite, device=device)
+        counts, why = counted(metrics, given[suite.name], [question.expected for question in asked[suite.name]])
+        values |= {f"{suite.name}/{name}": float(metrics[name].value(rows.sum(0))) for name, rows in counts.items()}
+        failed |= {f"{suite.name}/{name}": reason for name, reason in why.items()}
+    return values, failed
 
 
 def samples_of(asked: Sequence[Question], base: Sequence[Given], tuned: Sequence[Given]) -> list[Sample]:

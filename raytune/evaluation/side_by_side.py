@@ -6,7 +6,7 @@ from typing import Any
 
 from raytune.evaluation.compare import Comparison, compare
 from raytune.evaluation.questions import Question
-from raytune.evaluation.suite_metrics import Given, metrics_of
+from raytune.evaluation.suite_metrics import Given, counted, metrics_of
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import SuitePlan
 
@@ -45,6 +45,7 @@ class Evaluation:
         models: where each is of, by its name.
         num_rows: by suite.
         values: by suite and metric.
+        failed: why, by suite and metric, of functions of the user's that failed, which no model has a value of.
         pairs: base against tuned, and what else was to be compared, with intervals.
     """
 
@@ -52,6 +53,7 @@ class Evaluation:
     models: Mapping[str, str]
     num_rows: Mapping[str, int]
     values: Mapping[str, Mapping[str, Values]]
+    failed: Mapping[str, Mapping[str, str]]
     pairs: tuple[Pair, ...]
 
     @property
@@ -62,7 +64,8 @@ class Evaluation:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
         counts = ", ".join(f"{suite}: {count} row{'s' * (count != 1)}" for suite, count in self.num_rows.items())
-        return [counts, *table, f"result   {self.output}/result.json", f"samples  {self.output}/samples.jsonl"]
+        failures = [f"{suite}: {why}" for suite, metrics in self.failed.items() for why in metrics.values()]
+        return [counts, *table, *failures, f"result   {self.output}/result.json", f"samples  {self.output}/samples.jsonl"]
 
     def _rows(self) -> Iterator[list[str]]:
         for suite, metrics in self.values.items():
@@ -84,6 +87,7 @@ class Evaluation:
             "values": {
                 suite: {name: _encoded(values) for name, values in metrics.items()} for suite, metrics in self.values.items()
             },
+            "failed": {suite: dict(metrics) for suite, metrics in self.failed.items() if metrics},
             "pairs": [
                 {
                     "before": pair.before,
@@ -95,22 +99,30 @@ class Evaluation:
         }
 
 
-def values_of(suite: SuitePlan, expected: Sequence[str], given: Mapping[str, Sequence[Given]], device: str) -> dict[str, Values]:
-    """What each model is worth on a suite, by metric.
+def values_of(
+    suite: SuitePlan, expected: Sequence[str], given: Mapping[str, Sequence[Given]], device: str
+) -> tuple[dict[str, Values], dict[str, str]]:
+    """What each model is worth on a suite, by metric; and why, of the metrics that failed.
 
     Args:
         given: what models made of its rows.
         device: where a metric that has a model runs it.
     """
-    return {
+    metrics, counts, failed = metrics_of(suite, device=device), {}, {}
+    for model, rows in given.items():
+        counts[model], why = counted(metrics, rows, expected)
+        failed |= why
+    values = {
         name: Values(
             words=metric.words,
             is_share=metric.is_share,
             lower_is_better=metric.lower_is_better,
-            of_models={model: float(metric.value(metric.counts(rows, expected).sum(0))) for model, rows in given.items()},
+            of_models={model: float(metric.value(of_model[name].sum(0))) for model, of_model in counts.items()},
         )
-        for name, metric in metrics_of(suite, device=device).items()
+        for name, metric in metrics.items()
+        if name not in failed
     }
+    return values, failed
 
 
 def paired(

@@ -198,6 +198,24 @@ def _metric(suite: SuitePlan, name: str, key: str, device: str) -> SuiteMetric:
     return found
 
 
+def counted(
+    metrics: Mapping[str, SuiteMetric], given: Sequence[Given], expected: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What each row adds by each metric, (N, K); and why, of the metrics that fail, which are functions of the user's. What was
+    trained and answered is worth no less for these.
+
+    Args:
+        given: what a model made of the rows, of which there is at least one.
+    """
+    counts, failed = {}, {}
+    for name, metric in metrics.items():
+        try:
+            counts[name] = metric.counts(given, expected)
+        except UserError as error:
+            failed[name] = str(error)
+    return counts, failed
+
+
 def of_user(code: UserCode, key: str) -> OfText:
     """A metric of the user's: the mean of what a function gives for an answer and the expected one.
 

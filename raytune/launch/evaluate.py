@@ -36,6 +36,9 @@ from raytune.plan.suites import suite_plan
 from raytune.run_folder import EvaluationFolder
 from raytune.storage import absolute, exists, file_sizes, is_local, local_path, read_bytes, read_json, write_bytes, write_json
 
+JUDGING = {"metrics", "code", "bertscore"}
+"""What says of a suite how its answers are judged."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -194,12 +197,12 @@ def _chunks(prepared: Prepared) -> dict[str, list[Chunk]]:
 
 
 def identity_of(prepared: Prepared) -> dict[str, Any]:
-    """What an evaluation is of: the same command has the same one."""
+    """What an evaluation is of: the same command has the same one, and so has one that judges the same answers otherwise."""
     return {
         "models": [one.asked.model_dump(mode="json") for one in prepared.to_ask.subjects],
         "sources": {one.name: one.source for one in prepared.to_ask.subjects},
         "pairs": [list(pair) for pair in prepared.to_ask.pairs],
-        "suites": [suite.model_dump(mode="json") for suite in prepared.suites],
+        "suites": [suite.model_dump(mode="json", exclude=JUDGING) for suite in prepared.suites],
         "rows": {name: _hash([_of_chunk(chunk) for chunk in of_model]) for name, of_model in _chunks(prepared).items()},
     }
 
@@ -254,7 +257,7 @@ def _fingerprint(one: AskedModel, files: Sequence[Any], chunk: Chunk, answering:
 
 def _of_chunk(chunk: Chunk) -> list[Any]:
     """What decides what a model makes of a chunk. How it is judged does not."""
-    suite = chunk.suite.model_dump(mode="json", exclude={"name", "metrics", "code", "bertscore"})
+    suite = chunk.suite.model_dump(mode="json", exclude={"name", *JUDGING})
     return [suite, [[number, {**asdict(question), "suite": ""}] for number, question in chunk.rows.items()]]
 
 
@@ -313,14 +316,16 @@ def _judged(
         parts[one.name].append({chunk.suite.name: given or {}})
     answers = {name: together(of_model, prepared.asked[name]) for name, of_model in parts.items()}
     expected = prepared.expected
+    judged = {
+        suite.name: values_of(suite, expected[suite.name], {name: of[suite.name] for name, of in answers.items()}, device)
+        for suite in prepared.suites
+    }
     result = Evaluation(
         output=folder.path,
         models={one.name: one.source for one in prepared.to_ask.subjects},
         num_rows={suite: len(rows) for suite, rows in expected.items()},
-        values={
-            suite.name: values_of(suite, expected[suite.name], {name: of[suite.name] for name, of in answers.items()}, device)
-            for suite in prepared.suites
-        },
+        values={suite: values for suite, (values, _) in judged.items()},
+        failed={suite: failed for suite, (_, failed) in judged.items()},
         pairs=tuple(paired(before, after, prepared.suites, expected, answers, device) for before, after in prepared.to_ask.pairs),
     )
     samples = samples_of_models(prepared.asked[prepared.to_ask.subjects[0].name], answers)

@@ -99,6 +99,7 @@ class Evaluator:
         self._asked: Mapping[str, Sequence[Question]] | None = None
         self._num_failures = 0
         self._is_away = False
+        self._failed_metrics: set[str] = set()
 
     def run(self, look_every_s: float | None = None) -> None:
         """Until the attempt has ended, or it gives up."""
@@ -162,7 +163,12 @@ class Evaluator:
         chunks = all_chunks(suites, self._asked)
         parts: list[Answered] = [{chunk.suite.name: self._answers.answer(tuned, chunk)} for chunk in chunks]
         self._answers.forget(export.path(self._folder))
-        return values_of(suites, self._asked, together(parts, self._asked), device="cpu")
+        values, failed = values_of(suites, self._asked, together(parts, self._asked), device="cpu")
+        for metric, why in failed.items():
+            if metric not in self._failed_metrics:
+                self._events.write("metric_failed", step=export.step, metric=metric, why=why)
+        self._failed_metrics |= set(failed)
+        return values
 
     def _has_failed(self, export: Export, error: Exception) -> None:
         """Begin anew with the next look, unless that has been done often enough."""

@@ -61,6 +61,7 @@ _WARNINGS: dict[str, Callable[[dict], str]] = {
     "suites_not_awaited": lambda event: (
         f"warning: the suites of step {event['step']} are not known; its checkpoint is ranked without them."
     ),
+    "metric_failed": lambda event: f"warning: {event['metric']} is not known at step {event['step']}, nor later. {event['why']}",
     "evaluator_waits": lambda event: (
         f"the actor that measures suites waits for {event['cpus']} CPUs and {event['gpus']} GPUs of the cluster; training goes on"
     ),

@@ -91,6 +91,7 @@ class WhileTraining:
         self._plan, self._engine, self._folder, self._report = plan, engine, folder, report
         self._measured = plan.evaluation.while_training
         self._has_failed = False
+        self._failed_metrics: set[str] = set()
         self._results: Results | None = None
         if self._measured is None:
             return
@@ -186,7 +187,12 @@ class WhileTraining:
                 return of_model(models, tuned, own)
 
         parts = self._peers.together(answered)
-        found = self._peers.decide(lambda: values_of(suites, asked, together(parts, asked), device=str(engine.device)))
+        judge = self._peers.decide
+        found, failed = judge(lambda: values_of(suites, asked, together(parts, asked), device=str(engine.device)))
+        for metric, why in failed.items():
+            if metric not in self._failed_metrics:
+                self._report("metric_failed", step=export.step, metric=metric, why=why)
+        self._failed_metrics |= set(failed)
         self._report("suites_measured", step=export.step, seconds=time.perf_counter() - started_s)
         return found
 

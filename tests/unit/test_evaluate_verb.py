@@ -11,6 +11,7 @@ from raytune.config.problems import ConfigError
 from raytune.config.run import RunConfig
 from raytune.config.suite_file import read_suites
 from raytune.errors import UserError
+from raytune.evaluation import judging
 from raytune.evaluation.answers import all_chunks, together
 from raytune.evaluation.questions import Question
 from raytune.evaluation.side_by_side import Evaluation, paired, samples_of_models, values_of
@@ -18,7 +19,7 @@ from raytune.evaluation.suite_metrics import Given
 from raytune.launch.evaluate import Prepared, folder_for, identity_of, prepare_evaluation
 from raytune.launch.models_to_ask import Named
 from raytune.launch.record import RunRecord, State, write_plan
-from raytune.plan.run_plan import SuitePlan
+from raytune.plan.run_plan import CodePlan, SuitePlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
@@ -157,6 +158,10 @@ def test_what_nobody_named_takes_no_other_place_and_what_was_named_is_gone_on_wi
     identity, other = identity_of(whole), identity_of(wider)
     assert identity != other
     assert identity == identity_of(prepared(folder, "base"))
+    (folder / "judged.yaml").write_text(
+        (folder / "suites.yaml").read_text().replace("max_rows: 3", "max_rows: 3, metrics: [chrf]")
+    )
+    assert identity == identity_of(prepared(folder, "base", "judged.yaml")), "its answers are there"
     first = folder_for(whole, identity)
     assert first.path == str(tmp_path / "evaluations/base-suites")
     write_json(first.identity, other)
@@ -191,7 +196,8 @@ def test_the_table_has_a_column_per_model_and_one_per_pair() -> None:
         output="out",
         models={"base": "b", "tuned": "t"},
         num_rows={"one": 4},
-        values={"one": values_of(SUITE, expected["one"], {name: of["one"] for name, of in answers.items()}, "cpu")},
+        values={"one": values_of(SUITE, expected["one"], {name: of["one"] for name, of in answers.items()}, "cpu")[0]},
+        failed={},
         pairs=(paired("base", "tuned", [SUITE], expected, answers, "cpu"),),
     )
     counts, head, line, *_ = found.lines
@@ -203,3 +209,24 @@ def test_the_table_has_a_column_per_model_and_one_per_pair() -> None:
     assert facts["values"]["one"]["exact_match"]["of_models"] == {"base": 0.25, "tuned": 0.75}
     assert facts["pairs"][0]["comparisons"]["one"]["scores"]["exact_match"]["gain_low"] >= 0
     assert next(samples_of_models(asked, answers))["answers"] == {"base": "n", "tuned": "y"}
+
+
+def test_a_metric_of_the_users_that_fails_costs_no_other_one() -> None:
+    code = CodePlan(module="mine.py", name="digits", text="def digits(answer, expected):\n    return int(answer)\n")
+    suite = SUITE.model_copy(update={"metrics": ("mine.py:digits", "exact_match"), "code": {"mine.py:digits": code}})
+    given = {"base": [Given(text="1")], "tuned": [Given(text="one")]}
+    values, failed = values_of(suite, ["1"], given, "cpu")
+    pair = paired("base", "tuned", [suite], {"one": ["1"]}, {name: {"one": rows} for name, rows in given.items()}, "cpu")
+    found = Evaluation(
+        output="out",
+        models={"base": "b", "tuned": "t"},
+        num_rows={"one": 1},
+        values={"one": values},
+        failed={"one": failed},
+        pairs=(pair,),
+    )
+    assert found.lines[2].split()[:5] == ["one:", "exact", "match", "100.0%", "0.0%"]
+    assert "mine.py:digits fails for the answer 'one'" in found.lines[3]
+    assert list(found.to_json()["failed"]["one"]) == ["mine.py:digits"]
+    alone, why = judging.values_of([suite], {"one": [question("1")]}, {"one": given["tuned"]}, device="cpu")
+    assert (alone, list(why)) == ({"one/exact_match": 0.0}, ["one/mine.py:digits"])
