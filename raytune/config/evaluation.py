@@ -1,6 +1,7 @@
 """`evaluation`: what is measured on held-out rows, and when."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -102,7 +103,7 @@ class SuiteSection(Section):
     `labels`: the likeliest of all answers that the rows expect, which are few. `loss`: what the model forgets: its loss on rows
     of general data, as on validation rows. `lm_eval`: a task of lm_eval (lm-evaluation-harness), whose files say where its rows
     are, how they are asked and what answers are worth; it comes with the extra `lm-eval`."""
-    rows: Rows = []
+    rows: Sources = []
     """One source or a list. Every kind has some but `lm_eval`."""
     task: Annotated[Text, Field(examples=["my_task"])] | None = None
     """Name of a task of lm_eval, as its YAML says it."""
@@ -145,8 +146,15 @@ class SuiteSection(Section):
     bertscore: BertScoreSection | None = None
     """The model of the metric `bertscore`, which comes with the extra `bertscore`."""
 
+    @field_validator("rows")
+    @classmethod
+    def _are_some(cls, rows: list, info: ValidationInfo) -> list:
+        if not rows and info.data.get("kind", "lm_eval") != "lm_eval":  # without a kind that is the fault
+            raise ValueError("a suite has rows that are asked: one source or a list, as in `rows: held_out.jsonl`")
+        return rows
+
     @model_validator(mode="after")
-    def _has_rows(self) -> "SuiteSection":
+    def _has_task(self) -> "SuiteSection":
         if self.kind == "lm_eval":
             named = {"task": self.task, "task_folder": self.task_folder, "metrics": self.metrics}
             if missing := [name for name, value in named.items() if value is None]:
@@ -154,8 +162,6 @@ class SuiteSection(Section):
                     f"a suite of kind lm_eval names {', '.join(missing)} too, as in `{{kind: lm_eval, task: my_task, "
                     f"task_folder: tasks, metrics: [acc]}}`"
                 )
-        elif not self.rows:
-            raise ValueError("a suite has rows, which are asked: one source or a list, as in `rows: held_out.jsonl`")
         return self
 
     @model_validator(mode="after")
@@ -165,7 +171,9 @@ class SuiteSection(Section):
         known = METRICS_OF[self.kind]
         for metric in self.named_metrics:
             if metric not in known and not (is_code(metric) and self.kind == "answers"):
-                raise ValueError(f"a suite of kind {self.kind} has no metric {metric}; it has {', '.join(known)}")
+                near = get_close_matches(metric, known, 1)
+                hint = f'. Did you mean "{near[0]}"?' if near else f"; it has {', '.join(known)}"
+                raise ValueError(f"a suite of kind {self.kind} has no metric {metric}{hint}")
         if "bertscore" in self.named_metrics and self.bertscore is None:
             raise ValueError(
                 "bertscore compares texts by a model; name one in the suite, for example "

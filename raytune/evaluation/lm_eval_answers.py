@@ -4,7 +4,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytune.errors import UserError
 from raytune.evaluation.generation import without_position_warnings
 from raytune.evaluation.lm_eval_documents import instances_of, judge_of, said
 from raytune.evaluation.questions import Question
@@ -14,20 +13,16 @@ from raytune.plan.run_plan import SuitePlan
 
 
 def answer_requests(loaded: Loaded, suite: SuitePlan, chunk: Mapping[int, Question]) -> dict[int, Given]:
-    """What a model makes of documents of a task, and what the task makes of that.
-
-    Raises:
-        UserError: if the task cannot judge an answer.
-    """
+    """What a model makes of documents of a task, and what the task makes of that. Failures are told by the metrics."""
     assert suite.task
     asked = {number: instances_of(question) for number, question in chunk.items()}
-    responses = iter(_responses(loaded, suite, [instance for instances in asked.values() for instance in instances]))
-    answers = {number: [next(responses) for _ in instances] for number, instances in asked.items()}
     try:
+        responses = iter(_responses(loaded, suite, [instance for instances in asked.values() for instance in instances]))
         judge = judge_of(suite.task, list(chunk.values()))
-        return {number: judge(chunk[number], given) for number, given in answers.items()}
-    except Exception as error:  # whatever functions of the task raise
-        raise UserError(f"Task {suite.task.name} cannot judge an answer: {said(error)}.") from error
+        return {number: judge(chunk[number], [next(responses) for _ in instances]) for number, instances in asked.items()}
+    except Exception as error:  # whatever lm_eval or functions of the task raise
+        failed = f"Task {suite.task.name} fails on rows {', '.join(map(str, chunk))}: {said(error)}"
+        return dict.fromkeys(chunk, Given(text="", failed=failed))
 
 
 def _responses(loaded: Loaded, suite: SuitePlan, instances: list[Any]) -> Sequence[Any]:

@@ -141,6 +141,8 @@ def _questions(read: Any, suite: SuitePlan, tokenizer: PreTrainedTokenizerBase) 
         instances.sort(key=lambda one: one.idx)
         row = instances[0].doc
         kept = json.dumps({"row": row, "multiple_input": read.multiple_input, "multiple_target": read.multiple_target})
+        if instances[0].request_type != "generate_until" and not all(one.args[-1] for one in instances):
+            raise ValueError(f"row {len(found)} has an empty text, target or choice, of which nothing is known")
         is_text = instances[0].request_type == "loglikelihood_rolling"
         first = str(instances[0].args[0])
         choices = tuple(read.doc_to_choice(row)) if read.OUTPUT_TYPE == "multiple_choice" else ()

@@ -37,6 +37,8 @@ class Given:
     """Of choices the log-likelihood of each, in nats; of a loss the sum over targets, and their number."""
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Of a task of lm_eval what it makes of that, by metric: a sum, and how many it is of."""
+    failed: str = ""
+    """Why a task of lm_eval has made nothing of it."""
 
 
 class SuiteMetric(Protocol):
@@ -127,6 +129,12 @@ class OfTask:
         return None
 
     def counts(self, given: Sequence[Given], expected: Sequence[str]) -> np.ndarray:
+        """
+        Raises:
+            UserError: if the task, or lm_eval, has failed on a row.
+        """
+        if reason := next((one.failed for one in given if one.failed), None):
+            raise UserError(reason)
         return np.array([one.values[self.words] for one in given])
 
     def value(self, sums: np.ndarray) -> np.ndarray:
