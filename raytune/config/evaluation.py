@@ -154,6 +154,14 @@ class SuiteSection(Section):
         return rows
 
     @model_validator(mode="after")
+    def _reads_rows(self) -> "SuiteSection":
+        if self.rows and self.kind == "lm_eval":
+            raise ValueError("a task of lm_eval has rows of its own, which its YAML names; leave rows out")
+        if self.examples and self.kind in ("loss", "lm_eval"):
+            raise ValueError(f"a suite of kind {self.kind} shows no examples; leave them out")
+        return self
+
+    @model_validator(mode="after")
     def _has_task(self) -> "SuiteSection":
         if self.kind == "lm_eval":
             named = {"task": self.task, "task_folder": self.task_folder, "metrics": self.metrics}
