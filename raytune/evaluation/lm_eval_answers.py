@@ -1,7 +1,8 @@
 """What a model answers to the requests of a task of lm_eval: by lm_eval's own class, around a model that is loaded."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from raytune.evaluation.generation import without_position_warnings
@@ -32,6 +33,18 @@ def _responses(loaded: Loaded, suite: SuitePlan, instances: list[Any]) -> Sequen
     # It gives a tokenizer without padding some, which others who share it would see.
     tokenizer = loaded.tokenizer if loaded.tokenizer.pad_token is not None else copy.deepcopy(loaded.tokenizer)
     batch_size = suite.batch_size if loaded.can_pad else 1
-    asked: Any = HFLM(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    with _tied_as_it_is(loaded.model):
+        asked: Any = HFLM(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     with without_position_warnings():
         return getattr(asked, instances[0].request_type)(instances, disable_tqdm=True)
+
+
+@contextmanager
+def _tied_as_it_is(model: Any) -> Iterator[None]:
+    """Context in which weights are not tied anew, as lm_eval has it: transformers does that while it loads, and an adapter with
+    a head or embeddings of its own would lose them."""
+    model.tie_weights = lambda: None
+    try:
+        yield
+    finally:
+        del model.tie_weights

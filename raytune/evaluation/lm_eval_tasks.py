@@ -131,7 +131,9 @@ def metrics_of_task(task: TaskPlan) -> dict[str, TaskMetric]:
     usual = DEFAULT_METRIC_REGISTRY[described.get("output_type", "generate_until")]
     found = {}
     for entry in described.get("metric_list") or [{"metric": name} for name in usual]:
-        metric = str(entry["metric"])
+        metric = (
+            str(entry["metric"]).rpartition("/")[2].rpartition(".")[2]
+        )  # of a function, which stands there by its file: its name
         how = str(entry.get("aggregation") or names_of.get(get_metric_aggregation(metric), "nothing that it knows"))
         higher = entry["higher_is_better"] if "higher_is_better" in entry else is_higher_better(metric)
         found[metric] = TaskMetric(how, bool(higher), metric in SHARES and how == "mean")

@@ -48,6 +48,8 @@ FILES = {
     "twice.yaml": "include: own.yaml\ntask: twice\nrepeats: 2\n",
     "broken.yaml": "include: own.yaml\ntask: broken\nprocess_results: !function functions.broken\n",
     "fragile.yaml": "include: own.yaml\ntask: fragile\nprocess_results: !function functions.fragile\n",
+    "function.yaml": "include: write.yaml\ntask: function\nfilter_list: null\n"
+    "metric_list: [{metric: !function functions.same, aggregation: mean, higher_is_better: true}]\n",
     "silent.yaml": "include: own.yaml\ntask: silent\nmetric_list: [{metric: width, aggregation: mean, higher_is_better: true}]\n",
     "hub.yaml": "include: choice.yaml\ntask: hub\ndataset_path: nobody/nothing\ndataset_kwargs: null\n",
     "empty.yaml": "include: target.yaml\ntask: empty\ndoc_to_target: nothing\n",
@@ -55,6 +57,7 @@ FILES = {
     "functions.py": "def with_answer(rows):\n    return rows.map(lambda row: {'answer': row['choices'][row['right']]})\n\n"
     "def length(row, results):\n    return {'length': len(results[0]) - len(row['answer'])}\n\n"
     "def broken(row, results):\n    return {'length': 1 / (len(row['answer']) - len(results[0]))}\n\n"
+    "def same(references, predictions):\n    return float(references[0][0] in predictions[0])\n\n"
     "def fragile(row, results):\n    return {'length': 1 / (results[0] == row['answer'])}\n",
 }
 
@@ -123,6 +126,7 @@ TASKS = {
     "choice": (["acc", "acc_norm"], {"num_fewshot": 2}),
     "write": (["exact_match,strict", "exact_match,letter"], {"max_rows": 7}),
     "own": (["length"], {"num_fewshot": 1}),
+    "function": (["same"], {}),
     "text": (["word_perplexity", "byte_perplexity", "bits_per_byte"], {}),
     "target": (["perplexity", "acc"], {}),
 }
@@ -159,20 +163,30 @@ def test_each_document_and_the_whole_are_worth_what_lm_eval_says_of_the_saved_fo
     assert len({one.text for one in given}) > 1
 
 
-def test_an_adapter_is_worth_what_lm_eval_says_of_its_folder_and_its_base(folder: Path) -> None:
+@pytest.mark.parametrize("own", [None, ["lm_head"]], ids=["factors", "head"])
+def test_an_adapter_is_worth_what_lm_eval_says_of_its_files(own: list[str] | None, folder: Path) -> None:
     section, plan = planned("choice", ["acc"])
-    base = save_tiny_model(folder / "base")
-    adapted = get_peft_model(
-        tiny_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules="all-linear")
-    )
+    base = save_tiny_model(folder / "base", tied=False)
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "up_proj"], modules_to_save=own)
+    adapted: Any = get_peft_model(tiny_model(tied=False), config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name:
+                weight.mul_(2)
     adapted.save_pretrained(str(folder / "adapter"))
     questions = asked(section, plan)
-    own = plain(base)
-    given = answered(own.model_copy(update={"adapter": str(folder / "adapter")}), plan, questions)
-    truth = of_lm_eval(section, pretrained=str(base), peft=str(folder / "adapter"))["samples"]["choice"]
-    for one, document in zip(given, truth, strict=True):
-        assert one.numbers == pytest.approx([float(each[0]) for (each,) in document["resps"]], rel=1e-6)
-    assert [one.numbers for one in given] != [one.numbers for one in answered(own, plan, questions)]
+    one = plain(base)
+    given = answered(one.model_copy(update={"adapter": str(folder / "adapter")}), plan, questions)
+    if own is None:
+        truth = of_lm_eval(section, pretrained=str(base), peft=str(folder / "adapter"))
+    else:  # lm_eval fails on an adapter with a head of its own
+        adapted.merge_and_unload().save_pretrained(folder / "merged")
+        tiny_tokenizer().save_pretrained(folder / "merged")
+        truth = of_lm_eval(section, pretrained=str(folder / "merged"))
+    for own_one, document in zip(given, truth["samples"]["choice"], strict=True):
+        # A merged matrix is rounded once more.
+        assert own_one.numbers == pytest.approx([float(each[0]) for (each,) in document["resps"]], rel=1e-5 if own else 1e-6)
+    assert [each.numbers for each in given] != [each.numbers for each in answered(one, plan, questions)]
 
 
 def test_answers_of_two_workers_are_those_of_one_to_the_last_bit(folder: Path) -> None:
@@ -191,7 +205,7 @@ def test_a_function_that_fails_on_an_answer_is_told_of_its_metrics(folder: Path)
 @pytest.mark.parametrize(
     ("task", "metric", "changes", "said"),
     [
-        ("choise", "acc", {}, "lm_eval finds no task choise .*It finds: broken, choice"),
+        ("choise", "acc", {}, "lm_eval finds no task choise .*It finds: broken, choice,"),
         ("both", "acc", {}, "both is a group of lm_eval"),
         ("choice", "exact_match", {}, "has no metric exact_match; it has acc; acc_norm; brier_score"),
         ("write", "exact_match", {}, "it has exact_match,strict; exact_match,letter"),
