@@ -28,13 +28,14 @@ def answer_requests(loaded: Loaded, suite: SuitePlan, chunk: Mapping[int, Questi
 
 def _responses(loaded: Loaded, suite: SuitePlan, instances: list[Any]) -> Sequence[Any]:
     """To requests, which are all of one kind."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     # It gives a tokenizer without padding some, which others who share it would see.
     tokenizer = loaded.tokenizer if loaded.tokenizer.pad_token is not None else copy.deepcopy(loaded.tokenizer)
     batch_size = suite.batch_size if loaded.can_pad else 1
     with _tied_as_it_is(loaded.model):
-        asked: Any = HFLM(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        build: Any = HFLM
+        asked = build(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     with without_position_warnings():
         return getattr(asked, instances[0].request_type)(instances, disable_tqdm=True)
 

@@ -71,7 +71,7 @@ def judge_of(task: TaskPlan, questions: Sequence[Question]) -> Callable[[Questio
 
 def instances_of(question: Question) -> list[Any]:
     """A question's requests as objects of lm_eval."""
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     row, requests = _row(question), map(json.loads, question.requests)
     return [

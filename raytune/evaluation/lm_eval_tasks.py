@@ -93,7 +93,7 @@ def laid_out(task: TaskPlan) -> Iterator[Any]:
             f"Tasks of lm_eval need the package {PACKAGE}, which the Python of this process does not have. Install it on every "
             f"node: {install_command(OPTIONAL[PACKAGE])}"
         )
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)  # it warns of what every task and every model in memory does
     with TemporaryDirectory() as scratch:
@@ -125,9 +125,9 @@ def metrics_of_task(task: TaskPlan) -> dict[str, TaskMetric]:
     """
     with laid_out(task) as index:
         described: Mapping[str, Any] = index.task_index[task.name].cfg
-    from lm_eval.api.registry import AGGREGATION_REGISTRY, DEFAULT_METRIC_REGISTRY, get_metric_aggregation, is_higher_better
+    from lm_eval.api.registry import AGGREGATION_REGISTRY, DEFAULT_METRIC_REGISTRY, get_metric_aggregation, is_higher_better  # pyright: ignore[reportMissingImports]
 
-    names_of = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    names_of: dict[Any, str] = {function: name for name, function in AGGREGATION_REGISTRY.items()}
     usual = DEFAULT_METRIC_REGISTRY[described.get("output_type", "generate_until")]
     found = {}
     for entry in described.get("metric_list") or [{"metric": name} for name in usual]:

@@ -19,7 +19,7 @@ from raytune.data.template_text import resolve_template
 from raytune.errors import UserError
 from raytune.evaluation import lm_eval_tasks, suite_metrics
 from raytune.evaluation.answers import chosen
-from raytune.evaluation.compare import Comparison, Sample, compare, comparisons_in
+from raytune.evaluation.compare import Comparison, Sample, Score, compare, comparisons_in
 from raytune.evaluation.questions import Question, from_json_lines, read_questions, to_json_lines
 from raytune.evaluation.sampling import DrawnTokens
 from raytune.evaluation.suite_metrics import METRICS, Given, metrics_of, of_user
@@ -27,8 +27,9 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, diagnose
 from raytune.launch.prepare import prepare
 from raytune.metrics.history import History
-from raytune.plan.run_plan import EvaluationPlan, SamplingPlan
+from raytune.plan.run_plan import EvaluationPlan, SamplingPlan, SuitePlan, TaskPlan
 from raytune.plan.suites import MOST_TASK_BYTES, suite_in_words, suite_plan
+from raytune.report.chosen_samples import choose_samples
 from raytune.user_code import UserCode
 from tests.tiny import tiny_plan, tiny_tokenizer
 
@@ -141,6 +142,22 @@ def test_a_task_of_lm_eval_is_planned_with_the_text_of_its_files_and_needs_its_p
     (tmp_path / "tasks" / "t.yaml").write_text("#" * (MOST_TASK_BYTES + 1))
     with pytest.raises(UserError, match="which go to every worker"):
         suite_plan(section, "evaluation.suites.0")
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_rows_of_a_task_are_told_apart_by_its_own_metric_the_way_it_is_better(lower_is_better: bool) -> None:
+    suite = SuitePlan(name="t", kind="lm_eval", metrics=("m",), task=TaskPlan(name="t", files={}), batch_size=1, max_new_tokens=1)
+    score = Score(words="m", base=2, tuned=2, gain_low=0, gain_high=0, lower_is_better=lower_is_better, is_share=False)
+    rows = [
+        Sample(suite="t", row=row, prompt="", expected="", base="b", tuned="t", base_values={"m": 2.0}, tuned_values={"m": value})
+        for row, value in enumerate([1.0, 3.0])
+    ]
+    judged_by, groups = choose_samples([json.loads(json.dumps(row.to_json())) for row in rows], suite, {"m": score})
+    assert judged_by == "m"
+    shown = {group.heading: [(one.row, one.base_value, one.tuned_value) for one in group.samples] for group in groups}
+    less, more = [(0, "2", "1")], [(1, "2", "3")]
+    assert shown["Gained most"] == (less if lower_is_better else more)
+    assert shown["Became worse"] == (more if lower_is_better else less)
 
 
 def test_the_folder_of_a_task_is_taken_along_with_a_job() -> None:
