@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from raytune.data.batches import Batch, step_batches
 from raytune.data.slices import Seat
@@ -41,6 +41,18 @@ def train(plan: RunPlan, worker: Worker) -> None:
     train_started(start(plan, worker))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What works on a run beside its engine, for as long as an attempt lasts."""
+
+    started: Started
+    checkpoints: Checkpoints
+    phases: Phases
+    guard: Guard
+    suites: WhileTraining
+    report: Report
+
+
 def train_started(started: Started) -> None:
     """`train`, from where the engine has started."""
     plan, worker, folder, engine = started.plan, started.worker, started.folder, started.engine
@@ -64,29 +76,22 @@ def train_started(started: Started) -> None:
         report("training_started", step=first)
         guard = Guard.resumed(plan, engine, report, folder.metrics, first) if resumed else Guard(plan, engine, report)
         suites = WhileTraining(plan, engine, folder, report)
+        parts = _Parts(started=started, checkpoints=checkpoints, phases=phases, guard=guard, suites=suites, report=report)
         back = None
-        while diverged := _train_from(first, back, started, checkpoints, phases, guard, suites, report):
+        while diverged := _train_from(first, back, parts):
             back = guard.go_back(diverged, checkpoints)
             first = back.to
 
 
-def _train_from(
-    first: int,
-    back: RollBack | None,
-    started: Started,
-    checkpoints: Checkpoints,
-    phases: Phases,
-    guard: Guard,
-    suites: WhileTraining,
-    report: Report,
-) -> TrainingError | None:
+def _train_from(first: int, back: RollBack | None, parts: _Parts) -> TrainingError | None:
     """Train from the step after `first` to the final model; or to where the run diverges, if it may be rolled back then.
 
     Args:
         back: the way back that led to `first`, if one did.
     """
+    started, checkpoints, suites = parts.started, parts.checkpoints, parts.suites
     plan, worker, engine, folder = started.plan, started.worker, started.engine, started.folder
-    stopping = _stopping(started, first, report)
+    stopping = _stopping(started, first, parts.report)
     suites.begin(first, checkpoints.learn)
     with Recorder(
         plan, engine, folder, attempt=worker.attempt, resumed_step=first, roll_back=back, told=stopping.add
@@ -94,9 +99,9 @@ def _train_from(
         try:
             if not stopping.has_ended(first):
                 with listening(folder, worker.rank, beside=suites.looks) as asked:
-                    _make_steps(started, checkpoints, recorder, phases, stopping, guard, suites, first, asked)
+                    _make_steps(first, parts, recorder, stopping, asked)
         except TrainingError as error:
-            if not guard.rolls_back or error.bad_step is None:
+            if not parts.guard.rolls_back or error.bad_step is None:
                 raise
             return error.with_traceback(None)  # which would keep what the failed step holds
         suites.wait()
@@ -130,19 +135,10 @@ def _stopping(started: Started, first: int, report: Report) -> Stopping:
     return Stopping(plan.stopping, plan.optimization.num_steps, curve, started.engine.gather_objects, report)
 
 
-def _make_steps(
-    started: Started,
-    checkpoints: Checkpoints,
-    recorder: Recorder,
-    phases: Phases,
-    stopping: Stopping,
-    guard: Guard,
-    suites: WhileTraining,
-    first: int,
-    save_file: SaveFile,
-) -> None:
+def _make_steps(first: int, parts: _Parts, recorder: Recorder, stopping: Stopping, save_file: SaveFile) -> None:
     """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
-    plan, worker, engine = started.plan, started.worker, started.engine
+    started, checkpoints, suites = parts.started, parts.checkpoints, parts.suites
+    plan, worker, engine, guard = started.plan, started.worker, started.engine, parts.guard
     timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss.cross_entropy)
     store = Store.open(plan.data.train.path)
     savers = [save_file, *([] if plan.checkpoint.every_s is None else [SaveClock(plan.checkpoint.every_s)])]
@@ -152,7 +148,7 @@ def _make_steps(
     if guard.rolls_back and checkpoints.wait() is None:
         recorder.flush()
         checkpoints.save(0, metrics={})  # so that there is always a way back; unmeasured, since it is not what the run is for
-    phases.reach_step(first)
+    parts.phases.reach_step(first)
     for result in training_steps(
         engine,
         batches_of_run(plan, store, worker),
@@ -193,7 +189,7 @@ def _make_steps(
             worker.report({"step": step, **measured})
         if ends:
             break
-        phases.reach_step(step)
+        parts.phases.reach_step(step)
 
 
 def _at_start(plan: RunPlan, validation: Validation, suites: WhileTraining) -> dict[str, float]:

@@ -63,7 +63,7 @@ def measured(folder: RunFolder, is_meant: Callable[[str], bool]) -> dict[int, di
 
 def of_training(folder: RunFolder) -> dict[int, dict[str, float]]:
     """But for what a clock says."""
-    clocks = ("_per_s", "memory_bytes")
+    clocks = ("_per_s", "wait_s", "memory_bytes")
     return measured(folder, lambda name: name.startswith(("train/", "validation/")) and not name.endswith(clocks))
 
 

@@ -166,6 +166,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         if key.path.endswith((".task", ".task_folder", ".num_fewshot")):
             needed = {"kind": "lm_eval", "task": "t", "task_folder": "f", "metrics": ["acc"], "rows": []}
         base["evaluation"]["suites"] = [{"rows": "a.jsonl"} | needed]
+    if key.path == "evaluation.while_training.suites":
+        base["evaluation"]["suites"] = [{"rows": "a.jsonl", "name": "gsm8k"}]
     if key.path in ("tracking.run_name", "tracking.group", "tracking.tags"):
         base["tracking"] = {"tensorboard": {}}
     if key.path == "strategy.objective.options":
