@@ -8,7 +8,7 @@ PACKAGE = "raytune"
 OPTIONAL = {
     **{"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna"},
     **{"sacrebleu": "metrics", "rouge_score": "metrics", "bert_score": "bertscore", "schedulefree": "schedule-free"},
-    **{"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+    **{"lm_eval": "lm-eval", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
     **{"mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"},
 }
 """Extra of raytune that brings a package which not everybody needs."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from raytune.config.load import as_one_run, dump_yaml
 from raytune.config.provider import ProviderSection
-from raytune.config.row_sources import named_code, named_models, row_sources
+from raytune.config.row_sources import named_code, named_models, named_tasks, row_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.hardware import Catalogue, Cloud, Instance
@@ -235,7 +235,11 @@ def _missing(spec: ClusterSpec, target: Target) -> list[str]:
 def _not_in_pods(config: RunConfig) -> list[str]:
     """What the run reads from this machine's working directory, which no pod has. Other names are a hub's."""
     template = config.data.template
-    paths = [*named_models(config).items(), *([("data.template", template)] if Path(template).is_file() else [])]
+    paths = [
+        *named_models(config).items(),
+        *named_tasks(config).items(),
+        *([("data.template", template)] if Path(template).is_file() else []),
+    ]
     paths += [(key, source.path) for key, sources in row_sources(config).items() for source in sources]
     return [
         f"{key}: {path} is relative to this folder; give a path that the pods have, or a URL"

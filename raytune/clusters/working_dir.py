@@ -17,7 +17,7 @@ from typing import Any
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from raytune.clusters.secret_files import SECRET_FOLDERS, looks_secret, secret_in
-from raytune.config.row_sources import all_sources, named_code, named_models
+from raytune.config.row_sources import all_sources, named_code, named_models, named_tasks
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.local_files import local_errors
@@ -160,7 +160,7 @@ _NAME_PATHS = ("data.", "model.base", "strategy.replay", "strategy.ewc", "strate
 def named_by(config: RunConfig) -> list[str]:
     """Paths that a config names and a job would look for where it runs: rows, template, models, code; also those of a sweep."""
     code = [file for _, file in named_code(config)]
-    names = [*rows_named_by(config), config.data.template, *named_models(config).values(), *code]
+    names = [*rows_named_by(config), config.data.template, *named_models(config).values(), *named_tasks(config).values(), *code]
     if config.sweep:
         drawn = [value for key, value in config.sweep.space.items() if key.startswith(_NAME_PATHS)]
         drawn_code = [value for key, value in config.sweep.space.items() if key.startswith("strategy.objective")]

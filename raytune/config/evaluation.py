@@ -1,6 +1,7 @@
 """`evaluation`: what is measured on held-out rows, and when."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -30,20 +31,29 @@ AnswerMetricName = Literal[
 ChoiceMetricName = Literal["accuracy", "accuracy_per_character", "macro_precision", "macro_recall", "macro_f1"]
 LossMetricName = Literal["loss", "perplexity"]
 SuiteMetricName = Literal[AnswerMetricName, "bertscore", ChoiceMetricName, LossMetricName]
-SuiteKind = Literal["answers", "choices", "labels", "loss"]
+SuiteKind = Literal["answers", "choices", "labels", "loss", "lm_eval"]
+TaskMetricName = Annotated[
+    Text,
+    Field(
+        pattern=r"^[^\s:/]+$", title="a metric's name without spaces, : and /", examples=["acc_norm", "exact_match,strict-match"]
+    ),
+]
+"""As lm_eval prints it: of a task with several filters followed by the filter's name."""
 
 METRICS_OF: Mapping[SuiteKind, Sequence[str]] = {
     "answers": (*get_args(AnswerMetricName), "bertscore"),
     "choices": ("accuracy", "accuracy_per_character"),
     "labels": get_args(ChoiceMetricName),
     "loss": get_args(LossMetricName),
+    "lm_eval": (),
 }
-"""What a suite of a kind can be judged by; `answers` also by functions of the user's."""
+"""What a suite of a kind can be judged by; `answers` also by functions of the user's. A task of lm_eval has its own metrics."""
 DEFAULT_METRICS: Mapping[SuiteKind, Sequence[str]] = {
     "answers": ("exact_match",),
     "choices": ("accuracy", "accuracy_per_character"),
     "labels": ("accuracy", "macro_f1"),
     "loss": ("loss", "perplexity"),
+    "lm_eval": (),
 }
 GENERATION = "generation"
 """Name of the suite that `evaluation.generation` is short for."""
@@ -86,24 +96,33 @@ class SuiteSection(Section):
     """Rows that base and tuned model are measured on at the end of the run, beside each other."""
 
     name: Annotated[str, Field(pattern=SUITE_NAME, title="a name of letters, digits and . _ -")] | None = None
-    """What it is called in tables and results. Default: the name of its first source."""
+    """What it is called in tables and results. Default: the name of its first source, or of its task."""
     kind: SuiteKind = "answers"
     """`answers`: the model writes, and what it wrote is compared with the last assistant turn. `choices`: the likeliest of a
     row's choices is its answer; rows have `question`, `choices` and `answer` (a place from 0, or the text or letter of a choice).
     `labels`: the likeliest of all answers that the rows expect, which are few. `loss`: what the model forgets: its loss on rows
-    of general data, as on validation rows."""
-    rows: Rows
-    """One source or a list."""
+    of general data, as on validation rows. `lm_eval`: a task of lm_eval (lm-evaluation-harness), whose files say where its rows
+    are, how they are asked and what answers are worth; it comes with the extra `lm-eval`."""
+    rows: Sources = []
+    """One source or a list. Every kind has some but `lm_eval`."""
+    task: Annotated[Text, Field(examples=["my_task"])] | None = None
+    """Name of a task of lm_eval, as its YAML says it."""
+    task_folder: Annotated[Text, Field(examples=["tasks"])] | None = None
+    """Folder with the YAML of the task, what that includes, and the Python files of its functions, which are run as your own.
+    They go to the workers; the rows are read where the command is given."""
+    num_fewshot: NonNegativeInt | None = None
+    """Rows that lm_eval shows with their answers before the one that is asked. Default: as many as the task says."""
     max_rows: PositiveInt = 200
     """Rows that are used, the first ones."""
     metrics: Annotated[
-        list[SuiteMetricName | CodeName] | None,
+        list[SuiteMetricName | CodeName | TaskMetricName] | None,
         Field(min_length=1, examples=[["numeric_match", "rougeL"]]),
     ] = None
     """Of `answers` those of `evaluation.generation.metrics`, `bertscore`, and functions of your own (`my_metrics.py:closeness`),
     which are called with an answer and the expected one and give a number. Of `choices` `accuracy` (by the sum of
     log-probabilities) and `accuracy_per_character`; of `labels` also `macro_precision`, `macro_recall`, `macro_f1`; of `loss`
-    `loss` and `perplexity`. Default: `exact_match`; both; `accuracy` and `macro_f1`; both."""
+    `loss` and `perplexity`. Default: `exact_match`; both; `accuracy` and `macro_f1`; both. Of `lm_eval` some of the task's own,
+    which have to be named."""
     system: Text | None = None
     """A system message that is put before each row; rows have none of their own then."""
     examples: Sources = []
@@ -127,12 +146,42 @@ class SuiteSection(Section):
     bertscore: BertScoreSection | None = None
     """The model of the metric `bertscore`, which comes with the extra `bertscore`."""
 
+    @field_validator("rows")
+    @classmethod
+    def _are_some(cls, rows: list, info: ValidationInfo) -> list:
+        if not rows and info.data.get("kind", "lm_eval") != "lm_eval":  # without a kind that is the fault
+            raise ValueError("a suite has rows that are asked: one source or a list, as in `rows: held_out.jsonl`")
+        return rows
+
+    @model_validator(mode="after")
+    def _reads_rows(self) -> "SuiteSection":
+        if self.rows and self.kind == "lm_eval":
+            raise ValueError("a task of lm_eval has rows of its own, which its YAML names; leave rows out")
+        if self.examples and self.kind in ("loss", "lm_eval"):
+            raise ValueError(f"a suite of kind {self.kind} shows no examples; leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_task(self) -> "SuiteSection":
+        if self.kind == "lm_eval":
+            named = {"task": self.task, "task_folder": self.task_folder, "metrics": self.metrics}
+            if missing := [name for name, value in named.items() if value is None]:
+                raise ValueError(
+                    f"a suite of kind lm_eval names {', '.join(missing)} too, as in `{{kind: lm_eval, task: my_task, "
+                    f"task_folder: tasks, metrics: [acc]}}`"
+                )
+        return self
+
     @model_validator(mode="after")
     def _can_be_judged(self) -> "SuiteSection":
+        if self.kind == "lm_eval":
+            return self  # its metrics are the task's, which is not read yet
         known = METRICS_OF[self.kind]
         for metric in self.named_metrics:
             if metric not in known and not (is_code(metric) and self.kind == "answers"):
-                raise ValueError(f"a suite of kind {self.kind} has no metric {metric}; it has {', '.join(known)}")
+                near = get_close_matches(metric, known, 1)
+                hint = f'. Did you mean "{near[0]}"?' if near else f"; it has {', '.join(known)}"
+                raise ValueError(f"a suite of kind {self.kind} has no metric {metric}{hint}")
         if "bertscore" in self.named_metrics and self.bertscore is None:
             raise ValueError(
                 "bertscore compares texts by a model; name one in the suite, for example "
@@ -142,7 +191,7 @@ class SuiteSection(Section):
 
     @property
     def title(self) -> str:
-        return self.name or source_name(self.rows[0])
+        return self.name or self.task or source_name(self.rows[0])
 
     @property
     def named_metrics(self) -> tuple[str, ...]:
@@ -220,4 +269,4 @@ def code_of_suite(suite: SuiteSection) -> list[str]:
 
 def is_code(metric: str) -> bool:
     """Whether a metric is a function of the user's."""
-    return metric not in get_args(SuiteMetricName)
+    return ":" in metric

@@ -3,7 +3,7 @@ Pure."""
 
 from typing import Literal
 
-from raytune.config.evaluation import LOWER_IS_BETTER, is_code, suites_while_training
+from raytune.config.evaluation import LOWER_IS_BETTER, SuiteSection, is_code, suites_while_training
 from raytune.config.hints import hint_for_value
 from raytune.config.problems import shown
 from raytune.config.row_sources import evaluated_sets
@@ -28,9 +28,15 @@ def _of_validation(config: RunConfig) -> list[str]:
 
 def modes_of_suites(config: RunConfig) -> dict[str, Literal["min", "max"] | None]:
     """What suites measure while a run trains, and whether a smaller or a larger value is better; None: it is not known, since
-    a function of the user's says it."""
+    a function of the user's or the files of a task say it."""
+
+    def mode_of(suite: SuiteSection, metric: str) -> Literal["min", "max"] | None:
+        if is_code(metric) or suite.task:
+            return None
+        return "min" if metric in LOWER_IS_BETTER else "max"
+
     return {
-        f"{suite.title}/{metric}": None if is_code(metric) else "min" if metric in LOWER_IS_BETTER else "max"
+        f"{suite.title}/{metric}": mode_of(suite, metric)
         for suite in suites_while_training(config.evaluation).values()
         for metric in suite.named_metrics
     }

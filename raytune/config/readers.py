@@ -360,6 +360,7 @@ READERS: dict[str, Reader] = {
     **_read("evaluation.suites", "name metrics", "config.evaluation"),
     **_read("evaluation.suites", "kind batch_size", "plan.suites"),
     **_read("evaluation.suites", "rows max_rows", "evaluation.questions"),
+    **_read("evaluation.suites", "task task_folder num_fewshot", "plan.suites", needs=(suite("lm_eval"),)),
     **_rows_of_sources("evaluation.suites.rows"),
     **_read("evaluation.suites", "system examples", "evaluation.questions", needs=(suite("answers", "choices", "labels"),)),
     **_rows_of_sources("evaluation.suites.examples"),

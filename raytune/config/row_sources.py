@@ -45,7 +45,8 @@ def weighed_sources(config: RunConfig) -> list[DataSource]:
 def asks_in_chats(config: RunConfig) -> bool:
     """Whether rows are asked of base and tuned model, which takes a template whatever the training rows are."""
     suites = suites_of(config.evaluation).values()
-    return any(suite.kind != "loss" or any(source.format != "text" for source in suite.rows) for suite in suites)
+    kinds_without = ("loss", "lm_eval")
+    return any(suite.kind not in kinds_without or any(source.format != "text" for source in suite.rows) for suite in suites)
 
 
 def tokenised_sources(config: RunConfig) -> list[DataSource]:
@@ -69,6 +70,12 @@ def named_models(config: RunConfig) -> dict[str, str]:
         named["strategy.distillation.teacher"] = distillation.teacher
     suites = suites_of(config.evaluation).items()
     return named | {f"{key}.bertscore.model": suite.bertscore.model for key, suite in suites if suite.bertscore}
+
+
+def named_tasks(config: RunConfig) -> dict[str, str]:
+    """Folders with the files of tasks, by the key that names them."""
+    suites = suites_of(config.evaluation).items()
+    return {f"{key}.task_folder": suite.task_folder for key, suite in suites if suite.task_folder}
 
 
 def named_code(config: RunConfig) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from raytune.config.evaluation import SuiteKind
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.likelihood import Scored, log_likelihoods
+from raytune.evaluation.lm_eval_answers import answer_requests
 from raytune.evaluation.questions import Question
 from raytune.evaluation.suite_metrics import Given
 from raytune.model.inference import Loaded
@@ -109,4 +110,5 @@ _ANSWER: Mapping[SuiteKind, Callable[[Loaded, SuitePlan, Rows], dict[int, Given]
     "choices": _choose,
     "labels": _choose,
     "loss": _lose,
+    "lm_eval": answer_requests,
 }

@@ -25,11 +25,18 @@ class Sample:
     base_numbers: tuple[float, ...] = ()
     """As `Given.numbers`."""
     tuned_numbers: tuple[float, ...] = ()
+    base_values: Mapping[str, float] = field(default_factory=dict)
+    """Of a task of lm_eval what its metrics are of this row alone."""
+    tuned_values: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         record = asdict(self)
         numbers = {name: [encode_number(value) for value in record.pop(name)] for name in ("base_numbers", "tuned_numbers")}
-        return record | {name: values for name, values in numbers.items() if values}
+        values = {name: {metric: encode_number(value) for metric, value in record.pop(name).items()} for name in _OF_TASKS}
+        return record | {name: found for name, found in {**numbers, **values}.items() if found}
+
+
+_OF_TASKS = ("base_values", "tuned_values")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from raytune.evaluation.compare import Comparison, Sample, compare
 from raytune.evaluation.questions import Question
 from raytune.evaluation.suite_metrics import Given, counted, metrics_of
@@ -38,8 +40,15 @@ def values_of(
     return values, failed
 
 
-def samples_of(asked: Sequence[Question], base: Sequence[Given], tuned: Sequence[Given]) -> list[Sample]:
+def samples_of(suite: SuitePlan, asked: Sequence[Question], base: Sequence[Given], tuned: Sequence[Given]) -> list[Sample]:
     """The rows of a suite, and what both models made of them."""
+    metrics = metrics_of(suite) if suite.task else {}
+
+    def values_of_row(given: Given) -> dict[str, float]:
+        return {
+            name: float(metric.value(np.array(given.values[name]))) for name, metric in metrics.items() if name in given.values
+        }
+
     return [
         Sample(
             suite=question.suite,
@@ -50,6 +59,8 @@ def samples_of(asked: Sequence[Question], base: Sequence[Given], tuned: Sequence
             tuned=after.text,
             base_numbers=before.numbers,
             tuned_numbers=after.numbers,
+            base_values=values_of_row(before),
+            tuned_values=values_of_row(after),
         )
         for number, (question, before, after) in enumerate(zip(asked, base, tuned, strict=True))
     ]

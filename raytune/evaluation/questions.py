@@ -40,6 +40,10 @@ class Question:
     """What each choice adds to the prompt."""
     targets: tuple[int, ...] = ()
     """Places of the tokens that a loss is of."""
+    document: str = ""
+    """Of a task of lm_eval: its row and what its task is like, as JSON."""
+    requests: tuple[str, ...] = ()
+    """What lm_eval asks of a model about it, as JSON: a kind of request, and its arguments."""
 
     @property
     def largest_token(self) -> int:
@@ -111,7 +115,7 @@ def read_questions(
     _refuse_bad(tally, f"{key}.rows", suite.rows, found)
     if suite.kind == "answers":
         return [
-            Question(suite=suite.title, prompt=prompt, prompt_ids=_ids(tokenizer, prompt), expected=expected)
+            Question(suite=suite.title, prompt=prompt, prompt_ids=ids_of(tokenizer, prompt), expected=expected)
             for _, prompt, expected in found
         ]
     labels = _labels(key, [expected for _, _, expected in found]) if suite.kind == "labels" else ()
@@ -152,7 +156,7 @@ def to_json_lines(questions: Sequence[Question]) -> bytes:
 def from_json_lines(data: bytes) -> list[Question]:
     def of_line(line: dict[str, Any]) -> Question:
         choice_ids = tuple(map(tuple, line.get("choice_ids", ())))
-        lists = {name: tuple(line.get(name, ())) for name in ("prompt_ids", "choices", "targets")}
+        lists = {name: tuple(line.get(name, ())) for name in ("prompt_ids", "choices", "targets", "requests")}
         return Question(**{"prompt": "", **line, **lists, "choice_ids": choice_ids})
 
     return [of_line(json.loads(line)) for line in data.splitlines()]
@@ -233,7 +237,7 @@ def _of_choices(
     """
     *before, last = asked.conversation.messages
     answered = [replace(asked.conversation, messages=(*before, {**last, "content": choice})) for choice in choices]
-    prompt_ids, choice_ids = _ids(tokenizer, prompt), []
+    prompt_ids, choice_ids = ids_of(tokenizer, prompt), []
     for choice, rendered in zip(choices, template.render(answered, "last"), strict=True):
         if isinstance(rendered, RowError):
             raise rendered
@@ -241,9 +245,9 @@ def _of_choices(
         if (at := rendered.text.find(choice, start, stop)) < 0:
             raise RowError(f"the template does not write the choice {choice!r} as it is")
         written = rendered.text[start : at + len(choice)]
-        together = _ids(tokenizer, prompt + written)
+        together = ids_of(tokenizer, prompt + written)
         is_begun = together[: len(prompt_ids)] == prompt_ids  # else a token spans both, which a model that is asked never sees
-        choice_ids.append(together[len(prompt_ids) :] if is_begun else _ids(tokenizer, written))
+        choice_ids.append(together[len(prompt_ids) :] if is_begun else ids_of(tokenizer, written))
     return Question(
         suite=name, prompt=prompt, prompt_ids=prompt_ids, expected=expected, choices=choices, choice_ids=tuple(choice_ids)
     )
@@ -260,6 +264,6 @@ def _paths(sources: Sequence[DataSource]) -> str:
     return ", ".join(source.path for source in sources)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tuple(ids)

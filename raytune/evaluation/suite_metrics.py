@@ -1,4 +1,5 @@
-"""What suites are judged by, in one table of their kinds: metrics of answers, of choices by likelihood, and of losses.
+"""What suites are judged by, in one table of their kinds: metrics of answers, of choices by likelihood, and of losses; and what
+tasks of lm_eval are judged by, which their files say.
 
 Shapes: N rows, K counts of a metric.
 """
@@ -6,7 +7,7 @@ Shapes: N rows, K counts of a metric.
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from raytune.config.evaluation import GENERATION, SuiteKind
 from raytune.errors import UserError
 from raytune.evaluation.answer_metrics import ANSWER_METRICS, AnswerMetric, Mean
 from raytune.evaluation.bert_score import BertScore
+from raytune.evaluation.lm_eval_tasks import TaskMetric, chosen_metrics
 from raytune.missing import OPTIONAL, install_command
 from raytune.plan.run_plan import SuitePlan
 from raytune.user_code import UserCode, load, told
@@ -33,6 +35,10 @@ class Given:
     """Of choices the likeliest one per character."""
     numbers: tuple[float, ...] = ()
     """Of choices the log-likelihood of each, in nats; of a loss the sum over targets, and their number."""
+    values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of a task of lm_eval what it makes of that, by metric: a sum, and how many it is of."""
+    failed: str = ""
+    """Why a task of lm_eval has made nothing of it."""
 
 
 class SuiteMetric(Protocol):
@@ -104,6 +110,38 @@ class OfLoss:
             return self.of_mean(sums[..., 0] / sums[..., 1])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfTask:
+    """A metric of a task of lm_eval, which has judged each row itself."""
+
+    words: str
+    metric: TaskMetric
+
+    @property
+    def is_share(self) -> bool:
+        return self.metric.is_share
+
+    @property
+    def lower_is_better(self) -> bool:
+        return not self.metric.higher_is_better
+
+    def refusal(self, expected: str) -> str | None:
+        return None
+
+    def counts(self, given: Sequence[Given], expected: Sequence[str]) -> np.ndarray:
+        """
+        Raises:
+            UserError: if the task, or lm_eval, has failed on a row.
+        """
+        if reason := next((one.failed for one in given if one.failed), None):
+            raise UserError(reason)
+        return np.array([one.values[self.words] for one in given])
+
+    def value(self, sums: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # of rows that have no value there is no mean
+            return self.metric.aggregation.of_mean(sums[..., 0] / sums[..., 1])
+
+
 def _of_text(name: str, **changes: Any) -> OfText:
     metric = ANSWER_METRICS[name]  # pyright: ignore[reportArgumentType]
     return OfText(**{"metric": metric, "words": metric.words, **changes})
@@ -123,6 +161,7 @@ METRICS: Mapping[SuiteKind, Mapping[str, SuiteMetric]] = {
         "loss": OfLoss(words="loss", of_mean=lambda mean: mean),
         "perplexity": OfLoss(words="perplexity", of_mean=np.exp),
     },
+    "lm_eval": {},
 }
 
 
@@ -137,6 +176,12 @@ def metrics_of(suite: SuitePlan, *, key: str = "", device: str = "cpu") -> dict[
         UserError: if a package that one of them needs is not installed in this Python, or code of the user's cannot be used.
     """
     key = key or ("evaluation.generation" if suite.name == GENERATION else "evaluation.suites")
+    if suite.task:
+        try:
+            chosen = chosen_metrics(suite.task, suite.metrics)
+        except UserError as error:
+            raise UserError(f"{key}: {error}", keys=(f"{key}.metrics", key)) from error
+        return {name: OfTask(words=name, metric=metric) for name, metric in chosen.items()}
     return {name: _metric(suite, name, f"{key}.metrics", device) for name in suite.metrics}
 
 

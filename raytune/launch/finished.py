@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from raytune.config.load import config_diff
-from raytune.config.row_sources import all_sources, named_code, named_models
+from raytune.config.row_sources import all_sources, named_code, named_models, named_tasks
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, read_plan
@@ -73,7 +73,7 @@ def _has_changed(config: RunConfig, since: float) -> bool:
     1970)."""
     code = [file for key, file in named_code(config) if not key.startswith(FREE)]
     rows = (source.path for source in all_sources(config))
-    paths = [path for path in (*named_models(config).values(), *rows, *code) if is_local(path)]
+    paths = [path for path in (*named_models(config).values(), *named_tasks(config).values(), *rows, *code) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
     # Folders and links too: another one that was moved to this name brings files that are older.
     entries = [entry.lstat() for name in named for entry in (name, *name.rglob("*")) if entry.is_dir() or entry.is_file()]

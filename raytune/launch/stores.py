@@ -22,6 +22,7 @@ from raytune.data.template_text import resolve_template
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
+from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.plan.data_facts import DataFacts
@@ -120,8 +121,11 @@ class DataBuilder:
             DataError: if rows cannot be used or none is left.
             UserError: if a metric cannot be had.
         """
-        metrics = metrics_of(suite_plan(suite, key), key=key)
-        if suite.kind == "loss":
+        planned = suite_plan(suite, key)
+        metrics = metrics_of(planned, key=key)
+        if suite.kind == "lm_eval":
+            questions = read_task(suite, key, planned, self._tokenizer)
+        elif suite.kind == "loss":
             first = [(source, min(source.max_rows or suite.max_rows, suite.max_rows)) for source in suite.rows]
             rows = [source.model_copy(update={"max_rows": max_rows}) for source, max_rows in first]
             store = Store.open(self._store(rows, "all", packing="none").path)
@@ -136,7 +140,7 @@ class DataBuilder:
                 metrics[name].counts([Given(text=questions[0].expected)], [questions[0].expected])
         for number, question in enumerate(questions, 1):
             if question.largest_token >= self._num_embeddings:
-                raise self._no_embedding(question.largest_token, f"question {number} of {key}.rows")
+                raise self._no_embedding(question.largest_token, f"question {number} of {key}")
         return questions
 
     def _check_tokens(self, info: StoreInfo) -> None:

@@ -263,6 +263,16 @@ class SamplingPlan(Plan):
     seed: int
 
 
+class TaskPlan(Plan):
+    """A task of lm_eval, with all that says how it is asked and judged."""
+
+    name: str
+    files: dict[str, str]
+    """Text of the YAML and Python files of its folder, by their paths in there."""
+    num_fewshot: int | None = None
+    """None: as many as the files say."""
+
+
 class SuitePlan(Plan):
     """How the questions of a suite are asked and judged; which rows they come from is the launcher's matter."""
 
@@ -272,6 +282,8 @@ class SuitePlan(Plan):
     code: dict[str, CodePlan] = {}
     """By the name of the metric."""
     bertscore: BertScoreSection | None = None
+    task: TaskPlan | None = None
+    """Of kind lm_eval."""
     batch_size: int
     max_new_tokens: int
     num_beams: int = 1

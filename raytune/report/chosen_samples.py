@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from raytune.evaluation.suite_metrics import METRICS, Given, OfText, SuiteMetric
+from raytune.evaluation.compare import Score
+from raytune.evaluation.lm_eval_tasks import TaskMetric
+from raytune.evaluation.suite_metrics import METRICS, Given, OfTask, OfText, SuiteMetric
 from raytune.metrics.json_numbers import decode_number
 from raytune.plan.run_plan import SuitePlan
 from raytune.printable import shortened
@@ -36,14 +38,17 @@ class SampleGroup:
     samples: list[ShownSample]
 
 
-def choose_samples(samples: Sequence[Mapping[str, Any]], suite: SuitePlan) -> tuple[str, list[SampleGroup]]:
+def choose_samples(
+    samples: Sequence[Mapping[str, Any]], suite: SuitePlan, scores: Mapping[str, Score]
+) -> tuple[str, list[SampleGroup]]:
     """The metric that rows are told apart by, in words, and a few rows for each reason; each row once.
 
     Args:
         samples: of samples.jsonl, those of the suite.
         suite: the first of its metrics that needs nothing but the rows decides.
+        scores: of the suite; a task of lm_eval has at least one.
     """
-    metric = _judge(suite)
+    metric = _judge_of_task(scores) if suite.task else _judge(suite)
     base, tuned = (_worth(metric, samples, side) for side in ("base", "tuned"))
     order = sorted(range(len(samples)), key=lambda row: (tuned[row] - base[row], tuned[row], -row))
     changed = [row for row, sample in enumerate(samples) if sample["base"] != sample["tuned"]]
@@ -69,6 +74,12 @@ def _judge(suite: SuitePlan) -> SuiteMetric:
     return next((metric for metric in own if _is_here(metric)), next(iter(known.values())))
 
 
+def _judge_of_task(scores: Mapping[str, Score]) -> SuiteMetric:
+    """The first metric of a task, whose value for each row stands in the samples."""
+    name, score = next(iter(scores.items()))
+    return OfTask(words=name, metric=TaskMetric("mean", not score.lower_is_better, score.is_share))
+
+
 def _is_here(metric: SuiteMetric) -> bool:
     package = metric.metric.package if isinstance(metric, OfText) else ""
     return not package or find_spec(package) is not None
@@ -85,6 +96,7 @@ def _worth(metric: SuiteMetric, samples: Sequence[Mapping[str, Any]], side: str)
             text=sample[side],
             per_character=sample[side],
             numbers=tuple(decode_number(number) for number in sample.get(f"{side}_numbers", ())),
+            values={name: (decode_number(value), 1.0) for name, value in sample.get(f"{side}_values", {}).items()},
         )
         for sample in samples
     ]

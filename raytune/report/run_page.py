@@ -5,7 +5,7 @@ A view over the run folder: it can be written at any time, again and again, of a
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from raytune.config.load import config_diff
 from raytune.config.problems import shown
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
+from raytune.evaluation.compare import Score
 from raytune.evaluation.suite_metrics import METRICS, SuiteMetric
 from raytune.launch.outcome import validation_sets
 from raytune.metrics.history import History
@@ -95,7 +96,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         while_training=_suites(run),
         scores=[change for change in run.changes if change.suite],
         num_rows={suite: comparison.num_rows for suite, comparison in run.comparisons.items()},
-        suites=[_Suite.of(suite, run.samples[suite.name]) for suite in run.plan.evaluation.suites if suite.name in run.samples],
+        suites=_suites_with_samples(run),
         sources=_sources(run),
         lost=losses_text(run.plan.data_report) if run.plan.data_report else [],
         rows=rows if isinstance(rows, Marked) else None,
@@ -356,8 +357,8 @@ class _Suite:
     groups: list[SampleGroup]
 
     @classmethod
-    def of(cls, suite: SuitePlan, samples: list[dict[str, Any]]) -> "_Suite":
-        judged_by, groups = choose_samples(samples, suite)
+    def of(cls, suite: SuitePlan, samples: list[dict[str, Any]], scores: Mapping[str, Score]) -> "_Suite":
+        judged_by, groups = choose_samples(samples, suite, scores)
         return cls(
             name=suite.name,
             num_rows=len(samples),
@@ -365,6 +366,16 @@ class _Suite:
             judged_by=judged_by,
             groups=groups,
         )
+
+
+def _suites_with_samples(run: RunSeen) -> list[_Suite]:
+    """Those whose rows can be told apart: a task of lm_eval that has failed has judged none."""
+    scores = {name: comparison.scores for name, comparison in run.comparisons.items()}
+    return [
+        _Suite.of(suite, run.samples[suite.name], scores.get(suite.name, {}))
+        for suite in run.plan.evaluation.suites
+        if suite.name in run.samples and (suite.task is None or scores.get(suite.name))
+    ]
 
 
 # --- Rows --------------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,11 @@ def _judged(
     if engine.rank != 0:
         return {}
     base, tuned = (together([part[model] for part in parts], asked) for model in (BASE, TUNED))
-    samples = [sample for suite in asked for sample in samples_of(asked[suite], base[suite], tuned[suite])]
+    samples = [
+        sample
+        for suite in plan.evaluation.suites
+        for sample in samples_of(suite, asked[suite.name], base[suite.name], tuned[suite.name])
+    ]
     write_bytes(folder.samples, "".join(json.dumps(sample.to_json()) + "\n" for sample in samples).encode())
     return {
         suite.name: judged(suite, asked[suite.name], base[suite.name], tuned[suite.name], device=str(engine.device))

@@ -12,14 +12,15 @@ from raytune.config.guides import guides
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
+TASKS = "evaluation/lm_eval_tasks.py"  # has names of lm_eval's
 
 # Names of each kind, and files where such a name stands for something else than the kind itself.
 KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "a data format": (("sharegpt", "alpaca", "prompt_completion"), set()),
     "a chat template": (("chatml", "llama-2", "llama-3"), set()),
-    "a validation metric": (("bits_per_byte",), set()),
+    "a validation metric": (("bits_per_byte",), {TASKS}),
     "a fine-tuning method": (("ia3", "olora"), set()),
-    "a metric of answers": (("exact_match",), set()),
+    "a metric of answers": (("exact_match",), {TASKS}),
     "an error of a config": (("E101", "E112"), set()),
     "a verb": (("doctor",), set()),
     "a figure of a sweep": (("parallel_coordinates", "learning_curves"), set()),

@@ -55,7 +55,8 @@ OWNERS = {
     "optuna": {"sweeps/search.py"},
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
-    "datasets": {"data/sources.py"},
+    "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
+    "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
     "huggingface_hub": {"hub/client.py", "model/pretrained.py"},  # the latter for the errors of transformers' configs
     "httpx2": {"hub/client.py"},
     "yaml": {"config/yaml_nodes.py"},

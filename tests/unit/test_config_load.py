@@ -163,6 +163,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         needed: dict[str, Any] = {"temperature": 1.0} if key.path.endswith(("top_k", "top_p", "seed")) else {}
         needed |= {"examples": "b.jsonl"} if key.path.endswith("num_examples") else {}
         needed |= {"metrics": ["bertscore"], "bertscore": {"model": "m", "layer": 1}} if ".bertscore." in key.path else {}
+        if key.path.endswith((".task", ".task_folder", ".num_fewshot")):
+            needed = {"kind": "lm_eval", "task": "t", "task_folder": "f", "metrics": ["acc"], "rows": []}
         base["evaluation"]["suites"] = [{"rows": "a.jsonl"} | needed]
     if key.path == "evaluation.while_training.suites":
         base["evaluation"]["suites"] = [{"rows": "a.jsonl", "name": "gsm8k"}]

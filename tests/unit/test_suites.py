@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from raytune.clusters.working_dir import named_by
 from raytune.config.evaluation import METRICS_OF, SuiteKind, SuiteSection, suites_of
 from raytune.config.load import ConfigError, config_from, load_config
 from raytune.data.choices import choice_row
@@ -16,9 +17,9 @@ from raytune.data.conversation import Origin, RowError
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.errors import UserError
-from raytune.evaluation import suite_metrics
+from raytune.evaluation import lm_eval_tasks, suite_metrics
 from raytune.evaluation.answers import chosen
-from raytune.evaluation.compare import Comparison, Sample, compare, comparisons_in
+from raytune.evaluation.compare import Comparison, Sample, Score, compare, comparisons_in
 from raytune.evaluation.questions import Question, from_json_lines, read_questions, to_json_lines
 from raytune.evaluation.sampling import DrawnTokens
 from raytune.evaluation.suite_metrics import METRICS, Given, metrics_of, of_user
@@ -26,8 +27,9 @@ from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, diagnose
 from raytune.launch.prepare import prepare
 from raytune.metrics.history import History
-from raytune.plan.run_plan import EvaluationPlan, SamplingPlan
-from raytune.plan.suites import suite_plan
+from raytune.plan.run_plan import EvaluationPlan, SamplingPlan, SuitePlan, TaskPlan
+from raytune.plan.suites import MOST_TASK_BYTES, suite_in_words, suite_plan
+from raytune.report.chosen_samples import choose_samples
 from raytune.user_code import UserCode
 from tests.tiny import tiny_plan, tiny_tokenizer
 
@@ -76,6 +78,21 @@ def test_generation_is_short_for_a_suite_of_that_name_and_others_are_named_after
         ("suites:\n  - rows: a.jsonl\n    num_beams: 2\n    temperature: 0.9", 5, "draws nothing"),
         ("suites:\n  - rows: a.jsonl\n    num_examples: 2", 4, "the suite has no examples"),
         ("suites:\n  - rows: a.jsonl\n    name: a/b", 4, "letters, digits"),
+        ("suites:\n  - kind: labels", 3, "evaluation.suites.0 a suite has rows that are asked"),
+        ("suites:\n  - {rows: a.jsonl, metrics: [exact_mtch]}", 3, 'no metric exact_mtch. Did you mean "exact_match"?'),
+        ("suites:\n  - {kind: lm_eval, task: t}", 3, "a suite of kind lm_eval names task_folder, metrics too"),
+        ("suites:\n  - kind: loss\n    rows: a.jsonl\n    task: t", 5, "only suites of kind lm_eval read it"),
+        (
+            "suites:\n  - {kind: lm_eval, task: t, task_folder: f, metrics: [acc],\n     rows: a.jsonl}",
+            3,
+            "has rows of its own",
+        ),
+        ("suites:\n  - {kind: lm_eval, task: t, task_folder: f, metrics: [acc],\n     system: s}", 4, "kind answers or choices"),
+        (
+            "suites:\n  - {kind: lm_eval, task: t, task_folder: f, metrics: [acc],\n     examples: e}",
+            3,
+            "shows no examples",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_at_its_line(evaluation: str, line: int, said: str, tmp_path: Path) -> None:
@@ -99,6 +116,53 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch: p
     plan = suite_plan(SuiteSection.model_validate({"rows": ["a"], "metrics": ["exact_match", "bleu"]}), "evaluation.suites.0")
     with pytest.raises(UserError, match=r"bleu needs the package sacrebleu.*\[metrics\]"):
         metrics_of(plan)
+
+
+def test_a_task_of_lm_eval_is_planned_with_the_text_of_its_files_and_needs_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = {"kind": "lm_eval", "task": "t", "task_folder": str(tmp_path / "tasks"), "metrics": ["acc"]}
+    section = SuiteSection.model_validate(suite)
+    with pytest.raises(UserError, match="There is no folder"):
+        suite_plan(section, "evaluation.suites.0")
+    (tmp_path / "tasks" / "more" / ".git").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no file of a task \(\*\.yaml\)"):
+        suite_plan(section, "evaluation.suites.0")
+    for name in ("t.yaml", "more/functions.py", "rows.jsonl", "more/.git/hook.py"):
+        (tmp_path / "tasks" / name).write_text(f"# {name}")
+    plan = suite_plan(section, "evaluation.suites.0")
+    assert plan.task
+    assert plan.task.files == {"t.yaml": "# t.yaml", "more/functions.py": "# more/functions.py"}
+    assert suite_in_words(plan) == "t: task t of lm_eval; acc"
+    (tmp_path / "tasks" / "t.yaml").write_text("# another")
+    assert suite_plan(section, "evaluation.suites.0") != plan
+    monkeypatch.setattr(lm_eval_tasks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"evaluation\.suites\.0.*need the package lm_eval.*\[lm-eval\]"):
+        metrics_of(plan, key="evaluation.suites.0")
+    (tmp_path / "tasks" / "t.yaml").write_text("#" * (MOST_TASK_BYTES + 1))
+    with pytest.raises(UserError, match="which go to every worker"):
+        suite_plan(section, "evaluation.suites.0")
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_rows_of_a_task_are_told_apart_by_its_own_metric_the_way_it_is_better(lower_is_better: bool) -> None:
+    suite = SuitePlan(name="t", kind="lm_eval", metrics=("m",), task=TaskPlan(name="t", files={}), batch_size=1, max_new_tokens=1)
+    score = Score(words="m", base=2, tuned=2, gain_low=0, gain_high=0, lower_is_better=lower_is_better, is_share=False)
+    rows = [
+        Sample(suite="t", row=row, prompt="", expected="", base="b", tuned="t", base_values={"m": 2.0}, tuned_values={"m": value})
+        for row, value in enumerate([1.0, 3.0])
+    ]
+    judged_by, groups = choose_samples([json.loads(json.dumps(row.to_json())) for row in rows], suite, {"m": score})
+    assert judged_by == "m"
+    shown = {group.heading: [(one.row, one.base_value, one.tuned_value) for one in group.samples] for group in groups}
+    less, more = [(0, "2", "1")], [(1, "2", "3")]
+    assert shown["Gained most"] == (less if lower_is_better else more)
+    assert shown["Became worse"] == (more if lower_is_better else less)
+
+
+def test_the_folder_of_a_task_is_taken_along_with_a_job() -> None:
+    suite = {"kind": "lm_eval", "task": "t", "task_folder": "tasks", "metrics": ["acc"]}
+    assert "tasks" in named_by(config_from(config(suite)))
 
 
 def test_a_plan_with_generation_of_an_earlier_raytune_has_a_suite_of_that_name() -> None:
