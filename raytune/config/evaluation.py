@@ -172,16 +172,20 @@ class SuiteSection(Section):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _can_be_judged(self) -> "SuiteSection":
-        if self.kind == "lm_eval":
-            return self  # its metrics are the task's, which is not read yet
-        known = METRICS_OF[self.kind]
-        for metric in self.named_metrics:
-            if metric not in known and not (is_code(metric) and self.kind == "answers"):
+    @field_validator("metrics")
+    @classmethod
+    def _kind_has_them(cls, metrics: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        kind = info.data.get("kind", "lm_eval")  # wrong itself, or of which the metrics are the task's, which is not read yet
+        known = METRICS_OF.get(kind, ())
+        for metric in () if kind == "lm_eval" else metrics or ():
+            if metric not in known and not (is_code(metric) and kind == "answers"):
                 near = get_close_matches(metric, known, 1)
                 hint = f'. Did you mean "{near[0]}"?' if near else f"; it has {', '.join(known)}"
-                raise ValueError(f"a suite of kind {self.kind} has no metric {metric}{hint}")
+                raise ValueError(f"a suite of kind {kind} has no metric {metric}{hint}")
+        return metrics
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> "SuiteSection":
         if "bertscore" in self.named_metrics and self.bertscore is None:
             raise ValueError(
                 "bertscore compares texts by a model; name one in the suite, for example "

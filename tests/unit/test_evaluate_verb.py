@@ -132,7 +132,7 @@ def test_a_run_that_has_not_finished_is_refused(tmp_path: Path, state: State) ->
         ("suites: []\n", r"suites.yaml:1:9 +suites +names no suite"),
         ("", r"suites.yaml.* names no suite"),
         ("suite: x\n", r"suites.yaml:1:1 +suite +unknown key; a file of suites has one key, suites"),
-        ("suites:\n  - {rows: 'demo:test', metrics: [chfr]}\n", r"suites.yaml:2:35 .*Did you mean \"chrf\""),
+        ("suites:\n  - {rows: 'demo:test', metrics: [chfr]}\n", r"suites.yaml:2:25 .*Did you mean \"chrf\""),
         ("suites:\n  - {rows: gone.jsonl}\n", r"suites.yaml:2:12 .*gone.jsonl.* is not on this machine"),
         ("suites: [{rows: 'demo:test'}, {rows: 'demo:test'}]\n", r"two suites are called"),
     ],
