@@ -1,5 +1,6 @@
 """What a wheel carries, what CI runs, and what the types say."""
 
+import os
 import re
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def test_the_licence_is_the_one_that_the_project_states() -> None:
 
 def test_pyright_has_nothing_to_say() -> None:
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "-p", str(ROOT)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # What it reads lives on: with more room for what is young, Node collects less, an eighth of its time.
+    environment = os.environ | {"NODE_OPTIONS": "--max-semi-space-size=128"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
