@@ -225,8 +225,8 @@ class ChatTemplate:
         rendered = self.render([replace(conversation, messages=(*conversation.messages[:-1], asked_for))], "last")[0]
         if isinstance(rendered, RowError):
             raise rendered
-        start, stop = rendered.targets[-1]
-        written = rendered.text[start:stop]
+        # A template may mark an answer in several pieces, of which the last may be the token that ends it.
+        written = "".join(rendered.text[start:stop] for start, stop in rendered.targets)
         at = written.find(content)
         if not last.get("tool_calls") and at >= 0 and not written[:at].strip():
             return content

@@ -26,9 +26,9 @@ from raytune.model.export import ADAPTER_CONFIG
 from raytune.model.inference import asked_of_run
 from raytune.model.pretrained import load_config
 from raytune.model.rope import saved_rope
-from raytune.model.saved_adapter import adapter_config, answers_padded, refuse_unfit_adapter
+from raytune.model.saved_adapter import adapter_config, answers_padded, changes_of_base, refuse_unfit_adapter
 from raytune.plan.asked_model import AskedModel, plain_model
-from raytune.plan.base_model import read_model_shape
+from raytune.plan.base_model import is_on_hub, model_files, read_model_shape
 from raytune.plan.requirements import choose_row_length
 from raytune.storage import absolute, exists, is_local, local_path
 
@@ -165,6 +165,7 @@ def _of_model(named: Named) -> tuple[list[Subject], RunToScore | None]:
     base = _of_whole(named, named.base, BASE)
     found = whole.asked.model.path
     stops = found if (Path(found) / "generation_config.json").is_file() else None
+    _refuse_other_tokens(base, whole.reader)
     # Asked in the words of the tuned model, as at the end of a run.
     asked = base.asked.model_copy(update={"stops": stops, "tokenizer": found})
     return [replace(base, asked=asked, reader=whole.reader), whole], None
@@ -238,10 +239,18 @@ def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> lis
         model = base.asked.model.model_copy(update={"rope": saved_rope(folder)})
         base = replace(base, asked=base.asked.model_copy(update={"model": model}))
     has_tokenizer, has_stops = ((folder / file).is_file() for file in ("tokenizer_config.json", "generation_config.json"))
+    path_of_base = base.asked.model.path
+    path_of_base = path_of_base if is_on_hub(path_of_base) else model_files(path_of_base)
+    if changes := changes_of_base(folder, path_of_base, base.asked.model.revision or config.revision):
+        raise ModelError(
+            f"The adapter in {folder} was trained on another base than {base.source} holds now:\n{changes}\nWhat would be "
+            f"measured is not what was trained. Name the base that it was trained on with --base."
+        )
     reader = base.reader
     if has_tokenizer:
         section = reader.config.model.model_copy(update={"revision": None})
         reader = replace(reader, config=reader.config.model_copy(update={"model": section}), tokenizer=str(folder))
+        _refuse_other_tokens(base, reader)
     asked = base.asked.model_copy(
         update={
             "stops": str(folder) if has_stops else base.asked.stops,
@@ -251,6 +260,22 @@ def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> lis
     )
     tuned = asked.model_copy(update={"name": name, "adapter": str(folder)})
     return [replace(base, asked=asked, reader=reader), replace(base, asked=tuned, source=str(folder), reader=reader)]
+
+
+def _refuse_other_tokens(base: Subject, reader: Reader) -> None:
+    """Refuse to ask a base in the tokens of another model, whose rows it would read as other texts."""
+
+    def tokens_of(one: Reader) -> dict[str, int]:
+        model = one.config.model
+        return open_tokenizer(one.tokenizer, model.revision, model.trust_remote_code).get_vocab()
+
+    own, of_rows = tokens_of(base.reader), tokens_of(reader)
+    if other := next((text for text, number in own.items() if of_rows.get(text) != number), None):
+        raise ModelError(
+            f"The base {base.source} has other tokens than {reader.tokenizer}: {other!r} is token {own[other]}, and "
+            f"{of_rows.get(other, 'none')} there, so that it would read rows as other texts. Name the base that belongs to the "
+            f"model with --base; a model that is asked in tokens of its own is named with --compare."
+        )
 
 
 def _reader(named: Named, section: ModelSection, found: str) -> Reader:

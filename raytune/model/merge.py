@@ -38,7 +38,6 @@ from raytune.hub.snapshot import described, in_lines
 from raytune.model.adapters import ADAPTERS, adapting_with
 from raytune.model.adapters.adapting import Adapting, as_asked
 from raytune.model.base_check import check_files
-from raytune.model.base_content import COMMIT, Content, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import (
     ADAPTER,
@@ -57,7 +56,7 @@ from raytune.model.merge_rows import TrainedRows, num_rows_with
 from raytune.model.pretrained import load_config, model_class
 from raytune.model.quantize import as_seen_in_training
 from raytune.model.rope import saved_rope, stretch
-from raytune.model.saved_adapter import adapter_config
+from raytune.model.saved_adapter import adapter_config, changes_of_base
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
 from raytune.model.weight_files import stored_tensors, weight_files
 from raytune.plan.base_model import is_on_hub, model_files
@@ -155,25 +154,13 @@ def merge_adapter(
 
 
 def _refuse_other_base(adapter_folder: Path, path: str, base: str, revision: str | None) -> None:
-    """Refuse a base whose files are not those that the adapter was trained on, as far as its folder tells which they were.
-
-    Of a hub model that is told by its commit, which `revision` asks for; a copy of it in a folder has no commit to compare.
-    """
-    was = saved_content(adapter_folder)
-    if was is None or (COMMIT in was) == Path(path).is_dir():
-        return
-    now = {COMMIT: revision or ""} if COMMIT in was else base_content(path, None, trust_remote_code=_has_code(was))
-    if changes := content_changes(computing_part(was), computing_part(now)):
+    """Refuse a base whose files are not those that the adapter was trained on, as far as its folder tells which they were."""
+    if changes := changes_of_base(adapter_folder, path, revision):
         raise ModelError(
-            f"The adapter in {adapter_folder} was trained on another base than {base} holds now:\n{changes_text(changes)}\n"
+            f"The adapter in {adapter_folder} was trained on another base than {base} holds now:\n{changes}\n"
             f"Merged, it would compute something else than was trained and measured. Name the base that it was trained on with "
             f"--base, or, if you mean this one, add --any-base."
         )
-
-
-def _has_code(content: Content) -> bool:
-    """Whether Python files were part of a base."""
-    return any(name.endswith(".py") for name in content)
 
 
 def _stops(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from raytune.errors import ModelError
 from raytune.model.adapters import adapting_with
 from raytune.model.adapters.adapting import as_asked
+from raytune.model.base_content import COMMIT, base_content, changes_text, computing_part, content_changes, saved_content
 from raytune.model.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune.model.pretrained import load_config
 from raytune.model.rope import stretch
@@ -38,6 +39,26 @@ def answers_padded(config: PeftConfig) -> bool:
     """Whether prompts of different lengths may share a batch under an adapter."""
     row = adapting_with(config)
     return row.can_pad if row else not config.is_prompt_learning
+
+
+def changes_of_base(folder: Path, path: str, revision: str | None) -> str:
+    """Files in which a base differs from that which an adapter was trained on, a line for each, as far as the adapter's folder
+    tells what that was; empty: in none.
+
+    Of a hub model that is told by its commit, which `revision` asks for; a copy of it in a folder has no commit to compare.
+
+    Args:
+        path: of the base, a folder or a hub id.
+
+    Raises:
+        ModelError: if files cannot be read.
+    """
+    was = saved_content(folder)
+    if was is None or (COMMIT in was) == Path(path).is_dir():
+        return ""
+    has_code = any(name.endswith(".py") for name in was)
+    now = {COMMIT: revision or ""} if COMMIT in was else base_content(path, None, trust_remote_code=has_code)
+    return changes_text(content_changes(computing_part(was), computing_part(now)))
 
 
 def refuse_unfit_adapter(one: AskedModel) -> None:

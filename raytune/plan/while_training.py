@@ -16,12 +16,12 @@ from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.run_plan import MOMENTS, ClusterPlan, EvaluationPlan, MeasuredWhere, RunPlan, WhileTrainingPlan
 from raytune.plan.setting import Setting
 from raytune.plan.suites import cache_bytes
+from raytune.plan.workload import BYTES
 from raytune.units import format_bytes, format_seconds
 
 _KEY = "evaluation.while_training"
 MOST_EXPORTS = 3
 """That lie in the run folder at once: the one that is measured, the newest, and one that is being written."""
-BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _check_room(config: RunConfig, setting: Setting, fit: Fit) -> None:
 def _export_bytes(setting: Setting) -> int:
     """Size of the model as it is saved: whole in the run's precision, or what an adapter has in fp32."""
     if setting.trained.is_base:
-        return BYTES_OF[setting.precision] * setting.shape.num_parameters
+        return BYTES[setting.precision] * setting.shape.num_parameters
     return 4 * setting.trained.num_trainable
 
 
@@ -155,7 +155,7 @@ def while_training_in_words(plan: RunPlan) -> str:
     at_start = " and before the first" if measured.at_start else ""
     names = ", ".join(suite.name for suite in measured.suites)
     size = f"{format_bytes(measured.export_bytes)}, {format_seconds(measured.export_bytes / STORAGE_BYTES_PER_S)} at 1 GB/s"
-    whole = format_bytes(BYTES_OF[plan.model.compute_dtype] * plan.num_parameters)
+    whole = format_bytes(BYTES[plan.model.compute_dtype] * plan.num_parameters)
     if measured.where == "spare":
         on = f"{measured.num_cpus} CPU{'s' * (measured.num_cpus != 1)}" + f" and {measured.num_gpus} GPU" * bool(
             measured.num_gpus

@@ -105,6 +105,18 @@ def test_the_expected_answer_holds_the_thought_that_is_trained() -> None:
     assert template.expected(chat("Q1", "A1")) == "<think></think>A1"
 
 
+def test_the_expected_answer_is_whole_where_a_template_marks_it_in_pieces() -> None:
+    """As one of TRL's does: the answer, and behind it the token that ends it."""
+    text = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|a|>{% generation %}{{ m.content + '<e>\\n' }}{% endgeneration %}"
+        "{% else %}<|u|>{{ m.content + '<e>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|a|>{% else %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+    )
+    template = ChatTemplate(tiny_tokenizer(), text)
+    assert template.expected(chat("Q1", "A1")) == "A1"
+    assert template.expected(chat("Q1", "A1", "Q2", "A2")) == "A2"
+
+
 def test_a_call_that_is_not_to_be_trained_can_be_asked_for() -> None:
     template = ChatTemplate(tiny_tokenizer(), resolve_template("qwen", tiny_tokenizer()))
     row = chat("Q", call({"city": "Oslo"}) | {"train": False})

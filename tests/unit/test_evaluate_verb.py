@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from raytune.config.problems import ConfigError
 from raytune.config.run import RunConfig
 from raytune.config.suite_file import read_suites
-from raytune.errors import UserError
+from raytune.errors import ModelError, UserError
 from raytune.evaluation import judging
 from raytune.evaluation.answers import all_chunks, together
 from raytune.evaluation.questions import Question
@@ -19,6 +19,7 @@ from raytune.evaluation.suite_metrics import Given
 from raytune.launch.evaluate import Prepared, folder_for, identity_of, prepare_evaluation
 from raytune.launch.models_to_ask import Named
 from raytune.launch.record import RunRecord, State, write_plan
+from raytune.model.base_content import base_content, save_content
 from raytune.plan.run_plan import CodePlan, SuitePlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
@@ -209,6 +210,26 @@ def test_the_table_has_a_column_per_model_and_one_per_pair() -> None:
     assert facts["values"]["one"]["exact_match"]["of_models"] == {"base": 0.25, "tuned": 0.75}
     assert facts["pairs"][0]["comparisons"]["one"]["scores"]["exact_match"]["gain_low"] >= 0
     assert next(samples_of_models(asked, answers))["answers"] == {"base": "n", "tuned": "y"}
+
+
+def test_a_base_that_is_another_one_of_the_same_shape_is_refused(folder: Path) -> None:
+    """It would be measured without a word: by weights that nothing was trained over, or on texts that nobody wrote."""
+    save_content(base_content(str(folder / "base"), None), folder / "adapter")
+    assert names(prepared(folder, "adapter")) == ["base", "adapter"]
+    changed = tiny_model()
+    next(changed.parameters()).data += 1.0
+    changed.save_pretrained(folder / "changed")
+    tiny_tokenizer().save_pretrained(folder / "changed")
+    with pytest.raises(ModelError, match=r"trained on another base than .*changed holds now:\n  model.safetensors"):
+        prepared(folder, "adapter", base=str(folder / "changed"))
+    save_tiny_model(folder / "turned")
+    file = folder / "turned" / "tokenizer.json"
+    facts = json.loads(file.read_text())
+    numbers = facts["model"]["vocab"]
+    numbers["A"], numbers["B"] = numbers["B"], numbers["A"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(ModelError, match=r"turned has other tokens than .*base: '[AB]' is token"):
+        prepared(folder, "base", base=str(folder / "turned"))
 
 
 def test_a_metric_of_the_users_that_fails_costs_no_other_one() -> None:
