@@ -3,7 +3,7 @@
 Floors, from the ground up; each imports only itself and lower ones:
 errors, units, missing, versions, printable, credentials, run_folder, token_file, user_code < local_files < object_store, hub <
 storage < metrics < config < plan < data < model < evaluation < training < tracking < launch < sweeps < report < watch <
-clusters < api < cli < entry
+clusters < serving < api < cli < entry
 
 One run passes through them in this order: `config.load` reads the YAML, `launch.run` connects to Ray, `data.store` tokenises
 once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, and

@@ -28,6 +28,7 @@ FLOORS = (
     ("report",),
     ("watch",),
     ("clusters",),
+    ("serving",),
     ("api",),
     ("cli",),
     ("entry",),
