@@ -1,32 +1,76 @@
-"""The verbs of the command line as functions, for scripts and notebooks."""
+"""Verbs of runs and sweeps as functions: from what is wrong with a config to the trained model and its page."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike, fspath
+from collections.abc import Mapping, Sequence
+from os import fspath
 from typing import TYPE_CHECKING, Any
 
+from raytune.api.asked import Config, File, files_of, resolved_config
 from raytune.config.asked import NAMED, require_named
-from raytune.config.load import as_one_run, config_from, dump_yaml, load_with_places
-from raytune.config.places import Places, errors_at
-from raytune.config.run import RunConfig
+from raytune.config.load import as_one_run, config_from, dump_yaml
+from raytune.config.places import errors_at
+from raytune.errors import UserError
 from raytune.launch.callbacks import Callback, check_callback
 from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
-from raytune.launch.run import run
+from raytune.launch.run import plan_run, run
 
 if TYPE_CHECKING:
-    from raytune.config.training import Precision
-    from raytune.evaluation.side_by_side import Evaluation
+    from raytune.launch.check import Findings
     from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
     from raytune.plan.rate_range import Shape
+    from raytune.plan.run_plan import RunPlan
     from raytune.report.comparison import RunComparison
     from raytune.sweeps.results import SweepResult
 
-File = str | PathLike[str]
-Config = File | Sequence[File] | Mapping[str, Any] | RunConfig
+
+def check(config: Config, **overrides: Any) -> "Findings":
+    """Find what is wrong with a run or a sweep as `raytune check` does, without its cluster. Starts nothing, leaves nothing.
+
+    Args:
+        config, overrides: as for `train`; a sweep is looked at by its first trial, and by the names and values of all.
+
+    Returns:
+        What was looked at and what could not be (`looked_at`, `not_looked_at`), and what becomes of the first rows (`losses`).
+
+    Raises:
+        raytune.errors.UserError: with every problem and what to do about it.
+    """
+    from raytune.sweeps.check import check_config
+
+    return check_config(*resolved_config(config, overrides))
+
+
+def make_plan(config: Config, *, tokens: int | None = None, **overrides: Any) -> "RunPlan":
+    """Resolve everything as `raytune plan` does: batch, steps, memory per worker, time and money. Trains nothing.
+
+    Args:
+        config, overrides: as for `train`. With `cluster={"instance": ...}` neither the cluster nor the model's weights are
+            needed, and the amount of data is taken from `tokens` or the sizes of the files. Without, the cluster (or this
+            machine) is looked at and the data is tokenised.
+        tokens: of an epoch.
+
+    Returns:
+        The plan; `raytune.plan.describe.plan_text` puts it into words.
+
+    Raises:
+        raytune.errors.UserError: with what does not fit and what would.
+    """
+    from raytune.plan.ahead import plan_ahead
+    from raytune.plan.references import describe_base
+
+    resolved, places = resolved_config(config, overrides)
+    with errors_at(resolved, places):
+        one = as_one_run(resolved)
+        require_named(one, NAMED if tokens is None else NAMED[:1], places)
+        if one.cluster.instance is None:
+            if tokens is not None:
+                raise UserError("`tokens` is for a plan without cluster and data: set cluster.instance too, or leave it out.")
+            return plan_run(one)
+        describe_base(one.model)
+        return plan_ahead(one, tokens)
 
 
 def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback] = (), **overrides: Any) -> RunResult:
@@ -51,7 +95,7 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
     """
     from raytune.report.at_end import leave_page
 
-    resolved, places = _resolved(config, overrides)
+    resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
         for callback in callbacks:
@@ -79,7 +123,7 @@ def sweep(config: Config, *, progress: bool = True, **overrides: Any) -> "SweepR
     from raytune.sweeps.run import sweep
     from raytune.sweeps.winner import require_winner
 
-    resolved, places = _resolved(config, overrides)
+    resolved, places = resolved_config(config, overrides)
     require_named(resolved, places=places)
     with errors_at(resolved, places):
         result = sweep(resolved, watch=show_sweep) if progress else sweep(resolved)
@@ -124,9 +168,8 @@ def find_rate(
     from raytune.plan.rate_range import RangeOptions
     from raytune.report.rate_page import write_rate_page
 
-    resolved, places = _resolved(config, overrides)
-    paths = [] if isinstance(config, RunConfig | Mapping) else [config] if isinstance(config, str | PathLike) else list(config)
-    target = file_for_rate([fspath(path) for path in paths], places, resolved) if apply else None
+    resolved, places = resolved_config(config, overrides)
+    target = file_for_rate(files_of(config), places, resolved) if apply else None
     options = RangeOptions(low=low, high=high, num_steps=num_steps, shape=shape, smoothing=smoothing, stop_factor=stop_factor)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
@@ -171,64 +214,27 @@ def score(
     from raytune.launch.rows_to_score import sources_of
     from raytune.launch.score import run_to_score, score
 
-    paths = [rows] if isinstance(rows, str | PathLike) else rows
-    sources = sources_of([fspath(path) for path in paths], row_format, max_rows, columns)
+    sources = sources_of(files_of(rows), row_format, max_rows, columns)
     return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
 
 
-def evaluate(
-    model: File,
-    *,
-    suite: File | None = None,
-    base: File | None = None,
-    adapters: Mapping[str, File] | None = None,
-    compare: File | None = None,
-    output: File | None = None,
-    template: str = "auto",
-    dtype: "Precision | None" = None,
-    workers: int | None = None,
-    address: str | None = None,
-    trust_remote_code: bool = False,
-) -> "Evaluation":
-    """Measure models on suites as `raytune evaluate` does: base against tuned, with intervals.
+def track(run: File, **tracking: Any) -> list[str]:
+    """Tell trackers of a run or a sweep as `raytune track` does what they do not know: what they missed, or all of it.
 
     Args:
-        model: the folder of a finished run, or any folder that plain transformers or PEFT loads.
-        suite: a YAML file with `suites`, as `evaluation.suites`; by default those of the run.
-        base: that the model is compared with, or that an adapter is laid over.
-        adapters: more of them over the same base, by name.
-        compare: another model or run beside it on the same rows.
-        output: folder for results and samples; by default `evaluations/NAME` in the run folder, or here without a run.
-        template: chat template of a model whose tokenizer has none, as `data.template`.
-        dtype: that a model is loaded in; by default that of its files.
-        workers: that answer at once; by default as the run has, one per GPU, or one per node.
-        address: of a Ray cluster, as `cluster.address`, instead of the run's; "here": one inside this machine.
-        trust_remote_code: run the Python code that comes with a model in a folder.
+        run: its folder.
+        tracking: keys of `tracking` in place of what its config says, such as `mlflow={"uri": ...}`.
 
     Returns:
-        `values` of each model, `pairs` with gains and intervals, `models`, `num_rows`, and `output`, the folder.
+        What was told whom, in sentences.
 
     Raises:
-        raytune.errors.UserError: before anything is started, if a model cannot be had or rows cannot be asked.
-        raytune.errors.RaytuneError: if the workers failed; what was answered is kept, and the same call goes on.
+        raytune.errors.UserError: if there is no such run, or none of its trackers can be told anything.
+        raytune.errors.RaytuneError: if a command is at work on it, or a tracker does not take it.
     """
-    from raytune.launch.evaluate import evaluate, prepare_evaluation
-    from raytune.launch.models_to_ask import Named
+    from raytune.launch.track import track
 
-    def text(path: File | None) -> str | None:
-        return None if path is None else fspath(path)
-
-    named = Named(
-        model=fspath(model),
-        base=text(base),
-        adapters={name: fspath(path) for name, path in (adapters or {}).items()},
-        compare=text(compare),
-        template=template,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared = prepare_evaluation(named, suite=text(suite), address=address, workers=workers)
-    return evaluate(prepared, text(output))
+    return track(fspath(run), config_from({"tracking": tracking}, []).tracking if tracking else None)
 
 
 def write_report(run: File) -> str:
@@ -288,25 +294,8 @@ def advise(config: Config, *, tokens: int | None = None, **overrides: Any) -> "A
     from raytune.plan.advise import advise
     from raytune.plan.references import describe_base
 
-    resolved, places = _resolved(config, overrides)
+    resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), NAMED if tokens is None else NAMED[:1], places)
         describe_base(resolved.model)
         return advise(resolved, this_machine(resolved.cluster), tokens)
-
-
-def _resolved(config: Config, overrides: Mapping[str, Any]) -> tuple[RunConfig, Places]:
-    """The config, and where its keys were written, if that was in files."""
-    texts = [f"{key}={json.dumps(value, default=fspath)}" for key, value in _leaves(overrides)]
-    if isinstance(config, RunConfig | Mapping):
-        return config_from(config, texts), {}
-    paths = [config] if isinstance(config, str | PathLike) else config
-    return load_with_places([str(path) for path in paths], texts)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
