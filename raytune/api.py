@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raytune.config.training import Precision
     from raytune.evaluation.side_by_side import Evaluation
     from raytune.launch.found_rate import FoundRate
+    from raytune.launch.push import Pushed
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
     from raytune.plan.rate_range import Shape
@@ -232,7 +233,7 @@ def evaluate(
 
 
 def write_report(run: File) -> str:
-    """Write the page of a run as `raytune report` does, finished or not.
+    """Write the page of a run as `raytune report` does, finished or not; of a finished one also the card of its model.
 
     Args:
         run: a run folder.
@@ -243,9 +244,56 @@ def write_report(run: File) -> str:
     Raises:
         raytune.errors.UserError: if there is no run.
     """
+    from raytune.report.model_card import write_model_card
     from raytune.report.run_page import write_run_page
+    from raytune.report.run_seen import RunSeen
 
+    write_model_card(RunSeen.read(fspath(run)))
     return write_run_page(fspath(run))
+
+
+def push(
+    model: File,
+    target: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    replace: bool = False,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Pushed":
+    """Push a model as `raytune push` does: to a hub, a bucket or a folder, checked before and read back.
+
+    Args:
+        model: the folder of a finished run, or of a model or an adapter that plain transformers or PEFT loads.
+        target: owner/name on the hub, a URL, or a folder that is written as a path.
+        private: who may see a model that is new on the hub; one that is public already is refused.
+        revision: branch on the hub; by default main.
+        message: of the commit there.
+        replace: write over files that raytune has not pushed there, and a card that was edited.
+        base: what an adapter calls its base there, such as its id on a hub.
+        trust_remote_code: run the Python code that comes with a model in a folder, to check it.
+
+    Returns:
+        `where`, `commit`, `files` with their bytes, `num_sent`, and `notes`.
+
+    Raises:
+        raytune.errors.UserError: before anything is sent.
+        raytune.errors.RaytuneError: if the target does not answer; the same call goes on.
+    """
+    from raytune.launch.push import PushOptions, push
+    from raytune.report.at_end import leave_card
+
+    options = PushOptions(
+        private=private,
+        revision=revision,
+        message=message,
+        replace=replace,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
+    return push(fspath(model), target, options, leave_card)
 
 
 def compare(runs: Sequence[File], *, output: File | None = None) -> "RunComparison":

@@ -71,6 +71,34 @@ def _is_filled_with(number: torch.Tensor, matrix: Any, num_rows: int) -> bool:
     return all(bool((part == number).all()) for part in parts)
 
 
+def check_stored_finite(tensors: Mapping[str, StoredTensor], place: str) -> None:
+    """Refuse files that hold a number which is none; every one is read, a few rows at a time. Packed integers are not looked at.
+
+    Raises:
+        ModelError: naming the first such tensors, or the file that cannot be read.
+    """
+    wrong: list[str] = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBERS:
+            continue
+        with safe_open(tensor.file, "pt") as opened:
+            parts = _parts(opened, name, tensor.shape)
+            if not all(torch.stack(torch.aminmax(part)).isfinite().all() for part in parts if part.numel()):
+                wrong.append(name)
+    if wrong:
+        raise _not_finite(wrong, place)
+
+
+def _parts(opened: Any, name: str, shape: Sequence[int]) -> Iterator[torch.Tensor]:
+    """A stored tensor, some rows at a time."""
+    if not shape:
+        yield opened.get_tensor(name)
+        return
+    stored = opened.get_slice(name)
+    for start in range(0, shape[0], COMPARED_ROWS):
+        yield stored[start : start + COMPARED_ROWS]
+
+
 def check_finite(model: nn.Module, place: str) -> None:
     """Refuse weights that hold numbers which are none. Of a sharded parameter, a rank sees its own share.
 
