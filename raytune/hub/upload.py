@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -169,6 +170,8 @@ class HubTarget(Hub):
             if isinstance(cause, httpx2.RequestError):
                 raise MayPassError(f"{error} ({cause or type(cause).__name__})") from error
             raise ClusterError(f"{error} ({cause})") from error
+        except JSONDecodeError as error:
+            raise MayPassError("an answer that is no JSON: a login page, or no hub at all?") from error
         except ValueError as error:  # a card or an answer that huggingface_hub does not take
             raise ModelError(f"{self._endpoint} does not take what is sent to {self.base}: {str(error)[:MOST_ANSWER]}") from error
 

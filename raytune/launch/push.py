@@ -122,7 +122,7 @@ def _target(target: str, options: PushOptions) -> Target:
         )
     name = target.removeprefix(HUB)
     if target.startswith(HUB) or ("://" not in target and not is_written_as_path(target)):
-        if not target.startswith(HUB) and Path(target).exists():
+        if target and not target.startswith(HUB) and Path(target).exists():
             raise UserError(
                 f"{target} is a folder here, and is written like the id of a model on a hub. Write ./{target} for the folder, or "
                 f"{HUB}{target}."
@@ -176,7 +176,7 @@ def _for_others(
     card = saved.folder / MODEL_CARD
     if not card.is_file():
         notes.append(f"no {MODEL_CARD} lies beside the model, so that nothing tells what it is (a run's own: raytune report RUN)")
-    elif (text := card.read_text(encoding="utf-8", errors="replace")) != (new := placed(text, target.place)):
+    elif (text := card.read_text(encoding="utf-8", errors="replace")) != (new := placed(text, target.loaded_from, options.base)):
         changed[MODEL_CARD] = scratch / MODEL_CARD
         changed[MODEL_CARD].write_text(new, encoding="utf-8")
     if options.base and not saved.is_adapter:

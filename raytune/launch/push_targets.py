@@ -15,9 +15,9 @@ import raytune
 from raytune import storage
 from raytune.errors import ClusterError, ModelError, UserError
 from raytune.hub.upload import FileToSend, HubTarget
-from raytune.model.card import is_ours
+from raytune.model.card import HERE, is_ours
 from raytune.model.saved_files import LAST, is_of_model
-from raytune.object_store import shown
+from raytune.object_store import bucket_must_exist, shown
 from raytune.run_folder import MODEL_CARD
 
 MANIFEST = "raytune_push.json"
@@ -41,8 +41,8 @@ class Target(Protocol):
     """A place that a model is pushed to."""
 
     @property
-    def place(self) -> str:
-        """What loads it from there, or the URL."""
+    def loaded_from(self) -> str:
+        """What code gives to transformers to load the model from there."""
         ...
 
     def prepare(self, *, replace: bool) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class ToHub:
         self._keeps_card = False
 
     @property
-    def place(self) -> str:
+    def loaded_from(self) -> str:
         return self._name
 
     def prepare(self, *, replace: bool) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ class ToHub:
             if held is None or held.size != file.size or held.digest != (file.sha256 if held.is_large else file.git_sha1):
                 what = "is not there" if held is None else "holds something else than was sent"
                 raise ClusterError(f"{self._name} at commit {commit} is not what was pushed: {name} {what}. Push it again.")
-        new = [name for name, file in sent.items() if name not in before or before[name].digest != there[name].digest]
+        new = [name for name in sent if name != MANIFEST and (name not in before or before[name].digest != there[name].digest)]
         return Sent(where=f"hub://{self._name}", commit=commit, num_sent=len(new))
 
 
@@ -118,14 +118,13 @@ class ToStorage:
         self._path = storage.absolute(path)
         self._keeps_card = False
 
-    @property
-    def place(self) -> str:
-        return shown(self._path)
+    loaded_from = HERE  # a bucket is copied first, and whose folders are whose is nobody's business
 
     def prepare(self, *, replace: bool) -> tuple[str, ...]:
         storage.refuse_unusable(self._path)
-        there = storage.file_sizes(self._path)
-        _refuse_strangers(self.place, there, replace)
+        with bucket_must_exist(self._path):
+            there = storage.file_sizes(self._path)
+        _refuse_strangers(shown(self._path), there, replace)
         with suppress(FileNotFoundError):
             text = storage.read_bytes(f"{self._path}/{MODEL_CARD}").decode(errors="replace")
             self._keeps_card = not replace and not is_ours(text)
@@ -156,9 +155,9 @@ class ToStorage:
         wrong = [name for name, file in sent.items() if found.get(name) != file.size]
         if wrong:
             raise ClusterError(
-                f"{self.place} is not what was pushed: {wrong[0]} has another size, or is not there. Push it again."
+                f"{shown(self._path)} is not what was pushed: {wrong[0]} has another size, or is not there. Push it again."
             )
-        return Sent(where=self.place, commit=None, num_sent=len(lacking))
+        return Sent(where=shown(self._path), commit=None, num_sent=len(lacking))
 
     def _is_there(self, name: str, file: FileToSend, there: Mapping[str, int]) -> bool:
         return there.get(name) == file.size and storage.file_digest(f"{self._path}/{name}").sha256 == file.sha256

@@ -5,6 +5,7 @@ model is loaded, and a merge carries the card of an adapter on to the whole mode
 """
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ HERE = "."
 """Where a model is whose code lies in the folder itself."""
 _SIGNED = re.compile(r"^<!-- Written by raytune from the run \(([0-9a-f]{16})\)\. .* -->\n", re.MULTILINE)
 _PLACE = re.compile(r'^MODEL = ".*"  # .*$', re.MULTILINE)
+_BASE = re.compile(r'^BASE = ".*"  # .*$', re.MULTILINE)
 _LOADING = re.compile(r"(?<=^## How to load it\n\n)```python\n.*?^```\n", re.MULTILINE | re.DOTALL)
 _FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 
@@ -32,11 +34,20 @@ def is_ours(text: str) -> bool:
     return _SIGNED.search(text) is not None and signed(_SIGNED.sub("", text, count=1)) == text
 
 
-def placed(text: str, place: str) -> str:
-    """A card whose code loads the model from another place, such as an id on a hub; an edited one as it is."""
+def placed(text: str, place: str, base: str | None = None) -> str:
+    """A card whose code loads the model from another place, such as an id on a hub; an edited one as it is.
+
+    Args:
+        base: what its base is called there; None: as it is here.
+    """
     if not is_ours(text):
         return text
-    return signed(_PLACE.sub(lambda _: _place_line(place), _SIGNED.sub("", text, count=1), count=1))
+    text = _PLACE.sub(lambda _: _place_line(place), _SIGNED.sub("", text, count=1), count=1)
+    if base is not None:
+        text = _BASE.sub(lambda _: _base_line(base), text, count=1)
+        if not text.startswith("---\nbase_model:"):
+            text = text.replace("---\n", f"---\nbase_model: {json.dumps(base)}\nbase_model_relation: adapter\n", 1)
+    return signed(text)
 
 
 def save_merged_card(adapter: Path, merged: Path) -> None:
@@ -109,7 +120,7 @@ class Loading:
 
     def _over_base(self, trust: str) -> list[str]:
         asked = f"{f', revision={self.revision!r}' if self.revision else ''}{trust}"
-        lines = [f"BASE = {_literal(self.base)}  # its id on a hub, or its folder"]
+        lines = [_base_line(self.base)]
         asked_for = 'dtype="auto"'
         if self.rope:
             lines += [
@@ -152,6 +163,10 @@ class Loading:
 
 def _place_line(place: str) -> str:
     return f"MODEL = {_literal(place)}  # this folder, or its id on a hub"
+
+
+def _base_line(base: str) -> str:
+    return f"BASE = {_literal(base)}  # its id on a hub, or its folder"
 
 
 def _literal(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A saved model before it is given away: which files of its folder belong to it, and whether these are whole and hold what they say.
+"""A saved model before it is given away: which files of its folder belong to it, and whether they are whole and sound.
 
 What training asks of a base is asked here, and more: every number is looked at, not a few rows, since nobody will look again.
 """

@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 
 def leave_page(folder: RunFolder) -> None:
-    """Write the page of a run that has ended, and the card of its model, if it left one. What is wrong with them is no fault of the
-    run: it is said, and that is all."""
+    """Write the page of a run that has ended, and the card of its model, if it left one. What is wrong with them is no fault of
+    the run: it is said, and that is all."""
     _leave("page", folder.path, lambda: write_run_page(folder.path))
     leave_card(folder)
 

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from raytune.config.load import asked_values
 from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import write_yaml
 from raytune.credentials import redacted
@@ -250,7 +251,7 @@ def _results(run: RunSeen) -> Iterator[dict[str, Any]]:
 
 def _config_text(config: RunConfig, known: list[tuple[str, str]]) -> str:
     """What was asked of the model, as YAML: without what says where it was made, and with files by their names alone."""
-    asked = {key: value for key, value in config.model_dump(mode="json", exclude_defaults=True).items() if key not in PRIVATE}
+    asked = {section: value for section, value in asked_values(config).items() if section not in PRIVATE}
 
     def public(value: Any) -> Any:
         if isinstance(value, Mapping):

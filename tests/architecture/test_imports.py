@@ -58,7 +58,11 @@ OWNERS = {
     "peft": {"model/"},
     "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
     "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
-    "huggingface_hub": {"hub/client.py", "hub/upload.py", "model/pretrained.py"},  # the latter for the errors of transformers' configs
+    "huggingface_hub": {
+        "hub/client.py",
+        "hub/upload.py",
+        "model/pretrained.py",
+    },  # the latter for the errors of transformers' configs
     "httpx2": {"hub/client.py", "hub/upload.py"},
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"object_store.py"},
