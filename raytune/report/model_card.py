@@ -82,7 +82,7 @@ def model_card(run: RunSeen, before: str | None = None) -> str:
     plan = run.plan
     loading = _loading(run)
     on_hub, base = _is_of_hub(plan), _base(plan)
-    license_keys = _license(plan) or dict(_LICENSE.findall(before or ""))
+    license_keys = _license(plan) or _license_in(before or "")
     config = run.config
     known = _names_in(run.record.config) + [(plan.model.path, base)] * ("/" in plan.model.path)
 
@@ -149,7 +149,7 @@ def _hashes(plan: RunPlan) -> list[tuple[str, str]]:
 def _license(plan: RunPlan) -> dict[str, str]:
     """What the files of the base say of its license, by the hub's keys; empty: nothing, or they are not here."""
     folder = Path(model_files(plan.model.path, plan.model.revision))
-    if (front := _front_matter(folder / MODEL_CARD)) and "license" in (keys := dict(_LICENSE.findall(front))):
+    if keys := _license_in(_beginning(folder / MODEL_CARD)):
         return keys
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         text = _beginning(folder / name)
@@ -159,9 +159,11 @@ def _license(plan: RunPlan) -> dict[str, str]:
     return {}
 
 
-def _front_matter(path: Path) -> str:
-    match = re.match(r"---\n(.*?)\n---\n", _beginning(path), re.DOTALL)
-    return match[1] if match else ""
+def _license_in(card: str) -> dict[str, str]:
+    """What the front matter of a card says of a license."""
+    match = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    keys = dict(_LICENSE.findall(match[1])) if match else {}
+    return keys if "license" in keys else {}
 
 
 def _beginning(path: Path) -> str:
