@@ -151,7 +151,7 @@ def _license(plan: RunPlan) -> dict[str, str]:
     folder = Path(model_files(plan.model.path, plan.model.revision))
     if keys := _license_in(_beginning(folder / MODEL_CARD)):
         return keys
-    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+    for name in ("LICENSE", "LICENSE.txt"):
         text = _beginning(folder / name)
         for license_id, pattern in _TEXTS.items():
             if re.search(pattern, text):
