@@ -244,12 +244,13 @@ def write_report(run: File) -> str:
     Raises:
         raytune.errors.UserError: if there is no run.
     """
-    from raytune.report.model_card import write_model_card
+    from raytune.report.at_end import leave_card
     from raytune.report.run_page import write_run_page
     from raytune.report.run_seen import RunSeen
 
-    write_model_card(RunSeen.read(fspath(run)))
-    return write_run_page(fspath(run))
+    page = write_run_page(fspath(run))
+    leave_card(RunSeen.read(fspath(run)).folder)
+    return page
 
 
 def push(

@@ -21,13 +21,13 @@ def report(runs: tuple[str, ...], as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from raytune.report.model_card import write_model_card
+    from raytune.report.at_end import leave_card
     from raytune.report.run_page import write_run_page
     from raytune.report.run_seen import RunSeen
 
     for path in runs:
         seen = RunSeen.read(path)
-        page, card, symptoms = write_run_page(path), write_model_card(seen), seen.symptoms
+        page, card, symptoms = write_run_page(path), leave_card(seen.folder), seen.symptoms
         if as_json:
             facts = {"run": seen.folder.path, "state": seen.record.state, "step": seen.last_step, "report": page}
             facts |= {"model_card": card}

@@ -82,7 +82,7 @@ class Pushed:
         }
 
 
-def push(model: str, target: str, options: PushOptions, leave_card: Callable[[RunFolder], None]) -> Pushed:
+def push(model: str, target: str, options: PushOptions, leave_card: Callable[[RunFolder], object]) -> Pushed:
     """Push a saved model.
 
     Args:
@@ -136,7 +136,7 @@ def _target(target: str, options: PushOptions) -> Target:
     return ToStorage(target)
 
 
-def _source(model: str, leave_card: Callable[[RunFolder], None]) -> str:
+def _source(model: str, leave_card: Callable[[RunFolder], object]) -> str:
     """The folder of the model: that of a finished run whose files are all there, or the one that is named."""
     path = storage.absolute(model)
     if not storage.exists(f"{path}/run.json"):

@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from raytune.printable import in_a_line
 from raytune.report.model_card import write_model_card
 from raytune.report.run_page import write_run_page
 from raytune.report.run_seen import RunSeen
 from raytune.run_folder import RunFolder
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +22,14 @@ def leave_page(folder: RunFolder) -> None:
     leave_card(folder)
 
 
-def leave_card(folder: RunFolder) -> None:
-    """Write the card alone."""
-    _leave("model card", folder.path, lambda: write_model_card(RunSeen.read(folder.path)))
+def leave_card(folder: RunFolder) -> str | None:
+    """Write the card alone; its path, if it is there and ours."""
+    return _leave("model card", folder.path, lambda: write_model_card(RunSeen.read(folder.path)))
 
 
-def _leave(what: str, path: str, write: Callable[[], object]) -> None:
+def _leave(what: str, path: str, write: Callable[[], T]) -> T | None:
     try:
-        write()
+        return write()
     except Exception as error:
         logger.warning("The %s of %s was not written (raytune report %s tries again): %s", what, path, path, in_a_line(error))
+        return None

@@ -73,7 +73,7 @@ def test_a_hub_reads_base_library_data_license_and_scores(tmp_path: Path) -> Non
     samples = [sample(0, "yes", "no", "yes", suite="facts")]
     folder = left_run(tmp_path, plan=plan, config=config, samples=samples, comparisons={"facts": score(0.5, 0.75)})
     text = card_of(with_model(folder, **{"adapter_config.json": "{}"}))
-    card = ModelCard(text)
+    card: Any = ModelCard(text)
     data = card.data.to_dict()
     assert data["base_model"] == "owner/base"
     assert data["base_model_relation"] == "adapter"

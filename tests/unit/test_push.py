@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,8 +19,11 @@ from transformers import AutoModelForCausalLM
 import raytune
 from raytune.errors import ClusterError, ModelError, UserError
 from raytune.launch.push_targets import MANIFEST
+from raytune.model.card import is_ours
+from raytune.storage import file_sizes, read_json, write_json
 from tests.hub_stand_in import Refusal, StandIn
-from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.run_cases import left_run
+from tests.tiny import save_tiny_model, tiny_model
 
 NAME = "me/tiny"
 WEIGHTS = "model.safetensors"
@@ -326,5 +330,27 @@ def test_a_push_into_a_folder_that_failed_half_way_is_no_model_until_it_is_whole
     assert (there / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
-def test_the_tokenizer_of_the_tiny_model_has_a_template() -> None:
-    assert tiny_tokenizer().chat_template
+# --- Runs --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_pushed_with_its_card_if_it_has_finished_and_its_model_is_whole(
+    logged_in: StandIn, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"has not finished \(it is running\)"):
+        raytune.push(left_run(tmp_path / "other", state="running").path, NAME)
+    folder = left_run(tmp_path)
+    copied(tiny, Path(folder.model))
+    write_json(folder.result, read_json(folder.result) | {"model_files": file_sizes(folder.model)})
+    files = fsspec.filesystem("memory")
+    files.put(folder.path, "/pushed/r", recursive=True)
+    raytune.push("memory://pushed/r", NAME)  # a run on an object store
+    files.rm("/pushed", recursive=True)
+    raytune.push(folder.path, "me/other")
+    for name in (NAME, "me/other"):
+        card = files_of(logged_in, name)["README.md"].decode()
+        assert is_ours(card)
+        assert f'MODEL = "{name}"  # this folder' in card
+    assert 'MODEL = "."' in Path(folder.model_card).read_text()
+    (Path(folder.model) / WEIGHTS).write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"model\.safetensors has 3 bytes instead of \d+"):
+        raytune.push(folder.path, "me/third")
