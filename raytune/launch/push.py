@@ -109,6 +109,8 @@ def push(model: str, target: str, options: PushOptions, leave_card: Callable[[Ru
         files = {name: _file(changed.get(name, folder / name)) for name in saved.names}
         manifest = scratch / MANIFEST
         manifest.write_text(json.dumps(manifest_of(files), indent=2) + "\n")
+        if saved.is_adapter and not saved.is_held_against_base:
+            notes = (*notes, "whether the adapter fits its base was not looked at: that is not here, or is not as its files are")
         notes = (*notes, *found.prepare(replace=options.replace))
         sent = found.send(files | {MANIFEST: _file(manifest)}, options.message or f"{_title(model)}, pushed by raytune")
     return _pushed(source, files, sent, (*notes, *_left_out(saved)))

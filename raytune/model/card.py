@@ -100,7 +100,7 @@ class Loading:
         trust = ", trust_remote_code=True" * self.trust_remote_code
         if self.is_whole:
             lines += [
-                "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+                f"tokenizer = AutoTokenizer.from_pretrained(MODEL{trust})",
                 f'model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"{trust})',
                 "settings = model.generation_config",
             ]

@@ -16,12 +16,14 @@ from raytune.errors import ModelError
 from raytune.model.base_check import check_base
 from raytune.model.base_content import CONTENT_FILE, SAVED_WITH_IT
 from raytune.model.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION
-from raytune.model.files import resolve_model_path
-from raytune.model.rope import ROPE_FILE
-from raytune.model.saved_adapter import adapter_config
+from raytune.model.files import local_files, resolve_model_path
+from raytune.model.pretrained import load_config
+from raytune.model.rope import ROPE_FILE, saved_rope
+from raytune.model.saved_adapter import adapter_config, refuse_unfit_adapter
 from raytune.model.stopping import saved_config
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files
 from raytune.model.weight_numbers import check_stored_finite
+from raytune.plan.asked_model import AskedModel, plain_model
 from raytune.plan.model_folder import SETTINGS, check_model_folder, read_object
 from raytune.printable import in_a_line
 from raytune.run_folder import MODEL_CARD
@@ -49,6 +51,8 @@ class SavedModel:
     """Of the files that belong to it; weights first, and last what makes the folder a model."""
     others: tuple[str, ...]
     """What else lies there, hidden files aside."""
+    is_held_against_base: bool
+    """Whether the base of an adapter is on this machine, and the adapter was seen to fit it."""
 
 
 def is_of_model(name: str) -> bool:
@@ -73,6 +77,7 @@ def look_at_saved(folder: Path, *, trust_remote_code: bool = False) -> SavedMode
     is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file()
     weights = _checked_adapter(folder) if is_adapter else _checked_model(folder, trust_remote_code)
     check_stored_finite(weights, str(folder))
+    is_held = is_adapter and _held_against_base(folder, trust_remote_code)
     _check_words(folder, is_adapter, trust_remote_code)
     files = sorted({tensor.file.relative_to(folder).as_posix() for tensor in weights.values()})
     beside = [name for name in _beside(folder) if name not in files]
@@ -81,7 +86,13 @@ def look_at_saved(folder: Path, *, trust_remote_code: bool = False) -> SavedMode
     there = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
     }
-    return SavedModel(folder=folder, is_adapter=is_adapter, names=tuple(names), others=tuple(sorted(there - {*names})))
+    return SavedModel(
+        folder=folder,
+        is_adapter=is_adapter,
+        names=tuple(names),
+        others=tuple(sorted(there - {*names})),
+        is_held_against_base=is_held,
+    )
 
 
 def _checked_model(folder: Path, trust_remote_code: bool) -> dict[str, StoredTensor]:
@@ -97,6 +108,22 @@ def _checked_adapter(folder: Path) -> dict[str, StoredTensor]:
     if not stored:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no tensors: there is nothing in this adapter.")
     return stored
+
+
+def _held_against_base(folder: Path, trust_remote_code: bool) -> bool:
+    """Refuse an adapter that lacks tensors or has others than its base takes; whether that base is here to tell. One with new
+    tokens, or over packed numbers, does not fit the base as its files are, and is not looked at."""
+    config = adapter_config(folder)
+    base, revision = config.base_model_name_or_path or "", config.revision
+    if not base or local_files(base, revision) is None or (folder / BASE_QUANTIZATION).is_file():
+        return False
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    vocab = load_config(base, revision, trust_remote_code).get_text_config().vocab_size
+    if has_tokenizer and len(load_tokenizer(str(folder), None, trust_remote_code)) > vocab:
+        return False
+    whole = plain_model(base, "fp32", revision=revision, trust_remote_code=trust_remote_code, rope=saved_rope(folder))
+    refuse_unfit_adapter(AskedModel(name="pushed", model=whole, adapter=str(folder)))
+    return True
 
 
 def _check_words(folder: Path, is_adapter: bool, trust_remote_code: bool) -> None:

@@ -215,6 +215,16 @@ def test_a_damaged_model_is_refused_before_anything_is_asked(damage: Any, logged
     assert not logged_in.asked
 
 
+def test_an_adapter_that_lacks_tensors_of_its_base_is_refused(logged_in: StandIn, adapter: Path, tmp_path: Path) -> None:
+    folder = copied(adapter, tmp_path / "model")
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="missing adapter keys"):
+        raytune.push(folder, NAME)
+    assert not logged_in.asked
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     {
