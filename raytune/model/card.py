@@ -14,10 +14,10 @@ from raytune.run_folder import MODEL_CARD
 
 HERE = "."
 """Where a model is whose code lies in the folder itself."""
-_SIGNED = re.compile(r"^<!-- Written by raytune from the run \(([0-9a-f]{16})\)\. .* -->\n", re.MULTILINE)
+_SIGNED = re.compile(r"^<!-- Written by raytune \([0-9a-f]{16}\)\. .* -->\n", re.MULTILINE)
 _PLACE = re.compile(r'^MODEL = ".*"  # .*$', re.MULTILINE)
 _BASE = re.compile(r'^BASE = ".*"  # .*$', re.MULTILINE)
-_LOADING = re.compile(r"(?<=^## How to load it\n\n)```python\n.*?^```\n", re.MULTILINE | re.DOTALL)
+_LOADING = re.compile(r"(?<=^## How to load it\n\n).*?(?=\n^## )", re.MULTILINE | re.DOTALL)
 _FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 
 
@@ -25,8 +25,8 @@ def signed(text: str) -> str:
     """A card with the line that tells whether somebody has edited it, behind its front matter."""
     front, body = _parts(text)
     digest = hashlib.sha256((front + body).encode()).hexdigest()[:16]
-    said = "It is written again from there until somebody edits it; then it stays as it is."
-    return f"{front}<!-- Written by raytune from the run ({digest}). {said} -->\n{body}"
+    said = "raytune may write it again until somebody edits it; then it stays as it is."
+    return f"{front}<!-- Written by raytune ({digest}). {said} -->\n{body}"
 
 
 def is_ours(text: str) -> bool:
@@ -91,7 +91,8 @@ class Loading:
 
     @property
     def markdown(self) -> str:
-        return f"```python\n{self.code}```\n"
+        more = "`raytune merge` makes one whole model of base and adapter, where the method allows that.\n"
+        return f"```python\n{self.code}```\n" + f"\n{more}" * (not self.is_whole)
 
     @property
     def code(self) -> str:
@@ -156,7 +157,8 @@ class Loading:
             made = ['prompt = tokenizer("Once", return_tensors="pt")']
         return [
             *made,
-            "written = model.generate(**prompt.to(model.device), generation_config=settings, max_new_tokens=64)",
+            "settings.max_new_tokens = 64",
+            "written = model.generate(**prompt.to(model.device), generation_config=settings)",
             'print(tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
 
