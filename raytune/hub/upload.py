@@ -163,13 +163,18 @@ class HubTarget(Hub):
         except HfHubHTTPError as error:
             self._check(error.response)
             raise
-        except RuntimeError as error:  # one of several files, in a thread
+        except PermissionError as error:  # of hf_xet
+            raise ModelError(self._refusal(403, None, str(error)[:MOST_ANSWER])) from error
+        except RuntimeError as error:  # one of several files, in a thread; or what hf_xet says
             cause = error.__cause__
             if isinstance(cause, HfHubHTTPError):
                 self._check(cause.response)
             if isinstance(cause, httpx2.RequestError):
                 raise MayPassError(f"{error} ({cause or type(cause).__name__})") from error
-            raise ClusterError(f"{error} ({cause})") from error
+            raise ClusterError(
+                f"Sending to {self.base} failed: {error}{f' ({cause})' if cause else ''}. The model on the hub is as it was; the "
+                f"same command goes on."
+            ) from error
         except JSONDecodeError as error:
             raise MayPassError("an answer that is no JSON: a login page, or no hub at all?") from error
         except ValueError as error:  # a card or an answer that huggingface_hub does not take

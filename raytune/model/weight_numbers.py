@@ -1,6 +1,7 @@
 """Whether weights are numbers that can be trained on: none that is not finite, no matrix that one number fills."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ NUMBERS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have as they are. Integers are packed, and like 8-bit floats need a scale."""
 COMPARED_ROWS = 4096
 """Of two matrices, held at once."""
+HELD_NUMBERS = 1 << 24
+"""Of a tensor, held at once, unless a row has more."""
 
 
 def check_numbers(weights: Mapping[str, StoredTensor], place: str) -> None:
@@ -94,9 +97,9 @@ def _parts(opened: Any, name: str, shape: Sequence[int]) -> Iterator[torch.Tenso
     if not shape:
         yield opened.get_tensor(name)
         return
-    stored = opened.get_slice(name)
-    for start in range(0, shape[0], COMPARED_ROWS):
-        yield stored[start : start + COMPARED_ROWS]
+    stored, num_rows = opened.get_slice(name), max(1, HELD_NUMBERS // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], num_rows):
+        yield stored[start : start + num_rows]
 
 
 def check_finite(model: nn.Module, place: str) -> None:
