@@ -56,12 +56,12 @@ class SavedModel:
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a name is one that a file of a model has, wherever that is."""
+    """Whether a name is one that a file of a model has, wherever that is. Python files may be anybody's."""
     path = Path(name)
     if str(path.parent) == _TEMPLATES:
         return path.suffix == ".jinja"
     return path.name == name and (
-        name in (*_BESIDE, *LAST) or path.suffix in (".safetensors", ".py") or name.endswith(".safetensors.index.json")
+        name in (*_BESIDE, *LAST) or path.suffix == ".safetensors" or name.endswith(".safetensors.index.json")
     )
 
 

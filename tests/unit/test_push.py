@@ -263,7 +263,7 @@ def test_a_target_in_or_around_the_model_is_refused(tiny: Path, tmp_path: Path, 
 
 
 def test_files_of_others_stay_unless_they_are_to_be_replaced(logged_in: StandIn, tiny: Path, tmp_path: Path) -> None:
-    theirs = {"adapter_config.json": b"{}", "model-00001-of-00002.safetensors": b"x", "notes.txt": b"theirs"}
+    theirs = {"adapter_config.json": b"{}", "model-00001-of-00002.safetensors": b"x", "notes.txt": b"theirs", "mine.py": b"1"}
     logged_in.add(NAME, theirs)
     logged_in.private[NAME] = True
     there = tmp_path / "there"
@@ -276,7 +276,7 @@ def test_files_of_others_stay_unless_they_are_to_be_replaced(logged_in: StandIn,
     assert files_of(logged_in) == theirs == {path.name: path.read_bytes() for path in there.iterdir()}
     for target in (NAME, str(there)):
         raytune.push(tiny, target, replace=True)
-    own = {path.name for path in tiny.iterdir()} | {MANIFEST, "notes.txt"}
+    own = {path.name for path in tiny.iterdir()} | {MANIFEST, "notes.txt", "mine.py"}
     assert set(files_of(logged_in)) == {path.name for path in there.iterdir()} == own
 
 
