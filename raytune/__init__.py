@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from raytune.api.jobs import stop as stop
     from raytune.api.jobs import submit as submit
     from raytune.api.models import evaluate as evaluate
+    from raytune.api.models import push as push
     from raytune.api.runs import RunEvent as RunEvent
     from raytune.api.runs import advise as advise
     from raytune.api.runs import check as check
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
-    "models": ("evaluate",),
+    "models": ("evaluate", "push"),
     "runs": (
         "RunEvent",
         "advise",
@@ -64,6 +65,7 @@ __all__ = [
     "logs",
     "make_plan",
     "preflight",
+    "push",
     "score",
     "status",
     "stop",

@@ -25,6 +25,7 @@
     importance/rank-0.safetensors    by how much each weight is held under EWC; a file per rank where ranks share it
               /MANIFEST.json    what it was estimated from; written last
     model/                      the final weights, in Hugging Face format
+         /README.md             the model card (`raytune report`); stays as it is once somebody has edited it
     result.json                 final metrics, best step, base against tuned, sizes of the model's files; written last,
                                 when the driver adds time, dollars, changes in words and what looks wrong
     samples.jsonl               rows of suites, base against tuned
@@ -53,6 +54,8 @@ import re
 from dataclasses import dataclass
 
 MANIFEST = "MANIFEST.json"
+MODEL_CARD = "README.md"
+"""In the folder of a model; of a finished run it is no part of what the run left, since anybody may edit it."""
 LAYOUT_FILE = "engine.json"
 """How the training state beside it is cut (plan.division.Layout)."""
 EXPORT = "EXPORT.json"
@@ -113,6 +116,10 @@ class RunFolder:
     @property
     def model(self) -> str:
         return f"{self.path}/model"
+
+    @property
+    def model_card(self) -> str:
+        return f"{self.model}/{MODEL_CARD}"
 
     @property
     def exports(self) -> str:

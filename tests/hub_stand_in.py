@@ -1,9 +1,12 @@
-"""A Hugging Face hub on this machine, as far as downloads go: commits, lists of files, files in pieces, and its refusals.
+"""A Hugging Face hub on this machine: commits, lists of files, files in pieces, uploads, and its refusals.
 
 The protocol is that of huggingface_hub 2.4: `/api/models/ID/revision/REV`, `/api/models/ID/tree/REV` in pages, and
-`/ID/resolve/REV/FILE`, which sends small files itself and large ones from another host.
+`/ID/resolve/REV/FILE`, which sends small files itself and large ones from another host. Uploads are those without Xet:
+`/api/repos/create`, `preupload` (which files are large), Git LFS's `objects/batch`, a PUT to the other host for each large file
+that is not there, and one `commit` of lines of JSON.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -56,6 +59,18 @@ class StandIn:
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes by file."""
     tokens_at_cdn: list[str] = field(default_factory=list)
+    private: dict[str, bool] = field(default_factory=dict)
+    """Models that were created, and whether others see them."""
+    closed: set[str] = field(default_factory=set)
+    """Owners whose models nobody may write to."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """Large files that were uploaded, by their SHA-256, whether a commit has them or not."""
+    received: list[str] = field(default_factory=list)
+    """SHA-256 of each that arrived, in order."""
+    num_put_cuts: int = 0
+    """How many uploads are cut in their middle."""
+    messages: list[str] = field(default_factory=list)
+    """Of commits that were uploaded."""
     url: str = ""
     cdn: str = ""
 
@@ -140,20 +155,109 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _api(self, path: str, query: Mapping[str, list[str]]) -> None:
-        what = "/revision/" if "/revision/" in path else "/tree/"
+        what = "/tree/" if "/tree/" in path else "/revision/"
         model, _, revision = path.partition(what)
+        revision = revision or "main"
         if model not in self.hub.commits:
             return self._answer(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         found = self.hub.find(model, revision)
+        if found is None and "/" in revision:  # a folder
+            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         if found is None:
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         commit, files = found
         if what == "/revision/":
-            return self._json({"id": model, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            facts = {"id": model, "sha": commit, "private": self.hub.private.get(model, False)}
+            return self._json(facts | {"siblings": [{"rfilename": name} for name in files]})
         entries = [_entry(name, data) for name, data in sorted(files.items())]
         start = int(query.get("cursor", ["0"])[0])
         more = f"{self.hub.url}/api/models/{path}?recursive=true&expand=false&cursor={start + PAGE}"
         return self._json(entries[start : start + PAGE], {"Link": f'<{more}>; rel="next"'} if start + PAGE < len(entries) else {})
+
+    # --- Uploads -------------------------------------------------------------------------------------------------------------
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append((self.part, path, None))
+        if refusal := self._refusal(path):
+            return self._answer(refusal.status, b"", refusal.headers)
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._batch(json.loads(body))
+        model, what, revision = _of_model(path)
+        if self.headers.get("Authorization") is None or model.partition("/")[0] in self.hub.closed:
+            return self._answer(403, b"", {"X-Error-Message": "Forbidden: pass a token with write access"})
+        if what == "branch":
+            new = revision not in self.hub.references[model]
+            self.hub.references[model].setdefault(revision, self.hub.references[model]["main"])
+            return self._json({}) if new else self._answer(409, b"", {})
+        found = self.hub.find(model, revision)
+        if found is None:
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if what == "preupload":
+            return self._preupload(json.loads(body), found[1])
+        return self._commit(model, revision, body, dict(found[1]))
+
+    def _create(self, asked: Mapping[str, Any]) -> None:
+        model = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] in self.hub.closed:
+            return self._answer(403, b"", {"X-Error-Message": "You don't have the rights to create a model under this namespace"})
+        if model in self.hub.commits:
+            return self._answer(409, b'{"url": "%s"}' % f"{self.hub.url}/{model}".encode(), {})
+        self.hub.private[model] = asked.get("visibility") == "private"
+        self.hub.add(model, {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self._json({"url": f"{self.hub.url}/{model}"})
+
+    def _preupload(self, asked: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        def answer(file: Mapping[str, Any]) -> dict[str, Any]:
+            is_large = file["size"] >= LARGE_BYTES or file["path"].endswith(".safetensors")
+            oid = _digest(file["path"], files[file["path"]]) if file["path"] in files else None
+            return {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": oid}
+
+        self._json({"files": [answer(file) for file in asked["files"]]})
+
+    def _batch(self, asked: Mapping[str, Any]) -> None:
+        def answer(wanted: Mapping[str, Any]) -> dict[str, Any]:
+            upload = {"actions": {"upload": {"href": f"{self.hub.cdn}/put/{wanted['oid']}"}}}
+            return {**wanted, **({} if wanted["oid"] in self.hub.objects else upload)}
+
+        self._json({"transfer": "basic", "objects": [answer(wanted) for wanted in asked["objects"]]})
+
+    def do_PUT(self) -> None:
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens_at_cdn.append(token)
+        size, digest = int(self.headers["Content-Length"]), self.path.rpartition("/")[2]
+        if self.hub.num_put_cuts > 0:
+            self.hub.num_put_cuts -= 1
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        data = self.rfile.read(size)
+        assert _sha256(data) == digest
+        self.hub.objects[digest] = data
+        self.hub.received.append(digest)
+        self._answer(200, b"", {})
+
+    def _commit(self, model: str, branch: str, body: bytes, files: dict[str, bytes]) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            match line["key"]:
+                case "header":
+                    self.hub.messages.append(value["summary"])
+                case "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    files[value["path"]] = self.hub.objects[value["oid"]]
+                case "deletedFile":
+                    del files[value["path"]]
+        commit = self.hub.add(model, files, branch)
+        self._json({"commitUrl": f"{self.hub.url}/{model}/commit/{commit}", "commitOid": commit})
+
+    # --- Downloads -----------------------------------------------------------------------------------------------------------
 
     def _resolve(self, path: str) -> None:
         model, _, rest = path.partition("/resolve/")
@@ -210,6 +314,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _of_model(path: str) -> tuple[str, str, str]:
+    """Model, what is asked of it, and the revision."""
+    owner, name, what, revision = path.removeprefix("/api/models/").split("/", 3)
+    return f"{owner}/{name}", what, revision
 
 
 def _is_large(name: str, data: bytes) -> bool:

@@ -9,6 +9,7 @@ from raytune.api.asked import File
 if TYPE_CHECKING:
     from raytune.config.training import Precision
     from raytune.evaluation.side_by_side import Evaluation
+    from raytune.launch.push import Pushed
 
 
 def evaluate(
@@ -64,3 +65,47 @@ def evaluate(
     )
     prepared = prepare_evaluation(named, suite=text(suite), address=address, workers=workers)
     return evaluate(prepared, text(output))
+
+
+def push(
+    model: File,
+    target: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    replace: bool = False,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Pushed":
+    """Push a model as `raytune push` does: to a hub, a bucket or a folder, checked before and read back.
+
+    Args:
+        model: the folder of a finished run, or of a model or an adapter that plain transformers or PEFT loads.
+        target: owner/name on the hub, a URL, or a folder that is written as a path.
+        private: who may see a model that is new on the hub; one that is public already is refused.
+        revision: branch on the hub; by default main.
+        message: of the commit there.
+        replace: write over files that raytune has not pushed there, and a card that was edited.
+        base: what an adapter calls its base there, such as its id on a hub.
+        trust_remote_code: run the Python code that comes with a model in a folder, to check it.
+
+    Returns:
+        `where`, `commit`, `files` with their bytes, `num_sent`, and `notes`.
+
+    Raises:
+        raytune.errors.UserError: before anything is sent.
+        raytune.errors.RaytuneError: if the target does not answer; the same call goes on.
+    """
+    from raytune.launch.push import PushOptions, push
+    from raytune.report.at_end import leave_card
+
+    options = PushOptions(
+        private=private,
+        revision=revision,
+        message=message,
+        replace=replace,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
+    return push(fspath(model), target, options, leave_card)

@@ -238,7 +238,7 @@ def track(run: File, **tracking: Any) -> list[str]:
 
 
 def write_report(run: File) -> str:
-    """Write the page of a run as `raytune report` does, finished or not.
+    """Write the page of a run as `raytune report` does, finished or not; of a finished one also the card of its model.
 
     Args:
         run: a run folder.
@@ -249,9 +249,13 @@ def write_report(run: File) -> str:
     Raises:
         raytune.errors.UserError: if there is no run.
     """
+    from raytune.report.at_end import leave_card
     from raytune.report.run_page import write_run_page
+    from raytune.report.run_seen import RunSeen
 
-    return write_run_page(fspath(run))
+    page = write_run_page(fspath(run))
+    leave_card(RunSeen.read(fspath(run)).folder)
+    return page
 
 
 def compare(runs: Sequence[File], *, output: File | None = None) -> "RunComparison":

@@ -15,6 +15,7 @@ from raytune.cli.evaluate import evaluate
 from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
+from raytune.cli.push import push
 from raytune.cli.reports import compare, report
 from raytune.cli.runs import advise, merge, plan, score, sweep, track, train
 from raytune.cli.supervise import Notes, supervised
@@ -37,6 +38,7 @@ for verb in (
     report,
     compare,
     merge,
+    push,
     cluster,
     preflight,
     doctor,

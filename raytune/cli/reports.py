@@ -16,18 +16,21 @@ def report(runs: tuple[str, ...], as_json: bool) -> None:
     """Write the page of a run, report.html in its folder: finished, failed, or still at work. Says what looks wrong with it.
 
     RUN is a run folder. A run writes its page at its end by itself; a sweep writes its own, and those of its trials. The page is
-    one file that needs neither network nor server.
+    one file that needs neither network nor server. Of a finished run the card of its model, model/README.md, is written too,
+    unless somebody has edited it.
     """
     from dataclasses import asdict
 
+    from raytune.report.at_end import leave_card
     from raytune.report.run_page import write_run_page
     from raytune.report.run_seen import RunSeen
 
     for path in runs:
         seen = RunSeen.read(path)
-        page, symptoms = write_run_page(path), seen.symptoms
+        page, card, symptoms = write_run_page(path), leave_card(seen.folder), seen.symptoms
         if as_json:
             facts = {"run": seen.folder.path, "state": seen.record.state, "step": seen.last_step, "report": page}
+            facts |= {"model_card": card}
             say(json.dumps(facts | {"words": seen.words, "symptoms": [asdict(symptom) for symptom in symptoms]}))
             continue
         for sentence in seen.words:
@@ -35,6 +38,8 @@ def report(runs: tuple[str, ...], as_json: bool) -> None:
         for symptom in symptoms:
             say(symptom.sentence)
         say(f"report   {page}")
+        if card:
+            say(f"card     {card}")
 
 
 @click.command(epilog=examples("compare runs/a runs/b", "compare runs/* --output compared.html"))

@@ -113,10 +113,15 @@ def overridden(paths: Sequence[str | Path], config: RunConfig) -> list[tuple[str
 def dump_yaml(config: RunConfig, *, full: bool = False) -> str:
     """YAML that loads to an equal config: the keys that differ from their defaults, those that a run names and those that its
     preset would set, or all of them."""
+    data = asked_values(config, full=full)
+    return write_yaml(data) if data else ""
+
+
+def asked_values(config: RunConfig, *, full: bool = False) -> dict[str, Any]:
+    """What `dump_yaml` writes, by section."""
     data = _with_preset(config.model_dump(exclude_defaults=not full), config)
     named = {section: keys | data.get(section, {}) for section, keys in named_values(config).items()}
-    data = {section: (data | named)[section] for section in RunConfig.model_fields if section in data | named}
-    return write_yaml(data) if data else ""
+    return {section: (data | named)[section] for section in RunConfig.model_fields if section in data | named}
 
 
 def dump_written(config: RunConfig) -> str:

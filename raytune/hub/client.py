@@ -60,7 +60,7 @@ class HubFile:
     is_large: bool
 
 
-class _MayPassError(Exception):
+class MayPassError(Exception):
     """Something that is worth another try, after so many seconds if the hub said how many."""
 
     def __init__(self, cause: str, wait_s: float | None = None) -> None:
@@ -89,17 +89,9 @@ class Hub:
         try:
             validate_repo_id(base)
         except HFValidationError as error:
-            raise ModelError(
-                f"model.base {base!r} is neither a folder on {self._node} nor an id of the Hugging Face hub ({error}). "
-                f"Give a folder with config.json and *.safetensors, an id such as owner/name, or demo."
-            ) from error
+            raise self._no_id(str(error)) from error
         if is_offline():
-            raise ModelError(
-                f"{self.named} is neither a folder nor whole in the Hugging Face cache {default_hub_cache()} of {self._node}, "
-                f"where HF_HUB_OFFLINE is set, so that nothing is downloaded. Unset it; or, where there is a network, "
-                f"hf download {base}{f' --revision {revision}' if revision else ''}, and copy that cache here (HF_HUB_CACHE "
-                f"names its place) or give a local folder as model.base."
-            )
+            raise self._offline()
 
     @property
     def named(self) -> str:
@@ -183,7 +175,7 @@ class Hub:
                 if offset > file.size:
                     raise ClusterError(f"{self._endpoint} sends more than the {file.size} bytes of {file.name} that it lists.")
         if offset < stop:
-            raise _MayPassError(f"the connection was cut at {format_bytes(offset)} of {format_bytes(file.size)}")
+            raise MayPassError(f"the connection was cut at {format_bytes(offset)} of {format_bytes(file.size)}")
 
     # --- Asking --------------------------------------------------------------------------------------------------------------
 
@@ -197,7 +189,7 @@ class Hub:
                     answer = response.json()
                 except ValueError as error:  # not of a hub, so it has not answered yet: the login page of a network, for one
                     kind = "".join(filter(str.isprintable, response.headers.get("content-type", "no type")))[:60]
-                    raise _MayPassError(f"an answer that is no JSON ({kind}): a login page, or no hub at all?") from error
+                    raise MayPassError(f"an answer that is no JSON ({kind}): a login page, or no hub at all?") from error
                 self._has_answered = True
                 return answer, response.links.get("next", {}).get("url")
 
@@ -221,11 +213,11 @@ class Hub:
                 return action()
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
                 raise ModelError(f"HF_ENDPOINT is {self._endpoint}, which is no address of a hub ({error}).") from error
-            except (_MayPassError, httpx2.RequestError) as error:
+            except (MayPassError, httpx2.RequestError) as error:
                 if self._num_arrived > arrived_before:
                     began, wait = time.monotonic(), patience.first_wait_s
                 cause = str(error) or type(error).__name__
-                asked_s = error.wait_s if isinstance(error, _MayPassError) else None
+                asked_s = error.wait_s if isinstance(error, MayPassError) else None
                 limit = patience.total_s if self._has_answered else patience.unreachable_s
                 pause = max(wait, asked_s or 0.0)
                 if time.monotonic() - began + pause > limit or self.stopped.is_set():
@@ -233,6 +225,39 @@ class Hub:
                 _log.warning("%s: %s; trying again in %s", what, cause, format_seconds(pause))
                 self.stopped.wait(pause)
                 wait = min(2 * wait, patience.longest_wait_s)
+
+    def _check(self, response: Any) -> None:
+        """Refuse an answer that is none.
+
+        Raises:
+            ModelError: if it will be the same next time.
+            MayPassError: if it may not.
+        """
+        status = response.status_code
+        self._has_answered |= status >= 400
+        if status in _PASSING:
+            busy = "too many requests" if status == 429 else "the hub has a fault of its own"
+            raise MayPassError(f"{busy} (HTTP {status})", _wait_asked_for(response))
+        if status >= 400:
+            code, said = response.headers.get("x-error-code"), response.headers.get("x-error-message") or ""
+            raise ModelError(self._refusal(status, code, "".join(filter(str.isprintable, said))[:300]))
+
+    # --- Words of a base, which other uses of a hub have their own for ------------------------------------------------------
+
+    def _no_id(self, why: str) -> ModelError:
+        return ModelError(
+            f"model.base {self.base!r} is neither a folder on {self._node} nor an id of the Hugging Face hub ({why}). "
+            f"Give a folder with config.json and *.safetensors, an id such as owner/name, or demo."
+        )
+
+    def _offline(self) -> ModelError:
+        revision = f" --revision {self._revision}" if self._revision else ""
+        return ModelError(
+            f"{self.named} is neither a folder nor whole in the Hugging Face cache {default_hub_cache()} of {self._node}, "
+            f"where HF_HUB_OFFLINE is set, so that nothing is downloaded. Unset it; or, where there is a network, "
+            f"hf download {self.base}{revision}, and copy that cache here (HF_HUB_CACHE "
+            f"names its place) or give a local folder as model.base."
+        )
 
     def _lost(self, what: str, cause: str, waited_s: float) -> ClusterError:
         where, waited = f"{self._endpoint} from {self._node}", format_seconds(waited_s)
@@ -247,22 +272,6 @@ class Hub:
             f"Could not get {what} from {where}: {cause}, again and again for {waited}. What has arrived is kept: the same "
             f"command goes on from there.{more}"
         )
-
-    def _check(self, response: Any) -> None:
-        """Refuse an answer that is none.
-
-        Raises:
-            ModelError: if it will be the same next time.
-            _MayPassError: if it may not.
-        """
-        status = response.status_code
-        self._has_answered |= status >= 400
-        if status in _PASSING:
-            busy = "too many requests" if status == 429 else "the hub has a fault of its own"
-            raise _MayPassError(f"{busy} (HTTP {status})", _wait_asked_for(response))
-        if status >= 400:
-            code, said = response.headers.get("x-error-code"), response.headers.get("x-error-message") or ""
-            raise ModelError(self._refusal(status, code, "".join(filter(str.isprintable, said))[:300]))
 
     def _refusal(self, status: int, code: str | None, said: str) -> str:
         """Why the hub does not give what was asked for, and what to do."""

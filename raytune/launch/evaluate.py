@@ -33,7 +33,7 @@ from raytune.plan.base_model import DEMO, is_on_hub
 from raytune.plan.machine import Machine
 from raytune.plan.run_plan import SuitePlan
 from raytune.plan.suites import suite_plan
-from raytune.run_folder import EvaluationFolder
+from raytune.run_folder import MODEL_CARD, EvaluationFolder
 from raytune.storage import absolute, exists, file_sizes, is_local, local_path, read_bytes, read_json, write_bytes, write_json
 
 JUDGING = {"metrics", "code", "bertscore"}
@@ -245,8 +245,8 @@ def _files(folder: str) -> list[Any]:
     if folder == DEMO or (is_local(folder) and is_on_hub(folder)):
         return []
     if not is_local(folder):
-        return sorted(file_sizes(folder).items())
-    files = [path for path in local_path(folder).iterdir() if path.is_file()]
+        return sorted((name, size) for name, size in file_sizes(folder).items() if name != MODEL_CARD)
+    files = [path for path in local_path(folder).iterdir() if path.is_file() and path.name != MODEL_CARD]
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 

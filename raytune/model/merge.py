@@ -38,6 +38,7 @@ from raytune.hub.snapshot import described, in_lines
 from raytune.model.adapters import ADAPTERS, adapting_with
 from raytune.model.adapters.adapting import Adapting, as_asked
 from raytune.model.base_check import check_files
+from raytune.model.card import save_merged_card
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import (
     ADAPTER,
@@ -144,6 +145,7 @@ def merge_adapter(
         tokenizer.save_pretrained(unfinished)
         stops = saved_config(adapter_folder) or _stops(base_config(weights.folder, config), tokenizer)
         save_generation_config(stops, unfinished)
+        save_merged_card(adapter_folder, unfinished)
         unfinished.chmod(0o755)
         if output_folder.exists():
             output_folder.rmdir()

@@ -1,6 +1,7 @@
 """Whether weights are numbers that can be trained on: none that is not finite, no matrix that one number fills."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ NUMBERS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have as they are. Integers are packed, and like 8-bit floats need a scale."""
 COMPARED_ROWS = 4096
 """Of two matrices, held at once."""
+HELD_NUMBERS = 1 << 24
+"""Of a tensor, held at once, unless a row has more."""
 
 
 def check_numbers(weights: Mapping[str, StoredTensor], place: str) -> None:
@@ -69,6 +72,34 @@ def _is_filled_with(number: torch.Tensor, matrix: Any, num_rows: int) -> bool:
     """Whether a stored matrix holds one number everywhere, looked at a few rows at a time."""
     parts = (matrix[start : start + COMPARED_ROWS] for start in range(0, num_rows, COMPARED_ROWS))
     return all(bool((part == number).all()) for part in parts)
+
+
+def check_stored_finite(tensors: Mapping[str, StoredTensor], place: str) -> None:
+    """Refuse files that hold a number which is none; every one is read, a few rows at a time. Packed integers are not looked at.
+
+    Raises:
+        ModelError: naming the first such tensors, or the file that cannot be read.
+    """
+    wrong: list[str] = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBERS:
+            continue
+        with safe_open(tensor.file, "pt") as opened:
+            parts = _parts(opened, name, tensor.shape)
+            if not all(torch.stack(torch.aminmax(part)).isfinite().all() for part in parts if part.numel()):
+                wrong.append(name)
+    if wrong:
+        raise _not_finite(wrong, place)
+
+
+def _parts(opened: Any, name: str, shape: Sequence[int]) -> Iterator[torch.Tensor]:
+    """A stored tensor, some rows at a time."""
+    if not shape:
+        yield opened.get_tensor(name)
+        return
+    stored, num_rows = opened.get_slice(name), max(1, HELD_NUMBERS // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], num_rows):
+        yield stored[start : start + num_rows]
 
 
 def check_finite(model: nn.Module, place: str) -> None:

@@ -20,6 +20,7 @@ from raytune.model.export import save_adapter, save_model
 from raytune.model.rope import save_rope
 from raytune.model.stopping import save_generation_config, stopping_config
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import MODEL_CARD
 from raytune.storage import file_sizes, is_local, local_path, upload_folder, write_json
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.engine import Engine
@@ -66,7 +67,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
                 "held_bytes": held_by_ranks,
                 "median_step_s": recorder.median_step_s,
                 "comparisons": {name: comparison.to_json() for name, comparison in comparisons.items()},
-                "model_files": file_sizes(folder.model),
+                "model_files": {name: size for name, size in file_sizes(folder.model).items() if name != MODEL_CARD},
             },
         )
 

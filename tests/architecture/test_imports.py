@@ -58,8 +58,12 @@ OWNERS = {
     "peft": {"model/"},
     "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
     "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
-    "huggingface_hub": {"hub/client.py", "model/pretrained.py"},  # the latter for the errors of transformers' configs
-    "httpx2": {"hub/client.py"},
+    "huggingface_hub": {
+        "hub/client.py",
+        "hub/upload.py",
+        "model/pretrained.py",
+    },  # the latter for the errors of transformers' configs
+    "httpx2": {"hub/client.py", "hub/upload.py"},
     "yaml": {"config/yaml_nodes.py"},
     "fsspec": {"object_store.py"},
     "aiohttp": {"clusters/jobs.py", "watch/server.py"},
@@ -78,7 +82,7 @@ OWNERS = {
     "wandb": {"tracking/wandb.py"},
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"report/figures/"},
-    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/page.py"},
+    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/page.py", "report/model_card.py"},
 }
 
 

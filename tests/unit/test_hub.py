@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from raytune.model.files import local_files
 from raytune.model.hub import download_base
 from raytune.model.pretrained import load_config
 from raytune.plan.base_model import model_files, read_model_shape
-from tests.hub_stand_in import Refusal, StandIn, serving
+from tests.hub_stand_in import Refusal, StandIn
 from tests.tiny import save_tiny_model
 
 NAME = "owner/tiny"
@@ -48,20 +48,6 @@ NEVER_WANTED = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A hub in reach of this process, whose cache is empty and who is not logged in."""
-    with serving() as stand_in:
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # what the library read when it was imported
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield stand_in
 
 
 def big(files: dict[str, bytes], size: int = 2_000_000) -> dict[str, bytes]:
