@@ -316,8 +316,9 @@ def chat(
         max_new_tokens, temperature, top_p, top_k, seed: as for `generate`; `chat.style` has them.
 
     Returns:
-        A conversation: `ask(text)` waits for the answer, `stream(text)` gives it as it is written, `retry()` asks again, `use(name)`
-        has another of the `models` answer, `messages` is what was said, `save(path)` appends it as a row that can be trained on.
+        A conversation: `ask(text)` waits for the answer, `stream(text)` gives it as it is written, `retry()` asks again,
+        `use(name)` has another of the `models` answer, `messages` is what was said, and `save(path)` appends it as a row that can
+        be trained on.
         The model is loaded when it is first asked; the end of a `with` block, or `close()`, lets go of it.
 
     Raises:

@@ -54,10 +54,7 @@ def _turn(chat: "Chat", text: str) -> None:
         UserError: if it cannot be done.
         Quit: if that is the end.
     """
-    if text.startswith(BLOCK):
-        asked = text.removeprefix(BLOCK).removesuffix(BLOCK).strip("\n")
-    else:
-        asked = meaning(text)
+    asked = meaning(text)
     if not isinstance(asked, str):
         _ACTIONS[asked.name](chat, asked.argument)
     elif asked:

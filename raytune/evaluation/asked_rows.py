@@ -72,6 +72,10 @@ def asked_row(conversation: Conversation) -> AskedRow:
     return replace(row, messages=tuple(before), expected=last if more else last.get("content") or None)
 
 
+class TooLong(RowError):
+    """A prompt that leaves a model no position for an answer."""
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
     """Turns behind another system message than their own; None: as they are."""
     if system is None:
@@ -115,19 +119,21 @@ class Prompter:
         if isinstance(asked, str):
             ids = (*self._bos, *ids_of(self._tokenizer, asked))
         elif self._renderer is None:
-            raise RowError("has turns, and the model has no chat template to be asked them in")
+            raise RowError("these are turns, and the model has no chat template to be asked them in (--template names one)")
         else:
             text = self._renderer.one(Job(asked, tools, True))
             if isinstance(text, RowError):
                 raise text
             ids = ids_of(self._tokenizer, text)
         if not ids:
-            raise RowError("is empty, and there is nothing to go on from")
+            raise RowError("the prompt is empty, and there is nothing to go on from")
         if (largest := max(ids)) >= self._vocab:
             token = self._tokenizer.convert_ids_to_tokens(largest)
-            raise RowError(f"has the token {token!r}, number {largest}, and the model has embeddings for {self._vocab} tokens")
+            raise RowError(
+                f"the prompt has the token {token!r}, number {largest}, and the model has embeddings for {self._vocab} tokens"
+            )
         if self.positions is not None and len(ids) >= self.positions:
-            raise RowError(f"has {len(ids)} tokens, and the model has {self.positions} positions for them and its answer")
+            raise TooLong(f"the prompt has {len(ids)} tokens, and the model has {self.positions} positions for it and its answer")
         return ids
 
     def room(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:

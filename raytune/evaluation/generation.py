@@ -61,24 +61,26 @@ class Ends:
 
     def written(self, answers: Sequence[Sequence[int]]) -> list[Written]:
         """What tokens of answers come to, each with all that was generated behind its prompt."""
-        own = [self._before_end(ids) for ids in answers]
-        texts = self._tokenizer.batch_decode([[one for one in ids if self.is_text(one)] for ids in own])
+        ends = [self._end(ids) for ids in answers]
+        texts = self._texts([ids[: len(ids) if end is None else end] for ids, end in zip(answers, ends, strict=True)])
         return [
-            Written(
-                text=text,
-                num_tokens=len(ids),
-                has_ended=any(token in self.stops for token in generated) or any(stop in text for stop in self._stop_texts),
-            )
-            for generated, ids, text in zip(answers, own, texts, strict=True)
+            Written(text=text, num_tokens=len(ids) if end is None else end, has_ended=end is not None)
+            for ids, end, text in zip(answers, ends, texts, strict=True)
         ]
 
-    def _before_end(self, ids: Sequence[int]) -> Sequence[int]:
-        """What comes before the first token that ends a turn; such a token need not be a special one, which decoding leaves out.
-        Behind a text that ends an answer there is padding only."""
-        end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
-        while end and self._stop_texts and ids[end - 1] == self.pad:
-            end -= 1
-        return ids[:end]
+    def _texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        return self._tokenizer.batch_decode([[one for one in ids if self.is_text(one)] for ids in answers])
+
+    def _end(self, ids: Sequence[int]) -> int | None:
+        """How many tokens come before one that ends a turn, or up to a text that does; None: neither is there.
+
+        Such a token need not be a special one, which decoding leaves out. And behind such a text, transformers 5.23 goes on with
+        any tokens while others of the batch go on, where no token ends a turn.
+        """
+        end = next((place for place, token in enumerate(ids) if token in self.stops), None)
+        counts = range(1, (len(ids) if end is None else end) + 1) if self._stop_texts else ()
+        texts = ((count, self._texts([ids[:count]])[0]) for count in counts)
+        return next((count for count, text in texts if any(stop in text for stop in self._stop_texts)), end)
 
 
 def write_answers(

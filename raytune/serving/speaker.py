@@ -8,7 +8,7 @@ import torch
 
 from raytune.data.conversation import Message, Origin, RowError
 from raytune.errors import UserError
-from raytune.evaluation.asked_rows import IN_PYTHON, AskedRow, Prompter, with_system
+from raytune.evaluation.asked_rows import IN_PYTHON, AskedRow, Prompter, TooLong, with_system
 from raytune.evaluation.generation import Written
 from raytune.evaluation.streaming import stream_answer
 from raytune.launch.models_to_ask import Subject, ToAsk
@@ -92,7 +92,8 @@ class HeldSpeaker:
         try:
             prompt = prompter.prompt_ids(messages)
         except RowError as error:
-            raise UserError(f"{model} cannot be asked that: it {error}.") from error
+            shorter = " Ask something shorter, or begin another conversation." if isinstance(error, TooLong) else ""
+            raise UserError(f"{model} cannot be asked that: {error}.{shorter}") from error
         room = prompter.room(prompt, max_new_tokens)
         with ExitStack() as stack:
             loaded = self._loaded(self._subjects[model], stack)

@@ -119,13 +119,15 @@ def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
 
 
-def meaning(line: str) -> Command | str:
-    """What a line that was typed asks for: a command, or an answer to its text.
+def meaning(typed: str) -> Command | str:
+    """What somebody types asks for: a command, or an answer to the text. Between marks of a block all is text.
 
     Raises:
         UserError: if it is written as a command and there is no such one.
     """
-    text = line.strip()
+    text = typed.strip()
+    if text.startswith(BLOCK):
+        return text.removeprefix(BLOCK).removesuffix(BLOCK).strip("\n")
     if not text.startswith("/"):
         return text
     name, _, argument = text.partition(" ")
