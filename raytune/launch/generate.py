@@ -3,7 +3,7 @@ What is answered is kept beside the output until that is whole, so that the same
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -19,6 +19,7 @@ from raytune.errors import DataError, UserError
 from raytune.evaluation.answers import Chunk, chunks_of
 from raytune.evaluation.asked_rows import AskedRow, Prompter, read_asked_rows, rows_of_prompts, with_system
 from raytune.evaluation.questions import Question
+from raytune.evaluation.suite_metrics import Given
 from raytune.launch.kept_answers import answers_of, cluster_to_ask, content_of_chunk, hash_of
 from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
 from raytune.plan.run_plan import SamplingPlan, SuitePlan
@@ -227,7 +228,7 @@ def generate(prepared: ToAnswer, output: str | None = None) -> Answers:
         UserError: before anything is started, if the file is there, or answers of something else.
         RaytuneError: if the workers failed; what was answered is kept.
     """
-    chunks = {name: list(_chunks(prepared, name)) for name in prepared.prompts}
+    chunks = {name: chunks_for(prepared, name) for name in prepared.prompts}
     with ExitStack() as stack:
         if output is None:
             folder = EvaluationFolder(stack.enter_context(TemporaryDirectory()))
@@ -236,13 +237,56 @@ def generate(prepared: ToAnswer, output: str | None = None) -> Answers:
         tasks = [(one.asked, chunk) for one in prepared.to_ask.subjects for chunk in chunks[one.name]]
         found = answers_of(tasks, prepared.cluster, prepared.to_ask.run, folder.chunk)
     given = {(one.name, row): each for (one, _), of_chunk in zip(tasks, found, strict=True) for row, each in of_chunk.items()}
+    rows = answered_rows(prepared, given)
+    prompts = [prompt for of_model in prepared.prompts.values() for prompt in of_model.values()]
+    answers = Answers(
+        output=None if output is None else absolute(output),
+        models={one.name: one.source for one in prepared.to_ask.subjects},
+        rows=tuple(rows),
+        num_rows=prepared.num_rows,
+        refused=prepared.refused,
+        num_shortened=sum(prompt.room < prepared.how.max_new_tokens for prompt in prompts),
+    )
+    if answers.output is not None:
+        write_bytes(answers.output, to_json_lines(rows))
+        remove_folder(folder.path, answers.output.rpartition("/")[0])
+    return answers
+
+
+def chunks_for(prepared: ToAnswer, model: str) -> list[Chunk]:
+    """The rows of a model in chunks; those with less room than they are allowed apart, by what they have."""
+    how, prompts = prepared.how, prepared.prompts[model]
+    by_room = sorted(prompts, key=lambda number: -prompts[number].room)
+    chunks: list[Chunk] = []
+    for room, numbers in groupby(by_room, key=lambda number: prompts[number].room):
+        suite = SuitePlan(
+            name="rows",
+            metrics=(),
+            batch_size=how.batch_size,
+            max_new_tokens=room,
+            num_beams=how.num_beams,
+            sampling=how.sampling,
+        )
+        questions = {number: Question(suite="rows", prompt="", prompt_ids=prompts[number].ids) for number in numbers}
+        chunks += chunks_of(suite, questions)
+    return chunks
+
+
+def answered_rows(prepared: ToAnswer, given: Mapping[tuple[str, int], Given]) -> list[AnsweredRow]:
+    """All answers, row by row, of each the models in their order.
+
+    Args:
+        given: by model and number of the row.
+    """
     rows = []
-    for (number, row), one in ((place, one) for place in enumerate(prepared.rows) for one in prepared.to_ask.subjects):
-        if (prompt := prepared.prompts[one.name].get(number)) is not None:
-            answer = given[one.name, number]
+    for number, row in enumerate(prepared.rows):
+        for model, prompts in prepared.prompts.items():
+            if (prompt := prompts.get(number)) is None:
+                continue
+            answer = given[model, number]
             rows.append(
                 AnsweredRow(
-                    model=one.name,
+                    model=model,
                     file=row.origin.file,
                     row=row.origin.line,
                     prompt=prompt.turns,
@@ -254,21 +298,11 @@ def generate(prepared: ToAnswer, output: str | None = None) -> Answers:
                     tools=row.tools,
                 )
             )
-    answers = Answers(
-        output=None if output is None else absolute(output),
-        models={one.name: one.source for one in prepared.to_ask.subjects},
-        rows=tuple(rows),
-        num_rows=prepared.num_rows,
-        refused=prepared.refused,
-        num_shortened=sum(
-            prompt.room < prepared.how.max_new_tokens for of_model in prepared.prompts.values() for prompt in of_model.values()
-        ),
-    )
-    if answers.output is not None:
-        lines = (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
-        write_bytes(answers.output, "".join(lines).encode())
-        remove_folder(folder.path, answers.output.rpartition("/")[0])
-    return answers
+    return rows
+
+
+def to_json_lines(rows: Sequence[AnsweredRow]) -> bytes:
+    return "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _prompt(prompter: Prompter, row: AskedRow, how: HowToAnswer) -> RowPrompt:
@@ -277,23 +311,6 @@ def _prompt(prompter: Prompter, row: AskedRow, how: HowToAnswer) -> RowPrompt:
         turns = with_system(turns, how.system)
     ids = prompter.prompt_ids(turns, row.tools)
     return RowPrompt(turns, ids, prompter.room(ids, how.max_new_tokens))
-
-
-def _chunks(prepared: ToAnswer, model: str) -> Iterator[Chunk]:
-    """The rows of a model in chunks; those with less room than they are allowed apart, by what they have."""
-    how, prompts = prepared.how, prepared.prompts[model]
-    by_room = sorted(prompts, key=lambda number: -prompts[number].room)
-    for room, numbers in groupby(by_room, key=lambda number: prompts[number].room):
-        suite = SuitePlan(
-            name="rows",
-            metrics=(),
-            batch_size=how.batch_size,
-            max_new_tokens=room,
-            num_beams=how.num_beams,
-            sampling=how.sampling,
-        )
-        questions = {number: Question(suite="rows", prompt="", prompt_ids=prompts[number].ids) for number in numbers}
-        yield from chunks_of(suite, questions)
 
 
 def _folder_for(prepared: ToAnswer, chunks: Mapping[str, Sequence[Chunk]], output: str) -> EvaluationFolder:
