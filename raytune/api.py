@@ -9,6 +9,7 @@ from raytune.config.asked import NAMED, require_named
 from raytune.config.load import as_one_run, config_from, dump_yaml, load_with_places
 from raytune.config.places import Places, errors_at
 from raytune.config.run import RunConfig
+from raytune.errors import UserError
 from raytune.launch.callbacks import Callback, check_callback
 from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
@@ -311,7 +312,8 @@ def chat(
     """Talk with models as `raytune chat` does, in this process.
 
     Args:
-        model, base, adapters, template, dtype, trust_remote_code: as for `evaluate`.
+        model, base, adapters, template, dtype, trust_remote_code: as for `evaluate`; or the address of an endpoint that speaks
+            OpenAI's protocol, which has models of its own (http://127.0.0.1:8000/v1; its token in RAYTUNE_API_KEY).
         system: message in front of the conversation.
         max_new_tokens, temperature, top_p, top_k, seed: as for `generate`; `chat.style` has them.
 
@@ -323,16 +325,23 @@ def chat(
 
     Raises:
         raytune.errors.UserError: if there is no such model, or it has no chat template.
+        raytune.errors.ClusterError: if an endpoint cannot be reached.
     """
     from raytune.evaluation.sampling import sampling_plan
     from raytune.launch.models_to_ask import models_to_ask
     from raytune.serving.chat import Chat
+    from raytune.serving.far_speaker import FarSpeaker, is_endpoint
     from raytune.serving.speaker import HeldSpeaker
     from raytune.serving.talk import Style
 
     sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)  # refuses what would draw nothing
-    to_ask = models_to_ask(_named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code))
     style = Style(max_new_tokens=max_new_tokens, temperature=temperature or 0.0, top_p=top_p, top_k=top_k, seed=seed)
+    if is_endpoint(fspath(model)):
+        if base or adapters or template != "auto" or dtype or trust_remote_code:
+            raise UserError(f"{model} is an endpoint, which has its models: base, adapters, template and dtype are its own.")
+        far = FarSpeaker(fspath(model))
+        return Chat(far, next(iter(far.models)), style=style, system=system)
+    to_ask = models_to_ask(_named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code))
     speaker = HeldSpeaker(to_ask)
     first = to_ask.without_base().subjects[0].name
     speaker.refuse_speechless(first)

@@ -6,7 +6,8 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from raytune.cli.say import say
-from raytune.errors import UserError
+from raytune.credentials import redacted
+from raytune.errors import ClusterError, UserError
 from raytune.serving.talk import BLOCK, COMMANDS, meaning, path_in
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def _at_a_terminal(chat: "Chat") -> None:
     while True:
         try:
             _turn(chat, _typed(f"{chat.model}> "))
-        except UserError as error:
-            say(str(error), err=True)
+        except (UserError, ClusterError) as error:
+            say(redacted(str(error)), err=True)
         except KeyboardInterrupt:
             say("")
         except (EOFError, Quit):
