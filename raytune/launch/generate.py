@@ -191,20 +191,17 @@ def prepare_answers(
         asked = [*read_asked_rows(rows, Path(downloads), tally), *rows_of_prompts(prompts, tally)]
     refused = [Refused(model=None, place=place) for place in tally.examples.get("bad", [])]
     of_models: dict[str, dict[int, RowPrompt]] = {}
-    known: dict[Any, Prompter] = {}
+    known: dict[Any, tuple[dict[int, RowPrompt], list[str]]] = {}
     for one in to_ask.subjects:
-        key = (one.reader.same_rows, one.vocab, one.positions)
-        prompter = known.setdefault(key, one.prompter(in_turns=how.in_turns))
-        if how.system is not None and not prompter.asks_in_turns:
-            raise UserError(
-                f"--system is a turn, and {one.name} is asked without a chat template. Leave it out, or name a --template."
-            )
-        of_models[one.name] = {}
-        for number, row in enumerate(asked):
-            try:
-                of_models[one.name][number] = _prompt(prompter, row, how)
-            except RowError as error:
-                refused.append(Refused(model=one.name, place=f"{row.origin}: {error}"))
+        if (reads := (one.reader.same_rows, one.vocab, one.positions)) not in known:
+            prompter = one.prompter(in_turns=how.in_turns)
+            if how.system is not None and not prompter.asks_in_turns:
+                raise UserError(
+                    f"--system is a turn, and {one.name} is asked without a chat template. Leave it out, or name a --template."
+                )
+            known[reads] = _prompts(prompter, asked, how)
+        of_models[one.name], places = known[reads]
+        refused += [Refused(model=one.name, place=place) for place in places]
     if not any(of_models.values()):
         raise DataError("\n".join([*_refused_lines(refused), "There is no row that could be asked."]))
     return ToAnswer(
@@ -305,12 +302,20 @@ def to_json_lines(rows: Sequence[AnsweredRow]) -> bytes:
     return "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _prompt(prompter: Prompter, row: AskedRow, how: HowToAnswer) -> RowPrompt:
-    turns = prompter.turns_of(row)
-    if not isinstance(turns, str):
-        turns = with_system(turns, how.system)
-    ids = prompter.prompt_ids(turns, row.tools)
-    return RowPrompt(turns, ids, prompter.room(ids, how.max_new_tokens))
+def _prompts(prompter: Prompter, rows: Sequence[AskedRow], how: HowToAnswer) -> tuple[dict[int, RowPrompt], list[str]]:
+    """Rows as prompts, by their numbers; and the places of those that are none, with the reason."""
+    prompts, places = {}, []
+    for number, row in enumerate(rows):
+        turns = prompter.turns_of(row)
+        if not isinstance(turns, str):
+            turns = with_system(turns, how.system)
+        try:
+            ids = prompter.prompt_ids(turns, row.tools)
+        except RowError as error:
+            places.append(f"{row.origin}: {error}")
+        else:
+            prompts[number] = RowPrompt(turns, ids, prompter.room(ids, how.max_new_tokens))
+    return prompts, places
 
 
 def _folder_for(prepared: ToAnswer, chunks: Mapping[str, Sequence[Chunk]], output: str) -> EvaluationFolder:

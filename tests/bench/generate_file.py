@@ -6,7 +6,7 @@ to the file of answers.
 1,000 rows of 8 to 256 characters in the format `messages`, 24 new tokens each, batches of 16, greedy; a random Llama of 4 layers
 and width 256, a token per byte. Plain: read the file, `apply_chat_template`, sort by length, pad on the left, `generate`, decode,
 write. Ours does what the verb does, in this process: reads and checks rows, renders and tokenises, hashes and writes each chunk.
-`with a cluster` is the whole call, once: with starting Ray, and a worker that imports its libraries.
+Starting Ray, and workers that import their libraries, comes on top of it.
 """
 
 import argparse
@@ -23,7 +23,6 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import raytune
 from raytune.evaluation.answers import answer
 from raytune.launch.generate import HowToAnswer, answered_rows, chunks_for, prepare_answers, to_json_lines
 from raytune.launch.kept_answers import content_of_chunk, hash_of
@@ -31,12 +30,12 @@ from raytune.launch.models_to_ask import Named
 from raytune.launch.rows_to_score import sources_of
 from raytune.model.inference import HeldModels
 from raytune.storage import write_json
-from tests.bench.measure import Rival, interleaved, ratios, report, tree_cpu_s
+from tests.bench.measure import Rival, interleaved, ratios, report
 from tests.tiny import save_tiny_model
 
 NUM_PROMPTS, NUM_NEW, BATCH = 1000, 24, 16
 LENGTHS = (8, 256)
-PLAIN, OURS, CLUSTER = "plain, by length", "raytune, one process", "raytune, with a cluster"
+PLAIN, OURS = "plain, by length", "raytune, one process"
 GOAL = 0.95
 """Least throughput of ours, as a share of the plain loop's."""
 
@@ -57,19 +56,14 @@ def main() -> None:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rivals: dict[str, Rival] = {PLAIN: lambda: lambda: plain(folder), OURS: lambda: lambda: ours(folder)}
         seconds = interleaved(rivals, arguments.rounds)
-        began = tree_cpu_s()
-        with_cluster(folder)
-        whole = tree_cpu_s() - began
-        written = {name: answers_in(folder / f"{name}.jsonl") for name in ("plain", "ours", "cluster")}
+        written = [answers_in(folder / f"{name}.jsonl") for name in ("plain", "ours")]
     report(
         "generate_file",
         {
-            "cpu_s": {name: round(statistics.median(found), 2) for name, found in seconds.items()} | {CLUSTER: round(whole, 2)},
+            "cpu_s": {name: round(statistics.median(found), 2) for name, found in seconds.items()},
             "throughput_of_ours_against_plain": ratios(seconds[PLAIN], seconds[OURS]),
             "goal": GOAL,
-            "same_answers": {
-                name: sum(map(str.__eq__, written["plain"], found)) for name, found in written.items() if name != "plain"
-            },
+            "same_answers": sum(map(str.__eq__, *written)),
             "prompts": NUM_PROMPTS,
             "rounds": arguments.rounds,
         },
@@ -111,18 +105,6 @@ def ours(folder: Path) -> None:
             )
             given |= {(one.name, row): text for row, text in found.items()}
     (folder / "ours.jsonl").write_bytes(to_json_lines(answered_rows(prepared, given)))
-
-
-def with_cluster(folder: Path) -> None:
-    raytune.generate(
-        folder / "model",
-        folder / "rows.jsonl",
-        output=folder / "cluster.jsonl",
-        max_new_tokens=NUM_NEW,
-        batch_size=BATCH,
-        address="here",
-        workers=1,
-    )
 
 
 def answers_in(path: Path) -> list[str]:
