@@ -93,7 +93,7 @@ class HeldSpeaker:
             prompt = prompter.prompt_ids(messages)
         except RowError as error:
             shorter = " Ask something shorter, or begin another conversation." if isinstance(error, TooLong) else ""
-            raise UserError(f"{model} cannot be asked that: {error}.{shorter}") from error
+            raise UserError(f"{model} cannot be asked that: {str(error).rstrip('.')}.{shorter}") from error
         room = prompter.room(prompt, max_new_tokens)
         with ExitStack() as stack:
             loaded = self._loaded(self._subjects[model], stack)
