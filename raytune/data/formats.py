@@ -104,7 +104,7 @@ def format_of_asked(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
     Raises:
         DataError: as that.
     """
-    named = [source.format] if source.format != "auto" else list(FORMATS)
+    named: list[DataFormat] = [source.format] if source.format != "auto" else list(FORMATS)
     fits = [name for name in named if not _missing(name, source.columns, row)]
     completed = (with_answer(row, name, source.columns) for name in named if not fits)
     return format_of(source, next((one for one in completed if one != row), row))

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         adapted = get_peft_model(tiny_model(tied=False), config)
         adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(str(folder / name))
     rows: list[Any] = [{"prompt": f"Question {number}: {'x' * (37 * number % 90)}"} for number in range(12)]
     rows[3] = "torn"
     rows[5]["completion"] = "Five."

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         adapted = get_peft_model(tiny_model(tied=False, max_position_embeddings=256), config)
         adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(str(folder / name))
     return folder
 
 

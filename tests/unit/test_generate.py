@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in {"lora": lora, "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)}.items():
         adapted = get_peft_model(tiny_model(max_position_embeddings=POSITIONS), config)
         adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(str(folder / name))
     return folder
 
 
@@ -166,7 +166,7 @@ def test_the_base_below_others_is_asked_where_somebody_wants_it(
     folder: Path, tmp_path: Path, model: str, named: dict[str, Any], alone: list[str], with_base: list[str]
 ) -> None:
     rows = written(tmp_path / "rows.jsonl", {"prompt": "Who?"})
-    placed = {key: {name: str(folder / path) for name, path in value.items()} for key, value in named.items()}
+    placed: dict[str, Any] = {key: {name: str(folder / path) for name, path in value.items()} for key, value in named.items()}
     assert list(prepared(folder, model, rows, **placed).prompts) == alone
     assert list(prepared(folder, model, rows, base_too=True, **placed).prompts) == with_base
 
