@@ -10,32 +10,70 @@ once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trai
 `launch.result` reads what it left.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytune.api import RunEvent as RunEvent
-    from raytune.api import advise as advise
-    from raytune.api import chat as chat
-    from raytune.api import compare as compare
-    from raytune.api import evaluate as evaluate
-    from raytune.api import find_rate as find_rate
-    from raytune.api import generate as generate
-    from raytune.api import score as score
-    from raytune.api import sweep as sweep
-    from raytune.api import train as train
-    from raytune.api import write_report as write_report
+    from raytune.api.jobs import doctor as doctor
+    from raytune.api.jobs import logs as logs
+    from raytune.api.jobs import preflight as preflight
+    from raytune.api.jobs import status as status
+    from raytune.api.jobs import stop as stop
+    from raytune.api.jobs import submit as submit
+    from raytune.api.models import chat as chat
+    from raytune.api.models import evaluate as evaluate
+    from raytune.api.models import generate as generate
+    from raytune.api.runs import RunEvent as RunEvent
+    from raytune.api.runs import advise as advise
+    from raytune.api.runs import check as check
+    from raytune.api.runs import compare as compare
+    from raytune.api.runs import find_rate as find_rate
+    from raytune.api.runs import make_plan as make_plan
+    from raytune.api.runs import score as score
+    from raytune.api.runs import sweep as sweep
+    from raytune.api.runs import track as track
+    from raytune.api.runs import train as train
+    from raytune.api.runs import write_report as write_report
 
 __version__ = "0.1.0"
+_IN = {
+    "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
+    "models": ("chat", "evaluate", "generate"),
+    "runs": (
+        "RunEvent",
+        "advise",
+        "check",
+        "compare",
+        "find_rate",
+        "make_plan",
+        "score",
+        "sweep",
+        "track",
+        "train",
+        "write_report",
+    ),
+}
+"""Files of `api/`, and what they offer."""
+_HOME = {name: file for file, names in _IN.items() for name in names}
 __all__ = [
     "RunEvent",
     "advise",
     "chat",
+    "check",
     "compare",
+    "doctor",
     "evaluate",
     "find_rate",
     "generate",
+    "logs",
+    "make_plan",
+    "preflight",
     "score",
+    "status",
+    "stop",
+    "submit",
     "sweep",
+    "track",
     "train",
     "write_report",
 ]
@@ -43,8 +81,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Late, so that `raytune check` and every worker import what they use and no more.
-    if name in __all__:
-        from raytune import api
-
-        return getattr(api, name)
+    if name in _HOME:
+        return getattr(import_module(f"raytune.api.{_HOME[name]}"), name)
     raise AttributeError(f"module 'raytune' has no attribute {name!r}")

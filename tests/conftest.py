@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# Two processes share the tests: with Ray's default of 15 the other one would starve its workers.
+# Three processes share the tests: with Ray's default of 15 the others would starve its workers.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own spelling
 # Tests start some hundred processes of raytune. Without bytecode each would compile all of it again: a fifth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -42,7 +42,7 @@ def chat(
     and adapters can be asked in turn: /model NAME. /help lists all commands. Ctrl-C ends an answer, Ctrl-D the conversation.
     Without a terminal, each line of standard input is a turn.
     """
-    from raytune.api import chat as open_chat
+    from raytune.api.models import chat as open_chat
     from raytune.cli.terminal import converse
 
     opened = open_chat(

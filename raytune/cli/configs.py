@@ -1,18 +1,11 @@
 """Verbs that read a config, or say what can be in one: check, explain, schema. They start nothing."""
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
 from raytune.cli.say import say
-
-if TYPE_CHECKING:
-    from raytune.config.problems import Place
-    from raytune.config.run import RunConfig
-    from raytune.launch.check import Findings
 
 
 @click.command(
@@ -38,15 +31,15 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
 
     files, overrides = files_and_overrides(arguments)
     config, places = load_run(files, overrides, check_files=True)
-    if config.sweep is not None:
-        from raytune.sweeps.space import check_space
+    if fast or is_settings_alone(config):
+        from raytune.sweeps.check import check_names
 
-        check_space(config, places)
-    if config.cluster.instance:
-        from raytune.plan.hardware import load_catalogue
+        check_names(config, places)
+        seen = None
+    else:
+        from raytune.sweeps.check import check_config
 
-        load_catalogue().instance(config.cluster.instance)
-    seen = None if fast or is_settings_alone(config) else _looked_at(config, places)
+        seen = check_config(config, places)
     changes = overridden(files, config)
     if as_json:
         named = [{"key": key, "before": before, "after": after} for key, before, after in changes]
@@ -64,24 +57,6 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
         say(str(seen))
     if is_settings_alone(config):
         say(NEITHER, err=True)
-
-
-def _looked_at(config: "RunConfig", places: "Mapping[str, Place]") -> "Findings":
-    """What is found without a cluster.
-
-    Raises:
-        ConfigError: with every problem.
-    """
-    from raytune.config.places import problem_of
-    from raytune.config.problems import ConfigError
-    from raytune.launch.check import check_run
-    from raytune.sweeps.space import trial_config, trials_of
-
-    one = config if config.sweep is None else trial_config(config, trials_of(config)[0], places)
-    found = check_run(one)
-    if found.errors:
-        raise ConfigError(sorted((problem_of(error, one, places) for error in found.errors), key=lambda each: each.place.order))
-    return found
 
 
 @click.command(

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
 from raytune.config.model import NewToken
 from raytune.errors import ModelError
 from raytune.hub.snapshot import described
-from raytune.plan.base_model import is_on_hub, model_files
+from raytune.plan.base_model import DEMO, is_on_hub, model_files
 from raytune.plan.model_folder import check_tokenizer_code, reading
 from raytune.plan.new_tokens import Vocabulary, next_number
 
@@ -57,6 +57,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     """
     if trust_remote_code:
         check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
+    if path == DEMO:  # whose class is known: AutoTokenizer asks the model's config for it too, and three seconds of imports
+        return TokenizersBackend.from_pretrained(model_files(path, revision))
     with reading(f"There is no usable tokenizer at '{path}'"):
         return AutoTokenizer.from_pretrained(
             model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code

@@ -28,7 +28,7 @@ from raytune.launch.begun import begun_for
 from raytune.launch.callbacks import load_callbacks
 from raytune.launch.cluster import this_machine
 from raytune.launch.gauges import refuse_unseen
-from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of
+from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of, tried_objective
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder
 from raytune.missing import OPTIONAL, install_command
@@ -50,7 +50,6 @@ from raytune.plan.shapes import ModelShape
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
 from raytune.tracking.trackers import away, refuse_unready
-from raytune.training.user_objective import tried
 from raytune.units import format_seconds
 
 SAMPLE_ROWS = 2000
@@ -130,7 +129,7 @@ def check_run(config: RunConfig) -> Findings:
     if shape is not None:
         teacher = found.of(lambda: _teacher(config, found))
         look_at(config, shape, machine, found.of, teacher=teacher)
-        found.of(lambda: tried(objective_of(config), shape.vocab), keys=("strategy.objective",))
+        found.of(lambda: tried_objective(objective_of(config), shape.vocab), keys=("strategy.objective",))
         found.looked_at.append(f"model {config.model.base} ({shape.model_type})")
     here = {key: _first_rows(source) for key, source in _sources(config) if _is_here(source, is_elsewhere)}
     found.not_looked_at += [f"{source.path} (not on this machine)" for key, source in _sources(config) if key not in here]

@@ -19,7 +19,6 @@ from raytune.evaluation.questions import Question
 from raytune.hub.snapshot import described, in_lines
 from raytune.launch.reading import show_reading
 from raytune.launch.stores import DataBuilder
-from raytune.model.attention import check_attention
 from raytune.model.base_check import check_base
 from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
@@ -33,11 +32,10 @@ from raytune.plan.hardware import load_catalogue
 from raytune.plan.machine import Machine
 from raytune.plan.new_tokens import with_new_tokens
 from raytune.plan.objective import objective_of
-from raytune.plan.run_plan import RunPlan
+from raytune.plan.run_plan import ObjectivePlan, RunPlan
 from raytune.plan.setting import Setting, look_at, settle
 from raytune.plan.shapes import ModelShape
 from raytune.storage import absolute
-from raytune.training.user_objective import tried
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +99,7 @@ def refuse_without_cluster(config: RunConfig) -> Base:
     base = Base.of(config.model)
     teacher = teacher_of(config, base)
     look_at(config, base.shape, None, lambda look: look(), teacher=teacher and teacher.shape)
-    tried(objective_of(config), base.shape.vocab)
+    tried_objective(objective_of(config), base.shape.vocab)
     return base
 
 
@@ -165,6 +163,8 @@ def refuse_blind_teacher(teacher: Base, setting: Setting) -> None:
     Raises:
         ModelError: naming the kinds that it has.
     """
+    from raytune.model.attention import check_attention  # two seconds more, for runs with a teacher
+
     section = teacher.section
     config = load_config(teacher.path, section.revision, section.trust_remote_code)
     own_class = model_class(teacher.path, config, revision=section.revision, trust_remote_code=section.trust_remote_code)
@@ -173,6 +173,15 @@ def refuse_blind_teacher(teacher: Base, setting: Setting) -> None:
     except ModelError as error:
         key = "strategy.distillation.teacher"
         raise ModelError(f"{key} {section.base}: {error}", keys=(key,)) from error
+
+
+def tried_objective(objective: ObjectivePlan | None, vocab: int) -> ObjectivePlan | None:
+    """See `user_objective.tried`. Without a loss of the user's own a driver loads no compiler: two seconds."""
+    if objective is None:
+        return None
+    from raytune.training.user_objective import tried
+
+    return tried(objective, vocab)
 
 
 class Preparation:
@@ -195,7 +204,7 @@ class Preparation:
         config = config.model_copy(update={"model": base.section})
         storage = absolute(config.storage)
         teacher = teacher_of(config, base)
-        objective = tried(objective_of(config), base.shape.vocab)
+        objective = tried_objective(objective_of(config), base.shape.vocab)
         with _as_it_began(begun):
             setting = settle(config, base.shape, machine, begun, teacher and teacher.shape, objective)
         refuse_unknown_tokens(config, base.path)

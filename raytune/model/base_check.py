@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from raytune.errors import ModelError
@@ -25,7 +25,11 @@ from raytune.model.pretrained import load_config, model_class
 from raytune.model.stopping import check_stops
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files, weight_map
 from raytune.model.weight_numbers import COMPARED_ROWS, NUMBERS, check_numbers
+from raytune.plan.base_model import DEMO
 from raytune.plan.stored_quantization import stored_quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ALWAYS_BUILT = 256
 """Layers that are built, on no storage, however few tensors there are: that takes a second."""
@@ -42,14 +46,14 @@ def check_base(path: str, revision: str | None, trust_remote_code: bool) -> None
     Raises:
         ModelError: naming the tensor or the file that is wrong.
     """
-    folder = local_files(path, revision)
+    folder = None if path == DEMO else local_files(path, revision)  # which is of this package, and takes half of a plan's time
     if folder is None:
         return
     config = load_config(path, revision, trust_remote_code)
     check_files(folder, config, model_class(path, config, revision=revision, trust_remote_code=trust_remote_code))
 
 
-def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrainedModel]) -> None:
+def check_files(folder: Path, config: PretrainedConfig, own_class: "type[PreTrainedModel]") -> None:
     """Hold a base's files against the model that they are to become: their headers, and a few rows of each matrix.
 
     Args:
@@ -107,7 +111,7 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: type[PreTrain
     _check_tied(stored, model, str(folder))
 
 
-def _weights_of(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _weights_of(model: "PreTrainedModel", stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Those of some tensors that become parameters of a model; others are buffers, scales or of parts that it does not have."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix = f"{model.base_model_prefix}."
@@ -133,7 +137,7 @@ def _check_formats(weights: Mapping[str, StoredTensor], place: str) -> None:
         )
 
 
-def _check_tied(stored: Mapping[str, StoredTensor], model: PreTrainedModel, place: str) -> None:
+def _check_tied(stored: Mapping[str, StoredTensor], model: "PreTrainedModel", place: str) -> None:
     """Refuse a head that is another matrix than the embedding where config.json says that they are one.
 
     transformers would then compute with both and other programs with one, from the base as from what is saved of it.

@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from raytune.errors import ModelError
 from raytune.model.weight_files import StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SHOWN = 5
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
@@ -42,7 +43,7 @@ class LoadingReport:
 
 def check_report(
     report: LoadingReport,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     place: str,
     *,
     stored: Mapping[str, StoredTensor] | None = None,
@@ -82,7 +83,7 @@ def check_report(
         )
 
 
-def lost_tensors(unexpected: Sequence[str], model: PreTrainedModel) -> list[str]:
+def lost_tensors(unexpected: Sequence[str], model: "PreTrainedModel") -> list[str]:
     """Tensors of the files that belong to parts which the model has, or to more layers of them, and that it computes without.
 
     Other parts of a larger model (a vision tower, a value head) are not the language model's, and what it computes itself

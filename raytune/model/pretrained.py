@@ -6,20 +6,18 @@ No code that lies beside a model is run unless that was allowed.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
 from raytune.plan.model_folder import check_code_is_beside, is_of_library
 from raytune.printable import in_a_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -55,12 +53,14 @@ def _causal_model_types() -> set[str]:
 
 def model_class(
     path: str, config: PretrainedConfig, *, revision: str | None = None, trust_remote_code: bool = False
-) -> type[PreTrainedModel]:
+) -> "type[PreTrainedModel]":
     """The class of a causal language model.
 
     Raises:
         ModelError: if there is none for this config.
     """
+    from transformers import AutoModelForCausalLM  # two seconds, which a driver with the built-in base does not need
+
     known: Any = AutoModelForCausalLM._model_mapping
     if type(config) in known:
         return known[type(config)]

@@ -85,7 +85,7 @@ def objective_from(plan: ObjectivePlan) -> TokenLoss:
     return FunctionLoss(cast(LossFunction, torch.compiler.disable(_with_options(code, cast(LossFunction, found), plan.options))))
 
 
-def tried(plan: ObjectivePlan | None, vocab: int) -> ObjectivePlan | None:
+def tried(plan: ObjectivePlan, vocab: int) -> ObjectivePlan:
     """The plan of a loss that works on random logits, with the bytes that it took.
 
     Args:
@@ -94,8 +94,6 @@ def tried(plan: ObjectivePlan | None, vocab: int) -> ObjectivePlan | None:
     Raises:
         UserError: if it does not, with what is wrong and the line of the user's file.
     """
-    if plan is None:
-        return None
     code, objective = plan.code, objective_from(plan)
     generator = torch.Generator().manual_seed(0)
     logits_CV = torch.randn(PROBE_TARGETS, vocab, generator=generator)

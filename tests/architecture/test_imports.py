@@ -170,7 +170,7 @@ def test_config_and_plan_load_without_torch_ray_or_transformers(floor_name: str)
 
 
 def test_the_driver_of_a_run_loads_no_model_library() -> None:
-    libraries = ("peft", "bitsandbytes", "deepspeed", "datasets")
+    libraries = ("peft", "bitsandbytes", "deepspeed", "datasets", "transformers.modeling_utils", "torch._dynamo")
     code = f"import sys, raytune.launch.run; print([name for name in {libraries} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from raytune.api import evaluate, train
+from raytune import evaluate, train
 from raytune.evaluation.side_by_side import Evaluation
 from raytune.launch.result import RunResult
 

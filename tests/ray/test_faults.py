@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from raytune.api import train
+from raytune import train
 from raytune.errors import DataError, RaytuneError, UserError
 from raytune.launch.result import RunResult
 from raytune.launch.run import RunFailedError

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
-from raytune.api import train
+from raytune import train
 from raytune.launch import cluster as launch_cluster
 from raytune.launch.attempts import NODE_LOST, WORKER_DIED, Failure
 from raytune.launch.causes import first_failure

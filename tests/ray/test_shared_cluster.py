@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from raytune.api import train
+from raytune import train
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, TakenOverError, UserError
 from raytune.launch.cluster import connect, map_on_cluster

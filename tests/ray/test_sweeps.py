@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.util import placement_group_table
 
-from raytune.api import sweep, train
+from raytune import sweep, train
 from raytune.errors import TrainingError, UserError
 from raytune.launch.record import RunRecord, write_plan
 from raytune.metrics.events import read_events

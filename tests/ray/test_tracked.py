@@ -10,7 +10,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 
-from raytune.api import sweep, train
+from raytune import sweep, train
 from raytune.launch.callbacks import RunEvent
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from raytune.api import train
+from raytune import train
 from raytune.config.load import config_from
 from raytune.launch.cluster import this_machine
 from raytune.launch.prepare import prepare

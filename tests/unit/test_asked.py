@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 import raytune
+from raytune.api.asked import resolved_config
 from raytune.cli import cli
 from raytune.config.asked import NEITHER, named_values
 from raytune.config.load import ConfigError, config_from, dump_yaml, load_config
@@ -73,7 +74,7 @@ def test_the_toy_may_be_asked_for_by_name(text: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     load_config([path], check_files=True)
-    assert raytune.api._resolved(path, {})[0] == load_config([path])
+    assert resolved_config(path, {})[0] == load_config([path])
 
 
 @pytest.mark.parametrize("text", SETTINGS_ALONE)
@@ -95,7 +96,7 @@ def test_an_override_and_a_keyword_name_it_as_a_file_does(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {seed: 1}")
     load_config([path], ["model.base=demo"], check_files=True)
-    assert raytune.api._resolved(path, {"model": {"base": "demo"}})[0].model.base == "demo"
+    assert resolved_config(path, {"model": {"base": "demo"}})[0].model.base == "demo"
 
 
 def test_a_plan_that_is_told_how_much_data_there_is_needs_no_rows(tmp_path: Path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from raytune.config.adapter import FullAdapter, LoraAdapter
@@ -20,7 +21,7 @@ from raytune.model.files import resolve_model_path
 from raytune.model.load import load_model
 from raytune.model.pretrained import load_config
 from raytune.model.quantize import quantized_modules
-from raytune.plan.base_model import model_files
+from raytune.plan.base_model import DEMO, DEMO_BASE, model_files
 from raytune.plan.run_plan import ModelPlan
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan
 
@@ -47,6 +48,14 @@ def changed_config(base: Path, folder: Path, **values: Any) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
     return folder
+
+
+def test_the_tokenizer_of_the_built_in_base_is_what_transformers_makes_of_its_files() -> None:
+    ours, theirs = load_tokenizer(DEMO), AutoTokenizer.from_pretrained(DEMO_BASE)
+    assert type(ours) is type(theirs)
+    assert ours.init_kwargs == theirs.init_kwargs
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.chat_template == theirs.chat_template
 
 
 def test_a_base_is_the_demo_a_folder_or_a_hub_id(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

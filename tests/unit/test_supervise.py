@@ -67,6 +67,13 @@ def test_a_command_that_ends_without_a_word_can_be_tried_again_and_its_last_line
     assert json.loads(output)["exit_code"] == 10
 
 
+def test_a_fault_of_ours_is_shown_as_one_and_lays_the_blame_on_no_cluster() -> None:
+    process, _ = started("raise NameError('x')")
+    _, messages = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert messages.strip().splitlines()[-1] == "NameError: x"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_unwinds_once(number: signal.Signals, code: int) -> None:
     body = "try: print('ready', flush=True); time.sleep(60)\n    finally: time.sleep(1); print('let go', flush=True)"
