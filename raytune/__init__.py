@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from raytune.api.jobs import status as status
     from raytune.api.jobs import stop as stop
     from raytune.api.jobs import submit as submit
+    from raytune.api.models import chat as chat
     from raytune.api.models import evaluate as evaluate
+    from raytune.api.models import generate as generate
     from raytune.api.models import push as push
     from raytune.api.runs import RunEvent as RunEvent
     from raytune.api.runs import advise as advise
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
-    "models": ("evaluate", "push"),
+    "models": ("chat", "evaluate", "generate", "push"),
     "runs": (
         "RunEvent",
         "advise",
@@ -57,11 +59,13 @@ _HOME = {name: file for file, names in _IN.items() for name in names}
 __all__ = [
     "RunEvent",
     "advise",
+    "chat",
     "check",
     "compare",
     "doctor",
     "evaluate",
     "find_rate",
+    "generate",
     "logs",
     "make_plan",
     "preflight",

@@ -1,15 +1,19 @@
-"""Verbs of saved models as functions: what they are worth, and what is made of them."""
+"""Verbs of saved models as functions: what they are worth, what they answer, and what is made of them."""
 
-from collections.abc import Mapping
-from os import fspath
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 from raytune.api.asked import File
+from raytune.errors import UserError
 
 if TYPE_CHECKING:
     from raytune.config.training import Precision
     from raytune.evaluation.side_by_side import Evaluation
+    from raytune.launch.generate import Answers, Prompt
+    from raytune.launch.models_to_ask import Named
     from raytune.launch.push import Pushed
+    from raytune.serving.chat import Chat
 
 
 def evaluate(
@@ -49,22 +53,135 @@ def evaluate(
         raytune.errors.RaytuneError: if the workers failed; what was answered is kept, and the same call goes on.
     """
     from raytune.launch.evaluate import evaluate, prepare_evaluation
-    from raytune.launch.models_to_ask import Named
 
-    def text(path: File | None) -> str | None:
-        return None if path is None else fspath(path)
+    named = _named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code, compare=compare)
+    prepared = prepare_evaluation(named, suite=_text(suite), address=address, workers=workers)
+    return evaluate(prepared, _text(output))
 
-    named = Named(
-        model=fspath(model),
-        base=text(base),
-        adapters={name: fspath(path) for name, path in (adapters or {}).items()},
-        compare=text(compare),
-        template=template,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
+
+def generate(
+    model: File,
+    rows: File | Sequence[File] = (),
+    *,
+    prompts: Sequence["Prompt"] = (),
+    output: File | None = None,
+    base: File | None = None,
+    adapters: Mapping[str, File] | None = None,
+    base_too: bool = False,
+    system: str | None = None,
+    as_text: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    num_beams: int = 1,
+    batch_size: int = 32,
+    row_format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    max_rows: int | None = None,
+    template: str = "auto",
+    dtype: "Precision | None" = None,
+    workers: int | None = None,
+    address: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Answers":
+    """Have models answer rows as `raytune generate` does, on the workers of a cluster.
+
+    Args:
+        model, base, adapters, template, dtype, workers, address, trust_remote_code: as for `evaluate`.
+        rows: files, globs, folders or data sets, as in `data.train`, with answers or without.
+        prompts: questions that are in no file: texts, lists of turns, or rows with `messages`.
+        output: a file for a line of JSON per answer, which must not be there yet; the same call goes on with one that was
+            interrupted. None: answers are in the result alone.
+        base_too: ask the base below other models as well.
+        system: message instead of those of the rows.
+        as_text: continue texts as they are, without a chat template.
+        max_new_tokens: longest answer, in tokens.
+        temperature, top_p, top_k, seed: how tokens are drawn; without a temperature the likeliest one is taken each time.
+        num_beams: of a search for the likeliest answer.
+        batch_size: answers that a worker writes at once; none depends on it.
+        row_format, columns, max_rows: as in `data.train`.
+
+    Returns:
+        `rows`, each with model, file, row, prompt, `answer`, `finish` (stop or length), tokens and what the row `expected`; and
+        `refused`, the rows that were not asked, with file, line and reason.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, if there is no such model, or no row can be asked.
+        raytune.errors.RaytuneError: if the workers failed; what was answered is kept where there is an output.
+    """
+    from raytune.evaluation.sampling import sampling_plan
+    from raytune.launch.generate import HowToAnswer, generate, prepare_answers
+    from raytune.launch.rows_to_score import sources_of
+
+    how = HowToAnswer(
+        max_new_tokens=max_new_tokens,
+        sampling=sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        num_beams=num_beams,
+        batch_size=batch_size,
+        system=system,
+        in_turns=not as_text,
     )
-    prepared = prepare_evaluation(named, suite=text(suite), address=address, workers=workers)
-    return evaluate(prepared, text(output))
+    named = _named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code)
+    paths = [rows] if isinstance(rows, str | PathLike) else rows
+    sources = sources_of([fspath(path) for path in paths], row_format, max_rows, columns)
+    prepared = prepare_answers(named, sources, how, prompts=prompts, base_too=base_too, address=address, workers=workers)
+    return generate(prepared, _text(output))
+
+
+def chat(
+    model: File,
+    *,
+    base: File | None = None,
+    adapters: Mapping[str, File] | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    template: str = "auto",
+    dtype: "Precision | None" = None,
+    trust_remote_code: bool = False,
+) -> "Chat":
+    """Talk with models as `raytune chat` does, in this process.
+
+    Args:
+        model, base, adapters, template, dtype, trust_remote_code: as for `evaluate`; or the address of an endpoint that speaks
+            OpenAI's protocol, which has models of its own (http://127.0.0.1:8000/v1; its token in RAYTUNE_API_KEY).
+        system: message in front of the conversation.
+        max_new_tokens, temperature, top_p, top_k, seed: as for `generate`; `chat.style` has them.
+
+    Returns:
+        A conversation: `ask(text)` waits for the answer, `stream(text)` gives it as it is written, `retry()` asks again,
+        `use(name)` has another of the `models` answer, `messages` is what was said, and `save(path)` appends it as a row that can
+        be trained on.
+        The model is loaded when it is first asked; the end of a `with` block, or `close()`, lets go of it.
+
+    Raises:
+        raytune.errors.UserError: if there is no such model, or it has no chat template.
+        raytune.errors.ClusterError: if an endpoint cannot be reached.
+    """
+    from raytune.evaluation.sampling import sampling_plan
+    from raytune.launch.models_to_ask import models_to_ask
+    from raytune.serving.chat import Chat
+    from raytune.serving.far_speaker import FarSpeaker, is_endpoint
+    from raytune.serving.speaker import HeldSpeaker
+    from raytune.serving.talk import Style
+
+    sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)  # refuses what would draw nothing
+    style = Style(max_new_tokens=max_new_tokens, temperature=temperature or 0.0, top_p=top_p, top_k=top_k, seed=seed)
+    if is_endpoint(fspath(model)):
+        if base or adapters or template != "auto" or dtype or trust_remote_code:
+            raise UserError(f"{model} is an endpoint, which has its models: base, adapters, template and dtype are its own.")
+        far = FarSpeaker(fspath(model))
+        return Chat(far, next(iter(far.models)), style=style, system=system)
+    to_ask = models_to_ask(_named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code))
+    speaker = HeldSpeaker(to_ask)
+    first = to_ask.without_base().subjects[0].name
+    speaker.refuse_speechless(first)
+    return Chat(speaker, first, style=style, system=system)
 
 
 def push(
@@ -109,3 +226,30 @@ def push(
         trust_remote_code=trust_remote_code,
     )
     return push(fspath(model), target, options, leave_card)
+
+
+def _named(
+    model: File,
+    base: File | None,
+    adapters: Mapping[str, File] | None,
+    template: str,
+    dtype: "Precision | None",
+    *,
+    trust_remote_code: bool,
+    compare: File | None = None,
+) -> "Named":
+    from raytune.launch.models_to_ask import Named
+
+    return Named(
+        model=fspath(model),
+        base=_text(base),
+        adapters={name: fspath(path) for name, path in (adapters or {}).items()},
+        compare=_text(compare),
+        template=template,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _text(path: File | None) -> str | None:
+    return None if path is None else fspath(path)

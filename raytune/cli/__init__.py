@@ -8,11 +8,13 @@ import logging
 import sys
 import warnings
 
+from raytune.cli.chat import chat
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, schema
 from raytune.cli.evaluate import evaluate
 from raytune.cli.find_rate import find_rate
+from raytune.cli.generate import generate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.push import push
@@ -34,6 +36,8 @@ for verb in (
     find_rate,
     score,
     evaluate,
+    generate,
+    chat,
     track,
     report,
     compare,

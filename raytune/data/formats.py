@@ -43,6 +43,8 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any], Columns, Origin], Conversation]
+    answer: str | None = None
+    """The required field that rows need not have which are asked and not trained on."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -94,6 +96,25 @@ def format_of(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
         f"{source.path}: its columns {_listed(row)}{mapped} fit no format. Formats and the columns they need: {needs}. "
         f"Name the columns, for example `columns: {{prompt: question, completion: answer}}`."
     )
+
+
+def format_of_asked(source: DataSource, row: Mapping[str, Any]) -> DataFormat:
+    """As `format_of`, for rows that may lack their answers.
+
+    Raises:
+        DataError: as that.
+    """
+    named: list[DataFormat] = [source.format] if source.format != "auto" else list(FORMATS)
+    fits = [name for name in named if not _missing(name, source.columns, row)]
+    completed = (with_answer(row, name, source.columns) for name in named if not fits)
+    return format_of(source, next((one for one in completed if one != row), row))
+
+
+def with_answer(row: Mapping[str, Any], name: DataFormat, columns: Columns) -> Mapping[str, Any]:
+    """A row with an empty answer, where nothing but its answer is missing."""
+    answer = FORMATS[name].answer
+    column = columns.get(answer, answer) if answer else None
+    return row if column is None or _missing(name, columns, row) != [column] else {**row, column: ""}
 
 
 def names_format(source: DataSource, name: DataFormat) -> bool:
@@ -226,8 +247,10 @@ def _plain_text(row: Mapping[str, Any], columns: Columns, origin: Origin) -> Con
 FORMATS: dict[DataFormat, Format] = {
     "messages": Format(required=("messages",), optional=("tools",), read=_messages),
     "sharegpt": Format(required=("conversations",), optional=("system", "tools"), read=_sharegpt),
-    "alpaca": Format(required=("instruction", "output"), optional=("input", "system", "history"), read=_alpaca),
-    "prompt_completion": Format(required=("prompt", "completion"), optional=("system",), read=_prompt_completion),
+    "alpaca": Format(required=("instruction", "output"), optional=("input", "system", "history"), answer="output", read=_alpaca),
+    "prompt_completion": Format(
+        required=("prompt", "completion"), optional=("system",), answer="completion", read=_prompt_completion
+    ),
     "text": Format(required=("text",), optional=(), read=_plain_text),
 }
 

@@ -67,6 +67,8 @@ class ShardTask:
 class Tally:
     """What happened to rows, by the names of `SourceReport`: counts, and the first few of each with their place."""
 
+    most_examples: int = NUM_EXAMPLES
+
     counts: Counter[str] = field(default_factory=Counter)
     unread_columns: Counter[str] = field(default_factory=Counter)
     unread_keys: Counter[str] = field(default_factory=Counter)
@@ -75,7 +77,7 @@ class Tally:
 
     def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
         self.counts[what] += 1
-        if origin is not None and len(examples := self.examples.setdefault(what, [])) < NUM_EXAMPLES:
+        if origin is not None and len(examples := self.examples.setdefault(what, [])) < self.most_examples:
             examples.append(f"{origin}: {reason}" if reason else str(origin))
 
     def merge(self, other: "Tally") -> None:
@@ -85,7 +87,7 @@ class Tally:
         self.targets_of_class.update(other.targets_of_class)
         for what, examples in other.examples.items():
             mine = self.examples.setdefault(what, [])
-            mine.extend(examples[: NUM_EXAMPLES - len(mine)])
+            mine.extend(examples[: self.most_examples - len(mine)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import format_of, names_format, read_row
+from raytune.data.formats import format_of, format_of_asked, names_format, read_row, with_answer
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
 from raytune.data.sources import ScannedFile, find_files, scan
@@ -15,8 +15,13 @@ from raytune.data.split import Side, side_of
 from raytune.errors import DataError
 
 
-def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]]) -> list[DataFormat]:
+def formats_of(
+    sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]], *, are_asked: bool = False
+) -> list[DataFormat]:
     """The format of each source, by its first good row.
+
+    Args:
+        are_asked: whether rows need no answer.
 
     Raises:
         DataError: if a source has no good row, or its format cannot be told.
@@ -27,7 +32,7 @@ def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[Scanned
         rows = ((file.file.name, row) for file in files for part in file.segments for row in read_segment(part))
         for name, row in rows:
             if not isinstance(row, BadRow):
-                formats.append(format_of(source, row.values))
+                formats.append((format_of_asked if are_asked else format_of)(source, row.values))
                 break
             tally.add("bad", Origin(name, row.line), row.reason)
         else:
@@ -37,27 +42,35 @@ def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[Scanned
     return formats
 
 
-def read_conversations(source: DataSource, downloads: Path, tally: Tally) -> Iterator[Conversation]:
+def read_conversations(source: DataSource, downloads: Path, tally: Tally, *, are_asked: bool = False) -> Iterator[Conversation]:
     """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
 
     Args:
         tally: of rows that were read, and of those that cannot be used.
+        are_asked: whether rows need no answer; one that lacks it has an empty one.
 
     Raises:
         DataError: if no row can be used, or their format cannot be told.
     """
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
-    (name,) = formats_of([source], [scanned])
+    (name,) = formats_of([source], [scanned], are_asked=are_asked)
     parts = [
         ShardPart(segment=segment, file_index=0, format=name, is_named=names_format(source, name), columns=source.columns)
         for file in scanned
         for segment in file.segments
     ]
-    return (conversation for conversation, _ in read_parts(parts, source.max_rows, tally, "all", 0.0))
+    rows = read_parts(parts, source.max_rows, tally, "all", 0.0, are_asked=are_asked)
+    return (conversation for conversation, _ in rows)
 
 
 def read_parts(
-    parts: Sequence[ShardPart], max_rows: int | None, tally: Tally, side: Side | Literal["all"], validation_fraction: float
+    parts: Sequence[ShardPart],
+    max_rows: int | None,
+    tally: Tally,
+    side: Side | Literal["all"],
+    validation_fraction: float,
+    *,
+    are_asked: bool = False,
 ) -> Iterator[tuple[Conversation, int]]:
     """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
     rows = ((part, row) for part in parts for row in read_segment(part.segment))
@@ -70,7 +83,8 @@ def read_parts(
             tally.add("other_side")
         else:
             try:
-                conversation = read_row(row.values, part.format, part.columns, origin, is_named=part.is_named)
+                values = with_answer(row.values, part.format, part.columns) if are_asked else row.values
+                conversation = read_row(values, part.format, part.columns, origin, is_named=part.is_named)
             except RowError as error:
                 tally.add("bad", origin, str(error))
             else:

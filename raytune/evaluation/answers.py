@@ -36,14 +36,14 @@ def all_chunks(suites: Sequence[SuitePlan], asked: Mapping[str, Sequence[Questio
     Args:
         asked: the questions of each suite.
     """
-    return [chunk for suite in suites for chunk in chunks_of(suite, asked[suite.name])]
+    return [chunk for suite in suites for chunk in chunks_of(suite, dict(enumerate(asked[suite.name])))]
 
 
-def chunks_of(suite: SuitePlan, asked: Sequence[Question]) -> list[Chunk]:
+def chunks_of(suite: SuitePlan, rows: Rows) -> list[Chunk]:
     """The rows of a suite, as many together as pass at once: neighbours in length, so that little is padded."""
-    by_length = sorted(range(len(asked)), key=lambda number: len(asked[number].prompt_ids))
-    parts = [by_length[start : start + suite.batch_size] for start in range(0, len(asked), suite.batch_size)]
-    return [Chunk(suite, {number: asked[number] for number in part}) for part in parts]
+    by_length = sorted(rows, key=lambda number: len(rows[number].prompt_ids))
+    parts = [by_length[start : start + suite.batch_size] for start in range(0, len(rows), suite.batch_size)]
+    return [Chunk(suite, {number: rows[number] for number in part}) for part in parts]
 
 
 def together(parts: Sequence[Answered], asked: Mapping[str, Sequence[Question]]) -> dict[str, list[Given]]:
@@ -70,7 +70,10 @@ def _write(loaded: Loaded, suite: SuitePlan, chunk: Rows) -> dict[int, Given]:
         kept=loaded.kept_tokens,
         can_pad=loaded.can_pad,
     )
-    return {number: Given(text=text) for number, text in zip(chunk, answers, strict=True)}
+    return {
+        number: Given(text=one.text, num_tokens=one.num_tokens, has_ended=one.has_ended)
+        for number, one in zip(chunk, answers, strict=True)
+    }
 
 
 def _choose(loaded: Loaded, suite: SuitePlan, chunk: Rows) -> dict[int, Given]:

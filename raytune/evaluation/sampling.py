@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from raytune.errors import UserError
 from raytune.plan.run_plan import SamplingPlan
 
 
@@ -44,6 +45,20 @@ class DrawnTokens(LogitsProcessor):
         self._num_drawn += 1
         tokens_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)  # the first with more: one that has a probability
         return torch.full_like(scores, -torch.inf).scatter(1, tokens_B1.clamp(max=scores.shape[-1] - 1), 0.0)
+
+
+def sampling_plan(*, temperature: float | None, top_k: int | None, top_p: float | None, seed: int) -> SamplingPlan | None:
+    """How tokens are drawn. None: not at all, since no temperature, or 0, means the likeliest token each time.
+
+    Raises:
+        UserError: if the rest says how to draw, and nothing is drawn.
+    """
+    if temperature:
+        return SamplingPlan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    given = {"top_k": top_k, "top_p": top_p}
+    if name := next((name for name, value in given.items() if value is not None), None):
+        raise UserError(f"{name} is {given[name]}, but nothing is drawn: the likeliest token is taken. Set a temperature too.")
+    return None
 
 
 def _numbers_of_row(seed: int, row: int, count: int) -> Tensor:

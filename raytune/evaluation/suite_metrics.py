@@ -31,6 +31,10 @@ class Given:
 
     text: str
     """Its answer; of choices the likeliest one; of a loss that in words."""
+    num_tokens: int | None = None
+    """Of a written answer."""
+    has_ended: bool | None = None
+    """Whether the model ended a written answer; else it is as long as was allowed."""
     per_character: str = ""
     """Of choices the likeliest one per character."""
     numbers: tuple[float, ...] = ()

@@ -14,13 +14,11 @@ from raytune.errors import ClusterError
 from raytune.evaluation.answers import Chunk, answer
 from raytune.evaluation.suite_metrics import Given
 from raytune.launch.waiting import free_in_words
-from raytune.model.hub import download_base
+from raytune.model.hub import bring_base
 from raytune.model.inference import HeldModels
 from raytune.plan.asked_model import AskedModel
-from raytune.plan.base_model import is_on_hub
 from raytune.plan.value import Plan
 from raytune.printable import first_line
-from raytune.storage import is_local
 from raytune.units import format_seconds
 
 MOST_DEATHS = 3
@@ -64,9 +62,7 @@ class Answerer:
         Raises:
             ModelError: if the model cannot be loaded as asked.
         """
-        base = one.model
-        if is_local(base.path) and is_on_hub(base.path):
-            download_base(base.path, base.revision, with_code=base.trust_remote_code)
+        bring_base(one.model)
         with self._models.asked(one) as loaded:
             return answer(loaded, chunk.suite, chunk.rows)
 

@@ -1,11 +1,10 @@
 """`raytune evaluate`: models measured on suites, on the workers of a cluster. What was answered lies in the output folder, chunk
 by chunk, so that the same command goes on."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,21 +22,13 @@ from raytune.evaluation.answers import Answered, Chunk, all_chunks, together
 from raytune.evaluation.questions import Question, by_suite, from_json_lines
 from raytune.evaluation.side_by_side import Evaluation, paired, samples_of_models, values_of
 from raytune.evaluation.suite_metrics import Given, metrics_of
-from raytune.launch.answering import AnsweringPlan, answer_on_cluster
-from raytune.launch.cluster import connect
+from raytune.launch.kept_answers import JUDGING, answers_of, cluster_to_ask, content_of_chunk, hash_of
 from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
-from raytune.launch.score import HERE
-from raytune.metrics.json_numbers import decode_number, encode_number
-from raytune.plan.asked_model import AskedModel, on_device
-from raytune.plan.base_model import DEMO, is_on_hub
-from raytune.plan.machine import Machine
+from raytune.plan.asked_model import AskedModel
 from raytune.plan.run_plan import SuitePlan
 from raytune.plan.suites import suite_plan
-from raytune.run_folder import MODEL_CARD, EvaluationFolder
-from raytune.storage import absolute, exists, file_sizes, is_local, local_path, read_bytes, read_json, write_bytes, write_json
-
-JUDGING = {"metrics", "code", "bertscore"}
-"""What says of a suite how its answers are judged."""
+from raytune.run_folder import EvaluationFolder
+from raytune.storage import absolute, exists, read_bytes, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +84,11 @@ def _prepared(to_ask: ToAsk, file: RunConfig | None, title: str, address: str | 
         metrics_of(suite)  # before hours of answering
     asked = _questions(to_ask, file, by_key, suites, stored)
     _refuse_incomparable(to_ask, suites, asked)
-    section = run.config.cluster if run else ClusterSection()
-    changes: dict[str, Any] = {} if address is None else {"address": None if address == HERE else address}
-    changes |= {} if workers is None else {"workers": workers}
     return Prepared(
         to_ask=to_ask,
         suites=suites,
         asked=asked,
-        cluster=section.model_copy(update=changes),
+        cluster=cluster_to_ask(run, address, workers),
         title=re.sub(r"[^\w.-]+", "-", title).strip("-.") or "suites",
     )
 
@@ -119,28 +107,8 @@ def evaluate(prepared: Prepared, output: str | None = None) -> Evaluation:
     identity = identity_of(prepared)
     folder = folder_for(prepared, identity, output)
     write_json(folder.identity, identity)
-    with connect(prepared.cluster, scales=False) as machine:
-        answering = _answering_plan(prepared, machine)
-        tasks = [(on_device(one.asked, answering.device), chunk) for one in to_ask.subjects for chunk in chunks[one.name]]
-        files = {one.name: _content(one.asked) for one in to_ask.subjects}
-        paths = [folder.chunk(_fingerprint(one, files[one.name], chunk, answering)) for one, chunk in tasks]
-        found: list[dict[int, Given] | None] = [_kept(path) for path in paths]
-        missing = [place for place, given in enumerate(found) if given is None]
-
-        def keep(number: int, given: dict[int, Given]) -> None:
-            place = missing[number]
-            if not any(one.failed for one in given.values()):  # by a fault of a machine, perhaps, that is mended until next time
-                write_json(paths[place], {str(row): _encoded(one) for row, one in given.items()})
-            found[place] = given
-
-        if missing:
-            answer_on_cluster(
-                answering,
-                [tasks[place] for place in missing],
-                keep,
-                num_actors=min(len(missing), _num_actors(prepared, machine)),
-                start_timeout=prepared.cluster.start_timeout,
-            )
+    tasks = [(one.asked, chunk) for one in to_ask.subjects for chunk in chunks[one.name]]
+    found = answers_of(tasks, prepared.cluster, to_ask.run, folder.chunk)
     return _judged(prepared, folder, tasks, found)
 
 
@@ -204,7 +172,7 @@ def identity_of(prepared: Prepared) -> dict[str, Any]:
         "sources": {one.name: one.source for one in prepared.to_ask.subjects},
         "pairs": [list(pair) for pair in prepared.to_ask.pairs],
         "suites": [suite.model_dump(mode="json", exclude=JUDGING) for suite in prepared.suites],
-        "rows": {name: _hash([_of_chunk(chunk) for chunk in of_model]) for name, of_model in _chunks(prepared).items()},
+        "rows": {name: hash_of([content_of_chunk(chunk) for chunk in of_model]) for name, of_model in _chunks(prepared).items()},
     }
 
 
@@ -235,86 +203,19 @@ def folder_for(prepared: Prepared, identity: Mapping[str, Any], output: str | No
     return next(folder for folder in folders if is_own(folder))
 
 
-def _content(one: AskedModel) -> list[Any]:
-    """What tells that a model's files are the same as before, without reading weights."""
-    folders = [one.model.path, *([one.adapter] if one.adapter else []), *([one.stops] if one.stops else [])]
-    return [[folder, one.model.revision, *_files(folder)] for folder in folders]
-
-
-def _files(folder: str) -> list[Any]:
-    if folder == DEMO or (is_local(folder) and is_on_hub(folder)):
-        return []
-    if not is_local(folder):
-        return sorted((name, size) for name, size in file_sizes(folder).items() if name != MODEL_CARD)
-    files = [path for path in local_path(folder).iterdir() if path.is_file() and path.name != MODEL_CARD]
-    return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-
-
-def _fingerprint(one: AskedModel, files: Sequence[Any], chunk: Chunk, answering: AnsweringPlan) -> str:
-    """Of a model and the rows that it is asked: the same ones have been answered already."""
-    asked = one.model_copy(update={"name": ""}).model_dump(mode="json")
-    return _hash([asked, files, _of_chunk(chunk), answering.device, answering.tf32])[:40]
-
-
-def _of_chunk(chunk: Chunk) -> list[Any]:
-    """What decides what a model makes of a chunk. How it is judged does not."""
-    suite = chunk.suite.model_dump(mode="json", exclude={"name", *JUDGING})
-    return [suite, [[number, {**asdict(question), "suite": ""}] for number, question in chunk.rows.items()]]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
-
-
-def _kept(path: str) -> dict[int, Given] | None:
-    """What was answered before; None: nothing."""
-    if not exists(path):
-        return None
-    return {int(row): _given(values) for row, values in read_json(path).items()}
-
-
-def _encoded(given: Given) -> dict[str, Any]:
-    values = {name: [encode_number(value) for value in found] for name, found in given.values.items()}
-    return asdict(given) | {"numbers": [encode_number(value) for value in given.numbers], "values": values}
-
-
-def _given(values: Mapping[str, Any]) -> Given:
-    of_task = {name: tuple(map(decode_number, found)) for name, found in values.get("values", {}).items()}
-    return Given(**{**values, "numbers": tuple(map(decode_number, values["numbers"])), "values": of_task})
-
-
-# --- Who answers, and what it comes to ---------------------------------------------------------------------------------------
-
-
-def _answering_plan(prepared: Prepared, machine: Machine) -> AnsweringPlan:
-    section, run = prepared.cluster, prepared.to_ask.run
-    device = "cuda" if machine.num_gpus and section.gpus_per_worker != 0 else "cpu"
-    reserved = max(1, int(section.cpus_per_worker))
-    share = machine.num_cpus // _num_actors(prepared, machine) if device == "cpu" else reserved
-    threads = max(reserved, share) if section.threads_per_worker == "auto" else section.threads_per_worker
-    if run and run.plan.cluster.device == device:  # numbers to the last bit depend on it
-        threads = run.plan.cluster.threads_per_worker
-    return AnsweringPlan(device=device, threads=threads, tf32=bool(run and run.plan.tf32), cpus=section.cpus_per_worker)
-
-
-def _num_actors(prepared: Prepared, machine: Machine) -> int:
-    """As many as the run has workers, or the user says; without a word one per GPU, or one of all CPUs of a node."""
-    section, on_gpus = prepared.cluster, machine.num_gpus > 0 and prepared.cluster.gpus_per_worker != 0
-    room = machine.num_gpus if on_gpus else int(machine.num_cpus // max(section.cpus_per_worker, 1e-9))
-    usual = machine.num_gpus if on_gpus else machine.num_nodes
-    return max(1, min(room, usual if section.workers == "auto" else section.workers))
+# --- What it comes to -------------------------------------------------------------------------------------------------------
 
 
 def _judged(
     prepared: Prepared,
     folder: EvaluationFolder,
     tasks: Sequence[tuple[AskedModel, Chunk]],
-    found: Sequence[dict[int, Given] | None],
+    found: Sequence[dict[int, Given]],
 ) -> Evaluation:
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where a metric that has a model runs it: here
     parts: dict[str, list[Answered]] = {one.name: [] for one in prepared.to_ask.subjects}
     for (one, chunk), given in zip(tasks, found, strict=True):
-        parts[one.name].append({chunk.suite.name: given or {}})
+        parts[one.name].append({chunk.suite.name: given})
     answers = {name: together(of_model, prepared.asked[name]) for name, of_model in parts.items()}
     expected = prepared.expected
     judged = {

@@ -45,11 +45,15 @@ class Driver:
     """`checkpoint.resume` of its command; a run keeps the config that it began with. None: it is not known."""
 
 
+_GOES_ON = {"sweep": "continues the sweep", **dict.fromkeys(("evaluate", "generate"), "goes on with the rows that are left")}
+"""What is done by verbs that leave something to go on with, other than a run."""
+
+
 def driver_lost(driver: Driver) -> str:
     """Write down that an attempt has failed, and return the message; its last line is the cause."""
     kind, cause = _cause(driver)
     if driver.storage is None or driver.name is None:
-        again = [f"The same command continues the {driver.verb}."] if driver.verb == "sweep" else []
+        again = [f"The same command {goes_on}."] if (goes_on := _GOES_ON.get(driver.verb)) else []
         return "\n".join([*again, f"raytune {driver.verb} ended: {cause}."])
     folder = RunFolder(driver.storage, driver.name)
     attempt, resumes = None, driver.resumes

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from raytune.config.adapter import FullAdapter
+from raytune.config.adapter import FullAdapter, num_virtual_tokens
 from raytune.config.evaluation import SUITE_NAME, SuiteSection
 from raytune.config.model import ModelSection, is_written_as_path
 from raytune.config.run import RunConfig
@@ -16,6 +17,7 @@ from raytune.config.training import Precision
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError, RaytuneError, UserError
+from raytune.evaluation.asked_rows import Prompter
 from raytune.evaluation.questions import Question
 from raytune.launch.base_here import refuse_changed_base
 from raytune.launch.prepare import described_base
@@ -30,6 +32,8 @@ from raytune.model.saved_adapter import adapter_config, answers_padded, changes_
 from raytune.plan.asked_model import AskedModel, plain_model
 from raytune.plan.base_model import is_on_hub, model_files, read_model_shape
 from raytune.plan.requirements import choose_row_length
+from raytune.plan.rope import reach
+from raytune.plan.shapes import ModelShape
 from raytune.storage import absolute, exists, is_local, local_path
 
 BASE = "base"
@@ -47,6 +51,23 @@ class Reader:
     """Tokens of a text at most whose loss is measured."""
     vocab: int
     """Tokens that the model has embeddings for."""
+    knows_turns: bool = True
+    """Whether its chat template is one that it was trained with, as far as is known."""
+
+    def opened(self) -> PreTrainedTokenizerBase:
+        model = self.config.model
+        return open_tokenizer(self.tokenizer, model.revision, model.trust_remote_code, model.new_tokens)
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Text of the chat template that turns are written in; empty: there is none.
+
+        Raises:
+            DataError: if the one that is named is none.
+        """
+        named = self.config.data.template
+        if not self.knows_turns or (named == "auto" and not tokenizer.chat_template):
+            return ""
+        return resolve_template(named, tokenizer)
 
     def questions(self, suites: RunConfig, by_key: Mapping[str, SuiteSection], scratch: str) -> list[Question]:
         """The rows of suites, in their order.
@@ -71,11 +92,8 @@ class Reader:
     @property
     def same_rows(self) -> tuple[str, str, int]:
         """Equal for readers that make the same of rows."""
-        model = self.config.model
-        tokenizer = open_tokenizer(self.tokenizer, model.revision, model.trust_remote_code, model.new_tokens)
-        template = self.config.data.template
-        text = resolve_template(template, tokenizer) if template != "auto" or tokenizer.chat_template else ""
-        return tokenizer_fingerprint(tokenizer), text, self.row_length
+        tokenizer = self.opened()
+        return tokenizer_fingerprint(tokenizer), self.template(tokenizer), self.row_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +106,25 @@ class Subject:
     reader: Reader
     vocab: int
     """Tokens that it has embeddings for."""
+    positions: int
+    """That a prompt and its answer have together; virtual tokens have others."""
 
     @property
     def name(self) -> str:
         return self.asked.name
+
+    def prompter(self, *, in_turns: bool = True) -> Prompter:
+        """What writes prompts for it.
+
+        Args:
+            in_turns: in its chat template, if it has one; else texts are continued as they are.
+
+        Raises:
+            DataError: if the template that is named is none.
+        """
+        tokenizer = self.reader.opened()
+        template = self.reader.template(tokenizer) if in_turns else ""
+        return Prompter(tokenizer, template, vocab=self.vocab, positions=self.positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +151,11 @@ class ToAsk:
     """If the first of them is that of a run."""
     title: str
     """For the name of a folder."""
+
+    def without_base(self) -> "ToAsk":
+        """The same without the base, where it only lies below others."""
+        others = tuple(one for one in self.subjects if one.name != BASE)
+        return replace(self, subjects=others or self.subjects, pairs=())
 
 
 def models_to_ask(named: Named) -> ToAsk:
@@ -198,18 +236,20 @@ def _of_run(run: RunToScore) -> list[Subject]:
     local = is_local(folder.model)
     data = run.config.data.model_copy(update={"template": "auto" if local else run.config.data.template})
     model = run.config.model.model_copy(update={"revision": None if local else plan.model.revision})
-    vocab = plan.model.num_embeddings
-    if vocab is None:
-        vocab = read_model_shape(plan.model.path, plan.model.revision, trust_remote_code=plan.model.trust_remote_code).vocab
+    shape = read_model_shape(plan.model.path, plan.model.revision, trust_remote_code=plan.model.trust_remote_code)
+    vocab = shape.vocab if plan.model.num_embeddings is None else plan.model.num_embeddings
+    positions = reach(plan.model.rope, shape.max_positions)
     reader = Reader(
         config=run.config.model_copy(update={"data": data, "model": model}),
         tokenizer=str(local_path(folder.model)) if local else plan.model.path,
         row_length=plan.data.row_length,
         vocab=vocab,
+        knows_turns=bool(plan.template),
     )
     base, tuned = asked_of_run(plan, folder.model, base=BASE, tuned=folder.name)
-    of_both = {"reader": reader, "vocab": vocab}
-    return [Subject(asked=base, source=plan.model.path, **of_both), Subject(asked=tuned, source=folder.path, **of_both)]
+    of_base = Subject(asked=base, source=plan.model.path, reader=reader, vocab=vocab, positions=positions)
+    left = positions - num_virtual_tokens(plan.adapter)
+    return [of_base, replace(of_base, asked=tuned, source=folder.path, positions=left)]
 
 
 def _of_whole(named: Named, path: str, name: str) -> Subject:
@@ -219,8 +259,14 @@ def _of_whole(named: Named, path: str, name: str) -> Subject:
     model = plain_model(
         found, _dtype(named, found, section), revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    reader = _reader(named, section, found)
-    return Subject(asked=AskedModel(name=name, model=model), source=found, reader=reader, vocab=reader.vocab)
+    shape = read_model_shape(found, section.revision, trust_remote_code=section.trust_remote_code)
+    return Subject(
+        asked=AskedModel(name=name, model=model),
+        source=found,
+        reader=_reader(named, section, found, shape),
+        vocab=shape.vocab,
+        positions=shape.max_positions,
+    )
 
 
 def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> list[Subject]:
@@ -237,7 +283,8 @@ def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> lis
             raise ModelError(f"{folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
         base = _of_whole(named, named_base, BASE)
         model = base.asked.model.model_copy(update={"rope": saved_rope(folder)})
-        base = replace(base, asked=base.asked.model_copy(update={"model": model}))
+        positions = reach(model.rope, base.positions)
+        base = replace(base, asked=base.asked.model_copy(update={"model": model}), positions=positions)
     has_tokenizer, has_stops = ((folder / file).is_file() for file in ("tokenizer_config.json", "generation_config.json"))
     path_of_base = base.asked.model.path
     path_of_base = path_of_base if is_on_hub(path_of_base) else model_files(path_of_base)
@@ -259,7 +306,9 @@ def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> lis
         }
     )
     tuned = asked.model_copy(update={"name": name, "adapter": str(folder)})
-    return [replace(base, asked=asked, reader=reader), replace(base, asked=tuned, source=str(folder), reader=reader)]
+    own = replace(base, asked=asked, reader=reader)
+    left = own.positions - (getattr(config, "num_virtual_tokens", None) or 0)
+    return [own, replace(own, asked=tuned, source=str(folder), positions=left)]
 
 
 def _refuse_other_tokens(base: Subject, reader: Reader) -> None:
@@ -278,10 +327,9 @@ def _refuse_other_tokens(base: Subject, reader: Reader) -> None:
         )
 
 
-def _reader(named: Named, section: ModelSection, found: str) -> Reader:
+def _reader(named: Named, section: ModelSection, found: str, shape: ModelShape) -> Reader:
     config = RunConfig(model=section, adapter=FullAdapter(method="full"))
     config = config.model_copy(update={"data": config.data.model_copy(update={"template": named.template})})
-    shape = read_model_shape(found, section.revision, trust_remote_code=section.trust_remote_code)
     return Reader(config=config, tokenizer=found, row_length=choose_row_length(config, shape), vocab=shape.vocab)
 
 

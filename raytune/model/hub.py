@@ -9,6 +9,9 @@ from raytune.hub.cache import cached_snapshot
 from raytune.hub.client import HubFile, Patience
 from raytune.hub.snapshot import Report, described, fetch, say_nothing
 from raytune.model.weight_files import weight_files, weight_names
+from raytune.plan.base_model import is_on_hub
+from raytune.plan.run_plan import ModelPlan
+from raytune.storage import is_local
 
 
 def download_base(
@@ -48,3 +51,9 @@ def is_whole(folder: Path) -> bool:
     except ModelError:
         return False
     return True
+
+
+def bring_base(model: ModelPlan) -> None:
+    """Make sure that a model is whole on this machine, if it is one of a hub."""
+    if is_local(model.path) and is_on_hub(model.path):
+        download_base(model.path, model.revision, with_code=model.trust_remote_code)

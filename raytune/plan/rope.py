@@ -62,6 +62,17 @@ def positions_of(model: ModelSection, shape: ModelShape) -> int:
     return int(model.rope_scaling.factor * (_original(model.rope_scaling, shape) or shape.max_positions))
 
 
+def reach(rope: RopePlan | None, own: int) -> int:
+    """Positions that a model has, stretched or not.
+
+    Args:
+        own: of its config.
+    """
+    if rope is None:
+        return own
+    return max(rope.max_position_embeddings, int(float(rope.parameters["factor"]) * rope.original_positions))
+
+
 def resolve_rope(model: ModelSection, shape: ModelShape) -> RopePlan | None:
     """What becomes of the rotary positions of a base; None: they stay.
 

@@ -155,7 +155,7 @@ def score(ready: Prepared) -> float:
             batch_size=len(ready.questions),
             can_pad=loaded.can_pad,
         )
-    scores = [exact_match(answer, question.expected) for answer, question in zip(answers, ready.questions, strict=True)]
+    scores = [exact_match(answer.text, question.expected) for answer, question in zip(answers, ready.questions, strict=True)]
     return sum(scores) / len(scores)
 
 

@@ -176,5 +176,6 @@ def test_an_answer_ends_before_its_stop_though_that_is_no_special_token() -> Non
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=256)[0, len(prompt) :].tolist()
     model.generation_config.eos_token_id = stop = next(token for token in ids[2:] if token not in ids[:2])
     (stopped,) = write_answers(model, tokenizer, [prompt], max_new_tokens=8, batch_size=1)
-    assert stopped == tokenizer.decode(ids[: ids.index(stop)], skip_special_tokens=True)
-    assert len(stopped) < len(free)
+    assert stopped.text == tokenizer.decode(ids[: ids.index(stop)], skip_special_tokens=True)
+    assert (stopped.num_tokens, stopped.has_ended) == (ids.index(stop), True)
+    assert (free.num_tokens, free.has_ended) == (8, False)

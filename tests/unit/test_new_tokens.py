@@ -333,7 +333,7 @@ def test_answers_keep_new_tokens_and_leave_other_special_ones_out(keeps: bool, t
     script = tokenizer("a<tool>b<pad><|im_start|>c")["input_ids"]
     model.generate = answering(script)
     (answer,) = write_answers(model, tokenizer, [[1, 2]], max_new_tokens=8, batch_size=1, kept=["<tool>"] if keeps else [])
-    assert answer == ("a<tool>bc" if keeps else "abc")
+    assert answer.text == ("a<tool>bc" if keeps else "abc")
 
 
 def answering(ids: list[int]) -> Callable[..., Any]:
