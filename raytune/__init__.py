@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from raytune.api.jobs import submit as submit
     from raytune.api.models import chat as chat
     from raytune.api.models import evaluate as evaluate
+    from raytune.api.models import export as export
     from raytune.api.models import generate as generate
+    from raytune.api.models import merge as merge
     from raytune.api.models import push as push
     from raytune.api.runs import RunEvent as RunEvent
     from raytune.api.runs import advise as advise
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
-    "models": ("chat", "evaluate", "generate", "push"),
+    "models": ("chat", "evaluate", "export", "generate", "merge", "push"),
     "runs": (
         "RunEvent",
         "advise",
@@ -64,10 +66,12 @@ __all__ = [
     "compare",
     "doctor",
     "evaluate",
+    "export",
     "find_rate",
     "generate",
     "logs",
     "make_plan",
+    "merge",
     "preflight",
     "push",
     "score",

@@ -13,13 +13,14 @@ from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, schema
 from raytune.cli.evaluate import evaluate
+from raytune.cli.export import export, merge
 from raytune.cli.find_rate import find_rate
 from raytune.cli.generate import generate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.push import push
 from raytune.cli.reports import compare, report
-from raytune.cli.runs import advise, merge, plan, score, sweep, track, train
+from raytune.cli.runs import advise, plan, score, sweep, track, train
 from raytune.cli.supervise import Notes, supervised
 from raytune.cli.watch import top, ui
 
@@ -43,6 +44,7 @@ for verb in (
     compare,
     merge,
     push,
+    export,
     cluster,
     preflight,
     doctor,

@@ -42,11 +42,20 @@ def formats_of(
     return formats
 
 
-def read_conversations(source: DataSource, downloads: Path, tally: Tally, *, are_asked: bool = False) -> Iterator[Conversation]:
-    """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
+def read_conversations(
+    source: DataSource,
+    downloads: Path,
+    tally: Tally,
+    side: Side | Literal["all"] = "all",
+    validation_fraction: float = 0.0,
+    *,
+    are_asked: bool = False,
+) -> Iterator[Conversation]:
+    """All conversations of a source up to `max_rows`, in order; for previews, generated answers and calibration.
 
     Args:
         tally: of rows that were read, and of those that cannot be used.
+        side: of a split that are wanted, which puts `validation_fraction` of all rows on the other.
         are_asked: whether rows need no answer; one that lacks it has an empty one.
 
     Raises:
@@ -59,7 +68,7 @@ def read_conversations(source: DataSource, downloads: Path, tally: Tally, *, are
         for file in scanned
         for segment in file.segments
     ]
-    rows = read_parts(parts, source.max_rows, tally, "all", 0.0, are_asked=are_asked)
+    rows = read_parts(parts, source.max_rows, tally, side, validation_fraction, are_asked=are_asked)
     return (conversation for conversation, _ in rows)
 
 

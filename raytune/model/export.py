@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from raytune.errors import ModelError
 from raytune.model.adapters import adapting_with
 from raytune.model.dropouts import set_dropouts
 from raytune.model.packed_experts import packed_experts
@@ -27,6 +28,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_QUANTIZATION = "base_quantization.json"
 """How the base was quantised while an adapter was trained on it; merging reads it, PEFT does not."""
+COMBINATION = "combination.json"
+"""Of which adapters, and how, one was made that is several."""
 ADAPTER = "default"
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -131,6 +134,7 @@ def write_weights(
         for tensor in shard.values():
             num_bytes += tensor.nbytes
             dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel()
+        shard.clear()  # before the next one begins
     names = _file_names(len(parts))
     for path, name in zip(parts, names, strict=True):
         path.replace(folder / name)
@@ -143,6 +147,25 @@ def write_weights(
     config = copy.deepcopy(config)
     config.dtype = max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtypes[dtype])
     config.save_pretrained(folder)
+
+
+def in_dtype(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors with all that are not integers in a dtype; None: as they are.
+
+    Raises:
+        ModelError: if a number is too large for it.
+    """
+    for name, tensor in tensors:
+        if dtype is None or dtype == tensor.dtype or not tensor.is_floating_point():
+            yield name, tensor
+            continue
+        cast = tensor.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not cast.isfinite().all() and tensor.isfinite().all():
+            raise ModelError(
+                f"{name} holds {tensor.abs().max().item():.3g}, and {str(dtype).removeprefix('torch.')} no number above "
+                f"{torch.finfo(dtype).max:.5g}. Take --dtype bf16 or fp32."
+            )
+        yield name, cast
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""An adapter laid into its base, tensor by tensor: memory holds two shards of the result, one layer and the adapter.
+"""An adapter laid into its base, tensor by tensor: memory holds a shard of the result, one layer and the adapter.
 
 PEFT's own layers do the arithmetic, on a model whose weights do not exist but for the layer at hand. A base that was quantised in
 training is first turned into what the training saw: quantised and expanded again.
@@ -10,11 +10,7 @@ import copy
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from peft.tuners.lora import ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -45,7 +41,9 @@ from raytune.model.export import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_QUANTIZATION,
+    COMBINATION,
     MAX_SHARD_BYTES,
+    in_dtype,
     save_own_code,
     write_weights,
 )
@@ -59,12 +57,15 @@ from raytune.model.quantize import as_seen_in_training
 from raytune.model.rope import saved_rope, stretch
 from raytune.model.saved_adapter import adapter_config, changes_of_base
 from raytune.model.stopping import base_config, save_generation_config, saved_config, stopping_config
-from raytune.model.weight_files import stored_tensors, weight_files
+from raytune.model.stored_weights import StoredWeights
+from raytune.model.whole_folder import refuse_taken, require_room, written_whole
 from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.stored_quantization import stored_quantization
 from raytune.printable import in_a_line
 
 _log = logging.getLogger(__name__)
+_OF_BASE = (".base_layer.weight", ".base_layer.bias")
+"""Ends of the names of what belongs to the base in an adapter's file."""
 
 
 def merge_adapter(
@@ -92,8 +93,7 @@ def merge_adapter(
         ModelError: if the adapter is missing, damaged or not of this base, the base has changed since, or the output exists.
         ClusterError: if the base is to be downloaded and the hub does not answer.
     """
-    if output_folder.exists() and any(output_folder.iterdir()):
-        raise ModelError(f"{output_folder} already holds files. Name a new folder for the merged model.")
+    refuse_taken(output_folder, "the merged model")
     peft_config = adapter_config(adapter_folder)
     row = adapting_with(peft_config)
     if row is not None and row.why_unmerged:
@@ -111,13 +111,13 @@ def merge_adapter(
     if not is_on_hub(path):
         path = model_files(path)
     if not any_base:
-        _refuse_other_base(adapter_folder, path, base, revision)
+        refuse_other_base(adapter_folder, path, base, revision)
     if is_on_hub(path):
         revision = described(path, revision, with_code=trust_remote_code, report=in_lines(_log.warning))
     config = load_config(path, revision, trust_remote_code)
     if stored_quantization(config.to_dict()) is not None:
         raise ModelError(f"The base {base} is stored quantised, so nothing merges into it exactly. Name the original with --base")
-    weights = _BaseWeights(_base_folder(path, revision))
+    weights = StoredWeights(base_folder(path, revision))
     own_class = model_class(path, config, revision=revision, trust_remote_code=trust_remote_code)
     check_files(weights.folder, config, own_class)
     config = copy.deepcopy(config)
@@ -131,32 +131,35 @@ def merge_adapter(
     quantization = _quantization(adapter_folder) if dequantise else None
     merger = _Merger(model, num_rows, adapter_folder, peft_config, quantization, weights, row)
 
-    output_folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{output_folder.name}.", suffix=".partial", dir=output_folder.parent))
-    try:
-        tensors = _cast(merger.merged(), None if dtype is None else DTYPES[dtype])
+    to = None if dtype is None else DTYPES[dtype]
+    require_room(output_folder, weights.bytes_in(to), "The merged model")
+    with written_whole(output_folder) as unfinished:
         merged_config = copy.deepcopy(config)
         merged_config.tie_word_embeddings = merger.stays_tied
         merged_config.architectures = [type(merger.model).__name__]
         save_own_code(merger.model, merged_config, unfinished)
-        write_weights(merged_config, tensors, unfinished, max_shard_bytes)
+        write_weights(merged_config, in_dtype(merger.merged(), to), unfinished, max_shard_bytes)
         has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(adapter_folder if has_tokenizer else weights.folder), trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(unfinished)
         stops = saved_config(adapter_folder) or _stops(base_config(weights.folder, config), tokenizer)
         save_generation_config(stops, unfinished)
         save_merged_card(adapter_folder, unfinished)
-        unfinished.chmod(0o755)
-        if output_folder.exists():
-            output_folder.rmdir()
-        unfinished.rename(output_folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        if (adapter_folder / COMBINATION).is_file():
+            shutil.copyfile(adapter_folder / COMBINATION, unfinished / COMBINATION)
+        check_files(unfinished, merged_config, own_class)
 
 
-def _refuse_other_base(adapter_folder: Path, path: str, base: str, revision: str | None) -> None:
-    """Refuse a base whose files are not those that the adapter was trained on, as far as its folder tells which they were."""
+def refuse_other_base(adapter_folder: Path, path: str, base: str, revision: str | None) -> None:
+    """Refuse a base whose files are not those that the adapter was trained on, as far as its folder tells which they were.
+
+    Args:
+        path: of the base, a folder or a hub id.
+        base: as the user named it.
+
+    Raises:
+        ModelError: with the files that differ.
+    """
     if changes := changes_of_base(adapter_folder, path, revision):
         raise ModelError(
             f"The adapter in {adapter_folder} was trained on another base than {base} holds now:\n{changes}\n"
@@ -179,46 +182,15 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _base_folder(path: str, revision: str | None) -> Path:
+def base_folder(path: str, revision: str | None) -> Path:
+    """Where the files of a base are, which are downloaded if they have to be.
+
+    Args:
+        path: of a folder, or a hub id.
+    """
     if Path(path).is_dir():
         return Path(path)
     return download_base(path, revision, report=in_lines(_log.warning))
-
-
-def _cast(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-@dataclass(frozen=True)
-class _BaseWeights:
-    """The safetensors files of a base, read a tensor at a time."""
-
-    folder: Path
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for path in weight_files(self.folder):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    yield name, file.get_tensor(name)
-
-    def read(self, name: str) -> Tensor:
-        """One of them by its name."""
-        with _opened(self._places[name]) as file:
-            return file.get_tensor(name)
-
-    @cached_property
-    def _places(self) -> dict[str, Path]:
-        return {name: tensor.file for name, tensor in stored_tensors(weight_files(self.folder)).items()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}. It is damaged or incomplete; download it again.") from error
 
 
 class _Merger:
@@ -231,7 +203,7 @@ class _Merger:
         folder: Path,
         peft_config: PeftConfig,
         quantization: dict[str, Any] | None,
-        weights: _BaseWeights,
+        weights: StoredWeights,
         row: Adapting,
     ) -> None:
         """
@@ -260,7 +232,10 @@ class _Merger:
         if hasattr(peft_config, "init_lora_weights"):
             peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            saved = row.of_equal_shapes(load_peft_weights(str(folder), device="cpu"), peft_config)
+            held = load_peft_weights(str(folder), device="cpu")
+            self._held_of_base = {_in_base(key): held.pop(key) for key in [*held] if key.endswith(_OF_BASE)}
+            """Tensors of the base that PEFT saves with an update of theirs, as it does of embeddings."""
+            saved = row.of_equal_shapes(held, peft_config)
             with as_asked():
                 peft_model: Any = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
             self._mark = f".{peft_model.base_model.prefix}"
@@ -314,6 +289,7 @@ class _Merger:
         for published_name, tensor in self._weights:
             name = self._own_name(published_name)
             written.add(name)
+            tensor = self._as_held(name, tensor)
             if name == f"{self._embedding}.weight":
                 embedding = tensor
             part = published_name if published_name in self._parts else name
@@ -343,6 +319,16 @@ class _Merger:
                 f"not in {self._weights.folder} under their names, first {missing[0]}. It cannot be merged; load it with PEFT "
                 f"instead."
             )
+
+    def _as_held(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the base's files, or what the adapter holds in its place, as PEFT loads it."""
+        held = self._held_of_base.get(name, tensor)
+        if held.shape != tensor.shape:
+            raise ModelError(
+                f"The adapter was trained over a {name} of {[*held.shape]}, and the base has {[*tensor.shape]}. Name the base "
+                f"that it was trained on with --base."
+            )
+        return held.to(tensor.dtype)
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
         if name in self._replaced:
@@ -390,6 +376,11 @@ class _Merger:
                 trained: nn.Module = copies[ADAPTER]
                 replaced |= {f"{name}.{part}": tensor for part, tensor in trained.state_dict().items()}
         return replaced
+
+
+def _in_base(key: str) -> str:
+    """The name in the model of a tensor of the base in an adapter's file."""
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
