@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from raytune.cli import cli
-from raytune.launch.evaluate import _files
 from raytune.launch.finished import damage
+from raytune.launch.kept_answers import _files
 from raytune.launch.record import RunRecord
 from raytune.model.base_content import base_content
 from raytune.model.card import is_ours, save_merged_card
