@@ -10,6 +10,7 @@ OPTIONAL = {
     **{"sacrebleu": "metrics", "rouge_score": "metrics", "bert_score": "bertscore", "schedulefree": "schedule-free"},
     **{"lm_eval": "lm-eval", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
     **{"mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"},
+    "gguf": "gguf",
 }
 """Extra of raytune that brings a package which not everybody needs."""
 

@@ -12,11 +12,12 @@ from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, schema
 from raytune.cli.evaluate import evaluate
+from raytune.cli.export import export, merge
 from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.reports import compare, report
-from raytune.cli.runs import advise, merge, plan, score, sweep, track, train
+from raytune.cli.runs import advise, plan, score, sweep, track, train
 from raytune.cli.supervise import Notes, supervised
 from raytune.cli.watch import top, ui
 
@@ -37,6 +38,7 @@ for verb in (
     report,
     compare,
     merge,
+    export,
     cluster,
     preflight,
     doctor,

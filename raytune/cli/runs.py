@@ -1,4 +1,4 @@
-"""Verbs of runs and sweeps, from the plan to the merged model: plan, train, sweep, score, merge."""
+"""Verbs of runs and sweeps, from the plan to the scores: plan, advise, train, sweep, score, track."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,48 +213,6 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
         say(json.dumps({**result.to_json(), "finished_before": result.finished_before, "report": page}))
     else:
         say(f"retrain  raytune train --from-sweep {result.folder}")
-
-
-@click.command(
-    epilog=examples(
-        "merge runs/support-bot/model --output runs/support-bot/merged",
-        "merge runs/support-bot/model --output merged --dtype bf16 --base /models/Qwen3-8B",
-    )
-)
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the merged model; new or empty.")
-@click.option("--base", help="Base model, if not the one that the adapter names: a folder, a hub id, or demo.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Dtype of the result. Default: that of the base.")
-@click.option(
-    "--original-base", is_flag=True, help="QLoRA: merge into the original weights, not into the quantised ones that training saw."
-)
-@click.option("--any-base", is_flag=True, help="Merge though the base's files are not those that the adapter was trained on.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with the base.")
-@as_json_option
-@debug_option
-def merge(
-    adapter: Path,
-    output: Path,
-    base: str | None,
-    dtype: Any,
-    original_base: bool,
-    any_base: bool,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
-    """Merge an adapter into its base, shard by shard, as a stand-alone model with tokenizer and chat template."""
-    from raytune.model.merge import merge_adapter
-
-    merge_adapter(
-        adapter,
-        output,
-        base=base,
-        dtype=dtype,
-        dequantise=not original_base,
-        any_base=any_base,
-        trust_remote_code=trust_remote_code,
-    )
-    say(json.dumps({"model_path": str(output.resolve())}) if as_json else f"merged model: {output}")
 
 
 @click.command(

@@ -37,11 +37,14 @@ def formats_of(sources: Sequence[DataSource], scanned: Sequence[Sequence[Scanned
     return formats
 
 
-def read_conversations(source: DataSource, downloads: Path, tally: Tally) -> Iterator[Conversation]:
-    """All conversations of a source up to `max_rows`, in order; for previews and generated answers.
+def read_conversations(
+    source: DataSource, downloads: Path, tally: Tally, side: Side | Literal["all"] = "all", validation_fraction: float = 0.0
+) -> Iterator[Conversation]:
+    """All conversations of a source up to `max_rows`, in order; for previews, generated answers and calibration.
 
     Args:
         tally: of rows that were read, and of those that cannot be used.
+        side: of a split that are wanted, which puts `validation_fraction` of all rows on the other.
 
     Raises:
         DataError: if no row can be used, or their format cannot be told.
@@ -53,7 +56,7 @@ def read_conversations(source: DataSource, downloads: Path, tally: Tally) -> Ite
         for file in scanned
         for segment in file.segments
     ]
-    return (conversation for conversation, _ in read_parts(parts, source.max_rows, tally, "all", 0.0))
+    return (conversation for conversation, _ in read_parts(parts, source.max_rows, tally, side, validation_fraction))
 
 
 def read_parts(

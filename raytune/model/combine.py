@@ -55,7 +55,7 @@ _OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinj
 def merge_adapters(
     adapters: Sequence[Path],
     output_folder: Path,
-    combination: Combination,
+    combination: Combination | None,
     *,
     as_adapter: bool = False,
     base: str | None = None,
@@ -68,7 +68,8 @@ def merge_adapters(
     """Combine adapters, and write the result as an adapter, or as the model that the base makes with it.
 
     Args:
-        adapters: their folders, two or more.
+        adapters: their folders.
+        combination: how; None: there is one adapter, which is taken as it is.
         as_adapter: write an adapter that plain PEFT loads.
         base, dtype, dequantise, any_base, trust_remote_code, max_shard_bytes: as for `merge_adapter`.
 
@@ -78,6 +79,20 @@ def merge_adapters(
         ClusterError: if the base is to be downloaded and the hub does not answer.
     """
     refuse_taken(output_folder, "the adapter" if as_adapter else "the merged model")
+    if combination is None:
+        if as_adapter:
+            raise ModelError(f"{adapters[0]} is an adapter already. Name several, or --weights that it is to be multiplied by.")
+        merge_adapter(
+            adapters[0],
+            output_folder,
+            base=base,
+            dtype=dtype,
+            dequantise=dequantise,
+            any_base=any_base,
+            trust_remote_code=trust_remote_code,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return
     configs = [_lora_config(folder) for folder in adapters]
     named = _common_base(adapters, configs, base, any_base)
     _refuse_differences(adapters, dequantise)
@@ -87,6 +102,8 @@ def merge_adapters(
             refuse_other_base(folder, path if is_on_hub(path) else model_files(path), named, revision)
     model = _without_weights(path, revision, adapters[0], trust_remote_code)
     if as_adapter:
+        if dtype is not None:
+            raise ModelError(f"--dtype is {dtype}, but an adapter is written in fp32. Leave it out.")
         with written_whole(output_folder) as unfinished:
             _save_combined(model, adapters, configs, combination, named, unfinished)
         return

@@ -143,6 +143,7 @@ def merge_adapter(
         save_generation_config(stops, unfinished)
         if (adapter_folder / COMBINATION).is_file():
             shutil.copyfile(adapter_folder / COMBINATION, unfinished / COMBINATION)
+        check_files(unfinished, merged_config, own_class)
 
 
 def refuse_other_base(adapter_folder: Path, path: str, base: str, revision: str | None) -> None:
@@ -320,8 +321,8 @@ class _Merger:
         held = self._held_of_base.get(name, tensor)
         if held.shape != tensor.shape:
             raise ModelError(
-                f"The adapter was trained over a {name} of {[*held.shape]} and the base has {[*tensor.shape]}. Name the base that "
-                f"it was trained on with --base."
+                f"The adapter was trained over a {name} of {[*held.shape]}, and the base has {[*tensor.shape]}. Name the base "
+                f"that it was trained on with --base."
             )
         return held.to(tensor.dtype)
 

@@ -56,6 +56,7 @@ OWNERS = {
     "optuna": {"sweeps/search.py"},
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
+    "gguf": {"model/gguf_file.py"},
     "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
     "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
     "huggingface_hub": {"hub/client.py", "model/pretrained.py"},  # the latter for the errors of transformers' configs
