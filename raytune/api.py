@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune.config.asked import NAMED, require_named
@@ -14,10 +15,12 @@ from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
 from raytune.launch.run import run
+from raytune.units import parse_size
 
 if TYPE_CHECKING:
     from raytune.config.training import Precision
     from raytune.evaluation.side_by_side import Evaluation
+    from raytune.launch.export import ExportDtype, Exported, ExportFormat
     from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
@@ -229,6 +232,124 @@ def evaluate(
     )
     prepared = prepare_evaluation(named, suite=text(suite), address=address, workers=workers)
     return evaluate(prepared, text(output))
+
+
+def merge(
+    adapters: File | Sequence[File],
+    output: File,
+    *,
+    weights: Sequence[float] | None = None,
+    combination: str | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    rank: int | None = None,
+    majority_sign: str | None = None,
+    as_adapter: bool = False,
+    base: File | None = None,
+    dtype: "Precision | None" = None,
+    original_base: bool = False,
+    any_base: bool = False,
+    trust_remote_code: bool = False,
+    max_shard: str = "5GiB",
+) -> str:
+    """Merge adapters into their base as `raytune merge` does, shard by shard.
+
+    Args:
+        adapters: a folder, or several, which are combined first.
+        output: folder for the result; new or empty.
+        weights: of several adapters; by default equal shares of 1.
+        combination: how several become one, in PEFT's words; by default "cat", the exact weighted sum of what they add.
+        density: of TIES, DARE and pruning: share of the numbers that is kept.
+        seed: of DARE: of the numbers that are dropped by chance.
+        rank: of the result of kinds that end in svd.
+        majority_sign: of TIES: "total" or "frequency".
+        as_adapter: write an adapter that plain PEFT loads, not a whole model.
+        base: a folder, a hub id, or "demo", if not the one that the adapters name.
+        dtype: of the result; by default that of the base.
+        original_base: of QLoRA: merge into the original weights, not into the quantised ones that training saw.
+        any_base: merge though the base's files are not those that the adapters were trained on.
+        trust_remote_code: run the Python code that comes with the base.
+        max_shard: size of a file of weights at most.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        raytune.errors.UserError: before anything is written, if adapters, base and options do not go together.
+        raytune.errors.RaytuneError: if there is no room.
+    """
+    from raytune.model.combine import merge_adapters
+    from raytune.plan.combination import asked_combination
+
+    folders = [Path(adapters)] if isinstance(adapters, str | PathLike) else [Path(folder) for folder in adapters]
+    asked = asked_combination(len(folders), combination, weights, density, seed, rank, majority_sign)
+    merge_adapters(
+        folders,
+        Path(output),
+        asked,
+        as_adapter=as_adapter,
+        base=None if base is None else fspath(base),
+        dtype=dtype,
+        dequantise=not original_base,
+        any_base=any_base,
+        trust_remote_code=trust_remote_code,
+        max_shard_bytes=parse_size(max_shard),
+    )
+    return fspath(Path(output).resolve())
+
+
+def export(
+    model: File,
+    output: File,
+    *,
+    format: "ExportFormat" = "safetensors",
+    dtype: "ExportDtype | None" = None,
+    converter: File | None = None,
+    calibration: File | None = None,
+    num_rows: int | None = None,
+    base: File | None = None,
+    original_base: bool = False,
+    any_base: bool = False,
+    trust_remote_code: bool = False,
+    max_shard: str = "5GiB",
+) -> "Exported":
+    """Write a model as files that others load, as `raytune export` does.
+
+    Args:
+        model: the folder of a finished run, of a whole model, or of an adapter, which is merged into its base first.
+        output: folder for the files; new or empty.
+        format: "safetensors", "gguf" or "awq-ready".
+        dtype: of the weights; "q8_0" for GGUF; by default as they are stored, for "awq-ready" in 16 bits.
+        converter: `convert_hf_to_gguf.py` of your llama.cpp, to write a GGUF that raytune does not.
+        calibration: rows for "awq-ready", as in `data.train`; by default the training rows of the run.
+        num_rows: of these, at most; by default 512.
+        base, original_base, any_base, trust_remote_code, max_shard: as for `merge`.
+
+    Returns:
+        `path`, `files` with their bytes, and `notes`: what a user should know of them.
+
+    Raises:
+        raytune.errors.UserError: before anything is written, if the model cannot be written in the format.
+        raytune.errors.RaytuneError: if there is no room.
+    """
+    from raytune.launch.export import ExportOptions, export
+
+    def text(path: File | None) -> str | None:
+        return None if path is None else fspath(path)
+
+    options = ExportOptions(
+        format=format,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard),
+        base=text(base),
+        dequantise=not original_base,
+        any_base=any_base,
+        trust_remote_code=trust_remote_code,
+        converter=text(converter),
+        calibration=text(calibration),
+        num_rows=num_rows,
+    )
+    return export(fspath(model), Path(output), options)
 
 
 def write_report(run: File) -> str:

@@ -9,7 +9,7 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.say import say
-from raytune.plan.combination import CombinationKind, MajoritySign, combination_of
+from raytune.plan.combination import CombinationKind, MajoritySign, asked_combination
 from raytune.units import parse_size
 
 _FORMATS = ("safetensors", "gguf", "awq-ready")
@@ -105,10 +105,7 @@ def merge(
     Several LoRA adapters of one base are combined first, by PEFT's arithmetic; with --as-adapter that is the result. `raytune
     explain exporting` says what the kinds of combination are, and what is refused.
     """
-    says_how = any(said is not None for said in (weights, combination, density, seed, rank, majority_sign))
-    asked = None
-    if len(adapters) > 1 or says_how:
-        asked = combination_of(len(adapters), combination or "cat", weights, density, seed, rank, majority_sign)
+    asked = asked_combination(len(adapters), combination, weights, density, seed, rank, majority_sign)
     if dry_run:
         from raytune.model.dtypes import DTYPES
         from raytune.model.rewriting import merging_of
@@ -153,13 +150,9 @@ def merge(
     type=click.Choice(["bf16", "fp16", "fp32", "q8_0"]),
     help="Of the weights; q8_0 for gguf. Default: as they are stored, for awq-ready in 16 bits.",
 )
-@click.option(
-    "--converter", metavar="FILE", help="gguf: convert_hf_to_gguf.py of your llama.cpp, for what raytune does not write."
-)
+@click.option("--converter", metavar="FILE", help="gguf: convert_hf_to_gguf.py of your llama.cpp, to write it instead.")
 @click.option("--calibration", metavar="ROWS", help="awq-ready: rows, as in data.train. Default: the training rows of the run.")
-@click.option(
-    "--rows", "num_rows", type=click.IntRange(min=1), default=512, show_default=True, help="awq-ready: of them, at most."
-)
+@click.option("--rows", "num_rows", type=click.IntRange(min=1), help="awq-ready: how many of them at most. Default: 512.")
 @_of_bases
 @as_json_option
 @debug_option
@@ -170,7 +163,7 @@ def export(
     dtype: Any,
     converter: str | None,
     calibration: str | None,
-    num_rows: int,
+    num_rows: int | None,
     base: str | None,
     original_base: bool,
     any_base: bool,
@@ -181,8 +174,8 @@ def export(
 ) -> None:
     """Write a model as files that others load, read back before they get their name.
 
-    MODEL is the folder of a finished run, of a whole model, or of an adapter, which is merged into its base first. `raytune explain
-    exporting` says what each format holds, and of which models.
+    MODEL is the folder of a finished run, of a whole model, or of an adapter, which is merged into its base first. `raytune
+    explain exporting` says what each format holds, and of which models.
     """
     from raytune.launch.export import ExportOptions, export_need
     from raytune.launch.export import export as export_model

@@ -67,7 +67,7 @@ def save_calibration(
 def _readme(num_rows: int) -> str:
     return (
         "# Ready to be quantised\n\n"
-        f"The whole model in 16 bits, and {num_rows} texts to calibrate with (`{CALIBRATION}`, a JSON object with `text` a line).\n"
-        "Tools that take a folder and such texts: llm-compressor (AWQ, GPTQ), AutoAWQ (`calib_data`), GPTQModel (`calibration`).\n"
-        "The texts hold special tokens as text already: tokenise them with `add_special_tokens=False`.\n"
+        f"The whole model in 16 bits, and {num_rows} texts to calibrate with (`{CALIBRATION}`, a JSON object with `text` a\n"
+        "line). Tools that take a folder and such texts: llm-compressor (AWQ, GPTQ), AutoAWQ (`calib_data`), GPTQModel\n"
+        "(`calibration`). The texts hold special tokens as text already: tokenise them with `add_special_tokens=False`.\n"
     )

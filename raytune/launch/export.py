@@ -30,6 +30,8 @@ from raytune.units import format_bytes
 
 ExportFormat = Literal["safetensors", "gguf", "awq-ready"]
 ExportDtype = Literal["bf16", "fp16", "fp32", "q8_0"]
+USUAL_ROWS = 512
+"""That tools for AWQ and GPTQ calibrate with."""
 _LAST_LINES = 15
 """Of what a converter said, in an error."""
 
@@ -51,8 +53,8 @@ class ExportOptions:
     """Path of llama.cpp's `convert_hf_to_gguf.py`."""
     calibration: str | None = None
     """Rows, as a path in `data.train`."""
-    num_rows: int = 512
-    """Of calibration, at most."""
+    num_rows: int | None = None
+    """Of calibration, at most; None: USUAL_ROWS."""
 
     @property
     def weights_dtype(self) -> Precision | None:
@@ -74,8 +76,9 @@ class ExportOptions:
             raise UserError(f"--converter is for --format gguf only, and --format is {self.format}.")
         if self.converter is not None and not Path(self.converter).expanduser().is_file():
             raise UserError(f"--converter is {self.converter}: there is no such file. It is convert_hf_to_gguf.py of llama.cpp.")
-        if self.calibration is not None and self.format != "awq-ready":
-            raise UserError(f"--calibration is for --format awq-ready only, and --format is {self.format}.")
+        for name, value in (("--calibration", self.calibration), ("--rows", self.num_rows)):
+            if value is not None and self.format != "awq-ready":
+                raise UserError(f"{name} is for --format awq-ready only, and --format is {self.format}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +142,7 @@ def export_need(named: str, options: ExportOptions) -> Rewriting:
     folder = Path(local_path(path))
     dtype = next((dtype for name, dtype in DTYPES.items() if name == options.dtype), None)
     if (folder / ADAPTER_CONFIG).is_file():
-        return merging_of([folder], options.base, dtype, options.max_shard_bytes)
+        return merging_of([folder], _base(run, options), dtype, options.max_shard_bytes)
     return rewriting_of(whole_model(folder, trust_remote_code=options.trust_remote_code).weights, dtype, options.max_shard_bytes)
 
 
@@ -187,7 +190,7 @@ class _Source:
         merge_adapter(
             self.folder,
             output,
-            base=options.base,
+            base=_base(self.run, options),
             dtype=options.weights_dtype,
             dequantise=options.dequantise,
             any_base=options.any_base,
@@ -216,7 +219,7 @@ def _gguf(source: _Source, output: Path) -> list[str]:
     options = source.options
     model = source.whole()
     kind = options.dtype or _stored_kind(model)
-    file_name = f"{source.name}-{kind.upper()}.gguf"
+    file_name = f"{source.name}-{kind.replace('fp', 'f').upper()}.gguf"
     if options.converter is not None:
         with written_whole(output) as unfinished:
             _convert(Path(options.converter).expanduser(), model.folder, unfinished / file_name, kind)
@@ -244,7 +247,8 @@ def _awq_ready(source: _Source, output: Path) -> list[str]:
     template = "auto" if run is None or tokenizer.chat_template else run.config.data.template
     with written_whole(output) as unfinished:
         model.save(unfinished, dtype, options.max_shard_bytes)
-        num_rows = save_calibration(sources, fraction, tokenizer, template, options.num_rows, unfinished, source.scratch)
+        wanted = options.num_rows or USUAL_ROWS
+        num_rows = save_calibration(sources, fraction, tokenizer, template, wanted, unfinished, source.scratch)
     return [f"{num_rows} texts for calibration are in calibration.jsonl; README.md says which tools take them."]
 
 
@@ -280,6 +284,11 @@ def _refuse_without_rows(run: RunToScore | None, options: ExportOptions) -> None
         )
 
 
+def _base(run: RunToScore | None, options: ExportOptions) -> str | None:
+    """Of an adapter: what the user names, or the run; None: what the adapter names."""
+    return options.base or (run.plan.model.path if run else None)
+
+
 def _refuse_base(source: _Source) -> None:
     if source.options.base is not None:
         raise UserError(
@@ -298,8 +307,7 @@ def _dtype(precision: Precision | None) -> torch.dtype | None:
 
 def _convert(converter: Path, model: Path, target: Path, kind: ExportDtype) -> None:
     """Have a user's llama.cpp write a file."""
-    types = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
-    command = [sys.executable, str(converter), str(model), "--outfile", str(target), "--outtype", types[kind]]
+    command = [sys.executable, str(converter), str(model), "--outfile", str(target), "--outtype", kind.replace("fp", "f")]
     told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
     last = "\n".join(told.stdout.splitlines()[-_LAST_LINES:])
     if told.returncode != 0:

@@ -173,16 +173,18 @@ def _pre_tokenizer(own: dict[str, Any], merges: Sequence[tuple[str, ...]]) -> tu
         raise _refusal(f"one that splits text by {splits or 'nothing'}")
     pre, takes_words = SPLITS[tuple(splits)]
     takes_words_here = bool(own["model"].get("ignore_merges"))
-    if takes_words != takes_words_here and (word := _unreachable(own["model"], merges)):
+    if takes_words != takes_words_here and (word := _unreachable(own, merges)):
         takes = "takes" if takes_words_here else "does not take"
         raise _refusal(f"one that {takes} whole words before merges, unlike {pre}, which matters for {word!r}")
     return pre, tuple(notes)
 
 
-def _unreachable(model: dict[str, Any], merges: Sequence[tuple[str, ...]]) -> str | None:
+def _unreachable(own: dict[str, Any], merges: Sequence[tuple[str, ...]]) -> str | None:
     """A token that merges do not lead to, so that it matters whether whole words are looked up before."""
-    bare = BPE(vocab=model["vocab"], merges=[(left, right) for left, right in merges])
-    return next((word for word in model["vocab"] if len(bare.tokenize(word)) != 1), None)
+    vocabulary: dict[str, int] = own["model"]["vocab"]
+    bare = BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges])
+    found_before = {added["content"] for added in own["added_tokens"]}
+    return next((word for word in vocabulary if word not in found_before and len(bare.tokenize(word)) != 1), None)
 
 
 def _space_prefix(own: dict[str, Any]) -> bool:

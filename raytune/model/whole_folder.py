@@ -50,6 +50,8 @@ def written_whole(output: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o755)
+        for entry in unfinished.rglob("*"):  # which safetensors keeps from others
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
         if output.exists():
             output.rmdir()
         unfinished.rename(output)

@@ -28,7 +28,7 @@ MajoritySign = Literal["total", "frequency"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """What is asked for; `combination_of` checks it."""
+    """What is asked for; `asked_combination` checks it."""
 
     kind: CombinationKind = "cat"
     weights: tuple[float, ...]
@@ -57,7 +57,31 @@ class Combination:
         return self.kind.startswith("dare")
 
 
-def combination_of(
+def asked_combination(
+    num_adapters: int,
+    kind: str | None,
+    weights: Sequence[float] | None,
+    density: float | None,
+    seed: int | None,
+    rank: int | None,
+    majority_sign: str | None,
+) -> Combination | None:
+    """What a user asks for; None: a single adapter as it is.
+
+    Args:
+        kind: None: the exact sum.
+        weights: None: the same share of 1 for each.
+        majority_sign: None: that of the sum.
+
+    Raises:
+        UserError: if something is missing, is more than the kind takes, or is no such number.
+    """
+    if num_adapters == 1 and all(said is None for said in (kind, weights, density, seed, rank, majority_sign)):
+        return None
+    return _combination_of(num_adapters, kind or "cat", weights, density, seed, rank, majority_sign)
+
+
+def _combination_of(
     num_adapters: int,
     kind: str,
     weights: Sequence[float] | None,
@@ -66,15 +90,6 @@ def combination_of(
     rank: int | None,
     majority_sign: str | None,
 ) -> Combination:
-    """What a user asks for, looked at.
-
-    Args:
-        weights: None: the same share of 1 for each.
-        majority_sign: None: that of the sum.
-
-    Raises:
-        UserError: if something is missing, is more than the kind takes, or is no such number.
-    """
     kinds = get_args(CombinationKind)
     if kind not in kinds:
         raise UserError(f"--combination is {kind}, expected one of {', '.join(kinds)}.")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from raytune.errors import ModelError, UserError
 from raytune.model.base_content import base_content, save_content
 from raytune.model.combine import merge_adapters
-from raytune.plan.combination import Combination, combination_of
+from raytune.plan.combination import Combination, asked_combination
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 ONE_ULP_OF_SUMS = 1e-6
@@ -229,4 +229,4 @@ def test_adapters_of_bases_with_other_weights_are_refused_by_their_content(mater
 def test_what_a_combination_lacks_or_does_not_take_is_said(asked: dict[str, Any], words: str) -> None:
     nothing: dict[str, Any] = dict.fromkeys(("weights", "density", "seed", "rank", "majority_sign"))
     with pytest.raises(UserError, match=words):
-        combination_of(2, **({"kind": "cat"} | nothing | asked))
+        asked_combination(2, **({"kind": "cat"} | nothing | asked))
