@@ -20,11 +20,12 @@ from raytune.units import parse_size
 if TYPE_CHECKING:
     from raytune.config.training import Precision
     from raytune.evaluation.side_by_side import Evaluation
-    from raytune.launch.export import ExportDtype, Exported, ExportFormat
+    from raytune.launch.export import Exported
     from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
     from raytune.plan.rate_range import Shape
+    from raytune.plan.rewriting import ExportDtype, ExportFormat
     from raytune.report.comparison import RunComparison
     from raytune.sweeps.results import SweepResult
 

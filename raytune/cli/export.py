@@ -9,10 +9,10 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.say import say
+from raytune.config.training import Precision
 from raytune.plan.combination import CombinationKind, MajoritySign, asked_combination
+from raytune.plan.rewriting import ExportDtype, ExportFormat
 from raytune.units import parse_size
-
-_FORMATS = ("safetensors", "gguf", "awq-ready")
 
 
 def _size(_context: click.Context, _option: click.Parameter, text: str) -> int:
@@ -77,7 +77,7 @@ def _of_bases(verb: Callable) -> Callable:
 @click.option("--rank", type=int, help="Kinds that end in svd: rank of the result. Default: the largest of the adapters.")
 @click.option("--majority-sign", type=click.Choice(get_args(MajoritySign)), help="TIES: whose sign counts. Default: total.")
 @click.option("--as-adapter", is_flag=True, help="Write an adapter that plain PEFT loads, not a whole model.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Dtype of the result. Default: that of the base.")
+@click.option("--dtype", type=click.Choice(get_args(Precision)), help="Dtype of the result. Default: that of the base.")
 @_of_bases
 @as_json_option
 @debug_option
@@ -143,11 +143,16 @@ def merge(
 @click.argument("model")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the files; new or empty.")
 @click.option(
-    "--format", "file_format", type=click.Choice(_FORMATS), default="safetensors", show_default=True, help="Of the files."
+    "--format",
+    "file_format",
+    type=click.Choice(get_args(ExportFormat)),
+    default="safetensors",
+    show_default=True,
+    help="Of the files.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bf16", "fp16", "fp32", "q8_0"]),
+    type=click.Choice(get_args(ExportDtype)),
     help="Of the weights; q8_0 for gguf. Default: as they are stored, for awq-ready in 16 bits.",
 )
 @click.option("--converter", metavar="FILE", help="gguf: convert_hf_to_gguf.py of your llama.cpp, to write it instead.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -24,12 +24,10 @@ from raytune.model.merge import merge_adapter
 from raytune.model.rewriting import merging_of, rewriting_of
 from raytune.model.whole_folder import refuse_taken, require_room, written_whole
 from raytune.model.whole_model import WholeModel, whole_model
-from raytune.plan.rewriting import Rewriting
+from raytune.plan.rewriting import ExportDtype, ExportFormat, Rewriting
 from raytune.storage import absolute, download_folder, exists, file_sizes, is_local, local_path
 from raytune.units import format_bytes
 
-ExportFormat = Literal["safetensors", "gguf", "awq-ready"]
-ExportDtype = Literal["bf16", "fp16", "fp32", "q8_0"]
 USUAL_ROWS = 512
 """That tools for AWQ and GPTQ calibrate with."""
 _LAST_LINES = 15
@@ -252,7 +250,7 @@ def _awq_ready(source: _Source, output: Path) -> list[str]:
     return [f"{num_rows} texts for calibration are in calibration.jsonl; README.md says which tools take them."]
 
 
-_FORMATS: Mapping[str, Callable[[_Source, Path], list[str]]] = {
+_FORMATS: Mapping[ExportFormat, Callable[[_Source, Path], list[str]]] = {
     "safetensors": _safetensors,
     "gguf": _gguf,
     "awq-ready": _awq_ready,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from raytune.model.export import in_dtype
 from raytune.model.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from raytune.model.stored_weights import StoredWeights
 from raytune.model.weight_files import StoredTensor
+from raytune.plan.rewriting import ExportDtype
 
-GgufType = Literal["fp32", "fp16", "bf16", "q8_0"]
-_TYPES: Mapping[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
+_TYPES: Mapping[ExportDtype, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "fp32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "fp16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
@@ -43,6 +43,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+_NUMBERS_AT_ONCE = 1 << 20
 _ROPE_FACTORS = "rope_freqs.weight"
 _OLD_BUFFERS = "rotary_emb.inv_freq"
 """Frequencies that files of early Llamas hold, and nobody reads."""
@@ -95,7 +96,7 @@ class GgufModel:
         config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         stops: GenerationConfig | None,
-        kind: GgufType,
+        kind: ExportDtype,
         name: str,
     ) -> None:
         """
@@ -154,10 +155,12 @@ class GgufModel:
         found = {tensor.name: tensor for tensor in reader.tensors}
         if found.keys() != {tensor.name for tensor in self._tensors}:
             raise ModelError(f"{path} does not hold the tensors that were written: {len(found)} of {len(self._tensors)}.")
-        for tensor in self._tensors:
-            read = torch.from_numpy(np.array(dequantize(found[tensor.name].data, tensor.type)))
-            if not _is_near(read, tensor):
-                raise ModelError(f"{path} holds other numbers for {tensor.name} than were written. Is its disk damaged?")
+        with path.open("rb") as file:
+            for tensor in self._tensors:
+                file.seek(found[tensor.name].data_offset)  # the reader maps the file, which would be in memory in the end
+                read = np.fromfile(file, np.uint8, tensor.num_bytes)
+                if found[tensor.name].tensor_type != tensor.type or not _is_near(read, tensor):
+                    raise ModelError(f"{path} holds other numbers for {tensor.name} than were written. Is its disk damaged?")
         tokens = reader.get_field("tokenizer.ggml.tokens")
         if tokens is None or tokens.contents() != self._tokenizer.tokens:
             raise ModelError(f"{path} holds other tokens than were written. Is its disk damaged?")
@@ -307,18 +310,39 @@ def _packed(tensor: _Tensor) -> np.ndarray:
     if tensor.type in _PLAIN:
         cast = next(in_dtype([(tensor.name, tensor.read())], _PLAIN[tensor.type]))[1].contiguous()
         return cast.view(torch.uint8).numpy()
-    return quantize(tensor.read().float().numpy(), tensor.type)
+    source = _rows(tensor.read())
+    packed = np.empty((len(source), tensor.bytes_shape[-1]), np.uint8)
+    for rows in _some_rows(source):
+        packed[rows] = quantize(source[rows].float().numpy(), tensor.type)
+    return packed
 
 
-def _is_near(read: Tensor, tensor: _Tensor) -> bool:
-    """Whether numbers of the file are those of the model, as near as the type comes."""
-    source = tensor.read()
-    if tensor.type in _PLAIN:
-        return read.equal(source.to(_PLAIN[tensor.type]).float())
-    blocks = source.float().reshape(-1, GGML_QUANT_SIZES[tensor.type][0])
-    # Half a step of 127, and a scale of 11 bits (where it is not smaller than fp16 counts).
-    allowed = blocks.abs().amax(1, keepdim=True) * (0.5 / 127 + 2.0**-11) + 127 * 2.0**-25
-    return bool(((read.reshape(blocks.shape) - blocks).abs() <= allowed).all())
+def _is_near(read: np.ndarray, tensor: _Tensor) -> bool:
+    """Whether bytes of the file are the numbers of the model, as near as the type comes."""
+    source = _rows(tensor.read())
+    packed = read.reshape(len(source), -1)
+    for rows in _some_rows(source):
+        numbers = torch.from_numpy(np.array(dequantize(packed[rows], tensor.type))).reshape(source[rows].shape)
+        if tensor.type in _PLAIN:
+            if not numbers.equal(source[rows].to(_PLAIN[tensor.type]).float()):
+                return False
+            continue
+        blocks = source[rows].float().reshape(-1, GGML_QUANT_SIZES[tensor.type][0])
+        # Half a step of 127, and a scale of 11 bits (where it is not smaller than fp16 counts).
+        allowed = blocks.abs().amax(1, keepdim=True) * (0.5 / 127 + 2.0**-11) + 127 * 2.0**-25
+        if not ((numbers.reshape(blocks.shape) - blocks).abs() <= allowed).all():
+            return False
+    return True
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _some_rows(rows: Tensor) -> Iterator[slice]:
+    """Few at a time, since some arithmetic makes several copies of them in fp32."""
+    num = max(1, _NUMBERS_AT_ONCE // rows.shape[1])
+    return (slice(start, start + num) for start in range(0, len(rows), num))
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: GgufTokenizer) -> None:

@@ -1,8 +1,13 @@
-"""What merging and exporting take of memory and disk, before they begin. Pure."""
+"""What merging and exporting can write, and what they take of memory and disk, before they begin. Pure."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from raytune.units import MIB, format_bytes
+
+ExportFormat = Literal["safetensors", "gguf", "awq-ready"]
+ExportDtype = Literal["bf16", "fp16", "fp32", "q8_0"]
+"""Of weights; the last one in GGUF only."""
 
 LIBRARIES_BYTES = 700 * MIB
 """torch, transformers and PEFT in memory; measured: 490 MiB once imported, and what they make of small models."""

@@ -1,6 +1,7 @@
 """Several adapters made into one, or laid into their base: held against plain PEFT's `add_weighted_adapter`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from raytune.config.adapter import QloraAdapter
 from raytune.errors import ModelError, UserError
 from raytune.model.base_content import base_content, save_content
 from raytune.model.combine import merge_adapters
+from raytune.model.export import save_adapter
+from raytune.model.load import load_model
+from raytune.model.merge import merge_adapter
 from raytune.plan.combination import Combination, asked_combination
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_plan, tiny_tokenizer
 
 ONE_ULP_OF_SUMS = 1e-6
 """Sums of a few products of fp32, in another order."""
@@ -172,6 +177,28 @@ with torch.inference_mode():
 """
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert float(told.stdout) <= 1e-5, "sums in another order through two layers"
+
+
+def test_adapters_over_a_quantised_base_are_laid_into_what_training_saw(material: dict[str, Path], tmp_path: Path) -> None:
+    qlora = QloraAdapter(method="qlora", rank=4, target_modules=["q_proj"])
+    plan = tiny_plan(model={"path": str(material["base"])}, adapter=qlora.model_dump())
+    model: Any = load_model(plan.model, plan.adapter, device=torch.device("cpu"), seed=0)
+    trained = {name: torch.randn_like(value) * 0.05 for name, value in model.named_parameters() if value.requires_grad}
+    save_adapter(model, trained, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    merge_adapter(tmp_path / "one", tmp_path / "alone")
+    both = [tmp_path / "one", tmp_path / "two"]
+    merge_adapters(both, tmp_path / "both", Combination(weights=(0.6, 0.4)))
+    alone, together, base = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", tmp_path / "both", material["base"])
+    )
+    name = "model.layers.0.mlp.up_proj.weight"  # has no update
+    assert not alone[name].equal(base[name])
+    assert max((together[name] - value).abs().max() for name, value in alone.items()) <= ONE_ULP_OF_SUMS
+    merge_adapters([*both, material["one"]], tmp_path / "plain", Combination(weights=(1.0, 1.0, 0.0)), dequantise=False)
+    assert load_file(tmp_path / "plain" / "model.safetensors")[name].equal(base[name])
+    with pytest.raises(ModelError, match=r"quantised differently .*--original-base"):
+        merge_adapters([*both, material["one"]], tmp_path / "no", Combination(weights=(1.0, 1.0, 1.0)))
 
 
 def test_adapters_that_do_not_go_together_are_refused_in_words(material: dict[str, Path], tmp_path: Path) -> None:
