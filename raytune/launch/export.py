@@ -295,8 +295,8 @@ def _refuse_base(source: _Source) -> None:
 
 
 def _stored_kind(model: WholeModel) -> ExportDtype:
-    dtype: Any = model.config.dtype
-    return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
+    names: Mapping[Any, ExportDtype] = {dtype: name for name, dtype in DTYPES.items()}
+    return names.get(model.config.dtype, "fp32")
 
 
 def _dtype(precision: Precision | None) -> torch.dtype | None:

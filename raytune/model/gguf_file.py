@@ -107,7 +107,8 @@ class GgufModel:
         Raises:
             ModelError: with what cannot be said in the format, and what to do.
         """
-        self._weights, self._config, self._kind, self._name = weights, config, kind, name
+        self._weights, self._config, self._name = weights, config, name
+        self._kind: ExportDtype = kind
         self._architecture = _architecture(config)
         self._rope_factors, self._rope_keys = _rope(config)
         self._context, notes = _context(config)

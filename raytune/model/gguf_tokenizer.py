@@ -107,7 +107,8 @@ def gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, stops: GenerationConfig |
     for text, number in vocabulary.items():
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[number] = BYTE
-    if (unknown := tokenizer.unk_token_id) is not None:
+    unknown: Any = tokenizer.unk_token_id
+    if unknown is not None:
         kinds[unknown] = UNKNOWN
     return GgufTokenizer(
         model="llama",

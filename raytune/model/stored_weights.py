@@ -81,10 +81,11 @@ class StoredWeights:
                 f"{name} in {held.file} holds numbers of the format {held.dtype}, which are not weights as they are."
             )
         tensor = torch.empty(held.shape, dtype=_DTYPES[held.dtype])
+        flat: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
         try:
             with held.file.open("rb", buffering=0) as file:
                 file.seek(self._starts[name])
-                left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+                left = memoryview(flat)
                 while left:
                     if not (num_read := file.readinto(left)):
                         raise OSError("it ends too early")
