@@ -157,10 +157,12 @@ def _common_base(adapters: Sequence[Path], configs: Sequence[LoraConfig], base: 
                 f"compute what nobody trained. If you mean it, name one base with --base and add --any-base."
             )
     names = [config.base_model_name_or_path for config in configs]
-    if base is None and len({*names}) > 1 and (None in parts or any_base):
+    shown = [f"{config.base_model_name_or_path} at {config.revision}" if config.revision else str(name)
+             for name, config in zip(names, configs, strict=True)]  # fmt: skip
+    if base is None and len({*shown}) > 1 and (None in parts or any_base):
         raise ModelError(
-            f"{adapters[0]} and the others name different bases ({', '.join(map(str, dict.fromkeys(names)))}). If these are one "
-            f"model, name it with --base."
+            f"{adapters[0]} and the others name different bases ({', '.join(dict.fromkeys(shown))}). If these are one model, "
+            f"name it with --base."
         )
     if not (named := base or names[first]):
         raise ModelError(f"{adapters[0] / ADAPTER_CONFIG} does not name its base model. Name it with --base.")

@@ -159,6 +159,7 @@ def test_a_layer_with_a_smaller_rank_than_others_loads_in_plain_peft(material: d
     assert max((found[name] - value).abs().max().item() for name, value in expected.items()) <= ONE_ULP_OF_SUMS
 
 
+@pytest.mark.slow
 def test_what_is_combined_computes_in_a_process_without_raytune(material: dict[str, Path], tmp_path: Path) -> None:
     asked = Combination(kind="ties", weights=(0.7, 0.3), density=0.5)
     adapters = [material["one"], material["two"]]
@@ -254,6 +255,6 @@ def test_adapters_of_bases_with_other_weights_are_refused_by_their_content(mater
     ],
 )
 def test_what_a_combination_lacks_or_does_not_take_is_said(asked: dict[str, Any], words: str) -> None:
-    nothing: dict[str, Any] = dict.fromkeys(("weights", "density", "seed", "rank", "majority_sign"))
+    said: dict[str, Any] = {"kind": "cat"} | dict.fromkeys(("weights", "density", "seed", "rank", "majority_sign")) | asked
     with pytest.raises(UserError, match=words):
-        asked_combination(2, **({"kind": "cat"} | nothing | asked))
+        asked_combination(2, **said)

@@ -48,7 +48,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "llama": save_tiny_model(root / "llama", hidden_size=64, initializer_range=0.1),
         "llama of wide heads": save_tiny_model(root / "wide", tied=False, head_dim=24, initializer_range=0.1),
-        "mistral": saved(MistralConfig(sliding_window=64, rope_theta=5e5, **sizes), root / "of mistral"),
+        "mistral": saved(
+            MistralConfig(sliding_window=64, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **sizes),
+            root / "of mistral",
+        ),
         "qwen2": saved(Qwen2Config(tie_word_embeddings=True, **sizes), root / "qwen2"),
         "qwen3": saved(Qwen3Config(head_dim=128, **sizes), root / "qwen3"),
     }

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from raytune.model.rewriting import merging_of
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 SHARD_BYTES = 40 * 2**20
-SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 4}
 LAYERS = 14
 WORK = """
 import json, sys, torch
