@@ -63,6 +63,8 @@ from raytune.plan.stored_quantization import stored_quantization
 from raytune.printable import in_a_line
 
 _log = logging.getLogger(__name__)
+_OF_BASE = (".base_layer.weight", ".base_layer.bias")
+"""Ends of the names of what belongs to the base in an adapter's file."""
 
 
 def merge_adapter(
@@ -229,7 +231,7 @@ class _Merger:
             peft_config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
         try:
             held = load_peft_weights(str(folder), device="cpu")
-            self._held_of_base = {_in_base(key): held.pop(key) for key in [*held] if ".base_layer." in key}
+            self._held_of_base = {_in_base(key): held.pop(key) for key in [*held] if key.endswith(_OF_BASE)}
             """Tensors of the base that PEFT saves with an update of theirs, as it does of embeddings."""
             saved = row.of_equal_shapes(held, peft_config)
             with as_asked():
