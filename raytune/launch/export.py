@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
+from transformers import PretrainedConfig
 
 from raytune.config.data import DataSource
 from raytune.config.training import Precision
@@ -20,10 +20,15 @@ from raytune.launch.calibration import save_calibration
 from raytune.launch.score import RunToScore, run_to_score
 from raytune.model.dtypes import DTYPES
 from raytune.model.export import ADAPTER_CONFIG, MAX_SHARD_BYTES
+from raytune.model.files import resolve_model_path
 from raytune.model.merge import merge_adapter
+from raytune.model.pretrained import load_config
 from raytune.model.rewriting import merging_of, rewriting_of
+from raytune.model.rope import saved_rope, stretch
+from raytune.model.saved_adapter import adapter_config
 from raytune.model.whole_folder import refuse_taken, require_room, written_whole
 from raytune.model.whole_model import WholeModel, whole_model
+from raytune.plan.base_model import is_on_hub
 from raytune.plan.rewriting import ExportDtype, ExportFormat, Rewriting
 from raytune.storage import absolute, download_folder, exists, file_sizes, is_local, local_path
 from raytune.units import format_bytes
@@ -93,7 +98,8 @@ class Exported:
     @property
     def lines(self) -> list[str]:
         total = format_bytes(sum(self.files.values()))
-        return [f"exported   {self.path}  ({self.format}, {len(self.files)} files, {total}, read back)", *self.notes]
+        count = "one file" if len(self.files) == 1 else f"{len(self.files)} files"
+        return [f"exported   {self.path}  ({self.format}, {count}, {total}, read back)", *self.notes]
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "format": self.format, "files": dict(self.files), "notes": [*self.notes]}
@@ -113,12 +119,10 @@ def export(named: str, output: Path, options: ExportOptions) -> Exported:
     refuse_taken(output, "what is exported")
     run = _run(named)
     _refuse_without_rows(run, options)
-    with ExitStack() as stack:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(
-            stack.enter_context(TemporaryDirectory(prefix=f"{output.name}.", suffix=".scratch", dir=output.absolute().parent))
-        )
-        source = _Source(named=named, run=run, options=options, scratch=scratch)
+    above = output.absolute().parent
+    above.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{output.name}.", suffix=".scratch", dir=above) as scratch:
+        source = _Source(named=named, run=run, options=options, scratch=Path(scratch))
         notes = _FORMATS[options.format](source, output)
     return Exported(
         path=str(output.absolute()), format=options.format, files=file_sizes(str(output.absolute())), notes=tuple(notes)
@@ -175,6 +179,18 @@ class _Source:
     def is_adapter(self) -> bool:
         return (self.folder / ADAPTER_CONFIG).is_file()
 
+    def config(self) -> PretrainedConfig:
+        """Of the whole model."""
+        options = self.options
+        if not self.is_adapter:
+            return load_config(resolve_model_path(str(self.folder), None), None, options.trust_remote_code)
+        own = adapter_config(self.folder)
+        base = _base(self.run, options) or own.base_model_name_or_path or str(self.folder)
+        path = resolve_model_path(base, None)
+        config = load_config(path, own.revision if is_on_hub(path) else None, options.trust_remote_code)
+        stretch(config, saved_rope(self.folder))
+        return config
+
     def whole(self) -> WholeModel:
         """The whole model, merged in the scratch folder if it has to be."""
         folder = self.folder
@@ -210,11 +226,13 @@ def _safetensors(source: _Source, output: Path) -> list[str]:
 
 
 def _gguf(source: _Source, output: Path) -> list[str]:
-    from raytune.model.gguf_file import GgufModel, check_foreign
+    from raytune.model.gguf_file import GgufModel, check_foreign, refuse_config
 
     if not source.is_adapter:
         _refuse_base(source)
     options = source.options
+    if options.converter is None:
+        refuse_config(source.config())  # before anything is merged
     model = source.whole()
     kind = options.dtype or _stored_kind(model)
     file_name = f"{source.name}-{kind.replace('fp', 'f').upper()}.gguf"

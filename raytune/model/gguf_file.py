@@ -211,6 +211,16 @@ class GgufModel:
             getattr(writer, add)(value)
 
 
+def refuse_config(config: PretrainedConfig) -> None:
+    """Refuse what its config tells already.
+
+    Raises:
+        ModelError: with what cannot be said in the format, and what to do.
+    """
+    _architecture(config)
+    _rope(config)
+
+
 def check_foreign(path: Path) -> None:
     """Read a file that another program wrote.
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Pre
 import raytune
 from raytune.errors import ModelError, RaytuneError, StorageFullError, UserError
 from raytune.launch.export import ExportOptions, export
+from raytune.missing import missing_package
 from raytune.model.gguf_file import GgufModel
 from raytune.model.whole_folder import require_room
 from raytune.model.whole_model import whole_model
@@ -166,6 +167,10 @@ def test_what_a_gguf_cannot_say_is_refused_with_the_way_out(models: dict[str, Pa
     folder = saved(GPTNeoXConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=4), tmp_path / "x")
     with pytest.raises(ModelError, match=r"type gpt_neox .* llama, mistral, qwen2, qwen3\. With llama.cpp .*--converter"):
         export(str(folder), tmp_path / "out", ExportOptions(format="gguf"))
+    over_it = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["query_key_value"]))
+    over_it.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ModelError, match="type gpt_neox"):  # before it is merged
+        export(str(tmp_path / "adapter"), tmp_path / "out", ExportOptions(format="gguf"))
 
 
 def test_a_users_converter_is_run_on_the_whole_model(adapter: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -242,6 +247,15 @@ def test_numbers_that_fp16_does_not_hold_and_a_full_disk_leave_nothing(models: d
     with pytest.raises(StorageFullError, match=r"The model takes 888 PiB|The model takes .* bytes\), and the disk of"):
         require_room(tmp_path / "out", 10**18, "The model")
     assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_a_missing_package_is_named_with_what_installs_it(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "raytune.model.gguf_file")
+    with pytest.raises(ModuleNotFoundError) as missing:
+        export(str(adapter), tmp_path / "out", ExportOptions(format="gguf"))
+    assert "[gguf]" in missing_package(missing.value)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_quantised_model_and_an_occupied_folder_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
