@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from raytune.api import evaluate as evaluate
     from raytune.api import find_rate as find_rate
     from raytune.api import score as score
+    from raytune.api import serve as serve
     from raytune.api import sweep as sweep
     from raytune.api import train as train
     from raytune.api import write_report as write_report
 
 __version__ = "0.1.0"
-__all__ = ["RunEvent", "advise", "compare", "evaluate", "find_rate", "score", "sweep", "train", "write_report"]
+__all__ = ["RunEvent", "advise", "compare", "evaluate", "find_rate", "score", "serve", "sweep", "train", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

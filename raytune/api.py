@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from raytune.plan.advise import Advised
     from raytune.plan.rate_range import Shape
     from raytune.report.comparison import RunComparison
+    from raytune.serving.endpoint import Endpoint
     from raytune.sweeps.results import SweepResult
 
 File = str | PathLike[str]
@@ -229,6 +230,74 @@ def evaluate(
     )
     prepared = prepare_evaluation(named, suite=text(suite), address=address, workers=workers)
     return evaluate(prepared, text(output))
+
+
+def serve(
+    model: File,
+    *,
+    adapters: Mapping[str, File] | None = None,
+    base: File | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    replicas: int = 1,
+    max_batch: int = 32,
+    max_waiting: int = 256,
+    timeout_s: float = 600.0,
+    adapters_in: Sequence[File] = (),
+    template: str = "auto",
+    dtype: "Precision | None" = None,
+    address: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Endpoint":
+    """Serve models as `raytune serve` does: an endpoint in OpenAI's form. Returns once it answers.
+
+        with raytune.serve("runs/support-bot") as endpoint:
+            client = openai.OpenAI(base_url=endpoint.url, api_key=endpoint.token)
+
+    Args:
+        model: the folder of a finished run, or any folder that plain transformers or PEFT loads.
+        adapters: more over the same base, by name.
+        base: that an adapter in `model` is laid over.
+        host: where to listen.
+        port: 0: any that is free.
+        token: that whoever asks has to know. By default a new one, as long as only this machine is listened to.
+        replicas: processes that hold the models.
+        max_batch: answers that a replica writes at once.
+        max_waiting: that wait in each replica; more are refused with 429.
+        timeout_s: of one answer.
+        adapters_in: folders that adapters may be loaded from at run time.
+        template, dtype, address, trust_remote_code: as for `evaluate`.
+
+    Returns:
+        `url`, `token`, `models` (names) and `close()`; a context manager that closes.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, if a model cannot be had, or strangers could use the endpoint.
+        raytune.errors.RaytuneError: if the replicas did not become ready.
+    """
+    from raytune.launch.models_to_ask import Named
+    from raytune.serving.endpoint import ServeOptions, prepare_serving, start_serving
+
+    named = Named(
+        model=fspath(model),
+        base=None if base is None else fspath(base),
+        adapters={name: fspath(path) for name, path in (adapters or {}).items()},
+        template=template,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    options = ServeOptions(
+        host=host,
+        port=port,
+        replicas=replicas,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        timeout_s=timeout_s,
+        adapters_in=tuple(map(fspath, adapters_in)),
+        address=address,
+    )
+    return start_serving(prepare_serving(named, options, token))
 
 
 def write_report(run: File) -> str:

@@ -17,6 +17,7 @@ from raytune.cli.group import cli, files_and_overrides
 from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.reports import compare, report
 from raytune.cli.runs import advise, merge, plan, score, sweep, track, train
+from raytune.cli.serve import serve
 from raytune.cli.supervise import Notes, supervised
 from raytune.cli.watch import top, ui
 
@@ -33,6 +34,7 @@ for verb in (
     find_rate,
     score,
     evaluate,
+    serve,
     track,
     report,
     compare,

@@ -53,14 +53,14 @@ def evaluate(
     from raytune.launch.evaluate import evaluate, prepare_evaluation
     from raytune.launch.models_to_ask import Named
 
-    asked = Named(adapters=_by_name(adapters), **named)
+    asked = Named(adapters=by_name(adapters), **named)
     prepared = prepare_evaluation(asked, suite=suite, address=address, workers=workers)
     begin_on(named_address(prepared.cluster))
     found = evaluate(prepared, output)
     say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines))
 
 
-def _by_name(adapters: Sequence[str]) -> dict[str, str]:
+def by_name(adapters: Sequence[str]) -> dict[str, str]:
     """Folders of adapters by the names that they are given.
 
     Raises:

@@ -1,0 +1,100 @@
+"""The verb that serves models."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from raytune.cli.evaluate import by_name
+from raytune.cli.group import as_json_option, debug_option, examples
+from raytune.cli.say import say
+from raytune.cli.supervise import begin_on
+from raytune.config.training import Precision
+from raytune.launch.address import named_address
+
+
+@click.command(
+    epilog=examples(
+        "serve runs/support-bot",
+        "serve ./Qwen3-8B --adapter terse=runs/a/model --adapter polite=runs/b/model --replicas 2",
+        "serve runs/support-bot --adapters-in /shared/runs --token-file ~/.raytune-token --host 0.0.0.0",
+    )
+)
+@click.argument("model", metavar="MODEL_OR_RUN")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="An adapter more over the same base.")
+@click.option("--base", metavar="MODEL", help="Base that an adapter in MODEL is laid over.")
+@click.option("--host", default="127.0.0.1", help="Where to listen. Default: 127.0.0.1, which only this machine reaches.")
+@click.option("--port", type=click.IntRange(min=0, max=65535), default=8000, help="Default: 8000; 0: any that is free.")
+@click.option("--replicas", type=click.IntRange(min=1), default=1, help="Processes that hold the models. Default: 1.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with the token. Default: RAYTUNE_API_KEY, else new.",
+)
+@click.option("--max-batch", type=click.IntRange(min=1), default=32, help="Answers that a replica writes at once. Default: 32.")
+@click.option(
+    "--max-waiting", type=click.IntRange(min=1), default=256, help="That wait in each replica; more get 429. Default: 256."
+)
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=600.0, help="Seconds per answer. Default: 600.")
+@click.option("--adapters-in", multiple=True, metavar="FOLDER", help="Folder that adapters may be loaded from at run time.")
+@click.option("--template", default="auto", metavar="NAME", help="Chat template, as data.template, for a tokenizer without one.")
+@click.option("--dtype", type=click.Choice(get_args(Precision)), help="That a model is loaded in. Default: that of its files.")
+@click.option("--address", help="Ray cluster instead of the run's, as cluster.address; here: one inside this machine.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with a model in a folder.")
+@as_json_option
+@debug_option
+def serve(
+    model: str,
+    adapters: Sequence[str],
+    base: str | None,
+    template: str,
+    dtype: Precision | None,
+    trust_remote_code: bool,
+    token_file: Path | None,
+    adapters_in: Sequence[str],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Serve models to clients of OpenAI's API, until Ctrl-C: base, tuned model and adapters, each by its name.
+
+    MODEL_OR_RUN is the folder of a finished run, or any folder that plain transformers or PEFT loads. Whoever asks needs the
+    token that is printed, or the one in RAYTUNE_API_KEY or --token-file; off this machine one of these is needed. Answers that
+    are being written when Ctrl-C comes are written to their end, for up to half a minute.
+    """
+    from raytune.launch.models_to_ask import Named
+    from raytune.serving.access import TOKEN_VARIABLE, token_in
+    from raytune.serving.endpoint import ServeOptions, prepare_serving, start_serving
+
+    named = Named(
+        model=model,
+        base=base,
+        adapters=by_name(adapters),
+        template=template,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    token = token_in(token_file) if token_file else os.environ.get(TOKEN_VARIABLE)
+    prepared = prepare_serving(named, ServeOptions(adapters_in=tuple(adapters_in), **options), token)
+    begin_on(named_address(prepared.cluster))
+    with start_serving(prepared) as endpoint:
+        facts = {"url": endpoint.url, "models": list(endpoint.models)} | ({} if token else {"token": endpoint.token})
+        say(json.dumps(facts) if as_json else "\n".join(_lines(facts)))
+        sys.stdout.flush()
+        try:
+            endpoint.wait()
+        except KeyboardInterrupt:
+            say("No more requests are taken; answers that are being written end.", err=True)
+            raise
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"models   {', '.join(facts['models'])}",
+        f"export OPENAI_BASE_URL={facts['url']}",
+        *([f"export OPENAI_API_KEY={facts['token']}"] if "token" in facts else []),
+        "Ctrl-C ends it.",
+    ]
