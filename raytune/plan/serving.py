@@ -41,8 +41,8 @@ def most_cached_tokens(room_bytes: int, shape: ModelShape, bytes_per_number: int
     tokens = int(room_bytes / (per_token * MOST_UNUSED))
     if tokens < LEAST_CACHED:
         raise PlanError(
-            f"Keys and values take {format_bytes(per_token)} a token, so that {format_bytes(max(room_bytes, 0))} beside the model "
-            f"hold {max(tokens, 0)} of them, and {LEAST_CACHED} are the least to serve with. Free memory, or serve the model in "
-            f"16 bits."
+            f"Keys and values take {format_bytes(per_token)} a token, so that {format_bytes(max(room_bytes, 0))} beside the "
+            f"model hold {max(tokens, 0)} of them, and {LEAST_CACHED} are the least to serve with. Free memory, or serve the "
+            f"model in 16 bits."
         )
     return tokens
