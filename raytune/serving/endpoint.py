@@ -1,6 +1,6 @@
 """`raytune serve`: models behind an endpoint in OpenAI's form, from their names to its end."""
 
-import os
+import logging
 import socket
 import threading
 import time
@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
+from raytune.launch.address import named_address
 from raytune.launch.cluster import connect
 from raytune.launch.models_to_ask import Named, Subject, models_to_ask
 from raytune.launch.score import HERE
@@ -25,8 +25,9 @@ from raytune.plan.machine import Machine
 from raytune.plan.serving import EngineLimits
 from raytune.printable import first_line
 from raytune.serving.access import chosen_token, fingerprint
-from raytune.serving.deployments import APP, ClusterMemory, application
+from raytune.serving.deployments import APP, application
 from raytune.serving.front import FrontPlan
+from raytune.serving.ingress import ClusterMemory
 from raytune.serving.replica import ReplicaPlan, served
 from raytune.serving.subjects import served_subjects
 
@@ -123,11 +124,12 @@ def start_serving(to_serve: ToServe) -> Endpoint:
     """
     options = to_serve.options
     with ExitStack() as stack:
-        if to_serve.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        is_ours = named_address(to_serve.cluster) is None and not ray.is_initialized()
+        if is_ours:
             _refuse_taken_port(options)
         machine = stack.enter_context(connect(to_serve.cluster, scales=False))
         port = options.port or _free_port(options.host)
-        stack.enter_context(_serve_running(options.host, port))
+        stack.enter_context(_serve_running(options.host, port, ends_with_cluster=is_ours))
         stack.enter_context(_deployed(to_serve, machine))
         shown = "127.0.0.1" if options.host == _ANY else options.host
         names = [one.name for one in to_serve.subjects]
@@ -135,22 +137,21 @@ def start_serving(to_serve: ToServe) -> Endpoint:
 
 
 @contextmanager
-def _serve_running(host: str, port: int) -> Iterator[None]:
-    try:
-        serve.context._get_global_client(_health_check_controller=True)
-    except RayServeException:
-        pass
-    else:
+def _serve_running(host: str, port: int, *, ends_with_cluster: bool) -> Iterator[None]:
+    found = serve.status()
+    if found.proxies or found.applications:
         raise UserError(
             "The cluster runs Ray Serve already, whose port and host are those of its first application. End that first (serve "
             "shutdown), or serve inside this machine: --address here."
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
     try:
         yield
     finally:
-        serve.shutdown()
+        if not ends_with_cluster and ray.is_initialized():
+            serve.shutdown()
 
 
 @contextmanager

@@ -54,6 +54,7 @@ OWNERS = {
         "sweeps/tuner.py",
         "serving/deployments.py",
         "serving/endpoint.py",
+        "serving/ingress.py",
     },
     "fastapi": {"serving/front.py"},
     "prometheus_client": {"serving/counters.py"},
