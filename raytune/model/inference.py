@@ -292,7 +292,8 @@ def _load(model: ModelPlan, held_for: Adapter, device: torch.device) -> PreTrain
             config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.compute_dtype],
-            attn_implementation="sdpa",  # padding on the left and a cache of keys, which the kernels for packed rows do not know
+            # No word on attention: sdpa, or eager where a model has no other. Kernels for packed rows know neither padding on the
+            # left nor a cache of keys.
             use_safetensors=True,
             device_map={"": device},
             **({"quantization_config": quantization} if quantization else {}),

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raytune.errors import RaytuneError, UserError
-from raytune.evaluation.generation import without_position_warnings
 from raytune.model.hub import download_base
 from raytune.model.inference import HeldModels
 from raytune.plan.asked_model import AskedModel
@@ -383,7 +382,7 @@ class AnsweringEngine:
         share = self._limits.most_prefilled // max(1, sum(lane.is_joining for lane in busy))
         for lane in busy:
             try:
-                with held.asked(lane.one) as loaded, without_position_warnings():
+                with held.asked(lane.one) as loaded:
                     asked = lane.switched(loaded)
                     for batch in list(lane.batches):
                         self._advance(lane, batch, asked, share)

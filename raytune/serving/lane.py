@@ -19,6 +19,8 @@ from raytune.serving.rows_cache import windows_of
 
 _LONGEST_DECIDES = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles depend on the longest row of a batch."""
+_AS_KEYS = ("PREFIX_TUNING", "CARTRIDGE")
+"""Kinds of adapter in front of prompts that are keys and values, not embeddings."""
 _CLOSE = 2
 """How many times longer a prompt may be than another that is read beside it."""
 
@@ -37,13 +39,16 @@ class Lane:
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.settings = Settings(model, loaded.tokenizer)
         self.vocab: int = getattr(model.get_input_embeddings(), "num_embeddings", text.vocab_size)
-        virtual = 0 if loaded.model is model else getattr(loaded.model.active_peft_config, "num_virtual_tokens", None) or 0
+        adapter = None if loaded.model is model else loaded.model.active_peft_config
+        virtual = getattr(adapter, "num_virtual_tokens", None) or 0
         positions = getattr(text, "max_position_embeddings", None)
         self.longest: int | None = None if positions is None else positions - virtual
         """Tokens of a prompt and its answer; None: the model names no end."""
         self.virtual = virtual
         """Tokens that an adapter lays in front of a prompt."""
-        self._accepts = frozenset(inspect.signature(model.forward).parameters)
+        in_front = adapter is not None and adapter.is_prompt_learning and adapter.peft_type not in _AS_KEYS
+        # Behind prompts that are embeddings PEFT 0.21 lets the model count positions, and warns of those that it is given.
+        self._accepts = frozenset({*inspect.signature(model.forward).parameters} - ({"position_ids"} if in_front else set()))
         self._left_out = _left_out(loaded)
         self._windows = windows_of(text) if loaded.can_pad and _rows_share_batch(model) else None
         self.batches: list[Batch] = []
