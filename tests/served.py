@@ -40,7 +40,9 @@ def _llama(**config: Any) -> PretrainedConfig:
 
 BASES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": _llama,
-    "gpt2, which has absolute positions": lambda: transformers.GPT2Config(**_SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "gpt2, which has absolute positions": lambda: transformers.GPT2Config(
+        **_SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=256
+    ),
     "bloom, which has distances": lambda: transformers.BloomConfig(**_SMALL, hidden_size=32, n_layer=2, n_head=4),
     "mistral, which has a window": lambda: transformers.MistralConfig(**_SMALL, **TINY_SHAPE, sliding_window=8, head_dim=8),
     "gemma3, some of whose layers have a window": lambda: transformers.Gemma3TextConfig(
@@ -203,9 +205,7 @@ def expect(heard: Heard, request: Request, plain: Plain, tokenizer: Any = None) 
 
 
 def all_plain(folder: Path, models: Mapping[str, AskedModel]) -> dict[str, Plain]:
-    return {
-        name: Plain(Path(one.model.path), Path(one.adapter) if one.adapter else None) for name, one in models.items()
-    }
+    return {name: Plain(Path(one.model.path), Path(one.adapter) if one.adapter else None) for name, one in models.items()}
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """A process that answers: one engine, and the prompts of its models."""
 
 import asyncio
+import itertools
 import logging
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -70,10 +71,16 @@ class Replica:
         served = {name: on_device(one.asked, plan.device) for name, one in plan.models.items()}
         self._engine = AnsweringEngine(served, device=plan.device, limits=plan.limits)
         self._prompts = {name: self._prompts_of(name, one) for name, one in plan.models.items()}
+        self._number = itertools.count()
         self._loaded: dict[str, AdapterAt] = {}
         self._loading = asyncio.Lock()
         # One at a time asks a tokenizer; a template that takes its two seconds then holds up prompts, and not the answers.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+
+    def close(self) -> None:
+        """End the engine; whoever waits is told."""
+        self._engine.close()
+        self._reading.shutdown()
 
     def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""
@@ -149,7 +156,7 @@ class Replica:
             for choice in range(asked.num_choices):
                 found.append(
                     Request(
-                        id=f"{asked.id}-{len(found)}",
+                        id=f"{asked.id}/{next(self._number)}",  # asked for again, it is another one
                         model=asked.model,
                         prompt=ids,
                         max_new_tokens=longest,
@@ -229,7 +236,7 @@ def folder_within(path: str, roots: Sequence[str]) -> Path:
     Raises:
         UserError: if not; it does not say whether there is such a folder.
     """
-    for root in roots:
+    for root in roots if "\0" not in path else ():
         above = Path(root).resolve()
         folder = (above / path).resolve()  # an absolute path stays as it is
         if folder.is_relative_to(above) and folder.is_dir():
