@@ -33,7 +33,12 @@ from tests.tiny import save_tiny_model
 
 NUM, BATCH = 64, 16
 PROMPTS, ANSWERS = (8, 257), (8, 65)
-ALONE, BY_PROMPT, BY_ANSWER, CONTINUOUS = "a request at a time", "batches by prompt", "batches by answer", "transformers' continuous"
+ALONE, BY_PROMPT, BY_ANSWER, CONTINUOUS = (
+    "a request at a time",
+    "batches by prompt",
+    "batches by answer",
+    "transformers' continuous",
+)
 OURS, MIXED = "raytune", "raytune, base and three adapters"
 ADAPTERS = ("base", "first", "second", "third")
 LIMITS = EngineLimits(most_at_once=32, most_waiting=64)
@@ -81,8 +86,7 @@ class Work:
 
         def work() -> list[list[int]]:
             names = [
-                manager.add_request(prompt, max_new_tokens=most)
-                for prompt, most in zip(self.prompts, self.wanted, strict=True)
+                manager.add_request(prompt, max_new_tokens=most) for prompt, most in zip(self.prompts, self.wanted, strict=True)
             ]
             found: dict[str, list[int]] = {}
             while len(found) < NUM:
