@@ -3,14 +3,14 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune.evaluation.generation import without_position_warnings
 from raytune.model.demo import demo_config
@@ -105,20 +105,21 @@ class Plain:
 
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         self._base, self._adapter = base, adapter
-        self._model: Any = None
         self._known: dict[tuple[Any, ...], list[int]] = {}
 
+    @cached_property
+    def model(self) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(self._base)
+        return (PeftModel.from_pretrained(base, str(self._adapter)) if self._adapter else base).eval()
+
     def ids(self, prompt: Sequence[int], max_new_tokens: int, **settings: Any) -> list[int]:
-        """New tokens, with the one that ends them."""
-        key = (tuple(prompt), max_new_tokens, *settings.items())
+        """New tokens, with the one that ends them; `settings` are of `generate`."""
+        key = (tuple(prompt), max_new_tokens)
         if key not in self._known:
-            if self._model is None:
-                base = AutoModelForCausalLM.from_pretrained(self._base)
-                self._model = (PeftModel.from_pretrained(base, str(self._adapter)) if self._adapter else base).eval()
             ids = torch.tensor([prompt])
             asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False} | settings
             with without_position_warnings():
-                self._known[key] = self._model.generate(input_ids=ids, **asked)[0, len(prompt) :].tolist()
+                self._known[key] = self.model.generate(input_ids=ids, **asked)[0, len(prompt) :].tolist()
         return self._known[key]
 
 
@@ -190,7 +191,7 @@ def play(engine: AnsweringEngine, arrivals: Sequence[Arrival]) -> list[Heard]:
     return [one.wait() for one in heard]
 
 
-def expect(heard: Heard, request: Request, plain: Plain, tokenizer: Any = None) -> None:
+def expect(heard: Heard, request: Request, plain: Plain) -> None:
     """An answer is what plain transformers write, token by token where these are told, and its text what these decode to."""
     assert heard.error is None, heard.error
     ids = plain.ids(request.prompt, LONGEST)[: request.max_new_tokens]
@@ -200,13 +201,9 @@ def expect(heard: Heard, request: Request, plain: Plain, tokenizer: Any = None) 
     ids = ids[:-1] if stopped else ids
     if request.num_logprobs is not None:
         assert [token.id for token in heard.tokens] == ids
-    decoder = tokenizer or tiny_tokenizer()
+    decoder = tiny_tokenizer()
     assert heard.text == decoder.decode([one for one in ids if one not in decoder.all_special_ids])
 
 
-def all_plain(folder: Path, models: Mapping[str, AskedModel]) -> dict[str, Plain]:
+def all_plain(models: Mapping[str, AskedModel]) -> dict[str, Plain]:
     return {name: Plain(Path(one.model.path), Path(one.adapter) if one.adapter else None) for name, one in models.items()}
-
-
-def tokenizer_of(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder)

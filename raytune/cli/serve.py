@@ -14,7 +14,14 @@ from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
 from raytune.config.training import Precision
+from raytune.errors import UserError
 from raytune.launch.address import named_address
+
+_VLLM = (
+    "raytune does not start vLLM. It writes the file by which Ray Serve does, on machines with GPUs where ray[llm] is "
+    "installed: raytune serve MODEL --engine vllm --instance TYPE --dry-run > vllm.yaml, and there serve run vllm.yaml. It asks "
+    "for no token, and listens on 127.0.0.1."
+)
 
 
 @click.command(
@@ -45,6 +52,9 @@ from raytune.launch.address import named_address
 @click.option("--dtype", type=click.Choice(get_args(Precision)), help="That a model is loaded in. Default: that of its files.")
 @click.option("--address", help="Ray cluster instead of the run's, as cluster.address; here: one inside this machine.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with a model in a folder.")
+@click.option("--engine", type=click.Choice(["embedded", "vllm"]), default="embedded", help="Default: embedded, in raytune.")
+@click.option("--instance", metavar="TYPE", help="Type of the nodes that vLLM is planned for, as cluster.instance.")
+@click.option("--dry-run", is_flag=True, help="Start nothing: print what would be served; for vLLM, the file that starts it.")
 @as_json_option
 @debug_option
 def serve(
@@ -56,6 +66,9 @@ def serve(
     trust_remote_code: bool,
     token_file: Path | None,
     adapters_in: Sequence[str],
+    engine: str,
+    instance: str | None,
+    dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -64,10 +77,14 @@ def serve(
     MODEL_OR_RUN is the folder of a finished run, or any folder that plain transformers or PEFT loads. Whoever asks needs the
     token that is printed, or the one in RAYTUNE_API_KEY or --token-file; off this machine one of these is needed. Answers that
     are being written when Ctrl-C comes are written to their end, for up to half a minute.
+
+    vLLM is planned and not started: with --engine vllm --dry-run, a file is printed by which Ray Serve starts it on GPUs
+    (`serve run FILE`, where ray[llm] is installed).
     """
     from raytune.launch.models_to_ask import Named
     from raytune.serving.access import TOKEN_VARIABLE, token_in
-    from raytune.serving.endpoint import ServeOptions, prepare_serving, start_serving
+    from raytune.serving.endpoint import ServeOptions, described, prepare_serving, start_serving
+    from raytune.serving.vllm import vllm_yaml
 
     named = Named(
         model=model,
@@ -77,8 +94,19 @@ def serve(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    if engine == "vllm":
+        if not dry_run:
+            raise UserError(_VLLM)
+        how_many = {name: options[name] for name in ("replicas", "max_batch", "max_waiting")}
+        say(vllm_yaml(named, instance=instance, **how_many), nl=False)
+        return
+    if instance is not None:
+        raise UserError("--instance says what vLLM is planned for; the embedded engine looks at the machines that it has.")
     token = token_in(token_file) if token_file else os.environ.get(TOKEN_VARIABLE)
     prepared = prepare_serving(named, ServeOptions(adapters_in=tuple(adapters_in), **options), token)
+    if dry_run:
+        say("\n".join(described(prepared)))
+        return
     begin_on(named_address(prepared.cluster))
     with start_serving(prepared) as endpoint:
         facts = {"url": endpoint.url, "models": list(endpoint.models)} | ({} if token else {"token": endpoint.token})

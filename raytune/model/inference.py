@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.config.adapter import Adapter
 from raytune.data.tokenizers import load_tokenizer
+from raytune.model.adapter_switch import AdapterSwitch
 from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.dtypes import DTYPES
@@ -66,6 +67,8 @@ class HeldModels:
         self._adapters: dict[str, str] = {}
         """PEFT's names of those that lie over the base, by their folders; last the one that was asked last."""
         self._num_laid_over = 0
+        self._switch: AdapterSwitch | None = None
+        """Of adapters that may share a base."""
         self._brought: dict[str, Path] = {}
         self._ends: dict[Path, GenerationConfig] = {}
         """Settings of generation of saved folders."""
@@ -114,13 +117,14 @@ class HeldModels:
     def _take_off(self, adapted: PeftModel, folder: str) -> None:
         name = self._adapters.pop(folder)
         config = adapted.peft_config[name]
+        if self._switch is not None:
+            self._switch.turn_on(next(iter(self._adapters.values()), name))
         if self._adapters:
-            adapted.set_adapter(next(reversed(self._adapters.values())))
             adapted.delete_adapter(name)
         elif not _leaves_base(config) or (config.peft_type != "LORA" and not config.is_prompt_learning):
             self._let_go()
         else:
-            self._adapted = None
+            self._adapted = self._switch = None
             if not config.is_prompt_learning:
                 adapted.unload()  # pyright: ignore[reportCallIssue]
 
@@ -134,12 +138,14 @@ class HeldModels:
         if self._adapted is not None and not all(map(_leaves_base, self._adapted.peft_config.values())):
             self._let_go()
         base = self._base_of(one)
-        base.generation_config = copy.deepcopy(self._settings)
+        base.generation_config = copy.copy(self._settings)
         if stops:
             base.generation_config.eos_token_id = self._ends_in(stops).eos_token_id
         # PEFT wraps a base that it only lays something in front of, and puts others into its layers.
-        adapted = self._adapted
-        with nullcontext() if adapted is None or adapted.active_peft_config.is_prompt_learning else adapted.disable_adapter():
+        adapted, in_layers = self._adapted, self._adapted is not None and not self._adapted.active_peft_config.is_prompt_learning
+        if self._switch is not None:
+            self._switch.turn_off()
+        with adapted.disable_adapter() if adapted is not None and in_layers and self._switch is None else nullcontext():
             yield base
 
     @contextmanager
@@ -152,7 +158,7 @@ class HeldModels:
                 self._let_go()
         base = self._base_of(one)
         # PEFT keeps those of the base.
-        base.generation_config = copy.deepcopy(self._ends_in(stops) if stops else self._settings)
+        base.generation_config = copy.copy(self._ends_in(stops) if stops else self._settings)
         if self._adapted is None or folder not in self._adapters:
             try:
                 self._lay_over(base, folder)
@@ -161,8 +167,8 @@ class HeldModels:
                 raise
         assert self._adapted is not None
         self._adapters[folder] = self._adapters.pop(folder)
-        if self._adapted.active_adapter != self._adapters[folder]:
-            self._adapted.set_adapter(self._adapters[folder])
+        if self._switch is not None:
+            self._switch.turn_on(self._adapters[folder])
         if len(self._adapters) > self._most_adapters:
             self._adapted.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
         yield self._adapted
@@ -173,9 +179,13 @@ class HeldModels:
                 self._adapters = {folder: "default"}
                 self._adapted = PeftModel.from_pretrained(base, folder).eval()
             else:
+                if self._switch is not None:
+                    self._switch.turn_on(next(iter(self._adapters.values())))
                 self._num_laid_over += 1
                 self._adapters[folder] = f"adapter-{self._num_laid_over}"
                 self._adapted.load_adapter(folder, self._adapters[folder])
+        # Of one that shares its base with no other, PEFT knows how to turn it off.
+        self._switch = AdapterSwitch(self._adapted) if _share_base([*self._adapted.peft_config.values()]) else None
 
     def _ends_in(self, folder: Path) -> GenerationConfig:
         if folder not in self._ends:
@@ -201,7 +211,7 @@ class HeldModels:
 
     def _let_go(self) -> None:
         if self._base is not None:
-            self._base = self._adapted = self._settings = None
+            self._base = self._adapted = self._switch = self._settings = None
             self._files, self._adapters = (), {}
             gc.collect()  # before the next one is loaded
             if self._device.type == "cuda":

@@ -7,7 +7,9 @@ from typing import Any
 from raytune.config.training import Precision
 from raytune.errors import PlanError, UserError
 from raytune.plan.asked_model import AskedModel
+from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.hardware import Gpu, Instance
+from raytune.plan.served_memory import NUMBER_BYTES
 from raytune.plan.shapes import ModelShape
 from raytune.units import GIB, format_bytes
 
@@ -19,7 +21,7 @@ LEAST_LENGTH = 2048
 """Tokens of prompt and answer below which a model is not worth its GPUs."""
 REMOTE = ("s3://", "gs://", "abfss://", "azure://")
 """Where Ray 2.60 loads adapters of vLLM from."""
-_DTYPES: Mapping[Precision, tuple[str, int]] = {"bf16": ("bfloat16", 2), "fp16": ("float16", 2), "fp32": ("float32", 4)}
+_DTYPES: Mapping[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _ACCELERATORS = {"A100-40GB": "A100-40G", "A100-80GB": "A100-80G"}
 """Ray's names of GPUs that are not the first part of ours."""
 
@@ -92,20 +94,20 @@ def vllm_file(
         )
     if model.compute_dtype == "bf16" and not gpu.supports_bf16:
         raise UserError(f"{gpu.name} computes no bf16. Name --dtype fp16, or another instance.")
-    dtype, number_bytes = _DTYPES[model.compute_dtype]
-    fit = on_gpus(shape, number_bytes, gpu.memory_bytes, instance.num_gpus)
+    fit = on_gpus(shape, NUMBER_BYTES[model.compute_dtype], gpu.memory_bytes, instance.num_gpus)
     engine: dict[str, Any] = {
         "tensor_parallel_size": fit.tensor_parallel,
         "max_model_len": fit.max_length,
-        "dtype": dtype,
+        "dtype": _DTYPES[model.compute_dtype],
         "gpu_memory_utilization": MEMORY_SHARE,
         "max_num_seqs": max_batch,
         "trust_remote_code": model.trust_remote_code,
     }
     if model.revision:
         engine["revision"] = model.revision
+    source = model.path if is_on_hub(model.path) else model_files(model.path)
     config: dict[str, Any] = {
-        "model_loading_config": {"model_id": whole.name, "model_source": model.path},
+        "model_loading_config": {"model_id": whole.name, "model_source": source},
         "accelerator_type": _accelerator(gpu.name),
         "engine_kwargs": engine,
         "deployment_config": {"num_replicas": replicas, "max_ongoing_requests": max_batch + max_waiting},

@@ -18,10 +18,12 @@ from ray.serve.schema import LoggingConfig
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.address import named_address
-from raytune.launch.cluster import connect
+from raytune.launch.cluster import connect, this_machine
 from raytune.launch.models_to_ask import Named, Subject, models_to_ask
 from raytune.launch.score import HERE
+from raytune.plan.base_model import read_model_shape
 from raytune.plan.machine import Machine
+from raytune.plan.served_memory import engine_limits
 from raytune.plan.serving import EngineLimits
 from raytune.printable import first_line
 from raytune.serving.access import chosen_token, fingerprint
@@ -154,13 +156,37 @@ def _serve_running(host: str, port: int, *, ends_with_cluster: bool) -> Iterator
             serve.shutdown()
 
 
+def limits_on(machine: Machine, to_serve: ToServe) -> tuple[str, EngineLimits]:
+    """The kind of device that replicas compute on, and what each takes on at once.
+
+    Raises:
+        PlanError: if there is too little memory.
+    """
+    options, first = to_serve.options, to_serve.subjects[0].asked
+    device = "cuda" if machine.num_gpus and to_serve.cluster.gpus_per_worker != 0 else "cpu"
+    shape = read_model_shape(first.model.path, first.model.revision, trust_remote_code=first.model.trust_remote_code)
+    how_many = {"replicas": options.replicas, "max_batch": options.max_batch, "max_waiting": options.max_waiting}
+    return device, engine_limits(machine, shape, first, device=device, **how_many)
+
+
+def described(to_serve: ToServe) -> list[str]:
+    """What would be served on this machine, in lines."""
+    options = to_serve.options
+    device, limits = limits_on(this_machine(to_serve.cluster), to_serve)
+    return [
+        *(f"model    {one.name}: {one.source}" for one in to_serve.subjects),
+        f"replicas {options.replicas} on {device}; each writes {limits.most_at_once} answers at once, {limits.most_waiting} wait",
+        f"memory   for keys and values of {limits.most_cached_tokens} tokens in each",
+        f"listens  on {options.host}, port {options.port or 'any'}",
+    ]
+
+
 @contextmanager
 def _deployed(to_serve: ToServe, machine: Machine) -> Iterator[None]:
     options, section = to_serve.options, to_serve.cluster
     key = f"{APP}/{time.time_ns()}"
-    device = "cuda" if machine.num_gpus and section.gpus_per_worker != 0 else "cpu"
+    device, limits = limits_on(machine, to_serve)
     threads = max(1, machine.num_cpus // options.replicas) if device == "cpu" else max(1, int(section.cpus_per_worker))
-    limits = EngineLimits(most_at_once=options.max_batch, most_waiting=options.max_waiting)
     most = options.max_batch + options.max_waiting
     front = FrontPlan(
         models={one.name: one.source for one in to_serve.subjects},

@@ -149,26 +149,24 @@ class Replica:
         prompts = self._prompts.get(asked.model)
         if prompts is None:
             raise Refused(errors.unknown_model(asked.model, [*self._prompts]))
-        found = []
-        for prompt in asked.prompts:
-            ids = prompts.ids_of(prompt)
-            longest = self._longest(asked.model, len(ids), asked.max_new_tokens)
-            for choice in range(asked.num_choices):
-                found.append(
-                    Request(
-                        id=f"{asked.id}/{next(self._number)}",  # asked for again, it is another one
-                        model=asked.model,
-                        prompt=ids,
-                        max_new_tokens=longest,
-                        temperature=asked.temperature,
-                        top_p=asked.top_p,
-                        top_k=asked.top_k,
-                        seed=None if asked.seed is None else asked.seed + choice,
-                        stop=asked.stop,
-                        num_logprobs=asked.num_logprobs,
-                    )
-                )
-        return found
+        ids = [prompts.ids_of(prompt) for prompt in asked.prompts]
+        longest = [self._longest(asked.model, len(one), asked.max_new_tokens) for one in ids]
+        return [
+            Request(
+                id=f"{asked.id}/{next(self._number)}",  # asked for again, it is another one
+                model=asked.model,
+                prompt=prompt,
+                max_new_tokens=most,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                top_k=asked.top_k,
+                seed=None if asked.seed is None else asked.seed + choice,
+                stop=asked.stop,
+                num_logprobs=asked.num_logprobs,
+            )
+            for prompt, most in zip(ids, longest, strict=True)
+            for choice in range(asked.num_choices)
+        ]
 
     def _longest(self, model: str, num_prompt_tokens: int, asked: int | None) -> int:
         most = self._engine.longest(model)
