@@ -51,4 +51,4 @@ def test_no_more_is_set_aside_than_answers_can_fill() -> None:
     assert found.most_cached_tokens == 3 * (SHAPE.max_positions + SPARE_COLUMNS)
     assert (found.most_at_once, found.most_waiting) == (3, 5)
     with pytest.raises(PlanError):
-        limits(5 * MIB)
+        limits(int(SHAPE.num_parameters * 4 / USABLE_SHARE) + 1024)
