@@ -81,7 +81,7 @@ def save_adapter(folder: Path, base: Path, name: str, *, std: float = 0.3) -> Pa
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ADAPTERS[name])
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=std)
+            parameter.data.normal_().mul_(std)
     model.save_pretrained(folder)
     return folder
 

@@ -116,17 +116,17 @@ class HeldModels:
 
     def _take_off(self, adapted: PeftModel, folder: str) -> None:
         name = self._adapters.pop(folder)
-        config = adapted.peft_config[name]
         if self._switch is not None:
             self._switch.turn_on(next(iter(self._adapters.values()), name))
-        if self._adapters:
-            adapted.delete_adapter(name)
-        elif not _leaves_base(config) or (config.peft_type != "LORA" and not config.is_prompt_learning):
-            self._let_go()
-        else:
-            self._adapted = self._switch = None
-            if not config.is_prompt_learning:
+            if self._adapters:
+                adapted.delete_adapter(name)
+            else:
+                self._adapted = self._switch = None
                 adapted.unload()  # pyright: ignore[reportCallIssue]
+        elif adapted.active_peft_config.is_prompt_learning:
+            self._adapted = None
+        else:
+            self._let_go()
 
     def forget(self, folder: str) -> None:
         """Remove what was brought here of a saved folder that is not asked again."""

@@ -3,6 +3,7 @@ the end."""
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, left_out: Collection[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._left_out, self._stop = tokenizer, left_out, stop
-        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._cleans = _cleans_spaces(tokenizer)
         self._ids: list[int] = []
         self._run = self._next_run = self._run_length = 0
         """Where the ids begin that are decoded together, where the next such run will, and what of its text is known."""
@@ -57,8 +58,11 @@ class AnswerText:
         if not is_last and self._may_change(text):
             return
         self._text += text[self._run_length :]
-        self._run, self._next_run = self._next_run, len(self._ids)
-        self._run_length = len(self._decoded(self._run))
+        if self._cleans:  # from the first space to the last, so that only all of it is decoded as one
+            self._run_length = len(text)
+        else:
+            self._run, self._next_run = self._next_run, len(self._ids)
+            self._run_length = len(self._decoded(self._run))
 
     def _may_change(self, text: str) -> bool:
         if text.endswith(_UNFINISHED) or (self._cleans and " " in text[-_CLEANED_LENGTH:]):
@@ -83,6 +87,14 @@ class AnswerText:
         """Characters at the end of a text that may become one that ends the answer."""
         longest = min(len(text), max(map(len, self._stop), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(one.startswith(text[-n:]) for one in self._stop)), 0)
+
+
+def _cleans_spaces(tokenizer: Any) -> bool:
+    """Whether decoding takes spaces away in front of punctuation: transformers 5.23 does so where it is asked to, but for BPE,
+    whose files often ask for it in vain."""
+    is_bpe = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)) and (not is_bpe or forced)
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -303,8 +303,7 @@ class AnsweringEngine:
                 with self._changed:
                     self._lanes.remove(lane)
                     del self._waiting[lane]
-                if lane.one.adapter and all(lane.one.adapter != other.one.adapter for other in self._lanes):
-                    held.release(lane.one)
+                self._release(lane.one, held)
         with self._changed:
             # What is asked of rows that are here must not change below them.
             leaving = [lane for lane in self._lanes if self._models.get(lane.name) is not lane]
@@ -341,19 +340,27 @@ class AnsweringEngine:
         check_fit(one)
         if is_local(one.model.path) and is_on_hub(one.model.path):
             download_base(one.model.path, one.model.revision, with_code=one.model.trust_remote_code)
-        with held.asked(one) as loaded:
-            return Lane(name, one, loaded)
+        try:
+            with held.asked(one) as loaded:
+                return Lane(name, one, loaded)
+        except Exception:
+            self._release(one, held)
+            raise
+
+    def _release(self, one: AskedModel, held: HeldModels) -> None:
+        if one.adapter and all(one.adapter != lane.one.adapter for lane in self._lanes):
+            held.release(one)
 
     def _have_join(self) -> None:
         """Have requests join that wait, as far as there is room; of each model those that are read together."""
         running = sum(len(lane.rows) for lane in self._lanes)
         with self._changed:
+            arrivals = {row: place for place, row in enumerate(self._rows.values())}
             begun: set[Lane] = {lane for lane in self._lanes if lane.is_joining}
             while running < self._most_now:
                 having = [lane for lane in self._lanes if self._waiting[lane] and lane not in begun]
                 if not having:
                     break
-                arrivals = {row: place for place, row in enumerate(self._rows.values())}
                 lane = min(having, key=lambda lane: (len(lane.rows), arrivals[self._waiting[lane][0]]))
                 waiting = self._waiting[lane]
                 joining = self._group(lane, waiting, self._most_now - running)
@@ -370,8 +377,8 @@ class AnsweringEngine:
         joining: list[Row] = []
         for row in waiting:
             beside = [*joining, row]
-            fits = lane.reserved(beside) <= room and (not joining or lane.reads_together(beside, self._limits.most_prefilled))
-            if fits:
+            is_read_beside = not joining or lane.reads_together(beside, self._limits.most_prefilled)
+            if is_read_beside and lane.reserved(beside) <= room:
                 joining = beside
             if not joining or len(joining) == most:
                 break
@@ -409,7 +416,11 @@ class AnsweringEngine:
             if token is None:
                 self._fail(lane, [row], RaytuneError("the model gives no numbers (NaN)"))
                 continue
-            piece = lane.told(row, token, logits_V)
+            try:
+                piece = lane.told(row, token, logits_V)
+            except Exception as error:
+                self._fail(lane, [row], error)
+                continue
             if piece is not None and piece.finish is not None:
                 self._end(row, "finished", piece)
                 gone.append(row)
@@ -441,7 +452,9 @@ class AnsweringEngine:
 
     def _end(self, row: Row, how: str, last: Piece | Exception) -> None:
         with self._changed:
-            self._rows.pop(row.request.id, None)
+            if self._rows.get(row.request.id) is not row:
+                return  # it has ended already
+            del self._rows[row.request.id]
             self._counts[how] += 1
         self._deliver(row, last)
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,10 +46,12 @@ from tests.served import (
     save_base,
 )
 from tests.tiny import PATIENT, save_tiny_model, tiny_tokenizer
+from tests.variants import variants
 
 FEW = EngineLimits(most_at_once=5, most_waiting=40, most_cached_tokens=5 * (LONGEST + 40 + SPARE_COLUMNS), most_prefilled=16)
 """So few that requests wait for each other, and long prompts are read in parts."""
 NAMES = ("base", "first", "second", "third")
+OFTEN = ("gpt2, which has absolute positions", "gemma3, some of whose layers have a window", "lfm2")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def request(number: int, *, model: str = "base", prompt: int = 0, max_new_tokens
 @st.composite
 def schedules(draw: st.DrawFn) -> list[Arrival]:
     found: list[Arrival] = []
-    for number in range(draw(st.integers(1, 12))):
+    for number in range(draw(st.integers(1, 9))):
         after = st.none() if not found else st.none() | st.tuples(st.integers(0, len(found) - 1), st.integers(1, 12))
         found.append(
             Arrival(
@@ -107,7 +111,7 @@ def test_requests_that_come_and_go_are_answered_as_each_is_alone(
         expect(heard, arrival.request, plain[arrival.request.model])
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", variants(OFTEN, [name for name in BASES if name not in OFTEN]))
 def test_models_of_every_kind_write_what_plain_transformers_write(tmp_path: Path, name: str) -> None:
     base = save_base(tmp_path / "base", name)
     plain = Plain(base)
@@ -116,7 +120,7 @@ def test_models_of_every_kind_write_what_plain_transformers_write(tmp_path: Path
             request(place, prompt=place % 8, max_new_tokens=LONGEST - place, num_logprobs=0),
             None if place < 4 else (place - 4, 3),
         )
-        for place in range(10)
+        for place in range(7)
     ]
     with AnsweringEngine({"base": asked(base)}, limits=FEW) as engine:
         for arrival, heard in zip(arrivals, play(engine, arrivals), strict=True):
@@ -421,14 +425,14 @@ def test_a_burst_for_one_model_does_not_keep_another_waiting(engine: AnsweringEn
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"repetition_penalty": 3.0},
-        {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 12},
-        {"suppress_tokens": [237, 62], "begin_suppress_tokens": [60]},
-        {"stop_strings": ["k", "Q"]},
-        {"do_sample": True, "temperature": 0.3, "top_k": 3},
-    ],
+    variants(
+        [{"repetition_penalty": 3.0, "min_new_tokens": 12}, {"stop_strings": ["k", "Q"]}],
+        [
+            {"no_repeat_ngram_size": 2},
+            {"suppress_tokens": [237, 62], "begin_suppress_tokens": [60]},
+            {"do_sample": True, "temperature": 0.3, "top_k": 3},
+        ],
+    ),
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_of_a_model_are_obeyed_as_its_generate_obeys_them(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -445,7 +449,45 @@ def test_settings_of_a_model_are_obeyed_as_its_generate_obeys_them(tmp_path: Pat
 
 def test_a_text_of_stop_ends_an_answer_and_is_no_part_of_it(engine: AnsweringEngine, plain: dict[str, Plain]) -> None:
     whole = tiny_tokenizer().decode([one for one in plain["base"].ids(prompts()[3], LONGEST) if one < 256])
-    for place in range(1, len(whole) - 1):
+    for place in range(1, len(whole) - 1, 4):
         heard = asked_alone(engine, request(0, prompt=3, stop=(whole[place : place + 2], "never")))
         assert heard.text == whole[: whole.index(whole[place : place + 2])]
         assert heard.finish == "stop"
+
+
+_LITTLE_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from raytune.plan.serving import EngineLimits
+from raytune.serving.engine import AnsweringEngine
+from raytune.serving.requests import Request
+from tests.served import Heard, asked
+
+torch.set_num_threads(1)
+with AnsweringEngine({"base": asked(Path(sys.argv[1]))}, limits=EngineLimits(most_prefilled=10_000)) as engine:
+    def ask(number, length):
+        heard = Heard()
+        ids = tuple(number + place % 200 for place in range(length))
+        engine.submit(Request(id=str(number), model="base", prompt=ids, max_new_tokens=6), heard)
+        return heard
+    alone = [ask(number, 900).wait().text for number in range(8)]
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 150 * 2**20, now + 150 * 2**20))
+    together = [heard.wait().text for heard in [ask(number, 900) for number in range(8)]]
+    assert together == alone, (together, alone)
+    fewest = engine._most_now
+    large = ask(8, 9_000).wait()
+    print(fewest < 32, type(large.error).__name__, large.error, ask(9, 20).wait().finish)
+"""
+
+
+@pytest.mark.slow
+def test_too_little_memory_makes_batches_smaller_and_then_fails_what_does_not_fit_alone(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base", num_key_value_heads=4, head_dim=512, max_position_embeddings=10_000)
+    command = [sys.executable, "-c", _LITTLE_MEMORY, str(tmp_path / "base")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.splitlines()[-1]
+    assert said.startswith("True AnswerFailedError base could not go on with an answer: there is too little memory"), said
+    assert said.endswith(("length", "stop"))
+    assert "Too little memory for" in ended.stderr
