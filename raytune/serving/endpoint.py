@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
@@ -21,6 +22,7 @@ from raytune.launch.address import named_address
 from raytune.launch.cluster import connect, this_machine
 from raytune.launch.models_to_ask import Named, Subject, models_to_ask
 from raytune.launch.score import HERE
+from raytune.launch.waiting import wait_for
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.machine import Machine
 from raytune.plan.served_memory import engine_limits
@@ -207,6 +209,7 @@ def _deployed(to_serve: ToServe, machine: Machine) -> Iterator[None]:
     what = application(
         front, replica, key=key, num_replicas=options.replicas, cpus=section.cpus_per_worker, most_per_replica=most
     )
+    _wait_for_room(options.replicas, section, on_gpus=device == "cuda")
     try:
         serve.run(what, name=APP, route_prefix="/")
     except RuntimeError as error:
@@ -217,6 +220,20 @@ def _deployed(to_serve: ToServe, machine: Machine) -> Iterator[None]:
         if ray.is_initialized():
             serve.delete(APP)
             ClusterMemory(key).forget()
+
+
+def _wait_for_room(replicas: int, section: ClusterSection, *, on_gpus: bool) -> None:
+    """Wait until the cluster has room for all replicas, as Serve would without end and without a word.
+
+    Raises:
+        ClusterError: if it has none in time.
+    """
+    needs = {"CPU": section.cpus_per_worker} | ({"GPU": 1} if on_gpus else {})
+    group = placement_group([needs] * replicas)
+    try:
+        wait_for(group.ready(), f"room for {replicas} replicas", section.start_timeout)
+    finally:
+        remove_placement_group(group)
 
 
 def _why(error: Exception) -> str:

@@ -22,8 +22,9 @@ from ray.cluster_utils import Cluster
 from transformers import GenerationConfig
 
 from raytune.api import serve
-from raytune.errors import UserError
-from raytune.serving.endpoint import Endpoint
+from raytune.config.cluster import ClusterSection
+from raytune.errors import ClusterError, UserError
+from raytune.serving.endpoint import Endpoint, _wait_for_room
 from raytune.serving.front import MOST_BODY
 from tests.served import LONGEST, STOPS, Plain, prompts, save_adapter, save_base
 from tests.tiny import tiny_tokenizer
@@ -332,6 +333,8 @@ def test_a_cluster_serves_once_and_a_port_is_taken_once(endpoint: Endpoint, save
     with pytest.raises(UserError, match="runs Ray Serve already"):
         started(saved, one_node)
     port = int(endpoint.url.removesuffix("/v1").rpartition(":")[2])
+    with pytest.raises(ClusterError, match="room for 9 replicas, in vain"):
+        _wait_for_room(9, ClusterSection(start_timeout=1), on_gpus=False)
     with pytest.raises(UserError, match="no token is set"):
         serve(saved / "base", host="0.0.0.0", port=port)
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,53 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def replica(folder: Path) -> Iterator[Replica]:
-    (subject,) = served_subjects(models_to_ask(Named(model=str(folder))))
-    limits = EngineLimits(most_at_once=4, most_waiting=4)
-    plan = ReplicaPlan(models={"base": served(subject)}, base=None, adapter_folders=(), device="cpu", threads=1, limits=limits)
-    one = Replica(plan)
+    one = Replica(plan_of(str(folder)))
     yield one
     one.close()
+
+
+def plan_of(folder: str) -> ReplicaPlan:
+    (subject,) = served_subjects(models_to_ask(Named(model=folder)))
+    limits = EngineLimits(most_at_once=4, most_waiting=4)
+    return ReplicaPlan(models={"base": served(subject)}, base=None, adapter_folders=(), device="cpu", threads=1, limits=limits)
+
+
+DEATH = """
+import asyncio, ctypes, sys, threading
+from raytune.serving.protocol import Asked
+from raytune.serving.refusals import EngineDeadError
+from tests.unit.test_serving_front import plan_of
+from raytune.serving.replica import Replica
+
+asked = Asked(id="x", model="base", prompts=((5, 6),), num_choices=1, max_new_tokens=500, temperature=0.0, top_p=1.0, top_k=None,
+              seed=None, stop=(), num_logprobs=None)
+
+async def main():
+    replica = Replica(plan_of(sys.argv[1]))
+    answer = replica.answer(asked)
+    await anext(answer), await anext(answer)
+    (thread,) = [one for one in threading.enumerate() if one.name == "answering"]
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+    try:
+        async for _ in answer:
+            pass
+    except EngineDeadError:
+        print("who waited was told", flush=True)
+    try:
+        replica.check_health()
+    except EngineDeadError:
+        print("Serve is told", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_engine_dies_says_so_and_ends(folder: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", DEATH, str(folder)], capture_output=True, text=True, check=False, timeout=300)
+    assert ended.stdout == "who waited was told\nServe is told\n", ended.stderr
+    assert ended.returncode == 1
 
 
 def ask(
