@@ -1,5 +1,6 @@
 """`raytune serve`: models behind an endpoint in OpenAI's form, from their names to its end."""
 
+import atexit
 import logging
 import socket
 import threading
@@ -100,6 +101,7 @@ class Endpoint:
     def __init__(self, url: str, token: str, models: Sequence[str], held: ExitStack) -> None:
         self.url, self.token, self.models = url, token, tuple(models)
         self._held = held
+        atexit.register(self.close)  # a cluster elsewhere would go on serving
 
     def __enter__(self) -> "Endpoint":
         return self
@@ -116,6 +118,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Take no more requests, let answers that are being written end, and end what was started. Idempotent."""
+        atexit.unregister(self.close)
         self._held.close()
 
 
