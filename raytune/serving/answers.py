@@ -36,6 +36,7 @@ class _Choice:
     pieces: list[Piece] = field(default_factory=list)
     num_tokens: int = 0
     num_characters: int = 0
+    """Of its tokens' texts, each by itself."""
     finish: str | None = None
 
 
@@ -83,7 +84,7 @@ class Answer:
         if not self._wish.streams:
             choice.pieces.append(piece)
         choice.num_tokens, choice.finish = piece.num_tokens, piece.finish
-        choice.num_characters += len(piece.text)
+        choice.num_characters += sum(len(token.text) for token in piece.tokens)
 
     def to_json(self) -> dict[str, Any]:
         """The whole answer."""
@@ -97,7 +98,7 @@ class Answer:
 
     def chunk(self, number: int, piece: Piece) -> bytes:
         """The chunk for a piece that was just taken."""
-        before = self._choices[number].num_characters - len(piece.text)
+        before = self._choices[number].num_characters - sum(len(token.text) for token in piece.tokens)
         logprobs = self._logprobs(piece.tokens, before)
         if not self._wish.is_chat:
             return self._chunk(number, {"text": piece.text, "logprobs": logprobs}, piece.finish)

@@ -265,9 +265,10 @@ class _Work:
         for is_last in (False, True):
             answer = Answer(self._wish)
             try:
-                async with aclosing(self._told(answer)) as told:
-                    async for _ in told:
-                        pass
+                async with aclosing(self._told(answer)) as batches:
+                    async for told in batches:
+                        for one in told:
+                            answer.take(one)
             except Lost as lost:
                 if is_last:
                     raise Refused(errors.LOST) from lost
@@ -285,13 +286,15 @@ class _Work:
         answer, has_opened, was_lost = Answer(self._wish), False, False
         while True:
             try:
-                async with aclosing(self._told(answer)) as told:
-                    async for one in told:
-                        if not isinstance(one, Begun):
-                            yield answer.chunk(*one)
-                        elif not has_opened:
-                            has_opened = True
-                            yield b"".join(answer.opening())
+                async with aclosing(self._told(answer)) as batches:
+                    async for told in batches:
+                        written = [] if has_opened else [*answer.opening()]
+                        has_opened = True
+                        for one in told:
+                            answer.take(one)
+                            if not isinstance(one, Begun):
+                                written.append(answer.chunk(*one))
+                        yield b"".join(written)
             except Refused as refused:
                 if not has_opened:
                     raise
@@ -317,8 +320,8 @@ class _Work:
         for one in answer.ending():
             yield one
 
-    async def _told(self, answer: Answer) -> AsyncGenerator[Begun | tuple[int, Any], None]:
-        """What an engine tells, as the answer has taken note of it.
+    async def _told(self, answer: Answer) -> AsyncGenerator[list[Begun | tuple[int, Any]], None]:
+        """What an engine tells, of which whoever hears it has the answer take note.
 
         Raises:
             Refused: where there is no answer, or it takes too long.
@@ -333,14 +336,13 @@ class _Work:
                     break
                 except TimeoutError:
                     raise Refused(errors.too_late(self._timeout_s)) from None
-                for told in batch:
-                    if isinstance(told, Refusal):
-                        raise Refused(told)
-                    answer.take(told)
-                    if answer.has_text and not self._has_first:
-                        self._has_first = True
-                        self._counters.first_token.labels(model=self._wish.asked.model).observe(time.monotonic() - self._began)
-                    yield told
+                if refusal := next((told for told in batch if isinstance(told, Refusal)), None):
+                    raise Refused(refusal)
+                news = [told for told in batch if not isinstance(told, Refusal)]
+                if not self._has_first and any(not isinstance(told, Begun) for told in news):
+                    self._has_first = True
+                    self._counters.first_token.labels(model=self._wish.asked.model).observe(time.monotonic() - self._began)
+                yield news
         if not answer.is_complete:
             raise Lost
 

@@ -28,6 +28,8 @@ from raytune.serving.requests import Piece, Request
 
 TOLD = ("is_alive", *(name for name in ENGINE_GAUGES if name != "most_cached_tokens"))
 """Of an engine's state."""
+TOGETHER_S = 0.02
+"""For which pieces behind the first are gathered: each message between processes costs more than a small model's token."""
 _GRACE_S = 0.2
 """In which those who wait are told that the engine has died, before its process goes."""
 
@@ -134,6 +136,8 @@ class Replica:
                     if piece.finish is not None:
                         left.discard(number)
                 yield told
+                if left:
+                    await asyncio.sleep(TOGETHER_S)
         except EngineDeadError:
             # A process without an engine is of no use. Serve starts another one as soon as it ends.
             loop.call_later(_GRACE_S, os._exit, 1)

@@ -159,6 +159,15 @@ def test_a_stream_that_takes_too_long_says_so_in_an_event(replica: Replica) -> N
     assert "[DONE]" not in pieces
 
 
+def test_the_places_of_streamed_tokens_are_those_of_the_whole_answer(replica: Replica) -> None:
+    body = LONG | {"max_tokens": 60, "logprobs": 0}
+    whole = ask(replica, body)[0].json()["choices"][0]["logprobs"]
+    pieces = events(ask(replica, body | {"stream": True})[0])[:-1]
+    for name in ("text_offset", "tokens", "token_logprobs"):
+        assert [one for piece in pieces for one in piece["choices"][0]["logprobs"][name]] == whole[name]
+    assert len(whole["text_offset"]) == 60
+
+
 def expected(folder: Path, most: int) -> str:
     ids = Plain(folder).ids([5, 6], most)
     return tiny_tokenizer().decode(ids, skip_special_tokens=True)
