@@ -24,6 +24,7 @@ PATIENCE_S = 120.0
 LONGEST = 24
 STOPS = [2, 65, 101, 116, 200, 201, 202, 203]
 """Ids at which answers of the models here end; some end soon."""
+LAYERS_WITH_STATES = "recurrent_gemma"
 _SMALL: dict[str, Any] = {"vocab_size": 259, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _ROPE = {
     "rope_type": "longrope",
@@ -53,7 +54,7 @@ BASES: dict[str, Callable[[], PretrainedConfig]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "longrope, where the longest row decides": lambda: _llama(rope_parameters=_ROPE),
-    **{name: HYBRIDS[name] for name in ("qwen3_next", "lfm2", "mamba", "mamba2")},
+    **{name: config for name, config in HYBRIDS.items() if name != LAYERS_WITH_STATES},
 }
 LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
 ADAPTERS: dict[str, PeftConfig] = {
@@ -69,7 +70,7 @@ ADAPTERS: dict[str, PeftConfig] = {
 def save_base(folder: Path, name: str, **settings: Any) -> Path:
     """Write a base that stops at `STOPS`; `settings` are other fields of its generation_config.json."""
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(BASES[name]())
+    model = AutoModelForCausalLM.from_config((BASES | HYBRIDS)[name]())
     model.generation_config = transformers.GenerationConfig(eos_token_id=STOPS, pad_token_id=0, **settings)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -14,6 +14,7 @@ from raytune.plan.serving import SPARE_COLUMNS
 from raytune.serving.answer_text import AnswerText
 from raytune.serving.batches import Asked, Batch, LoneRow, PaddedBatch, Row
 from raytune.serving.choosing import Choice, Settings, chosen_tokens, told_token
+from raytune.serving.refusals import UnfitError
 from raytune.serving.requests import Deliver, Finish, Piece, Request
 from raytune.serving.rows_cache import windows_of
 
@@ -30,11 +31,19 @@ class Lane:
 
     Args:
         loaded: facts are taken of it; it is not kept.
+
+    Raises:
+        UnfitError: if its answers cannot be written side by side.
     """
 
     def __init__(self, name: str, one: AskedModel, loaded: Loaded) -> None:
         model = _of_transformers(loaded.model)
         text: Any = model.config.get_text_config(decoder=True)
+        if any(hasattr(module, "_setup_cache") for module in model.modules()):
+            raise UnfitError(
+                f"{type(model).__name__} keeps the states of an answer in its layers, so that it can write one at a time, and is "
+                f"not served. `raytune generate` asks it."
+            )
         self.name, self.one = name, one
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.settings = Settings(model, loaded.tokenizer)

@@ -1,7 +1,5 @@
 """Keys and values of rows that come and go are those that each row would have alone, and take what the plan says."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,62 +9,64 @@ from torch import Tensor
 from raytune.errors import PlanError
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.serving import LEAST_CACHED, MOST_UNUSED, SPARE_COLUMNS, most_cached_tokens
-from raytune.serving.batches import PaddedBatch
+from raytune.serving.answer_text import AnswerText
+from raytune.serving.batches import PaddedBatch, Row
+from raytune.serving.requests import Request
 from raytune.serving.rows_cache import RowsCache, windows_of
 from tests.served import BASES
-from tests.tiny import PATIENT
+from tests.tiny import PATIENT, tiny_tokenizer
 
 HEADS, WIDTH = 2, 3
 WINDOWS = (None, 5)
 
 
-class Column:
-    """Stands for a row: `ids` as long as what is cached and the token that comes next."""
-
-    def __init__(self, length: int, mark: int) -> None:
-        self.ids, self.mark = [0] * (length + 1), mark
-
-    def states(self, first: int, last: int) -> Tensor:
-        """Keys that say whose they are, and where."""
-        return (torch.arange(first, last) + 1000.0 * self.mark)[None, :, None].expand(HEADS, last - first, WIDTH)
+def row_of(length: int, mark: int) -> Row:
+    """A row with keys of so many tokens, whose ids are its mark."""
+    request = Request(id=str(mark), model="any", prompt=(mark,), max_new_tokens=1_000)
+    return Row(request=request, deliver=print, ids=[mark] * (length + 1), text=AnswerText(tiny_tokenizer(), (), ()))
 
 
-def filled(rows: list[Column]) -> Any:
-    batch: Any = PaddedBatch(rows, WINDOWS)  # pyright: ignore[reportArgumentType]
+def states(row: Row, first: int, last: int) -> Tensor:
+    """Keys that say whose they are, and where."""
+    return (torch.arange(first, last) + 1000.0 * row.ids[0])[None, :, None].expand(HEADS, last - first, WIDTH)
+
+
+def filled(rows: list[Row]) -> PaddedBatch:
+    batch = PaddedBatch(rows, WINDOWS)
     longest = max(len(row.ids) - 1 for row in rows)
-    states = torch.stack(
+    padded = torch.stack(
         [
-            torch.cat([torch.zeros(HEADS, longest - len(row.ids) + 1, WIDTH), row.states(0, len(row.ids) - 1)], dim=1)
+            torch.cat([torch.zeros(HEADS, longest - len(row.ids) + 1, WIDTH), states(row, 0, len(row.ids) - 1)], dim=1)
             for row in rows
         ]
     )
     for layer in range(len(WINDOWS)):
-        batch.cache.update(states, -states, layer)
+        batch.cache.update(padded, -padded, layer)
     return batch
 
 
-def step(batch: Any) -> None:
+def step(batch: PaddedBatch) -> None:
     """A token for each row; what the model would see of each is its own, up to the window."""
-    states = torch.stack([row.states(len(row.ids) - 1, len(row.ids)) for row in batch.rows])
+    new = torch.stack([states(row, len(row.ids) - 1, len(row.ids)) for row in batch.rows])
     for layer, window in enumerate(WINDOWS):
         kv_length, offset = batch.cache.get_mask_sizes(1, layer)
-        keys, values = batch.cache.update(states, -states, layer)
+        keys, values = batch.cache.update(new, -new, layer)
         assert keys.shape[-2] == kv_length
-        assert offset + kv_length == batch.cache.width if layer == len(WINDOWS) - 1 else True
+        assert offset + kv_length == batch.cache.get_seq_length(layer)
         for place, row in enumerate(batch.rows):
             seen = min(len(row.ids), window or len(row.ids))
-            assert keys[place, :, -seen:].equal(row.states(len(row.ids) - seen, len(row.ids)))
+            assert keys[place, :, -seen:].equal(states(row, len(row.ids) - seen, len(row.ids)))
         assert values.equal(-keys)
         assert keys.isfinite().all()
     for row in batch.rows:
-        row.ids.append(0)
+        row.ids.append(row.ids[0])
 
 
 @PATIENT
 @given(st.data())
 def test_rows_keep_their_keys_whoever_comes_and_goes(data: st.DataObject) -> None:
     lengths = st.lists(st.integers(1, 90), min_size=1, max_size=4)
-    batch, number = filled([Column(length, mark) for mark, length in enumerate(data.draw(lengths))]), 10
+    batch, number = filled([row_of(length, mark) for mark, length in enumerate(data.draw(lengths))]), 10
     for _ in range(data.draw(st.integers(1, 6))):
         match data.draw(st.sampled_from(["step", "many", "join", "leave"])):
             case "step":
@@ -75,10 +75,10 @@ def test_rows_keep_their_keys_whoever_comes_and_goes(data: st.DataObject) -> Non
                 for _ in range(70):
                     step(batch)
             case "join":
-                batch.take_in(filled([Column(length, number + mark) for mark, length in enumerate(data.draw(lengths))]))
+                batch.take_in(filled([row_of(length, number + mark) for mark, length in enumerate(data.draw(lengths))]))
                 number += 10
             case "leave" if len(batch.rows) > 1:
-                batch.keep(data.draw(st.lists(st.sampled_from(batch.rows), min_size=1, unique=True)))
+                batch.keep(data.draw(st.lists(st.sampled_from(batch.rows), min_size=1, unique_by=id)))
             case _:
                 pass
         assert batch.cache.width == max(len(row.ids) for row in batch.rows) - 1
@@ -99,9 +99,9 @@ def test_the_plan_counts_what_a_cache_holds() -> None:
     shape = read_model_shape("demo")
     rows, columns = 5, 100
     cache = RowsCache([None] * shape.num_layers)
-    states = torch.zeros(rows, shape.kv_heads, columns, shape.head_dim)
+    keys = torch.zeros(rows, shape.kv_heads, columns, shape.head_dim)
     for layer in range(shape.num_layers):
-        cache.update(states, states, layer)
+        cache.update(keys, keys, layer)
     room = MOST_UNUSED * cache.num_bytes
     assert most_cached_tokens(int(room) + 1, shape, 4) == rows * (columns + SPARE_COLUMNS)
     with pytest.raises(PlanError, match=f"{LEAST_CACHED} are the least to serve with"):

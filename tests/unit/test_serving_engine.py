@@ -31,6 +31,7 @@ from raytune.serving.refusals import (
 from raytune.serving.requests import Piece, Request
 from tests.served import (
     BASES,
+    LAYERS_WITH_STATES,
     LONGEST,
     PATIENCE_S,
     STOPS,
@@ -338,6 +339,9 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_else_is_disturbed(
             expect(asked_alone(engine, answer), answer, plain["first"])
         assert [*engine.models] == ["base", "first"]
         assert engine.state.num_failed == 0
+    states = save_base(tmp_path / "states", LAYERS_WITH_STATES)
+    with pytest.raises(UnfitError, match="keeps the states of an answer in its layers"):
+        AnsweringEngine({"states": asked(states)})
     with pytest.raises(UnfitError, match="changes the base itself"):
         AnsweringEngine({"base": of(saved, "base"), "biases": of(saved, "biases")})
     with AnsweringEngine({"biases": of(saved, "biases")}) as engine:
