@@ -294,7 +294,7 @@ def serve(
         max_batch=max_batch,
         max_waiting=max_waiting,
         timeout_s=timeout_s,
-        adapters_in=tuple(map(fspath, adapters_in)),
+        adapters_in=tuple(fspath(folder) for folder in adapters_in),
         address=address,
     )
     return start_serving(prepare_serving(named, options, token))

@@ -95,7 +95,7 @@ class _Body(BaseModel):
     """What both kinds of requests have. Whatever else there is, is looked at by `_refuse_others`."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),

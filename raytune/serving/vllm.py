@@ -1,5 +1,6 @@
 """`raytune serve --engine vllm --dry-run`: the file by which Ray Serve starts vLLM for the models that are named."""
 
+from raytune.config.adapter import LoraAdapter
 from raytune.config.yaml_nodes import write_yaml
 from raytune.errors import UserError
 from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
@@ -7,9 +8,6 @@ from raytune.plan.base_model import read_model_shape
 from raytune.plan.hardware import load_catalogue
 from raytune.plan.vllm import vllm_file
 from raytune.serving.subjects import served_subjects
-
-_LORA = ("lora", "qlora")
-"""Methods whose adapters vLLM reads."""
 
 
 def vllm_yaml(named: Named, *, instance: str | None, replicas: int, max_batch: int, max_waiting: int) -> str:
@@ -51,7 +49,7 @@ def _rank(to_ask: ToAsk) -> int | None:
     if to_ask.run is None:
         return None
     adapter = to_ask.run.plan.adapter
-    if adapter.method not in _LORA:
+    if not isinstance(adapter, LoraAdapter):
         raise UserError(
             f"vLLM reads no adapters of {adapter.method}. Merge it into its base (raytune merge), and serve the result."
         )

@@ -74,8 +74,8 @@ def client(endpoint: Endpoint) -> openai.OpenAI:
     return client_of(endpoint)
 
 
-def client_of(endpoint: Endpoint, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=endpoint.url, api_key=endpoint.token, timeout=120, **({"max_retries": 0} | options))
+def client_of(endpoint: Endpoint, *, max_retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=endpoint.url, api_key=endpoint.token, timeout=120, max_retries=max_retries)
 
 
 def raw(endpoint: Endpoint, method: str, path: str, body: Any = None, token: str | None = TOKEN) -> tuple[int, Any, Any]:
@@ -117,7 +117,7 @@ def expected(plain: dict[str, Plain], name: str, prompt: Sequence[int], most: in
     settings = NEVER_ENDS if name == "third" else {}
     ids = plain[name].ids(prompt, most, **settings)
     has_stopped = name != "third" and ids[-1] in STOPS
-    text = tiny_tokenizer().decode(ids[:-1] if has_stopped else ids, skip_special_tokens=True)
+    text: Any = tiny_tokenizer().decode(ids[:-1] if has_stopped else ids, skip_special_tokens=True)
     return text, "stop" if has_stopped else "length", len(ids)
 
 
