@@ -97,7 +97,7 @@ class AnsweringEngine:
         """All that wait or run, by their ids, the first to come first."""
         self._most_now = self._limits.most_at_once
         """Rows at once; fewer than asked for while memory is short."""
-        self._counts = dict.fromkeys(("generated", "prefilled", "finished", "failed", "cancelled"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("generated", "prefilled", "finished", "failed", "cancelled"), 0)
         self._recent: deque[tuple[float, int]] = deque()
         """When tokens were generated, and how many."""
         self._cached_tokens = 0
