@@ -496,3 +496,23 @@ def test_too_little_memory_makes_batches_smaller_and_then_fails_what_does_not_fi
     assert said.startswith("True AnswerFailedError base could not go on with an answer: there is too little memory"), said
     assert said.endswith(("length", "stop"))
     assert "Too little memory for" in ended.stderr
+
+
+def test_a_long_prompt_keeps_nobody_waiting(saved: Path, plain: dict[str, Plain]) -> None:
+    long = Request(id="long", model="base", prompt=prompts()[5] * 8, max_new_tokens=2)
+    ones = [request(0), long, request(2, prompt=1, max_new_tokens=4)]
+    ended: list[int] = []
+    with AnsweringEngine({"base": of(saved, "base")}, limits=EngineLimits(most_prefilled=8)) as engine:
+        heard = [Heard() for _ in ones]
+
+        def told(place: int, what: Any) -> None:
+            heard[place](what)
+            if heard[place].over.is_set():
+                ended.append(place)
+
+        for place, one in enumerate(ones):
+            engine.submit(one, lambda what, place=place: told(place, what))
+        for one, each in zip(ones, heard, strict=True):
+            expect(each.wait(), one, plain["base"])
+    assert ended[-1] == 1
+    assert len(long.prompt) // 8 > LONGEST, "else it would be read before the first is over"
