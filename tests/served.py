@@ -26,6 +26,8 @@ STOPS = [2, 65, 101, 116, 200, 201, 202, 203]
 """Ids at which answers of the models here end; some end soon."""
 LAYERS_WITH_STATES = "recurrent_gemma"
 _SMALL: dict[str, Any] = {"vocab_size": 259, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SHAPE: dict[str, Any] = TINY_SHAPE
+_THREE_LAYERS: dict[str, Any] = {**TINY_SHAPE, "num_hidden_layers": 3}
 _ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -36,7 +38,7 @@ _ROPE = {
 
 
 def _llama(**config: Any) -> PretrainedConfig:
-    return demo_config(**(TINY_SHAPE | {"initializer_range": 0.3} | config))
+    return demo_config(**(_SHAPE | {"initializer_range": 0.3} | config))
 
 
 BASES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -45,10 +47,10 @@ BASES: dict[str, Callable[[], PretrainedConfig]] = {
         **_SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=256
     ),
     "bloom, which has distances": lambda: transformers.BloomConfig(**_SMALL, hidden_size=32, n_layer=2, n_head=4),
-    "mistral, which has a window": lambda: transformers.MistralConfig(**_SMALL, **TINY_SHAPE, sliding_window=8, head_dim=8),
+    "mistral, which has a window": lambda: transformers.MistralConfig(**_SMALL, **_SHAPE, sliding_window=8, head_dim=8),
     "gemma3, some of whose layers have a window": lambda: transformers.Gemma3TextConfig(
         **_SMALL,
-        **TINY_SHAPE | {"num_hidden_layers": 3},
+        **_THREE_LAYERS,
         sliding_window=8,
         head_dim=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
@@ -79,7 +81,7 @@ def save_base(folder: Path, name: str, **settings: Any) -> Path:
 
 def save_adapter(folder: Path, base: Path, name: str, *, std: float = 0.3) -> Path:
     torch.manual_seed(len(name))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ADAPTERS[name])
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ADAPTERS[name])
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_().mul_(std)

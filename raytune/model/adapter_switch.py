@@ -17,7 +17,7 @@ class AdapterSwitch:
         self._adapted: Any = adapted
         self._layers: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
         self._is_on: str | None = None
-        self.turn_on(adapted.active_adapter)
+        self.turn_on(self._adapted.active_adapter)
 
     def turn_on(self, name: str) -> None:
         if name == self._is_on:

@@ -84,7 +84,7 @@ class Choice:
             ids: of the prompt, and what was generated.
             logits_V: in fp32.
         """
-        ids_1L = torch.tensor([ids], device=logits_V.device)
+        ids_1L: Any = torch.tensor([ids], device=logits_V.device)
         scores_1V: Any = self._processors(ids_1L, logits_V[None].clone())  # pyright: ignore[reportArgumentType]
         if self._numbers is None:
             return int(scores_1V.argmax())

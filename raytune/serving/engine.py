@@ -36,6 +36,9 @@ _RATE_OVER_S = 10.0
 _MOST_ADAPTERS = 1_000
 """Over one base: an engine has as many as it was told to load."""
 
+_MOST_JOINING = 2
+"""Batches of a model whose prompts are read at a time: a long prompt does not keep short ones waiting."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +100,7 @@ class AnsweringEngine:
         """All that wait or run, by their ids, the first to come first."""
         self._most_now = self._limits.most_at_once
         """Rows at once; fewer than asked for while memory is short."""
-        self._counts = dict.fromkeys(("generated", "prefilled", "finished", "failed", "cancelled"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("generated", "prefilled", "finished", "failed", "cancelled"), 0)
         self._recent: deque[tuple[float, int]] = deque()
         """When tokens were generated, and how many."""
         self._cached_tokens = 0
@@ -356,7 +359,7 @@ class AnsweringEngine:
         running = sum(len(lane.rows) for lane in self._lanes)
         with self._changed:
             arrivals = {row: place for place, row in enumerate(self._rows.values())}
-            begun: set[Lane] = {lane for lane in self._lanes if lane.is_joining}
+            begun: set[Lane] = {lane for lane in self._lanes if lane.num_joining >= _MOST_JOINING}
             while running < self._most_now:
                 having = [lane for lane in self._lanes if self._waiting[lane] and lane not in begun]
                 if not having:
@@ -386,7 +389,7 @@ class AnsweringEngine:
 
     def _step(self, held: HeldModels) -> None:
         busy = [lane for lane in self._lanes if lane.batches]
-        share = self._limits.most_prefilled // max(1, sum(lane.is_joining for lane in busy))
+        share = self._limits.most_prefilled // max(1, sum(lane.num_joining for lane in busy))
         for lane in busy:
             try:
                 with held.asked(lane.one) as loaded:

@@ -87,8 +87,9 @@ class Lane:
         self.batches += [PaddedBatch(rows, self._windows)] if self._windows else [LoneRow(row) for row in rows]
 
     @property
-    def is_joining(self) -> bool:
-        return any(isinstance(batch, PaddedBatch) and not batch.is_read for batch in self.batches)
+    def num_joining(self) -> int:
+        """Batches whose prompts are being read."""
+        return sum(isinstance(batch, PaddedBatch) and not batch.is_read for batch in self.batches)
 
     def switched(self, loaded: Loaded) -> Asked:
         model = _of_transformers(loaded.model)

@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        shape = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+        shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
         large = save_tiny_model(Path(scratch) / "large", **shape, num_key_value_heads=4, max_position_embeddings=2048)
         for name, base in (("demo", Path(demo_base_path())), ("8x512", large)):
             if arguments.only in (None, name):
@@ -179,7 +179,7 @@ def _without_end(base: Path, folder: Path) -> Path:
 
 def _save_adapter(base: Path, folder: Path) -> Path:
     config = LoraConfig(r=8, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -90,6 +91,6 @@ def test_text_is_told_as_soon_as_it_is_sure() -> None:
 
 
 def test_a_token_alone_keeps_the_space_that_begins_it() -> None:
-    one = tokenizer("pieces")
+    one: Any = tokenizer("pieces")
     assert token_text(one, one.convert_tokens_to_ids("▁the")) == " the"
     assert token_text(one, one.convert_tokens_to_ids("b")) == "b"

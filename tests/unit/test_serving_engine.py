@@ -234,14 +234,15 @@ def test_what_cannot_be_answered_is_refused_at_once(saved: Path) -> None:
             engine.submit(request(0, model="other"), print)
         with pytest.raises(TooLongError, match="at most 136, for which there is memory"):
             engine.submit(request(0, max_new_tokens=136), print)
-        for fields, words in (
+        senseless: tuple[tuple[dict[str, Any], str], ...] = (
             ({"max_new_tokens": 0}, "max_new_tokens is 0"),
             ({"temperature": -1.0}, "temperature is -1.0"),
             ({"temperature": float("nan")}, "temperature is nan"),
             ({"top_p": 0.0}, "top_p is 0"),
             ({"top_k": 0}, "top_k is 0"),
             ({"stop": ("",)}, "stop is empty"),
-        ):
+        )
+        for fields, words in senseless:
             with pytest.raises(UserError, match=words):
                 engine.submit(request(0, **fields), print)
         for prompt, words in (((), "prompt is empty"), ((5, 259), "none of the 259")):
@@ -365,7 +366,7 @@ def test_a_model_without_numbers_fails_its_own_requests(saved: Path, plain: dict
 
 def test_a_forward_pass_that_raises_fails_those_in_it_and_no_others(saved: Path, plain: dict[str, Plain]) -> None:
     with AnsweringEngine({name: of(saved, name) for name in ("base", "first")}, limits=FEW) as engine:
-        lane = engine._models["first"]
+        lane: Any = engine._models["first"]
         whole = lane._windows
         lane._windows = [None]  # a cache with fewer layers than the model
         ones = [request(place, model=("base", "first")[place % 2], prompt=place) for place in range(6)]
@@ -452,7 +453,7 @@ def test_settings_of_a_model_are_obeyed_as_its_generate_obeys_them(tmp_path: Pat
 
 
 def test_a_text_of_stop_ends_an_answer_and_is_no_part_of_it(engine: AnsweringEngine, plain: dict[str, Plain]) -> None:
-    whole = tiny_tokenizer().decode([one for one in plain["base"].ids(prompts()[3], LONGEST) if one < 256])
+    whole: Any = tiny_tokenizer().decode([one for one in plain["base"].ids(prompts()[3], LONGEST) if one < 256])
     for place in range(1, len(whole) - 1, 4):
         heard = asked_alone(engine, request(0, prompt=3, stop=(whole[place : place + 2], "never")))
         assert heard.text == whole[: whole.index(whole[place : place + 2])]
@@ -495,3 +496,23 @@ def test_too_little_memory_makes_batches_smaller_and_then_fails_what_does_not_fi
     assert said.startswith("True AnswerFailedError base could not go on with an answer: there is too little memory"), said
     assert said.endswith(("length", "stop"))
     assert "Too little memory for" in ended.stderr
+
+
+def test_a_long_prompt_keeps_nobody_waiting(saved: Path, plain: dict[str, Plain]) -> None:
+    long = Request(id="long", model="base", prompt=prompts()[5] * 8, max_new_tokens=2)
+    ones = [request(0), long, request(2, prompt=1, max_new_tokens=4)]
+    ended: list[int] = []
+    with AnsweringEngine({"base": of(saved, "base")}, limits=EngineLimits(most_prefilled=8)) as engine:
+        heard = [Heard() for _ in ones]
+
+        def told(place: int, what: Any) -> None:
+            heard[place](what)
+            if heard[place].over.is_set():
+                ended.append(place)
+
+        for place, one in enumerate(ones):
+            engine.submit(one, lambda what, place=place: told(place, what))
+        for one, each in zip(ones, heard, strict=True):
+            expect(each.wait(), one, plain["base"])
+    assert ended[-1] == 1
+    assert len(long.prompt) // 8 > LONGEST, "else it would be read before the first is over"
