@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from raytune.api.models import generate as generate
     from raytune.api.models import merge as merge
     from raytune.api.models import push as push
+    from raytune.api.models import serve as serve
     from raytune.api.runs import RunEvent as RunEvent
     from raytune.api.runs import advise as advise
     from raytune.api.runs import check as check
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
-    "models": ("chat", "evaluate", "export", "generate", "merge", "push"),
+    "models": ("chat", "evaluate", "export", "generate", "merge", "push", "serve"),
     "runs": (
         "RunEvent",
         "advise",
@@ -75,6 +76,7 @@ __all__ = [
     "preflight",
     "push",
     "score",
+    "serve",
     "status",
     "stop",
     "submit",

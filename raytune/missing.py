@@ -9,6 +9,7 @@ OPTIONAL = {
     **{"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "optuna": "optuna"},
     **{"sacrebleu": "metrics", "rouge_score": "metrics", "bert_score": "bertscore", "schedulefree": "schedule-free"},
     **{"lm_eval": "lm-eval", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+    **{"starlette": "serve", "fastapi": "serve", "uvicorn": "serve"},
     **{"mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"},
     "gguf": "gguf",
 }

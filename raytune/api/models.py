@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raytune.launch.push import Pushed
     from raytune.plan.rewriting import ExportDtype, ExportFormat
     from raytune.serving.chat import Chat
+    from raytune.serving.endpoint import Endpoint
 
 
 def evaluate(
@@ -186,6 +187,66 @@ def chat(
     first = to_ask.without_base().subjects[0].name
     speaker.refuse_speechless(first)
     return Chat(speaker, first, style=style, system=system)
+
+
+def serve(
+    model: File,
+    *,
+    adapters: Mapping[str, File] | None = None,
+    base: File | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    replicas: int = 1,
+    max_batch: int = 32,
+    max_waiting: int = 256,
+    timeout_s: float = 600.0,
+    adapters_in: Sequence[File] = (),
+    template: str = "auto",
+    dtype: "Precision | None" = None,
+    address: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Endpoint":
+    """Serve models as `raytune serve` does: an endpoint in OpenAI's form. Returns once it answers.
+
+        with raytune.serve("runs/support-bot") as endpoint:
+            client = openai.OpenAI(base_url=endpoint.url, api_key=endpoint.token)
+
+    Args:
+        model: the folder of a finished run, or any folder that plain transformers or PEFT loads.
+        adapters: more over the same base, by name.
+        base: that an adapter in `model` is laid over.
+        host: where to listen.
+        port: 0: any that is free.
+        token: that whoever asks has to know. By default a new one, as long as only this machine is listened to.
+        replicas: processes that hold the models.
+        max_batch: answers that a replica writes at once.
+        max_waiting: that wait in each replica; more are refused with 429.
+        timeout_s: of one answer.
+        adapters_in: folders that adapters may be loaded from at run time.
+        template, dtype, address, trust_remote_code: as for `evaluate`.
+
+    Returns:
+        `url`, `token`, `models` (names) and `close()`; a context manager that closes.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, if a model cannot be had, or strangers could use the endpoint.
+        raytune.errors.RaytuneError: if the replicas did not become ready.
+    """
+    from raytune.serving.endpoint import ServeOptions, prepare_serving, start_serving
+
+    named = _named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code)
+    options = ServeOptions(
+        host=host,
+        port=port,
+        replicas=replicas,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        timeout_s=timeout_s,
+        adapters_in=tuple(fspath(folder) for folder in adapters_in),
+        address=address,
+    )
+    return start_serving(prepare_serving(named, options, token))
 
 
 def merge(

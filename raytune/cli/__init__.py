@@ -21,6 +21,7 @@ from raytune.cli.jobs import logs, status, stop, submit
 from raytune.cli.push import push
 from raytune.cli.reports import compare, report
 from raytune.cli.runs import advise, plan, score, sweep, track, train
+from raytune.cli.serve import serve
 from raytune.cli.supervise import Notes, supervised
 from raytune.cli.watch import top, ui
 
@@ -39,6 +40,7 @@ for verb in (
     evaluate,
     generate,
     chat,
+    serve,
     track,
     report,
     compare,

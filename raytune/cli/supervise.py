@@ -22,7 +22,7 @@ from raytune.cli.say import say
 from raytune.errors import EXIT_RETRY_LATER
 from raytune.launch.signals import HANDED_ON, ends_in_order, exit_code_of
 
-VERBS = ("train", "sweep", "find-rate", "score", "evaluate", "generate", "plan", "preflight")
+VERBS = ("train", "sweep", "find-rate", "score", "evaluate", "generate", "serve", "plan", "preflight")
 _PR_SET_PDEATHSIG = 1
 _SHOW_CURSOR = "\x1b[?25h"
 

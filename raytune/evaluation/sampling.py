@@ -30,21 +30,16 @@ class DrawnTokens(LogitsProcessor):
     """
 
     def __init__(self, sampling: SamplingPlan, rows: Sequence[int], max_new_tokens: int, device: torch.device) -> None:
-        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
-        warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
-        warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p is not None else []
-        self._warpers = LogitsProcessorList(warpers)
-        numbers = [_numbers_of_row(sampling.seed, row, max_new_tokens) for row in rows]
+        self._warpers = warpers(sampling)
+        numbers = [numbers_of_row(sampling.seed, row, max_new_tokens) for row in rows]
         self._numbers = torch.stack(numbers).to(device)
         self._num_drawn = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         warped_BV = self._warpers(input_ids, scores.float())  # pyright: ignore[reportArgumentType]
-        cumulated_BV = warped_BV.double().softmax(-1).cumsum(-1)
-        places_B1 = self._numbers[:, self._num_drawn, None] * cumulated_BV[:, -1:]
+        tokens_B = taken_tokens(warped_BV, self._numbers[:, self._num_drawn])
         self._num_drawn += 1
-        tokens_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)  # the first with more: one that has a probability
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens_B1.clamp(max=scores.shape[-1] - 1), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens_B[:, None], 0.0)
 
 
 def sampling_plan(*, temperature: float | None, top_k: int | None, top_p: float | None, seed: int) -> SamplingPlan | None:
@@ -61,6 +56,23 @@ def sampling_plan(*, temperature: float | None, top_k: int | None, top_p: float 
     return None
 
 
-def _numbers_of_row(seed: int, row: int, count: int) -> Tensor:
+def warpers(sampling: SamplingPlan) -> LogitsProcessorList:
+    """What is done to scores before a token is drawn by them."""
+    found: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    found += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
+    found += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p is not None else []
+    return LogitsProcessorList(found)
+
+
+def taken_tokens(warped_BV: Tensor, numbers_B: Tensor) -> Tensor:
+    """The token of each row at which a number, uniform in 0..1, lies among its cumulated probabilities."""
+    cumulated_BV = warped_BV.double().softmax(-1).cumsum(-1)
+    places_B1 = numbers_B[:, None] * cumulated_BV[:, -1:]
+    tokens_B1 = torch.searchsorted(cumulated_BV, places_B1, right=True)  # the first with more: one that has a probability
+    return tokens_B1[:, 0].clamp(max=warped_BV.shape[-1] - 1)
+
+
+def numbers_of_row(seed: int, row: int, count: int) -> Tensor:
+    """Numbers, uniform in 0..1, by which the tokens of a row are drawn."""
     own = int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8], "big") >> 1
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(own))

@@ -178,11 +178,26 @@ def models_to_ask(named: Named) -> ToAsk:
         pairs.append((main, subjects[-1].name))
     title = "-against-".join([_title(named.model), *([_title(named.compare)] if named.compare else [])])
     for one in subjects:
-        model = one.asked.model
-        # What bitsandbytes packs, and rows of new tokens, are in no config.
-        if one.asked.adapter and is_local(one.asked.adapter) and not model.quantization and not model.new_tokens:
-            refuse_unfit_adapter(one.asked)
+        _refuse_unfit(one)
     return ToAsk(subjects=tuple(subjects), pairs=tuple(pairs), run=run, title=title)
+
+
+def adapter_over(base: Subject, path: str, name: str) -> Subject:
+    """An adapter more over a base that has been looked at.
+
+    Raises:
+        UserError: if it is none, or does not fit.
+    """
+    subject = _laid_over(base, Path(path).expanduser().resolve(), name)[-1]
+    _refuse_unfit(subject)
+    return subject
+
+
+def _refuse_unfit(one: Subject) -> None:
+    model = one.asked.model
+    # What bitsandbytes packs, and rows of new tokens, are in no config.
+    if one.asked.adapter and is_local(one.asked.adapter) and not model.quantization and not model.new_tokens:
+        refuse_unfit_adapter(one.asked)
 
 
 def _of_model(named: Named) -> tuple[list[Subject], RunToScore | None]:
@@ -276,15 +291,20 @@ def _of_adapter(named: Named, path: str, name: str, base: Subject | None) -> lis
         base: that it is laid over; None: the one that the user or the adapter names.
     """
     folder = Path(path).expanduser().resolve()
-    config = adapter_config(folder)
     if base is None:
-        named_base = named.base or config.base_model_name_or_path
+        named_base = named.base or adapter_config(folder).base_model_name_or_path
         if not named_base:
             raise ModelError(f"{folder / ADAPTER_CONFIG} does not name its base model. Name it with --base.")
         base = _of_whole(named, named_base, BASE)
         model = base.asked.model.model_copy(update={"rope": saved_rope(folder)})
         positions = reach(model.rope, base.positions)
         base = replace(base, asked=base.asked.model_copy(update={"model": model}), positions=positions)
+    return _laid_over(base, folder, name)
+
+
+def _laid_over(base: Subject, folder: Path, name: str) -> list[Subject]:
+    """A base, asked as an adapter in a folder is, and that adapter over it."""
+    config = adapter_config(folder)
     has_tokenizer, has_stops = ((folder / file).is_file() for file in ("tokenizer_config.json", "generation_config.json"))
     path_of_base = base.asked.model.path
     path_of_base = path_of_base if is_on_hub(path_of_base) else model_files(path_of_base)

@@ -3,7 +3,7 @@
 import copy
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raytune.config.adapter import Adapter
 from raytune.data.tokenizers import load_tokenizer
+from raytune.model.adapter_switch import AdapterSwitch
 from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.dtypes import DTYPES
@@ -56,8 +57,8 @@ class HeldModels:
     loaded anew. A folder is taken for the same as long as it is held: what changes has to come under another name.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stack = device, ExitStack()
+    def __init__(self, device: torch.device, *, most_adapters: int = MOST_ADAPTERS) -> None:
+        self._device, self._stack, self._most_adapters = device, ExitStack(), most_adapters
         self._base: PreTrainedModel | None = None
         self._files: tuple[Any, ...] = ()
         self._settings: Any = None
@@ -66,7 +67,11 @@ class HeldModels:
         self._adapters: dict[str, str] = {}
         """PEFT's names of those that lie over the base, by their folders; last the one that was asked last."""
         self._num_laid_over = 0
+        self._switch: AdapterSwitch | None = None
+        """Of adapters that may share a base."""
         self._brought: dict[str, Path] = {}
+        self._ends: dict[Path, GenerationConfig] = {}
+        """Settings of generation of saved folders."""
         self._tokenizers: dict[tuple[str, str | None], PreTrainedTokenizerBase] = {}
         self.num_loaded = 0
         """Bases that were loaded so far."""
@@ -86,6 +91,43 @@ class HeldModels:
         with self._with_adapter(one, stops) if one.adapter else self._without_adapters(one, stops) as model:
             yield Loaded(model=model, tokenizer=decoder, kept_tokens=one.kept_tokens, can_pad=one.can_pad)
 
+    def why_apart(self, one: AskedModel, others: Iterable[AskedModel]) -> str:
+        """Why a model cannot be asked in turn with others without a base being loaded anew each time; empty: it can."""
+        both = [one, *others]
+        if any((other.model, other.held_for) != (one.model, one.held_for) for other in both):
+            return "it is made of another base, or of the same one in another form, and one base is in memory"
+        folders = {str(self._here(other.adapter)) for other in both if other.adapter}
+        configs = [PeftConfig.from_pretrained(folder) for folder in sorted(folders)]
+        if len(configs) > 1 and not _share_base(configs):
+            return "of adapters, only LoRA in layers share a base, without biases, whole modules, rows of tokens and parameters"
+        if any(other.adapter is None for other in both) and not all(map(_leaves_base, configs)):
+            return "its adapter changes the base itself, which is asked, too"
+        return ""
+
+    def release(self, one: AskedModel) -> None:
+        """Take the adapter of a model off its base, and keep nothing of its folder: what lies there is read anew when asked."""
+        assert one.adapter is not None
+        folder = str(self._here(one.adapter))
+        if self._adapted is not None and folder in self._adapters:
+            self._take_off(self._adapted, folder)
+        self._tokenizers.pop((folder, None), None)
+        self._ends.pop(Path(folder), None)
+        self.forget(one.adapter)
+
+    def _take_off(self, adapted: PeftModel, folder: str) -> None:
+        name = self._adapters.pop(folder)
+        if self._switch is not None:
+            self._switch.turn_on(next(iter(self._adapters.values()), name))
+            if self._adapters:
+                adapted.delete_adapter(name)
+            else:
+                self._adapted = self._switch = None
+                adapted.unload()  # pyright: ignore[reportCallIssue]
+        elif adapted.active_peft_config.is_prompt_learning:
+            self._adapted = None
+        else:
+            self._let_go()
+
     def forget(self, folder: str) -> None:
         """Remove what was brought here of a saved folder that is not asked again."""
         if (brought := self._brought.pop(folder, None)) is not None:
@@ -96,42 +138,59 @@ class HeldModels:
         if self._adapted is not None and not all(map(_leaves_base, self._adapted.peft_config.values())):
             self._let_go()
         base = self._base_of(one)
-        base.generation_config = copy.deepcopy(self._settings)
+        base.generation_config = copy.copy(self._settings)
         if stops:
-            base.generation_config.eos_token_id = GenerationConfig.from_pretrained(stops).eos_token_id
+            base.generation_config.eos_token_id = self._ends_in(stops).eos_token_id
         # PEFT wraps a base that it only lays something in front of, and puts others into its layers.
-        adapted = self._adapted
-        with nullcontext() if adapted is None or adapted.active_peft_config.is_prompt_learning else adapted.disable_adapter():
+        adapted, in_layers = self._adapted, self._adapted is not None and not self._adapted.active_peft_config.is_prompt_learning
+        if self._switch is not None:
+            self._switch.turn_off()
+        with adapted.disable_adapter() if adapted is not None and in_layers and self._switch is None else nullcontext():
             yield base
 
     @contextmanager
     def _with_adapter(self, one: AskedModel, stops: Path | None) -> Iterator[PeftModel]:
         assert one.adapter is not None
         folder = str(self._here(one.adapter))
-        config = PeftConfig.from_pretrained(folder)
-        before = [*self._adapted.peft_config.values()] if self._adapted is not None else []
-        if before and folder not in self._adapters and not _share_base([*before, config]):
-            self._let_go()
+        if self._adapted is not None and folder not in self._adapters:
+            config = PeftConfig.from_pretrained(folder)
+            if not _share_base([*self._adapted.peft_config.values(), config]):
+                self._let_go()
         base = self._base_of(one)
         # PEFT keeps those of the base.
-        base.generation_config = GenerationConfig.from_pretrained(stops) if stops else copy.deepcopy(self._settings)
+        base.generation_config = copy.copy(self._ends_in(stops) if stops else self._settings)
+        if self._adapted is None or folder not in self._adapters:
+            try:
+                self._lay_over(base, folder)
+            except BaseException:
+                self._let_go()  # which layers have a part of it by now is not known
+                raise
+        assert self._adapted is not None
+        self._adapters[folder] = self._adapters.pop(folder)
+        if self._switch is not None:
+            self._switch.turn_on(self._adapters[folder])
+        if len(self._adapters) > self._most_adapters:
+            self._adapted.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
+        yield self._adapted
+
+    def _lay_over(self, base: PreTrainedModel, folder: str) -> None:
         with as_asked():
             if self._adapted is None:
                 self._adapters = {folder: "default"}
                 self._adapted = PeftModel.from_pretrained(base, folder).eval()
             else:
-                self._switch_to(folder, self._adapted)
-        yield self._adapted
+                if self._switch is not None:
+                    self._switch.turn_on(next(iter(self._adapters.values())))
+                self._num_laid_over += 1
+                self._adapters[folder] = f"adapter-{self._num_laid_over}"
+                self._adapted.load_adapter(folder, self._adapters[folder])
+        # Of one that shares its base with no other, PEFT knows how to turn it off.
+        self._switch = AdapterSwitch(self._adapted) if _share_base([*self._adapted.peft_config.values()]) else None
 
-    def _switch_to(self, folder: str, adapted: PeftModel) -> None:
-        if folder not in self._adapters:
-            self._num_laid_over += 1
-            self._adapters[folder] = f"adapter-{self._num_laid_over}"
-            adapted.load_adapter(folder, self._adapters[folder])
-        self._adapters[folder] = self._adapters.pop(folder)
-        adapted.set_adapter(self._adapters[folder])
-        if len(self._adapters) > MOST_ADAPTERS:
-            adapted.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
+    def _ends_in(self, folder: Path) -> GenerationConfig:
+        if folder not in self._ends:
+            self._ends[folder] = GenerationConfig.from_pretrained(folder)
+        return self._ends[folder]
 
     def _tokenizer_of(self, one: AskedModel) -> PreTrainedTokenizerBase:
         path, revision = (one.tokenizer, None) if one.tokenizer else (one.model.path, one.model.revision)
@@ -152,7 +211,7 @@ class HeldModels:
 
     def _let_go(self) -> None:
         if self._base is not None:
-            self._base = self._adapted = self._settings = None
+            self._base = self._adapted = self._switch = self._settings = None
             self._files, self._adapters = (), {}
             gc.collect()  # before the next one is loaded
             if self._device.type == "cuda":
@@ -243,7 +302,8 @@ def _load(model: ModelPlan, held_for: Adapter, device: torch.device) -> PreTrain
             config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[model.compute_dtype],
-            attn_implementation="sdpa",  # padding on the left and a cache of keys, which the kernels for packed rows do not know
+            # No word on attention: sdpa, or eager where a model has no other. Kernels for packed rows know neither padding on the
+            # left nor a cache of keys.
             use_safetensors=True,
             device_map={"": device},
             **({"quantization_config": quantization} if quantization else {}),

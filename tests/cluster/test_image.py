@@ -12,7 +12,8 @@ from raytune.plan.hardware import load_catalogue
 ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "cluster" / "image"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["s3"]]
+EXTRAS = PROJECT["optional-dependencies"]
+DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["s3"] + EXTRAS["serve"]]
 PINNED = dict(line.split("==") for line in (IMAGE / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 

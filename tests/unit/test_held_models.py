@@ -1,5 +1,6 @@
 """Models that are asked in turn: each computes what it does alone, whatever lay over its base before."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,56 @@ def test_an_adapter_of_another_base_is_refused_before_weights_are_read(saved: Pa
     refuse_unfit_adapter(asked(saved, name))
     with pytest.raises(ModelError, match=r"cannot be put on .*wider: .*--base"):
         refuse_unfit_adapter(asked(saved, name, "wider"))
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "num_bases"),
+    [("lora", (), 1), ("another", ("lora", "base"), 1), ("prompt", ("base",), 1), ("ia3", (), 2), ("head", ("base",), 2)],
+)
+def test_an_adapter_that_is_released_is_read_anew(
+    saved: Path, tmp_path: Path, name: str, beside: tuple[str, ...], num_bases: int
+) -> None:
+    moving = tmp_path / "moving"
+    shutil.copytree(saved / name, moving)
+    one = asked(saved, "base").model_copy(update={"adapter": str(moving)})
+    with HeldModels(CPU) as models:
+        with models.asked(one) as loaded:
+            assert logits(loaded.model).equal(alone(saved, name))
+        for other in beside:
+            with models.asked(asked(saved, other)) as loaded:
+                assert logits(loaded.model).equal(alone(saved, other))
+        models.release(one)
+        for other in beside:
+            with models.asked(asked(saved, other)) as loaded:
+                assert logits(loaded.model).equal(alone(saved, other))
+            if other != "base":
+                models.release(asked(saved, other))
+        with models.asked(asked(saved, "base")) as loaded:
+            assert logits(loaded.model).equal(alone(saved, "base"))
+        shutil.rmtree(moving)
+        shutil.copytree(saved / "lora", moving)
+        with models.asked(one) as loaded:
+            assert logits(loaded.model).equal(alone(saved, "lora"))
+            assert len(loaded.model.peft_config) == 1
+        assert models.num_loaded == num_bases
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("base", "lora", "another"), ""),
+        (("base", "prompt"), ""),
+        (("base", "ia3"), ""),
+        (("lora", "ia3"), "only LoRA in layers share a base"),
+        (("prompt", "lora"), "only LoRA in layers share a base"),
+        (("base", "biases"), "changes the base itself"),
+        (("biases",), ""),
+    ],
+)
+def test_models_that_share_a_base_are_told_apart_from_those_that_do_not(saved: Path, names: tuple[str, ...], words: str) -> None:
+    with HeldModels(CPU) as models:
+        ones = [asked(saved, name) for name in names]
+        why = models.why_apart(ones[-1], ones[:-1])
+        assert words in why
+        assert bool(words) == bool(why)
+        assert "another base" in models.why_apart(asked(saved, "base", "wider"), ones)
