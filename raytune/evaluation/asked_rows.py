@@ -117,20 +117,35 @@ class Prompter:
                 leaves it no position for an answer.
         """
         if isinstance(asked, str):
-            ids = (*self._bos, *ids_of(self._tokenizer, asked))
-        elif self._renderer is None:
+            return self.checked((*self._bos, *ids_of(self._tokenizer, asked)))
+        return self.checked(ids_of(self._tokenizer, self.rendered(asked, tools)))
+
+    def rendered(self, turns: Sequence[Message], tools: list[Any] | None = None) -> str:
+        """Turns in the template of the model, up to where the answer begins.
+
+        Raises:
+            RowError: if the template cannot render them, or there is none.
+        """
+        if self._renderer is None:
             raise RowError("these are turns, and the model has no chat template to be asked them in (--template names one)")
-        else:
-            text = self._renderer.one(Job(asked, tools, True))
-            if isinstance(text, RowError):
-                raise text
-            ids = ids_of(self._tokenizer, text)
+        text = self._renderer.one(Job(turns, tools, True))
+        if isinstance(text, RowError):
+            raise text
+        return text
+
+    def checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens of a prompt, if the model can go on from them.
+
+        Raises:
+            RowError: if there are none, the model has no embedding for one, or they leave no position for an answer.
+        """
         if not ids:
             raise RowError("the prompt is empty, and there is nothing to go on from")
-        if (largest := max(ids)) >= self._vocab:
-            token = self._tokenizer.convert_ids_to_tokens(largest)
+        if (unknown := next((token for token in ids if not 0 <= token < self._vocab), None)) is not None:
+            text = self._tokenizer.convert_ids_to_tokens(unknown) if 0 <= unknown < len(self._tokenizer) else None
             raise RowError(
-                f"the prompt has the token {token!r}, number {largest}, and the model has embeddings for {self._vocab} tokens"
+                f"the prompt has the token {'' if text is None else f'{text!r}, '}number {unknown}, and the model has embeddings "
+                f"for {self._vocab} tokens"
             )
         if self.positions is not None and len(ids) >= self.positions:
             raise TooLong(f"the prompt has {len(ids)} tokens, and the model has {self.positions} positions for it and its answer")

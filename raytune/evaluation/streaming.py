@@ -1,6 +1,5 @@
 """An answer as it is written, piece by piece: the same text, tokens and end as of an answer that is written whole."""
 
-import re
 from collections.abc import Generator, Sequence
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -8,48 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from raytune.evaluation.answer_text import AnswerText
 from raytune.evaluation.generation import Ends, Written, continued
 from raytune.model.inference import Loaded
 from raytune.plan.run_plan import SamplingPlan
-
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_NO_CHARACTER = "\ufffd"
-
-
-class TextSoFar:
-    """The text of tokens that come one by one. What may still become another text is held back: bytes of a character that is not
-    whole, and the last word where the tokenizer closes up spaces behind its back."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._closes_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._tokens: list[int] = []
-        self._given = ""
-
-    def add(self, token: int) -> str:
-        """What is new, once a token has come."""
-        self._tokens.append(token)
-        if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
-            return ""
-        text = self._text().rstrip(_NO_CHARACTER)
-        return self._new(text[: max(text.rfind(" "), 0)] if self._closes_up else text)
-
-    def rest(self) -> str:
-        """What was held back, when no token comes any more."""
-        return self._new(self._text())
-
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._tokens))
-
-    def _new(self, text: str) -> str:
-        if not text.startswith(self._given):
-            return ""
-        new = text[len(self._given) :]
-        self._given = text if new else self._given
-        return new
 
 
 def stream_answer(
@@ -68,7 +32,7 @@ def stream_answer(
     Returns:
         The whole answer, of which the pieces are the text.
     """
-    ends, text = Ends(loaded.model, loaded.tokenizer, loaded.kept_tokens), TextSoFar(loaded.tokenizer)
+    ends, text = Ends(loaded.model, loaded.tokenizer, loaded.kept_tokens), AnswerText(loaded.tokenizer)
     heard: SimpleQueue[int | BaseException | None] = SimpleQueue()
     unwanted = Event()
 
@@ -105,7 +69,7 @@ def stream_answer(
     finally:
         unwanted.set()
         writer.join()
-    if rest := text.rest():
+    if rest := text.end():
         yield rest
     return ends.written([generated])[0]
 

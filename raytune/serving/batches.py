@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from raytune.serving.answer_text import AnswerText
+from raytune.evaluation.answer_text import AnswerText
 from raytune.serving.choosing import Choice
 from raytune.serving.requests import Deliver, Request, Token
 from raytune.serving.rows_cache import RowsCache

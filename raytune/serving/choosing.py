@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from raytune.evaluation.answer_text import token_text
 from raytune.evaluation.sampling import numbers_of_row, taken_tokens, warpers
 from raytune.model.stopping import as_ids
 from raytune.plan.run_plan import SamplingPlan
-from raytune.serving.answer_text import token_text
 from raytune.serving.refusals import UnfitError
 from raytune.serving.requests import Request, Token
 

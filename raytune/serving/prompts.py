@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import read_row
-from raytune.data.rendering import Job, Renderer
 from raytune.data.template_text import name_of
 from raytune.errors import DataError
+from raytune.evaluation.asked_rows import Prompter
 from raytune.serving.openai_errors import bad
 from raytune.serving.protocol import Chat
 
@@ -34,36 +33,17 @@ class Prompts:
         Raises:
             Refused: if turns cannot be rendered, or the model knows no such token.
         """
-        param = "messages" if isinstance(prompt, Chat) else "prompt"
-        if isinstance(prompt, tuple):
-            ids: Any = prompt
-        elif isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = self.tokenizer(self._text_of(prompt), add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise bad("The prompt is empty: there is nothing to go on from.", param)
-        if (unknown := next((token for token in ids if not 0 <= token < self.vocab), None)) is not None:
-            raise bad(f"The prompt has token {unknown}, and this model knows tokens 0 to {self.vocab - 1}.", param)
-        return tuple(ids)
-
-    def _text_of(self, chat: Chat) -> str:
-        if not self.template:
-            raise bad(
-                "This model has no chat template, so that it cannot be asked in turns. Ask /v1/completions, or start "
-                "the endpoint with --template.",
-                "messages",
-            )
         try:
-            row = {"messages": [*chat.messages], "tools": [*chat.tools]}
+            if isinstance(prompt, tuple):
+                return self._prompter.checked(prompt)
+            if isinstance(prompt, str):
+                return self._prompter.prompt_ids(prompt)
+            row = {"messages": [*prompt.messages], "tools": [*prompt.tools]}
             conversation = read_row(row, "messages", {}, Origin("request", 1))
-            text = self._renderer.one(Job(conversation.messages, conversation.tools, opens_answer=True))
+            self._refuse_hidden(conversation, self._prompter.rendered(conversation.messages, conversation.tools))
+            return self._prompter.prompt_ids(conversation.messages, conversation.tools)
         except (RowError, DataError) as error:
-            raise bad(f"{error}.", "messages") from error
-        if isinstance(text, RowError):
-            raise bad(f"{text}.", "messages")
-        self._refuse_hidden(conversation, text)
-        return text
+            raise bad(f"{error}.", "messages" if isinstance(prompt, Chat) else "prompt") from error
 
     def _refuse_hidden(self, conversation: Conversation, text: str) -> None:
         """Refuse a chat of which the template leaves something out. What the model said before, it may shorten."""
@@ -82,8 +62,8 @@ class Prompts:
         return name_of(self.template, self.tokenizer)
 
     @cached_property
-    def _renderer(self) -> Renderer:
-        return Renderer(self.tokenizer, self.template, self._name)
+    def _prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self.template, vocab=self.vocab, positions=None)  # the engine knows its positions
 
 
 def _bare(text: str) -> str:

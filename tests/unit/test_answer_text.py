@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from raytune.serving.answer_text import AnswerText, token_text
+from raytune.evaluation.answer_text import AnswerText, token_text
 from tests.tiny import PATIENT, tiny_tokenizer
 
 EOS = "</s>"

@@ -13,8 +13,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from raytune.evaluation.answer_text import AnswerText
 from raytune.evaluation.generation import Written, write_answers
-from raytune.evaluation.streaming import TextSoFar, stream_answer
+from raytune.evaluation.streaming import stream_answer
 from raytune.model.inference import Loaded
 from raytune.plan.run_plan import SamplingPlan
 from tests.tiny import PATIENT, tiny_model, tiny_tokenizer
@@ -68,8 +69,8 @@ def test_pieces_of_any_tokens_are_together_what_decoding_all_of_them_gives(name:
     @PATIENT
     @given(st.tuples(chosen, whole, chosen).map(lambda parts: [*parts[0], *parts[1], *parts[2]]))
     def are_together(tokens: list[int]) -> None:
-        text = TextSoFar(tokenizer)
-        pieces = [*map(text.add, tokens), text.rest()]
+        text = AnswerText(tokenizer)
+        pieces = [*map(text.add, tokens), text.end()]
         assert "".join(pieces) == tokenizer.decode(tokens)
 
     are_together()
@@ -77,7 +78,7 @@ def test_pieces_of_any_tokens_are_together_what_decoding_all_of_them_gives(name:
 
 def test_no_piece_ends_in_half_of_a_character() -> None:
     tokenizer = tiny_tokenizer()
-    text = TextSoFar(tokenizer)
+    text = AnswerText(tokenizer)
     assert [text.add(token) for token in tokenizer("aé€😀").input_ids] == ["a", "", "é", "", "", "€", "", "", "", "😀"]
 
 

@@ -22,7 +22,7 @@ class AnswerText:
         stop: texts that end it and are no part of it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, left_out: Collection[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, left_out: Collection[int] = (), stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._left_out, self._stop = tokenizer, left_out, stop
         self._cleans = _cleans_spaces(tokenizer)
         self._ids: list[int] = []
@@ -55,8 +55,8 @@ class AnswerText:
         the text of a run of ids has more than that of the same run had without them; a run goes back to the text before.
         """
         text = self._decoded(self._run)
-        if not is_last and self._may_change(text):
-            return
+        if len(text) == self._run_length or (not is_last and self._may_change(text)):
+            return  # a token without text begins no run: what stands behind it would be decoded as if nothing stood before
         self._text += text[self._run_length :]
         if self._cleans:  # from the first space to the last, so that only all of it is decoded as one
             self._run_length = len(text)
