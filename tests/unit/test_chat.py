@@ -2,10 +2,6 @@
 
 import asyncio
 import json
-import os
-import pty
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +17,11 @@ from raytune.cli import cli
 from raytune.config.data import DataSource
 from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
-from raytune.entry import main
 from raytune.errors import UserError
 from raytune.evaluation.generation import without_position_warnings
 from raytune.printable import printable
 from raytune.serving.talk import Command, Style, Talk, meaning, path_in
+from tests.terminal import Terminal
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 LIMIT = 16
@@ -219,38 +215,18 @@ def test_lines_of_standard_input_are_turns_and_answers_go_to_standard_output(
 
 
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation_at_a_real_terminal(folder: Path, tmp_path: Path) -> None:
-    process, terminal = pty.fork()
-    if not process:  # has the libraries already, which a new process would have to import
-        try:
-            os.chdir(tmp_path)
-            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
-            sys.argv[1:] = ["chat", str(folder / "base"), "--max-new-tokens", "100000"]
-            main()
-        except SystemExit as end:
-            os._exit(int(end.code or 0))
-        finally:
-            os._exit(99)
-    seen = ""
-
-    def until(what: str, since: int = 0) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 120
-        while what not in seen[since:]:
-            assert time.monotonic() < deadline, seen
-            seen += os.read(terminal, 1 << 12).decode(errors="replace")
-
-    until("base> ")
-    at = len(seen)
-    os.write(terminal, b"Who?\n")
-    until("tokens: the model has no positions left: /reset", at)
-    os.write(terminal, b"/reset\n/set max_new_tokens=5\nWhy?\n")
-    until("(cut after 5 tokens: max_new_tokens)")
-    os.write(terminal, b"half a line\x03")
-    until("base> ", len(seen))
-    os.write(terminal, b"/save chat.jsonl\n")
-    until("Appended to chat.jsonl.")
-    os.write(terminal, b"\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    terminal = Terminal("chat", str(folder / "base"), "--max-new-tokens", "100000", cwd=tmp_path)
+    terminal.wait_for("base> ", 120)
+    terminal.press("Who?\n")
+    terminal.wait_for("tokens: the model has no positions left: /reset")
+    terminal.press("/reset\n/set max_new_tokens=5\nWhy?\n")
+    terminal.wait_for("(cut after 5 tokens: max_new_tokens)")
+    terminal.press("half a line\x03")
+    terminal.wait_for("base> ")
+    terminal.press("/save chat.jsonl\n")
+    terminal.wait_for("Appended to chat.jsonl.")
+    terminal.press("\x04")
+    assert terminal.end() == 0
     (row,) = (tmp_path / "chat.jsonl").read_text().splitlines()
     question, _ = json.loads(row)["messages"]
     assert question["content"] == "Why?"

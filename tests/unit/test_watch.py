@@ -2,17 +2,7 @@
 
 import json
 import math
-import os
-import pty
 import re
-import select
-import signal
-import struct
-import subprocess
-import sys
-import termios
-import time
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -35,6 +25,7 @@ from raytune.watch.rows import Row, rows_of, run_at, run_state
 from raytune.watch.screen import list_screen, run_screen
 from raytune.watch.terminal import plain
 from raytune.watch.view import View, Wanted, after_key, keys_in
+from tests.terminal import Terminal
 from tests.tiny import PATIENT
 from tests.watched import COST, ELSEWHERE, GONE, PLANNED_BYTES, STEP_S, claim_as, url, write_run, write_steps, write_sweep
 
@@ -344,45 +335,6 @@ def test_without_a_terminal_it_prints_a_table_and_ends(tmp_path: Path) -> None:
     nowhere = CliRunner().invoke(cli, ["top", str(tmp_path / "nowhere")])
     assert nowhere.exit_code == 2
     assert "There is no folder" in nowhere.output
-
-
-class Terminal:
-    """A command on a pseudo-terminal, as somebody sits before it."""
-
-    def __init__(self, *arguments: str, columns: int, lines: int) -> None:
-        self.screen, self._terminal = "", pty.openpty()
-        self.keyboard = self._terminal[0]
-        ioctl(self._terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-        self.before = termios.tcgetattr(self._terminal[1])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "raytune.cli", *arguments],
-            stdin=self._terminal[1],
-            stdout=self._terminal[1],
-            stderr=self._terminal[1],
-            env=os.environ | {"TERM": "xterm-256color"},
-            start_new_session=True,
-        )
-
-    def wait_for(self, text: str, timeout_s: float = 60.0) -> str:
-        """What was written until this text came."""
-        read, deadline = "", time.monotonic() + timeout_s
-        while text not in read:
-            assert time.monotonic() < deadline, f"{text!r} did not come: {read!r}"
-            if select.select([self.keyboard], [], [], 0.1)[0]:
-                read += os.read(self.keyboard, 1 << 16).decode(errors="replace")
-        return read
-
-    def press(self, keys: str) -> None:
-        os.write(self.keyboard, keys.encode())
-
-    def resize(self, columns: int, lines: int) -> None:
-        ioctl(self._terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-        self.process.send_signal(signal.SIGWINCH)
-
-    def end(self) -> int:
-        code = self.process.wait(30)
-        assert termios.tcgetattr(self._terminal[1]) == self.before, "the terminal is as it was"
-        return code
 
 
 def test_a_person_watches_chooses_saves_and_stops_in_a_terminal(tmp_path: Path) -> None:
