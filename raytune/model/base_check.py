@@ -6,22 +6,21 @@ each matrix are read.
 """
 
 import copy
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from raytune.errors import ModelError
 from raytune.model.files import local_files
 from raytune.model.loading_report import LoadingReport, check_report, in_file, listed, shape_in_words
-from raytune.model.pretrained import load_config, model_class
+from raytune.model.pretrained import load_config, model_class, without_bars
 from raytune.model.stopping import check_stops
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files, weight_map
 from raytune.model.weight_numbers import COMPARED_ROWS, NUMBERS, check_numbers
@@ -82,7 +81,7 @@ def check_files(folder: Path, config: PretrainedConfig, own_class: "type[PreTrai
         return
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
     load: Any = own_class.from_pretrained  # whose declared result knows no report
-    with _quiet():
+    with without_bars(logging.CRITICAL):  # nor the table of what is missing, which our message says
         try:
             model, info = load(
                 None,
@@ -224,17 +223,3 @@ def _odd_shapes(stored: Mapping[str, StoredTensor]) -> list[str]:
             if stored[name].shape != usual
         ]
     return odd
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its bars and its table of what is missing, which our message says."""
-    verbosity, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if has_bar:
-            transformers_logging.enable_progress_bar()

@@ -24,7 +24,7 @@ from raytune.model.dtypes import DTYPES
 from raytune.model.load import load_base, load_model
 from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
-from raytune.model.pretrained import load_config
+from raytune.model.pretrained import load_config, without_bars
 from raytune.model.quantize import quantization_config
 from raytune.model.rope import stretch
 from raytune.plan.asked_model import AskedModel, files_alone, plain_model
@@ -295,7 +295,7 @@ def _load(model: ModelPlan, held_for: Adapter, device: torch.device) -> PreTrain
     config = load_config(model.path, model.revision, model.trust_remote_code)
     stretch(config, model.rope)
     quantization = quantization_config(model)
-    with packing_experts(held_for, quantization):
+    with packing_experts(held_for, quantization), without_bars():
         loaded = AutoModelForCausalLM.from_pretrained(
             model_files(model.path, model.revision, with_code=model.trust_remote_code),
             revision=model.revision,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
 
 from raytune.errors import ModelError
 from raytune.plan.base_model import model_files
@@ -85,3 +86,21 @@ def explained(path: str, revision: str | None, what: str) -> Iterator[None]:
             f"Check the name, give a local folder with config.json and *.safetensors, or, where machines have no network, "
             f"download the model first (hf download {path}) and set model.base to that folder."
         ) from error
+
+
+@contextmanager
+def without_bars(level: int | None = None) -> Iterator[None]:
+    """transformers without bars of what it loads; in front of a person they lie between lines, and in a file they are rubbish.
+
+    Args:
+        level: from which on its messages are shown; None: as before.
+    """
+    before, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(before if level is None else level)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if had_bars:
+            transformers_logging.enable_progress_bar()

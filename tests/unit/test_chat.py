@@ -218,7 +218,8 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation_at_a_real_terminal(fo
     terminal = Terminal("chat", str(folder / "base"), "--max-new-tokens", "100000", cwd=tmp_path)
     terminal.wait_for("base> ", 120)
     terminal.press("Who?\n")
-    terminal.wait_for("tokens: the model has no positions left: /reset")
+    answer = terminal.wait_for("tokens: the model has no positions left: /reset")
+    assert "Loading" not in answer
     terminal.press("/reset\n/set max_new_tokens=5\nWhy?\n")
     terminal.wait_for("(cut after 5 tokens: max_new_tokens)")
     terminal.press("half a line\x03")
