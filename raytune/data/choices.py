@@ -41,6 +41,8 @@ def read_choices(source: DataSource, downloads: Path, tally: Tally) -> Iterator[
             f"{source.path}: the format is {source.format}, but rows of choices have columns of their own: {', '.join(FIELDS)}. "
             f"Leave `format` out."
         )
+    if other := next((key for key in ("constants", "labels") if getattr(source, key)), None):
+        raise DataError(f"{source.path}: rows of choices have no {other}: each field is read from the row. Leave `{other}` out.")
     if unknown := [field for field in source.columns if field not in FIELDS]:
         raise DataError(f"{source.path}: columns maps '{unknown[0]}', but the fields of such rows are {', '.join(FIELDS)}.")
     segments = [segment for file in find_files(source, downloads) for segment in scan(file, source.max_rows).segments]

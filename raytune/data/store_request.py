@@ -29,7 +29,9 @@ _CODE = (
     "packing",
     "prompts",
     "readers",
+    "recognising",
     "rendering",
+    "row_fields",
     "row_file",
     "shards",
     "source_rows",
@@ -89,6 +91,8 @@ class StoreRequest:
                 {
                     "format": source.format,
                     "columns": source.columns,
+                    "constants": source.constants,
+                    "labels": source.labels,
                     "max_rows": source.max_rows,
                     "files": list(files),
                     "too_long": policy,

@@ -2,9 +2,13 @@
 result all show. Plain numbers, JSON in and out; `raytune.data` counts."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from raytune.plan.value import Plan
 from raytune.units import format_count
+
+_NAMED_FILES = 4
+"""Of a source of many."""
 
 
 class EpochPart(Plan):
@@ -24,6 +28,8 @@ class SourceReport(Plan):
     name: str
     """As in metrics."""
     format: str
+    files: list[str] = []
+    """Those it was read from."""
     too_long: str
     """What was done with documents that are longer than a packed row: `data.too_long`, with `auto` resolved."""
     rows: int
@@ -185,7 +191,7 @@ def _counted(source: SourceReport) -> str:
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
     return (
-        f"{source.rows} read as {source.format}, {source.used} used"
+        f"{source.rows} read as {source.format}{_of_files(source.files)}, {source.used} used"
         + (f": {', '.join(losses)}" if losses else "")
         + f"; {format_count(source.tokens)} tokens, {format_count(source.targets)} targets"
     )
@@ -222,6 +228,15 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
     if source.unread_keys:
         lines.append(f"keys of turns that raytune does not know, or reads otherwise: {_with_counts(source.unread_keys)}")
     return lines
+
+
+def _of_files(files: Sequence[str]) -> str:
+    """Which files, where there are several."""
+    if len(files) < 2:
+        return ""
+    names = [PurePosixPath(file).name for file in files[:_NAMED_FILES]]
+    more = f", and {len(files) - len(names)} more" if len(files) > len(names) else ""
+    return f" of {len(files)} files ({', '.join(names)}{more})"
 
 
 def _first(examples: Mapping[str, Sequence[str]], name: str) -> str:

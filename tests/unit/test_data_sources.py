@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource, source_name
 from raytune.data import readers
-from raytune.data.formats import format_of
 from raytune.data.readers import BadRow, FileRow, read_segment
+from raytune.data.recognising import reading_of
 from raytune.data.sources import find_files, scan
 from raytune.errors import DataError
 from tests.tiny import PATIENT
@@ -221,7 +221,7 @@ def test_the_index_that_pandas_writes_into_a_csv_is_no_fault(tmp_path: Path) -> 
     (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n")
     (row,) = values(read(tmp_path / "a.csv"))
     assert row == {"Unnamed: 0": "0", "prompt": "a", "completion": "b"}
-    assert format_of(DataSource(path="a.csv"), row) == "prompt_completion"
+    assert reading_of(DataSource(path="a.csv"), row).format == "prompt_completion"
 
 
 def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""The fields of a format in one row: the column or the path that holds each of them, and what is there."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytune.data.conversation import RowError, kind_of
+from raytune.data.turns import from_json, is_empty
+
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mapped:
+    """Where a config says that fields are."""
+
+    columns: Mapping[str, str]
+    """Field -> its column, or the path to it."""
+    constants: Mapping[str, str]
+    """Field -> what it is in every row."""
+
+    @property
+    def fields(self) -> set[str]:
+        return {*self.columns, *self.constants}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFields:
+    row: Mapping[str, Any]
+    spellings: Mapping[str, Sequence[str]]
+    """Field of the format -> names of columns that are taken for it, the field's own first."""
+    mapped: Mapped
+    labels: Mapping[str, str]
+    """What a row calls a label -> what is trained."""
+
+    def place(self, field: str) -> str:
+        """Column or path of a field.
+
+        Raises:
+            RowError: if several columns may be it.
+        """
+        if field in self.mapped.columns:
+            return self.mapped.columns[field]
+        there = [name for name in self.spellings[field] if name in self.row]
+        full = [name for name in there if not is_empty(self.row[name])]
+        if len(full) > 1:
+            raise RowError(
+                f"has {listed(full)}, each of which may be its '{field}': say which with `columns`, for example "
+                f"`columns: {{{field}: {full[0]}}}`"
+            )
+        return (full or there or [field])[0]
+
+    def has(self, field: str) -> bool:
+        return field in self.mapped.constants or found_in(self.row, self.place(field)) is not _MISSING
+
+    def value(self, field: str) -> Any:
+        """What a field holds; null if it is not there."""
+        if field in self.mapped.constants:
+            return self.mapped.constants[field]
+        value = found_in(self.row, self.place(field))
+        return None if value is _MISSING else value
+
+    def present(self, field: str) -> Any:
+        """What a field holds.
+
+        Raises:
+            RowError: if it is not there, or null.
+        """
+        if not self.has(field):
+            raise RowError(f"has no '{self.place(field)}', only {listed(self.row)}")
+        value = self.value(field)
+        if value is None:
+            raise RowError(f"'{self.place(field)}' is null")
+        return value
+
+    def text(self, field: str) -> str:
+        value = self.present(field)
+        if not isinstance(value, str):
+            raise RowError(f"'{self.place(field)}' is {kind_of(value)}, expected text")
+        return value
+
+    def optional_text(self, field: str) -> str:
+        return "" if self.value(field) is None else self.text(field)
+
+    def optional_list(self, field: str) -> list[Any] | None:
+        """A list, or one as JSON in a text; None if there is none."""
+        value = self.value(field)
+        if isinstance(value, str):
+            value = from_json(value, self.place(field)) if value.strip() else None
+        if value is not None and not isinstance(value, list):
+            raise RowError(f"'{self.place(field)}' is {kind_of(value)}, expected a list")
+        return value
+
+    def read_places(self) -> set[str]:
+        """Columns and paths that the format reads."""
+        return {self.place(field) for field in self.spellings if field not in self.mapped.constants}
+
+
+def found_in(row: Mapping[str, Any], place: str) -> Any:
+    """What stands in a column of this name, else at this path: keys of objects and positions in lists, with dots between them.
+    An object that is JSON in a text is one. `is_missing` tells what was not found."""
+    if place in row or "." not in place:
+        return row.get(place, _MISSING)
+    value: Any = row
+    for part in place.split("."):
+        value = _step(value, part)
+        if value is _MISSING:
+            break
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    return value is _MISSING
+
+
+def _step(value: Any, part: str) -> Any:
+    value = _opened(value)
+    if isinstance(value, Mapping):
+        return value.get(part, _MISSING)
+    if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        return value[int(part)]
+    return _MISSING
+
+
+def _opened(value: Any) -> Any:
+    """A value, or what it holds if it is an object or a list as JSON in a text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def unread_in(row: Mapping[str, Any], places: set[str]) -> Iterator[str]:
+    """Columns with something in them that are none of the places, and what lies in the objects through which a place is reached
+    and is not that place."""
+    return _unread(row, "", places - row.keys(), places & row.keys())
+
+
+def _unread(value: Any, prefix: str, paths: set[str], columns: set[str]) -> Iterator[str]:
+    for key, inner in _children(value):
+        place = f"{prefix}{key}"
+        if key in columns or place in paths or is_empty(inner):
+            continue
+        if any(path.startswith(f"{place}.") for path in paths):
+            yield from _unread(_opened(inner), f"{place}.", paths, set())
+        else:
+            yield place
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return iter(value.items())
+    return ((str(index), inner) for index, inner in enumerate(value)) if isinstance(value, list) else iter(())
+
+
+def listed(names: Sequence[str] | Mapping[str, Any] | set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
