@@ -185,12 +185,18 @@ class DataSection(Section):
         return self
 
 
+def ending_of(path: str) -> str:
+    """What kind of file a path names, in small letters: its ending, or the one before that where it is compressed."""
+    ending = PurePath(path).suffix.lower()
+    return (PurePath(path).with_suffix("").suffix.lower() or ending) if ending in COMPRESSED_ENDINGS else ending
+
+
 def source_name(source: DataSource) -> str:
     """Name of a source in metrics: as configured, else the last part of its path without its ending."""
     if source.name is not None:
         return source.name
     last = source.path.rstrip("/").split("/")[-1].split(":")[-1]
-    stem = PurePath(last).stem if PurePath(last).suffix in COMPRESSED_ENDINGS else last
+    stem = PurePath(last).stem if PurePath(last).suffix.lower() in COMPRESSED_ENDINGS else last
     return PurePath(stem).stem.strip("*?[].") or last
 
 

@@ -26,8 +26,9 @@ from raytune.data.shards import (
     prompt_mismatch_error,
     too_long_error,
 )
+from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
-from raytune.data.sources import ScannedFile, find_files, scan
+from raytune.data.sources import ScannedFile, scan
 from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, read_info
 from raytune.data.store_place import intact, put_in_place
 from raytune.data.store_request import StoreRequest, last_part

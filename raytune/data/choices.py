@@ -11,7 +11,8 @@ from raytune.config.data import DataSource
 from raytune.data.conversation import Origin, RowError, kind_of
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import Tally
-from raytune.data.sources import find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.sources import scan
 from raytune.errors import DataError
 
 FIELDS = ("question", "choices", "answer")

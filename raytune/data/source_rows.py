@@ -10,7 +10,8 @@ from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
-from raytune.data.sources import ScannedFile, find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.sources import ScannedFile, scan
 from raytune.data.split import Side, side_of
 from raytune.errors import DataError
 

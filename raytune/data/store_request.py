@@ -20,6 +20,7 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 # Modules whose code decides what a store holds.
 _CODE = (
     "build",
+    "compression",
     "conversation",
     "fields",
     "formats",
@@ -34,6 +35,7 @@ _CODE = (
     "row_fields",
     "row_file",
     "shards",
+    "source_files",
     "source_rows",
     "sources",
     "split",

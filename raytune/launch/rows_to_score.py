@@ -8,8 +8,9 @@ from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
+from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
-from raytune.data.sources import find_files, scan
+from raytune.data.sources import scan
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from raytune.config.data import DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import FORMATS
+from raytune.data.masking import trained_turns
 from raytune.data.recognising import Reading, read_row, reading_of
 from raytune.data.row_fields import Mapped
-from raytune.data.masking import trained_turns
 from raytune.data.split import side_of
 from raytune.errors import DataError
 from tests.tiny import PATIENT

@@ -16,7 +16,8 @@ from raytune.config.data import DataSource, source_name
 from raytune.data import readers
 from raytune.data.readers import BadRow, FileRow, read_segment
 from raytune.data.recognising import reading_of
-from raytune.data.sources import find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.sources import scan
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
@@ -144,7 +145,8 @@ def test_a_huge_line_is_refused_in_constant_memory(tmp_path: Path) -> None:
         "import resource\n"
         "from raytune.config.data import DataSource\n"
         "from raytune.data.readers import read_segment\n"
-        "from raytune.data.sources import find_files, scan\n"
+        "from raytune.data.source_files import find_files\n"
+        "from raytune.data.sources import scan\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"(file,) = find_files(DataSource(path={str(path)!r}), None)\n"
         "rows = [row for segment in scan(file, None).segments for row in read_segment(segment)]\n"
