@@ -40,7 +40,7 @@ class DataSource(Section):
     """How a row is read. `auto` recognises it by its columns, and refuses to guess when more than one format fits or a column
     that may matter (a label, images, ...) would be left unread; with a named format such columns are counted and said."""
     split: Text = "train"
-    """Split of a hub data set or a `save_to_disk` folder."""
+    """Split of a hub data set or a folder: one of `save_to_disk`, or of files whose names say which split they are of."""
     columns: dict[str, Text] = {}
     """Other column names: the format's field -> the column in the file, or the path to it through objects and lists, for example
     `{prompt: question, completion: meta.answers.0}`."""

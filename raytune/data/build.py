@@ -145,7 +145,7 @@ def _report(
         SourceReport(
             name=last_part(source.path),
             format=reading.format,
-            files=[file.file.name for file in files],
+            files=_files_in(source, files),
             too_long=policy,
             unread_columns=dict(tally.unread_columns),
             unread_keys=dict(tally.unread_keys),
@@ -162,6 +162,12 @@ def _report(
         )
     ]
     return StoreReport(row_length=request.max_length, num_rows=written.sizes["num_rows"], sources=sources)
+
+
+def _files_in(source: DataSource, files: Sequence[ScannedFile]) -> list[str]:
+    """Names of the files that a source stands for, where it is not one itself."""
+    names = [last_part(file.file.name) for file in files]
+    return [] if names == [last_part(source.path)] else names
 
 
 def _uses(request: StoreRequest, tallies: Sequence[Tally]) -> list[SourceUse]:

@@ -87,7 +87,9 @@ def _recognised(source: DataSource, row: Mapping[str, Any]) -> Reading:
     if readings:
         left = {reading.format: _telling(_unread(reading, row)) for reading in readings}
         best = min(left, key=lambda name: len(left[name]))
-        each = "; ".join(name + (f", which leaves {listed(columns)} unread" if columns else "") for name, columns in left.items())
+        each = "; ".join(
+            name + (f", by which {listed(columns)} would be left unread" if columns else "") for name, columns in left.items()
+        )
         raise DataError(
             f"{source.path}: its columns {listed(row)} fit more than one format ({each}). Say which one with `format`, for "
             f"example `format: {best}`; what that leaves unread is counted in the run's report."

@@ -30,7 +30,12 @@ _KINDS: dict[str, FileKind] = {
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
-_SPLITS = re.compile(r"(?:^|[-_.])(train|valid|val|dev|eval|test)(?:ation|uation|ing)?(?=[-_.]|$)", re.IGNORECASE)
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words of file names -> the split that they stand for, as `datasets` has them."""
 _NAMED_IN_A_FOLDER = 8
 
 
@@ -60,12 +65,12 @@ def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
             raise DataError(f"There is no data set '{path}'. The built-in ones are demo:train, demo:validation, demo:test.")
         return [SourceFile(path, split, "demo", "")]
     if not is_local(path):
-        return [_downloaded(url, downloads) for url in _matching_urls(path)]
+        return [_downloaded(url, downloads) for url in _matching_urls(path, source.split)]
     local = local_path(path)
     if local.is_dir():
         if any((local / marker).exists() for marker in ("state.json", "dataset_dict.json")):
             return [SourceFile(path, str(local), "dataset", source.split)]
-        files = [f"{path.rstrip('/')}/{name}" for name in _files_of_folder(path, sorted(os.listdir(local)))]
+        files = [f"{path.rstrip('/')}/{name}" for name in _files_of_folder(path, sorted(os.listdir(local)), source.split)]
         return [SourceFile(file, str(local_path(file)), _kind_of(file), "") for file in files]
     if local.is_file():
         return [SourceFile(path, str(local), _kind_of(path), "")]
@@ -79,8 +84,8 @@ def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
     raise DataError(f"There is no file '{path}' on {os.uname().nodename} (looked for {local}).")
 
 
-def _files_of_folder(path: str, names: Sequence[str]) -> list[str]:
-    """The names in a folder that are its rows: all files of the one kind that it has, unless they are of several splits.
+def _files_of_folder(path: str, names: Sequence[str], split: str) -> list[str]:
+    """The names in a folder that are its rows: the files of the one kind that it has, and of one split where they name splits.
 
     Raises:
         DataError: saying what is in the folder, where that does not say which of them are meant.
@@ -98,23 +103,28 @@ def _files_of_folder(path: str, names: Sequence[str]) -> list[str]:
         kinds = ", ".join(f"{count} {ending}" for ending, count in endings.items())
         raise DataError(f"{is_a_folder}. Its files of rows are of several kinds: {kinds}. Name those that are meant, for example "
                         f"'{folder}/*{next(iter(endings))}'.")  # fmt: skip
-    splits = {found[-1].lower() if (found := _SPLITS.findall(_stem(name))) else "" for name in rows}
-    if len(splits) > 1:
-        raise DataError(f"{is_a_folder}. Its files are of several splits. Name those that are meant, for example "
+    splits = {name: _split_of(name) for name in rows}
+    if len(set(splits.values())) > 1:
+        if wanted := [name for name in rows if splits[name] == _SPLITS.get(split, split) and None not in splits.values()]:
+            return wanted
+        raise DataError(f"{is_a_folder}. Not all of its files say that they are of a split, or none is of the split '{split}'. "
+                        f"Name those that are meant, for example "
                         f"'{folder}/{rows[-1]}', or all of them as '{folder}/*{next(iter(endings))}'.")  # fmt: skip
     return rows
 
 
-def _stem(name: str) -> str:
-    return name.removesuffix(Path(name).suffix) if Path(name).suffix in COMPRESSED_ENDINGS else name
+def _split_of(name: str) -> str | None:
+    """The split that a file is of, if its name says so."""
+    words = [_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS]
+    return words[-1] if words else None
 
 
-def _matching_urls(url: str) -> list[str]:
+def _matching_urls(url: str, split: str) -> list[str]:
     """The URL itself, those of the files in the folder that it is, or those in its folder that match its last part."""
     folder, _, pattern = url.rpartition("/")
     if not glob.has_magic(pattern):
         if ending_of(url) not in _KINDS and (names := list_folder(url.rstrip("/"))):
-            return [f"{url.rstrip('/')}/{name}" for name in _files_of_folder(url, names)]
+            return [f"{url.rstrip('/')}/{name}" for name in _files_of_folder(url, names, split)]
         return [url]
     matches = [f"{folder}/{name}" for name in list_folder(folder) if fnmatchcase(name, pattern)]
     if not matches:

@@ -2,7 +2,6 @@
 result all show. Plain numbers, JSON in and out; `raytune.data` counts."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
 
 from raytune.plan.value import Plan
 from raytune.units import format_count
@@ -29,7 +28,7 @@ class SourceReport(Plan):
     """As in metrics."""
     format: str
     files: list[str] = []
-    """Those it was read from."""
+    """Names of those that a folder or a glob stands for; none: it is a file itself."""
     too_long: str
     """What was done with documents that are longer than a packed row: `data.too_long`, with `auto` resolved."""
     rows: int
@@ -231,12 +230,12 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
 
 
 def _of_files(files: Sequence[str]) -> str:
-    """Which files, where there are several."""
-    if len(files) < 2:
+    """Which files, where a source stands for them."""
+    if not files:
         return ""
-    names = [PurePosixPath(file).name for file in files[:_NAMED_FILES]]
-    more = f", and {len(files) - len(names)} more" if len(files) > len(names) else ""
-    return f" of {len(files)} files ({', '.join(names)}{more})"
+    names = ", ".join(files[:_NAMED_FILES])
+    more = f", and {len(files) - _NAMED_FILES} more" if len(files) > _NAMED_FILES else ""
+    return f" of {_many(len(files), 'file')} ({names}{more})"
 
 
 def _first(examples: Mapping[str, Sequence[str]], name: str) -> str:

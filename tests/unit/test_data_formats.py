@@ -154,12 +154,16 @@ def test_a_later_row_without_the_column_is_named_with_what_it_has() -> None:
 def test_columns_that_fit_several_formats_are_not_guessed() -> None:
     with pytest.raises(
         DataError,
-        match=r"fit more than one format \(alpaca, which leaves 'text' unread; text, which leaves 'instruction', 'output'",
+        match=r"fit more than one format \(alpaca, by which 'text' would be left unread; text, by which",
     ):
         format_of(source(), {"instruction": "a", "output": "b", "text": "c"})
-    with pytest.raises(DataError, match=r"\(classification; text, which leaves 'label' unread\).* `format: classification`"):
+    with pytest.raises(
+        DataError, match=r"\(classification; text, by which 'label' would be left unread\).* `format: classification`"
+    ):
         format_of(source(), {"text": "great film", "label": "good", "id": 3})
-    with pytest.raises(DataError, match=r"\(summarisation; text, which leaves 'summary' unread\).* `format: summarisation`"):
+    with pytest.raises(
+        DataError, match=r"\(summarisation; text, by which 'summary' would be left unread\).* `format: summarisation`"
+    ):
         format_of(source(), {"text": "a long text", "summary": "short"})
     with pytest.raises(DataError, match=r"as question_answer, a row has 'answer', 'solution', each of which may be its 'answer'"):
         format_of(source(), {"problem": "Q", "solution": "because", "answer": "4"})

@@ -209,12 +209,8 @@ def test_the_files_of_one_kind_in_a_folder_are_its_rows(names: tuple[str, ...], 
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (
-            ("train.jsonl", "test.jsonl", "LICENSE"),
-            r"with LICENSE, test.jsonl, train.jsonl in it. Its files are of several splits",
-        ),
-        (("gsm-train.jsonl", "more.jsonl"), "of several splits"),
-        (("my_train.jsonl", "my_validation.jsonl"), "of several splits"),
+        (("dev.jsonl", "test.jsonl", "LICENSE"), r"with LICENSE, dev.jsonl, test.jsonl in it.* none is of the split 'train'"),
+        (("gsm-train.jsonl", "more.jsonl"), "Not all of its files say that they are of a split"),
         (("a.jsonl", "b.txt"), "of several kinds: 1 .jsonl, 1 .txt. Name those that are meant, for example '.*jsonl'"),
         (("README.md",), "with README.md in it. It has no file of rows itself"),
     ],
@@ -224,6 +220,20 @@ def test_a_folder_that_does_not_say_which_files_are_meant_says_what_is_in_it(
 ) -> None:
     with pytest.raises(DataError, match=reason):
         read(folder(tmp_path, *names))
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["my-train-0.jsonl", "my-train-1.jsonl"]),
+        ("validation", ["my-dev.jsonl"]),
+        ("dev", ["my-dev.jsonl"]),
+        ("test", ["my-test.jsonl"]),
+    ],
+)
+def test_of_a_folder_whose_files_name_splits_one_is_read_as_datasets_does(split: str, names: list[str], tmp_path: Path) -> None:
+    folder(tmp_path, "my-train-0.jsonl", "my-train-1.jsonl", "my-dev.jsonl", "my-test.jsonl", "LICENSE")
+    assert [row["text"] for row in values(read(tmp_path, split=split))] == names
 
 
 def test_a_folder_behind_a_url_is_one_too(tmp_path: Path) -> None:
