@@ -19,7 +19,6 @@ _BEGINNINGS: dict[Compression, tuple[bytes, ...]] = {
     "xz": (b"\xfd7zXZ\x00",),
     "zstd": (b"\x28\xb5\x2f\xfd",),
 }
-_ZIP = b"PK\x03\x04"
 _CHUNK_BYTES = 1 << 16
 
 
@@ -27,11 +26,6 @@ def compression_of(path: str) -> Compression | None:
     with open(path, "rb") as stream:
         begins = stream.read(16)
     return next((name for name, beginnings in _BEGINNINGS.items() if begins.startswith(beginnings)), None)
-
-
-def is_zip(path: str) -> bool:
-    with open(path, "rb") as stream:
-        return stream.read(len(_ZIP)) == _ZIP
 
 
 @contextmanager

@@ -100,6 +100,8 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
         text = _Window(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), name)
         text.skip("[")
         if text.peek() == "]":
+            text.skip("]")
+            text.must_end()
             return
         counted = count(1) if _is_one_line(segment) else None
         while True:
@@ -114,6 +116,7 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
             text.at = end
             yield row
             if text.skip(",]") == "]":
+                text.must_end()
                 return
 
 
@@ -181,6 +184,14 @@ class _Window:
         self.at += 1
         return found
 
+    def must_end(self) -> None:
+        """Refuse what stands behind the array: a second one would be lost."""
+        if found := self.peek():
+            raise DataError(
+                f"{self._name}:{self.line_of_next()}: the JSON array has ended, but {found!r} follows. Make one array of the "
+                f"file, or write one object per line (jsonl)."
+            )
+
     def line_of_next(self) -> int:
         self.peek()
         self._count_lines()
@@ -209,13 +220,19 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
     """Rows of a CSV file under the names in its first row. A quoted field may hold line breaks; a row's line is its first."""
     csv.field_size_limit(MAX_ROW_BYTES)
     problems: list[str] = []
-    reader = csv.reader(_csv_lines(segment, problems), strict=True, delimiter="\t" if segment.file.kind == "tsv" else ",")
+    delimiter = "\t" if segment.file.kind == "tsv" else ","
+    reader = csv.reader(_csv_lines(segment, problems), strict=True, delimiter=delimiter)
     try:
         columns = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{segment.file.name}:1: the header cannot be read: {error}.") from error
     if columns[:1] == [""]:  # the index that pandas writes, under the name that pandas reads it by
         columns[0] = "Unnamed: 0"
+    if len(columns) == 1 and (other := next((mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter), None)):
+        raise DataError(
+            f"{segment.file.name}:1: the header is one column, {columns[0]!r}, as if columns were separated by {other!r}. Write "
+            f"the file with commas, or with tabs and the ending .tsv."
+        )
     if problems or len(set(columns)) < len(columns) or not all(column.strip() for column in columns):
         reason = problems[0] if problems else f"every column needs a name of its own, found {columns}"
         raise DataError(f"{segment.file.name}:1: the header cannot be used: {reason}.")

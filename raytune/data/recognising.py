@@ -8,7 +8,7 @@ from typing import Any
 from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import FORMATS
-from raytune.data.row_fields import Mapped, RowFields, found_in, is_missing, listed, unread_in
+from raytune.data.row_fields import Mapped, RowFields, columns_for, found_in, is_missing, listed, unread_in
 from raytune.errors import DataError
 
 # What says which row it is, where it is from or how long, but never what a model is to learn. Of `parallel_tool_calls`, a setting
@@ -146,7 +146,7 @@ def _knows_all(reading: Reading) -> bool:
 def _doubt(reading: Reading, row: Mapping[str, Any]) -> str | None:
     """Why a format that has all its fields cannot tell which column is one of them."""
     spellings = FORMATS[reading.format].spellings
-    given = {field for field in spellings if not row.keys().isdisjoint(spellings[field])} | reading.mapped.fields
+    given = {field for field in spellings if columns_for(row, spellings[field])} | reading.mapped.fields
     if not set(FORMATS[reading.format].required) <= given:
         return None
     try:
@@ -160,7 +160,7 @@ def _missing(reading: Reading, row: Mapping[str, Any]) -> list[str]:
     """Columns that the row lacks: those of the required fields, and every one that the config maps."""
     format, mapped = FORMATS[reading.format], reading.mapped
     unmapped = [field for field in format.required if field not in mapped.fields]
-    absent = [field for field in unmapped if row.keys().isdisjoint(format.spellings[field])]
+    absent = [field for field in unmapped if not columns_for(row, format.spellings[field])]
     return absent + [place for place in dict.fromkeys(mapped.columns.values()) if is_missing(found_in(row, place))]
 
 

@@ -29,7 +29,7 @@ class Mapped:
 class RowFields:
     row: Mapping[str, Any]
     spellings: Mapping[str, Sequence[str]]
-    """Field of the format -> names of columns that are taken for it, the field's own first."""
+    """Field of the format -> names of columns that are taken for it, in small letters."""
     mapped: Mapped
     labels: Mapping[str, str]
     """What a row calls a label -> what is trained."""
@@ -42,7 +42,7 @@ class RowFields:
         """
         if field in self.mapped.columns:
             return self.mapped.columns[field]
-        there = [name for name in self.spellings[field] if name in self.row]
+        there = columns_for(self.row, self.spellings[field])
         full = [name for name in there if not is_empty(self.row[name])]
         if len(full) > 1:
             raise RowError(
@@ -95,6 +95,11 @@ class RowFields:
     def read_places(self) -> set[str]:
         """Columns and paths that the format reads."""
         return {self.place(field) for field in self.spellings if field not in self.mapped.constants}
+
+
+def columns_for(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Columns of a row that have one of some names, in whichever letters."""
+    return [column for column in row if column in names or column.lower() in names]
 
 
 def found_in(row: Mapping[str, Any], place: str) -> Any:

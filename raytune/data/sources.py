@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from raytune.data.compression import compression_of, is_zip, open_bytes
+from raytune.data.compression import compression_of, open_bytes
 from raytune.data.demo import demo_rows
 from raytune.data.source_files import DEMO_ROWS, SourceFile
 from raytune.errors import DataError, RaytuneError
@@ -45,6 +45,8 @@ _COLUMNS_OF_ROWS = frozenset({"messages", "conversations", "prompt", "instructio
 """A file with one of them in its only object has one row."""
 _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
+_ZIP = b"PK\x03\x04"
+_LFS = b"version https://git-lfs.github.com/spec"
 COMPRESSED_SEGMENTS = 16
 """Of a compressed file, since who reads a segment has to decompress all that is before it."""
 
@@ -84,8 +86,7 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
         starts = range(0, len(dataset), SEGMENT_ROWS)
         segments = tuple(Segment(file, start, min(start + SEGMENT_ROWS, len(dataset)), start + 1) for start in starts)
         return ScannedFile(file, dataset._fingerprint, segments)
-    if is_zip(file.path):
-        raise DataError(f"{file.name} is a zip archive. Unpack it, and name the files that were in it.")
+    _refuse_other_content(file)
     with local_errors(file.name), open_bytes(file.path, file.name) as stream:
         fingerprint, cuts, size = _digest_and_cuts(stream)
     if size == 0:
@@ -119,6 +120,28 @@ def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int]
             cuts.append((size + last + 1, line))
         size += len(chunk)
     return digest.hexdigest(), cuts, size
+
+
+def _refuse_other_content(file: SourceFile) -> None:
+    """Refuse what its first bytes say is no file of rows, rather than call each line of it a bad row.
+
+    Raises:
+        DataError: saying what it is.
+    """
+    with local_errors(file.name), open(file.path, "rb") as stream:
+        begins = stream.read(len(_LFS))
+    if begins.startswith(_ZIP):
+        raise DataError(f"{file.name} is a zip archive. Unpack it, and name the files that were in it.")
+    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{file.name} is UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 {Path(file.name).name} > NEW.")
+    if begins == _LFS:
+        raise DataError(f"{file.name} is not the file itself but a pointer of Git LFS to it. Fetch it: git lfs pull.")
+
+
+def _refuse_equal_columns(file: SourceFile, schema: Any) -> None:
+    """Refuse a table of which one of two columns would be lost."""
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise DataError(f"{file.name} has more than one column with the name '{twice[0]}'. Give each a name of its own.")
 
 
 def _first_character(file: SourceFile) -> bytes:
@@ -184,6 +207,7 @@ def _row_groups(file: SourceFile) -> tuple[Segment, ...]:
     import pyarrow.parquet
 
     with named_errors(file), pyarrow.parquet.ParquetFile(file.path) as parquet:
+        _refuse_equal_columns(file, parquet.schema_arrow)
         counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     first_rows = [1 + sum(counts[:group]) for group in range(len(counts))]
     return tuple(Segment(file, group, group + 1, first_rows[group]) for group in range(len(counts)))
@@ -193,6 +217,7 @@ def _batches(file: SourceFile) -> tuple[Segment, ...]:
     segments, first, rows, begun = [], 1, 0, 0
     with named_errors(file), open_arrow(file.path) as batches:
         for number, batch in enumerate(batches, 1):
+            _refuse_equal_columns(file, batch.schema)
             rows += batch.num_rows
             if rows >= SEGMENT_ROWS:
                 segments.append(Segment(file, begun, number, first))

@@ -49,6 +49,7 @@ SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
         ({"article": "long", "highlights": "short", "id": "7"}, ("summarisation", "long", "short")),
         ({"dialogue": "long", "summary": "short"}, ("summarisation", "long", "short")),
         ({"sentence": "great", "label": "good", "idx": 3}, ("classification", "great", "good")),
+        ({"Question": "Q", "ANSWER": "A", "ID": 1}, ("question_answer", "Q", "A")),
         ({"conversation": CHAT}, ("messages", "Q", "A")),
         ({"conversations": CHAT, "system": "S"}, ("messages", "S", "Q", "A")),
         ({"conversations": json.dumps(CHAT)}, ("messages", "Q", "A")),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
@@ -114,12 +115,23 @@ UNREADABLE = {
     "empty.parquet": (b"", "is empty"),
     "truncated.json": (b'[{"text": "good"}, {"text": "go', "truncated.json:1: .*cannot be read from here"),
     "unclosed.json": (b'[{"text": "good"}\n', "unclosed.json:2: expected , or ]"),
+    "two-arrays.json": (
+        b'[{"text": "good"}]\n[{"text": "good"}]\n',
+        "two-arrays.json:2: the JSON array has ended, but '\\[' follows",
+    ),
+    "behind-empty.json": (b'[]\n{"text": "good"}\n', "behind-empty.json:2: the JSON array has ended, but '{' follows"),
     "garbage.json": (b'[{"text": "good"},\n ,]', "garbage.json:2: .*cannot be read from here"),
     "bad-utf8.json": (b'[{"text": "good"},\n{"text": "\xff"}]', "bad-utf8.json: not UTF-8"),
     "deep.json": (b"[" * 200_000, "deep.json:1"),
     "header.csv": (b"a,a\n1,2\n", "header.csv:1: the header cannot be used"),
     "nameless.csv": (b"a,,b\n1,2,3\n", "every column needs a name"),
     "latin1-header.csv": (b"caf\xe9,b\n1,2\n", "not UTF-8"),
+    "semicolons.csv": (b"question;answer\nq;a\n", "semicolons.csv:1: the header is one column, .* separated by ';'"),
+    "tabs.csv": (b"question\tanswer\nq\ta\n", "tabs.csv:1: the header is one column"),
+    "commas.tsv": (b"question,answer\nq,a\n", "commas.tsv:1: the header is one column"),
+    "utf16.csv": ("question,answer\nq,a\n".encode("utf-16"), "is UTF-16. Save it as UTF-8"),
+    "utf16-be.jsonl": (b"\xfe\xff\x00{", "is UTF-16"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
     "broken.parquet": (b"PAR1 this is not it PAR1", "cannot be read as a parquet file"),
     "picture.png": (b"\x89PNG", "cannot read files that end in '.png'"),
 }
@@ -233,6 +245,16 @@ def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:
     assert [(row.line, row.values) for row in rows if isinstance(row, FileRow)] == list(enumerate(table.to_pylist(), 1))
     (file,) = find_files(DataSource(path=str(tmp_path / "a.parquet")), tmp_path)
     assert len(scan(file, None).segments) == 3
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(DataError, match=f"{name} has more than one column with the name 'text'"):
+            read(tmp_path / name)
 
 
 def test_folders_of_save_to_disk_are_read_by_split(tmp_path: Path) -> None:
