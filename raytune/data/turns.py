@@ -114,13 +114,14 @@ def sharegpt_message_of(turn: Any, place: str) -> Message:
     if twice := next((key for key in ("role", "content") if turn.get(key) is not None), None):
         raise RowError(f"'{place}' has '{twice}' beside 'from' and 'value', so that it does not say which of them counts")
     speaker, value = turn.get("from"), turn.get("value")
-    role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    said = speaker.lower() if isinstance(speaker, str) else ""
+    role = SHAREGPT_ROLES.get(said)
     if role is None:
         raise RowError(f"'{place}.from' is {speaker!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
     if not isinstance(value, str):
         raise RowError(f"'{place}.value' is {kind_of(value)}, expected text")
     message = {"role": role, "content": value} | {key: field for key, field in turn.items() if key not in ("from", "value")}
-    if speaker.lower() in _CALLS:
+    if said in _CALLS:
         message |= {"content": "", "tool_calls": _calls_in(value, f"{place}.value")}
     return message_of(message, place)
 

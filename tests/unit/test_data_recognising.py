@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import DataFormat, DataSource
+from raytune.config.data import COMPRESSED_ENDINGS, FILE_ENDINGS, DataFormat, DataSource
+from raytune.config.guides import guides
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import FORMATS
 from raytune.data.masking import trained_turns
@@ -243,3 +244,18 @@ def test_no_column_is_lost_unsaid_in_a_format_that_is_named(columns: list[str], 
 @given(st.permutations(["id", "system", "input", "instruction", "output"]))
 def test_a_format_does_not_depend_on_the_order_of_the_columns(columns: list[str]) -> None:
     assert read(row_of(columns))[0] == "alpaca"
+
+
+# --- The guide ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_guide_has_each_format_with_all_names_of_its_fields(name: DataFormat) -> None:
+    (line,) = [line for line in guides()["formats"].text.splitlines() if line.startswith(f"| `{name}` |")]
+    names = {each for field in FORMATS[name].spellings.values() for each in field} - {"system_prompt"}
+    assert names <= set(line.split("`"))
+
+
+def test_the_guide_has_each_ending_of_files() -> None:
+    text = guides()["formats"].text
+    assert not [ending for ending in (*FILE_ENDINGS, *COMPRESSED_ENDINGS) if f"{ending}`" not in text]

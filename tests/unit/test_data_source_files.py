@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.feather
-import pyarrow.ipc
-import pyarrow.parquet
 import pytest
+from pyarrow import feather, ipc
 
 from raytune.config.data import DataSource, ending_of, source_name
 from raytune.data.readers import BadRow, FileRow, read_segment
@@ -153,9 +151,9 @@ def test_each_form_of_arrow_is_read_in_segments(form: str, tmp_path: Path) -> No
     table = pa.table({"text": [f"row {index}" for index in range(1, 9001)]})
     path = tmp_path / ("rows.feather" if form == "feather" else "rows.arrow")
     if form == "feather":
-        pa.feather.write_feather(table, str(path), chunksize=700)
+        feather.write_feather(table, str(path), chunksize=700)
     else:
-        open_writer = pa.ipc.new_file if form == "file" else pa.ipc.new_stream
+        open_writer = ipc.new_file if form == "file" else ipc.new_stream
         with open_writer(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=700)
     rows = read(path)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import ipc, parquet
 
 from raytune.config.data import DataSource, source_name
 from raytune.data import readers
@@ -227,7 +226,7 @@ def test_fingerprints_follow_content_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_map_of_arrow_is_an_object(tmp_path: Path) -> None:
     arguments = pa.array([[{"f": [("city", "Oslo")]}], None], pa.list_(pa.struct({"f": pa.map_(pa.string(), pa.string())})))
-    pa.parquet.write_table(pa.table({"calls": arguments}), tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"calls": arguments}), tmp_path / "a.parquet")
     assert values(read(tmp_path / "a.parquet")) == [{"calls": [{"f": {"city": "Oslo"}}]}, {"calls": None}]
 
 
@@ -240,7 +239,7 @@ def test_the_index_that_pandas_writes_into_a_csv_is_no_fault(tmp_path: Path) -> 
 
 def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:
     table = pa.table({"text": [f"row {index}" for index in range(1, 11)], "tags": [["a", None]] * 10})
-    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     rows = read(tmp_path / "a.parquet")
     assert [(row.line, row.values) for row in rows if isinstance(row, FileRow)] == list(enumerate(table.to_pylist(), 1))
     (file,) = find_files(DataSource(path=str(tmp_path / "a.parquet")), tmp_path)
@@ -249,8 +248,8 @@ def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:
 
 def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
-    pa.parquet.write_table(table, tmp_path / "a.parquet")
-    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
     for name in ("a.parquet", "a.arrow"):
         with pytest.raises(DataError, match=f"{name} has more than one column with the name 'text'"):
