@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from raytune.config.data import DataFormat
@@ -12,7 +13,7 @@ from raytune.data.row_fields import RowFields
 from raytune.data.turns import from_json, message_of, sharegpt_message_of, unread_keys
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     required: Mapping[str, Sequence[str]]
     """Field -> other names of columns that are taken for it."""
@@ -25,7 +26,7 @@ class Format:
     def fields(self) -> tuple[str, ...]:
         return (*self.required, *self.optional)
 
-    @property
+    @cached_property
     def spellings(self) -> dict[str, tuple[str, ...]]:
         return {field: (field, *others) for field, others in [*self.required.items(), *self.optional.items()]}
 

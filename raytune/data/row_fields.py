@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from raytune.data.conversation import RowError, kind_of
@@ -28,7 +29,7 @@ class Mapped:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFields:
     row: Mapping[str, Any]
-    spellings: Mapping[str, Sequence[str]]
+    spellings: Mapping[str, tuple[str, ...]]
     """Field of the format -> names of columns that are taken for it, in small letters."""
     mapped: Mapped
     labels: Mapping[str, str]
@@ -43,6 +44,8 @@ class RowFields:
         if field in self.mapped.columns:
             return self.mapped.columns[field]
         there = columns_for(self.row, self.spellings[field])
+        if len(there) < 2:
+            return there[0] if there else field
         full = [name for name in there if not is_empty(self.row[name])]
         if len(full) > 1:
             raise RowError(
@@ -50,9 +53,6 @@ class RowFields:
                 f"`columns: {{{field}: {full[0]}}}`"
             )
         return (full or there or [field])[0]
-
-    def has(self, field: str) -> bool:
-        return field in self.mapped.constants or found_in(self.row, self.place(field)) is not _MISSING
 
     def value(self, field: str) -> Any:
         """What a field holds; null if it is not there."""
@@ -67,21 +67,25 @@ class RowFields:
         Raises:
             RowError: if it is not there, or null.
         """
-        if not self.has(field):
-            raise RowError(f"has no '{self.place(field)}', only {listed(self.row)}")
         value = self.value(field)
-        if value is None:
-            raise RowError(f"'{self.place(field)}' is null")
-        return value
+        if value is not None:
+            return value
+        place = self.place(field)
+        if is_missing(found_in(self.row, place)):
+            raise RowError(f"has no '{place}', only {listed(self.row)}")
+        raise RowError(f"'{place}' is null")
 
     def text(self, field: str) -> str:
-        value = self.present(field)
+        return self._as_text(field, self.present(field))
+
+    def optional_text(self, field: str) -> str:
+        value = self.value(field)
+        return "" if value is None else self._as_text(field, value)
+
+    def _as_text(self, field: str, value: Any) -> str:
         if not isinstance(value, str):
             raise RowError(f"'{self.place(field)}' is {kind_of(value)}, expected text")
         return value
-
-    def optional_text(self, field: str) -> str:
-        return "" if self.value(field) is None else self.text(field)
 
     def optional_list(self, field: str) -> list[Any] | None:
         """A list, or one as JSON in a text; None if there is none."""
@@ -97,9 +101,15 @@ class RowFields:
         return {self.place(field) for field in self.spellings if field not in self.mapped.constants}
 
 
-def columns_for(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def columns_for(row: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
     """Columns of a row that have one of some names, in whichever letters."""
-    return [column for column in row if column in names or column.lower() in names]
+    return _named(tuple(row), names)
+
+
+@lru_cache(maxsize=1024)
+def _named(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Rows of a file have the same columns, or few sets of them."""
+    return tuple(column for column in columns if column.lower() in names)
 
 
 def found_in(row: Mapping[str, Any], place: str) -> Any:
@@ -141,7 +151,8 @@ def _opened(value: Any) -> Any:
 def unread_in(row: Mapping[str, Any], places: set[str]) -> Iterator[str]:
     """Columns with something in them that are none of the places, and what lies in the objects through which a place is reached
     and is not that place."""
-    return _unread(row, "", places - row.keys(), places & row.keys())
+    paths = {place for place in places if "." in place and place not in row}
+    return _unread(row, "", paths, places)
 
 
 def _unread(value: Any, prefix: str, paths: set[str], columns: set[str]) -> Iterator[str]:
@@ -149,7 +160,7 @@ def _unread(value: Any, prefix: str, paths: set[str], columns: set[str]) -> Iter
         place = f"{prefix}{key}"
         if key in columns or place in paths or is_empty(inner):
             continue
-        if any(path.startswith(f"{place}.") for path in paths):
+        if paths and any(path.startswith(f"{place}.") for path in paths):
             yield from _unread(_opened(inner), f"{place}.", paths, set())
         else:
             yield place
