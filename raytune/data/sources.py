@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from raytune.data.compression import compression_of, open_bytes
+from raytune.data.compression import Compression, compression_of, open_bytes
 from raytune.data.demo import demo_rows
 from raytune.data.source_files import DEMO_ROWS, SourceFile
 from raytune.errors import DataError, RaytuneError
@@ -47,8 +47,9 @@ _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
 _ZIP = b"PK\x03\x04"
 _LFS = b"version https://git-lfs.github.com/spec"
-COMPRESSED_SEGMENTS = 16
-"""Of a compressed file, since who reads a segment has to decompress all that is before it."""
+COMPRESSED_SEGMENTS: dict[Compression, int] = {"gzip": 16, "zstd": 16, "xz": 8, "bz2": 4}
+"""Of a compressed file at most, and one more. Who reads a segment has to decompress all that is before it, which with n of them
+costs n / 2 passes over the file, and bzip2 is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
     if file.kind == "json" and not is_array:
         _refuse_one_object(file, size)
     if file.kind == "txt" or (file.kind == "json" and not is_array):
-        if compression_of(file.path) is not None:
-            cuts = cuts[:: -(-len(cuts) // COMPRESSED_SEGMENTS) or 1]
+        if (compression := compression_of(file.path)) is not None:
+            cuts = cuts[:: -(-len(cuts) // COMPRESSED_SEGMENTS[compression]) or 1]
         starts, stops = [(0, 1), *cuts], [offset for offset, _ in cuts] + [size]
         segments = (Segment(file, start, stop, line) for (start, line), stop in zip(starts, stops) if stop > start)
         return ScannedFile(file, fingerprint, tuple(segments))

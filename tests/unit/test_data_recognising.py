@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 
 from raytune.config.data import COMPRESSED_ENDINGS, FILE_ENDINGS, DataFormat, DataSource
 from raytune.config.guides import guides
+from raytune.data.choices import read_choices
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import FORMATS
 from raytune.data.masking import trained_turns
 from raytune.data.recognising import read_row, reading_of
+from raytune.data.shards import Tally
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
@@ -259,3 +262,10 @@ def test_the_guide_has_each_format_with_all_names_of_its_fields(name: DataFormat
 def test_the_guide_has_each_ending_of_files() -> None:
     text = guides()["formats"].text
     assert not [ending for ending in (*FILE_ENDINGS, *COMPRESSED_ENDINGS) if f"{ending}`" not in text]
+
+
+@pytest.mark.parametrize(("key", "value"), [("constants", {"question": "Q"}), ("labels", ["a", "b"])])
+def test_rows_of_choices_have_neither_constants_nor_labels(key: str, value: Any, tmp_path: Path) -> None:
+    source = DataSource.model_validate({"path": "rows.jsonl", key: value})
+    with pytest.raises(DataError, match=f"rows of choices have no {key}"):
+        list(read_choices(source, tmp_path, Tally()))
