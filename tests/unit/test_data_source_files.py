@@ -16,9 +16,12 @@ from pyarrow import feather, ipc
 from raytune.config.data import DataSource, ending_of, source_name
 from raytune.data.compression import compression_of
 from raytune.data.readers import BadRow, FileRow, read_segment
+from raytune.data.shards import Tally
 from raytune.data.source_files import find_files
+from raytune.data.source_rows import read_conversations
 from raytune.data.sources import COMPRESSED_SEGMENTS, scan
 from raytune.errors import DataError
+from raytune.storage import write_bytes
 
 ROWS = [{"question": f"What is {index}?", "answer": "é" * (index % 5)} for index in range(40)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -248,6 +251,37 @@ def test_a_folder_behind_a_url_is_one_too(tmp_path: Path) -> None:
             "one",
             "two",
         ]
+
+
+def test_files_folders_and_patterns_of_an_object_store_are_read(s3: str, tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "test"):
+        write_bytes(f"{s3}/rows/{name}.jsonl.gz", gzip.compress(json.dumps({"text": name}).encode()))
+    write_bytes(f"{s3}/rows/README.md", b"# Rows")
+
+    def texts(path: str, **source: Any) -> list[str]:
+        files = find_files(DataSource(path=path, **source), tmp_path)
+        return [row["text"] for file in files for part in scan(file, None).segments for row in values([*read_segment(part)])]
+
+    assert texts(f"{s3}/rows/test.jsonl.gz") == ["test"]
+    assert texts(f"{s3}/rows/*.jsonl.gz") == ["test", "train-0", "train-1"]
+    assert texts(f"{s3}/rows/") == ["train-0", "train-1"]
+    assert texts(f"{s3}/rows", split="test") == ["test"]
+    with pytest.raises(DataError, match=r"with README.md, test.jsonl.gz, train-0.jsonl.gz, train-1.jsonl.gz in it"):
+        texts(f"{s3}/rows", split="dev")
+    with pytest.raises(DataError, match=r"There is no file 's3://runs/rows/other.jsonl'"):
+        texts(f"{s3}/rows/other.jsonl")
+
+
+def test_other_columns_in_a_later_file_are_bad_rows_with_its_name(tmp_path: Path) -> None:
+    contents = [{"question": "Q", "answer": "A"}, {"question": "Q", "answer": "A", "hint": "H"}, {"text": "T"}]
+    for name, row in zip("abc", contents):
+        written(tmp_path / f"{name}.jsonl", json.dumps(row).encode())
+    tally = Tally()
+    assert len(list(read_conversations(DataSource(path=f"{tmp_path}/*.jsonl"), tmp_path, tally))) == 1
+    assert tally.counts == {"rows": 3, "bad": 2}
+    assert [example.split(": ", 1)[0] for example in tally.examples["bad"]] == [f"{tmp_path}/{name}.jsonl:1" for name in "bc"]
+    assert "'hint' would be left unread" in tally.examples["bad"][0]
+    assert "has no 'question', only 'text'" in tally.examples["bad"][1]
 
 
 # --- As others read them -----------------------------------------------------------------------------------------------------
