@@ -278,7 +278,7 @@ MANY_SPLITS = Need(
     keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
-    remedy="name a hub data set or a `save_to_disk` folder as path",
+    remedy="name a hub data set or a folder as path",
 )
 CHAT = Need(
     keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation"),

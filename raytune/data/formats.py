@@ -79,7 +79,10 @@ def _turns(fields: RowFields, field: str) -> list[Any]:
 
 
 def _is_sharegpt(fields: RowFields, field: str) -> bool:
-    """Whether turns are ShareGPT's rather than OpenAI's: by what the first one has, or else by the name of the column."""
+    """Whether turns are ShareGPT's rather than OpenAI's: by the field that the config maps, by what the first one has, or else by
+    the name of the column."""
+    if field in fields.mapped.columns:
+        return field == "conversations"
     try:
         first = _turns(fields, field)[0]
     except RowError:

@@ -65,6 +65,20 @@ def test_data_of_others_is_recognised_by_its_columns(row: dict[str, Any], read_a
     assert exchange(row) == read_as
 
 
+@pytest.mark.parametrize(
+    ("turns", "field", "reason"),
+    [
+        (SHAREGPT, "messages", r"write `format: sharegpt` with `columns: {conversations: chat}`"),
+        (CHAT, "conversations", r"write `format: messages` with `columns: {messages: chat}`"),
+        ([{"content": "Q"}], "messages", r"'chat\[0\].role' is None"),
+        ([{"value": "Q"}], "conversations", r"'chat\[0\].from' is None"),
+    ],
+)
+def test_turns_of_a_mapped_column_are_read_as_the_field_says(turns: list[Any], field: str, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        read({"chat": turns}, columns={field: "chat"})
+
+
 @pytest.mark.parametrize("speaker", ["gpt", "GPT", "assistant", "chatgpt", "bing", "bard", "bot", "model"])
 def test_each_name_of_an_assistant_is_one(speaker: str) -> None:
     _, conversation = read({"conversations": [{"from": "Human", "value": "Q"}, {"from": speaker, "value": "A"}]})
