@@ -84,7 +84,8 @@ class RowFields:
 
     def _as_text(self, field: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise RowError(f"'{self.place(field)}' is {kind_of(value)}, expected text")
+            quoted = f"; write it in quotes: {json.dumps(json.dumps(value))}" if isinstance(value, int | float) else ""
+            raise RowError(f"'{self.place(field)}' is {kind_of(value)}, expected text{quoted}")
         return value
 
     def optional_list(self, field: str) -> list[Any] | None:

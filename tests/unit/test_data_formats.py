@@ -113,7 +113,7 @@ USER = {"role": "user", "content": "Q"}
         ({"messages": [USER], "tools": "[not json"}, "'tools' is text that is not JSON"),
         ({"instruction": "a", "output": None}, "'output' is null"),
         ({"instruction": "a", "output": ["b"]}, "'output' is a list, expected text"),
-        ({"instruction": "a", "input": 3, "output": "b"}, "'input' is a number"),
+        ({"instruction": "a", "input": 3, "output": "b"}, r"'input' is a number, expected text; write it in quotes: \"3\""),
         ({"prompt": True, "completion": "b"}, "'prompt' is a boolean"),
         ({"text": ""}, "'text' is empty"),
         ({"text": None}, "'text' is null"),
