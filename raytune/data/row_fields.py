@@ -36,23 +36,23 @@ class RowFields:
     """What a row calls a label -> what is trained."""
 
     def place(self, field: str) -> str:
-        """Column or path of a field.
+        """Column or path of a field: where the config maps it, else the column of its name, else one of another name for it.
 
         Raises:
-            RowError: if several columns may be it.
+            RowError: if several columns of other names may be it.
         """
         if field in self.mapped.columns:
             return self.mapped.columns[field]
         there = columns_for(self.row, self.spellings[field])
-        if len(there) < 2:
-            return there[0] if there else field
+        if field in there or not there:
+            return field
         full = [name for name in there if not is_empty(self.row[name])]
         if len(full) > 1:
             raise RowError(
                 f"has {listed(full)}, each of which may be its '{field}': say which with `columns`, for example "
                 f"`columns: {{{field}: {full[0]}}}`"
             )
-        return (full or there or [field])[0]
+        return (full or there)[0]
 
     def value(self, field: str) -> Any:
         """What a field holds; null if it is not there."""

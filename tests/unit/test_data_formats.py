@@ -165,8 +165,13 @@ def test_columns_that_fit_several_formats_are_not_guessed() -> None:
         DataError, match=r"\(summarisation; text, by which 'summary' would be left unread\).* `format: summarisation`"
     ):
         format_of(source(), {"text": "a long text", "summary": "short"})
-    with pytest.raises(DataError, match=r"as question_answer, a row has 'solution', 'answer', each of which may be its 'answer'"):
+    with pytest.raises(DataError, match=r"as question_answer, a row has 'query', 'problem', each of which may be its 'question'"):
+        format_of(source(), {"query": "Q", "problem": "P", "answer": "4"})
+    with pytest.raises(DataError, match=r"'solution' would be left unread.* `format: question_answer`"):
         format_of(source(), {"problem": "Q", "solution": "because", "answer": "4"})
+    assert turns(read({"problem": "Q", "solution": "S", "answer": "4"}, columns={"question": "problem", "answer": "solution"}))[
+        1
+    ] == ("assistant", "S")
     assert format_of(source(format="text"), {"text": "great film", "label": "good"}) == "text"
     assert format_of(source(format="alpaca"), {"instruction": "a", "output": "b", "text": "c"}) == "alpaca"
     assert format_of(source(columns={"text": "text"}), {"instruction": "a", "output": "b", "text": "c"}) == "text"
