@@ -9,29 +9,58 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
 
-DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
-FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+DataFormat = Literal[
+    "messages", "sharegpt", "alpaca", "question_answer", "classification", "summarisation", "prompt_completion", "text"
+]
+FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather")
 """Of files with rows; what has none of them is a folder, or a data set of a hub."""
+COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
+"""Behind the ending of a file of text."""
 Role = Literal["system", "user", "assistant", "tool"]
+
+
+def _names_of_labels(value: object) -> object:
+    if isinstance(value, list):
+        return {str(number): name for number, name in enumerate(value)}
+    if isinstance(value, dict):
+        return {str(label).lower() if isinstance(label, bool) else str(label): name for label, name in value.items()}
+    return value
 
 
 class DataSource(Section):
     """One set of rows."""
 
     path: Annotated[Text, Field(examples=["rows.jsonl"])]
-    """File (json, jsonl, csv, parquet, txt), glob, `save_to_disk` folder, hub data set id, s3:// gs:// abfs:// URL, or
-    `demo:train`, `demo:validation`, `demo:test` for the built-in task."""
+    """File (json, jsonl, csv, tsv, txt, also as gz, bz2, xz or zst; parquet, arrow), glob, folder of such files or of
+    `save_to_disk`, hub data set id, s3:// gs:// abfs:// URL, or `demo:train`, `demo:validation`, `demo:test` for the built-in
+    task."""
     name: Text | None = None
     """Name of the data set in metrics and reports. Default: the last part of the path, without its ending."""
     format: DataFormat | Auto = "auto"
     """How a row is read. `auto` recognises it by its columns, and refuses to guess when more than one format fits or a column
     that may matter (a label, images, ...) would be left unread; with a named format such columns are counted and said."""
     split: Text = "train"
-    """Split of a hub data set or a `save_to_disk` folder."""
+    """Split of a hub data set or a folder: one of `save_to_disk`, or of files whose names say which split they are of."""
     columns: dict[str, Text] = {}
-    """Other column names: the format's field -> the column in the file, for example `{prompt: question, completion: answer}`."""
+    """Other column names: the format's field -> the column in the file, or the path to it through objects and lists, for example
+    `{prompt: question, completion: meta.answers.0}`."""
+    constants: Annotated[dict[str, Text], Field(examples=[{"system": "Answer in one word."}])] = {}
+    """Fields of the format that are the same in every row: field -> its text, for example `{instruction: Summarise this.}`."""
+    labels: Annotated[
+        dict[str, Text],
+        BeforeValidator(_names_of_labels, json_schema_input_type=list[str] | dict[str, str]),
+        Field(title="a list of names, or label -> name", examples=[["negative", "positive"]]),
+    ] = {}
+    """What the labels of the format `classification` are called: a list for numbers from 0, or label -> name. The name is the
+    answer that is trained; a label that is a number needs one."""
     max_rows: PositiveInt | None = None
     """Read the first rows only."""
+
+    @model_validator(mode="after")
+    def _is_said_once(self) -> "DataSource":
+        if twice := sorted(self.columns.keys() & self.constants.keys()):
+            raise ValueError(f"{twice[0]} is in columns and in constants: it is either read from each row or the same in all")
+        return self
 
 
 class TrainSource(DataSource):
@@ -156,12 +185,19 @@ class DataSection(Section):
         return self
 
 
+def ending_of(path: str) -> str:
+    """What kind of file a path names, in small letters: its ending, or the one before that where it is compressed."""
+    ending = PurePath(path).suffix.lower()
+    return (PurePath(path).with_suffix("").suffix.lower() or ending) if ending in COMPRESSED_ENDINGS else ending
+
+
 def source_name(source: DataSource) -> str:
     """Name of a source in metrics: as configured, else the last part of its path without its ending."""
     if source.name is not None:
         return source.name
     last = source.path.rstrip("/").split("/")[-1].split(":")[-1]
-    return PurePath(last).stem.strip("*?[].") or last
+    stem = PurePath(last).stem if PurePath(last).suffix.lower() in COMPRESSED_ENDINGS else last
+    return PurePath(stem).stem.strip("*?[].") or last
 
 
 def named_sources(sources: Sequence[DataSource]) -> dict[str, DataSource]:

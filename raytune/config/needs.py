@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import PurePosixPath
 from typing import Any
 
-from raytune.config.data import FILE_ENDINGS, DataSource
+from raytune.config.data import FILE_ENDINGS, DataSource, ending_of
 from raytune.config.evaluation import SuiteKind, SuiteSection
 from raytune.config.model import is_written_as_path
 from raytune.config.quantization import KEYS, LEAVES_BASE, contradiction, held_base
@@ -279,7 +278,7 @@ MANY_SPLITS = Need(
     keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
-    remedy="name a hub data set or a `save_to_disk` folder as path",
+    remedy="name a hub data set or a folder as path",
 )
 CHAT = Need(
     keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation"),
@@ -329,7 +328,7 @@ def is_ranked_by(name: str) -> Need:
 
 def _has_splits(path: str) -> bool:
     """Whether a path may be a hub data set or a `save_to_disk` folder, as far as its name tells."""
-    return "://" not in path and not path.startswith("demo:") and PurePosixPath(path).suffix.lower() not in FILE_ENDINGS
+    return "://" not in path and not path.startswith("demo:") and ending_of(path) not in FILE_ENDINGS
 
 
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "schedule_free_adamw")

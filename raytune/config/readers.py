@@ -170,8 +170,8 @@ def _read(section: str, names: str, *modules: str, needs: tuple[Need, ...] = (),
 
 def _rows_of_sources(section: str) -> dict[str, Reader]:
     return {
-        **_read(section, "path columns max_rows", "data.build"),
-        **_read(section, "format", "data.source_rows", "data.formats"),
+        **_read(section, "path max_rows", "data.build"),
+        **_read(section, "format columns constants labels", "data.recognising"),
         **_read(section, "name", "config.data"),
         **_read(section, "split", "data.sources", needs=(MANY_SPLITS,), idle=("train",)),
     }

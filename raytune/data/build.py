@@ -12,8 +12,8 @@ from typing import Literal
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.model import NewToken
-from raytune.data.formats import names_format
 from raytune.data.prompts import TOLERATED_SHARE
+from raytune.data.recognising import Reading
 from raytune.data.row_file import SourceUse, WrittenRows, write_rows
 from raytune.data.shards import (
     ShardPart,
@@ -26,8 +26,9 @@ from raytune.data.shards import (
     prompt_mismatch_error,
     too_long_error,
 )
-from raytune.data.source_rows import formats_of
-from raytune.data.sources import ScannedFile, find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.source_rows import readings_of
+from raytune.data.sources import ScannedFile, scan
 from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, read_info
 from raytune.data.store_place import intact, put_in_place
 from raytune.data.store_request import StoreRequest, last_part
@@ -79,8 +80,8 @@ def build_store(
         scanned = [
             [scan(file, source.max_rows) for file in find_files(source, draft / "downloads")] for source in request.sources
         ]
-        formats = formats_of(request.sources, scanned)
-        policies: list[TooLong] = [resolved_too_long(request.too_long, name) for name in formats]
+        readings = readings_of(request.sources, scanned)
+        policies: list[TooLong] = [resolved_too_long(request.too_long, reading.format) for reading in readings]
         address = request.address([[file.fingerprint for file in files] for files in scanned], policies)
         final = stores / address
         if (found := intact(final)) is not None:
@@ -98,7 +99,7 @@ def build_store(
             side=request.side,
             validation_fraction=request.validation_fraction,
         )
-        tasks = _shards(request.sources, scanned, formats, policies, options, draft)
+        tasks = _shards(request.sources, scanned, readings, policies, options, draft)
         results = list(parallel_map(tokenise_shard, tasks))
         tallies = _checked_tallies(request, results)
         built = draft / "store"
@@ -114,7 +115,7 @@ def build_store(
             "size": digest.size,
             "sha256": digest.sha256,
             **written.sizes,
-            "report": _report(request, formats, policies, tallies, uses, written).model_dump(mode="json"),
+            "report": _report(request, scanned, readings, policies, tallies, uses, written).model_dump(mode="json"),
         }
         write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
         sync_local_folder(built)
@@ -133,7 +134,8 @@ def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> To
 
 def _report(
     request: StoreRequest,
-    formats: Sequence[DataFormat],
+    scanned: Sequence[Sequence[ScannedFile]],
+    readings: Sequence[Reading],
     policies: Sequence[TooLong],
     tallies: Sequence[Tally],
     uses: Sequence[SourceUse],
@@ -142,7 +144,8 @@ def _report(
     sources = [
         SourceReport(
             name=last_part(source.path),
-            format=name,
+            format=reading.format,
+            files=_files_in(source, files),
             too_long=policy,
             unread_columns=dict(tally.unread_columns),
             unread_keys=dict(tally.unread_keys),
@@ -154,11 +157,17 @@ def _report(
             is_replayed=number >= len(request.sources) - request.mixture.num_replayed,
             **{count: tally.counts[count] for count in COUNTS},
         )
-        for number, (source, name, policy, tally, use) in enumerate(
-            zip(request.sources, formats, policies, tallies, uses, strict=True)
+        for number, (source, files, reading, policy, tally, use) in enumerate(
+            zip(request.sources, scanned, readings, policies, tallies, uses, strict=True)
         )
     ]
     return StoreReport(row_length=request.max_length, num_rows=written.sizes["num_rows"], sources=sources)
+
+
+def _files_in(source: DataSource, files: Sequence[ScannedFile]) -> list[str]:
+    """Names of the files that a source stands for, where it is not one itself."""
+    names = [last_part(file.file.name) for file in files]
+    return [] if names == [last_part(source.path)] else names
 
 
 def _uses(request: StoreRequest, tallies: Sequence[Tally]) -> list[SourceUse]:
@@ -189,7 +198,7 @@ def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written
 def _shards(
     sources: Sequence[DataSource],
     scanned: Sequence[Sequence[ScannedFile]],
-    formats: Sequence[DataFormat],
+    readings: Sequence[Reading],
     policies: Sequence[TooLong],
     options: TokenisingOptions,
     draft: Path,
@@ -199,19 +208,10 @@ def _shards(
     num_segments = sum(len(file.segments) for files in scanned for file in files)
     per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
     file_index = 0
-    for number, (source, files, name) in enumerate(zip(sources, scanned, formats, strict=True)):
+    for number, (source, files, reading) in enumerate(zip(sources, scanned, readings, strict=True)):
         parts = []
         for file in files:
-            parts += [
-                ShardPart(
-                    segment=segment,
-                    file_index=file_index,
-                    format=name,
-                    is_named=names_format(source, name),
-                    columns=source.columns,
-                )
-                for segment in file.segments
-            ]
+            parts += [ShardPart(segment=segment, file_index=file_index, reading=reading) for segment in file.segments]
             file_index += 1
         step = len(parts) if source.max_rows is not None else per_shard
         groups += [(number, parts[start : start + step]) for start in range(0, len(parts), max(1, step))]

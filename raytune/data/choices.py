@@ -11,7 +11,8 @@ from raytune.config.data import DataSource
 from raytune.data.conversation import Origin, RowError, kind_of
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import Tally
-from raytune.data.sources import find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.sources import scan
 from raytune.errors import DataError
 
 FIELDS = ("question", "choices", "answer")
@@ -41,6 +42,8 @@ def read_choices(source: DataSource, downloads: Path, tally: Tally) -> Iterator[
             f"{source.path}: the format is {source.format}, but rows of choices have columns of their own: {', '.join(FIELDS)}. "
             f"Leave `format` out."
         )
+    if other := next((key for key in ("constants", "labels") if getattr(source, key)), None):
+        raise DataError(f"{source.path}: rows of choices have no {other}: each field is read from the row. Leave `{other}` out.")
     if unknown := [field for field in source.columns if field not in FIELDS]:
         raise DataError(f"{source.path}: columns maps '{unknown[0]}', but the fields of such rows are {', '.join(FIELDS)}.")
     segments = [segment for file in find_files(source, downloads) for segment in scan(file, source.max_rows).segments]

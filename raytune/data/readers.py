@@ -1,15 +1,18 @@
 """Rows out of a segment of a source, streamed in constant memory; every bad row is named by file and line."""
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Any, TextIO
 
+from raytune.data.compression import open_bytes
 from raytune.data.conversation import kind_of
 from raytune.data.demo import demo_rows
-from raytune.data.sources import BOM, FileKind, Segment, load_dataset, named_errors
+from raytune.data.source_files import FileKind
+from raytune.data.sources import BOM, Segment, load_dataset, named_errors, open_arrow
 from raytune.errors import DataError
 from raytune.units import MIB, format_bytes
 
@@ -93,12 +96,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
     """The objects of one JSON array. A syntax error ends the file: what follows it cannot be told apart from what precedes it."""
     name, decoder = segment.file.name, json.JSONDecoder(object_pairs_hook=_object)
-    with open(segment.file.path, encoding="utf-8-sig", newline="") as stream:
-        text = _Window(stream, name)
+    with open_bytes(segment.file.path, name) as content:
+        text = _Window(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), name)
         text.skip("[")
         if text.peek() == "]":
+            text.skip("]")
+            text.must_end()
             return
-        counted = count(1) if _is_one_line(segment.file.path) else None
+        counted = count(1) if _is_one_line(segment) else None
         while True:
             line = text.line_of_next() if counted is None else next(counted)
             try:
@@ -111,13 +116,14 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
             text.at = end
             yield row
             if text.skip(",]") == "]":
+                text.must_end()
                 return
 
 
-def _is_one_line(path: str) -> bool:
+def _is_one_line(segment: Segment) -> bool:
     """Whether lines tell nothing of where a row is: all that is in the file stands on one."""
     has_begun, has_ended = False, False
-    with open(path, "rb") as stream:
+    with open_bytes(segment.file.path, segment.file.name) as stream:
         while chunk := stream.read(MIB):
             if has_ended and chunk.strip():
                 return False
@@ -178,6 +184,14 @@ class _Window:
         self.at += 1
         return found
 
+    def must_end(self) -> None:
+        """Refuse what stands behind the array: a second one would be lost."""
+        if found := self.peek():
+            raise DataError(
+                f"{self._name}:{self.line_of_next()}: the JSON array has ended, but {found!r} follows. Make one array of the "
+                f"file, or write one object per line (jsonl)."
+            )
+
     def line_of_next(self) -> int:
         self.peek()
         self._count_lines()
@@ -206,13 +220,19 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
     """Rows of a CSV file under the names in its first row. A quoted field may hold line breaks; a row's line is its first."""
     csv.field_size_limit(MAX_ROW_BYTES)
     problems: list[str] = []
-    reader = csv.reader(_csv_lines(segment, problems), strict=True, delimiter="\t" if segment.file.kind == "tsv" else ",")
+    delimiter = "\t" if segment.file.kind == "tsv" else ","
+    reader = csv.reader(_csv_lines(segment, problems), strict=True, delimiter=delimiter)
     try:
         columns = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{segment.file.name}:1: the header cannot be read: {error}.") from error
     if columns[:1] == [""]:  # the index that pandas writes, under the name that pandas reads it by
         columns[0] = "Unnamed: 0"
+    if len(columns) == 1 and (other := next((mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter), None)):
+        raise DataError(
+            f"{segment.file.name}:1: the header is one column, {columns[0]!r}, as if columns were separated by {other!r}. Write "
+            f"the file with commas, or with tabs and the ending .tsv."
+        )
     if problems or len(set(columns)) < len(columns) or not all(column.strip() for column in columns):
         reason = problems[0] if problems else f"every column needs a name of its own, found {columns}"
         raise DataError(f"{segment.file.name}:1: the header cannot be used: {reason}.")
@@ -264,17 +284,50 @@ def _read_parquet(segment: Segment) -> Iterator[FileRow | BadRow]:
 
     with named_errors(segment.file), pyarrow.parquet.ParquetFile(segment.file.path) as parquet:
         batches = parquet.iter_batches(batch_size=256, row_groups=list(range(segment.start, segment.stop or 0)))
-        rows = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches)
-        for line, values in enumerate(rows, segment.first_line):
-            yield FileRow(_without_filled_nulls(values), line)
+        yield from _rows_of_table(batches, parquet.schema_arrow, segment)
+
+
+def _read_arrow(segment: Segment) -> Iterator[FileRow | BadRow]:
+    with named_errors(segment.file), open_arrow(segment.file.path) as batches:
+        wanted = islice(batches, segment.start, segment.stop)
+        first = next(wanted, None)
+        if first is not None:
+            pieces = (batch.slice(start, 256) for batch in chain([first], wanted) for start in range(0, batch.num_rows, 256))
+            yield from _rows_of_table(pieces, first.schema, segment)
+
+
+def _rows_of_table(batches: Iterable[Any], schema: Any, segment: Segment) -> Iterator[FileRow]:
+    rows, classes = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches), _classes(schema)
+    for line, values in enumerate(rows, segment.first_line):
+        yield FileRow(_with_class_names(_without_filled_nulls(values), classes), line)
+
+
+def _classes(schema: Any) -> dict[str, list[str]]:
+    """Columns that hold numbers of classes, with the names of these, as `datasets` notes them beside the schema of a table."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        named = {column: feature["names"] for column, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return {}
+    return {column: names for column, names in named.items() if isinstance(names, list)}
+
+
+def _with_class_names(values: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A row with the names of its classes for their numbers. -1 stands for none, and stays."""
+    for column, names in classes.items():
+        number = values.get(column)
+        if isinstance(number, int) and 0 <= number < len(names):
+            values[column] = names[number]
+    return values
 
 
 def _read_dataset(segment: Segment) -> Iterator[FileRow | BadRow]:
     with named_errors(segment.file):
         dataset = load_dataset(segment.file)
         assert segment.stop is not None
+        classes = _classes(dataset.features.arrow_schema)
         for index in range(segment.start, segment.stop):
-            yield FileRow(_without_filled_nulls(dataset[index]), index + 1)
+            yield FileRow(_with_class_names(_without_filled_nulls(dataset[index]), classes), index + 1)
 
 
 def _without_filled_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -300,6 +353,7 @@ _READERS: dict[FileKind, Callable[[Segment], Iterator[FileRow | BadRow]]] = {
     "tsv": _read_csv,
     "txt": _read_txt,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "dataset": _read_dataset,
     "demo": _read_demo,
 }
@@ -307,19 +361,18 @@ _READERS: dict[FileKind, Callable[[Segment], Iterator[FileRow | BadRow]]] = {
 
 def _lines(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
     """Lines of a segment with their numbers; None in place of one that is too long. A byte order mark is not part of line 1."""
-    with open(segment.file.path, "rb") as stream:
-        stream.seek(segment.start)
-        if segment.start == 0 and stream.read(len(BOM)) != BOM:
-            stream.seek(0)
-        line = segment.first_line
-        while segment.stop is None or stream.tell() < segment.stop:
+    with open_bytes(segment.file.path, segment.file.name, segment.start) as stream:
+        line, at = segment.first_line, segment.start
+        while segment.stop is None or at < segment.stop:
             data = stream.readline(MAX_ROW_BYTES + 1)
             if not data:
                 return
+            begins_file, at = at == 0, at + len(data)
             if len(data) <= MAX_ROW_BYTES:
-                yield line, data
+                yield line, data.removeprefix(BOM) if begins_file else data
             else:
                 while data and not data.endswith(b"\n"):
                     data = stream.readline(MAX_ROW_BYTES)
+                    at += len(data)
                 yield line, None
             line += 1

@@ -1,14 +1,14 @@
 """What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raytune.config.data import DataFormat
 from raytune.config.model import NewToken
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
+from raytune.data.recognising import Reading
 from raytune.data.sources import Segment
 from raytune.data.split import Side
 from raytune.data.token_classes import TokenClass
@@ -44,10 +44,7 @@ class ShardPart:
 
     segment: Segment
     file_index: int
-    format: DataFormat
-    is_named: bool
-    """Whether the config says so (`formats.names_format`)."""
-    columns: Mapping[str, str]
+    reading: Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

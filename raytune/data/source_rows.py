@@ -5,20 +5,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from raytune.config.data import DataFormat, DataSource
+from raytune.config.data import DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import format_of, format_of_asked, names_format, read_row, with_answer
 from raytune.data.readers import BadRow, read_segment
+from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
-from raytune.data.sources import ScannedFile, find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.sources import ScannedFile, scan
 from raytune.data.split import Side, side_of
 from raytune.errors import DataError
 
 
-def formats_of(
+def readings_of(
     sources: Sequence[DataSource], scanned: Sequence[Sequence[ScannedFile]], *, are_asked: bool = False
-) -> list[DataFormat]:
-    """The format of each source, by its first good row.
+) -> list[Reading]:
+    """How each source is read, by its first good row.
 
     Args:
         are_asked: whether rows need no answer.
@@ -26,20 +27,20 @@ def formats_of(
     Raises:
         DataError: if a source has no good row, or its format cannot be told.
     """
-    formats = []
+    readings = []
     for source, files in zip(sources, scanned, strict=True):
         tally = Tally()
         rows = ((file.file.name, row) for file in files for part in file.segments for row in read_segment(part))
         for name, row in rows:
             if not isinstance(row, BadRow):
-                formats.append((format_of_asked if are_asked else format_of)(source, row.values))
+                readings.append((reading_of_asked if are_asked else reading_of)(source, row.values))
                 break
             tally.add("bad", Origin(name, row.line), row.reason)
         else:
             if tally.counts:
                 raise bad_rows_error(tally)
             raise DataError(f"{source.path} has no rows.")
-    return formats
+    return readings
 
 
 def read_conversations(
@@ -62,12 +63,8 @@ def read_conversations(
         DataError: if no row can be used, or their format cannot be told.
     """
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
-    (name,) = formats_of([source], [scanned], are_asked=are_asked)
-    parts = [
-        ShardPart(segment=segment, file_index=0, format=name, is_named=names_format(source, name), columns=source.columns)
-        for file in scanned
-        for segment in file.segments
-    ]
+    (reading,) = readings_of([source], [scanned], are_asked=are_asked)
+    parts = [ShardPart(segment=segment, file_index=0, reading=reading) for file in scanned for segment in file.segments]
     rows = read_parts(parts, source.max_rows, tally, side, validation_fraction, are_asked=are_asked)
     return (conversation for conversation, _ in rows)
 
@@ -92,8 +89,8 @@ def read_parts(
             tally.add("other_side")
         else:
             try:
-                values = with_answer(row.values, part.format, part.columns) if are_asked else row.values
-                conversation = read_row(values, part.format, part.columns, origin, is_named=part.is_named)
+                values = with_answer(row.values, part.reading) if are_asked else row.values
+                conversation = read_row(values, part.reading, origin)
             except RowError as error:
                 tally.add("bad", origin, str(error))
             else:

@@ -1,43 +1,30 @@
-"""Where rows come from: the files behind a source, what their content is, and the parts that can be read alone (`readers`).
+"""What is in the files of a source (`source_files`): its fingerprint, and the parts that can be read alone (`readers`).
 
 `datasets` is imported here only, and only for hub data sets and `save_to_disk` folders: of a damaged file it says neither the
 line nor always the name, and it empties rows with lone surrogates without a word (`docs/facts.md`).
 """
 
 import codecs
-import glob
 import hashlib
+import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-from raytune.config.data import DataSource
+from raytune.data.compression import Compression, compression_of, open_bytes
 from raytune.data.demo import demo_rows
+from raytune.data.source_files import DEMO_ROWS, SourceFile
 from raytune.errors import DataError, RaytuneError
 from raytune.local_files import local_errors
-from raytune.storage import download_file, is_local, list_folder, local_path
 from raytune.units import MIB
 
-DEMO_ROWS = {"train": 4000, "validation": 400, "test": 400}
 SEGMENT_BYTES = MIB
 SEGMENT_ROWS = 2000
 
-FileKind = Literal["json", "csv", "tsv", "txt", "parquet", "dataset", "demo"]
-_KINDS: dict[str, FileKind] = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "txt",
-    ".parquet": "parquet",
-}
 BOM = codecs.BOM_UTF8
 _NAMES_OF_LISTS = (
     "data",
@@ -58,25 +45,17 @@ _COLUMNS_OF_ROWS = frozenset({"messages", "conversations", "prompt", "instructio
 """A file with one of them in its only object has one row."""
 _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file (or data set) of a source."""
-
-    name: str
-    """As the user knows it: for messages."""
-    path: str
-    """What is opened: a local path, a hub id, or the split of the demo."""
-    kind: FileKind
-    split: str
-    """Split of a data set; empty for files."""
+_ZIP = b"PK\x03\x04"
+_LFS = b"version https://git-lfs.github.com/spec"
+COMPRESSED_SEGMENTS: dict[Compression, int] = {"gzip": 16, "zstd": 16, "xz": 8, "bz2": 4}
+"""Of a compressed file at most, and one more. Who reads a segment has to decompress all that is before it, which with n of them
+costs n / 2 passes over the file, and bzip2 is slow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a file that can be read alone: bytes of a file of lines, row groups of a Parquet file, rows of a data set."""
+    """A part of a file that can be read alone: bytes of a file of lines (before it was compressed), row groups of a Parquet file,
+    batches of an Arrow file, rows of a data set."""
 
     file: SourceFile
     start: int
@@ -91,40 +70,6 @@ class ScannedFile:
     fingerprint: str
     """Says what the content is; equal only for equal content."""
     segments: tuple[Segment, ...]
-
-
-def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
-    """The files behind a source, in the order in which they are read. Files behind a URL are copied to `downloads` first.
-
-    Raises:
-        DataError: if there are none, or one of them has an ending that we cannot read.
-    """
-    path = source.path
-    if path.startswith("demo:"):
-        split = path.removeprefix("demo:")
-        if split not in DEMO_ROWS:
-            raise DataError(f"There is no data set '{path}'. The built-in ones are demo:train, demo:validation, demo:test.")
-        return [SourceFile(path, split, "demo", "")]
-    if not is_local(path):
-        return [_downloaded(url, downloads) for url in _matching_urls(path)]
-    local = local_path(path)
-    if local.is_dir():
-        if not any((local / marker).exists() for marker in ("state.json", "dataset_dict.json")):
-            raise DataError(
-                f"{path} is a folder, but not one that `save_to_disk` wrote. "
-                f"Name its files, for example '{path.rstrip('/')}/*.jsonl'."
-            )
-        return [SourceFile(path, str(local), "dataset", source.split)]
-    if local.is_file():
-        return [SourceFile(path, str(local), _kind_of(path), "")]
-    if glob.has_magic(path):
-        matches = [match for match in sorted(glob.glob(str(local), recursive=True)) if os.path.isfile(match)]
-        if not matches:
-            raise DataError(f"No file matches '{path}' (looked in {local.parent} on {os.uname().nodename}).")
-        return [SourceFile(match, match, _kind_of(match), "") for match in matches]
-    if _HUB_ID.fullmatch(path) and Path(path).suffix.lower() not in _KINDS and not path.startswith("."):
-        return [SourceFile(path, path, "dataset", source.split)]
-    raise DataError(f"There is no file '{path}' on {os.uname().nodename} (looked for {local}).")
 
 
 def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
@@ -142,16 +87,21 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
         starts = range(0, len(dataset), SEGMENT_ROWS)
         segments = tuple(Segment(file, start, min(start + SEGMENT_ROWS, len(dataset)), start + 1) for start in starts)
         return ScannedFile(file, dataset._fingerprint, segments)
-    with local_errors(file.name), open(file.path, "rb") as stream:
+    _refuse_other_content(file)
+    with local_errors(file.name), open_bytes(file.path, file.name) as stream:
         fingerprint, cuts, size = _digest_and_cuts(stream)
     if size == 0:
         raise DataError(f"{file.name} is empty (0 bytes).")
     if file.kind == "parquet":
         return ScannedFile(file, fingerprint, _row_groups(file))
+    if file.kind == "arrow":
+        return ScannedFile(file, fingerprint, _batches(file))
     is_array = file.kind == "json" and _first_character(file) == b"["
     if file.kind == "json" and not is_array:
         _refuse_one_object(file, size)
     if file.kind == "txt" or (file.kind == "json" and not is_array):
+        if (compression := compression_of(file.path)) is not None:
+            cuts = cuts[:: -(-len(cuts) // COMPRESSED_SEGMENTS[compression]) or 1]
         starts, stops = [(0, 1), *cuts], [offset for offset, _ in cuts] + [size]
         segments = (Segment(file, start, stop, line) for (start, line), stop in zip(starts, stops) if stop > start)
         return ScannedFile(file, fingerprint, tuple(segments))
@@ -173,20 +123,43 @@ def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int]
     return digest.hexdigest(), cuts, size
 
 
+def _refuse_other_content(file: SourceFile) -> None:
+    """Refuse what its first bytes say is no file of rows, rather than call each line of it a bad row.
+
+    Raises:
+        DataError: saying what it is.
+    """
+    with local_errors(file.name), open(file.path, "rb") as stream:
+        begins = stream.read(len(_LFS))
+    if begins.startswith(_ZIP):
+        raise DataError(f"{file.name} is a zip archive. Unpack it, and name the files that were in it.")
+    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{file.name} is UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 {Path(file.name).name} > NEW.")
+    if begins == _LFS:
+        raise DataError(f"{file.name} is not the file itself but a pointer of Git LFS to it. Fetch it: git lfs pull.")
+
+
+def _refuse_equal_columns(file: SourceFile, schema: Any) -> None:
+    """Refuse a table of which one of two columns would be lost."""
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise DataError(f"{file.name} has more than one column with the name '{twice[0]}'. Give each a name of its own.")
+
+
 def _first_character(file: SourceFile) -> bytes:
     """The first byte that is no white space; empty if there is none."""
-    with open(file.path, "rb") as stream:
-        if stream.read(len(BOM)) != BOM:
-            stream.seek(0)
-        while chunk := stream.read(4096):
+    with open_bytes(file.path, file.name) as stream:
+        chunk = stream.read(4096).removeprefix(BOM)
+        while chunk:
             if text := chunk.lstrip():
                 return text[:1]
+            chunk = stream.read(4096)
     return b""
 
 
 def _begins_with_a_row(file: SourceFile) -> bool:
     """Whether the first line is an object, and others follow."""
-    with open(file.path, encoding="utf-8-sig", errors="replace") as stream:
+    with open_bytes(file.path, file.name) as content:
+        stream = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace")
         lines = (line for line in stream if not line.isspace())
         try:
             json.loads(next(lines, ""))
@@ -203,7 +176,8 @@ def _refuse_one_object(file: SourceFile, size: int) -> None:
     """
     if size > _MAX_OBJECT_BYTES or _first_character(file) != b"{" or _begins_with_a_row(file):
         return
-    text = Path(file.path).read_bytes().decode("utf-8-sig", errors="replace").strip()
+    with open_bytes(file.path, file.name) as stream:
+        text = stream.read().decode("utf-8-sig", errors="replace").strip()
     try:
         first, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
@@ -234,9 +208,36 @@ def _row_groups(file: SourceFile) -> tuple[Segment, ...]:
     import pyarrow.parquet
 
     with named_errors(file), pyarrow.parquet.ParquetFile(file.path) as parquet:
+        _refuse_equal_columns(file, parquet.schema_arrow)
         counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     first_rows = [1 + sum(counts[:group]) for group in range(len(counts))]
     return tuple(Segment(file, group, group + 1, first_rows[group]) for group in range(len(counts)))
+
+
+def _batches(file: SourceFile) -> tuple[Segment, ...]:
+    segments, first, rows, begun = [], 1, 0, 0
+    with named_errors(file), open_arrow(file.path) as batches:
+        for number, batch in enumerate(batches, 1):
+            _refuse_equal_columns(file, batch.schema)
+            rows += batch.num_rows
+            if rows >= SEGMENT_ROWS:
+                segments.append(Segment(file, begun, number, first))
+                first, rows, begun = first + rows, 0, number
+        return (*segments, Segment(file, begun, None, first))
+
+
+@contextmanager
+def open_arrow(path: str) -> Iterator[Iterator[Any]]:
+    """The record batches of an Arrow file, in either of its forms, without a copy of them in memory."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(path) as mapped:
+        if mapped.read(6) == b"ARROW1":
+            reader = pyarrow.ipc.open_file(mapped)
+            yield (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            mapped.seek(0)
+            yield iter(pyarrow.ipc.open_stream(mapped))
 
 
 def load_dataset(file: SourceFile) -> Any:
@@ -268,33 +269,5 @@ def named_errors(file: SourceFile) -> Iterator[None]:
     except RaytuneError:
         raise
     except Exception as error:
-        what = "data set" if file.kind == "dataset" else f"{file.kind} file"
-        raise DataError(f"{file.name} cannot be read as a {what}: {type(error).__name__}: {error}") from error
-
-
-def _matching_urls(url: str) -> list[str]:
-    """The URL itself, or those in its folder that match its last part."""
-    folder, _, pattern = url.rpartition("/")
-    if not glob.has_magic(pattern):
-        return [url]
-    matches = [f"{folder}/{name}" for name in list_folder(folder) if fnmatchcase(name, pattern)]
-    if not matches:
-        raise DataError(f"No file matches '{url}'.")
-    return matches
-
-
-def _downloaded(url: str, downloads: Path) -> SourceFile:
-    kind = _kind_of(url)
-    target = downloads / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.split('/')[-1]}"
-    try:
-        download_file(url, target)
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file '{url}'.") from error
-    return SourceFile(url, str(target), kind, "")
-
-
-def _kind_of(path: str) -> FileKind:
-    kind = _KINDS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise DataError(f"{path}: cannot read files that end in '{Path(path).suffix}', only {', '.join(_KINDS)}.")
-    return kind
+        what = {"dataset": "a data set", "arrow": "an arrow file"}.get(file.kind, f"a {file.kind} file")
+        raise DataError(f"{file.name} cannot be read as {what}: {type(error).__name__}: {error}") from error

@@ -20,6 +20,7 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 # Modules whose code decides what a store holds.
 _CODE = (
     "build",
+    "compression",
     "conversation",
     "fields",
     "formats",
@@ -29,9 +30,12 @@ _CODE = (
     "packing",
     "prompts",
     "readers",
+    "recognising",
     "rendering",
+    "row_fields",
     "row_file",
     "shards",
+    "source_files",
     "source_rows",
     "sources",
     "split",
@@ -89,6 +93,8 @@ class StoreRequest:
                 {
                     "format": source.format,
                     "columns": source.columns,
+                    "constants": source.constants,
+                    "labels": source.labels,
                     "max_rows": source.max_rows,
                     "files": list(files),
                     "too_long": policy,

@@ -29,11 +29,21 @@ SHAREGPT_ROLES = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
 }
-"""ShareGPT's `from` -> the role. The value of a `function_call` is JSON."""
+"""ShareGPT's `from`, in small letters, -> the role."""
+_CALLS = ("function_call", "tool_call")
+"""Speakers whose value is a call, as JSON."""
 
 _KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "train", "weight", *REASONING})
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
@@ -104,13 +114,14 @@ def sharegpt_message_of(turn: Any, place: str) -> Message:
     if twice := next((key for key in ("role", "content") if turn.get(key) is not None), None):
         raise RowError(f"'{place}' has '{twice}' beside 'from' and 'value', so that it does not say which of them counts")
     speaker, value = turn.get("from"), turn.get("value")
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    said = speaker.lower() if isinstance(speaker, str) else ""
+    role = SHAREGPT_ROLES.get(said)
     if role is None:
         raise RowError(f"'{place}.from' is {speaker!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
     if not isinstance(value, str):
         raise RowError(f"'{place}.value' is {kind_of(value)}, expected text")
     message = {"role": role, "content": value} | {key: field for key, field in turn.items() if key not in ("from", "value")}
-    if speaker == "function_call":
+    if said in _CALLS:
         message |= {"content": "", "tool_calls": _calls_in(value, f"{place}.value")}
     return message_of(message, place)
 

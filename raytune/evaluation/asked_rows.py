@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune.config.data import DataSource
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
-from raytune.data.formats import read_row
+from raytune.data.recognising import AS_MESSAGES, read_row
 from raytune.data.rendering import Job, Renderer
 from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
@@ -171,4 +171,4 @@ def _row_of_prompt(prompt: str | Sequence[Message] | Mapping[str, Any], origin: 
     if isinstance(prompt, str):
         return AskedRow(origin=origin, text=prompt)
     row = prompt if isinstance(prompt, Mapping) else {"messages": list(prompt)}
-    return asked_row(read_row(row, "messages", {}, origin))
+    return asked_row(read_row(row, AS_MESSAGES, origin))

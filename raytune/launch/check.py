@@ -19,8 +19,9 @@ from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
 from raytune.config.training import SCHEDULE_FREE
-from raytune.data.source_rows import formats_of
-from raytune.data.sources import DEMO_ROWS, find_files, scan
+from raytune.data.source_files import DEMO_ROWS, find_files
+from raytune.data.source_rows import readings_of
+from raytune.data.sources import scan
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
@@ -214,7 +215,7 @@ def _look_at_formats(here: Mapping[str, DataSource], found: Findings) -> None:
         scanned = found.of(
             lambda source=source: [scan(file, source.max_rows) for file in find_files(source, Path())], keys=(key,)
         )
-        if scanned and found.of(lambda source=source, scanned=scanned: formats_of([source], [scanned]), keys=(key,)):
+        if scanned and found.of(lambda source=source, scanned=scanned: readings_of([source], [scanned]), keys=(key,)):
             found.looked_at.append(f"the first row of {source.path}")
 
 

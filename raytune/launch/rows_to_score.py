@@ -8,8 +8,9 @@ from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap, build_store
-from raytune.data.source_rows import formats_of
-from raytune.data.sources import find_files, scan
+from raytune.data.source_files import find_files
+from raytune.data.source_rows import readings_of
+from raytune.data.sources import scan
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
@@ -64,7 +65,7 @@ def columns_of(text: str | None) -> dict[str, str]:
 def look_at_rows(sources: Sequence[DataSource]) -> None:
     """Refuse local files that are missing, or whose rows have no format, before a cluster is started for them."""
     local = [source for source in sources if is_local(source.path)]
-    formats_of(local, [[scan(file, source.max_rows) for file in find_files(source, Path())] for source in local])
+    readings_of(local, [[scan(file, source.max_rows) for file in find_files(source, Path())] for source in local])
 
 
 def tokenised(

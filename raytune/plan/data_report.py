@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from raytune.plan.value import Plan
 from raytune.units import format_count
 
+_NAMED_FILES = 4
+"""Of a source of many."""
+
 
 class EpochPart(Plan):
     """What an epoch has of a source: pieces that it has several times count so."""
@@ -24,6 +27,8 @@ class SourceReport(Plan):
     name: str
     """As in metrics."""
     format: str
+    files: list[str] = []
+    """Names of those that a folder or a glob stands for; none: it is a file itself."""
     too_long: str
     """What was done with documents that are longer than a packed row: `data.too_long`, with `auto` resolved."""
     rows: int
@@ -185,7 +190,7 @@ def _counted(source: SourceReport) -> str:
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
     return (
-        f"{source.rows} read as {source.format}, {source.used} used"
+        f"{source.rows} read as {source.format}{_of_files(source.files)}, {source.used} used"
         + (f": {', '.join(losses)}" if losses else "")
         + f"; {format_count(source.tokens)} tokens, {format_count(source.targets)} targets"
     )
@@ -222,6 +227,15 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
     if source.unread_keys:
         lines.append(f"keys of turns that raytune does not know, or reads otherwise: {_with_counts(source.unread_keys)}")
     return lines
+
+
+def _of_files(files: Sequence[str]) -> str:
+    """Which files, where a source stands for them."""
+    if not files:
+        return ""
+    names = ", ".join(files[:_NAMED_FILES])
+    more = f", and {len(files) - _NAMED_FILES} more" if len(files) > _NAMED_FILES else ""
+    return f" of {_many(len(files), 'file')} ({names}{more})"
 
 
 def _first(examples: Mapping[str, Sequence[str]], name: str) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import read_row
+from raytune.data.recognising import AS_MESSAGES, read_row
 from raytune.data.template_text import name_of
 from raytune.errors import DataError
 from raytune.evaluation.asked_rows import Prompter
@@ -39,7 +39,7 @@ class Prompts:
             if isinstance(prompt, str):
                 return self._prompter.prompt_ids(prompt)
             row = {"messages": [*prompt.messages], "tools": [*prompt.tools]}
-            conversation = read_row(row, "messages", {}, Origin("request", 1))
+            conversation = read_row(row, AS_MESSAGES, Origin("request", 1))
             self._refuse_hidden(conversation, self._prompter.rendered(conversation.messages, conversation.tools))
             return self._prompter.prompt_ids(conversation.messages, conversation.tools)
         except (RowError, DataError) as error:

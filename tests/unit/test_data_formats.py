@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import FORMATS, format_of, read_row
+from raytune.data.formats import FORMATS
 from raytune.data.masking import trained_turns
+from raytune.data.recognising import Reading, read_row, reading_of
+from raytune.data.row_fields import Mapped
 from raytune.data.split import side_of
 from raytune.errors import DataError
 from tests.tiny import PATIENT
@@ -24,7 +26,15 @@ def source(**fields: Any) -> DataSource:
 
 
 def read(row: dict[str, Any], **fields: Any) -> Conversation:
-    return read_row(row, format_of(source(**fields), row), fields.get("columns", {}), HERE)
+    return read_row(row, reading_of(source(**fields), row), HERE)
+
+
+def format_of(source: DataSource, row: dict[str, Any]) -> str:
+    return reading_of(source, row).format
+
+
+def as_format(name: Any, *, is_named: bool = True) -> Reading:
+    return Reading(format=name, is_named=is_named, mapped=Mapped(columns={}, constants={}), labels={})
 
 
 def turns(conversation: Conversation) -> list[tuple[str, Any]]:
@@ -103,7 +113,7 @@ USER = {"role": "user", "content": "Q"}
         ({"messages": [USER], "tools": "[not json"}, "'tools' is text that is not JSON"),
         ({"instruction": "a", "output": None}, "'output' is null"),
         ({"instruction": "a", "output": ["b"]}, "'output' is a list, expected text"),
-        ({"instruction": "a", "input": 3, "output": "b"}, "'input' is a number"),
+        ({"instruction": "a", "input": 3, "output": "b"}, r"'input' is a number, expected text; write it in quotes: \"3\""),
         ({"prompt": True, "completion": "b"}, "'prompt' is a boolean"),
         ({"text": ""}, "'text' is empty"),
         ({"text": None}, "'text' is null"),
@@ -138,19 +148,38 @@ def test_no_calls_are_no_key_since_templates_ask_for_the_key_alone(nothing: Any)
 
 def test_a_later_row_without_the_column_is_named_with_what_it_has() -> None:
     with pytest.raises(RowError, match="has no 'completion', only 'prompt', 'answer'"):
-        read_row({"prompt": "Q", "answer": "A"}, "prompt_completion", {}, HERE)
+        read_row({"prompt": "Q", "answer": "A"}, as_format("prompt_completion"), HERE)
 
 
 def test_columns_that_fit_several_formats_are_not_guessed() -> None:
-    with pytest.raises(DataError, match=r"'text' fit more than one format \(alpaca, text\). Say which one with `format`"):
+    with pytest.raises(
+        DataError,
+        match=r"fit more than one format \(alpaca, by which 'text' would be left unread; text, by which",
+    ):
         format_of(source(), {"instruction": "a", "output": "b", "text": "c"})
+    with pytest.raises(
+        DataError, match=r"\(classification; text, by which 'label' would be left unread\).* `format: classification`"
+    ):
+        format_of(source(), {"text": "great film", "label": "good", "id": 3})
+    with pytest.raises(
+        DataError, match=r"\(summarisation; text, by which 'summary' would be left unread\).* `format: summarisation`"
+    ):
+        format_of(source(), {"text": "a long text", "summary": "short"})
+    with pytest.raises(DataError, match=r"as question_answer, a row has 'query', 'problem', each of which may be its 'question'"):
+        format_of(source(), {"query": "Q", "problem": "P", "answer": "4"})
+    with pytest.raises(DataError, match=r"'solution' would be left unread.* `format: question_answer`"):
+        format_of(source(), {"problem": "Q", "solution": "because", "answer": "4"})
+    assert turns(read({"problem": "Q", "solution": "S", "answer": "4"}, columns={"question": "problem", "answer": "solution"}))[
+        1
+    ] == ("assistant", "S")
+    assert format_of(source(format="text"), {"text": "great film", "label": "good"}) == "text"
     assert format_of(source(format="alpaca"), {"instruction": "a", "output": "b", "text": "c"}) == "alpaca"
     assert format_of(source(columns={"text": "text"}), {"instruction": "a", "output": "b", "text": "c"}) == "text"
 
 
 def test_columns_that_fit_no_format_are_listed_beside_what_formats_need() -> None:
-    with pytest.raises(DataError, match=r"'question', 'answer' fit no format.*prompt_completion: prompt, completion"):
-        format_of(source(), {"question": "a", "answer": "b"})
+    with pytest.raises(DataError, match=r"'frage', 'antwort' fit no format.*prompt_completion: prompt, completion"):
+        format_of(source(), {"frage": "a", "antwort": "b"})
 
 
 @pytest.mark.parametrize(
@@ -248,15 +277,16 @@ QA = {"prompt": "Q", "completion": "A"}
 @pytest.mark.parametrize(
     ("row", "column", "name"),
     [
-        ({"text": "great film", "label": 1}, "label", "text"),
-        ({"text": "great film", "label": 0}, "label", "text"),
+        ({"sentence": "great film", "label": "good", "stars": 0}, "stars", "classification"),
+        ({"question": "Q", "answer": "A", "choices": ["A", "B"]}, "choices", "question_answer"),
+        ({"dialogue": "Hi", "summary": "A", "topic": "greeting"}, "topic", "summarisation"),
         ({"text": "bonjour", "lang": "fr"}, "lang", "text"),
         ({"text": "hello", "role": "prompter", "id": 1}, "role", "text"),
         ({**QA, "label": True}, "label", "prompt_completion"),
         ({**QA, "chosen": "A", "rejected": "B"}, "rejected", "prompt_completion"),
         ({"messages": [USER], "images": ["a.png"]}, "images", "messages"),
         ({"messages": [USER], "functions": [{"name": "f"}]}, "functions", "messages"),
-        ({"instruction": "a", "output": "b", "context": "c"}, "context", "alpaca"),
+        ({"instruction": "a", "output": "b", "explanation": "c"}, "explanation", "alpaca"),
         ({"conversations": [{"from": "human", "value": "Q"}], "score": 3}, "score", "sharegpt"),
     ],
 )
@@ -267,14 +297,14 @@ def test_a_column_that_may_matter_is_refused_until_the_format_is_named_and_then_
         format_of(source(), row)
     assert column in read(row, format=name).unread_columns
     with pytest.raises(RowError, match=rf"'{column}'.* would be left unread"):  # a later row of a file that began without it
-        read_row(row, name, {}, HERE, is_named=False)
+        read_row(row, as_format(name, is_named=False), HERE)
 
 
 def test_empty_columns_and_those_that_only_keep_the_books_do_not_stand_in_the_way() -> None:
     kept = {"id": 7, "source": "web", "url": "u", "__index_level_0__": 3, "Unnamed: 0": 1, "prompt_id": "x", "metadata": {"a": 1}}
     conversation = read({**QA, **kept, "label": None, "images": [], "note": ""})
     assert conversation.unread_columns == tuple(kept)
-    assert read_row({**QA, **kept}, "prompt_completion", {}, HERE, is_named=False).unread_columns == tuple(kept)
+    assert read_row({**QA, **kept}, as_format("prompt_completion", is_named=False), HERE).unread_columns == tuple(kept)
 
 
 def test_mapping_the_columns_names_the_format() -> None:
@@ -335,7 +365,7 @@ def test_sharegpt_rows_become_chats_under_each_spelling_of_its_roles() -> None:
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({"from": "bot", "value": "A"}, "from' is 'bot', expected one of system, human, user, gpt"),
+        ({"from": "narrator", "value": "A"}, "from' is 'narrator', expected one of system, human, user, gpt"),
         ({"from": None, "value": "A"}, "from' is None"),
         ({"from": ["gpt"], "value": "A"}, "from' is "),
         ({"from": "gpt", "value": None}, "value' is null, expected text"),
@@ -360,7 +390,7 @@ def test_two_system_prompts_and_sharegpt_turns_in_messages_are_refused() -> None
     with pytest.raises(RowError, match=r"a system prompt in 'system' and another in 'conversations\[0\]'"):
         read({"conversations": [system], "system": "other"})
     with pytest.raises(RowError, match=r"write `format: sharegpt` with `columns: \{conversations: messages\}`"):
-        read({"messages": [system]})
+        read({"messages": [system]}, format="messages")
 
 
 ANY = st.recursive(
@@ -382,7 +412,7 @@ ANY = st.recursive(
 )
 def test_no_row_whatever_is_in_it_does_more_than_fail_as_a_row(name: Any, row: dict[str, Any]) -> None:
     with suppress(RowError):
-        conversation = read_row(row, name, {}, HERE)
+        conversation = read_row(row, as_format(name), HERE)
         assert conversation.text or conversation.messages
 
 

@@ -91,8 +91,12 @@ PREFERENCES = {
         "map them: `columns: {prompt: prompt, completion: chosen}`",
     ),
     "texts": ({"chosen": "Human: Q Assistant: A", "rejected": "Human: Q Assistant: B"}, "map them: `columns: {text: chosen}`"),
-    "answers as turns": (
+    "turns": (
         {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]},
+        "map them: `columns: {prompt: prompt, completion: chosen}`",
+    ),
+    "answers as turns": (
+        {"question": "Q", "chosen": [ANSWER], "rejected": [ANSWER]},
         "write each prompt and its chosen answer as one chat",
     ),
 }

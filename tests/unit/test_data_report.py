@@ -24,7 +24,7 @@ from raytune.launch.progress import show_result
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
 from raytune.launch.run import plan_run
-from raytune.plan.data_report import COUNTS, DataReport, SourceReport, losses_text, report_table
+from raytune.plan.data_report import COUNTS, DataReport, SourceReport, losses_text, report_table, store_text
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
@@ -343,6 +343,21 @@ def test_every_count_is_explained_and_what_is_lost_has_a_sentence() -> None:
             {"template": [], "train": {"row_length": 8, "num_rows": 1, "sources": [source]}, "validation": {}}
         )
         assert len(losses_text(report)) == 1, lost
+
+
+def test_of_a_folder_the_files_are_named_and_of_a_file_nothing_is_said_of_it(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for number in range(6):
+        write(rows / f"train-{number}.jsonl", [{"sentence": "fine", "label": "good"}])
+    write(rows / "test.jsonl", [{"sentence": "bad", "label": "bad"}])
+    info = build(tmp_path, rows)
+    assert info.num_targets == 6 * (len("good") + 1), "the name of the class and the end of the turn"
+    (line,) = store_text(info.report)
+    assert line.startswith(
+        "6 read as classification of 6 files (train-0.jsonl, train-1.jsonl, train-2.jsonl, train-3.jsonl, and 2 more), 6 used"
+    )
+    assert only(build(tmp_path, rows / "test.jsonl")).files == []
 
 
 def test_a_validation_set_is_not_called_like_the_metrics_over_all_of_them() -> None:

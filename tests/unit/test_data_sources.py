@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import ipc, parquet
 
 from raytune.config.data import DataSource, source_name
 from raytune.data import readers
-from raytune.data.formats import format_of
 from raytune.data.readers import BadRow, FileRow, read_segment
-from raytune.data.sources import find_files, scan
+from raytune.data.recognising import reading_of
+from raytune.data.source_files import find_files
+from raytune.data.sources import scan
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
@@ -113,12 +114,23 @@ UNREADABLE = {
     "empty.parquet": (b"", "is empty"),
     "truncated.json": (b'[{"text": "good"}, {"text": "go', "truncated.json:1: .*cannot be read from here"),
     "unclosed.json": (b'[{"text": "good"}\n', "unclosed.json:2: expected , or ]"),
+    "two-arrays.json": (
+        b'[{"text": "good"}]\n[{"text": "good"}]\n',
+        "two-arrays.json:2: the JSON array has ended, but '\\[' follows",
+    ),
+    "behind-empty.json": (b'[]\n{"text": "good"}\n', "behind-empty.json:2: the JSON array has ended, but '{' follows"),
     "garbage.json": (b'[{"text": "good"},\n ,]', "garbage.json:2: .*cannot be read from here"),
     "bad-utf8.json": (b'[{"text": "good"},\n{"text": "\xff"}]', "bad-utf8.json: not UTF-8"),
     "deep.json": (b"[" * 200_000, "deep.json:1"),
     "header.csv": (b"a,a\n1,2\n", "header.csv:1: the header cannot be used"),
     "nameless.csv": (b"a,,b\n1,2,3\n", "every column needs a name"),
     "latin1-header.csv": (b"caf\xe9,b\n1,2\n", "not UTF-8"),
+    "semicolons.csv": (b"question;answer\nq;a\n", "semicolons.csv:1: the header is one column, .* separated by ';'"),
+    "tabs.csv": (b"question\tanswer\nq\ta\n", "tabs.csv:1: the header is one column"),
+    "commas.tsv": (b"question,answer\nq,a\n", "commas.tsv:1: the header is one column"),
+    "utf16.csv": ("question,answer\nq,a\n".encode("utf-16"), "is UTF-16. Save it as UTF-8"),
+    "utf16-be.jsonl": (b"\xfe\xff\x00{", "is UTF-16"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
     "broken.parquet": (b"PAR1 this is not it PAR1", "cannot be read as a parquet file"),
     "picture.png": (b"\x89PNG", "cannot read files that end in '.png'"),
 }
@@ -144,7 +156,8 @@ def test_a_huge_line_is_refused_in_constant_memory(tmp_path: Path) -> None:
         "import resource\n"
         "from raytune.config.data import DataSource\n"
         "from raytune.data.readers import read_segment\n"
-        "from raytune.data.sources import find_files, scan\n"
+        "from raytune.data.source_files import find_files\n"
+        "from raytune.data.sources import scan\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"(file,) = find_files(DataSource(path={str(path)!r}), None)\n"
         "rows = [row for segment in scan(file, None).segments for row in read_segment(segment)]\n"
@@ -213,7 +226,7 @@ def test_fingerprints_follow_content_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_map_of_arrow_is_an_object(tmp_path: Path) -> None:
     arguments = pa.array([[{"f": [("city", "Oslo")]}], None], pa.list_(pa.struct({"f": pa.map_(pa.string(), pa.string())})))
-    pa.parquet.write_table(pa.table({"calls": arguments}), tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"calls": arguments}), tmp_path / "a.parquet")
     assert values(read(tmp_path / "a.parquet")) == [{"calls": [{"f": {"city": "Oslo"}}]}, {"calls": None}]
 
 
@@ -221,16 +234,26 @@ def test_the_index_that_pandas_writes_into_a_csv_is_no_fault(tmp_path: Path) -> 
     (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n")
     (row,) = values(read(tmp_path / "a.csv"))
     assert row == {"Unnamed: 0": "0", "prompt": "a", "completion": "b"}
-    assert format_of(DataSource(path="a.csv"), row) == "prompt_completion"
+    assert reading_of(DataSource(path="a.csv"), row).format == "prompt_completion"
 
 
 def test_parquet_row_groups_are_segments(tmp_path: Path) -> None:
     table = pa.table({"text": [f"row {index}" for index in range(1, 11)], "tags": [["a", None]] * 10})
-    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     rows = read(tmp_path / "a.parquet")
     assert [(row.line, row.values) for row in rows if isinstance(row, FileRow)] == list(enumerate(table.to_pylist(), 1))
     (file,) = find_files(DataSource(path=str(tmp_path / "a.parquet")), tmp_path)
     assert len(scan(file, None).segments) == 3
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(DataError, match=f"{name} has more than one column with the name 'text'"):
+            read(tmp_path / name)
 
 
 def test_folders_of_save_to_disk_are_read_by_split(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.demo import demo_rows
-from raytune.data.sources import DEMO_ROWS
+from raytune.data.source_files import DEMO_ROWS
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError, PlanError, UserError
 from raytune.plan.advise import advise

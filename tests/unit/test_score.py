@@ -97,11 +97,11 @@ def test_a_table_takes_neither_the_place_of_its_rows_nor_that_of_another_table(t
 def test_rows_without_a_format_are_refused_without_a_cluster_and_columns_give_them_one(tmp_path: Path) -> None:
     run = run_of(tmp_path, "finished")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    with pytest.raises(DataError, match=r"'question', 'answer' fit no format"):
+    rows.write_text('{"frage": "1 + 1?", "antwort": "2"}\n')
+    with pytest.raises(DataError, match=r"'frage', 'antwort' fit no format"):
         score(run_to_score(run.path), sources_of([str(rows)], "auto", None))
     assert not ray.is_initialized()
-    look_at_rows(sources_of([str(rows)], "auto", None, columns_of("prompt=question, completion=answer")))
+    look_at_rows(sources_of([str(rows)], "auto", None, columns_of("prompt=frage, completion=antwort")))
     with pytest.raises(UserError, match=r"--columns is 'question', expected names as in prompt=question"):
         columns_of("question")
 
