@@ -43,14 +43,14 @@ def base_model(draft: Draft) -> None:
         )
 
 
-def carried(draft: Draft, *, has_adapter: bool) -> None:
+def carried(draft: Draft, method: str) -> None:
     """Keys whose values are what ours are, and those of the project's defaults that are not ours."""
     for key in draft.project.carried:
         if not draft.says(key) and key not in draft.project.defaults:
             continue
         ours = counterpart(key)
-        if ours.startswith("adapter.") and not has_adapter:
-            draft.idle(key, "all weights are trained: there is no adapter")
+        if ours.startswith("adapter.") and method not in keys()[ours].methods:
+            draft.idle(key, f"method {method} has no such setting")
         else:
             carry(draft, key, ours)
 
@@ -81,14 +81,16 @@ def batch(draft: Draft) -> None:
         draft.write("training.per_device_train_batch_size", rows, names["rows"])
         draft.write("training.gradient_accumulation_steps", accumulation, names["accumulation"])
         draft.open_questions.append(
-            f"how many GPUs it was trained on: a step has {rows * accumulation} rows per GPU, as there; `--gpus N` writes the rows "
-            "per step, which then hold on any number"
+            f"how many GPUs it was trained on: a step has {rows * accumulation} rows per GPU, as there; `--gpus N` writes the "
+            "rows per step, which then hold on any number"
         )
         return
     shared = draft.project.names.get("sequence_parallel", "")
     groups = draft.gpus // (draft.count(shared) or 1) if shared else draft.gpus
-    words = f"{rows} rows x {accumulation} x {groups} GPUs"
-    draft.write("training.global_batch_size", rows * accumulation * groups, names["rows"], names["accumulation"], note=words)
+    draft.write("training.global_batch_size", rows * accumulation * groups, names["rows"], names["accumulation"])
+    draft.origins["training.global_batch_size"] = (
+        f"{names['rows']} {rows} x {names['accumulation']} {accumulation} x {groups} GPUs"
+    )
 
 
 def length(draft: Draft) -> None:
@@ -327,10 +329,10 @@ def folders(draft: Draft, file: str) -> None:
         draft.write("storage", str(path.parent), "output_dir")
 
 
-def training_arguments(draft: Draft, file: str, *, has_adapter: bool) -> None:
+def training_arguments(draft: Draft, file: str, method: str) -> None:
     """All rules that the three projects share and that depend on nothing of their own."""
     base_model(draft)
-    carried(draft, has_adapter=has_adapter)
+    carried(draft, method)
     batch(draft)
     length(draft)
     optimizer(draft)

@@ -6,6 +6,8 @@ from raytune.importing import arguments, axolotl_data
 from raytune.importing.draft import Draft
 from raytune.importing.facts import facts
 
+_OUTSIDE = {"lm_head", "embed_tokens"}
+"""Modules that are not among all linear layers."""
 _KERNELS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attention", "xformers_attention", "sage_attention")
 
 
@@ -14,7 +16,7 @@ def convert(draft: Draft, file: str) -> None:
     rows, total = draft.count("micro_batch_size"), draft.count("batch_size")
     if rows and total and total % rows == 0 and not draft.says("gradient_accumulation_steps"):
         draft.assumed["gradient_accumulation_steps"] = total // rows
-    arguments.training_arguments(draft, file, has_adapter=method != "full")
+    arguments.training_arguments(draft, file, method)
     for ours in ("training.global_batch_size", "training.gradient_accumulation_steps"):
         if "gradient_accumulation_steps" in draft.assumed and ours in draft.values:
             draft.write(ours, draft.values[ours], "batch_size", note="rows per GPU and step there")
@@ -65,7 +67,9 @@ def _method(draft: Draft) -> str:
         draft.same(key, "asks for nothing") if not draft.truth(key) else draft.idle(key, "the other says how the base is held")
     if ours.endswith("lora"):
         _targets(draft)
-    return ours
+    if draft.asks_for("quantize_moe_experts"):
+        draft.same("quantize_moe_experts", "fused experts are held in 4 bits where the base is")
+    return ours.replace("qlora", "lora")
 
 
 def _module(name: str) -> str:
@@ -76,9 +80,10 @@ def _targets(draft: Draft) -> None:
     if draft.truth("lora_target_linear"):
         draft.write("adapter.target_modules", "all-linear", "lora_target_linear")
         if draft.says("lora_target_modules"):
-            draft.leave(
-                "lora_target_modules", "lora_target_linear takes all linear layers already; fused experts are among these"
-            )
+            more = draft.raw("lora_target_modules")
+            if isinstance(more, str) or _OUTSIDE & set(more):
+                draft.leave("lora_target_modules", "lora_target_linear is read, which takes all linear layers but the head")
+            draft.idle("lora_target_modules", "lora_target_linear takes all linear layers already")
     elif draft.says("lora_target_modules"):
         value = draft.raw("lora_target_modules")
         if isinstance(value, str):  # a regular expression, as PEFT reads it, or its word for all
@@ -87,6 +92,7 @@ def _targets(draft: Draft) -> None:
     elif not draft.says("lora_target_parameters"):
         draft.write("adapter.target_modules", facts()["usual_targets"])
         draft.origins["adapter.target_modules"] = "what PEFT takes in most families, if no modules are named"
+    draft.same("lora_target_linear", "asks for nothing")
 
 
 def _warm_up(draft: Draft) -> None:
@@ -148,12 +154,15 @@ def _plugins(draft: Draft) -> None:
 
 def _tokens(draft: Draft) -> None:
     if draft.asks_for("tokens"):
-        draft.write("model.new_tokens", draft.texts("tokens"), "tokens")
+        if isinstance(draft.raw("tokens"), dict):
+            draft.leave("tokens", "the tokenizer beside the base says which tokens are special")
+        else:
+            draft.write("model.new_tokens", draft.texts("tokens"), "tokens")
     if not draft.says("special_tokens"):
         return
     for key in draft.open("special_tokens"):
-        if key.endswith(".pad_token"):
-            draft.idle(key, "rows are never padded")
+        if key.endswith((".pad_token", ".unk_token")):
+            draft.idle(key, "rows are never padded, and no token is unknown")
         else:
             draft.leave(
                 key, "the tokenizer beside the base says which tokens are special; where they differ, answers end otherwise"

@@ -2,7 +2,7 @@
 
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat
-from raytune.importing.sources import Source, columns_of, template, write_sources
+from raytune.importing.sources import Source, columns_of, split, subset, template, write_sources
 
 _KEYS = (("data.train", "datasets"), ("data.validation", "test_datasets"), ("data.train", "pretraining_dataset"))
 _TURNS = {"role": "role", "content": "content"}
@@ -48,29 +48,16 @@ def _source(draft: Draft, holder: str, wanted: dict[str, str], *, is_plain: bool
     else:
         source.set("path", draft.text(path), path)
         draft.leave(files, "name each file as a source of its own")
-    _split(draft, holder, source)
+    split(draft, f"{holder}.split", source)
+    subset(draft, f"{holder}.name", source)
     _format(draft, holder, source, wanted, is_plain=is_plain)
     draft.idle(f"{holder}.ds_type", "how a file is read follows from its name")
     for key in ("preprocess_shards", "trust_remote_code"):
         draft.idle(f"{holder}.{key}", "it changes nothing of what is trained")
     for key in ("shards", "shards_idx"):
         draft.leave(f"{holder}.{key}", "all rows of a source are read here; max_rows reads the first ones")
-    for key in ("name", "revision"):
-        draft.leave(f"{holder}.{key}", "a source is named by path and split: of a hub data set its default is read")
+    draft.leave(f"{holder}.revision", "of a hub data set the newest revision is read")
     return source
-
-
-def _split(draft: Draft, holder: str, source: Source) -> None:
-    key = f"{holder}.split"
-    split, bracket, part = draft.text(key).partition("[")
-    if bracket and part[:1] == ":" and part[1:-1].isdigit():
-        source.set("max_rows", int(part[1:-1]), key)
-    elif bracket:
-        draft.leave(key, f"a split is named whole here, and all of {split} is read; max_rows reads the first rows")
-    if split and split != "train":
-        source.set("split", split, key)
-    elif not bracket:
-        draft.same(key, "the split that is read anyway")
 
 
 def _format(draft: Draft, holder: str, source: Source, wanted: dict[str, str], *, is_plain: bool) -> None:

@@ -1,5 +1,6 @@
 """A config of raytune in the making: what another file said, what of it was written, and an account of each of its keys."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -65,7 +66,11 @@ class Draft:
 
     def raw(self, key: str) -> Any:
         """What holds: what the file says, or what the project does where it says nothing."""
-        return self.nodes[key].plain if self.says(key) else self.assumed.get(key, self.project.defaults.get(key))
+        if not self.says(key):
+            return self.assumed.get(key, self.project.defaults.get(key))
+        value = self.nodes[key].plain
+        is_grouped = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(_[0-9]+)+", value)
+        return int(value) if is_grouped else value
 
     def number(self, key: str) -> float | int | None:
         value = self.raw(key)
@@ -160,7 +165,7 @@ class Draft:
 
     def _once(self, key: str, fate: Fate, why: str) -> None:
         if key in self.nodes and key not in self.accounts:
-            self._account(key, fate, why)
+            self._account(key, fate if self.says(key) else "same", why if self.says(key) else "says nothing")
 
     def _account(self, key: str, fate: Fate, note: str, ours: tuple[tuple[str, Any], ...] = ()) -> None:
         node = self.nodes[key]
@@ -175,9 +180,9 @@ class Draft:
     def _account_for(self, key: str) -> None:
         value = self.nodes[key].plain
         leaf = key.rpartition(".")[2]
+        answer = answer_for_name("", leaf)
         if not self.says(key):
             return self.same(key, "says nothing")
-        answer = answer_for_name("", leaf)
         if answer and answer.changes_nothing:
             return self.idle(key, answer.note.partition(": ")[2] or answer.note)
         if _is_off(value) and leaf not in _NO_MATTERS:
@@ -185,6 +190,8 @@ class Draft:
         if answer and answer.note.startswith("raytune has no such setting"):
             return self.leave(key, answer.note.partition(": ")[2])
         ours = counterpart(leaf)
+        if ours.startswith(_CHANGE_NOTHING):
+            return self.idle(key, f"{ours} is what raytune has for it")
         if ours:
             return self.leave(key, f"convert it by hand: {ours} is what raytune has. {answer.note if answer else ''}".strip())
         near = near_words(leaf, self.project.known_by | set(self.project.carried) | set(self.project.defaults), cutoff=0.8)
@@ -192,6 +199,21 @@ class Draft:
         return self.leave(key, f"raytune knows no such key of {self.project.title}{hint}")
 
 
+_CHANGE_NOTHING = (
+    *(
+        "cluster.",
+        "tracking",
+        "name",
+        "storage",
+        "evaluation.",
+        "training.zero",
+        "training.compile",
+        "training.liger",
+        "training.loss",
+    ),
+    *("training.logging_steps", "training.gradient_checkpointing", "training.tf32", "model.attention", "data.store"),
+)
+"""Beginnings of our keys with which, whatever they say, the same is trained."""
 _NO_MATTERS = {"ignore_pad_token_for_loss", "train_on_eos", "train_on_eot", "average_tokens_across_devices"}
 """Keys whose `false` or `none` asks for something."""
 

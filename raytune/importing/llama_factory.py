@@ -18,8 +18,14 @@ _MEDIA = ("images", "videos", "audios")
 
 
 def convert(draft: Draft, file: str) -> None:
+    if not draft.truth("do_train"):
+        raise UserError(
+            f"{file}: do_train is not true, so that nothing is trained with it (it answers, exports or measures). "
+            "Nothing was converted."
+        )
+    draft.same("do_train", "training is what `raytune train` does")
     method = _method(draft)
-    arguments.training_arguments(draft, file, has_adapter=method != "full")
+    arguments.training_arguments(draft, file, method)
     arguments.schedule(draft)
     pure = draft.truth("pure_bf16")
     used = tuple(key for key in ("bf16", "fp16", "pure_bf16") if draft.says(key))
@@ -50,8 +56,11 @@ def _method(draft: Draft) -> str:
     draft.write("adapter.method", method, "finetuning_type")
     if method == "full":
         return method
+    if draft.asks_for("additional_target"):
+        draft.write("adapter.modules_to_save", draft.texts("additional_target"), "additional_target")
+    _quantization(draft)
     if method != "lora":
-        draft.add_note("finetuning_type", "its keys have other names and starts; look at `raytune explain adapter`")
+        _rotations(draft)
         return method
     if not draft.says("lora_alpha"):
         draft.write("adapter.alpha", 2 * (draft.count("lora_rank") or 0))
@@ -60,13 +69,22 @@ def _method(draft: Draft) -> str:
         draft.write("adapter.alpha", draft.number("lora_alpha"), "lora_alpha")
     targets = draft.texts("lora_target")
     draft.write("adapter.target_modules", "all-linear" if "all" in targets else targets, "lora_target")
-    if draft.asks_for("additional_target"):
-        draft.write("adapter.modules_to_save", draft.texts("additional_target"), "additional_target")
     if draft.asks_for("pissa_init"):
         draft.write("adapter.init", "pissa", "pissa_init")
         draft.idle("pissa_iter", "its factors are exact here")
-    _quantization(draft)
     return method
+
+
+def _rotations(draft: Draft) -> None:
+    """OFT, the only other method: its blocks, by their size or by their number."""
+    if draft.count("oft_rank"):
+        draft.leave("oft_rank", "blocks are given by their size, adapter.block_size: a layer's inputs divided by the blocks")
+    else:
+        draft.write("adapter.block_size", draft.count("oft_block_size"), "oft_block_size")
+    targets = draft.texts("oft_target")
+    draft.write("adapter.target_modules", "all-linear" if "all" in targets else targets, "oft_target")
+    for key in [key for key in draft.nodes if key.startswith("lora_")]:
+        draft.idle(key, "there is no LoRA")
 
 
 def _quantization(draft: Draft) -> None:
@@ -78,8 +96,8 @@ def _quantization(draft: Draft) -> None:
     format = facts()["quantizations"].get(str(bits))
     if format is None or kind not in ("bnb", "bitsandbytes"):
         raise UserError(
-            f"quantization_bit: {bits} by {kind}: raytune holds a base in 4 or 8 bits by bitsandbytes only. Nothing was converted; "
-            "change it to 4 or 8 and import that."
+            f"quantization_bit: {bits} by {kind}: raytune holds a base in 4 or 8 bits by bitsandbytes only. "
+            "Nothing was converted; change it to 4 or 8 and import that."
         )
     draft.write("model.quantization", draft.text("quantization_type") or format if bits == 4 else format, "quantization_bit")
     for key, ours in (("quantization_type", "model.quantization"), ("quantization_method", "model.quantization")):
@@ -161,7 +179,9 @@ def _source(draft: Draft, name: str, key: str, info: Mapping[str, Any], is_plain
         if said.get("split", "train") != "train":
             source.set("split", said["split"])
         _format(draft, name, key, said, source, is_plain)
-        for part in ("subset", "folder", "num_samples"):
+        if said.get("subset") and path:
+            source.set("path", f"{path}:{said['subset']}", key)
+        for part in ("folder", "num_samples"):
             if said.get(part):
                 draft.open_questions.append(f"{name}: `{part}: {said[part]}` of {_INFO} has no counterpart: all rows are read")
     if draft.asks_for("max_samples"):

@@ -1,10 +1,10 @@
 """Data sets of other projects as sources of `data.train` and `data.validation`, and the template of their rows."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytune.config.data import FILE_ENDINGS
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat
 
@@ -45,9 +45,29 @@ def columns_of(kind: RowFormat, named: Mapping[str, str]) -> dict[str, str]:
     return {ours: column for ours, column in found.items() if column and column != ours}
 
 
-def local_path(path: str, folders: list[str]) -> str:
-    """A path that is there below one of some folders, or the path as it is."""
-    return next((found for folder in folders if os.path.exists(found := os.path.normpath(os.path.join(folder, path)))), path)
+def subset(draft: Draft, key: str, source: Source) -> None:
+    """A subset (configuration) of a hub data set, which raytune writes behind its id."""
+    if draft.asks_for(key) and not _is_file(source):
+        source.set("path", f"{source.values['path']}:{draft.text(key)}", key)
+    else:
+        draft.leave(key, "files have no subsets")
+
+
+def split(draft: Draft, key: str, source: Source) -> None:
+    """A split, or a slice of one (`train[:10%]`), which a hub data set understands and a file does not."""
+    name, bracket, part = draft.text(key).partition("[")
+    if not bracket and name in ("", "train"):
+        draft.same(key, "the split that is read anyway")
+    elif not _is_file(source):
+        source.set("split", draft.text(key), key)
+    elif part[:1] == ":" and part[1:-1].isdigit():
+        source.set("max_rows", int(part[1:-1]), key)
+    else:
+        draft.leave(key, "a file has no splits: all of it is read; max_rows reads its first rows")
+
+
+def _is_file(source: Source) -> bool:
+    return source.values["path"].endswith(FILE_ENDINGS)
 
 
 def template(draft: Draft, wanted: Mapping[str, str]) -> None:

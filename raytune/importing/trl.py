@@ -5,7 +5,7 @@ import os
 from raytune.importing import arguments
 from raytune.importing.draft import Draft
 from raytune.importing.facts import facts
-from raytune.importing.sources import Source, write_sources
+from raytune.importing.sources import Source, split, subset, write_sources
 
 _ADAPTERS = ("lora_", "use_rslora", "use_dora")
 
@@ -13,7 +13,7 @@ _ADAPTERS = ("lora_", "use_rslora", "use_dora")
 def convert(draft: Draft, file: str) -> None:
     has_adapter = draft.truth("use_peft")
     _method(draft, has_adapter)
-    arguments.training_arguments(draft, file, has_adapter=has_adapter)
+    arguments.training_arguments(draft, file, "lora" if has_adapter else "full")
     arguments.schedule(draft)
     fp16 = draft.truth("fp16")
     bf16 = draft.truth("bf16") if draft.says("bf16") else not fp16
@@ -64,7 +64,7 @@ def _method(draft: Draft, has_adapter: bool) -> None:
 
 def _data(draft: Draft) -> bool:
     """Sources. Whether any rows are held out."""
-    split, held_out = draft.text("dataset_train_split"), draft.text("dataset_test_split")
+    held_out = draft.text("dataset_test_split")
     evaluates = str(draft.raw("eval_strategy") or "no").lower() not in ("no", "false")
     share = draft.number("test_split_size")
     if draft.asks_for("datasets"):
@@ -73,15 +73,14 @@ def _data(draft: Draft) -> bool:
     elif draft.asks_for("dataset_name"):
         source = Source()
         source.set("path", draft.text("dataset_name"), "dataset_name")
-        if split != "train":
-            source.set("split", split, "dataset_train_split")
+        subset(draft, "dataset_config", source)
+        split(draft, "dataset_train_split", source)
         write_sources(draft, "data.train", [source])
         if evaluates:
             rows = Source()
-            rows.set("path", draft.text("dataset_name"), "dataset_name")
+            rows.set("path", source.values["path"], "dataset_name")
             rows.set("split", held_out, "dataset_test_split")
             write_sources(draft, "data.validation", [rows])
-        draft.leave("dataset_config", "a hub data set has no subsets here: rows of its default are read")
     else:
         draft.open_questions.append("which rows are trained on: name them as data.train")
     draft.same("dataset_train_split", "the split that is read anyway")
@@ -107,16 +106,13 @@ def _mixture(draft: Draft) -> None:
         else:
             source.set("path", draft.text(f"{holder}.path"), f"{holder}.path")
             draft.leave(f"{holder}.data_files", "name each file as a source of its own")
-        key = f"{holder}.split"
-        if draft.says(key) and draft.text(key) != "train":
-            source.set("split", draft.text(key), key)
-        draft.same(key, "the split that is read anyway")
+        split(draft, f"{holder}.split", source)
+        subset(draft, f"{holder}.name", source)
         if fraction := draft.number(f"{holder}.fraction"):
             source.set("proportion", fraction, f"{holder}.fraction")
             source.notes[f"{holder}.fraction"] = "shares of rows there, of trained tokens here"
             draft.write("data.mixing.until", "first_exhausted", f"{holder}.fraction")
-        for part in ("name", "data_dir"):
-            draft.leave(f"{holder}.{part}", "a source is named by path and split: of a hub data set its default is read")
+        draft.leave(f"{holder}.data_dir", "a folder of a hub data set has no key here: its default is read")
         draft.idle(f"{holder}.columns", "a format reads its own columns; others are counted and said")
         sources.append(source)
     write_sources(draft, "data.train", sources)

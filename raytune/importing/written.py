@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
+from raytune.config.keys import keys
 from raytune.config.problems import shortened, shown
 from raytune.config.yaml_nodes import write_yaml
 from raytune.importing.draft import Account, Draft
@@ -33,10 +34,10 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_yaml(draft: Draft, file: str) -> str:
     """The config, each value with where it comes from, and at the end what was left and is to be decided."""
-    tree = nested(draft.values)
-    order = ("name", "storage", "model", "data", "adapter", "strategy", "training", "evaluation", "checkpoint", "tracking")
+    order = list(keys())
+    tree = nested(dict(sorted(draft.values.items(), key=lambda item: order.index(item[0]))))
     lines = [f"# Imported from {file} of {draft.project.title} by `raytune import`."]
-    for section in sorted(tree, key=order.index):
+    for section in tree:
         lines += _lines(tree[section], section, 0, draft.origins)
     left = [account for account in accounts_of(draft) if account.fate == "left"]
     for title, sentences in (("Without counterpart:", [_sentence(account) for account in left]),
