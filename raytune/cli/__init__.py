@@ -10,7 +10,7 @@ import warnings
 
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
-from raytune.cli.configs import check, explain, schema
+from raytune.cli.configs import check, explain, import_, schema
 from raytune.cli.evaluate import evaluate
 from raytune.cli.find_rate import find_rate
 from raytune.cli.group import cli, files_and_overrides
@@ -26,6 +26,7 @@ for verb in (
     check,
     explain,
     schema,
+    import_,
     plan,
     advise,
     train,

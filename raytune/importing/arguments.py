@@ -71,6 +71,11 @@ def carry(draft: Draft, key: str, ours: str) -> None:
         draft.leave(key, f"{why}; without it, {ours} is {shown(keys()[ours].default)}")
 
 
+def rate(draft: Draft) -> None:
+    if "training.learning_rate" not in draft.values:
+        draft.open_questions.append("the learning rate: the file has none, and raytune would take the usual one of the method")
+
+
 def batch(draft: Draft) -> None:
     """Rows per step: rows per GPU x accumulation x GPUs, where the file says two of them and the machines the third."""
     names = draft.project.names
@@ -333,6 +338,7 @@ def training_arguments(draft: Draft, file: str, method: str) -> None:
     """All rules that the three projects share and that depend on nothing of their own."""
     base_model(draft)
     carried(draft, method)
+    rate(draft)
     batch(draft)
     length(draft)
     optimizer(draft)

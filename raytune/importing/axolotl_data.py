@@ -21,12 +21,28 @@ def convert(draft: Draft) -> bool:
         write_sources(draft, ours, _sources(draft, key, wanted))
     if "data.train" not in draft.values:
         draft.open_questions.append("which rows are trained on: name them as data.train")
+    _plain_text(draft)
     template(draft, wanted)
     for key in ("chat_template", "chat_template_jinja"):
         draft.idle(key, "no rows are written in it")
     _targets(draft)
     _packing(draft)
     return _held_out(draft)
+
+
+def _plain_text(draft: Draft) -> None:
+    """Documents that are longer than a row are cut into several there, whatever happens to chats."""
+    text = draft.project.formats["completion"].format
+    formats = [source.get("format") for source in draft.values.get("data.train", [])]
+    if text not in formats:
+        return
+    if set(formats) == {text}:
+        draft.values["data.too_long"] = "split"
+        draft.origins["data.too_long"] = f"{draft.project.title} cuts plain text into rows"
+    else:
+        draft.open_questions.append(
+            "what becomes of long documents: plain text is cut into several there, chats are not; data.too_long is one for all"
+        )
 
 
 def _sources(draft: Draft, key: str, wanted: dict[str, str]) -> list[Source]:

@@ -160,7 +160,7 @@ class Draft:
 
     def add_note(self, key: str, note: str) -> None:
         """More words about a key that has an account."""
-        if key in self.accounts:
+        if key in self.accounts and note and note not in self.accounts[key].note:
             self.accounts[key] = replace(self.accounts[key], note="; ".join(filter(None, (self.accounts[key].note, note))))
 
     def _once(self, key: str, fate: Fate, why: str) -> None:

@@ -1,9 +1,9 @@
 """A config of another trainer -> a config of raytune."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from raytune.config.files import read_file
@@ -17,6 +17,7 @@ from raytune.importing import axolotl, llama_factory, trl
 from raytune.importing.draft import Account, Draft
 from raytune.importing.facts import Project, projects
 from raytune.importing.written import accounts_of, as_yaml, nested, summary
+from raytune.local_files import replace_file
 
 ProjectName = Literal["axolotl", "llamafactory", "trl"]
 
@@ -60,7 +61,7 @@ class Imported:
         return facts | {"accounts": accounts, "open_questions": list(self.open_questions)}
 
 
-def import_config(path: str | os.PathLike[str], *, of: ProjectName | None = None, gpus: int | None = None) -> Imported:
+def imported(file: str, *, of: ProjectName | None = None, gpus: int | None = None) -> Imported:
     """Convert a config of Axolotl, LLaMA-Factory or `trl sft`.
 
     Args:
@@ -71,7 +72,6 @@ def import_config(path: str | os.PathLike[str], *, of: ProjectName | None = None
         UserError: if it cannot be told whose it is, or asks for what raytune does not do.
         ConfigError: if it cannot be read, or holds values that are none.
     """
-    file = os.fspath(path)
     tree, problems = read_file(file, 0, merges=True)
     if problems or tree is None or not isinstance(tree.value, dict):
         raise ConfigError(problems) if problems else UserError(f"{file} is empty: there is nothing to convert.")
@@ -95,6 +95,17 @@ def import_config(path: str | os.PathLike[str], *, of: ProjectName | None = None
         accounts=tuple(accounts_of(draft)),
         open_questions=tuple(draft.open_questions),
     )
+
+
+def save_config(found: Imported, output: Path, *, force: bool) -> None:
+    """Write a config to a file.
+
+    Raises:
+        UserError: if there is one already.
+    """
+    if output.exists() and not force:
+        raise UserError(f"{output} is there already: nothing was written. --force writes over it.")
+    replace_file(output, lambda file: file.write(found.yaml.encode()))
 
 
 def _project(file: str, said: Mapping[str, Node], of: str | None) -> Project:

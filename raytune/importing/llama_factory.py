@@ -202,6 +202,7 @@ def _format(draft: Draft, name: str, key: str, said: Mapping[str, Any], source: 
         draft.open_questions.append(f"how {name} is read: roles or parts of its messages have names that no format here has")
         return
     source.set("format", kind.format)
+    source.notes[key] = kind.note
     if found := columns_of(kind, columns if columns else {}):
         source.set("columns", found)
     if unread := [theirs for theirs in columns if theirs not in {named for named, _ in kind.columns.values()}]:

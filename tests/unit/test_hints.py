@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.config.document import explain
-from raytune.config.foreign_names import FILE, Answer, answer_for_name, answer_for_value, table
+from raytune.config.foreign_names import FILE, answer_for_name, answer_for_value, table
 from raytune.config.hints import hint_for_key, hint_for_value
 from raytune.config.keys import choices, keys, type_at
 from raytune.config.load import ConfigError, load_config
