@@ -47,12 +47,17 @@ def _plain_text(draft: Draft) -> None:
 
 def _sources(draft: Draft, key: str, wanted: dict[str, str]) -> list[Source]:
     value, is_plain = draft.nodes[key].value, key == "pretraining_dataset"
-    if isinstance(value, str):
+    if isinstance(value, str) and is_plain:
         source = Source()
         source.set("path", value, key)
         source.set("format", draft.project.formats["pretrain"].format)
         return [source]
+    if not isinstance(value, list) and not is_plain:
+        draft.wrong(key, "a list of data sets")
     holders = [key] if isinstance(value, dict) else draft.open(key)
+    for holder in holders:
+        if not isinstance(draft.nodes[holder].value, dict):
+            draft.wrong(holder, "a data set (path, type, ...)")
     return [_source(draft, holder, wanted, is_plain=is_plain) for holder in holders if draft.open(holder)]
 
 
@@ -80,8 +85,8 @@ def _format(draft: Draft, holder: str, source: Source, wanted: dict[str, str], *
     key = f"{holder}.type"
     if key in draft.nodes and isinstance(draft.nodes[key].value, dict):
         kind, at = draft.project.formats["fields"], key
-        _user_defined(draft, key)
-        wanted[key] = kind.template or ""
+        fields = [path for path in _user_defined(draft, key) if ".field_" in path]
+        wanted[fields[0] if fields else f"{holder}.path"] = kind.template or ""
     else:
         kind, at = _kind(draft, holder, "pretrain" if is_plain else draft.text(key)), holder
         if kind is None:
@@ -153,9 +158,10 @@ def _chats(draft: Draft, holder: str, wanted: dict[str, str]) -> None:
             draft.same(key, "the end of a trained turn is trained")
 
 
-def _user_defined(draft: Draft, key: str) -> None:
-    """A type with fields and texts of its own."""
-    for path in draft.open(key):
+def _user_defined(draft: Draft, key: str) -> list[str]:
+    """A type with fields and texts of its own; the paths of these."""
+    paths = draft.open(key)
+    for path in paths:
         name = path.rpartition(".")[2]
         if name in ("format", "no_input_format") and draft.text(path) == "{instruction}":
             draft.same(path, "nothing is written around a prompt")
@@ -163,6 +169,7 @@ def _user_defined(draft: Draft, key: str) -> None:
             draft.leave(path, "the text around prompts is that of data.template: a Jinja file can write it")
         elif name == "field_input":
             draft.leave(path, "a prompt is one column: join the two before")
+    return paths
 
 
 def _targets(draft: Draft) -> None:

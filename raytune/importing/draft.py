@@ -78,12 +78,12 @@ class Draft:
             value = scalar(value)
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
             return value
-        return self._wrong(key, "a number")
+        return self.wrong(key, "a number")
 
     def count(self, key: str) -> int | None:
         value = self.number(key)
         if value is None or value != value // 1:
-            return None if value is None else self._wrong(key, "a whole number")
+            return None if value is None else self.wrong(key, "a whole number")
         return int(value)
 
     def truth(self, key: str) -> bool:
@@ -92,14 +92,14 @@ class Draft:
         if value is None or word in _FALSE or value == 0:
             return False
         if word not in _TRUE and value != 1:
-            self._wrong(key, "true or false")
+            self.wrong(key, "true or false")
         return True
 
     def text(self, key: str) -> str:
         value = self.raw(key)
         if value is None or isinstance(value, str):
             return value or ""
-        return self._wrong(key, "text") or ""
+        return self.wrong(key, "text") or ""
 
     def texts(self, key: str) -> list[str]:
         """A list, or words between commas."""
@@ -108,7 +108,7 @@ class Draft:
             return [word.strip() for word in value.split(",") if word.strip()]
         if value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value)):
             return value or []
-        return self._wrong(key, "text or a list of texts") or []
+        return self.wrong(key, "text or a list of texts") or []
 
     def open(self, key: str) -> list[str]:
         """The paths of what lies below a key, each of which is accounted for by itself from now on."""
@@ -121,7 +121,8 @@ class Draft:
         self.nodes |= below
         return list(below)
 
-    def _wrong(self, key: str, expected: str) -> None:
+    def wrong(self, key: str, expected: str) -> None:
+        """Take down that a value is not what it has to be there: then nothing is converted."""
         node = self.nodes[key]
         self.problems.append(Problem(WRONG_VALUE, node.place, key, f"expected {expected}, got {shown(node.plain)}"))
 

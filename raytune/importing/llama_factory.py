@@ -93,6 +93,8 @@ def _quantization(draft: Draft) -> None:
         draft.idle("double_quantization", "the base is not quantised")
         return
     bits, kind = draft.count("quantization_bit"), draft.text("quantization_method") or "bnb"
+    if bits is None:
+        return
     format = facts()["quantizations"].get(str(bits))
     if format is None or kind not in ("bnb", "bitsandbytes"):
         raise UserError(

@@ -97,8 +97,11 @@ def _data(draft: Draft) -> bool:
 
 def _mixture(draft: Draft) -> None:
     sources = []
+    if not isinstance(draft.nodes["datasets"].value, list):
+        draft.wrong("datasets", "a list of data sets")
     for holder in draft.open("datasets"):
         if not draft.open(holder):
+            draft.wrong(holder, "a data set (path, split, ...)")
             continue
         source, files = Source(), draft.texts(f"{holder}.data_files") if draft.says(f"{holder}.data_files") else []
         if len(files) == 1:
