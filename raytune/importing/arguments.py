@@ -19,6 +19,7 @@ from raytune.importing.facts import counterpart, facts
 
 _ZERO_JSON_SETTINGS = ("optimizer", "scheduler")
 """Sections of DeepSpeed's JSON that change what is trained."""
+_OTHER_RECOMPUTATIONS = ("offload", "offload_disk", "unsloth")
 _CHANGES_NOTHING = ("model.attention", "training.compile", "training.liger")
 """Ways to compute the same."""
 
@@ -185,7 +186,7 @@ def recomputation(draft: Draft) -> None:
     key = "gradient_checkpointing"
     if draft.says(key):
         value = draft.raw(key)
-        if isinstance(value, str) and value.lower().startswith("offload"):
+        if value in _OTHER_RECOMPUTATIONS:
             draft.write("training.gradient_checkpointing", True, key, note="activations stay on the device; the same is trained")
         else:
             draft.write("training.gradient_checkpointing", draft.truth(key), key)

@@ -20,8 +20,8 @@ def convert(draft: Draft, file: str) -> None:
     for ours in ("training.global_batch_size", "training.gradient_accumulation_steps"):
         if "gradient_accumulation_steps" in draft.assumed and ours in draft.values:
             draft.write(ours, draft.values[ours], "batch_size", note="rows per GPU and step there")
-    _warm_up(draft)
     arguments.schedule(draft)
+    _warm_up(draft)
     _floor_of_rate(draft)
     _precision(draft)
     has_rows = axolotl_data.convert(draft)
@@ -98,9 +98,9 @@ def _targets(draft: Draft) -> None:
 def _warm_up(draft: Draft) -> None:
     """Without a word it warms up over 3 % of the steps, 100 at most; and a warm-up of one step is one of two."""
     if draft.says("warmup_steps"):
-        if draft.number("warmup_steps") == 1:
+        if draft.values.get("training.warmup_steps") == 1:
             draft.write("training.warmup_steps", 2, "warmup_steps", note="a warm-up of one step is one of two there")
-    elif not draft.says("warmup_ratio"):
+    elif not draft.says("warmup_ratio") and "training.warmup_steps" not in draft.values:
         steps = draft.count("max_steps")
         if steps and steps > 0:
             draft.write("training.warmup_steps", min(int(0.03 * steps), 100))

@@ -7,15 +7,17 @@ from functools import cache
 from typing import Any, Literal
 
 from raytune.config.adapter import LoraAdapter
-from raytune.config.foreign_names import answer_for_name
+from raytune.config.foreign_names import answer_for_name, table
 from raytune.config.near_words import near_words
 from raytune.config.problems import WRONG_VALUE, Place, Problem, shown
 from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import Node, scalar
+from raytune.credentials import find_secret
 from raytune.importing.facts import Project, counterpart
 
 Fate = Literal["converted", "same", "no_effect", "left"]
 """What became of a key: written here; what raytune does anyway; without effect on what is trained; without counterpart."""
+_VARIABLE = re.compile(r"\$\{|\$[A-Z_]{2,}")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -58,7 +60,7 @@ class Draft:
 
     def says(self, key: str) -> bool:
         """Whether the file has something under a key."""
-        return key in self.nodes and self.nodes[key].plain not in (None, "", [], {})
+        return key in self.nodes and self.nodes[key].plain not in (None, "", [], {}) and not _unknown(self.nodes[key].plain)
 
     def asks_for(self, key: str) -> bool:
         """Whether it has something there that is not a way to say no."""
@@ -135,11 +137,11 @@ class Draft:
         is_default = _default(ours) is not None and _default(ours) == value
         for key in said:
             before = self.accounts.get(key)
-            written = (*(before.ours if before else ()), *(() if is_default else ((ours, value),)))
+            written = dict(before.ours if before else ()) | ({} if is_default else {ours: value})
             words = "; ".join(filter(None, (before.note if before else "", note)))
             if is_default and not written and not words:
                 words = f"{ours} is {shown(value)} by default"
-            self._account(key, "converted" if written else "same", words, written)
+            self._account(key, "converted" if written else "same", words, tuple(written.items()))
         if not is_default:
             self.values[ours] = value
             title = self.project.title
@@ -166,11 +168,16 @@ class Draft:
 
     def _once(self, key: str, fate: Fate, why: str) -> None:
         if key in self.nodes and key not in self.accounts:
-            self._account(key, fate if self.says(key) else "same", why if self.says(key) else "says nothing")
+            if unknown := _unknown(self.nodes[key].plain):
+                self._account(key, "left", unknown)
+            elif self.says(key):
+                self._account(key, fate, why)
+            else:
+                self._account(key, "same", "says nothing")
 
     def _account(self, key: str, fate: Fate, note: str, ours: tuple[tuple[str, Any], ...] = ()) -> None:
         node = self.nodes[key]
-        self.accounts[key] = Account(key, node.key_place, node.plain, fate, ours, note)
+        self.accounts[key] = Account(key, node.key_place, _without_secrets(node.plain), fate, ours, note)
 
     def account_for_the_rest(self) -> None:
         """Say of every key that no rule has looked at why nothing is made of it."""
@@ -195,7 +202,8 @@ class Draft:
             return self.idle(key, f"{ours} is what raytune has for it")
         if ours:
             return self.leave(key, f"convert it by hand: {ours} is what raytune has. {answer.note if answer else ''}".strip())
-        near = near_words(leaf, self.project.known_by | set(self.project.carried) | set(self.project.defaults), cutoff=0.8)
+        known = {*self.project.known_by, *self.project.carried, *self.project.defaults, *table().names}
+        near = near_words(leaf, known, cutoff=0.85)
         hint = f', is "{near[0]}" meant?' if near else ""
         return self.leave(key, f"raytune knows no such key of {self.project.title}{hint}")
 
@@ -217,6 +225,23 @@ _CHANGE_NOTHING = (
 """Beginnings of our keys with which, whatever they say, the same is trained."""
 _NO_MATTERS = {"ignore_pad_token_for_loss", "train_on_eos", "train_on_eot", "average_tokens_across_devices"}
 """Keys whose `false` or `none` asks for something."""
+
+
+def _unknown(value: Any) -> str:
+    """Why what is written is no value here, or nothing."""
+    if isinstance(value, str) and _VARIABLE.search(value):
+        return "names a variable, and raytune's files have none: write its value"
+    if isinstance(value, str) and find_secret(value):
+        return "looks like a secret, which belongs into the node's own login"
+    return ""
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(child) for child in value]
+    return "..." if isinstance(value, str) and find_secret(value) else value
 
 
 def _is_off(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """A config of another trainer -> a config of raytune."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from raytune.config.foreign_names import answer_for_name
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError, Place, shown
 from raytune.config.yaml_nodes import Node
-from raytune.credentials import find_secret
 from raytune.errors import UserError
 from raytune.importing import axolotl, llama_factory, trl
 from raytune.importing.draft import Account, Draft
@@ -24,7 +22,6 @@ ProjectName = Literal["axolotl", "llamafactory", "trl"]
 _CONVERT = {"axolotl": axolotl.convert, "llamafactory": llama_factory.convert, "trl": trl.convert}
 _NEW_FILES = ("model_class", "train_dataset", "dist_config", "sample_backend")
 """Keys of LLaMA-Factory's files of version 1, whose keys are others."""
-_VARIABLE = re.compile(r"\$\{|\$[A-Z_]{2,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +75,6 @@ def imported(file: str, *, of: ProjectName | None = None, gpus: int | None = Non
     project = _project(file, tree.value, of)
     _refuse(project, file, tree.value)
     draft = Draft(project, dict(tree.value), gpus)
-    for key, node in tree.value.items():
-        _without_variables(draft, key, node)
     _CONVERT[project.id](draft, file)
     draft.account_for_the_rest()
     if draft.problems:
@@ -137,17 +132,6 @@ def _refuse(project: Project, file: str, said: Mapping[str, Node]) -> None:
         raise UserError(
             f"{said[key].key_place}: {key}: {shown(value)} has no counterpart: {why.rstrip('.')}. Nothing was converted."
         )
-
-
-def _without_variables(draft: Draft, key: str, node: Node) -> None:
-    """Take out values that only an environment knows, and such that are secrets."""
-    if isinstance(node.value, str) and _VARIABLE.search(node.value):
-        draft.leave(key, "names a variable, and raytune's files have none: write its value")
-        del draft.nodes[key]
-    elif isinstance(node.value, str) and find_secret(node.value):
-        draft.nodes[key] = replace(node, value="...")
-        draft.leave(key, "looks like a secret, which belongs into the node's own login")
-        del draft.nodes[key]
 
 
 def _check(draft: Draft, config: Mapping[str, Any]) -> None:

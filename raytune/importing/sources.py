@@ -25,14 +25,22 @@ class Source:
 
 
 def write_sources(draft: Draft, ours: str, sources: list[Source]) -> None:
-    for position, source in enumerate(sources):
+    named = [source for source in sources if source.values.get("path")]
+    for source in sources:
+        if source not in named:
+            draft.open_questions.append(f"where the rows of one of the sources of {ours} are: the file has no path for it")
+            for key, _ in source.said_by:
+                draft.leave(key, "it is of a source without a path")
+    if not named:
+        return
+    for position, source in enumerate(named):
         for key, name in dict.fromkeys(source.said_by):
             if key not in draft.accounts or draft.accounts[key].fate == "converted":
                 draft.write(f"{ours}.{position}.{name}", source.values[name], key)
         for key, note in source.notes.items():
             draft.add_note(key, note)
     draft.values = {key: value for key, value in draft.values.items() if not key.startswith(f"{ours}.")}
-    draft.values[ours] = [source.values for source in sources]
+    draft.values[ours] = [source.values for source in named]
 
 
 def columns_of(kind: RowFormat, named: Mapping[str, str]) -> dict[str, str]:

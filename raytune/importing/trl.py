@@ -139,7 +139,9 @@ def _rows_of_documents(draft: Draft) -> None:
     else:
         draft.idle("packing_strategy", "nothing is packed")
     length = next((key for key in ("max_length", "max_seq_length") if draft.says(key)), "max_length")
-    if value := draft.count(length):
+    if "max_length" in draft.nodes and draft.nodes["max_length"].value is None and not draft.says(length):
+        draft.open_questions.append("how long a document may be: max_length is null there, so no limit; set data.max_length")
+    elif value := draft.count(length):
         draft.write("data.max_length", value, length)
     if draft.says("dataset_text_field") and draft.text("dataset_text_field") != "text":
         _text_column(draft)

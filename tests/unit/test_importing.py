@@ -442,8 +442,16 @@ def test_variables_and_secrets_are_left_out_and_said(tmp_path: Path) -> None:
     found = made(tmp_path, FULL.replace("Qwen/Qwen2.5-0.5B", "${MODELS}/base") + f"hub_token: {secret}\n")
     assert "model" not in found.config
     assert account(found, "base_model").fate == "left"
+    nested = made(tmp_path, FULL.replace("path: mhenrichsen", "path: $DATA/mhenrichsen"))
+    assert account(nested, "datasets.0.path").fate == "left"
     assert "which model is trained" in found.open_questions[0]
     assert secret not in json.dumps(found.to_json()) + found.summary + found.yaml
+
+
+def test_a_warm_up_of_one_step_is_one_of_two_as_in_axolotl(tmp_path: Path) -> None:
+    found = made(tmp_path, FULL.replace("warmup_steps: 10", "warmup_steps: 1"))
+    assert found.config["training"]["warmup_steps"] == 2
+    assert account(found, "warmup_steps").ours == (("training.warmup_steps", 2),)
 
 
 def test_the_verb_prints_or_writes_and_never_over_a_file(tmp_path: Path) -> None:
@@ -484,10 +492,23 @@ VALUES = st.one_of(
         st.fixed_dictionaries({"path": st.just("a/b")}, optional={"type": st.just("alpaca"), "new": st.just(1)}), max_size=2
     ),
 )
-OTHERS = (
-    "datasets rope_scaling warmup_ratio deepspeed fsdp_config report_to unheard_of eval_strategy plugins special_tokens save_steps "
-    "trust_remote_code lr_scheduler_kwargs hub_token train_on_inputs"
-).split()
+OTHERS = [
+    "datasets",
+    "rope_scaling",
+    "warmup_ratio",
+    "deepspeed",
+    "fsdp_config",
+    "report_to",
+    "unheard_of",
+    "eval_strategy",
+    "plugins",
+    "special_tokens",
+    "save_steps",
+    "trust_remote_code",
+    "lr_scheduler_kwargs",
+    "hub_token",
+    "train_on_inputs",
+]
 
 
 @pytest.mark.parametrize("project", ["axolotl", "llamafactory", "trl"])
