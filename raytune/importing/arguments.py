@@ -2,6 +2,7 @@
 DeepSpeed and trackers. A rule reads keys from a draft and writes what they are here."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -91,8 +92,8 @@ def batch(draft: Draft) -> None:
             "rows per step, which then hold on any number"
         )
         return
-    shared = draft.project.names.get("sequence_parallel", "")
-    groups = draft.gpus // (draft.count(shared) or 1) if shared else draft.gpus
+    sharing = [draft.count(key) or 1 for key in draft.project.row_sharing]
+    groups = max(1, draft.gpus // math.prod(sharing))
     draft.write("training.global_batch_size", rows * accumulation * groups, names["rows"], names["accumulation"])
     draft.origins["training.global_batch_size"] = (
         f"{names['rows']} {rows} x {names['accumulation']} {accumulation} x {groups} GPUs"
@@ -157,6 +158,12 @@ def _schedule_settings(draft: Draft, name: str) -> None:
             draft.leave(path, f"it is a number of steps, and {rule['ours']} a share of all steps: divide it by them")
         else:
             draft.write(rule["ours"], value / divisor if rule.get("per") else value, *([path] if path else []))
+    if shape := facts()["schedule_shapes"].get(name):
+        path = below.get(shape["unless"], "")
+        if draft.text(path) == shape["is"]:
+            draft.same(path, "the shape that it has anyway")
+        else:
+            draft.add_note(draft.project.names["schedule"], shape["say"])
     for path in below.values():
         draft.leave(path, "the schedule here has no such setting")
 
@@ -290,7 +297,8 @@ def _zero(draft: Draft, said: Mapping[str, Any], how: str) -> None:
                 draft.write("training.zero.nvme_path", offload["nvme_path"], "deepspeed")
     for section in _ZERO_JSON_SETTINGS:
         settings = said.get(section)
-        if isinstance(settings, Mapping) and any(value != "auto" for value in (settings.get("params") or {}).values()):
+        params = settings.get("params") if isinstance(settings, Mapping) else None
+        if isinstance(params, Mapping) and any(value != "auto" for value in params.values()):
             draft.add_note("deepspeed", f"its `{section}` is not read: raytune's is that of the training section")
             draft.open_questions.append(f"whether the {section} in DeepSpeed's JSON is the one of this file: {settings}")
 

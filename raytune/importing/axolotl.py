@@ -13,6 +13,8 @@ _KERNELS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attenti
 
 def convert(draft: Draft, file: str) -> None:
     method = _method(draft)
+    if draft.asks_for("sequence_parallel_degree"):
+        draft.assumed["context_parallel_size"] = draft.count("sequence_parallel_degree")
     rows, total = draft.count("micro_batch_size"), draft.count("batch_size")
     if rows and total and total % rows == 0 and not draft.says("gradient_accumulation_steps"):
         draft.assumed["gradient_accumulation_steps"] = total // rows
@@ -38,10 +40,8 @@ def convert(draft: Draft, file: str) -> None:
     for key in ("model_type", "tokenizer_type"):
         if draft.text(key).startswith("Auto") or draft.text(key).endswith(("ForCausalLM", "Tokenizer", "TokenizerFast")):
             draft.idle(key, "the class follows from the files of the base")
-    if draft.asks_for("sequence_parallel_degree"):
-        draft.write("training.sequence_parallel_size", draft.count("sequence_parallel_degree"), "sequence_parallel_degree")
-    elif draft.asks_for("context_parallel_size"):
-        draft.write("training.sequence_parallel_size", draft.count("context_parallel_size"), "context_parallel_size")
+    if shared := draft.count("context_parallel_size"):
+        draft.write("training.sequence_parallel_size", shared, "context_parallel_size", "sequence_parallel_degree")
     _tokens(draft)
 
 

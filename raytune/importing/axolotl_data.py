@@ -86,7 +86,10 @@ def _format(draft: Draft, holder: str, source: Source, wanted: dict[str, str], *
     if key in draft.nodes and isinstance(draft.nodes[key].value, dict):
         kind, at = draft.project.formats["fields"], key
         fields = [path for path in _user_defined(draft, key) if ".field_" in path]
-        wanted[fields[0] if fields else f"{holder}.path"] = kind.template or ""
+        first = fields[0] if fields else f"{holder}.path"
+        wanted[first] = kind.template or ""
+        if not draft.says(f"{key}.no_input_format"):
+            source.notes[first] = "a space stands between prompt and answer there"
     else:
         kind, at = _kind(draft, holder, "pretrain" if is_plain else draft.text(key)), holder
         if kind is None:
@@ -103,8 +106,9 @@ def _format(draft: Draft, holder: str, source: Source, wanted: dict[str, str], *
     named = columns_of(kind, {theirs: draft.text(path) for theirs, path in columns.items() if draft.says(path)})
     if named:
         source.set("columns", named, *(path for path in columns.values() if draft.says(path)))
-    for path in columns.values():
-        draft.same(path, "the column that is read anyway") if not named else None
+    else:
+        for path in columns.values():
+            draft.same(path, "the column that is read anyway")
 
 
 def _kind(draft: Draft, holder: str, word: str) -> RowFormat | None:
@@ -125,10 +129,11 @@ def _kind(draft: Draft, holder: str, word: str) -> RowFormat | None:
         elif path in draft.nodes:
             part = path.rpartition(".")[2].removeprefix("message_field_")
             is_read = part in _TURNS
-            words = f"format {kind.format} reads messages with it"
-            draft.same(path, words) if is_read else draft.leave(
-                path, "of a message, other parts are read by their own names only"
-            )
+            words = f"format {kind.format if kind else ''} reads messages with it"
+            if is_read:
+                draft.same(path, words)
+            else:
+                draft.leave(path, "of a message, other parts are read by their own names only")
     return kind
 
 
@@ -179,6 +184,9 @@ def _targets(draft: Draft) -> None:
     elif draft.says("train_on_inputs"):
         draft.same("train_on_inputs", "answers are trained, prompts are not")
     for key in [key for key in draft.nodes if key.endswith(".roles_to_train")]:
+        if draft.truth("train_on_inputs"):
+            draft.idle(key, "train_on_inputs has all of them trained")
+            continue
         roles = draft.texts(key)
         ours = "all" if roles == ["all"] else [{"gpt": "assistant", "human": "user"}.get(role, role) for role in roles]
         if ours == ["assistant"] and "data.targets" not in draft.values:

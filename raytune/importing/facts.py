@@ -41,6 +41,7 @@ class Project:
     title: str
     known_by: frozenset[str]
     names: Mapping[str, str]
+    row_sharing: tuple[str, ...]
     defaults: Mapping[str, Any]
     carried: tuple[str, ...]
     refused: Mapping[str, Refusal]
@@ -67,6 +68,7 @@ def _project(name: str, said: Mapping[str, Any]) -> Project:
         title=said["title"],
         known_by=frozenset(said["known_by"].split()),
         names=said["names"],
+        row_sharing=tuple(said.get("row_sharing", "").split()),
         defaults=said["defaults"],
         carried=tuple(said["carried"].split()),
         refused={key: Refusal(each["say"], tuple(each.get("unless", ()))) for key, each in said["refused"].items()},

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from raytune.config.yaml_nodes import scalar
 from raytune.errors import UserError
 from raytune.importing import arguments
 from raytune.importing.draft import Draft
@@ -216,7 +217,7 @@ def _kind(draft: Draft, said: Mapping[str, Any], is_plain: bool) -> RowFormat | 
     if is_plain:
         return formats["text"]
     kind = formats.get(said.get("formatting", next(iter(formats))))
-    if kind is None or not tags or kind.format == next(iter(formats.values())).format:
+    if kind is None or not kind.chats or not tags:
         return kind
     known = {**_TURNS, **tags}
     return formats["openai"] if all(known[tag] == word for tag, word in _TURNS.items()) else None
@@ -224,16 +225,18 @@ def _kind(draft: Draft, said: Mapping[str, Any], is_plain: bool) -> RowFormat | 
 
 def _shares(draft: Draft, sources: list[Source]) -> None:
     """`interleave_probs`: how likely the next row is one of a source."""
-    if draft.text("mix_strategy") in ("", "concat") or not draft.says("interleave_probs"):
-        draft.same("mix_strategy", "each row of each source once")
+    if draft.text("mix_strategy") in ("", "concat", "interleave_once"):
+        draft.same("mix_strategy", "each row of each source once, in an order of its own")
+        draft.idle("interleave_probs", "each row is seen once")
         return
-    probabilities = [float(word) for word in draft.texts("interleave_probs")]
-    if len(probabilities) != len(sources):
-        draft.leave("interleave_probs", "it needs as many numbers as there are data sets")
+    key = "interleave_probs" if draft.says("interleave_probs") else "mix_strategy"
+    shares = [scalar(word) for word in draft.texts(key)] if key == "interleave_probs" else [1.0] * len(sources)
+    if len(shares) != len(sources) or not all(isinstance(share, float) for share in shares):
+        draft.wrong(key, f"{len(sources)} shares such as 0.7, one for each data set")
         return
-    for source, probability in zip(sources, probabilities, strict=True):
-        source.set("proportion", probability, "interleave_probs")
-        source.notes["interleave_probs"] = "shares of rows there, of trained tokens here"
+    for source, share in zip(sources, shares, strict=True):
+        source.set("proportion", share, key)
+        source.notes[key] = "shares of rows there, of trained tokens here"
     first = draft.text("mix_strategy") == "interleave_under"
     draft.write("data.mixing.until", "first_exhausted" if first else "all_exhausted", "mix_strategy")
 

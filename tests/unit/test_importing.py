@@ -20,6 +20,8 @@ from raytune.config.yaml_nodes import write_yaml
 from raytune.errors import UserError
 from raytune.importing.facts import counterpart, facts, projects
 from raytune.importing.imported import Imported
+from raytune.training.schedule import learning_rate
+from tests.tiny import tiny_plan
 
 FULL = """
 base_model: Qwen/Qwen2.5-0.5B
@@ -295,7 +297,7 @@ def test_chats_and_texts_of_axolotl_and_what_has_no_counterpart(tmp_path: Path) 
     assert found.config["model"]["quantization"] == "int8"
     assert found.config["adapter"] == {"method": "lora", "rank": 32, "alpha": 16, "dropout": 0.05}
     assert found.config["training"]["warmup_ratio"] == 0.03
-    assert {each.key for each in found.left} == {"special_tokens.eos_token", "rope_sclaing", "datasets.0.roles_to_train"}
+    assert {each.key for each in found.left} == {"special_tokens.eos_token", "rope_sclaing"}
     assert account(found, "special_tokens.pad_token").fate == "no_effect"
     assert any("how many GPUs" in question for question in found.open_questions)
     assert any("long documents" in question for question in found.open_questions)
@@ -523,6 +525,48 @@ def test_whatever_a_file_says_each_key_is_accounted_for_or_the_file_is_refused(p
     except UserError:
         return
     assert_whole(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_of"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("polynomial", {}),
+        ("polynomial", {"power": 2.0, "lr_end": 1e-6}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("cosine_with_min_lr", {"min_lr": 2e-5}),
+        ("warmup_stable_decay", {"num_decay_steps": 20, "decay_type": "linear"}),
+    ],
+)
+def test_the_rate_of_each_step_is_the_one_that_transformers_would_take(
+    name: str, settings_of: dict[str, Any], tmp_path: Path
+) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    written = {"learning_rate": 1e-4, "max_steps": 50, "warmup_steps": 10, "lr_scheduler_type": name, "dataset_name": "a/b"}
+    training = config_from(made(tmp_path, write_yaml(written | {"lr_scheduler_kwargs": settings_of})).config).training
+    ours = tiny_plan(
+        optimization={
+            "schedule": training.lr_scheduler_type,
+            "num_steps": training.max_steps,
+            "warmup_steps": training.warmup_steps,
+            "learning_rate": training.learning_rate,
+        }
+        | {key: getattr(training, key) for key in ("min_lr_ratio", "decay_ratio", "polynomial_power", "num_cycles")}
+    ).optimization
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    theirs = get_scheduler(
+        name, optimizer, num_warmup_steps=10, num_training_steps=50, scheduler_specific_kwargs=settings_of or None
+    )
+    for step in range(50):
+        assert learning_rate(step, ours) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-20), step
+        optimizer.step()
+        theirs.step()
 
 
 def test_facts_name_keys_that_are_there() -> None:
