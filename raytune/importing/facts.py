@@ -40,6 +40,7 @@ class Project:
     id: str
     title: str
     known_by: frozenset[str]
+    known_by_all_of: frozenset[str]
     names: Mapping[str, str]
     row_sharing: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -67,6 +68,7 @@ def _project(name: str, said: Mapping[str, Any]) -> Project:
         id=name,
         title=said["title"],
         known_by=frozenset(said["known_by"].split()),
+        known_by_all_of=frozenset(said.get("known_by_all_of", "").split()),
         names=said["names"],
         row_sharing=tuple(said.get("row_sharing", "").split()),
         defaults=said["defaults"],

@@ -107,6 +107,7 @@ def _project(file: str, said: Mapping[str, Node], of: str | None) -> Project:
     if of is not None:
         return projects()[of]
     found = {name: sorted(project.known_by & said.keys()) for name, project in projects().items()}
+    found |= {name: sorted(all_of) for name, p in projects().items() if (all_of := p.known_by_all_of) and all_of <= said.keys()}
     known = {name: names for name, names in found.items() if names}
     if len(known) == 1:
         return projects()[next(iter(known))]

@@ -179,5 +179,5 @@ def _targets(draft: Draft) -> None:
     )
     draft.open_questions.append(
         "what the rows are, which TRL looks at: of messages it trains every token (data.targets: all, as written), of prompts "
-        "and completions the completions (then set data.targets: completion)"
+        "and completions the completions (then set data.targets: completion and, if they are texts, data.template: plain)"
     )
