@@ -40,6 +40,8 @@ def convert(draft: Draft, file: str) -> None:
     for key in ("model_type", "tokenizer_type"):
         if draft.text(key).startswith("Auto") or draft.text(key).endswith(("ForCausalLM", "Tokenizer", "TokenizerFast")):
             draft.idle(key, "the class follows from the files of the base")
+        else:
+            draft.leave(key, "the class follows from the files of the base, as a model that predicts the next token")
     if shared := draft.count("context_parallel_size"):
         draft.write("training.sequence_parallel_size", shared, "context_parallel_size", "sequence_parallel_degree")
     _tokens(draft)

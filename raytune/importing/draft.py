@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Literal
 
 from raytune.config.adapter import LoraAdapter
-from raytune.config.foreign_names import answer_for_name, table
+from raytune.config.foreign_names import answer_for_name
 from raytune.config.near_words import near_words
 from raytune.config.problems import WRONG_VALUE, Place, Problem, shown
 from raytune.config.run import RunConfig
@@ -193,34 +193,36 @@ class Draft:
             return self.same(key, "says nothing")
         if answer and answer.changes_nothing:
             return self.idle(key, answer.note.partition(": ")[2] or answer.note)
-        if _is_off(value) and leaf not in _NO_MATTERS:
+        ours = counterpart(leaf)
+        if (answer or ours) and _is_off(value) and leaf not in _NO_MATTERS:
             return self.same(key, "asks for nothing")
         if answer and answer.note.startswith("raytune has no such setting"):
             return self.leave(key, answer.note.partition(": ")[2])
-        ours = counterpart(leaf)
         if ours.startswith(_CHANGE_NOTHING):
             return self.idle(key, f"{ours} is what raytune has for it")
         if ours:
             return self.leave(key, f"convert it by hand: {ours} is what raytune has. {answer.note if answer else ''}".strip())
-        known = {*self.project.known_by, *self.project.carried, *self.project.defaults, *table().names}
+        known = {*self.project.known_by, *self.project.carried, *self.project.defaults}
         near = near_words(leaf, known, cutoff=0.85)
         hint = f', is "{near[0]}" meant?' if near else ""
         return self.leave(key, f"raytune knows no such key of {self.project.title}{hint}")
 
 
 _CHANGE_NOTHING = (
-    *(
-        "cluster.",
-        "tracking",
-        "name",
-        "storage",
-        "evaluation.",
-        "training.zero",
-        "training.compile",
-        "training.liger",
-        "training.loss",
-    ),
-    *("training.logging_steps", "training.gradient_checkpointing", "training.tf32", "model.attention", "data.store"),
+    "cluster.",
+    "tracking",
+    "name",
+    "storage",
+    "evaluation.",
+    "training.zero",
+    "training.compile",
+    "training.liger",
+    "training.loss",
+    "training.logging_steps",
+    "training.gradient_checkpointing",
+    "training.tf32",
+    "model.attention",
+    "data.store",
 )
 """Beginnings of our keys with which, whatever they say, the same is trained."""
 _NO_MATTERS = {"ignore_pad_token_for_loss", "train_on_eos", "train_on_eot", "average_tokens_across_devices"}
