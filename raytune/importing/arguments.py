@@ -125,7 +125,8 @@ def schedule(draft: Draft) -> None:
         draft.write(ours, name, key)
     _schedule_settings(draft, name)
     if word in facts()["without_warmup"]:
-        draft.write("training.warmup_steps", 0, note="")
+        draft.write("training.warmup_steps", 0)
+        draft.origins["training.warmup_steps"] = f"a {word} schedule has no warm-up there"
         for unread in ("warmup_ratio", "warmup_steps"):
             draft.idle(unread, f"a {word} schedule has no warm-up")
     elif draft.says("warmup_steps") and (steps := draft.number("warmup_steps")) is not None and steps >= 1:

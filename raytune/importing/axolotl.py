@@ -6,6 +6,7 @@ from raytune.importing import arguments, axolotl_data
 from raytune.importing.draft import Draft
 from raytune.importing.facts import facts
 
+_BITS = ("load_in_4bit", "load_in_8bit")
 _OUTSIDE = {"lm_head", "embed_tokens"}
 """Modules that are not among all linear layers."""
 _KERNELS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attention", "xformers_attention", "sage_attention")
@@ -54,6 +55,9 @@ def _method(draft: Draft) -> str:
     if not method:
         draft.write("adapter.method", "full", "adapter")
         draft.origins["adapter.method"] = "there is no adapter"
+        for key in _BITS:
+            if draft.asks_for(key):
+                draft.leave(key, "weights that are all trained cannot be held in 4 or 8 bits; with an adapter they can")
         if draft.asks_for("unfrozen_parameters"):
             names = [_module(name) for name in draft.texts("unfrozen_parameters")]
             words = "modules by their whole names, without .weight"
@@ -65,8 +69,11 @@ def _method(draft: Draft) -> str:
     if bits:
         format = facts()["quantizations"][str(bits)]
         draft.write("model.quantization", format, "load_in_4bit" if bits == 4 else "load_in_8bit", "adapter")
-    for key in ("load_in_4bit", "load_in_8bit"):
-        draft.same(key, "asks for nothing") if not draft.truth(key) else draft.idle(key, "the other says how the base is held")
+    for key in _BITS:
+        if draft.truth(key):
+            draft.idle(key, "the other says how the base is held")
+        else:
+            draft.same(key, "asks for nothing")
     if ours.endswith("lora"):
         _targets(draft)
     if draft.asks_for("quantize_moe_experts"):

@@ -149,6 +149,21 @@ class Draft:
             if said:
                 self.places[ours] = self.nodes[said[0]].place
 
+    def take_back(self, ours: str, why: str) -> None:
+        """Take out a value of ours, and leave the keys of the file that it was written for and nothing else."""
+        section, _, name = ours.rpartition(".")
+        if ours in self.values:
+            del self.values[ours]
+        elif section.rpartition(".")[0] in self.values:  # of a source
+            sources, _, position = section.rpartition(".")
+            del self.values[sources][int(position)][name]
+        self.origins.pop(ours, None)
+        for key, account in self.accounts.items():
+            written = tuple(pair for pair in account.ours if pair[0] != ours)
+            if written != account.ours:
+                fate = "converted" if written else "left"
+                self.accounts[key] = replace(account, ours=written, fate=fate, note=account.note if written else why)
+
     def same(self, key: str, why: str) -> None:
         """A key that asks for what raytune does anyway."""
         self._once(key, "same", why)

@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from raytune.config.files import read_file
 from raytune.config.foreign_names import answer_for_name
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError, Place, shown
+from raytune.config.readers import unread
+from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import Node
 from raytune.errors import UserError
 from raytune.importing import axolotl, llama_factory, trl
@@ -79,6 +83,7 @@ def imported(file: str, *, of: ProjectName | None = None, gpus: int | None = Non
     draft.account_for_the_rest()
     if draft.problems:
         raise ConfigError(sorted(draft.problems, key=lambda problem: problem.place.order))
+    _take_back_unread(draft)
     config = nested(draft.values)
     _check(draft, config)
     return Imported(
@@ -133,6 +138,16 @@ def _refuse(project: Project, file: str, said: Mapping[str, Node]) -> None:
         raise UserError(
             f"{said[key].key_place}: {key}: {shown(value)} has no counterpart: {why.rstrip('.')}. Nothing was converted."
         )
+
+
+def _take_back_unread(draft: Draft) -> None:
+    """Take out what nothing reads here, such as a beta of Adam beside another optimizer; mostly nothing reads it there either."""
+    try:
+        config = RunConfig.model_validate(nested(draft.values))
+    except ValidationError:
+        return  # loading will say what is wrong
+    for key in unread(config):
+        draft.take_back(key.key, key.reason)
 
 
 def _check(draft: Draft, config: Mapping[str, Any]) -> None:

@@ -450,6 +450,16 @@ def test_variables_and_secrets_are_left_out_and_said(tmp_path: Path) -> None:
     assert secret not in json.dumps(found.to_json()) + found.summary + found.yaml
 
 
+def test_what_nothing_reads_is_left_out_and_said(tmp_path: Path) -> None:
+    found = made(tmp_path, FULL.replace("adamw_torch_fused", "adafactor") + "adam_beta2: 0.95\nloraplus_lr_embedding: 1e-5\n")
+    assert "adam_beta2" not in found.config["training"]
+    assert [each.key for each in found.left] == ["adam_beta2"]
+    assert "adafactor" in account(found, "adam_beta2").note
+    alone = made(tmp_path, TRL.replace("dataset_name: trl-lib/Capybara", "datasets: [{path: a/b, fraction: 0.5}]"))
+    assert alone.config["data"]["train"] == [{"path": "a/b"}]
+    assert account(alone, "datasets.0.fraction").fate == "left"
+
+
 def test_a_warm_up_of_one_step_is_one_of_two_as_in_axolotl(tmp_path: Path) -> None:
     found = made(tmp_path, FULL.replace("warmup_steps: 10", "warmup_steps: 1"))
     assert found.config["training"]["warmup_steps"] == 2
