@@ -58,7 +58,9 @@ def _method(draft: Draft) -> str:
         for key in _BITS:
             if draft.asks_for(key):
                 draft.leave(key, "weights that are all trained cannot be held in 4 or 8 bits; with an adapter they can")
-        if draft.asks_for("unfrozen_parameters"):
+        if any(name.endswith("]") for name in draft.texts("unfrozen_parameters")):
+            draft.leave("unfrozen_parameters", "ranges of rows of a weight cannot be frozen here: all weights are trained")
+        elif draft.asks_for("unfrozen_parameters"):
             names = [_module(name) for name in draft.texts("unfrozen_parameters")]
             words = "modules by their whole names, without .weight"
             draft.write("strategy.freeze.train_only", names, "unfrozen_parameters", note=words)

@@ -460,6 +460,13 @@ def test_what_nothing_reads_is_left_out_and_said(tmp_path: Path) -> None:
     assert account(alone, "datasets.0.fraction").fate == "left"
 
 
+def test_weights_that_stay_frozen_in_axolotl_stay_frozen(tmp_path: Path) -> None:
+    part = made(tmp_path, FULL + "unfrozen_parameters: ['^lm_head.weight$', 'model.layers.2[0-9]+.mlp']\n")
+    assert part.config["strategy"] == {"freeze": {"train_only": ["lm_head", "model.layers.2[0-9]+.mlp"]}}
+    rows = made(tmp_path, FULL + "unfrozen_parameters: ['model.embed_tokens.weight$[32000:]']\n")
+    assert [each.key for each in rows.left] == ["unfrozen_parameters"]
+
+
 def test_a_warm_up_of_one_step_is_one_of_two_as_in_axolotl(tmp_path: Path) -> None:
     found = made(tmp_path, FULL.replace("warmup_steps: 10", "warmup_steps: 1"))
     assert found.config["training"]["warmup_steps"] == 2
