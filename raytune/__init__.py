@@ -2,8 +2,8 @@
 
 Floors, from the ground up; each imports only itself and lower ones:
 errors, units, missing, versions, printable, credentials, run_folder, token_file, user_code < local_files < object_store, hub <
-storage < metrics < config < plan < data < model < evaluation < training < tracking < launch < sweeps < report < watch <
-clusters < serving < api < cli < entry
+storage < metrics < config < importing < plan < data < model < evaluation < training < tracking < launch < sweeps < report <
+watch < clusters < serving < api < cli < entry
 
 One run passes through them in this order: `config.load` reads the YAML, `launch.run` connects to Ray, `data.store` tokenises
 once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, and
@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytune.api.configs import import_config as import_config
     from raytune.api.jobs import doctor as doctor
     from raytune.api.jobs import logs as logs
     from raytune.api.jobs import preflight as preflight
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _IN = {
+    "configs": ("import_config",),
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
     "models": ("chat", "evaluate", "export", "generate", "merge", "push", "serve"),
     "runs": (
@@ -70,6 +72,7 @@ __all__ = [
     "export",
     "find_rate",
     "generate",
+    "import_config",
     "logs",
     "make_plan",
     "merge",

@@ -11,7 +11,7 @@ import warnings
 from raytune.cli.chat import chat
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
-from raytune.cli.configs import check, explain, schema
+from raytune.cli.configs import check, explain, import_, schema
 from raytune.cli.evaluate import evaluate
 from raytune.cli.export import export, merge
 from raytune.cli.find_rate import find_rate
@@ -31,6 +31,7 @@ for verb in (
     check,
     explain,
     schema,
+    import_,
     plan,
     advise,
     train,

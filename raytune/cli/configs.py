@@ -1,11 +1,16 @@
-"""Verbs that read a config, or say what can be in one: check, explain, schema. They start nothing."""
+"""Verbs that read a config, say what can be in one, or make one: check, explain, schema, import. They start nothing."""
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
 from raytune.cli.say import say
+
+if TYPE_CHECKING:
+    from raytune.importing.imported import ProjectName
 
 
 @click.command(
@@ -92,3 +97,38 @@ def schema(as_json: bool) -> None:
     from raytune.config.document import json_schema
 
     say(json.dumps(json_schema(), indent=None if as_json else 2))
+
+
+@click.command(
+    "import",
+    epilog=examples(
+        "import axolotl.yml --gpus 8 --output run.yaml",
+        "import llamafactory.yaml > run.yaml",
+        "import sft.yaml --of trl --json",
+    ),
+)
+@click.argument("file", metavar="FILE")
+@click.option("--of", type=click.Choice(["axolotl", "llamafactory", "trl"]), help="Whose file it is. Default: its keys say it.")
+@click.option(
+    "--gpus", type=click.IntRange(1), metavar="N", help="On how many it was trained there: the rows per step are written."
+)
+@click.option("--output", metavar="FILE", help="Write the config there. Default: print it.")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@as_json_option
+@debug_option
+def import_(file: str, of: "ProjectName | None", gpus: int | None, output: str | None, force: bool, as_json: bool) -> None:
+    """Make a config out of one of Axolotl, LLaMA-Factory or TRL (`trl sft --config`), and account for each of its keys.
+
+    Each value says where it comes from; what the other project does without a word is written, where raytune does otherwise. What
+    has no counterpart is listed at the end and, with why, on standard error. `raytune explain importing` has more words.
+    """
+    from raytune.importing.imported import imported, save_config
+
+    found = imported(file, of=of, gpus=gpus)
+    if output:
+        save_config(found, Path(output), force=force)
+    if as_json:
+        say(json.dumps(found.to_json() | {"output": output}))
+        return
+    say(found.summary, err=True)
+    say(f"{output} is written; `raytune check {output}` looks at it." if output else found.yaml, nl=bool(output))

@@ -21,8 +21,8 @@ Reading = tuple[Node | None, list[Problem]]
 """What a file or an override says, and what is wrong with how it is written."""
 
 
-def read_file(path: str, rank: int) -> Reading:
-    """What a YAML file says; `rank` is its position among all files and overrides."""
+def read_file(path: str, rank: int, *, merges: bool = False) -> Reading:
+    """What a YAML file says; `rank` is its position among all files and overrides, `merges` as in `read_nodes`."""
     place = Place(path if path.isprintable() else shown(path), rank=rank)
     try:
         with open(path, "rb") as file:
@@ -44,7 +44,7 @@ def read_file(path: str, rank: int) -> Reading:
         before = error.object[: error.start].decode("utf-8", "replace")
         place = replace(place, line=before.count("\n") + 1, column=len(before) - before.rfind("\n"))
         return None, [Problem(UNREADABLE, place, "", f"not UTF-8 text: byte 0x{error.object[error.start]:02x}")]
-    tree, problems = read_nodes(text, replace(place, line=1, column=1))
+    tree, problems = read_nodes(text, replace(place, line=1, column=1), merges=merges)
     if tree and tree.value is not None and not isinstance(tree.value, dict):
         message = f"a config is a mapping (`key: value` lines), got {shown(tree.plain)}"
         return None, [*problems, Problem(WRONG_VALUE, tree.place, "", message)]

@@ -22,6 +22,8 @@ class Answer:
     """A key or `key: value` for a name, a value for a value; nothing: there is none."""
     note: str = ""
     """How to convert what was written; where there is nothing of ours, why not, or what to do instead."""
+    changes_nothing: bool = False
+    """Whether, with it or without, the same is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,9 @@ def table() -> Table:
     names = {
         name: Answer(ours, converted.get(name, "")) for ours, written in facts["counterparts"].items() for name in written.split()
     }
-    names |= {name: Answer(note=f"raytune has no such setting: {why}") for name, why in _said(facts["no_counterpart"])}
+    idle = {name for row in facts["no_counterpart"] if row.get("changes") == "nothing" for name in row["of"].split()}
+    for name, why in _said(facts["no_counterpart"]):
+        names[name] = Answer(note=f"raytune has no such setting: {why}", changes_nothing=name in idle)
     return Table(names, {name: _by_value(meant) for name, meant in facts["by_value"].items()}, _values(facts))
 
 

@@ -89,14 +89,15 @@ _NUMBER = re.compile(f"^(?:{_INTEGER.pattern}|{_FLOAT.pattern})$")
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
-def read_nodes(text: str, place: Place) -> tuple[Node | None, list[Problem]]:
+def read_nodes(text: str, place: Place, *, merges: bool = False) -> tuple[Node | None, list[Problem]]:
     """Read one YAML document. Nodes that are refused are left out and reported; broken YAML gives no node at all.
 
     Args:
         text: the document.
         place: the start of the file it came from, or the override (which has no line).
+        merges: take in what merge keys (<<) name, as other programs' files have them, instead of refusing them.
     """
-    composer = _Composer(text, place)
+    composer = _Composer(text, place, merges)
     try:
         return composer.document(), composer.problems
     except _RefusedError as refused:
@@ -115,7 +116,8 @@ class _RefusedError(Exception):
 class _Composer:
     """Turns parser events into nodes; the parser runs only as far as the limits allow."""
 
-    def __init__(self, text: str, place: Place) -> None:
+    def __init__(self, text: str, place: Place, merges: bool) -> None:
+        self.merges = merges
         self.events: Iterator[Any] = yaml.parse(text, Loader=_PARSER)
         self.source = place
         self.anchors: dict[str, Node] = {}
@@ -185,11 +187,15 @@ class _Composer:
     def mapping(self, path: tuple[str | int, ...]) -> dict[str, Node]:
         nodes: dict[str, Node] = {}
         lines: dict[str, Place] = {}
+        merged: dict[str, Node] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent) or _SURROGATE.search(event.value):
                 raise self.refused(event, path, "a key must be plain text")
             key, place = event.value, self.place_at(event.start_mark)
             node = self.node(next(self.events), (*path, key), place)
+            if key == "<<" and event.implicit[0] and self.merges:
+                merged = self.merged(event, node, path) | merged
+                continue
             if key == "<<" and event.implicit[0]:
                 message = "merge keys (<<) are not supported; write the keys, or give a second file as an overlay"
                 self.problems.append(Problem(REFUSED_YAML, place, dotted((*path, key)), message))
@@ -199,7 +205,17 @@ class _Composer:
             elif node is not None:
                 nodes[key] = node
             lines.setdefault(key, place)
-        return nodes
+        return merged | nodes
+
+    def merged(self, event: Any, node: Node | None, path: tuple[str | int, ...]) -> dict[str, Node]:
+        """What a merge key takes in: a mapping, or several, of which the first that has a key counts."""
+        parts = node.value if node and isinstance(node.value, list) else [node]
+        found: dict[str, Node] = {}
+        for part in parts:
+            if part is None or not isinstance(part.value, dict):
+                raise self.refused(event, (*path, "<<"), "a merge key (<<) names a mapping, or a list of mappings")
+            found = part.value | found
+        return found
 
     def place_at(self, mark: Any) -> Place:
         return self.source if self.source.line is None else replace(self.source, line=mark.line + 1, column=mark.column + 1)

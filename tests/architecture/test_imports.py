@@ -17,6 +17,7 @@ FLOORS = (
     ("storage",),
     ("metrics",),
     ("config",),
+    ("importing",),
     ("plan",),
     ("data",),
     ("model",),

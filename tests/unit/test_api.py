@@ -12,8 +12,8 @@ import raytune
 from raytune.cli import cli
 from raytune.errors import UserError
 
-NAMED_OTHERWISE = {"plan": "make_plan", "report": "write_report"}
-"""`raytune.plan` and `raytune.report` are floors."""
+NAMED_OTHERWISE = {"plan": "make_plan", "report": "write_report", "import": "import_config"}
+"""`raytune.plan` and `raytune.report` are floors, and `import` is a word of Python."""
 AT_A_TERMINAL = {"cluster", "explain", "schema", "top", "ui"}
 """Verbs that show something, or hand on to Ray's own commands."""
 

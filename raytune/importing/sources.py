@@ -1,0 +1,96 @@
+"""Data sets of other projects as sources of `data.train` and `data.validation`, and the template of their rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune.config.data import FILE_ENDINGS
+from raytune.importing.draft import Draft
+from raytune.importing.facts import RowFormat
+
+
+@dataclass(slots=True)
+class Source:
+    """A source in the making."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    said_by: list[tuple[str, str]] = field(default_factory=list)
+    """(key of the file, what of the source it says)."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """By key of the file."""
+
+    def set(self, name: str, value: Any, *keys: str) -> None:
+        self.values[name] = value
+        self.said_by += [(key, name) for key in keys]
+
+
+def write_sources(draft: Draft, ours: str, sources: list[Source]) -> None:
+    named = [source for source in sources if source.values.get("path")]
+    for source in sources:
+        if source not in named:
+            draft.open_questions.append(f"where the rows of one of the sources of {ours} are: the file has no path for it")
+            for key, _ in source.said_by:
+                draft.leave(key, "it is of a source without a path")
+    if not named:
+        return
+    for position, source in enumerate(named):
+        for key, name in dict.fromkeys(source.said_by):
+            if key not in draft.accounts or draft.accounts[key].fate == "converted":
+                draft.write(f"{ours}.{position}.{name}", source.values[name], key)
+        for key, note in source.notes.items():
+            draft.add_note(key, note)
+    draft.values = {key: value for key, value in draft.values.items() if not key.startswith(f"{ours}.")}
+    draft.values[ours] = [source.values for source in named]
+
+
+def columns_of(kind: RowFormat, named: Mapping[str, str]) -> dict[str, str]:
+    """Fields of our format that lie in columns of other names.
+
+    Args:
+        named: what the file calls columns, by its keys for them.
+    """
+    found = {ours: named.get(key, usual) for ours, (key, usual) in kind.columns.items()}
+    return {ours: column for ours, column in found.items() if column and column != ours}
+
+
+def subset(draft: Draft, key: str, source: Source) -> None:
+    """A subset (configuration) of a hub data set, which raytune writes behind its id."""
+    if draft.asks_for(key) and not _is_file(source):
+        source.set("path", f"{source.values['path']}:{draft.text(key)}", key)
+    else:
+        draft.leave(key, "files have no subsets")
+
+
+def split(draft: Draft, key: str, source: Source) -> None:
+    """A split, or a slice of one (`train[:10%]`), which a hub data set understands and a file does not."""
+    name, bracket, part = draft.text(key).partition("[")
+    if not bracket and name in ("", "train"):
+        draft.same(key, "the split that is read anyway")
+    elif not _is_file(source):
+        source.set("split", draft.text(key), key)
+    elif part[:1] == ":" and part[1:-1].isdigit():
+        source.set("max_rows", int(part[1:-1]), key)
+    else:
+        draft.leave(key, "a file has no splits: all of it is read; max_rows reads its first rows")
+
+
+def _is_file(source: Source) -> bool:
+    return source.values["path"].endswith(FILE_ENDINGS)
+
+
+def template(draft: Draft, wanted: Mapping[str, str]) -> None:
+    """Write the template of a run.
+
+    Args:
+        wanted: our name of a template, by the key that asks for it. All sources of a run have one.
+    """
+    if not wanted:
+        return
+    first, name = next(iter(wanted.items()))
+    draft.write("data.template", name, first)
+    for key, other in wanted.items():
+        if other == name:
+            draft.write("data.template", name, key)
+            continue
+        draft.accounts.pop(key, None)
+        draft.leave(key, f"its template would be {other}, and all sources of a run have one: {name}, as {first} says")
