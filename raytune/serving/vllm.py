@@ -1,11 +1,11 @@
 """`raytune serve --engine vllm --dry-run`: the file by which Ray Serve starts vLLM for the models that are named."""
 
-from raytune.config.adapter import LoraAdapter
 from raytune.config.yaml_nodes import write_yaml
 from raytune.errors import UserError
 from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
 from raytune.plan.base_model import read_model_shape
 from raytune.plan.hardware import load_catalogue
+from raytune.plan.methods.lora import lora_rank
 from raytune.plan.vllm import vllm_file
 from raytune.serving.subjects import served_subjects
 
@@ -49,8 +49,9 @@ def _rank(to_ask: ToAsk) -> int | None:
     if to_ask.run is None:
         return None
     adapter = to_ask.run.plan.adapter
-    if not isinstance(adapter, LoraAdapter):
+    rank = lora_rank(adapter)
+    if rank is None:
         raise UserError(
             f"vLLM reads no adapters of {adapter.method}. Merge it into its base (raytune merge), and serve the result."
         )
-    return adapter.rank
+    return rank

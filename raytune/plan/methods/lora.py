@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.adapter import Adapter, LoraAdapter
 from raytune.config.model import Quantization
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import (
@@ -23,6 +23,11 @@ from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
 from raytune.units import format_count
 
 WEIGHT_BASED_INITS = ("pissa", "olora", "eva")
+
+
+def lora_rank(adapter: Adapter) -> int | None:
+    """Of an update that other programs know as LoRA; None: it is of another kind."""
+    return adapter.rank if isinstance(adapter, LoraAdapter) else None
 
 
 def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:
