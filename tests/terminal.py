@@ -20,7 +20,7 @@ class Terminal:
     """A command on a pseudo-terminal, as somebody sits before it."""
 
     def __init__(self, *arguments: str, columns: int = 100, lines: int = 30, cwd: Path = ROOT) -> None:
-        self.screen, self._terminal = "", pty.openpty()
+        self._unread, self._terminal = "", pty.openpty()
         self.keyboard = self._terminal[0]
         ioctl(self._terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(self._terminal[1])
@@ -36,13 +36,14 @@ class Terminal:
         )
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> str:
-        """What was written until this text came."""
-        read, deadline = "", time.monotonic() + timeout_s
-        while text not in read:
-            assert time.monotonic() < deadline, f"{text!r} did not come: {read!r}"
+        """What was written until this text came, with it; what came behind it is left for the next time."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self._unread:
+            assert time.monotonic() < deadline, f"{text!r} did not come: {self._unread!r}"
             if select.select([self.keyboard], [], [], 0.1)[0]:
-                read += os.read(self.keyboard, 1 << 16).decode(errors="replace")
-        return read
+                self._unread += os.read(self.keyboard, 1 << 16).decode(errors="replace")
+        before, _, self._unread = self._unread.partition(text)
+        return before + text
 
     def press(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())

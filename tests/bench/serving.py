@@ -27,7 +27,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 import openai
 import psutil
 
-from raytune.api import serve
+from raytune import serve
 from raytune.data.demo import demo_rows
 from tests.bench.measure import report, tree_cpu_s
 from tests.tiny import save_tiny_model

@@ -16,6 +16,8 @@ from typing import Any
 # Imported once per session, by the server that the ranks are forked from.
 PRELOADED = ["tests.numerics.preloaded"]
 GRACE_S = 15.0
+STOP_S = 60.0
+"""For the others, once a rank has stopped with an error of raytune's."""
 
 
 class RankError(AssertionError):
@@ -41,7 +43,9 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, 
     outcomes = _outcomes(function, num_ranks, arguments, timeout_s)
     failed = {rank: outcome for rank, outcome in enumerate(outcomes) if not outcome[0]}
     if failed:
-        raise RankError("\n".join(f"--- rank {rank} of {num_ranks}: {text}" for rank, (_, text) in failed.items()))
+        stopped = {rank: f"stopped with {value!r}" for rank, (_, value) in enumerate(outcomes) if _is_stop(value)}
+        told = {rank: text for rank, (_, text) in failed.items()} | stopped
+        raise RankError("\n".join(f"--- rank {rank} of {num_ranks}: {text}" for rank, text in told.items()))
     return [value for _, value in outcomes]
 
 
@@ -66,9 +70,10 @@ def _outcomes(function: Callable[..., Any], num_ranks: int, arguments: tuple, ti
             for reader in wait(list(readers), timeout=left_s):
                 rank = readers.pop(reader)  # pyright: ignore[reportArgumentType]
                 outcomes[rank] = _received(reader, processes[rank])  # pyright: ignore[reportArgumentType]
-                if not outcomes[rank][0]:
+                is_done, value = outcomes[rank]
+                if not is_done or _is_stop(value):
                     # The others may now wait for it in a collective for ever.
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + (STOP_S if is_done else GRACE_S))
         for rank, process in enumerate(processes):
             process.join(GRACE_S if rank in outcomes else 0)
             if process.is_alive():
@@ -78,6 +83,10 @@ def _outcomes(function: Callable[..., Any], num_ranks: int, arguments: tuple, ti
                 process.join()
                 outcomes.setdefault(rank, (False, f"still running when its time was over\n{_log(folder, rank)}"))
     return [outcomes[rank] for rank in range(num_ranks)]
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, BaseException)
 
 
 def _received(reader: Connection, process: Any) -> tuple[bool, Any]:

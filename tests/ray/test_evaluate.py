@@ -77,13 +77,18 @@ def test_a_run_on_its_own_suites_gives_what_it_wrote_itself_and_goes_on_from_wha
         assert (chunk.stat().st_mtime_ns == before[chunk][0]) == (number % 3 != 0), "what was there is answered no second time"
 
 
+def answerers() -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if "ray::Answerer" in " ".join(one.info["cmdline"] or [])]
+
+
 def test_what_a_dead_worker_was_at_is_done_by_another(run: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    output, killed, began = tmp_path / "killed", [], time.time()
+    output, killed = tmp_path / "killed", []
+    ended = {process.pid for process in answerers()}  # of the test before, as long as they take to go
 
     def kill_one() -> None:
         while not killed:
-            for process in psutil.process_iter(["cmdline", "create_time"]):
-                if "ray::Answerer" in " ".join(process.info["cmdline"] or []) and process.info["create_time"] > began - 300:
+            for process in answerers():
+                if process.pid not in ended:
                     process.kill()
                     killed.append(process.pid)
                     return

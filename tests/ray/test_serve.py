@@ -22,7 +22,7 @@ from openai.types import Completion
 from ray.cluster_utils import Cluster
 from transformers import GenerationConfig
 
-from raytune.api import serve
+from raytune import serve
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.serving.endpoint import Endpoint, _wait_for_room

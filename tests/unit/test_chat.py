@@ -216,17 +216,20 @@ def test_lines_of_standard_input_are_turns_and_answers_go_to_standard_output(
 
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation_at_a_real_terminal(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal("chat", str(folder / "base"), "--max-new-tokens", "100000", cwd=tmp_path)
-    terminal.wait_for("base> ", 120)
-    terminal.press("Who?\n")
-    answer = terminal.wait_for("tokens: the model has no positions left: /reset")
-    assert "Loading" not in answer
-    terminal.press("/reset\n/set max_new_tokens=5\nWhy?\n")
+
+    def type_in(keys: str) -> None:
+        terminal.wait_for("base> ", 120)  # what comes before is the terminal's, not that of who reads lines
+        terminal.press(keys)
+
+    type_in("Who?\n")
+    assert "Loading" not in terminal.wait_for("tokens: the model has no positions left: /reset")
+    for line in ("/reset\n", "/set max_new_tokens=5\n", "Why?\n"):
+        type_in(line)
     terminal.wait_for("(cut after 5 tokens: max_new_tokens)")
-    terminal.press("half a line\x03")
-    terminal.wait_for("base> ")
-    terminal.press("/save chat.jsonl\n")
+    type_in("half a line\x03")
+    type_in("/save chat.jsonl\n")
     terminal.wait_for("Appended to chat.jsonl.")
-    terminal.press("\x04")
+    type_in("\x04")
     assert terminal.end() == 0
     (row,) = (tmp_path / "chat.jsonl").read_text().splitlines()
     question, _ = json.loads(row)["messages"]

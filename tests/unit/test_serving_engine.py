@@ -166,7 +166,7 @@ def test_what_is_drawn_depends_on_the_request_alone(engine: AnsweringEngine, pla
             sampling=SamplingPlan(seed=one.seed or 0, **drawn),
             rows=[0],
         )
-        assert heard.text == asked_alone(engine, one).text == written[0]
+        assert heard.text == asked_alone(engine, one).text == written[0].text
     assert together[0].text != asked_alone(engine, request(0, seed=7, **drawn)).text
     free = {asked_alone(engine, request(0, temperature=1.5)).text for _ in range(4)}
     assert len(free) > 1, "without a seed it is drawn anew each time"

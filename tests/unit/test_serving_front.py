@@ -39,9 +39,11 @@ class Here:
     async def answer(self, asked: Asked) -> AsyncGenerator[Sequence[Told], None]:
         left = self._told_before.pop(0) if self._told_before else None
         async for batch in self._replica.answer(asked):
-            if left is not None and left <= 0:
+            if left is not None and left < len(batch):  # what is told at once depends on how fast it comes
+                if left:
+                    yield batch[:left]
                 raise Lost
-            left = None if left is None else left - 1
+            left = None if left is None else left - len(batch)
             yield batch
 
     async def each(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
