@@ -123,6 +123,7 @@ def test_a_lost_node_is_named_with_its_rank_and_so_is_what_its_place_is_waited_f
     assert lost in last
 
 
+@pytest.mark.slow
 def test_a_survivor_that_tells_before_ray_does_is_not_taken_for_the_cause(cluster: Cluster, tmp_path: Path) -> None:
     """How an attempt looks whose rank was lost a moment ago: a broken connection, or a process group that Ray has taken away, and
     a rank that says nothing."""

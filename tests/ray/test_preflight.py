@@ -57,6 +57,7 @@ def test_a_network_below_what_was_expected_fails_with_the_share(cluster: Cluster
     assert findings["storage"]["status"] == "warn", "without a config there is no storage to look at"
 
 
+@pytest.mark.slow
 def test_a_node_with_its_own_storage_and_another_version_is_named_and_what_was_there_stays(
     cluster: Cluster, tmp_path: Path
 ) -> None:

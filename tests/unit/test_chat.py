@@ -214,6 +214,7 @@ def test_lines_of_standard_input_are_turns_and_answers_go_to_standard_output(
     assert done.stdout == "".join(f"{printable(turn['content'])}\n" for turn in messages[1::2])
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation_at_a_real_terminal(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal("chat", str(folder / "base"), "--max-new-tokens", "100000", cwd=tmp_path)
 

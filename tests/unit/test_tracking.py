@@ -33,6 +33,7 @@ from raytune.training.run import train
 from raytune.training.start import Worker
 from tests.tiny import store_plan, tiny_plan, tiny_store
 from tests.trackers import READERS, Kept, MlflowServer, Points, RealMlflowServer, at_mlflow, mlflow_server
+from tests.variants import variants
 
 OPTIONS = {"wandb": {"mode": "offline"}}
 DEADLINE_S = 90.0
@@ -133,7 +134,7 @@ def only(found: list[Kept]) -> Kept:
     return found[0]
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", variants([name for name in LIBRARIES if name != "trackio"], ["trackio"]))
 def test_a_tracker_knows_every_point_once_of_a_run_that_went_back_and_was_resumed(name: str, tmp_path: Path) -> None:
     folder, read = RunFolder(str(tmp_path), "r"), READERS[name]
     begin(folder)
