@@ -101,7 +101,7 @@ def supervised(answer: Callable[[Notes], None], arguments: Sequence[str]) -> Non
     except SystemExit as end:
         told.tell(ended=end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
-    except BaseException:  # a fault of ours, whose traceback comes now: Ray has not ended this process
+    except Exception:  # a fault of ours, whose traceback comes now: Ray has not ended this process
         told.tell(ended=1)
         raise
 
