@@ -2,7 +2,7 @@
 
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat
-from raytune.importing.sources import Source, columns_of, split, subset, template, write_sources
+from raytune.importing.sources import Source, columns_of, held_out, split, subset, template, write_sources
 
 _KEYS = (("data.train", "datasets"), ("data.validation", "test_datasets"), ("data.train", "pretraining_dataset"))
 _TURNS = {"role": "role", "content": "content"}
@@ -27,7 +27,7 @@ def convert(draft: Draft) -> bool:
         draft.idle(key, "no rows are written in it")
     _targets(draft)
     _packing(draft)
-    return _held_out(draft)
+    return held_out(draft, "val_set_size", named_by="test_datasets" if "data.validation" in draft.values else None)
 
 
 def _plain_text(draft: Draft) -> None:
@@ -198,26 +198,8 @@ def _targets(draft: Draft) -> None:
 
 
 def _packing(draft: Draft) -> None:
-    if draft.truth("sample_packing") or draft.asks_for("pretraining_dataset"):
-        draft.write("data.packing", "best_fit", "sample_packing")
-    elif draft.asks_for("group_by_length"):
+    packs = draft.truth("sample_packing") or draft.asks_for("pretraining_dataset")
+    if not packs and draft.asks_for("group_by_length"):
         draft.leave("group_by_length", "rows alike in length make a batch there; here each row is a document, in any order")
-        draft.write("data.packing", "none", "sample_packing")
-    else:
-        draft.write("data.packing", "none", "sample_packing")
+    draft.write("data.packing", "best_fit" if packs else "none", "sample_packing")
     draft.idle("eval_sample_packing", "a document's loss does not depend on the rows beside it")
-
-
-def _held_out(draft: Draft) -> bool:
-    if "data.validation" in draft.values:
-        draft.idle("val_set_size", "test_datasets names the rows")
-        return True
-    share = draft.number("val_set_size") or 0
-    if 0 < share < 1:
-        draft.write("data.validation_fraction", share, "val_set_size")
-        return True
-    if share:
-        draft.leave("val_set_size", "a number of rows there, a share of them here: data.validation_fraction")
-    else:
-        draft.same("val_set_size", "no rows are held out")
-    return False

@@ -10,7 +10,7 @@ from raytune.errors import UserError
 from raytune.importing import arguments
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat, facts
-from raytune.importing.sources import Source, columns_of, template, write_sources
+from raytune.importing.sources import Source, columns_of, held_out, template, write_sources
 
 _INFO = "dataset_info.json"
 _TURNS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -114,14 +114,14 @@ def _data(draft: Draft, folder: str) -> bool:
     is_plain = draft.text("stage") == "pt"
     info = _dataset_info(draft, folder)
     sources = [_source(draft, name, "dataset", info, is_plain) for name in draft.texts("dataset")]
-    held_out = [_source(draft, name, "eval_dataset", info, is_plain) for name in draft.texts("eval_dataset")]
+    validation = [_source(draft, name, "eval_dataset", info, is_plain) for name in draft.texts("eval_dataset")]
     if sources:
         _shares(draft, sources)
         write_sources(draft, "data.train", sources)
     else:
         draft.open_questions.append("which rows are trained on: name them as data.train")
-    if held_out:
-        write_sources(draft, "data.validation", held_out)
+    if validation:
+        write_sources(draft, "data.validation", validation)
     draft.idle("dataset_dir", "the paths of the sources have it")
     _template(draft, is_plain)
     _targets(draft, is_plain)
@@ -132,16 +132,7 @@ def _data(draft: Draft, folder: str) -> bool:
     draft.write("data.too_long", "split" if is_plain else "drop" if packs else "truncate")
     words = "plain text is split" if is_plain else "packing drops rows that are too long" if packs else "long rows are cut"
     draft.origins["data.too_long"] = f"LLaMA-Factory: {words}" + ("" if packs else ", the prompt there, too; here the end")
-    if held_out:
-        draft.idle("val_size", "eval_dataset names the rows")
-        return True
-    share = draft.number("val_size") or 0
-    if 0 < share < 1:
-        draft.write("data.validation_fraction", share, "val_size")
-        return True
-    if share:
-        draft.leave("val_size", "a number of rows there, a share of them here: data.validation_fraction")
-    return False
+    return held_out(draft, "val_size", named_by="eval_dataset" if validation else None)
 
 
 def _dataset_info(draft: Draft, folder: str) -> Mapping[str, Any]:

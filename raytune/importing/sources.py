@@ -94,3 +94,24 @@ def template(draft: Draft, wanted: Mapping[str, str]) -> None:
             continue
         draft.accounts.pop(key, None)
         draft.leave(key, f"its template would be {other}, and all sources of a run have one: {name}, as {first} says")
+
+
+def held_out(draft: Draft, key: str, *, named_by: str | None) -> bool:
+    """Write which share of the rows is held out for validation. Returns whether there is any validation.
+
+    Args:
+        key: of the share there.
+        named_by: key that names rows of its own, in place of a share.
+    """
+    if named_by is not None:
+        draft.idle(key, f"{named_by} names the rows")
+        return True
+    share = draft.number(key) or 0
+    if 0 < share < 1:
+        draft.write("data.validation_fraction", share, key)
+        return True
+    if share:
+        draft.leave(key, "a number of rows there, a share of them here: data.validation_fraction")
+    else:
+        draft.same(key, "no rows are held out")
+    return False

@@ -1,12 +1,26 @@
 """The base of a run: that of a hub is brought to this machine where it is the cluster, and one that changed is refused."""
 
+from raytune.config.model import ModelSection
 from raytune.hub.snapshot import Report
 from raytune.model.base_check import check_base
 from raytune.model.base_content import base_content, refuse_other_base
 from raytune.model.files import local_files
 from raytune.model.hub import download_base
+from raytune.plan.base_model import DEMO
 from raytune.plan.run_plan import ModelPlan
 from raytune.training.fetched_base import is_known_by_commit
+
+
+def check_base_early(model: ModelSection, path: str) -> None:
+    """Hold a base's files against the model that its config describes, before workers start, which do so themselves.
+
+    The built-in base is left to them: for it a driver would import a compiler, half of the time that a plan takes.
+
+    Raises:
+        ModelError: naming the tensor or the file that is wrong.
+    """
+    if path != DEMO:
+        check_base(path, model.revision, model.trust_remote_code)
 
 
 def bring_base(model: ModelPlan, report: Report) -> None:

@@ -25,6 +25,7 @@ from raytune.data.sources import scan
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
 from raytune.launch.address import named_address
+from raytune.launch.base_here import check_base_early
 from raytune.launch.begun import begun_for
 from raytune.launch.callbacks import load_callbacks
 from raytune.launch.cluster import this_machine
@@ -204,7 +205,7 @@ def _path_of_base(config: RunConfig) -> str | None:
     """Where the base's files are; None if they are yet to be downloaded."""
     model = config.model
     path = resolve_model_path(model.base, model.revision)
-    check_base(path, model.revision, model.trust_remote_code)
+    check_base_early(model, path)
     return path if local_files(path, model.revision) else None
 
 

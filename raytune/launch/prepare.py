@@ -17,9 +17,9 @@ from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
 from raytune.errors import ModelError, UserError
 from raytune.evaluation.questions import Question
 from raytune.hub.snapshot import described, in_lines
+from raytune.launch.base_here import check_base_early
 from raytune.launch.reading import show_reading
 from raytune.launch.stores import DataBuilder
-from raytune.model.base_check import check_base
 from raytune.model.base_content import Content, base_content, refuse_other_base
 from raytune.model.files import resolve_model_path
 from raytune.model.pretrained import load_config, model_class
@@ -239,7 +239,7 @@ class Preparation:
         path = resolve_model_path(model.base, model.revision)
         key = (path, model.revision)
         if key not in self._contents:  # headers first: to hash the files is to read them
-            check_base(path, model.revision, model.trust_remote_code)
+            check_base_early(model, path)
         content = base_content(path, model.revision, trust_remote_code=model.trust_remote_code, watch=partial(show_reading, path))
         refuse_other_base(path, self._contents.setdefault(key, content), content)
         return content

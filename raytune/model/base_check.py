@@ -24,7 +24,6 @@ from raytune.model.pretrained import load_config, model_class, without_bars
 from raytune.model.stopping import check_stops
 from raytune.model.weight_files import INDEX, StoredTensor, stored_tensors, weight_files, weight_map
 from raytune.model.weight_numbers import COMPARED_ROWS, NUMBERS, check_numbers
-from raytune.plan.base_model import DEMO
 from raytune.plan.stored_quantization import stored_quantization
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def check_base(path: str, revision: str | None, trust_remote_code: bool) -> None
     Raises:
         ModelError: naming the tensor or the file that is wrong.
     """
-    folder = None if path == DEMO else local_files(path, revision)  # which is of this package, and takes half of a plan's time
+    folder = local_files(path, revision)
     if folder is None:
         return
     config = load_config(path, revision, trust_remote_code)
