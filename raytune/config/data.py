@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from raytune.config.quality import QualityPolicies
 from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
 
 DataFormat = Literal[
@@ -136,6 +137,18 @@ class TokenWeightsSection(Section):
     its end of turn, or all of a plain document."""
 
 
+class QualitySection(QualityPolicies):
+    benchmarks: Sources = []
+    """Rows of benchmarks that no training row should have a passage of: a path, a source, or a list of them. Answers may be
+    missing; rows of several choices name their question with `columns: {text: question}`."""
+
+    @model_validator(mode="after")
+    def _reads_its_benchmarks(self) -> "QualitySection":
+        if self.benchmarks and self.benchmark_overlaps == "ignore":
+            raise ValueError("benchmark_overlaps is ignore, so that nothing reads the benchmarks; leave one of the two out")
+        return self
+
+
 class DataSection(Section):
     train: TrainSources = [TrainSource(path="demo:train")]
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
@@ -156,6 +169,9 @@ class DataSection(Section):
     token_weights: TokenWeightsSection = TokenWeightsSection()
     """Let tokens of some classes of text (digits, syntax of code, what patterns find) count more or less than others in the
     training loss; held-out rows are measured without, so that their loss stays comparable. The plan says how many there are."""
+    quality: QualitySection | None = None
+    """Look for duplicates, leaks of held-out rows, passages of benchmarks and contradictory answers among the training rows. The
+    rows are read once more for that."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
     too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"

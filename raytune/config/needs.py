@@ -294,6 +294,20 @@ SEVERAL_SOURCES = Need(
     otherwise=lambda config: "there is one source of training rows, and sources count against each other",
     remedy="name another one in data.train",
 )
+LOOKED_FOR_NEAR = Need(
+    keys=("data.quality.near_duplicates", "data.quality.leaks"),
+    holds=lambda config, _: (
+        config.data.quality is not None and not config.data.quality.near_duplicates == config.data.quality.leaks == "ignore"
+    ),
+    otherwise=lambda config: "data.quality looks neither for near duplicates nor for leaks",
+    remedy="set data.quality.near_duplicates to keep, drop or error",
+)
+BENCHMARKS = Need(
+    keys=("data.quality.benchmarks",),
+    holds=lambda config, _: config.data.quality is not None and bool(config.data.quality.benchmarks),
+    otherwise=lambda config: "data.quality.benchmarks names no rows",
+    remedy="name some",
+)
 TO_BE_MIXED = Need(
     keys=("data.train",),
     holds=lambda config, _: len(config.data.train) > 1,

@@ -11,9 +11,11 @@ from raytune.user_code import FILE_ENDING, parts_of
 def row_sources(config: RunConfig) -> dict[str, Sequence[DataSource]]:
     """All sources by the key under which they are listed, in the order of the schema."""
     replay, ewc, suites = config.strategy.replay, config.strategy.ewc, suites_of(config.evaluation)
+    quality = config.data.quality
     return {
         "data.train": config.data.train,
         "data.validation": config.data.validation,
+        "data.quality.benchmarks": quality.benchmarks if quality else [],
         "strategy.replay.data": replay.data if replay else [],
         "strategy.ewc.data": ewc.data if ewc else [],
         **{f"{key}.rows": suite.rows for key, suite in suites.items()},

@@ -6,13 +6,14 @@ build it at once.
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.model import NewToken
 from raytune.data.prompts import TOLERATED_SHARE
+from raytune.data.quality import ParallelMap, compared_with, look_at
 from raytune.data.recognising import Reading
 from raytune.data.row_file import SourceUse, WrittenRows, write_rows
 from raytune.data.shards import (
@@ -40,8 +41,6 @@ from raytune.storage import file_digest, is_local, local_path, write_json
 
 _MIN_SHARD_SEGMENTS = 2
 _MAX_SHARDS = 256
-
-ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]
 
 
 def build_store(
@@ -82,7 +81,9 @@ def build_store(
         ]
         readings = readings_of(request.sources, scanned)
         policies: list[TooLong] = [resolved_too_long(request.too_long, reading.format) for reading in readings]
-        address = request.address([[file.fingerprint for file in files] for files in scanned], policies)
+        others = compared_with(request.quality, request.held_out, draft / "downloads") if request.quality else None
+        fingerprints = [[file.fingerprint for file in files] for files in scanned]
+        address = request.address(fingerprints, policies, others.fingerprints if others else ())
         final = stores / address
         if (found := intact(final)) is not None:
             return _with_its_prompts(found, request)
@@ -99,7 +100,9 @@ def build_store(
             side=request.side,
             validation_fraction=request.validation_fraction,
         )
-        tasks = _shards(request.sources, scanned, readings, policies, options, draft)
+        tasks, files = _shards(request.sources, scanned, readings, policies, options, draft), _names(scanned)
+        findings = look_at(request.quality, tasks, files, others, draft, parallel_map) if request.quality and others else None
+        tasks = findings.tasks if findings else tasks
         results = list(parallel_map(tokenise_shard, tasks))
         tallies = _checked_tallies(request, results)
         built = draft / "store"
@@ -108,14 +111,15 @@ def build_store(
         written = write_rows(built / ROWS_FILE, results, uses, request.max_length, request.packing, request.num_virtual)
         _refuse_empty_parts(request, tallies, written)
         digest = file_digest(built / ROWS_FILE)
-        files = [file.file.name for source_files in scanned for file in source_files]
+        report = _report(request, scanned, readings, policies, tallies, uses, written)
+        report = findings.told_in(report) if findings else report
         meta = {
             "address": address,
             "source_files": files,
             "size": digest.size,
             "sha256": digest.sha256,
             **written.sizes,
-            "report": _report(request, scanned, readings, policies, tallies, uses, written).model_dump(mode="json"),
+            "report": report.model_dump(mode="json"),
         }
         write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
         sync_local_folder(built)
@@ -162,6 +166,10 @@ def _report(
         )
     ]
     return StoreReport(row_length=request.max_length, num_rows=written.sizes["num_rows"], sources=sources)
+
+
+def _names(scanned: Sequence[Sequence[ScannedFile]]) -> list[str]:
+    return [file.file.name for files in scanned for file in files]
 
 
 def _files_in(source: DataSource, files: Sequence[ScannedFile]) -> list[str]:
@@ -249,6 +257,7 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
             "bad": "cannot be used",
             "dropped": f"are longer than {longer} (data.too_long: {request.too_long})",
             "cut_off": f"have their targets behind {longer}",
+            "filtered": "are left out by data.quality",
             "no_target": f"have no target (data.targets: {request.targets})",
             "other_side": f"lie on the other side of the split (data.validation_fraction: {request.validation_fraction})",
         }

@@ -58,6 +58,8 @@ class ShardTask:
     options: TokenisingOptions
     output: str
     """Arrow file that is written."""
+    left_out: str | None = None
+    """File with a bool for each row that `read_parts` gives: whether it is left out (`quality`). None: none is."""
 
 
 @dataclass(slots=True)
@@ -126,6 +128,19 @@ def prompt_mismatch_error(source: SourceReport) -> DataError:
         "Move white space from the end of a prompt to the beginning of its answer, write what the prompt opens (a thought, say) "
         "into the answers, or choose another data.template. If it is as it should be, set data.on_prompt_mismatch: accept.",
     )
+
+
+def found_rows_error(finding: str, count: int, examples: Sequence[str]) -> DataError:
+    """Args:
+    finding: a policy of `data.quality`, which is `error`.
+    """
+    rows = "1 row is" if count == 1 else f"{count} rows are"
+    key = f"data.quality.{finding}"
+    words = finding.replace("_", " ")
+    fix = f"Repair the files, or set {key} to drop or keep."
+    error = _counted_error(f"{rows} among the {words} ({key}: error):", count, examples, fix)
+    error.keys = (key,)
+    return error
 
 
 def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:

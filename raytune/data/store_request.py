@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, QualitySection
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
@@ -19,6 +19,7 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
 # Modules whose code decides what a store holds.
 _CODE = (
+    "alike",
     "build",
     "compression",
     "conversation",
@@ -28,13 +29,18 @@ _CODE = (
     "mixing",
     "order",
     "packing",
+    "passages",
     "prompts",
+    "quality",
     "readers",
     "recognising",
     "rendering",
     "row_fields",
     "row_file",
+    "row_findings",
+    "row_marks",
     "shards",
+    "signatures",
     "source_files",
     "source_rows",
     "sources",
@@ -80,32 +86,43 @@ class StoreRequest:
     """How often the store has the documents of each source."""
     loss_weights: tuple[float, ...] = ()
     """Of each source; empty: each is 1."""
+    quality: QualitySection | None = None
+    held_out: tuple[DataSource, ...] = ()
+    """Rows for validation in files of their own, that `quality` looks for."""
 
-    def address(self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong]) -> str:
+    def address(
+        self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong], compared: Sequence[Sequence[Sequence[str]]] = ()
+    ) -> str:
         """Name of the store: equal only for equal tokens in equal rows.
 
         Args:
             fingerprints: for each source, those of its files.
             policies: for each source, what `too_long` means for its rows.
+            compared: fingerprints of what `quality` compares the rows with.
         """
+        of_quality = [_of_source(source) for source in (*self.held_out, *(self.quality.benchmarks if self.quality else ()))]
         what = {name: value for name, value in asdict(self).items() if name not in ("on_prompt_mismatch", "too_long")} | {
             "sources": [
-                {
-                    "format": source.format,
-                    "columns": source.columns,
-                    "constants": source.constants,
-                    "labels": source.labels,
-                    "max_rows": source.max_rows,
-                    "files": list(files),
-                    "too_long": policy,
-                    # Messages about a row name its file, wherever that lies.
-                    "name": last_part(source.path),
-                }
+                {**_of_source(source), "files": list(files), "too_long": policy}
                 for source, files, policy in zip(self.sources, fingerprints, policies, strict=True)
             ],
+            "quality": self.quality and self.quality.model_dump(mode="json", exclude={"benchmarks"}),
+            "held_out": [of_quality, compared] if self.quality else None,
             "code": _code_fingerprint(),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _of_source(source: DataSource) -> dict[str, Any]:
+    return {
+        "format": source.format,
+        "columns": source.columns,
+        "constants": source.constants,
+        "labels": source.labels,
+        "max_rows": source.max_rows,
+        # Messages about a row name its file, wherever that lies.
+        "name": last_part(source.path),
+    }
 
 
 def last_part(path: str) -> str:

@@ -120,7 +120,19 @@ def _encoder_and_template(
 def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
     options = task.options
     rows = read_parts(task.parts, task.max_rows, tally, options.side, options.validation_fraction)
+    if task.left_out is not None:
+        rows = _remaining(rows, np.load(task.left_out), tally)
     return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
+
+
+def _remaining(
+    rows: Iterator[tuple[Conversation, int]], are_left_out: np.ndarray, tally: Tally
+) -> Iterator[tuple[Conversation, int]]:
+    for row, is_left_out in zip(rows, are_left_out, strict=True):
+        if is_left_out:
+            tally.add("filtered")
+        else:
+            yield row
 
 
 def _chat_documents(

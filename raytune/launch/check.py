@@ -290,7 +290,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
 
 def _weights_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
-    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
+    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection(), "quality": None}
 
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:

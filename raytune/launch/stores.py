@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.adapter import num_virtual_tokens
-from raytune.config.data import DataSource, named_sources
+from raytune.config.data import DataSource, QualitySection, named_sources
 from raytune.config.evaluation import SuiteSection, is_code, suites_of
 from raytune.config.row_sources import asks_in_chats, evaluated_sets, tokenised_sources, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
@@ -81,7 +81,14 @@ class DataBuilder:
         config, is_split = self._config, bool(self._config.data.validation_fraction)
         sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
         classes = token_classes(config.data.token_weights)
-        train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config), classes)
+        train = self._store(
+            sources,
+            "train" if is_split else "all",
+            mixture_of(config),
+            loss_weights_of(config),
+            classes,
+            quality=config.data.quality,
+        )
         counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
         sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
         side = "validation" if is_split else "all"
@@ -181,10 +188,12 @@ class DataBuilder:
         loss_weights: tuple[float, ...] = (),
         classes: tuple[TokenClass, ...] = (),
         packing: Packing | None = None,
+        quality: QualitySection | None = None,
     ) -> StoreInfo:
         """Args:
         classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
         packing: other than the run's.
+        quality: what is looked for among the rows.
         """
         data, model = self._config.data, self._config.model
         packing = packing or data.packing
@@ -204,6 +213,8 @@ class DataBuilder:
             validation_fraction=data.validation_fraction,
             mixture=mixture,
             loss_weights=loss_weights,
+            quality=quality,
+            held_out=tuple(data.validation) if quality else (),
         )
         return build_store(
             request,

@@ -18,10 +18,22 @@ class EpochPart(Plan):
     targets: int
 
 
+class Balance(Plan):
+    """Of what kinds the good rows of a source are, before any is left out."""
+
+    scripts: dict[str, int]
+    """Script of most letters, as Unicode names it ("Latin", "Han") -> rows; empty name: rows without letters."""
+    labels: dict[str, int]
+    """Class -> rows, where rows have one."""
+    median_words: int
+    """Of last answers, or of texts."""
+    most_words: int
+
+
 class SourceReport(Plan):
     """The rows of one source. Counts are of rows where nothing else is said.
 
-    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`.
+    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`, `filtered`.
     """
 
     name: str
@@ -45,6 +57,22 @@ class SourceReport(Plan):
     """Longer than `data.max_length` and left out."""
     other_side: int
     """On the other side of `data.validation_fraction`."""
+    filtered: int = 0
+    """Left out by the policies of `data.quality`."""
+    exact_duplicates: int = 0
+    """That are equal to an earlier one."""
+    near_duplicates: int = 0
+    """That are nearly equal to an earlier one."""
+    leaks: int = 0
+    """That are held out for validation too, wholly, nearly, or up to their last answer."""
+    benchmark_overlaps: int = 0
+    """That have a passage in common with a benchmark."""
+    contradictions: int = 0
+    """With the turns before the last answer of another row, but another last answer."""
+    policies: dict[str, str] = {}
+    """Of the last five counts, those that were looked for -> what is done with such rows."""
+    balance: Balance | None = None
+    """None: not looked at (`data.quality`)."""
     cut: int
     """That lost at least one token that carried loss, of whichever answer, to `data.max_length`."""
     split: int
@@ -100,6 +128,8 @@ class StoreReport(Plan):
     num_rows: int
     """Packed rows."""
     sources: list[SourceReport]
+    notes: list[str] = []
+    """What the rows were compared with."""
 
     def total(self, count: str) -> int:
         """A count of `SourceReport` over all sources."""
@@ -145,6 +175,7 @@ def losses_text(report: DataReport) -> list[str]:
     they are."""
     lines = list(report.template)
     for what, store in _stores(report):
+        lines += store.notes
         for source in store.sources:
             of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
             lines += [f"{of}: {line}" for line in _losses(source, store.row_length)]
@@ -155,7 +186,7 @@ def losses_text(report: DataReport) -> list[str]:
 
 def store_text(report: StoreReport) -> list[str]:
     """What became of the rows of one store, as lines."""
-    lines = _source_lines(report)
+    lines = [*_source_lines(report), *report.notes]
     for source in report.sources:
         of = f"{source.name}: " if len(report.sources) > 1 else ""
         lines += [f"{of}{line}" for line in _losses(source, report.row_length)]
@@ -186,6 +217,8 @@ def _counted(source: SourceReport) -> str:
         (source.dropped, "{} dropped as too long", "row"),
         (source.split, "{} split", "document"),
         (source.blank_answers, "{} with a blank answer", "row"),
+        (source.filtered, "{} left out by data.quality", "row"),
+        (source.leaks, "{} held out for validation too", "row"),
         (source.other_side, "{} on the other side of the split", "row"),
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
@@ -198,7 +231,7 @@ def _counted(source: SourceReport) -> str:
 
 def _losses(source: SourceReport, row_length: int) -> list[str]:
     limit, of = f"data.max_length, {row_length} tokens", f"of {source.rows} rows"
-    sentences = {
+    sentences = _quality_sentences(source) | {
         "bad": f"{_many(source.bad, 'bad row')} {of} skipped (data.on_bad_row: skip)",
         "no_target": f"{_many(source.no_target, 'row')} {of} without targets: nothing in them is to be trained (data.targets)",
         "cut_off": f"{_many(source.cut_off, 'row')} {of} without targets: they lie behind {limit}",
@@ -206,6 +239,7 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "dropped": f"{_many(source.dropped, 'row')} {of} dropped, longer than {limit} (data.too_long: {source.too_long})",
         "split": f"{_many(source.split, 'document')} split at {limit} (data.too_long: {source.too_long})",
         "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer or text that is empty or only white space",
+        "filtered": f"{_many(source.filtered, 'row')} {of} left out by data.quality",
         "unending": f"{_many(source.unending, 'document')} whose last target is no special token: a model may not learn to stop",
     }
     lines = [sentence + _first(source.examples, name) for name, sentence in sentences.items() if getattr(source, name)]
@@ -222,11 +256,43 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
     if source.targets_of_class:
         counts = (f"{name}: {count} of {source.targets} targets" for name, count in source.targets_of_class.items())
         lines.append(f"tokens that count by data.token_weights in the training loss: {'; '.join(counts)}")
+    if nothing := [name.replace("_", " ") for name in source.policies if not getattr(source, name)]:
+        lines.append(f"no {', no '.join(nothing)} found (data.quality)")
+    lines += _balance_lines(source.balance)
     if source.unread_columns:
         lines.append(f"columns that the format {source.format} does not read: {_with_counts(source.unread_columns)}")
     if source.unread_keys:
         lines.append(f"keys of turns that raytune does not know, or reads otherwise: {_with_counts(source.unread_keys)}")
     return lines
+
+
+def _quality_sentences(source: SourceReport) -> dict[str, str]:
+    """By count, what was found by `data.quality`."""
+    words = {
+        "leaks": "that are held out for validation too, whose loss is then too low",
+        "benchmark_overlaps": "with a passage of a benchmark, whose scores then say little",
+        "contradictions": "with the turns of another row but another last answer",
+        "exact_duplicates": "equal to an earlier one",
+        "near_duplicates": "nearly equal to an earlier one",
+    }
+    policies = {name: f" (data.quality.{name}: {policy})" for name, policy in source.policies.items()}
+    counts = {name: _many(getattr(source, name), "row") for name in words}
+    return {name: f"{counts[name]} of {source.rows} rows {what}{policies.get(name, '')}" for name, what in words.items()}
+
+
+def _balance_lines(balance: Balance | None) -> list[str]:
+    """Of what kinds rows are."""
+    if balance is None:
+        return []
+    of = {"script": balance.scripts, "class": balance.labels}
+    shares = [f"{what}: {_shares(counts)}" for what, counts in of.items() if counts]
+    words = f"words of an answer or text: {balance.median_words} in the middle, {balance.most_words} at most"
+    return [f"rows by {'; by '.join([*shares, words])}"]
+
+
+def _shares(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{name or 'no letters'} {count / total:.1%}" for name, count in counts.items())
 
 
 def _of_files(files: Sequence[str]) -> str:

@@ -63,6 +63,7 @@ OWNERS = {
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
     "gguf": {"model/gguf_file.py"},
+    "rensa": {"data/signatures.py"},
     "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
     "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
     "huggingface_hub": {

@@ -149,7 +149,9 @@ def test_the_example_of_a_key_fits_the_schema(key, validator: jsonschema.Draft7V
         sweep["space"] = {"adapter.rank": sweep["space"]} if key.path.startswith("sweep.space.") else sweep.get("space", space)
         if key.methods and key.path != "sweep.stopping.method":
             sweep["stopping"]["method"] = key.methods[-1]
-    for rows in (data.get("data", {}).get("train"), data.get("data", {}).get("validation")):
+    of_data = data.get("data", {})
+    benchmarks = (of_data.get("quality") or {}).get("benchmarks")
+    for rows in (of_data.get("train"), of_data.get("validation"), benchmarks):
         if isinstance(rows, dict):
             rows.setdefault("path", "a.jsonl")
     if isinstance(phase := data.get("strategy", {}).get("unfreeze"), dict):

@@ -34,7 +34,7 @@ from tests.tiny import PATIENT, tiny_plan, tiny_store, tiny_tokenizer
 
 CASES = Path(__file__).parents[1] / "cases"
 CHATML = resolve_template("chatml", tiny_tokenizer())  # without markers: answers are found by its prompts
-OUTCOMES = ("used", "bad", "no_target", "cut_off", "dropped", "other_side")
+OUTCOMES = ("used", "bad", "no_target", "cut_off", "dropped", "other_side", "filtered")
 
 
 def build(folder: Path, path: Path | str, **changes: Any) -> StoreInfo:
