@@ -34,6 +34,7 @@ _CODE = (
     "rendering",
     "row_fields",
     "row_file",
+    "shard_documents",
     "shards",
     "source_files",
     "source_rows",
