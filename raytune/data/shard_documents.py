@@ -73,11 +73,11 @@ class Documents:
         return list(zip(self._batch[documents].tolist(), starts.tolist(), stops.tolist()))
 
 
-def in_buffers(shards: Sequence[ShardResult], uses: Sequence[SourceUse], most: int = DOCUMENTS_AT_ONCE) -> Iterator[Documents]:
-    """All documents in order, `most` at a time and then the rest: how shards divide them does not matter."""
+def in_buffers(shards: Sequence[ShardResult], uses: Sequence[SourceUse]) -> Iterator[Documents]:
+    """All documents in order, `DOCUMENTS_AT_ONCE` and then the rest: how shards divide them does not matter."""
     held: list[pa.RecordBatch] = []
     weights: list[float] = []
-    room = most
+    room = DOCUMENTS_AT_ONCE
     for shard in shards:
         for batch in batches_of(shard.path):
             rest = batch
@@ -88,7 +88,7 @@ def in_buffers(shards: Sequence[ShardResult], uses: Sequence[SourceUse], most: i
                 room -= held[-1].num_rows
                 if not room:
                     yield Documents(held, weights)
-                    held, weights, room = [], [], most
+                    held, weights, room = [], [], DOCUMENTS_AT_ONCE
     if held:
         yield Documents(held, weights)
 
