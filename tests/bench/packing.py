@@ -86,7 +86,11 @@ def _figures(rival: str, lengths: np.ndarray, num_rows: int, cpu_s: float) -> di
         "rows": num_rows,
     }
     verdict = {"expected": EXPECTED_FILL, "verdict": "met" if fill >= EXPECTED_FILL else "missed"}
-    return figures | {"row_length": ROW_LENGTH, "fill": round(fill, 4), "cpu_s": round(cpu_s, 3)} | (verdict if rival == "raytune best_fit" else {})
+    return (
+        figures
+        | {"row_length": ROW_LENGTH, "fill": round(fill, 4), "cpu_s": round(cpu_s, 3)}
+        | (verdict if rival == "raytune best_fit" else {})
+    )
 
 
 if __name__ == "__main__":
