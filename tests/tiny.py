@@ -78,7 +78,9 @@ def tiny_store(folder: Path, source: str = "demo:train", *, max_rows: int | None
 
 def store_plan(info: StoreInfo, name: str = "train") -> StorePlan:
     """A store as the plan names it."""
-    return StorePlan(name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets)
+    return StorePlan(
+        name=name, path=info.path, num_rows=info.rows_per_epoch, num_tokens=info.num_tokens, num_targets=info.num_targets
+    )
 
 
 def tiny_plan(**changes: Any) -> RunPlan:

@@ -17,6 +17,8 @@ FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet"
 """Of files with rows; what has none of them is a folder, or a data set of a hub."""
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 """Behind the ending of a file of text."""
+MOST_PASSES = 1000
+"""Of an epoch over one source. More of them are a mistake, and would fill a disk."""
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -73,6 +75,12 @@ class TrainSource(DataSource):
     proportion: Annotated[PositiveFloat | None, Field(examples=[3.0])] = None
     """Its part of the targets of an epoch, against the parts of the other sources, each of which needs one: 3 beside 1 is three
     quarters. `mixing.until` says which rows are repeated or left out for that."""
+    passes: Annotated[float, Field(gt=0, le=MOST_PASSES, examples=[2.0])] | None = None
+    """How often an epoch passes over it, in place of a `proportion`; of other sources once, where they say nothing. 2: each row
+    twice; 0.1: a tenth of its rows, in each epoch others, so that ten epochs have seen all."""
+    max_passes: Annotated[float, Field(ge=1, le=MOST_PASSES, examples=[4.0])] | None = None
+    """How often an epoch passes over it at most, whatever its `proportion` or the `mixing.temperature` asks for, so that a small
+    source is not learned by heart. Its part is smaller then, those of the others stay as they are against each other."""
 
 
 class MixingSection(Section):
@@ -83,7 +91,8 @@ class MixingSection(Section):
     higher, the more alike the parts are."""
     until: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     """When an epoch ends: with `all_exhausted` when each row of each source was seen, those of others more than once; with
-    `first_exhausted` when those of one source were, so that no row is seen twice, and some of the others' never."""
+    `first_exhausted` when those of one source were, so that no row is seen twice; of the others each epoch has a part, and the
+    next one another."""
 
 
 def _as_list(value: object) -> object:
@@ -102,6 +111,8 @@ def _all_or_none(sources: list[TrainSource]) -> list[TrainSource]:
     without = [source.path for source in sources if source.proportion is None]
     if 0 < len(without) < len(sources):
         raise ValueError(f"give each source a proportion, or none of them: {', '.join(without)} has none")
+    if not without and (twice := [source.path for source in sources if source.passes is not None]):
+        raise ValueError(f"give {twice[0]} a proportion or passes: both say how much an epoch has of it")
     return sources
 
 

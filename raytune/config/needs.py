@@ -314,6 +314,18 @@ TO_BE_MIXED = Need(
     otherwise=lambda config: "data.train has one source, and nothing to mix it with",
     remedy="name another one",
 )
+NO_PASSES = Need(
+    keys=("data.train",),
+    holds=lambda config, _: all(source.passes is None for source in config.data.train),
+    otherwise=lambda config: "a source of data.train has passes, which say how they are mixed",
+    remedy="leave out the passes",
+)
+REPEATS = Need(
+    keys=("data.mixing.until",),
+    holds=lambda config, _: config.data.mixing.until == "all_exhausted",
+    otherwise=lambda config: "data.mixing.until is first_exhausted, with which an epoch passes over no source more than once",
+    remedy="leave out data.mixing.until",
+)
 NO_PROPORTIONS = Need(
     keys=("data.train",),
     holds=lambda config, _: all(source.proportion is None for source in config.data.train),
@@ -325,7 +337,7 @@ MIXED = Need(
     holds=lambda config, _: (
         config.data.mixing.temperature is not None or any(source.proportion is not None for source in config.data.train)
     ),
-    otherwise=lambda config: "each row is seen once per epoch: there are neither proportions nor data.mixing.temperature",
+    otherwise=lambda config: "there are neither proportions nor data.mixing.temperature, which ask for a mixture",
     remedy="give each source of data.train a proportion",
 )
 

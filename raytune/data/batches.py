@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune.data.order import positions_of_step, rows_at, share_of_rank
+from raytune.data.order import positions_of_step, share_of_rank
 from raytune.data.store import Store
 
 _TENSORS = (
@@ -88,12 +88,12 @@ def step_batches(
 
     Args:
         step: counted from 0.
-        num_rows_in_run: positions that the run visits (epochs x rows of the store). The last step may reach beyond them: those
+        num_rows_in_run: positions that the run visits (epochs x rows of one). The last step may reach beyond them: those
             rows are there, so that every rank has something to compute, but carry no targets.
         seed: of the data order.
     """
     in_step = positions_of_step(step, world * micro_batch_size * accumulation)
-    rows = rows_at(in_step, store.num_rows, seed)
+    rows = store.epoch.rows_at(in_step, seed)
     counts = in_step < num_rows_in_run
     step_totals = _Totals.of(store, rows[counts])
     batches = []

@@ -7,6 +7,7 @@ build it at once.
 import shutil
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ from raytune.config.model import NewToken
 from raytune.data.prompts import TOLERATED_SHARE
 from raytune.data.quality import ParallelMap, compared_with, look_at
 from raytune.data.recognising import Reading
-from raytune.data.row_file import SourceUse, WrittenRows, write_rows
+from raytune.data.row_file import WrittenRows, write_rows
+from raytune.data.shard_documents import SourceUse
 from raytune.data.shards import (
     ShardPart,
     ShardResult,
@@ -30,12 +32,12 @@ from raytune.data.shards import (
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
 from raytune.data.sources import ScannedFile, scan
-from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, read_info
+from raytune.data.store import META_FILE, StoreInfo, checksum_of, read_info
 from raytune.data.store_place import intact, put_in_place
 from raytune.data.store_request import StoreRequest, last_part
 from raytune.errors import DataError
 from raytune.local_files import local_errors, sync_local_folder
-from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.plan.data_report import COUNTS, EpochPart, SourceReport, StoreReport
 from raytune.plan.mixing import passes_of_epoch
 from raytune.storage import file_digest, is_local, local_path, write_json
 
@@ -108,17 +110,23 @@ def build_store(
         built = draft / "store"
         built.mkdir()
         uses = _uses(request, tallies)
-        written = write_rows(built / ROWS_FILE, results, uses, request.max_length, request.packing, request.num_virtual)
+        written = write_rows(built, results, uses, request.max_length, request.packing, request.num_virtual)
         _refuse_empty_parts(request, tallies, written)
-        digest = file_digest(built / ROWS_FILE)
         report = _report(request, scanned, readings, policies, tallies, uses, written)
         report = findings.told_in(report) if findings else report
+        epoch = written.epoch
         meta = {
             "address": address,
             "source_files": files,
-            "size": digest.size,
-            "sha256": digest.sha256,
-            **written.sizes,
+            "files": {file.name: asdict(file_digest(file)) for file in sorted(built.iterdir())},
+            "drawn": [asdict(part) for part in written.drawn],
+            "num_rows": written.num_rows,
+            "rows_per_epoch": epoch.rows,
+            "num_documents": epoch.documents,
+            "num_tokens": epoch.tokens,
+            "num_targets": epoch.targets,
+            "num_bytes": epoch.bytes,
+            "longest_document": epoch.longest_document,
             "report": report.model_dump(mode="json"),
         }
         write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
@@ -156,16 +164,20 @@ def _report(
             targets_of_class={str(one): tally.targets_of_class[str(one)] for one in request.token_classes},
             examples=tally.examples,
             loss_weight=use.loss_weight,
-            passes=use.passes,
-            mixed=written.mixed[number] if written.mixed else None,
+            passes=passes,
+            mixed=None if all(each == 1 for each in written.passes) else _part_of_epoch(tally, passes),
             is_replayed=number >= len(request.sources) - request.mixture.num_replayed,
             **{count: tally.counts[count] for count in COUNTS},
         )
-        for number, (source, files, reading, policy, tally, use) in enumerate(
-            zip(request.sources, scanned, readings, policies, tallies, uses, strict=True)
+        for number, (source, files, reading, policy, tally, use, passes) in enumerate(
+            zip(request.sources, scanned, readings, policies, tallies, uses, written.passes, strict=True)
         )
     ]
-    return StoreReport(row_length=request.max_length, num_rows=written.sizes["num_rows"], sources=sources)
+    return StoreReport(row_length=request.max_length, num_rows=written.epoch.rows, sources=sources)
+
+
+def _part_of_epoch(tally: Tally, passes: float) -> EpochPart:
+    return EpochPart(**{count: round(passes * tally.counts[count]) for count in EpochPart.model_fields})
 
 
 def _names(scanned: Sequence[Sequence[ScannedFile]]) -> list[str]:
@@ -183,7 +195,10 @@ def _uses(request: StoreRequest, tallies: Sequence[Tally]) -> list[SourceUse]:
     names = [source.path for source in request.sources]
     passes = passes_of_epoch(request.mixture, [tally.counts["targets"] for tally in tallies], names)
     weights = request.loss_weights or (1.0,) * len(names)
-    return [SourceUse(passes=each, loss_weight=weight) for each, weight in zip(passes, weights, strict=True)]
+    return [
+        SourceUse(passes=each, loss_weight=weight, num_documents=tally.counts["documents"], num_tokens=tally.counts["tokens"])
+        for each, weight, tally in zip(passes, weights, tallies, strict=True)
+    ]
 
 
 def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written: WrittenRows) -> None:
@@ -192,12 +207,12 @@ def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written
     Raises:
         DataError: with what to change.
     """
-    for number, (tally, part) in enumerate(zip(tallies, written.mixed or [])):
-        if tally.counts["documents"] and not part.documents:
+    for number, (tally, passes) in enumerate(zip(tallies, written.passes, strict=True)):
+        if tally.counts["documents"] and not passes:
             is_replayed = number >= len(request.sources) - request.mixture.num_replayed
             key = "strategy.replay.share" if is_replayed else "data.mixing"
             raise DataError(
-                f"An epoch has no document of {request.sources[number].path}: the smallest is larger than its part. Raise that "
+                f"An epoch has no document of {request.sources[number].path}: its part is less than half of one. Raise that "
                 f"({'strategy.replay.share' if is_replayed else 'its proportion, or data.mixing.temperature'}), or leave it out.",
                 keys=(key, "data.train"),
             )

@@ -7,7 +7,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from raytune.data.store import ROWS_FILE, StoreInfo, read_info, read_meta
+from raytune.data.store import StoreInfo, complete_meta, read_info, row_files
 from raytune.local_files import move_local_folder
 from raytune.storage import file_digest
 
@@ -35,11 +35,11 @@ def put_in_place(built: Path, final: Path, info: StoreInfo) -> StoreInfo:
 
 def intact(folder: Path) -> StoreInfo | None:
     """The store in a folder if it is complete and every byte is what was written; else None."""
-    meta = read_meta(folder)
+    meta = complete_meta(folder)
     if meta is None:
         return None
     try:
-        digest = file_digest(folder / ROWS_FILE)
+        is_intact = all(file_digest(folder / name) == digest for name, digest in row_files(meta).items())
     except FileNotFoundError:
         return None
-    return read_info(folder, meta) if (digest.size, digest.sha256) == (meta["size"], meta["sha256"]) else None
+    return read_info(folder, meta) if is_intact else None

@@ -39,6 +39,7 @@ _CODE = (
     "row_file",
     "row_findings",
     "row_marks",
+    "shard_documents",
     "shards",
     "signatures",
     "source_files",

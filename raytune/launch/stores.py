@@ -239,7 +239,7 @@ def store_plan_of(name: str, info: StoreInfo, weight: float = 1.0) -> StorePlan:
     return StorePlan(
         name=name,
         path=info.path,
-        num_rows=info.num_rows,
+        num_rows=info.rows_per_epoch,
         num_tokens=info.num_tokens,
         num_targets=info.num_targets,
         weight=weight,

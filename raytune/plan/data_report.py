@@ -105,9 +105,9 @@ class SourceReport(Plan):
     loss_weight: float = 1.0
     """How much each of its targets counts in the loss, times what its row says."""
     passes: float = 1.0
-    """Over its documents in an epoch, as asked for; below 1 a part of them."""
+    """Over its documents in an epoch; what is no whole number is a part of them, another one in each epoch."""
     mixed: EpochPart | None = None
-    """What an epoch has of it where some source has other than one pass; None: all of it once."""
+    """What an epoch has of it, in the mean, where some source has other than one pass; None: all of it once."""
     is_replayed: bool = False
     """Of `strategy.replay`."""
 
@@ -126,7 +126,7 @@ class StoreReport(Plan):
     row_length: int
     """Tokens that a packed row holds at most."""
     num_rows: int
-    """Packed rows."""
+    """Packed rows of an epoch."""
     sources: list[SourceReport]
     notes: list[str] = []
     """What the rows were compared with."""

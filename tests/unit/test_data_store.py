@@ -431,9 +431,9 @@ def flip_a_byte(path: Path) -> None:
 
 
 DAMAGE = {
-    "a flipped bit in the rows": lambda folder: flip_a_byte(folder / "rows.arrow"),
-    "truncated rows": lambda folder: (folder / "rows.arrow").write_bytes((folder / "rows.arrow").read_bytes()[:-100]),
-    "missing rows": lambda folder: (folder / "rows.arrow").unlink(),
+    "a flipped bit in the rows": lambda folder: flip_a_byte(folder / "rows-00000.arrow"),
+    "truncated rows": lambda folder: (folder / "rows-00000.arrow").write_bytes((folder / "rows-00000.arrow").read_bytes()[:-100]),
+    "missing rows": lambda folder: (folder / "rows-00000.arrow").unlink(),
     "missing meta": lambda folder: (folder / "meta.json").unlink(),
     "empty meta": lambda folder: (folder / "meta.json").write_bytes(b""),
     "edited meta": lambda folder: (folder / "meta.json").write_text(
@@ -460,7 +460,7 @@ def test_a_damaged_store_is_built_again(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", [False, True])
 def test_builders_that_race_all_end_with_the_one_store(damaged: bool, tmp_path: Path) -> None:
     if damaged:
-        flip_a_byte(Path(tiny_store(tmp_path).path) / "rows.arrow")
+        flip_a_byte(Path(tiny_store(tmp_path).path) / "rows-00000.arrow")
     barrier = threading.Barrier(3)
 
     def together(function: Callable[[ShardTask], ShardResult], shards: Sequence[ShardTask]) -> Iterable[ShardResult]:
