@@ -21,7 +21,8 @@ class EpochPart(Plan):
 class SourceReport(Plan):
     """The rows of one source. Counts are of rows where nothing else is said.
 
-    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`.
+    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`,
+    `test_side`.
     """
 
     name: str
@@ -44,7 +45,9 @@ class SourceReport(Plan):
     dropped: int
     """Longer than `data.max_length` and left out."""
     other_side: int
-    """On the other side of `data.validation_fraction`."""
+    """On the other side of `data.validation_fraction` or `data.fold`."""
+    test_side: int = 0
+    """Held out for the test, by `data.test_fraction`."""
     cut: int
     """That lost at least one token that carried loss, of whichever answer, to `data.max_length`."""
     split: int
@@ -124,6 +127,10 @@ class DataReport(Plan):
     train: StoreReport
     validation: dict[str, StoreReport]
     """By the name of the set in metrics."""
+    test: dict[str, StoreReport] = {}
+    """Of the test, by the name of the set in metrics."""
+    split: list[str] = []
+    """What the split came to, where more than the hash of each row decides."""
     ewc: StoreReport | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
 
@@ -143,7 +150,7 @@ def report_table(report: DataReport) -> list[tuple[str, str]]:
 def losses_text(report: DataReport) -> list[str]:
     """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
     they are."""
-    lines = list(report.template)
+    lines = [*report.template, *report.split]
     for what, store in _stores(report):
         for source in store.sources:
             of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
@@ -165,6 +172,7 @@ def store_text(report: StoreReport) -> list[str]:
 def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
+    held_out += [(f"test {name}" if len(report.test) > 1 else "test", store) for name, store in report.test.items()]
     return [("training", report.train), *held_out, *([("EWC", report.ewc)] if report.ewc else [])]
 
 
@@ -187,6 +195,7 @@ def _counted(source: SourceReport) -> str:
         (source.split, "{} split", "document"),
         (source.blank_answers, "{} with a blank answer", "row"),
         (source.other_side, "{} on the other side of the split", "row"),
+        (source.test_side, "{} held out for the test", "row"),
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
     return (
