@@ -53,3 +53,8 @@ class FoldSection(Section):
         if self.index >= self.of:
             raise ValueError(f"index must be from 0 to {self.of - 1}, of {self.of} folds, got {self.index}")
         return self
+
+
+def overrides_of(num_folds: int) -> list[str]:
+    """What is laid over a config that is trained in folds."""
+    return ["data.fold.index=0", f"data.fold.of={num_folds}"]

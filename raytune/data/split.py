@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from fractions import Fraction
 from typing import Any, Literal
 
 from raytune.config.split import SplitSection
 from raytune.data.conversation import RowError, kind_of
 from raytune.data.row_fields import found_in, is_missing, listed
-from raytune.plan.split import AskedSplit, Parts
+from raytune.plan.split import AskedSplit
 
 Side = Literal["train", "validation", "test"]
 Bands = tuple[tuple[str, float, float], ...]
@@ -49,11 +48,6 @@ def split_by_hash(asked: AskedSplit) -> Split:
     assert not asked.looks_first, "borders.measured"
     bands = tuple((side, math.ceil(first * HASHES), math.ceil(end * HASHES)) for side, (first, end) in asked.parts.items())
     return Split(by=asked.by, bands={ALL: bands})
-
-
-def shares(validation: float, test: float = 0.0) -> Parts:
-    """Parts of a split by hash."""
-    return {"validation": (Fraction(0), Fraction(validation)), "test": (1 - Fraction(test), Fraction(1))}
 
 
 def side_of(row: Mapping[str, Any], split: Split) -> Side:
