@@ -7,15 +7,17 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSection, DataSource
 from raytune.data.build import build_store
 from raytune.data.demo import demo_rows
+from raytune.data.split import Split, split_by_hash
 from raytune.data.store import StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan
+from raytune.plan.split import asked_split
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For property tests (`@PATIENT` above `@given`): no time limits per example, which a busy machine breaks."""
@@ -51,6 +53,11 @@ def save_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True, **config:
 def tiny_rows(num_rows: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     """Rows in the messages format."""
     return demo_rows("train", num_rows, seed)
+
+
+def tiny_split(**data: Any) -> Split:
+    """What keys of `data` hold out, where no row has to be looked at for that."""
+    return split_by_hash(asked_split(DataSection(**data)))
 
 
 def tiny_request(source: str = "demo:train", *, max_rows: int | None = 20, **changes: Any) -> StoreRequest:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from raytune.config.quality import QualityPolicies
 from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.split import FoldSection, SplitSection
 
 DataFormat = Literal[
     "messages", "sharegpt", "alpaca", "question_answer", "classification", "summarisation", "prompt_completion", "text"
@@ -170,6 +171,17 @@ class DataSection(Section):
     validation_fraction: Fraction = 0.0
     """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content. Those of several
     sources are measured as sets of their own too (`validation/NAME/loss`)."""
+    fold: FoldSection | None = None
+    """Hold out one of several equal parts of the training rows for validation, instead of a share of them: cross-validation.
+    `raytune train --folds 5` trains one run per part, and says what they come to together."""
+    test: Sources = []
+    """Rows that are kept from every decision: the model that a run leaves is measured on them once, at its end (`test/loss`). No
+    rule stops by them, no checkpoint and no trial is chosen by them."""
+    test_fraction: Fraction = 0.0
+    """Share of the training rows that is held out as such a test instead. It does not depend on `validation_fraction` or `fold`,
+    unless rows are split by time: all folds have the same test."""
+    split: SplitSection = SplitSection()
+    """What decides which rows are held out: their content, unless a column is named."""
     template: Text = "auto"
     """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`,
     `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""
@@ -209,7 +221,25 @@ class DataSection(Section):
             raise ValueError("give data.validation or data.validation_fraction, not both")
         if self.validation_fraction == 1:
             raise ValueError("data.validation_fraction must leave rows to train on, got 1")
+        if self.test and self.test_fraction:
+            raise ValueError("give data.test or data.test_fraction, not both")
+        if self.validation_fraction + self.test_fraction >= 1:
+            shares = f"{self.validation_fraction:g} and {self.test_fraction:g}"
+            raise ValueError(f"data.validation_fraction and data.test_fraction must leave rows to train on, got {shares}")
+        if self.fold and (self.validation or self.validation_fraction):
+            given = "data.validation" if self.validation else "data.validation_fraction"
+            raise ValueError(f"data.fold says which rows are held out, and so does {given}: leave one out")
+        if self.fold and self.split.time is not None:
+            raise ValueError(
+                "folds are not of times: a run of one would be trained on rows that are later than those that it is measured on. "
+                "Leave out data.fold and give data.validation_fraction, or leave out data.split.time"
+            )
         return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether validation rows are held out of those of training."""
+        return bool(self.validation_fraction or self.fold)
 
 
 def ending_of(path: str) -> str:
@@ -237,12 +267,14 @@ def named_sources(sources: Sequence[DataSource]) -> dict[str, DataSource]:
     return named
 
 
-def validation_sets(sources: Sequence[DataSource]) -> dict[str, DataSource]:
-    """Validation sources by their name in metrics, which are called `validation/NAME/loss` where there are several. One that
-    would be `validation` again, as the metrics over all of them are, is `main`."""
+def measured_sets(sources: Sequence[DataSource], together: str = "validation") -> dict[str, DataSource]:
+    """Held-out sources by their name in metrics, which are called `validation/NAME/loss` where there are several. One that would
+    be `validation` again, as the metrics over all of them are, is `main`.
+
+    Args:
+        together: what the metrics over all of them are called.
+    """
     if len(sources) < 2:
         return named_sources(sources)
     renamed = {"name": "main"}
-    return named_sources(
-        [source.model_copy(update=renamed) if source_name(source) == "validation" else source for source in sources]
-    )
+    return named_sources([source.model_copy(update=renamed) if source_name(source) == together else source for source in sources])

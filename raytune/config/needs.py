@@ -148,9 +148,15 @@ def average(kind: str) -> Need:
     )
 
 
+HELD_OUT = Need(
+    keys=("data.validation_fraction", "data.fold", "data.test_fraction"),
+    holds=lambda config, _: config.data.holds_out or bool(config.data.test_fraction),
+    otherwise=lambda config: "no training row is held out",
+    remedy="give data.validation_fraction, data.fold or data.test_fraction",
+)
 VALIDATION = Need(
-    keys=("data.validation", "data.validation_fraction"),
-    holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
+    keys=("data.validation", "data.validation_fraction", "data.fold"),
+    holds=lambda config, _: bool(config.data.validation) or config.data.holds_out,
     otherwise=lambda config: "nothing is evaluated: there is neither data.validation nor data.validation_fraction",
     remedy="give one of the two",
 )
@@ -275,13 +281,13 @@ TEACHER_BESIDE = Need(
     remedy="name a model as strategy.distillation.teacher",
 )
 MANY_SPLITS = Need(
-    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
+    keys=("data.train", "data.validation", "data.test", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
     remedy="name a hub data set or a folder as path",
 )
 CHAT = Need(
-    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation"),
+    keys=("data.train", "data.validation", "data.test", "strategy.replay", "strategy.ewc.data", "evaluation"),
     holds=lambda config, _: asks_in_chats(config) or any(source.format != "text" for source in tokenised_sources(config)),
     otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
     remedy="give the rows another format",

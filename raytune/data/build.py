@@ -14,11 +14,12 @@ from typing import Literal
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.model import NewToken
 from raytune.data.prompts import TOLERATED_SHARE
-from raytune.data.quality import ParallelMap, compared_with, look_at
+from raytune.data.quality import compared_with, look_at
 from raytune.data.recognising import Reading
 from raytune.data.row_file import WrittenRows, write_rows
 from raytune.data.shard_documents import SourceUse
 from raytune.data.shards import (
+    ParallelMap,
     ShardPart,
     ShardResult,
     ShardTask,
@@ -33,13 +34,13 @@ from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
 from raytune.data.sources import ScannedFile, scan
 from raytune.data.store import META_FILE, StoreInfo, checksum_of, read_info
-from raytune.data.store_place import intact, put_in_place
+from raytune.data.store_place import intact, local_stores, put_in_place
 from raytune.data.store_request import StoreRequest, last_part
 from raytune.errors import DataError
 from raytune.local_files import local_errors, sync_local_folder
 from raytune.plan.data_report import COUNTS, EpochPart, SourceReport, StoreReport
 from raytune.plan.mixing import passes_of_epoch
-from raytune.storage import file_digest, is_local, local_path, write_json
+from raytune.storage import file_digest, write_json
 
 _MIN_SHARD_SEGMENTS = 2
 _MAX_SHARDS = 256
@@ -67,13 +68,9 @@ def build_store(
         DataError: if rows cannot be used (and the policy is to stop), or nothing is left to train on; the message has counts, and
             the first rows with file and line.
     """
-    if not is_local(folder):
-        raise DataError(
-            f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
-        )
+    stores = local_stores(folder)
     from raytune.data.tokenising import tokenise_shard  # workers open stores and need none of its libraries
 
-    stores = local_path(folder)
     draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
     try:
         with local_errors(stores):
@@ -100,7 +97,7 @@ def build_store(
             token_classes=request.token_classes,
             max_length=request.max_length,
             side=request.side,
-            validation_fraction=request.validation_fraction,
+            split=request.split,
         )
         tasks, files = _shards(request.sources, scanned, readings, policies, options, draft), _names(scanned)
         findings = look_at(request.quality, tasks, files, others, draft, parallel_map) if request.quality and others else None
@@ -274,7 +271,8 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
             "cut_off": f"have their targets behind {longer}",
             "filtered": "are left out by data.quality",
             "no_target": f"have no target (data.targets: {request.targets})",
-            "other_side": f"lie on the other side of the split (data.validation_fraction: {request.validation_fraction})",
+            "other_side": "lie on the other side of the split (data.validation_fraction, data.fold)",
+            "test_side": "are held out for the test (data.test_fraction)",
         }
         lost = [f"  {counts[what]} {why}{_first(total, what)}" for what, why in reasons.items() if counts[what]]
         names = ", ".join(source.path for source in request.sources)

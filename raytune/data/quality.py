@@ -5,11 +5,10 @@ rows take some 200 MB of memory and, with signatures, 1 GB in the draft of the s
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from raytune.config.quality import FINDINGS
 from raytune.data.recognising import Reading
 from raytune.data.row_findings import Found, MarkedRows, findings_of
 from raytune.data.row_marks import Marked, Marks, MarkTask, mark_rows, save_passages
-from raytune.data.shards import NUM_EXAMPLES, ShardPart, ShardTask, found_rows_error
+from raytune.data.shards import NUM_EXAMPLES, ParallelMap, ShardPart, ShardTask, found_rows_error
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
 from raytune.data.sources import ScannedFile, scan
@@ -29,8 +28,6 @@ _ROWS_OF_WORDING = 10
 _SEGMENTS_AT_ONCE = 2
 _MOST_NAMED = 20
 """Scripts, or labels, of a source."""
-
-ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +59,13 @@ class OtherRows:
     def files(self) -> list[str]:
         return [file.file.name for files in self.scanned for file in files]
 
-    def parts(self) -> list[tuple[tuple[ShardPart, ...], int | None]]:
-        """Divided for several processes, each with the most rows that are read of it."""
-        divided, numbers = [], count()
+    def parts(self, first_file: int = 0) -> list[tuple[tuple[ShardPart, ...], int | None]]:
+        """Divided for several processes, each with the most rows that are read of it.
+
+        Args:
+            first_file: number of the first file.
+        """
+        divided, numbers = [], count(first_file)
         for source, files, reading in zip(self.sources, self.scanned, self.readings, strict=True):
             parts = []
             for file, number in zip(files, numbers):
@@ -79,7 +80,7 @@ class ComparedWith:
     """What training rows are compared with, besides each other."""
 
     held_out: OtherRows
-    """For validation, in files of their own."""
+    """For validation or the test, in files of their own."""
     benchmarks: OtherRows
 
     @property
@@ -160,15 +161,15 @@ def look_at(
         passages = str(draft / "passages")
         save_passages(marked, Path(passages), _ROWS_OF_WORDING)
         benchmarks = MarkedRows(marks=Marks(marked), files=others.benchmarks.files)
-    is_split = any(task.options.side == "train" for task in tasks)
-    are_held_out = quality.leaks != "ignore" and (is_split or bool(others.held_out.sources))
+    sides = tasks[0].options.split.held_out_sides if tasks else ()
+    are_held_out = quality.leaks != "ignore" and bool(sides or others.held_out.sources)
     near_similarity = quality.near_similarity if are_held_out or quality.near_duplicates != "ignore" else None
     wanted = [
         MarkTask(
             parts=task.parts,
             max_rows=task.max_rows,
             side=task.options.side,
-            validation_fraction=task.options.validation_fraction,
+            split=task.options.split,
             near_similarity=near_similarity,
             ngram_words=quality.ngram_words,
             passages=passages,
@@ -177,17 +178,15 @@ def look_at(
         for task in tasks
     ]
     kept_apart = []
-    if are_held_out and is_split:
-        kept_apart = [replace(task, side="validation", passages=None, output=next(folders)) for task in wanted]
-    elif are_held_out:
-        kept_apart = [
+    if are_held_out:
+        kept_apart = [replace(task, side=side, passages=None, output=next(folders)) for side in sides for task in wanted] + [
             MarkTask(parts=parts, max_rows=most, near_similarity=near_similarity, output=next(folders))
-            for parts, most in others.held_out.parts()
+            for parts, most in others.held_out.parts(first_file=len(files))
         ]
     marked = list(parallel_map(mark_rows, [*wanted, *kept_apart]))
     of_rows, of_held_out = marked[: len(wanted)], marked[len(wanted) :]
     rows = MarkedRows(marks=Marks(of_rows), files=files)
-    held_out = MarkedRows(marks=Marks(of_held_out), files=files if is_split else others.held_out.files)
+    held_out = MarkedRows(marks=Marks(of_held_out), files=[*files, *others.held_out.files])
     found, left_out = findings_of(quality, rows, held_out if are_held_out else None, benchmarks)
     for name, one in found.items():
         if getattr(quality, name) == "error" and len(one.rows):

@@ -18,7 +18,7 @@ from raytune.data.passages import hashes_of, only_words, runs_of, script_of, shi
 from raytune.data.shards import ShardPart, Tally
 from raytune.data.signatures import NUM_OF_ANSWER, NUM_OF_ROW, SHINGLE_WORDS, bands_for, bands_of, signatures_of
 from raytune.data.source_rows import read_parts
-from raytune.data.split import Side
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 
 _ROWS_AT_ONCE = 256
 _PASSAGES, _ROWS_OF_PASSAGES = "passages.npy", "rows_of_passages.npy"
@@ -32,7 +32,7 @@ class MarkTask:
     parts: tuple[ShardPart, ...]
     max_rows: int | None
     side: Side | Literal["all"] = "all"
-    validation_fraction: float = 0.0
+    split: Split = EVERY_ROW_TRAINS
     near_similarity: float | None = None
     """None: no signatures."""
     ngram_words: int = 0
@@ -145,7 +145,7 @@ class Marks:
 
 def mark_rows(task: MarkTask) -> Marked:
     """Mark the good rows of a task, in their order."""
-    rows = read_parts(task.parts, task.max_rows, Tally(), task.side, task.validation_fraction, are_asked=task.keeps_passages)
+    rows = read_parts(task.parts, task.max_rows, Tally(), task.side, task.split, are_asked=task.keeps_passages)
     known = None if task.passages is None else _KnownPassages(Path(task.passages))
     scripts, labels, marks, num_rows = Counter(), Counter(), [], 0
     reading = task.parts[0].reading if task.parts else None

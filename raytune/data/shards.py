@@ -1,22 +1,25 @@
 """What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from raytune.config.model import NewToken
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.recognising import Reading
 from raytune.data.sources import Segment
-from raytune.data.split import Side
+from raytune.data.split import Side, Split
 from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
 from raytune.plan.data_report import SourceReport
 
 TooLong = Literal["truncate", "drop", "split", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
+
+ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Calls a function on every task and gives the results in order."""
 
 NUM_EXAMPLES = 5
 
@@ -35,7 +38,7 @@ class TokenisingOptions:
     token_classes: tuple[TokenClass, ...]
     max_length: int
     side: Side | Literal["all"]
-    validation_fraction: float
+    split: Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from raytune.data.recognising import Reading, read_row, reading_of, reading_of_a
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
 from raytune.data.source_files import find_files
 from raytune.data.sources import ScannedFile, scan
-from raytune.data.split import Side, side_of
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split, side_of
 from raytune.errors import DataError
 
 
@@ -48,7 +48,7 @@ def read_conversations(
     downloads: Path,
     tally: Tally,
     side: Side | Literal["all"] = "all",
-    validation_fraction: float = 0.0,
+    split: Split = EVERY_ROW_TRAINS,
     *,
     are_asked: bool = False,
 ) -> Iterator[Conversation]:
@@ -56,7 +56,7 @@ def read_conversations(
 
     Args:
         tally: of rows that were read, and of those that cannot be used.
-        side: of a split that are wanted, which puts `validation_fraction` of all rows on the other.
+        side: of the split that is wanted.
         are_asked: whether rows need no answer; one that lacks it has an empty one.
 
     Raises:
@@ -65,7 +65,7 @@ def read_conversations(
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
     (reading,) = readings_of([source], [scanned], are_asked=are_asked)
     parts = [ShardPart(segment=segment, file_index=0, reading=reading) for file in scanned for segment in file.segments]
-    rows = read_parts(parts, source.max_rows, tally, side, validation_fraction, are_asked=are_asked)
+    rows = read_parts(parts, source.max_rows, tally, side, split, are_asked=are_asked)
     return (conversation for conversation, _ in rows)
 
 
@@ -74,7 +74,7 @@ def read_parts(
     max_rows: int | None,
     tally: Tally,
     side: Side | Literal["all"],
-    validation_fraction: float,
+    split: Split,
     *,
     are_asked: bool = False,
 ) -> Iterator[tuple[Conversation, int]]:
@@ -85,10 +85,12 @@ def read_parts(
         origin = Origin(part.segment.file.name, row.line)
         if isinstance(row, BadRow):
             tally.add("bad", origin, row.reason)
-        elif side != "all" and side_of(row.values, validation_fraction) != side:
-            tally.add("other_side")
         else:
             try:
+                found = side if side == "all" else side_of(row.values, split)
+                if found != side:
+                    tally.add("test_side" if found == "test" else "other_side")
+                    continue
                 values = with_answer(row.values, part.reading) if are_asked else row.values
                 conversation = read_row(values, part.reading, origin)
             except RowError as error:

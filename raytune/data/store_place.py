@@ -8,8 +8,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from raytune.data.store import StoreInfo, complete_meta, read_info, row_files
-from raytune.local_files import move_local_folder
-from raytune.storage import file_digest
+from raytune.errors import DataError
+from raytune.local_files import local_errors, move_local_folder
+from raytune.storage import file_digest, is_local, local_path
+
+
+def local_stores(folder: str | Path) -> Path:
+    """The folder of stores, made if it is not there.
+
+    Raises:
+        DataError: if it is no folder that files can be mapped from.
+    """
+    if not is_local(folder):
+        raise DataError(
+            f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
+        )
+    stores = local_path(folder)
+    with local_errors(stores):
+        stores.mkdir(parents=True, exist_ok=True)
+    return stores
 
 
 def put_in_place(built: Path, final: Path, info: StoreInfo) -> StoreInfo:

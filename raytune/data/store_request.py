@@ -12,7 +12,7 @@ from raytune.config.data import DataSource, QualitySection
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
-from raytune.data.split import Side
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.token_classes import TokenClass
 from raytune.plan import data_report, mixing
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
@@ -20,6 +20,7 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 # Modules whose code decides what a store holds.
 _CODE = (
     "alike",
+    "borders",
     "build",
     "compression",
     "conversation",
@@ -81,8 +82,8 @@ class StoreRequest:
     tokenizer_fingerprint: str
     """`tokenizers.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
-    """With `validation_fraction`, the side of the split that the store holds."""
-    validation_fraction: float = 0.0
+    """Of the split that the store holds."""
+    split: Split = EVERY_ROW_TRAINS
     mixture: Mixture = EACH_ROW_ONCE
     """How often the store has the documents of each source."""
     loss_weights: tuple[float, ...] = ()
@@ -109,6 +110,7 @@ class StoreRequest:
             ],
             "quality": self.quality and self.quality.model_dump(mode="json", exclude={"benchmarks"}),
             "held_out": [of_quality, compared] if self.quality else None,
+            "split": {"by": self.split.by.model_dump(), "bands": self.split.bands},
             "code": _code_fingerprint(),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

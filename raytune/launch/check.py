@@ -18,6 +18,7 @@ from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
+from raytune.config.split import SplitSection
 from raytune.config.training import SCHEDULE_FREE
 from raytune.data.source_files import DEMO_ROWS, find_files
 from raytune.data.source_rows import readings_of
@@ -57,8 +58,14 @@ from raytune.units import format_seconds
 SAMPLE_ROWS = 2000
 """Rows of each source that are read and tokenised at most."""
 
-_TOKENISED = ("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data")
+_TOKENISED = ("data.train", "data.validation", "data.test", "strategy.replay.data", "strategy.ewc.data")
 """Keys of rows that a run tokenises."""
+
+_NONE_HELD_OUT: Mapping[str, Any] = {
+    **{"validation": [], "test": [], "fold": None},
+    **{"validation_fraction": 0.0, "test_fraction": 0.0},
+}
+"""Keys of `data` for rows that are looked at as if all of them were trained. Columns that decide sides are needed."""
 
 Result = TypeVar("Result")
 
@@ -274,7 +281,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     facts = {}
     with TemporaryDirectory() as scratch:
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0, **_weights_of(key))
+            alone = reading.builder(scratch, train=[_alone(source)], **_NONE_HELD_OUT, **_not_read_of(key))
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -284,31 +291,37 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
                 few = suite.model_copy(update={"max_rows": min(suite.max_rows, SAMPLE_ROWS)})
                 found.of(partial(reading.builder(scratch).questions_of, few, key), keys=(f"{key}.rows",))
         if machine is not None and not found.errors and _say_enough(reading.config, facts):
-            found.of(lambda: _plan(reading, here, machine, scratch))
+            found.of(lambda: _plan(reading, here, machine, scratch, are_whole=_are_whole(reading.config, facts)))
             found.looked_at.append("the plan")
 
 
-def _weights_of(key: str) -> dict[str, Any]:
-    """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
-    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection(), "quality": None}
+def _not_read_of(key: str) -> dict[str, Any]:
+    """What rows that are looked at as if they were trained do not have of the config, where they are none of those."""
+    of_training = {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection(), "quality": None}
+    return of_training if key.startswith(("data.train", "strategy.replay")) else of_training | {"split": SplitSection()}
 
 
-def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
+def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str, *, are_whole: bool) -> None:
     """Plan the run on the rows that were read."""
-    train, validation, replayed, weighed = (
+    train, validation, test, replayed, weighed = (
         [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
-    facts = reading.builder(scratch, replayed=replayed, weighed=weighed, train=train, validation=validation).build()
+    rows: dict[str, Any] = {"train": train, "validation": validation, "test": test}
+    if not are_whole:  # the first rows of a file may have one time, or one label
+        rows["split"] = SplitSection()
+    facts = reading.builder(scratch, replayed=replayed, weighed=weighed, **rows).build()
     setting = settle(reading.config, reading.shape, machine, teacher=reading.teacher)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
 
 def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:
     """Whether the first rows decide the plan: where they are all of them, or the number of steps is given."""
-    sources = dict(_sources(config))
-    return facts.keys() == sources.keys() and (
-        config.training.max_steps is not None or all(_is_whole(source, facts[key]) for key, source in sources.items())
-    )
+    are_there = facts.keys() == dict(_sources(config)).keys()
+    return are_there and (config.training.max_steps is not None or _are_whole(config, facts))
+
+
+def _are_whole(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:
+    return all(_is_whole(source, facts.get(key)) for key, source in _sources(config))
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:

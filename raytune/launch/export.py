@@ -13,7 +13,10 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune.config.data import DataSource
+from raytune.config.row_sources import trained_sources
 from raytune.config.training import Precision
+from raytune.data.borders import measured
+from raytune.data.split import EVERY_ROW_TRAINS
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError, UserError
 from raytune.launch.calibration import save_calibration
@@ -30,6 +33,7 @@ from raytune.model.whole_folder import refuse_taken, require_room, written_whole
 from raytune.model.whole_model import WholeModel, whole_model
 from raytune.plan.base_model import is_on_hub
 from raytune.plan.rewriting import ExportDtype, ExportFormat, Rewriting
+from raytune.plan.split import asked_split
 from raytune.storage import absolute, download_folder, exists, file_sizes, is_local, local_path
 from raytune.units import format_bytes
 
@@ -259,12 +263,14 @@ def _awq_ready(source: _Source, output: Path) -> list[str]:
     require_room(output, model.weights.bytes_in(dtype), "The model in 16 bits")
     tokenizer = load_tokenizer(str(model.folder), trust_remote_code=options.trust_remote_code)
     sources = [DataSource(path=options.calibration)] if options.calibration else [*run.config.data.train] if run else []
-    fraction = 0.0 if options.calibration or run is None else run.config.data.validation_fraction
+    split = EVERY_ROW_TRAINS
+    if run is not None and not options.calibration:
+        split, _ = measured(asked_split(run.config.data), trained_sources(run.config), source.scratch)
     template = "auto" if run is None or tokenizer.chat_template else run.config.data.template
     with written_whole(output) as unfinished:
         model.save(unfinished, dtype, options.max_shard_bytes)
         wanted = options.num_rows or USUAL_ROWS
-        num_rows = save_calibration(sources, fraction, tokenizer, template, wanted, unfinished, source.scratch)
+        num_rows = save_calibration(sources, split, tokenizer, template, wanted, unfinished, source.scratch)
     return [f"{num_rows} texts for calibration are in calibration.jsonl; README.md says which tools take them."]
 
 

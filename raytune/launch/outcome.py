@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raytune.config.evaluation import GENERATION
+from raytune.config.metric_names import METRICS
 from raytune.evaluation.compare import Comparison, Score
 from raytune.metrics.history import History
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import CostPlan
+from raytune.plan.split import TEST
 from raytune.units import format_dollars, format_seconds
 
 ENDS = ("attempt_failed", "run_finished", "run_interrupted")
@@ -162,6 +164,19 @@ def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping
         if name in base and name in metrics
     ]
     return tuple(found)
+
+
+def test_in_words(metrics: Mapping[str, float]) -> list[str]:
+    """What the model that a run left came to on its test; nothing without one."""
+    if f"{TEST}/loss" not in metrics:
+        return []
+    loss, perplexity, bits = (metrics[f"{TEST}/{name}"] for name in METRICS)
+    names = (name.split("/") for name in metrics)
+    sets = [parts[1] for parts in names if len(parts) > 2 and (parts[0], parts[-1]) == (TEST, "loss")]
+    each = "".join(f", {metrics[f'{TEST}/{name}/loss']:.4f} on {name}" for name in sets)
+    return [
+        f"On the test, whose rows decided nothing: loss {loss:.4f}{each}; perplexity {perplexity:.4g}, {bits:.4g} bits per byte."
+    ]
 
 
 def _kind(metric: str, score: Score) -> Kind:

@@ -7,7 +7,8 @@ from typing import get_args
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, build_store
+from raytune.data.build import build_store
+from raytune.data.shards import ParallelMap
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
 from raytune.data.sources import scan

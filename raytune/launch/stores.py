@@ -1,6 +1,7 @@
 """The data of a run, made ready before any worker exists: tokenised stores, and the questions of its end."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -10,11 +11,20 @@ from transformers import PreTrainedTokenizerBase
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataSource, QualitySection, named_sources
 from raytune.config.evaluation import SuiteSection, is_code, suites_of
-from raytune.config.row_sources import asks_in_chats, evaluated_sets, tokenised_sources, trained_sources, weighed_sources
+from raytune.config.row_sources import (
+    asks_in_chats,
+    evaluated_sets,
+    tested_sets,
+    tokenised_sources,
+    trained_sources,
+    weighed_sources,
+)
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, build_store
+from raytune.data.borders import measured
+from raytune.data.build import build_store
 from raytune.data.packing import Packing
-from raytune.data.split import Side
+from raytune.data.shards import ParallelMap
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
@@ -30,10 +40,28 @@ from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
 from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
+from raytune.plan.split import asked_split
 from raytune.plan.suites import suite_plan
 from raytune.storage import is_local
 
 STORES_FOLDER = "stores"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HeldOut:
+    """Rows that are measured."""
+
+    name: str
+    info: StoreInfo
+    is_of_all: bool
+    """Whether they are of all training sources together."""
+    weight: float
+
+    def report(self, names: Sequence[str]) -> StoreReport:
+        """Args:
+        names: of the training sources.
+        """
+        return self.info.report.named(names if self.is_of_all else [self.name])
 
 
 class DataBuilder:
@@ -78,40 +106,70 @@ class DataBuilder:
         Raises:
             DataError: if rows cannot be used or none is left.
         """
-        config, is_split = self._config, bool(self._config.data.validation_fraction)
-        sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
-        classes = token_classes(config.data.token_weights)
+        config, data = self._config, self._config.data
+        sources, weighed = trained_sources(config), weighed_sources(config)
+        classes, asked = token_classes(data.token_weights), asked_split(data)
+        split, of_split = measured(asked, sources, self._folder, self._parallel_map)
         train = self._store(
             sources,
-            "train" if is_split else "all",
+            "train" if asked.looks_at_rows else "all",
+            split,
             mixture_of(config),
             loss_weights_of(config),
             classes,
-            quality=config.data.quality,
+            quality=data.quality,
         )
-        counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
-        sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
-        side = "validation" if is_split else "all"
-        measured = {name: self._store([source] if source else sources, side) for name, source in sets.items()}
+        validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
+        test = self._measured(tested_sets(config), "test" if data.test_fraction else "all", split, train)
         # Each document has a gradient of its own, which only one that passes alone gives.
-        ewc = self._store(weighed, "all", packing="none") if weighed else None
+        ewc = self._store(weighed, packing="none") if weighed else None
         learned_from = [train, ewc] if ewc else [train]
-        for info in (*learned_from, *measured.values()):
+        for info in (*learned_from, *(held_out.info for held_out in (*validation, *test))):
             self._check_tokens(info)
         names = list(named_sources(sources))
         return DataFacts(
             report=DataReport(
                 template=self._chat.notes if self._chat else [],
                 train=train.report.named(names),
-                validation={name: info.report.named([name] if sets[name] else names) for name, info in measured.items()},
+                validation={one.name: one.report(names) for one in validation},
+                test={one.name: one.report(names) for one in test},
+                split=of_split,
                 ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
             ),
             train=store_plan_of("train", train),
-            validation=tuple(store_plan_of(name, info, counts.get(name, 1.0)) for name, info in measured.items()),
+            validation=tuple(store_plan_of(one.name, one.info, one.weight) for one in validation),
+            test=tuple(store_plan_of(one.name, one.info, one.weight) for one in test),
             ewc=store_plan_of(ewc_name(config), ewc) if ewc else None,
             longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
         )
+
+    def _measured(
+        self, sets: Mapping[str, DataSource | None], side: Side | Literal["all"], split: Split, train: StoreInfo
+    ) -> list[_HeldOut]:
+        """What is held out, or named, to be measured: a store per source, those from which no row is held out left out.
+
+        Args:
+            sets: source by name; None: all training sources together.
+            side: of the split; "all": the sources have no training rows.
+        """
+        sources = trained_sources(self._config)
+        counts = dict.fromkeys(sets, 1.0)
+        if side != "all":
+            if len(sets) > 1:
+                counts = _counts_in_training(sets, train.report, side)
+            sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and [side])
+        else:
+            split = EVERY_ROW_TRAINS
+        return [
+            _HeldOut(
+                name=name,
+                info=self._store([source] if source else sources, side, split),
+                is_of_all=source is None,
+                weight=counts.get(name, 1.0),
+            )
+            for name, source in sets.items()
+        ]
 
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""
@@ -135,7 +193,7 @@ class DataBuilder:
         elif suite.kind == "loss":
             first = [(source, min(source.max_rows or suite.max_rows, suite.max_rows)) for source in suite.rows]
             rows = [source.model_copy(update={"max_rows": max_rows}) for source, max_rows in first]
-            store = Store.open(self._store(rows, "all", packing="none").path)
+            store = Store.open(self._store(rows, packing="none").path)
             questions = read_texts(suite, key, store, self._tokenizer)
         elif self._chat is None:
             raise DataError(f"{key} needs a chat template to ask with. Set data.template.", keys=(key,))
@@ -183,7 +241,8 @@ class DataBuilder:
     def _store(
         self,
         sources: Sequence[DataSource],
-        side: Side | Literal["all"],
+        side: Side | Literal["all"] = "all",
+        split: Split = EVERY_ROW_TRAINS,
         mixture: Mixture = EACH_ROW_ONCE,
         loss_weights: tuple[float, ...] = (),
         classes: tuple[TokenClass, ...] = (),
@@ -210,11 +269,11 @@ class DataBuilder:
             on_prompt_mismatch=data.on_prompt_mismatch,
             tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
             side=side,
-            validation_fraction=data.validation_fraction,
+            split=split,
             mixture=mixture,
             loss_weights=loss_weights,
             quality=quality,
-            held_out=tuple(data.validation) if quality else (),
+            held_out=(*data.validation, *data.test) if quality else (),
         )
         return build_store(
             request,
@@ -227,11 +286,12 @@ class DataBuilder:
         )
 
 
-def _counts_in_training(sets: Iterable[str], trained: StoreReport) -> dict[str, float]:
+def _counts_in_training(sets: Iterable[str], trained: StoreReport, side: Side) -> dict[str, float]:
     """How much a target of each source counts in training, by the name of the set that is held out of it; sources of which no row
     is held out have none."""
     counted = zip(sets, trained.sources, strict=True)
-    return {name: source.loss_weight * source.passes for name, source in counted if source.other_side}
+    held_out = "test_side" if side == "test" else "other_side"
+    return {name: source.loss_weight * source.passes for name, source in counted if getattr(source, held_out)}
 
 
 def store_plan_of(name: str, info: StoreInfo, weight: float = 1.0) -> StorePlan:

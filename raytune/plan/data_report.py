@@ -33,7 +33,8 @@ class Balance(Plan):
 class SourceReport(Plan):
     """The rows of one source. Counts are of rows where nothing else is said.
 
-    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`, `filtered`.
+    Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`, `test_side`,
+    `filtered`.
     """
 
     name: str
@@ -56,7 +57,9 @@ class SourceReport(Plan):
     dropped: int
     """Longer than `data.max_length` and left out."""
     other_side: int
-    """On the other side of `data.validation_fraction`."""
+    """On the other side of `data.validation_fraction` or `data.fold`."""
+    test_side: int = 0
+    """Held out for the test, by `data.test_fraction`."""
     filtered: int = 0
     """Left out by the policies of `data.quality`."""
     exact_duplicates: int = 0
@@ -64,7 +67,7 @@ class SourceReport(Plan):
     near_duplicates: int = 0
     """That are nearly equal to an earlier one."""
     leaks: int = 0
-    """That are held out for validation too, wholly, nearly, or up to their last answer."""
+    """That are held out too, for validation or the test, wholly, nearly, or up to their last answer."""
     benchmark_overlaps: int = 0
     """That have a passage in common with a benchmark."""
     contradictions: int = 0
@@ -154,6 +157,10 @@ class DataReport(Plan):
     train: StoreReport
     validation: dict[str, StoreReport]
     """By the name of the set in metrics."""
+    test: dict[str, StoreReport] = {}
+    """Of the test, by the name of the set in metrics."""
+    split: list[str] = []
+    """What the split came to, where more than the hash of each row decides."""
     ewc: StoreReport | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
 
@@ -173,7 +180,7 @@ def report_table(report: DataReport) -> list[tuple[str, str]]:
 def losses_text(report: DataReport) -> list[str]:
     """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
     they are."""
-    lines = list(report.template)
+    lines = [*report.template, *report.split]
     for what, store in _stores(report):
         lines += store.notes
         for source in store.sources:
@@ -196,6 +203,7 @@ def store_text(report: StoreReport) -> list[str]:
 def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
+    held_out += [(f"test {name}" if len(report.test) > 1 else "test", store) for name, store in report.test.items()]
     return [("training", report.train), *held_out, *([("EWC", report.ewc)] if report.ewc else [])]
 
 
@@ -220,6 +228,7 @@ def _counted(source: SourceReport) -> str:
         (source.filtered, "{} left out by data.quality", "row"),
         (source.leaks, "{} held out for validation too", "row"),
         (source.other_side, "{} on the other side of the split", "row"),
+        (source.test_side, "{} held out for the test", "row"),
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
     return (

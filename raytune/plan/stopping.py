@@ -57,7 +57,7 @@ def _other_rows(config: RunConfig) -> Iterator[Difference]:
         "data.mixing.temperature": ("data.mixing.temperature", config.data.mixing.temperature is not None),
     }
     for words, (key, is_asked) in others.items():
-        if is_asked and not config.data.validation_fraction:
+        if is_asked and not config.data.holds_out:
             yield (
                 key,
                 f"which is of the rows of data.validation, with the training loss, in which {words} says what rows count",

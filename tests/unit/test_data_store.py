@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
+from raytune.config.split import SplitSection
 from raytune.data import sources, tokenising
 from raytune.data.build import build_store, resolved_too_long
 from raytune.data.shards import ShardResult, ShardTask, Tally
@@ -26,7 +27,7 @@ from raytune.data.text_encoder import TextEncoder
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.model.demo import demo_base_path
-from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_store, tiny_tokenizer
+from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_split, tiny_store, tiny_tokenizer
 from tests.unit.test_data_template import TOKENIZERS, llama_2_like, llama_3_like, qwen_like
 
 GSM8K = Path("/work/shared/data/gsm8k")
@@ -257,7 +258,11 @@ def test_rows_without_a_target_are_left_out_and_listed(tmp_path: Path) -> None:
             {"max_length": 1, "on_bad_row": "skip"},
             "Of 2 rows\n  1 cannot be used; the first is .*a.jsonl:2",
         ),
-        (tiny_rows(1), {"side": "validation", "validation_fraction": 1e-9}, "1 lie on the other side of the split"),
+        (
+            tiny_rows(1),
+            {"side": "validation", "split": tiny_split(validation_fraction=1e-9)},
+            "1 lie on the other side of the split",
+        ),
         (["{", "["], {"on_bad_row": "skip"}, "2 rows cannot be used"),
     ],
 )
@@ -303,7 +308,9 @@ def test_sources_of_different_formats_share_a_store(tmp_path: Path) -> None:
 
 def test_the_two_sides_of_a_split_are_all_rows_and_share_none(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", tiny_rows(200))
-    both = [documents(build(tmp_path, path, side=side, validation_fraction=0.3)) for side in ("train", "validation")]
+    both = [
+        documents(build(tmp_path, path, side=side, split=tiny_split(validation_fraction=0.3))) for side in ("train", "validation")
+    ]
     everything = documents(build(tmp_path, path))
     assert sorted(both[0] + both[1]) == sorted(everything)
     assert not {tuple(ids) for ids, _ in both[0]} & {tuple(ids) for ids, _ in both[1]}
@@ -385,8 +392,10 @@ def test_the_same_request_is_answered_by_the_same_store_without_tokenising(tmp_p
         {"packing": "none"},
         {"on_bad_row": "skip"},
         {"tokenizer_fingerprint": "other"},
-        {"side": "train", "validation_fraction": 0.5},
-        {"side": "train", "validation_fraction": 0.25},
+        {"side": "train", "split": tiny_split(validation_fraction=0.5)},
+        {"side": "train", "split": tiny_split(validation_fraction=0.25)},
+        {"side": "test", "split": tiny_split(test_fraction=0.25)},
+        {"side": "train", "split": tiny_split(validation_fraction=0.5, split=SplitSection(group="id"))},
         {"sources": (DataSource(path="a.jsonl", format="messages"),)},
         {"sources": (DataSource(path="a.jsonl", max_rows=5),)},
         {"sources": (DataSource(path="a.jsonl", columns={"messages": "chat"}),)},
