@@ -188,10 +188,10 @@ class _MappedBatch:
         )
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
+def read_meta(folder: Path, name: str = META_FILE) -> dict[str, Any] | None:
     """The meta file's content, or None if there is none or it is not what was written."""
     try:
-        meta = read_json(folder / META_FILE)
+        meta = read_json(folder / name)
     except (FileNotFoundError, ValueError):
         return None
     if not isinstance(meta, dict):

@@ -23,6 +23,7 @@ _CODE = (
     "compression",
     "conversation",
     "fields",
+    "finished_shards",
     "formats",
     "masking",
     "mixing",
@@ -103,7 +104,7 @@ class StoreRequest:
                 }
                 for source, files, policy in zip(self.sources, fingerprints, policies, strict=True)
             ],
-            "code": _code_fingerprint(),
+            "code": code_fingerprint(),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -114,7 +115,8 @@ def last_part(path: str) -> str:
 
 
 @cache
-def _code_fingerprint() -> str:
+def code_fingerprint() -> str:
+    """Of the code that decides what a store holds."""
     here = Path(__file__).parent
     files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__), Path(mixing.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
