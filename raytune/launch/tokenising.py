@@ -65,13 +65,13 @@ class _View:
         self._told_s: float | None = None
         self._last: BuildProgress | None = None
         self._first: tuple[float, int] | None = None
-        """When progress of the builder was first told, and the rows that it had made then."""
+        """When the builder was last seen without a row of its own, or first seen; and the rows that it had made then."""
 
     def take(self, progress: BuildProgress) -> None:
         """Show it."""
         now_s, last, self._last = self._clock(), self._last, progress
         made = progress.rows - progress.rows_found
-        if self._first is None or (last is not None and last.builder != progress.builder):
+        if self._first is None or made == 0 or (last is not None and last.builder != progress.builder):
             self._first = now_s, made
         if progress.is_own and progress.shards_found and not (last is not None and last.is_own and last.shards_found):
             found = f"{progress.shards_found} of {progress.num_shards} shards of these rows were tokenised before"
