@@ -21,6 +21,7 @@ from raytune.config.model import NewToken
 from raytune.data.drafts import SHARDS_FOLDER, Standing, Watch, held, noting, remove_unfinished, tidy, unwatched
 from raytune.data.finished_shards import shard_address
 from raytune.data.prompts import TOLERATED_SHARE
+from raytune.data.reading_through import scan_sources
 from raytune.data.recognising import Reading
 from raytune.data.row_file import SourceUse, WrittenRows, write_rows
 from raytune.data.shards import (
@@ -34,9 +35,8 @@ from raytune.data.shards import (
     prompt_mismatch_error,
     too_long_error,
 )
-from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
-from raytune.data.sources import ScannedFile, scan
+from raytune.data.sources import ScannedFile
 from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, read_info
 from raytune.data.store_place import intact, put_in_place
 from raytune.data.store_request import StoreRequest, code_fingerprint, last_part
@@ -87,7 +87,7 @@ def build_store(
 
     stores = local_path(folder)
     with watch() as report, _downloads(stores, request) as downloads:
-        scanned = [[scan(file, source.max_rows) for file in find_files(source, downloads)] for source in request.sources]
+        scanned = scan_sources(request.sources, downloads, report)
         readings = readings_of(request.sources, scanned)
         policies: list[TooLong] = [resolved_too_long(request.too_long, reading.format) for reading in readings]
         address = request.address([[file.fingerprint for file in files] for files in scanned], policies)

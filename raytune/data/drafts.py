@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from raytune.data.finished_shards import rows_in_progress
 from raytune.local_files import local_errors
@@ -51,19 +52,23 @@ class BuildProgress:
     """The process."""
     is_own: bool
     """Whether that is this process, and not another that it waits for."""
-    rows: int
-    """That were read and tokenised."""
-    rows_found: int
-    """Of these, in shards that were done before."""
-    total_rows: int | None
-    """About; None: nothing tells."""
+    stage: Literal["reading", "tokenising", "packing"]
+    done: int
+    """Bytes that were read through; then rows that were tokenised."""
+    found: int
+    """Of these rows, those of shards that were done before."""
+    total: int | None
+    """Of what is done, about; None: nothing tells."""
     shards_found: int
     """That a build before this one left."""
     num_shards: int
-    is_packing: bool
-    """All rows are tokenised, and the store is written."""
     beat: int
     """Counts notes."""
+
+
+def this_builder() -> str:
+    """This process, in words."""
+    return f"process {os.getpid()} on {os.uname().nodename}"
 
 
 Report = Callable[[BuildProgress], None]
@@ -225,14 +230,14 @@ class Standing:
     def progress(self, draft: Path) -> BuildProgress:
         self._beat += 1
         return BuildProgress(
-            builder=f"process {os.getpid()} on {os.uname().nodename}",
+            builder=this_builder(),
             is_own=True,
-            rows=self.rows_done + (0 if self.is_packing else rows_in_progress(draft / SHARDS_FOLDER)),
-            rows_found=self.rows_found,
-            total_rows=self.total_rows,
+            stage="packing" if self.is_packing else "tokenising",
+            done=self.rows_done + (0 if self.is_packing else rows_in_progress(draft / SHARDS_FOLDER)),
+            found=self.rows_found,
+            total=self.total_rows,
             shards_found=self.shards_found,
             num_shards=self.num_shards,
-            is_packing=self.is_packing,
             beat=self._beat,
         )
 

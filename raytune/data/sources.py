@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +74,11 @@ class ScannedFile:
     """Rows, or lines where it is not known how many of them are rows; None: nothing tells."""
 
 
-def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
+def scan(file: SourceFile, max_rows: int | None, advance: Callable[[int], None] = lambda num_bytes: None) -> ScannedFile:
     """Read a file through once: its fingerprint, and the parts that can be read in parallel.
+
+    Args:
+        advance: called with the bytes that are read, as they are.
 
     Raises:
         DataError: if the file is empty or cannot be read.
@@ -91,7 +94,7 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
         return ScannedFile(file, dataset._fingerprint, segments, len(dataset))
     _refuse_other_content(file)
     with local_errors(file.name), open_bytes(file.path, file.name) as stream:
-        fingerprint, cuts, size, lines = _digest_and_cuts(stream)
+        fingerprint, cuts, size, lines = _digest_and_cuts(stream, advance)
     if size == 0:
         raise DataError(f"{file.name} is empty (0 bytes).")
     if file.kind == "parquet":
@@ -113,7 +116,7 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 
-def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int, int]:
+def _digest_and_cuts(stream: BinaryIO, advance: Callable[[int], None]) -> tuple[str, list[tuple[int, int]], int, int]:
     """Hash of the content, places to cut it (offset of a line's first byte, number of that line), its size, and its lines."""
     digest, cuts, size, line = hashlib.sha256(), [], 0, 1
     while chunk := stream.read(SEGMENT_BYTES):
@@ -122,6 +125,7 @@ def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int,
         if (last := chunk.rfind(b"\n")) >= 0:
             cuts.append((size + last + 1, line))
         size += len(chunk)
+        advance(len(chunk))
     return digest.hexdigest(), cuts, size, line
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from raytune.data.drafts import BuildProgress, Report
 from raytune.launch.live import LINES_EVERY_S, PlainConsole
-from raytune.units import format_count, format_seconds
+from raytune.units import format_bytes, format_count, format_seconds
 
 QUIET_S = 4.0
 """What takes less is not worth a word."""
@@ -37,18 +37,33 @@ def show_tokenising(stream: TextIO | None = None, clock: Callable[[], float] = t
     view.sum_up()
 
 
-def progress_text(progress: BuildProgress, rows_per_s: float | None) -> str:
-    """How far a store is: `tokenising: 1.2M of about 4M rows, 31.2k rows/s, 1m30s left`."""
-    if progress.is_packing:
-        text = f"packing {format_count(progress.rows)} tokenised rows"
-    else:
-        total = f" of about {format_count(progress.total_rows)}" if progress.total_rows is not None else ""
-        text = f"tokenising: {format_count(progress.rows)}{total} rows"
-        if rows_per_s:
-            text += f", {format_count(rows_per_s)} rows/s"
-            if progress.total_rows is not None:
-                text += f", {format_seconds(max(0, progress.total_rows - progress.rows) / rows_per_s)} left"
+def progress_text(progress: BuildProgress, per_s: float | None) -> str:
+    """How far a store is: `tokenising: 1.2M of about 4M rows, 31.2k rows/s, 1m30s left`.
+
+    Args:
+        per_s: of what is done.
+    """
+    text = _IN_WORDS[progress.stage](progress, per_s)
+    if per_s and progress.total is not None and progress.stage != "packing":
+        text += f", {format_seconds(max(0, progress.total - progress.done) / per_s)} left"
     return text if progress.is_own else f"waiting for {progress.builder}, which builds the same store; {text}"
+
+
+def _reading(progress: BuildProgress, per_s: float | None) -> str:
+    return f"reading rows through: {format_bytes(progress.done)} of {format_bytes(progress.total or 0)}"
+
+
+def _tokenising(progress: BuildProgress, per_s: float | None) -> str:
+    total = f" of about {format_count(progress.total)}" if progress.total is not None else ""
+    pace = f", {format_count(per_s)} rows/s" if per_s else ""
+    return f"tokenising: {format_count(progress.done)}{total} rows{pace}"
+
+
+def _packing(progress: BuildProgress, per_s: float | None) -> str:
+    return f"packing {format_count(progress.done)} tokenised rows"
+
+
+_IN_WORDS = {"reading": _reading, "tokenising": _tokenising, "packing": _packing}
 
 
 class _View:
@@ -64,14 +79,14 @@ class _View:
         self._began_s = clock()
         self._told_s: float | None = None
         self._last: BuildProgress | None = None
-        self._first: tuple[float, int] | None = None
-        """When the builder was last seen without a row of its own, or first seen; and the rows that it had made then."""
+        self._first = (self._began_s, 0)
+        """When the stage was last seen with nothing made, or first seen; and what was made of it then."""
 
     def take(self, progress: BuildProgress) -> None:
         """Show it."""
         now_s, last, self._last = self._clock(), self._last, progress
-        made = progress.rows - progress.rows_found
-        if self._first is None or made == 0 or (last is not None and last.builder != progress.builder):
+        made = progress.done - progress.found
+        if last is None or made == 0 or (last.builder, last.stage) != (progress.builder, progress.stage):
             self._first = now_s, made
         if progress.is_own and progress.shards_found and not (last is not None and last.is_own and last.shards_found):
             found = f"{progress.shards_found} of {progress.num_shards} shards of these rows were tokenised before"
@@ -81,8 +96,8 @@ class _View:
         since_s, before = self._first
         text = progress_text(progress, (made - before) / (now_s - since_s) if now_s > since_s else None)
         if self._bar is not None and self._task is not None:
-            total = None if progress.is_packing else progress.total_rows
-            self._bar.update(self._task, description=text, completed=progress.rows, total=total, visible=True)
+            total = None if progress.stage == "packing" else progress.total
+            self._bar.update(self._task, description=text, completed=progress.done, total=total, visible=True)
         elif self._told_s is None or now_s - self._told_s >= LINES_EVERY_S:
             self._console.print(text, soft_wrap=True)
         else:
@@ -91,6 +106,6 @@ class _View:
 
     def sum_up(self) -> None:
         """Say what it came to, if anything was said of it."""
-        if self._told_s is not None and self._last is not None and self._last.is_own:
+        if self._told_s is not None and self._last is not None and self._last.is_own and self._last.stage != "reading":
             took = format_seconds(self._clock() - self._began_s)
-            self._console.print(f"tokenised {format_count(self._last.rows)} rows in {took}", soft_wrap=True)
+            self._console.print(f"tokenised {format_count(self._last.done)} rows in {took}", soft_wrap=True)

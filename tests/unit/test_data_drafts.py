@@ -22,6 +22,7 @@ from raytune.data.store import Store, StoreInfo
 from raytune.errors import DataError, StorageFullError
 from raytune.launch.tokenising import progress_text, show_tokenising
 from raytune.model.demo import demo_base_path
+from raytune.units import GIB
 from tests.tiny import tiny_request, tiny_rows
 
 ROOT = Path(__file__).parents[2]
@@ -278,16 +279,19 @@ def test_a_full_disk_is_said_and_what_is_done_stays(small_disk: Path, tmp_path: 
 # --- What is seen ------------------------------------------------------------------------------------------------------------
 
 
-def at(rows: int, **changes: object) -> BuildProgress:
-    known: dict = {"builder": "process 7 on here", "is_own": True, "rows_found": 0, "total_rows": 4_000_000, "shards_found": 0}
-    return BuildProgress(**(known | {"num_shards": 256, "is_packing": False, "beat": 1} | changes), rows=rows)
+def at(done: int, **changes: object) -> BuildProgress:
+    known: dict = {"builder": "process 7 on here", "is_own": True, "stage": "tokenising", "found": 0, "total": 4_000_000}
+    return BuildProgress(**(known | {"shards_found": 0, "num_shards": 256, "beat": 1} | changes), done=done)
 
 
 def test_progress_has_rows_per_second_and_the_time_that_is_left() -> None:
     assert progress_text(at(1_200_000), 31_200) == "tokenising: 1.2M of about 4M rows, 31.2k rows/s, 1m30s left"
-    assert progress_text(at(1_200_000, total_rows=None), 31_200) == "tokenising: 1.2M rows, 31.2k rows/s"
+    assert progress_text(at(1_200_000, total=None), 31_200) == "tokenising: 1.2M rows, 31.2k rows/s"
     assert progress_text(at(0), None) == "tokenising: 0 of about 4M rows"
-    assert progress_text(at(4_000_000, is_packing=True), 31_200) == "packing 4M tokenised rows"
+    assert progress_text(at(4_000_000, stage="packing"), 31_200) == "packing 4M tokenised rows"
+    assert progress_text(at(2 * GIB, stage="reading", total=10 * GIB), GIB) == (
+        "reading rows through: 2 GiB of 10 GiB, 8.0s left"
+    )
     assert progress_text(at(9, is_own=False), None) == (
         "waiting for process 7 on here, which builds the same store; tokenising: 9 of about 4M rows"
     )
@@ -298,7 +302,7 @@ def test_a_log_is_told_now_and_then_and_not_of_what_takes_a_moment(tmp_path: Pat
     with open(tmp_path / "log", "w+") as log:
         with show_tokenising(log, lambda: now_s) as report:
             for now_s in range(0, 40, 2):
-                report(at(1_000_000 + 1000 * now_s, rows_found=1_000_000, shards_found=64))
+                report(at(1_000_000 + 1000 * now_s, found=1_000_000, shards_found=64))
         log.seek(0)
         assert log.read().splitlines() == [
             "64 of 256 shards of these rows were tokenised before: going on from there.",
