@@ -33,6 +33,7 @@
     scores/NAME.jsonl           the loss of each row of a data set (`raytune score`)
     evaluations/NAME/           models on suites (`raytune evaluate`): result.json, samples.jsonl, chunks/ of answers
 <storage>/stores/<hash>/        tokenised data, shared by runs
+                /draft-<hash>/  such data while it is made (data.drafts)
 
 <storage>/rates/<name of a run>/    what `raytune find-rate` leaves; a second one is called NAME-2
     rates.jsonl                 a line per step: rate, loss, smoothed loss

@@ -1,20 +1,28 @@
 """Build the tokenised store, under an address that covers everything that decides its tokens (`store_request`).
 
-A store is built in a folder of its own and renamed into place whole, so that who finds one finds a complete one, however many
-build it at once.
+A store is built in a draft (`drafts`) and renamed into place whole, so that who finds one finds a complete one. Of several that
+would build it at once one does, and who comes after a killed one goes on with the shards that are done.
 """
 
+import logging
+import os
 import shutil
+import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.model import NewToken
+from raytune.data.drafts import SHARDS_FOLDER, Standing, Watch, held, noting, remove_unfinished, tidy, unwatched
+from raytune.data.finished_shards import shard_address
 from raytune.data.prompts import TOLERATED_SHARE
-from raytune.data.quality import compared_with, look_at
+from raytune.data.quality import Findings, compared_with, look_at
+from raytune.data.reading_through import scan_sources
 from raytune.data.recognising import Reading
 from raytune.data.row_file import WrittenRows, write_rows
 from raytune.data.shard_documents import SourceUse
@@ -30,20 +38,21 @@ from raytune.data.shards import (
     prompt_mismatch_error,
     too_long_error,
 )
-from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
-from raytune.data.sources import ScannedFile, scan
+from raytune.data.sources import ScannedFile
 from raytune.data.store import META_FILE, StoreInfo, checksum_of, read_info
 from raytune.data.store_place import intact, local_stores, put_in_place
-from raytune.data.store_request import StoreRequest, last_part
-from raytune.errors import DataError
-from raytune.local_files import local_errors, sync_local_folder
+from raytune.data.store_request import StoreRequest, code_fingerprint, last_part
+from raytune.errors import DataError, StorageFullError
+from raytune.local_files import sync_local_folder
 from raytune.plan.data_report import COUNTS, EpochPart, SourceReport, StoreReport
 from raytune.plan.mixing import passes_of_epoch
-from raytune.storage import file_digest, write_json
+from raytune.storage import file_digest, is_local, write_json
 
 _MIN_SHARD_SEGMENTS = 2
 _MAX_SHARDS = 256
+
+_log = logging.getLogger(__name__)
 
 
 def build_store(
@@ -55,6 +64,7 @@ def build_store(
     trust_remote_code: bool = False,
     new_tokens: Sequence[NewToken] = (),
     parallel_map: ParallelMap = map,
+    watch: Watch = unwatched,
 ) -> StoreInfo:
     """Tokenise and pack what the request asks for, or find that it was done before.
 
@@ -62,28 +72,25 @@ def build_store(
         tokenizer_path: folder or hub id of the tokenizer, for every process that `parallel_map` uses.
         new_tokens: that it is given.
         folder: local folder for stores, readable and writable for all these processes.
-        parallel_map: calls a function on every task and gives the results in order.
+        parallel_map: calls a function on every task and gives each result when it is there.
+        watch: is told how far it is.
 
     Raises:
+        StorageFullError: if there is no room for tokenised rows.
         DataError: if rows cannot be used (and the policy is to stop), or nothing is left to train on; the message has counts, and
             the first rows with file and line.
     """
     stores = local_stores(folder)
     from raytune.data.tokenising import tokenise_shard  # workers open stores and need none of its libraries
 
-    draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
-    try:
-        with local_errors(stores):
-            draft.mkdir(parents=True)
-        scanned = [
-            [scan(file, source.max_rows) for file in find_files(source, draft / "downloads")] for source in request.sources
-        ]
+    with watch() as report, _downloads(stores, request) as downloads:
+        scanned = scan_sources(request.sources, downloads, report)
         readings = readings_of(request.sources, scanned)
         policies: list[TooLong] = [resolved_too_long(request.too_long, reading.format) for reading in readings]
-        others = compared_with(request.quality, request.held_out, draft / "downloads") if request.quality else None
+        others = compared_with(request.quality, request.held_out, downloads) if request.quality else None
         fingerprints = [[file.fingerprint for file in files] for files in scanned]
         address = request.address(fingerprints, policies, others.fingerprints if others else ())
-        final = stores / address
+        final, draft = stores / address, stores / f"draft-{address}"
         if (found := intact(final)) is not None:
             return _with_its_prompts(found, request)
         options = TokenisingOptions(
@@ -99,38 +106,137 @@ def build_store(
             side=request.side,
             split=request.split,
         )
-        tasks, files = _shards(request.sources, scanned, readings, policies, options, draft), _names(scanned)
-        findings = look_at(request.quality, tasks, files, others, draft, parallel_map) if request.quality and others else None
-        tasks = findings.tasks if findings else tasks
-        results = list(parallel_map(tokenise_shard, tasks))
-        tallies = _checked_tallies(request, results)
-        built = draft / "store"
-        built.mkdir()
-        uses = _uses(request, tallies)
-        written = write_rows(built, results, uses, request.max_length, request.packing, request.num_virtual)
-        _refuse_empty_parts(request, tallies, written)
-        report = _report(request, scanned, readings, policies, tallies, uses, written)
-        report = findings.told_in(report) if findings else report
-        epoch = written.epoch
-        meta = {
-            "address": address,
-            "source_files": files,
-            "files": {file.name: asdict(file_digest(file)) for file in sorted(built.iterdir())},
-            "drawn": [asdict(part) for part in written.drawn],
-            "num_rows": written.num_rows,
-            "rows_per_epoch": epoch.rows,
-            "num_documents": epoch.documents,
-            "num_tokens": epoch.tokens,
-            "num_targets": epoch.targets,
-            "num_bytes": epoch.bytes,
-            "longest_document": epoch.longest_document,
-            "report": report.model_dump(mode="json"),
-        }
-        write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
-        sync_local_folder(built)
-        return _with_its_prompts(put_in_place(built, final, read_info(final, meta)), request)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with held(draft, report) as is_alone:
+            info = intact(final)  # another builder has been quicker
+            if info is None:
+                if final.exists():
+                    _log.warning("The store %s is damaged: its rows are tokenised again.", final)
+                if is_alone:
+                    remove_unfinished(draft)
+                tasks, findings = _shards(request, scanned, readings, policies, options), None
+                if request.quality and others:
+                    findings = look_at(request.quality, tasks, _names(scanned), others, draft, parallel_map)
+                    tasks = findings.tasks
+                tasks = _with_places(tasks, draft)
+                if is_alone:
+                    tidy(draft, [Path(task.output).name for task in tasks], time.time())
+                standing = Standing(total_rows=_about_rows(request, scanned), num_shards=len(tasks))
+                try:
+                    with noting(draft, standing, report), _full_disk_in_words(stores, standing):
+                        results = _tokenised(partial(parallel_map, tokenise_shard), tasks, standing)
+                        info = _written(request, scanned, readings, policies, results, findings, draft, final)
+                except FileNotFoundError:  # removed by another builder in this draft, who is done
+                    if (info := intact(final)) is None:
+                        raise
+            shutil.rmtree(draft, ignore_errors=True)
+        return _with_its_prompts(info, request)
+
+
+@contextmanager
+def _downloads(stores: Path, request: StoreRequest) -> Iterator[Path]:
+    """A folder for files behind URLs, while they are read."""
+    draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
+    if all(is_local(source.path) for source in request.all_sources):
+        yield draft  # where nothing comes
+        return
+    with held(draft, lambda progress: None):
+        try:
+            yield draft / "downloads"
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _tokenised(
+    tokenise: Callable[[Sequence[ShardTask]], Iterable[ShardResult]], tasks: Sequence[ShardTask], standing: Standing
+) -> list[ShardResult]:
+    """All shards in order, made or found in the draft."""
+    left = {task.number for task in tasks if Path(task.output).exists()}
+    standing.shards_found = len(left)
+    results: list[ShardResult] = []
+    for result in tokenise(tasks):
+        results.append(result)
+        rows = result.tally.counts["rows"]
+        standing.rows_done += rows
+        standing.shards_done += 1
+        if result.was_found:
+            standing.rows_found += rows
+    standing.is_packing = True
+    results.sort(key=lambda result: result.number)
+    if damaged := [result for result in results if result.number in left and not result.was_found]:
+        _log.warning(
+            "%d of %d shards that a build before this one left were damaged and have been tokenised again; the first is %s.",
+            len(damaged),
+            len(left),
+            Path(damaged[0].path).parent,
+        )
+    return results
+
+
+@contextmanager
+def _full_disk_in_words(stores: Path, standing: Standing) -> Iterator[None]:
+    """Say of a full disk what it was full of, and what became of the work.
+
+    Raises:
+        StorageFullError: if it is full.
+    """
+    try:
+        yield
+    except StorageFullError as error:
+        raise StorageFullError(
+            f"There is no room for tokenised rows in {stores} on {os.uname().nodename}: {error.__cause__ or error}. Free some "
+            f"space, or set data.store to a folder with more of it. {standing.shards_done} of {standing.num_shards} shards are "
+            f"done; they stay there, and the same command goes on from them."
+        ) from error
+
+
+def _about_rows(request: StoreRequest, scanned: Sequence[Sequence[ScannedFile]]) -> int | None:
+    """Rows that will be read, about; None where nothing tells."""
+    total = 0
+    for source, files in zip(request.sources, scanned, strict=True):
+        known = [file.about_rows for file in files if file.about_rows is not None]
+        if len(known) < len(files):
+            return None
+        total += sum(known) if source.max_rows is None else min(source.max_rows, sum(known))
+    return total
+
+
+def _written(
+    request: StoreRequest,
+    scanned: Sequence[Sequence[ScannedFile]],
+    readings: Sequence[Reading],
+    policies: Sequence[TooLong],
+    results: Sequence[ShardResult],
+    findings: Findings | None,
+    draft: Path,
+    final: Path,
+) -> StoreInfo:
+    """The store of tokenised shards, at its address."""
+    tallies = _checked_tallies(request, results)
+    built = draft / f"store-{uuid.uuid4().hex[:12]}"
+    built.mkdir()
+    uses = _uses(request, tallies)
+    written = write_rows(built, results, uses, request.max_length, request.packing, request.num_virtual)
+    _refuse_empty_parts(request, tallies, written)
+    report = _report(request, scanned, readings, policies, tallies, uses, written)
+    report = findings.told_in(report) if findings else report
+    epoch = written.epoch
+    meta = {
+        "address": final.name,
+        "source_files": _names(scanned),
+        "files": {file.name: asdict(file_digest(file)) for file in sorted(built.iterdir())},
+        "drawn": [asdict(part) for part in written.drawn],
+        "num_rows": written.num_rows,
+        "rows_per_epoch": epoch.rows,
+        "num_documents": epoch.documents,
+        "num_tokens": epoch.tokens,
+        "num_targets": epoch.targets,
+        "num_bytes": epoch.bytes,
+        "longest_document": epoch.longest_document,
+        "report": report.model_dump(mode="json"),
+    }
+    write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
+    sync_local_folder(built)
+    return put_in_place(built, final, read_info(final, meta), intact)
 
 
 def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
@@ -216,36 +322,45 @@ def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written
 
 
 def _shards(
-    sources: Sequence[DataSource],
+    request: StoreRequest,
     scanned: Sequence[Sequence[ScannedFile]],
     readings: Sequence[Reading],
     policies: Sequence[TooLong],
     options: TokenisingOptions,
-    draft: Path,
 ) -> list[ShardTask]:
     """Divide all segments into tasks of similar size, in order. A source of which only the first rows count is one task."""
     groups: list[tuple[int, list[ShardPart]]] = []
     num_segments = sum(len(file.segments) for files in scanned for file in files)
     per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
     file_index = 0
-    for number, (source, files, reading) in enumerate(zip(sources, scanned, readings, strict=True)):
+    for number, (source, files, reading) in enumerate(zip(request.sources, scanned, readings, strict=True)):
         parts = []
         for file in files:
-            parts += [ShardPart(segment=segment, file_index=file_index, reading=reading) for segment in file.segments]
+            parts += [
+                ShardPart(segment=segment, file_index=file_index, reading=reading, fingerprint=file.fingerprint)
+                for segment in file.segments
+            ]
             file_index += 1
         step = len(parts) if source.max_rows is not None else per_shard
         groups += [(number, parts[start : start + step]) for start in range(0, len(parts), max(1, step))]
     return [
         ShardTask(
+            number=index,
             source=number,
             parts=tuple(parts),
-            max_rows=sources[number].max_rows,
+            max_rows=request.sources[number].max_rows,
             too_long=policies[number],
             options=options,
-            output=str(draft / f"shard-{index:05d}.arrow"),
+            output="",
         )
         for index, (number, parts) in enumerate(groups)
     ]
+
+
+def _with_places(tasks: Sequence[ShardTask], draft: Path) -> list[ShardTask]:
+    """The tasks with the folders that they write, each named after what will be in it."""
+    code = code_fingerprint()
+    return [replace(task, output=str(draft / SHARDS_FOLDER / shard_address(task, code))) for task in tasks]
 
 
 def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> list[Tally]:

@@ -4,6 +4,7 @@ Every good row is marked by the processes that tokenise (`row_marks`), and the m
 rows take some 200 MB of memory and, with signatures, 1 GB in the draft of the store. Rows are read again to be tokenised.
 """
 
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from raytune.data.source_rows import readings_of
 from raytune.data.sources import ScannedFile, scan
 from raytune.plan.data_report import Balance, SourceReport, StoreReport
 
+MARKS = "marks-"
+"""Begins the name of the folder, in the draft of a store, that takes marks."""
 _ROWS_OF_WORDING = 10
 """Of benchmarks. A passage that more of them have is how they ask."""
 _SEGMENTS_AT_ONCE = 2
@@ -69,7 +72,10 @@ class OtherRows:
         for source, files, reading in zip(self.sources, self.scanned, self.readings, strict=True):
             parts = []
             for file, number in zip(files, numbers):
-                parts += [ShardPart(segment=segment, file_index=number, reading=reading) for segment in file.segments]
+                parts += [
+                    ShardPart(segment=segment, file_index=number, reading=reading, fingerprint=file.fingerprint)
+                    for segment in file.segments
+                ]
             step = _SEGMENTS_AT_ONCE if source.max_rows is None else max(1, len(parts))
             divided += [(tuple(parts[start : start + step]), source.max_rows) for start in range(0, len(parts), step)]
         return divided
@@ -150,15 +156,16 @@ def look_at(
     Raises:
         DataError: if something is found whose policy is `error`.
     """
-    folders = (str(draft / f"marks-{number:05d}") for number in count())
+    marks = draft / f"{MARKS}{uuid.uuid4().hex[:12]}"
+    folders = (str(marks / f"{number:05d}") for number in count())
     benchmarks, passages = None, None
     if others.benchmarks.sources:
         asked = [
             MarkTask(parts=parts, max_rows=most, ngram_words=quality.ngram_words, keeps_passages=True, output=next(folders))
             for parts, most in others.benchmarks.parts()
         ]
-        marked = list(parallel_map(mark_rows, asked))
-        passages = str(draft / "passages")
+        marked = _marked(asked, parallel_map)
+        passages = str(marks / "passages")
         save_passages(marked, Path(passages), _ROWS_OF_WORDING)
         benchmarks = MarkedRows(marks=Marks(marked), files=others.benchmarks.files)
     sides = tasks[0].options.split.held_out_sides if tasks else ()
@@ -183,7 +190,7 @@ def look_at(
             MarkTask(parts=parts, max_rows=most, near_similarity=near_similarity, output=next(folders))
             for parts, most in others.held_out.parts(first_file=len(files))
         ]
-    marked = list(parallel_map(mark_rows, [*wanted, *kept_apart]))
+    marked = _marked([*wanted, *kept_apart], parallel_map)
     of_rows, of_held_out = marked[: len(wanted)], marked[len(wanted) :]
     rows = MarkedRows(marks=Marks(of_rows), files=files)
     held_out = MarkedRows(marks=Marks(of_held_out), files=[*files, *others.held_out.files])
@@ -192,7 +199,7 @@ def look_at(
         if getattr(quality, name) == "error" and len(one.rows):
             raise found_rows_error(name, len(one.rows), _examples(one, one.rows, rows))
     return Findings(
-        tasks=_without(tasks, of_rows, left_out, draft),
+        tasks=_without(tasks, of_rows, left_out),
         policies={name: getattr(quality, name) for name in FINDINGS if name in found},
         notes=[] if benchmarks is None else _about(benchmarks, quality.ngram_words),
         sources=_by_source(tasks, of_rows, rows, found),
@@ -202,16 +209,20 @@ def look_at(
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 
-def _without(tasks: Sequence[ShardTask], marked: Sequence[Marked], left_out: np.ndarray, draft: Path) -> list[ShardTask]:
+def _marked(tasks: Sequence[MarkTask], parallel_map: ParallelMap) -> list[Marked]:
+    """The marks of all tasks, in their order."""
+    place = {task.output: number for number, task in enumerate(tasks)}
+    return sorted(parallel_map(mark_rows, tasks), key=lambda one: place[one.folder])
+
+
+def _without(tasks: Sequence[ShardTask], marked: Sequence[Marked], left_out: np.ndarray) -> list[ShardTask]:
     """The tasks without the rows that are left out."""
     remaining, first = [], 0
-    for number, (task, one) in enumerate(zip(tasks, marked, strict=True)):
+    for task, one in zip(tasks, marked, strict=True):
         here = left_out[first : first + one.num_rows]
         first += one.num_rows
         if here.any():
-            path = draft / f"left-out-{number:05d}.npy"
-            np.save(path, here)
-            task = replace(task, left_out=str(path))
+            task = replace(task, left_out=here.astype(bool).tobytes())
         remaining.append(task)
     return remaining
 

@@ -1,9 +1,9 @@
 """What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
 
 from raytune.config.model import NewToken
 from raytune.data.conversation import Origin
@@ -48,10 +48,14 @@ class ShardPart:
     segment: Segment
     file_index: int
     reading: Reading
+    fingerprint: str
+    """Of the whole file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
+    number: int
+    """Which shard of the request it is."""
     source: int
     """Which source of the request it is a part of."""
     parts: tuple[ShardPart, ...]
@@ -60,9 +64,9 @@ class ShardTask:
     too_long: TooLong
     options: TokenisingOptions
     output: str
-    """Arrow file that is written."""
-    left_out: str | None = None
-    """File with a bool for each row that `read_parts` gives: whether it is left out (`quality`). None: none is."""
+    """Folder that is written (`finished_shards`)."""
+    left_out: bytes | None = None
+    """A bool for each row that `read_parts` gives: whether it is left out (`quality`). None: none is."""
 
 
 @dataclass(slots=True)
@@ -82,6 +86,16 @@ class Tally:
         if origin is not None and len(examples := self.examples.setdefault(what, [])) < self.most_examples:
             examples.append(f"{origin}: {reason}" if reason else str(origin))
 
+    def as_json(self) -> dict[str, Any]:
+        """What `of` makes an equal tally of."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The tally that `as_json` was asked of."""
+        empty = cls()
+        return cls(**{name: type(getattr(empty, name))(value) for name, value in values.items()})
+
     def merge(self, other: "Tally") -> None:
         self.counts.update(other.counts)
         self.unread_columns.update(other.unread_columns)
@@ -94,9 +108,13 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
+    number: int
     source: int
     path: str
+    """Arrow file."""
     tally: Tally
+    was_found: bool
+    """Whether it was done before."""
 
 
 def bad_rows_error(tally: Tally) -> DataError:

@@ -64,7 +64,11 @@ def read_conversations(
     """
     scanned = [scan(file, source.max_rows) for file in find_files(source, downloads)]
     (reading,) = readings_of([source], [scanned], are_asked=are_asked)
-    parts = [ShardPart(segment=segment, file_index=0, reading=reading) for file in scanned for segment in file.segments]
+    parts = [
+        ShardPart(segment=segment, file_index=0, reading=reading, fingerprint=file.fingerprint)
+        for file in scanned
+        for segment in file.segments
+    ]
     rows = read_parts(parts, source.max_rows, tally, side, split, are_asked=are_asked)
     return (conversation for conversation, _ in rows)
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +70,15 @@ class ScannedFile:
     fingerprint: str
     """Says what the content is; equal only for equal content."""
     segments: tuple[Segment, ...]
+    about_rows: int | None
+    """Rows, or lines where it is not known how many of them are rows; None: nothing tells."""
 
 
-def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
+def scan(file: SourceFile, max_rows: int | None, advance: Callable[[int], None] = lambda num_bytes: None) -> ScannedFile:
     """Read a file through once: its fingerprint, and the parts that can be read in parallel.
+
+    Args:
+        advance: called with the bytes that are read, as they are.
 
     Raises:
         DataError: if the file is empty or cannot be read.
@@ -81,21 +86,21 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
     if file.kind == "demo":
         num_rows = max_rows or DEMO_ROWS[file.path]
         rows = json.dumps(demo_rows(file.path, num_rows))
-        return ScannedFile(file, hashlib.sha256(rows.encode()).hexdigest(), (Segment(file, 0, num_rows, 1),))
+        return ScannedFile(file, hashlib.sha256(rows.encode()).hexdigest(), (Segment(file, 0, num_rows, 1),), num_rows)
     if file.kind == "dataset":
         dataset = load_dataset(file)
         starts = range(0, len(dataset), SEGMENT_ROWS)
         segments = tuple(Segment(file, start, min(start + SEGMENT_ROWS, len(dataset)), start + 1) for start in starts)
-        return ScannedFile(file, dataset._fingerprint, segments)
+        return ScannedFile(file, dataset._fingerprint, segments, len(dataset))
     _refuse_other_content(file)
     with local_errors(file.name), open_bytes(file.path, file.name) as stream:
-        fingerprint, cuts, size = _digest_and_cuts(stream)
+        fingerprint, cuts, size, lines = _digest_and_cuts(stream, advance)
     if size == 0:
         raise DataError(f"{file.name} is empty (0 bytes).")
     if file.kind == "parquet":
-        return ScannedFile(file, fingerprint, _row_groups(file))
+        return ScannedFile(file, fingerprint, *_row_groups(file))
     if file.kind == "arrow":
-        return ScannedFile(file, fingerprint, _batches(file))
+        return ScannedFile(file, fingerprint, *_batches(file))
     is_array = file.kind == "json" and _first_character(file) == b"["
     if file.kind == "json" and not is_array:
         _refuse_one_object(file, size)
@@ -104,15 +109,15 @@ def scan(file: SourceFile, max_rows: int | None) -> ScannedFile:
             cuts = cuts[:: -(-len(cuts) // COMPRESSED_SEGMENTS[compression]) or 1]
         starts, stops = [(0, 1), *cuts], [offset for offset, _ in cuts] + [size]
         segments = (Segment(file, start, stop, line) for (start, line), stop in zip(starts, stops) if stop > start)
-        return ScannedFile(file, fingerprint, tuple(segments))
-    return ScannedFile(file, fingerprint, (Segment(file, 0, None, 1),))
+        return ScannedFile(file, fingerprint, tuple(segments), lines)
+    return ScannedFile(file, fingerprint, (Segment(file, 0, None, 1),), None if is_array else lines)
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 
-def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int]:
-    """Hash of the content, places to cut it (offset of a line's first byte, number of that line), and its size."""
+def _digest_and_cuts(stream: BinaryIO, advance: Callable[[int], None]) -> tuple[str, list[tuple[int, int]], int, int]:
+    """Hash of the content, places to cut it (offset of a line's first byte, number of that line), its size, and its lines."""
     digest, cuts, size, line = hashlib.sha256(), [], 0, 1
     while chunk := stream.read(SEGMENT_BYTES):
         digest.update(chunk)
@@ -120,7 +125,8 @@ def _digest_and_cuts(stream: BinaryIO) -> tuple[str, list[tuple[int, int]], int]
         if (last := chunk.rfind(b"\n")) >= 0:
             cuts.append((size + last + 1, line))
         size += len(chunk)
-    return digest.hexdigest(), cuts, size
+        advance(len(chunk))
+    return digest.hexdigest(), cuts, size, line
 
 
 def _refuse_other_content(file: SourceFile) -> None:
@@ -204,17 +210,19 @@ def _refuse_one_object(file: SourceFile, size: int) -> None:
         )
 
 
-def _row_groups(file: SourceFile) -> tuple[Segment, ...]:
+def _row_groups(file: SourceFile) -> tuple[tuple[Segment, ...], int]:
+    """The parts of a Parquet file, and its rows."""
     import pyarrow.parquet
 
     with named_errors(file), pyarrow.parquet.ParquetFile(file.path) as parquet:
         _refuse_equal_columns(file, parquet.schema_arrow)
         counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     first_rows = [1 + sum(counts[:group]) for group in range(len(counts))]
-    return tuple(Segment(file, group, group + 1, first_rows[group]) for group in range(len(counts)))
+    return tuple(Segment(file, group, group + 1, first_rows[group]) for group in range(len(counts))), sum(counts)
 
 
-def _batches(file: SourceFile) -> tuple[Segment, ...]:
+def _batches(file: SourceFile) -> tuple[tuple[Segment, ...], int]:
+    """The parts of an Arrow file, and its rows."""
     segments, first, rows, begun = [], 1, 0, 0
     with named_errors(file), open_arrow(file.path) as batches:
         for number, batch in enumerate(batches, 1):
@@ -223,7 +231,7 @@ def _batches(file: SourceFile) -> tuple[Segment, ...]:
             if rows >= SEGMENT_ROWS:
                 segments.append(Segment(file, begun, number, first))
                 first, rows, begun = first + rows, 0, number
-        return (*segments, Segment(file, begun, None, first))
+        return (*segments, Segment(file, begun, None, first)), first - 1 + rows
 
 
 @contextmanager

@@ -192,16 +192,22 @@ class _MappedBatch:
         )
 
 
-def complete_meta(folder: Path) -> dict[str, Any] | None:
-    """The meta file's content, or None if it is not what was written, or a file that it names is not there in its size."""
+def read_meta(folder: Path, name: str = META_FILE) -> dict[str, Any] | None:
+    """The meta file's content, or None if there is none or it is not what was written."""
     try:
-        meta = read_json(folder / META_FILE)
+        meta = read_json(folder / name)
     except (FileNotFoundError, ValueError):
         return None
     if not isinstance(meta, dict):
         return None
     checksum = meta.pop("checksum", None)
-    if checksum != checksum_of(meta):
+    return meta if checksum == checksum_of(meta) else None
+
+
+def complete_meta(folder: Path) -> dict[str, Any] | None:
+    """The meta file's content, or None if it is not what was written, or a file that it names is not there in its size."""
+    meta = read_meta(folder)
+    if meta is None:
         return None
     if "files" not in meta:
         meta |= _as_one_file(meta)

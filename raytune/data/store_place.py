@@ -4,13 +4,17 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from raytune.data.store import StoreInfo, complete_meta, read_info, row_files
 from raytune.errors import DataError
 from raytune.local_files import local_errors, move_local_folder
 from raytune.storage import file_digest, is_local, local_path
+
+T = TypeVar("T")
 
 
 def local_stores(folder: str | Path) -> Path:
@@ -29,8 +33,13 @@ def local_stores(folder: str | Path) -> Path:
     return stores
 
 
-def put_in_place(built: Path, final: Path, info: StoreInfo) -> StoreInfo:
-    """Rename a built store to its address. Another builder's store, finished first, is as good; a damaged one is replaced."""
+def put_in_place(built: Path, final: Path, value: T, intact: Callable[[Path], T | None]) -> T:
+    """Rename a folder to the address of what is in it. Another builder's, finished first, is as good; a damaged one is replaced.
+
+    Args:
+        value: what is in the folder.
+        intact: the same of another's folder, or None if that is not whole.
+    """
     while True:
         try:
             os.rename(built, final)
@@ -47,7 +56,7 @@ def put_in_place(built: Path, final: Path, info: StoreInfo) -> StoreInfo:
                     os.rename(aside, final)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            return info
+            return value
 
 
 def intact(folder: Path) -> StoreInfo | None:

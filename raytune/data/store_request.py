@@ -25,6 +25,7 @@ _CODE = (
     "compression",
     "conversation",
     "fields",
+    "finished_shards",
     "formats",
     "masking",
     "mixing",
@@ -92,6 +93,11 @@ class StoreRequest:
     held_out: tuple[DataSource, ...] = ()
     """Rows for validation in files of their own, that `quality` looks for."""
 
+    @property
+    def all_sources(self) -> tuple[DataSource, ...]:
+        """Those of its rows, and those that these are compared with."""
+        return (*self.sources, *self.held_out, *(self.quality.benchmarks if self.quality else ()))
+
     def address(
         self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong], compared: Sequence[Sequence[Sequence[str]]] = ()
     ) -> str:
@@ -102,7 +108,7 @@ class StoreRequest:
             policies: for each source, what `too_long` means for its rows.
             compared: fingerprints of what `quality` compares the rows with.
         """
-        of_quality = [_of_source(source) for source in (*self.held_out, *(self.quality.benchmarks if self.quality else ()))]
+        of_quality = [_of_source(source) for source in self.all_sources[len(self.sources) :]]
         what = {name: value for name, value in asdict(self).items() if name not in ("on_prompt_mismatch", "too_long")} | {
             "sources": [
                 {**_of_source(source), "files": list(files), "too_long": policy}
@@ -111,7 +117,7 @@ class StoreRequest:
             "quality": self.quality and self.quality.model_dump(mode="json", exclude={"benchmarks"}),
             "held_out": [of_quality, compared] if self.quality else None,
             "split": {"by": self.split.by.model_dump(), "bands": self.split.bands},
-            "code": _code_fingerprint(),
+            "code": code_fingerprint(),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -134,7 +140,8 @@ def last_part(path: str) -> str:
 
 
 @cache
-def _code_fingerprint() -> str:
+def code_fingerprint() -> str:
+    """Of the code that decides what a store holds."""
     here = Path(__file__).parent
     files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__), Path(mixing.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

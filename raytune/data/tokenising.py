@@ -6,10 +6,11 @@ Text is rendered whole and tokenised once, and targets are found by where a toke
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 from raytune.config.model import NewToken
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
+from raytune.data.finished_shards import DOCUMENTS_FILE, finished_shard, put_shard, rows_noted, shard_draft
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
 from raytune.data.shards import ShardResult, ShardTask, Tally, TooLong
@@ -28,6 +30,7 @@ from raytune.data.token_classes import Span, TokenClass, spans_in, weights_of
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.data.turns import obeyed_requests
 from raytune.errors import DataError
+from raytune.local_files import local_errors
 
 _DOCUMENTS_AT_ONCE = 256
 # Answers of a shard whose prompts are compared with what is trained, about.
@@ -48,8 +51,22 @@ is null in every document of a record batch, or in none."""
 
 
 def tokenise_shard(task: ShardTask) -> ShardResult:
-    """Read, render and tokenise a shard's rows and write its documents to `task.output`, in the order of the rows."""
+    """Read, render and tokenise a shard's rows and write its documents to `task.output`, or find that it was done before.
+
+    Raises:
+        DataError: if a file cannot be read on.
+        StorageFullError: if there is no room for the documents.
+    """
+    if (found := finished_shard(Path(task.output), task)) is not None:
+        return found
     tally = Tally()
+    with local_errors(task.output), shard_draft(task) as draft:
+        _write_documents(task, draft / DOCUMENTS_FILE, tally, rows_noted(draft))
+        return put_shard(draft, task, tally)
+
+
+def _write_documents(task: ShardTask, path: Path, tally: Tally, note_rows: Callable[[int], None]) -> None:
+    """Write the documents of a shard in the order of its rows."""
     options = task.options
     encoder, template = _encoder_and_template(
         options.tokenizer_path,
@@ -59,7 +76,7 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
         options.tokenizer_fingerprint,
         options.template,
     )
-    with pa.OSFile(task.output, "wb") as sink, pa.ipc.new_file(sink, DOCUMENTS_SCHEMA) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, DOCUMENTS_SCHEMA) as writer:
         for is_text, rows in groupby(_conversations(task, tally), key=lambda row: row[0].text is not None):
             while batch := list(islice(rows, _DOCUMENTS_AT_ONCE)):
                 if is_text:
@@ -76,9 +93,9 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
                         tally.add("unending", piece.origin)
                 if pieces:
                     writer.write_batch(_record_batch(pieces))
+                note_rows(tally.counts["rows"])
     for request in obeyed_requests(options.targets):
         tally.unread_keys.pop(request, None)
-    return ShardResult(source=task.source, path=task.output, tally=tally)
 
 
 # --- Documents ---------------------------------------------------------------------------------------------------------------
@@ -121,7 +138,7 @@ def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation
     options = task.options
     rows = read_parts(task.parts, task.max_rows, tally, options.side, options.split)
     if task.left_out is not None:
-        rows = _remaining(rows, np.load(task.left_out), tally)
+        rows = _remaining(rows, np.frombuffer(task.left_out, bool), tally)
     return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
 
 

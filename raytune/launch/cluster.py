@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -261,21 +261,28 @@ def this_machine(section: ClusterSection) -> Machine:
     )
 
 
-def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task], *, start_timeout: float) -> Iterable[Result]:
-    """Results in the order of the tasks. One task is done here, where the tokenizer is loaded; several by the cluster's CPUs.
+def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task], *, start_timeout: float) -> Iterator[Result]:
+    """Each result when it is there. One task is done here, where the tokenizer is loaded; several by the cluster's CPUs.
 
     Raises:
         ClusterError: if no CPU of the cluster is free within `start_timeout` seconds.
     """
     if len(tasks) <= 1:
-        return map(function, tasks)
+        yield from map(function, tasks)
+        return
     # How long a task takes is the data's business, so only the way to the first CPU has a limit.
     wait_for(ray.remote(num_cpus=1)(_nothing).remote(), "a free CPU to tokenise data on", start_timeout)
     remote = ray.remote(num_cpus=1)(function)
+    awaited = [remote.remote(task) for task in tasks]
     try:
-        return ray.get([remote.remote(task) for task in tasks])
+        while awaited:
+            (ready, *_), awaited = ray.wait(awaited)
+            yield ray.get(ready)
     except RayTaskError as error:
         raise error.cause from None  # what the task raised, without Ray's traceback around it
+    finally:
+        for task in awaited:  # of no use to anybody any more
+            ray.cancel(task)
 
 
 def _nothing() -> None:

@@ -17,6 +17,7 @@ from raytune.data.store_request import StoreRequest
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import UserError
 from raytune.launch.stores import STORES_FOLDER
+from raytune.launch.tokenising import show_tokenising
 from raytune.plan.run_plan import RunPlan
 from raytune.storage import is_local
 
@@ -104,6 +105,7 @@ def tokenised(
         new_tokens=model.new_tokens,
         folder=data.store or f"{storage}/{STORES_FOLDER}",
         parallel_map=parallel_map,
+        watch=show_tokenising,
     )
     _refuse_alike(info)
     return info

@@ -35,6 +35,7 @@ from raytune.errors import DataError
 from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
+from raytune.launch.tokenising import show_tokenising
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
@@ -283,6 +284,7 @@ class DataBuilder:
             new_tokens=model.new_tokens,
             folder=self._folder,
             parallel_map=self._parallel_map,
+            watch=show_tokenising,
         )
 
 

@@ -80,6 +80,7 @@ OWNERS = {
         "launch/progress.py",
         "launch/live.py",
         "launch/reading.py",
+        "launch/tokenising.py",
         "sweeps/final_table.py",
         "sweeps/live.py",
         "watch/screen.py",

@@ -26,7 +26,7 @@ from raytune.launch.run import plan_run
 from raytune.model.demo import demo_base_path
 from raytune.plan.data_report import losses_text
 from raytune.plan.describe import plan_text
-from tests.tiny import tiny_request, tiny_store
+from tests.tiny import tiny_request, tiny_split, tiny_store
 from tests.unit.test_data_report import CHATML, OUTCOMES
 
 _draw = random.Random(5)
@@ -245,7 +245,12 @@ def test_both_sides_of_a_split_are_compared(tmp_path: Path) -> None:
     """Equal rows share a side; those that differ in a column that is not read do not."""
     rows = [row | {"id": number} for row in NEW for number in range(4)]
     path = write(tmp_path / "rows.jsonl", rows)
-    split: dict[str, Any] = {"template": CHATML, "side": "train", "validation_fraction": 0.3, "max_length": 2048}
+    split: dict[str, Any] = {
+        "template": CHATML,
+        "side": "train",
+        "split": tiny_split(validation_fraction=0.3),
+        "max_length": 2048,
+    }
     leaking = tiny_store(tmp_path / "stores", path, max_rows=None, quality=QualitySection(), **split)
     assert leaking.report.total("leaks") > 5
     clean = tiny_store(tmp_path / "stores", path, max_rows=None, quality=QualitySection(leaks="drop"), **split)
