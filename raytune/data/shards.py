@@ -1,7 +1,6 @@
 """What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,6 @@ from raytune.data.sources import Segment
 from raytune.data.split import Side
 from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
-from raytune.plan.data_report import SourceReport
 
 TooLong = Literal["truncate", "drop", "split", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
@@ -45,6 +43,8 @@ class ShardPart:
     segment: Segment
     file_index: int
     reading: Reading
+    only_line: int | None = None
+    """Where the only rows of it stand that are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,8 @@ class Tally:
     unread_columns: Counter[str] = field(default_factory=Counter)
     unread_keys: Counter[str] = field(default_factory=Counter)
     targets_of_class: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Rows by bucket of `plan.row_lengths`."""
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
@@ -82,6 +84,7 @@ class Tally:
         self.unread_columns.update(other.unread_columns)
         self.unread_keys.update(other.unread_keys)
         self.targets_of_class.update(other.targets_of_class)
+        self.lengths.update(other.lengths)
         for what, examples in other.examples.items():
             mine = self.examples.setdefault(what, [])
             mine.extend(examples[: self.most_examples - len(mine)])
@@ -116,24 +119,8 @@ def too_long_error(tally: Tally, max_length: int) -> DataError:
     )
 
 
-def prompt_mismatch_error(source: SourceReport) -> DataError:
-    differ, compared = source.prompts_differ, source.prompts_compared
-    return _counted_error(
-        f"{source.name}: {differ} of {compared} compared answers {'is' if differ == 1 else 'are'} trained behind other tokens "
-        f"than their prompt has, so that a tuned model would be asked what it was not taught:",
-        differ,
-        source.examples["prompts_differ"],
-        "Move white space from the end of a prompt to the beginning of its answer, write what the prompt opens (a thought, say) "
-        "into the answers, or choose another data.template. If it is as it should be, set data.on_prompt_mismatch: accept.",
-    )
-
-
 def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:
-    count = tally.counts[what]
+    count, examples = tally.counts[what], tally.examples[what]
     rows = "1 row" if count == 1 else f"{count} rows"
-    return _counted_error(f"{rows} {are}:", count, tally.examples[what], fix)
-
-
-def _counted_error(what: str, count: int, examples: Sequence[str], fix: str) -> DataError:
     more = [f"  and {count - len(examples)} more"] if count > len(examples) else []
-    return DataError("\n".join([what, *(f"  {example}" for example in examples), *more, fix]))
+    return DataError("\n".join([f"{rows} {are}:", *(f"  {example}" for example in examples), *more, fix]))

@@ -14,11 +14,12 @@ from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
 from raytune.data.split import Side
 from raytune.data.token_classes import TokenClass
-from raytune.plan import data_report, mixing
+from raytune.plan import data_report, mixing, row_lengths
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
 # Modules whose code decides what a store holds.
 _CODE = (
+    "audit",
     "build",
     "compression",
     "conversation",
@@ -69,8 +70,7 @@ class StoreRequest:
     num_virtual: int = 0
     """Virtual tokens that are laid in front of each document, and for which packed rows leave room."""
     on_bad_row: Literal["error", "skip"]
-    on_prompt_mismatch: Literal["error", "accept"] = "error"
-    """Decides whether the store may be used, and nothing of what is in it."""
+    """With "error" a store with bad rows may not be used; what is in it is the same."""
     tokenizer_fingerprint: str
     """`tokenizers.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
@@ -88,7 +88,7 @@ class StoreRequest:
             fingerprints: for each source, those of its files.
             policies: for each source, what `too_long` means for its rows.
         """
-        what = {name: value for name, value in asdict(self).items() if name not in ("on_prompt_mismatch", "too_long")} | {
+        what = {name: value for name, value in asdict(self).items() if name not in ("on_bad_row", "too_long")} | {
             "sources": [
                 {
                     "format": source.format,
@@ -97,7 +97,7 @@ class StoreRequest:
                     "labels": source.labels,
                     "max_rows": source.max_rows,
                     "files": list(files),
-                    "too_long": policy,
+                    "too_long": "drop" if policy == "error" else policy,
                     # Messages about a row name its file, wherever that lies.
                     "name": last_part(source.path),
                 }
@@ -116,5 +116,5 @@ def last_part(path: str) -> str:
 @cache
 def _code_fingerprint() -> str:
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__), Path(mixing.__file__)]
+    files = [*(here / f"{name}.py" for name in _CODE), *(Path(module.__file__) for module in (data_report, mixing, row_lengths))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

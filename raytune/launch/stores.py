@@ -12,13 +12,15 @@ from raytune.config.data import DataSource, named_sources
 from raytune.config.evaluation import SuiteSection, is_code, suites_of
 from raytune.config.row_sources import asks_in_chats, evaluated_sets, tokenised_sources, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, build_store
+from raytune.data.build import ParallelMap, build_store, tokenising_options
 from raytune.data.packing import Packing
+from raytune.data.preview import Previewer
 from raytune.data.split import Side
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
+from raytune.data.text_encoder import TextEncoder
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
@@ -26,6 +28,7 @@ from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.data_limits import refuse_exceeded, verdicts, verdicts_of
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
 from raytune.plan.penalty import ewc_name
@@ -76,7 +79,7 @@ class DataBuilder:
         """Tokenise training and validation rows, or find them tokenised by an earlier run.
 
         Raises:
-            DataError: if rows cannot be used or none is left.
+            DataError: if rows cannot be used, none is left, or more than a limit are not as they should be.
         """
         config, is_split = self._config, bool(self._config.data.validation_fraction)
         sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
@@ -92,19 +95,47 @@ class DataBuilder:
         for info in (*learned_from, *measured.values()):
             self._check_tokens(info)
         names = list(named_sources(sources))
+        report = DataReport(
+            template=self.template_notes,
+            train=train.report.named(names),
+            validation={name: info.report.named([name] if sets[name] else names) for name, info in measured.items()},
+            ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
+        )
+        refuse_exceeded(verdicts(report, config.data))
         return DataFacts(
-            report=DataReport(
-                template=self._chat.notes if self._chat else [],
-                train=train.report.named(names),
-                validation={name: info.report.named([name] if sets[name] else names) for name, info in measured.items()},
-                ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
-            ),
+            report=report,
             train=store_plan_of("train", train),
             validation=tuple(store_plan_of(name, info, counts.get(name, 1.0)) for name, info in measured.items()),
             ewc=store_plan_of(ewc_name(config), ewc) if ewc else None,
             longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
         )
+
+    @property
+    def template_notes(self) -> list[str]:
+        """What there is to know of the chat template, if there is one."""
+        return self._chat.notes if self._chat else []
+
+    def previewer(self, *, is_trained: bool) -> Previewer:
+        """What shows rows as they are trained, or as others are measured: without weights, and on no side of a split."""
+        config, model = self._config, self._config.model
+        is_split = is_trained and bool(config.data.validation_fraction)
+        request = self._request(
+            [],
+            "train" if is_split else "all",
+            EACH_ROW_ONCE,
+            (),
+            token_classes(config.data.token_weights) if is_trained else (),
+            "none",
+        )
+        options = tokenising_options(
+            request,
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
+        )
+        return Previewer(options=options, too_long=config.data.too_long, encoder=TextEncoder(self._tokenizer), chat=self._chat)
 
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""
@@ -129,6 +160,7 @@ class DataBuilder:
             first = [(source, min(source.max_rows or suite.max_rows, suite.max_rows)) for source in suite.rows]
             rows = [source.model_copy(update={"max_rows": max_rows}) for source, max_rows in first]
             store = Store.open(self._store(rows, "all", packing="none").path)
+            refuse_exceeded(verdicts_of({key: store.report}, self._config.data))
             questions = read_texts(suite, key, store, self._tokenizer)
         elif self._chat is None:
             raise DataError(f"{key} needs a chat template to ask with. Set data.template.", keys=(key,))
@@ -187,8 +219,28 @@ class DataBuilder:
         packing: other than the run's.
         """
         data, model = self._config.data, self._config.model
-        packing = packing or data.packing
-        request = StoreRequest(
+        request = self._request(sources, side, mixture, loss_weights, classes, packing or data.packing)
+        return build_store(
+            request,
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
+            folder=self._folder,
+            parallel_map=self._parallel_map,
+        )
+
+    def _request(
+        self,
+        sources: Sequence[DataSource],
+        side: Side | Literal["all"],
+        mixture: Mixture,
+        loss_weights: tuple[float, ...],
+        classes: tuple[TokenClass, ...],
+        packing: Packing,
+    ) -> StoreRequest:
+        data = self._config.data
+        return StoreRequest(
             sources=tuple(sources),
             template=self._template,
             targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
@@ -198,21 +250,11 @@ class DataBuilder:
             packing=packing,
             num_virtual=0 if packing == "none" else num_virtual_tokens(self._config.adapter),
             on_bad_row=data.on_bad_row,
-            on_prompt_mismatch=data.on_prompt_mismatch,
             tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
             side=side,
             validation_fraction=data.validation_fraction,
             mixture=mixture,
             loss_weights=loss_weights,
-        )
-        return build_store(
-            request,
-            tokenizer_path=self._model_path,
-            tokenizer_revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            new_tokens=model.new_tokens,
-            folder=self._folder,
-            parallel_map=self._parallel_map,
         )
 
 

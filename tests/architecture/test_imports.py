@@ -77,6 +77,7 @@ OWNERS = {
     "click": {"cli/"},
     "rich": {
         "launch/progress.py",
+        "launch/data_colours.py",
         "launch/live.py",
         "launch/reading.py",
         "sweeps/final_table.py",
