@@ -31,6 +31,7 @@ from raytune.plan.identity import identity_of
 from raytune.plan.row_lengths import LONGEST, added, bucket_of, length_lines, length_of_share
 from tests.tiny import tiny_request, tiny_store, tiny_tokenizer
 
+SHORT = "who is it, and why is it?"
 QUESTION = "How many towels went to Fastil in Rologoham?"
 
 
@@ -70,11 +71,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any], str]] = {
     "no_target": (lambda _: chat(weight=0), {}, "have no target"),
     "cut": (lambda _: chat("Q", "A" * 100), {}, "lose trained tokens behind data.max_length"),
     "blank_answers": (lambda _: chat("Q", " \n"), {}, "a trained answer, or a text, that is empty"),
-    "prompt_trained": (
-        lambda _: chat("who is it, and why is it he?", "who is it, and why is it he? " + "he is " * 3),
-        {},
-        "have their question trained",
-    ),
+    "prompt_trained": (lambda _: chat(SHORT, f"{SHORT} he is, he is, he is"), {}, "have their question trained"),
     "lost": (lambda _: "{", {"on_bad_row": "skip"}, "are not trained at all"),
 }
 
@@ -156,7 +153,7 @@ def test_a_beginning_that_rows_or_a_template_write_twice_is_refused(tmp_path: Pa
         return found["double_bos"].is_exceeded
 
     assert refused(store([{"text": "<|im_start|>one"}, {"text": "two"}]))
-    assert not refused(store([{"text": "one"}, {"text": ""}]))
+    assert not refused(store([{"text": "one"}, {"text": "two"}]))
     once = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     assert not refused(store(fine(2), template=once))
     assert refused(store(fine(2), template="{{ bos_token }}" + once))
