@@ -41,7 +41,7 @@ class RowPlace:
     def of(cls, text: str) -> "RowPlace | None":
         """Of `FILE:LINE`; None if it is written in another way."""
         file, _, line = text.rpartition(":")
-        return cls(file, int(line)) if file and line.isascii() and line.isdigit() and int(line) else None
+        return cls(file, int(line)) if file and line.isascii() and line.isdigit() and int(line) > 0 else None
 
     def is_in(self, name: str) -> bool:
         """Whether it is in a file of this name, of which it may give the end only."""
