@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from raytune.config.data_limits import LimitsSection
 from raytune.config.quality import QualityPolicies
 from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
 from raytune.config.split import FoldSection, SplitSection
@@ -210,6 +211,8 @@ class DataSection(Section):
     """What happens where answers are trained behind other tokens than the template's prompt for them has (a tokenizer that takes
     a space of the prompt into the answer's first word, a prompt that opens a thought): `error` stops if that is so for more than
     2 % of the answers of a source that are compared, a sample, with examples; `accept` goes on. Both say how many."""
+    limits: LimitsSection = LimitsSection()
+    """How many rows may be lost, or be trained otherwise than they should, before a run is stopped for it."""
     store: Text | None = None
     """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,7 +21,6 @@ from raytune.config.data import DataFormat, DataSource
 from raytune.config.model import NewToken
 from raytune.data.drafts import SHARDS_FOLDER, Standing, Watch, held, noting, remove_unfinished, tidy, unwatched
 from raytune.data.finished_shards import shard_address
-from raytune.data.prompts import TOLERATED_SHARE
 from raytune.data.quality import Findings, compared_with, look_at
 from raytune.data.reading_through import scan_sources
 from raytune.data.recognising import Reading
@@ -35,7 +35,6 @@ from raytune.data.shards import (
     TokenisingOptions,
     TooLong,
     bad_rows_error,
-    prompt_mismatch_error,
     too_long_error,
 )
 from raytune.data.source_rows import readings_of
@@ -92,19 +91,14 @@ def build_store(
         address = request.address(fingerprints, policies, others.fingerprints if others else ())
         final, draft = stores / address, stores / f"draft-{address}"
         if (found := intact(final)) is not None:
-            return _with_its_prompts(found, request)
-        options = TokenisingOptions(
+            _refuse_by_policy(request, _counted_again(found.report))
+            return found
+        options = tokenising_options(
+            request,
             tokenizer_path=tokenizer_path,
             tokenizer_revision=tokenizer_revision,
             trust_remote_code=trust_remote_code,
-            new_tokens=tuple(new_tokens),
-            tokenizer_fingerprint=request.tokenizer_fingerprint,
-            template=request.template,
-            targets=request.targets,
-            token_classes=request.token_classes,
-            max_length=request.max_length,
-            side=request.side,
-            split=request.split,
+            new_tokens=new_tokens,
         )
         with held(draft, report) as is_alone:
             info = intact(final)  # another builder has been quicker
@@ -129,7 +123,8 @@ def build_store(
                     if (info := intact(final)) is None:
                         raise
             shutil.rmtree(draft, ignore_errors=True)
-        return _with_its_prompts(info, request)
+        _refuse_by_policy(request, _counted_again(info.report))
+        return info
 
 
 @contextmanager
@@ -239,6 +234,30 @@ def _written(
     return put_in_place(built, final, read_info(final, meta), intact)
 
 
+def tokenising_options(
+    request: StoreRequest,
+    *,
+    tokenizer_path: str,
+    tokenizer_revision: str | None,
+    trust_remote_code: bool,
+    new_tokens: Sequence[NewToken],
+) -> TokenisingOptions:
+    """What a request asks to be done with every row of every source."""
+    return TokenisingOptions(
+        tokenizer_path=tokenizer_path,
+        tokenizer_revision=tokenizer_revision,
+        trust_remote_code=trust_remote_code,
+        new_tokens=tuple(new_tokens),
+        tokenizer_fingerprint=request.tokenizer_fingerprint,
+        template=request.template,
+        targets=request.targets,
+        token_classes=request.token_classes,
+        max_length=request.max_length,
+        side=request.side,
+        split=request.split,
+    )
+
+
 def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
     """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
     only its last answers."""
@@ -264,6 +283,7 @@ def _report(
             too_long=policy,
             unread_columns=dict(tally.unread_columns),
             unread_keys=dict(tally.unread_keys),
+            lengths=[tally.lengths[bucket] for bucket in range(max(tally.lengths, default=-1) + 1)],
             targets_of_class={str(one): tally.targets_of_class[str(one)] for one in request.token_classes},
             examples=tally.examples,
             loss_weight=use.loss_weight,
@@ -373,11 +393,8 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
     for result in results:
         tallies[result.source].merge(result.tally)
         total.merge(result.tally)
+    _refuse_by_policy(request, total)
     counts = total.counts
-    if counts["bad"] and request.on_bad_row == "error":
-        raise bad_rows_error(total)
-    if counts["dropped"] and request.too_long == "error":
-        raise too_long_error(total, request.max_length)
     if not counts["documents"]:
         longer = f"data.max_length, {request.max_length} tokens"
         reasons = {
@@ -395,17 +412,24 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
     return tallies
 
 
-def _with_its_prompts(info: StoreInfo, request: StoreRequest) -> StoreInfo:
-    """The store, unless the answers of a source are trained behind other tokens than their prompts have.
+def _refuse_by_policy(request: StoreRequest, total: Tally) -> None:
+    """Refuse rows that are not to be left out, whatever is left without them.
 
     Raises:
-        DataError: if they are, and that is not accepted.
+        DataError: with the first of them.
     """
-    if request.on_prompt_mismatch == "error":
-        for source in info.report.sources:
-            if source.prompts_differ > TOLERATED_SHARE * source.prompts_compared:
-                raise prompt_mismatch_error(source)
-    return info
+    if total.counts["bad"] and request.on_bad_row == "error":
+        raise bad_rows_error(total)
+    if total.counts["dropped"] and request.too_long == "error":
+        raise too_long_error(total, request.max_length)
+
+
+def _counted_again(report: StoreReport) -> Tally:
+    """What was counted when a store was built, over all of its sources."""
+    total = Tally()
+    for source in report.sources:
+        total.merge(Tally(counts=Counter({count: getattr(source, count) for count in COUNTS}), examples=source.examples))
+    return total
 
 
 def _first(tally: Tally, what: str) -> str:

@@ -13,7 +13,6 @@ from raytune.data.sources import Segment
 from raytune.data.split import Side, Split
 from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
-from raytune.plan.data_report import SourceReport
 
 TooLong = Literal["truncate", "drop", "split", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
@@ -50,6 +49,8 @@ class ShardPart:
     reading: Reading
     fingerprint: str
     """Of the whole file."""
+    only_line: int | None = None
+    """Where the only rows of it stand that are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,8 @@ class Tally:
     unread_columns: Counter[str] = field(default_factory=Counter)
     unread_keys: Counter[str] = field(default_factory=Counter)
     targets_of_class: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Rows by bucket of `plan.row_lengths`."""
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
@@ -94,13 +97,16 @@ class Tally:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The tally that `as_json` was asked of."""
         empty = cls()
-        return cls(**{name: type(getattr(empty, name))(value) for name, value in values.items()})
+        tally = cls(**{name: type(getattr(empty, name))(value) for name, value in values.items()})
+        tally.lengths = Counter({int(bucket): rows for bucket, rows in tally.lengths.items()})  # keys of JSON are text
+        return tally
 
     def merge(self, other: "Tally") -> None:
         self.counts.update(other.counts)
         self.unread_columns.update(other.unread_columns)
         self.unread_keys.update(other.unread_keys)
         self.targets_of_class.update(other.targets_of_class)
+        self.lengths.update(other.lengths)
         for what, examples in other.examples.items():
             mine = self.examples.setdefault(what, [])
             mine.extend(examples[: self.most_examples - len(mine)])
@@ -136,18 +142,6 @@ def too_long_error(tally: Tally, max_length: int) -> DataError:
         "dropped",
         f"are longer than data.max_length, {max_length} tokens",
         "Raise data.max_length, or set data.too_long to truncate, drop or split.",
-    )
-
-
-def prompt_mismatch_error(source: SourceReport) -> DataError:
-    differ, compared = source.prompts_differ, source.prompts_compared
-    return _counted_error(
-        f"{source.name}: {differ} of {compared} compared answers {'is' if differ == 1 else 'are'} trained behind other tokens "
-        f"than their prompt has, so that a tuned model would be asked what it was not taught:",
-        differ,
-        source.examples["prompts_differ"],
-        "Move white space from the end of a prompt to the beginning of its answer, write what the prompt opens (a thought, say) "
-        "into the answers, or choose another data.template. If it is as it should be, set data.on_prompt_mismatch: accept.",
     )
 
 

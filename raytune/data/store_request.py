@@ -14,12 +14,13 @@ from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.token_classes import TokenClass
-from raytune.plan import data_report, mixing
+from raytune.plan import data_report, mixing, row_lengths
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
 # Modules whose code decides what a store holds.
 _CODE = (
     "alike",
+    "audit",
     "borders",
     "build",
     "compression",
@@ -78,8 +79,7 @@ class StoreRequest:
     num_virtual: int = 0
     """Virtual tokens that are laid in front of each document, and for which packed rows leave room."""
     on_bad_row: Literal["error", "skip"]
-    on_prompt_mismatch: Literal["error", "accept"] = "error"
-    """Decides whether the store may be used, and nothing of what is in it."""
+    """With "error" a store with bad rows may not be used; what is in it is the same."""
     tokenizer_fingerprint: str
     """`tokenizers.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
@@ -109,9 +109,9 @@ class StoreRequest:
             compared: fingerprints of what `quality` compares the rows with.
         """
         of_quality = [_of_source(source) for source in self.all_sources[len(self.sources) :]]
-        what = {name: value for name, value in asdict(self).items() if name not in ("on_prompt_mismatch", "too_long")} | {
+        what = {name: value for name, value in asdict(self).items() if name not in ("on_bad_row", "too_long")} | {
             "sources": [
-                {**_of_source(source), "files": list(files), "too_long": policy}
+                {**_of_source(source), "files": list(files), "too_long": "drop" if policy == "error" else policy}
                 for source, files, policy in zip(self.sources, fingerprints, policies, strict=True)
             ],
             "quality": self.quality and self.quality.model_dump(mode="json", exclude={"benchmarks"}),
@@ -143,5 +143,6 @@ def last_part(path: str) -> str:
 def code_fingerprint() -> str:
     """Of the code that decides what a store holds."""
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__), Path(mixing.__file__)]
+    planned = (data_report.__file__, mixing.__file__, row_lengths.__file__)
+    files = [*(here / f"{name}.py" for name in _CODE), *map(Path, planned)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -41,6 +41,7 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._eos: Any = tokenizer.eos_token_id
+        self.bos: int | None = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._bos: list[Any] = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._name = tokenizer.name_or_path
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
@@ -65,6 +66,10 @@ class TextEncoder:
 
     def decode(self, token: int) -> str:
         return self._backend.decode([token], skip_special_tokens=False)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Text of tokens in a row, special ones included."""
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
 
     def around_documents(self) -> tuple[list[int], list[int]]:
         """The tokens that stand before and behind those of a plain document.

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune.config.model import NewToken
+from raytune.data.audit import tally_document, tally_question, tally_text
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.fields import REASONING
 from raytune.data.finished_shards import DOCUMENTS_FILE, finished_shard, put_shard, rows_noted, shard_draft
@@ -84,9 +85,10 @@ def _write_documents(task: ShardTask, path: Path, tally: Tally, note_rows: Calla
                 else:
                     assert template is not None
                     documents = _chat_documents(batch, encoder, template, options.targets, options.token_classes, tally)
-                pieces = [
-                    piece for document in documents for piece in _fitted(document, options.max_length, task.too_long, tally)
-                ]
+                pieces = []
+                for document in documents:
+                    tally_document(document.input_ids, encoder.bos, document.origin, tally)
+                    pieces += _fitted(document, options.max_length, task.too_long, tally)
                 for piece in pieces:
                     _tally_classes(piece, options.token_classes, tally)
                     if not piece.is_cut and not _ends_with_special(piece, encoder):
@@ -265,6 +267,7 @@ def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
     tally.unread_keys.update(
         f"weight of {row.messages[turn]['role']}, which is not trained" for turn in weighted.difference(turns)
     )
+    tally_question(row, turns, targets, tally)
     blank = [turn for turn in turns if _is_blank_answer(row.messages[turn])]
     if blank:
         tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")
@@ -287,6 +290,7 @@ def _text_documents(
     for index, (conversation, file_index) in enumerate(rows):
         if not (conversation.text or "").strip():
             tally.add("blank_answers", conversation.origin)
+        tally_text(conversation, tally)
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
         input_ids = np.concatenate([np.array(before, np.int32), encoded.input_ids[tokens], np.array(behind, np.int32)])
         token_bytes = np.pad(encoded.token_bytes[tokens], (len(before), len(behind)))

@@ -94,7 +94,6 @@ def tokenised(
         packing=data.packing,
         num_virtual=0 if data.packing == "none" else num_virtual_tokens(plan.adapter),
         on_bad_row="skip",
-        on_prompt_mismatch="accept",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     info = build_store(

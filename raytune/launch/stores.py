@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,14 +21,16 @@ from raytune.config.row_sources import (
 )
 from raytune.config.run import RunConfig
 from raytune.data.borders import measured
-from raytune.data.build import build_store
+from raytune.data.build import build_store, tokenising_options
 from raytune.data.packing import Packing
+from raytune.data.preview import Previewer
 from raytune.data.shards import ParallelMap
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
+from raytune.data.text_encoder import TextEncoder
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
@@ -37,6 +39,7 @@ from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.launch.tokenising import show_tokenising
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.data_limits import refuse_exceeded, verdicts, verdicts_of
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
 from raytune.plan.penalty import ewc_name
@@ -105,19 +108,19 @@ class DataBuilder:
         """Tokenise training and validation rows, or find them tokenised by an earlier run.
 
         Raises:
-            DataError: if rows cannot be used or none is left.
+            DataError: if rows cannot be used, none is left, or more than a limit are not as they should be.
         """
         config, data = self._config, self._config.data
         sources, weighed = trained_sources(config), weighed_sources(config)
-        classes, asked = token_classes(data.token_weights), asked_split(data)
+        asked = asked_split(data)
         split, of_split = measured(asked, sources, self._folder, self._parallel_map)
         train = self._store(
             sources,
             "train" if asked.looks_at_rows else "all",
             split,
-            mixture_of(config),
-            loss_weights_of(config),
-            classes,
+            mixture=mixture_of(config),
+            loss_weights=loss_weights_of(config),
+            classes=token_classes(data.token_weights),
             quality=data.quality,
         )
         validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
@@ -128,15 +131,17 @@ class DataBuilder:
         for info in (*learned_from, *(held_out.info for held_out in (*validation, *test))):
             self._check_tokens(info)
         names = list(named_sources(sources))
+        report = DataReport(
+            template=self.template_notes,
+            train=train.report.named(names),
+            validation={one.name: one.report(names) for one in validation},
+            test={one.name: one.report(names) for one in test},
+            split=of_split,
+            ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
+        )
+        refuse_exceeded(verdicts(report, config.data))
         return DataFacts(
-            report=DataReport(
-                template=self._chat.notes if self._chat else [],
-                train=train.report.named(names),
-                validation={one.name: one.report(names) for one in validation},
-                test={one.name: one.report(names) for one in test},
-                split=of_split,
-                ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
-            ),
+            report=report,
             train=store_plan_of("train", train),
             validation=tuple(store_plan_of(one.name, one.info, one.weight) for one in validation),
             test=tuple(store_plan_of(one.name, one.info, one.weight) for one in test),
@@ -172,6 +177,28 @@ class DataBuilder:
             for name, source in sets.items()
         ]
 
+    @property
+    def template_notes(self) -> list[str]:
+        """What there is to know of the chat template, if there is one."""
+        return self._chat.notes if self._chat else []
+
+    def previewer(self, *, is_trained: bool) -> Previewer:
+        """What shows rows as they are trained, or as others are measured: without weights, and on no side of a split."""
+        config, model = self._config, self._config.model
+        asked = asked_split(config.data)
+        side, split = "all", EVERY_ROW_TRAINS
+        if is_trained and asked.looks_at_rows:
+            side, (split, _) = "train", measured(asked, trained_sources(config), self._folder, self._parallel_map)
+        classes = token_classes(config.data.token_weights) if is_trained else ()
+        options = tokenising_options(
+            self._request([], side, split, classes=classes, packing="none"),
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
+        )
+        return Previewer(options=options, too_long=config.data.too_long, encoder=TextEncoder(self._tokenizer), chat=self._chat)
+
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""
         suites = suites_of(self._config.evaluation)
@@ -195,6 +222,7 @@ class DataBuilder:
             first = [(source, min(source.max_rows or suite.max_rows, suite.max_rows)) for source in suite.rows]
             rows = [source.model_copy(update={"max_rows": max_rows}) for source, max_rows in first]
             store = Store.open(self._store(rows, packing="none").path)
+            refuse_exceeded(verdicts_of({key: store.report}, self._config.data))
             questions = read_texts(suite, key, store, self._tokenizer)
         elif self._chat is None:
             raise DataError(f"{key} needs a chat template to ask with. Set data.template.", keys=(key,))
@@ -244,38 +272,16 @@ class DataBuilder:
         sources: Sequence[DataSource],
         side: Side | Literal["all"] = "all",
         split: Split = EVERY_ROW_TRAINS,
-        mixture: Mixture = EACH_ROW_ONCE,
-        loss_weights: tuple[float, ...] = (),
-        classes: tuple[TokenClass, ...] = (),
+        *,
         packing: Packing | None = None,
-        quality: QualitySection | None = None,
+        **training: Any,
     ) -> StoreInfo:
         """Args:
-        classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
         packing: other than the run's.
-        quality: what is looked for among the rows.
+        training: as for `_request`.
         """
-        data, model = self._config.data, self._config.model
-        packing = packing or data.packing
-        request = StoreRequest(
-            sources=tuple(sources),
-            template=self._template,
-            targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
-            token_classes=classes,
-            max_length=self._row_length,
-            too_long=data.too_long,
-            packing=packing,
-            num_virtual=0 if packing == "none" else num_virtual_tokens(self._config.adapter),
-            on_bad_row=data.on_bad_row,
-            on_prompt_mismatch=data.on_prompt_mismatch,
-            tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
-            side=side,
-            split=split,
-            mixture=mixture,
-            loss_weights=loss_weights,
-            quality=quality,
-            held_out=(*data.validation, *data.test) if quality else (),
-        )
+        model = self._config.model
+        request = self._request(sources, side, split, packing=packing or self._config.data.packing, **training)
         return build_store(
             request,
             tokenizer_path=self._model_path,
@@ -285,6 +291,43 @@ class DataBuilder:
             folder=self._folder,
             parallel_map=self._parallel_map,
             watch=show_tokenising,
+        )
+
+    def _request(
+        self,
+        sources: Sequence[DataSource],
+        side: Side | Literal["all"],
+        split: Split,
+        *,
+        packing: Packing,
+        mixture: Mixture = EACH_ROW_ONCE,
+        loss_weights: tuple[float, ...] = (),
+        classes: tuple[TokenClass, ...] = (),
+        quality: QualitySection | None = None,
+    ) -> StoreRequest:
+        """Args:
+        mixture, loss_weights: of training sources.
+        classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
+        quality: what is looked for among training rows.
+        """
+        data = self._config.data
+        return StoreRequest(
+            sources=tuple(sources),
+            template=self._template,
+            targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+            token_classes=classes,
+            max_length=self._row_length,
+            too_long=data.too_long,
+            packing=packing,
+            num_virtual=0 if packing == "none" else num_virtual_tokens(self._config.adapter),
+            on_bad_row=data.on_bad_row,
+            tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
+            side=side,
+            split=split,
+            mixture=mixture,
+            loss_weights=loss_weights,
+            quality=quality,
+            held_out=(*data.validation, *data.test) if quality else (),
         )
 
 

@@ -84,6 +84,10 @@ class SourceReport(Plan):
     """With a trained answer, or a text, that is empty or nothing but white space."""
     unending: int
     """Whose last target is no special token, though nothing was cut, so that a model may not learn to stop there."""
+    double_bos: int = 0
+    """That begin with two beginning-of-text tokens."""
+    prompt_trained: int = 0
+    """Whose question is trained though `data.targets` does not ask for it: chats as plain text, answers that repeat it."""
     prompts_compared: int
     """Trained answers, of a sample, whose prompt was compared with what they are trained behind."""
     prompts_differ: int
@@ -105,6 +109,8 @@ class SourceReport(Plan):
     they are written -> rows that have them."""
     examples: dict[str, list[str]]
     """For some of these counts, by name, the first few rows with file and line."""
+    lengths: list[int] = []
+    """Rows that became tokens by their length, before they were cut, split or dropped: counts by bucket of `plan.row_lengths`."""
     loss_weight: float = 1.0
     """How much each of its targets counts in the loss, times what its row says."""
     passes: float = 1.0
@@ -164,6 +170,11 @@ class DataReport(Plan):
     ewc: StoreReport | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
 
+    @property
+    def held_out(self) -> list[StoreReport]:
+        """Rows that are measured, set by set."""
+        return list(self.validation.values())
+
     def __str__(self) -> str:
         return "\n".join([*(f"{label}: {line}" for label, line in report_table(self)), *losses_text(self)])
 
@@ -172,7 +183,7 @@ def report_table(report: DataReport) -> list[tuple[str, str]]:
     """A line for each source, as (label, value)."""
     return [
         (f"{what} rows", line)
-        for what, store in _stores(report)
+        for what, store in stores_of(report)
         for line in _source_lines(store, is_packed=store is not report.ewc)
     ]
 
@@ -181,10 +192,10 @@ def losses_text(report: DataReport) -> list[str]:
     """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
     they are."""
     lines = [*report.template, *report.split]
-    for what, store in _stores(report):
+    for what, store in stores_of(report):
         lines += store.notes
         for source in store.sources:
-            of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
+            of = f"{what} {source.name}" if len(stores_of(report)) > 1 or len(store.sources) > 1 else source.name
             lines += [f"{of}: {line}" for line in _losses(source, store.row_length)]
     is_split = any(source.other_side for source in report.train.sources)
     kept = [source.name for source in report.train.sources if is_split and not source.other_side]
@@ -200,7 +211,8 @@ def store_text(report: StoreReport) -> list[str]:
     return lines
 
 
-def _stores(report: DataReport) -> list[tuple[str, StoreReport]]:
+def stores_of(report: DataReport) -> list[tuple[str, StoreReport]]:
+    """All stores, by what their rows are read for."""
     several = len(report.validation) > 1
     held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
     held_out += [(f"test {name}" if len(report.test) > 1 else "test", store) for name, store in report.test.items()]
@@ -249,6 +261,9 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "split": f"{_many(source.split, 'document')} split at {limit} (data.too_long: {source.too_long})",
         "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer or text that is empty or only white space",
         "filtered": f"{_many(source.filtered, 'row')} {of} left out by data.quality",
+        "double_bos": f"{_many(source.double_bos, 'row')} that begin with two beginning-of-text tokens",
+        "prompt_trained": f"{_many(source.prompt_trained, 'row')} whose question is trained, though data.targets does not ask "
+        f"for that",
         "unending": f"{_many(source.unending, 'document')} whose last target is no special token: a model may not learn to stop",
     }
     lines = [sentence + _first(source.examples, name) for name, sentence in sentences.items() if getattr(source, name)]

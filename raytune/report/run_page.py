@@ -24,6 +24,7 @@ from raytune.metrics.history import History
 from raytune.plan.data_report import losses_text
 from raytune.plan.describe import plan_table
 from raytune.plan.memory import bytes_in, tensor_bytes
+from raytune.plan.row_lengths import added, length_lines
 from raytune.plan.run_plan import SuitePlan
 from raytune.plan.split import TEST
 from raytune.printable import in_a_line, plain_text, shortened
@@ -105,6 +106,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         rows=rows if isinstance(rows, Marked) else None,
         no_rows=rows if isinstance(rows, str) else None,
         lengths=_lengths(rows) if isinstance(rows, Marked) else [],
+        histogram=_histogram(run),
         config_text=shortened(run.config_text, MOST_CONFIG),
         commands=_commands(run),
     )
@@ -420,6 +422,12 @@ def _sources(run: RunSeen) -> list[list[str]]:
         for what, store in stores
         for source in store.sources
     ]
+
+
+def _histogram(run: RunSeen) -> list[str]:
+    """How long training rows were before any was cut; a run of an earlier raytune does not say it."""
+    report = run.plan.data_report
+    return length_lines(added(source.lengths for source in report.train.sources)) if report else []
 
 
 def _lengths(rows: Marked) -> list[tuple[str, int]]:

@@ -78,6 +78,7 @@ OWNERS = {
     "click": {"cli/"},
     "rich": {
         "launch/progress.py",
+        "launch/data_colours.py",
         "launch/live.py",
         "launch/reading.py",
         "launch/tokenising.py",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from raytune.config.data import DataSource, measured_sets
+from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.store import StoreInfo
@@ -62,7 +63,7 @@ def config(folder: Path, **data: Any) -> RunConfig:
         {
             "name": "told",
             "storage": str(folder),
-            "data": {"packing": "none"} | data,
+            "data": {"packing": "none", "limits": dict.fromkeys(LimitsSection.model_fields, 1.0)} | data,
             "adapter": {"method": "lora", "rank": 4},
             "training": {"max_steps": 1, "global_batch_size": 1},
             "cluster": {"workers": 1},

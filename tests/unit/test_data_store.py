@@ -233,6 +233,19 @@ def test_bad_rows_stop_the_build_with_the_first_five_and_the_count(tmp_path: Pat
     assert list((tmp_path / "stores").iterdir()) == [Path(info.path)], "a refused build leaves nothing behind"
 
 
+def test_a_store_without_its_bad_or_long_rows_is_found_by_all_and_refused_to_who_wants_none_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*tiny_rows(3), "[]", *tiny_rows(2), "{"])
+    made = build(tmp_path, path, on_bad_row="skip")
+    with pytest.raises(DataError, match=rf"2 rows cannot be used:\n  {path}:4: .*\n  {path}:7: ") as refused:
+        build(tmp_path, path)
+    assert "and" not in str(refused.value).splitlines()[-2], "all of them are named"
+    longest = made.longest_document
+    short = build(tmp_path, path, on_bad_row="skip", max_length=longest - 1, too_long="drop")
+    with pytest.raises(DataError, match=rf"longer than data.max_length, {longest - 1} tokens:\n  {path}:\d: {longest} tokens"):
+        build(tmp_path, path, on_bad_row="skip", max_length=longest - 1, too_long="error")
+    assert sorted((tmp_path / "stores").iterdir()) == sorted([Path(made.path), Path(short.path)]), "nothing is made anew"
+
+
 def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     rows = [*tiny_rows(2), {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}]
     path = write(tmp_path / "a.jsonl", rows)
@@ -392,7 +405,6 @@ def test_the_same_request_is_answered_by_the_same_store_without_tokenising(tmp_p
         {"max_length": 511},
         {"too_long": "drop"},
         {"packing": "none"},
-        {"on_bad_row": "skip"},
         {"tokenizer_fingerprint": "other"},
         {"side": "train", "split": tiny_split(validation_fraction=0.5)},
         {"side": "train", "split": tiny_split(validation_fraction=0.25)},
