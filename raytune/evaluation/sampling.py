@@ -20,6 +20,11 @@ from raytune.errors import UserError
 from raytune.plan.run_plan import SamplingPlan
 
 
+_COLDEST = 1e-20
+"""Temperature below which nothing changes any more: of different logits all but the largest have a probability of 0 there. Divided
+by much smaller ones they would be infinite, and no longer differ."""
+
+
 class DrawnTokens(LogitsProcessor):
     """Leaves of each row's next token the one that is drawn, so that a greedy search takes it. For one batch.
 
@@ -58,7 +63,7 @@ def sampling_plan(*, temperature: float | None, top_k: int | None, top_p: float 
 
 def warpers(sampling: SamplingPlan) -> LogitsProcessorList:
     """What is done to scores before a token is drawn by them."""
-    found: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    found: list[LogitsProcessor] = [TemperatureLogitsWarper(max(sampling.temperature, _COLDEST))]
     found += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
     found += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p is not None else []
     return LogitsProcessorList(found)
