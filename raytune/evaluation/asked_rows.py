@@ -114,11 +114,11 @@ class Prompter:
 
         Raises:
             RowError: if the template cannot render turns or there is none, the model has no embedding for a token, or the prompt
-                leaves it no position for an answer.
+                leaves it no position for an answer; or if half of a character is in it.
         """
         if isinstance(asked, str):
-            return self.checked((*self._bos, *ids_of(self._tokenizer, asked)))
-        return self.checked(ids_of(self._tokenizer, self.rendered(asked, tools)))
+            return self.checked((*self._bos, *self._ids_of(asked)))
+        return self.checked(self._ids_of(self.rendered(asked, tools)))
 
     def rendered(self, turns: Sequence[Message], tools: list[Any] | None = None) -> str:
         """Turns in the template of the model, up to where the answer begins.
@@ -150,6 +150,14 @@ class Prompter:
         if self.positions is not None and len(ids) >= self.positions:
             raise TooLong(f"the prompt has {len(ids)} tokens, and the model has {self.positions} positions for it and its answer")
         return ids
+
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # from an argument or a pipe that is not UTF-8, or code
+            half = ord(error.object[error.start])
+            raise RowError(f"the prompt has half of a surrogate pair (\\u{half:04x}), which is no character") from None
+        return tuple(ids_of(self._tokenizer, text))
 
     def room(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
         """Tokens that an answer may have, 1 or more."""
