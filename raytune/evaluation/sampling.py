@@ -19,10 +19,9 @@ from transformers import (
 from raytune.errors import UserError
 from raytune.plan.run_plan import SamplingPlan
 
-
 _COLDEST = 1e-20
-"""Temperature below which nothing changes any more: of different logits all but the largest have a probability of 0 there. Divided
-by much smaller ones they would be infinite, and no longer differ."""
+"""Temperature below which nothing changes any more: of different logits all but the largest have a probability of 0. Divided by
+much smaller ones they would be infinite, and no longer differ."""
 
 
 class DrawnTokens(LogitsProcessor):
