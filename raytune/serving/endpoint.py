@@ -197,6 +197,7 @@ def _deployed(to_serve: ToServe, machine: Machine) -> Iterator[None]:
         models={one.name: one.source for one in to_serve.subjects},
         token=fingerprint(to_serve.token),
         most_held=most * options.replicas,
+        most_together=most,
         timeout_s=options.timeout_s,
         loads_adapters=bool(options.adapters_in) and to_serve.base is not None,
         started=int(time.time()),

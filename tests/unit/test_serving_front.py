@@ -121,7 +121,13 @@ def ask(
 
     async def both() -> tuple[httpx.Response, str]:
         plan = FrontPlan(
-            models={"base": "x"}, token=fingerprint(TOKEN), most_held=8, timeout_s=timeout_s, loads_adapters=False, started=0
+            models={"base": "x"},
+            token=fingerprint(TOKEN),
+            most_held=16,
+            most_together=8,
+            timeout_s=timeout_s,
+            loads_adapters=False,
+            started=0,
         )
         app = Front(plan, Here(replica, told_before), Kept()).app()
         headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -151,6 +157,13 @@ def test_an_answer_that_takes_too_long_is_a_504_that_clients_do_not_ask_for_agai
     assert "0.1 s" in answer.json()["error"]["message"]
     assert 'raytune_requests_total{path="/v1/completions",status="504"} 1.0' in metrics
     assert "raytune_requests_in_flight 0.0" in metrics
+
+
+@pytest.mark.parametrize("asked", [{"n": 9}, {"n": 3, "prompt": ["a", "b", "c"]}])
+def test_more_answers_than_ever_fit_are_not_asked_for_again(replica: Replica, asked: dict[str, Any]) -> None:
+    answer, _ = ask(replica, LONG | asked)
+    assert answer.status_code == 400
+    assert "9 answers are asked for, and a replica of this endpoint holds 8" in answer.json()["error"]["message"]
 
 
 def test_a_stream_that_takes_too_long_says_so_in_an_event(replica: Replica) -> None:

@@ -208,6 +208,8 @@ def test_a_template_that_takes_no_system_message_or_no_tools_says_so_itself_or_i
         assert "ystem" in found.message
     found = refusal(Prompts(tokenizer, turns, len(tokenizer)).ids_of, asked_of(*TURNS, tools=(TOOL,)))
     assert found.param == "tools"
+    for tool in ({}, {"type": "function", "function": "weather"}, {"type": "function", "function": {"name": 5}}):
+        assert "no function with a name" in refusal(prompts().ids_of, asked_of(*TURNS, tools=(tool,))).message
     assert "no chat template" in refusal(prompts("").ids_of, asked_of(*TURNS)).message
 
 
