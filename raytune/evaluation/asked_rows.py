@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
-from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.conversation import Conversation, Message, Origin, RowError, kind_of
 from raytune.data.fields import REASONING
 from raytune.data.recognising import AS_MESSAGES, read_row
 from raytune.data.rendering import Job, Renderer
@@ -17,6 +17,7 @@ from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
 from raytune.data.template_text import name_of
 from raytune.data.tokenizers import adds_bos
+from raytune.errors import UserError
 from raytune.evaluation.questions import ids_of
 
 IN_PYTHON = "prompts"
@@ -166,6 +167,8 @@ class Prompter:
 
 def rows_of_prompts(prompts: Sequence[str | Sequence[Message] | Mapping[str, Any]], tally: Tally) -> Iterator[AskedRow]:
     """Rows that come from no file: questions of a user, lists of turns, or rows in the format `messages`."""
+    if isinstance(prompts, str):
+        raise UserError("prompts is a text, expected a list of prompts: put it into one, as in prompts=['Who?'].")
     for number, prompt in enumerate(prompts, 1):
         origin = Origin(IN_PYTHON, number)
         tally.add("rows")
@@ -178,5 +181,7 @@ def rows_of_prompts(prompts: Sequence[str | Sequence[Message] | Mapping[str, Any
 def _row_of_prompt(prompt: str | Sequence[Message] | Mapping[str, Any], origin: Origin) -> AskedRow:
     if isinstance(prompt, str):
         return AskedRow(origin=origin, text=prompt)
+    if not isinstance(prompt, Sequence | Mapping):
+        raise RowError(f"is {kind_of(prompt)}, expected a text, turns, or a row with 'messages'")
     row = prompt if isinstance(prompt, Mapping) else {"messages": list(prompt)}
     return asked_row(read_row(row, AS_MESSAGES, origin))

@@ -424,7 +424,7 @@ def test_memory_is_bounded_and_others_are_answered_while_many_read_a_byte_a_seco
             grown.append(most - before)
         facts = f"{size} bytes an answer, {before >> 20} MiB before, and then {[one >> 20 for one in grown]} MiB more"
         # What is not read lies in several pieces of several processes: as text, pickled, and in heaps that stay as large.
-        assert grown[0] < 5 * SLOW_READERS * size, facts
+        assert grown[0] < 3 * SLOW_READERS * size, facts
         assert grown[1] < 1.3 * grown[0], f"who has left leaves nothing behind: {facts}"
 
 
