@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -29,7 +28,7 @@ from raytune.model.pretrained import load_config
 from raytune.model.rewriting import merging_of, rewriting_of
 from raytune.model.rope import saved_rope, stretch
 from raytune.model.saved_adapter import adapter_config
-from raytune.model.whole_folder import refuse_taken, require_room, written_whole
+from raytune.model.whole_folder import refuse_taken, require_room, scratch_beside, written_whole
 from raytune.model.whole_model import WholeModel, whole_model
 from raytune.plan.base_model import is_on_hub
 from raytune.plan.rewriting import ExportDtype, ExportFormat, Rewriting
@@ -123,10 +122,8 @@ def export(named: str, output: Path, options: ExportOptions) -> Exported:
     refuse_taken(output, "what is exported")
     run = _run(named)
     _refuse_without_rows(run, options)
-    above = output.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{output.name}.", suffix=".scratch", dir=above) as scratch:
-        source = _Source(named=named, run=run, options=options, scratch=Path(scratch))
+    with scratch_beside(output, "scratch") as scratch:
+        source = _Source(named=named, run=run, options=options, scratch=scratch)
         notes = _FORMATS[options.format](source, output)
     return Exported(
         path=str(output.absolute()), format=options.format, files=file_sizes(str(output.absolute())), notes=tuple(notes)

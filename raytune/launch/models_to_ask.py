@@ -169,6 +169,9 @@ def models_to_ask(named: Named) -> ToAsk:
     if named.adapters and base is None:
         base = replace(first[0], asked=first[0].asked.named(BASE))
         first = [base]
+    for one in first:
+        if one.name in (named.adapters or {}):
+            raise UserError(f"--adapter gives the name {one.name!r} to another model than {one.source}, whose name it is here.")
     added = [_of_adapter(named, path, name, base)[-1] for name, path in (named.adapters or {}).items()]
     other = [_other(named)] if named.compare else []
     subjects = _differently_named([*first, *added, *other])
