@@ -6,7 +6,6 @@ line nor always the name, and it empties rows with lone surrogates without a wor
 
 import codecs
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -45,6 +44,7 @@ _COLUMNS_OF_ROWS = frozenset({"messages", "conversations", "prompt", "instructio
 """A file with one of them in its only object has one row."""
 _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
+_LONG_LINE = 32 * MIB
 _ZIP = b"PK\x03\x04"
 _TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 _LFS = b"version https://git-lfs.github.com/spec"
@@ -174,15 +174,23 @@ def _first_character(file: SourceFile) -> bytes:
 
 
 def _begins_with_a_row(file: SourceFile) -> bool:
-    """Whether the first line is an object, and others follow."""
-    with open_bytes(file.path, file.name) as content:
-        stream = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace")
-        lines = (line for line in stream if not line.isspace())
-        try:
-            json.loads(next(lines, ""))
-        except (ValueError, RecursionError):
-            return False
-        return next(lines, None) is not None
+    """Whether the first line is an object, or longer than any row, and others follow."""
+    with open_bytes(file.path, file.name) as stream:
+        first = stream.readline(_LONG_LINE).removeprefix(BOM)
+        while first.isspace():
+            first = stream.readline(_LONG_LINE)
+        is_long, piece = len(first) >= _LONG_LINE, first
+        while piece and not piece.endswith(b"\n"):
+            piece = stream.readline(SEGMENT_BYTES)
+        while (piece := stream.read(SEGMENT_BYTES)).isspace():
+            pass
+    if is_long or not piece:
+        return bool(piece)
+    try:
+        json.loads(first.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _refuse_one_object(file: SourceFile, size: int) -> None:

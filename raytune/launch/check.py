@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource, TokenWeightsSection, TrainSource
+from raytune.config.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
 from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
@@ -273,8 +273,10 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     found.looked_at.append("its tokenizer and template")
     facts = {}
     with TemporaryDirectory() as scratch:
+        quality = _quality_here(reading)
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0, **_weights_of(key))
+            asked = {"quality": quality if key.startswith("data.train") else None, **_weights_of(key)}
+            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0, **asked)
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -288,17 +290,28 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
             found.looked_at.append("the plan")
 
 
+def _quality_here(reading: _Reading) -> QualitySection | None:
+    """What is looked for among the first training rows, in benchmarks that are here."""
+    if (quality := reading.config.data.quality) is None:
+        return None
+    return quality.model_copy(
+        update={"benchmarks": [source for source in quality.benchmarks if _is_here(source, reading.is_elsewhere)]}
+    )
+
+
 def _weights_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
-    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection(), "quality": None}
+    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
 
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
     """Plan the run on the rows that were read."""
+    quality = _quality_here(reading)
     train, validation, replayed, weighed = (
         [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
-    facts = reading.builder(scratch, replayed=replayed, weighed=weighed, train=train, validation=validation).build()
+    builder = reading.builder(scratch, replayed=replayed, weighed=weighed, train=train, validation=validation, quality=quality)
+    facts = builder.build()
     setting = settle(reading.config, reading.shape, machine, teacher=reading.teacher)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 

@@ -294,6 +294,7 @@ def test_an_answer_that_nobody_sees_is_blank(answer: str, tmp_path: Path) -> Non
 
 HUGE = {
     "line.jsonl": ('{"prompt": "Q", "completion": "', '"}\n' + GOOD, "line.jsonl:2: the line is longer than 32 MiB"),
+    "first.jsonl": ('{"prompt": "Q", "completion": "', '"}\n' + GOOD * 2, "first.jsonl:1: the line is longer than 32 MiB"),
     "field.csv": ("Q,", "\nQ,A\n", "field.csv:3: a line is longer than 32 MiB"),
     "line.txt": ("", "\ngood\n", "line.txt:2: the line is longer than 32 MiB"),
     "element.json": (
@@ -302,7 +303,13 @@ HUGE = {
         "element.json:2: the JSON array cannot be read from here on: an element is longer than 32 MiB",
     ),
 }
-BEFORE = {"line.jsonl": GOOD, "field.csv": "prompt,completion\nQ,A\n", "line.txt": "good\n", "element.json": "[" + GOOD}
+BEFORE = {
+    "line.jsonl": GOOD,
+    "first.jsonl": "",
+    "field.csv": "prompt,completion\nQ,A\n",
+    "line.txt": "good\n",
+    "element.json": "[" + GOOD,
+}
 
 
 @pytest.mark.slow
@@ -339,5 +346,5 @@ def test_a_line_of_200_mb_needs_no_memory_of_its_size(name: str, tmp_path: Path)
     told, grown = output.splitlines()[-2:]
     assert said in told
     assert told.startswith("2 ") or name == "element.json"
-    # KiB. Pieces of at most 32 MiB are held, of an array two as text; 200 MB would show.
-    assert int(grown) < 140 * 1024
+    # KiB. Two pieces of at most 32 MiB are held, of an array four; the line alone has 195,000.
+    assert int(grown) < (175 if name == "element.json" else 120) * 1024
