@@ -7,7 +7,7 @@ from pydantic import Field
 from raytune.config.section import Section
 
 Policy = Literal["keep", "drop", "error", "ignore"]
-FINDINGS = ("leaks", "benchmark_overlaps", "contradictions", "exact_duplicates", "near_duplicates")
+FINDINGS = ("damaged_text", "leaks", "benchmark_overlaps", "contradictions", "exact_duplicates", "near_duplicates")
 """Keys of policies, and names of the counts in the report. A row that a former one leaves out is no original of a later one."""
 
 
@@ -23,6 +23,8 @@ class QualityPolicies(Section):
     punctuation, system prompts and tools do not count. The share is an estimate (MinHash). Needs the extra `quality`."""
     near_similarity: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """From which share (of the runs of words that either row has) on two rows are near duplicates."""
+    damaged_text: Policy = "keep"
+    """Rows with a character that stands for lost text: U+FFFD, NUL, or a control character such as Windows' quotes become."""
     leaks: Policy = "keep"
     """Training rows that are held out for validation too: equal, nearly so, or with the same turns before the last answer."""
     contradictions: Policy = "keep"

@@ -49,6 +49,9 @@ def findings_of(
         found[name] = one
         left_out[one.rows] |= getattr(quality, name) == "drop"
 
+    if quality.damaged_text != "ignore":
+        damage = rows.marks.damage
+        note("damaged_text", Found(rows=np.flatnonzero(damage >= 0), words=lambda row: f"has U+{damage[row]:04X}"))
     if held_out is not None and quality.leaks != "ignore":
         note("leaks", _leaks(rows, held_out, quality.near_similarity))
     if benchmarks is not None and quality.benchmark_overlaps != "ignore":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 
 _ROWS_AT_ONCE = 256
 _PASSAGES, _ROWS_OF_PASSAGES = "passages.npy", "rows_of_passages.npy"
+# U+0085 is a line break of its own.
+_DAMAGED = re.compile("[\0\x80-\x84\x86-\x9f\ufffd]")
 _NONE = np.iinfo(np.int64).max
 
 
@@ -90,6 +93,11 @@ class Marks:
     @cached_property
     def lines(self) -> np.ndarray:
         return self._joined("lines", np.empty(0, np.int64))
+
+    @cached_property
+    def damage(self) -> np.ndarray:
+        """The first character of a row that stands for lost text, or -1."""
+        return self._joined("damage", np.empty(0, np.int32))
 
     @cached_property
     def num_words(self) -> np.ndarray:
@@ -232,6 +240,10 @@ def _text_of(message: Message) -> str:
     return "\n".join(text for text in (*texts, calls) if isinstance(text, str) and text)
 
 
+def _damage(pieces: Sequence[str]) -> int:
+    return next((ord(found[0]) for piece in pieces if (found := _DAMAGED.search(piece))), -1)
+
+
 def _for_templates(message: Message) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in NOT_FOR_TEMPLATES}
 
@@ -248,6 +260,7 @@ def _marks_of(rows: Sequence[_Row], task: MarkTask, known: "_KnownPassages | Non
         "answers": np.array([row.last for row in rows], np.uint64),
         "files": np.array([row.file for row in rows], np.int32),
         "lines": np.array([row.line for row in rows], np.int64),
+        "damage": np.array([_damage(row.pieces) for row in rows], np.int32),
         "num_words": np.array([len(row.answer.split()) or len(row.text.split()) for row in rows], np.int32),
     }
     if task.near_similarity is not None:

@@ -5,6 +5,7 @@ which takes it twice as long.
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class TextEncoder:
         self.is_special = np.zeros(size, bool)
         self.is_special[[i for i, token in added.items() if token.special]] = True
         self.is_special[tokenizer.all_special_ids] = True
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self._specials = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self._normaliser, is_byte_level = _byte_level_bpe(self._backend)
         self._lengths: np.ndarray | None = None
         if is_byte_level:
@@ -70,6 +73,11 @@ class TextEncoder:
     def text_of(self, tokens: Sequence[int]) -> str:
         """Text of tokens in a row, special ones included."""
         return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that a text has, in letters, where it is tokenised as such."""
+        found = self._specials.search(text)
+        return found and found[0]
 
     def around_documents(self) -> tuple[list[int], list[int]]:
         """The tokens that stand before and behind those of a plain document.

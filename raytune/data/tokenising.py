@@ -6,7 +6,8 @@ Text is rendered whole and tokenised once, and targets are found by where a toke
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, islice
@@ -34,6 +35,7 @@ from raytune.errors import DataError
 from raytune.local_files import local_errors
 
 _DOCUMENTS_AT_ONCE = 256
+_BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")
 # Answers of a shard whose prompts are compared with what is trained, about.
 _PROMPTS_COMPARED = 64
 
@@ -168,6 +170,8 @@ def _chat_documents(
             tally.add("bad", row[0].origin, str(rendered))
         else:
             _tally_turns(row[0], targets, tally)
+            contents = (message.get(key) for message in row[0].messages for key in ("content", *REASONING))
+            _tally_special_tokens(contents, row[0].origin, encoder, tally)
             usable.append(row)
             texts.append(rendered.text)
             spans.append(rendered.targets)
@@ -276,7 +280,18 @@ def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
 def _is_blank_answer(message: Message) -> bool:
     if message["role"] != "assistant" or message.get("tool_calls") or any(message.get(key) for key in REASONING):
         return False
-    return not (message.get("content") or "").strip()
+    return _is_blank(message.get("content") or "")
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nobody sees anything of it: white space, and characters of no width."""
+    return not text.strip() or _BLANK.fullmatch(text) is not None
+
+
+def _tally_special_tokens(texts: Iterable[str | None], origin: Origin, encoder: TextEncoder, tally: Tally) -> None:
+    """Count a row whose own text has what the tokenizer takes for a special token."""
+    if found := next((found for text in texts if text and (found := encoder.special_in(text))), None):
+        tally.add("special_tokens", origin, repr(found))
 
 
 def _text_documents(
@@ -288,7 +303,8 @@ def _text_documents(
     encoded = encoder.encode(texts)
     of_class = _tokens_of_classes(classes, texts, [[(0, len(text))] for text in texts], encoded)
     for index, (conversation, file_index) in enumerate(rows):
-        if not (conversation.text or "").strip():
+        _tally_special_tokens([conversation.text], conversation.origin, encoder, tally)
+        if _is_blank(conversation.text or ""):
             tally.add("blank_answers", conversation.origin)
         tally_text(conversation, tally)
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])

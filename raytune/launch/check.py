@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource, TokenWeightsSection, TrainSource
+from raytune.config.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
 from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
@@ -280,8 +280,10 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
     found.looked_at.append("its tokenizer and template")
     facts = {}
     with TemporaryDirectory() as scratch:
+        quality = _quality_here(reading)
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[_alone(source)], **_NONE_HELD_OUT, **_not_read_of(key))
+            asked = {"quality": quality if key.startswith("data.train") else None, **_not_read_of(key)}
+            alone = reading.builder(scratch, train=[_alone(source)], **_NONE_HELD_OUT, **asked)
             facts[key] = found.of(alone.build, keys=(key,))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
@@ -295,9 +297,18 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
             found.looked_at.append("the plan")
 
 
+def _quality_here(reading: _Reading) -> QualitySection | None:
+    """What is looked for among the first training rows, in benchmarks that are here."""
+    if (quality := reading.config.data.quality) is None:
+        return None
+    return quality.model_copy(
+        update={"benchmarks": [source for source in quality.benchmarks if _is_here(source, reading.is_elsewhere)]}
+    )
+
+
 def _not_read_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are none of those."""
-    of_training = {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection(), "quality": None}
+    of_training = {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
     return of_training if key.startswith(("data.train", "strategy.replay")) else of_training | {"split": SplitSection()}
 
 
@@ -306,7 +317,7 @@ def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, s
     train, validation, test, replayed, weighed = (
         [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
-    rows: dict[str, Any] = {"train": train, "validation": validation, "test": test}
+    rows: dict[str, Any] = {"train": train, "validation": validation, "test": test, "quality": _quality_here(reading)}
     if not are_whole:  # the first rows of a file may have one time, or one label
         rows["split"] = SplitSection()
     facts = reading.builder(scratch, replayed=replayed, weighed=weighed, **rows).build()

@@ -70,10 +70,12 @@ class SourceReport(Plan):
     """That are held out too, for validation or the test, wholly, nearly, or up to their last answer."""
     benchmark_overlaps: int = 0
     """That have a passage in common with a benchmark."""
+    damaged_text: int = 0
+    """With characters that stand for text that was lost."""
     contradictions: int = 0
     """With the turns before the last answer of another row, but another last answer."""
     policies: dict[str, str] = {}
-    """Of the last five counts, those that were looked for -> what is done with such rows."""
+    """Of the last six counts, those that were looked for -> what is done with such rows."""
     balance: Balance | None = None
     """None: not looked at (`data.quality`)."""
     cut: int
@@ -82,6 +84,8 @@ class SourceReport(Plan):
     """That became several documents."""
     blank_answers: int
     """With a trained answer, or a text, that is empty or nothing but white space."""
+    special_tokens: int = 0
+    """Whose own text has a special token of the tokenizer, in letters."""
     unending: int
     """Whose last target is no special token, though nothing was cut, so that a model may not learn to stop there."""
     double_bos: int = 0
@@ -260,6 +264,10 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "dropped": f"{_many(source.dropped, 'row')} {of} dropped, longer than {limit} (data.too_long: {source.too_long})",
         "split": f"{_many(source.split, 'document')} split at {limit} (data.too_long: {source.too_long})",
         "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer or text that is empty or only white space",
+        "special_tokens": (
+            f"{_many(source.special_tokens, 'row')} {of} with a special token in the text itself: it is read as such, so that a "
+            f"turn may end or begin there"
+        ),
         "filtered": f"{_many(source.filtered, 'row')} {of} left out by data.quality",
         "double_bos": f"{_many(source.double_bos, 'row')} that begin with two beginning-of-text tokens",
         "prompt_trained": f"{_many(source.prompt_trained, 'row')} whose question is trained, though data.targets does not ask "
@@ -295,6 +303,7 @@ def _quality_sentences(source: SourceReport) -> dict[str, str]:
     words = {
         "leaks": "that are held out for validation too, whose loss is then too low",
         "benchmark_overlaps": "with a passage of a benchmark, whose scores then say little",
+        "damaged_text": "with text that was damaged where it was decoded",
         "contradictions": "with the turns of another row but another last answer",
         "exact_duplicates": "equal to an earlier one",
         "near_duplicates": "nearly equal to an earlier one",

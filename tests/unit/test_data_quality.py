@@ -56,8 +56,9 @@ EQUAL = NEW[0] | {"id": 7}
 QUESTION, ANSWER, NEXT, LAST = turns(NEW[1])
 NEAR = chat(QUESTION.upper(), f"  {ANSWER}!", NEXT.replace(" ", "\n"), LAST)
 OTHER_ANSWER = chat(*turns(NEW[2])[:3], text(15))
-ROWS = [*NEW, EQUAL, NEAR, OTHER_ANSWER]
-"""Line 13 is equal to line 1, line 14 nearly so to line 2, line 15 contradicts line 3."""
+DAMAGED = chat(text(30), "caf\ufffd")
+ROWS = [*NEW, EQUAL, NEAR, OTHER_ANSWER, DAMAGED]
+"""Line 13 is equal to line 1, line 14 nearly so to line 2, line 15 contradicts line 3, and line 16 is damaged."""
 HELD_OUT = [chat(text(5), "unlike all"), NEW[3], chat(*turns(NEW[4])[:3], "another"), chat(*map(str.title, turns(NEW[5])))]
 """Lines 2 to 4 leak into lines 4 to 6 of the rows."""
 BENCHMARK = [{"question": text(12)}, {"question": f"Asked: {turns(NEW[6])[0]}"}]
@@ -89,8 +90,9 @@ def lines_of(info: StoreInfo) -> list[int]:
     return sorted(line for row in range(store.num_rows) for _, line in store.sources(row))
 
 
-FOUND = {"exact_duplicates": 1, "near_duplicates": 1, "leaks": 3, "contradictions": 2, "benchmark_overlaps": 1}
+FOUND = {"damaged_text": 1, "exact_duplicates": 1, "near_duplicates": 1, "leaks": 3, "contradictions": 2, "benchmark_overlaps": 1}
 LEFT_OUT = {
+    "damaged_text": [16],
     "exact_duplicates": [13],
     "near_duplicates": [14],
     "leaks": [4, 5, 6],
@@ -105,6 +107,7 @@ def test_each_finding_is_counted_with_the_place_of_both_rows_and_nothing_is_chan
     rows, held_out, benchmark = (files / f"{name}.jsonl" for name in ("rows", "held_out", "benchmark"))
     assert {name: getattr(source, name) for name in FINDINGS} == FOUND
     assert {name: source.examples[name] for name in FINDINGS} == {
+        "damaged_text": [f"{rows}:16: has U+FFFD"],
         "exact_duplicates": [f"{rows}:13: equal to {rows}:1"],
         "near_duplicates": [f"{rows}:14: 100% like {rows}:2"],
         "leaks": [
@@ -230,6 +233,14 @@ def test_near_duplicates_are_those_of_comparing_the_words_of_all_rows(tmp_path: 
     equal = [number for number in range(len(rows)) if rows[number] in rows[:number]]
     assert found == [number + 1 for number in range(len(rows)) if number not in kept]
     assert len(equal) < len(found) < 60
+
+
+@pytest.mark.parametrize(("damage", "name"), [("\ufffd", "FFFD"), ("\0", "0000"), ("\x92", "0092")])
+def test_characters_that_stand_for_lost_text_are_found_in_each_turn(damage: str, name: str, tmp_path: Path) -> None:
+    rows = [chat("one", f"two{damage}"), chat("fine \x85", "fine"), chat("three", "four", system=f"five {damage}")]
+    path = write(tmp_path / "few.jsonl", rows)
+    (source,) = tiny_store(tmp_path, path, max_rows=None, template=CHATML, quality=QualitySection()).report.sources
+    assert source.examples["damaged_text"] == [f"{path}:1: has U+{name}", f"{path}:3: has U+{name}"]
 
 
 def test_of_several_sources_the_later_one_has_the_duplicates(files: Path) -> None:
@@ -361,18 +372,20 @@ def test_a_plan_tells_what_was_found_and_what_was_not(files: Path) -> None:
     assert plan.data_report is not None
     said = plan_text(plan)
     rows, held_out = files / "rows.jsonl", files / "held_out.jsonl"
-    assert "15 read as messages, 12 used: 3 rows left out by data.quality, 3 rows held out for validation too;" in said
+    assert "16 read as messages, 13 used: 3 rows left out by data.quality, 3 rows held out for validation too;" in said
     told = [line.removeprefix("training rows: ") for line in losses_text(plan.data_report) if line.startswith("training")]
     assert told == [
-        f"3 rows of 15 rows that are held out for validation too, whose loss is then too low (data.quality.leaks: drop); the "
+        f"3 rows of 16 rows that are held out for validation too, whose loss is then too low (data.quality.leaks: drop); the "
         f"first is {rows}:4: equal to {held_out}:2",
-        f"2 rows of 15 rows with the turns of another row but another last answer (data.quality.contradictions: keep); the first "
+        f"1 row of 16 rows with text that was damaged where it was decoded (data.quality.damaged_text: keep); the first is "
+        f"{rows}:16: has U+FFFD",
+        f"2 rows of 16 rows with the turns of another row but another last answer (data.quality.contradictions: keep); the first "
         f"is {rows}:3: another answer to the turns of {rows}:15",
-        f"1 row of 15 rows equal to an earlier one (data.quality.exact_duplicates: keep); the first is {rows}:13: equal to "
+        f"1 row of 16 rows equal to an earlier one (data.quality.exact_duplicates: keep); the first is {rows}:13: equal to "
         f"{rows}:1",
-        f"1 row of 15 rows nearly equal to an earlier one (data.quality.near_duplicates: keep); the first is {rows}:14: 100% "
+        f"1 row of 16 rows nearly equal to an earlier one (data.quality.near_duplicates: keep); the first is {rows}:14: 100% "
         f"like {rows}:2",
-        "3 rows of 15 rows left out by data.quality",
+        "3 rows of 16 rows left out by data.quality",
         "rows by script: Latin 100.0%; by words of an answer or text: 15 in the middle, 15 at most",
         "columns that the format messages does not read: 'id' (1 row)",
     ]
