@@ -75,8 +75,8 @@ class FoldsResult:
     @property
     def notes(self) -> list[str]:
         """What to know of these numbers."""
-        chosen = any(result.plan.checkpoint.keep_best for result in self.folds)
-        by = self.folds[0].plan.checkpoint.metric
+        policy = self.folds[0].plan.checkpoint
+        chosen, by = policy.keep_best or policy.keep_last > 1, policy.metric
         words = f"Each fold has its best checkpoint by {by}, chosen by rows that it is measured on: a little too good a value."
         return [NO_INTERVAL, *([words] if chosen else [])]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 
 from raytune.config.data import DataSection, DataSource
 from raytune.config.load import config_from
-from raytune.config.split import SplitSection
+from raytune.config.split import FoldSection, SplitSection, overrides_of
 from raytune.data.borders import measured
 from raytune.data.conversation import RowError
 from raytune.data.split import Split, side_of, split_by_hash, text_of, time_of
 from raytune.errors import DataError, PlanError, UserError
+from raytune.launch.folds import Spread, config_of_fold, train_folds
 from raytune.launch.run import plan_run
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.split import asked_split, check_test
@@ -375,3 +377,30 @@ def test_each_source_is_tested_by_itself(tmp_path: Path) -> None:
 def test_a_split_by_hash_needs_no_look_at_the_rows() -> None:
     with pytest.raises(AssertionError, match="borders"):
         split_by_hash(asked_split(DataSection(validation_fraction=0.1, split=SplitSection(strata="label"))))
+
+
+# --- Folds together ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fold_is_a_run_in_the_folder_of_all_with_the_stores_of_other_runs(tmp_path: Path) -> None:
+    asked = config_from({"name": "all", "storage": str(tmp_path), "model": {"base": "demo"}}, overrides_of(5))
+    one = config_of_fold(asked, 3)
+    assert (one.storage, one.name) == (f"{tmp_path}/all", "fold-3")
+    assert one.data.store == f"{tmp_path}/stores"
+    assert (one.data.fold, asked.data.fold) == (FoldSection(index=3, of=5), FoldSection(index=0, of=5))
+
+
+@pytest.mark.parametrize("file", ["run.json", "sweep.json"])
+def test_folds_do_not_go_into_the_folder_of_a_run_or_a_sweep(file: str, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / file).write_text("{}")
+    asked = config_from({"name": "all", "storage": str(tmp_path), "model": {"base": "demo"}}, overrides_of(5))
+    with pytest.raises(UserError, match=f"holds a {file.removesuffix('.json')}"):
+        train_folds(asked)
+
+
+def test_the_spread_of_folds_is_that_of_a_sample() -> None:
+    spread = Spread(values=(1.0, 2.0, 4.0))
+    assert (spread.mean, spread.deviation) == (7 / 3, pytest.approx(statistics.stdev([1, 2, 4]), rel=1e-15))
+    assert spread.to_json()["values"] == [1.0, 2.0, 4.0]
+    assert math.isnan(Spread(values=(1.0, math.nan)).deviation)
