@@ -20,17 +20,18 @@ from raytune.data.borders import measured
 from raytune.data.conversation import RowError
 from raytune.data.split import Split, side_of, split_by_hash, text_of, time_of
 from raytune.errors import DataError, PlanError, UserError
+from raytune.launch.check import check_run
 from raytune.launch.folds import Spread, config_of_fold, train_folds
 from raytune.launch.run import plan_run
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.split import asked_split, check_test
+from raytune.sweeps.run import plan_of_sweep
 from tests.tiny import PATIENT, tiny_split
 
 SHARES = st.floats(0.01, 0.49)
 VALUES = st.one_of(st.integers(0, 3), st.text("ab", min_size=1, max_size=2))
-ROWS = st.lists(
-    st.fixed_dictionaries({"text": st.text(max_size=3), "user": VALUES, "label": st.sampled_from("abc")}), max_size=60
-)
+ROW = st.fixed_dictionaries({"text": st.text(max_size=3), "user": VALUES, "label": st.sampled_from("abc")})
+ROWS = st.lists(ROW, min_size=1, max_size=60)
 
 
 def split_of(folder: Path, rows: Sequence[Any], name: str = "rows.jsonl", **data: Any) -> Split:
@@ -323,9 +324,7 @@ def test_a_suite_is_not_called_as_the_test_is() -> None:
 
 
 def config(folder: Path, **data: Any) -> Any:
-    rows = [
-        {"prompt": f"say {n}", "completion": str(n), "user_id": n % 7, "created": f"2026-01-{n % 28 + 1:02d}"} for n in range(60)
-    ]
+    rows = [{"prompt": f"say {n}", "completion": str(n), "created": f"2026-01-{n % 28 + 1:02d}"} for n in range(60)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"path": str(path), "format": "prompt_completion"}
@@ -372,6 +371,24 @@ def test_each_source_is_tested_by_itself(tmp_path: Path) -> None:
     assert plan.data_report is not None
     for number, name in enumerate(("rows", "more")):
         assert plan.data_report.test[name].total("used") == plan.data_report.train.sources[number].test_side > 0
+
+
+@pytest.mark.parametrize("by", ["time", "strata", "group"])
+def test_a_check_needs_the_columns_that_decide(by: str, tmp_path: Path) -> None:
+    asked = config(tmp_path, validation_fraction=0.2, split={by: "created"})
+    assert check_run(asked).errors == []
+    (error,) = check_run(config(tmp_path, validation_fraction=0.2, split={by: "made"})).errors
+    assert f"rows.jsonl:1: has no 'made', only 'prompt', 'completion', 'created' (data.split.{by})" in str(error)
+
+
+def test_trials_of_a_sweep_are_not_measured_on_the_test(tmp_path: Path) -> None:
+    asked = config(tmp_path, validation_fraction=0.2, test_fraction=0.2)
+    sweep = config_from(asked, ["sweep.space={training.seed: [1, 2]}"])
+    plans = plan_of_sweep(sweep).plans
+    assert plans
+    assert all(plan.data.test == [] for plan in plans)
+    (train,) = {plan.data.train.num_targets for plan in plans}
+    assert train == plan_run(asked).data.train.num_targets, "its rows are held out all the same"
 
 
 def test_a_split_by_hash_needs_no_look_at_the_rows() -> None:
