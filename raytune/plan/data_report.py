@@ -139,8 +139,9 @@ class DataReport(Plan):
 
 
 def report_table(report: DataReport) -> list[tuple[str, str]]:
-    """A line for each source, as (label, value)."""
-    return [
+    """A line for each source, and for what divides them, as (label, value)."""
+    of_split = [("split", line) for line in report.split]
+    return of_split + [
         (f"{what} rows", line)
         for what, store in _stores(report)
         for line in _source_lines(store, is_packed=store is not report.ewc)
@@ -150,7 +151,7 @@ def report_table(report: DataReport) -> list[tuple[str, str]]:
 def losses_text(report: DataReport) -> list[str]:
     """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
     they are."""
-    lines = [*report.template, *report.split]
+    lines = list(report.template)
     for what, store in _stores(report):
         for source in store.sources:
             of = f"{what} {source.name}" if len(_stores(report)) > 1 or len(store.sources) > 1 else source.name
