@@ -23,7 +23,7 @@ from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.points import is_of_training
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import FoldsFolder, RunFolder, SweepFolder
-from raytune.storage import absolute, exists, write_json
+from raytune.storage import absolute, exists, is_local, write_json
 
 NO_INTERVAL = (
     "A standard deviation is over the folds. It is no confidence interval, and none is given: folds share most of their training "
@@ -75,8 +75,8 @@ class FoldsResult:
     @property
     def notes(self) -> list[str]:
         """What to know of these numbers."""
-        chosen = any(result.plan.checkpoint.keep_best for result in self.folds)
-        by = self.folds[0].plan.checkpoint.metric
+        policy = self.folds[0].plan.checkpoint
+        chosen, by = policy.keep_best or policy.keep_last > 1, policy.metric
         words = f"Each fold has its best checkpoint by {by}, chosen by rows that it is measured on: a little too good a value."
         return [NO_INTERVAL, *([words] if chosen else [])]
 
@@ -144,7 +144,8 @@ def config_of_fold(config: RunConfig, index: int) -> RunConfig:
     """The run of a fold, in the folder of all, with the stores of all runs."""
     fold, storage = config.data.fold, absolute(config.storage)
     assert fold is not None
-    data = {"fold": FoldSection(index=index, of=fold.of), "store": config.data.store or f"{storage}/{STORES_FOLDER}"}
+    beside = f"{storage}/{STORES_FOLDER}" if is_local(storage) else None
+    data = {"fold": FoldSection(index=index, of=fold.of), "store": config.data.store or beside}
     return config.model_copy(
         update={
             "name": f"fold-{index}",

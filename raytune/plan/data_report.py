@@ -184,8 +184,9 @@ class DataReport(Plan):
 
 
 def report_table(report: DataReport) -> list[tuple[str, str]]:
-    """A line for each source, as (label, value)."""
-    return [
+    """A line for each source, and for what divides them, as (label, value)."""
+    of_split = [("split", line) for line in report.split]
+    return of_split + [
         (f"{what} rows", line)
         for what, store in stores_of(report)
         for line in _source_lines(store, is_packed=store is not report.ewc)
@@ -195,7 +196,7 @@ def report_table(report: DataReport) -> list[tuple[str, str]]:
 def losses_text(report: DataReport) -> list[str]:
     """A line for each thing that is not as the files have it, with the first rows it is true of. Empty: all of them are used as
     they are."""
-    lines = [*report.template, *report.split]
+    lines = list(report.template)
     for what, store in stores_of(report):
         lines += store.notes
         for source in store.sources:

@@ -72,6 +72,8 @@ def split_in_words(asked: AskedSplit, counts: Sequence[StratumCount], times: Map
         counts: of each stratum, where they were counted.
         times: side -> its times, where times decide.
     """
+    if not asked.parts:
+        return []
     lines, by = [], asked.by
     if asked.fold:
         lines.append(f"fold {asked.fold[0]} of {asked.fold[1]} (from 0) is held out for validation")
