@@ -116,5 +116,8 @@ def last_part(path: str) -> str:
 @cache
 def _code_fingerprint() -> str:
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in _CODE), *(Path(module.__file__) for module in (data_report, mixing, row_lengths))]
+    files = [
+        *(here / f"{name}.py" for name in _CODE),
+        *(Path(str(module.__file__)) for module in (data_report, mixing, row_lengths)),
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
