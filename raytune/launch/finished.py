@@ -25,7 +25,7 @@ from raytune.training.stopping import Curve, Findings, verdict
 RULES = ("training.early_stopping", "training.overfitting")
 FREE = (
     *("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store"),
-    *("training.divergence", "callbacks", "tracking"),
+    *("data.limits", "training.divergence", "callbacks", "tracking"),
     *RULES,
 )
 """Beginnings of keys that change neither what a step computes nor how it is divided."""
