@@ -22,7 +22,7 @@ from raytune.errors import UserError
 from raytune.launch.data_preview import DataPreview
 from tests.tiny import tiny_tokenizer
 
-HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\u202e"
+HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\u202e\r\n\x1b[31m"
 
 
 def turns(*texts: str, **last: Any) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def test_colours_are_for_terminals_that_want_them(tmp_path: Path) -> None:
     for environment in ({"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": "1"}, {"FORCE_COLOR": None}):
         plain = CliRunner().invoke(cli, typed, env=environment).stdout
         assert "assistant | ↵" not in plain
-        assert "⟦A</pre><script>alert(1)</script>\\u001b[2J\\u202e<|im_end|>⟧↵" in plain
+        assert "⟦A</pre><script>alert(1)</script>\\u001b[2J\\u202e\\u000d↵\n          | \\u001b[31m<|im_end|>⟧↵" in plain
         assert "\x1b" not in plain
     assert "\x1b[2J" not in coloured
     assert "\u202e" not in coloured
