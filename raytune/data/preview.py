@@ -18,7 +18,7 @@ from raytune.data.pieces import Piece, TokenKind, pieces_of
 from raytune.data.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import read_parts, readings_of
-from raytune.data.sources import ScannedFile, scan
+from raytune.data.sources import ScannedFile, Segment, scan
 from raytune.data.store import view
 from raytune.data.template import ChatTemplate
 from raytune.data.text_encoder import TextEncoder, bytes_before
@@ -149,7 +149,7 @@ class Previewer:
             parts = [
                 ShardPart(segment=segment, file_index=index, reading=reading, fingerprint=file.fingerprint, only_line=line)
                 for index, file in enumerate(files)
-                for segment, line in _segments(file, wanted)
+                for segment, line in _segments(file, wanted, is_limited=source.max_rows is not None)
             ]
             most = min(wanted, source.max_rows or wanted) if isinstance(wanted, int) else source.max_rows
             task = ShardTask(
@@ -169,8 +169,8 @@ class Previewer:
             for row, file_index in read:
                 rows.setdefault((file_index, row.origin.line), []).append(row)
             documents = [
-                self._shown(rows[place], name, loss_weight, ids, is_target, weights, too_long=task.too_long)
-                for place, ids, is_target, weights in _documents(made.path)
+                self._shown(rows[document.place], name, loss_weight, document, task.too_long)
+                for document in _documents(made.path)
             ]
         return ShownRows(documents=documents, tally=tally, was_found=tally.counts["rows"] > 0)
 
@@ -179,15 +179,13 @@ class Previewer:
         candidates: Sequence[Conversation],
         source: str,
         loss_weight: float,
-        ids: np.ndarray,
-        is_target: np.ndarray,
-        weights: np.ndarray | None,
-        *,
+        document: "_Document",
         too_long: TooLong,
     ) -> ShownDocument:
         """Args:
         candidates: the rows on the document's line, of which it is one.
         """
+        ids = document.input_ids
         step = self.options.max_length - 1 if too_long == "split" else 0
         turns: list[int | None] = [None] * len(ids)
         row = candidates[0]
@@ -197,7 +195,7 @@ class Previewer:
             if at is not None:
                 turns = of_turn[at : at + len(ids)]
                 break
-        weight_of = (np.full(len(ids), 1, np.float32) if weights is None else weights) * np.float32(loss_weight)
+        weights = document.target_weights * np.float32(loss_weight)
         kinds = [
             TokenKind(
                 is_target=bool(target),
@@ -205,7 +203,7 @@ class Previewer:
                 turn=turn,
                 is_special=bool(self.encoder.is_special[token]),
             )
-            for token, target, weight, turn in zip(ids, is_target, weight_of, turns, strict=True)
+            for token, target, weight, turn in zip(ids, document.is_target, weights, turns, strict=True)
         ]
         return ShownDocument(
             origin=str(row.origin),
@@ -246,14 +244,18 @@ class Previewer:
         return encoded.input_ids, turns
 
 
-def _segments(file: ScannedFile, wanted: int | RowPlace) -> list[tuple[Any, int | None]]:
-    """The parts of a file that have to be read, and the only line of them that is wanted."""
+def _segments(file: ScannedFile, wanted: int | RowPlace, *, is_limited: bool) -> list[tuple[Segment, int | None]]:
+    """The parts of a file that have to be read, and the only line of each that is wanted.
+
+    Args:
+        is_limited: whether only the first rows of the source are trained, so that those before one count.
+    """
     if isinstance(wanted, int):
         return [(segment, None) for segment in file.segments]
-    if not wanted.is_in(file.file.name):
-        return []
-    begun = [segment for segment in file.segments if segment.first_line <= wanted.line]
-    return [(segment, wanted.line) for segment in begun[-1:]]
+    line = wanted.line if wanted.is_in(file.file.name) else 0
+    if is_limited:
+        return [(segment, line) for segment in file.segments]
+    return [(segment, line) for segment in file.segments if line and segment.first_line <= line][-1:]
 
 
 def _beginnings(length: int, step: int) -> Iterator[int]:
@@ -261,8 +263,19 @@ def _beginnings(length: int, step: int) -> Iterator[int]:
     yield from range(0, length, step) if step > 0 else (0,)
 
 
-def _documents(path: str) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray | None]]:
-    """File and line, tokens, targets and weights of each document of a shard, in order."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Document:
+    """A document of a shard."""
+
+    place: tuple[int, int]
+    """File and line."""
+    input_ids: np.ndarray
+    is_target: np.ndarray
+    target_weights: np.ndarray
+
+
+def _documents(path: str) -> Iterator[_Document]:
+    """The documents of a shard, in order."""
     with pa.memory_map(path) as mapped:
         reader = pa.ipc.open_file(mapped)
         for number in range(reader.num_record_batches):
@@ -270,6 +283,10 @@ def _documents(path: str) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndar
             for index in range(batch.num_rows):
                 place = int(view(batch.column("file"), np.int32)[index]), int(view(batch.column("line"), np.int64)[index])
                 ids = np.array(batch.column("input_ids")[index].as_py(), np.int32)
-                is_target = np.array(batch.column("is_target")[index].as_py(), bool)
                 weights = batch.column("target_weights")[index].as_py()
-                yield place, ids, is_target, None if weights is None else np.array(weights, np.float32)
+                yield _Document(
+                    place=place,
+                    input_ids=ids,
+                    is_target=np.array(batch.column("is_target")[index].as_py(), bool),
+                    target_weights=np.ones(len(ids), np.float32) if weights is None else np.array(weights, np.float32),
+                )

@@ -50,7 +50,7 @@ class ShardPart:
     fingerprint: str
     """Of the whole file."""
     only_line: int | None = None
-    """Where the only rows of it stand that are wanted."""
+    """Where the only rows of it stand that are wanted; 0: nowhere, it is read for its number of rows. None: all are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

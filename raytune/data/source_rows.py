@@ -83,8 +83,10 @@ def read_parts(
     are_asked: bool = False,
 ) -> Iterator[tuple[Conversation, int]]:
     """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
-    rows = ((part, row) for part in parts for row in read_segment(part.segment) if part.only_line in (None, row.line))
+    rows = ((part, row) for part in parts for row in read_segment(part.segment))
     for part, row in islice(rows, max_rows):
+        if part.only_line not in (None, row.line):
+            continue
         tally.add("rows")
         origin = Origin(part.segment.file.name, row.line)
         if isinstance(row, BadRow):

@@ -143,6 +143,6 @@ def last_part(path: str) -> str:
 def code_fingerprint() -> str:
     """Of the code that decides what a store holds."""
     here = Path(__file__).parent
-    planned = (data_report.__file__, mixing.__file__, row_lengths.__file__)
+    planned = (str(module.__file__) for module in (data_report, mixing, row_lengths))
     files = [*(here / f"{name}.py" for name in _CODE), *map(Path, planned)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from raytune.config.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
+from raytune.config.data_limits import waived
 from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
@@ -41,6 +42,7 @@ from raytune.object_store import once
 from raytune.plan.base_model import find_config
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.data_limits import refuse_exceeded, verdicts_of
 from raytune.plan.data_report import losses_text
 from raytune.plan.distillation import planned_teacher, teacher_section
 from raytune.plan.hardware import load_catalogue
@@ -278,13 +280,12 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         return
     found.of(lambda: refuse_unknown_tokens(reading.config, reading.model_path))
     found.looked_at.append("its tokenizer and template")
-    facts = {}
+    facts, asked = {}, dict(_sources(reading.config))
     with TemporaryDirectory() as scratch:
         quality = _quality_here(reading)
         for key, source in here.items():
-            asked = {"quality": quality if key.startswith("data.train") else None, **_not_read_of(key)}
-            alone = reading.builder(scratch, train=[_alone(source)], **_NONE_HELD_OUT, **asked)
-            facts[key] = found.of(alone.build, keys=(key,))
+            facts[key] = found.of(partial(_alone_in, reading, scratch, key, source, quality), keys=(key,))
+            found.of(partial(_judge, reading, key, asked[key], facts[key], found))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
             found.losses += [line for line in losses_text(report) if line not in found.losses]
@@ -306,6 +307,32 @@ def _quality_here(reading: _Reading) -> QualitySection | None:
     )
 
 
+def _alone_in(reading: _Reading, scratch: str, key: str, source: DataSource, quality: QualitySection | None) -> DataFacts:
+    """The first rows of a source, whatever limits say of them: they may be others than most.
+
+    Args:
+        quality: what is looked for among training rows.
+    """
+    rows = {"train": [_alone(source)], **_NONE_HELD_OUT, "limits": waived()}
+    looked_for = quality if key.startswith("data.train") else None
+    return reading.builder(scratch, **rows, **_not_read_of(key), quality=looked_for).build()
+
+
+def _judge(reading: _Reading, key: str, source: DataSource, facts: DataFacts | None, found: Findings) -> None:
+    """Hold all rows of a source, as it is written, against the limits; of the first ones alone, say what would exceed one.
+
+    Raises:
+        DataError: if a run would be refused.
+    """
+    if facts is None or facts.report is None:
+        return
+    judged = verdicts_of({key.rpartition(".")[0]: facts.report.train}, reading.config.data)
+    if _is_whole(source, facts):
+        refuse_exceeded(judged)
+    exceeded = (verdict.text.splitlines()[0] for verdict in judged if verdict.is_exceeded)
+    found.losses += [f"a run stops if all rows are as these: {line.removesuffix(':')}" for line in exceeded]
+
+
 def _not_read_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are none of those."""
     of_training = {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
@@ -318,6 +345,7 @@ def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, s
         [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
     rows: dict[str, Any] = {"train": train, "validation": validation, "test": test, "quality": _quality_here(reading)}
+    rows["limits"] = waived()  # which were judged, source by source
     if not are_whole:  # the first rows of a file may have one time, or one label
         rows["split"] = SplitSection()
     facts = reading.builder(scratch, replayed=replayed, weighed=weighed, **rows).build()

@@ -16,6 +16,7 @@ from raytune.errors import UserError
 from raytune.launch.data_check import data_builder
 from raytune.launch.prepare import Base
 from raytune.plan.mixing import loss_weights_of
+from raytune.printable import printable
 from raytune.storage import is_local
 
 USUAL_ROWS = 3
@@ -107,7 +108,7 @@ class ShownPiece:
     weight: str
     """In front of it: how much each of its tokens counts, where that is not 1 or is another than just before."""
     text: str
-    """With a sign for each line end."""
+    """With a sign for each line end, and escapes for all that would be obeyed and not seen."""
     is_target: bool
     is_special: bool
     goes_on: bool
@@ -124,7 +125,7 @@ def written(pieces: Sequence[Piece]) -> list[ShownPiece]:
         shown.append(
             ShownPiece(
                 weight=f"x{kind.weight:.4g}" if has_mark else "",
-                text=piece.text.replace("\x1b", "\\u001b").replace("\n", "↵\n"),
+                text=printable(piece.text.replace("\x1b", "\\u001b").replace("\r", "\\u000d")).replace("\n", "↵\n"),
                 is_target=kind.is_target,
                 is_special=kind.is_special,
                 goes_on=kind.is_target and kind.weight == was,

@@ -26,7 +26,7 @@ RULES = ("training.early_stopping", "training.overfitting")
 TEST = "data.test"
 FREE = (
     *("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store"),
-    *("training.divergence", "callbacks", "tracking", TEST),
+    *("data.limits", "training.divergence", "callbacks", "tracking", TEST),
     *RULES,
 )
 """Beginnings of keys that change neither what a step computes nor how it is divided."""

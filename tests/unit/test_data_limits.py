@@ -209,6 +209,15 @@ def test_a_check_names_the_key_in_its_file(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli, ["check", str(run), *fits]).exit_code == 0
 
 
+def test_a_check_that_saw_the_first_rows_only_says_what_would_stop_a_run_and_refuses_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [*[chat(weight=0)] * 150, *fine(1900)])
+    typed = ["check", "model.base=demo", f"data.train={path}", f"storage={tmp_path}", "data.max_length=64"]
+    answer = CliRunner().invoke(cli, typed)
+    assert answer.exit_code == 0, answer.output
+    told = "a run stops if all rows are as these: data.train rows: 150 of 2000 rows (7.5 %) have no target, more than 5 %"
+    assert told in answer.stdout
+
+
 def test_there_is_a_rule_for_each_limit_and_a_count_for_each_rule() -> None:
     names = {rule.name for rule in RULES}
     assert {rule.key for rule in RULES} >= {f"data.limits.{name}" for name in LimitsSection.model_fields}

@@ -22,7 +22,7 @@ from raytune.errors import UserError
 from raytune.launch.data_preview import DataPreview
 from tests.tiny import tiny_tokenizer
 
-HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\u202e"
+HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\u202e\r\n\x1b[31m"
 
 
 def turns(*texts: str, **last: Any) -> dict[str, Any]:
@@ -131,6 +131,15 @@ def test_a_row_is_found_by_its_place_in_any_kind_of_file(tmp_path: Path) -> None
         assert "".join(p.text for p in document.pieces if p.kind.is_target) == f"{answer}<|im_end|>"
 
 
+def test_a_row_behind_the_first_ones_that_are_trained_is_no_row_of_the_run(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", [turns(f"Q{name}{index}", "A") for index in range(5)])
+    config = run(tmp_path, train={"path": str(tmp_path / "*.jsonl"), "max_rows": 7})
+    assert [len(raytune.data_preview(config, row=place).documents) for place in ("a.jsonl:5", "b.jsonl:2")] == [1, 1]
+    with pytest.raises(UserError, match=r"There is no row b\.jsonl:3"):
+        raytune.data_preview(config, row="b.jsonl:3")
+
+
 @pytest.mark.parametrize("place", ["rows.jsonl:99", "other.jsonl:1", "rows.jsonl:3"])
 def test_a_place_without_a_row_is_refused(place: str, tmp_path: Path) -> None:
     config = run(tmp_path, train=str(write(tmp_path / "rows.jsonl", [turns("Q", "A"), turns("Q", "A"), "  "])))
@@ -224,7 +233,7 @@ def test_colours_are_for_terminals_that_want_them(tmp_path: Path) -> None:
     for environment in ({"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": "1"}, {"FORCE_COLOR": None}):
         plain = CliRunner().invoke(cli, typed, env=environment).stdout
         assert "assistant | ↵" not in plain
-        assert "⟦A</pre><script>alert(1)</script>\\u001b[2J\\u202e<|im_end|>⟧↵" in plain
+        assert "⟦A</pre><script>alert(1)</script>\\u001b[2J\\u202e\\u000d↵\n          | \\u001b[31m<|im_end|>⟧↵" in plain
         assert "\x1b" not in plain
     assert "\x1b[2J" not in coloured
     assert "\u202e" not in coloured
