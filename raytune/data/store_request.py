@@ -11,6 +11,7 @@ from typing import Literal
 from raytune.config.data import DataSource
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
+from raytune.data.shaping import AS_IT_IS, Shape
 from raytune.data.shards import TooLong
 from raytune.data.split import Side
 from raytune.data.token_classes import TokenClass
@@ -24,6 +25,7 @@ _CODE = (
     "conversation",
     "fields",
     "formats",
+    "long_chats",
     "masking",
     "mixing",
     "order",
@@ -34,6 +36,7 @@ _CODE = (
     "rendering",
     "row_fields",
     "row_file",
+    "shaping",
     "shards",
     "source_files",
     "source_rows",
@@ -58,8 +61,11 @@ class StoreRequest:
 
     sources: tuple[DataSource, ...]
     template: str
-    """Jinja text (`template_text.resolve_template`); empty if all sources are plain text."""
+    """Jinja text (`template_front.template_of`); empty if all sources are plain text."""
     targets: Targets
+    shape: Shape = AS_IT_IS
+    """What is made of every conversation before the template sees it."""
+    train_empty_thought: bool = True
     token_classes: tuple[TokenClass, ...] = ()
     """Whose tokens weigh otherwise than the rest."""
     max_length: int

@@ -20,7 +20,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from raytune.data.conversation import NOT_FOR_TEMPLATES, Conversation, Message, Origin, RowError
-from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
+from raytune.data.fields import EMPTY_THOUGHT, Field, Marks, Span, fields_of, has_thought
 from raytune.data.masking import Targets, trained_turns, weight_of
 from raytune.data.rendering import Job, Renderer
 from raytune.data.template_text import SHIPPED, name_of
@@ -50,6 +50,17 @@ class Rendered:
     """Where the trained text lies: start and end of each piece, in characters."""
     weights: list[float]
     """Of each piece: how much its targets count."""
+
+    @property
+    def num_empty_thoughts(self) -> int:
+        """Pieces that begin with one."""
+        return sum(EMPTY_THOUGHT.match(self.text, *span) is not None for span in self.targets)
+
+
+def behind_empty_thoughts(rendered: Rendered) -> Rendered:
+    """The same, but what is trained begins behind the empty thoughts."""
+    found = ((EMPTY_THOUGHT.match(rendered.text, *span), span) for span in rendered.targets)
+    return replace(rendered, targets=[(empty.end() if empty else start, stop) for empty, (start, stop) in found])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +390,8 @@ class ChatTemplate:
         if is_thought and any(message["role"] == "assistant" for message in row.messages[field.turn + 1 :]):
             raise RowError(
                 f"{self._name} strips {what}, so that it cannot be trained. If it keeps the thoughts of the last answer, "
-                f"train that one alone with data.targets: last; or take the thoughts out of the rows"
+                f"data.reasoning: each trains every answer as the last one, data.targets: last that one alone; data.reasoning: "
+                f"last leaves out the thoughts of earlier ones"
             )
         if is_thought:
             raise RowError(

@@ -7,7 +7,7 @@ Text is rendered whole and tokenised once, and targets are found by where a toke
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, groupby, islice
 from typing import Any
@@ -17,12 +17,14 @@ import pyarrow as pa
 
 from raytune.config.model import NewToken
 from raytune.data.conversation import Conversation, Message, Origin, RowError
-from raytune.data.fields import REASONING
+from raytune.data.fields import REASONING, fields_of, has_reasoning
+from raytune.data.long_chats import split_at_turns, without_beginning
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
-from raytune.data.shards import ShardResult, ShardTask, Tally, TooLong
+from raytune.data.shaping import shaped
+from raytune.data.shards import ShardResult, ShardTask, Tally, TokenisingOptions, TooLong
 from raytune.data.source_rows import read_parts
-from raytune.data.template import ChatTemplate
+from raytune.data.template import ChatTemplate, Rendered, behind_empty_thoughts
 from raytune.data.text_encoder import EncodedTexts, TextEncoder, bytes_before
 from raytune.data.token_classes import Span, TokenClass, spans_in, weights_of
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
@@ -66,10 +68,8 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
                     documents = _text_documents(batch, encoder, options.token_classes, tally)
                 else:
                     assert template is not None
-                    documents = _chat_documents(batch, encoder, template, options.targets, options.token_classes, tally)
-                pieces = [
-                    piece for document in documents for piece in _fitted(document, options.max_length, task.too_long, tally)
-                ]
+                    documents = _chat_documents(batch, encoder, template, options, task.too_long, tally)
+                pieces = [piece for of_row in documents for piece in _fitted(of_row, options.max_length, task.too_long, tally)]
                 for piece in pieces:
                     _tally_classes(piece, options.token_classes, tally)
                     if not piece.is_cut and not _ends_with_special(piece, encoder):
@@ -95,7 +95,13 @@ class _Document:
     """float32, per token; None: each weighs 1."""
     of_class: np.ndarray
     """bool, per token and class of `data.token_weights`."""
+    rendered: Rendered | None = None
+    """What a template made of it; None: it is plain text."""
     is_cut: bool = False
+    num_whole: int = 0
+    """Tokens of the conversation that it is made of, where it has a part of its turns to fit; 0: it is whole."""
+    lost_targets: bool = False
+    """Whether some of what it has no part of was to be trained."""
 
 
 @lru_cache(maxsize=2)
@@ -127,20 +133,53 @@ def _chat_documents(
     rows: Sequence[tuple[Conversation, int]],
     encoder: TextEncoder,
     template: ChatTemplate,
-    targets: Targets,
-    classes: Sequence[TokenClass],
+    options: TokenisingOptions,
+    too_long: TooLong,
     tally: Tally,
-) -> Iterator[_Document]:
-    usable, texts, spans, weights = [], [], [], []
-    for row, rendered in zip(rows, template.render([row for row, _ in rows], targets), strict=True):
-        if isinstance(rendered, RowError):
-            tally.add("bad", row[0].origin, str(rendered))
-        else:
-            _tally_turns(row[0], targets, tally)
-            usable.append(row)
-            texts.append(rendered.text)
-            spans.append(rendered.targets)
-            weights.append(rendered.weights)
+) -> Iterator[list[_Document]]:
+    """The documents of each row that can be used: one, or several where it is trained in pieces."""
+    made = [shaped(row, options.shape, options.targets) for row, _ in rows]
+    pieces = [(piece, file_index) for each, (_, file_index) in zip(made, rows) for piece in each.pieces]
+    encoded = iter(_encoded_chats(pieces, encoder, template, options))
+    for (row, file_index), each in zip(rows, made, strict=True):
+        found = list(islice(encoded, len(each.pieces)))
+        try:
+            documents = list(map(_usable, found))
+            fitted = [
+                one
+                for piece, document in zip(each.pieces, documents)
+                for one in _fitted_at_turns(piece, document, file_index, encoder, template, options, too_long)
+            ]
+        except RowError as error:
+            tally.add("bad", row.origin, str(error))
+            continue
+        tally.counts.update(each.counts)
+        _tally_turns(each.pieces[0] if len(each.pieces) == 1 else row, options.targets, tally)
+        for piece, document in zip(each.pieces, documents):
+            tally.counts["thoughts_not_shown"] += _num_hidden(piece, document)
+            if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
+                _compare_prompts(piece, document, encoder, template, options.targets, tally)
+        if options.targets != "all":
+            tally.counts["empty_thoughts"] += sum(one.rendered.num_empty_thoughts for one in fitted if one.rendered)
+        yield fitted
+
+
+def _usable(found: _Document | RowError) -> _Document:
+    if isinstance(found, RowError):
+        raise found
+    return found
+
+
+def _encoded_chats(
+    rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, template: ChatTemplate, options: TokenisingOptions
+) -> list[_Document | RowError]:
+    """The document of each conversation, or why there is none."""
+    all_rendered = template.render([row for row, _ in rows], options.targets)
+    if not options.train_empty_thought:
+        all_rendered = [one if isinstance(one, RowError) else behind_empty_thoughts(one) for one in all_rendered]
+    usable = [one for one in all_rendered if not isinstance(one, RowError)]
+    texts, spans, weights = [one.text for one in usable], [one.targets for one in usable], [one.weights for one in usable]
+    classes = options.token_classes
     encoded = encoder.encode(texts)
     places = [
         (int(first) + _byte_of(text, start), int(first) + _byte_of(text, end))
@@ -155,20 +194,64 @@ def _chat_documents(
     of_class = _tokens_of_classes(classes, texts, spans, encoded)
     # Nothing comes before a document's first token that could predict it.
     is_target[encoded.first_tokens[:-1][np.diff(encoded.first_tokens) > 0]] = False
-    for index, (conversation, file_index) in enumerate(usable):
+    documents: list[_Document | RowError] = []
+    index = 0
+    for (conversation, file_index), rendered in zip(rows, all_rendered, strict=True):
+        if isinstance(rendered, RowError):
+            documents.append(rendered)
+            continue
         tokens = slice(encoded.first_tokens[index], encoded.first_tokens[index + 1])
         row_weights = None if all(weight == 1 for weight in weights[index]) or all_weights is None else all_weights[tokens]
-        if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
-            _compare_prompts(conversation, texts[index], encoded.input_ids[tokens], encoder, template, targets, tally)
-        yield _Document(
-            encoded.input_ids[tokens],
-            is_target[tokens],
-            encoded.token_bytes[tokens],
-            file_index,
-            conversation.origin,
-            weights_of(classes, of_class[:, tokens], row_weights),
-            of_class[:, tokens].T,
+        index += 1
+        documents.append(
+            _Document(
+                encoded.input_ids[tokens],
+                is_target[tokens],
+                encoded.token_bytes[tokens],
+                file_index,
+                conversation.origin,
+                weights_of(classes, of_class[:, tokens], row_weights),
+                of_class[:, tokens].T,
+                rendered=rendered,
+            )
         )
+    return documents
+
+
+def _fitted_at_turns(
+    row: Conversation,
+    document: _Document,
+    file_index: int,
+    encoder: TextEncoder,
+    template: ChatTemplate,
+    options: TokenisingOptions,
+    too_long: TooLong,
+) -> list[_Document]:
+    """The document, or, where it is too long and that is to be mended at turns, those of what is made of its conversation.
+
+    Raises:
+        RowError: if a part of the conversation cannot be rendered.
+    """
+    limit = options.max_length
+    if len(document.input_ids) <= limit or too_long not in ("split_turns", "truncate_left"):
+        return [document]
+
+    def length(piece: Conversation) -> int:
+        (rendered,) = template.render([piece], options.targets)
+        if isinstance(rendered, RowError):
+            raise rendered
+        return len(encoder.encode([rendered.text]).input_ids)
+
+    if too_long == "split_turns":
+        pieces = split_at_turns(row, limit, length)
+        pieces = pieces[-1:] if options.targets == "last" else pieces
+        found = _encoded_chats([(piece, file_index) for piece in pieces], encoder, template, options)
+        return [replace(piece, num_whole=len(document.input_ids)) for piece in map(_usable, found)]
+    shorter = without_beginning(row, limit, length, encoder.starts_of)
+    if shorter is None:
+        return [document]
+    (kept,) = map(_usable, _encoded_chats([(shorter, file_index)], encoder, template, options))
+    return [replace(kept, num_whole=len(document.input_ids), lost_targets=_num_targets(kept) < _num_targets(document))]
 
 
 def _tokens_of_classes(
@@ -195,21 +278,16 @@ def _tally_classes(piece: _Document, classes: Sequence[TokenClass], tally: Tally
 
 
 def _compare_prompts(
-    row: Conversation,
-    text: str,
-    input_ids: np.ndarray,
-    encoder: TextEncoder,
-    template: ChatTemplate,
-    targets: Targets,
-    tally: Tally,
+    row: Conversation, document: _Document, encoder: TextEncoder, template: ChatTemplate, targets: Targets, tally: Tally
 ) -> None:
     """Tally the trained answers of a row whose prompt is, and is not, token by token what they are trained behind."""
-    prompts = prompts_to_compare(template, row, text, targets)
+    assert document.rendered is not None
+    prompts = prompts_to_compare(template, row, document.rendered.text, targets)
     encoded = encoder.encode(prompts)
     for index in range(len(prompts)):
         asked = encoded.input_ids[encoded.first_tokens[index] : encoded.first_tokens[index + 1]]
         tally.add("prompts_compared")
-        if found := difference(asked.tolist(), input_ids.tolist(), encoder.decode):
+        if found := difference(asked.tolist(), document.input_ids.tolist(), encoder.decode):
             tally.add("prompts_differ", row.origin, found)
 
 
@@ -241,6 +319,14 @@ def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
         tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")
 
 
+def _num_hidden(row: Conversation, document: _Document) -> int:
+    """Thoughts of a conversation that its template does not show."""
+    if document.rendered is None or not any(map(has_reasoning, row.messages)):
+        return 0
+    thoughts = [field.text for field in fields_of(row) if field.kind in ("thought", "reasoning")]
+    return sum(thought not in document.rendered.text for thought in thoughts)
+
+
 def _is_blank_answer(message: Message) -> bool:
     if message["role"] != "assistant" or message.get("tool_calls") or any(message.get(key) for key in REASONING):
         return False
@@ -249,7 +335,7 @@ def _is_blank_answer(message: Message) -> bool:
 
 def _text_documents(
     rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, classes: Sequence[TokenClass], tally: Tally
-) -> Iterator[_Document]:
+) -> Iterator[list[_Document]]:
     """Plain documents: every token is a target but the first, which nothing predicts."""
     before, behind = encoder.around_documents()
     texts = [row.text or "" for row, _ in rows]
@@ -264,38 +350,59 @@ def _text_documents(
         is_target = np.arange(len(input_ids)) > 0
         of_class_here = np.pad(of_class[:, tokens], ((0, 0), (len(before), len(behind))))
         weights = weights_of(classes, of_class_here, None)
-        yield _Document(input_ids, is_target, token_bytes, file_index, conversation.origin, weights, of_class_here.T)
+        yield [_Document(input_ids, is_target, token_bytes, file_index, conversation.origin, weights, of_class_here.T)]
 
 
-def _fitted(document: _Document, limit: int, too_long: TooLong, tally: Tally) -> list[_Document]:
-    """The document, or what the policy for long ones makes of it, without pieces that have no target."""
-    num_tokens, origin = len(document.input_ids), document.origin
-    if not document.is_target.any():
+def _fitted(documents: Sequence[_Document], limit: int, too_long: TooLong, tally: Tally) -> list[_Document]:
+    """The documents of a row, or what the policy for long ones makes of them, without pieces that have no target."""
+    with_targets, origin = [document for document in documents if document.is_target.any()], documents[0].origin
+    if not with_targets:
         tally.add("no_target", origin)
         return []
-    pieces = [document]
-    if num_tokens > limit:
-        length = f"{num_tokens} tokens"
-        if too_long in ("drop", "error"):
-            tally.add("dropped", origin, length)
-            return []
-        if too_long == "truncate":
-            if document.is_target[limit:].any():
-                tally.add("cut", origin, length)
-            pieces = [_piece(document, 0, limit)]
-        else:
-            # The last token of a piece begins the next one, which then predicts every target just once.
-            pieces = [_piece(document, start, start + limit) for start in range(0, num_tokens - 1, max(1, limit - 1))]
-            tally.add("split", origin, length)
-    trained = [piece for piece in pieces if piece.is_target.any()]
+    made = [(document, _cut(document, limit, too_long)) for document in with_targets]
+    trained = [piece for _, pieces in made for piece in pieces if piece.is_target.any()]
+    length = f"{max(max(len(document.input_ids), document.num_whole) for document in documents)} tokens"
+    if not any(pieces for _, pieces in made):
+        tally.add("dropped", origin, length)
+        return []
+    if any(document.lost_targets or sum(map(_num_targets, pieces)) < _num_targets(document) for document, pieces in made):
+        tally.add("cut", origin, length)
+    if too_long == "truncate_left" and any(document.num_whole for document in documents):
+        tally.add("shortened", origin, length)
+    if too_long in _SPLITS and (len(documents) > 1 or any(len(pieces) > 1 for _, pieces in made)):
+        tally.add("split", origin, length)
     if not trained:
         tally.add("cut_off", origin, length)
         return []
     tally.add("used")
     tally.counts["documents"] += len(trained)
     tally.counts["tokens"] += sum(len(piece.input_ids) for piece in trained)
-    tally.counts["targets"] += sum(int(piece.is_target.sum()) for piece in trained)
+    tally.counts["targets"] += sum(map(_num_targets, trained))
     return trained
+
+
+_SPLITS = ("split", "split_turns")
+
+
+def _cut(document: _Document, limit: int, too_long: TooLong) -> list[_Document]:
+    """Pieces of a document that fit; none if it is left out."""
+    num_tokens = len(document.input_ids)
+    if num_tokens <= limit:
+        return [document]
+    match too_long:
+        case "drop" | "error":
+            return []
+        case "truncate" | "split_turns":
+            return [_piece(document, 0, limit)]
+        case "truncate_left":  # of a chat no answer is cut
+            return [] if document.rendered is not None else [_piece(document, num_tokens - limit, num_tokens)]
+        case "split":
+            # The last token of a piece begins the next one, which then predicts every target just once.
+            return [_piece(document, start, start + limit) for start in range(0, num_tokens - 1, max(1, limit - 1))]
+
+
+def _num_targets(document: _Document) -> int:
+    return int(document.is_target.sum())
 
 
 def _ends_with_special(document: _Document, encoder: TextEncoder) -> bool:

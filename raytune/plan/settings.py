@@ -75,7 +75,10 @@ KEY_OF = {
 }
 """Value of a run's identity, with what is below it -> the key that decides it. Those of the adapter have one name in both."""
 
-_OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.validation_fraction")
+_OF_DATA = (
+    *("data.targets", "data.too_long", "data.packing", "data.validation_fraction", "data.template_options", "data.max_turns"),
+    *("data.system", "data.system_when", "data.reasoning", "data.train_empty_thought"),
+)
 """Keys that decide which tokens a store holds, whatever the rows are; `auto` may be what another word says."""
 _OF_LENGTH = ("training.num_train_epochs", "training.max_steps")
 """Keys from which the rows of a run follow, together with those that there are."""
