@@ -173,8 +173,9 @@ class DataSection(Section):
     """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content. Those of several
     sources are measured as sets of their own too (`validation/NAME/loss`)."""
     template: Text = "auto"
-    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`,
-    `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""
+    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `llama-3.1`, `mistral`,
+    `mistral-nemo`, `gemma`, `qwen`, `qwen-3`, `glm-4.5`, `gpt-oss`, `deepseek`, `deepseek-r1`, `phi-4`, `granite`, `alpaca`,
+    `plain`), or the path of a Jinja file."""
     template_options: Annotated[
         dict[str, Any], AfterValidator(_variables), Field(examples=[{"enable_thinking": False}, {"reasoning_effort": "low"}])
     ] = {}

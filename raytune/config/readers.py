@@ -232,7 +232,7 @@ READERS: dict[str, Reader] = {
     **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
     **_read("data", "on_prompt_mismatch", "launch.stores", needs=(CHAT,), idle=("error",)),
     **_read("data", "max_length", "plan.requirements"),
-    **_read("data", "template", "launch.stores", needs=(CHAT,)),
+    **_read("data", "template", "data.template_front", needs=(CHAT,)),
     **_read("data", "template_options", "data.template_front", needs=(CHAT,), idle=({},)),
     **_read("data", "system", "data.template_front", "data.shaping", needs=(CHAT,)),
     **_read(

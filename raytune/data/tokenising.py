@@ -6,9 +6,9 @@ Text is rendered whole and tokenised once, and targets are found by where a toke
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -140,15 +140,23 @@ def _chat_documents(
     """The documents of each row that can be used: one, or several where it is trained in pieces."""
     made = [shaped(row, options.shape, options.targets) for row, _ in rows]
     pieces = [(piece, file_index) for each, (_, file_index) in zip(made, rows) for piece in each.pieces]
-    encoded = iter(_encoded_chats(pieces, encoder, template, options))
-    for (row, file_index), each in zip(rows, made, strict=True):
+    encode = partial(
+        _encoded_chats,
+        encoder=encoder,
+        template=template,
+        targets=options.targets,
+        classes=options.token_classes,
+        train_empty_thought=options.train_empty_thought,
+    )
+    encoded = iter(encode(pieces))
+    for (row, _), each in zip(rows, made, strict=True):
         found = list(islice(encoded, len(each.pieces)))
         try:
             documents = list(map(_usable, found))
             fitted = [
                 one
                 for piece, document in zip(each.pieces, documents)
-                for one in _fitted_at_turns(piece, document, file_index, encoder, template, options, too_long)
+                for one in _fitted_at_turns(piece, document, encode, encoder, options, too_long)
             ]
         except RowError as error:
             tally.add("bad", row.origin, str(error))
@@ -171,15 +179,20 @@ def _usable(found: _Document | RowError) -> _Document:
 
 
 def _encoded_chats(
-    rows: Sequence[tuple[Conversation, int]], encoder: TextEncoder, template: ChatTemplate, options: TokenisingOptions
+    rows: Sequence[tuple[Conversation, int]],
+    encoder: TextEncoder,
+    template: ChatTemplate,
+    targets: Targets,
+    classes: Sequence[TokenClass] = (),
+    *,
+    train_empty_thought: bool = True,
 ) -> list[_Document | RowError]:
     """The document of each conversation, or why there is none."""
-    all_rendered = template.render([row for row, _ in rows], options.targets)
-    if not options.train_empty_thought:
+    all_rendered = template.render([row for row, _ in rows], targets)
+    if not train_empty_thought:
         all_rendered = [one if isinstance(one, RowError) else behind_empty_thoughts(one) for one in all_rendered]
     usable = [one for one in all_rendered if not isinstance(one, RowError)]
     texts, spans, weights = [one.text for one in usable], [one.targets for one in usable], [one.weights for one in usable]
-    classes = options.token_classes
     encoded = encoder.encode(texts)
     places = [
         (int(first) + _byte_of(text, start), int(first) + _byte_of(text, end))
@@ -221,9 +234,8 @@ def _encoded_chats(
 def _fitted_at_turns(
     row: Conversation,
     document: _Document,
-    file_index: int,
+    encode: Callable[[Sequence[tuple[Conversation, int]]], list[_Document | RowError]],
     encoder: TextEncoder,
-    template: ChatTemplate,
     options: TokenisingOptions,
     too_long: TooLong,
 ) -> list[_Document]:
@@ -232,26 +244,27 @@ def _fitted_at_turns(
     Raises:
         RowError: if a part of the conversation cannot be rendered.
     """
-    limit = options.max_length
-    if len(document.input_ids) <= limit or too_long not in ("split_turns", "truncate_left"):
+    limit, num_whole = options.max_length, len(document.input_ids)
+    if num_whole <= limit or too_long not in ("split_turns", "truncate_left"):
         return [document]
 
+    def of(piece: Conversation) -> _Document:
+        return _usable(encode([(piece, document.file_index)])[0])
+
     def length(piece: Conversation) -> int:
-        (rendered,) = template.render([piece], options.targets)
-        if isinstance(rendered, RowError):
-            raise rendered
-        return len(encoder.encode([rendered.text]).input_ids)
+        return len(of(piece).input_ids)
 
     if too_long == "split_turns":
         pieces = split_at_turns(row, limit, length)
-        pieces = pieces[-1:] if options.targets == "last" else pieces
-        found = _encoded_chats([(piece, file_index) for piece in pieces], encoder, template, options)
-        return [replace(piece, num_whole=len(document.input_ids)) for piece in map(_usable, found)]
+        if len(pieces) == 1:
+            return [document]
+        # That an answer is the last one is true of the conversation, not of each of its pieces.
+        return [replace(of(piece), num_whole=num_whole) for piece in (pieces[-1:] if options.targets == "last" else pieces)]
     shorter = without_beginning(row, limit, length, encoder.starts_of)
     if shorter is None:
         return [document]
-    (kept,) = map(_usable, _encoded_chats([(shorter, file_index)], encoder, template, options))
-    return [replace(kept, num_whole=len(document.input_ids), lost_targets=_num_targets(kept) < _num_targets(document))]
+    kept = of(shorter)
+    return [replace(kept, num_whole=num_whole, lost_targets=_num_targets(kept) < _num_targets(document))]
 
 
 def _tokens_of_classes(
@@ -369,7 +382,7 @@ def _fitted(documents: Sequence[_Document], limit: int, too_long: TooLong, tally
         tally.add("cut", origin, length)
     if too_long == "truncate_left" and any(document.num_whole for document in documents):
         tally.add("shortened", origin, length)
-    if too_long in _SPLITS and (len(documents) > 1 or any(len(pieces) > 1 for _, pieces in made)):
+    if any(len(pieces) > 1 for _, pieces in made) or (too_long == "split_turns" and any(one.num_whole for one in documents)):
         tally.add("split", origin, length)
     if not trained:
         tally.add("cut_off", origin, length)
@@ -379,9 +392,6 @@ def _fitted(documents: Sequence[_Document], limit: int, too_long: TooLong, tally
     tally.counts["tokens"] += sum(len(piece.input_ids) for piece in trained)
     tally.counts["targets"] += sum(map(_num_targets, trained))
     return trained
-
-
-_SPLITS = ("split", "split_turns")
 
 
 def _cut(document: _Document, limit: int, too_long: TooLong) -> list[_Document]:
