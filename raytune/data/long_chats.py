@@ -24,7 +24,7 @@ def split_at_turns(row: Conversation, limit: int, length: Length) -> list[Conver
         )
         pieces.append(_joined(row, head, exchanges[start:stop]))
         start = stop
-    return pieces
+    return pieces or [row]
 
 
 def without_beginning(row: Conversation, limit: int, length: Length, starts: Callable[[str], list[int]]) -> Conversation | None:

@@ -20,7 +20,7 @@ from raytune.errors import DataError
 
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 """Variables that rows, or those who ask, decide."""
-_HAS_SYSTEM = "messages and messages[0]['role'] in ('system', 'developer')"
+_HAS_SYSTEM = "messages and messages[0]['role'] in ['system', 'developer']"
 _AS_ASKED = (
     "if not messages or messages[0]['content'] is not defined or messages[0]['content'] is string or not messages[0]['content']"
 )
@@ -90,7 +90,7 @@ def _variable(name: str, value: Any) -> str:
 def _system(text: str) -> str:
     words = _literal(text)
     content = f"({words} {_AS_ASKED} else [{{'type': 'text', 'text': {words}}}])"
-    added = f"[{{'role': 'system', 'content': {content}}}] + (messages | list)"
+    added = f"[{{'role': 'system', 'content': {content}}}] + messages"
     return _line(f"set messages = messages if {_HAS_SYSTEM} else {added}")
 
 

@@ -273,6 +273,14 @@ def test_a_chat_loses_its_beginning_and_never_a_part_of_an_answer(
         assert re.search(r"user\n[^<]*Q3 Q3 <", found[0][0])
 
 
+@pytest.mark.parametrize("too_long", ["split_turns", "truncate_left"])
+def test_a_conversation_without_a_question_is_no_exception(too_long: str, tmp_path: Path) -> None:
+    rows = [[said("system", "S" * 100)], chat("Q", "A")]
+    info = build(tmp_path, rows, PLAIN, too_long=too_long, max_length=50, targets=("system", "assistant"))
+    assert info.report.total("used") == (2 if too_long == "split_turns" else 1)
+    assert info.report.total("cut") + info.report.total("dropped") == 1
+
+
 def test_plain_text_keeps_its_last_tokens(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"text": "abcdefghij"}) + "\n")
