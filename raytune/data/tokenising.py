@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raytune.config.model import NewToken
 from raytune.data.conversation import Conversation, Message, Origin, RowError
-from raytune.data.fields import REASONING, fields_of, has_reasoning
+from raytune.data.fields import REASONING
 from raytune.data.long_chats import split_at_turns, without_beginning
 from raytune.data.masking import Targets, excepted_turns, is_excepted, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.prompts import difference, prompts_to_compare
@@ -32,6 +32,8 @@ from raytune.data.turns import obeyed_requests
 from raytune.errors import DataError
 
 _DOCUMENTS_AT_ONCE = 256
+_AT_TURNS = ("split_turns", "truncate_left")
+"""Policies for long documents that make other conversations of them."""
 # Answers of a shard whose prompts are compared with what is trained, about.
 _PROMPTS_COMPARED = 64
 
@@ -152,19 +154,22 @@ def _chat_documents(
     for (row, _), each in zip(rows, made, strict=True):
         found = list(islice(encoded, len(each.pieces)))
         try:
-            documents = list(map(_usable, found))
-            fitted = [
-                one
-                for piece, document in zip(each.pieces, documents)
-                for one in _fitted_at_turns(piece, document, encode, encoder, options, too_long)
-            ]
+            fitted = documents = [_usable(one) for one in found]
+            if too_long in _AT_TURNS:
+                fitted = [
+                    one
+                    for piece, document in zip(each.pieces, documents)
+                    for one in _fitted_at_turns(piece, document, encode, encoder, options, too_long)
+                ]
         except RowError as error:
             tally.add("bad", row.origin, str(error))
             continue
-        tally.counts.update(each.counts)
+        if each.counts:
+            tally.counts.update(each.counts)
         _tally_turns(each.pieces[0] if len(each.pieces) == 1 else row, options.targets, tally)
         for piece, document in zip(each.pieces, documents):
-            tally.counts["thoughts_not_shown"] += _num_hidden(piece, document)
+            if document.rendered and document.rendered.num_hidden_thoughts:
+                tally.counts["thoughts_not_shown"] += document.rendered.num_hidden_thoughts
             if tally.counts["prompts_compared"] < _PROMPTS_COMPARED:
                 _compare_prompts(piece, document, encoder, template, options.targets, tally)
         if options.targets != "all":
@@ -245,7 +250,7 @@ def _fitted_at_turns(
         RowError: if a part of the conversation cannot be rendered.
     """
     limit, num_whole = options.max_length, len(document.input_ids)
-    if num_whole <= limit or too_long not in ("split_turns", "truncate_left"):
+    if num_whole <= limit:
         return [document]
 
     def of(piece: Conversation) -> _Document:
@@ -332,14 +337,6 @@ def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
         tally.add("blank_answers", row.origin, f"turn {blank[0] + 1}")
 
 
-def _num_hidden(row: Conversation, document: _Document) -> int:
-    """Thoughts of a conversation that its template does not show."""
-    if document.rendered is None or not any(map(has_reasoning, row.messages)):
-        return 0
-    thoughts = [field.text for field in fields_of(row) if field.kind in ("thought", "reasoning")]
-    return sum(thought not in document.rendered.text for thought in thoughts)
-
-
 def _is_blank_answer(message: Message) -> bool:
     if message["role"] != "assistant" or message.get("tool_calls") or any(message.get(key) for key in REASONING):
         return False
@@ -372,25 +369,36 @@ def _fitted(documents: Sequence[_Document], limit: int, too_long: TooLong, tally
     if not with_targets:
         tally.add("no_target", origin)
         return []
+    if any(document.num_whole or len(document.input_ids) > limit for document in documents):
+        trained = _made_shorter(documents, with_targets, limit, too_long, tally)
+    else:
+        trained = with_targets
+    if trained:
+        tally.add("used")
+        tally.counts["documents"] += len(trained)
+        tally.counts["tokens"] += sum(len(piece.input_ids) for piece in trained)
+        tally.counts["targets"] += sum(map(_num_targets, trained))
+    return trained
+
+
+def _made_shorter(
+    documents: Sequence[_Document], with_targets: Sequence[_Document], limit: int, too_long: TooLong, tally: Tally
+) -> list[_Document]:
     made = [(document, _cut(document, limit, too_long)) for document in with_targets]
-    trained = [piece for _, pieces in made for piece in pieces if piece.is_target.any()]
-    length = f"{max(max(len(document.input_ids), document.num_whole) for document in documents)} tokens"
+    origin, length = documents[0].origin, f"{max(max(len(one.input_ids), one.num_whole) for one in documents)} tokens"
     if not any(pieces for _, pieces in made):
         tally.add("dropped", origin, length)
         return []
     if any(document.lost_targets or sum(map(_num_targets, pieces)) < _num_targets(document) for document, pieces in made):
         tally.add("cut", origin, length)
-    if too_long == "truncate_left" and any(document.num_whole for document in documents):
+    is_whole = not any(document.num_whole for document in documents)
+    if too_long == "truncate_left" and not is_whole:
         tally.add("shortened", origin, length)
-    if any(len(pieces) > 1 for _, pieces in made) or (too_long == "split_turns" and any(one.num_whole for one in documents)):
+    if any(len(pieces) > 1 for _, pieces in made) or (too_long == "split_turns" and not is_whole):
         tally.add("split", origin, length)
+    trained = [piece for _, pieces in made for piece in pieces if piece.is_target.any()]
     if not trained:
         tally.add("cut_off", origin, length)
-        return []
-    tally.add("used")
-    tally.counts["documents"] += len(trained)
-    tally.counts["tokens"] += sum(len(piece.input_ids) for piece in trained)
-    tally.counts["targets"] += sum(map(_num_targets, trained))
     return trained
 
 
