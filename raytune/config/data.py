@@ -1,9 +1,10 @@
 """`data`: the rows, how they become conversations, tokens, targets and packed rows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -162,6 +163,31 @@ class QualitySection(QualityPolicies):
         return self
 
 
+def _variables(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is no name of a variable: letters, digits and _")
+        if unfit := next((one for one in _within(value) if not isinstance(one, str | bool | int | float | None)), None):
+            raise ValueError(
+                f"{name} holds {unfit!r}; expected text, a number, true, false, null, or lists and mappings of these"
+            )
+        if any(isinstance(one, float) and not isfinite(one) for one in _within(value)):
+            raise ValueError(f"{name} is a number that is not finite")
+    return options
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """All that lists and mappings hold, keys too."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _within(inner)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (key, *_within(inner))
+    else:
+        yield value
+
+
 class DataSection(Section):
     train: TrainSources = [TrainSource(path="demo:train")]
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
@@ -184,8 +210,21 @@ class DataSection(Section):
     split: SplitSection = SplitSection()
     """What decides which rows are held out: their content, unless a column is named."""
     template: Text = "auto"
-    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`,
-    `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""
+    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `llama-3.1`, `mistral`,
+    `mistral-nemo`, `gemma`, `qwen`, `qwen-3`, `glm-4.5`, `gpt-oss`, `deepseek`, `deepseek-r1`, `phi-4`, `granite`, `alpaca`,
+    `plain`), or the path of a Jinja file."""
+    template_options: Annotated[
+        dict[str, Any], AfterValidator(_variables), Field(examples=[{"enable_thinking": False}, {"reasoning_effort": "low"}])
+    ] = {}
+    """Variables of the chat template and their values, for example `{enable_thinking: false}`; one that it does not read is
+    refused with those that it reads. They are saved with the model, in its template, so that it is asked as it was trained: by
+    raytune and by whoever reads that template. A caller who passes a variable of his own has his way."""
+    system: Annotated[Text | None, Field(examples=["Answer in one sentence."])] = None
+    """System prompt of conversations: of those that have none, or of all (`system_when`). It is saved with the model, in its
+    template, as that of chats that have none."""
+    system_when: Literal["missing", "always"] = "missing"
+    """Which conversations get `data.system`: those without a system turn (`missing`), or all, in the place of their own
+    (`always`). How many there were is said."""
     targets: Literal["completion", "assistant", "last", "all"] | list[Role] = "assistant"
     """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
     prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is, nor a turn whose row says
@@ -196,11 +235,25 @@ class DataSection(Section):
     quality: QualitySection | None = None
     """Look for duplicates, leaks of held-out rows, passages of benchmarks and contradictory answers among the training rows. The
     rows are read once more for that."""
+    max_turns: PositiveInt | None = None
+    """Keep the last exchanges of a conversation only, a question with all that answers it each; the system prompt stays. What is
+    left out is not trained, and counted."""
+    reasoning: Literal["keep", "last", "each", "none"] = "keep"
+    """Which thoughts of the rows are trained (`reasoning_content`, `<think>` in an answer): all (`keep`; a trained one that the
+    template leaves out is refused), those behind the last question (`last`; earlier answers are trained in words alone), or none.
+    `each`: all, of conversations with earlier thoughts one exchange at a time, behind the turns before it as the template shows
+    them then, which may be without their thoughts (Qwen3, DeepSeek); such a row becomes a document for each exchange."""
+    train_empty_thought: bool = True
+    """Whether an empty thought in front of an answer (`<think></think>`) carries loss where the template's prompt does not write
+    it. `false`: only what follows it does."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
-    too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"
-    """What happens to a longer document. `truncate` cuts the end and says how many rows lost trained tokens; `split` cuts it into
-    several. `auto`: `split` for plain text, `truncate` for chats."""
+    too_long: Literal["truncate", "truncate_left", "drop", "split", "split_turns", "error"] | Auto = "auto"
+    """What happens to a longer document. `truncate` cuts the end and says how many rows lost trained tokens. `truncate_left`
+    leaves out a chat's earliest exchanges, then the beginning of its last question, and never a part of an answer or the system
+    prompt; a chat whose last answer does not fit is dropped; plain text keeps its last tokens. `split` cuts into pieces of equal
+    length, `split_turns` a chat between exchanges, each piece with the system prompt. `auto`: `split` for plain text, `truncate`
+    for chats."""
     packing: Literal["best_fit", "token_budget", "none"] = "best_fit"
     """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length`
     tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice.
@@ -236,6 +289,10 @@ class DataSection(Section):
             raise ValueError(
                 "folds are not of times: a run of one would be trained on rows that are later than those that it is measured on. "
                 "Leave out data.fold and give data.validation_fraction, or leave out data.split.time"
+            )
+        if self.reasoning == "each" and self.targets == "all":
+            raise ValueError(
+                "data.reasoning: each trains each turn once, data.targets: all the whole text; name roles as targets"
             )
         return self
 

@@ -35,11 +35,16 @@ _LEAST_QUESTION, _LEAST_ANSWER = 24, 16
 corrected sentence with the sentence."""
 
 
-def tally_document(input_ids: np.ndarray, bos: int | None, origin: Origin, tally: Tally) -> None:
-    """Count a row that became tokens by its length, and as one that begins with two beginning-of-text tokens."""
+def tally_document(input_ids: np.ndarray, num_tokens: int, bos: int | None, origin: Origin, tally: Tally) -> None:
+    """Count a row that became tokens by its length, and as one that begins with two beginning-of-text tokens.
+
+    Args:
+        input_ids: of the document, or the first of several, that it became.
+        num_tokens: that it has where nothing is cut to fit.
+    """
     if not len(input_ids):
         return
-    tally.lengths[bucket_of(len(input_ids))] += 1
+    tally.lengths[bucket_of(num_tokens)] += 1
     if bos is not None and input_ids[:2].tolist() == [bos, bos]:
         tally.add("double_bos", origin)
 

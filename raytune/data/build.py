@@ -250,7 +250,9 @@ def tokenising_options(
         new_tokens=tuple(new_tokens),
         tokenizer_fingerprint=request.tokenizer_fingerprint,
         template=request.template,
+        shape=request.shape,
         targets=request.targets,
+        train_empty_thought=request.train_empty_thought,
         token_classes=request.token_classes,
         max_length=request.max_length,
         side=request.side,
@@ -260,10 +262,10 @@ def tokenising_options(
 
 def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
     """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
-    only its last answers."""
-    if policy != "auto":
-        return policy
-    return "split" if name == "text" else "truncate"
+    only its last answers. Plain text has no turns to be split at."""
+    if policy == "auto":
+        return "split" if name == "text" else "truncate"
+    return "split" if policy == "split_turns" and name == "text" else policy
 
 
 def _report(

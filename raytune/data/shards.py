@@ -9,12 +9,13 @@ from raytune.config.model import NewToken
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.recognising import Reading
+from raytune.data.shaping import Shape
 from raytune.data.sources import Segment
 from raytune.data.split import Side, Split
 from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
 
-TooLong = Literal["truncate", "drop", "split", "error"]
+TooLong = Literal["truncate", "truncate_left", "drop", "split", "split_turns", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
 
 ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -33,7 +34,9 @@ class TokenisingOptions:
     new_tokens: tuple[NewToken, ...]
     tokenizer_fingerprint: str
     template: str
+    shape: Shape
     targets: Targets
+    train_empty_thought: bool
     token_classes: tuple[TokenClass, ...]
     max_length: int
     side: Side | Literal["all"]
@@ -141,7 +144,7 @@ def too_long_error(tally: Tally, max_length: int) -> DataError:
         tally,
         "dropped",
         f"are longer than data.max_length, {max_length} tokens",
-        "Raise data.max_length, or set data.too_long to truncate, drop or split.",
+        "Raise data.max_length, or set data.too_long to truncate, truncate_left, drop, split or split_turns.",
     )
 
 

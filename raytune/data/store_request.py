@@ -11,6 +11,7 @@ from typing import Any, Literal
 from raytune.config.data import DataSource, QualitySection
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
+from raytune.data.shaping import AS_IT_IS, Shape
 from raytune.data.shards import TooLong
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.token_classes import TokenClass
@@ -28,6 +29,7 @@ _CODE = (
     "fields",
     "finished_shards",
     "formats",
+    "long_chats",
     "masking",
     "mixing",
     "order",
@@ -42,6 +44,7 @@ _CODE = (
     "row_file",
     "row_findings",
     "row_marks",
+    "shaping",
     "shard_documents",
     "shards",
     "signatures",
@@ -68,8 +71,11 @@ class StoreRequest:
 
     sources: tuple[DataSource, ...]
     template: str
-    """Jinja text (`template_text.resolve_template`); empty if all sources are plain text."""
+    """Jinja text (`template_front.template_of`); empty if all sources are plain text."""
     targets: Targets
+    shape: Shape = AS_IT_IS
+    """What is made of every conversation before the template sees it."""
+    train_empty_thought: bool = True
     token_classes: tuple[TokenClass, ...] = ()
     """Whose tokens weigh otherwise than the rest."""
     max_length: int

@@ -67,6 +67,11 @@ class TextEncoder:
         first_bytes = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         return self._encode_by_length(texts, first_bytes) or self._encode_by_offset(texts, first_bytes)
 
+    def starts_of(self, text: str) -> list[int]:
+        """Where the tokens of a text begin, in characters."""
+        starts = self.encode([text]).starts
+        return (starts if text.isascii() else np.searchsorted(bytes_before(text), starts)).tolist()
+
     def decode(self, token: int) -> str:
         return self._backend.decode([token], skip_special_tokens=False)
 

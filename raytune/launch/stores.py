@@ -24,12 +24,13 @@ from raytune.data.borders import measured
 from raytune.data.build import build_store, tokenising_options
 from raytune.data.packing import Packing
 from raytune.data.preview import Previewer
+from raytune.data.shaping import Shape
 from raytune.data.shards import ParallelMap
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template import ChatTemplate
-from raytune.data.template_text import resolve_template
+from raytune.data.template_front import template_of
 from raytune.data.text_encoder import TextEncoder
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
@@ -265,7 +266,7 @@ class DataBuilder:
         are_texts = all(source.format == "text" for source in tokenised_sources(self._config))
         if are_texts and not asks_in_chats(self._config):
             return ""
-        return resolve_template(self._config.data.template, tokenizer)
+        return template_of(self._config.data, tokenizer)
 
     def _store(
         self,
@@ -314,7 +315,9 @@ class DataBuilder:
         return StoreRequest(
             sources=tuple(sources),
             template=self._template,
+            shape=Shape.of(data),
             targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+            train_empty_thought=data.train_empty_thought,
             token_classes=classes,
             max_length=self._row_length,
             too_long=data.too_long,

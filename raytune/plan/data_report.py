@@ -104,6 +104,20 @@ class SourceReport(Plan):
     """Turns that `data.targets` means and that carry no loss because their row says so, by `weight: 0` or `train: false`."""
     weighted_turns: int = 0
     """Trained turns whose row gives each of their tokens another weight than 1 (`weight: 0.5`)."""
+    systems_given: int = 0
+    """That got `data.system`, in the place of their own or because they have none."""
+    turns_left_out: int = 0
+    """Turns before the last exchanges (`data.max_turns`)."""
+    thoughts_left_out: int = 0
+    """Turns that are trained, or seen, without the thought that the row has (`data.reasoning`)."""
+    by_exchange: int = 0
+    """That became a document for each exchange (`data.reasoning: each`)."""
+    thoughts_not_shown: int = 0
+    """Thoughts of turns that are not trained and that the template does not show, as those of earlier answers."""
+    empty_thoughts: int = 0
+    """Trained answers that begin with an empty thought (`data.train_empty_thought`)."""
+    shortened: int = 0
+    """That lost their earliest exchanges, or the beginning of their question, to `data.max_length`."""
     targets_of_class: dict[str, int] = {}
     """Classes of `data.token_weights`, with their factors -> targets."""
     unread_columns: dict[str, int]
@@ -261,7 +275,8 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "bad": f"{_many(source.bad, 'bad row')} {of} skipped (data.on_bad_row: skip)",
         "no_target": f"{_many(source.no_target, 'row')} {of} without targets: nothing in them is to be trained (data.targets)",
         "cut_off": f"{_many(source.cut_off, 'row')} {of} without targets: they lie behind {limit}",
-        "cut": f"{_many(source.cut, 'answer')} cut at {limit} (data.too_long: {source.too_long})",
+        "cut": f"{_many(source.cut, 'answer')} {'left out or ' * (source.too_long == 'truncate_left')}cut at {limit} "
+        f"(data.too_long: {source.too_long})",
         "dropped": f"{_many(source.dropped, 'row')} {of} dropped, longer than {limit} (data.too_long: {source.too_long})",
         "split": f"{_many(source.split, 'document')} split at {limit} (data.too_long: {source.too_long})",
         "blank_answers": f"{_many(source.blank_answers, 'row')} with a trained answer or text that is empty or only white space",
@@ -273,6 +288,8 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         "double_bos": f"{_many(source.double_bos, 'row')} that begin with two beginning-of-text tokens",
         "prompt_trained": f"{_many(source.prompt_trained, 'row')} whose question is trained, though data.targets does not ask "
         f"for that",
+        "shortened": f"{_many(source.shortened, 'row')} without the earliest turns, or words of the question, to fit {limit} "
+        f"(data.too_long: {source.too_long})",
         "unending": f"{_many(source.unending, 'document')} whose last target is no special token: a model may not learn to stop",
     }
     lines = [sentence + _first(source.examples, name) for name, sentence in sentences.items() if getattr(source, name)]
@@ -286,6 +303,7 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
         lines.append(f"{turns} without loss because the row says so (weight: 0, train: false)")
     if source.weighted_turns:
         lines.append(f"{_many(source.weighted_turns, 'turn')} whose tokens count by the weight that the row gives them")
+    lines += [words.format(_many(getattr(source, name), one)) for name, (one, words) in _SHAPED.items() if getattr(source, name)]
     if source.targets_of_class:
         counts = (f"{name}: {count} of {source.targets} targets" for name, count in source.targets_of_class.items())
         lines.append(f"tokens that count by data.token_weights in the training loss: {'; '.join(counts)}")
@@ -327,6 +345,23 @@ def _balance_lines(balance: Balance | None) -> list[str]:
 def _shares(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     return ", ".join(f"{name or 'no letters'} {count / total:.1%}" for name, count in counts.items())
+
+
+_SHAPED = {
+    "systems_given": ("conversation", "{} with data.system as the system prompt"),
+    "turns_left_out": ("turn", "{} left out before the last exchanges (data.max_turns)"),
+    "thoughts_left_out": ("turn", "{} without the thought that the row has (data.reasoning)"),
+    "by_exchange": (
+        "row",
+        "{} trained as a document for each exchange, behind the turns before it (data.reasoning: each)",
+    ),
+    "thoughts_not_shown": ("thought", "{} left out by the template: not trained, and not seen by later answers"),
+    "empty_thoughts": (
+        "answer",
+        "{} beginning with an empty thought (data.train_empty_thought)",
+    ),
+}
+"""What was done to turns, by the name of its count: what is counted, and in which words it is told."""
 
 
 def _of_files(files: Sequence[str]) -> str:

@@ -76,8 +76,9 @@ KEY_OF = {
 """Value of a run's identity, with what is below it -> the key that decides it. Those of the adapter have one name in both."""
 
 _OF_DATA = (
-    *("data.targets", "data.too_long", "data.packing", "data.validation_fraction", "data.test_fraction"),
-    *("data.fold.index", "data.fold.of", "data.split.group", "data.split.strata", "data.split.time"),
+    *("data.targets", "data.too_long", "data.packing", "data.validation_fraction", "data.test_fraction", "data.max_turns"),
+    *("data.fold.index", "data.fold.of", "data.split.group", "data.split.strata", "data.split.time", "data.template_options"),
+    *("data.system", "data.system_when", "data.reasoning", "data.train_empty_thought"),
 )
 """Keys that decide which tokens a store holds, whatever the rows are; `auto` may be what another word says."""
 _OF_LENGTH = ("training.num_train_epochs", "training.max_steps")

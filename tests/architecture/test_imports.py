@@ -92,7 +92,10 @@ OWNERS = {
     "wandb": {"tracking/wandb.py"},
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"report/figures/"},
-    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/page.py", "report/model_card.py"},
+    "jinja2": {
+        *("data/template.py", "data/template_budget.py", "data/template_front.py"),
+        *("clusters/provider.py", "report/page.py", "report/model_card.py"),
+    },
 }
 
 
