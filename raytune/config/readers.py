@@ -228,6 +228,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "mixing", "plan.mixing"),
     **_read("data.mixing", "temperature", "plan.mixing", needs=(TO_BE_MIXED, NO_PROPORTIONS)),
     **_read("data.mixing", "until", "plan.mixing", needs=(TO_BE_MIXED, MIXED)),
+    **_read("data", "augment", "launch.stores"),
+    **_read("data.augment", "copies noise wordings function seed", "launch.stores"),
     **_rows_of_sources("data.validation"),
     **_read("data", "validation_fraction too_long packing on_bad_row store", "launch.stores"),
     **_read("data", "on_prompt_mismatch", "launch.stores", needs=(CHAT,), idle=("error",)),

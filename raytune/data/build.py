@@ -99,7 +99,7 @@ def build_store(
             side=request.side,
             validation_fraction=request.validation_fraction,
         )
-        tasks = _shards(request.sources, scanned, readings, policies, options, draft)
+        tasks = _shards(request, scanned, readings, policies, options, draft)
         results = list(parallel_map(tokenise_shard, tasks))
         tallies = _checked_tallies(request, results)
         built = draft / "store"
@@ -196,7 +196,7 @@ def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written
 
 
 def _shards(
-    sources: Sequence[DataSource],
+    request: StoreRequest,
     scanned: Sequence[Sequence[ScannedFile]],
     readings: Sequence[Reading],
     policies: Sequence[TooLong],
@@ -205,10 +205,11 @@ def _shards(
 ) -> list[ShardTask]:
     """Divide all segments into tasks of similar size, in order. A source of which only the first rows count is one task."""
     groups: list[tuple[int, list[ShardPart]]] = []
+    first_replayed = len(request.sources) - request.mixture.num_replayed
     num_segments = sum(len(file.segments) for files in scanned for file in files)
     per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
     file_index = 0
-    for number, (source, files, reading) in enumerate(zip(sources, scanned, readings, strict=True)):
+    for number, (source, files, reading) in enumerate(zip(request.sources, scanned, readings, strict=True)):
         parts = []
         for file in files:
             parts += [ShardPart(segment=segment, file_index=file_index, reading=reading) for segment in file.segments]
@@ -219,9 +220,10 @@ def _shards(
         ShardTask(
             source=number,
             parts=tuple(parts),
-            max_rows=sources[number].max_rows,
+            max_rows=request.sources[number].max_rows,
             too_long=policies[number],
             options=options,
+            augmentation=None if number >= first_replayed else request.augmentation,
             output=str(draft / f"shard-{index:05d}.arrow"),
         )
         for index, (number, parts) in enumerate(groups)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raytune.config.model import NewToken
+from raytune.data.augmenting import Augmentation
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.recognising import Reading
@@ -56,6 +57,8 @@ class ShardTask:
     """Rows that are read at most."""
     too_long: TooLong
     options: TokenisingOptions
+    augmentation: Augmentation | None = None
+    """What is made of its rows beside themselves."""
     output: str
     """Arrow file that is written."""
 

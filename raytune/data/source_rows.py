@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from raytune.config.data import DataSource
+from raytune.data.augmenting import Augmentation, copies_of
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
@@ -77,8 +78,9 @@ def read_parts(
     validation_fraction: float,
     *,
     are_asked: bool = False,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[tuple[Conversation, int]]:
-    """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
+    """Conversations of the wanted side, each with the number of its file and before what is made of it; bad rows are tallied."""
     rows = ((part, row) for part in parts for row in read_segment(part.segment))
     for part, row in islice(rows, max_rows):
         tally.add("rows")
@@ -97,3 +99,7 @@ def read_parts(
                 tally.unread_columns.update(conversation.unread_columns)
                 tally.unread_keys.update(conversation.unread_keys)
                 yield conversation, part.file_index
+                for made in copies_of(row.values, conversation, part.reading, augmentation) if augmentation else ():
+                    tally.add("rows")
+                    tally.add("augmented")
+                    yield made, part.file_index

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from raytune.config.data import DataSource
+from raytune.data.augmenting import Augmentation
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
 from raytune.data.shards import TooLong
@@ -19,6 +20,7 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
 # Modules whose code decides what a store holds.
 _CODE = (
+    "augmenting",
     "build",
     "compression",
     "conversation",
@@ -78,6 +80,8 @@ class StoreRequest:
     validation_fraction: float = 0.0
     mixture: Mixture = EACH_ROW_ONCE
     """How often the store has the documents of each source."""
+    augmentation: Augmentation | None = None
+    """What is made of the rows of each source that is not replayed."""
     loss_weights: tuple[float, ...] = ()
     """Of each source; empty: each is 1."""
 

@@ -119,7 +119,7 @@ def _encoder_and_template(
 
 def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
     options = task.options
-    rows = read_parts(task.parts, task.max_rows, tally, options.side, options.validation_fraction)
+    rows = read_parts(task.parts, task.max_rows, tally, options.side, options.validation_fraction, augmentation=task.augmentation)
     return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from raytune.config.augment import AugmentSection
 from raytune.config.data import DataSource, TokenWeightsSection, TrainSource
 from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
@@ -290,7 +291,7 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
 
 def _weights_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
-    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
+    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection(), "augment": AugmentSection()}
 
 
 def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:

@@ -12,6 +12,7 @@ from raytune.config.data import DataSource, named_sources
 from raytune.config.evaluation import SuiteSection, is_code, suites_of
 from raytune.config.row_sources import asks_in_chats, evaluated_sets, tokenised_sources, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
+from raytune.data.augmenting import Augmentation
 from raytune.data.build import ParallelMap, build_store
 from raytune.data.packing import Packing
 from raytune.data.split import Side
@@ -21,7 +22,7 @@ from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
-from raytune.errors import DataError
+from raytune.errors import DataError, UserError
 from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
@@ -32,6 +33,7 @@ from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
 from raytune.plan.suites import suite_plan
 from raytune.storage import is_local
+from raytune.user_code import read_code
 
 STORES_FOLDER = "stores"
 
@@ -81,7 +83,20 @@ class DataBuilder:
         config, is_split = self._config, bool(self._config.data.validation_fraction)
         sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
         classes = token_classes(config.data.token_weights)
-        train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config), classes)
+        train = self._store(
+            sources,
+            "train" if is_split else "all",
+            mixture_of(config),
+            loss_weights_of(config),
+            classes,
+            augmentation=augmentation_of(config),
+        )
+        if config.data.augment.copies and not train.report.total("augmented"):
+            raise DataError(
+                "Nothing was made of any training row: each copy came out as its row is, or data.augment.function returned none. "
+                "Change data.augment, or leave it out.",
+                keys=("data.augment",),
+            )
         counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
         sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
         side = "validation" if is_split else "all"
@@ -181,6 +196,7 @@ class DataBuilder:
         loss_weights: tuple[float, ...] = (),
         classes: tuple[TokenClass, ...] = (),
         packing: Packing | None = None,
+        augmentation: Augmentation | None = None,
     ) -> StoreInfo:
         """Args:
         classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
@@ -203,6 +219,7 @@ class DataBuilder:
             side=side,
             validation_fraction=data.validation_fraction,
             mixture=mixture,
+            augmentation=augmentation,
             loss_weights=loss_weights,
         )
         return build_store(
@@ -221,6 +238,22 @@ def _counts_in_training(sets: Iterable[str], trained: StoreReport) -> dict[str, 
     is held out have none."""
     counted = zip(sets, trained.sources, strict=True)
     return {name: source.loss_weight * source.passes for name, source in counted if source.other_side}
+
+
+def augmentation_of(config: RunConfig) -> Augmentation | None:
+    """What is made of training rows, with the code that makes it; None: nothing.
+
+    Raises:
+        UserError: if that code is not here.
+    """
+    asked = config.data.augment
+    if not asked.copies:
+        return None
+    try:
+        code = read_code(asked.function) if asked.function else None
+    except UserError as error:
+        raise UserError(str(error), keys=("data.augment.function",)) from error
+    return Augmentation(copies=asked.copies, noise=asked.noise, wordings=tuple(asked.wordings), function=code, seed=asked.seed)
 
 
 def store_plan_of(name: str, info: StoreInfo, weight: float = 1.0) -> StorePlan:
