@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from raytune.config.augment import AugmentSection
 from raytune.config.data_limits import LimitsSection
 from raytune.config.quality import QualityPolicies
 from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
@@ -193,6 +194,8 @@ class DataSection(Section):
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
     mixing: MixingSection = MixingSection()
     """How often an epoch has the rows of each of several sources. Without a word here or in them: each row once."""
+    augment: AugmentSection = AugmentSection()
+    """Further training rows that are made of those that there are."""
     validation: Sources = []
     """Rows for evaluation while training. Empty with `validation_fraction` 0: no evaluation."""
     validation_fraction: Fraction = 0.0

@@ -235,6 +235,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "mixing", "plan.mixing"),
     **_read("data.mixing", "temperature", "plan.mixing", needs=(TO_BE_MIXED, NO_PROPORTIONS, NO_PASSES)),
     **_read("data.mixing", "until", "plan.mixing", needs=(TO_BE_MIXED, MIXED)),
+    **_read("data", "augment", "launch.stores"),
+    **_read("data.augment", "copies noise wordings function seed", "data.augmenting"),
     **_rows_of_sources("data.validation"),
     **_read("data", "quality", "launch.stores"),
     **_read("data.quality", "exact_duplicates near_duplicates damaged_text contradictions", "data.quality"),

@@ -94,6 +94,7 @@ def named_code(config: RunConfig) -> list[tuple[str, str]]:
     """Files with functions of the user's, each with the key that names it. Installed modules are none."""
     objective = config.strategy.objective
     named = [("strategy.objective", objective.function)] if objective else []
+    named += [("data.augment.function", function)] if (function := config.data.augment.function) else []
     named += [("callbacks", name) for name in config.callbacks]
     named += [(f"{key}.metrics", name) for key, suite in suites_of(config.evaluation).items() for name in code_of_suite(suite)]
     return [(key, file) for key, file in ((key, parts_of(name)[0]) for key, name in named) if file.endswith(FILE_ENDING)]

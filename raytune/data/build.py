@@ -352,6 +352,7 @@ def _shards(
 ) -> list[ShardTask]:
     """Divide all segments into tasks of similar size, in order. A source of which only the first rows count is one task."""
     groups: list[tuple[int, list[ShardPart]]] = []
+    first_replayed = len(request.sources) - request.mixture.num_replayed
     num_segments = sum(len(file.segments) for files in scanned for file in files)
     per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
     file_index = 0
@@ -373,6 +374,7 @@ def _shards(
             max_rows=request.sources[number].max_rows,
             too_long=policies[number],
             options=options,
+            augmentation=None if number >= first_replayed else request.augmentation,
             output="",
         )
         for index, (number, parts) in enumerate(groups)

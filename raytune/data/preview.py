@@ -15,6 +15,7 @@ from raytune.data.build import resolved_too_long
 from raytune.data.conversation import Conversation, RowError
 from raytune.data.masking import target_mask
 from raytune.data.pieces import Piece, TokenKind, pieces_of
+from raytune.data.shaping import shaped
 from raytune.data.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import read_parts, readings_of
@@ -167,7 +168,7 @@ class Previewer:
             read = read_parts(parts, most, Tally(), options.side, options.split)
             rows: dict[tuple[int, int], list[Conversation]] = {}
             for row, file_index in read:
-                rows.setdefault((file_index, row.origin.line), []).append(row)
+                rows.setdefault((file_index, row.origin.line), []).extend(shaped(row, options.shape, options.targets).pieces)
             documents = [
                 self._shown(rows[document.place], name, loss_weight, document, task.too_long)
                 for document in _documents(made.path)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from raytune.config.model import NewToken
+from raytune.data.augmenting import Augmentation
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.recognising import Reading
@@ -67,6 +68,8 @@ class ShardTask:
     """Rows that are read at most."""
     too_long: TooLong
     options: TokenisingOptions
+    augmentation: Augmentation | None = None
+    """What is made of its rows beside themselves."""
     output: str
     """Folder that is written (`finished_shards`)."""
     left_out: bytes | None = None

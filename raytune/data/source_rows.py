@@ -5,7 +5,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from raytune.config.data import DataSource
+from raytune.data.augmenting import Augmentation, copies_of
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
@@ -81,8 +84,15 @@ def read_parts(
     split: Split,
     *,
     are_asked: bool = False,
+    left_out: Sequence[bool] | np.ndarray | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[tuple[Conversation, int]]:
-    """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
+    """Conversations of the wanted side, each with the number of its file and before what is made of it; bad rows are tallied.
+
+    Args:
+        left_out: of each of them, whether it is left out, and tallied as `filtered`. None: none is.
+    """
+    is_out = None if left_out is None else iter(left_out)
     rows = ((part, row) for part in parts for row in read_segment(part.segment))
     for part, row in islice(rows, max_rows):
         if part.only_line not in (None, row.line):
@@ -104,4 +114,11 @@ def read_parts(
             else:
                 tally.unread_columns.update(conversation.unread_columns)
                 tally.unread_keys.update(conversation.unread_keys)
+                if is_out is not None and next(is_out):
+                    tally.add("filtered")
+                    continue
                 yield conversation, part.file_index
+                for made in copies_of(row.values, conversation, part.reading, augmentation) if augmentation else ():
+                    tally.add("rows")
+                    tally.add("augmented")
+                    yield made, part.file_index

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raytune.config.data import DataSource, QualitySection
+from raytune.data.augmenting import Augmentation
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
 from raytune.data.shaping import AS_IT_IS, Shape
@@ -22,12 +23,15 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 _CODE = (
     "alike",
     "audit",
+    "augmenting",
     "borders",
     "build",
     "compression",
     "conversation",
+    "documents",
     "fields",
     "finished_shards",
+    "fitting",
     "formats",
     "long_chats",
     "masking",
@@ -93,6 +97,8 @@ class StoreRequest:
     split: Split = EVERY_ROW_TRAINS
     mixture: Mixture = EACH_ROW_ONCE
     """How often the store has the documents of each source."""
+    augmentation: Augmentation | None = None
+    """What is made of the rows of each source that is not replayed."""
     loss_weights: tuple[float, ...] = ()
     """Of each source; empty: each is 1."""
     quality: QualitySection | None = None

@@ -84,9 +84,8 @@ def _write_documents(task: ShardTask, path: Path, tally: Tally, note_rows: Calla
                     documents = chat_documents(batch, encoder, template, options, task.too_long, tally)
                 pieces = []
                 for of_row in documents:
-                    tally_document(
-                        of_row[0].input_ids, max(one.num_uncut for one in of_row), encoder.bos, of_row[0].origin, tally
-                    )
+                    first, num_tokens = of_row[0], max(one.num_uncut for one in of_row)
+                    tally_document(first.input_ids, num_tokens, encoder.bos, first.origin, tally)
                     pieces += fitted(of_row, options.max_length, task.too_long, tally)
                 for piece in pieces:
                     _tally_classes(piece, options.token_classes, tally)
@@ -123,20 +122,11 @@ def _encoder_and_template(
 
 def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
     options = task.options
-    rows = read_parts(task.parts, task.max_rows, tally, options.side, options.split)
-    if task.left_out is not None:
-        rows = _remaining(rows, np.frombuffer(task.left_out, bool), tally)
+    left_out = None if task.left_out is None else np.frombuffer(task.left_out, bool)
+    rows = read_parts(
+        task.parts, task.max_rows, tally, options.side, options.split, left_out=left_out, augmentation=task.augmentation
+    )
     return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
-
-
-def _remaining(
-    rows: Iterator[tuple[Conversation, int]], are_left_out: np.ndarray, tally: Tally
-) -> Iterator[tuple[Conversation, int]]:
-    for row, is_left_out in zip(rows, are_left_out, strict=True):
-        if is_left_out:
-            tally.add("filtered")
-        else:
-            yield row
 
 
 def _tally_classes(piece: Document, classes: Sequence[TokenClass], tally: Tally) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from raytune.config.augment import AugmentSection
 from raytune.config.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
 from raytune.config.data_limits import waived
 from raytune.config.evaluation import suites_of
@@ -335,7 +336,8 @@ def _judge(reading: _Reading, key: str, source: DataSource, facts: DataFacts | N
 
 def _not_read_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are none of those."""
-    of_training = {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
+    untrained = {"token_weights": TokenWeightsSection(), "augment": AugmentSection()}
+    of_training = {} if key.startswith("data.train") else untrained
     return of_training if key.startswith(("data.train", "strategy.replay")) else of_training | {"split": SplitSection()}
 
 

@@ -20,6 +20,7 @@ from raytune.config.row_sources import (
     weighed_sources,
 )
 from raytune.config.run import RunConfig
+from raytune.data.augmenting import Augmentation, augmentation_of
 from raytune.data.borders import measured
 from raytune.data.build import build_store, tokenising_options
 from raytune.data.packing import Packing
@@ -123,7 +124,9 @@ class DataBuilder:
             loss_weights=loss_weights_of(config),
             classes=token_classes(data.token_weights),
             quality=data.quality,
+            augmentation=augmentation_of(data.augment),
         )
+        self._refuse_no_copies(train)
         validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
         test = self._measured(tested_sets(config), "test" if data.test_fraction else "all", split, train)
         # Each document has a gradient of its own, which only one that passes alone gives.
@@ -238,6 +241,19 @@ class DataBuilder:
                 raise self._no_embedding(question.largest_token, f"question {number} of {key}")
         return questions
 
+    def _refuse_no_copies(self, train: StoreInfo) -> None:
+        """Refuse an augmentation that comes to nothing.
+
+        Raises:
+            DataError: naming its section.
+        """
+        if self._config.data.augment.copies and not train.report.total("augmented"):
+            raise DataError(
+                "Nothing was made of any training row: each copy came out as its row is, or data.augment.function returned none. "
+                "Change data.augment, or leave it out.",
+                keys=("data.augment",),
+            )
+
     def _check_tokens(self, info: StoreInfo) -> None:
         """Refuse a store with tokens that were added to the tokenizer, but not to the model.
 
@@ -305,9 +321,10 @@ class DataBuilder:
         loss_weights: tuple[float, ...] = (),
         classes: tuple[TokenClass, ...] = (),
         quality: QualitySection | None = None,
+        augmentation: Augmentation | None = None,
     ) -> StoreRequest:
         """Args:
-        mixture, loss_weights: of training sources.
+        mixture, loss_weights, augmentation: of training sources.
         classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
         quality: what is looked for among training rows.
         """
@@ -328,6 +345,7 @@ class DataBuilder:
             side=side,
             split=split,
             mixture=mixture,
+            augmentation=augmentation,
             loss_weights=loss_weights,
             quality=quality,
             held_out=(*data.validation, *data.test) if quality else (),

@@ -45,7 +45,9 @@ class SourceReport(Plan):
     too_long: str
     """What was done with documents that are longer than a packed row: `data.too_long`, with `auto` resolved."""
     rows: int
-    """Read."""
+    """Read, or made of those."""
+    augmented: int = 0
+    """Made of others by `data.augment`."""
     used: int
     """With at least one target."""
     bad: int
@@ -262,8 +264,9 @@ def _counted(source: SourceReport) -> str:
         (source.test_side, "{} held out for the test", "row"),
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
+    made = f" and {source.augmented} made of them" if source.augmented else ""
     return (
-        f"{source.rows} read as {source.format}{_of_files(source.files)}, {source.used} used"
+        f"{source.rows - source.augmented} read as {source.format}{_of_files(source.files)}{made}, {source.used} used"
         + (f": {', '.join(losses)}" if losses else "")
         + f"; {format_count(source.tokens)} tokens, {format_count(source.targets)} targets"
     )
