@@ -68,7 +68,7 @@ def chat_documents(
     made = [shaped(row, options.shape, options.targets) for row, _ in rows]
     pieces = [(piece, file_index) for each, (_, file_index) in zip(made, rows) for piece in each.pieces]
     encode = partial(
-        _encoded_chats,
+        encoded_chats,
         encoder=encoder,
         template=template,
         targets=options.targets,
@@ -110,7 +110,7 @@ def _usable(found: Document | RowError) -> Document:
     return found
 
 
-def _encoded_chats(
+def encoded_chats(
     rows: Sequence[tuple[Conversation, int]],
     encoder: TextEncoder,
     template: ChatTemplate,

@@ -339,7 +339,7 @@ def test_the_trials_of_a_sweep_tell_once_what_they_all_lose(tmp_path: Path) -> N
 
 def test_every_count_is_explained_and_what_is_lost_has_a_sentence() -> None:
     nothing = {"name": "n", "format": "messages", "too_long": "truncate", "unread_columns": {}, "unread_keys": {}, "examples": {}}
-    measured = {"rows", "used", "other_side", "test_side", "documents", "tokens", "targets", "prompts_compared"}
+    measured = {"rows", "augmented", "used", "other_side", "test_side", "documents", "tokens", "targets", "prompts_compared"}
     for lost in set(COUNTS) - measured:
         source = SourceReport.model_validate(nothing | dict.fromkeys(COUNTS, 0) | {lost: 2})
         report = DataReport.model_validate(

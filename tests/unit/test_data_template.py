@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.documents import Document, encoded_chats
 from raytune.data.masking import Targets
 from raytune.data.template import ChatTemplate, Rendered
 from raytune.data.template_text import TEMPLATES_FOLDER, resolve_template
 from raytune.data.text_encoder import TextEncoder
-from raytune.data.tokenising import _Document, _encoded_chats
 from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError
 from tests.tiny import PATIENT, tiny_rows, tiny_tokenizer
@@ -221,8 +221,8 @@ CHATS = st.tuples(st.none() | TEXTS.filter(len), st.lists(st.tuples(TEXTS, TEXTS
 
 
 def tokens_and_mask(template: ChatTemplate, tokenizer: Any, row: Conversation, targets: Targets) -> tuple[list[int], list[bool]]:
-    (document,) = _encoded_chats([(row, 0)], TextEncoder(tokenizer), template, targets)
-    assert isinstance(document, _Document), document
+    (document,) = encoded_chats([(row, 0)], TextEncoder(tokenizer), template, targets)
+    assert isinstance(document, Document), document
     return document.input_ids.tolist(), document.is_target.tolist()
 
 

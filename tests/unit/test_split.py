@@ -361,7 +361,10 @@ def test_a_plan_says_what_is_held_out_and_a_test_of_other_rows_is_no_part_of_a_r
     assert tested.used == train.test_side == plan.data.test[0].num_rows
     without = plan_run(config(tmp_path, validation_fraction=0.2, split={"time": "created"}))
     assert "data.train" in differences(identity_of(plan), identity_of(without)), "the test takes from the training rows"
-    named = [plan_run(config(tmp_path, test=f"demo:{name}", validation_fraction=0.2)) for name in ("test", "validation")]
+    named = [
+        plan_run(config(tmp_path, test=f"demo:{name}", validation_fraction=0.2, max_length=256))
+        for name in ("test", "validation")
+    ]
     assert not differences(identity_of(named[0]), identity_of(named[1]))
     assert named[0].data.test != named[1].data.test
 
