@@ -336,9 +336,10 @@ def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written
         if tally.counts["documents"] and not passes:
             is_replayed = number >= len(request.sources) - request.mixture.num_replayed
             key = "strategy.replay.share" if is_replayed else "data.mixing"
+            what = key if is_replayed else "its passes or proportion, or data.mixing.temperature"
             raise DataError(
                 f"An epoch has no document of {request.sources[number].path}: its part is less than half of one. Raise that "
-                f"({'strategy.replay.share' if is_replayed else 'its proportion, or data.mixing.temperature'}), or leave it out.",
+                f"({what}), or leave it out.",
                 keys=(key, "data.train"),
             )
 

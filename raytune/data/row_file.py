@@ -132,20 +132,21 @@ class _RowFiles:
         for some_rows in _in_batches(rows, lengths):
             batch = _record_batch(some_rows, documents, self._schema)
             with local_errors(self._folder):
-                if self._writer is None or self._num_tokens >= _TOKENS_PER_FILE:
-                    self._begin_file()
-                self._writer.write_batch(batch)
+                self._file_with_room().write_batch(batch)
             self._num_tokens += len(batch.column("input_ids").values)
             counts.targets += int(view(batch.column("num_targets"), np.int64).sum())
         counts.tokens, counts.bytes = int(lengths.sum(dtype=np.int64)), int(documents.num_bytes.sum())
         counts.longest_document = int(lengths.max())
         return counts
 
-    def _begin_file(self) -> None:
-        self._end_file()
-        self._sink = pa.OSFile(str(self._folder / f"rows-{self._num_files:05d}.arrow"), "wb")
-        self._writer = pa.ipc.new_file(self._sink, self._schema)
-        self._num_files, self._num_tokens = self._num_files + 1, 0
+    def _file_with_room(self) -> Any:
+        """Arrow's writer of the file that is being written, or of the next one."""
+        if self._writer is None or self._num_tokens >= _TOKENS_PER_FILE:
+            self._end_file()
+            self._sink = pa.OSFile(str(self._folder / f"rows-{self._num_files:05d}.arrow"), "wb")
+            self._writer = pa.ipc.new_file(self._sink, self._schema)
+            self._num_files, self._num_tokens = self._num_files + 1, 0
+        return self._writer
 
     def _end_file(self) -> None:
         if self._writer is not None:

@@ -182,9 +182,9 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["data"] = {"train": "a.jsonl", "validation_fraction": 0.1}
     if key.path.startswith("data.test."):
         base["data"]["test"] = "c.jsonl"
-    if key.path == "data.mixing.temperature":
+    if key.path in ("data.mixing.temperature", "data.train.passes"):
         base["data"]["train"] = ["a.jsonl", "c.jsonl"]
-    if key.path == "data.train.proportion":
+    if key.path in ("data.train.proportion", "data.train.max_passes"):
         base["data"]["train"] = [{"path": "a.jsonl", "proportion": 1.0}, {"path": "c.jsonl", "proportion": 1.0}]
     if key.path in ("model.double_quantization", "model.quant_compute_dtype", "model.quant_storage"):
         base["model"] |= {"quantization": "nf4"}
