@@ -232,7 +232,7 @@ READERS: dict[str, Reader] = {
     **_read("data.mixing", "until", "plan.mixing", needs=(TO_BE_MIXED, MIXED)),
     **_rows_of_sources("data.validation"),
     **_read("data", "quality", "launch.stores"),
-    **_read("data.quality", "exact_duplicates near_duplicates damaged_text contradictions", "data.quality"),
+    **_read("data.quality", "exact_duplicates near_duplicates damaged_text contradictions", "data.row_findings"),
     **_read("data.quality", "leaks", "data.quality", needs=(VALIDATION,), idle=("ignore",)),
     **_read("data.quality", "near_similarity", "data.quality", needs=(LOOKED_FOR_NEAR,)),
     **_read("data.quality", "benchmark_overlaps", "data.quality", needs=(BENCHMARKS,), idle=("ignore",)),
