@@ -1,5 +1,5 @@
-"""Which rows are equal, nearly so, or contradict each other: from numbers that stand for them. Pure, in memory of some 100 bytes
-a row, and the same however the rows were divided among processes.
+"""Which rows are equal, nearly so, or contradict each other: from numbers that stand for them. Pure, in memory of some
+hundreds of bytes a row, and the same however the rows were divided among processes.
 
 Rows are numbered in their order; the answer for a row is the number of another one, or -1.
 """

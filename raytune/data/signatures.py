@@ -30,7 +30,7 @@ def signatures_of(shingles: Sequence[np.ndarray], size: int) -> np.ndarray:
     Args:
         shingles: of each text, the numbers of its runs of words (`passages`).
     """
-    from rensa import RMinHash
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # it declares no names
 
     if not shingles:
         return np.empty((0, size), np.uint32)

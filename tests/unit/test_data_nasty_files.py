@@ -241,7 +241,10 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "{path}: the column 'Prompt' would be left unread: the format 'prompt_completion'",
     ),
     "nameless.jsonl": ('{"prompt": "Q", "completion": "A", "": "x"}\n', "{path}: the column '' would be left unread: the format"),
-    "columns.jsonl": (row(**{f"k{n}": n for n in range(9999)}), "'k18', 'k19', and 9979 more would be left unread: the format"),
+    "columns.jsonl": (
+        json.dumps({"prompt": "Q", "completion": "A"} | {f"k{n}": n for n in range(9999)}),
+        "'k18', 'k19', and 9979 more would be left unread: the format",
+    ),
 }
 
 

@@ -75,7 +75,8 @@ def files(tmp_path: Path) -> Path:
 
 def quality_of(files: Path, **policies: Any) -> QualitySection:
     benchmark = DataSource(path=str(files / "benchmark.jsonl"), columns={"text": "question"})
-    return QualitySection(**({"benchmarks": [benchmark]} | policies))
+    fields: dict[str, Any] = {"benchmarks": [benchmark]} | policies
+    return QualitySection(**fields)
 
 
 def build(files: Path, quality: QualitySection | None, **changes: Any) -> StoreInfo:
