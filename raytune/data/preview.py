@@ -256,7 +256,8 @@ def _segments(file: ScannedFile, wanted: int | RowPlace, *, is_limited: bool) ->
     line = wanted.line if wanted.is_in(file.file.name) else 0
     if is_limited:
         return [(segment, line) for segment in file.segments]
-    return [(segment, line) for segment in file.segments if line and segment.first_line <= line][-1:]
+    begun = [segment for segment in file.segments if line and segment.first_line <= line]
+    return [(segment, line) for segment in begun[-1:]]
 
 
 def _beginnings(length: int, step: int) -> Iterator[int]:
