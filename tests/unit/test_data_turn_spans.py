@@ -255,7 +255,7 @@ def test_a_thought_that_the_prompt_opens_is_a_thought_too() -> None:
     strips = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "false"))
     assert "strips the thought (</think>) in content of turn 2" in refusal(strips, row)
     keeps_last = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "true"))
-    assert "train that one alone with data.targets: last" in refusal(keeps_last, row)
+    assert "data.targets: last that one alone" in refusal(keeps_last, row)
     assert trained(keeps_last, row, "last") == ["how\n</think>\n\nB<|im_end|>"]
 
 
