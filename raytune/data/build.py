@@ -408,12 +408,14 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
             "cut_off": f"have their targets behind {longer}",
             "filtered": "are left out by data.quality",
             "no_target": f"have no target (data.targets: {request.targets})",
-            "other_side": "lie on the other side of the split (data.validation_fraction, data.fold)",
+            "other_side": "lie on another side of the split (data.validation_fraction, data.test_fraction, data.fold)",
             "test_side": "are held out for the test (data.test_fraction)",
         }
         lost = [f"  {counts[what]} {why}{_first(total, what)}" for what, why in reasons.items() if counts[what]]
         names = ", ".join(source.path for source in request.sources)
-        raise DataError("\n".join([f"No row of {names} can be trained on. Of {counts['rows']} rows", *lost]))
+        of_sides = {"validation": "is held out for validation", "test": "is held out for the test"}
+        what = of_sides.get(request.side, "can be trained on")
+        raise DataError("\n".join([f"No row of {names} {what}. Of {counts['rows']} rows", *lost]))
     return tallies
 
 
