@@ -230,7 +230,11 @@ def _without(tasks: Sequence[ShardTask], marked: Sequence[Marked], left_out: np.
 def _about(benchmarks: MarkedRows, num_words: int) -> list[str]:
     """How much of the benchmarks was looked for."""
     num_rows, num_short = len(benchmarks.marks), int((benchmarks.marks.num_passages == 0).sum())
-    short = f"; {num_short} of them have no turn of {num_words} words, and cannot be found" if num_short else ""
+    short = (
+        f"; {num_short} of them {'has' if num_short == 1 else 'have'} no turn of {num_words} words, and cannot be found"
+        if num_short
+        else ""
+    )
     return [f"training rows were compared with {num_rows} rows of benchmarks (data.quality.benchmarks){short}"]
 
 

@@ -123,7 +123,7 @@ def test_each_finding_is_counted_with_the_place_of_both_rows_and_nothing_is_chan
         "benchmark_overlaps": [f"{rows}:7: 18 of its 29 passages of 13 words are in {benchmark}:2"],
     }
     assert info.report.notes == [
-        "training rows were compared with 2 rows of benchmarks (data.quality.benchmarks); 1 of them have no turn of 13 words, "
+        "training rows were compared with 2 rows of benchmarks (data.quality.benchmarks); 1 of them has no turn of 13 words, "
         "and cannot be found"
     ]
     assert (source.used, source.filtered) == (len(ROWS), 0)
