@@ -32,14 +32,14 @@ def test_a_template_reads_the_value_as_it_is_written(value: Any) -> None:
 
 
 def test_a_caller_has_his_way_and_what_is_saved_is_not_given_it_twice() -> None:
-    tokenizer = tokenizer_for(READS)
+    tokenizer: Any = tokenizer_for(READS)
     section = data(template_options={"effort": "low"})
     tokenizer.chat_template = template_of(section, tokenizer)
     asked = [{"role": "user", "content": "Q"}]
     assert tokenizer.apply_chat_template(asked, tokenize=False).endswith('["low"]')
     assert tokenizer.apply_chat_template(asked, tokenize=False, effort="high").endswith('["high"]')
     assert template_of(section, tokenizer) == tokenizer.chat_template
-    again = tokenizer_for(tokenizer.chat_template)
+    again: Any = tokenizer_for(tokenizer.chat_template)
     again.chat_template = template_of(data(template_options={"effort": "none"}), again)
     assert again.apply_chat_template(asked, tokenize=False).endswith('["none"]'), "a model that is trained on is given another"
 
