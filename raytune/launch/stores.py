@@ -201,7 +201,13 @@ class DataBuilder:
             trust_remote_code=model.trust_remote_code,
             new_tokens=model.new_tokens,
         )
-        return Previewer(options=options, too_long=config.data.too_long, encoder=TextEncoder(self._tokenizer), chat=self._chat)
+        return Previewer(
+            options=options,
+            augmentation=augmentation_of(config.data.augment) if is_trained else None,
+            too_long=config.data.too_long,
+            encoder=TextEncoder(self._tokenizer),
+            chat=self._chat,
+        )
 
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""
