@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from raytune.api.configs import import_config as import_config
     from raytune.api.data import data_check as data_check
     from raytune.api.data import data_preview as data_preview
+    from raytune.api.data import data_rank as data_rank
     from raytune.api.jobs import doctor as doctor
     from raytune.api.jobs import logs as logs
     from raytune.api.jobs import preflight as preflight
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "configs": ("import_config",),
-    "data": ("data_check", "data_preview"),
+    "data": ("data_check", "data_preview", "data_rank"),
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
     "models": ("chat", "evaluate", "export", "generate", "merge", "push", "serve"),
     "runs": (
@@ -72,6 +73,7 @@ __all__ = [
     "compare",
     "data_check",
     "data_preview",
+    "data_rank",
     "doctor",
     "evaluate",
     "export",

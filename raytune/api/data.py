@@ -1,9 +1,10 @@
 """Verbs of rows as functions: what becomes of all of them, and how single ones are trained."""
 
+from collections.abc import Mapping, Sequence
 from os import fspath
 from typing import TYPE_CHECKING, Any
 
-from raytune.api.asked import Config, File, resolved_config
+from raytune.api.asked import Config, File, files_of, resolved_config
 from raytune.config.asked import require_named
 from raytune.config.load import as_one_run
 from raytune.config.places import errors_at
@@ -11,6 +12,7 @@ from raytune.config.places import errors_at
 if TYPE_CHECKING:
     from raytune.launch.data_check import DataCheck
     from raytune.launch.data_preview import DataPreview
+    from raytune.launch.rank import Ranking
 
 
 def data_check(config: Config, *, max_rows: int | None = None, **overrides: Any) -> "DataCheck":
@@ -69,3 +71,43 @@ def data_preview(
 
         write_preview_page(fspath(page), resolved.name, shown)
     return shown
+
+
+def data_rank(
+    run: File,
+    rows: File | Sequence[File],
+    *,
+    output: File,
+    top: int = 100,
+    row_format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    max_rows: int | None = None,
+    max_new_tokens: int = 256,
+    address: str | None = None,
+) -> "Ranking":
+    """Rank rows without answers by how unsure a run's model is of them, as `raytune data rank` does.
+
+    Args:
+        run: a finished run's folder.
+        rows: files, globs, folders or data sets, as in `data.train`, with answers or without.
+        output: file for the least certain, a line of JSON each; it must not be there yet.
+        top: rows that are written.
+        row_format, columns, max_rows: as in `data.train`.
+        max_new_tokens: longest answer, in tokens.
+        address: of a Ray cluster, as `cluster.address`, instead of the run's; "here": one inside this machine.
+
+    Returns:
+        `rows`, each with its `uncertainty` (nats per token of the model's own answer) and what was `asked`; how many were ranked
+        (`num_ranked`), and the `mean` over them.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, if the run has no final model, or no row can be asked.
+        raytune.errors.RaytuneError: if the workers failed.
+    """
+    from raytune.launch.rank import rank
+    from raytune.launch.rows_to_score import sources_of
+    from raytune.launch.score import run_to_score
+
+    sources = sources_of(files_of(rows), row_format, max_rows, columns)
+    ranked = run_to_score(fspath(run), address)
+    return rank(ranked, sources, top=top, output=fspath(output), max_new_tokens=max_new_tokens, address=address)

@@ -1,4 +1,4 @@
-"""Verbs that look at rows: data check, data preview. They train nothing."""
+"""Verbs that look at rows: data check, data preview, data rank. They train nothing."""
 
 import json
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Look at the rows of a run: what becomes of all of them, and how single ones are trained."""
+    """Look at rows: what becomes of all of a run's, how single ones are trained, and which are worth an annotation."""
 
 
 @data.command(
@@ -87,6 +87,53 @@ def data_preview(
 
         if not show_in_colours(shown):
             say(str(shown))
+
+
+@data.command(
+    "rank",
+    epilog=examples(
+        "data rank runs/support-bot unlabelled.jsonl --top 200 --output to-annotate.jsonl",
+        "data rank runs/support-bot 'logs/*.jsonl' --columns prompt=question --top 50 --output next.jsonl --address here",
+    ),
+)
+@click.argument("run")
+@click.argument("rows", nargs=-1, required=True)
+@click.option("--top", type=click.IntRange(min=1), default=100, show_default=True, help="Rows that are written.")
+@click.option("--output", metavar="FILE", required=True, help="A line of JSON per row. It must not be there yet.")
+@click.option("--format", "row_format", help="How rows are read, as data.train.format. Default: recognised by their columns.")
+@click.option("--columns", metavar="NAME=COLUMN,...", help="As data.train.columns: prompt=question.")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Rank the first rows only, of each of ROWS.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--address", help="Ray cluster instead of the run's, as cluster.address; here: one inside this machine.")
+@as_json_option
+@debug_option
+def data_rank(
+    run: str,
+    rows: tuple[str, ...],
+    top: int,
+    output: str,
+    row_format: str | None,
+    columns: str | None,
+    max_rows: int | None,
+    max_new_tokens: int,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Rank rows without answers by how unsure the model of a run is of them, and write the first: those to annotate next.
+
+    RUN is a finished run folder. ROWS are files, globs, folders or data sets, as in data.train. The model answers each row, and
+    its uncertainty is the mean negative log-likelihood of its own answer's tokens.
+    """
+    from raytune.launch.address import named_address
+    from raytune.launch.rank import rank
+    from raytune.launch.rows_to_score import columns_of, sources_of
+    from raytune.launch.score import run_to_score
+
+    sources = sources_of(rows, row_format or "auto", max_rows, columns_of(columns))
+    ranked = run_to_score(run, address)
+    begin_on(named_address(ranked.cluster))
+    ranking = rank(ranked, sources, top=top, output=output, max_new_tokens=max_new_tokens, address=address)
+    say(json.dumps(ranking.to_json()) if as_json else "\n".join(ranking.lines))
 
 
 def _named_run(arguments: tuple[str, ...]) -> "RunConfig":

@@ -8,9 +8,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
 from ray.cluster_utils import Cluster
+from transformers import AutoTokenizer
 
-from raytune import evaluate, train
+from raytune import data_rank, evaluate, train
 from raytune.evaluation.side_by_side import Evaluation
 from raytune.launch.result import RunResult
 
@@ -116,3 +119,35 @@ def test_an_adapter_in_its_folder_and_a_suite_of_a_file_are_measured_as_in_the_r
     for pair in found.pairs:
         assert pair.comparisons["answers"].scores["chrf"].tuned == wanted.scores["chrf"].tuned
     assert json.loads((tmp_path / "out/result.json").read_text()) == found.to_json()
+
+
+@pytest.mark.slow
+def test_rows_are_ranked_by_what_the_model_holds_of_its_own_answers(run: RunResult, tmp_path: Path) -> None:
+    """As plain transformers and PEFT count it."""
+    rows = [{"prompt": f"Where does {name} live?"} for name in ("Ada", "Bo", "Cy", "a person whom nobody knows", "42")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "first.jsonl"
+    ranking = data_rank(run.folder, tmp_path / "rows.jsonl", output=output, top=3, max_new_tokens=6)
+    tokenizer: Any = AutoTokenizer.from_pretrained(run.model_path)
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(run.model_path).eval()
+    wanted = []
+    for row in rows:
+        turns = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        written = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        answer = tokenizer.decode(written, skip_special_tokens=True)
+        whole = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": answer}], return_tensors="pt", return_dict=True
+        )["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=whole).logits[0, :-1].log_softmax(-1)
+        losses = -logits.gather(1, whole[0, 1:, None])[:, 0]
+        end = int((whole[0] == tokenizer.eos_token_id).nonzero()[-1])
+        wanted.append((losses[ids.shape[1] - 1 : end].mean().item(), answer))
+    order = sorted(range(len(rows)), key=lambda number: -wanted[number][0])
+    assert [(row.asked.row - 1, row.asked.answer) for row in ranking.rows] == [
+        (number, wanted[number][1]) for number in order[:3]
+    ]
+    assert [row.uncertainty for row in ranking.rows] == pytest.approx([wanted[number][0] for number in order[:3]], rel=1e-4)
+    assert [line["row"] for line in lines(str(output))] == [number + 1 for number in order[:3]]
+    assert not [path for path in Path(f"{run.folder}/scores").glob("*") if "ranked" in path.name]
