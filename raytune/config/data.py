@@ -136,6 +136,15 @@ class TokenWeightsSection(Section):
     its end of turn, or all of a plain document."""
 
 
+class StreamingSection(Section):
+    """How training rows are streamed: tokenised by the workers while they train, for inputs that are larger than memory and disk.
+    Nothing is written, and the steps are given by `training.max_steps`."""
+
+    window: PositiveInt = 10_000
+    """Rows that are shuffled and packed among themselves, in memory; the next so many are tokenised meanwhile. Where files hold
+    rows of one kind one after another, shuffle the files, or name more rows."""
+
+
 class DataSection(Section):
     train: TrainSources = [TrainSource(path="demo:train")]
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
@@ -171,6 +180,8 @@ class DataSection(Section):
     """What happens where answers are trained behind other tokens than the template's prompt for them has (a tokenizer that takes
     a space of the prompt into the answer's first word, a prompt that opens a thought): `error` stops if that is so for more than
     2 % of the answers of a source that are compared, a sample, with examples; `accept` goes on. Both say how many."""
+    streaming: StreamingSection | None = None
+    """Train on rows without a store: of one source in files that every node mounts, in their order, shuffled by window."""
     store: Text | None = None
     """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
 

@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from raytune.config.data import DataFormat, DataSource
+from raytune.config.data import DataSource
 from raytune.config.model import NewToken
 from raytune.data.drafts import SHARDS_FOLDER, Standing, Watch, held, noting, remove_unfinished, tidy, unwatched
 from raytune.data.finished_shards import shard_address
@@ -33,6 +32,7 @@ from raytune.data.shards import (
     TooLong,
     bad_rows_error,
     prompt_mismatch_error,
+    resolved_too_long,
     too_long_error,
 )
 from raytune.data.source_rows import readings_of
@@ -224,14 +224,6 @@ def _written(
     write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
     sync_local_folder(built)
     return put_in_place(built, final, read_info(final, meta), intact)
-
-
-def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
-    """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
-    only its last answers."""
-    if policy != "auto":
-        return policy
-    return "split" if name == "text" else "truncate"
 
 
 def _report(

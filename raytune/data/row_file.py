@@ -1,6 +1,6 @@
 """The rows of a store on their way to the disk: documents of all shards, packed and written as `store` reads them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,13 @@ class WrittenRows:
 
 
 class _Documents:
-    """The documents of all shards, memory-mapped."""
+    """Documents in record batches.
 
-    def __init__(self, shards: Sequence[ShardResult], uses: Sequence[SourceUse]) -> None:
-        read = [(shard.source, batch) for shard in shards for batch in _batches_of(shard.path)]
+    Args:
+        read: each with the number of its source.
+    """
+
+    def __init__(self, read: Sequence[tuple[int, pa.RecordBatch]], uses: Sequence[SourceUse]) -> None:
         batches = [batch for _, batch in read]
         self._source_of_batch = np.array([source for source, _ in read])
         self._loss_weights = [uses[source].loss_weight for source, _ in read]
@@ -122,7 +125,7 @@ def write_rows(
         uses: of each source.
         row_length, packing, num_virtual: as of `pack`.
     """
-    documents = _Documents(shards, uses)
+    documents = _Documents([(shard.source, batch) for shard in shards for batch in _batches_of(shard.path)], uses)
     if all(use.passes == 1 for use in uses):
         rows, mixed = pack(documents.lengths, row_length, packing, num_virtual=num_virtual), None
         seen = np.arange(len(documents.lengths))
@@ -148,6 +151,24 @@ def write_rows(
         "longest_document": int(documents.lengths[seen].max()),
     }
     return WrittenRows(sizes=sizes, mixed=mixed)
+
+
+def packed_in_memory(
+    documents: Sequence[pa.RecordBatch],
+    row_length: int,
+    packing: Packing,
+    num_virtual: int,
+    in_order: Callable[[int], np.ndarray],
+) -> list[pa.RecordBatch]:
+    """Packed rows of documents, in another order.
+
+    Args:
+        row_length, packing, num_virtual: as of `pack`.
+        in_order: given how many rows there are, their numbers in the order that they are to have.
+    """
+    found = _Documents([(0, batch) for batch in documents], [SourceUse()])
+    rows = pack(found.lengths, row_length, packing, num_virtual=num_virtual)
+    return [_record_batch(some, found) for some in _in_batches([rows[row] for row in in_order(len(rows))], found.lengths)]
 
 
 def _mixed(documents: _Documents, uses: Sequence[SourceUse]) -> tuple[list[np.ndarray], list[EpochPart]]:

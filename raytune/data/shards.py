@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
+from raytune.config.data import DataFormat
 from raytune.config.model import NewToken
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
@@ -110,6 +111,14 @@ class ShardResult:
     tally: Tally
     was_found: bool
     """Whether it was done before."""
+
+
+def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
+    """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
+    only its last answers."""
+    if policy != "auto":
+        return policy
+    return "split" if name == "text" else "truncate"
 
 
 def bad_rows_error(tally: Tally) -> DataError:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from raytune.config.data import DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.readers import BadRow, read_segment
+from raytune.data.readers import BadRow, FileRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
 from raytune.data.source_files import find_files
@@ -85,19 +85,27 @@ def read_parts(
     """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
     rows = ((part, row) for part in parts for row in read_segment(part.segment))
     for part, row in islice(rows, max_rows):
-        tally.add("rows")
-        origin = Origin(part.segment.file.name, row.line)
-        if isinstance(row, BadRow):
-            tally.add("bad", origin, row.reason)
-        elif side != "all" and side_of(row.values, validation_fraction) != side:
+        if side != "all" and isinstance(row, FileRow) and side_of(row.values, validation_fraction) != side:
+            tally.add("rows")
             tally.add("other_side")
-        else:
-            try:
-                values = with_answer(row.values, part.reading) if are_asked else row.values
-                conversation = read_row(values, part.reading, origin)
-            except RowError as error:
-                tally.add("bad", origin, str(error))
-            else:
-                tally.unread_columns.update(conversation.unread_columns)
-                tally.unread_keys.update(conversation.unread_keys)
-                yield conversation, part.file_index
+        elif conversation := conversation_of(row, part.reading, part.segment.file.name, tally, are_asked=are_asked):
+            yield conversation, part.file_index
+
+
+def conversation_of(
+    row: FileRow | BadRow, reading: Reading, file: str, tally: Tally, *, are_asked: bool = False
+) -> Conversation | None:
+    """The conversation of a row, which is tallied; None if it is a bad one."""
+    tally.add("rows")
+    origin = Origin(file, row.line)
+    if isinstance(row, BadRow):
+        tally.add("bad", origin, row.reason)
+        return None
+    try:
+        conversation = read_row(with_answer(row.values, reading) if are_asked else row.values, reading, origin)
+    except RowError as error:
+        tally.add("bad", origin, str(error))
+        return None
+    tally.unread_columns.update(conversation.unread_columns)
+    tally.unread_keys.update(conversation.unread_keys)
+    return conversation

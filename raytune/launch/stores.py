@@ -17,6 +17,7 @@ from raytune.data.packing import Packing
 from raytune.data.split import Side
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
+from raytune.data.stream import Recipe
 from raytune.data.template import ChatTemplate
 from raytune.data.template_text import resolve_template
 from raytune.data.token_classes import TokenClass, token_classes
@@ -25,12 +26,14 @@ from raytune.errors import DataError
 from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
+from raytune.launch.first_window import first_window
 from raytune.launch.tokenising import show_tokenising
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
 from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
+from raytune.plan.streaming import StreamPlan, stream_plan
 from raytune.plan.suites import suite_plan
 from raytune.storage import is_local
 
@@ -82,7 +85,11 @@ class DataBuilder:
         config, is_split = self._config, bool(self._config.data.validation_fraction)
         sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
         classes = token_classes(config.data.token_weights)
-        train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config), classes)
+        stream = stream_plan(config, tokenizer_fingerprint(self._tokenizer))
+        if stream is not None:
+            train = self._first_window(stream)
+        else:
+            train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config), classes)
         counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
         sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
         side = "validation" if is_split else "all"
@@ -90,13 +97,14 @@ class DataBuilder:
         # Each document has a gradient of its own, which only one that passes alone gives.
         ewc = self._store(weighed, "all", packing="none") if weighed else None
         learned_from = [train, ewc] if ewc else [train]
-        for info in (*learned_from, *measured.values()):
+        for info in (*([] if stream else [train]), *([ewc] if ewc else []), *measured.values()):
             self._check_tokens(info)
         names = list(named_sources(sources))
+        in_report = [f"{name}, its first {stream.window} rows" for name in names] if stream else names
         return DataFacts(
             report=DataReport(
                 template=self._chat.notes if self._chat else [],
-                train=train.report.named(names),
+                train=train.report.named(in_report),
                 validation={name: info.report.named([name] if sets[name] else names) for name, info in measured.items()},
                 ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
             ),
@@ -105,7 +113,33 @@ class DataBuilder:
             ewc=store_plan_of(ewc_name(config), ewc) if ewc else None,
             longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
+            stream=stream,
         )
+
+    def _first_window(self, stream: StreamPlan) -> StoreInfo:
+        """The first window of streamed rows.
+
+        Raises:
+            DataError: if it cannot be trained on, or the tokenizer has tokens that the model has no embeddings for.
+        """
+        config, model = self._config, self._config.model
+        if max(self._tokenizer.get_vocab().values()) >= self._num_embeddings:
+            raise DataError(
+                f"data.streaming: the tokenizer has tokens that {model.base} has no embeddings for, and not all rows are looked "
+                f"through for them. Name those that rows have in model.new_tokens, or leave data.streaming out.",
+                keys=("data.streaming", "model.new_tokens"),
+            )
+        recipe = Recipe.of(
+            stream,
+            template=self._template,
+            row_length=self._row_length,
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
+            seed=config.training.seed,
+        )
+        return first_window(stream, recipe, accepts_other_prompts=config.data.on_prompt_mismatch == "accept")
 
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""

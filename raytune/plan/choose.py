@@ -151,6 +151,7 @@ def choose_plan(
             validation=list(data.validation),
             row_length=setting.row_length,
             ewc=data.ewc,
+            stream=data.stream,
         ),
         adapter=adapter,
         batch=fit.batch,

@@ -1,0 +1,61 @@
+"""What a run with streamed rows is planned by: their first window, which is tokenised here, and thrown away."""
+
+import hashlib
+import json
+import os
+
+from raytune.data.prompts import TOLERATED_SHARE
+from raytune.data.shards import prompt_mismatch_error, resolved_too_long
+from raytune.data.store import StoreInfo
+from raytune.data.store_request import code_fingerprint, last_part
+from raytune.data.stream import Position, Recipe, Window, reading_of_stream, windows_from
+from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.plan.streaming import StreamPlan
+
+
+def first_window(stream: StreamPlan, recipe: Recipe, *, accepts_other_prompts: bool) -> StoreInfo:
+    """The first window as if it were a store. It stands for all rows in what is planned, with documents as long as rows may be.
+
+    Raises:
+        DataError: if its rows cannot be used, or answers are trained behind other tokens than their prompts have.
+    """
+    window = next(windows_from(recipe, Position()))
+    report = _report(stream, recipe, window)
+    if report.prompts_differ > TOLERATED_SHARE * report.prompts_compared and not accepts_other_prompts:
+        raise prompt_mismatch_error(report)
+    return StoreInfo(
+        path=f"stream-{_fingerprint(stream, recipe, window)}",
+        num_rows=window.rows.num_rows,
+        num_documents=report.documents,
+        num_tokens=report.tokens,
+        num_targets=report.targets,
+        num_bytes=int(window.rows.num_bytes_of_row.sum()),
+        longest_document=recipe.options.max_length,
+        report=StoreReport(row_length=recipe.options.max_length, num_rows=window.rows.num_rows, sources=[report]),
+    )
+
+
+def _report(stream: StreamPlan, recipe: Recipe, window: Window) -> SourceReport:
+    reading, tally = reading_of_stream(recipe), window.tally
+    return SourceReport(
+        name=last_part(stream.source.path),
+        format=reading.format,
+        too_long=resolved_too_long(recipe.too_long, reading.format),
+        unread_columns=dict(tally.unread_columns),
+        unread_keys=dict(tally.unread_keys),
+        targets_of_class={str(one): tally.targets_of_class[str(one)] for one in recipe.options.token_classes},
+        examples=tally.examples,
+        **{count: tally.counts[count] for count in COUNTS},
+    )
+
+
+def _fingerprint(stream: StreamPlan, recipe: Recipe, window: Window) -> str:
+    """Of the rows: the tokens of the first window, and the size of each file, for nobody reads all of them before a run."""
+    what = stream.model_dump(mode="json", exclude={"source": {"path", "name"}})
+    sizes = [os.path.getsize(file.path) if os.path.isfile(file.path) else 0 for file in recipe.files]
+    digest = hashlib.sha256(
+        json.dumps([what, sizes, recipe.options.template, recipe.options.max_length, code_fingerprint()], sort_keys=True).encode()
+    )
+    for row in range(window.rows.num_rows):
+        digest.update(window.rows.row(row).input_ids.tobytes())
+    return digest.hexdigest()[:24]
