@@ -3,7 +3,7 @@
 Shapes: N tokens of the micro-batch, D documents, M targets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -91,7 +91,7 @@ class TrainingRows(Protocol):
         """Sum of the weights of the targets of each of some rows; None where every target weighs 1."""
         ...
 
-    def named(self, rows: Sequence[int]) -> str:
+    def named(self, rows: Iterable[int]) -> str:
         """Rows in words that a user finds them by."""
         ...
 

@@ -70,7 +70,7 @@ class PackedRows:
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch], files: Sequence[str]) -> None:
-        self._files = files
+        self._files = list(files)
         self._first_rows = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._batches = [_MappedBatch.of(batch) for batch in batches]
         self.num_targets_of_row = joined([batch.column("num_targets") for batch in batches])

@@ -11,7 +11,7 @@ small value: where a window begins in the files, and which packed row is its fir
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -207,7 +207,7 @@ class Stream:
             return None
         return np.array([_weight_of(window.rows, place) for window, place in found], np.float64)
 
-    def named(self, rows: Sequence[int]) -> str:
+    def named(self, rows: Iterable[int]) -> str:
         """Rows in words that a user finds them by."""
         return "; ".join(self._named(row) for row in rows)
 

@@ -40,11 +40,14 @@ def _report(stream: StreamPlan, recipe: Recipe, window: Window) -> SourceReport:
     return SourceReport(
         name=last_part(stream.source.path),
         format=reading.format,
+        files=[],
         too_long=resolved_too_long(recipe.too_long, reading.format),
         unread_columns=dict(tally.unread_columns),
         unread_keys=dict(tally.unread_keys),
         targets_of_class={str(one): tally.targets_of_class[str(one)] for one in recipe.options.token_classes},
         examples=tally.examples,
+        mixed=None,
+        is_replayed=False,
         **{count: tally.counts[count] for count in COUNTS},
     )
 
