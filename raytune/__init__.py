@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytune.api.configs import import_config as import_config
+    from raytune.api.data import data_check as data_check
+    from raytune.api.data import data_preview as data_preview
     from raytune.api.jobs import doctor as doctor
     from raytune.api.jobs import logs as logs
     from raytune.api.jobs import preflight as preflight
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "configs": ("import_config",),
+    "data": ("data_check", "data_preview"),
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
     "models": ("chat", "evaluate", "export", "generate", "merge", "push", "serve"),
     "runs": (
@@ -67,6 +70,8 @@ __all__ = [
     "chat",
     "check",
     "compare",
+    "data_check",
+    "data_preview",
     "doctor",
     "evaluate",
     "export",

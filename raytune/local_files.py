@@ -38,6 +38,24 @@ def local_errors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether something failed because a disk has no room. Neither safetensors nor torch.save passes the errno on."""
+    return (isinstance(error, OSError) and error.errno in FULL) or "No space left" in str(error) or "os error 28" in str(error)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those above it, if it is not there.
+
+    Raises:
+        RaytuneError: saying where, and why not.
+    """
+    with local_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as below /proc, where nobody can make one
+            raise UserError(f"Cannot make the folder {path} on {os.uname().nodename}: {error.strerror}.") from error
+
+
 def disk_full(what: str, error: OSError) -> StorageFullError:
     """The error for a disk of this machine that filled up while we did `what`."""
     return StorageFullError(
@@ -48,8 +66,8 @@ def disk_full(what: str, error: OSError) -> StorageFullError:
 def replace_file(target: Path, fill: Callable[[BinaryIO], T]) -> T:
     """Write a file beside its target, bring it to the disk, rename it into place; what `fill` returns."""
     draft = target.parent / f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.draft"
+    make_folder(target.parent)
     with local_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(draft, "wb") as file:
                 result = fill(file)
@@ -65,11 +83,8 @@ def replace_file(target: Path, fill: Callable[[BinaryIO], T]) -> T:
 
 def create_file(path: Path, data: bytes) -> bool:
     """Create a file that is not there yet; whether it was this process that did."""
+    make_folder(path.parent)
     with local_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # as below /proc, where nobody can make one
-            raise UserError(f"Cannot make the folder {path.parent} on {os.uname().nodename}: {error.strerror}.") from error
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:

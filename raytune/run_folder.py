@@ -40,6 +40,10 @@
     result.json                 the range, what the curve says, the rates it names; written last
     report.html  figures/       the page and its figure, drawn from these
 
+<storage>/<name of a cross-validation>/    what `raytune train --folds` leaves
+    fold-0/                     the run folder of a fold
+    folds.json                  metrics of all folds, mean and spread; written last
+
 <storage>/<name of a sweep>/
     sweep.json                  identity: config as resolved
     ledger.jsonl                trials, what was decided about them, how they ended; the truth that a sweep resumes from
@@ -299,6 +303,22 @@ class RatesFolder:
     @property
     def result(self) -> str:
         return f"{self.path}/result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldsFolder:
+    """Paths of one cross-validation below `storage`; it is the `storage` of the folds' run folders."""
+
+    storage: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def folds(self) -> str:
+        return f"{self.path}/folds.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,17 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSection, DataSource
 from raytune.data.build import build_store
 from raytune.data.demo import demo_rows
+from raytune.data.split import Split, split_by_hash
 from raytune.data.store import StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan
+from raytune.plan.split import asked_split
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For property tests (`@PATIENT` above `@given`): no time limits per example, which a busy machine breaks."""
@@ -53,6 +55,11 @@ def tiny_rows(num_rows: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     return demo_rows("train", num_rows, seed)
 
 
+def tiny_split(**data: Any) -> Split:
+    """What keys of `data` hold out, where no row has to be looked at for that."""
+    return split_by_hash(asked_split(DataSection(**data)))
+
+
 def tiny_request(source: str = "demo:train", *, max_rows: int | None = 20, **changes: Any) -> StoreRequest:
     """A request for a store of demo rows in packed rows of 512 tokens; `changes` are fields of StoreRequest."""
     tokenizer = open_tokenizer(str(demo_base_path()))
@@ -78,7 +85,9 @@ def tiny_store(folder: Path, source: str = "demo:train", *, max_rows: int | None
 
 def store_plan(info: StoreInfo, name: str = "train") -> StorePlan:
     """A store as the plan names it."""
-    return StorePlan(name=name, path=info.path, num_rows=info.num_rows, num_tokens=info.num_tokens, num_targets=info.num_targets)
+    return StorePlan(
+        name=name, path=info.path, num_rows=info.rows_per_epoch, num_tokens=info.num_tokens, num_targets=info.num_targets
+    )
 
 
 def tiny_plan(**changes: Any) -> RunPlan:

@@ -168,7 +168,7 @@ def chat(
         raytune.errors.UserError: if there is no such model, or it has no chat template.
         raytune.errors.ClusterError: if an endpoint cannot be reached.
     """
-    from raytune.evaluation.sampling import sampling_plan
+    from raytune.evaluation.sampling import refuse_none, sampling_plan
     from raytune.launch.models_to_ask import models_to_ask
     from raytune.serving.chat import Chat
     from raytune.serving.far_speaker import FarSpeaker, is_endpoint
@@ -176,6 +176,7 @@ def chat(
     from raytune.serving.talk import Style
 
     sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)  # refuses what would draw nothing
+    refuse_none("max_new_tokens", max_new_tokens)
     style = Style(max_new_tokens=max_new_tokens, temperature=temperature or 0.0, top_p=top_p, top_k=top_k, seed=seed)
     if is_endpoint(fspath(model)):
         if base or adapters or template != "auto" or dtype or trust_remote_code:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from os import fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from raytune.api.asked import Config, File, files_of, resolved_config
 from raytune.config.asked import NAMED, require_named
@@ -17,6 +17,7 @@ from raytune.launch.run import plan_run, run
 
 if TYPE_CHECKING:
     from raytune.launch.check import Findings
+    from raytune.launch.folds import FoldsResult
     from raytune.launch.found_rate import FoundRate
     from raytune.launch.score import Scores
     from raytune.plan.advise import Advised
@@ -73,10 +74,21 @@ def make_plan(config: Config, *, tokens: int | None = None, **overrides: Any) ->
         return plan_ahead(one, tokens)
 
 
-def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback] = (), **overrides: Any) -> RunResult:
+@overload
+def train(
+    config: Config, *, folds: None = None, progress: bool = True, callbacks: Sequence[Callback] = (), **overrides: Any
+) -> RunResult: ...
+@overload
+def train(
+    config: Config, *, folds: int, progress: bool = True, callbacks: Sequence[Callback] = (), **overrides: Any
+) -> "FoldsResult": ...
+def train(
+    config: Config, *, folds: int | None = None, progress: bool = True, callbacks: Sequence[Callback] = (), **overrides: Any
+) -> "RunResult | FoldsResult":
     """Train as `raytune train` does: plan, start or join a Ray cluster, and leave weights in the run folder.
 
     Args:
+        folds: train as many runs, each with another part of the rows held out for validation (`data.fold`).
         config: a YAML file, several that are laid over each other, a mapping with the same keys, or a `RunConfig`.
         progress: show the run on standard error while it goes on.
         callbacks: called with a `RunEvent` for what happens, from a thread of this process (`raytune explain user_code`); those
@@ -87,20 +99,24 @@ def train(config: Config, *, progress: bool = True, callbacks: Sequence[Callback
     Returns:
         The finished run: `metrics`, `model_path`, `folder`, `plan`, `data_report` (what became of the rows), `history`,
         `comparisons`, `words` (time, dollars, what is better and worse), `symptoms` (what looks wrong, and which key to change).
-        A finished run of the same name and settings is returned without training it again.
+        A finished run of the same name and settings is returned without training it again. With `folds`, those of all folds
+        (`folds`), and the mean, standard deviation and values of each metric (`metrics`).
 
     Raises:
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if training failed.
     """
+    from raytune.launch.folds import train_folds
     from raytune.report.at_end import leave_page
 
-    resolved, places = resolved_config(config, overrides)
+    resolved, places = resolved_config(config, overrides | ({"data.fold": {"index": 0, "of": folds}} if folds else {}))
     with errors_at(resolved, places):
         require_named(as_one_run(resolved), places=places)
         for callback in callbacks:
             check_callback(callback, repr(callback))
         watch = {"watch": show_progress} if progress else {}
+        if folds is not None:
+            return train_folds(resolved, callbacks=callbacks, leave=leave_page, **watch)
         return run(resolved, callbacks=callbacks, leave=leave_page, **watch)
 
 

@@ -12,6 +12,7 @@ from raytune.cli.chat import chat
 from raytune.cli.checks import doctor, preflight
 from raytune.cli.clusters import cluster
 from raytune.cli.configs import check, explain, import_, schema
+from raytune.cli.data import data
 from raytune.cli.evaluate import evaluate
 from raytune.cli.export import export, merge
 from raytune.cli.find_rate import find_rate
@@ -32,6 +33,7 @@ for verb in (
     explain,
     schema,
     import_,
+    data,
     plan,
     advise,
     train,

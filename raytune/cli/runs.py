@@ -107,19 +107,31 @@ def advise(
         "train run.yaml",
         "train run.yaml name=shorter training.max_steps=200",
         "train run.yaml cluster.address=HEAD:6379 storage=/shared/runs",
+        "train run.yaml --folds 5",
         "train --from-sweep runs/rank-and-rate",
     )
 )
 @click.argument("arguments", nargs=-1, metavar="FILE... [KEY=VALUE]...")
 @click.option("--from-sweep", metavar="FOLDER", help="Train the winner of a finished sweep again, instead of a file.")
+@click.option(
+    "--folds",
+    type=click.IntRange(2, 100),
+    metavar="K",
+    help="Cross-validation: K runs, each with another K-th of the rows held out, and their mean and spread.",
+)
 @as_json_option
 @debug_option
-def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> None:
+def train(arguments: tuple[str, ...], from_sweep: str | None, folds: int | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
     from raytune.config.asked import require_named
     from raytune.config.load import as_one_run
+    from raytune.config.split import overrides_of
 
     files, overrides = files_and_overrides(arguments)
+    if folds is not None:
+        if from_sweep is not None:
+            raise click.UsageError("--folds and --from-sweep do not go together: name the winner's file, FOLDER/best.yaml.")
+        overrides = [*overrides, *overrides_of(folds)]
     if from_sweep is None:
         if not files:
             raise click.UsageError("Name a config file, or a finished sweep with --from-sweep FOLDER.")
@@ -131,6 +143,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         config = winner_config(from_sweep, files, overrides)
 
     from raytune.launch.cluster_watch import watched_cluster
+    from raytune.launch.folds import train_folds
     from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
     from raytune.report.at_end import leave_page
@@ -143,6 +156,10 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, as_json: bool) -> 
         with watched_cluster(told.tell), show_progress(plan):
             yield
 
+    if folds is not None:
+        together = train_folds(config, watch=watched, leave=leave_page)
+        say(json.dumps(together.to_json()) if as_json else "\n".join(together.lines))
+        return
     result = run(config, watch=watched, leave=leave_page)
     facts, comparison = result.to_json(), None
     if from_sweep is not None:

@@ -79,7 +79,7 @@ def serve(
     """
     from raytune.launch.models_to_ask import Named
     from raytune.serving.access import TOKEN_VARIABLE, token_in
-    from raytune.serving.endpoint import ServeOptions, described, prepare_serving, start_serving
+    from raytune.serving.endpoint import ServeOptions, prepare_serving, start_serving, would_serve
     from raytune.serving.vllm import vllm_yaml
 
     named = Named(
@@ -101,7 +101,8 @@ def serve(
     token = token_in(token_file) if token_file else os.environ.get(TOKEN_VARIABLE)
     prepared = prepare_serving(named, ServeOptions(adapters_in=tuple(adapters_in), **options), token)
     if dry_run:
-        say("\n".join(described(prepared)))
+        found = would_serve(prepared)
+        say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines))
         return
     begin_on(named_address(prepared.cluster))
     with start_serving(prepared) as endpoint:

@@ -1,8 +1,9 @@
 """A conversation at a terminal, or through pipes: lines in, answers out as they are written."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from raytune.cli.say import say
@@ -84,13 +85,25 @@ def _show(chat: "Chat", answer: Iterator[str]) -> None:
 
 def _typed(prompt: str) -> str:
     """A turn: a line, or several between marks."""
-    return _block(input(prompt), lambda: input("... "))
+    with _utf8_only():
+        return _block(input(prompt), lambda: input("... "))
 
 
 def _piped() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # Python lets bytes that are no text through where no locale is set
     lines = (line.rstrip("\n") for line in sys.stdin)
-    for line in lines:
-        yield _block(line, lambda: next(lines, BLOCK))
+    with _utf8_only():
+        for line in lines:
+            yield _block(line, lambda: next(lines, BLOCK))
+
+
+@contextmanager
+def _utf8_only() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"What is asked is not {error.encoding.upper()}: byte 0x{error.object[error.start]:02x}.") from error
 
 
 def _block(line: str, more: Callable[[], str]) -> str:

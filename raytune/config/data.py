@@ -1,13 +1,18 @@
 """`data`: the rows, how they become conversations, tokens, targets and packed rows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from raytune.config.augment import AugmentSection
+from raytune.config.data_limits import LimitsSection
+from raytune.config.quality import QualityPolicies
 from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.split import FoldSection, SplitSection
 
 DataFormat = Literal[
     "messages", "sharegpt", "alpaca", "question_answer", "classification", "summarisation", "prompt_completion", "text"
@@ -16,6 +21,8 @@ FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet"
 """Of files with rows; what has none of them is a folder, or a data set of a hub."""
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 """Behind the ending of a file of text."""
+MOST_PASSES = 1000
+"""Of an epoch over one source. More of them are a mistake, and would fill a disk."""
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -72,6 +79,12 @@ class TrainSource(DataSource):
     proportion: Annotated[PositiveFloat | None, Field(examples=[3.0])] = None
     """Its part of the targets of an epoch, against the parts of the other sources, each of which needs one: 3 beside 1 is three
     quarters. `mixing.until` says which rows are repeated or left out for that."""
+    passes: Annotated[float, Field(gt=0, le=MOST_PASSES, examples=[2.0])] | None = None
+    """How often an epoch passes over it, in place of a `proportion`; of other sources once, where they say nothing. 2: each row
+    twice; 0.1: a tenth of its rows, in each epoch others, so that ten epochs have seen all."""
+    max_passes: Annotated[float, Field(ge=1, le=MOST_PASSES, examples=[4.0])] | None = None
+    """How often an epoch passes over it at most, whatever its `proportion` or the `mixing.temperature` asks for, so that a small
+    source is not learned by heart. Its part is smaller then, those of the others stay as they are against each other."""
 
 
 class MixingSection(Section):
@@ -82,7 +95,8 @@ class MixingSection(Section):
     higher, the more alike the parts are."""
     until: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     """When an epoch ends: with `all_exhausted` when each row of each source was seen, those of others more than once; with
-    `first_exhausted` when those of one source were, so that no row is seen twice, and some of the others' never."""
+    `first_exhausted` when those of one source were, so that no row is seen twice; of the others each epoch has a part, and the
+    next one another."""
 
 
 def _as_list(value: object) -> object:
@@ -101,6 +115,8 @@ def _all_or_none(sources: list[TrainSource]) -> list[TrainSource]:
     without = [source.path for source in sources if source.proportion is None]
     if 0 < len(without) < len(sources):
         raise ValueError(f"give each source a proportion, or none of them: {', '.join(without)} has none")
+    if not without and (twice := [source.path for source in sources if source.passes is not None]):
+        raise ValueError(f"give {twice[0]} a proportion or passes: both say how much an epoch has of it")
     return sources
 
 
@@ -145,19 +161,82 @@ class StreamingSection(Section):
     rows of one kind one after another, shuffle the files, or name more rows."""
 
 
+class QualitySection(QualityPolicies):
+    benchmarks: Sources = []
+    """Rows of benchmarks that no training row should have a passage of: a path, a source, or a list of them. Answers may be
+    missing; rows of several choices name their question with `columns: {text: question}`."""
+
+    @model_validator(mode="after")
+    def _reads_its_benchmarks(self) -> "QualitySection":
+        if self.benchmarks and self.benchmark_overlaps == "ignore":
+            raise ValueError("benchmark_overlaps is ignore, so that nothing reads the benchmarks; leave one of the two out")
+        return self
+
+
+def _variables(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is no name of a variable: letters, digits and _")
+        if unfit := next((one for one in _within(value) if not isinstance(one, str | bool | int | float | None)), None):
+            raise ValueError(
+                f"{name} holds {unfit!r}; expected text, a number, true, false, null, or lists and mappings of these"
+            )
+        if any(isinstance(one, float) and not isfinite(one) for one in _within(value)):
+            raise ValueError(f"{name} is a number that is not finite")
+    return options
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """All that lists and mappings hold, keys too."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _within(inner)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (key, *_within(inner))
+    else:
+        yield value
+
+
 class DataSection(Section):
     train: TrainSources = [TrainSource(path="demo:train")]
     """Training rows: one source or a list. A plain string is a path. A run has to name them, unless `model.base` is `demo`."""
     mixing: MixingSection = MixingSection()
     """How often an epoch has the rows of each of several sources. Without a word here or in them: each row once."""
+    augment: AugmentSection = AugmentSection()
+    """Further training rows that are made of those that there are."""
     validation: Sources = []
     """Rows for evaluation while training. Empty with `validation_fraction` 0: no evaluation."""
     validation_fraction: Fraction = 0.0
     """Share of the training rows that is held out for validation, chosen by a stable hash of the row's content. Those of several
     sources are measured as sets of their own too (`validation/NAME/loss`)."""
+    fold: FoldSection | None = None
+    """Hold out one of several equal parts of the training rows for validation, instead of a share of them: cross-validation.
+    `raytune train --folds 5` trains one run per part, and says what they come to together."""
+    test: Sources = []
+    """Rows that are kept from every decision: the model that a run leaves is measured on them once, at its end (`test/loss`). No
+    rule stops by them, no checkpoint and no trial is chosen by them."""
+    test_fraction: Fraction = 0.0
+    """Share of the training rows that is held out as such a test instead. It does not depend on `validation_fraction` or `fold`,
+    unless rows are split by time: all folds have the same test."""
+    split: SplitSection = SplitSection()
+    """What decides which rows are held out: their content, unless a column is named."""
     template: Text = "auto"
-    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `mistral`, `gemma`,
-    `qwen`, `alpaca`, `plain`), or the path of a Jinja file."""
+    """Chat template: `auto` (the tokenizer's own), a shipped one (`chatml`, `llama-2`, `llama-3`, `llama-3.1`, `mistral`,
+    `mistral-nemo`, `gemma`, `qwen`, `qwen-3`, `glm-4.5`, `gpt-oss`, `deepseek`, `deepseek-r1`, `phi-4`, `granite`, `alpaca`,
+    `plain`), or the path of a Jinja file."""
+    template_options: Annotated[
+        dict[str, Any], AfterValidator(_variables), Field(examples=[{"enable_thinking": False}, {"reasoning_effort": "low"}])
+    ] = {}
+    """Variables of the chat template and their values, for example `{enable_thinking: false}`; one that it does not read is
+    refused with those that it reads. They are saved with the model, in its template, so that it is asked as it was trained: by
+    raytune and by whoever reads that template. A caller who passes a variable of his own has his way."""
+    system: Annotated[Text | None, Field(examples=["Answer in one sentence."])] = None
+    """System prompt of conversations: of those that have none, or of all (`system_when`). It is saved with the model, in its
+    template, as that of chats that have none."""
+    system_when: Literal["missing", "always"] = "missing"
+    """Which conversations get `data.system`: those without a system turn (`missing`), or all, in the place of their own
+    (`always`). How many there were is said."""
     targets: Literal["completion", "assistant", "last", "all"] | list[Role] = "assistant"
     """Which tokens carry loss: `completion` and `assistant` (every assistant turn), `last` (the last assistant turn), `all` (the
     prompt too), or a list of roles. End-of-turn tokens of these turns are trained; padding never is, nor a turn whose row says
@@ -165,11 +244,28 @@ class DataSection(Section):
     token_weights: TokenWeightsSection = TokenWeightsSection()
     """Let tokens of some classes of text (digits, syntax of code, what patterns find) count more or less than others in the
     training loss; held-out rows are measured without, so that their loss stays comparable. The plan says how many there are."""
+    quality: QualitySection | None = None
+    """Look for duplicates, leaks of held-out rows, passages of benchmarks and contradictory answers among the training rows. The
+    rows are read once more for that."""
+    max_turns: PositiveInt | None = None
+    """Keep the last exchanges of a conversation only, a question with all that answers it each; the system prompt stays. What is
+    left out is not trained, and counted."""
+    reasoning: Literal["keep", "last", "each", "none"] = "keep"
+    """Which thoughts of the rows are trained (`reasoning_content`, `<think>` in an answer): all (`keep`; a trained one that the
+    template leaves out is refused), those behind the last question (`last`; earlier answers are trained in words alone), or none.
+    `each`: all, of conversations with earlier thoughts one exchange at a time, behind the turns before it as the template shows
+    them then, which may be without their thoughts (Qwen3, DeepSeek); such a row becomes a document for each exchange."""
+    train_empty_thought: bool = True
+    """Whether an empty thought in front of an answer (`<think></think>`) carries loss where the template's prompt does not write
+    it. `false`: only what follows it does."""
     max_length: PositiveInt | Auto = "auto"
     """Tokens per packed row, and the longest document. `auto`: 2048, or the model's limit where that is smaller."""
-    too_long: Literal["truncate", "drop", "split", "error"] | Auto = "auto"
-    """What happens to a longer document. `truncate` cuts the end and says how many rows lost trained tokens; `split` cuts it into
-    several. `auto`: `split` for plain text, `truncate` for chats."""
+    too_long: Literal["truncate", "truncate_left", "drop", "split", "split_turns", "error"] | Auto = "auto"
+    """What happens to a longer document. `truncate` cuts the end and says how many rows lost trained tokens. `truncate_left`
+    leaves out a chat's earliest exchanges, then the beginning of its last question, and never a part of an answer or the system
+    prompt; a chat whose last answer does not fit is dropped; plain text keeps its last tokens. `split` cuts into pieces of equal
+    length, `split_turns` a chat between exchanges, each piece with the system prompt. `auto`: `split` for plain text, `truncate`
+    for chats."""
     packing: Literal["best_fit", "token_budget", "none"] = "best_fit"
     """How documents share a row: `best_fit` (best-fit decreasing), `token_budget` (neighbours in length, up to `max_length`
     tokens) or `none` (a document per row). Documents never attend to each other and their loss does not depend on the choice.
@@ -182,6 +278,8 @@ class DataSection(Section):
     2 % of the answers of a source that are compared, a sample, with examples; `accept` goes on. Both say how many."""
     streaming: StreamingSection | None = None
     """Train on rows without a store: of one source in files that every node mounts, in their order, shuffled by window."""
+    limits: LimitsSection = LimitsSection()
+    """How many rows may be lost, or be trained otherwise than they should, before a run is stopped for it."""
     store: Text | None = None
     """Folder of the tokenised stores, readable from every node. Default: `stores` beside the run folders."""
 
@@ -193,7 +291,29 @@ class DataSection(Section):
             raise ValueError("give data.validation or data.validation_fraction, not both")
         if self.validation_fraction == 1:
             raise ValueError("data.validation_fraction must leave rows to train on, got 1")
+        if self.test and self.test_fraction:
+            raise ValueError("give data.test or data.test_fraction, not both")
+        if self.validation_fraction + self.test_fraction >= 1:
+            shares = f"{self.validation_fraction:g} and {self.test_fraction:g}"
+            raise ValueError(f"data.validation_fraction and data.test_fraction must leave rows to train on, got {shares}")
+        if self.fold and (self.validation or self.validation_fraction):
+            given = "data.validation" if self.validation else "data.validation_fraction"
+            raise ValueError(f"data.fold says which rows are held out, and so does {given}: leave one out")
+        if self.fold and self.split.time is not None:
+            raise ValueError(
+                "folds are not of times: a run of one would be trained on rows that are later than those that it is measured on. "
+                "Leave out data.fold and give data.validation_fraction, or leave out data.split.time"
+            )
+        if self.reasoning == "each" and self.targets == "all":
+            raise ValueError(
+                "data.reasoning: each trains each turn once, data.targets: all the whole text; name roles as targets"
+            )
         return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether validation rows are held out of those of training."""
+        return bool(self.validation_fraction or self.fold)
 
 
 def ending_of(path: str) -> str:
@@ -221,12 +341,14 @@ def named_sources(sources: Sequence[DataSource]) -> dict[str, DataSource]:
     return named
 
 
-def validation_sets(sources: Sequence[DataSource]) -> dict[str, DataSource]:
-    """Validation sources by their name in metrics, which are called `validation/NAME/loss` where there are several. One that
-    would be `validation` again, as the metrics over all of them are, is `main`."""
+def measured_sets(sources: Sequence[DataSource], together: str = "validation") -> dict[str, DataSource]:
+    """Held-out sources by their name in metrics, which are called `validation/NAME/loss` where there are several. One that would
+    be `validation` again, as the metrics over all of them are, is `main`.
+
+    Args:
+        together: what the metrics over all of them are called.
+    """
     if len(sources) < 2:
         return named_sources(sources)
     renamed = {"name": "main"}
-    return named_sources(
-        [source.model_copy(update=renamed) if source_name(source) == "validation" else source for source in sources]
-    )
+    return named_sources([source.model_copy(update=renamed) if source_name(source) == together else source for source in sources])

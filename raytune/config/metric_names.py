@@ -53,6 +53,10 @@ def metric_refusal(config: RunConfig, key: str, metric: str) -> str | None:
         key: under which it was written.
     """
     known = measured(config)
+    if metric.startswith("test/") and metric not in known and (config.data.test or config.data.test_fraction):
+        others = f": {', '.join(known)}" if known else ""
+        why = "decides nothing: the test is measured once, when all is decided"
+        return f"{shown(metric)} {why}; name a metric of validation{others}"
     if metric in known or not known or (is_of_validation(metric) and not _of_validation(config)):
         return None  # what is looked at where nothing gives it, says the plan
     hint = hint_for_value(key, str, metric)

@@ -148,9 +148,15 @@ def average(kind: str) -> Need:
     )
 
 
+HELD_OUT = Need(
+    keys=("data.validation_fraction", "data.fold", "data.test_fraction"),
+    holds=lambda config, _: config.data.holds_out or bool(config.data.test_fraction),
+    otherwise=lambda config: "no training row is held out",
+    remedy="give data.validation_fraction, data.fold or data.test_fraction",
+)
 VALIDATION = Need(
-    keys=("data.validation", "data.validation_fraction"),
-    holds=lambda config, _: bool(config.data.validation or config.data.validation_fraction),
+    keys=("data.validation", "data.validation_fraction", "data.fold"),
+    holds=lambda config, _: bool(config.data.validation) or config.data.holds_out,
     otherwise=lambda config: "nothing is evaluated: there is neither data.validation nor data.validation_fraction",
     remedy="give one of the two",
 )
@@ -275,13 +281,13 @@ TEACHER_BESIDE = Need(
     remedy="name a model as strategy.distillation.teacher",
 )
 MANY_SPLITS = Need(
-    keys=("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
+    keys=("data.train", "data.validation", "data.test", "strategy.replay.data", "strategy.ewc.data", "evaluation"),
     holds=lambda config, section: isinstance(section, DataSource) and _has_splits(section.path),
     otherwise=lambda config: "this path is a file, which has no splits",
     remedy="name a hub data set or a folder as path",
 )
 CHAT = Need(
-    keys=("data.train", "data.validation", "strategy.replay", "strategy.ewc.data", "evaluation"),
+    keys=("data.train", "data.validation", "data.test", "strategy.replay", "strategy.ewc.data", "evaluation"),
     holds=lambda config, _: asks_in_chats(config) or any(source.format != "text" for source in tokenised_sources(config)),
     otherwise=lambda config: "all rows are plain text (format: text), which no template is laid around",
     remedy="give the rows another format",
@@ -294,11 +300,37 @@ SEVERAL_SOURCES = Need(
     otherwise=lambda config: "there is one source of training rows, and sources count against each other",
     remedy="name another one in data.train",
 )
+LOOKED_FOR_NEAR = Need(
+    keys=("data.quality.near_duplicates", "data.quality.leaks"),
+    holds=lambda config, _: (
+        config.data.quality is not None and not config.data.quality.near_duplicates == config.data.quality.leaks == "ignore"
+    ),
+    otherwise=lambda config: "data.quality looks neither for near duplicates nor for leaks",
+    remedy="set data.quality.near_duplicates to keep, drop or error",
+)
+BENCHMARKS = Need(
+    keys=("data.quality.benchmarks",),
+    holds=lambda config, _: config.data.quality is not None and bool(config.data.quality.benchmarks),
+    otherwise=lambda config: "data.quality.benchmarks names no rows",
+    remedy="name some",
+)
 TO_BE_MIXED = Need(
     keys=("data.train",),
     holds=lambda config, _: len(config.data.train) > 1,
     otherwise=lambda config: "data.train has one source, and nothing to mix it with",
     remedy="name another one",
+)
+NO_PASSES = Need(
+    keys=("data.train",),
+    holds=lambda config, _: all(source.passes is None for source in config.data.train),
+    otherwise=lambda config: "a source of data.train has passes, which say how they are mixed",
+    remedy="leave out the passes",
+)
+REPEATS = Need(
+    keys=("data.mixing.until",),
+    holds=lambda config, _: config.data.mixing.until == "all_exhausted",
+    otherwise=lambda config: "data.mixing.until is first_exhausted, with which an epoch passes over no source more than once",
+    remedy="leave out data.mixing.until",
 )
 NO_PROPORTIONS = Need(
     keys=("data.train",),
@@ -311,7 +343,7 @@ MIXED = Need(
     holds=lambda config, _: (
         config.data.mixing.temperature is not None or any(source.proportion is not None for source in config.data.train)
     ),
-    otherwise=lambda config: "each row is seen once per epoch: there are neither proportions nor data.mixing.temperature",
+    otherwise=lambda config: "there are neither proportions nor data.mixing.temperature, which ask for a mixture",
     remedy="give each source of data.train a proportion",
 )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from raytune.config.data import DataSource, validation_sets
+from raytune.config.data import DataSource, measured_sets
 from raytune.config.evaluation import code_of_suite, suites_of
 from raytune.config.run import RunConfig
 from raytune.user_code import FILE_ENDING, parts_of
@@ -11,9 +11,12 @@ from raytune.user_code import FILE_ENDING, parts_of
 def row_sources(config: RunConfig) -> dict[str, Sequence[DataSource]]:
     """All sources by the key under which they are listed, in the order of the schema."""
     replay, ewc, suites = config.strategy.replay, config.strategy.ewc, suites_of(config.evaluation)
+    quality = config.data.quality
     return {
         "data.train": config.data.train,
         "data.validation": config.data.validation,
+        "data.test": config.data.test,
+        "data.quality.benchmarks": quality.benchmarks if quality else [],
         "strategy.replay.data": replay.data if replay else [],
         "strategy.ewc.data": ewc.data if ewc else [],
         **{f"{key}.rows": suite.rows for key, suite in suites.items()},
@@ -51,15 +54,24 @@ def asks_in_chats(config: RunConfig) -> bool:
 
 def tokenised_sources(config: RunConfig) -> list[DataSource]:
     """Sources whose rows become documents: all but those that are asked as questions."""
-    return [*trained_sources(config), *config.data.validation, *weighed_sources(config)]
+    return [*trained_sources(config), *config.data.validation, *config.data.test, *weighed_sources(config)]
 
 
 def evaluated_sets(config: RunConfig) -> dict[str, DataSource | None]:
     """What is evaluated, by its name in metrics: a source, or None for the rows that are held out of the only training source."""
-    if not config.data.validation_fraction:
-        return dict(validation_sets(config.data.validation))
+    return _sets(config, config.data.validation, "validation", holds_out=config.data.holds_out)
+
+
+def tested_sets(config: RunConfig) -> dict[str, DataSource | None]:
+    """What the model of the end is measured on, as `evaluated_sets` has it."""
+    return _sets(config, config.data.test, "test", holds_out=bool(config.data.test_fraction))
+
+
+def _sets(config: RunConfig, sources: Sequence[DataSource], together: str, *, holds_out: bool) -> dict[str, DataSource | None]:
+    if not holds_out:
+        return dict(measured_sets(sources, together))
     trained = trained_sources(config)
-    return dict(validation_sets(trained)) if len(trained) > 1 else {"validation": None}
+    return dict(measured_sets(trained, together)) if len(trained) > 1 else {together: None}
 
 
 def named_models(config: RunConfig) -> dict[str, str]:
@@ -82,6 +94,7 @@ def named_code(config: RunConfig) -> list[tuple[str, str]]:
     """Files with functions of the user's, each with the key that names it. Installed modules are none."""
     objective = config.strategy.objective
     named = [("strategy.objective", objective.function)] if objective else []
+    named += [("data.augment.function", function)] if (function := config.data.augment.function) else []
     named += [("callbacks", name) for name in config.callbacks]
     named += [(f"{key}.metrics", name) for key, suite in suites_of(config.evaluation).items() for name in code_of_suite(suite)]
     return [(key, file) for key, file in ((key, parts_of(name)[0]) for key, name in named) if file.endswith(FILE_ENDING)]

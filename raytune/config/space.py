@@ -27,6 +27,10 @@ FIXED = (
     "sweep",
     "cluster",
     "provider",
+    "data.fold",
+    "data.split",
+    "data.test",
+    "data.test_fraction",
     "evaluation.generation",
     "evaluation.suites",
     "checkpoint.metric",
@@ -98,7 +102,7 @@ def _not_compared(config: RunConfig, metric: str) -> str | None:
     if not is_of_validation(metric):
         what = "what is measured on validation rows (validation/loss, ...), or on suites (evaluation.while_training)"
         return f"trials are compared by {what}, got {shown(metric)}"
-    if not config.data.validation and not config.data.validation_fraction:
+    if not config.data.validation and not config.data.holds_out:
         return "no trial would measure it: there are no validation rows (data.validation, data.validation_fraction)"
     return None
 

@@ -29,11 +29,21 @@ def with_files(tree: Node) -> Node:
     strategy = found.get("strategy")
     if strategy and isinstance(strategy.value, dict) and (objective := strategy.value.get("objective")):
         found["strategy"] = replace(strategy, value={**strategy.value, "objective": _objective(objective)})
+    if data := found.get("data"):
+        found["data"] = _data(data)
     if (callbacks := found.get("callbacks")) and isinstance(callbacks.value, list):
         found["callbacks"] = replace(callbacks, value=[_with_file(each) for each in callbacks.value])
     if evaluation := found.get("evaluation"):
         found["evaluation"] = _evaluation(evaluation)
     return replace(tree, value=found)
+
+
+def _data(node: Node) -> Node:
+    augment = node.value.get("augment") if isinstance(node.value, dict) else None
+    if augment is None or not isinstance(augment.value, dict) or "function" not in augment.value:
+        return node
+    changed = replace(augment, value={**augment.value, "function": _with_file(augment.value["function"])})
+    return replace(node, value={**node.value, "augment": changed})
 
 
 def _evaluation(node: Node) -> Node:

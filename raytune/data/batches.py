@@ -111,7 +111,7 @@ def step_batches(
 
     Args:
         step: counted from 0.
-        num_rows_in_run: positions that the run visits (epochs x rows of the store). The last step may reach beyond them: those
+        num_rows_in_run: positions that the run visits (epochs x rows of one). The last step may reach beyond them: those
             rows are there, so that every rank has something to compute, but carry no targets.
         seed: of the data order.
     """

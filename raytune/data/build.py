@@ -9,9 +9,10 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from raytune.config.data import DataSource
 from raytune.config.model import NewToken
 from raytune.data.drafts import SHARDS_FOLDER, Standing, Watch, held, noting, remove_unfinished, tidy, unwatched
 from raytune.data.finished_shards import shard_address
-from raytune.data.prompts import TOLERATED_SHARE
+from raytune.data.quality import Findings, compared_with, look_at
 from raytune.data.reading_through import scan_sources
 from raytune.data.recognising import Reading
-from raytune.data.row_file import SourceUse, WrittenRows, write_rows
+from raytune.data.row_file import WrittenRows, write_rows
+from raytune.data.shard_documents import SourceUse
 from raytune.data.shards import (
+    ParallelMap,
     ShardPart,
     ShardResult,
     ShardTask,
@@ -31,27 +34,25 @@ from raytune.data.shards import (
     TokenisingOptions,
     TooLong,
     bad_rows_error,
-    prompt_mismatch_error,
+    in_report,
     resolved_too_long,
     too_long_error,
 )
 from raytune.data.source_rows import readings_of
 from raytune.data.sources import ScannedFile
-from raytune.data.store import META_FILE, ROWS_FILE, StoreInfo, checksum_of, read_info
-from raytune.data.store_place import intact, put_in_place
+from raytune.data.store import META_FILE, StoreInfo, checksum_of, read_info
+from raytune.data.store_place import intact, local_stores, put_in_place
 from raytune.data.store_request import StoreRequest, code_fingerprint, last_part
 from raytune.errors import DataError, StorageFullError
 from raytune.local_files import sync_local_folder
-from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.plan.data_report import COUNTS, EpochPart, SourceReport, StoreReport
 from raytune.plan.mixing import passes_of_epoch
-from raytune.storage import file_digest, is_local, local_path, write_json
+from raytune.storage import file_digest, is_local, write_json
 
 _MIN_SHARD_SEGMENTS = 2
 _MAX_SHARDS = 256
 
 _log = logging.getLogger(__name__)
-
-ParallelMap = Callable[[Callable[[ShardTask], ShardResult], Sequence[ShardTask]], Iterable[ShardResult]]
 
 
 def build_store(
@@ -79,60 +80,59 @@ def build_store(
         DataError: if rows cannot be used (and the policy is to stop), or nothing is left to train on; the message has counts, and
             the first rows with file and line.
     """
-    if not is_local(folder):
-        raise DataError(
-            f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
-        )
+    stores = local_stores(folder)
     from raytune.data.tokenising import tokenise_shard  # workers open stores and need none of its libraries
 
-    stores = local_path(folder)
     with watch() as report, _downloads(stores, request) as downloads:
         scanned = scan_sources(request.sources, downloads, report)
         readings = readings_of(request.sources, scanned)
         policies: list[TooLong] = [resolved_too_long(request.too_long, reading.format) for reading in readings]
-        address = request.address([[file.fingerprint for file in files] for files in scanned], policies)
+        others = compared_with(request.quality, request.held_out, downloads) if request.quality else None
+        fingerprints = [[file.fingerprint for file in files] for files in scanned]
+        address = request.address(fingerprints, policies, others.fingerprints if others else ())
         final, draft = stores / address, stores / f"draft-{address}"
         if (found := intact(final)) is not None:
-            return _with_its_prompts(found, request)
-        options = TokenisingOptions(
+            _refuse_by_policy(request, _counted_again(found.report))
+            return found
+        options = tokenising_options(
+            request,
             tokenizer_path=tokenizer_path,
             tokenizer_revision=tokenizer_revision,
             trust_remote_code=trust_remote_code,
-            new_tokens=tuple(new_tokens),
-            tokenizer_fingerprint=request.tokenizer_fingerprint,
-            template=request.template,
-            targets=request.targets,
-            token_classes=request.token_classes,
-            max_length=request.max_length,
-            side=request.side,
-            validation_fraction=request.validation_fraction,
+            new_tokens=new_tokens,
         )
         with held(draft, report) as is_alone:
             info = intact(final)  # another builder has been quicker
             if info is None:
                 if final.exists():
                     _log.warning("The store %s is damaged: its rows are tokenised again.", final)
-                tasks = _shards(request.sources, scanned, readings, policies, options, draft)
                 if is_alone:
                     remove_unfinished(draft)
+                tasks, findings = _shards(request, scanned, readings, policies, options), None
+                if request.quality and others:
+                    findings = look_at(request.quality, tasks, _names(scanned), others, draft, parallel_map)
+                    tasks = findings.tasks
+                tasks = _with_places(tasks, draft)
+                if is_alone:
                     tidy(draft, [Path(task.output).name for task in tasks], time.time())
                 standing = Standing(total_rows=_about_rows(request, scanned), num_shards=len(tasks))
                 try:
                     with noting(draft, standing, report), _full_disk_in_words(stores, standing):
                         results = _tokenised(partial(parallel_map, tokenise_shard), tasks, standing)
-                        info = _written(request, scanned, readings, policies, results, draft, final)
+                        info = _written(request, scanned, readings, policies, results, findings, draft, final)
                 except FileNotFoundError:  # removed by another builder in this draft, who is done
                     if (info := intact(final)) is None:
                         raise
             shutil.rmtree(draft, ignore_errors=True)
-        return _with_its_prompts(info, request)
+        _refuse_by_policy(request, _counted_again(info.report))
+        return info
 
 
 @contextmanager
 def _downloads(stores: Path, request: StoreRequest) -> Iterator[Path]:
     """A folder for files behind URLs, while they are read."""
     draft = stores / f"draft-{uuid.uuid4().hex[:12]}"
-    if all(is_local(source.path) for source in request.sources):
+    if all(is_local(source.path) for source in request.all_sources):
         yield draft  # where nothing comes
         return
     with held(draft, lambda progress: None):
@@ -202,6 +202,7 @@ def _written(
     readings: Sequence[Reading],
     policies: Sequence[TooLong],
     results: Sequence[ShardResult],
+    findings: Findings | None,
     draft: Path,
     final: Path,
 ) -> StoreInfo:
@@ -210,20 +211,54 @@ def _written(
     built = draft / f"store-{uuid.uuid4().hex[:12]}"
     built.mkdir()
     uses = _uses(request, tallies)
-    written = write_rows(built / ROWS_FILE, results, uses, request.max_length, request.packing, request.num_virtual)
+    written = write_rows(built, results, uses, request.max_length, request.packing, request.num_virtual)
     _refuse_empty_parts(request, tallies, written)
-    digest = file_digest(built / ROWS_FILE)
+    report = _report(request, scanned, readings, policies, tallies, uses, written)
+    report = findings.told_in(report) if findings else report
+    epoch = written.epoch
     meta = {
         "address": final.name,
-        "source_files": [file.file.name for source_files in scanned for file in source_files],
-        "size": digest.size,
-        "sha256": digest.sha256,
-        **written.sizes,
-        "report": _report(request, scanned, readings, policies, tallies, uses, written).model_dump(mode="json"),
+        "source_files": _names(scanned),
+        "files": {file.name: asdict(file_digest(file)) for file in sorted(built.iterdir())},
+        "drawn": [asdict(part) for part in written.drawn],
+        "num_rows": written.num_rows,
+        "rows_per_epoch": epoch.rows,
+        "num_documents": epoch.documents,
+        "num_tokens": epoch.tokens,
+        "num_targets": epoch.targets,
+        "num_bytes": epoch.bytes,
+        "longest_document": epoch.longest_document,
+        "report": report.model_dump(mode="json"),
     }
     write_json(built / META_FILE, meta | {"checksum": checksum_of(meta)})
     sync_local_folder(built)
     return put_in_place(built, final, read_info(final, meta), intact)
+
+
+def tokenising_options(
+    request: StoreRequest,
+    *,
+    tokenizer_path: str,
+    tokenizer_revision: str | None,
+    trust_remote_code: bool,
+    new_tokens: Sequence[NewToken],
+) -> TokenisingOptions:
+    """What a request asks to be done with every row of every source."""
+    return TokenisingOptions(
+        tokenizer_path=tokenizer_path,
+        tokenizer_revision=tokenizer_revision,
+        trust_remote_code=trust_remote_code,
+        new_tokens=tuple(new_tokens),
+        tokenizer_fingerprint=request.tokenizer_fingerprint,
+        template=request.template,
+        shape=request.shape,
+        targets=request.targets,
+        train_empty_thought=request.train_empty_thought,
+        token_classes=request.token_classes,
+        max_length=request.max_length,
+        side=request.side,
+        split=request.split,
+    )
 
 
 def _report(
@@ -241,21 +276,25 @@ def _report(
             format=reading.format,
             files=_files_in(source, files),
             too_long=policy,
-            unread_columns=dict(tally.unread_columns),
-            unread_keys=dict(tally.unread_keys),
-            targets_of_class={str(one): tally.targets_of_class[str(one)] for one in request.token_classes},
-            examples=tally.examples,
             loss_weight=use.loss_weight,
-            passes=use.passes,
-            mixed=written.mixed[number] if written.mixed else None,
+            passes=passes,
+            mixed=None if all(each == 1 for each in written.passes) else _part_of_epoch(tally, passes),
             is_replayed=number >= len(request.sources) - request.mixture.num_replayed,
-            **{count: tally.counts[count] for count in COUNTS},
+            **in_report(tally, request.token_classes),
         )
-        for number, (source, files, reading, policy, tally, use) in enumerate(
-            zip(request.sources, scanned, readings, policies, tallies, uses, strict=True)
+        for number, (source, files, reading, policy, tally, use, passes) in enumerate(
+            zip(request.sources, scanned, readings, policies, tallies, uses, written.passes, strict=True)
         )
     ]
-    return StoreReport(row_length=request.max_length, num_rows=written.sizes["num_rows"], sources=sources)
+    return StoreReport(row_length=request.max_length, num_rows=written.epoch.rows, sources=sources)
+
+
+def _part_of_epoch(tally: Tally, passes: float) -> EpochPart:
+    return EpochPart(**{count: round(passes * tally.counts[count]) for count in EpochPart.model_fields})
+
+
+def _names(scanned: Sequence[Sequence[ScannedFile]]) -> list[str]:
+    return [file.file.name for files in scanned for file in files]
 
 
 def _files_in(source: DataSource, files: Sequence[ScannedFile]) -> list[str]:
@@ -269,7 +308,10 @@ def _uses(request: StoreRequest, tallies: Sequence[Tally]) -> list[SourceUse]:
     names = [source.path for source in request.sources]
     passes = passes_of_epoch(request.mixture, [tally.counts["targets"] for tally in tallies], names)
     weights = request.loss_weights or (1.0,) * len(names)
-    return [SourceUse(passes=each, loss_weight=weight) for each, weight in zip(passes, weights, strict=True)]
+    return [
+        SourceUse(passes=each, loss_weight=weight, num_documents=tally.counts["documents"], num_tokens=tally.counts["tokens"])
+        for each, weight, tally in zip(passes, weights, tallies, strict=True)
+    ]
 
 
 def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written: WrittenRows) -> None:
@@ -278,31 +320,32 @@ def _refuse_empty_parts(request: StoreRequest, tallies: Sequence[Tally], written
     Raises:
         DataError: with what to change.
     """
-    for number, (tally, part) in enumerate(zip(tallies, written.mixed or [])):
-        if tally.counts["documents"] and not part.documents:
+    for number, (tally, passes) in enumerate(zip(tallies, written.passes, strict=True)):
+        if tally.counts["documents"] and not passes:
             is_replayed = number >= len(request.sources) - request.mixture.num_replayed
             key = "strategy.replay.share" if is_replayed else "data.mixing"
+            what = key if is_replayed else "its passes or proportion, or data.mixing.temperature"
             raise DataError(
-                f"An epoch has no document of {request.sources[number].path}: the smallest is larger than its part. Raise that "
-                f"({'strategy.replay.share' if is_replayed else 'its proportion, or data.mixing.temperature'}), or leave it out.",
+                f"An epoch has no document of {request.sources[number].path}: its part is less than half of one. Raise that "
+                f"({what}), or leave it out.",
                 keys=(key, "data.train"),
             )
 
 
 def _shards(
-    sources: Sequence[DataSource],
+    request: StoreRequest,
     scanned: Sequence[Sequence[ScannedFile]],
     readings: Sequence[Reading],
     policies: Sequence[TooLong],
     options: TokenisingOptions,
-    draft: Path,
 ) -> list[ShardTask]:
     """Divide all segments into tasks of similar size, in order. A source of which only the first rows count is one task."""
     groups: list[tuple[int, list[ShardPart]]] = []
+    first_replayed = len(request.sources) - request.mixture.num_replayed
     num_segments = sum(len(file.segments) for files in scanned for file in files)
     per_shard = max(_MIN_SHARD_SEGMENTS, -(-num_segments // _MAX_SHARDS))
     file_index = 0
-    for number, (source, files, reading) in enumerate(zip(sources, scanned, readings, strict=True)):
+    for number, (source, files, reading) in enumerate(zip(request.sources, scanned, readings, strict=True)):
         parts = []
         for file in files:
             parts += [
@@ -312,18 +355,23 @@ def _shards(
             file_index += 1
         step = len(parts) if source.max_rows is not None else per_shard
         groups += [(number, parts[start : start + step]) for start in range(0, len(parts), max(1, step))]
-    tasks = [
+    return [
         ShardTask(
             number=index,
             source=number,
             parts=tuple(parts),
-            max_rows=sources[number].max_rows,
+            max_rows=request.sources[number].max_rows,
             too_long=policies[number],
             options=options,
+            augmentation=None if number >= first_replayed else request.augmentation,
             output="",
         )
         for index, (number, parts) in enumerate(groups)
     ]
+
+
+def _with_places(tasks: Sequence[ShardTask], draft: Path) -> list[ShardTask]:
+    """The tasks with the folders that they write, each named after what will be in it."""
     code = code_fingerprint()
     return [replace(task, output=str(draft / SHARDS_FOLDER / shard_address(task, code))) for task in tasks]
 
@@ -338,37 +386,45 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
     for result in results:
         tallies[result.source].merge(result.tally)
         total.merge(result.tally)
+    _refuse_by_policy(request, total)
     counts = total.counts
-    if counts["bad"] and request.on_bad_row == "error":
-        raise bad_rows_error(total)
-    if counts["dropped"] and request.too_long == "error":
-        raise too_long_error(total, request.max_length)
     if not counts["documents"]:
         longer = f"data.max_length, {request.max_length} tokens"
         reasons = {
             "bad": "cannot be used",
             "dropped": f"are longer than {longer} (data.too_long: {request.too_long})",
             "cut_off": f"have their targets behind {longer}",
+            "filtered": "are left out by data.quality",
             "no_target": f"have no target (data.targets: {request.targets})",
-            "other_side": f"lie on the other side of the split (data.validation_fraction: {request.validation_fraction})",
+            "other_side": "lie on another side of the split (data.validation_fraction, data.test_fraction, data.fold)",
+            "test_side": "are held out for the test (data.test_fraction)",
         }
         lost = [f"  {counts[what]} {why}{_first(total, what)}" for what, why in reasons.items() if counts[what]]
         names = ", ".join(source.path for source in request.sources)
-        raise DataError("\n".join([f"No row of {names} can be trained on. Of {counts['rows']} rows", *lost]))
+        of_sides = {"validation": "is held out for validation", "test": "is held out for the test"}
+        what = of_sides.get(request.side, "can be trained on")
+        raise DataError("\n".join([f"No row of {names} {what}. Of {counts['rows']} rows", *lost]))
     return tallies
 
 
-def _with_its_prompts(info: StoreInfo, request: StoreRequest) -> StoreInfo:
-    """The store, unless the answers of a source are trained behind other tokens than their prompts have.
+def _refuse_by_policy(request: StoreRequest, total: Tally) -> None:
+    """Refuse rows that are not to be left out, whatever is left without them.
 
     Raises:
-        DataError: if they are, and that is not accepted.
+        DataError: with the first of them.
     """
-    if request.on_prompt_mismatch == "error":
-        for source in info.report.sources:
-            if source.prompts_differ > TOLERATED_SHARE * source.prompts_compared:
-                raise prompt_mismatch_error(source)
-    return info
+    if total.counts["bad"] and request.on_bad_row == "error":
+        raise bad_rows_error(total)
+    if total.counts["dropped"] and request.too_long == "error":
+        raise too_long_error(total, request.max_length)
+
+
+def _counted_again(report: StoreReport) -> Tally:
+    """What was counted when a store was built, over all of its sources."""
+    total = Tally()
+    for source in report.sources:
+        total.merge(Tally(counts=Counter({count: getattr(source, count) for count in COUNTS}), examples=source.examples))
+    return total
 
 
 def _first(tally: Tally, what: str) -> str:

@@ -19,7 +19,15 @@ class RowError(Exception):
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, for messages."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+    }
     return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
 
 

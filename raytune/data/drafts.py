@@ -101,7 +101,7 @@ def held(draft: Path, report: Report) -> Iterator[bool]:
 
 def remove_unfinished(draft: Path) -> None:
     """Remove what a killed builder had not finished, from a draft that is held."""
-    for folder in [*draft.glob(f"{SHARDS_FOLDER}/*.*"), *draft.glob("store-*")]:
+    for folder in [*draft.glob(f"{SHARDS_FOLDER}/*.*"), *draft.glob("store-*"), *draft.glob("marks-*")]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -23,6 +23,10 @@ _THOUGHT = re.compile(
 )
 # Behind a prompt that opens the thought, an answer begins inside of it.
 _THOUGHT_END = re.compile(r"</(?:[a-z_:|]*think[a-z_]*\|?|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷")
+EMPTY_THOUGHT = re.compile(
+    r"\s*(?:<(?P<tag>[a-z_:|]*think[a-z_]*\|?|thought|reasoning)>\s*</(?P=tag)>|\[THINK\]\s*\[/THINK\]|◁think▷\s*◁/think▷)\s*"
+)
+"""At the beginning of an answer, with the white space around it."""
 # Templates look at how a turn begins and ends (`<tool_response>`, say), so marks stand inside such tags.
 _TAG_BEFORE = re.compile(r"<[^<>\s]{1,40}>")
 _TAG_BEHIND = re.compile(r"<[^<>\s]{1,40}>$")
@@ -67,6 +71,24 @@ def fields_of(conversation: Conversation) -> list[Field]:
 
 def has_thought(content: str) -> bool:
     return _THOUGHT_END.search(content) is not None
+
+
+def has_reasoning(message: Message) -> bool:
+    """Whether a turn of the assistant has a thought, in its words or beside them."""
+    content = message.get("content")
+    return message["role"] == "assistant" and (
+        any(message.get(key) for key in REASONING) or (isinstance(content, str) and has_thought(content))
+    )
+
+
+def without_thoughts(content: str) -> str:
+    """A content without the thoughts in it; as it is if it has none."""
+    first, end = _THOUGHT.search(content), _THOUGHT_END.search(content)
+    if end and not (first and first.start() < end.start()):
+        content = content[end.end() :]
+    elif not end:
+        return content
+    return _THOUGHT.sub("", content).lstrip()
 
 
 def _content_fields(turn: int, message: Message) -> Iterator[Field]:

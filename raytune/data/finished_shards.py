@@ -42,6 +42,8 @@ def shard_address(task: ShardTask, code: str) -> str:
         "max_rows": task.max_rows,
         "too_long": task.too_long,
         "source": task.source,
+        "augmentation": repr(task.augmentation),
+        "left_out": None if task.left_out is None else hashlib.sha256(task.left_out).hexdigest(),
         "parts": [
             {
                 "content": part.fingerprint,

@@ -1,44 +1,77 @@
-"""Which documents an epoch has, and how often. Pure.
+"""Which rows of a store an epoch has, in which order: a function of the position, and not a state. Pure.
 
-A source that is passed over 2.3 times has each document twice, and a third time those of its first 0.3 in a shuffled order that
-depends on nothing but their number. So every epoch has the same, no state is kept, and a larger share keeps what a smaller one
-had.
+A store has rows that every epoch has, and behind them those of sources of which an epoch has a part. Of R such rows in a fixed
+order, epoch 0 has the first n, epoch 1 the next n, and so on round a circle: in the first k epochs each is seen k * n / R times,
+rounded up or down. The order is shuffled, and such that any n that follow each other have their share of the targets.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from raytune.data.order import rows_at
 
 _SHUFFLE = 0
-"""Seed of the order in which documents are taken. Not the run's, or each seed would have a store of its own."""
+"""Seed of the order in which parts are drawn."""
+FEWEST_DRAWN = 16
+"""Rows of a part that an epoch has, where there are so many documents; so that whole rows meet it within half a row of as many.
+Packed rows of a small source hold fewer tokens for that."""
 
 
-def documents_of_passes(passes: Sequence[float], sources: np.ndarray, num_targets: np.ndarray) -> list[np.ndarray]:
-    """The documents of each pass in their order; the first pass has most of them. None has a document twice.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnRows:
+    """Rows of a store of which each epoch has some."""
 
-    Args:
-        passes: over each source.
-        sources: of each document, a number into `passes`.
-        num_targets: of each document, at least 1.
+    first_row: int
+    num_rows: int
+    per_epoch: int
+
+
+class EpochRows:
+    """The rows of each epoch."""
+
+    def __init__(self, num_fixed: int, drawn: Sequence[DrawnRows], num_targets_of_row: np.ndarray) -> None:
+        """Args:
+        num_fixed: rows that every epoch has, the first ones.
+        num_targets_of_row: of all rows of the store.
+        """
+        self.num_rows = num_fixed + sum(part.per_epoch for part in drawn)
+        """In an epoch; as many in each."""
+        self._num_fixed, self._drawn, self._num_targets_of_row = num_fixed, drawn, num_targets_of_row
+
+    def rows_at(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        """The rows at positions, which count rows over all epochs, as int64; see `order.row_at`."""
+        places = rows_at(positions, self.num_rows, seed)
+        if not self._drawn:
+            return places
+        epochs, first = positions.astype(np.int64) // self.num_rows, self._num_fixed
+        rows = places.copy()
+        for part, order in zip(self._drawn, self._orders, strict=True):
+            taken = (places >= first) & (places < first + part.per_epoch)
+            rows[taken] = order[(epochs[taken] * part.per_epoch + places[taken] - first) % part.num_rows]
+            first += part.per_epoch
+        return rows
+
+    @cached_property
+    def _orders(self) -> list[np.ndarray]:
+        """The rows of each part in the order in which they are drawn."""
+        ranges = [slice(part.first_row, part.first_row + part.num_rows) for part in self._drawn]
+        return [rows.start + balanced_order(self._num_targets_of_row[rows]) for rows in ranges]
+
+
+def balanced_order(numbers: np.ndarray) -> np.ndarray:
+    """A shuffled order in which the sum of any k neighbours, on a circle, is k times the mean to within the largest number less
+    the smallest.
+
+    After numbers whose sum is above their share comes the next one that is below the mean, and the other way round: so sums
+    of the first k stray from k times the mean by no more than one number does (Steinitz' lemma on a line).
     """
-    parts: list[list[np.ndarray]] = []
-    for source, times in enumerate(passes):
-        documents = np.flatnonzero(sources == source)
-        taken = [documents] * int(times)
-        rest = first_part(num_targets[documents], times - int(times))
-        taken += [np.sort(documents[rest])] if len(rest) else []
-        parts += [[] for _ in range(len(taken) - len(parts))]
-        for number, one in enumerate(taken):
-            parts[number].append(one)
-    return [np.sort(np.concatenate(part)) for part in parts]
-
-
-def first_part(num_targets: np.ndarray, share: float) -> np.ndarray:
-    """Of documents in a shuffled order the first ones, whose share of all targets is nearest to `share`."""
-    if not len(num_targets):
-        return np.empty(0, np.int64)
-    order = rows_at(np.arange(len(num_targets)), len(num_targets), _SHUFFLE)
-    sums = np.concatenate([[0], np.cumsum(num_targets[order])])
-    return order[: int(np.abs(sums - share * sums[-1]).argmin())]
+    shuffled = rows_at(np.arange(len(numbers)), len(numbers), _SHUFFLE) if len(numbers) else np.empty(0, np.int64)
+    strays = numbers[shuffled] - numbers.mean() if len(numbers) else np.empty(0)
+    above, below = shuffled[strays > 0], shuffled[strays <= 0]
+    # One above comes when those before it have strayed up no further than those below have brought back: a merge of sorted sums.
+    ups, downs = strays[strays > 0], -strays[strays <= 0]
+    turns = np.concatenate([np.cumsum(ups) - ups, np.cumsum(downs) - downs])
+    return np.concatenate([above, below])[np.argsort(turns, kind="stable")]

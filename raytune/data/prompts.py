@@ -11,9 +11,6 @@ from raytune.data.conversation import Conversation, RowError
 from raytune.data.masking import Targets, trained_turns
 from raytune.data.template import ChatTemplate
 
-TOLERATED_SHARE = 0.02
-"""Of the compared answers of a source. More than that is how its rows or the template are made, and not a stray row."""
-
 _NUM_SHOWN = 4
 
 

@@ -20,6 +20,11 @@ MAX_ROW_BYTES = 32 * MIB
 """A longer line is refused rather than read into memory."""
 
 
+_MOST_NESTED = 200
+"""Objects and lists within each other. What reads them calls itself, as deep as Python goes and no deeper."""
+_TOO_DEEP = f"objects and lists lie in each other more than {_MOST_NESTED} deep"
+
+
 @dataclass(frozen=True, slots=True)
 class FileRow:
     values: dict[str, Any]
@@ -55,33 +60,54 @@ def _json_rows(lines: "Lines") -> Iterator[FileRow | BadRow]:
     for line, data in lines:
         if data is None:
             yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
-        elif not data.isspace():
+        elif data and not data.isspace():
             yield _json_row(data, line)
 
 
 def _json_row(data: bytes, line: int) -> FileRow | BadRow:
     try:
-        values = json.loads(data.decode().rstrip(), object_pairs_hook=_object)
+        text = data.decode().rstrip()
+        values = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}", line)
     except json.JSONDecodeError as error:
-        torn = "; the file ends in the middle of the row" if not data.endswith(b"\n") else ""
-        return BadRow(f"not JSON: {error.msg} at column {error.colno}{torn}", line)
-    except (ValueError, RecursionError) as error:
+        is_at_end = error.pos >= len(error.doc) or error.msg.startswith("Unterminated")
+        torn = "; the file ends in the middle of the row" if is_at_end and not data.endswith(b"\n") else ""
+        return BadRow(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{torn}", line)
+    except RecursionError:
+        return BadRow(f"not usable JSON: {_TOO_DEEP}", line)
+    except ValueError as error:
         return BadRow(f"not usable JSON: {error}", line)
-    return _checked_row(values, line, suspicious=b"\\ud" in data or b"\\uD" in data)
+    return _checked_row(
+        values, line, suspicious=b"\\ud" in data or b"\\uD" in data, most_nested=data.count(b"[") + data.count(b"{")
+    )
 
 
-def _checked_row(values: Any, line: int, *, suspicious: bool) -> FileRow | BadRow:
-    """A row if it is an object whose text can be encoded. Only an escape (`\\ud800`) can bring in half a character."""
+def _checked_row(values: Any, line: int, *, suspicious: bool, most_nested: int) -> FileRow | BadRow:
+    """A row if it is an object whose text can be encoded. Only an escape (`\\ud800`) can bring in half a character.
+
+    Args:
+        most_nested: brackets that open in it, some of them perhaps in texts.
+    """
     if not isinstance(values, dict):
         return BadRow(f"{kind_of(values)}, expected an object with named columns", line)
+    if most_nested > _MOST_NESTED and _depth(values) > _MOST_NESTED:
+        return BadRow(f"not usable JSON: {_TOO_DEEP}", line)
     if suspicious:
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return BadRow(f"half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character", line)
     return FileRow(values, line)
+
+
+def _depth(value: Any) -> int:
+    """Of objects and lists within each other."""
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return depth
 
 
 class _UnusableElement(ValueError):
@@ -112,8 +138,9 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
             line = text.line_of_next() if counted is None else next(counted)
             try:
                 element, end = text.decode(decoder)
-                suspicious = "\\ud" in text.buffer[text.at : end].lower()
-                row = _checked_row(element, line, suspicious=suspicious)
+                written = text.buffer[text.at : end]
+                suspicious, most_nested = "\\ud" in written.lower(), written.count("[") + written.count("{")
+                row = _checked_row(element, line, suspicious=suspicious, most_nested=most_nested)
             except _UnusableElement as error:
                 _, end = text.decode(json.JSONDecoder())
                 row = BadRow(f"not usable JSON: {error}", line)
@@ -164,6 +191,7 @@ class _Window:
                 too_long = len(self.buffer) - self.at > MAX_ROW_BYTES
                 if too_long or isinstance(error, RecursionError) or not self._read_more():
                     reason = f"an element is longer than {format_bytes(MAX_ROW_BYTES)}" if too_long else str(error)
+                    reason = _TOO_DEEP if isinstance(error, RecursionError) else reason
                     raise DataError(
                         f"{self._name}:{line}: the JSON array cannot be read from here on: {reason}. "
                         f"Repair the file, or write one object per line (jsonl), where only the bad line is lost."
@@ -229,7 +257,7 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
     try:
         columns = next(reader, [])
     except csv.Error as error:
-        raise DataError(f"{segment.file.name}:1: the header cannot be read: {error}.") from error
+        raise DataError(f"{segment.file.name}:1: the header cannot be read: {_in_words(error)}.") from error
     if columns[:1] == [""]:  # the index that pandas writes, under the name that pandas reads it by
         columns[0] = "Unnamed: 0"
     if len(columns) == 1 and (other := next((mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter), None)):
@@ -245,7 +273,7 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield BadRow(f"not CSV: {error}", line)
+            yield BadRow(f"not CSV: {_in_words(error)}", line)
             continue
         if fields is None:
             return
@@ -256,6 +284,11 @@ def _read_csv(segment: Segment) -> Iterator[FileRow | BadRow]:
             yield BadRow(f"{len(fields)} fields, but the header names {len(columns)}", line)
         elif fields:
             yield FileRow(dict(zip(columns, fields)), line)
+
+
+def _in_words(error: csv.Error) -> str:
+    is_line_end = str(error).startswith("new-line character")
+    return "a line ends in a carriage return alone; write line feeds" if is_line_end else str(error)
 
 
 def _csv_lines(segment: Segment, problems: list[str]) -> Iterator[str]:
@@ -280,7 +313,7 @@ def _text_rows(lines: "Lines") -> Iterator[FileRow | BadRow]:
     for line, data in lines:
         if data is None:
             yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
-        elif not data.isspace():
+        elif data and not data.isspace():
             try:
                 yield FileRow({"text": data.decode().rstrip("\r\n")}, line)
             except UnicodeDecodeError as error:
@@ -304,10 +337,23 @@ def _read_arrow(segment: Segment) -> Iterator[FileRow | BadRow]:
             yield from _rows_of_table(pieces, first.schema, segment)
 
 
-def _rows_of_table(batches: Iterable[Any], schema: Any, segment: Segment) -> Iterator[FileRow]:
-    rows, classes = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches), _classes(schema)
+def _rows_of_table(batches: Iterable[Any], schema: Any, segment: Segment) -> Iterator[FileRow | BadRow]:
+    rows, classes = chain.from_iterable(map(_rows_of_batch, batches)), _classes(schema)
     for line, values in enumerate(rows, segment.first_line):
-        yield FileRow(_with_class_names(_without_filled_nulls(values), classes), line)
+        if isinstance(values, UnicodeDecodeError):
+            yield BadRow(f"not UTF-8: byte 0x{values.object[values.start]:02x} in a text", line)
+        else:
+            yield FileRow(_with_class_names(_without_filled_nulls(values), classes), line)
+
+
+def _rows_of_batch(batch: Any) -> list[Any]:
+    """The rows of a batch, with the error in place of one whose text cannot be decoded, which Arrow does not look at."""
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for index in range(batch.num_rows) for row in _rows_of_batch(batch.slice(index, 1))]
 
 
 def _classes(schema: Any) -> dict[str, list[str]]:

@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from raytune.data.conversation import RowError, kind_of
 from raytune.data.turns import from_json, is_empty
 
 _MISSING = object()
+_MOST_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,4 +176,5 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def listed(names: Sequence[str] | Mapping[str, Any] | set[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"
+    more = f", and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(f"'{name}'" for name in islice(names, _MOST_LISTED)) + more or "none"

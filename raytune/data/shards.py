@@ -1,23 +1,28 @@
 """What passes between the builder of a store and the processes that tokenise its shards: tasks, results, and tallies of rows."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from raytune.config.data import DataFormat
 from raytune.config.model import NewToken
+from raytune.data.augmenting import Augmentation
 from raytune.data.conversation import Origin
 from raytune.data.masking import Targets
 from raytune.data.recognising import Reading
+from raytune.data.shaping import Shape
 from raytune.data.sources import Segment
-from raytune.data.split import Side
+from raytune.data.split import Side, Split
 from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
-from raytune.plan.data_report import SourceReport
+from raytune.plan.data_report import COUNTS
 
-TooLong = Literal["truncate", "drop", "split", "error"]
+TooLong = Literal["truncate", "truncate_left", "drop", "split", "split_turns", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
+
+ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Calls a function on every task and gives the results in order."""
 
 NUM_EXAMPLES = 5
 
@@ -32,11 +37,13 @@ class TokenisingOptions:
     new_tokens: tuple[NewToken, ...]
     tokenizer_fingerprint: str
     template: str
+    shape: Shape
     targets: Targets
+    train_empty_thought: bool
     token_classes: tuple[TokenClass, ...]
     max_length: int
     side: Side | Literal["all"]
-    validation_fraction: float
+    split: Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,8 @@ class ShardPart:
     reading: Reading
     fingerprint: str
     """Of the whole file."""
+    only_line: int | None = None
+    """Where the only rows of it stand that are wanted; 0: nowhere, it is read for its number of rows. None: all are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +70,12 @@ class ShardTask:
     """Rows that are read at most."""
     too_long: TooLong
     options: TokenisingOptions
+    augmentation: Augmentation | None = None
+    """What is made of its rows beside themselves."""
     output: str
     """Folder that is written (`finished_shards`)."""
+    left_out: bytes | None = None
+    """A bool for each row that `read_parts` gives: whether it is left out (`quality`). None: none is."""
 
 
 @dataclass(slots=True)
@@ -75,6 +88,8 @@ class Tally:
     unread_columns: Counter[str] = field(default_factory=Counter)
     unread_keys: Counter[str] = field(default_factory=Counter)
     targets_of_class: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Rows by bucket of `plan.row_lengths`."""
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, origin: Origin | None = None, reason: str = "") -> None:
@@ -90,13 +105,16 @@ class Tally:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The tally that `as_json` was asked of."""
         empty = cls()
-        return cls(**{name: type(getattr(empty, name))(value) for name, value in values.items()})
+        tally = cls(**{name: type(getattr(empty, name))(value) for name, value in values.items()})
+        tally.lengths = Counter({int(bucket): rows for bucket, rows in tally.lengths.items()})  # keys of JSON are text
+        return tally
 
     def merge(self, other: "Tally") -> None:
         self.counts.update(other.counts)
         self.unread_columns.update(other.unread_columns)
         self.unread_keys.update(other.unread_keys)
         self.targets_of_class.update(other.targets_of_class)
+        self.lengths.update(other.lengths)
         for what, examples in other.examples.items():
             mine = self.examples.setdefault(what, [])
             mine.extend(examples[: self.most_examples - len(mine)])
@@ -115,10 +133,22 @@ class ShardResult:
 
 def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
     """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
-    only its last answers."""
-    if policy != "auto":
-        return policy
-    return "split" if name == "text" else "truncate"
+    only its last answers. Plain text has no turns to be split at."""
+    if policy == "auto":
+        return "split" if name == "text" else "truncate"
+    return "split" if policy == "split_turns" and name == "text" else policy
+
+
+def in_report(tally: Tally, classes: Sequence[TokenClass]) -> dict[str, Any]:
+    """The fields of a `SourceReport` that a tally has."""
+    return {
+        "unread_columns": dict(tally.unread_columns),
+        "unread_keys": dict(tally.unread_keys),
+        "lengths": [tally.lengths[bucket] for bucket in range(max(tally.lengths, default=-1) + 1)],
+        "targets_of_class": {str(one): tally.targets_of_class[str(one)] for one in classes},
+        "examples": tally.examples,
+        **{count: tally.counts[count] for count in COUNTS},
+    }
 
 
 def bad_rows_error(tally: Tally) -> DataError:
@@ -139,20 +169,21 @@ def too_long_error(tally: Tally, max_length: int) -> DataError:
         tally,
         "dropped",
         f"are longer than data.max_length, {max_length} tokens",
-        "Raise data.max_length, or set data.too_long to truncate, drop or split.",
+        "Raise data.max_length, or set data.too_long to truncate, truncate_left, drop, split or split_turns.",
     )
 
 
-def prompt_mismatch_error(source: SourceReport) -> DataError:
-    differ, compared = source.prompts_differ, source.prompts_compared
-    return _counted_error(
-        f"{source.name}: {differ} of {compared} compared answers {'is' if differ == 1 else 'are'} trained behind other tokens "
-        f"than their prompt has, so that a tuned model would be asked what it was not taught:",
-        differ,
-        source.examples["prompts_differ"],
-        "Move white space from the end of a prompt to the beginning of its answer, write what the prompt opens (a thought, say) "
-        "into the answers, or choose another data.template. If it is as it should be, set data.on_prompt_mismatch: accept.",
-    )
+def found_rows_error(finding: str, count: int, examples: Sequence[str]) -> DataError:
+    """Args:
+    finding: a policy of `data.quality`, which is `error`.
+    """
+    rows = "1 row is" if count == 1 else f"{count} rows are"
+    key = f"data.quality.{finding}"
+    words = finding.replace("_", " ")
+    fix = f"Repair the files, or set {key} to drop or keep."
+    error = _counted_error(f"{rows} among the {words} ({key}: error):", count, examples, fix)
+    error.keys = (key,)
+    return error
 
 
 def _rows_error(tally: Tally, what: str, are: str, fix: str) -> DataError:

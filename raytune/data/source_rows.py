@@ -5,14 +5,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from raytune.config.data import DataSource
+from raytune.data.augmenting import Augmentation, copies_of
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.readers import BadRow, FileRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
 from raytune.data.source_files import find_files
 from raytune.data.sources import ScannedFile, scan
-from raytune.data.split import Side, side_of
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split, side_of
 from raytune.errors import DataError
 
 
@@ -48,7 +51,7 @@ def read_conversations(
     downloads: Path,
     tally: Tally,
     side: Side | Literal["all"] = "all",
-    validation_fraction: float = 0.0,
+    split: Split = EVERY_ROW_TRAINS,
     *,
     are_asked: bool = False,
 ) -> Iterator[Conversation]:
@@ -56,7 +59,7 @@ def read_conversations(
 
     Args:
         tally: of rows that were read, and of those that cannot be used.
-        side: of a split that are wanted, which puts `validation_fraction` of all rows on the other.
+        side: of the split that is wanted.
         are_asked: whether rows need no answer; one that lacks it has an empty one.
 
     Raises:
@@ -69,7 +72,7 @@ def read_conversations(
         for file in scanned
         for segment in file.segments
     ]
-    rows = read_parts(parts, source.max_rows, tally, side, validation_fraction, are_asked=are_asked)
+    rows = read_parts(parts, source.max_rows, tally, side, split, are_asked=are_asked)
     return (conversation for conversation, _ in rows)
 
 
@@ -78,30 +81,54 @@ def read_parts(
     max_rows: int | None,
     tally: Tally,
     side: Side | Literal["all"],
-    validation_fraction: float,
+    split: Split,
     *,
     are_asked: bool = False,
+    left_out: Sequence[bool] | np.ndarray | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[tuple[Conversation, int]]:
-    """Conversations of the wanted side, each with the number of its file; bad rows are tallied."""
+    """Conversations of the wanted side, each with the number of its file and before what is made of it; bad rows are tallied.
+
+    Args:
+        left_out: of each of them, whether it is left out, and tallied as `filtered`. None: none is.
+    """
+    is_out = None if left_out is None else iter(left_out)
     rows = ((part, row) for part in parts for row in read_segment(part.segment))
     for part, row in islice(rows, max_rows):
-        if side != "all" and isinstance(row, FileRow) and side_of(row.values, validation_fraction) != side:
-            tally.add("rows")
-            tally.add("other_side")
-        elif conversation := conversation_of(row, part.reading, part.segment.file.name, tally, are_asked=are_asked):
-            yield conversation, part.file_index
+        if part.only_line not in (None, row.line):
+            continue
+        conversation = conversation_of(row, part.reading, part.segment.file.name, tally, side, split, are_asked=are_asked)
+        if conversation is None:
+            continue
+        if is_out is not None and next(is_out):
+            tally.add("filtered")
+            continue
+        assert isinstance(row, FileRow)
+        for one in with_copies(row, conversation, part.reading, augmentation, tally):
+            yield one, part.file_index
 
 
 def conversation_of(
-    row: FileRow | BadRow, reading: Reading, file: str, tally: Tally, *, are_asked: bool = False
+    row: FileRow | BadRow,
+    reading: Reading,
+    file: str,
+    tally: Tally,
+    side: Side | Literal["all"] = "all",
+    split: Split = EVERY_ROW_TRAINS,
+    *,
+    are_asked: bool = False,
 ) -> Conversation | None:
-    """The conversation of a row, which is tallied; None if it is a bad one."""
+    """The conversation of a row, which is tallied; None if it is a bad one, or not of the wanted side."""
     tally.add("rows")
     origin = Origin(file, row.line)
     if isinstance(row, BadRow):
         tally.add("bad", origin, row.reason)
         return None
     try:
+        found = side if side == "all" else side_of(row.values, split)
+        if found != side:
+            tally.add("test_side" if found == "test" else "other_side")
+            return None
         conversation = read_row(with_answer(row.values, reading) if are_asked else row.values, reading, origin)
     except RowError as error:
         tally.add("bad", origin, str(error))
@@ -109,3 +136,14 @@ def conversation_of(
     tally.unread_columns.update(conversation.unread_columns)
     tally.unread_keys.update(conversation.unread_keys)
     return conversation
+
+
+def with_copies(
+    row: FileRow, conversation: Conversation, reading: Reading, augmentation: Augmentation | None, tally: Tally
+) -> Iterator[Conversation]:
+    """The conversation of a row, and what is made of it, which is tallied."""
+    yield conversation
+    for made in copies_of(row.values, conversation, reading, augmentation) if augmentation else ():
+        tally.add("rows")
+        tally.add("augmented")
+        yield made

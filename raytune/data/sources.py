@@ -6,7 +6,6 @@ line nor always the name, and it empties rows with lone surrogates without a wor
 
 import codecs
 import hashlib
-import io
 import json
 import os
 import sys
@@ -46,7 +45,9 @@ _COLUMNS_OF_ROWS = frozenset({"messages", "conversations", "prompt", "instructio
 """A file with one of them in its only object has one row."""
 _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
+_LONG_LINE = 32 * MIB
 _ZIP = b"PK\x03\x04"
+_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 _LFS = b"version https://git-lfs.github.com/spec"
 COMPRESSED_SEGMENTS: dict[Compression, int] = {"gzip": 16, "zstd": 16, "xz": 8, "bz2": 4}
 """Of a compressed file at most, and one more. Who reads a segment has to decompress all that is before it, which with n of them
@@ -159,10 +160,26 @@ def _refuse_other_content(file: SourceFile) -> None:
         begins = stream.read(len(_LFS))
     if begins.startswith(_ZIP):
         raise DataError(f"{file.name} is a zip archive. Unpack it, and name the files that were in it.")
-    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{file.name} is UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 {Path(file.name).name} > NEW.")
+    if file.kind in ("json", "csv", "tsv", "txt"):
+        if (encoding := _other_encoding(begins)) is not None:
+            name = Path(file.name).name
+            raise DataError(f"{file.name} is {encoding}. Save it as UTF-8: iconv -f {encoding} -t UTF-8 {name} > NEW.")
+        if (table := next((kind for magic, kind in _TABLES.items() if begins.startswith(magic)), None)) is not None:
+            raise DataError(f"{file.name} is of the kind {table}. Give it the ending .{table}.")
     if begins == _LFS:
         raise DataError(f"{file.name} is not the file itself but a pointer of Git LFS to it. Fetch it: git lfs pull.")
+
+
+def _other_encoding(begins: bytes) -> str | None:
+    """The encoding of a text that is not UTF-8, where its first bytes tell."""
+    if begins.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the former begins like UTF-16's
+        return "UTF-32"
+    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    even, odd = begins[0:8:2], begins[1:8:2]  # without a mark: of ASCII letters each other byte is 0
+    if len(odd) == 4 and any(even) != any(odd) and all(even) != all(odd):
+        return "UTF-16LE" if any(even) else "UTF-16BE"
+    return None
 
 
 def _refuse_equal_columns(file: SourceFile, schema: Any) -> None:
@@ -183,15 +200,23 @@ def _first_character(file: SourceFile) -> bytes:
 
 
 def _begins_with_a_row(file: SourceFile) -> bool:
-    """Whether the first line is an object, and others follow."""
-    with open_bytes(file.path, file.name) as content:
-        stream = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace")
-        lines = (line for line in stream if not line.isspace())
-        try:
-            json.loads(next(lines, ""))
-        except (ValueError, RecursionError):
-            return False
-        return next(lines, None) is not None
+    """Whether the first line is an object, or longer than any row, and others follow."""
+    with open_bytes(file.path, file.name) as stream:
+        first = stream.readline(_LONG_LINE).removeprefix(BOM)
+        while first.isspace():
+            first = stream.readline(_LONG_LINE)
+        is_long, piece = len(first) >= _LONG_LINE, first
+        while piece and not piece.endswith(b"\n"):
+            piece = stream.readline(SEGMENT_BYTES)
+        while (piece := stream.read(SEGMENT_BYTES)).isspace():
+            pass
+    if is_long or not piece:
+        return bool(piece)
+    try:
+        json.loads(first.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _refuse_one_object(file: SourceFile, size: int) -> None:

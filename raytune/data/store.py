@@ -1,7 +1,7 @@
-"""The tokenised store as workers read it: packed rows in an Arrow file, mapped into memory.
+"""The tokenised store as workers read it: packed rows in Arrow files, mapped into memory.
 
-    <folder>/<address>/rows.arrow    a record per packed row
-    <folder>/<address>/meta.json     counts, report, size and hash of rows.arrow; written last
+    <folder>/<address>/rows-00000.arrow ...    a record per packed row
+    <folder>/<address>/meta.json               counts, report, size and hash of each file of rows; written last
 
 `build` makes stores. Reading one needs none of the libraries that building it does.
 """
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytune.data.order import rows_at
+from raytune.data.mixing import DrawnRows, EpochRows
 from raytune.errors import DataError
 from raytune.plan.data_report import StoreReport
-from raytune.storage import local_path, read_json
+from raytune.storage import Digest, local_path, read_json
 
-ROWS_FILE = "rows.arrow"
 META_FILE = "meta.json"
 WEIGHTS_COLUMN = "target_weights"
-"""Of rows.arrow, beside "weight": both are there only if some target does not weigh 1."""
+"""Of files of rows, beside "weight": both are there only if some target does not weigh 1."""
 NUM_NAMED = 5
 """Documents that a message names of the rows it is about."""
 
@@ -38,6 +37,9 @@ class StoreInfo:
 
     path: str
     num_rows: int
+    """In its files; an epoch may have a part of them."""
+    rows_per_epoch: int
+    """These and the counts below are of an epoch: of the mean one, where each has other documents."""
     num_documents: int
     num_tokens: int
     num_targets: int
@@ -73,21 +75,17 @@ class PackedRows:
         self._files = list(files)
         self._first_rows = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._batches = [_MappedBatch.of(batch) for batch in batches]
+        has_weights = WEIGHTS_COLUMN in batches[0].schema.names
         self.num_targets_of_row = joined([batch.column("num_targets") for batch in batches])
         """int64."""
         self.num_bytes_of_row = joined([batch.column("num_bytes") for batch in batches])
         """int64; UTF-8 bytes of the text behind each row's targets."""
-        has_weights = WEIGHTS_COLUMN in batches[0].schema.names
         self.weight_of_row = joined([batch.column("weight") for batch in batches], np.float64) if has_weights else None
         """float64: sum of the weights of each row's targets; None where every target weighs 1."""
 
     @property
     def num_rows(self) -> int:
         return self._first_rows[-1]
-
-    def rows_at(self, positions: np.ndarray, seed: int) -> np.ndarray:
-        """The rows at positions of a run, in which each epoch has all rows once."""
-        return rows_at(positions, self.num_rows, seed)
 
     def targets_of(self, rows: np.ndarray) -> np.ndarray:
         """Targets of each of some rows."""
@@ -151,9 +149,8 @@ class Store(PackedRows):
             DataError: if there is none, or it is not what its builder left.
         """
         folder = local_path(path)
-        meta = read_meta(folder)
-        rows = folder / ROWS_FILE
-        if meta is None or not rows.is_file() or rows.stat().st_size != meta["size"]:
+        meta = complete_meta(folder)
+        if meta is None:
             raise DataError(
                 f"{path} on {os.uname().nodename} is no complete store of tokenised rows. "
                 f"Is it on storage that every node sees? If it is damaged, delete it and run the same command again."
@@ -162,10 +159,11 @@ class Store(PackedRows):
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.info = read_info(folder, meta)
-        # An open map keeps the file alive even if the store is deleted.
-        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS_FILE)))
-        batches = [self._reader.get_batch(index) for index in range(self._reader.num_record_batches)]
-        super().__init__(batches, meta["source_files"])
+        # An open map keeps a file alive even if the store is deleted.
+        super().__init__([batch for name in row_files(meta) for batch in batches_of(folder / name)], meta["source_files"])
+        drawn = drawn_rows(meta)
+        self.epoch = EpochRows(self.num_rows - sum(part.num_rows for part in drawn), drawn, self.num_targets_of_row)
+        """Which of the rows an epoch has."""
 
     @property
     def num_tokens(self) -> int:
@@ -173,12 +171,16 @@ class Store(PackedRows):
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text behind all targets, for bits per byte."""
+        """UTF-8 bytes of the text behind all targets of an epoch, for bits per byte."""
         return self.info.num_bytes
 
     @property
     def report(self) -> StoreReport:
         return self.info.report
+
+    def rows_at(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        """The rows at positions of a run, epoch after epoch."""
+        return self.epoch.rows_at(positions, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +226,42 @@ def read_meta(folder: Path, name: str = META_FILE) -> dict[str, Any] | None:
     return meta if checksum == checksum_of(meta) else None
 
 
+def complete_meta(folder: Path) -> dict[str, Any] | None:
+    """The meta file's content, or None if it is not what was written, or a file that it names is not there in its size."""
+    meta = read_meta(folder)
+    if meta is None:
+        return None
+    if "files" not in meta:
+        meta |= _as_one_file(meta)
+    files = {folder / name: digest.size for name, digest in row_files(meta).items()}
+    return meta if all(file.is_file() and file.stat().st_size == size for file, size in files.items()) else None
+
+
+def _as_one_file(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the meta file of an older store does not say: a run that was begun with it goes on with one that has the same rows."""
+    files = {"rows.arrow": {"size": meta["size"], "sha256": meta["sha256"]}}
+    return {"files": files, "drawn": [], "rows_per_epoch": meta["num_rows"]}
+
+
 def read_info(folder: Path, meta: dict[str, Any]) -> StoreInfo:
-    counts = ("num_rows", "num_documents", "num_tokens", "num_targets", "num_bytes", "longest_document")
+    counts = ("num_rows", "rows_per_epoch", "num_documents", "num_tokens", "num_targets", "num_bytes", "longest_document")
     report = StoreReport.model_validate(meta["report"])
     return StoreInfo(path=str(folder), report=report, **{name: meta[name] for name in counts})
+
+
+def row_files(meta: dict[str, Any]) -> dict[str, Digest]:
+    """Names of the files of rows, in order, and what is in them."""
+    return {name: Digest(**digest) for name, digest in meta["files"].items()}
+
+
+def drawn_rows(meta: dict[str, Any]) -> list[DrawnRows]:
+    return [DrawnRows(**part) for part in meta["drawn"]]
+
+
+def batches_of(file: str | Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow file, mapped into memory for as long as one of them is held."""
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    return (reader.get_batch(index) for index in range(reader.num_record_batches))
 
 
 def checksum_of(meta: dict[str, Any]) -> str:

@@ -9,11 +9,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from raytune.data.store import ROWS_FILE, StoreInfo, read_info, read_meta
-from raytune.local_files import move_local_folder
-from raytune.storage import file_digest
+from raytune.data.store import StoreInfo, complete_meta, read_info, row_files
+from raytune.errors import DataError
+from raytune.local_files import local_errors, move_local_folder
+from raytune.storage import file_digest, is_local, local_path
 
 T = TypeVar("T")
+
+
+def local_stores(folder: str | Path) -> Path:
+    """The folder of stores, made if it is not there.
+
+    Raises:
+        DataError: if it is no folder that files can be mapped from.
+    """
+    if not is_local(folder):
+        raise DataError(
+            f"data.store is {folder}, but tokenised rows are mapped into memory. Set it to a folder that every node mounts."
+        )
+    stores = local_path(folder)
+    with local_errors(stores):
+        stores.mkdir(parents=True, exist_ok=True)
+    return stores
 
 
 def put_in_place(built: Path, final: Path, value: T, intact: Callable[[Path], T | None]) -> T:
@@ -44,11 +61,11 @@ def put_in_place(built: Path, final: Path, value: T, intact: Callable[[Path], T 
 
 def intact(folder: Path) -> StoreInfo | None:
     """The store in a folder if it is complete and every byte is what was written; else None."""
-    meta = read_meta(folder)
+    meta = complete_meta(folder)
     if meta is None:
         return None
     try:
-        digest = file_digest(folder / ROWS_FILE)
+        is_intact = all(file_digest(folder / name) == digest for name, digest in row_files(meta).items())
     except FileNotFoundError:
         return None
-    return read_info(folder, meta) if (digest.size, digest.sha256) == (meta["size"], meta["sha256"]) else None
+    return read_info(folder, meta) if is_intact else None

@@ -6,36 +6,52 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, QualitySection
+from raytune.data.augmenting import Augmentation
 from raytune.data.masking import Targets
 from raytune.data.packing import Packing
+from raytune.data.shaping import AS_IT_IS, Shape
 from raytune.data.shards import TooLong
-from raytune.data.split import Side
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.token_classes import TokenClass
-from raytune.plan import data_report, mixing
+from raytune.plan import data_report, mixing, row_lengths
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture
 
 # Modules whose code decides what a store holds.
 _CODE = (
+    "alike",
+    "audit",
+    "augmenting",
+    "borders",
     "build",
     "compression",
     "conversation",
+    "documents",
     "fields",
     "finished_shards",
+    "fitting",
     "formats",
+    "long_chats",
     "masking",
     "mixing",
     "order",
     "packing",
+    "passages",
     "prompts",
+    "quality",
     "readers",
     "recognising",
     "rendering",
     "row_fields",
     "row_file",
+    "row_findings",
+    "row_marks",
+    "shaping",
+    "shard_documents",
     "shards",
+    "signatures",
     "source_files",
     "source_rows",
     "sources",
@@ -60,8 +76,11 @@ class StoreRequest:
 
     sources: tuple[DataSource, ...]
     template: str
-    """Jinja text (`template_text.resolve_template`); empty if all sources are plain text."""
+    """Jinja text (`template_front.template_of`); empty if all sources are plain text."""
     targets: Targets
+    shape: Shape = AS_IT_IS
+    """What is made of every conversation before the template sees it."""
+    train_empty_thought: bool = True
     token_classes: tuple[TokenClass, ...] = ()
     """Whose tokens weigh otherwise than the rest."""
     max_length: int
@@ -71,43 +90,61 @@ class StoreRequest:
     num_virtual: int = 0
     """Virtual tokens that are laid in front of each document, and for which packed rows leave room."""
     on_bad_row: Literal["error", "skip"]
-    on_prompt_mismatch: Literal["error", "accept"] = "error"
-    """Decides whether the store may be used, and nothing of what is in it."""
+    """With "error" a store with bad rows may not be used; what is in it is the same."""
     tokenizer_fingerprint: str
     """`tokenizers.tokenizer_fingerprint`."""
     side: Side | Literal["all"] = "all"
-    """With `validation_fraction`, the side of the split that the store holds."""
-    validation_fraction: float = 0.0
+    """Of the split that the store holds."""
+    split: Split = EVERY_ROW_TRAINS
     mixture: Mixture = EACH_ROW_ONCE
     """How often the store has the documents of each source."""
+    augmentation: Augmentation | None = None
+    """What is made of the rows of each source that is not replayed."""
     loss_weights: tuple[float, ...] = ()
     """Of each source; empty: each is 1."""
+    quality: QualitySection | None = None
+    held_out: tuple[DataSource, ...] = ()
+    """Rows for validation in files of their own, that `quality` looks for."""
 
-    def address(self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong]) -> str:
+    @property
+    def all_sources(self) -> tuple[DataSource, ...]:
+        """Those of its rows, and those that these are compared with."""
+        return (*self.sources, *self.held_out, *(self.quality.benchmarks if self.quality else ()))
+
+    def address(
+        self, fingerprints: Sequence[Sequence[str]], policies: Sequence[TooLong], compared: Sequence[Sequence[Sequence[str]]] = ()
+    ) -> str:
         """Name of the store: equal only for equal tokens in equal rows.
 
         Args:
             fingerprints: for each source, those of its files.
             policies: for each source, what `too_long` means for its rows.
+            compared: fingerprints of what `quality` compares the rows with.
         """
-        what = {name: value for name, value in asdict(self).items() if name not in ("on_prompt_mismatch", "too_long")} | {
+        of_quality = [_of_source(source) for source in self.all_sources[len(self.sources) :]]
+        what = {name: value for name, value in asdict(self).items() if name not in ("on_bad_row", "too_long")} | {
             "sources": [
-                {
-                    "format": source.format,
-                    "columns": source.columns,
-                    "constants": source.constants,
-                    "labels": source.labels,
-                    "max_rows": source.max_rows,
-                    "files": list(files),
-                    "too_long": policy,
-                    # Messages about a row name its file, wherever that lies.
-                    "name": last_part(source.path),
-                }
+                {**_of_source(source), "files": list(files), "too_long": "drop" if policy == "error" else policy}
                 for source, files, policy in zip(self.sources, fingerprints, policies, strict=True)
             ],
+            "quality": self.quality and self.quality.model_dump(mode="json", exclude={"benchmarks"}),
+            "held_out": [of_quality, compared] if self.quality else None,
+            "split": {"by": self.split.by.model_dump(), "bands": self.split.bands},
             "code": code_fingerprint(),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _of_source(source: DataSource) -> dict[str, Any]:
+    return {
+        "format": source.format,
+        "columns": source.columns,
+        "constants": source.constants,
+        "labels": source.labels,
+        "max_rows": source.max_rows,
+        # Messages about a row name its file, wherever that lies.
+        "name": last_part(source.path),
+    }
 
 
 def last_part(path: str) -> str:
@@ -119,5 +156,6 @@ def last_part(path: str) -> str:
 def code_fingerprint() -> str:
     """Of the code that decides what a store holds."""
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in _CODE), Path(data_report.__file__), Path(mixing.__file__)]
+    planned = (str(module.__file__) for module in (data_report, mixing, row_lengths))
+    files = [*(here / f"{name}.py" for name in _CODE), *map(Path, planned)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -16,23 +16,26 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
 from raytune.config.data import DataSource
 from raytune.config.model import NewToken
+from raytune.data.augmenting import augmentation_of
+from raytune.data.build import tokenising_options
 from raytune.data.conversation import Conversation, Origin
 from raytune.data.order import rows_at
-from raytune.data.packing import Packing
 from raytune.data.readers import ROWS_OF_LINES, BadRow, FileRow, Lines, read_segment
 from raytune.data.recognising import Reading, reading_of
 from raytune.data.row_file import packed_in_memory
-from raytune.data.shards import Tally, TokenisingOptions, TooLong, bad_rows_error, resolved_too_long, too_long_error
+from raytune.data.shaping import Shape
+from raytune.data.shards import Tally, TokenisingOptions, bad_rows_error, resolved_too_long, too_long_error
 from raytune.data.source_files import SourceFile, find_files
-from raytune.data.source_rows import conversation_of
+from raytune.data.source_rows import conversation_of, with_copies
 from raytune.data.sources import unread_parts
 from raytune.data.store import NUM_NAMED, PackedRow, PackedRows
+from raytune.data.store_request import StoreRequest
 from raytune.data.token_classes import token_classes
 from raytune.data.tokenising import documents_of
 from raytune.errors import DataError
@@ -40,7 +43,7 @@ from raytune.plan.streaming import StreamPlan
 
 _PASS_S = 0.2
 """How often a thread that waits looks whether it is still wanted."""
-COUNTED = ("rows", "bad", "documents", "tokens", "targets", "cut", "dropped", "no_target", "passes")
+COUNTED = ("rows", "augmented", "bad", "documents", "tokens", "targets", "cut", "dropped", "no_target", "passes")
 """Of what was read, that a position carries on."""
 
 
@@ -48,16 +51,17 @@ COUNTED = ("rows", "bad", "documents", "tokens", "targets", "cut", "dropped", "n
 class Recipe:
     """What a stream is made of, and how."""
 
-    source: DataSource
+    request: StoreRequest
+    """What a store of its rows would hold."""
+    options: TokenisingOptions
     files: tuple[SourceFile, ...]
     window: int
     """Rows of files that are shuffled and packed among themselves."""
-    options: TokenisingOptions
-    too_long: TooLong | Literal["auto"]
-    packing: Packing
-    num_virtual: int
-    on_bad_row: Literal["error", "skip"]
     seed: int
+
+    @property
+    def source(self) -> DataSource:
+        return self.request.sources[0]
 
     @classmethod
     def of(
@@ -83,29 +87,38 @@ class Recipe:
                     f"files in a folder that every node mounts, or leave data.streaming out.",
                     keys=("data.train", "data.streaming"),
                 )
-        return cls(
-            source=stream.source,
-            files=tuple(files),
-            window=stream.window,
-            options=TokenisingOptions(
-                tokenizer_path=tokenizer_path,
-                tokenizer_revision=tokenizer_revision,
-                trust_remote_code=trust_remote_code,
-                new_tokens=tuple(new_tokens),
-                tokenizer_fingerprint=stream.tokenizer_fingerprint,
-                template=template,
-                targets=stream.targets if isinstance(stream.targets, str) else tuple(stream.targets),
-                token_classes=token_classes(stream.token_weights),
-                max_length=row_length,
-                side="all",
-                validation_fraction=0.0,
-            ),
-            too_long=stream.too_long,
-            packing=stream.packing,
-            num_virtual=stream.num_virtual,
-            on_bad_row=stream.on_bad_row,
-            seed=seed,
+        request = _request_of(stream, template, row_length)
+        options = tokenising_options(
+            request,
+            tokenizer_path=tokenizer_path,
+            tokenizer_revision=tokenizer_revision,
+            trust_remote_code=trust_remote_code,
+            new_tokens=new_tokens,
         )
+        return cls(request=request, options=options, files=tuple(files), window=stream.window, seed=seed)
+
+
+def _request_of(stream: StreamPlan, template: str, row_length: int) -> StoreRequest:
+    return StoreRequest(
+        sources=(stream.source,),
+        template=template,
+        shape=Shape(
+            system=stream.system,
+            system_when=stream.system_when,
+            max_turns=stream.max_turns,
+            reasoning=stream.reasoning,
+        ),
+        targets=stream.targets if isinstance(stream.targets, str) else tuple(stream.targets),
+        train_empty_thought=stream.train_empty_thought,
+        token_classes=token_classes(stream.token_weights),
+        max_length=row_length,
+        too_long=stream.too_long,
+        packing=stream.packing,
+        num_virtual=stream.num_virtual,
+        on_bad_row=stream.on_bad_row,
+        tokenizer_fingerprint=stream.tokenizer_fingerprint,
+        augmentation=augmentation_of(stream.augment, stream.augment_code),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,20 +284,20 @@ def windows_from(recipe: Recipe, position: Position, check: Callable[[], None] =
     Raises:
         DataError: if the files cannot be read on, hold rows that stop the run, or nothing that can be trained on.
     """
-    reading = reading_of_stream(recipe)
+    request, reading = recipe.request, reading_of_stream(recipe)
     reader = _Reader(recipe, position.place)
     passes_without = 0
     while True:
         tally = Tally()
         rows = list(islice(reader, recipe.window))
         has_ended = len(rows) < recipe.window
-        too_long = resolved_too_long(recipe.too_long, reading.format)
-        conversations = _conversations(rows, recipe.files, reading, tally, check)
+        too_long = resolved_too_long(request.too_long, reading.format)
+        conversations = _conversations(rows, recipe, reading, tally, check)
         documents = list(documents_of(conversations, recipe.options, too_long, tally))
-        if tally.counts["bad"] and recipe.on_bad_row == "error":
+        if tally.counts["bad"] and request.on_bad_row == "error":
             raise bad_rows_error(tally)
-        if tally.counts["dropped"] and recipe.too_long == "error":
-            raise too_long_error(tally, recipe.options.max_length)
+        if tally.counts["dropped"] and request.too_long == "error":
+            raise too_long_error(tally, request.max_length)
         if has_ended:
             tally.counts["passes"] += 1
             reader = _Reader(recipe, Place())
@@ -301,9 +314,9 @@ def windows_from(recipe: Recipe, position: Position, check: Callable[[], None] =
         packed = PackedRows(
             packed_in_memory(
                 documents,
-                recipe.options.max_length,
-                recipe.packing,
-                recipe.num_virtual,
+                request.max_length,
+                request.packing,
+                request.num_virtual,
                 lambda num_rows, number=position.window: rows_at(
                     np.arange(number * num_rows, (number + 1) * num_rows), num_rows, recipe.seed
                 ),
@@ -335,15 +348,17 @@ def reading_of_stream(recipe: Recipe) -> Reading:
 
 def _conversations(
     rows: Sequence[tuple[int, FileRow | BadRow]],
-    files: Sequence[SourceFile],
+    recipe: Recipe,
     reading: Reading,
     tally: Tally,
     check: Callable[[], None],
 ) -> Iterator[tuple[Conversation, int]]:
     for number, row in rows:
         check()
-        if conversation := conversation_of(row, reading, files[number].name, tally):
-            yield conversation, number
+        if conversation := conversation_of(row, reading, recipe.files[number].name, tally):
+            assert isinstance(row, FileRow)
+            for one in with_copies(row, conversation, reading, recipe.request.augmentation, tally):
+                yield one, number
 
 
 def _weight_of(rows: PackedRows, place: int) -> float:

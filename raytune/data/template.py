@@ -20,7 +20,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from raytune.data.conversation import NOT_FOR_TEMPLATES, Conversation, Message, Origin, RowError
-from raytune.data.fields import Field, Marks, Span, fields_of, has_thought
+from raytune.data.fields import EMPTY_THOUGHT, Field, Marks, Span, fields_of, has_reasoning, has_thought
 from raytune.data.masking import Targets, trained_turns, weight_of
 from raytune.data.rendering import Job, Renderer
 from raytune.data.template_text import SHIPPED, name_of
@@ -50,6 +50,19 @@ class Rendered:
     """Where the trained text lies: start and end of each piece, in characters."""
     weights: list[float]
     """Of each piece: how much its targets count."""
+    num_hidden_thoughts: int = 0
+    """Thoughts of the conversation that the template does not show."""
+
+    @property
+    def num_empty_thoughts(self) -> int:
+        """Pieces that begin with one."""
+        return sum(EMPTY_THOUGHT.match(self.text, *span) is not None for span in self.targets)
+
+
+def behind_empty_thoughts(rendered: Rendered) -> Rendered:
+    """The same, but what is trained begins behind the empty thoughts."""
+    found = ((EMPTY_THOUGHT.match(rendered.text, *span), span) for span in rendered.targets)
+    return replace(rendered, targets=[(empty.end() if empty else start, stop) for empty, (start, stop) in found])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +192,8 @@ class ChatTemplate:
                 if answers is None or unknown[index]:
                     answers = self._answers(row, text, row_turns, prompts[index])
                 trained = [(answer, weight_of(row.messages[turn])) for turn in sorted(row_turns) for answer in answers[turn]]
-                rendered.append(_assembled(text, trained, targets))
+                hidden = 0 if answers is plain[index] else _num_hidden(row, text)  # a plain chat has no thoughts
+                rendered.append(_assembled(text, trained, targets, hidden))
             except Undelimited as error:
                 rendered.append(
                     RowError(
@@ -379,7 +393,8 @@ class ChatTemplate:
         if is_thought and any(message["role"] == "assistant" for message in row.messages[field.turn + 1 :]):
             raise RowError(
                 f"{self._name} strips {what}, so that it cannot be trained. If it keeps the thoughts of the last answer, "
-                f"train that one alone with data.targets: last; or take the thoughts out of the rows"
+                f"data.reasoning: each trains every answer as the last one, data.targets: last that one alone; data.reasoning: "
+                f"last leaves out the thoughts of earlier ones"
             )
         if is_thought:
             raise RowError(
@@ -401,6 +416,12 @@ _OTHER = "set data.template to a template that shows them"
 _OTHER_TEMPLATE = "Take it out of the row, or set data.template to a template that shows it"
 
 
+def _num_hidden(row: Conversation, text: str) -> int:
+    if not any(map(has_reasoning, row.messages)):
+        return 0
+    return sum(field.kind in ("thought", "reasoning") and field.text not in text for field in fields_of(row))
+
+
 def _turns_to_find(row: Conversation, targets: Targets) -> set[int]:
     """The turns whose place is needed; where all text is trained, the last answer, whose end may be missing."""
     if targets != "all":
@@ -408,21 +429,22 @@ def _turns_to_find(row: Conversation, targets: Targets) -> set[int]:
     return {len(row.messages) - 1} if row.messages[-1]["role"] == "assistant" else set()
 
 
-def _assembled(text: str, answers: Sequence[tuple[Answer, float]], targets: Targets) -> Rendered:
+def _assembled(text: str, answers: Sequence[tuple[Answer, float]], targets: Targets, num_hidden: int) -> Rendered:
     """The text with its trained pieces.
 
     Args:
         answers: each with the weight of its turn.
+        num_hidden: thoughts that are not in the text.
     """
     missing = next((answer for answer, _ in answers if answer.missing), None)
     if missing is not None:
         text = text[: missing.stop] + missing.missing
     if targets == "all":
-        return Rendered(text, [(0, len(text))], [1.0])
+        return Rendered(text, [(0, len(text))], [1.0], num_hidden)
     pieces = sorted(((answer.start, answer.stop + len(answer.missing)), weight) for answer, weight in answers)
     if any(stop > start for ((_, stop), _), ((start, _), _) in pairwise(pieces)):
         raise Undelimited("it does not say where one of several answers in a row ends and the next begins")
-    return Rendered(text, [span for span, _ in pieces], [weight for _, weight in pieces])
+    return Rendered(text, [span for span, _ in pieces], [weight for _, weight in pieces], num_hidden)
 
 
 def _is_shown(field: Field, row: Conversation, text: str, places: Mapping[Field, list[Span]]) -> bool:

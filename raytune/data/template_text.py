@@ -57,4 +57,5 @@ def name_of(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     for name in SHIPPED:
         if text.endswith((TEMPLATES_FOLDER / f"{name}.jinja").read_text()):
             return f"the shipped chat template '{name}'"
-    return "the tokenizer's own chat template" if text == tokenizer.chat_template else "the chat template"
+    own = tokenizer.chat_template
+    return "the tokenizer's own chat template" if isinstance(own, str) and text.endswith(own) else "the chat template"

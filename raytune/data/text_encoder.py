@@ -5,6 +5,7 @@ which takes it twice as long.
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._eos: Any = tokenizer.eos_token_id
+        self.bos: int | None = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._bos: list[Any] = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._name = tokenizer.name_or_path
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
@@ -49,6 +51,8 @@ class TextEncoder:
         self.is_special = np.zeros(size, bool)
         self.is_special[[i for i, token in added.items() if token.special]] = True
         self.is_special[tokenizer.all_special_ids] = True
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self._specials = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self._normaliser, is_byte_level = _byte_level_bpe(self._backend)
         self._lengths: np.ndarray | None = None
         if is_byte_level:
@@ -63,8 +67,22 @@ class TextEncoder:
         first_bytes = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         return self._encode_by_length(texts, first_bytes) or self._encode_by_offset(texts, first_bytes)
 
+    def starts_of(self, text: str) -> list[int]:
+        """Where the tokens of a text begin, in characters."""
+        starts = self.encode([text]).starts
+        return (starts if text.isascii() else np.searchsorted(bytes_before(text), starts)).tolist()
+
     def decode(self, token: int) -> str:
         return self._backend.decode([token], skip_special_tokens=False)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Text of tokens in a row, special ones included."""
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that a text has, in letters, where it is tokenised as such."""
+        found = self._specials.search(text)
+        return found and found[0]
 
     def around_documents(self) -> tuple[list[int], list[int]]:
         """The tokens that stand before and behind those of a plain document.

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.data import DataSource
-from raytune.data.conversation import Conversation, Message, Origin, RowError
+from raytune.data.conversation import Conversation, Message, Origin, RowError, kind_of
 from raytune.data.fields import REASONING
 from raytune.data.recognising import AS_MESSAGES, read_row
 from raytune.data.rendering import Job, Renderer
@@ -17,6 +17,7 @@ from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
 from raytune.data.template_text import name_of
 from raytune.data.tokenizers import adds_bos
+from raytune.errors import UserError
 from raytune.evaluation.questions import ids_of
 
 IN_PYTHON = "prompts"
@@ -114,11 +115,11 @@ class Prompter:
 
         Raises:
             RowError: if the template cannot render turns or there is none, the model has no embedding for a token, or the prompt
-                leaves it no position for an answer.
+                leaves it no position for an answer; or if half of a character is in it.
         """
         if isinstance(asked, str):
-            return self.checked((*self._bos, *ids_of(self._tokenizer, asked)))
-        return self.checked(ids_of(self._tokenizer, self.rendered(asked, tools)))
+            return self.checked((*self._bos, *self._ids_of(asked)))
+        return self.checked(self._ids_of(self.rendered(asked, tools)))
 
     def rendered(self, turns: Sequence[Message], tools: list[Any] | None = None) -> str:
         """Turns in the template of the model, up to where the answer begins.
@@ -151,6 +152,14 @@ class Prompter:
             raise TooLong(f"the prompt has {len(ids)} tokens, and the model has {self.positions} positions for it and its answer")
         return ids
 
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # from an argument or a pipe that is not UTF-8, or code
+            half = ord(error.object[error.start])
+            raise RowError(f"the prompt has half of a surrogate pair (\\u{half:04x}), which is no character") from None
+        return tuple(ids_of(self._tokenizer, text))
+
     def room(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
         """Tokens that an answer may have, 1 or more."""
         return max_new_tokens if self.positions is None else min(max_new_tokens, self.positions - len(prompt_ids))
@@ -158,6 +167,8 @@ class Prompter:
 
 def rows_of_prompts(prompts: Sequence[str | Sequence[Message] | Mapping[str, Any]], tally: Tally) -> Iterator[AskedRow]:
     """Rows that come from no file: questions of a user, lists of turns, or rows in the format `messages`."""
+    if isinstance(prompts, str):
+        raise UserError("prompts is a text, expected a list of prompts: put it into one, as in prompts=['Who?'].")
     for number, prompt in enumerate(prompts, 1):
         origin = Origin(IN_PYTHON, number)
         tally.add("rows")
@@ -170,5 +181,7 @@ def rows_of_prompts(prompts: Sequence[str | Sequence[Message] | Mapping[str, Any
 def _row_of_prompt(prompt: str | Sequence[Message] | Mapping[str, Any], origin: Origin) -> AskedRow:
     if isinstance(prompt, str):
         return AskedRow(origin=origin, text=prompt)
+    if not isinstance(prompt, Sequence | Mapping):
+        raise RowError(f"is {kind_of(prompt)}, expected a text, turns, or a row with 'messages'")
     row = prompt if isinstance(prompt, Mapping) else {"messages": list(prompt)}
     return asked_row(read_row(row, AS_MESSAGES, origin))

@@ -4,6 +4,7 @@ Shapes: B rows of a batch, V vocabulary.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,10 @@ from transformers import (
 
 from raytune.errors import UserError
 from raytune.plan.run_plan import SamplingPlan
+
+_COLDEST = 1e-20
+"""Temperature below which nothing changes any more: of different logits all but the largest have a probability of 0. Divided by
+much smaller ones they would be infinite, and no longer differ."""
 
 
 class DrawnTokens(LogitsProcessor):
@@ -46,8 +51,14 @@ def sampling_plan(*, temperature: float | None, top_k: int | None, top_p: float 
     """How tokens are drawn. None: not at all, since no temperature, or 0, means the likeliest token each time.
 
     Raises:
-        UserError: if the rest says how to draw, and nothing is drawn.
+        UserError: if the rest says how to draw, and nothing is drawn; or a number is none for it.
     """
+    if not 0 <= (temperature or 0) < math.inf:
+        raise UserError(f"temperature is {temperature}, expected 0 or more.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, expected a share above 0 and at most 1.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}, expected a number of tokens.")
     if temperature:
         return SamplingPlan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     given = {"top_k": top_k, "top_p": top_p}
@@ -56,9 +67,19 @@ def sampling_plan(*, temperature: float | None, top_k: int | None, top_p: float 
     return None
 
 
+def refuse_none(name: str, value: int) -> None:
+    """
+    Raises:
+        UserError: if a number of tokens or answers is less than 1.
+    """
+    if value < 1:
+        raise UserError(f"{name} is {value}, and 1 is the least.")
+
+
 def warpers(sampling: SamplingPlan) -> LogitsProcessorList:
     """What is done to scores before a token is drawn by them."""
-    found: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    temperature = _COLDEST if 0 < sampling.temperature < _COLDEST else sampling.temperature
+    found: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
     found += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
     found += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p is not None else []
     return LogitsProcessorList(found)

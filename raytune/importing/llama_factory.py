@@ -245,7 +245,7 @@ def _template(draft: Draft, is_plain: bool) -> None:
         draft.leave("template", words)
     for key in ("enable_thinking", "preserve_thinking"):
         if draft.says(key):
-            draft.leave(key, "whether thoughts are written and trained is the template's choice here")
+            draft.leave(key, "data.template_options hands it to a template that reads it; shipped is qwen-3")
 
 
 def _targets(draft: Draft, is_plain: bool) -> None:

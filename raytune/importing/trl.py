@@ -129,7 +129,7 @@ def _rows_of_documents(draft: Draft) -> None:
         draft.write("data.too_long", "split", "packing_strategy")
         draft.idle("truncation_mode", "nothing is cut")
     elif draft.text("truncation_mode") == "keep_end":
-        draft.leave("truncation_mode", "the start of a document is kept here, never its end alone")
+        draft.leave("truncation_mode", "data.too_long: truncate_left keeps the end, of a chat in whole answers")
     else:
         draft.write("data.too_long", "truncate", "truncation_mode")
     if packs and strategy == "wrapped":

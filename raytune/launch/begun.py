@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from raytune.config.run import RunConfig
 from raytune.data.same_rows import have_same_rows
-from raytune.data.store import META_FILE, ROWS_FILE
+from raytune.data.store import complete_meta
 from raytune.errors import CheckpointError
 from raytune.launch.finished import is_finished
 from raytune.launch.record import read_plan, refuse_another_run
@@ -137,6 +137,6 @@ def _folder_of(folder: RunFolder, was: StorePlan, store: StorePlan) -> Path | No
     """Where the store of an earlier attempt is: where it was, beside the run, or beside the new one."""
     name = PurePosixPath(was.path).name
     for path in (was.path, f"{folder.storage}/{STORES_FOLDER}/{name}", f"{PurePosixPath(store.path).parent}/{name}"):
-        if is_local(path) and all((local_path(path) / file).is_file() for file in (ROWS_FILE, META_FILE)):
+        if is_local(path) and complete_meta(local_path(path)) is not None:
             return local_path(path)
     return None

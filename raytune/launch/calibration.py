@@ -12,6 +12,7 @@ from raytune.data.conversation import Conversation, RowError
 from raytune.data.rendering import Job, Renderer
 from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
+from raytune.data.split import Split
 from raytune.data.template_text import resolve_template
 from raytune.errors import DataError
 
@@ -21,7 +22,7 @@ README = "README.md"
 
 def save_calibration(
     sources: Sequence[DataSource],
-    validation_fraction: float,
+    split: Split,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     num_rows: int,
@@ -31,7 +32,7 @@ def save_calibration(
     """Write the first rows of sources, as many of each, as texts; and which tools take them.
 
     Args:
-        validation_fraction: of the rows, which were set aside from training and are left out.
+        split: says which rows were set aside from training, and are left out.
         template: as `data.template`.
         num_rows: at most, of all together.
         scratch: folder for what is downloaded.
@@ -45,7 +46,7 @@ def save_calibration(
     of_each = ceil(num_rows / len(sources))
     tally, rows = Tally(), list[Conversation]()
     for source in sources:
-        read = read_conversations(source, scratch, tally, "train", validation_fraction)
+        read = read_conversations(source, scratch, tally, "train", split)
         rows += [row for row, _ in zip(read, range(of_each), strict=False)]
     chats = [row for row in rows if row.text is None]
     rendered = iter(

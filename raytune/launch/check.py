@@ -13,11 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.data import DataSource, TokenWeightsSection, TrainSource
+from raytune.config.augment import AugmentSection
+from raytune.config.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
+from raytune.config.data_limits import waived
 from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import row_sources
 from raytune.config.run import RunConfig
+from raytune.config.split import SplitSection
 from raytune.config.training import SCHEDULE_FREE
 from raytune.data.source_files import DEMO_ROWS, find_files
 from raytune.data.source_rows import readings_of
@@ -40,6 +43,7 @@ from raytune.object_store import once
 from raytune.plan.base_model import find_config
 from raytune.plan.choose import choose_plan
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.data_limits import refuse_exceeded, verdicts_of
 from raytune.plan.data_report import losses_text
 from raytune.plan.distillation import planned_teacher, teacher_section
 from raytune.plan.hardware import load_catalogue
@@ -57,8 +61,14 @@ from raytune.units import format_seconds
 SAMPLE_ROWS = 2000
 """Rows of each source that are read and tokenised at most."""
 
-_TOKENISED = ("data.train", "data.validation", "strategy.replay.data", "strategy.ewc.data")
+_TOKENISED = ("data.train", "data.validation", "data.test", "strategy.replay.data", "strategy.ewc.data")
 """Keys of rows that a run tokenises."""
+
+_NONE_HELD_OUT: Mapping[str, Any] = {
+    **{"validation": [], "test": [], "fold": None},
+    **{"validation_fraction": 0.0, "test_fraction": 0.0},
+}
+"""Keys of `data` for rows that are looked at as if all of them were trained. Columns that decide sides are needed."""
 
 Result = TypeVar("Result")
 
@@ -271,11 +281,12 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
         return
     found.of(lambda: refuse_unknown_tokens(reading.config, reading.model_path))
     found.looked_at.append("its tokenizer and template")
-    facts = {}
+    facts, asked = {}, dict(_sources(reading.config))
     with TemporaryDirectory() as scratch:
+        quality = _quality_here(reading)
         for key, source in here.items():
-            alone = reading.builder(scratch, train=[_alone(source)], validation=[], validation_fraction=0.0, **_weights_of(key))
-            facts[key] = found.of(alone.build, keys=(key,))
+            facts[key] = found.of(partial(_alone_in, reading, scratch, key, source, quality), keys=(key,))
+            found.of(partial(_judge, reading, key, asked[key], facts[key], found))
         for report in (one.report for one in facts.values() if one and one.report):
             found.looked_at.append(f"{report.train.total('rows')} rows of {report.train.sources[0].name}")
             found.losses += [line for line in losses_text(report) if line not in found.losses]
@@ -284,31 +295,74 @@ def _look_at_rows(reading: _Reading, here: Mapping[str, DataSource], machine: Ma
                 few = suite.model_copy(update={"max_rows": min(suite.max_rows, SAMPLE_ROWS)})
                 found.of(partial(reading.builder(scratch).questions_of, few, key), keys=(f"{key}.rows",))
         if machine is not None and not found.errors and _say_enough(reading.config, facts):
-            found.of(lambda: _plan(reading, here, machine, scratch))
+            found.of(lambda: _plan(reading, here, machine, scratch, are_whole=_are_whole(reading.config, facts)))
             found.looked_at.append("the plan")
 
 
-def _weights_of(key: str) -> dict[str, Any]:
-    """What rows that are looked at as if they were trained do not have of the config, where they are held out."""
-    return {} if key.startswith("data.train") else {"token_weights": TokenWeightsSection()}
+def _quality_here(reading: _Reading) -> QualitySection | None:
+    """What is looked for among the first training rows, in benchmarks that are here."""
+    if (quality := reading.config.data.quality) is None:
+        return None
+    return quality.model_copy(
+        update={"benchmarks": [source for source in quality.benchmarks if _is_here(source, reading.is_elsewhere)]}
+    )
 
 
-def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str) -> None:
+def _alone_in(reading: _Reading, scratch: str, key: str, source: DataSource, quality: QualitySection | None) -> DataFacts:
+    """The first rows of a source, whatever limits say of them: they may be others than most.
+
+    Args:
+        quality: what is looked for among training rows.
+    """
+    rows = {"train": [_alone(source)], **_NONE_HELD_OUT, "limits": waived()}
+    looked_for = quality if key.startswith("data.train") else None
+    return reading.builder(scratch, **rows, **_not_read_of(key), quality=looked_for).build()
+
+
+def _judge(reading: _Reading, key: str, source: DataSource, facts: DataFacts | None, found: Findings) -> None:
+    """Hold all rows of a source, as it is written, against the limits; of the first ones alone, say what would exceed one.
+
+    Raises:
+        DataError: if a run would be refused.
+    """
+    if facts is None or facts.report is None:
+        return
+    judged = verdicts_of({key.rpartition(".")[0]: facts.report.train}, reading.config.data)
+    if _is_whole(source, facts):
+        refuse_exceeded(judged)
+    exceeded = (verdict.text.splitlines()[0] for verdict in judged if verdict.is_exceeded)
+    found.losses += [f"a run stops if all rows are as these: {line.removesuffix(':')}" for line in exceeded]
+
+
+def _not_read_of(key: str) -> dict[str, Any]:
+    """What rows that are looked at as if they were trained do not have of the config, where they are none of those."""
+    untrained = {"token_weights": TokenWeightsSection(), "augment": AugmentSection(), "streaming": None}
+    of_training = {} if key.startswith("data.train") else untrained
+    return of_training if key.startswith(("data.train", "strategy.replay")) else of_training | {"split": SplitSection()}
+
+
+def _plan(reading: _Reading, here: Mapping[str, DataSource], machine: Machine, scratch: str, *, are_whole: bool) -> None:
     """Plan the run on the rows that were read."""
-    train, validation, replayed, weighed = (
+    train, validation, test, replayed, weighed = (
         [source for key, source in here.items() if key.startswith(f"{rows}.")] for rows in _TOKENISED
     )
-    facts = reading.builder(scratch, replayed=replayed, weighed=weighed, train=train, validation=validation).build()
+    rows: dict[str, Any] = {"train": train, "validation": validation, "test": test, "quality": _quality_here(reading)}
+    rows["limits"] = waived()  # which were judged, source by source
+    if not are_whole:  # the first rows of a file may have one time, or one label
+        rows["split"] = SplitSection()
+    facts = reading.builder(scratch, replayed=replayed, weighed=weighed, **rows).build()
     setting = settle(reading.config, reading.shape, machine, teacher=reading.teacher)
     choose_plan(setting, facts, model_path=reading.model_path, storage=scratch)
 
 
 def _say_enough(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:
     """Whether the first rows decide the plan: where they are all of them, or the number of steps is given."""
-    sources = dict(_sources(config))
-    return facts.keys() == sources.keys() and (
-        config.training.max_steps is not None or all(_is_whole(source, facts[key]) for key, source in sources.items())
-    )
+    are_there = facts.keys() == dict(_sources(config)).keys()
+    return are_there and (config.training.max_steps is not None or _are_whole(config, facts))
+
+
+def _are_whole(config: RunConfig, facts: Mapping[str, DataFacts | None]) -> bool:
+    return all(_is_whole(source, facts.get(key)) for key, source in _sources(config))
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:

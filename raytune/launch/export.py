@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
 from transformers import PretrainedConfig
 
 from raytune.config.data import DataSource
+from raytune.config.row_sources import trained_sources
 from raytune.config.training import Precision
+from raytune.data.borders import measured
+from raytune.data.split import EVERY_ROW_TRAINS
 from raytune.data.tokenizers import load_tokenizer
 from raytune.errors import ModelError, UserError
 from raytune.launch.calibration import save_calibration
@@ -26,10 +28,11 @@ from raytune.model.pretrained import load_config
 from raytune.model.rewriting import merging_of, rewriting_of
 from raytune.model.rope import saved_rope, stretch
 from raytune.model.saved_adapter import adapter_config
-from raytune.model.whole_folder import refuse_taken, require_room, written_whole
+from raytune.model.whole_folder import refuse_taken, require_room, scratch_beside, written_whole
 from raytune.model.whole_model import WholeModel, whole_model
 from raytune.plan.base_model import is_on_hub
 from raytune.plan.rewriting import ExportDtype, ExportFormat, Rewriting
+from raytune.plan.split import asked_split
 from raytune.storage import absolute, download_folder, exists, file_sizes, is_local, local_path
 from raytune.units import format_bytes
 
@@ -119,10 +122,8 @@ def export(named: str, output: Path, options: ExportOptions) -> Exported:
     refuse_taken(output, "what is exported")
     run = _run(named)
     _refuse_without_rows(run, options)
-    above = output.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{output.name}.", suffix=".scratch", dir=above) as scratch:
-        source = _Source(named=named, run=run, options=options, scratch=Path(scratch))
+    with scratch_beside(output, "scratch") as scratch:
+        source = _Source(named=named, run=run, options=options, scratch=scratch)
         notes = _FORMATS[options.format](source, output)
     return Exported(
         path=str(output.absolute()), format=options.format, files=file_sizes(str(output.absolute())), notes=tuple(notes)
@@ -259,12 +260,14 @@ def _awq_ready(source: _Source, output: Path) -> list[str]:
     require_room(output, model.weights.bytes_in(dtype), "The model in 16 bits")
     tokenizer = load_tokenizer(str(model.folder), trust_remote_code=options.trust_remote_code)
     sources = [DataSource(path=options.calibration)] if options.calibration else [*run.config.data.train] if run else []
-    fraction = 0.0 if options.calibration or run is None else run.config.data.validation_fraction
+    split = EVERY_ROW_TRAINS
+    if run is not None and not options.calibration:
+        split, _ = measured(asked_split(run.config.data), trained_sources(run.config), source.scratch)
     template = "auto" if run is None or tokenizer.chat_template else run.config.data.template
     with written_whole(output) as unfinished:
         model.save(unfinished, dtype, options.max_shard_bytes)
         wanted = options.num_rows or USUAL_ROWS
-        num_rows = save_calibration(sources, fraction, tokenizer, template, wanted, unfinished, source.scratch)
+        num_rows = save_calibration(sources, split, tokenizer, template, wanted, unfinished, source.scratch)
     return [f"{num_rows} texts for calibration are in calibration.jsonl; README.md says which tools take them."]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from raytune.config.load import config_diff
-from raytune.config.row_sources import all_sources, named_code, named_models, named_tasks
+from raytune.config.row_sources import named_code, named_models, named_tasks, row_sources
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.record import RunRecord, read_plan
@@ -23,14 +23,15 @@ from raytune.training.commit import committed
 from raytune.training.stopping import Curve, Findings, verdict
 
 RULES = ("training.early_stopping", "training.overfitting")
+TEST = "data.test"
 FREE = (
     *("version", "name", "preset", "storage", "sweep", "checkpoint.", "evaluation.", "training.logging_steps", "data.store"),
-    *("training.divergence", "callbacks", "tracking"),
+    *("data.limits", "training.divergence", "callbacks", "tracking", TEST),
     *RULES,
 )
 """Beginnings of keys that change neither what a step computes nor how it is divided."""
 
-IDLE = ("checkpoint.", "evaluation.", "training.divergence")
+IDLE = ("checkpoint.", "evaluation.", "training.divergence", TEST)
 """Of these, what would have changed the run that has finished, and changes it no more."""
 
 _log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def _has_changed(config: RunConfig, since: float) -> bool:
     """Whether a local file of data, model, teacher or objective was written, replaced or moved there after `since` (seconds since
     1970)."""
     code = [file for key, file in named_code(config) if not key.startswith(FREE)]
-    rows = (source.path for source in all_sources(config))
+    rows = (source.path for key, sources in row_sources(config).items() if key != TEST for source in sources)
     paths = [path for path in (*named_models(config).values(), *named_tasks(config).values(), *rows, *code) if is_local(path)]
     named = [Path(name) for path in paths for name in glob.glob(str(local_path(path)), recursive=True)]
     # Folders and links too: another one that was moved to this name brings files that are older.

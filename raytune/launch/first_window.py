@@ -4,28 +4,26 @@ import hashlib
 import json
 import os
 
-from raytune.data.prompts import TOLERATED_SHARE
-from raytune.data.shards import prompt_mismatch_error, resolved_too_long
+from raytune.data.shards import in_report, resolved_too_long
 from raytune.data.store import StoreInfo
 from raytune.data.store_request import code_fingerprint, last_part
 from raytune.data.stream import Position, Recipe, Window, reading_of_stream, windows_from
-from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.plan.data_report import SourceReport, StoreReport
 from raytune.plan.streaming import StreamPlan
 
 
-def first_window(stream: StreamPlan, recipe: Recipe, *, accepts_other_prompts: bool) -> StoreInfo:
+def first_window(stream: StreamPlan, recipe: Recipe) -> StoreInfo:
     """The first window as if it were a store. It stands for all rows in what is planned, with documents as long as rows may be.
 
     Raises:
-        DataError: if its rows cannot be used, or answers are trained behind other tokens than their prompts have.
+        DataError: if its rows cannot be used.
     """
     window = next(windows_from(recipe, Position()))
-    report = _report(stream, recipe, window)
-    if report.prompts_differ > TOLERATED_SHARE * report.prompts_compared and not accepts_other_prompts:
-        raise prompt_mismatch_error(report)
+    report = _report(recipe, window)
     return StoreInfo(
         path=f"stream-{_fingerprint(stream, recipe, window)}",
         num_rows=window.rows.num_rows,
+        rows_per_epoch=window.rows.num_rows,
         num_documents=report.documents,
         num_tokens=report.tokens,
         num_targets=report.targets,
@@ -35,26 +33,20 @@ def first_window(stream: StreamPlan, recipe: Recipe, *, accepts_other_prompts: b
     )
 
 
-def _report(stream: StreamPlan, recipe: Recipe, window: Window) -> SourceReport:
-    reading, tally = reading_of_stream(recipe), window.tally
+def _report(recipe: Recipe, window: Window) -> SourceReport:
+    reading, request = reading_of_stream(recipe), recipe.request
     return SourceReport(
-        name=last_part(stream.source.path),
+        name=last_part(recipe.source.path),
         format=reading.format,
-        files=[],
-        too_long=resolved_too_long(recipe.too_long, reading.format),
-        unread_columns=dict(tally.unread_columns),
-        unread_keys=dict(tally.unread_keys),
-        targets_of_class={str(one): tally.targets_of_class[str(one)] for one in recipe.options.token_classes},
-        examples=tally.examples,
-        mixed=None,
-        is_replayed=False,
-        **{count: tally.counts[count] for count in COUNTS},
+        too_long=resolved_too_long(request.too_long, reading.format),
+        **in_report(window.tally, request.token_classes),
     )
 
 
 def _fingerprint(stream: StreamPlan, recipe: Recipe, window: Window) -> str:
     """Of the rows: the tokens of the first window, and the size of each file, for nobody reads all of them before a run."""
-    what = stream.model_dump(mode="json", exclude={"source": {"path", "name"}})
+    where_things_lie = {"source": {"path", "name"}, "augment": {"function"}, "augment_code": {"module"}}
+    what = stream.model_dump(mode="json", exclude=where_things_lie)
     sizes = [os.path.getsize(file.path) if os.path.isfile(file.path) else 0 for file in recipe.files]
     digest = hashlib.sha256(
         json.dumps([what, sizes, recipe.options.template, recipe.options.max_length, code_fingerprint()], sort_keys=True).encode()

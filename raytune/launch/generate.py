@@ -19,6 +19,7 @@ from raytune.errors import DataError, UserError
 from raytune.evaluation.answers import Chunk, chunks_of
 from raytune.evaluation.asked_rows import AskedRow, Prompter, read_asked_rows, rows_of_prompts, with_system
 from raytune.evaluation.questions import Question
+from raytune.evaluation.sampling import refuse_none
 from raytune.evaluation.suite_metrics import Given
 from raytune.launch.kept_answers import answers_of, cluster_to_ask, content_of_chunk, hash_of
 from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
@@ -47,6 +48,14 @@ class HowToAnswer:
     """System message instead of those of the rows."""
     in_turns: bool = True
     """Whether models that have a chat template are asked in it; else they continue texts as they are."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: if a number is less than 1.
+        """
+        for name in ("max_new_tokens", "num_beams", "batch_size"):
+            refuse_none(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

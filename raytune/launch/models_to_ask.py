@@ -14,7 +14,7 @@ from raytune.config.evaluation import SUITE_NAME, SuiteSection
 from raytune.config.model import ModelSection, is_written_as_path
 from raytune.config.run import RunConfig
 from raytune.config.training import Precision
-from raytune.data.template_text import resolve_template
+from raytune.data.template_front import template_of
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError, RaytuneError, UserError
 from raytune.evaluation.asked_rows import Prompter
@@ -64,10 +64,10 @@ class Reader:
         Raises:
             DataError: if the one that is named is none.
         """
-        named = self.config.data.template
-        if not self.knows_turns or (named == "auto" and not tokenizer.chat_template):
+        data = self.config.data
+        if not self.knows_turns or (data.template == "auto" and not tokenizer.chat_template):
             return ""
-        return resolve_template(named, tokenizer)
+        return template_of(data, tokenizer)
 
     def questions(self, suites: RunConfig, by_key: Mapping[str, SuiteSection], scratch: str) -> list[Question]:
         """The rows of suites, in their order.
@@ -169,6 +169,9 @@ def models_to_ask(named: Named) -> ToAsk:
     if named.adapters and base is None:
         base = replace(first[0], asked=first[0].asked.named(BASE))
         first = [base]
+    for one in first:
+        if one.name in (named.adapters or {}):
+            raise UserError(f"--adapter gives the name {one.name!r} to another model than {one.source}, whose name it is here.")
     added = [_of_adapter(named, path, name, base)[-1] for name, path in (named.adapters or {}).items()]
     other = [_other(named)] if named.compare else []
     subjects = _differently_named([*first, *added, *other])

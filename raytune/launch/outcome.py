@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raytune.config.evaluation import GENERATION
+from raytune.config.metric_names import METRICS
 from raytune.evaluation.compare import Comparison, Score
 from raytune.metrics.history import History
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import CostPlan
+from raytune.plan.split import TEST
 from raytune.units import format_count, format_dollars, format_seconds
 
 ENDS = ("attempt_failed", "run_finished", "run_interrupted")
@@ -164,6 +166,19 @@ def changes(history: History, metrics: Mapping[str, float], comparisons: Mapping
     return tuple(found)
 
 
+def test_in_words(metrics: Mapping[str, float]) -> list[str]:
+    """What the model that a run left came to on its test; nothing without one."""
+    if f"{TEST}/loss" not in metrics:
+        return []
+    loss, perplexity, bits = (metrics[f"{TEST}/{name}"] for name in METRICS)
+    names = (name.split("/") for name in metrics)
+    sets = [parts[1] for parts in names if len(parts) > 2 and (parts[0], parts[-1]) == (TEST, "loss")]
+    each = "".join(f", {metrics[f'{TEST}/{name}/loss']:.4f} on {name}" for name in sets)
+    return [
+        f"On the test, whose rows decided nothing: loss {loss:.4f}{each}; perplexity {perplexity:.4g}, {bits:.4g} bits per byte."
+    ]
+
+
 def _kind(metric: str, score: Score) -> Kind:
     if not score.lower_is_better:
         return "score"
@@ -207,8 +222,9 @@ def streamed_in_words(events: Sequence[Mapping[str, Any]]) -> list[str]:
     lost = {"bad": "bad", "no_target": "without a target", "cut": "cut", "dropped": "too long"}
     of_them = "".join(f", {read[name]} {words}" for name, words in lost.items() if read[name])
     passes = f"; all files {read['passes']} time{'s' * (read['passes'] > 1)}" if read["passes"] else ""
+    made = f" and {read['augmented']} made of them" if read["augmented"] else ""
     return [
-        f"Read by step {read['step']}: {read['rows']} rows{of_them}; {read['documents']} documents, "
+        f"Read by step {read['step']}: {read['rows'] - read['augmented']} rows{made}{of_them}; {read['documents']} documents, "
         f"{format_count(read['tokens'])} tokens, {format_count(read['targets'])} targets{passes}."
     ]
 

@@ -12,7 +12,7 @@ from raytune.config.evaluation import suites_of
 from raytune.config.model import ModelSection
 from raytune.config.row_sources import weighed_sources
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap
+from raytune.data.shards import ParallelMap
 from raytune.data.tokenizers import open_tokenizer, token_numbers, vocabulary_of
 from raytune.errors import ModelError, UserError
 from raytune.evaluation.questions import Question

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from raytune.evaluation.compare import Comparison, comparisons_in
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
-from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, streamed_in_words
+from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, streamed_in_words, test_in_words
 from raytune.launch.record import read_plan, readable
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
@@ -28,7 +28,7 @@ class RunResult:
         folder: its run folder.
         model_path: the final weights; plain transformers or PEFT load them.
         plan: everything that was resolved before it started.
-        metrics: metrics by name: `validation/...` of the best step, `train/...` of the last one.
+        metrics: metrics by name: `validation/...` of the best step, `train/...` of the last one, `test/...` of the model.
         best_step: the step whose weights these are.
         held_bytes: for each rank its node, the bytes of weights, gradients and optimizer state that it held, and the peak of its
             process: by the allocator on a GPU, resident in RAM otherwise.
@@ -110,9 +110,9 @@ class RunResult:
 
     @property
     def words(self) -> list[str]:
-        """What the run came to, in sentences: training time, dollars, what is better and what is worse than before, and what was
-        read of streamed rows."""
-        return [*in_words(self.spent, self.changes, self.history.last_step), *self.streamed]
+        """What the run came to, in sentences: training time, dollars, what is better and what is worse than before, its test, and
+        what was read of streamed rows."""
+        return [*in_words(self.spent, self.changes, self.history.last_step), *test_in_words(self.metrics), *self.streamed]
 
     @property
     def symptoms(self) -> list[Symptom]:

@@ -7,7 +7,9 @@ from typing import get_args
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.data import DataFormat, DataSource
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, build_store
+from raytune.data.build import build_store
+from raytune.data.shaping import Shape
+from raytune.data.shards import ParallelMap
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import readings_of
 from raytune.data.sources import scan
@@ -87,13 +89,14 @@ def tokenised(
     request = StoreRequest(
         sources=tuple(sources),
         template=plan.template,
+        shape=Shape.of(data),
         targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+        train_empty_thought=data.train_empty_thought,
         max_length=plan.data.row_length,
         too_long="drop" if data.too_long == "error" else data.too_long,  # counted, as all that has no score
         packing=data.packing,
         num_virtual=0 if data.packing == "none" else num_virtual_tokens(plan.adapter),
         on_bad_row="skip",
-        on_prompt_mismatch="accept",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     info = build_store(

@@ -1,25 +1,39 @@
 """The data of a run, made ready before any worker exists: tokenised stores, and the questions of its end."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from raytune.config.adapter import num_virtual_tokens
-from raytune.config.data import DataSource, named_sources
+from raytune.config.data import DataSource, QualitySection, named_sources
 from raytune.config.evaluation import SuiteSection, is_code, suites_of
-from raytune.config.row_sources import asks_in_chats, evaluated_sets, tokenised_sources, trained_sources, weighed_sources
+from raytune.config.row_sources import (
+    asks_in_chats,
+    evaluated_sets,
+    tested_sets,
+    tokenised_sources,
+    trained_sources,
+    weighed_sources,
+)
 from raytune.config.run import RunConfig
-from raytune.data.build import ParallelMap, build_store
+from raytune.data.augmenting import Augmentation, augmentation_of
+from raytune.data.borders import measured
+from raytune.data.build import build_store, tokenising_options
 from raytune.data.packing import Packing
-from raytune.data.split import Side
+from raytune.data.preview import Previewer
+from raytune.data.shaping import Shape
+from raytune.data.shards import ParallelMap
+from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
 from raytune.data.stream import Recipe
 from raytune.data.template import ChatTemplate
-from raytune.data.template_text import resolve_template
+from raytune.data.template_front import template_of
+from raytune.data.text_encoder import TextEncoder
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
@@ -28,16 +42,36 @@ from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.launch.first_window import first_window
 from raytune.launch.tokenising import show_tokenising
+from raytune.plan.augmenting import code_of
 from raytune.plan.data_facts import DataFacts
+from raytune.plan.data_limits import refuse_exceeded, verdicts, verdicts_of
 from raytune.plan.data_report import DataReport, StoreReport
 from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture_of
 from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
+from raytune.plan.split import asked_split
 from raytune.plan.streaming import StreamPlan, stream_plan
 from raytune.plan.suites import suite_plan
 from raytune.storage import is_local
 
 STORES_FOLDER = "stores"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HeldOut:
+    """Rows that are measured."""
+
+    name: str
+    info: StoreInfo
+    is_of_all: bool
+    """Whether they are of all training sources together."""
+    weight: float
+
+    def report(self, names: Sequence[str]) -> StoreReport:
+        """Args:
+        names: of the training sources.
+        """
+        return self.info.report.named(names if self.is_of_all else [self.name])
 
 
 class DataBuilder:
@@ -80,36 +114,52 @@ class DataBuilder:
         """Tokenise training and validation rows, or find them tokenised by an earlier run.
 
         Raises:
-            DataError: if rows cannot be used or none is left.
+            DataError: if rows cannot be used, none is left, or more than a limit are not as they should be.
         """
-        config, is_split = self._config, bool(self._config.data.validation_fraction)
-        sources, sets, weighed = trained_sources(config), evaluated_sets(config), weighed_sources(config)
-        classes = token_classes(config.data.token_weights)
+        config, data = self._config, self._config.data
+        sources, weighed = trained_sources(config), weighed_sources(config)
+        asked = asked_split(data)
         stream = stream_plan(config, tokenizer_fingerprint(self._tokenizer))
+        split, of_split = measured(asked, sources, self._folder, self._parallel_map)
         if stream is not None:
             train = self._first_window(stream)
         else:
-            train = self._store(sources, "train" if is_split else "all", mixture_of(config), loss_weights_of(config), classes)
-        counts = _counts_in_training(sets, train.report) if is_split and len(sets) > 1 else dict.fromkeys(sets, 1.0)
-        sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and ["validation"])
-        side = "validation" if is_split else "all"
-        measured = {name: self._store([source] if source else sources, side) for name, source in sets.items()}
+            train = self._store(
+                sources,
+                "train" if asked.looks_at_rows else "all",
+                split,
+                mixture=mixture_of(config),
+                loss_weights=loss_weights_of(config),
+                classes=token_classes(data.token_weights),
+                quality=data.quality,
+                augmentation=augmentation_of(data.augment, code_of(data.augment)),
+            )
+        self._refuse_no_copies(train)
+        validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
+        test = self._measured(tested_sets(config), "test" if data.test_fraction else "all", split, train)
         # Each document has a gradient of its own, which only one that passes alone gives.
-        ewc = self._store(weighed, "all", packing="none") if weighed else None
+        ewc = self._store(weighed, packing="none") if weighed else None
         learned_from = [train, ewc] if ewc else [train]
-        for info in (*([] if stream else [train]), *([ewc] if ewc else []), *measured.values()):
+        stored = learned_from[1:] if stream else learned_from
+        for info in (*stored, *(held_out.info for held_out in (*validation, *test))):
             self._check_tokens(info)
         names = list(named_sources(sources))
-        in_report = [f"{name}, its first {stream.window} rows" for name in names] if stream else names
+        num_read = train.report.total("rows") - train.report.total("augmented")
+        looked_at = [f"{name}, its first {num_read} rows" for name in names] if stream else names
+        report = DataReport(
+            template=self.template_notes,
+            train=train.report.named(looked_at),
+            validation={one.name: one.report(names) for one in validation},
+            test={one.name: one.report(names) for one in test},
+            split=of_split,
+            ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
+        )
+        refuse_exceeded(verdicts(report, config.data))
         return DataFacts(
-            report=DataReport(
-                template=self._chat.notes if self._chat else [],
-                train=train.report.named(in_report),
-                validation={name: info.report.named([name] if sets[name] else names) for name, info in measured.items()},
-                ewc=ewc.report.named(named_sources(weighed)) if ewc else None,
-            ),
+            report=report,
             train=store_plan_of("train", train),
-            validation=tuple(store_plan_of(name, info, counts.get(name, 1.0)) for name, info in measured.items()),
+            validation=tuple(store_plan_of(one.name, one.info, one.weight) for one in validation),
+            test=tuple(store_plan_of(one.name, one.info, one.weight) for one in test),
             ewc=store_plan_of(ewc_name(config), ewc) if ewc else None,
             longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
@@ -139,7 +189,56 @@ class DataBuilder:
             new_tokens=model.new_tokens,
             seed=config.training.seed,
         )
-        return first_window(stream, recipe, accepts_other_prompts=config.data.on_prompt_mismatch == "accept")
+        return first_window(stream, recipe)
+
+    def _measured(
+        self, sets: Mapping[str, DataSource | None], side: Side | Literal["all"], split: Split, train: StoreInfo
+    ) -> list[_HeldOut]:
+        """What is held out, or named, to be measured: a store per source, those from which no row is held out left out.
+
+        Args:
+            sets: source by name; None: all training sources together.
+            side: of the split; "all": the sources have no training rows.
+        """
+        sources = trained_sources(self._config)
+        counts = dict.fromkeys(sets, 1.0)
+        if side != "all":
+            if len(sets) > 1:
+                counts = _counts_in_training(sets, train.report, side)
+            sets = {name: sets[name] for name in counts} or dict.fromkeys(sets and [side])
+        else:
+            split = EVERY_ROW_TRAINS
+        return [
+            _HeldOut(
+                name=name,
+                info=self._store([source] if source else sources, side, split),
+                is_of_all=source is None,
+                weight=counts.get(name, 1.0),
+            )
+            for name, source in sets.items()
+        ]
+
+    @property
+    def template_notes(self) -> list[str]:
+        """What there is to know of the chat template, if there is one."""
+        return self._chat.notes if self._chat else []
+
+    def previewer(self, *, is_trained: bool) -> Previewer:
+        """What shows rows as they are trained, or as others are measured: without weights, and on no side of a split."""
+        config, model = self._config, self._config.model
+        asked = asked_split(config.data)
+        side, split = "all", EVERY_ROW_TRAINS
+        if is_trained and asked.looks_at_rows:
+            side, (split, _) = "train", measured(asked, trained_sources(config), self._folder, self._parallel_map)
+        classes = token_classes(config.data.token_weights) if is_trained else ()
+        options = tokenising_options(
+            self._request([], side, split, classes=classes, packing="none"),
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
+        )
+        return Previewer(options=options, too_long=config.data.too_long, encoder=TextEncoder(self._tokenizer), chat=self._chat)
 
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""
@@ -163,7 +262,8 @@ class DataBuilder:
         elif suite.kind == "loss":
             first = [(source, min(source.max_rows or suite.max_rows, suite.max_rows)) for source in suite.rows]
             rows = [source.model_copy(update={"max_rows": max_rows}) for source, max_rows in first]
-            store = Store.open(self._store(rows, "all", packing="none").path)
+            store = Store.open(self._store(rows, packing="none").path)
+            refuse_exceeded(verdicts_of({key: store.report}, self._config.data))
             questions = read_texts(suite, key, store, self._tokenizer)
         elif self._chat is None:
             raise DataError(f"{key} needs a chat template to ask with. Set data.template.", keys=(key,))
@@ -177,6 +277,19 @@ class DataBuilder:
             if question.largest_token >= self._num_embeddings:
                 raise self._no_embedding(question.largest_token, f"question {number} of {key}")
         return questions
+
+    def _refuse_no_copies(self, train: StoreInfo) -> None:
+        """Refuse an augmentation that comes to nothing.
+
+        Raises:
+            DataError: naming its section.
+        """
+        if self._config.data.augment.copies and not train.report.total("augmented"):
+            raise DataError(
+                "Nothing was made of any training row: each copy came out as its row is, or data.augment.function returned none. "
+                "Change data.augment, or leave it out.",
+                keys=("data.augment",),
+            )
 
     def _check_tokens(self, info: StoreInfo) -> None:
         """Refuse a store with tokens that were added to the tokenizer, but not to the model.
@@ -206,40 +319,23 @@ class DataBuilder:
         are_texts = all(source.format == "text" for source in tokenised_sources(self._config))
         if are_texts and not asks_in_chats(self._config):
             return ""
-        return resolve_template(self._config.data.template, tokenizer)
+        return template_of(self._config.data, tokenizer)
 
     def _store(
         self,
         sources: Sequence[DataSource],
-        side: Side | Literal["all"],
-        mixture: Mixture = EACH_ROW_ONCE,
-        loss_weights: tuple[float, ...] = (),
-        classes: tuple[TokenClass, ...] = (),
+        side: Side | Literal["all"] = "all",
+        split: Split = EVERY_ROW_TRAINS,
+        *,
         packing: Packing | None = None,
+        **training: Any,
     ) -> StoreInfo:
         """Args:
-        classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
         packing: other than the run's.
+        training: as for `_request`.
         """
-        data, model = self._config.data, self._config.model
-        packing = packing or data.packing
-        request = StoreRequest(
-            sources=tuple(sources),
-            template=self._template,
-            targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
-            token_classes=classes,
-            max_length=self._row_length,
-            too_long=data.too_long,
-            packing=packing,
-            num_virtual=0 if packing == "none" else num_virtual_tokens(self._config.adapter),
-            on_bad_row=data.on_bad_row,
-            on_prompt_mismatch=data.on_prompt_mismatch,
-            tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
-            side=side,
-            validation_fraction=data.validation_fraction,
-            mixture=mixture,
-            loss_weights=loss_weights,
-        )
+        model = self._config.model
+        request = self._request(sources, side, split, packing=packing or self._config.data.packing, **training)
         return build_store(
             request,
             tokenizer_path=self._model_path,
@@ -251,12 +347,54 @@ class DataBuilder:
             watch=show_tokenising,
         )
 
+    def _request(
+        self,
+        sources: Sequence[DataSource],
+        side: Side | Literal["all"],
+        split: Split,
+        *,
+        packing: Packing,
+        mixture: Mixture = EACH_ROW_ONCE,
+        loss_weights: tuple[float, ...] = (),
+        classes: tuple[TokenClass, ...] = (),
+        quality: QualitySection | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> StoreRequest:
+        """Args:
+        mixture, loss_weights, augmentation: of training sources.
+        classes: of tokens with a weight of their own. Held-out rows are measured alike whatever the training loss is of.
+        quality: what is looked for among training rows.
+        """
+        data = self._config.data
+        return StoreRequest(
+            sources=tuple(sources),
+            template=self._template,
+            shape=Shape.of(data),
+            targets=data.targets if isinstance(data.targets, str) else tuple(data.targets),
+            train_empty_thought=data.train_empty_thought,
+            token_classes=classes,
+            max_length=self._row_length,
+            too_long=data.too_long,
+            packing=packing,
+            num_virtual=0 if packing == "none" else num_virtual_tokens(self._config.adapter),
+            on_bad_row=data.on_bad_row,
+            tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer),
+            side=side,
+            split=split,
+            mixture=mixture,
+            augmentation=augmentation,
+            loss_weights=loss_weights,
+            quality=quality,
+            held_out=(*data.validation, *data.test) if quality else (),
+        )
 
-def _counts_in_training(sets: Iterable[str], trained: StoreReport) -> dict[str, float]:
+
+def _counts_in_training(sets: Iterable[str], trained: StoreReport, side: Side) -> dict[str, float]:
     """How much a target of each source counts in training, by the name of the set that is held out of it; sources of which no row
     is held out have none."""
     counted = zip(sets, trained.sources, strict=True)
-    return {name: source.loss_weight * source.passes for name, source in counted if source.other_side}
+    held_out = "test_side" if side == "test" else "other_side"
+    return {name: source.loss_weight * source.passes for name, source in counted if getattr(source, held_out)}
 
 
 def store_plan_of(name: str, info: StoreInfo, weight: float = 1.0) -> StorePlan:
@@ -264,7 +402,7 @@ def store_plan_of(name: str, info: StoreInfo, weight: float = 1.0) -> StorePlan:
     return StorePlan(
         name=name,
         path=info.path,
-        num_rows=info.num_rows,
+        num_rows=info.rows_per_epoch,
         num_tokens=info.num_tokens,
         num_targets=info.num_targets,
         weight=weight,

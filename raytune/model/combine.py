@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ from raytune.model.merge import merge_adapter, refuse_other_base
 from raytune.model.pretrained import load_config
 from raytune.model.rope import ROPE_FILE, saved_rope, stretch
 from raytune.model.saved_adapter import adapter_config
-from raytune.model.whole_folder import refuse_taken, written_whole
+from raytune.model.whole_folder import refuse_taken, scratch_beside, written_whole
 from raytune.plan.base_model import is_on_hub, model_files
 from raytune.plan.combination import Combination
 from raytune.printable import in_a_line
@@ -107,11 +106,10 @@ def merge_adapters(
         with written_whole(output_folder) as unfinished:
             _save_combined(model, adapters, configs, combination, named, unfinished)
         return
-    output_folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{output_folder.name}.", suffix=".adapter", dir=output_folder.parent) as combined:
-        _save_combined(model, adapters, configs, combination, named, Path(combined))
+    with scratch_beside(output_folder, "adapter") as combined:
+        _save_combined(model, adapters, configs, combination, named, combined)
         merge_adapter(
-            Path(combined),
+            combined,
             output_folder,
             base=named,
             dtype=dtype,

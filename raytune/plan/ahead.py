@@ -12,7 +12,7 @@ from typing import Any
 
 from raytune.config.asked import DEMO_MODEL
 from raytune.config.data import DataSource
-from raytune.config.row_sources import evaluated_sets, trained_sources, weighed_sources
+from raytune.config.row_sources import evaluated_sets, tested_sets, trained_sources, weighed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.plan.batch import DEFAULT_ROWS
@@ -137,12 +137,17 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
             f"How many tokens data.train ({paths}) has cannot be seen from here: it is not in local files. Say it, for example "
             f"`--tokens 50M`."
         )
-    names = list(evaluated_sets(config))
-    held_out = config.data.validation_fraction / len(names) if config.data.validation_fraction else 0.01
+    names, tests = list(evaluated_sets(config)), list(tested_sets(config))
+    fold = config.data.fold
+    share = 1 / fold.of if fold else config.data.validation_fraction
+    held_out, tested = (
+        part / max(1, len(sets)) if part else 0.01 for part, sets in ((share, names), (config.data.test_fraction, tests))
+    )
     ewc, ewc_words = _assumed_ewc(config, row_length)
     return DataFacts(
         train=_store("train", num_tokens, row_length),
         validation=tuple(_store(name, math.ceil(held_out * num_tokens), row_length) for name in names),
+        test=tuple(_store(name, math.ceil(tested * num_tokens), row_length) for name in tests),
         ewc=ewc,
         longest_document=row_length,
         stream=stream_plan(config),

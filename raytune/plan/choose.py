@@ -149,6 +149,7 @@ def choose_plan(
         data=DataPlan(
             train=data.train,
             validation=list(data.validation),
+            test=list(data.test),
             row_length=setting.row_length,
             ewc=data.ewc,
             stream=data.stream,

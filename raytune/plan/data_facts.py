@@ -13,6 +13,7 @@ class DataFacts:
 
     train: StorePlan
     validation: tuple[StorePlan, ...] = ()
+    test: tuple[StorePlan, ...] = ()
     ewc: StorePlan | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
     longest_document: int

@@ -172,12 +172,14 @@ def _data(plan: RunPlan) -> str:
     train = plan.data.train
     fill = train.num_tokens / (train.num_rows * plan.data.row_length)
     held_out = "".join(f"; {store.name}: {store.num_rows} {_row(plan)}s" for store in plan.data.validation)
+    tested = ", ".join(f"{store.name} {store.num_rows} {_row(plan)}s" for store in plan.data.test)
+    tested = f"; measured once, at the end: {tested}" if tested else ""
     stream = plan.data.stream
     is_read = "the first of which is" if train.path else "taken to have"
     of = f"streamed in windows of {stream.window} rows, {is_read} " if stream else ""
     return (
         f"{of}{train.num_rows} {_row(plan)}s of up to {plan.data.row_length} tokens ({fill:.0%} full), "
-        f"{format_count(train.num_targets)} target tokens{held_out}"
+        f"{format_count(train.num_targets)} target tokens{held_out}{tested}"
     )
 
 

@@ -1,7 +1,7 @@
-"""How often an epoch passes over the rows of each source: by proportions, by temperature, and for what is replayed. Pure.
+"""How often an epoch passes over the rows of each source: by passes, proportions or temperature, and for what is replayed. Pure.
 
 Parts are of targets, which is what a loss counts. An epoch holds each document of a source as often as there are whole passes,
-and a part of them once more, the same in every epoch (`data.mixing`).
+and a part of them once more, in each epoch another part (`data.mixing`).
 """
 
 import math
@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from raytune.config.data import MOST_PASSES
 from raytune.config.row_sources import replayed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import DataError
 from raytune.plan.data_report import DataReport, SourceReport, StoreReport
 from raytune.units import format_count
 
-MOST_PASSES = 1000.0
-"""Of an epoch over one source. More of them are a mistake, and would fill a disk."""
+_ROUNDING = 1e-9
 MANY_PASSES = 10
 """Of a run over repeated rows, beyond which the plan warns of learning them by heart."""
 
@@ -27,6 +27,10 @@ class Mixture:
 
     proportions: tuple[float, ...] = ()
     """Parts of the targets, by source; empty: not asked for."""
+    passes: tuple[float, ...] = ()
+    """By source; empty: not asked for."""
+    max_passes: tuple[float, ...] = ()
+    """By source, infinite where nothing bounds them; empty: nowhere."""
     temperature: float = 1.0
     until: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     num_replayed: int = 0
@@ -46,8 +50,11 @@ def loss_weights_of(config: RunConfig) -> tuple[float, ...]:
 def mixture_of(config: RunConfig) -> Mixture:
     """What a config asks for of `row_sources.trained_sources`."""
     train, mixing, replay = config.data.train, config.data.mixing, config.strategy.replay
+    passes, bounds = [source.passes for source in train], [source.max_passes for source in train]
     return Mixture(
         proportions=tuple(source.proportion for source in train if source.proportion is not None),
+        passes=tuple(each or 1.0 for each in passes) if any(passes) else (),
+        max_passes=tuple(each or math.inf for each in bounds) if any(bounds) else (),
         temperature=mixing.temperature or 1.0,
         until=mixing.until,
         num_replayed=len(replayed_sources(config)),
@@ -67,7 +74,9 @@ def passes_of_epoch(mixture: Mixture, num_targets: Sequence[int], names: Sequenc
     """
     first_replayed = len(num_targets) - mixture.num_replayed
     trained, replayed = num_targets[:first_replayed], num_targets[first_replayed:]
-    passes = _passes_of_trained(mixture, trained, names)
+    passes = [*mixture.passes] or _passes_of_trained(mixture, trained, names)
+    if mixture.max_passes:
+        passes = [min(each, most) for each, most in zip(passes, mixture.max_passes, strict=True)]
     if replayed:
         if not sum(replayed):
             raise DataError(
@@ -115,7 +124,7 @@ def _endless(mixture: Mixture, index: int, name: str, passes: float, first_repla
     if index >= first_replayed:
         fix = "Name more rows in strategy.replay.data, or lower strategy.replay.share"
         return DataError(f"strategy.replay.share is {mixture.replay_share:g}: {asked} {fix}.", keys=("strategy.replay.share",))
-    fix = "Set data.mixing.until to first_exhausted, which leaves out rows of other sources and repeats none"
+    fix = "Give it max_passes, set data.mixing.until to first_exhausted, which repeats no rows and takes fewer of other sources"
     if mixture.proportions:
         keys = (f"data.train.{index}.proportion",)
         return DataError(f"{keys[0]} is {mixture.proportions[index]:g}: {asked} {fix}, or lower it.", keys=keys)
@@ -176,12 +185,13 @@ def mixture_notes(config: RunConfig, report: DataReport | None, epochs: float) -
                 f"Each row of {source.name} is seen {times:.3g} times in this run ({source.passes:.3g} passes per epoch): it may "
                 f"be learned by heart."
             )
-        if source.mixed and source.passes < 1:
-            left_out = source.documents - source.mixed.documents
+        if source.passes < 1:
+            unseen = f"{1 - times:.1%} of them are in none of this run" if times < 1 else "the run sees all of them"
             yield (
-                f"{left_out} of the {source.documents} documents of {source.name} are in no epoch: a part of them is taken, the "
-                f"same in each."
+                f"An epoch has {source.passes:.1%} of the documents of {source.name}, and each epoch others: after "
+                f"{math.ceil(1 / source.passes - _ROUNDING)} of them each was seen once or twice; {unseen}."
             )
+    yield from _bounded(config, report)
     weights = {source.loss_weight for source in sources}
     if len(weights) > 1:
         yield (
@@ -190,3 +200,21 @@ def mixture_notes(config: RunConfig, report: DataReport | None, epochs: float) -
         )
     elif weights - {1.0}:
         yield f"All sources have loss_weight {weights.pop():g}. Weights count against each other, so this one changes nothing."
+
+
+def _bounded(config: RunConfig, report: DataReport | None) -> Iterator[str]:
+    """Where `max_passes` is less than what was asked for: what is left of it."""
+    mixture = mixture_of(config)
+    sources = report.train.sources[: len(mixture.max_passes)] if report else []
+    num_targets = [source.targets for source in sources]
+    if not sum(num_targets):
+        return
+    asked = _passes_of_trained(mixture, num_targets, [source.name for source in sources])
+    total, in_epoch = sum(map(_times, asked, num_targets)), sum(source.in_epoch.targets for source in sources)
+    for source, each, most in zip(sources, asked, mixture.max_passes, strict=True):
+        if each > most:
+            has, asks = source.in_epoch.targets / in_epoch, each * source.targets / total
+            yield (
+                f"max_passes bounds {source.name} to {most:g} passes per epoch, of the {each:.3g} that its part asks for: it has "
+                f"{has:.1%} of the targets of data.train in place of {asks:.1%}."
+            )

@@ -97,6 +97,8 @@ class DataPlan(Plan):
     """One store per validation source, so that each gets its own loss."""
     row_length: int
     """Tokens that a packed row holds at most."""
+    test: list[StorePlan] = []
+    """What the model of the end is measured on. No part of what a run is: nothing that is trained or chosen depends on it."""
     ewc: StorePlan | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
     stream: StreamPlan | None = None

@@ -39,6 +39,7 @@ from raytune.plan.rope import positions_of, resolve_rope
 from raytune.plan.run_plan import ObjectivePlan, ZeroStage
 from raytune.plan.sequence import check_sequence
 from raytune.plan.shapes import ModelShape
+from raytune.plan.split import check_test
 from raytune.plan.stages import possible_stages
 from raytune.plan.stopping import check_gap
 from raytune.plan.stored_quantization import check_stored_quantization
@@ -135,6 +136,7 @@ def look_at(
     of(lambda: check_objective(config))
     of(lambda: check_gap(config))
     of(lambda: check_streaming(config))
+    of(lambda: check_test(config))
     objective = objective or of(lambda: objective_of(config))
     places = None if machine is None else _places(config, shape, machine, of)
     of(lambda: check_overrides(config.training.zero))

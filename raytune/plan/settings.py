@@ -75,7 +75,11 @@ KEY_OF = {
 }
 """Value of a run's identity, with what is below it -> the key that decides it. Those of the adapter have one name in both."""
 
-_OF_DATA = ("data.targets", "data.too_long", "data.packing", "data.validation_fraction")
+_OF_DATA = (
+    *("data.targets", "data.too_long", "data.packing", "data.validation_fraction", "data.test_fraction", "data.max_turns"),
+    *("data.fold.index", "data.fold.of", "data.split.group", "data.split.strata", "data.split.time", "data.template_options"),
+    *("data.system", "data.system_when", "data.reasoning", "data.train_empty_thought"),
+)
 """Keys that decide which tokens a store holds, whatever the rows are; `auto` may be what another word says."""
 _OF_LENGTH = ("training.num_train_epochs", "training.max_steps")
 """Keys from which the rows of a run follow, together with those that there are."""
@@ -164,7 +168,7 @@ def asks_for(was: RunPlan, before: RunConfig, now: RunConfig, *, may_change: tup
     divides_rows = any(key in (*_ROWS, *_SHARE_ROWS) for key, _, _ in changes)
     rows_stay = not divides_rows or _rows_asked(now, was.batch.global_batch_size)
     return rows_stay and all(
-        (key.startswith((*DIVIDING, *may_change)) and not key.startswith("training.zero.overrides"))
+        (key.startswith((*DIVIDING, *may_change)) and not key.startswith(("training.zero.overrides", *_OF_DATA)))
         or (key in _KEPT and new == "auto")
         or (key == KEY_OF[_SCHEDULE] and schedule_of(now.training).value == identity[_SCHEDULE])
         or (key not in _OF_LENGTH and new not in (None, "auto") and identity.get(leaf_of.get(key, key), _NOWHERE) == new)

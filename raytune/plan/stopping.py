@@ -53,10 +53,11 @@ def _other_rows(config: RunConfig) -> Iterator[Difference]:
         "strategy.replay": ("strategy.replay", bool(replayed_sources(config))),
         "loss_weight of data.train": ("data.train", len({source.loss_weight for source in train}) > 1),
         "proportion of data.train": ("data.train", any(source.proportion is not None for source in train)),
+        "passes of data.train": ("data.train", any(source.passes is not None for source in train)),
         "data.mixing.temperature": ("data.mixing.temperature", config.data.mixing.temperature is not None),
     }
     for words, (key, is_asked) in others.items():
-        if is_asked and not config.data.validation_fraction:
+        if is_asked and not config.data.holds_out:
             yield (
                 key,
                 f"which is of the rows of data.validation, with the training loss, in which {words} says what rows count",

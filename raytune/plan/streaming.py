@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from typing import Literal
 
 from raytune.config.adapter import num_virtual_tokens
+from raytune.config.augment import AugmentSection
 from raytune.config.data import DataSource, Role, TokenWeightsSection
 from raytune.config.row_sources import replayed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError
+from raytune.plan.augmenting import code_of
 from raytune.plan.value import Plan
+from raytune.user_code import UserCode
 
 _KEY = "data.streaming"
 
@@ -19,9 +22,17 @@ class StreamPlan(Plan):
     source: DataSource
     window: int
     """Rows that are shuffled and packed among themselves."""
+    system: str | None
+    system_when: Literal["missing", "always"]
+    max_turns: int | None
+    reasoning: Literal["keep", "last", "each", "none"]
     targets: Literal["completion", "assistant", "last", "all"] | list[Role]
+    train_empty_thought: bool
     token_weights: TokenWeightsSection
-    too_long: Literal["truncate", "drop", "split", "error", "auto"]
+    augment: AugmentSection
+    augment_code: UserCode | None
+    """Of its function, if it has one."""
+    too_long: Literal["truncate", "truncate_left", "drop", "split", "split_turns", "error", "auto"]
     packing: Literal["best_fit", "token_budget", "none"]
     num_virtual: int
     on_bad_row: Literal["error", "skip"]
@@ -33,6 +44,9 @@ def stream_plan(config: RunConfig, tokenizer_fingerprint: str = "") -> StreamPla
 
     Args:
         tokenizer_fingerprint: of the run's tokenizer; empty where it is not here.
+
+    Raises:
+        UserError: if the code of data.augment.function is not here.
     """
     data = config.data
     if data.streaming is None:
@@ -40,8 +54,15 @@ def stream_plan(config: RunConfig, tokenizer_fingerprint: str = "") -> StreamPla
     return StreamPlan(
         source=data.train[0],
         window=data.streaming.window,
+        system=data.system,
+        system_when=data.system_when,
+        max_turns=data.max_turns,
+        reasoning=data.reasoning,
         targets=data.targets,
+        train_empty_thought=data.train_empty_thought,
         token_weights=data.token_weights,
+        augment=data.augment,
+        augment_code=code_of(data.augment),
         too_long=data.too_long,
         packing=data.packing,
         num_virtual=0 if data.packing == "none" else num_virtual_tokens(config.adapter),
@@ -74,8 +95,17 @@ def _unfit(config: RunConfig) -> Iterator[tuple[str, str, str]]:
         yield "data.train", f"{source.path} would be copied whole", "Mount the bucket on every node, and name the files there"
     if replayed_sources(config):
         yield "strategy.replay", "a share of all targets is replayed, and how many there are is not known", "Leave replay out"
-    if data.validation_fraction:
-        yield "data.validation_fraction", "rows to hold out would be looked for in all of them", "Name rows as data.validation"
+    if data.quality is not None:
+        alone = "raytune data check --max-rows N reads the first N with it, and trains nothing"
+        yield "data.quality", "data.quality holds each row against all others", f"Leave data.quality out ({alone})"
+    for key, is_set, held_out in (
+        ("data.validation_fraction", data.validation_fraction, "data.validation"),
+        ("data.fold", data.fold, "data.validation"),
+        ("data.test_fraction", data.test_fraction, "data.test"),
+    ):
+        if is_set:
+            why = f"rows that {key} holds out would be looked for in all of them before the first is trained"
+            yield key, why, f"Name rows as {held_out}"
     sections = {"evaluation": config.evaluation.every_epochs, "checkpoint": config.checkpoint.every_epochs}
     if (while_training := config.evaluation.while_training) is not None:
         sections["evaluation.while_training"] = while_training.every_epochs

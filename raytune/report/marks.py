@@ -1,13 +1,12 @@
 """Which tokens of a run's rows are targets: the first documents of its store as pieces of text, and how long documents are."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from raytune.data.pieces import Decode, Piece, TokenKind, pieces_of
 from raytune.data.store import Store
 from raytune.errors import RaytuneError
 from raytune.plan.base_model import model_files
@@ -20,16 +19,6 @@ MOST_TOKENS = 400
 """Shown of a document."""
 MOST_ROWS = 2000
 """Packed rows whose documents are measured, spread over the store."""
-
-Decode = Callable[[Sequence[int]], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Neighbouring tokens that are all targets, or all none."""
-
-    text: str
-    is_target: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +87,11 @@ def marked_rows(store: Store, decode: Decode) -> Marked:
 
 
 def _document(ids: np.ndarray, is_target: np.ndarray, origin: str, decode: Decode) -> MarkedDocument:
-    pairs = list(zip(ids[:MOST_TOKENS].tolist(), is_target[:MOST_TOKENS].tolist()))
-    pieces = [
-        Piece(decode([token for token, _ in run]), bool(target)) for target, run in groupby(pairs, key=lambda pair: pair[1])
-    ]
+    kinds = [TokenKind(is_target=bool(target)) for target in is_target[:MOST_TOKENS]]
     return MarkedDocument(
         origin=origin,
         num_tokens=len(ids),
         num_targets=int(is_target.sum()),
-        pieces=pieces,
+        pieces=pieces_of(ids[:MOST_TOKENS].tolist(), kinds, decode),
         num_left_out=max(0, len(ids) - MOST_TOKENS),
     )

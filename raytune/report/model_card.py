@@ -21,6 +21,7 @@ from raytune.config.load import asked_values
 from raytune.config.run import RunConfig
 from raytune.config.yaml_nodes import write_yaml
 from raytune.credentials import redacted
+from raytune.launch.outcome import test_in_words
 from raytune.metrics.json_numbers import encode_number
 from raytune.model.base_content import COMMIT
 from raytune.model.card import Loading, is_ours, signed
@@ -116,6 +117,7 @@ def model_card(run: RunSeen, before: str | None = None) -> str:
         best_step=run.result.best_step if run.result else run.last_step,
         stopped=public(run.result.findings.stopped.reason) if run.result and run.result.findings.stopped else None,
         scores=[(public(change.words), *change.cells) for change in run.changes],
+        tested=[public(sentence) for sentence in test_in_words(run.result.metrics)] if run.result else [],
         num_rows=[(public(suite), comparison.num_rows) for suite, comparison in run.comparisons.items()],
         symptoms=[public(symptom.words) for symptom in run.symptoms],
         notes=[public(note) for note in plan.notes],

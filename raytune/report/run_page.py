@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from raytune.config.load import config_diff
+from raytune.config.metric_names import METRICS as METRICS_OF_ROWS
 from raytune.config.problems import shown
 from raytune.config.run import RunConfig
 from raytune.credentials import redacted
@@ -23,7 +24,9 @@ from raytune.metrics.history import History
 from raytune.plan.data_report import losses_text
 from raytune.plan.describe import plan_table
 from raytune.plan.memory import bytes_in, tensor_bytes
+from raytune.plan.row_lengths import added, length_lines
 from raytune.plan.run_plan import SuitePlan
+from raytune.plan.split import TEST
 from raytune.printable import in_a_line, plain_text, shortened
 from raytune.report.chosen_samples import SampleGroup, choose_samples
 from raytune.report.figures.canvas import Drawing, drawn
@@ -93,6 +96,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         figures=[page_figure(title, caption, light[name], dark[name]) for name, (_, title, caption) in _figures(run).items()],
         happenings=_happenings(run),
         validation=_validation(run),
+        test=_test(run),
         while_training=_suites(run),
         scores=[change for change in run.changes if change.suite],
         num_rows={suite: comparison.num_rows for suite, comparison in run.comparisons.items()},
@@ -102,6 +106,7 @@ def run_page(run: RunSeen, rows: Marked | str, light: dict[str, bytes], dark: di
         rows=rows if isinstance(rows, Marked) else None,
         no_rows=rows if isinstance(rows, str) else None,
         lengths=_lengths(rows) if isinstance(rows, Marked) else [],
+        histogram=_histogram(run),
         config_text=shortened(run.config_text, MOST_CONFIG),
         commands=_commands(run),
     )
@@ -346,6 +351,18 @@ def _validation(run: RunSeen) -> list[tuple[str, str, str, str, str, str]]:
     return rows
 
 
+def _test(run: RunSeen) -> list[tuple[str, str, str, str]]:
+    """(set, loss, perplexity, bits per byte) of the model that the run left."""
+    stores, metrics = run.plan.data.test, run.result.metrics if run.result else {}
+    names = [(TEST, "all"), *((f"{TEST}/{store.name}", store.name) for store in stores if len(stores) > 1)]
+    values = {words: [metrics.get(f"{name}/{metric}") for metric in METRICS_OF_ROWS] for name, words in names}
+    return [
+        (words, f"{loss:.4f}", f"{perplexity:.4g}", f"{bits:.4g}")
+        for words, (loss, perplexity, bits) in values.items()
+        if loss is not None and perplexity is not None and bits is not None
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Suite:
     """Answers of a suite as they are shown."""
@@ -385,7 +402,8 @@ def _sources(run: RunSeen) -> list[list[str]]:
     report = run.plan.data_report
     if report is None:
         return []
-    stores = [("training", report.train), *(("validation", store) for store in report.validation.values())]
+    measured = [("validation", report.validation), ("test", report.test)]
+    stores = [("training", report.train), *((what, store) for what, sets in measured for store in sets.values())]
     return [
         [
             what,
@@ -404,6 +422,12 @@ def _sources(run: RunSeen) -> list[list[str]]:
         for what, store in stores
         for source in store.sources
     ]
+
+
+def _histogram(run: RunSeen) -> list[str]:
+    """How long training rows were before any was cut; a run of an earlier raytune does not say it."""
+    report = run.plan.data_report
+    return length_lines(added(source.lengths for source in report.train.sources)) if report else []
 
 
 def _lengths(rows: Marked) -> list[tuple[str, int]]:

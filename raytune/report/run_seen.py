@@ -90,7 +90,7 @@ class RunSeen:
 
     @property
     def words(self) -> list[str]:
-        return in_words(self.spent, self.changes, self.last_step)
+        return self.result.words if self.result else in_words(self.spent, self.changes, self.last_step)
 
     @property
     def failure(self) -> str | None:

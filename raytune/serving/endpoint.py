@@ -5,9 +5,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ class ServeOptions:
     adapters_in: tuple[str, ...] = ()
     address: str | None = None
 
+    def refuse_odd(self) -> None:
+        """
+        Raises:
+            UserError: if a number is none that can be served with.
+        """
+        for name, value in (("replicas", self.replicas), ("max-batch", self.max_batch), ("max-waiting", self.max_waiting)):
+            if value < 1:
+                raise UserError(f"--{name} is {value}, and 1 is the least.")
+        if not 0 < self.timeout_s < inf:
+            raise UserError(f"--timeout is {self.timeout_s:g}, expected seconds above 0.")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port is {self.port}, expected 0 (any that is free) to 65535.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToServe:
@@ -74,6 +88,7 @@ def prepare_serving(named: Named, options: ServeOptions, token: str | None = Non
     Raises:
         UserError: if a model cannot be had, or the endpoint would be open to strangers.
     """
+    options.refuse_odd()
     chosen = chosen_token(options.host, token)
     for folder in options.adapters_in:
         if not Path(folder).expanduser().is_dir():
@@ -174,16 +189,50 @@ def limits_on(machine: Machine, to_serve: ToServe) -> tuple[str, EngineLimits]:
     return device, engine_limits(machine, shape, first, device=device, **how_many)
 
 
-def described(to_serve: ToServe) -> list[str]:
-    """What would be served on this machine, in lines."""
-    options = to_serve.options
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What would be served on this machine, and with how much room."""
+
+    models: Mapping[str, str]
+    """Sources by names."""
+    device: str
+    limits: EngineLimits
+    options: ServeOptions
+
+    @property
+    def lines(self) -> list[str]:
+        options, limits = self.options, self.limits
+        return [
+            *(f"model    {name}: {source}" for name, source in self.models.items()),
+            f"replicas {options.replicas} on {self.device}; each writes {limits.most_at_once} answers at once, "
+            f"{limits.most_waiting} wait",
+            f"memory   for keys and values of {limits.most_cached_tokens} tokens in each",
+            f"listens  on {options.host}, port {options.port or 'any'}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        options, limits = self.options, self.limits
+        return {
+            "models": dict(self.models),
+            "replicas": options.replicas,
+            "device": self.device,
+            "max_batch": limits.most_at_once,
+            "max_waiting": limits.most_waiting,
+            "cached_tokens": limits.most_cached_tokens,
+            "host": options.host,
+            "port": options.port,
+        }
+
+
+def would_serve(to_serve: ToServe) -> Served:
+    """What was prepared, measured against this machine.
+
+    Raises:
+        PlanError: if there is too little memory.
+    """
     device, limits = limits_on(this_machine(to_serve.cluster), to_serve)
-    return [
-        *(f"model    {one.name}: {one.source}" for one in to_serve.subjects),
-        f"replicas {options.replicas} on {device}; each writes {limits.most_at_once} answers at once, {limits.most_waiting} wait",
-        f"memory   for keys and values of {limits.most_cached_tokens} tokens in each",
-        f"listens  on {options.host}, port {options.port or 'any'}",
-    ]
+    models = {one.name: one.source for one in to_serve.subjects}
+    return Served(models=models, device=device, limits=limits, options=to_serve.options)
 
 
 @contextmanager
@@ -197,6 +246,7 @@ def _deployed(to_serve: ToServe, machine: Machine) -> Iterator[None]:
         models={one.name: one.source for one in to_serve.subjects},
         token=fingerprint(to_serve.token),
         most_held=most * options.replicas,
+        most_together=most,
         timeout_s=options.timeout_s,
         loads_adapters=bool(options.adapters_in) and to_serve.base is not None,
         started=int(time.time()),

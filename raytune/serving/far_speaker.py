@@ -38,13 +38,18 @@ class FarSpeaker:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = urlsplit(url.rstrip("/"))
-        if not self._url.hostname or self._url.username or self._url.query:
+        try:
+            self._url = urlsplit(url.rstrip("/"))
+            is_address = bool(self._url.hostname and self._url.hostname.encode("idna")) and self._url.port != 0
+            is_address &= not (self._url.username or self._url.query) and url.isprintable() and " " not in url
+        except ValueError:  # a port or a host that cannot be one
+            is_address = False
+        if not is_address:
             raise UserError(
                 f"An endpoint is named by its address alone, as in http://127.0.0.1:8000/v1; the token is in {TOKEN}."
             )
         with closing(self._connected()) as connection:
-            found = _json(self._asked(connection, "GET", "models").read(MOST_BYTES))
+            found = _json(self._read(self._asked(connection, "GET", "models")))
         listed = found.get("data") if isinstance(found, dict) else None
         names = [one["id"] for one in listed or () if isinstance(one, dict) and isinstance(one.get("id"), str)]
         if not names:
@@ -105,6 +110,8 @@ class FarSpeaker:
             ClusterError: if nobody answers.
         """
         token = os.environ.get(TOKEN)
+        if token and not (token.isascii() and token.isprintable()):
+            raise UserError(f"{TOKEN} has characters that no token has: a line break, or something beyond ASCII.")
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         try:
             connection.request(method, f"{self._url.path}/{what}", None if body is None else json.dumps(body), headers)
@@ -112,10 +119,16 @@ class FarSpeaker:
         except (OSError, http.client.HTTPException) as error:
             raise ClusterError(f"Nobody answers at {self._url.geturl()}: {in_a_line(error)}.") from error
         if response.status != 200:
-            said = _said(_json(response.read(MOST_BYTES)))
+            said = _said(_json(self._read(response)))
             wants_token = f" The token is taken from {TOKEN}." if response.status in (401, 403) else ""
             raise UserError(f"{self._url.geturl()} refuses ({response.status}): {said}{wants_token}")
         return response
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.read(MOST_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise ClusterError(f"{self._url.geturl()} broke off what it said: {in_a_line(error)}. Ask again.") from error
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

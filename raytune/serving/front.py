@@ -75,6 +75,8 @@ class FrontPlan:
     """Its fingerprint."""
     most_held: int
     """Answers that are waited for at once."""
+    most_together: int
+    """Answers of one request: all are one replica's."""
     timeout_s: float
     """Of one answer."""
     loads_adapters: bool
@@ -184,6 +186,9 @@ class Front:
             wish = replace(wish, asked=replace(wish.asked, adapter=AdapterAt(name=name, path=self._adapters[name])))
         work = _Work(wish, self._engines, self._counters, self._plan.timeout_s)
         number = len(wish.asked.prompts) * wish.asked.num_choices
+        if number > self._plan.most_together:
+            most = self._plan.most_together
+            raise errors.bad(f"{number} answers are asked for, and a replica of this endpoint holds {most}. Ask for fewer.", "n")
         if self._held + number > self._plan.most_held:
             raise Refused(errors.TOO_BUSY)
         if not wish.streams:

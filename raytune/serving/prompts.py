@@ -1,5 +1,6 @@
 """Prompts of requests as the tokens that a model goes on from: in its own template, tokenised as its rows were in training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,8 +54,11 @@ class Prompts:
             if message["role"] != "assistant" and isinstance(content, str) and _bare(content) not in shown:
                 raise bad(f"{self._name} does not show messages[{number}], of role {message['role']}.", f"messages[{number}]")
         for number, tool in enumerate(conversation.tools or ()):
-            name = tool.get("function", tool).get("name")
-            if not isinstance(name, str) or _bare(name) not in shown:
+            function = tool.get("function", tool)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if not isinstance(name, str):
+                raise bad(f"tools[{number}] is no function with a name.", f"tools[{number}]")
+            if _bare(name) not in shown:
                 raise bad(f"{self._name} does not show tools[{number}]: this model was made for no tools.", "tools")
 
     @cached_property

@@ -22,6 +22,8 @@ MOST_LOGPROBS_OF_CHAT, MOST_LOGPROBS_OF_TEXT = 20, 5
 TEXT_TOKENS = 16
 """Of an answer of `/v1/completions` whose length is not asked for, as OpenAI has it."""
 MOST_SEED = 1 << 63
+MOST_DEPTH = 100
+"""Of lists and objects in each other: what is deeper cannot be handed to another process."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -216,11 +218,14 @@ def read_body(content: bytes, kind: type[Body]) -> Body:
         Refused: if it is none, or not of that kind.
     """
     try:
-        value = json.loads(content)
+        # As bytes, it would be read in any encoding that it looks like, halves of characters among it.
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise bad(f"The body is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise bad("The body is no JSON object.")
+    if _is_deeper(value, MOST_DEPTH):
+        raise bad(f"The body has lists or objects in each other, more than {MOST_DEPTH} deep.")
     if _SURROGATE.search(content) and not _is_text(value):
         raise bad("The body has half of a character (\\ud800 to \\udfff alone), which is no text.")
     try:
@@ -230,6 +235,11 @@ def read_body(content: bytes, kind: type[Body]) -> Body:
     if isinstance(body, _Body):
         _refuse_others(body)
     return body
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most == 0 or any(_is_deeper(part, most - 1) for part in parts if isinstance(part, dict | list))
 
 
 def _is_text(value: Any) -> bool:

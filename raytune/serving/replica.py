@@ -105,20 +105,17 @@ class Replica:
             EngineDeadError: if the engine dies over it.
         """
         loop = asyncio.get_running_loop()
-        try:
-            if asked.adapter is not None:
-                await self._have(asked.adapter)
-            requests = await loop.run_in_executor(self._reading, self._requests_of, asked)
-        except Refused as refused:
-            yield [refused.refusal]
-            return
         news: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()  # of at most as many as tokens were asked for
 
         def deliver_to(number: int) -> Any:
             return lambda told: loop.call_soon_threadsafe(news.put_nowait, (number, told))
 
+        requests: list[Request] = []
         left: set[int] = set()
         try:
+            if asked.adapter is not None:
+                await self._have(asked.adapter)
+            requests = await loop.run_in_executor(self._reading, self._requests_of, asked)
             for number, request in enumerate(requests):
                 self._engine.submit(request, deliver_to(number))
                 left.add(number)
@@ -211,6 +208,8 @@ class Replica:
                     del self._prompts[adapter.name]
                     self._engine.unload(adapter.name)
                 self._prompts[adapter.name] = await asyncio.to_thread(self._load, adapter)
+            except EngineDeadError:
+                raise
             except RaytuneError as error:
                 raise errors.bad(str(error), "lora_path") from error
             self._loaded[adapter.name] = adapter

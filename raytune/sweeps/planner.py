@@ -7,7 +7,7 @@ from raytune.config.metric_names import is_of_validation
 from raytune.config.model import ModelSection
 from raytune.config.run import RunConfig
 from raytune.config.sweep import SweepSection
-from raytune.data.build import ParallelMap
+from raytune.data.shards import ParallelMap
 from raytune.errors import PlanError, UserError
 from raytune.launch.prepare import Preparation, Prepared
 from raytune.launch.stores import STORES_FOLDER
@@ -103,7 +103,9 @@ class Planner:
             _refuse_roll_backs(prepared.plan)
             _refuse_streams(prepared.plan)
             at_end = prepared.plan.evaluation.model_copy(update={"suites": ()})
-            return replace(prepared, plan=prepared.plan.model_copy(update={"evaluation": at_end}))
+            # The test decides nothing: the winner is measured on it, when it is trained again.
+            data = prepared.plan.data.model_copy(update={"test": []})
+            return replace(prepared, plan=prepared.plan.model_copy(update={"evaluation": at_end, "data": data}))
         except UserError as error:
             values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
             shared = f" {self.slots} trials share the machines: a smaller sweep.max_concurrent leaves more to each."
@@ -153,7 +155,7 @@ def resolve(config: RunConfig, planner: Planner) -> Resolved:
     # Beside the trials themselves, so that a longer search of this space cannot run into a wall later.
     points = [Trial(number=number, values=values) for number, values in enumerate(corners(space_of(config)))]
     plans = [planner.plan(trial) for trial in [*trials, *points]]
-    if config.data.validation_fraction:
+    if config.data.holds_out:
         refuse_other_weights(section.metric, plans)
     plan = plan_sweep(section, config.name, len(trials) or section.trials, plans, planner.slots)
     return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)

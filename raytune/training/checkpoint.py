@@ -33,7 +33,7 @@ from typing import Any
 
 from raytune import storage
 from raytune.errors import CheckpointError, RaytuneError, StorageFullError, UnfitCheckpointError
-from raytune.local_files import local_errors, sync_local_folder
+from raytune.local_files import is_full, local_errors, sync_local_folder
 from raytune.plan.identity import differences
 from raytune.plan.run_plan import CheckpointPlan
 from raytune.run_folder import RunFolder, step_folder
@@ -456,8 +456,7 @@ def _explained(error: Exception, draft: Path) -> RaytuneError:
     if isinstance(error, RaytuneError):
         return error
     free, cause = storage.free_bytes(draft) or 0, f"{type(error).__name__}: {error}"
-    # Neither safetensors nor torch.save passes the errno on.
-    if "No space left" in str(error) or "os error 28" in str(error) or free < MIB:
+    if is_full(error) or free < MIB:
         return StorageFullError(
             f"The disk filled up while saving into {draft} ({format_bytes(free)} free; {cause}). The checkpoints before it are "
             f"intact. Free some space or lower checkpoint.keep_last, then run the same command again."

@@ -29,6 +29,7 @@ from raytune.training.recorder import Recorder, peak_memory_bytes
 from raytune.training.start import Started
 from raytune.training.stopping import Findings
 from raytune.training.suites import compare_suites
+from raytune.training.validation import HeldOut
 
 PATIENCE_S = 12 * 3600.0
 """How long ranks wait for each other at the end, where rank 0 writes a whole model and may upload it. A rank that dies is noticed
@@ -36,11 +37,12 @@ at once, whatever this says."""
 
 
 def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findings: Findings) -> None:
-    """Export the best checkpoint, compare it with the base, and write the result. Every rank calls it after the last step.
+    """Export the best checkpoint, measure it on the test, compare it with the base, and write the result. Every rank calls it
+    after the last step.
 
-    The engine is released before base and tuned model are loaded, so that they have the device to themselves: the caller holds
-    no other reference to its model. The result also says what was measured of what the plan had counted: what each rank held of
-    model and optimizer until then, the most that its process held while it trained, and the seconds of a step.
+    Loss and engine are released before base and tuned model are loaded, so that these have the device to themselves: the caller
+    holds no other reference to the model. The result also says what was measured of what the plan had counted: what each rank
+    held of model and optimizer until then, the most that its process held while it trained, and the seconds of a step.
     """
     plan, engine, folder = started.plan, started.engine, started.folder
     peers = Peers(engine.rank, gather_in_own_group(engine.world_size, PATIENCE_S), RaytuneError)
@@ -50,8 +52,12 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
     assert newest is not None
     assert best is not None, "the last step is always saved"
     if best.step != newest.step:
-        engine = started.engine_of_state(best.step, newest.step)
-        checkpoints.load(best, engine)
+        started = started.of_state(best.step, newest.step)
+        checkpoints.load(best, started.engine)
+    engine = started.engine
+    test = HeldOut.test(plan, engine, started.loss.cross_entropy)
+    tested = test.measure() if test else {}
+    started.loss.release()
     with engine.averaged():
         peers.together(lambda: write_model(plan, engine, folder.model))
     held_by_ranks = engine.gather_objects(held)
@@ -63,7 +69,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
             {
                 "best_step": best.step,
                 **findings.to_json(),
-                "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics).items()},
+                "metrics": {name: encode_number(value) for name, value in (recorder.metrics | best.metrics | tested).items()},
                 "held_bytes": held_by_ranks,
                 "median_step_s": recorder.median_step_s,
                 "comparisons": {name: comparison.to_json() for name, comparison in comparisons.items()},

@@ -28,7 +28,7 @@ from raytune.training.schedule import learning_rate
 from raytune.training.start import Started, Worker, start
 from raytune.training.stopping import Curve, Noted, Stopping
 from raytune.training.timetable import Timetable
-from raytune.training.validation import Validation
+from raytune.training.validation import HeldOut
 from raytune.training.while_training import WhileTraining
 
 
@@ -110,7 +110,6 @@ def _train_from(first: int, back: RollBack | None, parts: _Parts) -> TrainingErr
         _take_results(suites, recorder, checkpoints)
         recorder.flush()
         found = replace(stopping.findings, divergence=_divergence(plan, folder, worker))
-        started.loss.release()
         finish(started, checkpoints, recorder, found)
         suites.look()
         _take_results(suites, recorder, checkpoints)  # what has come meanwhile, for the curve
@@ -143,7 +142,7 @@ def _make_steps(
     """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
     started, checkpoints, suites = parts.started, parts.checkpoints, parts.suites
     plan, worker, engine, guard = started.plan, started.worker, started.engine, parts.guard
-    timetable, validation = Timetable.of(plan), Validation(plan, engine, started.loss.cross_entropy)
+    timetable, validation = Timetable.of(plan), HeldOut.validation(plan, engine, started.loss.cross_entropy)
     savers = [save_file, *([] if plan.checkpoint.every_s is None else [SaveClock(plan.checkpoint.every_s)])]
     requests = Requests([*savers, *suites.sources], engine.gather_objects)
     if first == 0 and (measured := _at_start(plan, validation, suites)):
@@ -196,7 +195,7 @@ def _make_steps(
         parts.phases.reach_step(step)
 
 
-def _at_start(plan: RunPlan, validation: Validation, suites: WhileTraining) -> dict[str, float]:
+def _at_start(plan: RunPlan, validation: HeldOut, suites: WhileTraining) -> dict[str, float]:
     """What the model is worth before the first step."""
     measured = validation.measure() if plan.evaluation.at_start and validation else {}
     while_training = plan.evaluation.while_training

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,18 +133,20 @@ class Started:
     engine: Engine
     loss: BatchLoss
 
-    def engine_of_state(self, num_made: int, num_made_by_engine: int) -> Engine:
-        """An engine that can load what the run left after so many steps: this one where its phase left that, else one made anew,
-        with the base's weights where nothing was trained yet; this one is released then. Every rank calls it.
+    def of_state(self, num_made: int, num_made_by_engine: int) -> "Started":
+        """With an engine that can load what the run left after so many steps: this one where its phase left that, else one made
+        anew, with the base's weights where nothing was trained yet; this one is released then. Every rank calls it.
         """
         plan, phases = self.plan, self.plan.optimization.phases
         index = phase_of_state(num_made, phases)
         if index == phase_of_state(num_made_by_engine, phases):
-            return self.engine
+            return self
         rank, world_size, device = self.engine.rank, self.engine.world_size, self.engine.device
+        self.loss.release()
         self.engine.release()
         alone = in_phase(plan, index).model_copy(update={"distillation": None})
-        return start_engine(alone, device, rank, world_size, looks_at_data=False)[0]
+        engine, loss = start_engine(alone, device, rank, world_size, looks_at_data=False)
+        return replace(self, engine=engine, loss=loss)
 
 
 def start(

@@ -63,6 +63,7 @@ OWNERS = {
     "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
     "peft": {"model/"},
     "gguf": {"model/gguf_file.py"},
+    "rensa": {"data/signatures.py"},
     "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
     "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
     "huggingface_hub": {
@@ -77,6 +78,7 @@ OWNERS = {
     "click": {"cli/"},
     "rich": {
         "launch/progress.py",
+        "launch/data_colours.py",
         "launch/live.py",
         "launch/reading.py",
         "launch/tokenising.py",
@@ -90,7 +92,10 @@ OWNERS = {
     "wandb": {"tracking/wandb.py"},
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"report/figures/"},
-    "jinja2": {"data/template.py", "data/template_budget.py", "clusters/provider.py", "report/page.py", "report/model_card.py"},
+    "jinja2": {
+        *("data/template.py", "data/template_budget.py", "data/template_front.py"),
+        *("clusters/provider.py", "report/page.py", "report/model_card.py"),
+    },
 }
 
 

@@ -8,7 +8,9 @@ would go through every object of these libraries, and copy their memory into eac
 import gc
 
 import deepspeed.module_inject.auto_ep_layer
-import deepspeed.runtime.superoffload  # noqa: F401
+import deepspeed.ops.op_builder.all_ops
+import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import numpy.ma  # noqa: F401
 import pytest  # noqa: F401
 import setuptools  # noqa: F401

@@ -35,6 +35,7 @@ RATE, STEPS, FIRST_PHASE = 2e-3, 6, 3
 HELD_OUT = {"path": "demo:validation", "max_rows": 8}
 TASK = {"path": "demo:train", "max_rows": 24}
 OLD = "old.jsonl"
+DATA = {"train": TASK, "validation": HELD_OUT, "max_length": 192, "too_long": "truncate", "limits": {"cut": 1}}
 LOSSES = """
 import torch.nn.functional as F
 
@@ -129,7 +130,8 @@ def write_what_is_named(folder: Path) -> None:
 def with_defaults(changes: dict[str, Any]) -> dict[str, Any]:
     training = {"max_steps": STEPS, "global_batch_size": 2, "learning_rate": RATE, "lr_scheduler_type": "constant"}
     return changes | {
-        "data": {"train": TASK, "validation": HELD_OUT, "max_length": 192, "too_long": "truncate"} | changes.get("data", {}),
+        "data": {"train": TASK, "validation": HELD_OUT, "max_length": 192, "too_long": "truncate", "limits": {"cut": 1}}
+        | changes.get("data", {}),
         "training": training | {"warmup_steps": 0, "logging_steps": 1} | changes.get("training", {}),
     }
 

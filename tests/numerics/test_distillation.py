@@ -43,6 +43,7 @@ from tests.numerics.test_freezing_bytes import planned, wide  # noqa: F401
 from tests.numerics.test_whole_run import finished
 from tests.peft_methods import EVERY
 from tests.tiny import save_tiny_model
+from tests.variants import variants
 
 BASE: dict[str, Any] = {"distillation": {"teacher": "base", "weight": 0.7, "temperature": 3.0}}
 TOP: dict[str, Any] = {"distillation": {"teacher": "base", "weight": 0.7, "temperature": 3.0, "top_k": 5}}
@@ -305,7 +306,7 @@ def test_the_base_teaches_as_it_was_whatever_was_trained_over_it(name: str, mate
 # --- however it is divided
 
 
-@pytest.mark.parametrize("who", ["beneath", "beside"])
+@pytest.mark.parametrize("who", variants(["beside"], ["beneath"]))
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_every_stage_on_two_ranks_equals_one_plain_process(stage: int, who: str, material: Material, teacher: Path) -> None:
     strategy, adapter = (BASE, LORA) if who == "beneath" else (other(teacher), FULL)

@@ -56,8 +56,9 @@ def trained(storage: Path, name: str, adapter: dict[str, Any], kept: KeptBase | 
     return RunResult.read(RunFolder(plan.storage, plan.name))
 
 
-OFTEN = ("qlora", "pissa, which changes its base")
-"""A base that stays, one that is quantised, and one that may not stay; which others do not is the last test's."""
+OFTEN = ("pissa, which changes its base",)
+"""Whose base may not stay. What a base that stays comes to is `test_the_base_of_one_run_serves_the_next`; which others do not
+stay is the last test."""
 
 
 @pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))

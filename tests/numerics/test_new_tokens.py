@@ -292,7 +292,7 @@ def test_a_whole_model_is_loaded_by_plain_transformers_and_not_given_rows_again(
     assert (ours - logits(again.eval(), plan)).abs().max() <= SAME_SUMS
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", variants(["nf4"], ["int8"]))
 def test_over_a_quantised_base_rows_are_those_of_plain_peft(kind: str, base: Base) -> None:
     quantization = {"format": kind, "compute_dtype": "fp32", "quant_storage": "uint8"}
     plan = plan_of(base, LORA, model={"quantization": quantization})

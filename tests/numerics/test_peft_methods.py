@@ -101,7 +101,7 @@ def test_the_curve_is_plain_peft_s_over_a_base_in_nf4(method: str, material: Mat
 
 OVER_NF4 = [*(name for name, row in METHODS.items() if row.takes_nf4), *IN_FRONT]
 OFTEN_OVER_NF4 = ["vera", "prefix_tuning"]
-OFTEN_DIVIDED = ["vera", "boft", "adalora", "bottleneck", "prefix_tuning", "p_tuning"]
+OFTEN_DIVIDED = ["vera", "adalora", "bottleneck", "prefix_tuning"]
 
 
 @pytest.mark.parametrize("method", variants(OFTEN_OVER_NF4, [name for name in OVER_NF4 if name not in OFTEN_OVER_NF4]))

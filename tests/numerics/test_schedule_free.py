@@ -29,6 +29,7 @@ from tests.numerics.strategies import FULL, plain_training, settled, strategy_pl
 from tests.numerics.test_averaging import difference, weights_of
 from tests.numerics.test_whole_run import finished
 from tests.tiny import tiny_plan
+from tests.variants import variants
 
 SETTINGS = {"optimizer": "schedule_free_adamw", "schedule": "constant"}
 
@@ -191,7 +192,7 @@ def test_an_engine_that_goes_back_has_counts_and_average_of_then(material: Mater
     assert difference(found[0], found[1]) > 1e-5
 
 
-@pytest.mark.parametrize("adapter", [FULL, LORA | {"rank": 64}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", variants([LORA | {"rank": 64}], [FULL]), ids=["lora", "full"])
 def test_a_rank_holds_the_planned_bytes_of_state_and_of_an_update(adapter: dict[str, Any], material: Material) -> None:
     """Within 2 %."""
     setting, shape = settled(material.model, {}, adapter)

@@ -169,7 +169,7 @@ def test_workers_that_share_rows_and_weights_score_as_one(stage: int, rows: Path
 def test_pieces_of_a_split_row_are_one_score(tmp_path: Path) -> None:
     text = tmp_path / "books.jsonl"
     text.write_text("".join(json.dumps({"text": words * 60}) + "\n" for words in ("one two three ", "a b c d ")))
-    changes = {"data": {"max_length": 128}}
+    changes = {"data": {"max_length": 128, "limits": {"cut": 1, "lost": 1}}}
     result = finished(tmp_path, changes)
     weights = Weights(folder=RunFolder(str(tmp_path), "whole-run"), step=None)
     plan, report = scoring_of(tmp_path, changes, result.plan, weights, text)

@@ -216,6 +216,7 @@ def test_the_best_checkpoint_is_chosen_by_results_that_come_after_it_was_saved(t
     assert not any("general/loss" in metrics for metrics in known.values()), "it was not known when they were saved"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_what_was_measured_before(off: RunFolder, tmp_path: Path) -> None:
     folder, plan = prepared_run(tmp_path, changes({"where": "spare"}, checkpoint={"every_steps": 3}))
 

@@ -81,6 +81,7 @@ SAVED_AS_OTHERS = (
     "lion",
     "8-bit adam",
     "wsd",
+    "eva",
 )
 """Trained in another way, and saved as a variant that is not among these."""
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 RUN = {
     "name": "probe",
     "model": {"base": "demo"},
-    "data": {"train": {"path": "demo:train", "max_rows": 16}, "max_length": 128, "too_long": "truncate"},
+    "data": {"train": {"path": "demo:train", "max_rows": 16}, "max_length": 128, "too_long": "truncate", "limits": {"cut": 1}},
     "training": {"global_batch_size": 2, "learning_rate": 3e-3},
     "cluster": {"workers": 2},
 }

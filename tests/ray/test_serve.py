@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ NEVER_ENDS: dict[str, Any] = {"eos_token_id": 2, "pad_token_id": 0, "suppress_to
 TOKEN = "0123456789abcdef"
 MOST = 8
 """Answers that are held at once."""
+SLOW_READERS = 50
 
 
 @pytest.fixture(scope="module")
@@ -391,3 +393,43 @@ def test_of_many_requests_none_is_lost_while_replicas_are_killed(
             until(lambda: gauge(two, "engine_num_running") > 0)
             two.close()
             assert last.result()[0] == expected(plain, "third", [5, 6], ENDLESS)[0]
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_and_others_are_answered_while_many_read_a_byte_a_second(
+    endpoint: Endpoint, saved: Path, one_node: Cluster, plain: dict[str, Plain]
+) -> None:
+    endpoint.close()
+    with started(saved, one_node, max_batch=SLOW_READERS + MOST) as wide:
+        client, wanted = client_of(wide), expected(plain, "base", prompts()[2], LONGEST)
+        # Many bytes a token.
+        turns = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20}
+        body = json.dumps({"model": "third", "max_tokens": ENDLESS, "temperature": 0, "stream": True} | turns)
+        path = "/v1/chat/completions"
+        size = len(raw(wide, "POST", path, body)[2])
+        request = POST_COMPLETIONS.replace("/v1/completions", path) + f"Content-Length: {len(body)}\r\n\r\n{body}"
+        before, grown = rss_of_serve(), []
+        for _ in range(2):
+            most, began = before, time.monotonic()
+            with ExitStack() as stack:
+                slow = [stack.enter_context(connected(wide)) for _ in range(SLOW_READERS)]
+                for one in slow:
+                    one.sendall(request.encode())
+                while time.monotonic() < began + 60 or gauge(wide, "engine_num_running") > 0:
+                    for one in slow:
+                        one.recv(1)
+                    assert asked(client, "base", prompts()[2], LONGEST, stream=True) == wanted
+                    most = max(most, rss_of_serve())
+                    time.sleep(1)
+            grown.append(most - before)
+        facts = f"{size} bytes an answer, {before >> 20} MiB before, and then {[one >> 20 for one in grown]} MiB more"
+        # What is not read lies in several pieces of several processes: as text, pickled, and in heaps that stay as large.
+        assert grown[0] < 3 * SLOW_READERS * size, facts
+        assert grown[1] < 1.3 * grown[0], f"who has left leaves nothing behind: {facts}"
+
+
+def rss_of_serve() -> int:
+    """Bytes of the processes between an engine and a socket, and of the engine's."""
+    names = ("ProxyActor", "ServeReplica:")
+    every = [(one, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"])]
+    return sum(one.memory_info().rss for one, words in every if any(name in words for name in names))

@@ -126,6 +126,7 @@ def test_the_decisions_are_those_of_ray_tunes_asha(sixteen: SweepResult) -> None
         assert (action == TrialScheduler.STOP) == (decided.decision.verdict.value == "stop"), decided
 
 
+@pytest.mark.slow
 def test_the_winner_trained_alone_has_the_value_of_its_trial(sixteen: SweepResult) -> None:
     best = sixteen.best
     assert best is not None

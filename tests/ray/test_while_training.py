@@ -58,6 +58,7 @@ def kill_the_first(folder: RunFolder) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_is_killed_changes_no_loss_and_begins_anew(cluster: Cluster, tmp_path: Path) -> None:
     config = config_from(asked(tmp_path, "alone", {}, None))
     plan = prepare(config, this_machine(config.cluster), map).plan

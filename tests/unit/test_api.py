@@ -5,6 +5,7 @@ import inspect
 import json
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -14,12 +15,16 @@ from raytune.errors import UserError
 
 NAMED_OTHERWISE = {"plan": "make_plan", "report": "write_report", "import": "import_config"}
 """`raytune.plan` and `raytune.report` are floors, and `import` is a word of Python."""
-AT_A_TERMINAL = {"cluster", "explain", "schema", "top", "ui"}
+AT_A_TERMINAL = {"cluster_render", "cluster_up", "cluster_down", "explain", "schema", "top", "ui"}
 """Verbs that show something, or hand on to Ray's own commands."""
 
 
 def test_every_verb_is_a_function_with_words_for_each_argument() -> None:
-    verbs = {name.replace("-", "_") for name in cli.commands}
+    verbs = {
+        name.replace("-", "_")
+        for verb, command in cli.commands.items()
+        for name in ([f"{verb}_{part}" for part in command.commands] if isinstance(command, click.Group) else [verb])
+    }
     missing = {NAMED_OTHERWISE.get(verb, verb) for verb in verbs - AT_A_TERMINAL} - set(raytune.__all__)
     assert not missing
     for name in set(raytune.__all__) - {"RunEvent"}:

@@ -65,6 +65,8 @@ CHANGES = {
     "adapter.method=full": "adapter.method: lora -> full",
     "data.max_length=256": "data.max_length: 512 -> 256",
     "data.targets=all": "data.targets: assistant -> all",
+    "data.system=Brief.": "data.system: nothing -> Brief.",
+    "data.reasoning=none": "data.reasoning: keep -> none",
     "data.validation_fraction=0.5": "data.validation_fraction: 0.0 -> 0.5",
 }
 

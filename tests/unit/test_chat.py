@@ -1,7 +1,9 @@
 """Conversations: what is said stays in order, models change under it, and what a person types does what it says."""
 
 import asyncio
+import io
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import raytune
 from raytune.cli import cli
+from raytune.cli.terminal import converse
 from raytune.config.data import DataSource
 from raytune.data.shards import Tally
 from raytune.data.source_rows import read_conversations
@@ -213,6 +216,20 @@ def test_lines_of_standard_input_are_turns_and_answers_go_to_standard_output(
     assert messages[1]["content"] == plain_answer(folder, "lora", messages[:1])
     assert messages[3]["content"] == plain_answer(folder, "base", messages[:3])
     assert done.stdout == "".join(f"{printable(turn['content'])}\n" for turn in messages[1::2])
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python opens it with a locale, and without
+def test_bytes_that_are_no_text_end_a_conversation_in_words(chat: Any, monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    with pytest.raises(UserError, match="What is asked is not UTF-8: byte 0xe9"):
+        converse(chat)
+    assert chat.messages == []
+
+
+def test_half_a_character_is_refused_in_words(chat: Any) -> None:
+    with pytest.raises(UserError, match=r"half of a surrogate pair \(\\udce9\)"):
+        chat.ask("caf\udce9")
+    assert chat.messages == []
 
 
 @pytest.mark.slow

@@ -149,9 +149,13 @@ def test_the_example_of_a_key_fits_the_schema(key, validator: jsonschema.Draft7V
         sweep["space"] = {"adapter.rank": sweep["space"]} if key.path.startswith("sweep.space.") else sweep.get("space", space)
         if key.methods and key.path != "sweep.stopping.method":
             sweep["stopping"]["method"] = key.methods[-1]
-    for rows in (data.get("data", {}).get("train"), data.get("data", {}).get("validation")):
+    of_data = data.get("data", {})
+    benchmarks = (of_data.get("quality") or {}).get("benchmarks")
+    for rows in (*(of_data.get(name) for name in ("train", "validation", "test")), benchmarks):
         if isinstance(rows, dict):
             rows.setdefault("path", "a.jsonl")
+    if isinstance(fold := data.get("data", {}).get("fold"), dict):
+        data["data"]["fold"] = {"index": 0, "of": 5} | fold
     if isinstance(phase := data.get("strategy", {}).get("unfreeze"), dict):
         data["strategy"]["unfreeze"] = [{"last_layers": 1} | phase]
     if isinstance(ewc := data.get("strategy", {}).get("ewc"), dict):

@@ -176,9 +176,15 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["strategy"] = {"distillation": {"teacher": "a/b"}}
     if key.path == "training.averaging.last_steps":
         base["training"]["averaging"] = {"kind": "last"}
-    if key.path == "data.mixing.temperature":
+    if key.path.startswith("data.fold."):
+        base["data"] = {"train": "a.jsonl", "fold": {"index": 0, "of": 5}}
+    if key.path.startswith("data.split."):
+        base["data"] = {"train": "a.jsonl", "validation_fraction": 0.1}
+    if key.path.startswith("data.test."):
+        base["data"]["test"] = "c.jsonl"
+    if key.path in ("data.mixing.temperature", "data.train.passes"):
         base["data"]["train"] = ["a.jsonl", "c.jsonl"]
-    if key.path == "data.train.proportion":
+    if key.path in ("data.train.proportion", "data.train.max_passes"):
         base["data"]["train"] = [{"path": "a.jsonl", "proportion": 1.0}, {"path": "c.jsonl", "proportion": 1.0}]
     if key.path in ("model.double_quantization", "model.quant_compute_dtype", "model.quant_storage"):
         base["model"] |= {"quantization": "nf4"}
@@ -187,7 +193,11 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["sweep"] = {"space": {"adapter.alpha": dimension, "adapter.rank": [4]}}
         base["sweep"] |= {"stopping": {"method": key.methods[-1]}} if key.methods else {}
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
-    path = path.replace("sweep.space.", "sweep.space.adapter.alpha.").replace("model.new_tokens.", "model.new_tokens.0.")
+    path = (
+        path.replace("data.test.", "data.test.0.")
+        .replace("sweep.space.", "sweep.space.adapter.alpha.")
+        .replace("model.new_tokens.", "model.new_tokens.0.")
+    )
     path = path.replace("strategy.unfreeze.", "strategy.unfreeze.1.").replace("evaluation.suites.", "evaluation.suites.0.")
     path = path.replace("strategy.ewc.data.", "strategy.ewc.data.0.").replace("strategy.replay.data.", "strategy.replay.data.0.")
     value, schema = example_of(key), TypeAdapter(key.annotation)

@@ -23,7 +23,7 @@ from raytune.errors import DataError, StorageFullError
 from raytune.launch.tokenising import progress_text, show_tokenising
 from raytune.model.demo import demo_base_path
 from raytune.units import GIB
-from tests.tiny import tiny_request, tiny_rows
+from tests.tiny import tiny_request, tiny_rows, tiny_split
 
 ROOT = Path(__file__).parents[2]
 SEGMENT_BYTES = 2500
@@ -35,7 +35,7 @@ from pathlib import Path
 from raytune.data import build, sources, tokenising
 from raytune.data.build import build_store
 from raytune.model.demo import demo_base_path
-from tests.tiny import tiny_request
+from tests.tiny import tiny_request, tiny_split
 
 def some(function, tasks):
     for task in tasks[:3]:
@@ -238,7 +238,9 @@ def test_what_shards_do_not_hold_does_not_make_them_again(change: dict, chats: s
     assert work.made == list(range(3, len(work.results)))
 
 
-@pytest.mark.parametrize("change", [{"targets": "last"}, {"max_length": 300}, {"side": "train", "validation_fraction": 0.5}])
+@pytest.mark.parametrize(
+    "change", [{"targets": "last"}, {"max_length": 300}, {"side": "train", "split": tiny_split(validation_fraction=0.5)}]
+)
 def test_what_shards_hold_makes_others(change: dict, chats: str, tmp_path: Path) -> None:
     left_half_done(tmp_path / "stores", chats)
     work = Counting()

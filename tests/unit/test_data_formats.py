@@ -14,7 +14,6 @@ from raytune.data.formats import FORMATS
 from raytune.data.masking import trained_turns
 from raytune.data.recognising import Reading, read_row, reading_of
 from raytune.data.row_fields import Mapped
-from raytune.data.split import side_of
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
@@ -414,17 +413,3 @@ def test_no_row_whatever_is_in_it_does_more_than_fail_as_a_row(name: Any, row: d
     with suppress(RowError):
         conversation = read_row(row, as_format(name), HERE)
         assert conversation.text or conversation.messages
-
-
-@PATIENT
-@given(st.dictionaries(st.text(max_size=3), ANY, max_size=3), st.floats(0, 1), st.floats(0, 1))
-def test_a_row_keeps_its_side_whatever_the_order_of_its_columns(row: dict[str, Any], one: float, other: float) -> None:
-    low, high = sorted((one, other))
-    reordered = dict(reversed(row.items()))
-    assert side_of(row, low) == side_of(reordered, low)
-    assert side_of(row, low) == "train" or side_of(row, high) == "validation"
-
-
-def test_about_the_asked_share_is_held_out() -> None:
-    sides = [side_of({"text": f"row {index}"}, 0.2) for index in range(5000)]
-    assert 900 < sides.count("validation") < 1100  # standard deviation 28

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from raytune.config.data import DataSource, validation_sets
+from raytune.config.data import DataSource, measured_sets
+from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.store import StoreInfo
@@ -30,11 +31,11 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.sweeps.describe import dry_run_facts, sweep_text
 from raytune.sweeps.sweep_plan import plan_sweep
-from tests.tiny import PATIENT, tiny_plan, tiny_store, tiny_tokenizer
+from tests.tiny import PATIENT, tiny_plan, tiny_split, tiny_store, tiny_tokenizer
 
 CASES = Path(__file__).parents[1] / "cases"
 CHATML = resolve_template("chatml", tiny_tokenizer())  # without markers: answers are found by its prompts
-OUTCOMES = ("used", "bad", "no_target", "cut_off", "dropped", "other_side")
+OUTCOMES = ("used", "bad", "no_target", "cut_off", "dropped", "other_side", "test_side", "filtered")
 
 
 def build(folder: Path, path: Path | str, **changes: Any) -> StoreInfo:
@@ -62,7 +63,7 @@ def config(folder: Path, **data: Any) -> RunConfig:
         {
             "name": "told",
             "storage": str(folder),
-            "data": {"packing": "none"} | data,
+            "data": {"packing": "none", "limits": dict.fromkeys(LimitsSection.model_fields, 1.0)} | data,
             "adapter": {"method": "lora", "rank": 4},
             "training": {"max_steps": 1, "global_batch_size": 1},
             "cluster": {"workers": 1},
@@ -160,7 +161,8 @@ def test_every_row_has_one_outcome_and_tokens_are_those_of_the_store(
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     path = write(folder / "a.jsonl", [chat("Q", "always used"), *rows])
-    info = build(folder, path, max_length=64, on_bad_row="skip", too_long=too_long, side="train", validation_fraction=1e-9)
+    split = tiny_split(validation_fraction=1e-9)
+    info = build(folder, path, max_length=64, on_bad_row="skip", too_long=too_long, side="train", split=split)
     report = only(info)
     assert report.rows == len(rows) + 1 == sum(getattr(report, outcome) for outcome in OUTCOMES)
     assert (report.tokens, report.targets, report.documents) == (info.num_tokens, info.num_targets, info.num_documents)
@@ -337,7 +339,8 @@ def test_the_trials_of_a_sweep_tell_once_what_they_all_lose(tmp_path: Path) -> N
 
 def test_every_count_is_explained_and_what_is_lost_has_a_sentence() -> None:
     nothing = {"name": "n", "format": "messages", "too_long": "truncate", "unread_columns": {}, "unread_keys": {}, "examples": {}}
-    for lost in set(COUNTS) - {"rows", "used", "other_side", "documents", "tokens", "targets", "prompts_compared"}:
+    measured = {"rows", "augmented", "used", "other_side", "test_side", "documents", "tokens", "targets", "prompts_compared"}
+    for lost in set(COUNTS) - measured:
         source = SourceReport.model_validate(nothing | dict.fromkeys(COUNTS, 0) | {lost: 2})
         report = DataReport.model_validate(
             {"template": [], "train": {"row_length": 8, "num_rows": 1, "sources": [source]}, "validation": {}}
@@ -362,8 +365,8 @@ def test_of_a_folder_the_files_are_named_and_of_a_file_nothing_is_said_of_it(tmp
 
 def test_a_validation_set_is_not_called_like_the_metrics_over_all_of_them() -> None:
     sources = [DataSource(path=path) for path in ("demo:validation", "news.jsonl", "a/main.jsonl", "b/validation.jsonl")]
-    assert list(validation_sets(sources)) == ["main", "news", "main-2", "main-3"]
-    assert list(validation_sets(sources[:1])) == ["validation"], "alone it is measured as validation/loss only"
+    assert list(measured_sets(sources)) == ["main", "news", "main-2", "main-3"]
+    assert list(measured_sets(sources[:1])) == ["validation"], "alone it is measured as validation/loss only"
 
 
 def test_a_turn_that_asks_for_what_the_targets_do_is_not_read_otherwise(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune.config.data import DataSource
+from raytune.config.split import SplitSection
 from raytune.data import sources, tokenising
 from raytune.data.build import build_store
 from raytune.data.shards import ShardResult, ShardTask, Tally, resolved_too_long
@@ -28,7 +29,7 @@ from raytune.data.text_encoder import TextEncoder
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.model.demo import demo_base_path
-from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_store, tiny_tokenizer
+from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_split, tiny_store, tiny_tokenizer
 from tests.unit.test_data_template import TOKENIZERS, llama_2_like, llama_3_like, qwen_like
 
 GSM8K = Path("/work/shared/data/gsm8k")
@@ -195,7 +196,8 @@ def test_long_rows_are_dropped_or_refused_as_asked(tmp_path: Path) -> None:
     assert lines[0] == "8 rows are longer than data.max_length, 128 tokens:"
     assert lines[1].startswith(f"  {path}:1: 2")
     assert lines[5].startswith(f"  {path}:7: ")
-    assert lines[6:] == ["  and 3 more", "Raise data.max_length, or set data.too_long to truncate, drop or split."]
+    assert lines[6] == "  and 3 more"
+    assert lines[7] == "Raise data.max_length, or set data.too_long to truncate, truncate_left, drop, split or split_turns."
 
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 64, 300])
@@ -232,6 +234,19 @@ def test_bad_rows_stop_the_build_with_the_first_five_and_the_count(tmp_path: Pat
     assert list((tmp_path / "stores").iterdir()) == [Path(info.path)], "a refused build leaves nothing behind"
 
 
+def test_a_store_without_its_bad_or_long_rows_is_found_by_all_and_refused_to_who_wants_none_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*tiny_rows(3), "[]", *tiny_rows(2), "{"])
+    made = build(tmp_path, path, on_bad_row="skip")
+    with pytest.raises(DataError, match=rf"2 rows cannot be used:\n  {path}:4: .*\n  {path}:7: ") as refused:
+        build(tmp_path, path)
+    assert "and" not in str(refused.value).splitlines()[-2], "all of them are named"
+    longest = made.longest_document
+    short = build(tmp_path, path, on_bad_row="skip", max_length=longest - 1, too_long="drop")
+    with pytest.raises(DataError, match=rf"longer than data.max_length, {longest - 1} tokens:\n  {path}:\d: {longest} tokens"):
+        build(tmp_path, path, on_bad_row="skip", max_length=longest - 1, too_long="error")
+    assert sorted((tmp_path / "stores").iterdir()) == sorted([Path(made.path), Path(short.path)]), "nothing is made anew"
+
+
 def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     rows = [*tiny_rows(2), {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}]
     path = write(tmp_path / "a.jsonl", rows)
@@ -259,7 +274,11 @@ def test_rows_without_a_target_are_left_out_and_listed(tmp_path: Path) -> None:
             {"max_length": 1, "on_bad_row": "skip"},
             "Of 2 rows\n  1 cannot be used; the first is .*a.jsonl:2",
         ),
-        (tiny_rows(1), {"side": "validation", "validation_fraction": 1e-9}, "1 lie on the other side of the split"),
+        (
+            tiny_rows(1),
+            {"side": "validation", "split": tiny_split(validation_fraction=1e-9)},
+            r"held out for validation(.|\n)* 1 lie on another side of the split",
+        ),
         (["{", "["], {"on_bad_row": "skip"}, "2 rows cannot be used"),
     ],
 )
@@ -305,7 +324,9 @@ def test_sources_of_different_formats_share_a_store(tmp_path: Path) -> None:
 
 def test_the_two_sides_of_a_split_are_all_rows_and_share_none(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", tiny_rows(200))
-    both = [documents(build(tmp_path, path, side=side, validation_fraction=0.3)) for side in ("train", "validation")]
+    both = [
+        documents(build(tmp_path, path, side=side, split=tiny_split(validation_fraction=0.3))) for side in ("train", "validation")
+    ]
     everything = documents(build(tmp_path, path))
     assert sorted(both[0] + both[1]) == sorted(everything)
     assert not {tuple(ids) for ids, _ in both[0]} & {tuple(ids) for ids, _ in both[1]}
@@ -385,10 +406,11 @@ def test_the_same_request_is_answered_by_the_same_store_without_tokenising(tmp_p
         {"max_length": 511},
         {"too_long": "drop"},
         {"packing": "none"},
-        {"on_bad_row": "skip"},
         {"tokenizer_fingerprint": "other"},
-        {"side": "train", "validation_fraction": 0.5},
-        {"side": "train", "validation_fraction": 0.25},
+        {"side": "train", "split": tiny_split(validation_fraction=0.5)},
+        {"side": "train", "split": tiny_split(validation_fraction=0.25)},
+        {"side": "test", "split": tiny_split(test_fraction=0.25)},
+        {"side": "train", "split": tiny_split(validation_fraction=0.5, split=SplitSection(group="id"))},
         {"sources": (DataSource(path="a.jsonl", format="messages"),)},
         {"sources": (DataSource(path="a.jsonl", max_rows=5),)},
         {"sources": (DataSource(path="a.jsonl", columns={"messages": "chat"}),)},
@@ -433,9 +455,9 @@ def flip_a_byte(path: Path) -> None:
 
 
 DAMAGE = {
-    "a flipped bit in the rows": lambda folder: flip_a_byte(folder / "rows.arrow"),
-    "truncated rows": lambda folder: (folder / "rows.arrow").write_bytes((folder / "rows.arrow").read_bytes()[:-100]),
-    "missing rows": lambda folder: (folder / "rows.arrow").unlink(),
+    "a flipped bit in the rows": lambda folder: flip_a_byte(folder / "rows-00000.arrow"),
+    "truncated rows": lambda folder: (folder / "rows-00000.arrow").write_bytes((folder / "rows-00000.arrow").read_bytes()[:-100]),
+    "missing rows": lambda folder: (folder / "rows-00000.arrow").unlink(),
     "missing meta": lambda folder: (folder / "meta.json").unlink(),
     "empty meta": lambda folder: (folder / "meta.json").write_bytes(b""),
     "edited meta": lambda folder: (folder / "meta.json").write_text(
@@ -466,7 +488,7 @@ def test_builders_that_race_all_end_with_the_one_store(damaged: bool, tmp_path: 
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     if damaged:
-        flip_a_byte(Path(tiny_store(tmp_path).path) / "rows.arrow")
+        flip_a_byte(Path(tiny_store(tmp_path).path) / "rows-00000.arrow")
     barrier = threading.Barrier(3)
 
     def together(function: Callable[[ShardTask], ShardResult], shards: Sequence[ShardTask]) -> Iterable[ShardResult]:

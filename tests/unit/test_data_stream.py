@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from raytune.config.augment import AugmentSection
 from raytune.config.data import DataSource, TokenWeightsSection
 from raytune.config.load import config_from
 from raytune.data.store import Store
@@ -37,8 +38,15 @@ def recipe(path: object, window: int, **changes: Any) -> Recipe:
     request = tiny_request()
     fields: dict[str, Any] = {
         "source": DataSource(path=str(path)),
+        "system": None,
+        "system_when": "missing",
+        "max_turns": None,
+        "reasoning": "keep",
         "targets": "assistant",
+        "train_empty_thought": True,
         "token_weights": TokenWeightsSection(),
+        "augment": AugmentSection(),
+        "augment_code": None,
         "too_long": "auto",
         "packing": "best_fit",
         "num_virtual": 0,

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSection, DataSource
 from raytune.config.evaluation import SuiteSection
 from raytune.data.build import build_store
 from raytune.data.conversation import Conversation, Message, Origin, RowError
@@ -19,6 +19,7 @@ from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluation.questions import read_questions
+from raytune.plan.data_limits import refuse_exceeded, verdicts_of
 from tests.tiny import tiny_request, tiny_store, tiny_tokenizer
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -254,7 +255,7 @@ def test_a_thought_that_the_prompt_opens_is_a_thought_too() -> None:
     strips = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "false"))
     assert "strips the thought (</think>) in content of turn 2" in refusal(strips, row)
     keeps_last = ChatTemplate(tiny_tokenizer(), STRIPS_THOUGHTS.replace("KEEPS", "true"))
-    assert "train that one alone with data.targets: last" in refusal(keeps_last, row)
+    assert "data.targets: last that one alone" in refusal(keeps_last, row)
     assert trained(keeps_last, row, "last") == ["how\n</think>\n\nB<|im_end|>"]
 
 
@@ -476,17 +477,23 @@ def case_12(name: str, folder: Path, **changes: Any) -> StoreInfo:
     return build_store(request, tokenizer_path=path, folder=str(folder / "stores"))
 
 
+def admit(info: StoreInfo, **data: Any) -> None:
+    refuse_exceeded(verdicts_of({"training": info.report}, DataSection(**data)))
+
+
 def test_answers_behind_other_tokens_than_their_prompts_stop_the_run_with_an_example(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
-        case_12("space_in_prompt", tmp_path)
+        admit(case_12("space_in_prompt", tmp_path))
     message = str(refused.value)
-    assert "space_in_prompt.jsonl: 8 of 8 compared answers are trained behind other tokens" in message
+    assert "space_in_prompt.jsonl: 8 of 8 compared answers (100 %) are trained behind other tokens" in message
     assert "space_in_prompt.jsonl:1: asked with the tokens ' Answer|:| ', trained behind ' Answer|:| red" in message
-    assert "data.on_prompt_mismatch: accept" in message
+    assert "data.on_prompt_mismatch to accept" in message
 
 
 def test_a_waiver_goes_on_and_says_how_many(tmp_path: Path) -> None:
-    (source,) = case_12("space_in_prompt", tmp_path, on_prompt_mismatch="accept").report.sources
+    info = case_12("space_in_prompt", tmp_path)
+    admit(info, on_prompt_mismatch="accept")
+    (source,) = info.report.sources
     assert (source.prompts_differ, source.prompts_compared) == (8, 8)
     (source,) = case_12("space_in_answer", tmp_path).report.sources
     assert (source.prompts_differ, source.prompts_compared) == (0, 8)
@@ -495,8 +502,9 @@ def test_a_waiver_goes_on_and_says_how_many(tmp_path: Path) -> None:
 def test_a_prompt_that_opens_a_thought_which_rows_do_not_have_stops_the_run(tmp_path: Path) -> None:
     opens = CHATML.replace("%END%", "<|im_end|>\n").replace("%PROMPT%", PROMPT.replace("assistant\n", "assistant\n<think>\n"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("Q1", "A1").messages}) + "\n")
-    with pytest.raises(DataError, match="1 of 1 compared answers is trained behind other tokens"):
-        tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens)
+    with pytest.raises(DataError, match=r"1 of 1 compared answers \(100 %\) are trained behind other"):
+        admit(tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("Q1", "<think>\nhm\n</think>\n\nA1").messages}) + "\n")
     info = tiny_store(tmp_path / "stores", str(tmp_path / "rows.jsonl"), template=opens)
+    admit(info)
     assert info.num_targets == len("hm\n</think>\n\nA1") + 1

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from raytune.data import row_file
 from raytune.data.batches import Batch, evaluation_batches, step_batches
-from raytune.data.store import WEIGHTS_COLUMN, Store
+from raytune.data.shaping import Shape
+from raytune.data.store import WEIGHTS_COLUMN, Store, batches_of
 from raytune.data.template_text import resolve_template
 from tests.tiny import PATIENT, tiny_rows, tiny_store, tiny_tokenizer
 
@@ -64,6 +65,22 @@ def test_each_target_has_the_weight_of_its_turn(tmp_path: Path) -> None:
     assert store.report.total("skipped_turns") == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"shape": Shape(reasoning="each")}, [("a<|im_end|>", 0.5), ("c<|im_end|>", 1.0), ("d<|im_end|>", 3.0)]),
+        ({"shape": Shape(max_turns=2)}, [("c<|im_end|>", 1.0), ("d<|im_end|>", 3.0)]),
+        ({"too_long": "split_turns", "max_length": 60}, [("a<|im_end|>", 0.5), ("c<|im_end|>", 1.0), ("d<|im_end|>", 3.0)]),
+        ({"too_long": "truncate_left", "max_length": 40}, [("d<|im_end|>", 3.0)]),
+    ],
+)
+def test_weights_stay_with_their_turns_whatever_is_made_of_a_chat(changes: Any, expected: Any, tmp_path: Path) -> None:
+    row = chat(("a", 0.5), ("b", 0), ("c", 1), ("d", 3))
+    row["messages"][1]["content"] = "<think></think>a" if "shape" in changes else "a"
+    store = opened(tmp_path, [row], **changes)
+    assert sorted((text.replace("<think></think>", ""), weight) for text, weight in weighed_text(store)) == expected
+
+
 def test_roles_other_than_the_answers_are_weighed_where_they_are_trained(tmp_path: Path) -> None:
     rows = [{"messages": [turn("system", "S", 2), turn("user", "Q", 0.25), turn("assistant", "A")]}]
     weights = dict(weighed_text(opened(tmp_path, rows, targets=("system", "user", "assistant"))))
@@ -86,7 +103,8 @@ def test_a_store_without_weights_has_no_column_for_them(tmp_path: Path) -> None:
     for rows in (tiny_rows(5), [chat(("A", 1), ("B", 0)), chat(("C", 1.0))]):
         store = opened(tmp_path, rows)
         assert store.weight_of_row is None
-        assert WEIGHTS_COLUMN not in store._reader.schema.names
+        first = next(batches_of(Path(store.info.path) / "rows-00000.arrow"))
+        assert WEIGHTS_COLUMN not in first.schema.names
         assert all(store.row(index).target_weights is None for index in range(store.num_rows))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import raytune
+from raytune.config.data_limits import waived
 from raytune.config.keys import keys
 from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
@@ -89,6 +90,7 @@ def test_rows_that_are_not_trained_as_they_are_meant(counts: Mapping[str, int], 
 @pytest.mark.parametrize(("template", "told_of"), [("auto", {}), ("llama-3", {"no_end": "data.template"})])
 def test_the_template_of_another_model_is_told_before_a_step_is_made(template: str, told_of: dict, tmp_path: Path) -> None:
     config = config_of(Case(symptoms=(), num_rows=40, template=template), tmp_path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"limits": waived()})})
     plan = prepare(config, this_machine(config.cluster), map).plan
     found = told(Evidence(plan=plan, history=History(())))
     assert {name: symptom.key for name, symptom in found.items() if symptom.key.startswith("data.template")} == told_of

@@ -82,6 +82,9 @@ def test_adapters_lie_over_one_base_and_another_model_stands_beside_both(folder:
     twice = prepared(folder, "base", compare=str(folder / "base"))
     assert names(twice) == ["base", "base-2"]
     assert names(prepared(folder, "wider", base=str(folder / "base"))) == ["base", "wider"]
+    for model in ("base", "adapter"):  # nobody who asks for it would know that it is called otherwise
+        with pytest.raises(UserError, match=f"the name '{model}' to another model"):
+            prepared(folder, "adapter", adapters={model: str(folder / "adapter")})
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,14 @@ def test_who_is_no_endpoint_or_is_not_there_is_told_before_anything_is_asked(url
         raytune.chat(f"{url}/deeper")
     with pytest.raises(ClusterError, match=r"Nobody answers at http://127.0.0.1:9/v1"):
         raytune.chat("http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match="named by its address"):
-        raytune.chat("http://me:mine@127.0.0.1:9/v1")
+    for wrong in ("me:mine@127.0.0.1:9", "127.0.0.1:99999", "127.0.0.1:x", "[::1", "a host", "\u00fc..x", "host\n"):
+        with pytest.raises(UserError, match="named by its address"):
+            raytune.chat(f"http://{wrong}/v1")
+    for wrong in ("top-secret\n", "top-secr\u00e9t", "top-secret\u20ac"):
+        monkeypatch.setenv(TOKEN, wrong)
+        with pytest.raises(UserError, match="RAYTUNE_API_KEY has characters") as refused:
+            raytune.chat(url)
+        assert "top" not in str(refused.value)
     monkeypatch.setenv(TOKEN, "other")
     with pytest.raises(UserError, match=r"refuses \(401\): No such token. The token is taken from RAYTUNE_API_KEY"):
         raytune.chat(url)

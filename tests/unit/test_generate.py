@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+import raytune
 from raytune.config.data import DataSource
 from raytune.data.shards import Tally
 from raytune.data.template_text import resolve_template
@@ -188,3 +189,24 @@ def test_how_to_draw_without_a_temperature_is_refused() -> None:
     assert sampling_plan(temperature=0.0, top_k=None, top_p=None, seed=1) is None
     with pytest.raises(UserError, match=r"top_p is 0\.9, but nothing is drawn"):
         sampling_plan(temperature=None, top_k=None, top_p=0.9, seed=0)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"batch_size": 0}, {"num_beams": 0}, {"temperature": -1.0},
+              {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": 1, "top_p": 0},
+              {"temperature": 1, "top_p": 2}, {"temperature": 1, "top_k": 0}]
+)  # fmt: skip
+def test_numbers_that_no_answer_is_written_with_are_refused_in_python_too(folder: Path, asked: dict[str, Any]) -> None:
+    name = list(asked)[-1]
+    with pytest.raises(UserError, match=f"^{name} is {asked[name]}"):
+        raytune.generate(folder / "base", prompts=["Who?"], **asked)
+    if name not in ("batch_size", "num_beams"):
+        with pytest.raises(UserError, match=f"^{name} is {asked[name]}"):
+            raytune.chat(folder / "base", **asked)
+
+
+def test_prompts_are_a_list_and_each_of_them_is_one(folder: Path) -> None:
+    with pytest.raises(UserError, match="prompts is a text, expected a list"):
+        raytune.generate(folder / "base", prompts="Who?")
+    with pytest.raises(DataError, match=r"(?s)prompts:1: is a number.*prompts:2: is null.*prompts:3: the prompt has half"):
+        raytune.generate(folder / "base", prompts=[5, None, "caf\udce9"])  # pyright: ignore[reportArgumentType]

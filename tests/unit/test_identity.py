@@ -293,6 +293,7 @@ ANSWERED = [
     "training.precision=fp32",
     "training.weight_decay=0",
     "checkpoint.keep_last=3",
+    "data.limits.cut=0.5",
 ]
 NOT_ANSWERED = [
     *("training.seed=1", "training.global_batch_size=4", "training.precision=bf16"),

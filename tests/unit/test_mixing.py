@@ -1,6 +1,7 @@
 """How often an epoch has the rows of each source and how much they count: as asked, the same always, and told."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from raytune.config.load import config_from, load_with_places
 from raytune.config.metric_names import measured
 from raytune.config.places import errors_at
 from raytune.config.row_sources import trained_sources
-from raytune.data.mixing import documents_of_passes, first_part
-from raytune.data.store import WEIGHTS_COLUMN, Store
+from raytune.data.batches import step_batches
+from raytune.data.mixing import DrawnRows, EpochRows, balanced_order
+from raytune.data.store import Store
 from raytune.errors import UserError
 from raytune.launch.run import plan_run
 from raytune.plan.ahead import assumed_data
@@ -92,29 +94,77 @@ def test_a_source_without_targets_takes_no_part_in_a_temperature() -> None:
     assert passes(Mixture(temperature=2.0), [400, 0, 100]) == pytest.approx([1, 1, 2])
 
 
-# --- Which documents
+@given(SIZES, st.data())
+def test_passes_that_are_said_are_taken_and_bounds_leave_the_other_parts(sizes: list[int], data: st.DataObject) -> None:
+    said = tuple(data.draw(st.lists(st.floats(0.01, 9), min_size=len(sizes), max_size=len(sizes))))
+    assert passes(Mixture(passes=said), sizes) == list(said)
+    free = passes(Mixture(temperature=5.0), sizes)
+    bounds = tuple(data.draw(st.lists(st.floats(1, 3) | st.just(math.inf), min_size=len(sizes), max_size=len(sizes))))
+    assert passes(Mixture(temperature=5.0, max_passes=bounds), sizes) == [min(one) for one in zip(free, bounds)]
+
+
+def test_a_bound_makes_a_mixture_possible_that_would_have_no_end() -> None:
+    assert passes(Mixture(proportions=(5000, 1), max_passes=(4.0, math.inf)), [10, 10]) == [4, 1]
+
+
+# --- Which rows
+
+
+@st.composite
+def epochs_of_rows(draw: st.DrawFn) -> tuple[EpochRows, int, list[DrawnRows], np.ndarray]:
+    """Rows of epochs, how many every epoch has, the parts, and the targets of each row."""
+    num_fixed = draw(st.integers(0, 20))
+    parts: list[DrawnRows] = []
+    num_rows = num_fixed
+    for size in draw(st.lists(st.integers(1, 40), min_size=num_fixed == 0, max_size=3)):
+        parts.append(DrawnRows(first_row=num_rows, num_rows=size, per_epoch=draw(st.integers(1, size))))
+        num_rows += size
+    num_targets = np.array(draw(st.lists(st.integers(1, 500), min_size=num_rows, max_size=num_rows)), np.int64)
+    return EpochRows(num_fixed, parts, num_targets), num_fixed, parts, num_targets
 
 
 @PATIENT
-@given(st.lists(st.tuples(st.floats(0, 4), st.lists(st.integers(1, 50), max_size=30)), min_size=1, max_size=4))
-def test_each_pass_has_a_document_once_and_all_passes_what_was_asked_for(sources: list[tuple[float, list[int]]]) -> None:
-    times, sizes = [one for one, _ in sources], [size for _, own in sources for size in own]
-    source_of = np.array([index for index, (_, own) in enumerate(sources) for _ in own], np.int64)
-    num_targets = np.array(sizes, np.int64)
-    found = documents_of_passes(times, source_of, num_targets)
-    seen = Counter(document for one in found for document in one.tolist())
-    assert all(len(set(one.tolist())) == len(one) and (np.diff(one) > 0).all() for one in found)
-    for index, (asked, own) in enumerate(sources):
-        documents = np.flatnonzero(source_of == index).tolist()
-        assert all(seen[one] in (int(asked), int(asked) + 1) for one in documents)
-        targets = sum(seen[one] * sizes[one] for one in documents)
-        assert abs(targets - asked * sum(own)) <= max(own, default=0) / 2 + 1e-6, "as near as whole documents come"
+@given(epochs_of_rows(), st.integers(0, 2**32), st.integers(1, 12))
+def test_every_epoch_has_its_rows_once_and_over_epochs_each_is_seen_equally_often(
+    case: tuple[EpochRows, int, list[DrawnRows], np.ndarray], seed: int, num_epochs: int
+) -> None:
+    epoch, num_fixed, parts, num_targets = case
+    seen: Counter[int] = Counter()
+    for number in range(num_epochs):
+        rows = epoch.rows_at(np.arange(epoch.num_rows) + number * epoch.num_rows, seed).tolist()
+        assert len(set(rows)) == epoch.num_rows, "none twice in an epoch"
+        assert set(range(num_fixed)) <= set(rows)
+        for part in parts:
+            own = [row for row in rows if part.first_row <= row < part.first_row + part.num_rows]
+            every = num_targets[part.first_row : part.first_row + part.num_rows]
+            assert len(own) == part.per_epoch
+            share = every.sum() * part.per_epoch / part.num_rows
+            assert abs(num_targets[own].sum() - share) <= every.max() - every.min() + 1e-6, "within one row of its part"
+        seen.update(rows)
+    for part in parts:
+        times = num_epochs * part.per_epoch / part.num_rows
+        own = range(part.first_row, part.first_row + part.num_rows)
+        assert all(seen[row] in (math.floor(times + 1e-9), math.ceil(times - 1e-9)) for row in own)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=50), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_share_keeps_what_a_smaller_one_had(sizes: list[int], one: float, other: float) -> None:
-    small, large = (set(first_part(np.array(sizes), share).tolist()) for share in sorted((one, other)))
-    assert small <= large
+@PATIENT
+@given(epochs_of_rows(), st.integers(0, 2**32), st.lists(st.integers(0, 10**6), min_size=1, max_size=20))
+def test_a_position_has_its_row_whatever_is_asked_beside_it(
+    case: tuple[EpochRows, int, list[DrawnRows], np.ndarray], seed: int, positions: list[int]
+) -> None:
+    epoch = case[0]
+    alone = [int(epoch.rows_at(np.array([position]), seed)[0]) for position in positions]
+    assert epoch.rows_at(np.array(positions), seed).tolist() == alone
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=60))
+def test_neighbours_in_a_balanced_order_have_their_share(numbers: list[int]) -> None:
+    order = balanced_order(np.array(numbers))
+    assert sorted(order.tolist()) == list(range(len(numbers)))
+    sums = np.cumsum([0, *np.tile(np.array(numbers)[order], 2)])
+    for count in range(1, len(numbers) + 1):
+        strays = sums[count:] - sums[:-count] - count * np.mean(numbers)
+        assert np.abs(strays).max() <= max(numbers) - min(numbers) + 1e-6
 
 
 # --- In a store
@@ -151,22 +201,64 @@ def test_a_store_holds_the_mixture_and_no_row_has_a_document_twice(files: Path) 
     assert len(seen["large"]) == 60
     asked = large / 3 / small
     assert asked > 2
-    assert set(seen["small"]) <= {int(asked), int(asked) + 1}
+    assert set(seen["small"]) == {int(asked) + 1}, "whole passes, and all of it in rows of which an epoch has a part"
     assert all(len(set(store.sources(row))) == len(store.sources(row)) for row in range(store.num_rows))
     first, second = store.report.sources
     assert first.in_epoch.targets / (first.in_epoch.targets + second.in_epoch.targets) == pytest.approx(1 / 4, abs=0.01)
+    rows = store.epoch.rows_at(np.arange(store.epoch.num_rows), 3)
+    of_small = Counter(Path(file).stem for row in rows.tolist() for file, _ in store.sources(row))["small"]
+    assert of_small / 8 == pytest.approx(first.passes, abs=1 / 8)
+    assert first.passes == pytest.approx(asked, abs=1 / 16)
     assert (first.rows, first.documents, first.targets) == (8, 8, small)
-    assert store.info.num_documents == sum(sum(times) for times in seen.values())
-    assert store.info.num_targets == first.in_epoch.targets + second.in_epoch.targets == int(store.num_targets_of_row.sum())
-    assert store.info.num_tokens == sum(len(store.row(row).input_ids) for row in range(store.num_rows))
-    assert store.report.fill == pytest.approx(store.num_tokens / (store.num_rows * 512))
+    assert store.info.num_documents == first.in_epoch.documents + second.in_epoch.documents
+    assert store.info.num_targets == first.in_epoch.targets + second.in_epoch.targets
+    assert store.num_tokens == first.in_epoch.tokens + second.in_epoch.tokens
+    assert store.report.fill == pytest.approx(store.num_tokens / (store.info.rows_per_epoch * 512))
 
 
-def test_until_the_first_is_exhausted_no_document_is_seen_twice(files: Path) -> None:
-    seen = times_seen(opened(files, mixture=Mixture(proportions=(1.0, 1.0), until="first_exhausted")))
-    assert seen["small"] == [1] * 8
-    assert set(seen["large"]) == {1}
-    assert 4 <= len(seen["large"]) <= 14
+def documents_of_epoch(store: Store, epoch: int) -> Counter[tuple[str, int]]:
+    rows = store.epoch.rows_at(np.arange(store.epoch.num_rows) + epoch * store.epoch.num_rows, 0)
+    return Counter((Path(file).stem, line) for row in rows.tolist() for file, line in store.sources(row))
+
+
+def test_until_the_first_is_exhausted_no_document_is_seen_twice_and_each_epoch_takes_others(files: Path) -> None:
+    store = opened(files, mixture=Mixture(proportions=(1.0, 1.0), until="first_exhausted"))
+    large = store.report.sources[1]
+    epochs = [documents_of_epoch(store, number) for number in range(math.ceil(1 / large.passes))]
+    for epoch in epochs:
+        assert set(epoch.values()) == {1}
+        assert sum(name == "small" for name, _ in epoch) == 8
+        assert 4 <= sum(name == "large" for name, _ in epoch) <= 14
+    together = Counter(document for epoch in epochs for document in epoch)
+    assert sum(name == "large" for name, _ in together) == 60, "over epochs all are seen"
+    assert max(times for (name, _), times in together.items() if name == "large") <= 2
+
+
+def test_passes_repeat_a_source_as_often_as_they_say(files: Path) -> None:
+    store = opened(files, mixture=Mixture(passes=(3.0, 0.5)))
+    assert [source.passes for source in store.report.sources] == [3.0, pytest.approx(0.5, abs=1 / 60)]
+    first, second = documents_of_epoch(store, 0), documents_of_epoch(store, 1)
+    assert {times for (name, _), times in first.items() if name == "small"} == {3}
+    halves = [{document for document in epoch if document[0] == "large"} for epoch in (first, second)]
+    assert len(halves[0] & halves[1]) <= 2
+    assert [len(half) for half in halves] == [pytest.approx(30, abs=3)] * 2
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_a_mixture_is_the_same_on_any_number_of_workers_and_from_any_step_on(world: int, files: Path) -> None:
+    store = opened(files, mixture=Mixture(passes=(1.5, 0.3)), packing="token_budget")
+    num_rows = 3 * store.epoch.num_rows
+
+    def rows(step: int, world: int) -> list[int]:
+        shared = {"step": step, "world": world, "micro_batch_size": 1, "accumulation": 24 // world, "num_rows_in_run": num_rows}
+        ranks = [step_batches(store, rank=rank, seed=5, **shared) for rank in range(world)]
+        return [row for micro in zip(*ranks) for batch in micro for row in batch.rows]
+
+    steps = range(num_rows // 24 + 1)
+    assert [rows(step, world) for step in steps] == [rows(step, 1) for step in steps]
+    again = opened(files, mixture=Mixture(passes=(1.5, 0.3)), packing="token_budget")
+    order = again.epoch.rows_at(np.arange(24 * len(steps)), 5).tolist()
+    assert [row for step in steps for row in rows(step, world)] == order
 
 
 def test_weights_and_a_mixture_that_ask_for_nothing_change_no_byte(files: Path) -> None:
@@ -176,9 +268,9 @@ def test_weights_and_a_mixture_that_ask_for_nothing_change_no_byte(files: Path) 
         opened(files, mixture=Mixture(temperature=1.0, until="first_exhausted")),
         opened(files, mixture=Mixture(replay_share=0.0)),
     ]
-    digests = {file_digest(Path(store.info.path) / "rows.arrow").sha256 for store in (plain, *asked)}
+    digests = {file_digest(Path(store.info.path) / "rows-00000.arrow").sha256 for store in (plain, *asked)}
     assert len(digests) == 1
-    assert WEIGHTS_COLUMN not in plain._reader.schema.names
+    assert plain.weight_of_row is None
 
 
 def test_each_target_has_the_weight_of_its_source_times_that_of_its_turn(tmp_path: Path) -> None:
@@ -196,7 +288,7 @@ def test_each_target_has_the_weight_of_its_source_times_that_of_its_turn(tmp_pat
 
 
 def test_a_part_too_small_for_any_document_is_refused(files: Path) -> None:
-    with pytest.raises(UserError, match=r"no document of .*large.jsonl: the smallest is larger than its part"):
+    with pytest.raises(UserError, match=r"no document of .*large.jsonl: its part is less than half of one"):
         opened(files, mixture=Mixture(num_replayed=1, replay_share=1e-4))
 
 
@@ -215,12 +307,21 @@ REFUSED = {
     "data:\n  train: [{path: small, proportion: 1}, large]": (2, "give each source a proportion, or none of them"),
     "data:\n  train: [small, large]\n  mixing: {temperature: 0}": (3, "must be a number >= 0.01"),
     "data:\n  train: small\n  mixing: {temperature: 2.0}": (3, "nothing to mix it with"),
-    "data:\n  train: [small, large]\n  mixing: {until: first_exhausted}": (3, "each row is seen once per epoch"),
+    "data:\n  train: [small, large]\n  mixing: {until: first_exhausted}": (3, "which ask for a mixture"),
     "data:\n  train: [{path: small, proportion: 1}, {path: large, proportion: 2}]\n  mixing: {temperature: 2.0}": (
         3,
         "leave out the proportions",
     ),
     "data:\n  train: {path: small, loss_weight: 0.5}": (2, "sources count against each other"),
+    "data:\n  train: {path: small, passes: 2}": (2, "sources count against each other"),
+    "data:\n  train:\n  - {path: small, passes: 0}\n  - large": (3, "must be a number > 0"),
+    "data:\n  train:\n  - {path: small, passes: 1001}\n  - large": (3, "must be a number > 0 and <= 1000"),
+    "data:\n  train:\n  - {path: small, max_passes: 0.5}\n  - large": (3, "must be a number >= 1"),
+    "data:\n  train:\n  - {path: small, max_passes: 2}\n  - large": (3, "which ask for a mixture"),
+    "data:\n  train: [{path: small, proportion: 1, passes: 2}, {path: large, proportion: 1}]": (2, "a proportion or passes"),
+    "data:\n  train: [{path: small, passes: 2}, large]\n  mixing: {temperature: 2}": (3, "leave out the passes"),
+    "data:\n  train: [{path: small, proportion: 1, max_passes: 2}, {path: large, proportion: 1}]\n"
+    "  mixing: {until: first_exhausted}": (2, "no source more than once"),
     "data:\n  train: small\n  validation: {path: large, loss_weight: 0.5}": (3, "unknown key"),
     "data: {train: small}\nstrategy:\n  replay: {data: no.jsonl}": (3, "is not on this machine"),
     "data: {train: small}\nstrategy:\n  replay: {data: large, share: 1}": (3, "must be a number >= 0 and < 1"),
@@ -275,12 +376,23 @@ def test_a_plan_tells_the_mixture_and_measures_each_source(files: Path, tmp_path
     assert "general (replay): " in text
     assert f"; in the run {round(epochs * general.in_epoch.documents)} documents" in text
     assert f"Each row of small is seen {small.passes * epochs:.3g} times in this run" in text
-    left_out = general.documents - general.in_epoch.documents
-    assert f"{left_out} of the {general.documents} documents of general are in no epoch" in text
+    assert f"An epoch has {general.passes:.1%} of the documents of general, and each epoch others" in text
     # Another mixture is another run, and no other number of rows is made of the same one.
     other = run_plan(path, tmp_path, "strategy.replay.share=0.2")
     assert {key_of(leaf) for leaf in differences(identity_of(plan), identity_of(other))} >= {"data.train"}
     assert not differences(identity_of(plan), identity_of(run_plan(path, tmp_path)))
+
+
+def test_a_plan_tells_what_a_bound_takes_from_a_source(files: Path, tmp_path: Path) -> None:
+    text = "data:\n  train:\n  - {path: small, proportion: 1, max_passes: 3}\n  - {path: large, proportion: 1}\n"
+    plan = run_plan(written(tmp_path, files, text), tmp_path)
+    assert plan.data_report is not None
+    small, large = plan.data_report.train.sources
+    assert (small.passes, large.passes) == (3, 1)
+    share = 3 * small.targets / (3 * small.targets + large.targets)
+    asked = f"max_passes bounds small to 3 passes per epoch, of the {large.targets / small.targets:.3g} that its part asks for"
+    assert any(note.startswith(asked) and f"has {share:.1%} of" in note for note in plan.notes)
+    assert any("in place of 50.0%" in note for note in plan.notes)
 
 
 def test_share_0_is_no_replay_and_is_said(files: Path, tmp_path: Path) -> None:

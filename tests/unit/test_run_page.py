@@ -17,6 +17,8 @@ from raytune.cli import cli
 from raytune.launch.record import RunRecord
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
+from raytune.plan.data_report import DataReport
+from raytune.plan.row_lengths import length_lines
 from raytune.report.at_end import leave_page
 from raytune.report.figures.canvas import DARK, LIGHT, Theme, png
 from raytune.report.figures.run_curves import Curves, Mark, run_curves, set_losses
@@ -191,14 +193,21 @@ def test_the_marks_of_a_row_are_the_targets_of_its_store(tmp_path: Path) -> None
     assert len(rows.lengths) == info.num_documents
     assert sum(rows.lengths) == info.num_tokens
     for document in rows.documents:
-        assert [piece.is_target for piece in document.pieces] == [index % 2 == 1 for index in range(len(document.pieces))]
-        target = "".join(piece.text for piece in document.pieces if piece.is_target)
+        assert [piece.kind.is_target for piece in document.pieces] == [index % 2 == 1 for index in range(len(document.pieces))]
+        target = "".join(piece.text for piece in document.pieces if piece.kind.is_target)
         assert json.loads(target.removesuffix("<|im_end|>"))["who"]
         assert target.endswith("<|im_end|>"), "the end of the answer is learnt"
         assert "Reply in JSON." in document.pieces[0].text
     folder = left_run(tmp_path / "runs", plan=plan.model_copy(update={"storage": str(tmp_path / "runs")}))
     page = page_at(folder)
-    assert page.text["mark"][1:] == [piece.text for document in rows.documents for piece in document.pieces if piece.is_target]
+    pieces = [piece for document in rows.documents for piece in document.pieces]
+    assert page.text["mark"][1:] == [piece.text for piece in pieces if piece.kind.is_target]
+    assert "before data.max_length" not in text_of(page), "the report of an earlier raytune has no lengths"
+    report = DataReport(template=[], train=info.report, validation={})
+    told = left_run(tmp_path / "told", plan=plan.model_copy(update={"storage": str(tmp_path / "told"), "data_report": report}))
+    lines = [" ".join(line.split()) for line in length_lines(info.report.sources[0].lengths)]
+    assert sum(int(line.split()[3]) for line in lines) == 12
+    assert all(line in text_of(page_at(told)) for line in lines)
 
 
 def test_rows_that_are_elsewhere_are_said_to_be(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from raytune.plan.serving import EngineLimits
 from raytune.serving.access import fingerprint
 from raytune.serving.answers import Told
 from raytune.serving.front import Front, FrontPlan, Lost
-from raytune.serving.protocol import Asked
+from raytune.serving.protocol import AdapterAt, Asked
+from raytune.serving.refusals import EngineDeadError
 from raytune.serving.replica import Replica, ReplicaPlan, served
 from raytune.serving.subjects import served_subjects
-from tests.served import Plain, save_base
+from tests.served import Plain, save_adapter, save_base
 from tests.tiny import tiny_tokenizer
 
 TOKEN = "0123456789abcdef"
@@ -73,7 +74,10 @@ def replica(folder: Path) -> Iterator[Replica]:
 def plan_of(folder: str) -> ReplicaPlan:
     (subject,) = served_subjects(models_to_ask(Named(model=folder)))
     limits = EngineLimits(most_at_once=4, most_waiting=4)
-    return ReplicaPlan(models={"base": served(subject)}, base=None, adapter_folders=(), device="cpu", threads=1, limits=limits)
+    above = (str(Path(folder).parent),)
+    return ReplicaPlan(
+        models={"base": served(subject)}, base=subject, adapter_folders=above, device="cpu", threads=1, limits=limits
+    )
 
 
 DEATH = """
@@ -121,7 +125,13 @@ def ask(
 
     async def both() -> tuple[httpx.Response, str]:
         plan = FrontPlan(
-            models={"base": "x"}, token=fingerprint(TOKEN), most_held=8, timeout_s=timeout_s, loads_adapters=False, started=0
+            models={"base": "x"},
+            token=fingerprint(TOKEN),
+            most_held=16,
+            most_together=8,
+            timeout_s=timeout_s,
+            loads_adapters=False,
+            started=0,
         )
         app = Front(plan, Here(replica, told_before), Kept()).app()
         headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -151,6 +161,24 @@ def test_an_answer_that_takes_too_long_is_a_504_that_clients_do_not_ask_for_agai
     assert "0.1 s" in answer.json()["error"]["message"]
     assert 'raytune_requests_total{path="/v1/completions",status="504"} 1.0' in metrics
     assert "raytune_requests_in_flight 0.0" in metrics
+
+
+def test_who_asks_as_a_model_goes_or_the_engine_dies_is_told_which(folder: Path) -> None:
+    save_adapter(folder.parent / "first", folder, "first")
+    one = Replica(plan_of(str(folder)))
+    one._engine.unload("base")
+    answer, _ = ask(one, LONG)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    one.close()
+    with pytest.raises(EngineDeadError):  # another replica may load it: nothing is wrong with the folder
+        asyncio.run(one.load(AdapterAt(name="first", path="first")))
+
+
+@pytest.mark.parametrize("asked", [{"n": 9}, {"n": 3, "prompt": ["a", "b", "c"]}])
+def test_more_answers_than_ever_fit_are_not_asked_for_again(replica: Replica, asked: dict[str, Any]) -> None:
+    answer, _ = ask(replica, LONG | asked)
+    assert answer.status_code == 400
+    assert "9 answers are asked for, and a replica of this endpoint holds 8" in answer.json()["error"]["message"]
 
 
 def test_a_stream_that_takes_too_long_says_so_in_an_event(replica: Replica) -> None:

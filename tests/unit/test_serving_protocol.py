@@ -1,6 +1,7 @@
 """What an endpoint makes of requests and answers, in OpenAI's form: honoured or refused by name, nothing ignored."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from raytune.serving.access import chosen_token, fingerprint, is_allowed, is_loo
 from raytune.serving.answers import Answer, Begun
 from raytune.serving.openai_errors import Refused
 from raytune.serving.prompts import Prompts
-from raytune.serving.protocol import Chat, Wish, read_chat, read_text
+from raytune.serving.protocol import MOST_DEPTH, Chat, Wish, read_chat, read_text
 from raytune.serving.requests import Piece, Token
 from tests.tiny import tiny_tokenizer
 
@@ -121,11 +122,28 @@ def test_a_value_that_is_none_is_refused_with_its_place(fields: dict[str, Any], 
     assert refusal(chat, **fields).param == param
 
 
+HALF = b'{"model":"m","messages":[{"a":"\\ud800"}]}'
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model": "m"}', b'{"model":"m","messages":[{"a":"\\ud800"}]}']
+    "content",
+    [
+        *(b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model": "m"}'),
+        HALF,
+        HALF.replace(b"\\ud800", b"\xed\xa0\x80"),
+        HALF.decode().encode("utf-16"),
+        b'{"model":"m","messages":[{"role":"user","content":' + b"[" * 200 + b"]" * 200 + b"}]}",
+    ],
 )
 def test_what_is_no_request_is_refused(content: bytes) -> None:
     assert refusal(read_chat, content).message
+
+
+def test_a_request_as_deep_as_it_may_be_goes_to_another_process() -> None:
+    deep: Any = {}
+    for _ in range(MOST_DEPTH - 4):  # in a message, in their list, in the body
+        deep = {"a": deep}
+    assert pickle.loads(pickle.dumps(wish := chat(messages=[{"role": "user", "content": deep}]))) == wish
 
 
 def test_prompts_are_texts_or_tokens_one_or_several() -> None:
@@ -190,6 +208,8 @@ def test_a_template_that_takes_no_system_message_or_no_tools_says_so_itself_or_i
         assert "ystem" in found.message
     found = refusal(Prompts(tokenizer, turns, len(tokenizer)).ids_of, asked_of(*TURNS, tools=(TOOL,)))
     assert found.param == "tools"
+    for tool in ({}, {"type": "function", "function": "weather"}, {"type": "function", "function": {"name": 5}}):
+        assert "no function with a name" in refusal(prompts().ids_of, asked_of(*TURNS, tools=(tool,))).message
     assert "no chat template" in refusal(prompts("").ids_of, asked_of(*TURNS)).message
 
 

@@ -348,6 +348,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_by_row_alone() -> None
     assert not torch.equal(other(torch.zeros(20_000, 1), logits).argmax(-1), first)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-40, 5e-324])
+def test_however_cold_the_likeliest_token_is_drawn(temperature: float) -> None:
+    logits = torch.tensor([[40.0, -90.0, 41.0, 3.0]])
+    draw = DrawnTokens(SamplingPlan(temperature=temperature, top_k=3, top_p=0.9, seed=1), [0], 1, torch.device("cpu"))
+    assert draw(torch.zeros(1, 1), logits).argmax(-1) == 2
+
+
 def test_samples_hold_what_was_counted() -> None:
     sample = Sample(suite="s", row=3, prompt="p", expected="e", base="b", tuned="t", base_numbers=(-math.inf, 1.0))
     assert sample.to_json()["base_numbers"] == ["-Infinity", 1.0]

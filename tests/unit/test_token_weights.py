@@ -11,7 +11,7 @@ import pytest
 from raytune.config.data import TokenWeightsSection
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
-from raytune.data.store import ROWS_FILE, Store
+from raytune.data.store import Store
 from raytune.data.token_classes import TokenClass, token_classes
 from raytune.launch.stores import DataBuilder
 from raytune.model.demo import demo_base_path
@@ -91,7 +91,7 @@ def test_weights_of_1_are_no_classes_and_leave_the_store_as_it_is(tmp_path: Path
     )
     assert without.path == weighed_none.path
     assert without.path != weighed.path
-    assert (Path(without.path) / ROWS_FILE).read_bytes() == (Path(weighed.path) / ROWS_FILE).read_bytes()
+    assert (Path(without.path) / "rows-00000.arrow").read_bytes() == (Path(weighed.path) / "rows-00000.arrow").read_bytes()
 
 
 def test_held_out_rows_are_measured_without_the_weights(tmp_path: Path) -> None:
