@@ -44,7 +44,11 @@ def write_shard(
                 pa.array(lines),
             ]
             writer.write_batch(pa.record_batch(columns, schema=DOCUMENTS_SCHEMA))
-    return ShardResult(source=0, path=str(path), tally=Tally())
+    return _shard_in(path)
+
+
+def _shard_in(path: Path) -> ShardResult:
+    return ShardResult(source=0, number=0, path=str(path), tally=Tally(), was_found=False)
 
 
 def write_shards(folder: Path, count: int) -> list[ShardResult]:
@@ -80,5 +84,5 @@ if __name__ == "__main__":
         write_shards(folder, count)
     else:
         (folder / "store").mkdir()
-        found = [ShardResult(source=0, path=str(path), tally=Tally()) for path in sorted(folder.glob("shard-*.arrow"))]
+        found = list(map(_shard_in, sorted(folder.glob("shard-*.arrow"))))
         sys.stdout.write(json.dumps(pack_shards(found, folder / "store")) + "\n")

@@ -21,9 +21,9 @@ class AugmentSection(Section):
     """Further training rows, made of those that there are, so that a model learns to answer what is spelt or worded otherwise.
     Rows that are held out, and those of `strategy.replay`, stay as they are and nothing is made of them."""
 
-    copies: NonNegativeInt = 0
+    copies: Annotated[NonNegativeInt, Field(examples=[2])] = 0
     """How many further rows are made of each training row, beside itself. Those that come out as the row is are left out."""
-    noise: Fraction = 0.0
+    noise: Annotated[Fraction, Field(examples=[0.03])] = 0.0
     """Share of the letters of user's turns that a copy has wrong: left out, doubled, in another case, or swapped with the next.
     Words of letters alone have them; numbers, fenced code, addresses and markup stay, and so do answers."""
     wordings: Annotated[

@@ -49,7 +49,7 @@ def are_opposite(one: str, other: str) -> bool:
     """Whether two names differ by words that say the opposite: `no_x` and `x`, `max_x` and `min_x`, `train_x` and `eval_x`."""
     first, second = _parts(one), _parts(other)
     only_first, only_second = first - second, second - first
-    if bool(only_first & _NEGATIONS) != bool(only_second & _NEGATIONS):
+    if (_num_negations(one) - _num_negations(other)) % 2:
         return True
     if any(_negates(a, b) or _negates(b, a) for a in only_first for b in only_second):
         return True
@@ -60,7 +60,15 @@ def _negates(longer: str, word: str) -> bool:
     return any(longer == start + word for start in _NEGATING_STARTS)
 
 
+def _num_negations(name: str) -> int:
+    return sum(word in _NEGATIONS for word in _words(name))
+
+
 def _parts(name: str) -> set[str]:
     """The words of a name, without an s at their end."""
+    return {word.removesuffix("s") if len(word) > 3 else word for word in _words(name)}
+
+
+def _words(name: str) -> list[str]:
     words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
-    return {word.removesuffix("s") if len(word) > 3 else word for word in words if word}
+    return [word for word in words if word]

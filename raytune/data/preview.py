@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune.config.data import DataSource
+from raytune.data.augmenting import Augmentation
 from raytune.data.conversation import Conversation, RowError
 from raytune.data.masking import target_mask
 from raytune.data.pieces import Piece, TokenKind, pieces_of
@@ -129,6 +130,8 @@ class Previewer:
     """
 
     options: TokenisingOptions
+    augmentation: Augmentation | None
+    """What is made of rows beside themselves."""
     too_long: Any
     encoder: TextEncoder
     chat: ChatTemplate | None
@@ -159,12 +162,13 @@ class Previewer:
                 max_rows=most,
                 too_long=resolved_too_long(self.too_long, reading.format),
                 options=self.options,
+                augmentation=self.augmentation,
                 output=f"{folder}/rows",
             )
             made = tokenise_shard(task)
             tally = made.tally
             options = self.options
-            read = read_parts(parts, most, Tally(), options.side, options.split)
+            read = read_parts(parts, most, Tally(), options.side, options.split, augmentation=self.augmentation)
             rows: dict[tuple[int, int], list[Conversation]] = {}
             for row, file_index in read:
                 rows.setdefault((file_index, row.origin.line), []).extend(shaped(row, options.shape, options.targets).pieces)

@@ -132,7 +132,7 @@ class DataBuilder:
                 loss_weights=loss_weights_of(config),
                 classes=token_classes(data.token_weights),
                 quality=data.quality,
-                augmentation=augmentation_of(data.augment, code_of(data.augment)),
+                augmentation=self._augmentation,
             )
         self._refuse_no_copies(train)
         validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
@@ -219,6 +219,12 @@ class DataBuilder:
         ]
 
     @property
+    def _augmentation(self) -> Augmentation | None:
+        """What is made of training rows."""
+        section = self._config.data.augment
+        return augmentation_of(section, code_of(section))
+
+    @property
     def template_notes(self) -> list[str]:
         """What there is to know of the chat template, if there is one."""
         return self._chat.notes if self._chat else []
@@ -238,7 +244,13 @@ class DataBuilder:
             trust_remote_code=model.trust_remote_code,
             new_tokens=model.new_tokens,
         )
-        return Previewer(options=options, too_long=config.data.too_long, encoder=TextEncoder(self._tokenizer), chat=self._chat)
+        return Previewer(
+            options=options,
+            augmentation=self._augmentation if is_trained else None,
+            too_long=config.data.too_long,
+            encoder=TextEncoder(self._tokenizer),
+            chat=self._chat,
+        )
 
     def questions(self) -> list[Question]:
         """The rows that base and tuned model are measured on at the end of the run, suite by suite."""

@@ -176,6 +176,10 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
         base["strategy"] = {"distillation": {"teacher": "a/b"}}
     if key.path == "training.averaging.last_steps":
         base["training"]["averaging"] = {"kind": "last"}
+    if key.path.startswith("data.augment."):
+        base["data"]["augment"] = {"copies": 1, "noise": 0.1}
+    if key.path.startswith("data.quality.benchmarks."):
+        base["data"]["quality"] = {"benchmarks": "c.jsonl"}
     if key.path.startswith("data.fold."):
         base["data"] = {"train": "a.jsonl", "fold": {"index": 0, "of": 5}}
     if key.path.startswith("data.split."):
@@ -195,6 +199,7 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
     path = key.path.replace("data.train.", "data.train.0.").replace("data.validation.", "data.validation.0.")
     path = (
         path.replace("data.test.", "data.test.0.")
+        .replace("data.quality.benchmarks.", "data.quality.benchmarks.0.")
         .replace("sweep.space.", "sweep.space.adapter.alpha.")
         .replace("model.new_tokens.", "model.new_tokens.0.")
     )
