@@ -10,7 +10,7 @@ small value: where a window begins in the files, and which packed row is its fir
 
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from raytune.config.data import DataSource
+from raytune.config.data import DataSource, source_name
 from raytune.config.model import NewToken
 from raytune.data.augmenting import augmentation_of
 from raytune.data.build import tokenising_options
@@ -30,7 +30,7 @@ from raytune.data.readers import ROWS_OF_LINES, BadRow, FileRow, Lines, read_seg
 from raytune.data.recognising import Reading, reading_of
 from raytune.data.row_file import packed_in_memory
 from raytune.data.shaping import Shape
-from raytune.data.shards import Tally, TokenisingOptions, bad_rows_error, resolved_too_long, too_long_error
+from raytune.data.shards import Tally, TokenisingOptions, bad_rows_error, in_report, resolved_too_long, too_long_error
 from raytune.data.source_files import SourceFile, find_files
 from raytune.data.source_rows import conversation_of, with_copies
 from raytune.data.sources import unread_parts
@@ -39,11 +39,13 @@ from raytune.data.store_request import StoreRequest
 from raytune.data.token_classes import token_classes
 from raytune.data.tokenising import documents_of
 from raytune.errors import DataError
+from raytune.plan.data_limits import refuse_exceeded, verdicts_of
+from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
 from raytune.plan.streaming import StreamPlan
 
 _PASS_S = 0.2
 """How often a thread that waits looks whether it is still wanted."""
-COUNTED = ("rows", "augmented", "bad", "documents", "tokens", "targets", "cut", "dropped", "no_target", "passes")
+COUNTED = (*COUNTS, "passes")
 """Of what was read, that a position carries on."""
 
 
@@ -55,13 +57,17 @@ class Recipe:
     """What a store of its rows would hold."""
     options: TokenisingOptions
     files: tuple[SourceFile, ...]
-    window: int
-    """Rows of files that are shuffled and packed among themselves."""
+    plan: StreamPlan
     seed: int
 
     @property
     def source(self) -> DataSource:
-        return self.request.sources[0]
+        return self.plan.source
+
+    @property
+    def window(self) -> int:
+        """Rows of files that are shuffled and packed among themselves."""
+        return self.plan.window
 
     @classmethod
     def of(
@@ -95,7 +101,7 @@ class Recipe:
             trust_remote_code=trust_remote_code,
             new_tokens=new_tokens,
         )
-        return cls(request=request, options=options, files=tuple(files), window=stream.window, seed=seed)
+        return cls(request=request, options=options, files=tuple(files), plan=stream, seed=seed)
 
 
 def _request_of(stream: StreamPlan, template: str, row_length: int) -> StoreRequest:
@@ -144,7 +150,7 @@ class Position:
     """Packed rows before it, over all passes."""
     place: Place = Place()
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Of what was read before it, by the names of COUNTED."""
+    """Of what was read before it, by the names of COUNTED that there is something of."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,7 +208,8 @@ class Stream:
     @property
     def counts(self) -> Mapping[str, int]:
         """Of all that was read, with the windows that are at hand."""
-        return self._windows[-1].after.counts
+        found = self._windows[-1].after.counts
+        return {name: found.get(name, 0) for name in COUNTED}
 
     def row(self, index: int) -> PackedRow:
         window, place = self._find(index)
@@ -282,7 +289,8 @@ def windows_from(recipe: Recipe, position: Position, check: Callable[[], None] =
         check: called with each row; what it raises ends the reading.
 
     Raises:
-        DataError: if the files cannot be read on, hold rows that stop the run, or nothing that can be trained on.
+        DataError: if the files cannot be read on, hold rows that stop the run, more than a limit of all that was read, or nothing
+            that can be trained on.
     """
     request, reading = recipe.request, reading_of_stream(recipe)
     reader = _Reader(recipe, position.place)
@@ -304,13 +312,14 @@ def windows_from(recipe: Recipe, position: Position, check: Callable[[], None] =
         passes_without = 0 if documents else passes_without + has_ended
         if passes_without > 1:
             raise DataError(f"No row of {recipe.source.path} can be trained on: {_reasons(tally)}.", keys=("data.train",))
-        counts = {name: position.counts.get(name, 0) + tally.counts[name] for name in COUNTED}
+        counts = {name: count for name in COUNTED if (count := position.counts.get(name, 0) + tally.counts[name])}
         if not rows:  # the pass before has ended with a full window
             position = replace(position, place=reader.place, counts=counts)
             continue
         if not documents:
             position = replace(position, window=position.window + 1, place=reader.place, counts=counts)
             continue
+        _refuse_exceeded(recipe, reading, counts, tally)
         packed = PackedRows(
             packed_in_memory(
                 documents,
@@ -344,6 +353,31 @@ def reading_of_stream(recipe: Recipe) -> Reading:
     if tally.counts:
         raise bad_rows_error(tally)
     raise DataError(f"{recipe.source.path} has no rows.", keys=("data.train",))
+
+
+def report_of(recipe: Recipe, reading: Reading, tally: Tally) -> SourceReport:
+    """What a tally says became of rows."""
+    return SourceReport(
+        name=source_name(recipe.source),
+        format=reading.format,
+        too_long=resolved_too_long(recipe.request.too_long, reading.format),
+        **in_report(tally, recipe.request.token_classes),
+    )
+
+
+def _refuse_exceeded(recipe: Recipe, reading: Reading, counts: Mapping[str, int], tally: Tally) -> None:
+    """Hold all that was read against the limits.
+
+    Args:
+        tally: of the window that was read last, which has the examples.
+
+    Raises:
+        DataError: with each limit that is exceeded.
+    """
+    so_far = report_of(recipe, reading, replace(tally, counts=Counter(counts)))
+    named = so_far.model_copy(update={"name": f"{so_far.name}, as far as it was read"})
+    read = StoreReport(row_length=recipe.request.max_length, num_rows=0, sources=[named])
+    refuse_exceeded(verdicts_of({"training": read}, recipe.plan))
 
 
 def _conversations(

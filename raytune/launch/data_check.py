@@ -71,7 +71,7 @@ class DataCheck:
         lines += [line for verdict in exceeded for line in ("", verdict.text)]
         looked = "all rows" if self.max_rows is None else f"the first {self.max_rows} rows of each source"
         if self.window is not None:
-            looked = f"all rows, but at the first {self.window} only of those that are streamed (--max-rows looks at more)"
+            looked = f"all rows, but at the first {self.window} only of those that are streamed (--rows looks at more)"
         judged = f"{len(exceeded)} limits are exceeded" if len(exceeded) > 1 else "1 limit is exceeded"
         end = f"{judged}: a run would stop before any worker starts" if exceeded else "a run may train on them"
         return "\n".join([*lines, "", f"Looked at {looked}; {end}."])

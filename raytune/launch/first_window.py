@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 
-from raytune.data.shards import in_report, resolved_too_long
 from raytune.data.store import StoreInfo
-from raytune.data.store_request import code_fingerprint, last_part
-from raytune.data.stream import Position, Recipe, Window, reading_of_stream, windows_from
-from raytune.plan.data_report import SourceReport, StoreReport
+from raytune.data.store_request import code_fingerprint
+from raytune.data.stream import Position, Recipe, Window, reading_of_stream, report_of, windows_from
+from raytune.plan.data_report import StoreReport
 from raytune.plan.streaming import StreamPlan
 
 
@@ -19,7 +18,7 @@ def first_window(stream: StreamPlan, recipe: Recipe) -> StoreInfo:
         DataError: if its rows cannot be used.
     """
     window = next(windows_from(recipe, Position()))
-    report = _report(recipe, window)
+    report = report_of(recipe, reading_of_stream(recipe), window.tally)
     return StoreInfo(
         path=f"stream-{_fingerprint(stream, recipe, window)}",
         num_rows=window.rows.num_rows,
@@ -33,20 +32,12 @@ def first_window(stream: StreamPlan, recipe: Recipe) -> StoreInfo:
     )
 
 
-def _report(recipe: Recipe, window: Window) -> SourceReport:
-    reading, request = reading_of_stream(recipe), recipe.request
-    return SourceReport(
-        name=last_part(recipe.source.path),
-        format=reading.format,
-        too_long=resolved_too_long(request.too_long, reading.format),
-        **in_report(window.tally, request.token_classes),
-    )
-
-
 def _fingerprint(stream: StreamPlan, recipe: Recipe, window: Window) -> str:
     """Of the rows: the tokens of the first window, and the size of each file, for nobody reads all of them before a run."""
-    where_things_lie = {"source": {"path", "name"}, "augment": {"function"}, "augment_code": {"module"}}
-    what = stream.model_dump(mode="json", exclude=where_things_lie)
+    where_it_lies = {"source": {"path", "name"}, "augment": {"function"}, "augment_code": {"module"}}
+    what_stops = dict.fromkeys(("on_bad_row", "on_prompt_mismatch", "limits"), True)
+    what = stream.model_dump(mode="json", exclude={**where_it_lies, **what_stops})
+    what["too_long"] = "drop" if stream.too_long == "error" else stream.too_long
     sizes = [os.path.getsize(file.path) if os.path.isfile(file.path) else 0 for file in recipe.files]
     digest = hashlib.sha256(
         json.dumps([what, sizes, recipe.options.template, recipe.options.max_length, code_fingerprint()], sort_keys=True).encode()

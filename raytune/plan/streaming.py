@@ -6,6 +6,7 @@ from typing import Literal
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.augment import AugmentSection
 from raytune.config.data import DataSource, Role, TokenWeightsSection
+from raytune.config.data_limits import LimitsSection
 from raytune.config.row_sources import replayed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError
@@ -36,6 +37,8 @@ class StreamPlan(Plan):
     packing: Literal["best_fit", "token_budget", "none"]
     num_virtual: int
     on_bad_row: Literal["error", "skip"]
+    on_prompt_mismatch: Literal["error", "accept"]
+    limits: LimitsSection
     tokenizer_fingerprint: str
 
 
@@ -67,6 +70,8 @@ def stream_plan(config: RunConfig, tokenizer_fingerprint: str = "") -> StreamPla
         packing=data.packing,
         num_virtual=0 if data.packing == "none" else num_virtual_tokens(config.adapter),
         on_bad_row=data.on_bad_row,
+        on_prompt_mismatch=data.on_prompt_mismatch,
+        limits=data.limits,
         tokenizer_fingerprint=tokenizer_fingerprint,
     )
 
@@ -96,7 +101,7 @@ def _unfit(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     if replayed_sources(config):
         yield "strategy.replay", "a share of all targets is replayed, and how many there are is not known", "Leave replay out"
     if data.quality is not None:
-        alone = "raytune data check --max-rows N reads the first N with it, and trains nothing"
+        alone = "raytune data check --rows N reads the first N with it, and trains nothing"
         yield "data.quality", "data.quality holds each row against all others", f"Leave data.quality out ({alone})"
     for key, is_set, held_out in (
         ("data.validation_fraction", data.validation_fraction, "data.validation"),

@@ -20,11 +20,17 @@ import pytest
 
 from raytune.config.augment import AugmentSection
 from raytune.config.data import DataSource, TokenWeightsSection
+from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
+from raytune.data.augmenting import augmentation_of
+from raytune.data.shaping import Shape
 from raytune.data.store import Store
 from raytune.data.stream import Position, Recipe, Stream, windows_from
 from raytune.errors import DataError, PlanError
+from raytune.launch.data_check import check_data
+from raytune.launch.first_window import first_window
 from raytune.model.demo import demo_base_path
+from raytune.plan.augmenting import code_of
 from raytune.plan.memory import STREAM_BYTES, STREAMED_TOKEN_BYTES
 from raytune.plan.streaming import StreamPlan, check_streaming
 from raytune.units import MIB
@@ -51,10 +57,12 @@ def recipe(path: object, window: int, **changes: Any) -> Recipe:
         "packing": "best_fit",
         "num_virtual": 0,
         "on_bad_row": "error",
+        "on_prompt_mismatch": "error",
+        "limits": LimitsSection(),
         "tokenizer_fingerprint": request.tokenizer_fingerprint,
     }
     return Recipe.of(
-        StreamPlan(**(fields | {"window": window} | changes)),
+        StreamPlan.model_validate_json(StreamPlan(**(fields | {"window": window} | changes)).model_dump_json()),
         template=request.template,
         row_length=512,
         tokenizer_path=str(demo_base_path()),
@@ -79,12 +87,8 @@ def steps(stream: Stream, first: int, last: int) -> list[list[list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
-@pytest.mark.parametrize("window", [150, 1000])
-def test_a_window_of_all_rows_is_a_store_in_each_of_its_epochs(window: int, packing: Any, tmp_path: Path) -> None:
-    path = write_chats(tmp_path / "a.jsonl")
-    store = Store.open(tiny_store(tmp_path / "stores", str(path), max_rows=None, packing=packing).path)
-    stream = Stream(recipe(path, window, packing=packing))
+def assert_same_rows(stream: Stream, store: Store) -> None:
+    """In the order of three epochs."""
     for positions in np.array_split(np.arange(3 * store.num_rows), 20):
         own, theirs = stream.rows_at(positions, SEED), store.rows_at(positions, SEED)
         assert stream.targets_of(own).tolist() == store.targets_of(theirs).tolist()
@@ -92,6 +96,54 @@ def test_a_window_of_all_rows_is_a_store_in_each_of_its_epochs(window: int, pack
             assert np.array_equal(stream.row(one).input_ids, store.row(other).input_ids)
             assert np.array_equal(stream.row(one).is_target, store.row(other).is_target)
     stream.close()
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+@pytest.mark.parametrize("window", [150, 1000])
+def test_a_window_of_all_rows_is_a_store_in_each_of_its_epochs(window: int, packing: Any, tmp_path: Path) -> None:
+    path = write_chats(tmp_path / "a.jsonl")
+    store = Store.open(tiny_store(tmp_path / "stores", str(path), max_rows=None, packing=packing).path)
+    assert_same_rows(Stream(recipe(path, window, packing=packing)), store)
+
+
+def test_what_is_made_of_chats_before_the_template_sees_them_is_that_of_a_store(tmp_path: Path) -> None:
+    path, rows = tmp_path / "a.jsonl", tiny_rows(60)
+    chats = [{"messages": one["messages"] + other["messages"]} for one, other in zip(rows[::2], rows[1::2])]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    options: dict[str, Any] = {"system": "Be brief.", "system_when": "always", "max_turns": 1}
+    store = Store.open(tiny_store(tmp_path / "stores", str(path), max_rows=None, shape=Shape(**options)).path)
+    as_it_is = tiny_store(tmp_path / "stores", str(path), max_rows=None)
+    assert store.num_bytes < as_it_is.num_bytes, "half of the answers are left out"
+    assert_same_rows(Stream(recipe(path, 30, **options)), store)
+
+
+OWN = """
+def shouted(row, chance):
+    messages = [{**turn, "content": turn["content"].upper()} for turn in row["messages"]]
+    return {**row, "messages": messages} if chance.random() < 0.5 else None
+"""
+
+
+@pytest.mark.parametrize("changes", [{"noise": 0.2, "wordings": ["Say: {content}"], "seed": 1}, {"function": "own.py:shouted"}])
+def test_what_is_made_of_rows_is_that_of_a_store_whoever_reads(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    section = AugmentSection(copies=2, **changes)
+    code, path = code_of(section), write_chats(tmp_path / "a.jsonl", 60)
+    info = tiny_store(tmp_path / "stores", str(path), max_rows=None, augmentation=augmentation_of(section, code))
+    made = info.report.total("augmented")
+    assert made > 20
+    Path("own.py").unlink()  # as on another machine
+    stream = Stream(recipe(path, 60, augment=section, augment_code=code))
+    stream.rows_at(np.arange(1), SEED)
+    assert {name: stream.counts[name] for name in ("rows", "augmented", "passes")} == {
+        "rows": 60 + made,
+        "augmented": made,
+        "passes": 0,
+    }
+    assert_same_rows(Stream(recipe(path, 60, augment=section, augment_code=code)), Store.open(info.path))
 
 
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(90)]
@@ -226,6 +278,58 @@ def test_files_without_a_row_to_train_on_are_refused_rather_than_read_for_ever(t
         next(windows_from(recipe(path, 3), Position()))
 
 
+def write_unanswered(path: Path, num_rows: int, unanswered: int) -> Path:
+    """Good chats with some of the last ones turned into questions alone."""
+    rows = [*tiny_rows(num_rows - unanswered), *({"messages": row["messages"][:1]} for row in tiny_rows(unanswered))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_limits_are_held_against_all_that_was_read_so_far(tmp_path: Path) -> None:
+    few = recipe(write_unanswered(tmp_path / "few.jsonl", 60, 2), 20)
+    assert next(islice(windows_from(few, Position()), 2, None)).tally.counts["no_target"] == 2, "10 % of it, 3 % of all"
+    path = write_unanswered(tmp_path / "many.jsonl", 60, 4)
+    windows = windows_from(recipe(path, 20), Position())
+    second = list(islice(windows, 2))[-1]
+    exceeded = r"as far as it was read: 4 of 60 rows \(6\.67 %\) have no target, more than 5 % .*\n.*many\.jsonl:57"
+    with pytest.raises(DataError, match=exceeded):
+        next(windows)
+    position = Position.of(json.loads(json.dumps(second.after.to_json())))
+    with pytest.raises(DataError, match=exceeded):
+        next(windows_from(recipe(path, 20), position))
+    raised = recipe(path, 20, limits=LimitsSection(no_target=0.07))
+    assert next(windows_from(raised, position)).after.counts["no_target"] == 4
+
+
+def test_what_stops_a_run_does_not_make_another_one_of_it(tmp_path: Path) -> None:
+    path = write_chats(tmp_path / "a.jsonl", 40)
+
+    def named(**changes: Any) -> str:
+        made = recipe(path, **({"window": 20} | changes))
+        return first_window(made.plan, made).path
+
+    policies: dict[str, Any] = {"on_bad_row": "skip", "on_prompt_mismatch": "accept", "limits": LimitsSection(lost=0.9)}
+    assert named() == named(**policies)
+    assert named(too_long="drop") == named(too_long="error")
+    others: list[dict[str, Any]] = [{"window": 30}, {"max_turns": 1}, {"train_empty_thought": False}]
+    others += [{"augment": AugmentSection(copies=1, noise=0.1)}, {"too_long": "drop"}]
+    assert len({named(), *(named(**other) for other in others)}) == 1 + len(others)
+
+
+def test_a_check_says_how_many_of_the_rows_it_looked_at(tmp_path: Path) -> None:
+    path = write_unanswered(tmp_path / "a.jsonl", 60, 15)
+    data = {"train": str(path), "streaming": {"window": 40}}
+    config = config_from(
+        {"name": "a", "storage": str(tmp_path), "model": {"base": "demo"}, "data": data, "training": {"max_steps": 5}}
+    )
+    window, more = check_data(config), check_data(config, max_rows=50)
+    assert "Looked at all rows, but at the first 40 only of those that are streamed (--rows looks at more); " in str(window)
+    assert not window.is_refused
+    assert "Looked at the first 50 rows of each source; 1 limit is exceeded" in str(more)
+    with pytest.raises(PlanError, match=r"Leave data\.quality out"):
+        check_data(config_from({**config.model_dump(mode="json", exclude_unset=True), "data": {**data, "quality": {}}}))
+
+
 def test_nobody_reads_on_behind_a_closed_stream(tmp_path: Path) -> None:
     before = threading.active_count()
     stream = Stream(recipe(write_chats(tmp_path / "a.jsonl"), 20))
@@ -246,6 +350,12 @@ STREAMED: dict[str, Any] = {"train": "rows.jsonl", "streaming": {"window": 100}}
         ({"data": STREAMED | {"train": ["a.jsonl", "b.jsonl"]}}, "several sources"),
         ({"data": STREAMED | {"train": "s3://bucket/a.jsonl"}}, "Mount the bucket"),
         ({"data": STREAMED | {"validation_fraction": 0.1}}, r"Name rows as data\.validation"),
+        (
+            {"data": STREAMED | {"fold": {"index": 0, "of": 5}}},
+            r"rows that data\.fold holds out .* Name rows as data\.validation",
+        ),
+        ({"data": STREAMED | {"test_fraction": 0.1}}, r"rows that data\.test_fraction holds out .* Name rows as data\.test"),
+        ({"data": STREAMED | {"quality": {}}}, r"Leave data\.quality out"),
         ({"strategy": {"replay": {"data": "c.jsonl", "share": 0.1}}}, "Leave replay out"),
         ({"checkpoint": {"every_epochs": 1}}, r"epochs are not counted\. Set checkpoint\.every_steps"),
         (
