@@ -152,6 +152,15 @@ class TokenWeightsSection(Section):
     its end of turn, or all of a plain document."""
 
 
+class StreamingSection(Section):
+    """How training rows are streamed: tokenised by the workers while they train, for inputs that are larger than memory and disk.
+    Nothing is written, and the steps are given by `training.max_steps`."""
+
+    window: PositiveInt = 10_000
+    """Rows that are shuffled and packed among themselves, in memory; the next so many are tokenised meanwhile. Where files hold
+    rows of one kind one after another, shuffle the files, or name more rows."""
+
+
 class QualitySection(QualityPolicies):
     benchmarks: Sources = []
     """Rows of benchmarks that no training row should have a passage of: a path, a source, or a list of them. Answers may be
@@ -267,6 +276,8 @@ class DataSection(Section):
     """What happens where answers are trained behind other tokens than the template's prompt for them has (a tokenizer that takes
     a space of the prompt into the answer's first word, a prompt that opens a thought): `error` stops if that is so for more than
     2 % of the answers of a source that are compared, a sample, with examples; `accept` goes on. Both say how many."""
+    streaming: StreamingSection | None = None
+    """Train on rows without a store: of one source in files that every node mounts, in their order, shuffled by window."""
     limits: LimitsSection = LimitsSection()
     """How many rows may be lost, or be trained otherwise than they should, before a run is stopped for it."""
     store: Text | None = None

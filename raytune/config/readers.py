@@ -270,6 +270,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "train_empty_thought", "launch.stores", needs=(CHAT,), idle=(True,)),
     **_read("data", "targets", "launch.stores", needs=(CHAT,), idle=("all",)),
     **_read("data", "token_weights", "launch.stores"),
+    **_read("data", "streaming", "plan.streaming"),
+    **_read("data.streaming", "window", "data.stream"),
     **_read("data.token_weights", "numbers code_syntax patterns", "data.token_classes"),
     # adapter
     **_read("adapter", "method", "plan.optimization"),

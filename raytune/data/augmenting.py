@@ -16,7 +16,7 @@ from raytune.config.augment import CONTENT, AugmentSection
 from raytune.data.conversation import Conversation, Message, Origin, RowError
 from raytune.data.recognising import Reading, read_row
 from raytune.errors import DataError, UserError
-from raytune.user_code import UserCode, load, read_code, told
+from raytune.user_code import UserCode, load, told
 
 _KEY = "data.augment"
 _FENCE = re.compile(r"(```|~~~)")
@@ -35,18 +35,14 @@ class Augmentation:
     seed: int
 
 
-def augmentation_of(section: AugmentSection) -> Augmentation | None:
-    """What a config asks to be made of training rows, with the code that makes it; None: nothing.
+def augmentation_of(section: AugmentSection, code: UserCode | None) -> Augmentation | None:
+    """What a config asks to be made of training rows; None: nothing.
 
-    Raises:
-        UserError: if that code is not here.
+    Args:
+        code: of its function (`plan.augmenting.code_of`).
     """
     if not section.copies:
         return None
-    try:
-        code = read_code(section.function) if section.function else None
-    except UserError as error:
-        raise UserError(str(error), keys=(f"{_KEY}.function",)) from error
     wordings = tuple(section.wordings)
     return Augmentation(copies=section.copies, noise=section.noise, wordings=wordings, function=code, seed=section.seed)
 

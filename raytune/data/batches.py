@@ -3,15 +3,16 @@
 Shapes: N tokens of the micro-batch, D documents, M targets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raytune.data.order import positions_of_step, share_of_rank
-from raytune.data.store import Store
+from raytune.data.store import PackedRow, Store
 
 _TENSORS = (
     *("input_ids", "position_ids", "cumulative_lengths"),
@@ -73,8 +74,30 @@ class Batch:
         return replace(self, **{name: move(tensor) for name in _TENSORS if (tensor := getattr(self, name)) is not None})
 
 
+class TrainingRows(Protocol):
+    """Packed rows by their number: those of a store, or of a stream as far as they are at hand."""
+
+    def rows_at(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        """The rows at positions of the run, which ascend."""
+        ...
+
+    def row(self, index: int) -> PackedRow: ...
+
+    def targets_of(self, rows: np.ndarray) -> np.ndarray:
+        """Targets of each of some rows."""
+        ...
+
+    def weights_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Sum of the weights of the targets of each of some rows; None where every target weighs 1."""
+        ...
+
+    def named(self, rows: Iterable[int]) -> str:
+        """Rows in words that a user finds them by."""
+        ...
+
+
 def step_batches(
-    store: Store,
+    store: TrainingRows,
     *,
     step: int,
     rank: int,
@@ -93,7 +116,7 @@ def step_batches(
         seed: of the data order.
     """
     in_step = positions_of_step(step, world * micro_batch_size * accumulation)
-    rows = store.epoch.rows_at(in_step, seed)
+    rows = store.rows_at(in_step, seed)
     counts = in_step < num_rows_in_run
     step_totals = _Totals.of(store, rows[counts])
     batches = []
@@ -111,7 +134,7 @@ def num_evaluation_batches(num_rows: int, *, world: int, micro_batch_size: int, 
 def evaluation_batches(store: Store, *, rank: int, world: int, micro_batch_size: int, max_rows: int | None) -> Iterator[Batch]:
     """The first rows of a store in order, divided over the ranks; every rank gets as many batches, the tail without targets."""
     num_rows = min(store.num_rows, max_rows or store.num_rows)
-    totals = _Totals.of(store, slice(num_rows))
+    totals = _Totals.of(store, np.arange(num_rows))
     for index in range(num_evaluation_batches(store.num_rows, world=world, micro_batch_size=micro_batch_size, max_rows=max_rows)):
         first = (index * world + rank) * micro_batch_size
         positions = range(first, first + micro_batch_size)
@@ -124,7 +147,7 @@ def lone_batches(store: Store, rows: Sequence[int], *, rank: int, world: int) ->
         position = first + rank
         counts = position < len(rows)
         row = rows[position if counts else 0]
-        yield _make_batch(store, [row], [counts], _Totals.of(store, slice(row, row + 1)))
+        yield _make_batch(store, [row], [counts], _Totals.of(store, np.array([row])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +158,12 @@ class _Totals:
     weight: float | None
 
     @classmethod
-    def of(cls, store: Store, rows: np.ndarray | slice) -> "_Totals":
-        weights = store.weight_of_row
-        return cls(int(store.num_targets_of_row[rows].sum()), None if weights is None else float(weights[rows].sum()))
+    def of(cls, store: TrainingRows, rows: np.ndarray) -> "_Totals":
+        weights = store.weights_of(rows)
+        return cls(int(store.targets_of(rows).sum()), None if weights is None else float(weights.sum()))
 
 
-def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], totals: _Totals) -> Batch:
+def _make_batch(store: TrainingRows, rows: Sequence[int], counts: Sequence[bool], totals: _Totals) -> Batch:
     """Lay rows end to end.
 
     Args:
@@ -154,7 +177,7 @@ def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], total
     position_ids_N = np.arange(len(input_ids_N)) - np.repeat(cumulative_D1[:-1], lengths_D)
     is_target_N = np.concatenate([row.is_target & counted for row, counted in zip(contents, counts, strict=True)])
     targets_M = np.flatnonzero(is_target_N)
-    weights = [row.target_weights for row in contents if row.target_weights is not None]
+    weights = [] if totals.weight is None else [_weights_of(row) for row in contents]
     return Batch(
         input_ids=torch.from_numpy(input_ids_N).unsqueeze(0),
         position_ids=torch.from_numpy(position_ids_N).unsqueeze(0),
@@ -167,3 +190,7 @@ def _make_batch(store: Store, rows: Sequence[int], counts: Sequence[bool], total
         weight_in_step=totals.weight,
         rows=tuple(rows),
     )
+
+
+def _weights_of(row: PackedRow) -> np.ndarray:
+    return np.ones(len(row.input_ids), np.float32) if row.target_weights is None else row.target_weights

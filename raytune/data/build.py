@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from raytune.config.data import DataFormat, DataSource
+from raytune.config.data import DataSource
 from raytune.config.model import NewToken
 from raytune.data.drafts import SHARDS_FOLDER, Standing, Watch, held, noting, remove_unfinished, tidy, unwatched
 from raytune.data.finished_shards import shard_address
@@ -35,6 +34,8 @@ from raytune.data.shards import (
     TokenisingOptions,
     TooLong,
     bad_rows_error,
+    in_report,
+    resolved_too_long,
     too_long_error,
 )
 from raytune.data.source_rows import readings_of
@@ -260,14 +261,6 @@ def tokenising_options(
     )
 
 
-def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
-    """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
-    only its last answers. Plain text has no turns to be split at."""
-    if policy == "auto":
-        return "split" if name == "text" else "truncate"
-    return "split" if policy == "split_turns" and name == "text" else policy
-
-
 def _report(
     request: StoreRequest,
     scanned: Sequence[Sequence[ScannedFile]],
@@ -283,16 +276,11 @@ def _report(
             format=reading.format,
             files=_files_in(source, files),
             too_long=policy,
-            unread_columns=dict(tally.unread_columns),
-            unread_keys=dict(tally.unread_keys),
-            lengths=[tally.lengths[bucket] for bucket in range(max(tally.lengths, default=-1) + 1)],
-            targets_of_class={str(one): tally.targets_of_class[str(one)] for one in request.token_classes},
-            examples=tally.examples,
             loss_weight=use.loss_weight,
             passes=passes,
             mixed=None if all(each == 1 for each in written.passes) else _part_of_epoch(tally, passes),
             is_replayed=number >= len(request.sources) - request.mixture.num_replayed,
-            **{count: tally.counts[count] for count in COUNTS},
+            **in_report(tally, request.token_classes),
         )
         for number, (source, files, reading, policy, tally, use, passes) in enumerate(
             zip(request.sources, scanned, readings, policies, tallies, uses, written.passes, strict=True)

@@ -12,12 +12,11 @@ import pyarrow as pa
 
 from raytune.config.data import DataSource
 from raytune.data.augmenting import Augmentation
-from raytune.data.build import resolved_too_long
 from raytune.data.conversation import Conversation, RowError
 from raytune.data.masking import target_mask
 from raytune.data.pieces import Piece, TokenKind, pieces_of
 from raytune.data.shaping import shaped
-from raytune.data.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong
+from raytune.data.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong, resolved_too_long
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import read_parts, readings_of
 from raytune.data.sources import ScannedFile, Segment, scan

@@ -53,7 +53,11 @@ def _read_json(segment: Segment) -> Iterator[FileRow | BadRow]:
 
 
 def _read_json_lines(segment: Segment) -> Iterator[FileRow | BadRow]:
-    for line, data in _lines(segment):
+    return _json_rows(Lines(segment))
+
+
+def _json_rows(lines: "Lines") -> Iterator[FileRow | BadRow]:
+    for line, data in lines:
         if data is None:
             yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
         elif data and not data.isspace():
@@ -288,7 +292,7 @@ def _in_words(error: csv.Error) -> str:
 
 
 def _csv_lines(segment: Segment, problems: list[str]) -> Iterator[str]:
-    for _, data in _lines(segment):
+    for _, data in Lines(segment):
         if data is None:
             problems.append(f"a line is longer than {format_bytes(MAX_ROW_BYTES)}")
             yield "\n"
@@ -302,7 +306,11 @@ def _csv_lines(segment: Segment, problems: list[str]) -> Iterator[str]:
 
 def _read_txt(segment: Segment) -> Iterator[FileRow | BadRow]:
     """A document per line, as `datasets` reads text files."""
-    for line, data in _lines(segment):
+    return _text_rows(Lines(segment))
+
+
+def _text_rows(lines: "Lines") -> Iterator[FileRow | BadRow]:
+    for line, data in lines:
         if data is None:
             yield BadRow(f"the line is longer than {format_bytes(MAX_ROW_BYTES)}", line)
         elif data and not data.isspace():
@@ -405,20 +413,31 @@ _READERS: dict[FileKind, Callable[[Segment], Iterator[FileRow | BadRow]]] = {
 }
 
 
-def _lines(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
+ROWS_OF_LINES: dict[FileKind, Callable[["Lines"], Iterator[FileRow | BadRow]]] = {"json": _json_rows, "txt": _text_rows}
+"""Rows of files with a row per line, one line after another as they are asked for."""
+
+
+class Lines:
     """Lines of a segment with their numbers; None in place of one that is too long. A byte order mark is not part of line 1."""
-    with open_bytes(segment.file.path, segment.file.name, segment.start) as stream:
-        line, at = segment.first_line, segment.start
-        while segment.stop is None or at < segment.stop:
-            data = stream.readline(MAX_ROW_BYTES + 1)
-            if not data:
-                return
-            begins_file, at = at == 0, at + len(data)
-            if len(data) <= MAX_ROW_BYTES:
-                yield line, data.removeprefix(BOM) if begins_file else data
-            else:
-                while data and not data.endswith(b"\n"):
-                    data = stream.readline(MAX_ROW_BYTES)
-                    at += len(data)
-                yield line, None
-            line += 1
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self.at, self.line = segment.start, segment.first_line
+        """Where the next line begins, and its number."""
+
+    def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
+        segment = self._segment
+        with open_bytes(segment.file.path, segment.file.name, segment.start) as stream:
+            while segment.stop is None or self.at < segment.stop:
+                data = stream.readline(MAX_ROW_BYTES + 1)
+                if not data:
+                    return
+                begins_file, line = self.at == 0, self.line
+                self.at, self.line = self.at + len(data), line + 1
+                if len(data) <= MAX_ROW_BYTES:
+                    yield line, data.removeprefix(BOM) if begins_file else data
+                else:
+                    while data and not data.endswith(b"\n"):
+                        data = stream.readline(MAX_ROW_BYTES)
+                        self.at += len(data)
+                    yield line, None

@@ -1,6 +1,6 @@
 """The rows of a store on their way to the disk: documents of all shards, packed and written as `store` reads them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -109,6 +109,27 @@ def write_rows(
             written.epoch.add(counts, drawn)
             written.passes[source] += drawn.per_epoch / drawn.num_rows
     return written
+
+
+def packed_in_memory(
+    documents: Sequence[pa.RecordBatch],
+    row_length: int,
+    packing: Packing,
+    num_virtual: int,
+    in_order: Callable[[int], np.ndarray],
+) -> list[pa.RecordBatch]:
+    """Packed rows of documents, in another order.
+
+    Args:
+        row_length, packing, num_virtual: as of `pack`.
+        in_order: given how many rows there are, their numbers in the order that they are to have.
+    """
+    found = Documents(documents, [1.0] * len(documents))
+    are_weighted = any(not batch.column("target_weights").null_count for batch in documents)
+    schema = _WEIGHTED_ROWS_SCHEMA if are_weighted else _ROWS_SCHEMA
+    rows = pack(found.lengths, row_length, packing, num_virtual=num_virtual)
+    ordered = [rows[row] for row in in_order(len(rows))]
+    return [_record_batch(some, found, schema) for some in _in_batches(ordered, found.lengths)]
 
 
 class _RowFiles:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
+from raytune.config.data import DataFormat
 from raytune.config.model import NewToken
 from raytune.data.augmenting import Augmentation
 from raytune.data.conversation import Origin
@@ -15,6 +16,7 @@ from raytune.data.sources import Segment
 from raytune.data.split import Side, Split
 from raytune.data.token_classes import TokenClass
 from raytune.errors import DataError
+from raytune.plan.data_report import COUNTS
 
 TooLong = Literal["truncate", "truncate_left", "drop", "split", "split_turns", "error"]
 """What is done with a long document: `data.too_long` without `auto`."""
@@ -127,6 +129,26 @@ class ShardResult:
     tally: Tally
     was_found: bool
     """Whether it was done before."""
+
+
+def resolved_too_long(policy: TooLong | Literal["auto"], name: DataFormat) -> TooLong:
+    """What `data.too_long` means for the rows of a format: a cut document of plain text would lose most of a book, and a cut chat
+    only its last answers. Plain text has no turns to be split at."""
+    if policy == "auto":
+        return "split" if name == "text" else "truncate"
+    return "split" if policy == "split_turns" and name == "text" else policy
+
+
+def in_report(tally: Tally, classes: Sequence[TokenClass]) -> dict[str, Any]:
+    """The fields of a `SourceReport` that a tally has."""
+    return {
+        "unread_columns": dict(tally.unread_columns),
+        "unread_keys": dict(tally.unread_keys),
+        "lengths": [tally.lengths[bucket] for bucket in range(max(tally.lengths, default=-1) + 1)],
+        "targets_of_class": {str(one): tally.targets_of_class[str(one)] for one in classes},
+        "examples": tally.examples,
+        **{count: tally.counts[count] for count in COUNTS},
+    }
 
 
 def bad_rows_error(tally: Tally) -> DataError:

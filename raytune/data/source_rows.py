@@ -10,7 +10,7 @@ import numpy as np
 from raytune.config.data import DataSource
 from raytune.data.augmenting import Augmentation, copies_of
 from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.readers import BadRow, read_segment
+from raytune.data.readers import BadRow, FileRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
 from raytune.data.source_files import find_files
@@ -97,28 +97,53 @@ def read_parts(
     for part, row in islice(rows, max_rows):
         if part.only_line not in (None, row.line):
             continue
+        conversation = conversation_of(row, part.reading, part.segment.file.name, tally, side, split, are_asked=are_asked)
+        if conversation is None:
+            continue
+        if is_out is not None and next(is_out):
+            tally.add("filtered")
+            continue
+        assert isinstance(row, FileRow)
+        for one in with_copies(row, conversation, part.reading, augmentation, tally):
+            yield one, part.file_index
+
+
+def conversation_of(
+    row: FileRow | BadRow,
+    reading: Reading,
+    file: str,
+    tally: Tally,
+    side: Side | Literal["all"] = "all",
+    split: Split = EVERY_ROW_TRAINS,
+    *,
+    are_asked: bool = False,
+) -> Conversation | None:
+    """The conversation of a row, which is tallied; None if it is a bad one, or not of the wanted side."""
+    tally.add("rows")
+    origin = Origin(file, row.line)
+    if isinstance(row, BadRow):
+        tally.add("bad", origin, row.reason)
+        return None
+    try:
+        found = side if side == "all" else side_of(row.values, split)
+        if found != side:
+            tally.add("test_side" if found == "test" else "other_side")
+            return None
+        conversation = read_row(with_answer(row.values, reading) if are_asked else row.values, reading, origin)
+    except RowError as error:
+        tally.add("bad", origin, str(error))
+        return None
+    tally.unread_columns.update(conversation.unread_columns)
+    tally.unread_keys.update(conversation.unread_keys)
+    return conversation
+
+
+def with_copies(
+    row: FileRow, conversation: Conversation, reading: Reading, augmentation: Augmentation | None, tally: Tally
+) -> Iterator[Conversation]:
+    """The conversation of a row, and what is made of it, which is tallied."""
+    yield conversation
+    for made in copies_of(row.values, conversation, reading, augmentation) if augmentation else ():
         tally.add("rows")
-        origin = Origin(part.segment.file.name, row.line)
-        if isinstance(row, BadRow):
-            tally.add("bad", origin, row.reason)
-        else:
-            try:
-                found = side if side == "all" else side_of(row.values, split)
-                if found != side:
-                    tally.add("test_side" if found == "test" else "other_side")
-                    continue
-                values = with_answer(row.values, part.reading) if are_asked else row.values
-                conversation = read_row(values, part.reading, origin)
-            except RowError as error:
-                tally.add("bad", origin, str(error))
-            else:
-                tally.unread_columns.update(conversation.unread_columns)
-                tally.unread_keys.update(conversation.unread_keys)
-                if is_out is not None and next(is_out):
-                    tally.add("filtered")
-                    continue
-                yield conversation, part.file_index
-                for made in copies_of(row.values, conversation, part.reading, augmentation) if augmentation else ():
-                    tally.add("rows")
-                    tally.add("augmented")
-                    yield made, part.file_index
+        tally.add("augmented")
+        yield made

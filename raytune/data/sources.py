@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,25 @@ def scan(file: SourceFile, max_rows: int | None, advance: Callable[[int], None] 
         segments = (Segment(file, start, stop, line) for (start, line), stop in zip(starts, stops) if stop > start)
         return ScannedFile(file, fingerprint, tuple(segments), lines)
     return ScannedFile(file, fingerprint, (Segment(file, 0, None, 1),), None if is_array else lines)
+
+
+def unread_parts(file: SourceFile) -> tuple[Segment, ...]:
+    """The parts of a file in order, without reading it through.
+
+    Raises:
+        DataError: if it is empty, or no file of rows.
+    """
+    if file.kind in ("demo", "dataset"):
+        return scan(file, None).segments
+    _refuse_other_content(file)
+    if not os.path.getsize(file.path):
+        raise DataError(f"{file.name} is empty (0 bytes).")
+    if file.kind == "parquet":
+        return _row_groups(file)[0]
+    if file.kind == "arrow":
+        return _batches(file)[0]
+    is_lines = file.kind == "txt" or (file.kind == "json" and _first_character(file) != b"[")
+    return (Segment(file, 0, sys.maxsize if is_lines else None, 1),)
 
 
 # --- Details -----------------------------------------------------------------------------------------------------------------

@@ -64,30 +64,15 @@ class PackedRow:
     """float32, a number per token, of which only those of targets mean anything; None in a store whose targets all weigh 1."""
 
 
-class Store:
-    """Reads a store through a memory map."""
+class PackedRows:
+    """Packed rows in record batches, by their number.
 
-    @classmethod
-    def open(cls, path: str | Path) -> "Store":
-        """Open a store.
+    Args:
+        files: as the user named them, in the order of their numbers.
+    """
 
-        Raises:
-            DataError: if there is none, or it is not what its builder left.
-        """
-        folder = local_path(path)
-        meta = complete_meta(folder)
-        if meta is None:
-            raise DataError(
-                f"{path} on {os.uname().nodename} is no complete store of tokenised rows. "
-                f"Is it on storage that every node sees? If it is damaged, delete it and run the same command again."
-            )
-        return cls(folder, meta)
-
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self.info = read_info(folder, meta)
-        self._files: list[str] = meta["source_files"]
-        # An open map keeps a file alive even if the store is deleted.
-        batches = [batch for name in row_files(meta) for batch in batches_of(folder / name)]
+    def __init__(self, batches: Sequence[pa.RecordBatch], files: Sequence[str]) -> None:
+        self._files = list(files)
         self._first_rows = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._batches = [_MappedBatch.of(batch) for batch in batches]
         has_weights = WEIGHTS_COLUMN in batches[0].schema.names
@@ -97,26 +82,18 @@ class Store:
         """int64; UTF-8 bytes of the text behind each row's targets."""
         self.weight_of_row = joined([batch.column("weight") for batch in batches], np.float64) if has_weights else None
         """float64: sum of the weights of each row's targets; None where every target weighs 1."""
-        drawn = drawn_rows(meta)
-        self.epoch = EpochRows(self.num_rows - sum(part.num_rows for part in drawn), drawn, self.num_targets_of_row)
-        """Which of the rows an epoch has."""
 
     @property
     def num_rows(self) -> int:
-        return self.info.num_rows
+        return self._first_rows[-1]
 
-    @property
-    def num_tokens(self) -> int:
-        return self.info.num_tokens
+    def targets_of(self, rows: np.ndarray) -> np.ndarray:
+        """Targets of each of some rows."""
+        return self.num_targets_of_row[rows]
 
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the text behind all targets of an epoch, for bits per byte."""
-        return self.info.num_bytes
-
-    @property
-    def report(self) -> StoreReport:
-        return self.info.report
+    def weights_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Sum of the weights of the targets of each of some rows; None where every target weighs 1."""
+        return None if self.weight_of_row is None else self.weight_of_row[rows]
 
     def row(self, index: int) -> PackedRow:
         """A packed row. Its arrays are read-only views of the file, except `is_target`."""
@@ -159,6 +136,51 @@ class Store:
             raise IndexError(f"row {index} of a store of {self.num_rows}")
         batch = bisect_right(self._first_rows, index) - 1
         return self._batches[batch], index - self._first_rows[batch]
+
+
+class Store(PackedRows):
+    """Reads a store through a memory map."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """Open a store.
+
+        Raises:
+            DataError: if there is none, or it is not what its builder left.
+        """
+        folder = local_path(path)
+        meta = complete_meta(folder)
+        if meta is None:
+            raise DataError(
+                f"{path} on {os.uname().nodename} is no complete store of tokenised rows. "
+                f"Is it on storage that every node sees? If it is damaged, delete it and run the same command again."
+            )
+        return cls(folder, meta)
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.info = read_info(folder, meta)
+        # An open map keeps a file alive even if the store is deleted.
+        super().__init__([batch for name in row_files(meta) for batch in batches_of(folder / name)], meta["source_files"])
+        drawn = drawn_rows(meta)
+        self.epoch = EpochRows(self.num_rows - sum(part.num_rows for part in drawn), drawn, self.num_targets_of_row)
+        """Which of the rows an epoch has."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.info.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text behind all targets of an epoch, for bits per byte."""
+        return self.info.num_bytes
+
+    @property
+    def report(self) -> StoreReport:
+        return self.info.report
+
+    def rows_at(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        """The rows at positions of a run, epoch after epoch."""
+        return self.epoch.rows_at(positions, seed)
 
 
 @dataclass(frozen=True, slots=True)

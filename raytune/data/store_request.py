@@ -57,6 +57,7 @@ _CODE = (
     "sources",
     "split",
     "store_request",
+    "stream",
     "template",
     "template_text",
     "text_encoder",

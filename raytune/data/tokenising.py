@@ -6,7 +6,7 @@ Text is rendered whole and tokenised once, and targets are found by where a toke
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from raytune.data.documents import Document, chat_documents, text_documents
 from raytune.data.finished_shards import DOCUMENTS_FILE, finished_shard, put_shard, rows_noted, shard_draft
 from raytune.data.fitting import fitted
 from raytune.data.masking import Targets, is_excepted, weight_of
-from raytune.data.shards import ShardResult, ShardTask, Tally
+from raytune.data.shards import ShardResult, ShardTask, Tally, TokenisingOptions, TooLong
 from raytune.data.source_rows import read_parts
 from raytune.data.template import ChatTemplate
 from raytune.data.text_encoder import TextEncoder
@@ -66,6 +66,21 @@ def tokenise_shard(task: ShardTask) -> ShardResult:
 def _write_documents(task: ShardTask, path: Path, tally: Tally, note_rows: Callable[[int], None]) -> None:
     """Write the documents of a shard in the order of its rows."""
     options = task.options
+    left_out = None if task.left_out is None else np.frombuffer(task.left_out, bool)
+    rows = read_parts(
+        task.parts, task.max_rows, tally, options.side, options.split, left_out=left_out, augmentation=task.augmentation
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, DOCUMENTS_SCHEMA) as writer:
+        for batch in documents_of(rows, options, task.too_long, tally):
+            writer.write_batch(batch)
+            note_rows(tally.counts["rows"])
+
+
+def documents_of(
+    rows: Iterable[tuple[Conversation, int]], options: TokenisingOptions, too_long: TooLong, tally: Tally
+) -> Iterator[pa.RecordBatch]:
+    """Documents of conversations, each with the number of its file, in their order; as DOCUMENTS_SCHEMA has them. Behind the last
+    one the tally is complete."""
     encoder, template = _encoder_and_template(
         options.tokenizer_path,
         options.tokenizer_revision,
@@ -74,26 +89,25 @@ def _write_documents(task: ShardTask, path: Path, tally: Tally, note_rows: Calla
         options.tokenizer_fingerprint,
         options.template,
     )
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, DOCUMENTS_SCHEMA) as writer:
-        for is_text, rows in groupby(_conversations(task, tally), key=lambda row: row[0].text is not None):
-            while batch := list(islice(rows, _DOCUMENTS_AT_ONCE)):
-                if is_text:
-                    documents = text_documents(batch, encoder, options.token_classes, tally)
-                else:
-                    assert template is not None
-                    documents = chat_documents(batch, encoder, template, options, task.too_long, tally)
-                pieces = []
-                for of_row in documents:
-                    first, num_tokens = of_row[0], max(one.num_uncut for one in of_row)
-                    tally_document(first.input_ids, num_tokens, encoder.bos, first.origin, tally)
-                    pieces += fitted(of_row, options.max_length, task.too_long, tally)
-                for piece in pieces:
-                    _tally_classes(piece, options.token_classes, tally)
-                    if not piece.is_cut and not _ends_with_special(piece, encoder):
-                        tally.add("unending", piece.origin)
-                if pieces:
-                    writer.write_batch(_record_batch(pieces))
-                note_rows(tally.counts["rows"])
+    obeyed = (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
+    for is_text, alike in groupby(obeyed, key=lambda row: row[0].text is not None):
+        while batch := list(islice(alike, _DOCUMENTS_AT_ONCE)):
+            if is_text:
+                documents = text_documents(batch, encoder, options.token_classes, tally)
+            else:
+                assert template is not None
+                documents = chat_documents(batch, encoder, template, options, too_long, tally)
+            pieces = []
+            for of_row in documents:
+                first, num_tokens = of_row[0], max(one.num_uncut for one in of_row)
+                tally_document(first.input_ids, num_tokens, encoder.bos, first.origin, tally)
+                pieces += fitted(of_row, options.max_length, too_long, tally)
+            for piece in pieces:
+                _tally_classes(piece, options.token_classes, tally)
+                if not piece.is_cut and not _ends_with_special(piece, encoder):
+                    tally.add("unending", piece.origin)
+            if pieces:
+                yield _record_batch(pieces)
     for request in obeyed_requests(options.targets):
         tally.unread_keys.pop(request, None)
 
@@ -118,15 +132,6 @@ def _encoder_and_template(
             f"Put the same model files on every node, or give a hub id with model.revision."
         )
     return TextEncoder(tokenizer), ChatTemplate(tokenizer, template) if template else None
-
-
-def _conversations(task: ShardTask, tally: Tally) -> Iterator[tuple[Conversation, int]]:
-    options = task.options
-    left_out = None if task.left_out is None else np.frombuffer(task.left_out, bool)
-    rows = read_parts(
-        task.parts, task.max_rows, tally, options.side, options.split, left_out=left_out, augmentation=task.augmentation
-    )
-    return (row for row in rows if _can_be_obeyed(row[0], options.targets, tally))
 
 
 def _tally_classes(piece: Document, classes: Sequence[TokenClass], tally: Tally) -> None:

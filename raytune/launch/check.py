@@ -336,7 +336,7 @@ def _judge(reading: _Reading, key: str, source: DataSource, facts: DataFacts | N
 
 def _not_read_of(key: str) -> dict[str, Any]:
     """What rows that are looked at as if they were trained do not have of the config, where they are none of those."""
-    untrained = {"token_weights": TokenWeightsSection(), "augment": AugmentSection()}
+    untrained = {"token_weights": TokenWeightsSection(), "augment": AugmentSection(), "streaming": None}
     of_training = {} if key.startswith("data.train") else untrained
     return of_training if key.startswith(("data.train", "strategy.replay")) else of_training | {"split": SplitSection()}
 

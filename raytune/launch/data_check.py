@@ -19,6 +19,7 @@ from raytune.plan.data_limits import Verdict, verdicts, without_limits
 from raytune.plan.data_report import DataReport, StoreReport, losses_text, report_table, stores_of
 from raytune.plan.requirements import choose_row_length
 from raytune.plan.row_lengths import added, length_lines, length_of_share
+from raytune.plan.streaming import check_streaming
 from raytune.storage import absolute
 from raytune.units import format_count
 
@@ -37,6 +38,8 @@ class DataCheck:
     verdicts: list[Verdict]
     max_rows: int | None
     """Rows of each source that were looked at, at most; None: all."""
+    window: int | None
+    """Rows of the source that is streamed that were looked at, at most; None: none is, or no more of it than of others."""
 
     @property
     def is_refused(self) -> bool:
@@ -47,6 +50,7 @@ class DataCheck:
         return {
             "ok": not self.is_refused,
             "max_rows": self.max_rows,
+            "window": self.window,
             "report": self.report.model_dump(mode="json"),
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
         }
@@ -66,6 +70,8 @@ class DataCheck:
         exceeded = [verdict for verdict in self.verdicts if verdict.is_exceeded]
         lines += [line for verdict in exceeded for line in ("", verdict.text)]
         looked = "all rows" if self.max_rows is None else f"the first {self.max_rows} rows of each source"
+        if self.window is not None:
+            looked = f"all rows, but at the first {self.window} only of those that are streamed (--rows looks at more)"
         judged = f"{len(exceeded)} limits are exceeded" if len(exceeded) > 1 else "1 limit is exceeded"
         end = f"{judged}: a run would stop before any worker starts" if exceeded else "a run may train on them"
         return "\n".join([*lines, "", f"Looked at {looked}; {end}."])
@@ -75,11 +81,15 @@ def check_data(config: RunConfig, max_rows: int | None = None) -> DataCheck:
     """Tokenise the rows of a run, or find them tokenised, and judge them.
 
     Args:
-        max_rows: of each source, at most; None: all of them. The stores of fewer are thrown away.
+        max_rows: of each source, at most; None: all of them, and of one that is streamed the window that a run is planned by. The
+            stores of fewer are thrown away.
 
     Raises:
         UserError: if there is no such model, or no row can be trained on.
     """
+    window = config.data.streaming.window if config.data.streaming and max_rows is None else None
+    if window is not None:
+        check_streaming(config)
     base = Base.of(config.model)
     config = config.model_copy(update={"model": base.section})
     data = config.data
@@ -89,7 +99,7 @@ def check_data(config: RunConfig, max_rows: int | None = None) -> DataCheck:
             lenient = _first_rows(lenient, max_rows, scratch)
         report = data_builder(lenient, base, parallel_map).build().report
     assert report is not None
-    return DataCheck(report=report, verdicts=verdicts(report, data), max_rows=max_rows)
+    return DataCheck(report=report, verdicts=verdicts(report, data), max_rows=max_rows, window=window)
 
 
 def data_builder(config: RunConfig, base: Base, parallel_map: ParallelMap) -> DataBuilder:
@@ -128,7 +138,7 @@ def _first_rows(config: RunConfig, max_rows: int, store: str) -> RunConfig:
         "replay": replay and replay.model_copy(update={"data": few(replay.data)}),
         "ewc": ewc and ewc.model_copy(update={"data": few(ewc.data)}),
     }
-    rows = {"train": few(data.train), "validation": few(data.validation), "store": store}
+    rows = {"train": few(data.train), "validation": few(data.validation), "store": store, "streaming": None}
     return config.model_copy(
         update={"data": data.model_copy(update=rows), "strategy": config.strategy.model_copy(update=strategy)}
     )

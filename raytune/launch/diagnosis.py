@@ -278,6 +278,8 @@ def overfitting(evidence: Evidence) -> Iterator[Symptom]:
 def few_rows(evidence: Evidence) -> Iterator[Symptom]:
     """Few documents that are trained again and again."""
     plan = evidence.plan
+    if plan.data.stream is not None:
+        return
     passes = plan.optimization.num_rows / max(1, plan.data.train.num_rows)
     report = plan.data_report
     documents = sum(source.in_epoch.documents for source in report.train.sources) if report else plan.data.train.num_rows

@@ -95,6 +95,8 @@ def range_test_plan(run: RunPlan, tried: RateRange) -> RunPlan:
 
 def num_epochs(run: RunPlan, tried: RateRange) -> float:
     """Passes over the training rows that all steps of a test make."""
+    if run.data.stream is not None:
+        return 0.0  # not counted
     return tried.num_steps * run.batch.global_batch_size / run.data.train.num_rows
 
 

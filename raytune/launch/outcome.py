@@ -11,7 +11,7 @@ from raytune.metrics.history import History
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.run_plan import CostPlan
 from raytune.plan.split import TEST
-from raytune.units import format_dollars, format_seconds
+from raytune.units import format_count, format_dollars, format_seconds
 
 ENDS = ("attempt_failed", "run_finished", "run_interrupted")
 """Events by which the driver closes an attempt."""
@@ -207,6 +207,26 @@ def in_words(took: Spent, found: Sequence[Change], num_steps: int) -> list[str]:
         if chosen:
             lines.append(f"{heading}: {', '.join(change.sentence for change in chosen)}.")
     return lines
+
+
+def streamed_in_words(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on what was read of streamed rows; none where rows had a store.
+
+    Args:
+        events: of events.jsonl, in their order.
+    """
+    told = [event for event in events if event["event"] == "rows_streamed"]
+    if not told:
+        return []
+    read = told[-1]
+    lost = {"bad": "bad", "no_target": "without a target", "cut": "cut", "dropped": "too long"}
+    of_them = "".join(f", {read[name]} {words}" for name, words in lost.items() if read[name])
+    passes = f"; all files {read['passes']} time{'s' * (read['passes'] > 1)}" if read["passes"] else ""
+    made = f" and {read['augmented']} made of them" if read["augmented"] else ""
+    return [
+        f"Read by step {read['step']}: {read['rows'] - read['augmented']} rows{made}{of_them}; {read['documents']} documents, "
+        f"{format_count(read['tokens'])} tokens, {format_count(read['targets'])} targets{passes}."
+    ]
 
 
 def outcome_record(took: Spent, found: Sequence[Change], num_steps: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from raytune.evaluation.compare import Comparison, comparisons_in
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
-from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, test_in_words
+from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, streamed_in_words, test_in_words
 from raytune.launch.record import read_plan, readable
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
@@ -38,6 +38,7 @@ class RunResult:
             `evaluation.suites`.
         evidence: what a diagnosis is made of.
         findings: which rule ended it before its last step, if one did, and where overfitting began.
+        streamed: a sentence on what was read, where rows were streamed.
         finished_before: whether it was only read: an earlier command had trained it.
     """
 
@@ -53,6 +54,7 @@ class RunResult:
     comparisons: dict[str, Comparison]
     evidence: Evidence
     findings: Findings = field(default_factory=Findings)
+    streamed: Sequence[str] = ()
     finished_before: bool = False
 
     @classmethod
@@ -92,6 +94,7 @@ class RunResult:
                 peak_bytes=max((rank["peak"] for rank in held_bytes if "peak" in rank), default=None),
             ),
             findings=Findings.from_json(result),
+            streamed=streamed_in_words(events),
         )
 
     @property
@@ -107,8 +110,9 @@ class RunResult:
 
     @property
     def words(self) -> list[str]:
-        """What the run came to, in sentences: training time, dollars, what is better and what is worse than before."""
-        return [*in_words(self.spent, self.changes, self.history.last_step), *test_in_words(self.metrics)]
+        """What the run came to, in sentences: training time, dollars, what is better and what is worse than before, its test, and
+        what was read of streamed rows."""
+        return [*in_words(self.spent, self.changes, self.history.last_step), *test_in_words(self.metrics), *self.streamed]
 
     @property
     def symptoms(self) -> list[Symptom]:
@@ -142,7 +146,7 @@ class RunResult:
     def _told(self) -> dict:
         """What `words` and `symptoms` say, as plain values."""
         return {
-            "outcome": outcome_record(self.spent, self.changes, self.history.last_step),
+            "outcome": {**outcome_record(self.spent, self.changes, self.history.last_step), "words": self.words},
             "symptoms": [asdict(symptom) for symptom in self.symptoms],
         }
 

@@ -30,6 +30,7 @@ from raytune.data.shards import ParallelMap
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
+from raytune.data.stream import Recipe
 from raytune.data.template import ChatTemplate
 from raytune.data.template_front import template_of
 from raytune.data.text_encoder import TextEncoder
@@ -39,7 +40,9 @@ from raytune.errors import DataError
 from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, read_questions, read_texts
 from raytune.evaluation.suite_metrics import Given, metrics_of
+from raytune.launch.first_window import first_window
 from raytune.launch.tokenising import show_tokenising
+from raytune.plan.augmenting import code_of
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_limits import refuse_exceeded, verdicts, verdicts_of
 from raytune.plan.data_report import DataReport, StoreReport
@@ -47,6 +50,7 @@ from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, loss_weights_of, mixture
 from raytune.plan.penalty import ewc_name
 from raytune.plan.run_plan import StorePlan
 from raytune.plan.split import asked_split
+from raytune.plan.streaming import StreamPlan, stream_plan
 from raytune.plan.suites import suite_plan
 from raytune.storage import is_local
 
@@ -115,29 +119,36 @@ class DataBuilder:
         config, data = self._config, self._config.data
         sources, weighed = trained_sources(config), weighed_sources(config)
         asked = asked_split(data)
+        stream = stream_plan(config, tokenizer_fingerprint(self._tokenizer))
         split, of_split = measured(asked, sources, self._folder, self._parallel_map)
-        train = self._store(
-            sources,
-            "train" if asked.looks_at_rows else "all",
-            split,
-            mixture=mixture_of(config),
-            loss_weights=loss_weights_of(config),
-            classes=token_classes(data.token_weights),
-            quality=data.quality,
-            augmentation=augmentation_of(data.augment),
-        )
+        if stream is not None:
+            train = self._first_window(stream)
+        else:
+            train = self._store(
+                sources,
+                "train" if asked.looks_at_rows else "all",
+                split,
+                mixture=mixture_of(config),
+                loss_weights=loss_weights_of(config),
+                classes=token_classes(data.token_weights),
+                quality=data.quality,
+                augmentation=self._augmentation,
+            )
         self._refuse_no_copies(train)
         validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
         test = self._measured(tested_sets(config), "test" if data.test_fraction else "all", split, train)
         # Each document has a gradient of its own, which only one that passes alone gives.
         ewc = self._store(weighed, packing="none") if weighed else None
         learned_from = [train, ewc] if ewc else [train]
-        for info in (*learned_from, *(held_out.info for held_out in (*validation, *test))):
+        stored = learned_from[1:] if stream else learned_from
+        for info in (*stored, *(held_out.info for held_out in (*validation, *test))):
             self._check_tokens(info)
         names = list(named_sources(sources))
+        num_read = train.report.total("rows") - train.report.total("augmented")
+        looked_at = [f"{name}, its first {num_read} rows" for name in names] if stream else names
         report = DataReport(
             template=self.template_notes,
-            train=train.report.named(names),
+            train=train.report.named(looked_at),
             validation={one.name: one.report(names) for one in validation},
             test={one.name: one.report(names) for one in test},
             split=of_split,
@@ -152,7 +163,33 @@ class DataBuilder:
             ewc=store_plan_of(ewc_name(config), ewc) if ewc else None,
             longest_document=max(info.longest_document for info in learned_from),
             template=self._template,
+            stream=stream,
         )
+
+    def _first_window(self, stream: StreamPlan) -> StoreInfo:
+        """The first window of streamed rows.
+
+        Raises:
+            DataError: if it cannot be trained on, or the tokenizer has tokens that the model has no embeddings for.
+        """
+        config, model = self._config, self._config.model
+        if max(self._tokenizer.get_vocab().values()) >= self._num_embeddings:
+            raise DataError(
+                f"data.streaming: the tokenizer has tokens that {model.base} has no embeddings for, and not all rows are looked "
+                f"through for them. Name those that rows have in model.new_tokens, or leave data.streaming out.",
+                keys=("data.streaming", "model.new_tokens"),
+            )
+        recipe = Recipe.of(
+            stream,
+            template=self._template,
+            row_length=self._row_length,
+            tokenizer_path=self._model_path,
+            tokenizer_revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            new_tokens=model.new_tokens,
+            seed=config.training.seed,
+        )
+        return first_window(stream, recipe)
 
     def _measured(
         self, sets: Mapping[str, DataSource | None], side: Side | Literal["all"], split: Split, train: StoreInfo
@@ -182,6 +219,12 @@ class DataBuilder:
         ]
 
     @property
+    def _augmentation(self) -> Augmentation | None:
+        """What is made of training rows."""
+        section = self._config.data.augment
+        return augmentation_of(section, code_of(section))
+
+    @property
     def template_notes(self) -> list[str]:
         """What there is to know of the chat template, if there is one."""
         return self._chat.notes if self._chat else []
@@ -203,7 +246,7 @@ class DataBuilder:
         )
         return Previewer(
             options=options,
-            augmentation=augmentation_of(config.data.augment) if is_trained else None,
+            augmentation=self._augmentation if is_trained else None,
             too_long=config.data.too_long,
             encoder=TextEncoder(self._tokenizer),
             chat=self._chat,

@@ -29,6 +29,7 @@ from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan, StorePlan
 from raytune.plan.setting import settle
 from raytune.plan.shapes import ModelShape
+from raytune.plan.streaming import stream_plan
 from raytune.units import format_count
 
 BYTES_PER_TOKEN = 4
@@ -149,6 +150,7 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         test=tuple(_store(name, math.ceil(tested * num_tokens), row_length) for name in tests),
         ewc=ewc,
         longest_document=row_length,
+        stream=stream_plan(config),
         assumption=(
             f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows. "
             f"No row was read: how many are bad, cut or dropped is said by a plan without cluster.instance, and before training."

@@ -152,6 +152,7 @@ def choose_plan(
             test=list(data.test),
             row_length=setting.row_length,
             ewc=data.ewc,
+            stream=data.stream,
         ),
         adapter=adapter,
         batch=fit.batch,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from raytune.plan.data_report import DataReport
 from raytune.plan.run_plan import StorePlan
+from raytune.plan.streaming import StreamPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,5 +22,7 @@ class DataFacts:
     """Text of the chat template that made them; empty for plain text."""
     report: DataReport | None = None
     """What became of the rows; None where they were not read."""
+    stream: StreamPlan | None = None
+    """As of `DataPlan`."""
     assumption: str = ""
     """A sentence about stores that do not exist yet: what they were taken to hold."""

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 from raytune.config.data import DataSection
-from raytune.config.data_limits import waived
+from raytune.config.data_limits import LimitsSection, waived
 from raytune.errors import DataError
 from raytune.plan.data_report import DataReport, SourceReport, StoreReport, stores_of
 from raytune.plan.row_lengths import length_of_share
@@ -30,6 +30,22 @@ LOST = {
 _PLACE = re.compile(r"(.+?:\d+)(?:: |$)", re.DOTALL)
 
 
+class Policies(Protocol):
+    """What a config says of rows that are not as they should be: `data`, or the part of it that workers know."""
+
+    @property
+    def limits(self) -> LimitsSection: ...
+
+    @property
+    def on_bad_row(self) -> str: ...
+
+    @property
+    def on_prompt_mismatch(self) -> str: ...
+
+    @property
+    def too_long(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """What may not be true of too many rows of a source."""
@@ -37,7 +53,7 @@ class Rule:
     name: str
     """As its count is called in `SourceReport`, and its limit in `data.limits`."""
     key: str
-    limit: Callable[[DataSection], float | None]
+    limit: Callable[[Policies], float | None]
     """Share that is let pass; None where the config does not ask."""
     count: Callable[[SourceReport], int]
     of: Callable[[SourceReport], int]
@@ -53,7 +69,7 @@ class Rule:
     """The first of them, with file and line."""
 
 
-def _limit(name: str) -> Callable[[DataSection], float]:
+def _limit(name: str) -> Callable[[Policies], float]:
     return lambda data: getattr(data.limits, name)
 
 
@@ -228,7 +244,7 @@ def verdicts(report: DataReport, data: DataSection) -> list[Verdict]:
     return verdicts_of(judged, data)
 
 
-def verdicts_of(stores: Mapping[str, StoreReport], data: DataSection) -> list[Verdict]:
+def verdicts_of(stores: Mapping[str, StoreReport], data: Policies) -> list[Verdict]:
     """Args:
     stores: by what their rows are read for.
     """

@@ -174,8 +174,11 @@ def _data(plan: RunPlan) -> str:
     held_out = "".join(f"; {store.name}: {store.num_rows} {_row(plan)}s" for store in plan.data.validation)
     tested = ", ".join(f"{store.name} {store.num_rows} {_row(plan)}s" for store in plan.data.test)
     tested = f"; measured once, at the end: {tested}" if tested else ""
+    stream = plan.data.stream
+    is_read = "the first of which is" if train.path else "taken to have"
+    of = f"streamed in windows of {stream.window} rows, {is_read} " if stream else ""
     return (
-        f"{train.num_rows} {_row(plan)}s of up to {plan.data.row_length} tokens ({fill:.0%} full), "
+        f"{of}{train.num_rows} {_row(plan)}s of up to {plan.data.row_length} tokens ({fill:.0%} full), "
         f"{format_count(train.num_targets)} target tokens{held_out}{tested}"
     )
 
@@ -190,7 +193,8 @@ def _row(plan: RunPlan) -> str:
 def _length(plan: RunPlan) -> str:
     train, rows_per_step = plan.data.train, plan.batch.global_batch_size
     tokens = train.num_tokens / train.num_rows * rows_per_step
-    return f"{plan.optimization.num_steps} steps, {_epochs(plan):.3g} epochs, about {format_count(tokens)} tokens per step"
+    epochs = "" if plan.data.stream is not None else f"{_epochs(plan):.3g} epochs, "
+    return f"{plan.optimization.num_steps} steps, {epochs}about {format_count(tokens)} tokens per step"
 
 
 def _optimizer(plan: RunPlan) -> str:

@@ -193,6 +193,7 @@ def _way(
         objective_bytes=setting.objective.bytes_per_logit if setting.objective else None,
         teacher=teacher,
         teacher_is_beside=setting.teacher is not None,
+        streamed_tokens=data.train.num_tokens if data.stream else 0,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.

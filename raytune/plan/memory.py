@@ -63,6 +63,10 @@ ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 PASSES: tuple[Moment, ...] = ("forward", "loss", "last layer", "first layer")
 CHUNK_BYTES = 64 * MIB
+STREAM_BYTES = 256 * MIB
+"""Of the tokenizer, and of what it makes of some hundred documents on the way to their tokens."""
+STREAMED_TOKEN_BYTES = 40
+"""Of a window: its rows as text and objects, its documents and its packed rows, and the packed rows of two windows beside it."""
 FULL_LOGITS_BYTES = 256 * MIB
 
 
@@ -171,6 +175,9 @@ def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
         # Stage 1 leaves sums over micro-batches in it.
         keeps_sums = work.zero_stage == 1 and work.accumulation > 1
         yield _part("buckets of gradients", buckets, (*PASSES, "teacher") if keeps_sums else ("last layer", "first layer"))
+    if work.streamed_tokens:
+        streamed = STREAM_BYTES + STREAMED_TOKEN_BYTES * work.streamed_tokens
+        yield _part("streamed rows", streamed, place=_place("cpu", work))
     yield _part(CUDA_CONTEXT, GPU_CONTEXT_BYTES) if work.is_on_gpu else _part(CPU_PROCESS, CPU_PROCESS_BYTES)
 
 

@@ -12,6 +12,7 @@ from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.config.training import Offload, Optimizer, Precision, Schedule
 from raytune.plan.calendar import Period
 from raytune.plan.data_report import DataReport
+from raytune.plan.streaming import StreamPlan
 from raytune.plan.value import Plan
 from raytune.user_code import UserCode
 
@@ -100,6 +101,8 @@ class DataPlan(Plan):
     """What the model of the end is measured on. No part of what a run is: nothing that is trained or chosen depends on it."""
     ewc: StorePlan | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
+    stream: StreamPlan | None = None
+    """How training rows are streamed, which have no store: `train` is what the first window of them came to."""
 
 
 class BatchPlan(Plan):

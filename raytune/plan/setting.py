@@ -43,6 +43,7 @@ from raytune.plan.split import check_test
 from raytune.plan.stages import possible_stages
 from raytune.plan.stopping import check_gap
 from raytune.plan.stored_quantization import check_stored_quantization
+from raytune.plan.streaming import check_streaming
 from raytune.plan.trained import Trained
 from raytune.plan.update_groups import with_rates
 
@@ -134,6 +135,7 @@ def look_at(
     of(lambda: check_cluster(config.cluster))
     of(lambda: check_objective(config))
     of(lambda: check_gap(config))
+    of(lambda: check_streaming(config))
     of(lambda: check_test(config))
     objective = objective or of(lambda: objective_of(config))
     places = None if machine is None else _places(config, shape, machine, of)

@@ -56,6 +56,8 @@ class Workload:
     """Steps between two of which the trained weights are averaged (training.averaging); None: they are not."""
     objective_bytes: float | None = None
     """Per logit, of a loss of the user's and its gradient beside logits in fp32; None: cross-entropy."""
+    streamed_tokens: int = 0
+    """Of a window of streamed rows; 0: rows have a store."""
 
     @property
     def weight_dtype(self) -> Precision:

@@ -52,6 +52,8 @@ def marked(plan: RunPlan, model_folder: str) -> Marked | str:
     Args:
         model_folder: of the run, where its tokenizer lies once it has finished.
     """
+    if plan.data.stream is not None:
+        return "The rows were streamed: they lie in no store that could be looked into."
     try:
         store = Store.open(plan.data.train.path)
         file = _tokenizer_file(plan, model_folder)

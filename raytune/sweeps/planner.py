@@ -101,6 +101,7 @@ class Planner:
         try:
             prepared = self._preparation.prepare(self.config(trial))
             _refuse_roll_backs(prepared.plan)
+            _refuse_streams(prepared.plan)
             at_end = prepared.plan.evaluation.model_copy(update={"suites": ()})
             # The test decides nothing: the winner is measured on it, when it is trained again.
             data = prepared.plan.data.model_copy(update={"test": []})
@@ -124,6 +125,15 @@ class Planner:
             ModelError: if it is not here, or is no whole model.
         """
         return self._preparation.base(model)
+
+
+def _refuse_streams(plan: RunPlan) -> None:
+    if plan.data.stream is not None:
+        raise UserError(
+            "data.streaming: each trial would tokenise the same rows again. Leave it out and name max_rows of data.train: a "
+            "sweep on part of the rows, tokenised once, finds the settings to stream all of them with.",
+            keys=("data.streaming",),
+        )
 
 
 def _refuse_roll_backs(plan: RunPlan) -> None:

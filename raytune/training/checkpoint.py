@@ -207,7 +207,7 @@ class Checkpoints:
     def _measured(self) -> list[Commit]:
         return measured(committed(self._folder), self._known_later)
 
-    def save(self, step: int, *, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, *, metrics: Mapping[str, float], position: dict[str, Any] | None = None) -> None:
         """Save what the engine holds after `step`; returns when the engine has written it, before it is committed.
 
         A save that fails on its way to the commit is reported; the next call then waits for its own commit, so that only a
@@ -215,6 +215,7 @@ class Checkpoints:
 
         Args:
             metrics: ranks checkpoints and is kept with this one. Flush the metrics file first.
+            position: as of `Commit`.
 
         Raises:
             StorageFullError: if there is no room, before anything was written.
@@ -225,7 +226,7 @@ class Checkpoints:
         except RaytuneError:
             self._previous_failed = True  # reported already; this save takes its place
         self._make_room(step)
-        saving = _Saving(step, dict(metrics), self._draft(step))
+        saving = _Saving(step, dict(metrics), self._draft(step), position)
         try:
             with local_errors(saving.draft):
                 storage.remove_folder(saving.draft, saving.draft.parent)
@@ -333,6 +334,7 @@ class Checkpoints:
             created=self._clock(),
             metrics=saving.metrics,
             fingerprint=self._fingerprint,
+            position=saving.position,
             versions=library_versions(),
             folder=state.rpartition("/")[2],
             files=tuple(files),
@@ -442,6 +444,7 @@ class _Saving:
     metrics: dict[str, float]
     draft: Path
     """Where this rank's engine wrote."""
+    position: dict[str, Any] | None = None
     engine_error: Exception | None = None
     finished: threading.Event = field(default_factory=threading.Event)
     commit: Commit | None = None

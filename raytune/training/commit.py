@@ -69,6 +69,8 @@ class Commit:
     folder: str
     """Folder of the files inside `path`."""
     files: tuple[SavedFile, ...]
+    position: dict[str, Any] | None = None
+    """Where a run whose rows are streamed goes on reading (data.stream)."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +85,8 @@ class Commit:
         """The content of MANIFEST.json, with a hash of itself: a flipped digit in a manifest is damage too."""
         body = {"format": FORMAT, **asdict(self), "metrics": {name: encode_number(value) for name, value in self.metrics.items()}}
         del body["path"]
+        if self.position is None:
+            del body["position"]
         body["fence"] = body.pop("attempt")  # as it is called in the file that fences older attempts off
         body = json.loads(json.dumps(body, allow_nan=False))
         return json.dumps({**body, "sha256": _json_hash(body)}, indent=1).encode()

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from raytune.data.store import Store
 from raytune.errors import TrainingError
 from raytune.metrics.json_numbers import encode_number
 from raytune.plan.rate_range import RateRange, reason_to_stop
@@ -16,6 +15,7 @@ from raytune.storage import write_json
 from raytune.training.importance import hold_for_once
 from raytune.training.loop import training_steps
 from raytune.training.recorder import Recorder
+from raytune.training.rows import training_rows
 from raytune.training.run import batches_of_run
 from raytune.training.start import Started
 
@@ -34,20 +34,22 @@ def find_rate(started: Started, request: Mapping[str, Any]) -> None:
     """
     plan, worker, engine, tried = started.plan, started.worker, started.engine, RateRange.model_validate(request["range"])
     hold_for_once(started)
-    store = Store.open(plan.data.train.path)
     losses: list[float] = []
     failure: str | None = None
-    with Recorder(plan, engine, started.folder, attempt=worker.attempt, resumed_step=0) as recorder:
+    with (
+        training_rows(plan) as rows,
+        Recorder(plan, engine, started.folder, attempt=worker.attempt, resumed_step=0) as recorder,
+    ):
         try:
             for result in training_steps(
                 engine,
-                batches_of_run(plan, store, worker),
+                batches_of_run(plan, rows, worker),
                 started.loss,
                 tried.rate,
                 start=0,
                 stop=tried.num_steps,
                 seed=plan.seed,
-                named=store.named,
+                named=rows.named,
                 part_sum=started.loss.take_divergence,
             ):
                 worker.check()

@@ -26,7 +26,7 @@ class Recorder:
     `train/skipped` (updates that the divergence guard has skipped since the line before), `train/penalty` (on weights, where
     there is one: added to the loss, and not in `train/loss`), `train/distillation` (the teacher's part of `train/loss`, where
     there is one: weight * temperature^2 * KL), `validation/...`; of suites that are measured while training goes on
-    `SUITE/METRIC`.
+    `SUITE/METRIC`. Of streamed rows there is no `train/epoch`.
 
     Args:
         roll_back: the way back that led to `resumed_step`, if one did.
@@ -77,12 +77,13 @@ class Recorder:
             "train/loss": numbers.loss,
             "train/grad_norm": numbers.grad_norm,
             "train/learning_rate": result.learning_rate,
-            "train/epoch": min(result.step * batch, self._plan.optimization.num_rows) / store.num_rows,
             "train/targets_per_s": result.num_targets * steps_per_s,
             "train/tokens_per_s": store.num_tokens / store.num_rows * batch * steps_per_s,
             "train/wait_s": numbers.waited_s / num_steps,
             "train/memory_bytes": float(peak_memory_bytes(self._engine.device)),
         }
+        if self._plan.data.stream is None:
+            values["train/epoch"] = min(result.step * batch, self._plan.optimization.num_rows) / store.num_rows
         if numbers.loss_scale is not None:
             values |= {"train/loss_scale": numbers.loss_scale, "train/updated": float(numbers.updated)}
         if self._plan.skips_spikes:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from raytune.data.batches import Batch, step_batches
+from raytune.data.batches import Batch, TrainingRows, step_batches
 from raytune.data.slices import Seat
-from raytune.data.store import Store
 from raytune.errors import TrainingError
 from raytune.evaluation.suite_metrics import metrics_of
 from raytune.metrics.events import EventLog
@@ -24,6 +23,7 @@ from raytune.training.loop import training_steps
 from raytune.training.phases import Phases
 from raytune.training.recorder import Recorder
 from raytune.training.requests import Request, Requests, SaveClock, SaveFile, listening
+from raytune.training.rows import position_after, tell_what_was_read, training_rows
 from raytune.training.schedule import learning_rate
 from raytune.training.start import Started, Worker, start
 from raytune.training.stopping import Curve, Noted, Stopping
@@ -98,8 +98,10 @@ def _train_from(first: int, back: RollBack | None, parts: _Parts) -> TrainingErr
     ) as recorder:
         try:
             if not stopping.has_ended(first):
-                with listening(folder, worker.rank, beside=suites.looks) as asked:
-                    _make_steps(first, parts, recorder, stopping, asked)
+                newest = checkpoints.wait()
+                position = newest.position if newest and newest.step == first else None
+                with training_rows(plan, position) as rows, listening(folder, worker.rank, beside=suites.looks) as asked:
+                    _make_steps(first, parts, recorder, stopping, asked, rows)
         except TrainingError as error:
             if not parts.guard.rolls_back or error.bad_step is None:
                 raise
@@ -134,12 +136,13 @@ def _stopping(started: Started, first: int, report: Report) -> Stopping:
     return Stopping(plan.stopping, plan.optimization.num_steps, curve, started.engine.gather_objects, report)
 
 
-def _make_steps(first: int, parts: _Parts, recorder: Recorder, stopping: Stopping, save_file: SaveFile) -> None:
+def _make_steps(
+    first: int, parts: _Parts, recorder: Recorder, stopping: Stopping, save_file: SaveFile, rows: TrainingRows
+) -> None:
     """Train from the step after `first` to the last, or to where a rule ends the run, and do what is due on the way."""
     started, checkpoints, suites = parts.started, parts.checkpoints, parts.suites
     plan, worker, engine, guard = started.plan, started.worker, started.engine, parts.guard
     timetable, validation = Timetable.of(plan), HeldOut.validation(plan, engine, started.loss.cross_entropy)
-    store = Store.open(plan.data.train.path)
     savers = [save_file, *([] if plan.checkpoint.every_s is None else [SaveClock(plan.checkpoint.every_s)])]
     requests = Requests([*savers, *suites.sources], engine.gather_objects)
     if first == 0 and (measured := _at_start(plan, validation, suites)):
@@ -150,13 +153,13 @@ def _make_steps(first: int, parts: _Parts, recorder: Recorder, stopping: Stoppin
     parts.phases.reach_step(first)
     for result in training_steps(
         engine,
-        batches_of_run(plan, store, worker),
+        batches_of_run(plan, rows, worker),
         started.loss,
         lambda step: learning_rate(step, plan.optimization) * guard.rate_scale,
         start=first,
         stop=timetable.num_steps,
         seed=plan.seed,
-        named=store.named,
+        named=rows.named,
         norm_limit=guard.norm_limit,
         part_sum=started.loss.take_divergence,
     ):
@@ -179,7 +182,8 @@ def _make_steps(first: int, parts: _Parts, recorder: Recorder, stopping: Stoppin
         ends = (evaluates or measures or Request.TAKE_RESULTS in asked) and stopping.ends_after(step)
         if saves or ends:
             recorder.flush()
-            checkpoints.save(step, metrics=measured)
+            checkpoints.save(step, metrics=measured, position=position_after(step, plan, rows))
+            tell_what_was_read(rows, step, parts.report)
             for saver in savers:
                 saver.saved()
         if timetable.is_rung(step):
@@ -208,14 +212,14 @@ def _told(folder: RunFolder, worker: Worker) -> Iterator[Report]:
         yield events.write
 
 
-def batches_of_run(plan: RunPlan, store: Store, worker: Worker) -> Callable[[int], Sequence[Batch]]:
+def batches_of_run(plan: RunPlan, rows: TrainingRows, worker: Worker) -> Callable[[int], Sequence[Batch]]:
     """This rank's micro-batches of a step."""
 
     seat = Seat.of(plan.batch, worker.rank, worker.world_size)
 
     def batches_of(step: int) -> Sequence[Batch]:
         batches = step_batches(
-            store,
+            rows,
             step=step,
             rank=seat.group,
             world=seat.num_groups,

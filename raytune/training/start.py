@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from raytune.data.batches import Batch, step_batches
-from raytune.data.store import Store
 from raytune.errors import RaytuneError
 from raytune.model.adapters import adapting
 from raytune.model.adapters.beside_updates import BesideUpdates
@@ -36,6 +35,7 @@ from raytune.training.objectives import TokenLoss
 from raytune.training.optimizer import build_optimizer
 from raytune.training.peers import Peers, gather_in_own_group
 from raytune.training.penalty import penalty_of
+from raytune.training.rows import training_rows
 from raytune.training.teacher import Teacher, base_beneath
 from raytune.training.user_objective import objective_from
 
@@ -256,16 +256,17 @@ def _look_at_data(model: Any, plan: RunPlan, device: torch.device) -> None:
     row = adapting(plan.adapter)
     if not row.starts_from_data(plan.adapter):
         return
-    batches = step_batches(
-        Store.open(plan.data.train.path),
-        step=0,
-        rank=0,
-        world=1,
-        micro_batch_size=plan.batch.micro_batch_size,
-        accumulation=plan.batch.workers * plan.batch.accumulation,
-        num_rows_in_run=plan.optimization.num_rows,
-        seed=plan.seed,
-    )
+    with training_rows(plan) as rows:
+        batches = step_batches(
+            rows,
+            step=0,
+            rank=0,
+            world=1,
+            micro_batch_size=plan.batch.micro_batch_size,
+            accumulation=plan.batch.workers * plan.batch.accumulation,
+            num_rows_in_run=plan.optimization.num_rows,
+            seed=plan.seed,
+        )
     row.start_from_data(
         model, (model_inputs(batch.to(device), plan.model.attention, packs=plan.model.packs) for batch in batches)
     )

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from raytune.config.data import DataSource
 from raytune.config.split import SplitSection
 from raytune.data import sources, tokenising
-from raytune.data.build import build_store, resolved_too_long
-from raytune.data.shards import ShardResult, ShardTask, Tally
+from raytune.data.build import build_store
+from raytune.data.shards import ShardResult, ShardTask, Tally, resolved_too_long
 from raytune.data.source_rows import read_conversations
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
