@@ -19,7 +19,7 @@ from raytune.data.shaping import shaped
 from raytune.data.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong, resolved_too_long
 from raytune.data.source_files import find_files
 from raytune.data.source_rows import read_parts, readings_of
-from raytune.data.sources import ScannedFile, Segment, scan
+from raytune.data.sources import ScannedFile, Segment, scan, unscanned
 from raytune.data.store import view
 from raytune.data.template import ChatTemplate
 from raytune.data.text_encoder import TextEncoder, bytes_before
@@ -132,6 +132,8 @@ class Previewer:
     options: TokenisingOptions
     augmentation: Augmentation | None
     """What is made of rows beside themselves."""
+    is_streamed: bool
+    """Whether files are larger than anybody reads through for their first rows."""
     too_long: Any
     encoder: TextEncoder
     chat: ChatTemplate | None
@@ -147,7 +149,9 @@ class Previewer:
             DataError: if its format cannot be told, or it has no good row.
         """
         with TemporaryDirectory() as folder:
-            files = [scan(file, source.max_rows) for file in find_files(source, Path(folder))]
+            reads_through = not (self.is_streamed and isinstance(wanted, int))
+            found = find_files(source, Path(folder))
+            files = [scan(file, source.max_rows) if reads_through else unscanned(file) for file in found]
             (reading,) = readings_of([source], [files])
             parts = [
                 ShardPart(segment=segment, file_index=index, reading=reading, fingerprint=file.fingerprint, only_line=line)

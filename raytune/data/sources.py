@@ -134,6 +134,11 @@ def unread_parts(file: SourceFile) -> tuple[Segment, ...]:
     return (Segment(file, 0, sys.maxsize if is_lines else None, 1),)
 
 
+def unscanned(file: SourceFile) -> ScannedFile:
+    """A file that nobody reads through, for who wants its first rows; see `unread_parts`."""
+    return ScannedFile(file, "", unread_parts(file), None)
+
+
 # --- Details -----------------------------------------------------------------------------------------------------------------
 
 

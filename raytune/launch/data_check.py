@@ -138,7 +138,8 @@ def _first_rows(config: RunConfig, max_rows: int, store: str) -> RunConfig:
         "replay": replay and replay.model_copy(update={"data": few(replay.data)}),
         "ewc": ewc and ewc.model_copy(update={"data": few(ewc.data)}),
     }
-    rows = {"train": few(data.train), "validation": few(data.validation), "store": store, "streaming": None}
+    held_out = {"validation": few(data.validation), "test": few(data.test)}
+    rows = {"train": few(data.train), **held_out, "store": store, "streaming": None}
     return config.model_copy(
         update={"data": data.model_copy(update=rows), "strategy": config.strategy.model_copy(update=strategy)}
     )

@@ -173,7 +173,9 @@ def score(run: RunToScore, sources: Sequence[DataSource], *, output: str | None 
             update={
                 "storage": folder.scores,
                 "name": f"{_name_of(sources)}-{uuid.uuid4().hex[:8]}.unfinished",
-                "data": plan.data.model_copy(update={"train": store_plan_of("rows", info), "validation": [], "test": []}),
+                "data": plan.data.model_copy(
+                    update={"train": store_plan_of("rows", info), "validation": [], "test": [], "stream": None}
+                ),
             }
         )
         failure = fit(scoring, ATTEMPT, lambda: None, "score", weights.request)

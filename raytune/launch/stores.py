@@ -247,6 +247,7 @@ class DataBuilder:
         return Previewer(
             options=options,
             augmentation=self._augmentation if is_trained else None,
+            is_streamed=is_trained and config.data.streaming is not None,
             too_long=config.data.too_long,
             encoder=TextEncoder(self._tokenizer),
             chat=self._chat,

@@ -28,6 +28,7 @@ from raytune.data.store import Store
 from raytune.data.stream import Position, Recipe, Stream, windows_from
 from raytune.errors import DataError, PlanError
 from raytune.launch.data_check import check_data
+from raytune.launch.data_preview import preview_data
 from raytune.launch.first_window import first_window
 from raytune.model.demo import demo_base_path
 from raytune.plan.augmenting import code_of
@@ -328,6 +329,18 @@ def test_a_check_says_how_many_of_the_rows_it_looked_at(tmp_path: Path) -> None:
     assert "Looked at the first 50 rows of each source; 1 limit is exceeded" in str(more)
     with pytest.raises(PlanError, match=r"Leave data\.quality out"):
         check_data(config_from({**config.model_dump(mode="json", exclude_unset=True), "data": {**data, "quality": {}}}))
+
+
+def test_a_preview_reads_no_further_than_the_rows_that_it_shows(tmp_path: Path) -> None:
+    whole = write_chats(tmp_path / "whole.jsonl", 500).read_bytes()
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(whole)[:-100])
+    data = {"train": str(cut), "streaming": {"window": 40}}
+    config = config_from({"name": "a", "model": {"base": "demo"}, "data": data, "training": {"max_steps": 5}})
+    shown = preview_data(config, rows=2).documents
+    assert [document.origin.rpartition(":")[2] for document in shown] == ["1", "2"]
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz"):
+        preview_data(config_from(config.model_dump(mode="json", exclude_unset=True) | {"data": {"train": str(cut)}}), rows=2)
 
 
 def test_nobody_reads_on_behind_a_closed_stream(tmp_path: Path) -> None:
