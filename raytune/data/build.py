@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -115,10 +115,11 @@ def build_store(
                 tasks = _with_places(tasks, draft)
                 if is_alone:
                     tidy(draft, [Path(task.output).name for task in tasks], time.time())
-                standing = Standing(total_rows=_about_rows(request, scanned), num_shards=len(tasks))
+                there = {task.number for task in tasks if Path(task.output).exists()}
+                standing = Standing(total_rows=_about_rows(request, scanned), num_shards=len(tasks), shards_found=len(there))
                 try:
                     with noting(draft, standing, report), _full_disk_in_words(stores, standing):
-                        results = _tokenised(partial(parallel_map, tokenise_shard), tasks, standing)
+                        results = _tokenised(partial(parallel_map, tokenise_shard), tasks, there, standing)
                         info = _written(request, scanned, readings, policies, results, findings, draft, final)
                 except FileNotFoundError:  # removed by another builder in this draft, who is done
                     if (info := intact(final)) is None:
@@ -143,11 +144,16 @@ def _downloads(stores: Path, request: StoreRequest) -> Iterator[Path]:
 
 
 def _tokenised(
-    tokenise: Callable[[Sequence[ShardTask]], Iterable[ShardResult]], tasks: Sequence[ShardTask], standing: Standing
+    tokenise: Callable[[Sequence[ShardTask]], Iterable[ShardResult]],
+    tasks: Sequence[ShardTask],
+    there: Collection[int],
+    standing: Standing,
 ) -> list[ShardResult]:
-    """All shards in order, made or found in the draft."""
-    left = {task.number for task in tasks if Path(task.output).exists()}
-    standing.shards_found = len(left)
+    """All shards in order, made or found in the draft.
+
+    Args:
+        there: numbers of those that a build before this one left.
+    """
     results: list[ShardResult] = []
     for result in tokenise(tasks):
         results.append(result)
@@ -158,11 +164,11 @@ def _tokenised(
             standing.rows_found += rows
     standing.is_packing = True
     results.sort(key=lambda result: result.number)
-    if damaged := [result for result in results if result.number in left and not result.was_found]:
+    if damaged := [result for result in results if result.number in there and not result.was_found]:
         _log.warning(
             "%d of %d shards that a build before this one left were damaged and have been tokenised again; the first is %s.",
             len(damaged),
-            len(left),
+            len(there),
             Path(damaged[0].path).parent,
         )
     return results
