@@ -27,6 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raytune.errors import ModelError
 from raytune.model.export import in_dtype
+from raytune.model.freed_memory import freed_at_once
 from raytune.model.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from raytune.model.stored_weights import StoredWeights
 from raytune.model.weight_files import StoredTensor
@@ -126,6 +127,7 @@ class GgufModel:
         """Of all tensors."""
         return sum(tensor.num_bytes for tensor in self._tensors)
 
+    @freed_at_once()
     def write(self, path: Path) -> None:
         """Write the file; memory holds one tensor.
 

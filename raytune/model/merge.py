@@ -48,6 +48,7 @@ from raytune.model.export import (
     write_weights,
 )
 from raytune.model.files import resolve_model_path
+from raytune.model.freed_memory import freed_at_once
 from raytune.model.hub import download_base
 from raytune.model.merge_experts import PackedExperts
 from raytune.model.merge_parameters import ParameterUpdates
@@ -68,6 +69,7 @@ _OF_BASE = (".base_layer.weight", ".base_layer.bias")
 """Ends of the names of what belongs to the base in an adapter's file."""
 
 
+@freed_at_once()
 def merge_adapter(
     adapter_folder: Path,
     output_folder: Path,

@@ -14,6 +14,7 @@ from raytune.model.base_check import check_files
 from raytune.model.base_content import SAVED_WITH_IT
 from raytune.model.export import COMBINATION, in_dtype, write_weights
 from raytune.model.files import resolve_model_path
+from raytune.model.freed_memory import freed_at_once
 from raytune.model.pretrained import load_config, model_class
 from raytune.model.stopping import saved_config
 from raytune.model.stored_weights import StoredWeights
@@ -38,6 +39,7 @@ class WholeModel:
         """Settings of generation, if the folder has any."""
         return saved_config(self.folder)
 
+    @freed_at_once()
     def save(self, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
         """Write it into an empty folder, and read that again.
 
