@@ -186,6 +186,12 @@ def _variables(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _says_something(text: str | None) -> str | None:
+    if text is not None and not text.strip():
+        raise ValueError(f"must have words, got {text!r}; leave it out where chats are to have no system prompt")
+    return text
+
+
 def _within(value: Any) -> Iterator[Any]:
     """All that lists and mappings hold, keys too."""
     if isinstance(value, list):
@@ -231,7 +237,7 @@ class DataSection(Section):
     """Variables of the chat template and their values, for example `{enable_thinking: false}`; one that it does not read is
     refused with those that it reads. They are saved with the model, in its template, so that it is asked as it was trained: by
     raytune and by whoever reads that template. A caller who passes a variable of his own has his way."""
-    system: Annotated[Text | None, Field(examples=["Answer in one sentence."])] = None
+    system: Annotated[Text | None, AfterValidator(_says_something), Field(examples=["Answer in one sentence."])] = None
     """System prompt of conversations: of those that have none, or of all (`system_when`). It is saved with the model, in its
     template, as that of chats that have none."""
     system_when: Literal["missing", "always"] = "missing"

@@ -22,7 +22,7 @@ TooLong = Literal["truncate", "truncate_left", "drop", "split", "split_turns", "
 """What is done with a long document: `data.too_long` without `auto`."""
 
 ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""Calls a function on every task and gives the results in order."""
+"""Calls a function on every task and gives each result when it is there, in whichever order."""
 
 NUM_EXAMPLES = 5
 

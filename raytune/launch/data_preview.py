@@ -183,6 +183,6 @@ def _lost(name: str, tally: Tally) -> list[str]:
         lines += [f"{example}: {why}" if what != "bad" else f"{example} ({why})" for example in examples]
         if (more := tally.counts[what] - len(examples)) > 0:
             lines.append(f"{name}: {more} more rows: {why}")
-    if other := tally.counts["other_side"]:
-        lines.append(f"{name}: {other} row{'s' * (other != 1)} held out by data.validation_fraction, and so not trained")
+    if other := tally.counts["other_side"] + tally.counts["test_side"]:
+        lines.append(f"{name}: {other} row{'s' * (other != 1)} on another side of the split, and so not trained")
     return lines

@@ -7,7 +7,7 @@ negative log-likelihood of the answer's tokens and of its end (sequence likeliho
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune.config.data import DataSource
@@ -116,7 +116,7 @@ def rank(
     try:
         pairs = f"{scratch}/pairs.jsonl"
         write_bytes(pairs, "".join(json.dumps(as_pair(row), ensure_ascii=False) + "\n" for row in answers.rows).encode())
-        scores = score(run, [DataSource(path=pairs, format="messages")], output=f"{scratch}/scores.jsonl")
+        scores = score(as_asked(run), [DataSource(path=pairs, format="messages")], output=f"{scratch}/scores.jsonl")
     finally:
         remove_folder(scratch, run.folder.scores)
     ranked = ranked_rows(answers.rows, scores.rows)
@@ -130,6 +130,13 @@ def rank(
         num_ranked=len(ranked),
         mean=sum(row.uncertainty for row in ranked) / len(ranked),
     )
+
+
+def as_asked(run: RunToScore) -> RunToScore:
+    """The run with nothing that would score an answer behind another prompt, or in another form, than the model wrote it in."""
+    as_it_is = {"system": None, "max_turns": None, "reasoning": "keep", "train_empty_thought": True}
+    data = run.config.data.model_copy(update=as_it_is | {"too_long": "drop"})
+    return replace(run, config=run.config.model_copy(update={"data": data}))
 
 
 def as_pair(row: AnsweredRow) -> Mapping[str, Any]:

@@ -238,9 +238,10 @@ class Verdict:
 def verdicts(report: DataReport, data: DataSection) -> list[Verdict]:
     """What `data.limits` and the policies beside it say of the rows of a run.
 
-    The held-out side of a split is not judged: its rows are of the same files as those that are.
+    The sides that a split holds out are not judged: their rows are of the same files as those that are.
     """
-    judged = {use: store for use, store in stores_of(report) if not (data.validation_fraction and store in report.held_out)}
+    of_split = [*(report.validation.values() if data.holds_out else ()), *(report.test.values() if data.test_fraction else ())]
+    judged = {use: store for use, store in stores_of(report) if not any(store is side for side in of_split)}
     return verdicts_of(judged, data)
 
 

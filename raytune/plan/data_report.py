@@ -190,11 +190,6 @@ class DataReport(Plan):
     ewc: StoreReport | None = None
     """What the importance of weights is estimated from, a document per row; None without EWC."""
 
-    @property
-    def held_out(self) -> list[StoreReport]:
-        """Rows that are measured, set by set."""
-        return list(self.validation.values())
-
     def __str__(self) -> str:
         return "\n".join([*(f"{label}: {line}" for label, line in report_table(self)), *losses_text(self)])
 
@@ -220,7 +215,7 @@ def losses_text(report: DataReport) -> list[str]:
             lines += [f"{of}: {line}" for line in _losses(source, store.row_length)]
     is_split = any(source.other_side for source in report.train.sources)
     kept = [source.name for source in report.train.sources if is_split and not source.other_side]
-    return [*lines, *(f"{name}: no row of it is held out (data.validation_fraction)" for name in kept)]
+    return [*lines, *(f"{name}: no row of it is held out" for name in kept)]
 
 
 def store_text(report: StoreReport) -> list[str]:

@@ -186,13 +186,24 @@ def test_all_limits_that_are_exceeded_are_told_at_once_source_by_source(tmp_path
     assert refused.value.keys == ("data.limits.lost", "data.limits.no_target", "data.limits.blank_answers", "data.limits.cut")
 
 
-def test_the_held_out_side_of_a_split_is_not_judged_by_rows_of_the_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("split", "held_out"),
+    [
+        ({"validation_fraction": 0.02}, "validation"),
+        ({"test_fraction": 0.02}, "test"),
+        ({"fold": {"index": 0, "of": 50}}, "validation"),
+    ],
+    ids=["validation", "test", "fold"],
+)
+def test_what_a_split_holds_out_is_not_judged_by_rows_of_the_other_side(
+    split: dict[str, Any], held_out: str, tmp_path: Path
+) -> None:
     """A torn line lies on both sides, and would be most of the smaller one."""
     path = write(tmp_path / "rows.jsonl", [*fine(97), "{", "[", "1"])
-    facts = built(tmp_path, path, on_bad_row="skip", validation_fraction=0.02)
+    facts = built(tmp_path, path, on_bad_row="skip", **split)
     assert facts.report is not None
-    (held_out,) = facts.report.validation["validation"].sources
-    assert held_out.bad > 0.1 * (held_out.rows - held_out.other_side)
+    (source,) = getattr(facts.report, held_out)[held_out].sources
+    assert source.bad > 0.1 * (source.rows - source.other_side - source.test_side)
 
 
 def test_a_check_names_the_key_in_its_file(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_row_of_the_other_side_of_a_split_is_said_to_be_held_out(tmp_path: Pat
     shown = raytune.data_preview(run(tmp_path, train=str(rows), validation_fraction=0.5), rows=40)
     held_out = 40 - len(shown.documents)
     assert 5 < held_out < 35
-    assert shown.lost == [f"rows: {held_out} rows held out by data.validation_fraction, and so not trained"]
+    assert shown.lost == [f"rows: {held_out} rows on another side of the split, and so not trained"]
 
 
 @pytest.mark.parametrize(

@@ -319,3 +319,9 @@ def test_pieces_are_the_exchanges_in_order_and_each_has_as_many_as_fit(sizes: li
     else:
         assert length(kept) <= limit
         assert kept.messages[-1] == row.messages[-1]
+
+
+@pytest.mark.parametrize("text", [" ", "\n\t"])
+def test_a_system_prompt_without_words_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must have words"):
+        DataSection(system=text)

@@ -13,10 +13,11 @@ from raytune.config.data import DataSource
 from raytune.data.conversation import Origin
 from raytune.data.masking import trained_turns
 from raytune.data.recognising import AS_MESSAGES, read_row
+from raytune.data.shaping import AS_IT_IS, Shape
 from raytune.errors import UserError
 from raytune.evaluation.scored_rows import ScoredRow
 from raytune.launch.generate import AnsweredRow
-from raytune.launch.rank import Ranking, as_pair, rank, ranked_rows
+from raytune.launch.rank import Ranking, as_asked, as_pair, rank, ranked_rows
 from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.score import RunToScore, run_to_score
 from raytune.run_folder import RunFolder
@@ -77,6 +78,16 @@ def finished(folder: Path, *, template: str = "{{ messages }}", targets: str = "
     RunRecord(name="tiny", state="finished", attempts=1, created=time.time(), config=config, versions={}).write(run)
     write_plan(run, tiny_plan(storage=str(folder)).model_copy(update={"template": template}))
     return run_to_score(run.path)
+
+
+def test_an_answer_is_scored_behind_the_prompt_that_it_was_written_to(tmp_path: Path) -> None:
+    """Whatever a run makes of its training rows: its system prompt is in the template that the model is asked in."""
+    run = finished(tmp_path, targets="last")
+    changed = {"system": "S", "max_turns": 1, "reasoning": "none", "train_empty_thought": False, "too_long": "truncate"}
+    trained = replace(run, config=run.config.model_copy(update={"data": run.config.data.model_copy(update=changed)}))
+    data = as_asked(trained).config.data
+    assert Shape.of(data) == AS_IT_IS
+    assert (data.too_long, data.train_empty_thought, data.targets) == ("drop", True, "last")
 
 
 def test_what_cannot_be_ranked_is_refused_before_anything_starts(tmp_path: Path) -> None:
