@@ -1,7 +1,8 @@
 """What is found among training rows before they are tokenised (`data.quality`), and which rows its policies leave out.
 
-Every good row is marked by the processes that tokenise (`row_marks`), and the marks are compared here (`row_findings`). A million
-rows take some 500 MB of memory and, with signatures, 1 GB in the draft of the store. Rows are read again to be tokenised.
+Every good row is marked by the processes that tokenise (`row_marks`), and the marks are compared here (`row_findings`). By what
+200,000 rows took, a million take 500 MB of memory and, with signatures, 1 GB in the draft of the store. Rows are read again to be
+tokenised.
 """
 
 import uuid

@@ -104,7 +104,7 @@ class StoreRequest:
     """Of each source; empty: each is 1."""
     quality: QualitySection | None = None
     held_out: tuple[DataSource, ...] = ()
-    """Rows for validation in files of their own, that `quality` looks for."""
+    """Rows for validation or the test in files of their own, that `quality` looks for."""
 
     @property
     def all_sources(self) -> tuple[DataSource, ...]:

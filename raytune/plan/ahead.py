@@ -34,6 +34,9 @@ from raytune.units import format_count
 
 BYTES_PER_TOKEN = 4
 """Of text and the keys around it, in files of English rows; other languages have fewer."""
+_COUNTED = "counted: they are built in, and so is the tokenizer"
+_BY_BYTES = f"at {BYTES_PER_TOKEN} bytes of its rows per token"
+"""Where a number of tokens that is one of rows as they are comes from."""
 MAX_NODES = 16
 """Largest cluster that a comparison looks at."""
 
@@ -123,12 +126,12 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
     if num_tokens is not None:
         source = "as --tokens says"
     elif (counted := _demo_tokens(config)) is not None:
-        num_tokens, source = counted, "counted: they are built in, and so is the tokenizer"
+        num_tokens, source = counted, _COUNTED
     elif (sizes := _file_bytes(trained_sources(config))) is not None:
         if not sum(sizes):
             raise UserError(f"data.train ({', '.join(one.path for one in config.data.train)}) is empty.", keys=("data.train",))
         num_bytes = int(_as_mixed(config, sizes))
-        num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), f"at {BYTES_PER_TOKEN} bytes of its rows per token"
+        num_tokens, source = max(1, num_bytes // BYTES_PER_TOKEN), _BY_BYTES
     elif config.training.max_steps is not None:
         num_tokens, source = config.training.max_steps * DEFAULT_ROWS * row_length, "enough for training.max_steps"
     else:
@@ -137,6 +140,8 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
             f"How many tokens data.train ({paths}) has cannot be seen from here: it is not in local files. Say it, for example "
             f"`--tokens 50M`."
         )
+    if (copies := config.data.augment.copies) and source in (_COUNTED, _BY_BYTES):
+        num_tokens, source = num_tokens * (1 + copies), f"{source}; {1 + copies} times as many with data.augment"
     names, tests = list(evaluated_sets(config)), list(tested_sets(config))
     fold = config.data.fold
     share = 1 / fold.of if fold else config.data.validation_fraction

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from raytune.config.augment import AugmentSection
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.demo import demo_rows
@@ -190,6 +191,11 @@ def test_files_are_weighed_where_nobody_says_how_many_tokens_there_are(tmp_path:
     assert facts.train.num_rows == 6
     assert [store.name for store in facts.validation] == ["validation"]
     assert assumed_data(config, 512, 99).train.num_tokens == 99, "what is said counts"
+    copied = config.model_copy(update={"data": config.data.model_copy(update={"augment": AugmentSection(copies=2, noise=0.1)})})
+    more = assumed_data(copied, 512, None)
+    assert more.train.num_tokens == 3 * facts.train.num_tokens
+    assert "3 times as many with data.augment" in (more.assumption or "")
+    assert assumed_data(copied, 512, 99).train.num_tokens == 99
 
 
 @pytest.mark.parametrize("split", SPLITS)
