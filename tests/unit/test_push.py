@@ -1,5 +1,7 @@
 """What is pushed is looked at first, arrives whole or not at all, is read back, and loads where no raytune is."""
 
+import hashlib
+import inspect
 import json
 import logging
 import os
@@ -28,23 +30,32 @@ from tests.tiny import save_tiny_model, tiny_model
 NAME = "me/tiny"
 WEIGHTS = "model.safetensors"
 IDS = [[257, 72, 101, 108, 108, 111]]
+
+
+def found(model: Any) -> tuple[str, list[float]]:
+    weights = hashlib.sha256(b"".join(weight.numpy().tobytes() for _, weight in sorted(model.state_dict().items()))).hexdigest()
+    with torch.no_grad():
+        return weights, model.eval()(torch.tensor(IDS)).logits.flatten().tolist()
+
+
 LOADS = f"""
-import json, os, sys
+import hashlib, json, sys
+from typing import Any
 import fsspec, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(torch.tensor({IDS})).logits.double().flatten().tolist()
+IDS = {IDS}
+
+{inspect.getsource(found)}
 
 fsspec.filesystem("s3").get("runs/pushed/", "from_s3/", recursive=True)
 base = AutoModelForCausalLM.from_pretrained("{NAME}")
 assert AutoTokenizer.from_pretrained("{NAME}").chat_template
-found = [logits(base), logits(AutoModelForCausalLM.from_pretrained("from_s3"))]
-found.append(logits(PeftModel.from_pretrained(base, "me/adapter")))
+models = [found(base), found(AutoModelForCausalLM.from_pretrained("from_s3"))]
+models.append(found(PeftModel.from_pretrained(base, "me/adapter")))
 assert not any(name.split(".")[0] == "raytune" for name in sys.modules)
-print(json.dumps(found))
+print(json.dumps(models))
 """
 
 
@@ -105,12 +116,16 @@ def test_what_was_pushed_computes_the_same_where_no_raytune_is(
         [sys.executable, "-c", LOADS], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    base: Any = tiny_model().eval()
-    with torch.no_grad():
-        own = base(torch.tensor(IDS)).logits.double().flatten().tolist()
-        adapted = PeftModel.from_pretrained(base, adapter).eval()(torch.tensor(IDS)).logits.double().flatten().tolist()
-    assert json.loads(process.stdout.splitlines()[-1]) == [own, own, adapted]
+    base: Any = tiny_model()
+    own = found(base)
+    adapted = found(PeftModel.from_pretrained(base, adapter))
     assert adapted != own
+    for (weights, logits), (own_weights, own_logits) in zip(
+        json.loads(process.stdout.splitlines()[-1]), (own, own, adapted), strict=True
+    ):
+        assert weights == own_weights
+        # Equal weights; but a product sums in the order that suits where in memory they lie, which is another in each process.
+        assert logits == pytest.approx(own_logits, abs=1e-6)
 
 
 def test_only_the_model_is_sent_and_the_rest_is_named(logged_in: StandIn, tiny: Path, tmp_path: Path) -> None:
