@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -170,6 +171,13 @@ def render(spec: ClusterSpec, target: Target, facts: dict[str, Any]) -> str:
     Args:
         facts: what the target's own module works out, beside `spec`.
     """
+    text = _environment().get_template(f"{template_of(spec, target)}.j2").render(spec=spec, user=spec.user, **facts)
+    return text if text.endswith("\n") else text + "\n"
+
+
+@cache
+def _environment() -> Any:
+    """Jinja's, which keeps each template as it compiled it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = TEMPLATES if TEMPLATES.is_dir() else PACKAGED_TEMPLATES
@@ -184,8 +192,7 @@ def render(spec: ClusterSpec, target: Target, facts: dict[str, Any]) -> str:
     )
     filters: dict[str, Callable[..., str]] = {"q": json.dumps, "sh": shlex.quote, "rate": format_rate}
     environment.filters.update(filters)
-    text = environment.get_template(f"{template_of(spec, target)}.j2").render(spec=spec, user=spec.user, **facts)
-    return text if text.endswith("\n") else text + "\n"
+    return environment
 
 
 def template_of(spec: ClusterSpec, target: Target) -> str:

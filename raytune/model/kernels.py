@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from torch import nn
 
@@ -32,8 +33,10 @@ def _bypassed(model: nn.Module, is_meant: Callable[[nn.Module], bool]) -> Iterat
             yield f"{path}.{name}" if path else name
 
 
-def _read_by(kind: type[nn.Module]) -> set[str]:
+@lru_cache(maxsize=256)
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
+    # Kept: to find the lines of a class, Python parses its whole file, and a model has one kind in each of its layers.
     try:
-        return {*READ.findall(inspect.getsource(kind))}
+        return frozenset(READ.findall(inspect.getsource(kind)))
     except (OSError, TypeError):  # classes without a file
-        return set()
+        return frozenset()

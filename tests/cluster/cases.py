@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import yaml
-
 from raytune.clusters.kuberay import kuberay_yaml
 from raytune.clusters.provider import KUBERAY, ClusterSpec, Target, cluster_spec
 from raytune.clusters.ray_up import ray_up_text
 from raytune.config.load import config_from
 from raytune.plan.ahead import compare
 from raytune.plan.hardware import load_catalogue
+from tests.yaml_text import read_all_yaml, read_yaml
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 CLIENT = "203.0.113.7/32"
@@ -94,8 +93,8 @@ def text_of(instance: str, target: Target = "ray-up", **keys: Any) -> str:
 
 
 def data_of(instance: str, target: Target = "ray-up", **keys: Any) -> Any:
-    return yaml.safe_load(text_of(instance, target, **keys))
+    return read_yaml(text_of(instance, target, **keys))
 
 
 def manifests_of(instance: str, target: Target, **keys: Any) -> list[Any]:
-    return list(yaml.safe_load_all(text_of(instance, target, **keys)))
+    return list(read_all_yaml(text_of(instance, target, **keys)))

@@ -15,6 +15,7 @@ from raytune.clusters.provider import KUBERAY, Target
 from raytune.config.load import config_from
 from raytune.errors import UserError
 from tests.cluster.cases import A100S, H100S, INSTANCES, MARKETS, SIZES, manifests_of, nodes_by_plan, spec_of, text_of
+from tests.yaml_text import read_yaml
 
 CRDS = Path(__file__).parent / "crds"
 QUEUED = {"provider": {"kubernetes": {"queue": "gpus", "storage_claim": "runs"}}}
@@ -106,7 +107,7 @@ def test_a_job_does_not_wait_unseen_is_not_repeated_blindly_and_leaves_nothing_b
 
 def test_the_job_trains_the_run_that_was_rendered() -> None:
     config_map, job = manifests_of("p5.48xlarge", "kuberay", name="my.run", training={"max_steps": 7})
-    run = config_from(yaml.safe_load(config_map["data"]["run.yaml"]))
+    run = config_from(read_yaml(config_map["data"]["run.yaml"]))
     assert (run.name, run.training.max_steps) == ("my.run", 7)
     folder, _, name = job["spec"]["entrypoint"].rpartition(" ")[2].rpartition("/")
     assert name in config_map["data"]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -36,6 +35,7 @@ from tests.cluster.cases import (
     spec_of,
     text_of,
 )
+from tests.yaml_text import read_yaml
 
 AWS, GCP, AZURE = FAMILIES["aws"], FAMILIES["gcp"], FAMILIES["azure"]
 ROOT = Path(__file__).parents[2]
@@ -463,7 +463,7 @@ def test_a_shipped_overlay_renders_with_the_quickstart_for_every_target(overlay:
             done = CliRunner().invoke(cli, [*command, "--target", target, "--output", str(output)])
             assert done.exit_code == 0, done.output
             assert CliRunner().invoke(cli, [*command, "--target", target]).stdout == output.read_text()
-    prepared(yaml.safe_load((tmp_path / "ray-up").read_text()))
+    prepared(read_yaml((tmp_path / "ray-up").read_text()))
 
 
 def test_a_refusal_on_the_command_line_names_the_keys_and_ends_with_2() -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from raytune.clusters.provider import KUBERAY, Target
 from raytune.config.problems import ConfigError
 from raytune.token_file import make_token
 from tests.cluster.cases import CLIENT, CLOUDS, FAMILIES, INSTANCES, data_of, manifests_of, spec_of, text_of
+from tests.yaml_text import read_yaml
 
 IN_CLOUDS = [instance for instance in INSTANCES if CLOUDS[instance] != "on-prem"]
 ROOT = Path(__file__).parents[2]
@@ -236,4 +236,4 @@ def test_a_token_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
 def test_yaml_of_every_target_is_read_the_same_by_a_yaml_1_1_reader() -> None:
     """kubectl, Ray and AWS read YAML 1.1, where `on`, `yes` and 0440 are not what they look like."""
     for instance in INSTANCES:
-        assert all(isinstance(key, str) for path, _ in leaves(yaml.safe_load(text_of(instance))) for key in path)
+        assert all(isinstance(key, str) for path, _ in leaves(read_yaml(text_of(instance))) for key in path)

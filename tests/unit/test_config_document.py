@@ -5,7 +5,6 @@ import shlex
 
 import jsonschema
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from raytune.cli import cli
@@ -15,6 +14,7 @@ from raytune.config.error_pages import ERROR_PAGES
 from raytune.config.keys import example_of, keys, keys_in
 from raytune.config.load import ConfigError, config_from, dump_yaml, load_config
 from raytune.errors import UserError
+from tests.yaml_text import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_the_schema_accepts_what_loading_accepts(data: dict, validator: jsonsche
 
 def test_the_schema_accepts_what_is_dumped(validator: jsonschema.Draft7Validator):
     for overrides in ([], ["adapter.method=qlora"], ["evaluation.generation.rows=a.jsonl", "checkpoint.every=1h"]):
-        dumped = yaml.safe_load(dump_yaml(load_config([], overrides), full=True))
+        dumped = read_yaml(dump_yaml(load_config([], overrides), full=True))
         validator.validate(dumped)
 
 

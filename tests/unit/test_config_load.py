@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -19,6 +18,7 @@ from raytune.config.load import ConfigError, config_diff, config_from, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.config.validate import MAX_PROBLEMS
 from raytune.config.yaml_nodes import write_yaml
+from tests.yaml_text import read_yaml
 
 
 def written(folder: Path, content: str | bytes, name: str = "run.yaml") -> Path:
@@ -213,8 +213,8 @@ def test_every_leaf_can_be_overridden_and_survives_a_round_trip(key):
     for part in path.split("."):
         at = at[int(part)] if part.isdigit() else at[part]
     assert at == schema.dump_python(schema.validate_python(value))
-    assert config_from(yaml.safe_load(dump_yaml(config, full=True))) == config
-    assert config_from(yaml.safe_load(dump_yaml(config))) == config
+    assert config_from(read_yaml(dump_yaml(config, full=True))) == config
+    assert config_from(read_yaml(dump_yaml(config))) == config
 
 
 def test_the_python_api_takes_mappings_and_configs():

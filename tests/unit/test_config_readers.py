@@ -17,6 +17,7 @@ from raytune.plan.ahead import plan_ahead
 from raytune.sweeps.space import check_space, trial_config, trials_of
 from raytune.sweeps.trial import Trial
 from tests.unit.plan_cases import planned
+from tests.yaml_text import read_yaml
 
 ROOT = Path(__file__).parents[2]
 VALIDATED = {"data": {"train": "a.jsonl", "validation": "b.jsonl"}}
@@ -164,8 +165,8 @@ def test_what_nothing_reads_is_refused_at_its_place(case: str, tmp_path: Path) -
 @pytest.mark.parametrize("case", READ)
 def test_what_is_read_or_asks_for_nothing_is_not_refused(case: str) -> None:
     config = config_from(READ[case])
-    assert config_from(yaml.safe_load(dump_yaml(config))) == config
-    assert config_from(yaml.safe_load(dump_yaml(config, full=True))) == config
+    assert config_from(read_yaml(dump_yaml(config))) == config
+    assert config_from(read_yaml(dump_yaml(config, full=True))) == config
     assert config_from(config) == config
 
 
@@ -230,7 +231,7 @@ def test_a_key_of_the_run_that_only_some_trials_read_is_left_out_of_the_others()
     for trial in trials_of(run):
         config = trial_config(run, trial)
         assert not [key for key in unread(config) if key.is_refused]
-        assert config_from(yaml.safe_load(dump_yaml(config))) == config
+        assert config_from(read_yaml(dump_yaml(config))) == config
 
 
 def test_a_key_of_the_run_that_no_trial_reads_is_refused(tmp_path: Path) -> None:

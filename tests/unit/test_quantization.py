@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import yaml
 
 from raytune.config.load import config_from, dump_yaml
 from raytune.config.problems import ConfigError
@@ -13,6 +12,7 @@ from raytune.plan.describe import plan_table
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.settings import certain_changes, changes_in_keys
 from tests.unit.plan_cases import LLAMA_3_8B, config, gpus, planned
+from tests.yaml_text import read_yaml
 
 QLORA: dict[str, Any] = {"adapter": {"method": "qlora"}}
 LONG_FORM: dict[str, Any] = {"adapter": {"method": "lora"}, "model": {"quantization": "nf4"}}
@@ -81,4 +81,4 @@ def test_a_base_that_is_trained_itself_cannot_be_quantised() -> None:
 @pytest.mark.parametrize("sections", [QLORA, LONG_FORM, QLORA | {"model": {"quant_storage": "uint8"}}])
 def test_every_form_survives_being_written_out_in_full(sections: dict[str, Any]) -> None:
     written = config_from(sections | {"data": {"train": "x.jsonl"}})
-    assert config_from(yaml.safe_load(dump_yaml(written, full=True))) == written
+    assert config_from(read_yaml(dump_yaml(written, full=True))) == written
