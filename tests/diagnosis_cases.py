@@ -16,8 +16,8 @@ from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.data.demo import demo_rows
 from raytune.errors import TrainingError
-from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence
+from raytune.launch.host import this_machine
 from raytune.launch.outcome import changes
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan

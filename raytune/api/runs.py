@@ -11,9 +11,10 @@ from raytune.config.places import errors_at
 from raytune.errors import UserError
 from raytune.launch.callbacks import Callback, check_callback
 from raytune.launch.callbacks import RunEvent as RunEvent
+from raytune.launch.planning import plan_run
 from raytune.launch.progress import show_progress
 from raytune.launch.result import RunResult
-from raytune.launch.run import plan_run, run
+from raytune.launch.run import run
 
 if TYPE_CHECKING:
     from raytune.launch.check import Findings
@@ -310,7 +311,7 @@ def advise(config: Config, *, tokens: int | None = None, **overrides: Any) -> "A
     Raises:
         raytune.errors.UserError: if the model or the amount of data is not known.
     """
-    from raytune.launch.cluster import this_machine
+    from raytune.launch.host import this_machine
     from raytune.plan.advise import advise
     from raytune.plan.references import describe_base
 

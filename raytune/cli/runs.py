@@ -59,7 +59,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     elif tokens is not None:
         raise UserError("--tokens is for a plan without cluster and data. Set cluster.instance too, or leave it out.")
     else:
-        from raytune.launch.run import plan_run
+        from raytune.launch.planning import plan_run
 
         begin_on(named_address(config.cluster))
         resolved = plan_run(config)
@@ -88,7 +88,7 @@ def advise(
     No row is read and nothing is started: the amount of data is taken from --tokens or the sizes of the files.
     """
     from raytune.config.load import as_one_run
-    from raytune.launch.cluster import this_machine
+    from raytune.launch.host import this_machine
     from raytune.plan.advise import advise as advise_methods
     from raytune.plan.describe import advice_text
     from raytune.plan.references import describe_base
@@ -195,7 +195,7 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 
     if dry_run:
         from raytune.sweeps.describe import dry_run_facts, sweep_text, trials_text
-        from raytune.sweeps.run import plan_of_sweep
+        from raytune.sweeps.planner import plan_of_sweep
 
         begin_on(named_address(config.cluster))
         resolved = plan_of_sweep(config, places)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from raytune.data.columns import column, large_lists, lists
 from raytune.data.mixing import FEWEST_DRAWN, DrawnRows
 from raytune.data.packing import Packing, pack
 from raytune.data.shard_documents import Documents, SourceUse, have_weights, in_buffers
@@ -195,20 +196,19 @@ def _record_batch(rows: Sequence[list[int]], documents: Documents, schema: pa.Sc
     lengths = documents.lengths[members]
     token_offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[document_offsets]
     input_ids, is_target = documents.tokens(members)
-    offsets = pa.array(document_offsets, pa.int32())
     columns: list[Any] = [
-        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(input_ids)),
-        pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(is_target)),
-        pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
-        pa.ListArray.from_arrays(offsets, pa.array(documents.files[members])),
-        pa.ListArray.from_arrays(offsets, pa.array(documents.lines[members])),
-        pa.array(np.add.reduceat(is_target, token_offsets[:-1], dtype=np.int64)),
-        pa.array(np.add.reduceat(documents.num_bytes[members], document_offsets[:-1])),
+        large_lists(token_offsets, input_ids, pa.int32()),
+        large_lists(token_offsets, is_target, pa.bool_()),
+        lists(document_offsets, lengths, pa.int32()),
+        lists(document_offsets, documents.files[members], pa.int32()),
+        lists(document_offsets, documents.lines[members], pa.int64()),
+        column(np.add.reduceat(is_target, token_offsets[:-1], dtype=np.int64), pa.int64()),
+        column(np.add.reduceat(documents.num_bytes[members], document_offsets[:-1]), pa.int64()),
     ]
     if WEIGHTS_COLUMN in schema.names:
         weights = documents.weights(members)
         columns += [
-            pa.LargeListArray.from_arrays(pa.array(token_offsets), pa.array(weights)),
-            pa.array(np.add.reduceat(np.where(is_target, weights, 0), token_offsets[:-1], dtype=np.float64)),
+            large_lists(token_offsets, weights, pa.float32()),
+            column(np.add.reduceat(np.where(is_target, weights, 0), token_offsets[:-1], dtype=np.float64), pa.float64()),
         ]
     return pa.record_batch(columns, schema=schema)

@@ -26,6 +26,7 @@ _CODE = (
     "augmenting",
     "borders",
     "build",
+    "columns",
     "compression",
     "conversation",
     "documents",

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from raytune.config.model import NewToken
 from raytune.data.audit import tally_document
+from raytune.data.columns import column, lists
 from raytune.data.conversation import Conversation
 from raytune.data.documents import Document, chat_documents, text_documents
 from raytune.data.finished_shards import DOCUMENTS_FILE, finished_shard, put_shard, rows_noted, shard_draft
@@ -160,20 +161,18 @@ def _ends_with_special(document: Document, encoder: TextEncoder) -> bool:
 
 
 def _record_batch(documents: Sequence[Document]) -> pa.RecordBatch:
-    offsets = np.concatenate([[0], np.cumsum([len(document.input_ids) for document in documents])]).astype(np.int32)
-    input_ids = np.concatenate([document.input_ids for document in documents])
-    is_target = np.concatenate([document.is_target for document in documents])
+    offsets = np.concatenate([[0], np.cumsum([len(document.input_ids) for document in documents])])
     weights: Any = pa.nulls(len(documents), pa.list_(pa.float32()))
     if any(document.target_weights is not None for document in documents):
-        weights = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([_weights_of(document) for document in documents])))
+        weights = lists(offsets, np.concatenate([_weights_of(document) for document in documents]), pa.float32())
     return pa.record_batch(
         [
-            pa.ListArray.from_arrays(offsets, pa.array(input_ids)),
-            pa.ListArray.from_arrays(offsets, pa.array(is_target.view(np.uint8))),
+            lists(offsets, np.concatenate([document.input_ids for document in documents]), pa.int32()),
+            lists(offsets, np.concatenate([document.is_target for document in documents]), pa.uint8()),
             weights,
-            pa.array([int(document.token_bytes[document.is_target].sum()) for document in documents], pa.int64()),
-            pa.array([document.file_index for document in documents], pa.int32()),
-            pa.array([document.origin.line for document in documents], pa.int64()),
+            column([int(document.token_bytes[document.is_target].sum()) for document in documents], pa.int64()),
+            column([document.file_index for document in documents], pa.int32()),
+            column([document.origin.line for document in documents], pa.int64()),
         ],
         schema=DOCUMENTS_SCHEMA,
     )

@@ -31,8 +31,8 @@ from raytune.launch.address import named_address
 from raytune.launch.base_here import check_base_early
 from raytune.launch.begun import begun_for
 from raytune.launch.callbacks import load_callbacks
-from raytune.launch.cluster import this_machine
 from raytune.launch.gauges import refuse_unseen
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of, tried_objective
 from raytune.launch.record import refuse_changed_settings
 from raytune.launch.stores import DataBuilder

@@ -1,7 +1,6 @@
 """Reaching a Ray cluster: join the one that was named, or start one inside this machine for the time of the run."""
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -19,9 +18,9 @@ from ray.exceptions import RaySystemError, RayTaskError
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.address import named_address
-from raytune.launch.host import memory_bytes_here
+from raytune.launch.host import embedded_cpus
 from raytune.launch.loopback import LOOPBACK, loopback_kept
-from raytune.launch.probe import accelerator_here, probe_accelerator
+from raytune.launch.probe import probe_accelerator
 from raytune.launch.reach import ready_for
 from raytune.launch.scaling import bring_machines
 from raytune.launch.signals import unwind_at
@@ -142,7 +141,7 @@ def _start(section: ClusterSection) -> None:
         with loopback_kept():
             ray.init(
                 address="local",
-                num_cpus=_embedded_cpus(section),
+                num_cpus=embedded_cpus(section),
                 include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -179,12 +178,6 @@ def refuse_long_folder(folder: str) -> None:
         raise UserError(
             f"Ray cannot keep its files in {folder} ({error.strerror}). Set RAY_TMPDIR to a folder of yours."
         ) from error
-
-
-def _embedded_cpus(section: ClusterSection) -> int:
-    """Ray only counts CPUs, it does not give them: more workers than cores share them, slowly but correctly."""
-    workers = 1 if section.workers == "auto" else section.workers
-    return max(os.cpu_count() or 1, math.ceil(workers * section.cpus_per_worker))
 
 
 def _worker_environment(section: ClusterSection) -> dict[str, str]:
@@ -244,21 +237,6 @@ def nodes_for_workers(nodes: Sequence[Mapping[str, float]], section: ClusterSect
             f"Its nodes have: {have}. Lower cluster.cpus_per_worker, or try again when larger nodes have joined."
         )
     return fitting
-
-
-def this_machine(section: ClusterSection) -> Machine:
-    """What a cluster embedded in this machine would have, without starting one."""
-    accelerator = accelerator_here()
-    return Machine(
-        num_nodes=1,
-        num_cpus=_embedded_cpus(section),
-        host_memory_bytes=memory_bytes_here(),
-        num_gpus=accelerator.count,
-        gpu_name=accelerator.name,
-        gpu_memory_bytes=accelerator.memory_bytes,
-        supports_bf16=accelerator.supports_bf16,
-        attention=accelerator.attention,
-    )
 
 
 def map_on_cluster(function: Callable[[Task], Result], tasks: Sequence[Task], *, start_timeout: float) -> Iterator[Result]:

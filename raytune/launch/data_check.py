@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from raytune.config.data import DataSource
 from raytune.config.run import RunConfig
 from raytune.data.build import ParallelMap
-from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.prepare import Base
 from raytune.launch.stores import DataBuilder
 from raytune.plan.data_limits import Verdict, verdicts, without_limits
@@ -119,6 +118,8 @@ def _mapping(config: RunConfig) -> Iterator[ParallelMap]:
             nonlocal joined
             if len(tasks) <= DONE_HERE:
                 return map(function, tasks)
+            from raytune.launch.cluster import connect, map_on_cluster  # loads Ray, which few rows do without
+
             if not joined:
                 stack.enter_context(connect(config.cluster))
                 joined = True

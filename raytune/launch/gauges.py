@@ -1,8 +1,7 @@
 """What a run measures as gauges of Ray, which each node's endpoint for Prometheus has as long as the command trains."""
 
 from functools import cached_property
-
-from ray.util.metrics import Gauge
+from typing import TYPE_CHECKING
 
 from raytune.config.run import RunConfig
 from raytune.config.tracking import TrackingSection
@@ -10,6 +9,9 @@ from raytune.errors import UserError
 from raytune.launch.address import named_address
 from raytune.launch.callbacks import RunEvent
 from raytune.plan.run_plan import RunPlan
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 METRIC, STEP, STEPS, RUNNING = "raytune_metric", "raytune_step", "raytune_steps", "raytune_running"
 """Names of gauges; Ray puts `ray_` before them."""
@@ -54,8 +56,10 @@ class Gauges:
         running.set(float(not event.is_last), tags=self._labels)
 
     @cached_property
-    def _gauges(self) -> tuple[Gauge, Gauge, Gauge, Gauge]:
+    def _gauges(self) -> "tuple[Gauge, Gauge, Gauge, Gauge]":
         """Made at the first event, when the command has joined Ray."""
+        from ray.util.metrics import Gauge  # loads Ray, which who only looks for `refuse_unseen` does without
+
         own = tuple(self._labels)
         return (
             Gauge(METRIC, "The newest value of a metric of a run.", tag_keys=(*own, "metric")),

@@ -13,20 +13,19 @@ from raytune.evaluation.questions import Question, to_json_lines
 from raytune.launch.address import named_address
 from raytune.launch.attempts import Decision, Failure, decide, details
 from raytune.launch.base_here import bring_base, refuse_changed_base
-from raytune.launch.begun import as_begun, begun_for, known_rows, refuse_unloadable
+from raytune.launch.begun import as_begun, begun_for, refuse_unloadable
 from raytune.launch.callbacks import Callback, calling, load_callbacks
-from raytune.launch.cluster import connect, map_on_cluster, this_machine
+from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
 from raytune.launch.gauges import gauges_of, refuse_unseen
 from raytune.launch.going_on import going_on, tracebacks
 from raytune.launch.lease import Holding, hold, own_job
-from raytune.launch.prepare import Preparation, prepare, refuse_without_cluster
+from raytune.launch.prepare import prepare, refuse_without_cluster
 from raytune.launch.record import RunRecord, refuse_changed_settings, write_plan
 from raytune.launch.result import RunResult, write_outcome
 from raytune.launch.trainer import fit
 from raytune.metrics.events import EventLog
-from raytune.plan.division import Begun, Division
-from raytune.plan.identity import differences, identity_of
+from raytune.plan.division import Division
 from raytune.plan.penalty import importance_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.while_training import room_for_exports
@@ -234,39 +233,6 @@ def _base_here(plan: RunPlan) -> None:
     with noted(RunFolder(plan.storage, plan.name)) as report:
         for model in plan.models:
             bring_base(model, report)
-
-
-def plan_run(config: RunConfig) -> RunPlan:
-    """The plan that `run` would follow on the cluster that is named, or else on this machine. Tokenises the data.
-
-    Raises:
-        UserError: as `run` does.
-    """
-    begun = _begun_if_the_same(config)
-    if named_address(config.cluster):
-        with connect(config.cluster, scales=False) as machine:
-            on_cluster = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
-            return _planned(config, Preparation(machine, on_cluster), begun)
-    return _planned(config, Preparation(this_machine(config.cluster), map), begun)
-
-
-def _planned(config: RunConfig, preparation: Preparation, begun: Begun | None) -> RunPlan:
-    """As the run that is there goes on, if it is this one."""
-    plan = preparation.prepare(config, begun).plan
-    if begun is None:
-        return plan
-    known = known_rows(RunFolder(plan.storage, plan.name), begun.plan, plan)
-    return preparation.prepare(config).plan if differences(identity_of(begun.plan), identity_of(known)) else plan
-
-
-def _begun_if_the_same(config: RunConfig) -> Begun | None:
-    """The run that the config would continue. A plan may be asked for under a name that is taken: it is not refused for that."""
-    folder = RunFolder(absolute(config.storage), config.name)
-    try:
-        refuse_changed_settings(folder, config)
-        return begun_for(config, folder)
-    except UserError:
-        return None
 
 
 def _train(plan: RunPlan, record: RunRecord, folder: RunFolder, attempt: Attempt, lease: Holding, *, resumes: bool) -> None:

@@ -21,7 +21,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from raytune.config.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.address import named_address
-from raytune.launch.cluster import connect, this_machine
+from raytune.launch.cluster import connect
+from raytune.launch.host import this_machine
 from raytune.launch.models_to_ask import Named, Subject, models_to_ask
 from raytune.launch.score import HERE
 from raytune.launch.waiting import wait_for

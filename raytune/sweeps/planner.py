@@ -9,6 +9,7 @@ from raytune.config.run import RunConfig
 from raytune.config.sweep import SweepSection
 from raytune.data.shards import ParallelMap
 from raytune.errors import PlanError, UserError
+from raytune.launch.planning import looked_at
 from raytune.launch.prepare import Preparation, Prepared
 from raytune.launch.stores import STORES_FOLDER
 from raytune.model.base_content import Content
@@ -17,7 +18,7 @@ from raytune.plan.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import SweepFolder
 from raytune.storage import absolute
-from raytune.sweeps.space import corners, space_of, trial_config, trials_of
+from raytune.sweeps.space import Places, check_space, corners, space_of, trial_config, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from raytune.sweeps.trial import Trial
 from raytune.training.fetched_base import is_known_by_commit
@@ -159,6 +160,27 @@ def resolve(config: RunConfig, planner: Planner) -> Resolved:
         refuse_other_weights(section.metric, plans)
     plan = plan_sweep(section, config.name, len(trials) or section.trials, plans, planner.slots)
     return Resolved(plan=plan, trials=trials, plans=plans[: len(trials)] or plans)
+
+
+def plan_of_sweep(config: RunConfig, places: Places | None = None) -> Resolved:
+    """What `raytune sweep` would do, on the cluster that is named, or else on this machine. Tokenises the data, trains nothing.
+
+    Args:
+        places: where the keys of the sweep were written, for messages.
+
+    Raises:
+        UserError: as `sweep` does.
+    """
+    folder = checked_folder(config, places)
+    with looked_at(config.cluster) as (machine, parallel_map):
+        return resolve(config, Planner(config, folder, machine, parallel_map))
+
+
+def checked_folder(config: RunConfig, places: Places | None) -> SweepFolder:
+    """The folder of a sweep whose space has no point that is no valid config."""
+    section_of(config)
+    check_space(config, places)
+    return SweepFolder(absolute(config.storage), config.name)
 
 
 def section_of(config: RunConfig) -> SweepSection:

@@ -13,21 +13,21 @@ from raytune.hub.snapshot import in_lines
 from raytune.launch.address import named_address
 from raytune.launch.base_here import bring_base
 from raytune.launch.begun import as_begun, refuse_unloadable
-from raytune.launch.cluster import connect, map_on_cluster, this_machine
+from raytune.launch.cluster import connect, map_on_cluster
 from raytune.launch.lease import hold
 from raytune.launch.record import read_plan, readable, refuse_changes
 from raytune.metrics.history import History
 from raytune.model.base_content import content_changes
 from raytune.run_folder import RunFolder, SweepFolder
-from raytune.storage import absolute, exists, read_bytes, remove_folder, write_bytes, write_json
+from raytune.storage import exists, read_bytes, remove_folder, write_bytes, write_json
 from raytune.sweeps.assignment import Assignment
 from raytune.sweeps.board import Board
 from raytune.sweeps.collect import collect
 from raytune.sweeps.ledger import Ended, Known, Ledger, read_ledger
-from raytune.sweeps.planner import Planner, Resolved, resolve, section_of
+from raytune.sweeps.planner import Planner, Resolved, checked_folder, resolve, section_of
 from raytune.sweeps.results import SweepResult
 from raytune.sweeps.search import Listed, Optuna, Source, TrialSearch
-from raytune.sweeps.space import Places, check_space, trials_of
+from raytune.sweeps.space import Places, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.tables import trials_csv, trials_jsonl
 from raytune.sweeps.trial import Trial
@@ -63,7 +63,7 @@ def sweep(
             name was another one.
         ClusterError: if Ray lost what the sweep itself needs.
     """
-    folder = _checked(config, places)
+    folder = checked_folder(config, places)
     refuse_unready(config.tracking, folder.storage)
     if _is_finished(folder, config):
         _refuse_another_sweep(folder, config, may_change=MAY_CHANGE)
@@ -99,20 +99,6 @@ def sweep(
         result = collect(folder, resolved.plan, list(section_of(config).space))
         _write(folder, planner, result)
     return result
-
-
-def plan_of_sweep(config: RunConfig, places: Places | None = None) -> Resolved:
-    """What `sweep` would do, on the cluster that is named, or else on this machine. Tokenises the data, trains nothing.
-
-    Raises:
-        UserError: as `sweep` does.
-    """
-    folder = _checked(config, places)
-    if named_address(config.cluster):
-        with connect(config.cluster, scales=False) as machine:
-            parallel_map = partial(map_on_cluster, start_timeout=config.cluster.start_timeout)
-            return resolve(config, Planner(config, folder, machine, parallel_map))
-    return resolve(config, Planner(config, folder, this_machine(config.cluster), map))
 
 
 def _search(
@@ -222,10 +208,3 @@ def _write(folder: SweepFolder, planner: Planner, result: SweepResult) -> None:
     if result.best:
         write_bytes(folder.best, best_yaml(planner.winner(result.best.trial), result).encode())
     write_json(folder.result, result.to_json())
-
-
-def _checked(config: RunConfig, places: Places | None) -> SweepFolder:
-    """The folder of a sweep whose space has no point that is no valid config."""
-    section_of(config)
-    check_space(config, places)
-    return SweepFolder(absolute(config.storage), config.name)

@@ -20,7 +20,7 @@ import torch
 
 from raytune.config.load import config_from
 from raytune.data.demo import demo_rows
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.metrics.history import History

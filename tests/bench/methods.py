@@ -23,7 +23,7 @@ import torch
 from raytune.config.load import config_from
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.text_metrics import exact_match
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import Prepared, prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult

@@ -13,7 +13,7 @@ import pytest
 
 from raytune.config.load import load_config
 from raytune.config.run import RunConfig
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, write_plan
 from raytune.metrics.history import History

@@ -141,7 +141,8 @@ def test_rows_are_scored_by_the_workers_of_a_cluster_of_their_own(
 @pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "as written"])
 def test_a_sweep_and_its_winner_work(folder: Path, ray_tmp: str, is_short: bool) -> None:
     assert set(SHORTER) <= set(OTHERS)
-    shutil.rmtree(folder / "runs" / "quickstart-sweep", ignore_errors=True)
+    for name in ("quickstart-sweep", "quickstart-sweep-best"):
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     for command, short in SHORTER.items():
         done = run(f"{command} {short if is_short else ''}", folder, ray_tmp)
         assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ import pytest
 from raytune.config.data import DataSource
 from raytune.config.load import config_from
 from raytune.evaluation.scored_rows import read_jsonl_table
-from raytune.launch.cluster import this_machine
 from raytune.launch.find_rate import range_test_plan
+from raytune.launch.host import this_machine
 from raytune.launch.result import RunResult
 from raytune.launch.rows_to_score import tokenised
 from raytune.launch.score import standing_alone

@@ -20,7 +20,7 @@ from raytune.config.problems import ConfigError
 from raytune.config.run import RunConfig
 from raytune.data.tokenizers import load_tokenizer, open_tokenizer
 from raytune.errors import ModelError, UserError
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import refuse_another_run, write_plan
 from raytune.launch.result import RunResult

@@ -17,7 +17,7 @@ from raytune.config.load import config_from
 from raytune.config.training import SCHEDULE_FREE, Optimizer
 from raytune.data.batches import step_batches
 from raytune.data.store import Store
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.result import RunResult
 from raytune.model.layers import layers_of
 from raytune.plan.memory import memory_parts

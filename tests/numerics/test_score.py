@@ -17,7 +17,7 @@ from raytune.config.load import config_from
 from raytune.errors import CheckpointError, UserError
 from raytune.evaluation.scored_rows import ScoredRow, read_jsonl_table
 from raytune.launch.base_here import refuse_changed_base
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.result import RunResult
 from raytune.launch.rows_to_score import as_text, sources_of, tokenised
 from raytune.launch.score import standing_alone

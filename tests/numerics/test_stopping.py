@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from raytune.config.load import config_from
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.questions import to_json_lines
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult

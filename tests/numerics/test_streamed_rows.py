@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from raytune.config.load import config_from
 from raytune.errors import DataError
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult

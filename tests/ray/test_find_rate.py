@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from raytune.config.load import load_config
-from raytune.launch.cluster import this_machine
 from raytune.launch.find_rate import range_test_plan
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.plan.rate_advice import advise_rate
 from raytune.plan.rate_range import RateRange

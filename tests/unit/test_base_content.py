@@ -16,7 +16,7 @@ from raytune.config.load import config_from, config_with, dump_yaml
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError, PlanError, UserError
 from raytune.launch.attempts import Failure
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import Preparation, prepare
 from raytune.launch.reading import show_reading
 from raytune.launch.record import RunRecord, refuse_another_run, write_plan

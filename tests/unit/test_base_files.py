@@ -33,7 +33,7 @@ from transformers import (
 from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.load import config_from
 from raytune.errors import DataError, ModelError, UserError
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.model.adapters import add_adapter
 from raytune.model.base_check import check_base

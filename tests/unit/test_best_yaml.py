@@ -8,7 +8,7 @@ import pytest
 
 from raytune.config.load import load_config
 from raytune.config.run import RunConfig
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.plan.identity import identity_of
 from raytune.run_folder import SweepFolder

@@ -10,7 +10,7 @@ from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.begun import begun_for
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
 from raytune.launch.run import run

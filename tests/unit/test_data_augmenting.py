@@ -19,7 +19,7 @@ from raytune.data.conversation import Conversation, Origin
 from raytune.data.recognising import AS_MESSAGES, Reading, read_row
 from raytune.data.store import Store
 from raytune.errors import DataError, UserError
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import Prepared, prepare
 from raytune.model.demo import demo_tokenizer
 from raytune.plan.run_plan import StorePlan

@@ -22,8 +22,8 @@ from raytune.data.store import StoreInfo
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, UserError
 from raytune.launch.data_check import data_builder
+from raytune.launch.planning import plan_run
 from raytune.launch.prepare import Base
-from raytune.launch.run import plan_run
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.data_limits import RULES, Verdict, refuse_exceeded, verdicts_of
 from raytune.plan.data_report import SourceReport

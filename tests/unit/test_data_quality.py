@@ -22,7 +22,7 @@ from raytune.data.quality import ParallelMap
 from raytune.data.same_rows import have_same_rows
 from raytune.data.store import Store, StoreInfo
 from raytune.errors import DataError
-from raytune.launch.run import plan_run
+from raytune.launch.planning import plan_run
 from raytune.model.demo import demo_base_path
 from raytune.plan.data_report import losses_text
 from raytune.plan.describe import plan_text

@@ -21,10 +21,10 @@ from raytune.config.run import RunConfig
 from raytune.data.store import StoreInfo
 from raytune.data.template_text import resolve_template
 from raytune.errors import DataError
+from raytune.launch.planning import plan_run
 from raytune.launch.progress import show_result
 from raytune.launch.record import write_plan
 from raytune.launch.result import RunResult
-from raytune.launch.run import plan_run
 from raytune.plan.data_report import COUNTS, DataReport, SourceReport, losses_text, report_table, store_text
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan

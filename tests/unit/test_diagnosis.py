@@ -12,8 +12,8 @@ import pytest
 import raytune
 from raytune.config.data_limits import waived
 from raytune.config.keys import keys
-from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, Symptom, diagnose
+from raytune.launch.host import this_machine
 from raytune.launch.outcome import Change, Spent
 from raytune.launch.prepare import prepare
 from raytune.metrics.history import History

@@ -15,11 +15,12 @@ from raytune.config.load import config_from
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.launch.begun import known_rows, read_begun
-from raytune.launch.cluster import this_machine
 from raytune.launch.finished import _has_changed, answer
+from raytune.launch.host import this_machine
+from raytune.launch.planning import plan_run
 from raytune.launch.prepare import Prepared, prepare
 from raytune.launch.record import RunRecord, read_plan, refuse_another_run
-from raytune.launch.run import RunFailedError, plan_run, run, train_plan
+from raytune.launch.run import RunFailedError, run, train_plan
 from raytune.plan.choose import choose_plan
 from raytune.plan.deepspeed_keys import computing_overrides
 from raytune.plan.division import Begun, Division, Layout, continued

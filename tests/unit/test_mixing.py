@@ -21,7 +21,7 @@ from raytune.data.batches import step_batches
 from raytune.data.mixing import DrawnRows, EpochRows, balanced_order
 from raytune.data.store import Store
 from raytune.errors import UserError
-from raytune.launch.run import plan_run
+from raytune.launch.planning import plan_run
 from raytune.plan.ahead import assumed_data
 from raytune.plan.describe import plan_text
 from raytune.plan.identity import differences, identity_of

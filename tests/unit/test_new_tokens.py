@@ -18,7 +18,7 @@ from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint, vocab
 from raytune.errors import UserError
 from raytune.evaluation.generation import write_answers
 from raytune.launch.check import check_run
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import Base, Preparation, prepare
 from raytune.model.stopping import stopping_config
 from raytune.plan.ahead import plan_ahead

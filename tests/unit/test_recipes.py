@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.plan.ahead import assumed_data, plan_ahead
 from raytune.plan.choose import choose_plan
 from raytune.plan.references import planned_shape

@@ -22,10 +22,10 @@ from raytune.data.split import Split, side_of, split_by_hash, text_of, time_of
 from raytune.errors import DataError, PlanError, UserError
 from raytune.launch.check import check_run
 from raytune.launch.folds import Spread, config_of_fold, train_folds
-from raytune.launch.run import plan_run
+from raytune.launch.planning import plan_run
 from raytune.plan.identity import differences, identity_of
 from raytune.plan.split import asked_split, check_test
-from raytune.sweeps.run import plan_of_sweep
+from raytune.sweeps.planner import plan_of_sweep
 from tests.tiny import PATIENT, tiny_split
 
 SHARES = st.floats(0.01, 0.49)

@@ -15,7 +15,7 @@ from raytune.config.model import Quantization
 from raytune.config.quantization import HeldBase
 from raytune.config.run import RunConfig
 from raytune.errors import ModelError
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.model.load import load_model
 from raytune.plan.ahead import plan_ahead

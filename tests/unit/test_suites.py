@@ -23,8 +23,8 @@ from raytune.evaluation.compare import Comparison, Sample, Score, compare, compa
 from raytune.evaluation.questions import Question, from_json_lines, read_questions, to_json_lines
 from raytune.evaluation.sampling import DrawnTokens
 from raytune.evaluation.suite_metrics import METRICS, Given, metrics_of, of_user
-from raytune.launch.cluster import this_machine
 from raytune.launch.diagnosis import Evidence, diagnose
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.metrics.history import History
 from raytune.plan.run_plan import EvaluationPlan, SamplingPlan, SuitePlan, TaskPlan

@@ -20,9 +20,10 @@ from raytune.errors import PlanError, UserError
 from raytune.launch import callbacks
 from raytune.launch.attempts import Failure
 from raytune.launch.callbacks import RunEvent, calling, check_callback, load_callbacks
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
+from raytune.launch.planning import plan_run
 from raytune.launch.prepare import prepare
-from raytune.launch.run import plan_run, train_plan
+from raytune.launch.run import train_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.points import RollBack
 from raytune.metrics.writer import MetricsWriter

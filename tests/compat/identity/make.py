@@ -12,7 +12,7 @@ from pathlib import Path
 
 from raytune.config.load import config_from
 from raytune.config.run import RunConfig
-from raytune.launch.cluster import this_machine
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.run import train_plan
 from raytune.plan.run_plan import RunPlan

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from raytune.config.run import RunConfig
 from raytune.errors import UserError
 from raytune.launch.begun import read_begun
-from raytune.launch.cluster import this_machine
 from raytune.launch.finished import answer
+from raytune.launch.host import this_machine
 from raytune.launch.prepare import prepare
 from raytune.launch.record import RunRecord
 from raytune.launch.result import RunResult
