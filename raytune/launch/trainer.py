@@ -11,13 +11,16 @@ from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune.launch.attempts import Failure
 from raytune.launch.causes import first_failure
 from raytune.launch.loopback import LoopbackTorchConfig
-from raytune.launch.worker_group import Controller, RunOf, release_placement_groups
+from raytune.launch.worker_group import Controller, FixedGroup, RunOf, release_placement_groups
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.worker import work
@@ -76,8 +79,16 @@ class _Trainer(TorchTrainer):
     _controller: Any = None
     _is_ended = False
 
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        # Each of the two would start an actor, a process of some seconds. One hands out Ray's data sets, of which a run has none;
+        # the other asks the dashboard, which a cluster need not have, whether to free the placement groups of a controller that
+        # died: `release_placement_groups` does that, and Ray itself where the driver died too.
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless)]
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        # As in Ray, but that the handle is kept and the controller is ours.
+        # As in Ray, but that the handle is kept, and that controller and scaling policy are ours.
+        arguments["scaling_policy"] = FixedGroup(self.scaling_config)  # pyright: ignore[reportArgumentType]
         self._controller = (
             ray.remote(Controller)
             .options(

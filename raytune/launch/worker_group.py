@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.poll import PollTask, WorkerStatus
 from ray.train.v2._internal.util import time_monotonic
@@ -107,6 +108,25 @@ class _Group(WorkerGroup):
 
 class Controller(TrainController):
     worker_group_cls = _Group
+
+
+class FixedGroup(FixedScalingPolicy):
+    """A worker group of one size, whose placement group is all that an autoscaler is asked for.
+
+    Ray's own policy asks a second time, through an actor that data sets and runs share: a process for what is known.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    async def before_controller_shutdown(self) -> None:
+        pass
+
+    def before_controller_abort(self) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 def _is_at_work(metadata: Any) -> bool:

@@ -1,6 +1,7 @@
 """The Ray side of one worker: from the plan's JSON to its task, and a record of whatever ends it."""
 
 import os
+import sys
 import time
 import traceback
 import warnings
@@ -27,8 +28,12 @@ def work(config: dict) -> None:
     plan = RunPlan.model_validate_json(config["plan"])
     context = ray.train.get_context()
     with recorded(plan, config["attempt"], context.get_world_rank()):
-        from raytune.training.start import Worker
-        from raytune.training.tasks import perform
+        with _left_out("mlflow", "boto3"):  # of DeepSpeed's tuner, and of accelerate's dialogue about SageMaker
+            from raytune.training.start import Worker
+            from raytune.training.tasks import perform
+
+            if plan.engine.kind != "plain":
+                import raytune.training.zero_engine  # noqa: F401
 
         worker = Worker(
             rank=context.get_world_rank(),
@@ -38,6 +43,18 @@ def work(config: dict) -> None:
             report=ray.train.report,
         )
         perform(config["task"], plan, worker, config["request"])
+
+
+@contextmanager
+def _left_out(*names: str) -> Iterator[None]:
+    """Modules that are not loaded while the block imports what would take them along where they are installed."""
+    left_out = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(left_out))  # pyright: ignore[reportArgumentType, reportCallIssue]  (None: not to be found)
+    try:
+        yield
+    finally:
+        for name in left_out:
+            del sys.modules[name]
 
 
 @contextmanager
