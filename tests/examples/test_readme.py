@@ -126,6 +126,7 @@ def test_the_other_commands_work(quickstart: subprocess.CompletedProcess[str], f
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # tests/ray scores by workers too
 def test_rows_are_scored_by_the_workers_of_a_cluster_of_their_own(
     quickstart: subprocess.CompletedProcess[str], folder: Path, ray_tmp: str
 ) -> None:

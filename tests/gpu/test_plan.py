@@ -24,7 +24,11 @@ SMALL = ("--size", "small", "--device", "cpu", "--tokens", "256", "--document", 
             {"forward", "loss"},
             marks=pytest.mark.slow,
         ),
-        (("--stages", "0", "2", "--methods", "full", "--set", "training.loss=chunked"), {"forward", "update"}),
+        pytest.param(
+            ("--stages", "0", "2", "--methods", "full", "--set", "training.loss=chunked"),
+            {"forward", "update"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one pass", "accumulation", "chunked loss"],
 )

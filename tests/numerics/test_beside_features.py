@@ -87,7 +87,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "own": {"model": NEW, "strategy": {"objective": "losses.py:likelihood"}, "training": MUON | LAST},
     "in phases": {"adapter": FULL, "strategy": PHASES | L2_SP | TEACHER, "training": EMA},
 }
-DEFAULT = ("taught", "in phases")
+DEFAULT = ("in phases",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=() if one in DEFAULT else pytest.mark.slow) for one in FEATURES])

@@ -220,7 +220,7 @@ DIVIDED = {
 
 
 @pytest.mark.parametrize("stage", variants([3], [0, 1, 2]))
-@pytest.mark.parametrize("name", variants(["full", "lora"], ["head"]))
+@pytest.mark.parametrize("name", variants(["lora"], ["full", "head"]))
 def test_every_stage_on_two_ranks_equals_one_plain_process(name: str, stage: int, untied: Material) -> None:
     adapter, strategy = DIVIDED[name]
     checkpointing = name == "full"
@@ -231,7 +231,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(name: str, stage: int
     assert largest_difference(sharded[0], alone) <= 2 * SAME_SUMS
 
 
-@pytest.mark.parametrize(("name", "stage"), variants([("full", 3), ("lora", 0)], [("full", 0), ("full", 2)]))
+@pytest.mark.parametrize(("name", "stage"), variants([("full", 3)], [("lora", 0), ("full", 0), ("full", 2)]))
 def test_resumed_equals_unbroken_and_a_checkpoint_has_what_is_trained_only(
     name: str, stage: int, untied: Material, tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ WAYS = {
 }
 FULL: dict[str, Any] = {"method": "full"}
 ADAPTERS: dict[str, dict[str, Any]] = {name: way.adapter for name, way in WAYS.items()} | {"full": FULL}
-OFTEN = ("lora with rows", "full")
+OFTEN = ("lora with rows",)
 
 
 @pytest.fixture(scope="module")

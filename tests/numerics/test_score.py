@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-OTHERS = ("dora", "eva", "no packing", "pissa", "trained embeddings")
+OTHERS = ("dora", "eva", "lora", "new tokens", "no packing", "pissa", "trained embeddings")
 SLOW = pytest.mark.slow
 
 

@@ -66,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wsd": {"training": {"lr_scheduler_type": "wsd", "min_lr_ratio": 0.1}},
 }
 SAVED_AS_OTHERS = (
+    "trained embeddings",
+    "distilled",
     "rslora",
     "lora+",
     "olora",
