@@ -48,6 +48,22 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())
 
+    def rest(self, seconds: float = 0.5, timeout_s: float = 60.0) -> None:
+        """Until the command waits for keys: it sleeps, and has done nothing for so long."""
+        deadline = time.monotonic() + timeout_s
+        state, used = self._doing()
+        while True:
+            assert time.monotonic() < deadline, f"the command does not rest: {state} after {used} ticks"
+            time.sleep(seconds)
+            before, (state, used) = used, self._doing()
+            if (state, used) == ("S", before):
+                return
+
+    def _doing(self) -> tuple[str, int]:
+        """State, and ticks of the processor that were used: fields 3, 14 and 15, the second of which may have blanks."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[11]) + int(fields[12])
+
     def resize(self, columns: int, lines: int) -> None:
         ioctl(self._terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.process.send_signal(signal.SIGWINCH)

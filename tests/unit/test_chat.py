@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -247,7 +246,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation_at_a_real_terminal(fo
     terminal.wait_for("(cut after 5 tokens: max_new_tokens)")
     type_in("half a line")
     terminal.wait_for("half a line")
-    time.sleep(0.5)  # Python hears of a signal that comes while readline begins to wait with the next key alone
+    terminal.rest()  # Python hears of a signal that comes while readline begins to wait with the next key alone
     terminal.press("\x03")
     type_in("/save chat.jsonl\n")
     terminal.wait_for("Appended to chat.jsonl.")
