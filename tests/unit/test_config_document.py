@@ -70,7 +70,7 @@ def test_the_examples_of_an_error_page_are_refused_and_accepted_as_it_says(id: s
         arguments += [] if "base:" in text or path.name not in arguments[1] else ["model.base=demo"]
         done = CliRunner().invoke(cli, [*arguments, "--json", *(["--fast"] if id != "E112" else [])])
         assert done.exit_code == expected, done.output
-        assert [problem["id"] for problem in json.loads(done.output).get("problems", [])] == ([id] if expected else [])
+        assert [problem["id"] for problem in json.loads(done.stdout).get("problems", [])] == ([id] if expected else [])
 
 
 def test_the_shipped_schema_is_the_generated_one():

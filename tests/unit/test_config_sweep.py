@@ -62,7 +62,7 @@ def test_every_shipped_config_checks_where_its_rows_are(path: Path, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, ["check", str(path), f"model.base={base}", "--json"])
     assert done.exit_code == 0, done.output
-    assert (json.loads(done.output)["config"]["sweep"] is not None) == (path.parent.name == "sweeps")
+    assert (json.loads(done.stdout)["config"]["sweep"] is not None) == (path.parent.name == "sweeps")
 
 
 # --- the run below a sweep

@@ -330,7 +330,7 @@ def test_without_a_terminal_it_prints_a_table_and_ends(tmp_path: Path) -> None:
     text = CliRunner().invoke(cli, ["top", str(tmp_path)]).output
     assert "failed" in text
     assert "\x1b" not in text
-    facts = json.loads(CliRunner().invoke(cli, ["top", str(tmp_path), "--json"]).output)
+    facts = json.loads(CliRunner().invoke(cli, ["top", str(tmp_path), "--json"]).stdout)
     assert [(row["state"], row["step"], row["loss"]) for row in facts["runs"]] == [("failed", 5, 0.2)]
     nowhere = CliRunner().invoke(cli, ["top", str(tmp_path / "nowhere")])
     assert nowhere.exit_code == 2
