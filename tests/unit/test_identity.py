@@ -173,13 +173,16 @@ def asked(storage: Path, *overrides: str) -> RunConfig:
 
 
 def started(config: RunConfig, stop_after: int | None = None) -> None:
-    """What `run` does, with this process for a worker group; ended like by Ctrl-C after some steps."""
+    """What `run` does, with this process for a worker group; ended like by Ctrl-C after some steps, whose checkpoint is there."""
+    folder = RunFolder(config.storage, config.name)
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> None:
         steps = iter(range(1, 1000))
 
         def stop() -> None:
             if stop_after is not None and next(steps) > stop_after:
+                while not committed(folder):
+                    time.sleep(0.05)
                 raise KeyboardInterrupt
 
         with recorded(plan, number, 0):
