@@ -40,6 +40,7 @@ SLOWEST_BYTES_PER_S = MIB / 16
 """A link that moves less is taken for a dead one."""
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
+_OF_A_COMMIT = re.compile(r"hf://\w+/[^@]+@[0-9a-f]{40}/")
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ def limit_of(num_bytes: int) -> float:
 def shown(path: str | Path) -> str:
     """A URL as messages may show it: without credentials, which some put before the host or behind a question mark."""
     return _USER_INFO.sub("", str(path)).partition("?")[0]
+
+
+def is_of_a_commit(path: str | Path) -> bool:
+    """Whether a URL names a commit of a hub, whose files never are others."""
+    return _OF_A_COMMIT.match(str(path)) is not None
 
 
 def file_system(path: str | Path) -> tuple[Any, str]:
@@ -80,7 +86,8 @@ def file_system(path: str | Path) -> tuple[Any, str]:
         raise UserError(f"Cannot use {shown(path)}: {error}. Use a local folder or one of {known}.") from error
     if protocol in ("s3", "s3a"):
         files.retries = 1  # s3fs tries again around botocore, which does so too; it has no option for it
-    files.invalidate_cache()  # other processes write too: what was listed a minute ago says nothing
+    if not is_of_a_commit(path):
+        files.invalidate_cache()  # other processes write too: what was listed a minute ago says nothing
     return files, name
 
 

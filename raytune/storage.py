@@ -380,7 +380,7 @@ def _read_through(path: str | Path, writer: BinaryIO | None) -> Digest:
     sha256 = hashlib.sha256()
     for start in range(0, size, CHUNK_BYTES):
         stop = min(start + CHUNK_BYTES, size)
-        chunk = retry(partial(_chunk, start=start, stop=stop), "read", path, limit_s=limit_of(stop - start))
+        chunk = retry(partial(chunk_of, start=start, stop=stop), "read", path, limit_s=limit_of(stop - start))
         sha256.update(chunk)
         if writer is not None:
             writer.write(chunk)
@@ -388,7 +388,8 @@ def _read_through(path: str | Path, writer: BinaryIO | None) -> Digest:
     return Digest(size, sha256.hexdigest())
 
 
-def _chunk(files: Any, name: str, start: int, stop: int) -> bytes:
+def chunk_of(files: Any, name: str, start: int, stop: int) -> bytes:
+    """Bytes of a remote file, all of them."""
     chunk = files.cat_file(name, start=start, end=stop)
     if len(chunk) != stop - start:  # a cut connection can look like the end of the file
         raise OSError(f"of {stop - start} bytes {len(chunk)} arrived")

@@ -135,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(*content[digest])
         elif path.path.startswith("/api/models/"):
             self._api(unquote(path.path.removeprefix("/api/models/")), parse_qs(path.query))
+        elif path.path.startswith("/api/datasets/"):
+            self._api(unquote(path.path.removeprefix("/api/")), parse_qs(path.query))
         else:
             self._resolve(unquote(path.path.lstrip("/")))
 
@@ -160,8 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
         revision = revision or "main"
         if model not in self.hub.commits:
             return self._answer(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        revision, _, folder = revision.partition("/") if what == "/tree/" else (revision, "", "")
         found = self.hub.find(model, revision)
-        if found is None and "/" in revision:  # a folder
+        if folder and (found is None or not any(name.startswith(f"{folder}/") for name in found[1])):
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         if found is None:
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
@@ -169,9 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "/revision/":
             facts = {"id": model, "sha": commit, "private": self.hub.private.get(model, False)}
             return self._json(facts | {"siblings": [{"rfilename": name} for name in files]})
-        entries = [_entry(name, data) for name, data in sorted(files.items())]
+        entries = _entries(files, folder, is_recursive=query.get("recursive") == ["true"])
         start = int(query.get("cursor", ["0"])[0])
-        more = f"{self.hub.url}/api/models/{path}?recursive=true&expand=false&cursor={start + PAGE}"
+        more = f"{self.hub.url}{self.path.partition('&cursor=')[0]}{'' if '?' in self.path else '?'}&cursor={start + PAGE}"
         return self._json(entries[start : start + PAGE], {"Link": f'<{more}>; rel="next"'} if start + PAGE < len(entries) else {})
 
     # --- Uploads -------------------------------------------------------------------------------------------------------------
@@ -332,6 +335,18 @@ def _sha256(data: bytes) -> str:
 
 def _digest(name: str, data: bytes) -> str:
     return _sha256(data) if _is_large(name, data) else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _entries(files: Mapping[str, bytes], folder: str, *, is_recursive: bool) -> list[dict[str, Any]]:
+    """What is in a folder: files, and where it is not asked for all that is below it, the folders in it."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {name: data for name, data in sorted(files.items()) if name.startswith(prefix)}
+    if is_recursive:
+        return [_entry(name, data) for name, data in inside.items()]
+    deeper = [name.removeprefix(prefix) for name in inside if "/" in name.removeprefix(prefix)]
+    folders = dict.fromkeys(prefix + name.partition("/")[0] for name in deeper)
+    found = [{"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0} for name in folders]
+    return found + [_entry(name, data) for name, data in inside.items() if "/" not in name.removeprefix(prefix)]
 
 
 def _entry(name: str, data: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from raytune.config.augment import AugmentSection
 from raytune.config.data_limits import LimitsSection
 from raytune.config.quality import QualityPolicies
-from raytune.config.section import Auto, Fraction, PositiveFloat, PositiveInt, Section, Text
+from raytune.config.section import Auto, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 from raytune.config.split import FoldSection, SplitSection
 
 DataFormat = Literal[
@@ -19,6 +19,8 @@ DataFormat = Literal[
 ]
 FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather")
 """Of files with rows; what has none of them is a folder, or a data set of a hub."""
+FileKind = Literal["json", "csv", "tsv", "txt", "parquet", "arrow", "dataset", "demo"]
+"""How a file is read, a data set of a hub or of `save_to_disk`, or built-in rows."""
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 """Behind the ending of a file of text."""
 MOST_PASSES = 1000
@@ -159,6 +161,9 @@ class StreamingSection(Section):
     window: PositiveInt = 10_000
     """Rows that are shuffled and packed among themselves, in memory; the next so many are tokenised meanwhile. Where files hold
     rows of one kind one after another, shuffle the files, or name more rows."""
+    read_ahead_mib: NonNegativeInt = 64
+    """MiB of files behind URLs (s3:// gs:// abfs://, a hub) that each worker fetches ahead of what it tokenises, and holds in
+    memory, so that nobody waits for a slow store. 0: none."""
 
 
 class QualitySection(QualityPolicies):
@@ -283,7 +288,8 @@ class DataSection(Section):
     a space of the prompt into the answer's first word, a prompt that opens a thought): `error` stops if that is so for more than
     2 % of the answers of a source that are compared, a sample, with examples; `accept` goes on. Both say how many."""
     streaming: StreamingSection | None = None
-    """Train on rows without a store: of one source in files that every node mounts, in their order, shuffled by window."""
+    """Train on rows without a store: of files that every node mounts, behind URLs or of a hub, in order, shuffled by window;
+    several sources by their `proportion`."""
     limits: LimitsSection = LimitsSection()
     """How many rows may be lost, or be trained otherwise than they should, before a run is stopped for it."""
     store: Text | None = None

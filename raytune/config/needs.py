@@ -50,6 +50,14 @@ def choice(key: str, values: tuple[Any, ...]) -> Need:
     )
 
 
+def _may_be_far(source: DataSource) -> bool:
+    """Whether rows may lie behind a URL or on a hub: a path that says neither that it is a file nor that it is here may."""
+    path = source.path
+    if "://" in path:
+        return not path.startswith("file://")
+    return ending_of(path) not in FILE_ENDINGS and not path.startswith((".", "/", "~", "demo:"))
+
+
 def is_given(key: str, what: str, *, example: str) -> Need:
     """A key that has no value by default has one."""
     section, name = key.split(".")
@@ -313,6 +321,12 @@ BENCHMARKS = Need(
     holds=lambda config, _: config.data.quality is not None and bool(config.data.quality.benchmarks),
     otherwise=lambda config: "data.quality.benchmarks names no rows",
     remedy="name some",
+)
+FAR_ROWS = Need(
+    keys=("data.train",),
+    holds=lambda config, _: any(map(_may_be_far, config.data.train)),
+    otherwise=lambda config: "all of data.train lies in mounted files, which are read as they are",
+    remedy="name rows behind a URL, or of a hub",
 )
 TO_BE_MIXED = Need(
     keys=("data.train",),

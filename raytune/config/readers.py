@@ -16,6 +16,7 @@ from raytune.config.needs import (
     BENCHMARKS,
     BESIDE_WORKERS,
     CHAT,
+    FAR_ROWS,
     HELD_OUT,
     HUB_MODEL,
     HUB_TEACHER,
@@ -271,7 +272,8 @@ READERS: dict[str, Reader] = {
     **_read("data", "targets", "launch.stores", needs=(CHAT,), idle=("all",)),
     **_read("data", "token_weights", "launch.stores"),
     **_read("data", "streaming", "plan.streaming"),
-    **_read("data.streaming", "window", "data.stream"),
+    **_read("data.streaming", "window", "data.stream_recipe"),
+    **_read("data.streaming", "read_ahead_mib", "data.stream_recipe", needs=(FAR_ROWS,)),
     **_read("data.token_weights", "numbers code_syntax patterns", "data.token_classes"),
     # adapter
     **_read("adapter", "method", "plan.optimization"),

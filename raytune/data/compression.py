@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal
 
+from raytune.data.source_files import SourceFile
 from raytune.errors import DataError
 
 Compression = Literal["gzip", "bz2", "xz", "zstd"]
@@ -22,29 +23,29 @@ _BEGINNINGS: dict[Compression, tuple[bytes, ...]] = {
 _CHUNK_BYTES = 1 << 16
 
 
-def compression_of(path: str) -> Compression | None:
-    with open(path, "rb") as stream:
+def compression_of(file: SourceFile) -> Compression | None:
+    with file.open() as stream:
         begins = stream.read(16)
     return next((name for name, beginnings in _BEGINNINGS.items() if begins.startswith(beginnings)), None)
 
 
 @contextmanager
-def open_bytes(path: str, name: str, start: int = 0) -> Iterator[BinaryIO]:
+def open_bytes(file: SourceFile, start: int = 0) -> Iterator[BinaryIO]:
     """The content of a file from an offset on. In a compressed file all that is before it is decompressed too, and dropped.
-
-    Args:
-        name: of the file, for messages.
 
     Raises:
         DataError: while it is read, if what was compressed is damaged or cut off.
     """
-    compression = compression_of(path)
+    compression = compression_of(file)
     if compression is None:
-        with open(path, "rb") as stream:
+        with file.open() as stream:
             stream.seek(start)
             yield stream
         return
-    with io.BufferedReader(_Decompressed(_RAW[compression](path), name, compression), _CHUNK_BYTES) as stream:
+    with (
+        file.open() as raw,
+        io.BufferedReader(_Decompressed(_RAW[compression](raw), file.name, compression), _CHUNK_BYTES) as stream,
+    ):
         left = start
         while left and (dropped := stream.read(min(left, _CHUNK_BYTES))):
             left -= len(dropped)
@@ -79,8 +80,8 @@ class _Decompressed(io.RawIOBase):
 class _Streams(io.RawIOBase):
     """Compressed streams one behind another. Python's own files leave out, without a word, a later one that is damaged."""
 
-    def __init__(self, path: str, new: Callable[[], Any]) -> None:
-        self._file, self._new, self._decompressor = io.FileIO(path), new, new()
+    def __init__(self, file: BinaryIO, new: Callable[[], Any]) -> None:
+        self._file, self._new, self._decompressor = file, new, new()
 
     def readable(self) -> bool:
         return True
@@ -109,20 +110,16 @@ class _Streams(io.RawIOBase):
             rest = chunk.lstrip(b"\0")
         return rest
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
-
-def _zstd(path: str) -> Any:
+def _zstd(file: BinaryIO) -> Any:
     import pyarrow  # Python has none before 3.14
 
-    return pyarrow.input_stream(path, compression="zstd")
+    return pyarrow.input_stream(file, compression="zstd")
 
 
-_RAW: dict[Compression, Callable[[str], Any]] = {
-    "gzip": gzip.GzipFile,
-    "bz2": lambda path: _Streams(path, bz2.BZ2Decompressor),
-    "xz": lambda path: _Streams(path, lzma.LZMADecompressor),
+_RAW: dict[Compression, Callable[[BinaryIO], Any]] = {
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": lambda file: _Streams(file, bz2.BZ2Decompressor),
+    "xz": lambda file: _Streams(file, lzma.LZMADecompressor),
     "zstd": _zstd,
 }

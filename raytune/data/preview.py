@@ -2,6 +2,7 @@
 whose turn it is."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from raytune.data.source_files import find_files
 from raytune.data.source_rows import read_parts, readings_of
 from raytune.data.sources import ScannedFile, Segment, scan, unscanned
 from raytune.data.store import view
+from raytune.data.stream_recipe import looked_into
 from raytune.data.template import ChatTemplate
 from raytune.data.text_encoder import TextEncoder, bytes_before
 from raytune.data.tokenising import tokenise_shard
@@ -148,10 +150,7 @@ class Previewer:
         Raises:
             DataError: if its format cannot be told, or it has no good row.
         """
-        with TemporaryDirectory() as folder:
-            reads_through = not (self.is_streamed and isinstance(wanted, int))
-            found = find_files(source, Path(folder))
-            files = [scan(file, source.max_rows) if reads_through else unscanned(file) for file in found]
+        with TemporaryDirectory() as folder, self._files(source, Path(folder), wanted) as files:
             (reading,) = readings_of([source], [files])
             parts = [
                 ShardPart(segment=segment, file_index=index, reading=reading, fingerprint=file.fingerprint, only_line=line)
@@ -181,6 +180,14 @@ class Previewer:
                 for document in _documents(made.path)
             ]
         return ShownRows(documents=documents, tally=tally, was_found=tally.counts["rows"] > 0)
+
+    @contextmanager
+    def _files(self, source: DataSource, downloads: Path, wanted: int | RowPlace) -> Iterator[list[ScannedFile]]:
+        if self.is_streamed and isinstance(wanted, int):
+            with looked_into(source) as files:
+                yield [unscanned(file) for file in files]
+        else:
+            yield [scan(file, source.max_rows) for file in find_files(source, downloads)]
 
     def _shown(
         self,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any, TextIO
 
+from raytune.config.data import FileKind
 from raytune.data.compression import open_bytes
 from raytune.data.conversation import kind_of
 from raytune.data.demo import demo_rows
-from raytune.data.source_files import FileKind
-from raytune.data.sources import BOM, Segment, load_dataset, named_errors, open_arrow
+from raytune.data.sources import BOM, Segment, load_dataset, named_errors, open_arrow, open_parquet
 from raytune.errors import DataError
 from raytune.units import MIB, format_bytes
 
@@ -126,7 +126,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
     """The objects of one JSON array. A syntax error ends the file: what follows it cannot be told apart from what precedes it."""
     name, decoder = segment.file.name, json.JSONDecoder(object_pairs_hook=_object)
-    with open_bytes(segment.file.path, name) as content:
+    with open_bytes(segment.file) as content:
         text = _Window(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), name)
         text.skip("[")
         if text.peek() == "]":
@@ -154,7 +154,7 @@ def _read_json_array(segment: Segment) -> Iterator[FileRow | BadRow]:
 def _is_one_line(segment: Segment) -> bool:
     """Whether lines tell nothing of where a row is: all that is in the file stands on one."""
     has_begun, has_ended = False, False
-    with open_bytes(segment.file.path, segment.file.name) as stream:
+    with open_bytes(segment.file) as stream:
         while chunk := stream.read(MIB):
             if has_ended and chunk.strip():
                 return False
@@ -321,15 +321,15 @@ def _text_rows(lines: "Lines") -> Iterator[FileRow | BadRow]:
 
 
 def _read_parquet(segment: Segment) -> Iterator[FileRow | BadRow]:
-    import pyarrow.parquet
-
-    with named_errors(segment.file), pyarrow.parquet.ParquetFile(segment.file.path) as parquet:
-        batches = parquet.iter_batches(batch_size=256, row_groups=list(range(segment.start, segment.stop or 0)))
+    with named_errors(segment.file), open_parquet(segment.file) as parquet:
+        groups = range(segment.start, segment.stop or 0)
+        # One after another: of several that it is asked for at once the library fetches all into memory first.
+        batches = chain.from_iterable(parquet.iter_batches(batch_size=256, row_groups=[group]) for group in groups)
         yield from _rows_of_table(batches, parquet.schema_arrow, segment)
 
 
 def _read_arrow(segment: Segment) -> Iterator[FileRow | BadRow]:
-    with named_errors(segment.file), open_arrow(segment.file.path) as batches:
+    with named_errors(segment.file), open_arrow(segment.file) as batches:
         wanted = islice(batches, segment.start, segment.stop)
         first = next(wanted, None)
         if first is not None:
@@ -427,7 +427,7 @@ class Lines:
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         segment = self._segment
-        with open_bytes(segment.file.path, segment.file.name, segment.start) as stream:
+        with open_bytes(segment.file, segment.start) as stream:
             while segment.stop is None or self.at < segment.stop:
                 data = stream.readline(MAX_ROW_BYTES + 1)
                 if not data:

@@ -114,6 +114,7 @@ def write_rows(
 
 def packed_in_memory(
     documents: Sequence[pa.RecordBatch],
+    loss_weights: Sequence[float],
     row_length: int,
     packing: Packing,
     num_virtual: int,
@@ -122,11 +123,12 @@ def packed_in_memory(
     """Packed rows of documents, in another order.
 
     Args:
+        loss_weights: of each batch's targets.
         row_length, packing, num_virtual: as of `pack`.
         in_order: given how many rows there are, their numbers in the order that they are to have.
     """
-    found = Documents(documents, [1.0] * len(documents))
-    are_weighted = any(not batch.column("target_weights").null_count for batch in documents)
+    found = Documents(documents, loss_weights)
+    are_weighted = set(loss_weights) != {1.0} or any(not batch.column("target_weights").null_count for batch in documents)
     schema = _WEIGHTED_ROWS_SCHEMA if are_weighted else _ROWS_SCHEMA
     rows = pack(found.lengths, row_length, packing, num_virtual=num_virtual)
     ordered = [rows[row] for row in in_order(len(rows))]

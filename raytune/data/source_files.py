@@ -6,17 +6,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO
 
-from raytune.config.data import COMPRESSED_ENDINGS, DataSource, ending_of
+from raytune.config.data import COMPRESSED_ENDINGS, DataSource, FileKind, ending_of
+from raytune.data.file_pieces import FilesAhead, Version, refuse_another
 from raytune.errors import DataError
 from raytune.storage import download_file, is_local, list_folder, local_path
 
 DEMO_ROWS = {"train": 4000, "validation": 400, "test": 400}
-FileKind = Literal["json", "csv", "tsv", "txt", "parquet", "arrow", "dataset", "demo"]
 _KINDS: dict[str, FileKind] = {
     ".json": "json",
     ".jsonl": "json",
@@ -46,14 +46,46 @@ class SourceFile:
     name: str
     """As the user knows it: for messages."""
     path: str
-    """What is opened: a local path, a hub id, or the split of the demo."""
+    """What is opened: a local path, a hub id, the split of the demo, or a URL of `ahead`."""
     kind: FileKind
     split: str
     """Split of a data set; empty for files."""
+    version: Version | None = None
+    """What it has to be; None: what it is when it is read."""
+    ahead: FilesAhead | None = field(default=None, compare=False, repr=False)
+    """Who fetches it piece by piece; None: it is no URL."""
+
+    def open(self) -> BinaryIO:
+        """Its bytes, from the first on.
+
+        Raises:
+            DataError: if it is not what it has to be.
+        """
+        if self.ahead is not None:
+            return self.ahead.open(self.path)
+        self.refuse_another()
+        return open(self.path, "rb")
+
+    def refuse_another(self) -> None:
+        """Refuse a local file that is not what it has to be; one behind a URL is held against that with each piece.
+
+        Raises:
+            DataError: with what it was and what it is.
+        """
+        if self.version is not None and self.ahead is None:
+            refuse_another(self.path, self.version)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.version.size if self.version is not None else os.path.getsize(self.path)
 
 
-def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
-    """The files behind a source, in the order in which they are read. Files behind a URL are copied to `downloads` first.
+def find_files(source: DataSource, downloads: Path | None) -> list[SourceFile]:
+    """The files behind a source, in the order in which they are read.
+
+    Args:
+        downloads: folder that files behind URLs are copied to first; None: they stay there, and their path is the URL.
 
     Raises:
         DataError: if there are none, one of them has an ending that we cannot read, or a folder does not say which are meant.
@@ -65,20 +97,21 @@ def find_files(source: DataSource, downloads: Path) -> list[SourceFile]:
             raise DataError(f"There is no data set '{path}'. The built-in ones are demo:train, demo:validation, demo:test.")
         return [SourceFile(path, split, "demo", "")]
     if not is_local(path):
-        return [_downloaded(url, downloads) for url in _matching_urls(path, source.split)]
+        urls = _matching_urls(path, source.split)
+        return [_downloaded(url, downloads) if downloads else SourceFile(url, url, kind_of_file(url), "") for url in urls]
     local = local_path(path)
     if local.is_dir():
         if any((local / marker).exists() for marker in ("state.json", "dataset_dict.json")):
             return [SourceFile(path, str(local), "dataset", source.split)]
         files = [f"{path.rstrip('/')}/{name}" for name in _files_of_folder(path, sorted(os.listdir(local)), source.split)]
-        return [SourceFile(file, str(local_path(file)), _kind_of(file), "") for file in files]
+        return [SourceFile(file, str(local_path(file)), kind_of_file(file), "") for file in files]
     if local.is_file():
-        return [SourceFile(path, str(local), _kind_of(path), "")]
+        return [SourceFile(path, str(local), kind_of_file(path), "")]
     if glob.has_magic(path):
         matches = [match for match in sorted(glob.glob(str(local), recursive=True)) if os.path.isfile(match)]
         if not matches:
             raise DataError(f"No file matches '{path}' (looked in {local.parent} on {os.uname().nodename}).")
-        return [SourceFile(match, match, _kind_of(match), "") for match in matches]
+        return [SourceFile(match, match, kind_of_file(match), "") for match in matches]
     if _HUB_ID.fullmatch(path) and ending_of(path) not in _KINDS and not path.startswith("."):
         return [SourceFile(path, path, "dataset", source.split)]
     raise DataError(f"There is no file '{path}' on {os.uname().nodename} (looked for {local}).")
@@ -133,7 +166,7 @@ def _matching_urls(url: str, split: str) -> list[str]:
 
 
 def _downloaded(url: str, downloads: Path) -> SourceFile:
-    kind = _kind_of(url)
+    kind = kind_of_file(url)
     target = downloads / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.split('/')[-1]}"
     try:
         download_file(url, target)
@@ -142,7 +175,12 @@ def _downloaded(url: str, downloads: Path) -> SourceFile:
     return SourceFile(url, str(target), kind, "")
 
 
-def _kind_of(path: str) -> FileKind:
+def kind_of_file(path: str) -> FileKind:
+    """How a file is read, by its name.
+
+    Raises:
+        DataError: if it says none that we can read.
+    """
     ending = ending_of(path)
     kind = _KINDS.get(ending)
     if kind is not None and (kind not in ("parquet", "arrow") or path.lower().endswith(ending)):

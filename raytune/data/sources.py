@@ -11,14 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from raytune.data.compression import Compression, compression_of, open_bytes
 from raytune.data.demo import demo_rows
-from raytune.data.source_files import DEMO_ROWS, SourceFile
+from raytune.data.file_pieces import Version, version_of
+from raytune.data.source_files import DEMO_ROWS, SourceFile, kind_of_file
 from raytune.errors import DataError, RaytuneError
+from raytune.hub.cache import is_offline
 from raytune.local_files import local_errors
 from raytune.units import MIB
 
@@ -46,6 +48,10 @@ _COLUMNS_OF_ROWS = frozenset({"messages", "conversations", "prompt", "instructio
 _MAX_OBJECT_BYTES = 256 * MIB
 """A larger file is read row by row only."""
 _LONG_LINE = 32 * MIB
+_STREAMED_MODULES = ("json", "parquet", "text", "arrow")
+"""Of `datasets`, that read a file's rows as we do; from CSV it makes numbers of what looks like some."""
+_SAID_OF_FILES = ("name", "version", "data_dir", "data_files", "description", "features")
+"""Of a data set's configuration, what changes no row: which files there are, and which types they have."""
 _ZIP = b"PK\x03\x04"
 _TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 _LFS = b"version https://git-lfs.github.com/spec"
@@ -95,7 +101,7 @@ def scan(file: SourceFile, max_rows: int | None, advance: Callable[[int], None] 
         segments = tuple(Segment(file, start, min(start + SEGMENT_ROWS, len(dataset)), start + 1) for start in starts)
         return ScannedFile(file, dataset._fingerprint, segments, len(dataset))
     _refuse_other_content(file)
-    with local_errors(file.name), open_bytes(file.path, file.name) as stream:
+    with local_errors(file.name), open_bytes(file) as stream:
         fingerprint, cuts, size, lines = _digest_and_cuts(stream, advance)
     if size == 0:
         raise DataError(f"{file.name} is empty (0 bytes).")
@@ -107,7 +113,7 @@ def scan(file: SourceFile, max_rows: int | None, advance: Callable[[int], None] 
     if file.kind == "json" and not is_array:
         _refuse_one_object(file, size)
     if file.kind == "txt" or (file.kind == "json" and not is_array):
-        if (compression := compression_of(file.path)) is not None:
+        if (compression := compression_of(file)) is not None:
             cuts = cuts[:: -(-len(cuts) // COMPRESSED_SEGMENTS[compression]) or 1]
         starts, stops = [(0, 1), *cuts], [offset for offset, _ in cuts] + [size]
         segments = (Segment(file, start, stop, line) for (start, line), stop in zip(starts, stops) if stop > start)
@@ -124,12 +130,13 @@ def unread_parts(file: SourceFile) -> tuple[Segment, ...]:
     if file.kind in ("demo", "dataset"):
         return scan(file, None).segments
     _refuse_other_content(file)
-    if not os.path.getsize(file.path):
+    if not file.size:
         raise DataError(f"{file.name} is empty (0 bytes).")
     if file.kind == "parquet":
         return _row_groups(file)[0]
     if file.kind == "arrow":
-        return _batches(file)[0]
+        # To know where its batches begin, all of them are looked at, which a file behind a URL would be fetched for.
+        return _batches(file)[0] if file.ahead is None else (Segment(file, 0, None, 1),)
     is_lines = file.kind == "txt" or (file.kind == "json" and _first_character(file) != b"[")
     return (Segment(file, 0, sys.maxsize if is_lines else None, 1),)
 
@@ -161,7 +168,7 @@ def _refuse_other_content(file: SourceFile) -> None:
     Raises:
         DataError: saying what it is.
     """
-    with local_errors(file.name), open(file.path, "rb") as stream:
+    with local_errors(file.name), file.open() as stream:
         begins = stream.read(len(_LFS))
     if begins.startswith(_ZIP):
         raise DataError(f"{file.name} is a zip archive. Unpack it, and name the files that were in it.")
@@ -195,7 +202,7 @@ def _refuse_equal_columns(file: SourceFile, schema: Any) -> None:
 
 def _first_character(file: SourceFile) -> bytes:
     """The first byte that is no white space; empty if there is none."""
-    with open_bytes(file.path, file.name) as stream:
+    with open_bytes(file) as stream:
         chunk = stream.read(4096).removeprefix(BOM)
         while chunk:
             if text := chunk.lstrip():
@@ -206,7 +213,7 @@ def _first_character(file: SourceFile) -> bytes:
 
 def _begins_with_a_row(file: SourceFile) -> bool:
     """Whether the first line is an object, or longer than any row, and others follow."""
-    with open_bytes(file.path, file.name) as stream:
+    with open_bytes(file) as stream:
         first = stream.readline(_LONG_LINE).removeprefix(BOM)
         while first.isspace():
             first = stream.readline(_LONG_LINE)
@@ -232,7 +239,7 @@ def _refuse_one_object(file: SourceFile, size: int) -> None:
     """
     if size > _MAX_OBJECT_BYTES or _first_character(file) != b"{" or _begins_with_a_row(file):
         return
-    with open_bytes(file.path, file.name) as stream:
+    with open_bytes(file) as stream:
         text = stream.read().decode("utf-8-sig", errors="replace").strip()
     try:
         first, end = json.JSONDecoder().raw_decode(text)
@@ -262,9 +269,7 @@ def _refuse_one_object(file: SourceFile, size: int) -> None:
 
 def _row_groups(file: SourceFile) -> tuple[tuple[Segment, ...], int]:
     """The parts of a Parquet file, and its rows."""
-    import pyarrow.parquet
-
-    with named_errors(file), pyarrow.parquet.ParquetFile(file.path) as parquet:
+    with named_errors(file), open_parquet(file) as parquet:
         _refuse_equal_columns(file, parquet.schema_arrow)
         counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     first_rows = [1 + sum(counts[:group]) for group in range(len(counts))]
@@ -274,7 +279,7 @@ def _row_groups(file: SourceFile) -> tuple[tuple[Segment, ...], int]:
 def _batches(file: SourceFile) -> tuple[tuple[Segment, ...], int]:
     """The parts of an Arrow file, and its rows."""
     segments, first, rows, begun = [], 1, 0, 0
-    with named_errors(file), open_arrow(file.path) as batches:
+    with named_errors(file), open_arrow(file) as batches:
         for number, batch in enumerate(batches, 1):
             _refuse_equal_columns(file, batch.schema)
             rows += batch.num_rows
@@ -284,18 +289,24 @@ def _batches(file: SourceFile) -> tuple[tuple[Segment, ...], int]:
         return (*segments, Segment(file, begun, None, first)), first - 1 + rows
 
 
+def open_parquet(file: SourceFile) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file.path if file.ahead is None else file.open())
+
+
 @contextmanager
-def open_arrow(path: str) -> Iterator[Iterator[Any]]:
-    """The record batches of an Arrow file, in either of its forms, without a copy of them in memory."""
+def open_arrow(file: SourceFile) -> Iterator[Iterator[Any]]:
+    """The record batches of an Arrow file, in either of its forms; of a local one without a copy of them in memory."""
     import pyarrow.ipc
 
-    with pyarrow.memory_map(path) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            reader = pyarrow.ipc.open_file(mapped)
+    with pyarrow.memory_map(file.path) if file.ahead is None else file.open() as stream:
+        if stream.read(6) == b"ARROW1":
+            reader = pyarrow.ipc.open_file(stream)
             yield (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
-            mapped.seek(0)
-            yield iter(pyarrow.ipc.open_stream(mapped))
+            stream.seek(0)
+            yield iter(pyarrow.ipc.open_stream(stream))
 
 
 def load_dataset(file: SourceFile) -> Any:
@@ -317,6 +328,50 @@ def load_dataset(file: SourceFile) -> Any:
             return loaded
         name, _, subset = file.path.partition(":")
         return datasets.load_dataset(name, subset or None, split=file.split)
+
+
+def files_of_hub(file: SourceFile) -> list[SourceFile]:
+    """The files of a split of a hub's data set at the commit that it stands at now, as `datasets` finds them; read from there.
+
+    Raises:
+        DataError: if it has no such split, or `datasets` would read more out of its files than is in their rows.
+    """
+    import datasets
+
+    if is_offline():
+        raise DataError(
+            f"{file.name} is a data set of a hub, which is streamed from there, but HF_HUB_OFFLINE is set on "
+            f"{os.uname().nodename}. Unset it, or leave data.streaming out: then what `datasets` has in its cache is read.",
+            keys=("data.train", "data.streaming"),
+        )
+    name, _, subset = file.path.partition(":")
+    with named_errors(file):
+        builder = datasets.load_dataset_builder(name, subset or None)
+    module, config = type(builder).__module__.rpartition(".")[2], builder.config
+    where = f"Name its files, such as hf://datasets/{name}@COMMIT/FILE, or leave data.streaming out"
+    if module not in _STREAMED_MODULES:
+        raise DataError(
+            f"{file.name} has files of the kind {module}, which data.streaming does not read as `datasets` does. {where}."
+        )
+    usual = type(config)()
+    if options := [
+        one.name
+        for one in fields(config)
+        if one.name not in _SAID_OF_FILES and getattr(config, one.name) != getattr(usual, one.name)
+    ]:
+        raise DataError(
+            f"{file.name} is to be read with options of its own ({', '.join(options)}), which data.streaming does not know. "
+            f"{where}."
+        )
+    found = config.data_files or {}
+    if file.split not in found:
+        raise DataError(f"{file.name} has no split '{file.split}', only {', '.join(map(str, found))}.")
+    return [_file_of_hub(file.path, url) for url in found[file.split]]
+
+
+def _file_of_hub(data_set: str, url: str) -> SourceFile:
+    commit, _, inside = url.partition("@")[2].partition("/")
+    return SourceFile(f"{data_set}/{inside}", url, kind_of_file(inside), "", Version(version_of(url).size, commit))
 
 
 @contextmanager

@@ -59,6 +59,8 @@ _CODE = (
     "split",
     "store_request",
     "stream",
+    "stream_recipe",
+    "stream_source",
     "template",
     "template_text",
     "text_encoder",

@@ -222,11 +222,20 @@ def streamed_in_words(events: Sequence[Mapping[str, Any]]) -> list[str]:
     lost = {"bad": "bad", "no_target": "without a target", "cut": "cut", "dropped": "too long"}
     of_them = "".join(f", {read[name]} {words}" for name, words in lost.items() if read[name])
     passes = f"; all files {read['passes']} time{'s' * (read['passes'] > 1)}" if read["passes"] else ""
+    if len(sources := read.get("by_source", {})) > 1:
+        passes = "; " + ", ".join(_part_streamed(name, counts, read["targets"]) for name, counts in sources.items())
     made = f" and {read['augmented']} made of them" if read["augmented"] else ""
     return [
         f"Read by step {read['step']}: {read['rows'] - read['augmented']} rows{made}{of_them}; {read['documents']} documents, "
         f"{format_count(read['tokens'])} tokens, {format_count(read['targets'])} targets{passes}."
     ]
+
+
+def _part_streamed(name: str, counts: Mapping[str, int], num_targets: int) -> str:
+    """What was read of one of several sources, against the targets of all."""
+    passes = counts.get("passes", 0)
+    times = f", all of it {passes} time{'s' * (passes > 1)}" if passes else ""
+    return f"{counts.get('targets', 0) / max(1, num_targets):.1%} of them of {name}{times}"
 
 
 def outcome_record(took: Spent, found: Sequence[Change], num_steps: int) -> dict[str, Any]:

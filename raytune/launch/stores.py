@@ -1,6 +1,7 @@
 """The data of a run, made ready before any worker exists: tokenised stores, and the questions of its end."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ from raytune.data.shards import ParallelMap
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split
 from raytune.data.store import Store, StoreInfo
 from raytune.data.store_request import StoreRequest
-from raytune.data.stream import Recipe
+from raytune.data.stream_recipe import Recipe, with_files
 from raytune.data.template import ChatTemplate
 from raytune.data.template_front import template_of
 from raytune.data.text_encoder import TextEncoder
@@ -120,6 +121,7 @@ class DataBuilder:
         sources, weighed = trained_sources(config), weighed_sources(config)
         asked = asked_split(data)
         stream = stream_plan(config, tokenizer_fingerprint(self._tokenizer))
+        stream = with_files(stream) if stream is not None else None
         split, of_split = measured(asked, sources, self._folder, self._parallel_map)
         if stream is not None:
             train = self._first_window(stream)
@@ -144,8 +146,11 @@ class DataBuilder:
         for info in (*stored, *(held_out.info for held_out in (*validation, *test))):
             self._check_tokens(info)
         names = list(named_sources(sources))
-        num_read = train.report.total("rows") - train.report.total("augmented")
-        looked_at = [f"{name}, its first {num_read} rows" for name in names] if stream else names
+        if stream:
+            counted = zip(names, train.report.sources, strict=True)
+            looked_at = [f"{name}, its first {source.rows - source.augmented} rows" for name, source in counted]
+        else:
+            looked_at = names
         report = DataReport(
             template=self.template_notes,
             train=train.report.named(looked_at),
@@ -189,7 +194,8 @@ class DataBuilder:
             new_tokens=model.new_tokens,
             seed=config.training.seed,
         )
-        return first_window(stream, recipe)
+        with closing(recipe):
+            return first_window(recipe)
 
     def _measured(
         self, sets: Mapping[str, DataSource | None], side: Side | Literal["all"], split: Split, train: StoreInfo

@@ -142,6 +142,8 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         )
     if (copies := config.data.augment.copies) and source in (_COUNTED, _BY_BYTES):
         num_tokens, source = num_tokens * (1 + copies), f"{source}; {1 + copies} times as many with data.augment"
+    if (stream := stream_plan(config)) and num_tokens > (most := stream.window * row_length):
+        num_tokens, source = most, "a window of data.streaming, each of its rows as long as a packed one"
     names, tests = list(evaluated_sets(config)), list(tested_sets(config))
     fold = config.data.fold
     share = 1 / fold.of if fold else config.data.validation_fraction
@@ -155,7 +157,7 @@ def assumed_data(config: RunConfig, row_length: int, num_tokens: int | None) -> 
         test=tuple(_store(name, math.ceil(tested * num_tokens), row_length) for name in tests),
         ewc=ewc,
         longest_document=row_length,
-        stream=stream_plan(config),
+        stream=stream,
         assumption=(
             f"The data is taken to be {format_count(num_tokens)} tokens ({source}), all of them targets, in full rows. "
             f"No row was read: how many are bad, cut or dropped is said by a plan without cluster.instance, and before training."

@@ -17,6 +17,7 @@ from raytune.plan.penalty import importance_in_words, penalty_in_words
 from raytune.plan.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
 from raytune.plan.stopping import rules_in_words
+from raytune.plan.streaming import stream_in_words
 from raytune.plan.suites import suite_in_words
 from raytune.plan.while_training import while_training_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
@@ -209,6 +210,8 @@ def _optimizer(plan: RunPlan) -> str:
 
 
 def _mixture(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.data.stream is not None:
+        return [("streams" if index == 0 else "", line) for index, line in enumerate(stream_in_words(plan.data.stream))]
     lines = mixture_in_words(plan.data_report.train, _epochs(plan)) if plan.data_report else []
     return [("mixture" if index == 0 else "", line) for index, line in enumerate(lines)]
 

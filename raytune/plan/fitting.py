@@ -194,6 +194,7 @@ def _way(
         teacher=teacher,
         teacher_is_beside=setting.teacher is not None,
         streamed_tokens=data.train.num_tokens if data.stream else 0,
+        streamed_ahead_bytes=data.stream.ahead_bytes if data.stream else 0,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     # Rates of the catalogue are those of 16-bit products on GPUs.

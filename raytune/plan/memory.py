@@ -176,7 +176,7 @@ def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
         keeps_sums = work.zero_stage == 1 and work.accumulation > 1
         yield _part("buckets of gradients", buckets, (*PASSES, "teacher") if keeps_sums else ("last layer", "first layer"))
     if work.streamed_tokens:
-        streamed = STREAM_BYTES + STREAMED_TOKEN_BYTES * work.streamed_tokens
+        streamed = STREAM_BYTES + STREAMED_TOKEN_BYTES * work.streamed_tokens + work.streamed_ahead_bytes
         yield _part("streamed rows", streamed, place=_place("cpu", work))
     yield _part(CUDA_CONTEXT, GPU_CONTEXT_BYTES) if work.is_on_gpu else _part(CPU_PROCESS, CPU_PROCESS_BYTES)
 

@@ -5,24 +5,63 @@ from typing import Literal
 
 from raytune.config.adapter import num_virtual_tokens
 from raytune.config.augment import AugmentSection
-from raytune.config.data import DataSource, Role, TokenWeightsSection
+from raytune.config.data import DataSection, FileKind, Role, TokenWeightsSection, TrainSource, named_sources
 from raytune.config.data_limits import LimitsSection
 from raytune.config.row_sources import replayed_sources
 from raytune.config.run import RunConfig
 from raytune.errors import PlanError
 from raytune.plan.augmenting import code_of
 from raytune.plan.value import Plan
+from raytune.storage import is_local
+from raytune.units import MIB, format_bytes
 from raytune.user_code import UserCode
 
 _KEY = "data.streaming"
 
 
+KEPT_BYTES = 48 * MIB
+"""Of the pieces of a source beside those that are fetched ahead: what is read, and what is on its way without being wanted any
+longer."""
+
+
+class StreamedFile(Plan):
+    """A file as it was when the run was planned, which it has to be as long as the run reads it."""
+
+    name: str
+    """As the user knows it."""
+    path: str
+    kind: FileKind
+    split: str
+    size: int
+    """Bytes; 0 of a data set, which is a folder, and of built-in rows."""
+    mark: str
+    """What its storage changes when it is written again."""
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it is read piece by piece from behind a URL."""
+        return not is_local(self.path)
+
+
+class StreamedSource(Plan):
+    source: TrainSource
+    files: list[StreamedFile] = []
+    """In the order in which they are read; none before they were looked for."""
+
+    @property
+    def is_far(self) -> bool:
+        """Whether files of it are read from behind a URL."""
+        return any(file.is_far for file in self.files) or not is_local(self.source.path)
+
+
 class StreamPlan(Plan):
     """What workers tokenise while they train (data.stream)."""
 
-    source: DataSource
+    sources: list[StreamedSource]
     window: int
     """Rows that are shuffled and packed among themselves."""
+    read_ahead_mib: int
+    """Of files behind URLs, that each worker fetches ahead of what it reads."""
     system: str | None
     system_when: Literal["missing", "always"]
     max_turns: int | None
@@ -41,6 +80,12 @@ class StreamPlan(Plan):
     limits: LimitsSection
     tokenizer_fingerprint: str
 
+    @property
+    def ahead_bytes(self) -> int:
+        """Of memory on each worker, for pieces of files behind URLs."""
+        num_far = sum(one.is_far for one in self.sources)
+        return self.read_ahead_mib * MIB + num_far * KEPT_BYTES if num_far else 0
+
 
 def stream_plan(config: RunConfig, tokenizer_fingerprint: str = "") -> StreamPlan | None:
     """What a config streams; None: training rows have a store.
@@ -55,8 +100,9 @@ def stream_plan(config: RunConfig, tokenizer_fingerprint: str = "") -> StreamPla
     if data.streaming is None:
         return None
     return StreamPlan(
-        source=data.train[0],
+        sources=[StreamedSource(source=source) for source in data.train],
         window=data.streaming.window,
+        read_ahead_mib=data.streaming.read_ahead_mib,
         system=data.system,
         system_when=data.system_when,
         max_turns=data.max_turns,
@@ -93,11 +139,7 @@ def _unfit(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     data, training = config.data, config.training
     if training.max_steps is None:
         yield "training.max_steps", "how many steps a pass over the rows has is known at its end", "Set training.max_steps"
-    if len(data.train) > 1:
-        yield "data.train", "several sources are not streamed side by side", "Name one, whose path may be a glob or a folder"
-    source = data.train[0]
-    if "://" in source.path:
-        yield "data.train", f"{source.path} would be copied whole", "Mount the bucket on every node, and name the files there"
+    yield from _unfit_mixing(data)
     if replayed_sources(config):
         yield "strategy.replay", "a share of all targets is replayed, and how many there are is not known", "Leave replay out"
     if data.quality is not None:
@@ -120,3 +162,43 @@ def _unfit(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     for index, phase in enumerate(config.strategy.unfreeze):
         if phase.from_epoch:
             yield f"strategy.unfreeze.{index}.from_epoch", "epochs are not counted", "Set from_step"
+
+
+def _unfit_mixing(data: DataSection) -> Iterator[tuple[str, str, str]]:
+    """What of the mixing of sources needs to know how much there is of each; proportions do not."""
+    are_parts = "Give each source a proportion, its part of the targets"
+    for index, source in enumerate(data.train):
+        if source.passes is not None:
+            yield f"data.train.{index}.passes", "epochs are not counted, and passes are those of one", are_parts
+        if source.max_passes is not None:
+            yield f"data.train.{index}.max_passes", "epochs are not counted, and passes are those of one", are_parts
+    if data.mixing.temperature is not None:
+        yield "data.mixing.temperature", "it is of the targets of each source, which are counted at its end", are_parts
+    if data.mixing.until != "all_exhausted":
+        why = "epochs are not counted, and each source begins again behind its last row"
+        yield "data.mixing.until", why, "Leave mixing.until out: proportions are kept all the same"
+    if len(data.train) > 1 and data.train[0].proportion is None:
+        why = "how many rows each of several sources has, for each row to come once, is known at their end"
+        yield "data.train", why, f"{are_parts}; or name one source, whose path may be a glob or a folder"
+
+
+def stream_in_words(stream: StreamPlan) -> list[str]:
+    """Where rows come from and in which parts, a line each; empty of one source in mounted files that counts as usual."""
+    lines = []
+    if len(stream.sources) > 1:
+        total = sum(one.source.proportion or 0.0 for one in stream.sources)
+        names = named_sources([one.source for one in stream.sources])
+        lines += [
+            f"{name}: {(source.proportion or 0.0) / total:.1%} of the targets"
+            + (f", which weigh {source.loss_weight:g} each" if source.loss_weight != 1 else "")
+            for name, source in names.items()
+            if isinstance(source, TrainSource)
+        ]
+    far = [file for one in stream.sources for file in one.files if file.is_far]
+    if far:
+        ahead = f"up to {stream.read_ahead_mib} MiB ahead" if stream.read_ahead_mib else "nothing ahead"
+        lines.append(
+            f"{len(far)} file{'s' * (len(far) > 1)} behind URLs, {format_bytes(sum(file.size for file in far))}: each worker "
+            f"fetches them piece by piece, {ahead} in memory, and writes none to a disk"
+        )
+    return lines

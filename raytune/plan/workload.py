@@ -58,6 +58,8 @@ class Workload:
     """Per logit, of a loss of the user's and its gradient beside logits in fp32; None: cross-entropy."""
     streamed_tokens: int = 0
     """Of a window of streamed rows; 0: rows have a store."""
+    streamed_ahead_bytes: int = 0
+    """Of pieces of files that are fetched ahead of what is read of them."""
 
     @property
     def weight_dtype(self) -> Precision:

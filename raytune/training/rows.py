@@ -6,7 +6,8 @@ from typing import Any
 
 from raytune.data.batches import TrainingRows
 from raytune.data.store import Store
-from raytune.data.stream import Position, Recipe, Stream
+from raytune.data.stream import Position, Stream
+from raytune.data.stream_recipe import Recipe
 from raytune.plan.run_plan import RunPlan
 from raytune.training.checkpoint import Report
 
@@ -51,4 +52,4 @@ def position_after(step: int, plan: RunPlan, rows: TrainingRows) -> dict[str, An
 def tell_what_was_read(rows: TrainingRows, step: int, report: Report) -> None:
     """Report what of a stream was read so far; what became of the rows of a store was said before."""
     if isinstance(rows, Stream):
-        report("rows_streamed", step=step, **rows.counts)
+        report("rows_streamed", step=step, **rows.counts, by_source=rows.counts_by_source)

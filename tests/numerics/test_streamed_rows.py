@@ -1,6 +1,8 @@
 """A run whose rows are streamed computes what a run on a store does, on any number of ranks, and goes on exactly where it was."""
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
+from raytune.storage import write_bytes
 from raytune.training.commit import committed
 from raytune.training.run import Worker, train
 from tests.numerics.processes import run_on_ranks
@@ -73,6 +76,12 @@ def left_by(plan: RunPlan) -> tuple[dict[int, float], dict[str, Any]]:
 def train_rank(plan: RunPlan, attempt: int = 1) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     train(plan, Worker(rank=rank, world_size=world_size, device_index=rank, attempt=attempt, report=lambda metrics: None))
+
+
+def train_rank_there(plan: RunPlan, of_store: dict[str, str]) -> None:
+    """In a process that was forked before there was a store."""
+    os.environ.update(of_store)
+    train_rank(plan)
 
 
 def assert_equal(one: tuple[dict[int, float], dict[str, Any]], other: tuple[dict[int, float], dict[str, Any]]) -> None:
@@ -129,7 +138,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_unbroken_one(
 def test_any_number_of_ranks_has_the_same_losses(
     workers: int, chats: Path, tmp_path: Path, unbroken: tuple[dict[int, float], dict[str, Any]]
 ) -> None:
-    changes = {"adapter": {"dropout": 0.0}}
+    changes: dict[str, Any] = {"adapter": {"dropout": 0.0}}
     alone, _ = run(planned(chats, tmp_path / "alone", window=25, **changes))
     plan = planned(chats, tmp_path, window=25, workers=workers, **changes)
     run_on_ranks(train_rank, workers, plan)
@@ -139,7 +148,7 @@ def test_any_number_of_ranks_has_the_same_losses(
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_where_it_was(chats: Path, tmp_path: Path) -> None:
-    changes = {"adapter": {"dropout": 0.0}}
+    changes: dict[str, Any] = {"adapter": {"dropout": 0.0}}
     whole, _ = run(planned(chats, tmp_path / "whole", window=25, **changes))
     plan = planned(chats, tmp_path / "divided", window=25, **changes)
     steps_made = 0
@@ -155,6 +164,53 @@ def test_a_run_goes_on_with_other_ranks_where_it_was(chats: Path, tmp_path: Path
     again = planned(chats, tmp_path / "divided", window=25, workers=2, **changes)
     run_on_ranks(train_rank, 2, again, 2)
     assert relative_difference(list(left_by(again)[0].values()), list(whole.values())) <= SAME_SUMS
+
+
+def two_sources(folder: Path, url: str) -> list[dict[str, Any]]:
+    """One in a folder, the other one behind a URL."""
+    rows = [json.dumps(row) + "\n" for row in tiny_rows(NUM_ROWS, seed=1)]
+    (folder / "near.jsonl").write_text("".join(rows[:20]))
+    write_bytes(f"{url}/far.jsonl", "".join(rows[20:]).encode())
+    return [
+        {"path": str(folder / "near.jsonl"), "proportion": 1.0, "loss_weight": 2.0},
+        {"path": f"{url}/far.jsonl", "proportion": 3.0},
+    ]
+
+
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 8)), 5])
+def test_a_run_on_several_sources_that_is_killed_ends_as_the_unbroken_one(step: int, chats: Path, tmp_path: Path) -> None:
+    train_on = two_sources(tmp_path, f"memory://{tmp_path.name}")
+    whole = run(planned(chats, tmp_path / "whole", window=25, data={"train": train_on}))
+    plan = planned(chats, tmp_path / "killed", window=25, data={"train": train_on})
+    steps_made = 0
+
+    def kill() -> None:
+        nonlocal steps_made
+        steps_made += 1
+        if steps_made == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(plan, check=kill)
+    assert_equal(run(plan, attempt=2), whole)
+    words = RunResult.read(RunFolder(plan.storage, plan.name)).words[-1]
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of them of (?:near|far)", words)]
+    assert shares == pytest.approx([25, 75], abs=2)
+    newest = committed(RunFolder(plan.storage, plan.name))[-1]
+    assert newest.position is not None
+    assert [place["taken"] > 0 for place in newest.position["places"]] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_ranks_has_the_same_losses_on_several_sources(workers: int, chats: Path, tmp_path: Path, s3: str) -> None:
+    changes: dict[str, Any] = {"adapter": {"dropout": 0.0}, "data": {"train": two_sources(tmp_path, f"{s3}/{tmp_path.name}")}}
+    alone, _ = run(planned(chats, tmp_path / "alone", window=25, **changes))
+    plan = planned(chats, tmp_path, window=25, workers=workers, **changes)
+    of_store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    run_on_ranks(train_rank_there, workers, plan, of_store)
+    losses, _ = left_by(plan)
+    assert relative_difference(list(losses.values()), list(alone.values())) <= SAME_SUMS
 
 
 def test_a_bad_row_ends_a_run_with_its_line_and_skipped_ones_are_counted_in_its_result(chats: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ import pyarrow.parquet
 import pytest
 
 from raytune.config.augment import AugmentSection
-from raytune.config.data import DataSource, TokenWeightsSection
+from raytune.config.data import TokenWeightsSection, TrainSource
 from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
 from raytune.data.augmenting import augmentation_of
+from raytune.data.readers import read_segment
 from raytune.data.shaping import Shape
+from raytune.data.source_files import find_files
+from raytune.data.sources import unread_parts
 from raytune.data.store import Store
-from raytune.data.stream import Position, Recipe, Stream, windows_from
+from raytune.data.stream import Position, Stream, windows_from
+from raytune.data.stream_recipe import Recipe, with_files
 from raytune.errors import DataError, PlanError
 from raytune.launch.data_check import check_data
 from raytune.launch.data_preview import preview_data
@@ -33,7 +38,7 @@ from raytune.launch.first_window import first_window
 from raytune.model.demo import demo_base_path
 from raytune.plan.augmenting import code_of
 from raytune.plan.memory import STREAM_BYTES, STREAMED_TOKEN_BYTES
-from raytune.plan.streaming import StreamPlan, check_streaming
+from raytune.plan.streaming import StreamedSource, StreamPlan, check_streaming
 from raytune.units import MIB
 from tests.tiny import tiny_request, tiny_rows, tiny_store, tiny_tokenizer
 
@@ -44,7 +49,8 @@ ROOT = Path(__file__).parents[2]
 def recipe(path: object, window: int, **changes: Any) -> Recipe:
     request = tiny_request()
     fields: dict[str, Any] = {
-        "source": DataSource(path=str(path)),
+        "sources": source(str(path)),
+        "read_ahead_mib": 64,
         "system": None,
         "system_when": "missing",
         "max_turns": None,
@@ -62,8 +68,9 @@ def recipe(path: object, window: int, **changes: Any) -> Recipe:
         "limits": LimitsSection(),
         "tokenizer_fingerprint": request.tokenizer_fingerprint,
     }
+    planned = with_files(StreamPlan(**(fields | {"window": window} | changes)))
     return Recipe.of(
-        StreamPlan.model_validate_json(StreamPlan(**(fields | {"window": window} | changes)).model_dump_json()),
+        StreamPlan.model_validate_json(planned.model_dump_json()),
         template=request.template,
         row_length=512,
         tokenizer_path=str(demo_base_path()),
@@ -72,6 +79,10 @@ def recipe(path: object, window: int, **changes: Any) -> Recipe:
         new_tokens=(),
         seed=SEED,
     )
+
+
+def source(path: str, **fields: Any) -> list[StreamedSource]:
+    return [StreamedSource(source=TrainSource(path=path, **fields))]
 
 
 def write_chats(path: Path, num_rows: int = 150, seed: int = 0) -> Path:
@@ -194,7 +205,7 @@ KINDS: dict[str, Callable[[Path, list[str]], object]] = {
 def test_every_row_comes_once_per_pass_and_any_window_goes_on_as_the_unbroken_stream(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     KINDS[name](path, TEXTS)
-    made = recipe(path, 17, packing="none", source=DataSource(path=str(path), format="text"))
+    made = recipe(path, 17, packing="none", sources=source(str(path), format="text"))
     unbroken = list(islice(windows_from(made, Position()), 14))
     tokenizer = tiny_tokenizer()
 
@@ -205,7 +216,7 @@ def test_every_row_comes_once_per_pass_and_any_window_goes_on_as_the_unbroken_st
     assert Counter(texts(unbroken[:6])) == Counter(TEXTS)
     assert Counter(texts(unbroken[6:12])) == Counter(TEXTS)
     assert texts(unbroken[:6]) != texts(unbroken[6:12]), "each pass has orders of its own"
-    assert [unbroken[5].after.counts["rows"], unbroken[11].after.counts["passes"]] == [90, 2]
+    assert [unbroken[5].after.counts[0]["rows"], unbroken[11].after.counts[0]["passes"]] == [90, 2]
     for index in (1, 4, 6, 9):
         position = Position.of(json.loads(json.dumps(unbroken[index].position.to_json())))
         again = list(islice(windows_from(made, position), 4))
@@ -215,16 +226,30 @@ def test_every_row_comes_once_per_pass_and_any_window_goes_on_as_the_unbroken_st
         assert origin == unbroken[index].rows.origins(0)[0], "a row has the line that it stands on"
 
 
+def test_of_a_parquet_file_a_row_group_is_in_memory_and_no_more(tmp_path: Path) -> None:
+    path, per_group = tmp_path / "a.parquet", 1 << 18
+    chance = np.random.default_rng(0)
+    texts = [chance.bytes(1 << 10).hex() for _ in range(20 * per_group // (1 << 11))]
+    pyarrow.parquet.write_table(pa.table({"text": texts}), path, row_group_size=per_group >> 11)
+    (file,) = find_files(TrainSource(path=str(path)), None)
+    parts = unread_parts(file)
+    assert len(parts) == 20
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_segment(replace(parts[0], stop=parts[-1].stop))]
+    assert len(held) == len(texts)
+    assert max(held) <= 5 * per_group, "as it is in the file, decoded, and in batches; all groups are 20 of them"
+
+
 def test_windows_reach_over_files_and_the_first_rows_are_all_if_asked(tmp_path: Path) -> None:
     for number, name in enumerate("abc"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{number} {line}" for line in range(10)))
-    made = recipe(tmp_path, 8, packing="none", source=DataSource(path=str(tmp_path / "*.txt"), max_rows=26))
+    made = recipe(tmp_path, 8, packing="none", sources=source(str(tmp_path / "*.txt"), max_rows=26))
     windows = list(islice(windows_from(made, Position()), 5))
     assert [window.rows.num_rows for window in windows] == [8, 8, 8, 2, 8]
     assert sorted(origin.split("/")[-1] for row in range(8) for origin in windows[1].rows.origins(row)) == [
         "a.txt:10", "a.txt:9", *(f"b.txt:{line}" for line in range(1, 7))
     ]  # fmt: skip
-    assert windows[4].position.counts["rows"] == 26
+    assert windows[4].position.counts[0]["rows"] == 26
 
 
 def test_a_stream_goes_on_at_any_step_as_if_it_had_not_been_left(tmp_path: Path) -> None:
@@ -265,7 +290,7 @@ def test_a_bad_row_stops_with_its_line_when_it_is_reached_or_is_counted(tmp_path
         steps(stream, 1, 20)
     stream.close()
     first_pass = list(islice(windows_from(recipe(path, 20, on_bad_row="skip"), Position()), 3))
-    assert {name: first_pass[-1].after.counts[name] for name in ("rows", "bad", "documents")} == {
+    assert {name: first_pass[-1].after.counts[0][name] for name in ("rows", "bad", "documents")} == {
         "rows": 52,
         "bad": 1,
         "documents": 51,
@@ -288,7 +313,7 @@ def write_unanswered(path: Path, num_rows: int, unanswered: int) -> Path:
 
 def test_limits_are_held_against_all_that_was_read_so_far(tmp_path: Path) -> None:
     few = recipe(write_unanswered(tmp_path / "few.jsonl", 60, 2), 20)
-    assert next(islice(windows_from(few, Position()), 2, None)).tally.counts["no_target"] == 2, "10 % of it, 3 % of all"
+    assert next(islice(windows_from(few, Position()), 2, None)).reports[0].no_target == 2, "10 % of it, 3 % of all"
     path = write_unanswered(tmp_path / "many.jsonl", 60, 4)
     windows = windows_from(recipe(path, 20), Position())
     second = list(islice(windows, 2))[-1]
@@ -299,7 +324,7 @@ def test_limits_are_held_against_all_that_was_read_so_far(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=exceeded):
         next(windows_from(recipe(path, 20), position))
     raised = recipe(path, 20, limits=LimitsSection(no_target=0.07))
-    assert next(windows_from(raised, position)).after.counts["no_target"] == 4
+    assert next(windows_from(raised, position)).after.counts[0]["no_target"] == 4
 
 
 def test_what_stops_a_run_does_not_make_another_one_of_it(tmp_path: Path) -> None:
@@ -307,7 +332,7 @@ def test_what_stops_a_run_does_not_make_another_one_of_it(tmp_path: Path) -> Non
 
     def named(**changes: Any) -> str:
         made = recipe(path, **({"window": 20} | changes))
-        return first_window(made.plan, made).path
+        return first_window(made).path
 
     policies: dict[str, Any] = {"on_bad_row": "skip", "on_prompt_mismatch": "accept", "limits": LimitsSection(lost=0.9)}
     assert named() == named(**policies)
@@ -354,14 +379,28 @@ def test_nobody_reads_on_behind_a_closed_stream(tmp_path: Path) -> None:
 
 FULL: dict[str, Any] = {"adapter": {"method": "full"}}
 STREAMED: dict[str, Any] = {"train": "rows.jsonl", "streaming": {"window": 100}}
+PART: dict[str, Any] = {"path": "a.jsonl", "proportion": 1.0}
+BOUNDED = PART | {"max_passes": 2.0}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"training": {}}, r"how many steps a pass .* Set training\.max_steps, or leave data\.streaming out"),
-        ({"data": STREAMED | {"train": ["a.jsonl", "b.jsonl"]}}, "several sources"),
-        ({"data": STREAMED | {"train": "s3://bucket/a.jsonl"}}, "Mount the bucket"),
+        (
+            {"data": STREAMED | {"train": ["a.jsonl", "b.jsonl"]}},
+            r"known at their end\. Give each source a proportion, its",
+        ),
+        ({"data": STREAMED | {"train": [BOUNDED, PART]}}, r"passes are those of one\. Give each source a proportion"),
+        ({"data": STREAMED | {"train": [{"path": "a.jsonl", "passes": 2.0}, "b.jsonl"]}}, "passes are those of one"),
+        (
+            {"data": STREAMED | {"train": ["a.jsonl", "b.jsonl"], "mixing": {"temperature": 2.0}}},
+            r"targets of each source, which are counted at its end\. Give each source a proportion",
+        ),
+        (
+            {"data": STREAMED | {"train": [PART, PART | {"path": "b.jsonl"}], "mixing": {"until": "first_exhausted"}}},
+            r"Leave mixing\.until out: proportions are kept all the same",
+        ),
         ({"data": STREAMED | {"validation_fraction": 0.1}}, r"Name rows as data\.validation"),
         (
             {"data": STREAMED | {"fold": {"index": 0, "of": 5}}},
@@ -390,8 +429,8 @@ def test_what_has_to_know_all_rows_first_is_refused_with_what_would_do(changes: 
         check_streaming(config_from(config))
 
 
-def test_a_hub_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="owner/name is a data set of a hub"):
+def test_a_hub_that_is_not_to_be_asked_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"owner/name is a data set of a hub, .* but HF_HUB_OFFLINE is set on"):
         recipe("owner/name", 3)
 
 
