@@ -16,7 +16,7 @@ from raytune.units import format_bytes
 KEY = "checkpoint.in_background"
 COPY = "copy of a checkpoint"
 
-_SPARE = 1.02
+SPARE = 1.03
 """For what the arithmetic leaves out: step counters, tables of 8-bit Adam, and the way to where the next tensor may begin."""
 
 
@@ -51,7 +51,7 @@ def with_copy(fit: Fit, snapshot: SnapshotPlan | None, setting: Setting) -> Fit:
 def _needed(fit: Fit) -> SnapshotPlan:
     """Of the largest phase."""
     first, other = max(one.saved_by_ranks for one in fit.phases)
-    return SnapshotPlan(first_rank=round(_SPARE * first), other_ranks=round(_SPARE * other))
+    return SnapshotPlan(first_rank=round(SPARE * first), other_ranks=round(SPARE * other))
 
 
 def _why_not(setting: Setting, fit: Fit) -> str | None:

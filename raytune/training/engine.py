@@ -28,8 +28,9 @@ from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import LAYOUT_FILE
 from raytune.training.averaging import Average
-from raytune.training.layout import refuse_other_layout, write_layout
+from raytune.training.layout import fill_with_layout, refuse_other_layout
 from raytune.training.penalty import Held, Penalty
 from raytune.training.schedule_free import at_average, counts, take_counts
 from raytune.training.squares import squaring
@@ -387,7 +388,8 @@ class PlainEngine:
         # Every rank holds the same state, so one writes it.
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_layout(folder, Layout(zero_stage=0, world_size=self.world_size, precision=self._precision), write)
+            layout = Layout(zero_stage=0, world_size=self.world_size, precision=self._precision)
+            write(folder / LAYOUT_FILE, layout, fill_with_layout)
             weights = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
             write(folder / WEIGHTS_FILE, weights, fill_with_tensors)
             tensors, values = self._optimizer_state()

@@ -3,21 +3,16 @@ before it starts workers."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from raytune.errors import CheckpointError, UnfitCheckpointError
 from raytune.plan.division import Layout
 from raytune.run_folder import LAYOUT_FILE
 from raytune.storage import read_json, write_json
-from raytune.training.state_files import Write, write_now
 
 
-def write_layout(folder: Path, layout: Layout, write: Write = write_now) -> None:
-    write(folder / LAYOUT_FILE, asdict(layout), _fill)
-
-
-def _fill(content: dict[str, Any], path: Path) -> None:
-    write_json(path, content)
+def fill_with_layout(content: Layout, path: Path) -> None:
+    """Write `LAYOUT_FILE`."""
+    write_json(path, asdict(content))
 
 
 def read_layout(folder: Path | str) -> Layout:

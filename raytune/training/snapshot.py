@@ -42,6 +42,7 @@ class HostMemory:
         self._error: Exception | None = None
         self._used = self._block = 0
         self._unpin = weakref.finalize(self, _unpin, self._pinned)
+        self._unpin.atexit = False  # CUDA may have ended by then, and with it what was pinned
         self._thread = threading.Thread(target=self._prepare, args=(num_bytes,), name="memory of checkpoints", daemon=True)
         self._thread.start()
 
@@ -56,8 +57,9 @@ class HostMemory:
         block = torch.empty(num_bytes, dtype=torch.uint8)
         block[:: mmap.PAGESIZE].zero_()
         if self.device.type == "cuda":
+            # Not by `pin_memory`, which would round its size up to a power of two.
             with torch.cuda.device(self.device):
-                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), num_bytes, 0)))
+                _must_succeed(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), num_bytes, 0))
             self._pinned.append(block.data_ptr())
         self._blocks.append(block)
 
@@ -75,7 +77,10 @@ class HostMemory:
         """
         self._thread.join()
         if self._error:
-            raise CheckpointError(f"The memory that checkpoints are copied into cannot be had: {self._error}.") from self._error
+            raise CheckpointError(
+                f"The memory that checkpoints are copied into cannot be had: {self._error}. With checkpoint.in_background false, "
+                f"training waits while they are written, and needs none."
+            ) from self._error
         self._block = self._used = 0
 
     def copy(self, value: Any) -> Any:
@@ -86,8 +91,8 @@ class HostMemory:
         places: dict[int, int] = {}
 
         def place_of(part: object) -> int | None:
-            """Where pickle finds what it is to take for a part; None for what it copies itself. A text stays the object that it is,
-            since a file may depend on that: one that comes twice is written once."""
+            """Where pickle finds what it is to take for a part; None for what it copies itself. A text stays the object that it
+            is, since a file may depend on that: one that comes twice is written once."""
             if not isinstance(part, (str, TypedStorage, UntypedStorage)) and not _is_bare(part):
                 return None
             if id(part) not in places:
@@ -145,7 +150,8 @@ class Snapshot:
     def __call__(self, path: Path, content: Any, fill: Fill) -> None:
         self._files.append((fill, self._memory.copy(content), path))
         if self._memory.device.type == "cuda":
-            self._copied = torch.cuda.current_stream(self._memory.device).record_event()
+            event = torch.cuda.Event(blocking=True)  # nobody spins who waits for it
+            self._copied = torch.cuda.current_stream(self._memory.device).record_event(event)
 
     def write(self) -> None:
         """Write the files, and forget them."""
@@ -180,6 +186,10 @@ def _through_pickle(value: Any, place_of: Any, at_place: Any) -> Any:
 
 
 def _unpin(pointers: list[int]) -> None:
-    for pointer in pointers:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(pointer)))
-    pointers.clear()
+    while pointers:
+        _must_succeed(torch.cuda.cudart().cudaHostUnregister(pointers.pop()))
+
+
+def _must_succeed(result: Any) -> None:
+    if int(result):
+        raise RuntimeError(f"CUDA error {int(result)}")

@@ -41,6 +41,7 @@ from raytune.model.dtypes import DTYPES
 from raytune.model.weight_numbers import is_packed
 from raytune.plan.division import Layout
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import LAYOUT_FILE
 from raytune.training.averaging import Average
 from raytune.training.deepspeed_json import deepspeed_config
 from raytune.training.engine import (
@@ -56,7 +57,7 @@ from raytune.training.engine import (
     save_method,
     set_learning_rate,
 )
-from raytune.training.layout import refuse_other_layout, write_layout
+from raytune.training.layout import fill_with_layout, refuse_other_layout
 from raytune.training.penalty import Held, Penalty
 from raytune.training.squares import squaring
 from raytune.training.state_files import Write, write_now
@@ -210,7 +211,7 @@ class ZeroEngine:
             self._ask_before_updates(self._beside)
         if self._penalty:
             self._penalise_updates(self._penalty)
-        self._files = self._engine.checkpoint_engine = _Files(config_params=self._engine._config)
+        self._engine.checkpoint_engine = _Files(config_params=self._engine._config)
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
@@ -413,13 +414,13 @@ class ZeroEngine:
         (folder / TAG).mkdir(exist_ok=True)
         # bitsandbytes repacks 4-bit weights for CPU inference in eval mode, and cannot undo that on a shard.
         self.model.train()
-        with self._files.given_to(write):
+        with self._engine.checkpoint_engine.given_to(write):
             self._engine.save_checkpoint(
                 str(folder), tag=TAG, client_state=self._universal_info(), save_latest=False, exclude_frozen_parameters=True
             )
         self._average.save(self._masters(), folder / self._average_file, write)
         if self.rank == 0:
-            write_layout(folder, self._layout(), write)
+            write(folder / LAYOUT_FILE, self._layout(), fill_with_layout)
             save_method(self._beside, folder, write)
             for script in RECOVERY_SCRIPTS:
                 (folder / script).unlink(missing_ok=True)
