@@ -4,7 +4,7 @@
 
 Whole weights in fp32 and AdamW, 100 to 800 MB in all, on local storage. Each arm is a process of its own that takes a few steps
 and saves after some of them, so that a first save is the first that the process ever makes; arms are interleaved. Wall time,
-since this is about waiting:
+since this is about waiting, and CPU seconds beside it, since a busy machine lets short and long waits wait alike for a core:
 
     copied       training waits for a copy in memory, and a thread writes, hashes and commits it
     waiting      training waits until the files are written (checkpoint.in_background: false), a thread hashes and commits them
@@ -70,17 +70,20 @@ def arm(name: str, megabytes: int, storage: str) -> dict[str, list[float]]:
         engine.step(1e-4)
         return time.perf_counter() - started
 
-    seconds: dict[str, list[float]] = {"stall_s": [], "synchronous_s": [], "quiet_step_s": [], "step_while_saving_s": []}
+    names = ("stall_s", "stall_cpu_s", "synchronous_s", "synchronous_cpu_s", "quiet_step_s", "step_while_saving_s")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(NUM_SAVES):
         seconds["quiet_step_s"] += [step() for _ in range(QUIET_STEPS)][1:]
-        started = time.perf_counter()
+        started, cpu, own_cpu = time.perf_counter(), time.process_time(), time.thread_time()
         checkpoints.save(number + 1, metrics={})
         seconds["stall_s"].append(time.perf_counter() - started)
+        seconds["stall_cpu_s"].append(time.thread_time() - own_cpu)
         if name == "copied":
             while any(thread.name == f"checkpoint {number + 1}" for thread in threading.enumerate()):
                 seconds["step_while_saving_s"].append(step())
         checkpoints.wait()
         seconds["synchronous_s"].append(time.perf_counter() - started)
+        seconds["synchronous_cpu_s"].append(time.process_time() - cpu)
     return seconds
 
 
@@ -93,43 +96,43 @@ def run_arm(name: str, megabytes: int, limit_s: float) -> dict[str, list[float]]
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def by_name(rounds: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Stalls of all rounds, by which save it was."""
-    stalls: dict[str, list[float]] = {}
+def by_name(rounds: list[dict[str, list[float]]], figure: str) -> dict[str, list[float]]:
+    """Seconds of all rounds, by which save it was."""
+    found: dict[str, list[float]] = {}
     for seconds in rounds:
-        for name, stall in zip(NAMES, seconds["stall_s"], strict=True):
-            stalls.setdefault(name, []).append(stall)
-    return stalls
+        for name, one in zip(NAMES, seconds[figure], strict=True):
+            found.setdefault(name, []).append(round(one, 4))
+    return found
+
+
+def against(stalls: dict[str, list[float]], synchronous: list[float]) -> dict[str, dict[str, float]]:
+    """Shares of a synchronous save, by which save it was."""
+    return {
+        name: {
+            "of_minima": round(min(times) / min(synchronous), 3),
+            "of_medians": round(statistics.median(times) / statistics.median(synchronous), 3),
+        }
+        for name, times in stalls.items()
+    }
 
 
 def figures(megabytes: int, rounds: dict[str, list[dict[str, list[float]]]]) -> dict[str, Any]:
-    synchronous = [one for seconds in rounds["waiting"] for one in seconds["synchronous_s"]]
+    found: dict[str, Any] = {"megabytes": megabytes, "rounds": len(rounds["copied"])}
+    for unit in ("s", "cpu_s"):
+        synchronous = [one for seconds in rounds["waiting"] for one in seconds[f"synchronous_{unit}"]]
+        stalls = {name: by_name(seconds, f"stall_{unit}") for name, seconds in rounds.items()}
+        shares = {name: against(times, synchronous) for name, times in stalls.items()}
+        found |= {
+            f"synchronous_{unit}": [round(one, 3) for one in synchronous],
+            f"stall_{unit}": stalls,
+            f"stall_{unit}_against_synchronous": shares,
+            f"goal_met_{unit}": {name: share["of_medians"] <= GOAL for name, share in shares["copied"].items()},
+        }
     quiet, saving = (
         [one for seconds in rounds["copied"] for one in seconds[name]] for name in ("quiet_step_s", "step_while_saving_s")
     )
-    stalls = {arm: by_name(seconds) for arm, seconds in rounds.items()}
-    against = {
-        arm: {
-            name: {
-                "of_minima": round(min(times) / min(synchronous), 3),
-                "of_medians": round(statistics.median(times) / statistics.median(synchronous), 3),
-            }
-            for name, times in named.items()
-        }
-        for arm, named in stalls.items()
-    }
-    return {
-        "megabytes": megabytes,
-        "rounds": len(rounds["copied"]),
-        "synchronous_s": [round(one, 3) for one in synchronous],
-        "stall_s": {
-            arm: {name: [round(one, 3) for one in times] for name, times in named.items()} for arm, named in stalls.items()
-        },
-        "stall_against_synchronous": against,
-        "step_while_saving_against_quiet": round(statistics.median(saving) / statistics.median(quiet), 3) if saving else None,
-        "goal": GOAL,
-        "goal_met": {name: ratio["of_medians"] <= GOAL for name, ratio in against["copied"].items()},
-    }
+    slowed = statistics.median(saving) / statistics.median(quiet) if saving else None
+    return found | {"goal": GOAL, "step_while_saving_against_quiet": slowed and round(slowed, 3)}
 
 
 def main() -> None:
@@ -146,9 +149,13 @@ def main() -> None:
         return
     for megabytes in arguments.megabytes:
         rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in ARMS}
-        for _ in range(arguments.rounds):
-            for name in ARMS:
-                rounds[name].append(run_arm(name, megabytes, arguments.limit_s))
+        try:
+            for _ in range(arguments.rounds):
+                for name in ARMS:
+                    rounds[name].append(run_arm(name, megabytes, arguments.limit_s))
+        except subprocess.TimeoutExpired:
+            report("checkpoint", {"megabytes": megabytes, "ended": f"an arm took {arguments.limit_s:g} s, the limit"}, False)
+            continue
         report("checkpoint", figures(megabytes, rounds), arguments.output)
 
 
