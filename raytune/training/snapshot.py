@@ -174,10 +174,12 @@ def _through_pickle(value: Any, place_of: Any, at_place: Any) -> Any:
     """What pickle makes of a value, without looking into parts that have a place (`pickle.Pickler.persistent_id`)."""
 
     class Pickler(pickle.Pickler):
-        persistent_id = staticmethod(place_of)
+        def persistent_id(self, obj: Any) -> Any:
+            return place_of(obj)
 
     class Unpickler(pickle.Unpickler):
-        persistent_load = staticmethod(at_place)
+        def persistent_load(self, pid: Any) -> Any:
+            return at_place(pid)
 
     pickled = io.BytesIO()
     Pickler(pickled, protocol=pickle.HIGHEST_PROTOCOL).dump(value)

@@ -522,7 +522,9 @@ class _Files(TorchCheckpointEngine):
     """DeepSpeed's files: given to whoever decides when they are written, and read without running code from them; DeepSpeed's own
     reader executes what a pickle says."""
 
-    _write: Write = staticmethod(write_now)
+    def __init__(self, config_params: Any) -> None:
+        super().__init__(config_params)
+        self._write: Write = write_now
 
     @contextmanager
     def given_to(self, write: Write) -> Iterator[None]:
@@ -530,7 +532,7 @@ class _Files(TorchCheckpointEngine):
         try:
             yield
         finally:
-            del self._write
+            self._write = write_now
 
     def save(self, state_dict: Any, path: str) -> None:
         self._write(Path(path), state_dict, self._fill)

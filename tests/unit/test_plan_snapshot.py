@@ -45,8 +45,9 @@ def test_a_rank_copies_what_it_saves() -> None:
 
 def test_where_every_rank_has_the_same_state_one_copies_it() -> None:
     plan = planned(CPU, cluster={"workers": 2}, training={"zero": {"stage": 0}})
-    assert plan.checkpoint.snapshot == SnapshotPlan(first_rank=round(SPARE * plan.checkpoint_bytes), other_ranks=0)
-    assert copies(plan) == [("device", plan.checkpoint.snapshot.first_rank)]  # on a CPU that is the host's memory
+    needed = round(SPARE * plan.checkpoint_bytes)
+    assert plan.checkpoint.snapshot == SnapshotPlan(first_rank=needed, other_ranks=0)
+    assert copies(plan) == [("device", needed)]  # on a CPU that is the host's memory
 
 
 def test_where_there_is_no_room_training_waits_and_all_else_is_as_it_was() -> None:

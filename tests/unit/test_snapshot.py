@@ -34,7 +34,7 @@ def test_a_copy_is_saved_as_the_original_was_and_keeps_its_numbers() -> None:
     adorned = nn.Parameter(torch.ones(3))
     adorned.note = "kept"  # pyright: ignore[reportAttributeAccessIssue]
     shared = {"step": torch.tensor(5.0)}
-    value = {
+    value: dict[str, Any] = {
         "flat": flat,
         "views": [flat[:10], flat[10:40].view(5, 6).T],
         "halves": torch.randn(7).to(torch.bfloat16),
