@@ -24,5 +24,8 @@ class CheckpointSection(Section):
     """Metric that ranks checkpoints. Without validation rows the last one is the best."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger metric is better."""
+    in_background: bool | Auto = "auto"
+    """Copy what is saved into memory of the host, and write its files while training goes on. `auto`: where the plan finds the
+    memory, which never changes how the run is divided. true: refuse the run where it does not. false: training waits."""
     resume: bool = True
     """Continue an unfinished run of the same name from its newest checkpoint. false: refuse instead."""

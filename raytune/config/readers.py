@@ -413,6 +413,7 @@ READERS: dict[str, Reader] = {
     # checkpoint
     **_read("checkpoint", "every_steps", "plan.choose", needs=(instead_of("checkpoint.every_epochs"),)),
     **_read("checkpoint", "every_epochs every keep_last", "plan.choose"),
+    **_read("checkpoint", "in_background", "plan.snapshot"),
     **_read("checkpoint", "keep_best", "plan.choose", needs=(VALIDATION_OR_SUITES,), idle=(0,)),
     **_read("checkpoint", "metric", "plan.choose", needs=(VALIDATION_OR_SUITES, is_ranked_by("metric"))),
     **_read("checkpoint", "mode", "plan.choose", needs=(VALIDATION_OR_SUITES, is_ranked_by("mode"))),

@@ -50,9 +50,11 @@ from raytune.plan.run_plan import (
     PhaseNeeds,
     PhasePlan,
     RunPlan,
+    SnapshotPlan,
 )
 from raytune.plan.sequence import sequence_notes
 from raytune.plan.setting import Setting
+from raytune.plan.snapshot import snapshot_plan, with_copy
 from raytune.plan.stopping import stopping_notes, stopping_of
 from raytune.plan.stored_quantization import quantization_note
 from raytune.plan.suites import check_room, suites_plan
@@ -96,6 +98,8 @@ def choose_plan(
     in_epochs = rows_in_epochs(config, data, reasons)
     wanted_rows = default_rows_per_step(data.train.num_rows, in_epochs)
     fit = choose_fit(setting, wanted_rows, data)
+    snapshot = snapshot_plan(setting, fit)
+    fit = with_copy(fit, snapshot.value, setting)
     reasons += reasons_for_fit(fit, setting, wanted_rows, data)
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
@@ -114,7 +118,7 @@ def choose_plan(
     while_training = while_training_plan(setting, fit, cluster, evaluation, epoch)
     reasons += while_training.reasons
     evaluation = evaluation.model_copy(update={"while_training": while_training.plan})
-    checkpoint = _checkpoint(config, data, evaluation, epoch, reasons)
+    checkpoint = _checkpoint(config, data, evaluation, epoch, reasons, reasons.taken(snapshot))
     stopping = stopping_of(config, _measured(data, evaluation))
     rope = resolve_rope(config.model, shape)
     plan = RunPlan(
@@ -313,7 +317,14 @@ def _evaluation(config: RunConfig, data: DataFacts, epoch: Epoch, reasons: Reaso
     )
 
 
-def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, epoch: Epoch, reasons: Reasons) -> CheckpointPlan:
+def _checkpoint(
+    config: RunConfig,
+    data: DataFacts,
+    evaluation: EvaluationPlan,
+    epoch: Epoch,
+    reasons: Reasons,
+    snapshot: SnapshotPlan | None,
+) -> CheckpointPlan:
     section = config.checkpoint
     every_steps = section.every_steps
     if section.every_epochs is not None:
@@ -341,6 +352,7 @@ def _checkpoint(config: RunConfig, data: DataFacts, evaluation: EvaluationPlan, 
         keep_best=keep_best,
         metric=section.metric,
         mode=section.mode,
+        snapshot=snapshot,
     )
 
 

@@ -310,7 +310,8 @@ def _checkpoints(plan: RunPlan) -> str:
     settings = plan.checkpoint
     best = f", the {settings.keep_best} best by {settings.metric}" if settings.keep_best else ""
     size = f"{'up to ' * bool(plan.optimization.phases)}{format_bytes(plan.checkpoint_bytes)}"
-    return f"every {in_steps(settings.every_steps)} steps, {size} each; kept: the last {settings.keep_last}{best}"
+    waits = "" if settings.snapshot else "; training waits while they are written"
+    return f"every {in_steps(settings.every_steps)} steps, {size} each{waits}; kept: the last {settings.keep_last}{best}"
 
 
 def _stopping(plan: RunPlan) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from raytune.plan.memory import (
     fullest_moment,
     memory_parts,
     parts_at,
+    saved_by_ranks,
 )
 from raytune.plan.methods import method_of
 from raytune.plan.penalty import ewc_documents, ewc_strength, penalty_keys
@@ -55,6 +56,8 @@ class Needs:
     trained: Trained
     memory: list[MemoryPart]
     checkpoint_bytes: int
+    saved_by_ranks: tuple[int, int]
+    """Bytes of a checkpoint that are rank 0's, and those of each of the others."""
     step_time: StepTimePlan | None
     """None where the machines' speed is not known."""
 
@@ -209,6 +212,7 @@ def _way(
                 trained=each.trained,
                 memory=memory_parts(each),
                 checkpoint_bytes=checkpoint_bytes(each),
+                saved_by_ranks=saved_by_ranks(each),
                 step_time=step_time(each, speed, row_tokens) if speed and is_timed else None,
             )
             for each in (replace(work, trained=trained) for trained in setting.phases or (setting.trained,))

@@ -206,7 +206,21 @@ def tensor_bytes(parts: list[MemoryPart]) -> int:
 
 
 def checkpoint_bytes(work: Workload) -> int:
-    """Bytes of one checkpoint over all ranks: what is trained and its optimizer's state, never a frozen base.
+    """Bytes of one checkpoint over all ranks: what is trained and its optimizer's state, never a frozen base."""
+    shared, once = _saved_bytes(work)
+    return round(shared + once)
+
+
+def saved_by_ranks(work: Workload) -> tuple[int, int]:
+    """Bytes of a checkpoint that rank 0 saves, and that each of the others does."""
+    shared, once = _saved_bytes(work)
+    if work.engine == "plain":
+        return round(shared + once), 0
+    return round(shared / work.workers + once), round(shared / work.workers)
+
+
+def _saved_bytes(work: Workload) -> tuple[float, float]:
+    """Of one checkpoint: what DeepSpeed's ranks share, and what rank 0 saves in any case.
 
     PlainEngine.save writes fp32 weights and the state once, from rank 0. DeepSpeed (ZeroEngine.save) writes fp32 masters and the
     state, a shard per rank, and below stage 3, where weights are whole, the weights of the run's precision once as well; a tied
@@ -219,7 +233,7 @@ def checkpoint_bytes(work: Workload) -> int:
         keeps_head = work.shape.is_tied and not trains_tied
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
     averages = AVERAGES_BYTES * work.trained.num_followed  # from rank 0
-    return round(4 * trained + _state_bytes(work) + BYTES[work.precision] * num_whole + averages + _average_bytes(work))
+    return 4 * trained + _state_bytes(work) + _average_bytes(work), BYTES[work.precision] * num_whole + averages
 
 
 def chunk_tokens_for(vocab: int) -> int:

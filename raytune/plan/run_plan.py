@@ -340,6 +340,16 @@ class EvaluationPlan(Plan):
         return {key: value for key, value in values.items() if key != "generation"} | {"suites": suites}
 
 
+class SnapshotPlan(Plan):
+    """Bytes of the host's memory that a rank copies its part of a checkpoint into; a thread writes its files out of there."""
+
+    first_rank: int
+    other_ranks: int
+
+    def bytes_of(self, rank: int) -> int:
+        return self.other_ranks if rank else self.first_rank
+
+
 class CheckpointPlan(Plan):
     every_steps: Period
     every_s: float | None
@@ -347,6 +357,8 @@ class CheckpointPlan(Plan):
     keep_best: int
     metric: str
     mode: Literal["min", "max"]
+    snapshot: SnapshotPlan | None = None
+    """None: training waits until the files of a checkpoint are written."""
 
 
 class StoppingPlan(Plan):

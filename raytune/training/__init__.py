@@ -14,6 +14,7 @@ One run on one rank, from the rim inwards:
     optimizer.py schedule.py    what the loop and the engines are handed
     requests.py     what is asked of a run, agreed among its ranks at log steps
     checkpoint.py   the commit protocol: how a checkpoint comes to count, is found again and goes
+    snapshot.py     a state in memory of the host, out of which a thread writes its files (state_files.py)
     checkpoint_folder.py    where checkpoints lie, and what one attempt may do there
     peers.py        ranks that agree: what one of them raises, all of them raise
     commit.py       a committed checkpoint as its manifest describes it; which ones stay

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from raytune.training.state_files import Write, fill_with_tensors
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -57,10 +59,10 @@ class Average(Generic[Key]):
                 own.copy_(other)
                 other.copy_(kept)
 
-    def save(self, weights: Mapping[Key, Tensor], file: Path) -> None:
+    def save(self, weights: Mapping[Key, Tensor], file: Path, write: Write) -> None:
         """Write it, in the order of the weights; nothing if there is none."""
         if self._values:
-            save_file({str(index): self._values[key].contiguous() for index, key in enumerate(weights)}, file)
+            write(file, {str(index): self._values[key].contiguous() for index, key in enumerate(weights)}, fill_with_tensors)
 
     def load(self, weights: Mapping[Key, Tensor], file: Path) -> None:
         """Go on from what was saved with weights in the same order; where no file is, nothing was averaged by then."""

@@ -3,10 +3,11 @@
     local and NFS    checkpoints/step-00000100.tmp-2/{rank-0/..., rank-1/...}  -> state/...   --rename-->   step-00000100/
     object store     checkpoints/step-00000100/state-2/...   and last of all   step-00000100/MANIFEST.json
 
-Every rank writes its own files, and training goes on while a thread brings them to the disk, hashes, uploads and reads them
-back. Rank 0 then writes MANIFEST.json with the size and hash of every file; the rename, or the manifest object, is the commit.
-Before that moment the checkpoint does not exist, after it every byte of it was seen on the storage. Whatever fails on one rank
-fails on all of them, and the commit before stays as it was.
+Every rank copies its state into memory of the host, and training goes on while a thread writes it into files, brings these to
+the disk, hashes, uploads and reads them back. Without such memory training waits until the files are written. Rank 0 then
+writes MANIFEST.json with the size and hash of every file; the rename, or the manifest object, is the commit. Before that moment
+the checkpoint does not exist, after it every byte of it was seen on the storage. Whatever fails on one rank fails on all of
+them, and the commit before stays as it was.
 
 The fence is the number of the attempt: the newest attempt writes its number into FENCE.json, and an orphaned process of an
 older one finds a larger number there when it comes to commit.
@@ -53,6 +54,8 @@ from raytune.training.commit import (
 )
 from raytune.training.engine import Engine
 from raytune.training.peers import Peers, gather_in_own_group
+from raytune.training.snapshot import HostMemory, Snapshot
+from raytune.training.state_files import write_now
 from raytune.units import MIB, format_bytes
 from raytune.versions import library_versions
 
@@ -122,6 +125,8 @@ class Checkpoints:
         self._saving: _Saving | None = None
         self._newest: Commit | None = None
         self._previous_failed = False
+        room = policy.snapshot
+        self._memory = HostMemory(room.bytes_of(engine.rank), engine.device) if room else None
         self._own_bytes = 0
         self._known_later: dict[int, dict[str, float]] = {}
         name = hashlib.sha256(folder.path.encode()).hexdigest()[:16]
@@ -208,7 +213,7 @@ class Checkpoints:
         return measured(committed(self._folder), self._known_later)
 
     def save(self, step: int, *, metrics: Mapping[str, float], position: dict[str, Any] | None = None) -> None:
-        """Save what the engine holds after `step`; returns when the engine has written it, before it is committed.
+        """Save what the engine holds after `step`; returns when it is copied, or where there is no memory for that written.
 
         A save that fails on its way to the commit is reported; the next call then waits for its own commit, so that only a
         second failure in a row ends the run.
@@ -231,7 +236,8 @@ class Checkpoints:
             with local_errors(saving.draft):
                 storage.remove_folder(saving.draft, saving.draft.parent)
                 saving.draft.mkdir(parents=True)
-                self._engine.save(saving.draft)
+                saving.snapshot = Snapshot(self._memory) if self._memory else None
+                self._engine.save(saving.draft, saving.snapshot or write_now)
         except Exception as error:  # the thread tells the other ranks and raises it on all of them
             saving.engine_error = error
         self._saving = saving
@@ -252,6 +258,11 @@ class Checkpoints:
                 raise saving.error
             self._newest, self._previous_failed = saving.commit, False
         return self._newest
+
+    def release(self) -> None:
+        """Let go of the memory that states are copied into: nothing is saved any more."""
+        if self._memory:
+            self._memory.release()
 
     # --- Steps of a save -----------------------------------------------------------------------------------------------------
 
@@ -307,7 +318,13 @@ class Checkpoints:
     def _store(self, saving: "_Saving") -> list[SavedFile]:
         """Bring this rank's files to the storage, beside those of the others; what is there then."""
         if saving.engine_error is not None:
-            raise _explained(saving.engine_error, saving.draft) from saving.engine_error
+            raise _explained(saving.engine_error, saving) from saving.engine_error
+        if saving.snapshot:
+            try:
+                with local_errors(saving.draft):
+                    saving.snapshot.write()
+            except Exception as error:
+                raise _explained(error, saving) from error
         if self._place.is_local:
             sync_local_folder(saving.draft)
             names = list(storage.file_sizes(saving.draft))
@@ -443,25 +460,28 @@ class _Saving:
     step: int
     metrics: dict[str, float]
     draft: Path
-    """Where this rank's engine wrote."""
+    """Where the files of this rank's engine are written."""
     position: dict[str, Any] | None = None
+    snapshot: Snapshot | None = None
+    """What this rank's engine gave, until it is written there."""
     engine_error: Exception | None = None
     finished: threading.Event = field(default_factory=threading.Event)
     commit: Commit | None = None
     error: Exception | None = None
 
 
-def _explained(error: Exception, draft: Path) -> RaytuneError:
+def _explained(error: Exception, saving: _Saving) -> RaytuneError:
     """What an engine raised while saving, as an error that says where and why."""
     if isinstance(error, RaytuneError):
         return error
+    step, draft = saving.step, saving.draft
     free, cause = storage.free_bytes(draft) or 0, f"{type(error).__name__}: {error}"
     if is_full(error) or free < MIB:
         return StorageFullError(
-            f"The disk filled up while saving into {draft} ({format_bytes(free)} free; {cause}). The checkpoints before it are "
-            f"intact. Free some space or lower checkpoint.keep_last, then run the same command again."
+            f"The disk filled up while step {step} was saved into {draft} ({format_bytes(free)} free; {cause}). The checkpoints "
+            f"before it are intact. Free some space or lower checkpoint.keep_last, then run the same command again."
         )
-    return CheckpointError(f"Could not save into {draft} on {os.uname().nodename}: {cause}")
+    return CheckpointError(f"Could not save step {step} into {draft} on {os.uname().nodename}: {cause}")
 
 
 def scratch_root() -> Path:

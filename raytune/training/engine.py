@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -28,11 +28,13 @@ from raytune.model.dtypes import DTYPES
 from raytune.plan.division import Layout
 from raytune.plan.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import LAYOUT_FILE
 from raytune.training.averaging import Average
-from raytune.training.layout import refuse_other_layout, write_layout
+from raytune.training.layout import fill_with_layout, refuse_other_layout
 from raytune.training.penalty import Held, Penalty
 from raytune.training.schedule_free import at_average, counts, take_counts
 from raytune.training.squares import squaring
+from raytune.training.state_files import Write, fill_with_tensors, fill_with_tensors_and_values, write_now
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -126,8 +128,12 @@ class Engine(Protocol):
         """As `trainable_state`, of every parameter of the model, frozen ones as well."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of the training state into `folder`, local and its own or shared. Every rank calls it."""
+    def save(self, folder: Path, write: Write = write_now) -> None:
+        """Write this rank's share of the training state into `folder`, local and its own or shared. Every rank calls it.
+
+        Args:
+            write: takes each file as the state is now, and may write it when this has returned.
+        """
         ...
 
     def load(self, folder: Path) -> None:
@@ -378,17 +384,19 @@ class PlainEngine:
         for name, parameter in parameters:
             yield name, parameter.detach().to("cpu", dtype) if self.rank == 0 else None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Write = write_now) -> None:
         # Every rank holds the same state, so one writes it.
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_layout(folder, Layout(zero_stage=0, world_size=self.world_size, precision=self._precision))
-            save_file({name: parameter.detach().contiguous() for name, parameter in self._trained.items()}, folder / WEIGHTS_FILE)
+            layout = Layout(zero_stage=0, world_size=self.world_size, precision=self._precision)
+            write(folder / LAYOUT_FILE, layout, fill_with_layout)
+            weights = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
+            write(folder / WEIGHTS_FILE, weights, fill_with_tensors)
             tensors, values = self._optimizer_state()
             state = {"optimizer": values, "groups": counts(self._optimizer), "scaler": self._scaler.state_dict()}
-            save_file(tensors, folder / OPTIMIZER_FILE, metadata={"state": json.dumps(state)})
-            save_method(self._beside, folder)
-            self._average.save(self._trained, folder / AVERAGE_FILE)
+            write(folder / OPTIMIZER_FILE, (tensors, {"state": json.dumps(state)}), fill_with_tensors_and_values)
+            save_method(self._beside, folder, write)
+            self._average.save(self._trained, folder / AVERAGE_FILE, write)
 
     def load(self, folder: Path) -> None:
         refuse_other_layout(Layout(zero_stage=0, world_size=self.world_size, precision=self._precision), folder)
@@ -467,10 +475,11 @@ class PlainEngine:
         return gather_objects(value, self.world_size)
 
 
-def save_method(beside: BesideUpdates | None, folder: Path) -> None:
+def save_method(beside: BesideUpdates | None, folder: Path, write: Write) -> None:
     """Write what a method needs to go on exactly; rank 0."""
     if beside:
-        save_file({name: value.detach().cpu().contiguous() for name, value in beside.state().items()}, folder / METHOD_FILE)
+        state = {name: value.detach().cpu().contiguous() for name, value in beside.state().items()}
+        write(folder / METHOD_FILE, state, fill_with_tensors)
 
 
 def load_method(beside: BesideUpdates | None, folder: Path) -> None:

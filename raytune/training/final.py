@@ -49,6 +49,7 @@ def finish(started: Started, checkpoints: Checkpoints, recorder: Recorder, findi
     peak_bytes = peak_memory_bytes(engine.device)
     held = {"node": os.uname().nodename, **asdict(engine.held_bytes()), "peak": peak_bytes}
     newest, best = checkpoints.wait(), checkpoints.best()
+    checkpoints.release()
     assert newest is not None
     assert best is not None, "the last step is always saved"
     if best.step != newest.step:

@@ -10,8 +10,9 @@ from raytune.run_folder import LAYOUT_FILE
 from raytune.storage import read_json, write_json
 
 
-def write_layout(folder: Path, layout: Layout) -> None:
-    write_json(folder / LAYOUT_FILE, asdict(layout))
+def fill_with_layout(content: Layout, path: Path) -> None:
+    """Write `LAYOUT_FILE`."""
+    write_json(path, asdict(content))
 
 
 def read_layout(folder: Path | str) -> Layout:

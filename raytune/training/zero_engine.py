@@ -41,6 +41,7 @@ from raytune.model.dtypes import DTYPES
 from raytune.model.weight_numbers import is_packed
 from raytune.plan.division import Layout
 from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import LAYOUT_FILE
 from raytune.training.averaging import Average
 from raytune.training.deepspeed_json import deepspeed_config
 from raytune.training.engine import (
@@ -56,9 +57,10 @@ from raytune.training.engine import (
     save_method,
     set_learning_rate,
 )
-from raytune.training.layout import refuse_other_layout, write_layout
+from raytune.training.layout import fill_with_layout, refuse_other_layout
 from raytune.training.penalty import Held, Penalty
 from raytune.training.squares import squaring
+from raytune.training.state_files import Write, write_now
 from raytune.training.zero_shares import Group, masters, own_gradients
 
 TAG = "zero"
@@ -209,7 +211,7 @@ class ZeroEngine:
             self._ask_before_updates(self._beside)
         if self._penalty:
             self._penalise_updates(self._penalty)
-        self._engine.checkpoint_engine = _DataOnlyFiles(config_params=self._engine._config)
+        self._engine.checkpoint_engine = _Files(config_params=self._engine._config)
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
@@ -407,18 +409,19 @@ class ZeroEngine:
                 value = parameter.detach().to("cpu", dtype, copy=True) if self.rank == 0 else None
             yield name, value
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Write = write_now) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TAG).mkdir(exist_ok=True)
         # bitsandbytes repacks 4-bit weights for CPU inference in eval mode, and cannot undo that on a shard.
         self.model.train()
-        self._engine.save_checkpoint(
-            str(folder), tag=TAG, client_state=self._universal_info(), save_latest=False, exclude_frozen_parameters=True
-        )
-        self._average.save(self._masters(), folder / self._average_file)
+        with self._engine.checkpoint_engine.given_to(write):
+            self._engine.save_checkpoint(
+                str(folder), tag=TAG, client_state=self._universal_info(), save_latest=False, exclude_frozen_parameters=True
+            )
+        self._average.save(self._masters(), folder / self._average_file, write)
         if self.rank == 0:
-            write_layout(folder, self._layout())
-            save_method(self._beside, folder)
+            write(folder / LAYOUT_FILE, self._layout(), fill_with_layout)
+            save_method(self._beside, folder, write)
             for script in RECOVERY_SCRIPTS:
                 (folder / script).unlink(missing_ok=True)
 
@@ -515,8 +518,27 @@ class ZeroEngine:
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))  # pyright: ignore[reportArgumentType]
 
 
-class _DataOnlyFiles(TorchCheckpointEngine):
-    """DeepSpeed's files, read without running code from them; DeepSpeed's own reader executes what a pickle says."""
+class _Files(TorchCheckpointEngine):
+    """DeepSpeed's files: given to whoever decides when they are written, and read without running code from them; DeepSpeed's own
+    reader executes what a pickle says."""
+
+    def __init__(self, config_params: Any) -> None:
+        super().__init__(config_params)
+        self._write: Write = write_now
+
+    @contextmanager
+    def given_to(self, write: Write) -> Iterator[None]:
+        self._write = write
+        try:
+            yield
+        finally:
+            self._write = write_now
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._write(Path(path), state_dict, self._fill)
+
+    def _fill(self, content: Any, path: Path) -> None:
+        super().save(content, str(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from raytune.config.adapter import Adapter, FullAdapter, own_quantization
 from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import checkpoint_bytes, memory_parts, tensor_bytes
+from raytune.plan.memory import checkpoint_bytes, memory_parts, saved_by_ranks, tensor_bytes
 from raytune.plan.methods import trained_by
 from raytune.plan.references import planned_shape
 from raytune.plan.run_plan import MemoryPart, RunPlan, ZeroStage
@@ -225,5 +225,8 @@ def test_a_sharded_checkpoint_has_the_planned_size(stage: ZeroStage, adapter: di
     wide = save_tiny_model(tmp_path / "wide", hidden_size=256, intermediate_size=512)
     work, plan = planned(replace(make_material(tmp_path), model=wide), stage, adapter)
     run(plan, Change(stop=1, save=tmp_path / "saved"))
-    saved = sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*") if file.is_file())
-    assert checkpoint_bytes(work) == pytest.approx(saved, rel=0.02)
+    ranks = [(tmp_path / "saved" / f"rank-{rank}").rglob("*") for rank in range(plan.batch.workers)]
+    saved = [sum(file.stat().st_size for file in files if file.is_file()) for files in ranks]
+    assert checkpoint_bytes(work) == pytest.approx(sum(saved), rel=0.02)
+    first, other = saved_by_ranks(work)
+    assert [first, *(plan.batch.workers - 1) * [other]] == pytest.approx(saved, rel=0.02)

@@ -24,7 +24,7 @@ from raytune.launch.run import train_plan
 from raytune.model.base_content import base_content
 from raytune.plan.division import Layout
 from raytune.plan.run_plan import RunPlan
-from raytune.run_folder import RunFolder, SweepFolder
+from raytune.run_folder import LAYOUT_FILE, RunFolder, SweepFolder
 from raytune.storage import write_bytes, write_json
 from raytune.sweeps.ledger import Ended, Known
 from raytune.sweeps.planner import Planner
@@ -32,7 +32,7 @@ from raytune.sweeps.run import COMPARED_BY_CONTENT, MAY_CHANGE, _refuse_another_
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import winner_config
 from raytune.training.commit import Commit
-from raytune.training.layout import write_layout
+from raytune.training.layout import fill_with_layout
 from raytune.units import GIB
 from tests.sweep_cases import sweep_result, trial_result
 from tests.tiny import save_tiny_model
@@ -269,7 +269,7 @@ def test_a_trial_whose_checkpoint_other_workers_saved_is_refused_before_any_tria
     )
     Path(commit.state).mkdir(parents=True)
     Path(commit.path, "MANIFEST.json").write_bytes(commit.to_manifest())
-    write_layout(Path(commit.state), Layout(zero_stage=2, world_size=2, precision="fp32"))
+    fill_with_layout(Layout(zero_stage=2, world_size=2, precision="fp32"), Path(commit.state) / LAYOUT_FILE)
     with pytest.raises(PlanError, match="saved by 2 workers at ZeRO stage 2"):
         _refuse_other_trials(folder, planner, unended)
 

@@ -25,7 +25,7 @@ from torch import nn
 from raytune import storage
 from raytune.errors import CheckpointError, PlanError, RaytuneError, StorageFullError
 from raytune.metrics.events import EventLog, read_events
-from raytune.plan.run_plan import CheckpointPlan
+from raytune.plan.run_plan import CheckpointPlan, SnapshotPlan
 from raytune.run_folder import MANIFEST, RunFolder
 from raytune.training.checkpoint import Checkpoints
 from raytune.training.commit import (
@@ -39,9 +39,13 @@ from raytune.training.commit import (
     retain,
 )
 from raytune.training.engine import PlainEngine
+from raytune.training.snapshot import HostMemory, Snapshot
+from raytune.training.state_files import Write, write_now
 from tests.numerics.processes import run_on_ranks
 
-POLICY = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
+WAITING = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
+"""Training waits for the files."""
+POLICY = WAITING.model_copy(update={"snapshot": SnapshotPlan(first_rank=1 << 20, other_ranks=1 << 19)})
 FINGERPRINT = {"data": "abc", "learning_rate": 0.1}
 
 
@@ -172,15 +176,21 @@ def test_nothing_but_what_is_kept_remains(folder: RunFolder, tmp_path: Path) -> 
     assert storage.file_sizes(tmp_path / "scratch") == {}
 
 
-def test_training_goes_on_while_a_save_is_on_its_way(folder: RunFolder) -> None:
-    engine = engine_at(1)
-    checkpoints, _ = open_checkpoints(folder, engine)
-    checkpoints.save(1, metrics={})
-    train(engine, range(1, 4))
+@pytest.mark.parametrize("policy", [POLICY, WAITING], ids=["copied", "waiting"])
+def test_training_goes_on_while_a_save_is_on_its_way(folder: RunFolder, policy: CheckpointPlan) -> None:
+    engine = engine_at(0)
+    checkpoints, _ = open_checkpoints(folder, engine, policy=policy)
+    for step in (1, 2):  # the second copy takes the place of the first
+        train(engine, range(step - 1, step))
+        checkpoints.save(step, metrics={})
+    train(engine, range(2, 5))
     checkpoints.wait()
-    other = engine_at(0)
-    open_checkpoints(folder, other)[0].load_newest()
-    assert equal(other, engine_at(1))
+    checkpoints.release()
+    for commit in committed(folder):
+        other = engine_at(0)
+        open_checkpoints(folder, other)[0].load(commit, other)
+        train(other, range(commit.step, 5))
+        assert equal(other, engine)
 
 
 def test_events_go_to_the_events_file(local_folder: RunFolder) -> None:
@@ -394,8 +404,8 @@ class Stumbling(PlainEngine):
 
     failures = 0
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
+    def save(self, folder: Path, write: Write = write_now) -> None:
+        super().save(folder, write)
         if self.failures:
             self.failures -= 1
             (folder / "weights.safetensors").write_bytes(b"half")
@@ -447,16 +457,17 @@ def test_a_failed_last_save_is_raised_by_wait(folder: RunFolder) -> None:
     assert steps_of(folder) == []
 
 
-def test_a_disk_that_fills_up_leaves_the_older_commit_and_nothing_torn(small_disk: Path) -> None:
+@pytest.mark.parametrize("policy", [POLICY, WAITING], ids=["copied", "waiting"])
+def test_a_disk_that_fills_up_leaves_the_older_commit_and_nothing_torn(small_disk: Path, policy: CheckpointPlan) -> None:
     folder = RunFolder(str(small_disk), "run")
     engine = engine_at(1, width=500)  # 3 MiB of weights and moments
-    checkpoints, events = open_checkpoints(folder, engine)
+    checkpoints, events = open_checkpoints(folder, engine, policy=policy)
     checkpoints.save(1, metrics={})
     checkpoints.wait()
     (small_disk / "somebody-elses").write_bytes(bytes(1 << 20))
     checkpoints._own_bytes = 0  # so that room is not asked for beforehand
     checkpoints.save(2, metrics={})
-    with pytest.raises(StorageFullError, match="disk filled up"):
+    with pytest.raises(StorageFullError, match="disk filled up while step 2"):
         checkpoints.wait()
     assert events.named("checkpoint_failed")[0]["kind"] == "StorageFullError"
     assert storage.list_folder(folder.checkpoints) == ["FENCE.json", "step-00000001"]
@@ -678,9 +689,9 @@ def _rank(work: Callable[..., None], arguments: tuple) -> None:
 
 
 class StumblingOnOneRank(PlainEngine):
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        (folder / f"of-rank-{self.rank}").write_bytes(bytes([self.rank]) * 1000)
+    def save(self, folder: Path, write: Write = write_now) -> None:
+        super().save(folder, write)
+        write(folder / f"of-rank-{self.rank}", bytes([self.rank]) * 1000, lambda content, path: path.write_bytes(content))
         if self.rank == 1 and (folder.parents[1] / "stumble").exists():
             raise RuntimeError("the GPU fell off the bus")
 
@@ -736,6 +747,24 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
     on_ranks(plain_ranks, str(tmp_path))
 
 
+def assert_copies_equal(engine: Any, folder: Path, train: Callable[[], None]) -> None:
+    """A state is written now and, after training has gone on, out of a copy: into the same files, bit for bit."""
+    now, later = folder / "now", folder / "later"
+    for path in (now, later):
+        (path / f"rank-{engine.rank}").mkdir(parents=True)
+    snapshot = Snapshot(HostMemory(0, engine.device))
+    engine.save(now / f"rank-{engine.rank}")
+    engine.save(later / f"rank-{engine.rank}", snapshot)
+    train()
+    snapshot.write()
+    names = list(storage.file_sizes(now / f"rank-{engine.rank}"))
+    assert names
+    assert list(storage.file_sizes(later / f"rank-{engine.rank}")) == names
+    for name in names:
+        one, other = (path / f"rank-{engine.rank}" / name for path in (now, later))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
 def zero_engine(stage: int) -> Any:
     from raytune.training.zero_engine import ZeroEngine
 
@@ -761,7 +790,8 @@ def zero_engine_at(stage: int, step: int) -> Any:
 def zero_ranks(rank: int, tmp: str) -> None:
     # `local://` is an fsspec URL like any other: the way of object stores, on files that both processes see.
     fsspec.config.conf["local"] = {"auto_mkdir": True}
-    for stage, root in ((3, f"{tmp}/files"), (1, f"local://{tmp}/objects"), (3, f"local://{tmp}/objects")):
+    roots = ((3, f"{tmp}/files"), (1, f"local://{tmp}/objects"), (2, f"{tmp}/files"), (3, f"local://{tmp}/objects"))
+    for number, (stage, root) in enumerate(roots):
         folder = RunFolder(root, f"stage-{stage}")
         engine = zero_engine(stage)
         checkpoints, _ = open_checkpoints(folder, engine, scratch=Path(tmp) / "scratch")
@@ -770,7 +800,7 @@ def zero_ranks(rank: int, tmp: str) -> None:
         train(engine, range(2, 4))  # while the files are on their way
         checkpoints.save(4, metrics={})
         checkpoints.wait()
-        train(engine, range(4, 6))
+        assert_copies_equal(engine, Path(f"{tmp}/copied-{number}"), lambda engine=engine: train(engine, range(4, 6)))
         expected = weights(engine)
         assert {file.rank for file in committed(folder)[-1].files} == {0, 1}
 

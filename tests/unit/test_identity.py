@@ -30,7 +30,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import settle
 from raytune.run_folder import LAYOUT_FILE, RunFolder
 from raytune.training.commit import committed
-from raytune.training.layout import write_layout
+from raytune.training.layout import fill_with_layout
 from raytune.training.run import Worker, train
 from raytune.training.worker import recorded
 from tests.compat.identity.make import config as stored_config
@@ -234,7 +234,7 @@ def _history(folder: RunFolder) -> list[tuple[int, float]]:
 def _save_as(storage: Path, layout: Layout) -> None:
     (commit,) = committed(RunFolder(str(storage), "divided"))
     assert (Path(commit.state) / LAYOUT_FILE).exists()
-    write_layout(Path(commit.state), layout)
+    fill_with_layout(layout, Path(commit.state) / LAYOUT_FILE)
 
 
 def test_a_checkpoint_that_the_plan_does_not_fit_is_refused_before_a_cluster_is_started(elsewhere: Path) -> None:

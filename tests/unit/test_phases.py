@@ -23,6 +23,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.plan.setting import settle
 from raytune.plan.settings import changes_in_keys
 from raytune.plan.shapes import ModelShape
+from raytune.plan.snapshot import COPY
 from raytune.training.schedule import learning_rate
 from tests.tiny import PATIENT
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, data, gpus, planned
@@ -115,9 +116,9 @@ def test_each_phase_takes_what_a_run_frozen_so_takes_and_the_fullest_decides() -
     for needs, phase, layers in zip(plan.phase_needs, plan.optimization.phases, (0, 4, 32, 32)):
         freeze = {"embeddings": True, "first_layers": 32 - layers} if phase.frozen else {}
         frozen = planned(gpus(8), LLAMA_3_8B, adapter=FULL, training=training, strategy={"freeze": freeze})
-        assert (needs.num_trainable, needs.memory, needs.checkpoint_bytes) == (
-            frozen.num_trainable, frozen.memory, frozen.checkpoint_bytes,
-        )  # fmt: skip
+        # What checkpoints are copied into is allocated once, for the largest.
+        memory, alone = ([part for part in one.memory if part.name != COPY] for one in (needs, frozen))
+        assert (needs.num_trainable, memory, needs.checkpoint_bytes) == (frozen.num_trainable, alone, frozen.checkpoint_bytes)
         assert needs.lowest_layer == frozen.model.lowest_layer
         assert phase.frozen == frozen.model.frozen
     sizes = [bytes_in(needs.memory, "device") for needs in plan.phase_needs]

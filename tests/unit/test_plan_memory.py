@@ -13,12 +13,14 @@ from raytune.model.adapters import add_adapter
 from raytune.model.demo import demo_config
 from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.architectures import model_shape
-from raytune.plan.memory import bytes_in, checkpoint_bytes, chunk_tokens_for, memory_parts
+from raytune.plan.memory import bytes_in, checkpoint_bytes, chunk_tokens_for, memory_parts, saved_by_ranks
 from raytune.plan.methods import trained_by
 from raytune.plan.shapes import ModelShape
+from raytune.plan.snapshot import SPARE
 from raytune.plan.workload import Workload
 from raytune.training.engine import PlainEngine
 from raytune.training.optimizer import build_optimizer
+from raytune.training.snapshot import HostMemory, Snapshot
 from raytune.units import MIB
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, LLAMA_3_70B
@@ -214,8 +216,13 @@ def test_a_checkpoint_of_a_plain_engine_has_the_planned_size(adapter: Adapter, o
     engine.step(1e-3)
     engine.save(tmp_path)
     saved = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    shape = model_shape(config.to_dict(), "x")
-    assert checkpoint_bytes(workload(shape, adapter, precision="fp32", optimizer=optimizer)) == pytest.approx(saved, rel=0.03)
+    work = workload(model_shape(config.to_dict(), "x"), adapter, precision="fp32", optimizer=optimizer)
+    assert checkpoint_bytes(work) == pytest.approx(saved, rel=0.03)
+    # And what it is copied into is enough.
+    memory = HostMemory(round(SPARE * saved_by_ranks(work)[0]), device)
+    planned = memory.num_bytes
+    engine.save(tmp_path / "copied", Snapshot(memory))
+    assert memory.num_bytes == planned
 
 
 def test_a_checkpoint_has_the_published_bytes_per_parameter() -> None:
