@@ -37,6 +37,7 @@ _CODE = (
     "masking",
     "mixing",
     "order",
+    "origins",
     "packing",
     "passages",
     "prompts",
