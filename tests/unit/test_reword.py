@@ -1,6 +1,7 @@
 """`raytune data reword`: which rows are asked about, what is made of answers, and that what is made lies where its origin does;
 tests/ray has its way through a cluster."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -18,7 +19,7 @@ from raytune.config.data import DataSection, DataSource
 from raytune.config.load import config_from
 from raytune.config.split import SplitSection
 from raytune.data.borders import measured
-from raytune.data.conversation import Origin, RowError
+from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.origins import MADE_BY, ORIGIN
 from raytune.data.recognising import AS_MESSAGES, read_row
 from raytune.data.rewording import RowToReword, Written, turns_to_reword, versions_of
@@ -152,12 +153,12 @@ def test_rows_of_typed_files_keep_their_place_in_the_text_that_carries_them(
     assert isinstance(rows[0]["at"], datetime)
     made = [made_of(row) for row in rows]
     section = SplitSection.model_validate(by)
-    kept = {
-        "jsonl": written(tmp_path / "made.jsonl", made),
-        "parquet": tmp_path / "made.parquet",
-    }
-    pyarrow.parquet.write_table(pa.Table.from_pylist(made), kept["parquet"])
-    for path in kept.values():
+    pyarrow.parquet.write_table(pa.Table.from_pylist(made), tmp_path / "made.parquet")
+    with (tmp_path / "made.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, made[0])
+        table.writeheader()
+        table.writerows([{name: one if isinstance(one, str) else json.dumps(one) for name, one in row.items()} for row in made])
+    for path in (written(tmp_path / "made.jsonl", made), tmp_path / "made.parquet", tmp_path / "made.csv"):
         assert [place_of(row, section) for row, _ in values_of(path)] == [place_of(row, section) for row in rows]
 
 
@@ -231,6 +232,19 @@ def test_nothing_but_the_chosen_turns_gets_other_words() -> None:
         again = read_row(made, AS_MESSAGES, asked.conversation.origin)
         assert again.messages == tuple(made["messages"])
         assert again.unread_columns == (), "no format misses them"
+
+
+def test_a_plain_document_becomes_another(tmp_path: Path) -> None:
+    row = {"text": "A fox.", "url": "u"}
+    conversation = Conversation(text="A fox.", origin=Origin("rows.jsonl", 7))
+    assert turns_to_reword(conversation, ("user", "assistant")) == ()
+    made = versions(
+        RowToReword(values=row, conversation=conversation, turns=turns_to_reword(conversation, ("text",))), "One fox."
+    )
+    made_by = {"model": "m", "ask": ASK, "row": "rows.jsonl:7", "version": 1}
+    assert made == [{"text": "One fox.", ORIGIN: '{"text":"A fox.","url":"u"}', MADE_BY: made_by}]
+    source = DataSource(path=str(written(tmp_path / "made.jsonl", made)))
+    assert [row.text for row in read_conversations(source, tmp_path, Tally())] == ["One fox."]
 
 
 def test_answers_that_are_no_other_words_are_dropped_for_a_reason() -> None:
