@@ -1,5 +1,4 @@
-"""`raytune data reword`: which rows are asked about, what is made of answers, and that what is made lies where its origin does;
-tests/ray has its way through a cluster."""
+"""`raytune data reword`: which rows are asked about, what becomes of answers, and that made rows lie where their origins do."""
 
 import csv
 import json
