@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raytune.api.data import data_check as data_check
     from raytune.api.data import data_preview as data_preview
     from raytune.api.data import data_rank as data_rank
+    from raytune.api.data import data_reword as data_reword
     from raytune.api.jobs import doctor as doctor
     from raytune.api.jobs import logs as logs
     from raytune.api.jobs import preflight as preflight
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _IN = {
     "configs": ("import_config",),
-    "data": ("data_check", "data_preview", "data_rank"),
+    "data": ("data_check", "data_preview", "data_rank", "data_reword"),
     "jobs": ("doctor", "logs", "preflight", "status", "stop", "submit"),
     "models": ("chat", "evaluate", "export", "generate", "merge", "push", "serve"),
     "runs": (
@@ -74,6 +75,7 @@ __all__ = [
     "data_check",
     "data_preview",
     "data_rank",
+    "data_reword",
     "doctor",
     "evaluate",
     "export",

@@ -1,4 +1,4 @@
-"""Verbs of rows as functions: what becomes of all of them, and how single ones are trained."""
+"""Verbs of rows as functions: what becomes of all of them, how single ones are trained, which to annotate, and others of them."""
 
 from collections.abc import Mapping, Sequence
 from os import fspath
@@ -10,9 +10,12 @@ from raytune.config.load import as_one_run
 from raytune.config.places import errors_at
 
 if TYPE_CHECKING:
+    from raytune.config.augment import Part
+    from raytune.config.training import Precision
     from raytune.launch.data_check import DataCheck
     from raytune.launch.data_preview import DataPreview
     from raytune.launch.rank import Ranking
+    from raytune.launch.reword import Rewording
 
 
 def data_check(config: Config, *, max_rows: int | None = None, **overrides: Any) -> "DataCheck":
@@ -111,3 +114,72 @@ def data_rank(
     sources = sources_of(files_of(rows), row_format, max_rows, columns)
     ranked = run_to_score(fspath(run), address)
     return rank(ranked, sources, top=top, output=fspath(output), max_new_tokens=max_new_tokens, address=address)
+
+
+def data_reword(
+    config: Config,
+    *,
+    model: File,
+    ask: str,
+    output: File,
+    parts: "Sequence[Part]" = ("user",),
+    per_row: int = 1,
+    limit: int | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    base: File | None = None,
+    template: str = "auto",
+    dtype: "Precision | None" = None,
+    workers: int | None = None,
+    address: str | None = None,
+    trust_remote_code: bool = False,
+    **overrides: Any,
+) -> "Rewording":
+    """Have a model put the training rows of a run into other words, as `raytune data reword` does.
+
+    Args:
+        config, overrides: as for `train`. What its split, fold, test or files of validation hold out is not asked about.
+        model, base, template, dtype, trust_remote_code: who is asked, as for `generate`.
+        ask: what it is asked, with `{content}` where a text of the row goes.
+        output: file for the new rows, to be listed in `data.train`; it must not be there yet. The same call goes on with one that
+            was interrupted.
+        parts: turns that get other words: of "system", "user", "assistant"; or ("text",) for plain documents.
+        per_row: versions of each row; several need a temperature.
+        limit: rows at most, drawn by `seed`.
+        system: message for the model that is asked.
+        max_new_tokens, temperature, top_p, top_k, seed, batch_size: as for `generate`.
+        workers, address: as for `generate`, instead of those of the config.
+
+    Returns:
+        How many rows were read (`num_rows`), `not_asked` by reason, and of `num_versions` asked for how many were kept
+        (`num_kept`) and `dropped` by reason.
+
+    Raises:
+        raytune.errors.UserError: before anything is started, if there is no such model, or no row to reword.
+        raytune.errors.RaytuneError: if the workers failed; what was answered is kept.
+    """
+    from raytune.evaluation.sampling import sampling_plan
+    from raytune.launch.generate import HowToAnswer
+    from raytune.launch.models_to_ask import Named
+    from raytune.launch.reword import HowToReword, prepare_rewording, reword
+
+    sampling = sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    answering = HowToAnswer(max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size, system=system)
+    how = HowToReword(ask=ask, parts=tuple(parts), per_row=per_row, limit=limit, seed=seed, answering=answering)
+    named = Named(
+        model=fspath(model),
+        base=None if base is None else fspath(base),
+        template=template,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    resolved, places = resolved_config(config, overrides)
+    with errors_at(resolved, places):
+        run = require_named(as_one_run(resolved), places=places)
+        prepared = prepare_rewording(run, named, how, address=address, workers=workers)
+    return reword(prepared, fspath(output))

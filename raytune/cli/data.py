@@ -1,13 +1,15 @@
-"""Verbs that look at rows: data check, data preview, data rank. They train nothing."""
+"""Verbs that look at rows or make some: data check, data preview, data rank, data reword. They train nothing."""
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
+from raytune.cli.models import drawing_options, one_model_options
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
+from raytune.config.augment import Part
 from raytune.errors import EXIT_REFUSED
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Look at rows: what becomes of all of a run's, how single ones are trained, and which are worth an annotation."""
+    """Look at rows: what becomes of all of a run's, how single ones are trained, which to annotate; and word them anew."""
 
 
 @data.command(
@@ -134,6 +136,77 @@ def data_rank(
     begin_on(named_address(ranked.cluster))
     ranking = rank(ranked, sources, top=top, output=output, max_new_tokens=max_new_tokens, address=address)
     say(json.dumps(ranking.to_json()) if as_json else "\n".join(ranking.lines))
+
+
+@data.command(
+    "reword",
+    epilog=examples(
+        "data reword run.yaml --model ./Qwen3-8B --ask 'Ask in other words: {content}' --output reworded.jsonl",
+        "data reword run.yaml --model ./Qwen3-8B --ask 'Ask: {content}' --per-row 3 --temperature 0.8 --output more.jsonl",
+        "data reword run.yaml --model runs/german --ask 'German: {content}' --part user --part assistant --output de.jsonl",
+    ),
+)
+@run_arguments
+@click.option("--model", metavar="MODEL_OR_RUN", required=True, help="Who is asked: what `raytune generate` takes.")
+@click.option("--ask", metavar="TEXT", required=True, help="What it is asked: {content} stands for a text of the row.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(get_args(Part)),
+    default=("user",),
+    show_default=True,
+    help="Which texts of a row get other words: turns of a role (also several), or text for plain documents.",
+)
+@click.option("--per-row", type=click.IntRange(min=1), default=1, show_default=True, help="Versions of each row.")
+@click.option("--output", metavar="FILE.jsonl", required=True, help="A row per line, for data.train. It must not be there yet.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="So many rows only, drawn by --seed.")
+@click.option("--system", metavar="TEXT", help="System message of the model that is asked.")
+@one_model_options
+@drawing_options
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Answers written at once.")
+@click.option("--workers", type=click.IntRange(min=1), help="That answer at once. Default: the config's, or one per GPU or node.")
+@click.option("--address", help="Ray cluster instead of the config's, as cluster.address; here: one inside this machine.")
+@as_json_option
+@debug_option
+def data_reword(
+    arguments: tuple[str, ...],
+    ask: str,
+    parts: tuple[Part, ...],
+    per_row: int,
+    output: str,
+    limit: int | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int,
+    batch_size: int,
+    workers: int | None,
+    address: str | None,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Have a model put training rows into other words, and write them as further rows.
+
+    What is held out for validation, a fold or the test is not asked about. Each new row holds the row that it was made of, and
+    is trained exactly where that is, in every split. Answers that are empty, cut, unchanged, repeated or have control tokens
+    are left out, and counted. Finished chunks are kept beside the output, and the same command goes on with the rest.
+    """
+    from raytune.evaluation.sampling import sampling_plan
+    from raytune.launch.address import named_address
+    from raytune.launch.generate import HowToAnswer
+    from raytune.launch.models_to_ask import Named
+    from raytune.launch.reword import HowToReword, prepare_rewording, reword
+
+    sampling = sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    answering = HowToAnswer(max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size, system=system)
+    how = HowToReword(ask=ask, parts=parts, per_row=per_row, limit=limit, seed=seed, answering=answering)
+    prepared = prepare_rewording(_named_run(arguments), Named(**named), how, address=address, workers=workers)
+    begin_on(named_address(prepared.to_answer.cluster))
+    rewording = reword(prepared, output)
+    say(json.dumps(rewording.to_json()) if as_json else "\n".join(rewording.lines))
 
 
 def _named_run(arguments: tuple[str, ...]) -> "RunConfig":

@@ -9,9 +9,11 @@ from raytune.config.training import Precision
 from raytune.errors import UserError
 
 model_argument = click.argument("model", metavar="MODEL_OR_RUN")
-_OPTIONS = (
-    click.option("--base", metavar="MODEL", help="Base of MODEL: that an adapter is laid over, or a whole model was made of."),
-    click.option("--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="An adapter more over the same base."),
+_BASE = click.option("--base", metavar="MODEL", help="Base of MODEL: that an adapter is laid over, or a whole model was made of.")
+_ADAPTERS = click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="An adapter more over the same base."
+)
+_LOADING = (
     click.option(
         "--template", default="auto", metavar="NAME", help="Chat template, as data.template, for a tokenizer without one."
     ),
@@ -42,8 +44,10 @@ def _with(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return add
 
 
-model_options = _with(_OPTIONS)
+model_options = _with((_BASE, _ADAPTERS, *_LOADING))
 """Fields of `launch.models_to_ask.Named`; adapters by `adapters_by_name`."""
+one_model_options = _with((_BASE, *_LOADING))
+"""The same, where one model is asked."""
 drawing_options = _with(_DRAWING)
 """How an answer is written."""
 

@@ -1,6 +1,6 @@
 """`data.augment`: further training rows that are made of those that there are."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -9,6 +9,8 @@ from raytune.config.user_code import CodeName
 
 CONTENT = "{content}"
 """Where the text of a prompt goes in a wording of it."""
+Part = Literal["system", "user", "assistant", "text"]
+"""What `raytune data reword` words otherwise: turns of these roles, or plain documents."""
 
 
 def _has_content(wording: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from raytune.config.data import DataSource
 from raytune.config.split import SplitSection
 from raytune.data.conversation import Origin, RowError
+from raytune.data.origins import origin_of
 from raytune.data.readers import BadRow, read_segment
 from raytune.data.shards import ParallelMap
 from raytune.data.source_files import find_files
@@ -39,10 +40,11 @@ class _Task:
 
 @dataclass(slots=True)
 class _Seen:
-    """Positions by stratum, and the first place at which each kind of time was found."""
+    """Positions by stratum, the first place at which each kind of time was found, and that of a row that was made of another."""
 
     positions: dict[str, Any] = field(default_factory=dict)
     kinds: dict[Kind, str] = field(default_factory=dict)
+    made: str | None = None
 
 
 def measured(
@@ -66,6 +68,8 @@ def measured(
     for stratum, positions in sorted(seen.positions.items()):
         bands[stratum], count = _divided(asked, stratum, positions)
         counts.append(count)
+    if not counts and seen.made:
+        raise _without_origins(asked, seen.made)
     if not counts:  # no row can be used, which is told where they are read for good
         return Split(by=asked.by), []
     times = _times(asked, bands, seen) if asked.by.time is not None else {}
@@ -83,11 +87,15 @@ def _tasks(sources: Sequence[DataSource], downloads: Path, by: SplitSection) -> 
 
 
 def _look(task: _Task) -> _Seen:
-    """Where the rows of a task lie. Rows that cannot be used are told of where they are read for good."""
+    """Where the rows of a task lie, without those that were made of others: whatever is made of rows, the same are held out.
+    Rows that cannot be used are told of where they are read for good."""
     places: dict[str, list[float]] = {}
     seen = _Seen()
     for origin, values in _rows(task):
         try:
+            if origin_of(values) is not None:
+                seen.made = seen.made or str(origin)
+                continue
             if task.by.time is not None:
                 seen.kinds.setdefault(time_of(values, task.by.time)[0], str(origin))
             stratum, position = place_of(values, task.by)
@@ -116,6 +124,7 @@ def _together(parts: Iterable[_Seen]) -> _Seen:
             positions.setdefault(stratum, []).append(own)
         for kind, where in part.kinds.items():
             together.kinds.setdefault(kind, where)
+        together.made = together.made or part.made
     together.positions = {stratum: np.concatenate(arrays) for stratum, arrays in positions.items()}
     return together
 
@@ -207,6 +216,16 @@ def _of_two_strata(by: SplitSection, tasks: Sequence[_Task], group: int) -> Data
         f"Rows that share a '{by.group}' have several values of '{by.strata}': {places}. They cannot lie on one side, and each "
         f"value have its share. Leave out data.split.strata, or data.split.group.",
         keys=("data.split.strata", "data.split.group"),
+    )
+
+
+def _without_origins(asked: AskedSplit, made: str) -> DataError:
+    """What is wrong with a split of nothing but rows that were made of others."""
+    key = "data.split.time" if asked.by.time is not None else "data.split.strata"
+    return DataError(
+        f"All training rows were made of others ({made} is the first), and {key} holds out a share of those others, which are "
+        f"not here. List the rows that they were made of in data.train too, or leave out {key}.",
+        keys=(key, "data.train"),
     )
 
 

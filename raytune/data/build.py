@@ -404,6 +404,7 @@ def _checked_tallies(request: StoreRequest, results: Sequence[ShardResult]) -> l
             "no_target": f"have no target (data.targets: {request.targets})",
             "other_side": "lie on another side of the split (data.validation_fraction, data.test_fraction, data.fold)",
             "test_side": "are held out for the test (data.test_fraction)",
+            "origin_held_out": "were made of rows that are held out (raytune data reword)",
         }
         lost = [f"  {counts[what]} {why}{_first(total, what)}" for what, why in reasons.items() if counts[what]]
         names = ", ".join(source.path for source in request.sources)

@@ -55,3 +55,5 @@ class Conversation:
     """Columns of the row with something in them that its format does not read."""
     unread_keys: tuple[str, ...] = ()
     """Keys of its turns that we do not know. They stay in the messages: a template may read them."""
+    made_by: str | None = None
+    """Of a row that a model made of another: of which, and who, in words (`origins`)."""

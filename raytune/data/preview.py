@@ -65,6 +65,8 @@ class ShownDocument:
     """Of the messages that `kinds` count."""
     pieces: list[Piece]
     """Of its first tokens."""
+    made_by: str | None = None
+    """Of a row that a model made of another: of which, and who."""
 
     @property
     def num_hidden(self) -> int:
@@ -106,6 +108,7 @@ class ShownDocument:
             "source": self.source,
             "num_tokens": len(self.input_ids),
             "num_targets": self.num_targets,
+            "made_by": self.made_by,
             "roles": self.roles,
             "input_ids": self.input_ids,
             **{name: [kind[name] for kind in kinds] for name in ("is_target", "weight", "turn", "is_special")},
@@ -227,6 +230,7 @@ class Previewer:
             kinds=kinds,
             roles=[str(message["role"]) for message in row.messages],
             pieces=pieces_of(ids[:MOST_TOKENS].tolist(), kinds[:MOST_TOKENS], self.encoder.text_of),
+            made_by=row.made_by,
         )
 
     def _turns_of(self, row: Conversation) -> tuple[np.ndarray, list[int | None]]:

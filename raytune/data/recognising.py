@@ -8,6 +8,7 @@ from typing import Any
 from raytune.config.data import DataFormat, DataSource
 from raytune.data.conversation import Conversation, Origin, RowError
 from raytune.data.formats import FORMATS
+from raytune.data.origins import OWN_COLUMNS, maker_of
 from raytune.data.row_fields import Mapped, RowFields, columns_for, found_in, is_missing, listed, unread_in
 from raytune.errors import DataError
 
@@ -141,6 +142,8 @@ def read_row(row: Mapping[str, Any], reading: Reading, origin: Origin) -> Conver
             matter would be left unread.
     """
     conversation = FORMATS[reading.format].read(reading.fields(row), origin)
+    if (made_by := maker_of(row)) is not None:
+        conversation = replace(conversation, made_by=made_by)
     unread = _unread(reading, row)
     if not unread:
         return conversation
@@ -199,7 +202,7 @@ def _reads_more(one: Reading, other: Reading, row: Mapping[str, Any]) -> bool:
 
 def _unread(reading: Reading, row: Mapping[str, Any]) -> list[str]:
     """Columns with something in them that the format does not read."""
-    return list(unread_in(row, reading.fields(row).read_places()))
+    return list(unread_in(row, reading.fields(row).read_places() | OWN_COLUMNS))
 
 
 def _telling(columns: Sequence[str]) -> list[str]:

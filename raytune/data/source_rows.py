@@ -1,6 +1,6 @@
 """From sources to conversations: in which format a source is, and its rows in order, bad ones tallied."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ import numpy as np
 from raytune.config.data import DataSource
 from raytune.data.augmenting import Augmentation, copies_of
 from raytune.data.conversation import Conversation, Origin, RowError
+from raytune.data.origins import origin_of
 from raytune.data.readers import BadRow, FileRow, read_segment
 from raytune.data.recognising import Reading, read_row, reading_of, reading_of_asked, with_answer
 from raytune.data.shards import ShardPart, Tally, bad_rows_error
@@ -17,6 +18,14 @@ from raytune.data.source_files import find_files
 from raytune.data.sources import ScannedFile, scan
 from raytune.data.split import EVERY_ROW_TRAINS, Side, Split, side_of
 from raytune.errors import DataError
+
+_ELSEWHERE: Mapping[Side | Literal["nowhere", "all"], str] = {
+    "train": "other_side",
+    "validation": "other_side",
+    "test": "test_side",
+    "nowhere": "origin_held_out",
+}
+"""How rows of each side are counted where another one is wanted."""
 
 
 def readings_of(
@@ -125,9 +134,11 @@ def conversation_of(
         tally.add("bad", origin, row.reason)
         return None
     try:
+        if origin_of(row.values) is not None:
+            tally.add("made")
         found = side if side == "all" else side_of(row.values, split)
         if found != side:
-            tally.add("test_side" if found == "test" else "other_side")
+            tally.add(_ELSEWHERE[found])
             return None
         conversation = read_row(with_answer(row.values, reading) if are_asked else row.values, reading, origin)
     except RowError as error:

@@ -2,7 +2,7 @@
 
 A row has a place: a stratum and a position in it. By default there is one stratum, and the position is a hash of the row's
 content. Each side but training has a stretch of positions (`Bands`), so that equal rows always lie on one side, in whichever file
-and order. Where borders follow from the rows, `borders` finds them.
+and order. Where borders follow from the rows, `borders` finds them. A row that was made of another has the place of that one.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from raytune.config.split import SplitSection
 from raytune.data.conversation import RowError, kind_of
+from raytune.data.origins import content_of, origin_of
 from raytune.data.row_fields import found_in, is_missing, listed
 from raytune.plan.split import AskedSplit
 
@@ -56,8 +57,10 @@ def split_by_hash(asked: AskedSplit) -> Split:
     return Split(by=asked.by, bands={ALL: bands})
 
 
-def side_of(row: Mapping[str, Any], split: Split) -> Side:
+def side_of(row: Mapping[str, Any], split: Split) -> Side | Literal["nowhere"]:
     """The side of a row. A larger share keeps every row on a side that a smaller one had put there.
+
+    What was made of a row that is held out lies nowhere: trained, it would tell of that row, and nothing made is measured.
 
     Raises:
         RowError: if it lacks what decides.
@@ -65,7 +68,7 @@ def side_of(row: Mapping[str, Any], split: Split) -> Side:
     stratum, position = place_of(row, split.by)
     bands = split.bands.get(stratum, split.bands.get(ALL, ()))
     found: Any = next((side for side, first, end in bands if first <= position < end), "train")
-    return found
+    return "nowhere" if found != "train" and origin_of(row) is not None else found
 
 
 def place_of(row: Mapping[str, Any], by: SplitSection) -> tuple[str, float]:
@@ -74,11 +77,24 @@ def place_of(row: Mapping[str, Any], by: SplitSection) -> tuple[str, float]:
     Raises:
         RowError: if it lacks what decides.
     """
+    if (origin := origin_of(row)) is None:
+        return _place(row, by)
+    try:
+        return _place(origin.values, by, origin.content)
+    except RowError as error:
+        raise RowError(f"the row that it was made of: {error}") from error
+
+
+def _place(row: Mapping[str, Any], by: SplitSection, content: str | None = None) -> tuple[str, float]:
+    """Args:
+    content: of the row; None: it is what `content_of` makes of it.
+    """
     if by.time is not None:
         return ALL, -time_of(row, by.time)[1]
     stratum = ALL if by.strata is None else text_of(row, by.strata, "data.split.strata")
-    content = _content(row) if by.group is None else text_of(row, by.group, "data.split.group")
-    return stratum, position_of(content)
+    if by.group is not None:
+        content = text_of(row, by.group, "data.split.group")
+    return stratum, position_of(content_of(row) if content is None else content)
 
 
 def position_of(content: str) -> int:
@@ -86,12 +102,9 @@ def position_of(content: str) -> int:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
-def _content(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-
-
 def text_of(row: Mapping[str, Any], column: str, key: str) -> str:
-    """What a column holds, as text: the same for 1, 1.0 and "1", which files of several kinds have for one value.
+    """What a column holds, as text: the same for 1, 1.0 and "1", and for a date and its text, which files of several kinds have
+    for one value.
 
     Args:
         key: of the config, that names the column.
@@ -106,6 +119,8 @@ def text_of(row: Mapping[str, Any], column: str, key: str) -> str:
         if not math.isfinite(value):
             raise RowError(f"'{column}' is {value}, which is no value ({key})")
         value = int(value) if value.is_integer() else value
+    if not isinstance(value, int | float | list | Mapping):
+        return str(value)
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
@@ -140,7 +155,7 @@ def _seconds(value: date) -> float:
     """Since 1970, to the microsecond; a time without a zone is in UTC."""
     moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day, tzinfo=UTC)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return (moment - _EPOCH) / timedelta(microseconds=1) / 1e6
+    return (moment - _EPOCH) // timedelta(microseconds=1) / 1e6
 
 
 def _present(row: Mapping[str, Any], column: str, key: str) -> Any:

@@ -38,6 +38,7 @@ _CODE = (
     "masking",
     "mixing",
     "order",
+    "origins",
     "packing",
     "passages",
     "prompts",

@@ -98,7 +98,8 @@ def heading(document: ShownDocument) -> str:
     num_tokens, num_targets = len(document.input_ids), document.num_targets
     weights = sorted({kind.weight for kind in document.kinds if kind.is_target})
     weighed = "" if weights == [1.0] else f", weights {', '.join(f'{weight:.4g}' for weight in weights)}"
-    return f"{document.origin}: {num_tokens} tokens, {num_targets} of them trained{weighed}"
+    made = f"; made of {document.made_by}" if document.made_by else ""
+    return f"{document.origin}: {num_tokens} tokens, {num_targets} of them trained{weighed}{made}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,4 +186,6 @@ def _lost(name: str, tally: Tally) -> list[str]:
             lines.append(f"{name}: {more} more rows: {why}")
     if other := tally.counts["other_side"] + tally.counts["test_side"]:
         lines.append(f"{name}: {other} row{'s' * (other != 1)} on another side of the split, and so not trained")
+    if made := tally.counts["origin_held_out"]:
+        lines.append(f"{name}: {made} row{'s' * (made != 1)} made of others that are held out, and so not trained")
     return lines

@@ -3,7 +3,8 @@ What is answered is kept beside the output until that is whole, so that the same
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -113,6 +114,8 @@ class Answers:
         num_rows: that were read.
         refused: rows that a model was not asked, in their order.
         num_shortened: answers that had room for fewer tokens than they were allowed.
+        num_tokens_now: of the answers that were written now, and not found written.
+        seconds: that this took, with the loading of models.
     """
 
     output: str | None
@@ -121,6 +124,8 @@ class Answers:
     num_rows: int
     refused: tuple[Refused, ...]
     num_shortened: int = 0
+    num_tokens_now: int = 0
+    seconds: float = 0.0
 
     @property
     def lines(self) -> list[str]:
@@ -199,6 +204,29 @@ def prepare_answers(
     with TemporaryDirectory() as downloads:
         asked = [*read_asked_rows(rows, Path(downloads), tally), *rows_of_prompts(prompts, tally)]
     refused = [Refused(model=None, place=place) for place in tally.examples.get("bad", [])]
+    cluster = cluster_to_ask(to_ask.run, address, workers)
+    return ready_to_answer(to_ask, asked, how, cluster, num_rows=tally.counts["rows"], refused=refused)
+
+
+def ready_to_answer(
+    to_ask: ToAsk,
+    asked: Sequence[AskedRow],
+    how: HowToAnswer,
+    cluster: ClusterSection,
+    *,
+    num_rows: int,
+    refused: Sequence[Refused] = (),
+) -> ToAnswer:
+    """Rows as prompts of each model.
+
+    Args:
+        num_rows: that were read for them.
+        refused: those of which no model is asked.
+
+    Raises:
+        UserError: if no row can be asked.
+    """
+    refused = list(refused)
     of_models: dict[str, dict[int, RowPrompt]] = {}
     known: dict[Any, tuple[dict[int, RowPrompt], list[str]]] = {}
     for one in to_ask.subjects:
@@ -218,17 +246,24 @@ def prepare_answers(
         how=how,
         rows=tuple(asked),
         prompts=of_models,
-        num_rows=tally.counts["rows"],
+        num_rows=num_rows,
         refused=tuple(refused),
-        cluster=cluster_to_ask(to_ask.run, address, workers),
+        cluster=cluster,
     )
 
 
-def generate(prepared: ToAnswer, output: str | None = None) -> Answers:
+def to_json_lines(rows: Sequence[AnsweredRow]) -> bytes:
+    return "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def generate(
+    prepared: ToAnswer, output: str | None = None, *, content_of: Callable[[Sequence[AnsweredRow]], bytes] = to_json_lines
+) -> Answers:
     """Answer what was prepared, or go on with it.
 
     Args:
-        output: file for a line of JSON per answer. None: there is none, and nothing is kept.
+        output: file. None: there is none, and nothing is kept.
+        content_of: what is written there; by default a line of JSON per answer.
 
     Raises:
         UserError: before anything is started, if the file is there, or answers of something else.
@@ -241,7 +276,10 @@ def generate(prepared: ToAnswer, output: str | None = None) -> Answers:
         else:
             folder = _folder_for(prepared, chunks, output)
         tasks = [(one.asked, chunk) for one in prepared.to_ask.subjects for chunk in chunks[one.name]]
-        found = answers_of(tasks, prepared.cluster, prepared.to_ask.run, folder.chunk)
+        written_now, began_s = list[Given](), time.monotonic()
+        found = answers_of(
+            tasks, prepared.cluster, prepared.to_ask.run, folder.chunk, lambda of_chunk: written_now.extend(of_chunk.values())
+        )
     given = {(one.name, row): each for (one, _), of_chunk in zip(tasks, found, strict=True) for row, each in of_chunk.items()}
     rows = answered_rows(prepared, given)
     prompts = [prompt for of_model in prepared.prompts.values() for prompt in of_model.values()]
@@ -252,9 +290,11 @@ def generate(prepared: ToAnswer, output: str | None = None) -> Answers:
         num_rows=prepared.num_rows,
         refused=prepared.refused,
         num_shortened=sum(prompt.room < prepared.how.max_new_tokens for prompt in prompts),
+        num_tokens_now=sum(one.num_tokens or 0 for one in written_now),
+        seconds=time.monotonic() - began_s,
     )
     if answers.output is not None:
-        write_bytes(answers.output, to_json_lines(rows))
+        write_bytes(answers.output, content_of(rows))
         remove_folder(folder.path, answers.output.rpartition("/")[0])
     return answers
 
@@ -305,10 +345,6 @@ def answered_rows(prepared: ToAnswer, given: Mapping[tuple[str, int], Given]) ->
                 )
             )
     return rows
-
-
-def to_json_lines(rows: Sequence[AnsweredRow]) -> bytes:
-    return "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _prompts(prompter: Prompter, rows: Sequence[AskedRow], how: HowToAnswer) -> tuple[dict[int, RowPrompt], list[str]]:

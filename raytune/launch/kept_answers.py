@@ -25,7 +25,11 @@ JUDGING = {"metrics", "code", "bertscore"}
 
 
 def answers_of(
-    tasks: Sequence[tuple[AskedModel, Chunk]], cluster: ClusterSection, run: RunToScore | None, path_of: Callable[[str], str]
+    tasks: Sequence[tuple[AskedModel, Chunk]],
+    cluster: ClusterSection,
+    run: RunToScore | None,
+    path_of: Callable[[str], str],
+    answered: Callable[[dict[int, Given]], None] = lambda given: None,
 ) -> list[dict[int, Given]]:
     """What models make of chunks, in the order of the tasks; those that have been answered are read.
 
@@ -33,6 +37,7 @@ def answers_of(
         tasks: model by model, so that each base is loaded once.
         run: whose numbers they are to be to the last bit, if any.
         path_of: where the answers of a chunk lie, by a hash of all that decides them.
+        answered: called with what is answered now, and not read.
 
     Raises:
         RaytuneError: if the workers failed; what was answered is kept.
@@ -50,6 +55,7 @@ def answers_of(
             if not any(one.failed for one in given.values()):  # by a fault of a machine, perhaps, that is mended until next time
                 write_json(paths[place], {str(row): _encoded(one) for row, one in given.items()})
             found[place] = given
+            answered(given)
 
         if missing:
             answer_on_cluster(
@@ -63,13 +69,17 @@ def answers_of(
 
 
 def cluster_to_ask(run: RunToScore | None, address: str | None, workers: int | None) -> ClusterSection:
-    """Where models are asked: where their run was trained, unless the user says otherwise.
+    """Where models are asked: where their run was trained, unless the user says otherwise; see `changed_cluster`."""
+    return changed_cluster(run.config.cluster if run else ClusterSection(), address, workers)
+
+
+def changed_cluster(section: ClusterSection, address: str | None, workers: int | None) -> ClusterSection:
+    """A cluster as the user says it.
 
     Args:
         address: of a Ray cluster, as `cluster.address`; HERE starts one inside this machine; None: nothing is said.
         workers: that answer at once; None: nothing is said.
     """
-    section = run.config.cluster if run else ClusterSection()
     changes: dict[str, Any] = {} if address is None else {"address": None if address == HERE else address}
     changes |= {} if workers is None else {"workers": workers}
     return section.model_copy(update=changes)

@@ -24,6 +24,7 @@ from raytune.config.run import RunConfig
 from raytune.data.augmenting import Augmentation, augmentation_of
 from raytune.data.borders import measured
 from raytune.data.build import build_store, tokenising_options
+from raytune.data.held_out_origins import refuse_made_rows
 from raytune.data.packing import Packing
 from raytune.data.preview import Previewer
 from raytune.data.shaping import Shape
@@ -139,6 +140,7 @@ class DataBuilder:
         self._refuse_no_copies(train)
         validation = self._measured(evaluated_sets(config), "validation" if data.holds_out else "all", split, train)
         test = self._measured(tested_sets(config), "test" if data.test_fraction else "all", split, train)
+        self._refuse_made_rows(train, validation, test)
         # Each document has a gradient of its own, which only one that passes alone gives.
         ewc = self._store(weighed, packing="none") if weighed else None
         learned_from = [train, ewc] if ewc else [train]
@@ -309,6 +311,17 @@ class DataBuilder:
                 "Change data.augment, or leave it out.",
                 keys=("data.augment",),
             )
+
+    def _refuse_made_rows(self, train: StoreInfo, validation: Sequence[_HeldOut], test: Sequence[_HeldOut]) -> None:
+        """Refuse what `refuse_made_rows` does, of rows that are held out by name."""
+        data = self._config.data
+        named = {"data.validation": (data.validation, validation), "data.test": (data.test, test)}
+        held_out = {key: sources for key, (sources, _) in named.items() if sources}
+        measured = {key: [one.info.report for one in named[key][1]] for key in held_out}
+        trained = trained_sources(self._config)
+        if data.streaming is not None:  # of which the first window is looked at
+            trained = [source.model_copy(update={"max_rows": train.report.total("rows")}) for source in trained]
+        refuse_made_rows(train.report, trained, measured, held_out, self._folder)
 
     def _check_tokens(self, info: StoreInfo) -> None:
         """Refuse a store with tokens that were added to the tokenizer, but not to the model.

@@ -80,7 +80,7 @@ def _rule(name: str, are: str, why: str, fix: str, **changes: Any) -> Rule:
         "key": f"data.limits.{name}",
         "limit": _limit(name),
         "count": attrgetter(name),
-        "of": lambda source: source.rows - source.other_side - source.test_side - source.filtered,
+        "of": lambda source: source.rows - source.held_out - source.filtered,
         "unit": "rows",
         "are": are,
         "why": why,

@@ -34,7 +34,7 @@ class SourceReport(Plan):
     """The rows of one source. Counts are of rows where nothing else is said.
 
     Every row that was read is in exactly one of `used`, `bad`, `no_target`, `cut_off`, `dropped`, `other_side`, `test_side`,
-    `filtered`.
+    `origin_held_out`, `filtered`.
     """
 
     name: str
@@ -48,6 +48,8 @@ class SourceReport(Plan):
     """Read, or made of those."""
     augmented: int = 0
     """Made of others by `data.augment`."""
+    made: int = 0
+    """Of those that were read, rows that a model made of others (`raytune data reword`)."""
     used: int
     """With at least one target."""
     bad: int
@@ -62,6 +64,8 @@ class SourceReport(Plan):
     """On the other side of `data.validation_fraction` or `data.fold`."""
     test_side: int = 0
     """Held out for the test, by `data.test_fraction`."""
+    origin_held_out: int = 0
+    """Made by a model of rows that are held out, and so neither trained nor measured."""
     filtered: int = 0
     """Left out by the policies of `data.quality`."""
     exact_duplicates: int = 0
@@ -139,6 +143,11 @@ class SourceReport(Plan):
     """What an epoch has of it, in the mean, where some source has other than one pass; None: all of it once."""
     is_replayed: bool = False
     """Of `strategy.replay`."""
+
+    @property
+    def held_out(self) -> int:
+        """Rows that are none of this side of a split."""
+        return self.other_side + self.test_side + self.origin_held_out
 
     @property
     def in_epoch(self) -> EpochPart:
@@ -257,6 +266,7 @@ def _counted(source: SourceReport) -> str:
         (source.leaks, "{} held out for validation too", "row"),
         (source.other_side, "{} on the other side of the split", "row"),
         (source.test_side, "{} held out for the test", "row"),
+        (source.origin_held_out, "{} made of held-out ones", "row"),
     ]
     losses = [words.format(_many(count, one)) for count, words, one in lost if count]
     made = f" and {source.augmented} made of them" if source.augmented else ""
@@ -283,6 +293,8 @@ def _losses(source: SourceReport, row_length: int) -> list[str]:
             f"turn may end or begin there"
         ),
         "filtered": f"{_many(source.filtered, 'row')} {of} left out by data.quality",
+        "made": f"{_many(source.made, 'row')} {of} made of others by a model: each trains only where its origin does",
+        "origin_held_out": f"{_many(source.origin_held_out, 'row')} {of} made of held-out rows: neither trained nor measured",
         "double_bos": f"{_many(source.double_bos, 'row')} that begin with two beginning-of-text tokens",
         "prompt_trained": f"{_many(source.prompt_trained, 'row')} whose question is trained, though data.targets does not ask "
         f"for that",

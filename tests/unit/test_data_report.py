@@ -35,7 +35,7 @@ from tests.tiny import PATIENT, tiny_plan, tiny_split, tiny_store, tiny_tokenize
 
 CASES = Path(__file__).parents[1] / "cases"
 CHATML = resolve_template("chatml", tiny_tokenizer())  # without markers: answers are found by its prompts
-OUTCOMES = ("used", "bad", "no_target", "cut_off", "dropped", "other_side", "test_side", "filtered")
+OUTCOMES = ("used", "bad", "no_target", "cut_off", "dropped", "other_side", "test_side", "origin_held_out", "filtered")
 
 
 def build(folder: Path, path: Path | str, **changes: Any) -> StoreInfo:
