@@ -143,16 +143,23 @@ def room_of_worker(setting: Setting) -> Room:
 def _ways(setting: Setting, rows_per_step: int, data: DataFacts, *, is_timed: bool = True) -> Iterator[Fit]:
     wanted = setting.config.training.gradient_checkpointing
     speed = setting.machine.speed if is_timed else None
-    at_once = TOKENS_PER_MICRO_BATCH[setting.device] * setting.config.training.sequence_parallel_size
-    max_micro_batch = max(1, at_once // positions_of_row(setting, data))
+    enough = rows_of_enough_tokens(setting, data)
+    most = 2 * enough if setting.device == "cuda" else enough
     training = rows_of_a_pass(setting.config.training, setting.shape)
-    batches = possible_batches(training, setting.workers, rows_per_step, max_micro_batch)
+    batches = possible_batches(training, setting.workers, rows_per_step, most, enough)
     either = (False, True) if method_of(setting.adapter).recomputes else (False,)
     room = room_of_worker(setting)
     for has_checkpointing in either if wanted == "auto" else (wanted,):
         for stage in setting.stages:
             for batch in batches:
                 yield _way(setting, speed, data, batch, stage, has_checkpointing, room)
+
+
+def rows_of_enough_tokens(setting: Setting, data: DataFacts) -> int:
+    """Rows of a forward pass that keep a device busy: on a GPU at least as many, on a CPU at most, or one."""
+    at_once = TOKENS_PER_MICRO_BATCH[setting.device] * setting.config.training.sequence_parallel_size
+    positions = positions_of_row(setting, data)
+    return -(-at_once // positions) if setting.device == "cuda" else max(1, at_once // positions)
 
 
 def _way(
@@ -204,11 +211,12 @@ def _way(
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     phases = [replace(work, trained=each) for each in setting.phases or (trained,)]
+    memory = [memory_parts(each) for each in phases]
     # Rates of the catalogue are those of 16-bit products on GPUs.
     has_rates = work.is_on_gpu and work.precision != "fp32"
-    if is_chunked and has_rates:
-        chunk = _chunk_for_gpu(phases, speed, room)
+    if is_chunked and has_rates and (chunk := _chunk_for_gpu(phases, memory, speed, room)) != work.chunk_tokens:
         work, *phases = (replace(each, chunk_tokens=chunk) for each in (work, *phases))
+        memory = [memory_parts(each) for each in phases]
     return Fit(
         batch=batch,
         zero_stage=stage,
@@ -217,32 +225,31 @@ def _way(
         phases=tuple(
             Needs(
                 trained=each.trained,
-                memory=memory_parts(each),
+                memory=parts,
                 checkpoint_bytes=checkpoint_bytes(each),
                 step_time=step_time(each, speed, row_tokens) if speed and has_rates else None,
             )
-            for each in phases
+            for each, parts in zip(phases, memory)
         ),
         importance_s=_importance_s(work, speed, setting, data) if speed and has_rates else None,
     )
 
 
-def _chunk_for_gpu(phases: list[Workload], speed: Speed | None, room: Room) -> int:
+def _chunk_for_gpu(phases: list[Workload], memory: list[list[MemoryPart]], speed: Speed | None, room: Room) -> int:
     """As many targets as are worth projecting at a time, or as many as there is room for, beside what else is there then.
 
     Args:
         phases: of the run, each with the smallest chunk.
+        memory: of each of them.
     """
-    shape, width = phases[0].shape, BYTES[phases[0].precision]
-    left = None
+    shape, left = phases[0].shape, None
     if room.device is not None:
-        kept = [memory_parts(each) for each in phases]
-        taken = (sum(part.num_bytes for part in parts_at(parts, "device", moment)) for parts in kept for moment in LOSS_MOMENTS)
+        taken = (sum(part.num_bytes for part in parts_at(parts, "device", moment)) for parts in memory for moment in LOSS_MOMENTS)
         left = room.device - max(taken)
     return chunk_within(
         shape.vocab,
         wanted_chunk(
-            width=width,
+            width=BYTES[phases[0].precision],
             is_trained=any(shape.head.name in each.trained.whole for each in phases),
             flops_per_byte=speed and speed.flops / speed.memory_bytes_per_s,
         ),

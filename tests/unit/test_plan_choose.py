@@ -187,6 +187,17 @@ def test_the_micro_batch_fills_the_device_up_to_8k_tokens() -> None:
     assert planned(CPU).batch.micro_batch_size == 1
 
 
+@pytest.mark.parametrize("length", [512, 1000, 1500, 2048])
+@pytest.mark.parametrize("num_gpus", [1, 8])
+def test_a_forward_pass_of_a_gpu_has_enough_tokens_where_rows_and_memory_allow_it(num_gpus: int, length: int) -> None:
+    sections: dict[str, Any] = {"data": {"max_length": length}, "training": {"global_batch_size": 48 * num_gpus}}
+    batch = planned(gpus(num_gpus), facts=replace(data(), longest_document=length), **sections).batch
+    assert (batch.workers, batch.global_batch_size) == (num_gpus, 48 * num_gpus)
+    assert 8192 <= batch.micro_batch_size * length <= 2 * (8192 + length)
+    on_cpu = planned(CPU, facts=replace(data(), longest_document=length), data={"max_length": length}).batch
+    assert on_cpu.micro_batch_size * length <= 2048, "a CPU is busy with fewer"
+
+
 def test_rows_without_packing_are_as_long_as_the_longest_document() -> None:
     facts = replace(data(), longest_document=512)
     assert planned(gpus(1), facts=facts).batch.micro_batch_size == 4
