@@ -20,9 +20,7 @@ def test_the_table_says_what_is_trained_on_what_for_how_long() -> None:
     )
     assert activations_at > gradients_at
     memory, other_moments = table["memory per worker"].split("; at others: ")
-    assert memory.startswith(
-        f"{activations_at / 2**30:.3g} GiB at the fullest moment, the forward pass's end: activations "
-    )
+    assert memory.startswith(f"{activations_at / 2**30:.3g} GiB at the fullest moment, the forward pass's end: activations ")
     assert "weights" in memory
     assert "gradients" in other_moments
 
