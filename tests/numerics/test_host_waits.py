@@ -113,10 +113,10 @@ def askers_of(plans: Sequence[RunPlan]) -> list[Counter[str]]:
     return found
 
 
-BF16 = {"precision": "bf16", "model": {"attention": "sdpa", "dtype": "bf16", "compute_dtype": "bf16"}}
-FULL = BF16 | {"model": BF16["model"] | {"dtype": "fp32"}}
-IN_CHUNKS = {"loss": {"chunk_tokens": 16}}
-ROWS = {"adapter": LORA | {"trainable_tokens": ["<|im_end|>"]}}
+BF16: dict[str, Any] = {"precision": "bf16", "model": {"attention": "sdpa", "dtype": "bf16", "compute_dtype": "bf16"}}
+FULL: dict[str, Any] = BF16 | {"model": BF16["model"] | {"dtype": "fp32"}}
+IN_CHUNKS: dict[str, Any] = {"loss": {"chunk_tokens": 16}}
+ROWS: dict[str, Any] = {"adapter": LORA | {"trainable_tokens": ["<|im_end|>"]}}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_steps_of_whole_weights_ask_for_nothing(changes: dict[str, Any], materia
 
 def test_sharded_steps_ask_for_nothing_but_what_deepspeed_asks_for(material: Material) -> None:
     stages = (1, 2, 3)
-    ways = (IN_CHUNKS | {"adapter": LORA}, {}, IN_CHUNKS)
+    ways: tuple[dict[str, Any], ...] = (IN_CHUNKS | {"adapter": LORA}, {}, IN_CHUNKS)
     plans = [make_plan(material, workers=2, stage=stage, **BF16 | way) for stage, way in zip(stages, ways)]
     for rank in run_on_ranks(askers_of, 2, plans):
         of_deepspeed = [{asker for asker in askers if asker.startswith("deepspeed/")} for askers in rank]
@@ -156,7 +156,7 @@ def test_what_waits_is_seen() -> None:
             wait()
         assert waits.askers.total() >= 1
     with Waits() as waits:
-        torch.where(values.isfinite(), 1.0, 0.0) + torch.full((), 2.0, device="cpu") + values.to("cpu", non_blocking=True)
+        _ = torch.where(values.isfinite(), 1.0, 0.0) + torch.full((), 2.0, device="cpu") + values.to("cpu", non_blocking=True)
     assert not waits.askers
 
 

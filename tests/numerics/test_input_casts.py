@@ -30,9 +30,9 @@ from tests.variants import variants
 ALL = {"target_modules": "all-linear"}
 NUM_TARGETS = 14
 """Linear layers of two layers of a Llama."""
-BF16 = {"precision": "bf16", "model": {"dtype": "bf16", "compute_dtype": "bf16"}}
-FP16 = {"precision": "fp16", "model": {"dtype": "fp16", "compute_dtype": "fp16"}}
-RECOMPUTED = {"precision": "bf16", "model": BF16["model"] | {"gradient_checkpointing": True}}
+BF16: dict[str, Any] = {"precision": "bf16", "model": {"dtype": "bf16", "compute_dtype": "bf16"}}
+FP16: dict[str, Any] = {"precision": "fp16", "model": {"dtype": "fp16", "compute_dtype": "fp16"}}
+RECOMPUTED: dict[str, Any] = {"precision": "bf16", "model": BF16["model"] | {"gradient_checkpointing": True}}
 CASES: dict[str, dict[str, Any]] = {
     "lora": BF16 | {"adapter": LORA | ALL},
     "qlora": BF16 | {"adapter": QLORA | ALL},
