@@ -21,7 +21,9 @@ def default_rows_per_step(num_rows: int, rows_in_epochs: int | None) -> int:
     return max(1, min(DEFAULT_ROWS, most))
 
 
-def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, max_micro_batch: int) -> list[BatchPlan]:
+def possible_batches(
+    training: TrainingSection, workers: int, wanted_rows: int, max_micro_batch: int, enough: int | None = None
+) -> list[BatchPlan]:
     """Every way to solve the equation as asked, largest micro-batch first. All have the same rows per step.
 
     Args:
@@ -29,6 +31,7 @@ def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, 
         workers: training processes, of which `training.sequence_parallel_size` share each row.
         wanted_rows: rows per step where the config does not say.
         max_micro_batch: largest micro-batch that is chosen where the config does not say.
+        enough: micro-batch above which none is, where one is possible that has as many rows; None: the largest.
 
     Raises:
         UserError: if there is no whole solution; the message names the nearest ones.
@@ -50,8 +53,9 @@ def possible_batches(training: TrainingSection, workers: int, wanted_rows: int, 
     elif accumulation:
         sizes = [rows_per_group // accumulation]
     else:
-        at_most = max(1, min(max_micro_batch, rows_per_group))
-        sizes = [rows for rows in range(at_most, 0, -1) if rows_per_group % rows == 0]
+        sizes = [rows for rows in range(min(max_micro_batch, rows_per_group), 0, -1) if rows_per_group % rows == 0]
+        large = [rows for rows in sizes if enough is not None and rows >= enough]
+        sizes = sizes[max(0, len(large) - 1) :]
     return [
         BatchPlan(workers=workers, micro_batch_size=rows, accumulation=rows_per_group // rows, sequence_parallel=size)
         for rows in sizes

@@ -12,12 +12,13 @@ from raytune.plan.batch import possible_batches
 from raytune.plan.data_facts import DataFacts
 from raytune.plan.distillation import is_beneath
 from raytune.plan.lone_documents import rows_of_a_pass
+from raytune.plan.loss_chunks import chunk_within, exceeds_full_logits, smallest_chunk, wanted_chunk
 from raytune.plan.machine import USABLE_SHARE, Machine
 from raytune.plan.memory import (
+    LOSS_MOMENTS,
     bytes_in,
+    bytes_per_target,
     checkpoint_bytes,
-    chunk_tokens_for,
-    exceeds_full_logits,
     fullest_moment,
     memory_parts,
     parts_at,
@@ -30,7 +31,7 @@ from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan
 from raytune.plan.setting import Setting, settle
 from raytune.plan.throughput import Speed, step_time
 from raytune.plan.trained import Trained
-from raytune.plan.workload import Workload
+from raytune.plan.workload import BYTES, Workload
 from raytune.units import format_bytes
 
 # Tokens per forward pass above which little gets faster: a GPU is busy with 8k (docs/performance.md), a CPU core with far
@@ -145,19 +146,33 @@ def room_of_worker(setting: Setting) -> Room:
 def _ways(setting: Setting, rows_per_step: int, data: DataFacts, *, is_timed: bool = True) -> Iterator[Fit]:
     wanted = setting.config.training.gradient_checkpointing
     speed = setting.machine.speed if is_timed else None
-    at_once = TOKENS_PER_MICRO_BATCH[setting.device] * setting.config.training.sequence_parallel_size
-    max_micro_batch = max(1, at_once // positions_of_row(setting, data))
+    enough = rows_of_enough_tokens(setting, data)
+    most = 2 * enough if setting.device == "cuda" else enough
     training = rows_of_a_pass(setting.config.training, setting.shape)
-    batches = possible_batches(training, setting.workers, rows_per_step, max_micro_batch)
+    batches = possible_batches(training, setting.workers, rows_per_step, most, enough)
     either = (False, True) if method_of(setting.adapter).recomputes else (False,)
+    room = room_of_worker(setting)
     for has_checkpointing in either if wanted == "auto" else (wanted,):
         for stage in setting.stages:
             for batch in batches:
-                yield _way(setting, speed, data, batch, stage, has_checkpointing)
+                yield _way(setting, speed, data, batch, stage, has_checkpointing, room)
+
+
+def rows_of_enough_tokens(setting: Setting, data: DataFacts) -> int:
+    """Rows of a forward pass that keep a device busy: on a GPU at least as many, on a CPU at most, or one."""
+    at_once = TOKENS_PER_MICRO_BATCH[setting.device] * setting.config.training.sequence_parallel_size
+    positions = positions_of_row(setting, data)
+    return -(-at_once // positions) if setting.device == "cuda" else max(1, at_once // positions)
 
 
 def _way(
-    setting: Setting, speed: Speed | None, data: DataFacts, batch: BatchPlan, stage: ZeroStage, has_checkpointing: bool
+    setting: Setting,
+    speed: Speed | None,
+    data: DataFacts,
+    batch: BatchPlan,
+    stage: ZeroStage,
+    has_checkpointing: bool,
+    room: Room,
 ) -> Fit:
     training, shape = setting.config.training, setting.shape
     row_tokens, trained = positions_of_row(setting, data), setting.trained
@@ -169,7 +184,6 @@ def _way(
     teacher = setting.teacher or (shape if is_beneath(setting.config) else None)
     num_logits = shape.vocab + (teacher.vocab if teacher else 0)
     is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, num_logits))
-    chunk_tokens = chunk_tokens_for(shape.vocab) if is_chunked else None
     work = Workload(
         shape=shape,
         trained=trained,
@@ -187,7 +201,7 @@ def _way(
         sequence_parallel=batch.sequence_parallel,
         num_tokens=num_tokens,
         num_targets=num_targets,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=smallest_chunk(shape.vocab) if is_chunked else None,
         is_on_gpu=setting.device == "cuda",
         drops=frozenset(kind for kind, key in shape.dropouts if setting.dropout.get(key)),
         holds_weights=bool(penalty_keys(setting.config)),
@@ -200,24 +214,52 @@ def _way(
         streamed_ahead_bytes=data.stream.ahead_bytes if data.stream else 0,
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
+    phases = [replace(work, trained=each) for each in setting.phases or (trained,)]
+    memory = [memory_parts(each) for each in phases]
     # Rates of the catalogue are those of 16-bit products on GPUs.
-    is_timed = work.is_on_gpu and work.precision != "fp32"
+    has_rates = work.is_on_gpu and work.precision != "fp32"
+    if is_chunked and has_rates and (chunk := _chunk_for_gpu(phases, memory, speed, room)) != work.chunk_tokens:
+        work, *phases = (replace(each, chunk_tokens=chunk) for each in (work, *phases))
+        memory = [memory_parts(each) for each in phases]
     return Fit(
         batch=batch,
         zero_stage=stage,
         has_checkpointing=has_checkpointing,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=work.chunk_tokens,
         phases=tuple(
             Needs(
                 trained=each.trained,
-                memory=memory_parts(each),
+                memory=parts,
                 checkpoint_bytes=checkpoint_bytes(each),
                 saved_by_ranks=saved_by_ranks(each),
-                step_time=step_time(each, speed, row_tokens) if speed and is_timed else None,
+                step_time=step_time(each, speed, row_tokens) if speed and has_rates else None,
             )
-            for each in (replace(work, trained=trained) for trained in setting.phases or (setting.trained,))
+            for each, parts in zip(phases, memory)
         ),
-        importance_s=_importance_s(work, speed, setting, data) if speed and is_timed else None,
+        importance_s=_importance_s(work, speed, setting, data) if speed and has_rates else None,
+    )
+
+
+def _chunk_for_gpu(phases: list[Workload], memory: list[list[MemoryPart]], speed: Speed | None, room: Room) -> int:
+    """As many targets as are worth projecting at a time, or as many as there is room for, beside what else is there then.
+
+    Args:
+        phases: of the run, each with the smallest chunk.
+        memory: of each of them.
+    """
+    shape, left = phases[0].shape, None
+    if room.device is not None:
+        taken = (sum(part.num_bytes for part in parts_at(parts, "device", moment)) for parts in memory for moment in LOSS_MOMENTS)
+        left = room.device - max(taken)
+    return chunk_within(
+        shape.vocab,
+        wanted_chunk(
+            width=BYTES[phases[0].precision],
+            is_trained=any(shape.head.name in each.trained.whole for each in phases),
+            flops_per_byte=speed and speed.flops / speed.memory_bytes_per_s,
+        ),
+        bytes_per_target=bytes_per_target(phases[0]),
+        room=left,
     )
 
 

@@ -62,12 +62,12 @@ ZERO_PREFETCH_ELEMENTS = 50_000_000
 ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 PASSES: tuple[Moment, ...] = ("forward", "loss", "last layer", "first layer")
-CHUNK_BYTES = 64 * MIB
+LOSS_MOMENTS: tuple[Moment, ...] = ("forward", "loss")
+"""When logits are there."""
 STREAM_BYTES = 256 * MIB
 """Of the tokenizer, and of what it makes of some hundred documents on the way to their tokens."""
 STREAMED_TOKEN_BYTES = 40
 """Of a window: its rows as text and objects, its documents and its packed rows, and the packed rows of two windows beside it."""
-FULL_LOGITS_BYTES = 256 * MIB
 
 
 def memory_parts(work: Workload) -> list[MemoryPart]:
@@ -123,7 +123,7 @@ def _pass_parts(work: Workload) -> Iterator[MemoryPart]:
         yield _part("activations of a layer", max(0, passing_bytes(work, work.shape) - _loss_bytes(work)), ("forward",))
     yield _part("a weight out of 4 or 8 bits", dequantized_bytes(work), in_layers)
     yield _part("experts out of 4 bits", expanded_expert_bytes(work), experts_at)
-    yield _part("logits and loss", _loss_bytes(work), ("forward", "loss"))
+    yield _part("logits and loss", _loss_bytes(work), LOSS_MOMENTS)
     yield _part("gradient of the logits", _logit_gradient_bytes(work), ("loss",))
     yield _part("gradient of the head", _head_gradient_bytes(work), head_gradient_at)
 
@@ -159,8 +159,11 @@ def teacher_weight_bytes(work: Workload) -> float:
 def _teacher_logit_bytes(work: Workload, shape: ModelShape) -> float:
     """Per logit that both have: softened log-probabilities of both models and the teacher's probabilities, in fp32, and a byte
     that says where these are 0; beside the logits of the model. Less what `_loss_bytes` counts."""
-    chunk = work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
-    return chunk * min(shape.vocab, work.shape.vocab) * (9 if work.precision == "fp32" else 5)
+    return _targets_at_once(work) * _teacher_bytes_per_target(work, shape)
+
+
+def _teacher_bytes_per_target(work: Workload, shape: ModelShape) -> int:
+    return min(shape.vocab, work.shape.vocab) * (9 if work.precision == "fp32" else 5)
 
 
 def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
@@ -234,19 +237,6 @@ def _saved_bytes(work: Workload) -> tuple[float, float]:
         num_whole = trained + (work.shape.head.num_parameters if keeps_head else 0)
     averages = AVERAGES_BYTES * work.trained.num_followed  # from rank 0
     return 4 * trained + _state_bytes(work) + _average_bytes(work), BYTES[work.precision] * num_whole + averages
-
-
-def chunk_tokens_for(vocab: int) -> int:
-    """Target positions whose fp32 logits take between 32 and 64 MiB: a power of two.
-
-    Larger chunks cost memory and save no time (tests/bench/loss.py).
-    """
-    return 1 << max(0, (CHUNK_BYTES // (4 * vocab)).bit_length() - 1)
-
-
-def exceeds_full_logits(num_targets: int, vocab: int) -> bool:
-    """Whether the fp32 logits of all targets are more than is worth holding (256 MiB)."""
-    return 4 * num_targets * vocab > FULL_LOGITS_BYTES
 
 
 def _weight_bytes(work: Workload) -> float:
@@ -394,15 +384,28 @@ def _state_bytes(work: Workload) -> float:
 
 
 def _loss_bytes(work: Workload) -> float:
-    """Logits as the head gives them, in fp32, and their softmax. The chunked loss has the hidden states' gradient beside them."""
+    """Of the targets that are projected at once; the chunked loss has the hidden states' gradient beside them."""
+    hidden_gradient = 0 if work.chunk_tokens is None else work.num_targets * work.shape.hidden * 4
+    return _targets_at_once(work) * _loss_bytes_per_target(work) + hidden_gradient
+
+
+def _targets_at_once(work: Workload) -> int:
+    return work.num_targets if work.chunk_tokens is None else min(work.num_targets, work.chunk_tokens)
+
+
+def _loss_bytes_per_target(work: Workload) -> float:
+    """Logits as the head gives them, in fp32, and their softmax."""
     is_16_bit = work.precision != "fp32"
     per_logit = 8 + is_16_bit * BYTES[work.precision]
     if work.objective_bytes is not None:
         per_logit = BYTES[work.precision] + is_16_bit * 4 + work.objective_bytes
-    if work.chunk_tokens is None:
-        return work.num_targets * work.shape.vocab * per_logit
-    hidden_gradient = work.num_targets * work.shape.hidden * 4
-    return min(work.num_targets, work.chunk_tokens) * work.shape.vocab * per_logit + hidden_gradient
+    return work.shape.vocab * per_logit
+
+
+def bytes_per_target(work: Workload) -> float:
+    """Of each target that is projected at once, a teacher's with it."""
+    taught = _teacher_bytes_per_target(work, work.teacher) if work.teacher else 0
+    return _loss_bytes_per_target(work) + taught
 
 
 def _logit_gradient_bytes(work: Workload) -> float:

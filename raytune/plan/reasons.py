@@ -9,8 +9,9 @@ from raytune.plan.data_facts import DataFacts
 from raytune.plan.defaults import Choice
 from raytune.plan.distillation import distillation_of
 from raytune.plan.fitting import Fit, room_of_worker, tokens_of_worker
+from raytune.plan.loss_chunks import FULL_LOGITS_BYTES, smallest_chunk
 from raytune.plan.machine import Machine
-from raytune.plan.memory import FULL_LOGITS_BYTES, bytes_in
+from raytune.plan.memory import bytes_in
 from raytune.plan.quantization import quantization_limits, quantized_bytes
 from raytune.plan.run_plan import BatchPlan
 from raytune.plan.setting import Setting
@@ -56,9 +57,11 @@ def reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFact
         reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
     logits = "all logits" if distillation_of(setting.config) is None else "all logits, with those of the teacher"
     if training.loss == "auto" and fit.chunk_tokens:
+        more = fit.chunk_tokens > smallest_chunk(setting.shape.vocab)
         reasons.append(
             f"training.loss is chunked, {fit.chunk_tokens} targets at a time: {logits} (vocabulary "
-            f"{setting.shape.vocab}) would exceed {format_bytes(FULL_LOGITS_BYTES)}."
+            f"{setting.shape.vocab}) would exceed {format_bytes(FULL_LOGITS_BYTES)}"
+            f"{', and fewer at a time would read the weights of the head more often' if more else ''}."
         )
     elif training.loss == "auto":
         reasons.append(f"training.loss is full: the logits of all targets stay below {format_bytes(FULL_LOGITS_BYTES)}.")

@@ -10,6 +10,7 @@ from typing import Literal
 from raytune.config.training import SCHEDULE_FREE
 from raytune.plan.activations import layer_activation_bytes, passing_bytes
 from raytune.plan.hardware import Fabric, Gpu, Instance
+from raytune.plan.loss_chunks import bytes_per_weight, num_chunks
 from raytune.plan.memory import ORTHOGONAL, teacher_weight_bytes
 from raytune.plan.quantization import num_quantised, quantized_bytes
 from raytune.plan.run_plan import Bound, StepTimePlan
@@ -176,7 +177,8 @@ def _expert_update_flops(work: Workload, per_weight: int) -> float:
 
 
 def _memory_traffic_bytes(work: Workload) -> float:
-    """What a step moves through a GPU's memory besides the operands of products.
+    """What a step moves through a GPU's memory besides the operands of products, but for the output head's, which come again with
+    each chunk of targets.
 
     Elementwise steps write and read what autograd keeps, forward and backward, and once more where it is recomputed. QLoRA reads
     packed weights and writes them in 16 bits in every pass (Dettmers et al. 2023, section 3). Adam reads and writes fp32 weight
@@ -187,7 +189,7 @@ def _memory_traffic_bytes(work: Workload) -> float:
     elementwise = 2 * (work.shape.num_layers + (passes - 1) * work.num_reached) * layer_activation_bytes(work)
     # What a loss of the user's holds was written, and is read; twice, in the forward and the backward pass.
     per_logit = 4 * 4 if work.objective_bytes is None else 8 + 2 * work.objective_bytes
-    logits = per_logit * work.shape.vocab * work.num_targets
+    logits = per_logit * work.shape.vocab * work.num_targets + _head_traffic_bytes(work)
     dequantised = per_weight = 0.0
     if work.quantization:
         num_packed = num_quantised(work.shape, work.trained)
@@ -203,6 +205,13 @@ def _memory_traffic_bytes(work: Workload) -> float:
     per_trained += 12 / work.averages_every if work.averages_every else 0
     updated = 0 if work.offload_optimizer != "none" else per_trained * work.trained.num_trainable / work.share(1)
     return work.accumulation * (elementwise + logits + dequantised + taught) + updated
+
+
+def _head_traffic_bytes(work: Workload) -> float:
+    """Of the head's weights and the sum of their gradients, in all chunks of a micro-batch."""
+    head = work.shape.head
+    moved = bytes_per_weight(width=BYTES[work.precision], is_trained=head.name in work.trained.whole)
+    return num_chunks(work.num_targets, work.chunk_tokens) * moved * head.inputs * head.outputs
 
 
 def _teacher_traffic_bytes(work: Workload, per_packed_weight: float) -> float:

@@ -16,7 +16,7 @@ from raytune.errors import ModelError
 # Shapes: C targets of a chunk, D width, V vocabulary.
 
 PRODUCT_ROWS = 16384
-"""Rows of a 16-bit weight gradient that are computed before they are added to the fp32 sum."""
+"""Rows of a 16-bit weight gradient that a CPU computes before it adds them to the fp32 sum."""
 
 Transform = Callable[[Tensor], Tensor]
 PullBack = Callable[[Tensor, list[Tensor]], Tensor]
@@ -49,7 +49,7 @@ class LinearProjection:
         def pull_back(gradient_CV: Tensor, weight_gradients: list[Tensor]) -> Tensor:
             for weight, total in zip(self.weights, weight_gradients):
                 if weight is self._linear.weight:
-                    _add_product(total, gradient_CV.T, hidden_CD)
+                    add_product(total, gradient_CV.T, hidden_CD)
                 else:
                     total.add_(gradient_CV.sum(0, dtype=total.dtype))
             return gradient_CV @ self._weight_VD
@@ -101,10 +101,16 @@ def frozen_projection_of(head: nn.Module, transform: Transform | None) -> Projec
     return ModuleProjection(_without_hooks(head, is_kept=True), transform)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, without a second matrix of that size when the factors have fewer bits than the total."""
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, without a second matrix of that size when the factors have fewer bits than the total.
+
+    torch 2.13 has a product of 16-bit factors that adds to a sum in fp32 itself, but not on CPUs.
+    """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+        return
+    if total.device.type != "cpu":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     for rows, left_rows in zip(total.split(PRODUCT_ROWS), left.split(PRODUCT_ROWS)):
         rows.add_(left_rows @ right)

@@ -238,7 +238,7 @@ class ZeroEngine:
         if self._beside:
             self._after_update(self._beside, self._seen_gradients, float(norm))
             self._seen_gradients = {}
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return _on_device(norm, self.device)
 
     def _bound_norms(self) -> None:
         """Have DeepSpeed take a norm above the limit of the step for infinite, which it skips, on all ranks and with all that it
@@ -569,6 +569,13 @@ def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not is_packed(parameter) and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+
+
+def _on_device(norm: Tensor | float, device: torch.device) -> Tensor:
+    """A norm in fp32. One that DeepSpeed has on the host is filled in: its copy would wait for the update that is under way."""
+    if isinstance(norm, Tensor) and norm.device.type == device.type:
+        return norm.to(torch.float32)
+    return torch.full((), float(norm), dtype=torch.float32, device=device)
 
 
 def _known(value: Tensor | None) -> Tensor:

@@ -63,9 +63,9 @@ class PeakMemory(TorchDispatchMode):
 class HeadOnly(nn.Module):
     """A causal language model without a backbone."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -74,16 +74,16 @@ class HeadOnly(nn.Module):
         return SimpleNamespace(logits=self.head(hidden))
 
 
-def make_batch() -> Batch:
-    target_positions = torch.randperm(NUM_TOKENS)[:NUM_TARGETS].sort().values
+def make_batch(num_tokens: int = NUM_TOKENS, num_targets: int = NUM_TARGETS, vocabulary: int = VOCABULARY) -> Batch:
+    target_positions = torch.randperm(num_tokens)[:num_targets].sort().values
     return Batch(
-        input_ids=torch.zeros((1, NUM_TOKENS), dtype=torch.long),
-        position_ids=torch.arange(NUM_TOKENS)[None],
-        cumulative_lengths=torch.tensor([0, NUM_TOKENS], dtype=torch.int32),
-        max_document_length=NUM_TOKENS,
+        input_ids=torch.zeros((1, num_tokens), dtype=torch.long),
+        position_ids=torch.arange(num_tokens)[None],
+        cumulative_lengths=torch.tensor([0, num_tokens], dtype=torch.int32),
+        max_document_length=num_tokens,
         target_positions=target_positions,
-        target_ids=torch.randint(VOCABULARY, (NUM_TARGETS,)),
-        num_targets_in_step=NUM_TARGETS,
+        target_ids=torch.randint(vocabulary, (num_targets,)),
+        num_targets_in_step=num_targets,
         rows=(0,),
     )
 

@@ -42,7 +42,7 @@ from raytune.data.store import Store
 from raytune.data.store_request import StoreRequest
 from raytune.data.template_text import resolve_template
 from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
-from raytune.plan.memory import chunk_tokens_for
+from raytune.plan.loss_chunks import smallest_chunk
 from raytune.plan.run_plan import RunPlan
 from raytune.training.loop import training_steps
 from raytune.training.start import start_engine
@@ -154,7 +154,7 @@ def make_material(folder: Path, options: argparse.Namespace) -> Material:
     rows_per_step = -(-train.num_rows // options.steps)
     plan = tiny_plan(
         model={"path": model_path},
-        loss={"chunk_tokens": chunk_tokens_for(options.vocabulary)},
+        loss={"chunk_tokens": smallest_chunk(options.vocabulary)},
         data={"train": store_plan(train.info), "row_length": options.row_length},
         batch={"micro_batch_size": 1, "accumulation": rows_per_step},
         optimization={

@@ -59,6 +59,7 @@ class Size:
 SIZES = {
     "tiny": Size(64, 192, 2, 4, 2, 512, True),
     "small": Size(128, 352, 3, 8, 4, 2048, False),
+    "medium": Size(512, 1408, 4, 8, 4, 8192, False),
     "1b": Size(2048, 8192, 16, 32, 8, 128_256, True),  # Llama 3.2 1B
     "3b": Size(3072, 8192, 28, 24, 8, 128_256, True),  # Llama 3.2 3B
     "8b": Size(4096, 14_336, 32, 32, 8, 128_256, False),  # Llama 3.1 8B

@@ -32,8 +32,13 @@ from transformers import (
 
 from raytune.data.batches import Batch
 from raytune.errors import ModelError
+from raytune.plan.memory import bytes_per_target
+from raytune.plan.references import planned_shape
 from raytune.training.losses import attach_loss
+from raytune.training.projections import add_product
+from tests.bench.loss import PeakMemory
 from tests.numerics.processes import run_on_ranks
+from tests.unit.test_plan_memory import workload
 
 VOCABULARY = 97
 NUM_TOKENS = 40
@@ -168,6 +173,57 @@ def test_without_targets_the_loss_is_zero_and_so_is_every_gradient(kind: str, ch
     assert loss.item() == 0.0
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     assert all(weight.grad is not None and not weight.grad.any() for weight in trained)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "saved head", "soft cap"])
+def test_no_size_of_chunks_changes_loss_and_gradients(kind: str) -> None:
+    model, batch = build(kind), make_batch(37)
+    losses, found = [], []
+    for chunk_tokens in (1, 4, 16, 64):
+        loss = our_loss(model, batch, chunk_tokens)
+        losses.append(loss.item())
+        found.append(gradients(model, loss))
+    # fp32: 37 terms of about 4.6, and gradients of the order of 1, in another order.
+    assert max(losses) - min(losses) <= 1e-6 * max(losses)
+    for other in found[1:]:
+        assert_same_gradients(other, found[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["untied", "saved head", "adapted head", "soft cap"])
+def test_a_chunk_takes_the_bytes_per_logit_that_plans_count(kind: str) -> None:
+    """In bf16 10: so many chunks of thousands of targets are planned with on GPUs."""
+    model, batch = build(kind), make_batch(NUM_TOKENS)
+    peaks = {}
+    for chunk_tokens in (10, 20):
+        with PeakMemory() as memory, torch.autocast("cpu", torch.bfloat16):
+            our_loss(model, batch, chunk_tokens)
+        peaks[chunk_tokens] = memory.peak
+    shape = planned_shape("meta-llama/Llama-3.1-8B")
+    per_logit = bytes_per_target(workload(shape=shape, chunk_tokens=1024)) / shape.vocab
+    assert per_logit == 10
+    # A target has its number, its loss and its hidden state too, which are nothing beside a vocabulary.
+    assert (peaks[20] - peaks[10]) / 10 <= per_logit * VOCABULARY + 4 * SHAPE["hidden_size"]
+
+
+def test_factors_in_16_bits_are_added_to_a_sum_in_fp32_by_one_product_where_a_device_has_it() -> None:
+    """On any device but a CPU; of the meta device, which has no values, shapes and dtypes are checked. Values: tests/gpu."""
+    total, left, right = (torch.empty(shape, device="meta") for shape in ((5, 3), (5, 4), (4, 3)))
+    with Operations() as operations:
+        add_product(total, left.bfloat16(), right.bfloat16())
+    assert [name for name in operations.names if "mm" in name] == ["addmm"]
+    assert not any(name.startswith("add_") for name in operations.names), "no second matrix, and no sum of two"
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class LargestTensor(TorchDispatchMode):

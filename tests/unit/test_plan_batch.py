@@ -30,6 +30,15 @@ def test_without_wishes_the_equation_holds_and_rows_per_step_do_not_depend_on_th
     assert max(workers, wanted) >= found[0].global_batch_size > wanted - workers
 
 
+@given(workers=SIZES, wanted=st.integers(1, 512), enough=st.integers(1, 32))
+def test_of_micro_batches_that_are_large_enough_the_smallest_comes_first(workers: int, wanted: int, enough: int) -> None:
+    sizes = [batch.micro_batch_size for batch in possible_batches(TrainingSection(), workers, wanted, 2 * enough, enough)]
+    every = [batch.micro_batch_size for batch in possible_batches(TrainingSection(), workers, wanted, 2 * enough)]
+    assert sizes == every[-len(sizes) :], "smaller ones follow, for less memory"
+    large = [rows for rows in every if rows >= enough]
+    assert sizes[0] == min(large, default=every[0])
+
+
 @given(workers=SIZES, micro=SIZES, accumulation=SIZES)
 def test_any_two_fix_the_third(workers: int, micro: int, accumulation: int) -> None:
     total = workers * micro * accumulation

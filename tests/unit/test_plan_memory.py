@@ -13,7 +13,7 @@ from raytune.model.adapters import add_adapter
 from raytune.model.demo import demo_config
 from raytune.plan.activations import layer_activation_bytes
 from raytune.plan.architectures import model_shape
-from raytune.plan.memory import bytes_in, checkpoint_bytes, chunk_tokens_for, memory_parts, saved_by_ranks
+from raytune.plan.memory import bytes_in, checkpoint_bytes, memory_parts, saved_by_ranks
 from raytune.plan.methods import trained_by
 from raytune.plan.shapes import ModelShape
 from raytune.plan.snapshot import SPARE
@@ -21,7 +21,6 @@ from raytune.plan.workload import Workload
 from raytune.training.engine import PlainEngine
 from raytune.training.optimizer import build_optimizer
 from raytune.training.snapshot import HostMemory, Snapshot
-from raytune.units import MIB
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, LLAMA_3_70B
 from tests.unit.test_meta_shape import OTHERS, shape_by_building
@@ -111,11 +110,6 @@ def test_offloading_moves_bytes_to_the_host() -> None:
     assert {part.place for part in on_cpu} == {"device"}, "which is the host's memory"
     on_disk = memory_parts(workload(zero_stage=3, workers=4, offload_optimizer="nvme"))
     assert {part.name for part in on_disk if part.place == "nvme"} == {"optimizer"}
-
-
-@pytest.mark.parametrize("vocab", [259, 32_000, 50_257, 128_256, 262_208])
-def test_a_chunk_of_logits_is_between_32_and_64_mib(vocab: int) -> None:
-    assert 32 * MIB < 4 * vocab * chunk_tokens_for(vocab) <= 64 * MIB
 
 
 def test_chunks_bound_the_logits() -> None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from raytune.config.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import Adapting, added
+from raytune.model.adapters.input_casts import leave_out_casts
 from raytune.model.adapters.targets import (
     check_matches,
     check_named,
@@ -40,12 +41,17 @@ INITIALISATIONS: dict[str, bool | str] = {
 def _add(model: PreTrainedModel, adapter: LoraAdapter, revision: str | None, seed: int) -> PeftModel:
     """Add a LoRA adapter, and keep what export needs of its start."""
     peft_model = added(model, lora_config(model, adapter, revision=revision), adapter, seed=seed)
-    compute_rows_alone(peft_model)
+    _mend(peft_model)
     if adapter.init in FROM_BASE:
         # Both factors as they start, which export needs to make an adapter of the original base.
         start = {name: value.detach().to("cpu", copy=True) for name, value in peft_model.named_parameters() if ".lora_" in name}
         peft_model.initial_adapter = start  # pyright: ignore[reportArgumentType]
     return peft_model
+
+
+def _mend(model: PeftModel) -> None:
+    compute_rows_alone(model)
+    leave_out_casts(model)
 
 
 def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str | None) -> LoraConfig:
@@ -175,7 +181,7 @@ ADAPTING = Adapting(
     leaves_base_alone=_leaves_base_alone,
     peft_type="LORA",
     merges=True,
-    mend=compute_rows_alone,
+    mend=_mend,
     for_original_base=_for_original_base,
     starts_from_data=lambda adapter: adapter.init == "eva",
     start_from_data=initialise_eva,

@@ -51,7 +51,7 @@ class RowsAlone(TrainableTokensLayer):
         given = self.base_layer(x)
         for name in active_adapters:
             rows_RD = self.trainable_tokens_delta[name]
-            numbers_R = torch.as_tensor(self.token_indices[name], device=x.device)
+            numbers_R = getattr(self, f"numbers_of_{name}")
             given = (
                 self._with_ids(x, given, numbers_R, rows_RD)
                 if _is_embedding(self.base_layer)
@@ -82,6 +82,10 @@ def compute_rows_alone(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = RowsAlone
+            for name, rows_RD in module.trainable_tokens_delta.items():
+                # On the device for good: a list that becomes a tensor in each pass is a copy that waits for the device.
+                numbers_R = torch.as_tensor(module.token_indices[name], device=rows_RD.device)
+                module.register_buffer(f"numbers_of_{name}", numbers_R, persistent=False)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
     in_layers = [module for module in layers if module.kind in LINEAR_KINDS]
     updated = [parameter for parameter in parameters if parameter.kind == "experts"]
     packed = packed_experts(adapter, shape, quantization, parameters)
+    # What these compute of their inputs needs more than 16 bits (model.adapters.input_casts).
+    casts = adapter.dropout > 0 or adapter.use_dora
     return Trained(
         parts=(*parts, *saved),
         lowest_layer=lowest_layer([part.name for part in (*parts, *saved)], shape),
@@ -52,10 +54,11 @@ def _trained(adapter: LoraAdapter, shape: ModelShape, quantization: Quantization
         + len(rows) * (num_rows(adapter, shape) + shape.hidden)
         + sum(part.num_parameters for part in saved),
         reads_inputs=True,
+        casts_inputs=casts,
         num_constants=sum(part.num_parameters for part in rows),
         target_inputs=sum(module.inputs for module in in_layers),
         # Inputs in fp32, and what of these is not dropped.
-        passing_ahead=(1 + (adapter.dropout > 0)) * max((module.inputs for module in in_layers), default=0),
+        passing_ahead=casts * (1 + (adapter.dropout > 0)) * max((module.inputs for module in in_layers), default=0),
         inner_width=sum(sizes[module.name].rank for module in in_layers),
         drops_inputs=adapter.dropout > 0,
         num_in_experts=sum(sizes[parameter.name].num_parameters for parameter in updated),
