@@ -33,8 +33,8 @@ from raytune.launch.data_check import check_data
 from raytune.launch.data_preview import preview_data
 from raytune.launch.generate import HowToAnswer
 from raytune.launch.models_to_ask import Named
+from raytune.launch.planning import plan_run
 from raytune.launch.reword import HowToReword, ToReword, prepare_rewording
-from raytune.launch.run import plan_run
 from raytune.plan.split import asked_split
 from tests.tiny import PATIENT, save_tiny_model
 
