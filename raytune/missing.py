@@ -14,6 +14,8 @@ OPTIONAL = {
     **{"gguf": "gguf", "rensa": "quality"},
 }
 """Extra of raytune that brings a package which not everybody needs."""
+TAKEN_ALONG = ("mlflow", "boto3")
+"""What DeepSpeed's tuner and accelerate's dialogue about SageMaker load where it is installed, and no rank uses."""
 
 
 def install_command(extra: str | None = None) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import ray.train
 import ray.train.torch
 
-from raytune.missing import missing_package
+from raytune.missing import TAKEN_ALONG, missing_package
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
@@ -28,7 +28,7 @@ def work(config: dict) -> None:
     plan = RunPlan.model_validate_json(config["plan"])
     context = ray.train.get_context()
     with recorded(plan, config["attempt"], context.get_world_rank()):
-        with _left_out("mlflow", "boto3"):  # of DeepSpeed's tuner, and of accelerate's dialogue about SageMaker
+        with _left_out(*TAKEN_ALONG):
             from raytune.training.start import Worker
             from raytune.training.tasks import perform
 

@@ -16,7 +16,8 @@ def test_the_table_says_what_is_trained_on_what_for_how_long() -> None:
     assert table["data"] == "10000 packed rows of up to 2048 tokens (100% full), 6.83M target tokens; held_out: 50 packed rows"
     assert table["checkpoints"] == "every 187 steps, 480 MiB each; kept: the last 2, the 1 best by validation/loss"
     activations_at, gradients_at = (
-        sum(part.num_bytes for part in plan.memory if moment in part.moments) for moment in ("forward", "first layer")
+        sum(part.num_bytes for part in plan.memory if part.place == "device" and moment in part.moments)
+        for moment in ("forward", "first layer")
     )
     assert activations_at > gradients_at
     memory, other_moments = table["memory per worker"].split("; at others: ")
