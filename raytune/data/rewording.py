@@ -88,7 +88,8 @@ def versions_of(
     before: set[tuple[str, ...]] = set()
     for number, of_turns in enumerate(answers, 1):
         faults = (_fault(row, turn, of_turns.get(turn), specials) for turn in row.turns)
-        if (fault := next(filter(None, faults), None)) is not None:
+        fault: Fault | None = next(filter(None, faults), None)
+        if fault is not None:
             yield fault
             continue
         words = {turn: of_turns[turn].wording for turn in row.turns}

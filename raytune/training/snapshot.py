@@ -59,7 +59,7 @@ class HostMemory:
         if self.device.type == "cuda":
             # Not by `pin_memory`, which would round its size up to a power of two.
             with torch.cuda.device(self.device):
-                _must_succeed(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), num_bytes, 0))
+                _must_succeed(_cudart().cudaHostRegister(block.data_ptr(), num_bytes, 0))
             self._pinned.append(block.data_ptr())
         self._blocks.append(block)
 
@@ -151,7 +151,8 @@ class Snapshot:
         self._files.append((fill, self._memory.copy(content), path))
         if self._memory.device.type == "cuda":
             event = torch.cuda.Event(blocking=True)  # nobody spins who waits for it
-            self._copied = torch.cuda.current_stream(self._memory.device).record_event(event)
+            torch.cuda.current_stream(self._memory.device).record_event(event)
+            self._copied = event
 
     def write(self) -> None:
         """Write the files, and forget them."""
@@ -189,7 +190,12 @@ def _through_pickle(value: Any, place_of: Any, at_place: Any) -> Any:
 
 def _unpin(pointers: list[int]) -> None:
     while pointers:
-        _must_succeed(torch.cuda.cudart().cudaHostUnregister(pointers.pop()))
+        _must_succeed(_cudart().cudaHostUnregister(pointers.pop()))
+
+
+def _cudart() -> Any:
+    """CUDA's runtime library."""
+    return torch.cuda.cudart()
 
 
 def _must_succeed(result: Any) -> None:

@@ -131,6 +131,7 @@ def make_plan(
             "data": _data_section(material.folder / "rows.jsonl", tokens),
             "adapter": {"method": method},
             "training": defaults | dict(training),
+            "checkpoint": {"in_background": False},  # nothing is saved here, so nothing is copied
             "cluster": {"workers": 1},
         },
         list(settings),

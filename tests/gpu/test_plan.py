@@ -36,8 +36,8 @@ def test_a_step_takes_the_planned_memory_of_a_cpu_in_every_way(options: tuple[st
     """In a process of its own: stage 3 replaces torch's linear function for the rest of one."""
     command = [sys.executable, "-m", "tests.gpu.plan", *SMALL, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
     measured = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, [line for line in measured if not line["is_within"]] or done.stderr
     for line in measured:
         ratios = line["planned_over_measured"]
         assert abs(ratios["weights"] - 1) < 0.02, line
