@@ -87,10 +87,10 @@ def versions_of(
     """
     before: set[tuple[str, ...]] = set()
     for number, of_turns in enumerate(answers, 1):
-        faults = (_fault(row, turn, of_turns.get(turn), specials) for turn in row.turns)
-        fault: Fault | None = next(filter(None, faults), None)
-        if fault is not None:
-            yield fault
+        found: list[Fault | None] = [_fault(row, turn, of_turns.get(turn), specials) for turn in row.turns]
+        faults = [fault for fault in found if fault is not None]
+        if faults:
+            yield faults[0]
             continue
         words = {turn: of_turns[turn].wording for turn in row.turns}
         if all(_same(words[turn], row.text_of(turn)) for turn in row.turns):
