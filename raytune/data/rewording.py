@@ -87,10 +87,8 @@ def versions_of(
     """
     before: set[tuple[str, ...]] = set()
     for number, of_turns in enumerate(answers, 1):
-        found: list[Fault | None] = [_fault(row, turn, of_turns.get(turn), specials) for turn in row.turns]
-        faults = [fault for fault in found if fault is not None]
-        if faults:
-            yield faults[0]
+        if (fault := _first_fault(row, of_turns, specials)) is not None:
+            yield fault
             continue
         words = {turn: of_turns[turn].wording for turn in row.turns}
         if all(_same(words[turn], row.text_of(turn)) for turn in row.turns):
@@ -100,6 +98,13 @@ def versions_of(
         else:
             before.add(key)
             yield _reworded(row, words, {**made_by, "row": str(row.conversation.origin), "version": number})
+
+
+def _first_fault(row: RowToReword, of_turns: Mapping[Turn, Written], specials: Sequence[str]) -> Fault | None:
+    for turn in row.turns:
+        if (fault := _fault(row, turn, of_turns.get(turn), specials)) is not None:
+            return fault
+    return None
 
 
 def _fault(row: RowToReword, turn: Turn, written: Written | None, specials: Sequence[str]) -> Fault | None:
