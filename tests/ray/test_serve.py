@@ -336,7 +336,7 @@ def test_where_the_process_that_speaks_http_dies_another_one_knows_the_same_adap
     (ingress,) = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if "ServeReplica:raytune:http" in " ".join(process.info["cmdline"])
+        if "ServeReplica:raytune:http" in " ".join(process.info["cmdline"] or ())  # None: it has just ended
     ]
     ingress.kill()
     patient = client_of(with_kept, max_retries=8)
