@@ -103,11 +103,22 @@ class SourceStream:
             raise bad_rows_error(self.tally)
         if self.tally.counts["dropped"] and request.too_long == "error":
             raise too_long_error(self.tally, request.max_length)
+        if self.tally.counts["made"] and self._before["rows"] and not self._before["made"]:
+            raise self._made_later()
         self.documents += found
         self._has_documents |= bool(found)
         if len(rows) < most:
             self._end_pass()
         return len(rows)
+
+    def _made_later(self) -> DataError:
+        """Rows that were made of others are held against what is measured before the run: of all sources that begin with some."""
+        path = self._recipe.sources[self.number].path
+        return DataError(
+            f"{path} has rows that a model made of others (raytune data reword), and none in its first window: whether they were "
+            f"made of rows that are measured was not looked at. List the file that has them as a source of its own.",
+            keys=("data.train",),
+        )
 
     def _end_pass(self) -> None:
         if self._is_whole_pass and not self._has_documents:

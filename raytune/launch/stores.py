@@ -319,8 +319,8 @@ class DataBuilder:
         held_out = {key: sources for key, (sources, _) in named.items() if sources}
         measured = {key: [one.info.report for one in named[key][1]] for key in held_out}
         trained = trained_sources(self._config)
-        if data.streaming is not None:  # of which the first window is looked at
-            trained = [source.model_copy(update={"max_rows": train.report.total("rows")}) for source in trained]
+        if data.streaming is not None:  # a source that has none in its first window may have none later (`SourceStream`)
+            trained = [source for source, seen in zip(trained, train.report.sources, strict=True) if seen.made]
         refuse_made_rows(train.report, trained, measured, held_out, self._folder)
 
     def _check_tokens(self, info: StoreInfo) -> None:

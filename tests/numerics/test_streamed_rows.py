@@ -108,11 +108,7 @@ def test_with_a_window_of_all_rows_a_run_is_that_on_a_store_bit_for_bit(chats: P
     )
 
 
-@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 3, 5, 6, 7, 8)), 4])
-def test_a_run_that_is_killed_anywhere_ends_as_the_unbroken_one(
-    step: int, chats: Path, tmp_path: Path, unbroken: tuple[dict[int, float], dict[str, Any]]
-) -> None:
-    plan = planned(chats, tmp_path, window=25)
+def run_until_killed(plan: RunPlan, step: int) -> None:
     steps_made = 0
 
     def kill() -> None:
@@ -123,6 +119,14 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_unbroken_one(
 
     with pytest.raises(Killed):
         run(plan, check=kill)
+
+
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 3, 5, 6, 7, 8)), 4])
+def test_a_run_that_is_killed_anywhere_ends_as_the_unbroken_one(
+    step: int, chats: Path, tmp_path: Path, unbroken: tuple[dict[int, float], dict[str, Any]]
+) -> None:
+    plan = planned(chats, tmp_path, window=25)
+    run_until_killed(plan, step)
     assert_equal(run(plan, attempt=2), unbroken)
     events = read_events(RunFolder(plan.storage, plan.name).events)
     saved = [event["step"] for event in events if event["event"] == "checkpoint_saved" and event["attempt"] == 1]
@@ -182,16 +186,7 @@ def test_a_run_on_several_sources_that_is_killed_ends_as_the_unbroken_one(step: 
     train_on = two_sources(tmp_path, f"memory://{tmp_path.name}")
     whole = run(planned(chats, tmp_path / "whole", window=25, data={"train": train_on}))
     plan = planned(chats, tmp_path / "killed", window=25, data={"train": train_on})
-    steps_made = 0
-
-    def kill() -> None:
-        nonlocal steps_made
-        steps_made += 1
-        if steps_made == step:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(plan, check=kill)
+    run_until_killed(plan, step)
     assert_equal(run(plan, attempt=2), whole)
     words = RunResult.read(RunFolder(plan.storage, plan.name)).words[-1]
     shares = [float(share) for share in re.findall(r"([\d.]+)% of them of (?:near|far)", words)]

@@ -2,10 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import raytune
 from raytune.launch.generate import Answers
+from tests.ray.interrupting import interrupted_in
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -106,18 +103,8 @@ def test_what_was_answered_before_an_interruption_is_not_asked_again(folder: Pat
             workers=1,
         )
 
-    def interrupt() -> None:
-        while not (chunks.is_dir() and any(path.suffix == ".json" for path in chunks.iterdir())):
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=interrupt, daemon=True)
-    watcher.start()
-    with pytest.raises(KeyboardInterrupt):
-        generate()
-    watcher.join()
+    before = interrupted_in(chunks, generate)
     assert not output.exists()
-    before = sorted(path for path in chunks.iterdir() if path.suffix == ".json")
     assert 0 < len(before) < 11
     marked: dict[int, str] = {}
     for path in before:

@@ -1,11 +1,6 @@
 """`raytune data reword` on workers of a cluster: the words of `raytune generate`, interrupted or not, and a run on them."""
 
 import json
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +9,7 @@ from ray.cluster_utils import Cluster
 
 import raytune
 from raytune.launch.reword import Rewording
+from tests.ray.interrupting import interrupted_in
 from tests.tiny import save_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -52,22 +48,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def interrupted_in(chunks: Path, work: Callable[[], Any]) -> int:
-    """Interrupt some work as soon as a chunk is answered; how many were by then."""
-
-    def interrupt() -> None:
-        while not (chunks.is_dir() and any(path.suffix == ".json" for path in chunks.iterdir())):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=interrupt, daemon=True)
-    watcher.start()
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    watcher.join()
-    return sum(path.suffix == ".json" for path in chunks.iterdir())
-
-
 def test_the_words_are_those_of_generate_and_what_was_answered_is_not_asked_again(
     folder: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -102,7 +82,7 @@ def test_the_words_are_those_of_generate_and_what_was_answered_is_not_asked_agai
     assert found.num_kept > found.num_asked / 2
     written_now = found.num_tokens / sum(row.tokens for row in plain.rows)
     num_chunks = -(-len(asked) // DRAWING["batch_size"])
-    assert 0 < written_now < 1 - 0.3 * done / num_chunks, "chunks that were there are asked no second time"
+    assert 0 < written_now < 1 - 0.3 * len(done) / num_chunks, "chunks that were there are asked no second time"
 
 
 @pytest.mark.slow

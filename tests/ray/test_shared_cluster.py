@@ -128,6 +128,8 @@ def test_ctrl_c_ends_the_run_and_leaves_a_connection_that_was_there_before(conne
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert ray.available_resources().get("CPU") == 2, "the workers are gone"
+    ours = {actor["ActorClassName"].rpartition(".")[2] for actor in ray._private.state.actors().values()} - {"Other"}
+    assert ours == {"Controller", "SynchronizationActor", "RayTrainWorker"}, "each is a process that takes seconds to start"
 
 
 def test_a_run_that_was_taken_over_ends_with_the_name_of_its_new_holder_and_leaves_its_files_alone(

@@ -24,6 +24,7 @@ from raytune.config.data import TokenWeightsSection, TrainSource
 from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
 from raytune.data.augmenting import augmentation_of
+from raytune.data.origins import MADE_BY, ORIGIN, content_of
 from raytune.data.readers import read_segment
 from raytune.data.shaping import Shape
 from raytune.data.source_files import find_files
@@ -295,6 +296,17 @@ def test_a_bad_row_stops_with_its_line_when_it_is_reached_or_is_counted(tmp_path
         "bad": 1,
         "documents": 51,
     }
+
+
+def test_made_rows_that_were_not_seen_before_the_run_end_it_and_those_that_were_go_on(tmp_path: Path) -> None:
+    made = [row | {ORIGIN: content_of(row), MADE_BY: {"model": "m", "row": "a.jsonl:1"}} for row in tiny_rows(40, seed=1)]
+    late, early = tmp_path / "late.jsonl", tmp_path / "early.jsonl"
+    late.write_text(write_chats(late, 50).read_text() + "".join(json.dumps(row) + "\n" for row in made))
+    early.write_text("".join(json.dumps(row) + "\n" for row in made) + write_chats(tmp_path / "a.jsonl", 50).read_text())
+    with pytest.raises(DataError, match="none in its first window"):
+        list(islice(windows_from(recipe(late, 20), Position()), 4))
+    windows = list(islice(windows_from(recipe(early, 20), Position()), 6))
+    assert windows[-1].after.counts[0]["made"] > 40, "of a second pass too"
 
 
 def test_files_without_a_row_to_train_on_are_refused_rather_than_read_for_ever(tmp_path: Path) -> None:
