@@ -165,7 +165,7 @@ def data_reword(
     """
     from raytune.evaluation.sampling import sampling_plan
     from raytune.launch.generate import HowToAnswer
-    from raytune.launch.models_to_ask import Named
+    from raytune.launch.models_to_ask import Named, models_to_ask
     from raytune.launch.reword import HowToReword, prepare_rewording, reword
 
     sampling = sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -178,8 +178,9 @@ def data_reword(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    to_ask = models_to_ask(named)
     resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):
         run = require_named(as_one_run(resolved), places=places)
-        prepared = prepare_rewording(run, named, how, address=address, workers=workers)
+        prepared = prepare_rewording(run, to_ask, how, address=address, workers=workers)
     return reword(prepared, fspath(output))

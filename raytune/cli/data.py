@@ -197,13 +197,14 @@ def data_reword(
     from raytune.evaluation.sampling import sampling_plan
     from raytune.launch.address import named_address
     from raytune.launch.generate import HowToAnswer
-    from raytune.launch.models_to_ask import Named
+    from raytune.launch.models_to_ask import Named, models_to_ask
     from raytune.launch.reword import HowToReword, prepare_rewording, reword
 
     sampling = sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     answering = HowToAnswer(max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size, system=system)
     how = HowToReword(ask=ask, parts=parts, per_row=per_row, limit=limit, seed=seed, answering=answering)
-    prepared = prepare_rewording(_named_run(arguments), Named(**named), how, address=address, workers=workers)
+    to_ask = models_to_ask(Named(**named))  # before the config is read, which has a base of its own, and another fault
+    prepared = prepare_rewording(_named_run(arguments), to_ask, how, address=address, workers=workers)
     begin_on(named_address(prepared.to_answer.cluster))
     rewording = reword(prepared, output)
     say(json.dumps(rewording.to_json()) if as_json else "\n".join(rewording.lines))

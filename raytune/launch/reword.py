@@ -36,7 +36,7 @@ from raytune.evaluation.asked_rows import AskedRow
 from raytune.evaluation.sampling import refuse_none
 from raytune.launch.generate import AnsweredRow, HowToAnswer, ToAnswer, generate, ready_to_answer
 from raytune.launch.kept_answers import changed_cluster
-from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
+from raytune.launch.models_to_ask import ToAsk
 from raytune.launch.prepare import Base
 from raytune.plan.split import asked_split
 from raytune.storage import absolute
@@ -176,18 +176,19 @@ class Rewording:
 
 
 def prepare_rewording(
-    config: RunConfig, named: Named, how: HowToReword, *, address: str | None = None, workers: int | None = None
+    config: RunConfig, to_ask: ToAsk, how: HowToReword, *, address: str | None = None, workers: int | None = None
 ) -> ToReword:
     """Choose the rows and write the prompts, before anything is started.
 
     Args:
         config: of a run, whose training rows are meant.
+        to_ask: the model that is asked.
         address, workers: as for `prepare_evaluation`, instead of those of the config.
 
     Raises:
-        UserError: if there is no such model, rows cannot be used, or there is none to ask about.
+        UserError: if rows cannot be used, or there is none to ask about.
     """
-    to_ask = models_to_ask(named).without_base()
+    to_ask = to_ask.without_base()
     rows, tally = _rows_of(config, how)
     base = Base.of(config.model)
     model = base.section

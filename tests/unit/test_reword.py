@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import raytune
 from raytune.config.data import DataSection, DataSource
 from raytune.config.load import config_from
 from raytune.config.split import SplitSection
@@ -32,7 +33,7 @@ from raytune.evaluation.sampling import sampling_plan
 from raytune.launch.data_check import check_data
 from raytune.launch.data_preview import preview_data
 from raytune.launch.generate import HowToAnswer
-from raytune.launch.models_to_ask import Named
+from raytune.launch.models_to_ask import Named, models_to_ask
 from raytune.launch.planning import plan_run
 from raytune.launch.reword import HowToReword, ToReword, prepare_rewording
 from raytune.plan.split import asked_split
@@ -306,7 +307,7 @@ def config(folder: Path, **data: Any) -> Any:
 def prepared(asked: Any, model: Path, **how: Any) -> ToReword:
     answering = HowToAnswer(sampling=sampling_plan(temperature=how.pop("temperature", None), top_k=None, top_p=None, seed=0))
     how = {"ask": ASK, "answering": answering} | how
-    return prepare_rewording(asked, Named(model=str(model)), HowToReword(**how))
+    return prepare_rewording(asked, models_to_ask(Named(model=str(model))), HowToReword(**how))
 
 
 def asked_lines(found: ToReword) -> list[int]:
@@ -460,3 +461,9 @@ def test_borders_are_not_drawn_without_the_rows_that_they_are_of(by: str, tmp_pa
     alone = config_from(asked, [f"data.train={tmp_path / 'made.jsonl'}"])
     with pytest.raises(DataError, match=rf"All training rows were made of others .*List the rows .* leave out data.split.{by}"):
         plan_run(alone)
+
+
+def test_a_model_that_is_not_there_is_no_fault_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"storage: {tmp_path}\nmodel: {{base: demo}}\ndata: {{train: demo:train}}\n")
+    with pytest.raises(UserError, match="^nowhere is neither a run nor a model"):
+        raytune.data_reword(tmp_path / "run.yaml", model="nowhere", ask=ASK, output=tmp_path / "o.jsonl")
