@@ -465,5 +465,5 @@ def test_borders_are_not_drawn_without_the_rows_that_they_are_of(by: str, tmp_pa
 
 def test_a_model_that_is_not_there_is_no_fault_of_the_config(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"storage: {tmp_path}\nmodel: {{base: demo}}\ndata: {{train: demo:train}}\n")
-    with pytest.raises(UserError, match="^nowhere is neither a run nor a model"):
+    with pytest.raises(UserError, match=r"^nowhere is neither a run nor a model"):
         raytune.data_reword(tmp_path / "run.yaml", model="nowhere", ask=ASK, output=tmp_path / "o.jsonl")
