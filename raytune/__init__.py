@@ -6,8 +6,8 @@ storage < metrics < config < importing < plan < data < model < evaluation < trai
 watch < clusters < serving < api < cli < entry
 
 One run passes through them in this order: `config.load` reads the YAML, `launch.run` connects to Ray, `data.store` tokenises
-once, `plan.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, and
-`launch.result` reads what it left.
+once, `plan.choosing.choose` resolves everything into a `RunPlan`, `training.worker` trains it on every rank, and
+`launch.state.result` reads what it left.
 """
 
 from importlib import import_module

@@ -4,7 +4,7 @@ import signal
 import sys
 
 from raytune.errors import EXIT_REFUSED
-from raytune.launch.signals import HANDED_ON, leave
+from raytune.launch.cluster.signals import HANDED_ON, leave
 from raytune.missing import is_ours, missing_package
 
 

@@ -25,7 +25,7 @@ class UserError(RaytuneError):
         super().__init__(message)
         self.keys = keys
         self.place = ""
-        """Where the key was written, such as `run.yaml:4:3  data.max_length`, once that is known (`config.places`)."""
+        """Where the key was written, such as `run.yaml:4:3  data.max_length`, once that is known (`config.words.places`)."""
 
     def __str__(self) -> str:
         return f"{self.place}\n{super().__str__()}" if self.place else super().__str__()

@@ -1,6 +1,6 @@
 """Text as a terminal and a page may show it: what strangers wrote in rows and names moves no cursor and turns no line round.
 
-Escapes are those of JSON, so that JSON stays JSON. The rims that use it: `cli.say`, the consoles of `launch.live`, the pages.
+Escapes are those of JSON, so that JSON stays JSON. The rims that use it: `cli.say`, the consoles of `launch.data.live`, the pages.
 """
 
 import logging

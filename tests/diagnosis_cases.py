@@ -13,14 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.data.demo import demo_rows
+from raytune.config.sections.run import RunConfig
+from raytune.data.files.demo import demo_rows
 from raytune.errors import TrainingError
-from raytune.launch.diagnosis import Evidence
-from raytune.launch.host import this_machine
-from raytune.launch.outcome import changes
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.diagnosis import Evidence
+from raytune.launch.state.outcome import changes
+from raytune.launch.state.record import write_plan
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder

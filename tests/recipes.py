@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from raytune.config.load import load_config
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "quickstart")

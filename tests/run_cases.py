@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune.config.load import config_from
-from raytune.launch.record import RunRecord, write_plan
+from raytune.launch.state.record import RunRecord, write_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune.evaluation.generation import without_position_warnings
 from raytune.model.demo import demo_config
-from raytune.plan.asked_model import AskedModel, plain_model
+from raytune.plan.saved.asked_model import AskedModel, plain_model
 from raytune.serving.engine import AnsweringEngine
 from raytune.serving.requests import Piece, Request, Token
 from tests.hybrids import HYBRIDS

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raytune.data.row_file import write_rows
-from raytune.data.shard_documents import SourceUse
-from raytune.data.shards import ShardResult, Tally
-from raytune.data.tokenising import DOCUMENTS_SCHEMA
+from raytune.data.rows.shards import ShardResult, Tally
+from raytune.data.store.row_file import write_rows
+from raytune.data.store.shard_documents import SourceUse
+from raytune.data.store.tokenising import DOCUMENTS_SCHEMA
 from raytune.units import MIB
 
 _DOCUMENTS_PER_SHARD = 50_000

@@ -7,17 +7,17 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune.config.data import DataSection, DataSource
-from raytune.data.build import build_store
-from raytune.data.demo import demo_rows
-from raytune.data.split import Split, split_by_hash
-from raytune.data.store import StoreInfo
-from raytune.data.store_request import StoreRequest
-from raytune.data.template_text import resolve_template
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.config.sections.data import DataSection, DataSource
+from raytune.data.files.demo import demo_rows
+from raytune.data.rows.split import Split, split_by_hash
+from raytune.data.store.build import build_store
+from raytune.data.store.request import StoreRequest
+from raytune.data.store.store import StoreInfo
+from raytune.data.templates.text import resolve_template
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.model.demo import demo_base_path, demo_config, demo_tokenizer
+from raytune.plan.data.split import asked_split
 from raytune.plan.run_plan import Plan, RunPlan, StorePlan
-from raytune.plan.split import asked_split
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For property tests (`@PATIENT` above `@given`): no time limits per example, which a busy machine breaks."""

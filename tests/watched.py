@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune.config.load import config_from
-from raytune.launch.lease import Holder, Lease, this_process
-from raytune.launch.record import RunRecord, State, write_plan
+from raytune.launch.attempts.lease import Holder, Lease, this_process
+from raytune.launch.state.record import RunRecord, State, write_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import CostPlan, MemoryPart

@@ -6,8 +6,8 @@ from os import PathLike, fspath
 from typing import Any
 
 from raytune.config.load import config_from, load_with_places
-from raytune.config.places import Places
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.places import Places
 
 File = str | PathLike[str]
 Config = File | Sequence[File] | Mapping[str, Any] | RunConfig

@@ -5,17 +5,17 @@ from os import fspath
 from typing import TYPE_CHECKING, Any
 
 from raytune.api.asked import Config, File, files_of, resolved_config
-from raytune.config.asked import require_named
+from raytune.config.checks.asked import require_named
 from raytune.config.load import as_one_run
-from raytune.config.places import errors_at
+from raytune.config.words.places import errors_at
 
 if TYPE_CHECKING:
-    from raytune.config.augment import Part
-    from raytune.config.training import Precision
-    from raytune.launch.data_check import DataCheck
-    from raytune.launch.data_preview import DataPreview
-    from raytune.launch.rank import Ranking
-    from raytune.launch.reword import Rewording
+    from raytune.config.sections.augment import Part
+    from raytune.config.sections.training import Precision
+    from raytune.launch.asking.rank import Ranking
+    from raytune.launch.asking.reword import Rewording
+    from raytune.launch.data.data_check import DataCheck
+    from raytune.launch.data.data_preview import DataPreview
 
 
 def data_check(config: Config, *, max_rows: int | None = None, **overrides: Any) -> "DataCheck":
@@ -32,7 +32,7 @@ def data_check(config: Config, *, max_rows: int | None = None, **overrides: Any)
     Raises:
         raytune.errors.UserError: if there is no such model, or no row can be trained on.
     """
-    from raytune.launch.data_check import check_data
+    from raytune.launch.data.data_check import check_data
 
     resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):
@@ -64,7 +64,7 @@ def data_preview(
     Raises:
         raytune.errors.UserError: if there is no such source or row.
     """
-    from raytune.launch.data_preview import preview_data
+    from raytune.launch.data.data_preview import preview_data
 
     resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):
@@ -107,9 +107,9 @@ def data_rank(
         raytune.errors.UserError: before anything is started, if the run has no final model, or no row can be asked.
         raytune.errors.RaytuneError: if the workers failed.
     """
-    from raytune.launch.rank import rank
-    from raytune.launch.rows_to_score import sources_of
-    from raytune.launch.score import run_to_score
+    from raytune.launch.asking.rank import rank
+    from raytune.launch.asking.score import run_to_score
+    from raytune.launch.data.rows_to_score import sources_of
 
     sources = sources_of(files_of(rows), row_format, max_rows, columns)
     ranked = run_to_score(fspath(run), address)
@@ -164,9 +164,9 @@ def data_reword(
         raytune.errors.RaytuneError: if the workers failed; what was answered is kept.
     """
     from raytune.evaluation.sampling import sampling_plan
-    from raytune.launch.generate import HowToAnswer
-    from raytune.launch.models_to_ask import Named, models_to_ask
-    from raytune.launch.reword import HowToReword, prepare_rewording, reword
+    from raytune.launch.asking.generate import HowToAnswer
+    from raytune.launch.asking.models_to_ask import Named, models_to_ask
+    from raytune.launch.asking.reword import HowToReword, prepare_rewording, reword
 
     sampling = sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     answering = HowToAnswer(max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size, system=system)

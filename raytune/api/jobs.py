@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytune.api.asked import File, as_overrides, files_of
-from raytune.config.asked import require_named
+from raytune.config.checks.asked import require_named
 from raytune.config.load import load_with_places
-from raytune.config.places import errors_at
+from raytune.config.words.places import errors_at
 
 if TYPE_CHECKING:
     from raytune.clusters.checks.finding import Finding
@@ -48,7 +48,7 @@ def preflight(
     """
     from raytune.clusters.preflight import examine_cluster
     from raytune.config.load import config_from
-    from raytune.plan.hardware import load_catalogue
+    from raytune.plan.costs.hardware import load_catalogue
     from raytune.storage import absolute
 
     section = config_from({"cluster": {"address": address, **cluster}}, []).cluster

@@ -10,13 +10,13 @@ from raytune.errors import UserError
 from raytune.units import parse_size
 
 if TYPE_CHECKING:
-    from raytune.config.training import Precision
+    from raytune.config.sections.training import Precision
     from raytune.evaluation.side_by_side import Evaluation
-    from raytune.launch.export import Exported
-    from raytune.launch.generate import Answers, Prompt
-    from raytune.launch.models_to_ask import Named
-    from raytune.launch.push import Pushed
-    from raytune.plan.rewriting import ExportDtype, ExportFormat
+    from raytune.launch.asking.generate import Answers, Prompt
+    from raytune.launch.asking.models_to_ask import Named
+    from raytune.launch.export.export import Exported
+    from raytune.launch.export.push import Pushed
+    from raytune.plan.saved.rewriting import ExportDtype, ExportFormat
     from raytune.serving.chat import Chat
     from raytune.serving.endpoint import Endpoint
 
@@ -57,7 +57,7 @@ def evaluate(
         raytune.errors.UserError: before anything is started, if a model cannot be had or rows cannot be asked.
         raytune.errors.RaytuneError: if the workers failed; what was answered is kept, and the same call goes on.
     """
-    from raytune.launch.evaluate import evaluate, prepare_evaluation
+    from raytune.launch.asking.evaluate import evaluate, prepare_evaluation
 
     named = _named(model, base, adapters, template, dtype, trust_remote_code=trust_remote_code, compare=compare)
     prepared = prepare_evaluation(named, suite=_text(suite), address=address, workers=workers)
@@ -117,8 +117,8 @@ def generate(
         raytune.errors.RaytuneError: if the workers failed; what was answered is kept where there is an output.
     """
     from raytune.evaluation.sampling import sampling_plan
-    from raytune.launch.generate import HowToAnswer, generate, prepare_answers
-    from raytune.launch.rows_to_score import sources_of
+    from raytune.launch.asking.generate import HowToAnswer, generate, prepare_answers
+    from raytune.launch.data.rows_to_score import sources_of
 
     how = HowToAnswer(
         max_new_tokens=max_new_tokens,
@@ -169,7 +169,7 @@ def chat(
         raytune.errors.ClusterError: if an endpoint cannot be reached.
     """
     from raytune.evaluation.sampling import refuse_none, sampling_plan
-    from raytune.launch.models_to_ask import models_to_ask
+    from raytune.launch.asking.models_to_ask import models_to_ask
     from raytune.serving.chat import Chat
     from raytune.serving.far_speaker import FarSpeaker, is_endpoint
     from raytune.serving.speaker import HeldSpeaker
@@ -294,8 +294,8 @@ def merge(
         raytune.errors.UserError: before anything is written, if adapters, base and options do not go together.
         raytune.errors.RaytuneError: if there is no room.
     """
-    from raytune.model.combine import merge_adapters
-    from raytune.plan.combination import asked_combination
+    from raytune.model.merging.combine import merge_adapters
+    from raytune.plan.saved.combination import asked_combination
 
     folders = [Path(folder) for folder in files_of(adapters)]
     asked = asked_combination(len(folders), combination, weights, density, seed, rank, majority_sign)
@@ -348,7 +348,7 @@ def export(
         raytune.errors.UserError: before anything is written, if the model cannot be written in the format.
         raytune.errors.RaytuneError: if there is no room.
     """
-    from raytune.launch.export import ExportOptions, export
+    from raytune.launch.export.export import ExportOptions, export
 
     options = ExportOptions(
         format=format,
@@ -395,7 +395,7 @@ def push(
         raytune.errors.UserError: before anything is sent.
         raytune.errors.RaytuneError: if the target does not answer; the same call goes on.
     """
-    from raytune.launch.push import PushOptions, push
+    from raytune.launch.export.push import PushOptions, push
     from raytune.report.at_end import leave_card
 
     options = PushOptions(
@@ -419,7 +419,7 @@ def _named(
     trust_remote_code: bool,
     compare: File | None = None,
 ) -> "Named":
-    from raytune.launch.models_to_ask import Named
+    from raytune.launch.asking.models_to_ask import Named
 
     return Named(
         model=fspath(model),

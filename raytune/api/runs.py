@@ -5,24 +5,24 @@ from os import fspath
 from typing import TYPE_CHECKING, Any, overload
 
 from raytune.api.asked import Config, File, files_of, resolved_config
-from raytune.config.asked import NAMED, require_named
+from raytune.config.checks.asked import NAMED, require_named
 from raytune.config.load import as_one_run, config_from, dump_yaml
-from raytune.config.places import errors_at
+from raytune.config.words.places import errors_at
 from raytune.errors import UserError
-from raytune.launch.callbacks import Callback, check_callback
-from raytune.launch.callbacks import RunEvent as RunEvent
 from raytune.launch.planning import plan_run
-from raytune.launch.progress import show_progress
-from raytune.launch.result import RunResult
 from raytune.launch.run import run
+from raytune.launch.state.callbacks import Callback, check_callback
+from raytune.launch.state.callbacks import RunEvent as RunEvent
+from raytune.launch.state.progress import show_progress
+from raytune.launch.state.result import RunResult
 
 if TYPE_CHECKING:
+    from raytune.launch.asking.score import Scores
     from raytune.launch.check import Findings
     from raytune.launch.folds import FoldsResult
-    from raytune.launch.found_rate import FoundRate
-    from raytune.launch.score import Scores
+    from raytune.launch.rates.found_rate import FoundRate
     from raytune.plan.advise import Advised
-    from raytune.plan.rate_range import Shape
+    from raytune.plan.rates.rate_range import Shape
     from raytune.plan.run_plan import RunPlan
     from raytune.report.comparison import RunComparison
     from raytune.sweeps.results import SweepResult
@@ -61,7 +61,7 @@ def make_plan(config: Config, *, tokens: int | None = None, **overrides: Any) ->
         raytune.errors.UserError: with what does not fit and what would.
     """
     from raytune.plan.ahead import plan_ahead
-    from raytune.plan.references import describe_base
+    from raytune.plan.model.references import describe_base
 
     resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):
@@ -180,9 +180,9 @@ def find_rate(
         raytune.errors.UserError: before anything is started, with every problem and what to do about it.
         raytune.errors.RaytuneError: if the workers failed.
     """
-    from raytune.config.rate_in_file import file_for_rate, write_rate
-    from raytune.launch.find_rate import find_rate
-    from raytune.plan.rate_range import RangeOptions
+    from raytune.config.reading.rate_in_file import file_for_rate, write_rate
+    from raytune.launch.rates.find_rate import find_rate
+    from raytune.plan.rates.rate_range import RangeOptions
     from raytune.report.rate_page import write_rate_page
 
     resolved, places = resolved_config(config, overrides)
@@ -228,8 +228,8 @@ def score(
         raytune.errors.UserError: before anything is started, if the run has no weights or no row can be scored.
         raytune.errors.RaytuneError: if the workers failed.
     """
-    from raytune.launch.rows_to_score import sources_of
-    from raytune.launch.score import run_to_score, score
+    from raytune.launch.asking.score import run_to_score, score
+    from raytune.launch.data.rows_to_score import sources_of
 
     sources = sources_of(files_of(rows), row_format, max_rows, columns)
     return score(run_to_score(fspath(run), address), sources, output=None if output is None else fspath(output))
@@ -311,9 +311,9 @@ def advise(config: Config, *, tokens: int | None = None, **overrides: Any) -> "A
     Raises:
         raytune.errors.UserError: if the model or the amount of data is not known.
     """
-    from raytune.launch.host import this_machine
+    from raytune.launch.cluster.host import this_machine
     from raytune.plan.advise import advise
-    from raytune.plan.references import describe_base
+    from raytune.plan.model.references import describe_base
 
     resolved, places = resolved_config(config, overrides)
     with errors_at(resolved, places):

@@ -41,12 +41,12 @@ def preflight(arguments: tuple[str, ...], expect: str | None, as_json: bool) -> 
     config = load_config(files, overrides) if files else config_from({}, overrides)
     expected = expected_rate(expect)
 
-    from raytune.plan.hardware import load_catalogue
+    from raytune.plan.costs.hardware import load_catalogue
 
     if config.cluster.instance is not None:
         load_catalogue().instance(config.cluster.instance)  # a name that it does not know is said before anything is joined
     from raytune.clusters.preflight import examine_cluster
-    from raytune.launch.address import named_address
+    from raytune.launch.cluster.address import named_address
     from raytune.storage import absolute
 
     begin_on(named_address(config.cluster))

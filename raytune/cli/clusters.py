@@ -39,7 +39,7 @@ def cluster_render(arguments: tuple[str, ...], target: Any, output: Path | None,
     from raytune.clusters.provider import KUBERAY, cluster_spec
     from raytune.clusters.ray_up import ray_up_text
     from raytune.config.load import load_config
-    from raytune.plan.hardware import load_catalogue
+    from raytune.plan.costs.hardware import load_catalogue
     from raytune.storage import write_bytes
 
     spec = cluster_spec(load_config(*files_and_overrides(arguments)), load_catalogue(), target)

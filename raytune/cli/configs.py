@@ -30,7 +30,7 @@ def check(arguments: tuple[str, ...], fast: bool, as_json: bool) -> None:
     Looks at files and overrides, model, adapter, tokenizer, template, the first rows of each source, machines by name, storage
     and packages; of a sweep at its first trial, and at the names and values of all.
     """
-    from raytune.config.asked import NEITHER, is_settings_alone
+    from raytune.config.checks.asked import NEITHER, is_settings_alone
     from raytune.config.load import dump_yaml, overridden
     from raytune.config.problems import shown
 
@@ -80,7 +80,7 @@ def explain(subject: str, as_json: bool) -> None:
 
     `explain guides` lists those: methods, strategies, facts about the libraries, faults, performance, changes.
     """
-    from raytune.config.document import explain, explanation_facts
+    from raytune.config.words.document import explain, explanation_facts
 
     say(json.dumps(explanation_facts(subject)) if as_json else explain(subject))
 
@@ -94,7 +94,7 @@ def explain(subject: str, as_json: bool) -> None:
 @debug_option
 def schema(as_json: bool) -> None:
     """Print the JSON Schema of a run config, for editors."""
-    from raytune.config.document import json_schema
+    from raytune.config.words.document import json_schema
 
     say(json.dumps(json_schema(), indent=None if as_json else 2))
 

@@ -9,11 +9,11 @@ from raytune.cli.group import as_json_option, debug_option, examples, files_and_
 from raytune.cli.models import drawing_options, one_model_options
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
-from raytune.config.augment import Part
+from raytune.config.sections.augment import Part
 from raytune.errors import EXIT_REFUSED
 
 if TYPE_CHECKING:
-    from raytune.config.run import RunConfig
+    from raytune.config.sections.run import RunConfig
 
 
 @click.group()
@@ -39,8 +39,8 @@ def data_check(arguments: tuple[str, ...], max_rows: int | None, as_json: bool) 
     Trains nothing and plans nothing. What is tokenised stays in the folder of the stores, where `train` finds it; not with
     --rows. Exit code 2: a limit of data.limits is exceeded, so that a run would stop.
     """
-    from raytune.launch.address import named_address
-    from raytune.launch.data_check import check_data
+    from raytune.launch.cluster.address import named_address
+    from raytune.launch.data.data_check import check_data
 
     config = _named_run(arguments)
     begin_on(named_address(config.cluster))
@@ -72,7 +72,7 @@ def data_preview(
 
     In a terminal targets are green, in a pipe or with NO_COLOR they stand in brackets. Trains nothing, leaves nothing.
     """
-    from raytune.launch.data_preview import preview_data
+    from raytune.launch.data.data_preview import preview_data
 
     config = _named_run(arguments)
     shown = preview_data(config, rows=rows, source=source, row=row)
@@ -85,7 +85,7 @@ def data_preview(
     elif page is not None:
         say(f"page       {page}")
     else:
-        from raytune.launch.data_colours import show_in_colours
+        from raytune.launch.data.data_colours import show_in_colours
 
         if not show_in_colours(shown):
             say(str(shown))
@@ -126,10 +126,10 @@ def data_rank(
     RUN is a finished run folder. ROWS are files, globs, folders or data sets, as in data.train. The model answers each row, and
     its uncertainty is the mean negative log-likelihood of its own answer's tokens.
     """
-    from raytune.launch.address import named_address
-    from raytune.launch.rank import rank
-    from raytune.launch.rows_to_score import columns_of, sources_of
-    from raytune.launch.score import run_to_score
+    from raytune.launch.asking.rank import rank
+    from raytune.launch.asking.score import run_to_score
+    from raytune.launch.cluster.address import named_address
+    from raytune.launch.data.rows_to_score import columns_of, sources_of
 
     sources = sources_of(rows, row_format or "auto", max_rows, columns_of(columns))
     ranked = run_to_score(run, address)
@@ -195,10 +195,10 @@ def data_reword(
     are left out, and counted. Finished chunks are kept beside the output, and the same command goes on with the rest.
     """
     from raytune.evaluation.sampling import sampling_plan
-    from raytune.launch.address import named_address
-    from raytune.launch.generate import HowToAnswer
-    from raytune.launch.models_to_ask import Named, models_to_ask
-    from raytune.launch.reword import HowToReword, prepare_rewording, reword
+    from raytune.launch.asking.generate import HowToAnswer
+    from raytune.launch.asking.models_to_ask import Named, models_to_ask
+    from raytune.launch.asking.reword import HowToReword, prepare_rewording, reword
+    from raytune.launch.cluster.address import named_address
 
     sampling = sampling_plan(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     answering = HowToAnswer(max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size, system=system)
@@ -211,7 +211,7 @@ def data_reword(
 
 
 def _named_run(arguments: tuple[str, ...]) -> "RunConfig":
-    from raytune.config.asked import require_named
+    from raytune.config.checks.asked import require_named
     from raytune.config.load import as_one_run
 
     config, places = load_run(*files_and_overrides(arguments), check_files=True)

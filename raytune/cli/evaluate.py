@@ -10,7 +10,7 @@ from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.models import adapters_by_name, model_argument, model_options
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
-from raytune.launch.address import named_address
+from raytune.launch.cluster.address import named_address
 
 
 @click.command(
@@ -45,8 +45,8 @@ def evaluate(
     chunks; finished ones lie in the output folder, and the same command goes on with the rest. A run's own suites give the
     numbers that stand in its result.
     """
-    from raytune.launch.evaluate import evaluate, prepare_evaluation
-    from raytune.launch.models_to_ask import Named
+    from raytune.launch.asking.evaluate import evaluate, prepare_evaluation
+    from raytune.launch.asking.models_to_ask import Named
 
     asked = Named(adapters=adapters_by_name(adapters), **named)
     prepared = prepare_evaluation(asked, suite=suite, address=address, workers=workers)

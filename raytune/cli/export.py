@@ -9,9 +9,9 @@ import click
 
 from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.say import say
-from raytune.config.training import Precision
-from raytune.plan.combination import CombinationKind, MajoritySign, asked_combination
-from raytune.plan.rewriting import ExportDtype, ExportFormat
+from raytune.config.sections.training import Precision
+from raytune.plan.saved.combination import CombinationKind, MajoritySign, asked_combination
+from raytune.plan.saved.rewriting import ExportDtype, ExportFormat
 from raytune.units import parse_size
 
 
@@ -107,13 +107,13 @@ def merge(
     """
     asked = asked_combination(len(adapters), combination, weights, density, seed, rank, majority_sign)
     if dry_run:
-        from raytune.model.dtypes import DTYPES
-        from raytune.model.rewriting import merging_of
+        from raytune.model.files.rewriting import merging_of
+        from raytune.model.parts.dtypes import DTYPES
 
         need = merging_of(adapters, base, DTYPES.get(dtype), max_shard)
         say(json.dumps(need.to_json()) if as_json else need.sentence)
         return
-    from raytune.model.combine import merge_adapters
+    from raytune.model.merging.combine import merge_adapters
 
     merge_adapters(
         adapters,
@@ -182,8 +182,8 @@ def export(
     MODEL is the folder of a finished run, of a whole model, or of an adapter, which is merged into its base first. `raytune
     explain exporting` says what each format holds, and of which models.
     """
-    from raytune.launch.export import ExportOptions, export_need
     from raytune.launch.export import export as export_model
+    from raytune.launch.export.export import ExportOptions, export_need
 
     options = ExportOptions(
         format=file_format,

@@ -9,8 +9,8 @@ import click
 from raytune.cli.group import as_json_option, debug_option, examples, files_and_overrides, load_run, run_arguments
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
-from raytune.launch.address import named_address
-from raytune.plan.rate_range import RangeOptions, Shape
+from raytune.launch.cluster.address import named_address
+from raytune.plan.rates.rate_range import RangeOptions, Shape
 
 if TYPE_CHECKING:
     from raytune.plan.run_plan import RunPlan
@@ -61,11 +61,11 @@ def find_rate(arguments: tuple[str, ...], applies: bool, as_json: bool, **option
     page and a picture. Where it names no rate, the words say why, `suggestion` is null in JSON, and the exit code is 0. `raytune
     explain strategies` says what a suggestion is worth.
     """
-    from raytune.config.asked import require_named
+    from raytune.config.checks.asked import require_named
     from raytune.config.load import as_one_run
-    from raytune.config.rate_in_file import file_for_rate, write_rate
-    from raytune.launch.find_rate import find_rate
-    from raytune.launch.progress import show_progress
+    from raytune.config.reading.rate_in_file import file_for_rate, write_rate
+    from raytune.launch.rates.find_rate import find_rate
+    from raytune.launch.state.progress import show_progress
     from raytune.report.rate_page import write_rate_page
 
     files, overrides = files_and_overrides(arguments)

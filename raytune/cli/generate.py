@@ -12,7 +12,7 @@ from raytune.cli.models import adapters_by_name, drawing_options, model_argument
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
 from raytune.errors import UserError
-from raytune.launch.address import named_address
+from raytune.launch.cluster.address import named_address
 
 
 @click.command(
@@ -77,10 +77,10 @@ def generate(
     if prompt is not None and num_beams > 1:
         raise UserError("--beams finds an answer whole, which cannot be shown while it is written. Put the prompt into a file.")
     from raytune.evaluation.sampling import sampling_plan
-    from raytune.launch.generate import HowToAnswer, prepare_answers
-    from raytune.launch.generate import generate as answer_rows
-    from raytune.launch.models_to_ask import Named
-    from raytune.launch.rows_to_score import columns_of, sources_of
+    from raytune.launch.asking.generate import HowToAnswer, prepare_answers
+    from raytune.launch.asking.generate import generate as answer_rows
+    from raytune.launch.asking.models_to_ask import Named
+    from raytune.launch.data.rows_to_score import columns_of, sources_of
 
     how = HowToAnswer(
         max_new_tokens=max_new_tokens,
@@ -103,7 +103,7 @@ def generate(
 
 def _answer_prompt(asked: Any, prompt: str, how: Any, *, base_too: bool, as_json: bool) -> None:
     """Show the answers of models to one prompt as they are written, one after the other."""
-    from raytune.launch.models_to_ask import models_to_ask
+    from raytune.launch.asking.models_to_ask import models_to_ask
     from raytune.serving.speaker import HeldSpeaker
 
     found = models_to_ask(asked)

@@ -17,7 +17,7 @@ from raytune.printable import PrintableFormatter
 
 if TYPE_CHECKING:
     from raytune.config.problems import Place
-    from raytune.config.run import RunConfig
+    from raytune.config.sections.run import RunConfig
 
 EXIT_INTERRUPTED = 130
 
@@ -36,7 +36,7 @@ class Verbs(click.Group):
             return super().invoke(ctx)
         except RaytuneError as error:
             if isinstance(error, UserError) and _WRITTEN in ctx.meta:
-                from raytune.config.places import locate
+                from raytune.config.words.places import locate
 
                 locate(error, *ctx.meta[_WRITTEN])
             if ctx.meta.get("debug"):

@@ -84,7 +84,7 @@ def submit(
     from raytune.clusters.jobs import Jobs
     from raytune.clusters.resubmission import MOST_RESUBMISSIONS, follow_to_the_end
     from raytune.clusters.submission import prepare_submission
-    from raytune.config.asked import require_named
+    from raytune.config.checks.asked import require_named
 
     given = runtime_environment(env, runtime_env)
     files, overrides = files_and_overrides(arguments)

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import click
 
-from raytune.config.training import Precision
+from raytune.config.sections.training import Precision
 from raytune.errors import UserError
 
 model_argument = click.argument("model", metavar="MODEL_OR_RUN")

@@ -34,7 +34,7 @@ def push(model: str, target: str, as_json: bool, **options: Any) -> None:
     owner/name on the hub, a URL such as s3://bucket/folder, or a folder that is written as a path (./there). Only what belongs to
     the model is sent. The same command goes on with what is lacking.
     """
-    from raytune.launch.push import PushOptions, push
+    from raytune.launch.export.push import PushOptions, push
     from raytune.report.at_end import leave_card
 
     pushed = push(model, target, PushOptions(**options), leave_card)

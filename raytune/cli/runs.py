@@ -11,11 +11,11 @@ from raytune.cli.group import as_json_option, debug_option, examples, files_and_
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
 from raytune.errors import RaytuneError, UserError
-from raytune.launch.address import named_address
+from raytune.launch.cluster.address import named_address
 
 if TYPE_CHECKING:
     from raytune.config.problems import Place
-    from raytune.config.run import RunConfig
+    from raytune.config.sections.run import RunConfig
     from raytune.plan.run_plan import RunPlan
     from raytune.sweeps.board import Board
     from raytune.sweeps.ledger import Known
@@ -44,7 +44,7 @@ def plan(arguments: tuple[str, ...], tokens: str | None, compare: str | None, as
     from raytune.plan.ahead import compare as compare_instances
     from raytune.plan.ahead import named_instances, plan_ahead
     from raytune.plan.describe import comparison_text, plan_text
-    from raytune.plan.references import describe_base
+    from raytune.plan.model.references import describe_base
 
     num_tokens = None if tokens is None else _count(tokens)
     config = as_one_run(_to_be_planned(*files_and_overrides(arguments), needs_rows=tokens is None))
@@ -88,10 +88,10 @@ def advise(
     No row is read and nothing is started: the amount of data is taken from --tokens or the sizes of the files.
     """
     from raytune.config.load import as_one_run
-    from raytune.launch.host import this_machine
+    from raytune.launch.cluster.host import this_machine
     from raytune.plan.advise import advise as advise_methods
     from raytune.plan.describe import advice_text
-    from raytune.plan.references import describe_base
+    from raytune.plan.model.references import describe_base
 
     said = {"model.base": model, "data.train": data, "cluster.instance": instance}
     files, overrides = files_and_overrides(arguments)
@@ -123,9 +123,9 @@ def advise(
 @debug_option
 def train(arguments: tuple[str, ...], from_sweep: str | None, folds: int | None, as_json: bool) -> None:
     """Train: plan the run, start or join a Ray cluster, and leave weights in the run folder. The same command continues a run."""
-    from raytune.config.asked import require_named
+    from raytune.config.checks.asked import require_named
     from raytune.config.load import as_one_run
-    from raytune.config.split import overrides_of
+    from raytune.config.sections.split import overrides_of
 
     files, overrides = files_and_overrides(arguments)
     if folds is not None:
@@ -142,10 +142,10 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, folds: int | None,
 
         config = winner_config(from_sweep, files, overrides)
 
-    from raytune.launch.cluster_watch import watched_cluster
+    from raytune.launch.cluster.cluster_watch import watched_cluster
     from raytune.launch.folds import train_folds
-    from raytune.launch.progress import show_progress, show_result
     from raytune.launch.run import run
+    from raytune.launch.state.progress import show_progress, show_result
     from raytune.report.at_end import leave_page
 
     told = begin_on(named_address(config.cluster))
@@ -187,7 +187,7 @@ def train(arguments: tuple[str, ...], from_sweep: str | None, folds: int | None,
 @debug_option
 def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Search: train many variants of a run, stop early losers, rank them. The same command continues a sweep."""
-    from raytune.config.asked import require_named
+    from raytune.config.checks.asked import require_named
     from raytune.config.load import dump_yaml
 
     config, places = load_run(*files_and_overrides(arguments), check_files=True)
@@ -205,7 +205,7 @@ def sweep(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
             say(f"{sweep_text(resolved.plan)}\n\n{trials_text(resolved.trials, resolved.plans, resolved.plan)}")
         return
 
-    from raytune.launch.cluster_watch import watched_cluster
+    from raytune.launch.cluster.cluster_watch import watched_cluster
     from raytune.report.sweep_page import write_sweep_page
     from raytune.sweeps.final_table import show_sweep_result
     from raytune.sweeps.live import show_sweep
@@ -267,9 +267,9 @@ def score(
     A loss is cross-entropy, whatever the run minimises (a teacher's part, a function of your own, weights of tokens), and that of
     the averaged weights where the run has training.averaging.
     """
-    from raytune.launch.rows_to_score import columns_of, sources_of
-    from raytune.launch.score import run_to_score
-    from raytune.launch.score import score as score_run
+    from raytune.launch.asking.score import run_to_score
+    from raytune.launch.asking.score import score as score_run
+    from raytune.launch.data.rows_to_score import columns_of, sources_of
 
     sources = sources_of(rows, row_format or "auto", max_rows, columns_of(columns))
     scored = run_to_score(run, address)
@@ -306,7 +306,7 @@ def track(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _to_be_planned(files: Sequence[str], overrides: Sequence[str], *, needs_rows: bool) -> "RunConfig":
     """The config of a plan, which trains nothing: settings alone are planned for the built-in toy, and that is said."""
-    from raytune.config.asked import NEITHER, is_settings_alone, require_named
+    from raytune.config.checks.asked import NEITHER, is_settings_alone, require_named
 
     config, places = load_run(files, overrides, check_files=needs_rows)
     if not needs_rows:
@@ -324,7 +324,7 @@ def _load_to_train(files: Sequence[str], overrides: Sequence[str]) -> "tuple[Run
         return load_run(files, overrides, check_files=True)
     except ConfigError:
         from raytune.config.load import as_one_run
-        from raytune.launch.finished import answer
+        from raytune.launch.state.finished import answer
         from raytune.run_folder import RunFolder
         from raytune.storage import absolute
 

@@ -13,9 +13,9 @@ from raytune.cli.group import as_json_option, debug_option, examples
 from raytune.cli.models import adapters_by_name, model_argument, model_options
 from raytune.cli.say import say
 from raytune.cli.supervise import begin_on
-from raytune.config.training import Precision
+from raytune.config.sections.training import Precision
 from raytune.errors import UserError
-from raytune.launch.address import named_address
+from raytune.launch.cluster.address import named_address
 
 _VLLM = (
     "raytune does not start vLLM. It writes the file by which Ray Serve does, on machines with GPUs where ray[llm] is "
@@ -77,7 +77,7 @@ def serve(
     vLLM is planned and not started: with --engine vllm --dry-run, a file is printed by which Ray Serve starts it on GPUs
     (`serve run FILE`, where ray[llm] is installed).
     """
-    from raytune.launch.models_to_ask import Named
+    from raytune.launch.asking.models_to_ask import Named
     from raytune.serving.access import TOKEN_VARIABLE, token_in
     from raytune.serving.endpoint import ServeOptions, prepare_serving, start_serving, would_serve
     from raytune.serving.vllm import vllm_yaml

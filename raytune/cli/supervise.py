@@ -20,7 +20,7 @@ import click
 
 from raytune.cli.say import say
 from raytune.errors import EXIT_RETRY_LATER
-from raytune.launch.signals import HANDED_ON, ends_in_order, exit_code_of
+from raytune.launch.cluster.signals import HANDED_ON, ends_in_order, exit_code_of
 
 VERBS = ("train", "sweep", "find-rate", "score", "evaluate", "generate", "serve", "plan", "preflight")
 _PR_SET_PDEATHSIG = 1
@@ -173,7 +173,7 @@ def _told(reading: int) -> dict[str, Any]:
 
 def _say_lost(facts: dict[str, Any], *, as_json: bool) -> None:
     from raytune.errors import ClusterError
-    from raytune.launch.lost import Driver, driver_lost
+    from raytune.launch.attempts.lost import Driver, driver_lost
 
     if sys.stderr.isatty():
         sys.stderr.write(_SHOW_CURSOR)

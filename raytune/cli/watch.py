@@ -78,7 +78,7 @@ def ui(storage: str | None, port: int, as_json: bool) -> None:
 
 def storage_of(given: str | None) -> str:
     """The storage that a person means: that of a config without the key, where they name none."""
-    from raytune.config.run import RunConfig
+    from raytune.config.sections.run import RunConfig
     from raytune.storage import absolute
 
     return absolute(given or RunConfig.model_fields["storage"].default)

@@ -8,7 +8,7 @@ from ray.job_submission import JobStatus
 
 from raytune.clusters.job import Job
 from raytune.errors import RaytuneError
-from raytune.launch.record import RunRecord, read_plan
+from raytune.launch.state.record import RunRecord, read_plan
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder

@@ -35,11 +35,11 @@ from raytune.clusters.checks.nodes import (
     judge_within,
     rounds_of_pairs,
 )
-from raytune.config.cluster import ClusterSection
+from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import ClusterError
-from raytune.launch.cluster import joined, nodes_for_workers
-from raytune.launch.scaling import bring_machines
-from raytune.plan.hardware import Instance, load_catalogue
+from raytune.launch.cluster.cluster import joined, nodes_for_workers
+from raytune.launch.cluster.scaling import bring_machines
+from raytune.plan.costs.hardware import Instance, load_catalogue
 from raytune.units import format_seconds
 
 ANSWER_TIMEOUT_S = 60.0

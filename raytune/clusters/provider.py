@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raytune.config.load import as_one_run, dump_yaml
-from raytune.config.provider import ProviderSection
-from raytune.config.row_sources import named_code, named_models, named_tasks, row_sources
-from raytune.config.run import RunConfig
+from raytune.config.sections.provider import ProviderSection
+from raytune.config.sections.row_sources import named_code, named_models, named_tasks, row_sources
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
-from raytune.plan.hardware import Catalogue, Cloud, Instance
+from raytune.plan.costs.hardware import Catalogue, Cloud, Instance
 from raytune.storage import is_local
 from raytune.units import GIB, format_rate
 

@@ -7,7 +7,7 @@ from raytune.clusters.job import Job
 from raytune.clusters.jobs import Jobs
 from raytune.clusters.submission import Submission
 from raytune.errors import EXIT_RETRY_LATER
-from raytune.launch.lease import EXPIRES_S
+from raytune.launch.attempts.lease import EXPIRES_S
 from raytune.units import format_seconds
 
 MOST_RESUBMISSIONS = 3

@@ -13,7 +13,7 @@ import raytune
 from raytune.clusters.package import pack
 from raytune.clusters.working_dir import contents, named_by, path_in_job, rows_named_by
 from raytune.config.load import as_one_run
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.storage import is_local
 

@@ -17,12 +17,12 @@ from typing import Any
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from raytune.clusters.secret_files import SECRET_FOLDERS, looks_secret, secret_in
-from raytune.config.row_sources import all_sources, named_code, named_models, named_tasks
-from raytune.config.run import RunConfig
+from raytune.config.sections.row_sources import all_sources, named_code, named_models, named_tasks
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.local_files import local_errors
-from raytune.plan.base_model import DEMO
-from raytune.plan.hardware import HARDWARE, PACKAGED_HARDWARE
+from raytune.plan.costs.hardware import HARDWARE, PACKAGED_HARDWARE
+from raytune.plan.model.base_model import DEMO
 from raytune.units import MIB, format_bytes
 from raytune.user_code import FILE_ENDING, parts_of
 

@@ -1,6 +1,6 @@
 """Files and overrides -> `RunConfig`. All that is wrong is reported at once, with its place.
 
-`config.files` reads what was written, `config.overlays` lays it over each other, `config.validate` makes a config of it.
+`config.reading.files` reads what was written, `config.reading.overlays` lays it over each other, `config.checks.validate` makes a config of it.
 """
 
 import os
@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raytune.config.asked import named_values
-from raytune.config.files import Reading, files_below, read_file, read_override, same_name
-from raytune.config.overlays import KeyPath, is_no_method, laid_over, node_of, overlay_at, places_in, stacked
-from raytune.config.presets import over_its_preset, preset_keys
+from raytune.config.checks.asked import named_values
+from raytune.config.checks.validate import validated
 from raytune.config.problems import BAD_OVERRIDE, ConfigError, Place, Problem, dotted
-from raytune.config.run import RunConfig
-from raytune.config.secrets_in import secret_problems
-from raytune.config.user_code import with_files
-from raytune.config.validate import validated
+from raytune.config.reading.files import Reading, files_below, read_file, read_override, same_name
+from raytune.config.reading.overlays import KeyPath, is_no_method, laid_over, node_of, overlay_at, places_in, stacked
+from raytune.config.reading.presets import over_its_preset, preset_keys
+from raytune.config.reading.secrets_in import secret_problems
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.user_code import with_files
 from raytune.config.yaml_nodes import Node, write_yaml
 from raytune.errors import UserError
 

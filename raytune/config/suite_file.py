@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from raytune.config.evaluation import SuiteSection
-from raytune.config.files import read_file
+from raytune.config.checks.validate import validated
 from raytune.config.load import Places
-from raytune.config.overlays import places_in, stacked
 from raytune.config.problems import MISSING_KEY, UNKNOWN_KEY, Place, Problem, dotted
-from raytune.config.run import RunConfig
-from raytune.config.secrets_in import secret_problems
-from raytune.config.user_code import with_files
-from raytune.config.validate import validated
+from raytune.config.reading.files import read_file
+from raytune.config.reading.overlays import places_in, stacked
+from raytune.config.reading.secrets_in import secret_problems
+from raytune.config.sections.evaluation import SuiteSection
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.user_code import with_files
 from raytune.config.yaml_nodes import Node
 
 KEY = "suites"

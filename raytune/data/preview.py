@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytune.config.data import DataSource
-from raytune.data.augmenting import Augmentation
-from raytune.data.conversation import Conversation, RowError
-from raytune.data.masking import target_mask
-from raytune.data.pieces import Piece, TokenKind, pieces_of
-from raytune.data.shaping import shaped
-from raytune.data.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong, resolved_too_long
-from raytune.data.source_files import find_files
-from raytune.data.source_rows import read_parts, readings_of
-from raytune.data.sources import ScannedFile, Segment, scan, unscanned
-from raytune.data.store import view
-from raytune.data.stream_recipe import looked_into
-from raytune.data.template import ChatTemplate
-from raytune.data.text_encoder import TextEncoder, bytes_before
-from raytune.data.tokenising import tokenise_shard
+from raytune.config.sections.data import DataSource
+from raytune.data.conversations.conversation import Conversation, RowError
+from raytune.data.conversations.masking import target_mask
+from raytune.data.conversations.shaping import shaped
+from raytune.data.files.source_files import find_files
+from raytune.data.files.sources import ScannedFile, Segment, scan, unscanned
+from raytune.data.formats.augmenting import Augmentation
+from raytune.data.rows.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong, resolved_too_long
+from raytune.data.rows.source_rows import read_parts, readings_of
+from raytune.data.store.store import view
+from raytune.data.store.tokenising import tokenise_shard
+from raytune.data.stream.recipe import looked_into
+from raytune.data.templates.pieces import Piece, TokenKind, pieces_of
+from raytune.data.templates.template import ChatTemplate
+from raytune.data.templates.text_encoder import TextEncoder, bytes_before
 
 MOST_TOKENS = 4000
 """Of a document that are shown."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from raytune.config.evaluation import AnswerMetricName
+from raytune.config.sections.evaluation import AnswerMetricName
 from raytune.evaluation.overlap import BLEU, CHRF, Rouge
 from raytune.evaluation.text_metrics import exact_match, is_json, json_fields, json_valid, last_number, numeric_match, token_f1
 

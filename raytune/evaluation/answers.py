@@ -7,7 +7,7 @@ same to the last bit however many workers share the chunks, and whoever asks.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune.config.evaluation import SuiteKind
+from raytune.config.sections.evaluation import SuiteKind
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.likelihood import Scored, log_likelihoods
 from raytune.evaluation.lm_eval_answers import answer_requests

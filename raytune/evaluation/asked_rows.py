@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune.config.data import DataSource
-from raytune.data.conversation import Conversation, Message, Origin, RowError, kind_of
-from raytune.data.fields import REASONING
-from raytune.data.recognising import AS_MESSAGES, read_row
-from raytune.data.rendering import Job, Renderer
-from raytune.data.shards import Tally
-from raytune.data.source_rows import read_conversations
-from raytune.data.template_text import name_of
-from raytune.data.tokenizers import adds_bos
+from raytune.config.sections.data import DataSource
+from raytune.data.conversations.conversation import Conversation, Message, Origin, RowError, kind_of
+from raytune.data.conversations.fields import REASONING
+from raytune.data.formats.recognising import AS_MESSAGES, read_row
+from raytune.data.rows.shards import Tally
+from raytune.data.rows.source_rows import read_conversations
+from raytune.data.templates.rendering import Job, Renderer
+from raytune.data.templates.text import name_of
+from raytune.data.templates.tokenizers import adds_bos
 from raytune.errors import UserError
 from raytune.evaluation.questions import ids_of
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from raytune.config.evaluation import GENERATION
+from raytune.config.sections.evaluation import GENERATION
 from raytune.evaluation.bootstrap import difference_interval
 from raytune.evaluation.suite_metrics import Given, SuiteMetric, counted
 from raytune.metrics.json_numbers import decode_number, encode_number

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from raytune.evaluation.sampling import DrawnTokens
-from raytune.model.stopping import as_ids
+from raytune.model.files.stopping import as_ids
 from raytune.plan.run_plan import SamplingPlan
 
 

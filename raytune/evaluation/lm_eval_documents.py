@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from raytune.config.evaluation import SuiteSection
+from raytune.config.sections.evaluation import SuiteSection
 from raytune.errors import DataError, UserError
 from raytune.evaluation.lm_eval_tasks import AGGREGATIONS, TaskMetric, laid_out, metrics_of_task
 from raytune.evaluation.questions import SHOWN_CHARACTERS, Question, ids_of

@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune.config.data import DataSource
-from raytune.config.evaluation import SuiteKind, SuiteSection
-from raytune.data.choices import ChoiceRow, read_choices
-from raytune.data.conversation import Conversation, RowError
-from raytune.data.shards import Tally, bad_questions_error
-from raytune.data.source_rows import read_conversations
-from raytune.data.store import Store
-from raytune.data.template import ChatTemplate
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.evaluation import SuiteKind, SuiteSection
+from raytune.data.conversations.conversation import Conversation, RowError
+from raytune.data.rows.choices import ChoiceRow, read_choices
+from raytune.data.rows.shards import Tally, bad_questions_error
+from raytune.data.rows.source_rows import read_conversations
+from raytune.data.store.store import Store
+from raytune.data.templates.template import ChatTemplate
 from raytune.errors import DataError
 from raytune.evaluation.suite_metrics import SuiteMetric
 from raytune.plan.run_plan import SuitePlan

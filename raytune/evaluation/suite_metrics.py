@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raytune.config.evaluation import GENERATION, SuiteKind
+from raytune.config.sections.evaluation import GENERATION, SuiteKind
 from raytune.errors import UserError
 from raytune.evaluation.answer_metrics import ANSWER_METRICS, AnswerMetric, Mean
 from raytune.evaluation.bert_score import BertScore

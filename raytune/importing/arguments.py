@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from raytune.config.foreign_names import answer_for_value
-from raytune.config.keys import choices, is_open, keys
 from raytune.config.problems import shown
-from raytune.config.run import RUN_NAME
-from raytune.config.tracking import TRACKERS
+from raytune.config.reading.keys import choices, is_open, keys
+from raytune.config.sections.run import RUN_NAME
+from raytune.config.sections.tracking import TRACKERS
+from raytune.config.words.foreign_names import answer_for_value
 from raytune.config.yaml_nodes import scalar
 from raytune.importing.draft import Draft
 from raytune.importing.facts import counterpart, facts

@@ -1,6 +1,6 @@
 """Axolotl's own keys: adapters, warm-up, precision, plugins, tokens. Its data sets are converted in `axolotl_data`."""
 
-from raytune.config.foreign_names import answer_for_name
+from raytune.config.words.foreign_names import answer_for_name
 from raytune.config.yaml_nodes import scalar
 from raytune.importing import arguments, axolotl_data
 from raytune.importing.draft import Draft

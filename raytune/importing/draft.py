@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from raytune.config.adapter import LoraAdapter
-from raytune.config.foreign_names import answer_for_name
-from raytune.config.near_words import near_words
 from raytune.config.problems import WRONG_VALUE, Place, Problem, shown
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import LoraAdapter
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.foreign_names import answer_for_name
+from raytune.config.words.near_words import near_words
 from raytune.config.yaml_nodes import Node, scalar
 from raytune.credentials import find_secret
 from raytune.importing.facts import Project, counterpart

@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raytune.config.foreign_names import answer_for_name
-from raytune.config.keys import keys
 from raytune.config.problems import Place
+from raytune.config.reading.keys import keys
+from raytune.config.words.foreign_names import answer_for_name
 from raytune.config.yaml_nodes import read_nodes
 
 FILE = Path(__file__).with_name("facts.yaml")

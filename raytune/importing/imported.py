@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from raytune.config.files import read_file
-from raytune.config.foreign_names import answer_for_name
+from raytune.config.checks.readers import unread
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError, Place, shown
-from raytune.config.readers import unread
-from raytune.config.run import RunConfig
+from raytune.config.reading.files import read_file
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.foreign_names import answer_for_name
 from raytune.config.yaml_nodes import Node
 from raytune.errors import UserError
 from raytune.importing import axolotl, llama_factory, trl

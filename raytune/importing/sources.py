@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune.config.data import FILE_ENDINGS
+from raytune.config.sections.data import FILE_ENDINGS
 from raytune.importing.draft import Draft
 from raytune.importing.facts import RowFormat
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from raytune.config.keys import keys
 from raytune.config.problems import shortened, shown
+from raytune.config.reading.keys import keys
 from raytune.config.yaml_nodes import write_yaml
 from raytune.importing.draft import Account, Draft
 

@@ -13,46 +13,46 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from raytune.config.augment import AugmentSection
-from raytune.config.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
-from raytune.config.data_limits import waived
-from raytune.config.evaluation import suites_of
-from raytune.config.model import ModelSection
-from raytune.config.row_sources import row_sources
-from raytune.config.run import RunConfig
-from raytune.config.split import SplitSection
-from raytune.config.training import SCHEDULE_FREE
-from raytune.data.source_files import DEMO_ROWS, find_files
-from raytune.data.source_rows import readings_of
-from raytune.data.sources import scan
+from raytune.config.sections.augment import AugmentSection
+from raytune.config.sections.data import DataSource, QualitySection, TokenWeightsSection, TrainSource
+from raytune.config.sections.data_limits import waived
+from raytune.config.sections.evaluation import suites_of
+from raytune.config.sections.model import ModelSection
+from raytune.config.sections.row_sources import row_sources
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.split import SplitSection
+from raytune.config.sections.training import SCHEDULE_FREE
+from raytune.data.files.source_files import DEMO_ROWS, find_files
+from raytune.data.files.sources import scan
+from raytune.data.rows.source_rows import readings_of
 from raytune.errors import ModelError, RaytuneError, UserError
 from raytune.hub.cache import default_hub_cache
-from raytune.launch.address import named_address
-from raytune.launch.base_here import check_base_early
-from raytune.launch.begun import begun_for
-from raytune.launch.callbacks import load_callbacks
-from raytune.launch.gauges import refuse_unseen
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import Base, refuse_unknown_tokens, teacher_of, tried_objective
-from raytune.launch.record import refuse_changed_settings
-from raytune.launch.stores import DataBuilder
+from raytune.launch.cluster.address import named_address
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.base_here import check_base_early
+from raytune.launch.data.prepare import Base, refuse_unknown_tokens, teacher_of, tried_objective
+from raytune.launch.data.stores import DataBuilder
+from raytune.launch.state.begun import begun_for
+from raytune.launch.state.callbacks import load_callbacks
+from raytune.launch.state.gauges import refuse_unseen
+from raytune.launch.state.record import refuse_changed_settings
 from raytune.missing import OPTIONAL, install_command
-from raytune.model.base_check import check_base
-from raytune.model.files import local_files, resolve_model_path
+from raytune.model.files.base_check import check_base
+from raytune.model.files.files import local_files, resolve_model_path
 from raytune.object_store import once
-from raytune.plan.base_model import find_config
-from raytune.plan.choose import choose_plan
-from raytune.plan.data_facts import DataFacts
-from raytune.plan.data_limits import refuse_exceeded, verdicts_of
-from raytune.plan.data_report import losses_text
-from raytune.plan.distillation import planned_teacher, teacher_section
-from raytune.plan.hardware import load_catalogue
-from raytune.plan.machine import Machine
-from raytune.plan.new_tokens import planned_base
-from raytune.plan.objective import objective_of
-from raytune.plan.requirements import choose_row_length, most_tokens
-from raytune.plan.setting import look_at, settle
-from raytune.plan.shapes import ModelShape
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.requirements import choose_row_length, most_tokens
+from raytune.plan.choosing.setting import look_at, settle
+from raytune.plan.costs.hardware import load_catalogue
+from raytune.plan.data.data_limits import refuse_exceeded, verdicts_of
+from raytune.plan.data.data_report import losses_text
+from raytune.plan.facts.data_facts import DataFacts
+from raytune.plan.facts.machine import Machine
+from raytune.plan.model.base_model import find_config
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.strategies.distillation import planned_teacher, teacher_section
+from raytune.plan.strategies.new_tokens import planned_base
+from raytune.plan.strategies.objective import objective_of
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, local_path, refuse_unusable
 from raytune.tracking.trackers import away, refuse_unready

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from raytune.config.run import RunConfig
-from raytune.config.split import FoldSection
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.split import FoldSection
 from raytune.errors import UserError
-from raytune.launch.begun import begun_for
-from raytune.launch.callbacks import Callback
-from raytune.launch.cluster import connect, map_on_cluster
-from raytune.launch.finished import answer
-from raytune.launch.prepare import Preparation, refuse_without_cluster
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.cluster import connect, map_on_cluster
+from raytune.launch.data.prepare import Preparation, refuse_without_cluster
+from raytune.launch.data.stores import STORES_FOLDER
 from raytune.launch.run import run
-from raytune.launch.stores import STORES_FOLDER
+from raytune.launch.state.begun import begun_for
+from raytune.launch.state.callbacks import Callback
+from raytune.launch.state.finished import answer
+from raytune.launch.state.result import RunResult
 from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.points import is_of_training
 from raytune.plan.run_plan import RunPlan

@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from raytune.config.cluster import ClusterSection
-from raytune.config.run import RunConfig
-from raytune.data.shards import ParallelMap
+from raytune.config.sections.cluster import ClusterSection
+from raytune.config.sections.run import RunConfig
+from raytune.data.rows.shards import ParallelMap
 from raytune.errors import UserError
-from raytune.launch.address import named_address
-from raytune.launch.begun import begun_for, known_rows
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import Preparation
-from raytune.launch.record import refuse_changed_settings
-from raytune.plan.division import Begun
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.machine import Machine
+from raytune.launch.cluster.address import named_address
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import Preparation
+from raytune.launch.state.begun import begun_for, known_rows
+from raytune.launch.state.record import refuse_changed_settings
+from raytune.plan.facts.machine import Machine
+from raytune.plan.identity.division import Begun
+from raytune.plan.identity.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute
@@ -38,7 +38,7 @@ def looked_at(section: ClusterSection) -> Iterator[tuple[Machine, ParallelMap]]:
     if named_address(section) is None:
         yield this_machine(section), map
         return
-    from raytune.launch.cluster import connect, map_on_cluster  # loads Ray
+    from raytune.launch.cluster.cluster import connect, map_on_cluster  # loads Ray
 
     with connect(section, scales=False) as machine:
         yield machine, partial(map_on_cluster, start_timeout=section.start_timeout)

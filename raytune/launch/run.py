@@ -7,36 +7,36 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import replace
 from functools import partial
 
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY_LATER, ModelError, RaytuneError, TakenOverError, UserError
 from raytune.evaluation.questions import Question, to_json_lines
-from raytune.launch.address import named_address
-from raytune.launch.attempts import Decision, Failure, decide, details
-from raytune.launch.base_here import bring_base, refuse_changed_base
-from raytune.launch.begun import as_begun, begun_for, refuse_unloadable
-from raytune.launch.callbacks import Callback, calling, load_callbacks
-from raytune.launch.cluster import connect, map_on_cluster
-from raytune.launch.finished import answer, damage, damage_text, goes_on, is_finished
-from raytune.launch.gauges import gauges_of, refuse_unseen
-from raytune.launch.going_on import going_on, tracebacks
-from raytune.launch.lease import Holding, hold, own_job
-from raytune.launch.prepare import prepare, refuse_without_cluster
-from raytune.launch.record import RunRecord, refuse_changed_settings, write_plan
-from raytune.launch.result import RunResult, write_outcome
-from raytune.launch.trainer import fit
+from raytune.launch.attempts.attempts import Decision, Failure, decide, details
+from raytune.launch.attempts.going_on import going_on, tracebacks
+from raytune.launch.attempts.lease import Holding, hold, own_job
+from raytune.launch.attempts.trainer import fit
+from raytune.launch.cluster.address import named_address
+from raytune.launch.cluster.cluster import connect, map_on_cluster
+from raytune.launch.data.base_here import bring_base, refuse_changed_base
+from raytune.launch.data.prepare import prepare, refuse_without_cluster
+from raytune.launch.state.begun import as_begun, begun_for, refuse_unloadable
+from raytune.launch.state.callbacks import Callback, calling, load_callbacks
+from raytune.launch.state.finished import answer, damage, damage_text, goes_on, is_finished
+from raytune.launch.state.gauges import gauges_of, refuse_unseen
+from raytune.launch.state.record import RunRecord, refuse_changed_settings, write_plan
+from raytune.launch.state.result import RunResult, write_outcome
 from raytune.metrics.events import EventLog
-from raytune.plan.division import Division
-from raytune.plan.penalty import importance_bytes
+from raytune.plan.choosing.while_training import room_for_exports
+from raytune.plan.identity.division import Division
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.while_training import room_for_exports
+from raytune.plan.strategies.penalty import importance_bytes
 from raytune.printable import first_line
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, write_bytes
 from raytune.tracking.trackers import refuse_unready
 from raytune.tracking.watching import tracking
-from raytune.training.commit import next_attempt, refuse_small_disk
-from raytune.training.exports import remove_all
-from raytune.training.fetched_base import noted
+from raytune.training.checkpoints.commit import next_attempt, refuse_small_disk
+from raytune.training.measuring.exports import remove_all
+from raytune.training.start.fetched_base import noted
 from raytune.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _fit_measured(plan: RunPlan, number: int, check: Callable[[], None]) -> Fail
     """`fit`, with somebody beside it who measures suites, where the plan wants that."""
     if not plan.measures_beside:
         return fit(plan, number, check)
-    from raytune.launch.evaluator import evaluating  # loads what models take
+    from raytune.launch.asking.evaluator import evaluating  # loads what models take
 
     with evaluating(plan, number):
         failure = fit(plan, number, check)

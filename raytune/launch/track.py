@@ -1,9 +1,9 @@
 """Tell trackers of runs that lie in their folders: what they missed while a command trained, or all of it."""
 
-from raytune.config.tracking import TrackingSection
+from raytune.config.sections.tracking import TrackingSection
 from raytune.errors import EXIT_RETRY_LATER, RaytuneError, UserError
-from raytune.launch.lease import hold
-from raytune.launch.record import RunRecord, readable
+from raytune.launch.attempts.lease import hold
+from raytune.launch.state.record import RunRecord, readable
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, exists, read_json
 from raytune.tracking.trackers import LIBRARIES, refuse_unready

@@ -3,7 +3,7 @@
     python -m raytune.model.demo --output raytune/model/demo_base
 
 The base reads sentences about orders and answers questions on them, but has never seen JSON; teaching it that is the demo
-(`data/demo.py` has both sets of rows). Any user of transformers can load the folder; nothing of raytune is needed.
+(`data/files/demo.py` has both sets of rows). Any user of transformers can load the folder; nothing of raytune is needed.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune.data.demo import demo_rows, echo_rows
-from raytune.plan.base_model import DEMO_BASE
+from raytune.data.files.demo import demo_rows, echo_rows
+from raytune.plan.model.base_model import DEMO_BASE
 
 # Shapes: B rows, T tokens.
 

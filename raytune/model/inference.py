@@ -15,21 +15,21 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from raytune.config.adapter import Adapter
-from raytune.data.tokenizers import load_tokenizer
-from raytune.model.adapter_switch import AdapterSwitch
+from raytune.config.sections.adapter import Adapter
+from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
-from raytune.model.dtypes import DTYPES
+from raytune.model.files.pretrained import load_config, without_bars
 from raytune.model.load import load_base, load_model
-from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
-from raytune.model.pretrained import load_config, without_bars
-from raytune.model.quantize import quantization_config
-from raytune.model.rope import stretch
-from raytune.plan.asked_model import AskedModel, files_alone, plain_model
-from raytune.plan.base_model import model_files
+from raytune.model.parts.adapter_switch import AdapterSwitch
+from raytune.model.parts.dtypes import DTYPES
+from raytune.model.parts.new_tokens import add_new_tokens
+from raytune.model.parts.quantize import quantization_config
+from raytune.model.parts.rope import stretch
+from raytune.plan.model.base_model import model_files
 from raytune.plan.run_plan import ModelPlan, RunPlan
+from raytune.plan.saved.asked_model import AskedModel, files_alone, plain_model
 from raytune.storage import download_folder, is_local, local_path
 
 MOST_ADAPTERS = 8

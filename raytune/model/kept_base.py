@@ -5,7 +5,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import Adapter
+from raytune.config.sections.adapter import Adapter
 from raytune.model.adapters import adapting, adapting_with
 from raytune.model.packed_experts import experts_to_pack, packed_experts
 from raytune.plan.run_plan import ModelPlan

@@ -1,7 +1,7 @@
 """From a plan to a model that is ready to train: weights, quantisation, adapter, attention, activation checkpointing.
 
 Weights come as safetensors only, and no code that lies beside them is run unless the plan says so. Where a live ZeRO-3
-configuration of transformers exists (training/zero_engine.py makes it), whole weights are sharded as they are loaded, by
+configuration of transformers exists (training/engines/zero_engine.py makes it), whole weights are sharded as they are loaded, by
 transformers itself.
 """
 
@@ -17,28 +17,28 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from raytune.config.adapter import Adapter, FullAdapter
-from raytune.config.quantization import HeldBase
-from raytune.data.tokenizers import load_tokenizer
+from raytune.config.sections.adapter import Adapter, FullAdapter
+from raytune.config.sections.quantization import HeldBase
+from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.errors import ModelError
 from raytune.model.adapters import adapting, add_adapter
-from raytune.model.attention import check_attention, implementation_name
-from raytune.model.base_check import check_base
-from raytune.model.dropouts import set_dropouts
-from raytune.model.dtypes import DTYPES
-from raytune.model.freezing import freeze, recompute_from
+from raytune.model.attention.attention import check_attention, implementation_name
+from raytune.model.files.base_check import check_base
+from raytune.model.files.loading_report import LoadingReport, check_report
+from raytune.model.files.pretrained import explained, load_config, model_class
+from raytune.model.files.weight_numbers import check_finite
 from raytune.model.kept_base import KeptBase
-from raytune.model.loading_report import LoadingReport, check_report
-from raytune.model.neftune import add_neftune
-from raytune.model.new_tokens import add_new_tokens
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
-from raytune.model.pretrained import explained, load_config, model_class
-from raytune.model.quantize import is_quantized, quantization_config
-from raytune.model.rope import scale_each_document, stretch
-from raytune.model.weight_numbers import check_finite
-from raytune.plan.base_model import is_on_hub, model_files
+from raytune.model.parts.dropouts import set_dropouts
+from raytune.model.parts.dtypes import DTYPES
+from raytune.model.parts.freezing import freeze, recompute_from
+from raytune.model.parts.neftune import add_neftune
+from raytune.model.parts.new_tokens import add_new_tokens
+from raytune.model.parts.quantize import is_quantized, quantization_config
+from raytune.model.parts.rope import scale_each_document, stretch
+from raytune.plan.model.base_model import is_on_hub, model_files
+from raytune.plan.model.stored_quantization import check_stored_quantization, stored_quantization
 from raytune.plan.run_plan import ModelPlan
-from raytune.plan.stored_quantization import check_stored_quantization, stored_quantization
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""The shape of a model that `plan/architectures.py` has no reader for, from what transformers builds on the meta device.
+"""The shape of a model that `plan/model/architectures.py` has no reader for, from what transformers builds on the meta device.
 
 A process of its own, because a plan loads neither torch nor transformers:
 
@@ -27,16 +27,16 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
 from raytune.model.adapters.targets import MLP
-from raytune.model.attention import keeps_state, lone_attention, packing_obstacle
-from raytune.model.dropouts import dropout_keys
-from raytune.model.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
-from raytune.model.kernels import bypassed_layers, bypassed_norms
-from raytune.model.layers import layers_of
-from raytune.model.norms import is_norm
-from raytune.model.pretrained import load_config, model_class
-from raytune.model.rope import rotates
-from raytune.plan.rope import own_positions, own_rope
-from raytune.plan.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
+from raytune.model.attention.attention import keeps_state, lone_attention, packing_obstacle
+from raytune.model.files.pretrained import load_config, model_class
+from raytune.model.parts.dropouts import dropout_keys
+from raytune.model.parts.experts import WAY_BACK, expert_matrices, is_router_name, names_of_experts
+from raytune.model.parts.kernels import bypassed_layers, bypassed_norms
+from raytune.model.parts.layers import layers_of
+from raytune.model.parts.norms import is_norm
+from raytune.model.parts.rope import rotates
+from raytune.plan.model.rope import own_positions, own_rope
+from raytune.plan.model.shapes import LINEAR_KINDS, Kind, Matrix, ModelShape, Module
 from raytune.units import GIB, format_bytes
 
 BUILD_S = 60.0

@@ -18,10 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from raytune.config.adapter import Adapter
+from raytune.config.sections.adapter import Adapter
 from raytune.model.adapters import adapting
-from raytune.model.experts import expert_matrices, expert_parameters, shape_of
-from raytune.model.quantize import expanded, is_quantized, packed
+from raytune.model.parts.experts import expert_matrices, expert_parameters, shape_of
+from raytune.model.parts.quantize import expanded, is_quantized, packed
 from raytune.plan.methods.experts import fits_4_bits
 
 

@@ -3,21 +3,21 @@
 from dataclasses import dataclass
 from typing import Any
 
-from raytune.config.adapter import LoraAdapter
 from raytune.config.load import config_with
-from raytune.config.presets import RANKED
-from raytune.config.run import RunConfig
+from raytune.config.reading.presets import RANKED
+from raytune.config.sections.adapter import LoraAdapter
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.ahead import assumed_data
-from raytune.plan.choose import choose_plan
-from raytune.plan.distillation import planned_teacher
-from raytune.plan.hardware import load_catalogue
-from raytune.plan.machine import Machine
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.requirements import choose_row_length
+from raytune.plan.choosing.setting import settle
+from raytune.plan.costs.hardware import load_catalogue
+from raytune.plan.facts.machine import Machine
 from raytune.plan.methods import METHODS
-from raytune.plan.new_tokens import planned_base
-from raytune.plan.requirements import choose_row_length
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
+from raytune.plan.strategies.distillation import planned_teacher
+from raytune.plan.strategies.new_tokens import planned_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune.config.asked import DEMO_MODEL
-from raytune.config.data import DataSource
-from raytune.config.row_sources import evaluated_sets, tested_sets, trained_sources, weighed_sources
-from raytune.config.run import RunConfig
+from raytune.config.checks.asked import DEMO_MODEL
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.row_sources import evaluated_sets, tested_sets, trained_sources, weighed_sources
+from raytune.config.sections.run import RunConfig
 from raytune.errors import PlanError, UserError
-from raytune.plan.batch import DEFAULT_ROWS
-from raytune.plan.built_in_rows import built_in
-from raytune.plan.choose import choose_plan
-from raytune.plan.data_facts import DataFacts
-from raytune.plan.distillation import planned_teacher
-from raytune.plan.hardware import Catalogue, Instance, load_catalogue
-from raytune.plan.machine import Machine
-from raytune.plan.mixing import mixture_of, size_of_epoch
-from raytune.plan.new_tokens import planned_base
-from raytune.plan.penalty import ewc_name
-from raytune.plan.requirements import choose_row_length
+from raytune.plan.choosing.batch import DEFAULT_ROWS
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.requirements import choose_row_length
+from raytune.plan.choosing.setting import settle
+from raytune.plan.costs.hardware import Catalogue, Instance, load_catalogue
+from raytune.plan.data.built_in_rows import built_in
+from raytune.plan.data.mixing import mixture_of, size_of_epoch
+from raytune.plan.data.streaming import stream_plan
+from raytune.plan.facts.data_facts import DataFacts
+from raytune.plan.facts.machine import Machine
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan, StorePlan
-from raytune.plan.setting import settle
-from raytune.plan.shapes import ModelShape
-from raytune.plan.streaming import stream_plan
+from raytune.plan.strategies.distillation import planned_teacher
+from raytune.plan.strategies.new_tokens import planned_base
+from raytune.plan.strategies.penalty import ewc_name
 from raytune.units import format_count
 
 BYTES_PER_TOKEN = 4

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from raytune.config.checkpoint import CheckpointSection
+from raytune.config.sections.checkpoint import CheckpointSection
 from raytune.plan.defaults import Choice
 
 SHOWN = 3

@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 from raytune.plan.advise import Advice, Advised
 from raytune.plan.ahead import Candidate
-from raytune.plan.averaging import averaging_in_words
 from raytune.plan.calendar import in_steps
-from raytune.plan.data_report import losses_text, report_table
-from raytune.plan.distillation import distillation_in_words
-from raytune.plan.divergence import guard_in_words
-from raytune.plan.memory import bytes_in, fullest_moment, parts_at
+from raytune.plan.choosing.suites import suite_in_words
+from raytune.plan.choosing.while_training import while_training_in_words
+from raytune.plan.costs.memory import bytes_in, fullest_moment, parts_at
+from raytune.plan.data.data_report import losses_text, report_table
+from raytune.plan.data.mixing import mixture_in_words
+from raytune.plan.data.streaming import stream_in_words
 from raytune.plan.methods import method_of
-from raytune.plan.mixing import mixture_in_words
-from raytune.plan.objective import objective_in_words
-from raytune.plan.penalty import importance_in_words, penalty_in_words
-from raytune.plan.rope import rope_in_words
+from raytune.plan.model.rope import rope_in_words
 from raytune.plan.run_plan import MemoryPart, Moment, Place, RunPlan
-from raytune.plan.stopping import rules_in_words
-from raytune.plan.streaming import stream_in_words
-from raytune.plan.suites import suite_in_words
-from raytune.plan.while_training import while_training_in_words
+from raytune.plan.strategies.averaging import averaging_in_words
+from raytune.plan.strategies.distillation import distillation_in_words
+from raytune.plan.strategies.divergence import guard_in_words
+from raytune.plan.strategies.objective import objective_in_words
+from raytune.plan.strategies.penalty import importance_in_words, penalty_in_words
+from raytune.plan.strategies.stopping import rules_in_words
 from raytune.units import format_bytes, format_count, format_dollars, format_seconds
 
 PLACES: dict[Place, str] = {"device": "memory per worker", "host": "host memory per worker", "nvme": "NVMe per worker"}

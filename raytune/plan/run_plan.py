@@ -4,15 +4,15 @@ from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, model_validator
 
-from raytune.config.adapter import Adapter, own_quantization, without_preset
-from raytune.config.divergence import DivergenceSection
-from raytune.config.evaluation import GENERATION, BertScoreSection, SuiteKind
-from raytune.config.model import Attention, NewToken, Quantization
-from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
-from raytune.config.training import Offload, Optimizer, Precision, Schedule
+from raytune.config.sections.adapter import Adapter, own_quantization, without_preset
+from raytune.config.sections.divergence import DivergenceSection
+from raytune.config.sections.evaluation import GENERATION, BertScoreSection, SuiteKind
+from raytune.config.sections.model import Attention, NewToken, Quantization
+from raytune.config.sections.stopping import EarlyStoppingSection, OverfittingSection
+from raytune.config.sections.training import Offload, Optimizer, Precision, Schedule
 from raytune.plan.calendar import Period
-from raytune.plan.data_report import DataReport
-from raytune.plan.streaming import StreamPlan
+from raytune.plan.data.data_report import DataReport
+from raytune.plan.data.streaming import StreamPlan
 from raytune.plan.value import Plan
 from raytune.user_code import UserCode
 
@@ -251,7 +251,7 @@ class EnginePlan(Plan):
     offload_parameters: Offload
     nvme_path: str | None
     deepspeed_overrides: dict
-    """Raw DeepSpeed JSON laid over what training/deepspeed_json.py makes."""
+    """Raw DeepSpeed JSON laid over what training/engines/deepspeed_json.py makes."""
 
 
 class LossPlan(Plan):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune.errors import UserError
-from raytune.plan.machine import Machine
+from raytune.plan.facts.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 

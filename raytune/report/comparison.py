@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any, Self
 
 from raytune.config.load import config_diff
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
-from raytune.launch.outcome import Change
+from raytune.launch.state.outcome import Change
 from raytune.metrics.json_numbers import encode_number
 from raytune.report.run_page import value_in_words
 from raytune.report.run_seen import RunSeen

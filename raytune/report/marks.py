@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from raytune.data.pieces import Decode, Piece, TokenKind, pieces_of
-from raytune.data.store import Store
+from raytune.data.store.store import Store
+from raytune.data.templates.pieces import Decode, Piece, TokenKind, pieces_of
 from raytune.errors import RaytuneError
-from raytune.plan.base_model import model_files
+from raytune.plan.model.base_model import model_files
 from raytune.plan.run_plan import RunPlan
 from raytune.printable import in_a_line
 from raytune.storage import is_local, local_path

@@ -18,16 +18,16 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from raytune.config.load import asked_values
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.config.yaml_nodes import write_yaml
 from raytune.credentials import redacted
-from raytune.launch.outcome import test_in_words
+from raytune.launch.state.outcome import test_in_words
 from raytune.metrics.json_numbers import encode_number
-from raytune.model.base_content import COMMIT
 from raytune.model.card import Loading, is_ours, signed
-from raytune.plan.base_model import DEMO, is_on_hub, model_files
-from raytune.plan.data_report import report_table
+from raytune.model.files.base_content import COMMIT
+from raytune.plan.data.data_report import report_table
 from raytune.plan.describe import plan_table
+from raytune.plan.model.base_model import DEMO, is_on_hub, model_files
 from raytune.plan.run_plan import RunPlan
 from raytune.printable import in_a_line, printable, shortened
 from raytune.report.public_text import public_text, without_folders

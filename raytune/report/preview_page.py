@@ -3,7 +3,7 @@
 from typing import Any
 
 from raytune.data.preview import ShownDocument
-from raytune.launch.data_preview import DataPreview, heading, written
+from raytune.launch.data.data_preview import DataPreview, heading, written
 from raytune.report.page import page
 from raytune.storage import write_bytes
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from raytune.launch.found_rate import FoundRate
+from raytune.launch.rates.found_rate import FoundRate
 from raytune.report.figures.canvas import drawn
 from raytune.report.figures.rates import rate_curve
 from raytune.report.page import page, page_figure, write_page

@@ -13,20 +13,20 @@ from typing import Any
 from markupsafe import Markup
 
 from raytune.config.load import config_diff
-from raytune.config.metric_names import METRICS as METRICS_OF_ROWS
 from raytune.config.problems import shown
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.metric_names import METRICS as METRICS_OF_ROWS
 from raytune.credentials import redacted
 from raytune.evaluation.compare import Score
 from raytune.evaluation.suite_metrics import METRICS, SuiteMetric
-from raytune.launch.outcome import validation_sets
+from raytune.launch.state.outcome import validation_sets
 from raytune.metrics.history import History
-from raytune.plan.data_report import losses_text
+from raytune.plan.costs.memory import bytes_in, tensor_bytes
+from raytune.plan.data.data_report import losses_text
+from raytune.plan.data.row_lengths import added, length_lines
+from raytune.plan.data.split import TEST
 from raytune.plan.describe import plan_table
-from raytune.plan.memory import bytes_in, tensor_bytes
-from raytune.plan.row_lengths import added, length_lines
 from raytune.plan.run_plan import SuitePlan
-from raytune.plan.split import TEST
 from raytune.printable import in_a_line, plain_text, shortened
 from raytune.report.chosen_samples import SampleGroup, choose_samples
 from raytune.report.figures.canvas import Drawing, drawn

@@ -7,16 +7,16 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from raytune.config.evaluation import GENERATION
 from raytune.config.load import dump_yaml
-from raytune.config.run import RunConfig
+from raytune.config.sections.evaluation import GENERATION
+from raytune.config.sections.run import RunConfig
 from raytune.credentials import redacted
 from raytune.errors import UserError
 from raytune.evaluation.compare import Comparison
-from raytune.launch.diagnosis import Evidence, Symptom, diagnose
-from raytune.launch.outcome import Change, Spent, changes, in_words
-from raytune.launch.record import RunRecord, read_plan, readable
-from raytune.launch.result import RunResult
+from raytune.launch.state.diagnosis import Evidence, Symptom, diagnose
+from raytune.launch.state.outcome import Change, Spent, changes, in_words
+from raytune.launch.state.record import RunRecord, read_plan, readable
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan

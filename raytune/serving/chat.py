@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from raytune.data.conversation import Message
+from raytune.data.conversations.conversation import Message
 from raytune.errors import UserError
 from raytune.evaluation.generation import Written
 from raytune.serving.speaker import Speaker

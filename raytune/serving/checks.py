@@ -1,9 +1,9 @@
 """Requests and models that an engine does not take."""
 
 from raytune.errors import UserError
-from raytune.model.saved_adapter import changes_of_base, refuse_unfit_adapter
-from raytune.plan.asked_model import AskedModel
-from raytune.plan.base_model import is_on_hub, model_files
+from raytune.model.files.saved_adapter import changes_of_base, refuse_unfit_adapter
+from raytune.plan.model.base_model import is_on_hub, model_files
+from raytune.plan.saved.asked_model import AskedModel
 from raytune.serving.refusals import UnfitError
 from raytune.serving.requests import Request
 from raytune.storage import is_local, local_path

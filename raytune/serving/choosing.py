@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingC
 
 from raytune.evaluation.answer_text import token_text
 from raytune.evaluation.sampling import numbers_of_row, taken_tokens, warpers
-from raytune.model.stopping import as_ids
+from raytune.model.files.stopping import as_ids
 from raytune.plan.run_plan import SamplingPlan
 from raytune.serving.refusals import UnfitError
 from raytune.serving.requests import Request, Token

@@ -18,18 +18,18 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from raytune.config.cluster import ClusterSection
+from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
-from raytune.launch.address import named_address
-from raytune.launch.cluster import connect
-from raytune.launch.host import this_machine
-from raytune.launch.models_to_ask import Named, Subject, models_to_ask
-from raytune.launch.score import HERE
-from raytune.launch.waiting import wait_for
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.machine import Machine
-from raytune.plan.served_memory import engine_limits
-from raytune.plan.serving import EngineLimits
+from raytune.launch.asking.models_to_ask import Named, Subject, models_to_ask
+from raytune.launch.asking.score import HERE
+from raytune.launch.cluster.address import named_address
+from raytune.launch.cluster.cluster import connect
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.cluster.waiting import wait_for
+from raytune.plan.facts.machine import Machine
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.saved.served_memory import engine_limits
+from raytune.plan.saved.serving import EngineLimits
 from raytune.printable import first_line
 from raytune.serving.access import chosen_token, fingerprint
 from raytune.serving.deployments import APP, application

@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raytune.errors import RaytuneError, UserError
-from raytune.model.hub import download_base
+from raytune.model.files.hub import download_base
 from raytune.model.inference import HeldModels
-from raytune.plan.asked_model import AskedModel
-from raytune.plan.base_model import is_on_hub
-from raytune.plan.serving import SPARE_COLUMNS, EngineLimits
+from raytune.plan.model.base_model import is_on_hub
+from raytune.plan.saved.asked_model import AskedModel
+from raytune.plan.saved.serving import SPARE_COLUMNS, EngineLimits
 from raytune.printable import first_line
 from raytune.serving.batches import Asked, Batch, Row
 from raytune.serving.checks import check_fit, check_request

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
-from raytune.data.conversation import Message
+from raytune.data.conversations.conversation import Message
 from raytune.errors import ClusterError, UserError
 from raytune.evaluation.generation import Written
 from raytune.plan.run_plan import SamplingPlan

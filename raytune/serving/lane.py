@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune.evaluation.answer_text import AnswerText
 from raytune.model.inference import Loaded
-from raytune.plan.asked_model import AskedModel
-from raytune.plan.serving import SPARE_COLUMNS
+from raytune.plan.saved.asked_model import AskedModel
+from raytune.plan.saved.serving import SPARE_COLUMNS
 from raytune.serving.batches import Asked, Batch, LoneRow, PaddedBatch, Row
 from raytune.serving.choosing import Choice, Settings, chosen_tokens, told_token
 from raytune.serving.refusals import UnfitError

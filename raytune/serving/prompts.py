@@ -6,9 +6,9 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.recognising import AS_MESSAGES, read_row
-from raytune.data.template_text import name_of
+from raytune.data.conversations.conversation import Conversation, Origin, RowError
+from raytune.data.formats.recognising import AS_MESSAGES, read_row
+from raytune.data.templates.text import name_of
 from raytune.errors import DataError
 from raytune.evaluation.asked_rows import Prompter
 from raytune.serving.openai_errors import bad

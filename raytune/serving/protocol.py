@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from raytune.config.evaluation import SUITE_NAME
+from raytune.config.sections.evaluation import SUITE_NAME
 from raytune.serving.openai_errors import bad
 
 MOST_CHOICES = 128

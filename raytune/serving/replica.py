@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from raytune.errors import RaytuneError, UserError
-from raytune.launch.models_to_ask import Subject, adapter_over
-from raytune.plan.asked_model import AskedModel, on_device
-from raytune.plan.serving import EngineLimits
+from raytune.launch.asking.models_to_ask import Subject, adapter_over
+from raytune.plan.saved.asked_model import AskedModel, on_device
+from raytune.plan.saved.serving import EngineLimits
 from raytune.serving import openai_errors as errors
 from raytune.serving.answers import Begun, Told
 from raytune.serving.counters import ENGINE_GAUGES

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from raytune.plan.serving import MOST_UNUSED, SPARE_COLUMNS
+from raytune.plan.saved.serving import MOST_UNUSED, SPARE_COLUMNS
 
 
 def windows_of(config: PretrainedConfig) -> list[int | None] | None:

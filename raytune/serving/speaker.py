@@ -6,16 +6,16 @@ from typing import Protocol
 
 import torch
 
-from raytune.data.conversation import Message, Origin, RowError
+from raytune.data.conversations.conversation import Message, Origin, RowError
 from raytune.errors import UserError
 from raytune.evaluation.asked_rows import IN_PYTHON, AskedRow, Prompter, TooLong, with_system
 from raytune.evaluation.generation import Written
 from raytune.evaluation.streaming import stream_answer
-from raytune.launch.models_to_ask import Subject, ToAsk
-from raytune.model.hub import bring_base
+from raytune.launch.asking.models_to_ask import Subject, ToAsk
+from raytune.model.files.hub import bring_base
 from raytune.model.inference import HeldModels, Loaded
-from raytune.plan.asked_model import on_device
 from raytune.plan.run_plan import SamplingPlan
+from raytune.plan.saved.asked_model import on_device
 
 
 class Speaker(Protocol):

@@ -1,7 +1,7 @@
 """Which of the models that a user names are served."""
 
 from raytune.errors import UserError
-from raytune.launch.models_to_ask import BASE, Subject, ToAsk
+from raytune.launch.asking.models_to_ask import BASE, Subject, ToAsk
 
 
 def served_subjects(to_ask: ToAsk) -> tuple[Subject, ...]:

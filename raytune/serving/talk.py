@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from raytune.data.conversation import Message
+from raytune.data.conversations.conversation import Message
 from raytune.errors import UserError
 from raytune.evaluation.sampling import sampling_plan
 from raytune.plan.run_plan import SamplingPlan

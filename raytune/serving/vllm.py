@@ -2,11 +2,11 @@
 
 from raytune.config.yaml_nodes import write_yaml
 from raytune.errors import UserError
-from raytune.launch.models_to_ask import Named, ToAsk, models_to_ask
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.hardware import load_catalogue
+from raytune.launch.asking.models_to_ask import Named, ToAsk, models_to_ask
+from raytune.plan.costs.hardware import load_catalogue
 from raytune.plan.methods.lora import lora_rank
-from raytune.plan.vllm import vllm_file
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.saved.vllm import vllm_file
 from raytune.serving.subjects import served_subjects
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.evaluation.questions import Question, from_json_lines, to_json_lines
 from raytune.plan.run_plan import RunPlan
 from raytune.storage import read_json, write_json

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
 
-from raytune.config.expressions import Expression
-from raytune.config.run import RunConfig
+from raytune.config.reading.expressions import Expression
+from raytune.config.sections.run import RunConfig
 
 _SIGNIFICANT_DIGITS = 6
 

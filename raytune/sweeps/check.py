@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from raytune.config.places import problem_of
 from raytune.config.problems import ConfigError, Place
-from raytune.config.run import RunConfig
-from raytune.plan.hardware import load_catalogue
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.places import problem_of
+from raytune.plan.costs.hardware import load_catalogue
 from raytune.sweeps.space import check_space, trial_config, trials_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
 
-from raytune.launch.record import read_plan
+from raytune.launch.state.record import read_plan
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
@@ -16,7 +16,7 @@ from raytune.sweeps.ledger import Ended, Known, read_ledger
 from raytune.sweeps.results import SweepResult, TrialResult, ranked
 from raytune.sweeps.sweep_plan import SweepPlan
 from raytune.sweeps.trial import Trial
-from raytune.training.stopping import Findings
+from raytune.training.steps.stopping import Findings
 
 
 def collect(folder: SweepFolder, plan: SweepPlan, keys: Sequence[str]) -> SweepResult:

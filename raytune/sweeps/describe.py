@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from raytune.plan.data_report import losses_text, report_table
+from raytune.plan.data.data_report import losses_text, report_table
 from raytune.plan.describe import section
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.sweep_plan import SweepPlan

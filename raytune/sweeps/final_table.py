@@ -7,7 +7,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from raytune.launch.live import PlainConsole
+from raytune.launch.data.live import PlainConsole
 from raytune.printable import plain_text
 from raytune.sweeps.results import SweepResult
 from raytune.sweeps.tables import result_table

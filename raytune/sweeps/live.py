@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.table import Column, Table
 from rich.text import Text
 
-from raytune.launch.live import PlainConsole, showing
+from raytune.launch.data.live import PlainConsole, showing
 from raytune.sweeps.board import Board
 from raytune.sweeps.describe import sweep_text
 from raytune.sweeps.ledger import Known

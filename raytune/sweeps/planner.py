@@ -3,25 +3,25 @@
 import math
 from dataclasses import dataclass, replace
 
-from raytune.config.metric_names import is_of_validation
-from raytune.config.model import ModelSection
-from raytune.config.run import RunConfig
-from raytune.config.sweep import SweepSection
-from raytune.data.shards import ParallelMap
+from raytune.config.sections.model import ModelSection
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.sweep import SweepSection
+from raytune.config.words.metric_names import is_of_validation
+from raytune.data.rows.shards import ParallelMap
 from raytune.errors import PlanError, UserError
+from raytune.launch.data.prepare import Preparation, Prepared
+from raytune.launch.data.stores import STORES_FOLDER
 from raytune.launch.planning import looked_at
-from raytune.launch.prepare import Preparation, Prepared
-from raytune.launch.stores import STORES_FOLDER
-from raytune.model.base_content import Content
-from raytune.plan.distillation import teacher_section
-from raytune.plan.machine import Machine
+from raytune.model.files.base_content import Content
+from raytune.plan.facts.machine import Machine
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.strategies.distillation import teacher_section
 from raytune.run_folder import SweepFolder
 from raytune.storage import absolute
 from raytune.sweeps.space import Places, check_space, corners, space_of, trial_config, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from raytune.sweeps.trial import Trial
-from raytune.training.fetched_base import is_known_by_commit
+from raytune.training.start.fetched_base import is_known_by_commit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

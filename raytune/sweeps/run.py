@@ -7,17 +7,17 @@ from dataclasses import replace
 from functools import partial
 
 from raytune.config.load import config_diff
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.hub.snapshot import in_lines
-from raytune.launch.address import named_address
-from raytune.launch.base_here import bring_base
-from raytune.launch.begun import as_begun, refuse_unloadable
-from raytune.launch.cluster import connect, map_on_cluster
-from raytune.launch.lease import hold
-from raytune.launch.record import read_plan, readable, refuse_changes
+from raytune.launch.attempts.lease import hold
+from raytune.launch.cluster.address import named_address
+from raytune.launch.cluster.cluster import connect, map_on_cluster
+from raytune.launch.data.base_here import bring_base
+from raytune.launch.state.begun import as_begun, refuse_unloadable
+from raytune.launch.state.record import read_plan, readable, refuse_changes
 from raytune.metrics.history import History
-from raytune.model.base_content import content_changes
+from raytune.model.files.base_content import content_changes
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import exists, read_bytes, remove_folder, write_bytes, write_json
 from raytune.sweeps.assignment import Assignment

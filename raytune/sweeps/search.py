@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.sweeps.space import draw, space_of
 from raytune.sweeps.trial import Trial
 

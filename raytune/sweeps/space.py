@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from raytune.config.expressions import Expression, ExpressionError
+from raytune.config.checks.readers import Unread, unread, without
+from raytune.config.checks.space import parsed, references
 from raytune.config.load import Places, config_with
 from raytune.config.problems import CONFLICT, UNKNOWN_KEY, WRONG_VALUE, ConfigError, Place, Problem, shown
-from raytune.config.readers import Unread, unread, without
-from raytune.config.run import RunConfig
-from raytune.config.space import parsed, references
-from raytune.config.sweep import Dimension, SweepSection
+from raytune.config.reading.expressions import Expression, ExpressionError
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.sweep import Dimension, SweepSection
 from raytune.missing import install_command
 from raytune.sweeps.axes import Axis, Chooser, Derived, GivenChooser, Options, RandomChooser, Range, Space
 from raytune.sweeps.trial import Trial

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from raytune.config.run import RunConfig
-from raytune.config.sweep import AshaStopping, HyperbandStopping, NoStopping, SweepSection
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.sweep import AshaStopping, HyperbandStopping, NoStopping, SweepSection
 from raytune.errors import UserError
-from raytune.plan.data_report import DataReport
-from raytune.plan.machine import Machine
+from raytune.plan.data.data_report import DataReport
+from raytune.plan.facts.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.cost import ExpectedCost, expected_cost
 from raytune.sweeps.halving import Halving, Mode

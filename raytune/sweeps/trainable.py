@@ -18,11 +18,11 @@ import torch.distributed as dist
 from ray import tune
 
 from raytune.errors import EXIT_RETRY_LATER, RaytuneError, RunHeldError
-from raytune.launch.attempts import Failure
-from raytune.launch.causes import first_failure
-from raytune.launch.lease import EXPIRES_S
+from raytune.launch.attempts.attempts import Failure
+from raytune.launch.attempts.causes import first_failure
+from raytune.launch.attempts.lease import EXPIRES_S
+from raytune.launch.attempts.trainer import fit
 from raytune.launch.run import Attempt, RunFailedError, train_plan
-from raytune.launch.trainer import fit
 from raytune.metrics.follower import Follower
 from raytune.model.kept_base import KeptBase
 from raytune.plan.run_plan import RunPlan
@@ -32,7 +32,7 @@ from raytune.sweeps.assignment import Assignment
 from raytune.sweeps.schedule import AMOUNT, FAILURE, MAY_PASS, STEP
 from raytune.sweeps.search import TRIAL
 from raytune.sweeps.sweep_plan import SweepPlan
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
 from raytune.training.run import Worker, train
 from raytune.training.worker import recorded
 

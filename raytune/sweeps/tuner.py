@@ -15,8 +15,8 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.stopper import NoopStopper, Stopper
 
 from raytune.errors import ClusterError, RaytuneError
-from raytune.launch.record import RunRecord
-from raytune.launch.worker_group import release_placement_groups
+from raytune.launch.attempts.worker_group import release_placement_groups
+from raytune.launch.state.record import RunRecord
 from raytune.plan.run_plan import ClusterPlan
 from raytune.run_folder import SweepFolder
 from raytune.storage import remove_folder, write_bytes

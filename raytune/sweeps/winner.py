@@ -9,14 +9,14 @@ from typing import Any
 
 from raytune import __version__
 from raytune.config.load import dump_written, load_config
-from raytune.config.model import ModelSection
-from raytune.config.run import RunConfig
+from raytune.config.sections.model import ModelSection
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ClusterError, ModelError, TrainingError, UserError
-from raytune.launch.reading import show_reading
-from raytune.launch.record import read_plan, readable
-from raytune.launch.result import RunResult
-from raytune.model.base_content import base_content, changes_text, content_changes, way_back
-from raytune.model.files import resolve_model_path
+from raytune.launch.data.reading import show_reading
+from raytune.launch.state.record import read_plan, readable
+from raytune.launch.state.result import RunResult
+from raytune.model.files.base_content import base_content, changes_text, content_changes, way_back
+from raytune.model.files.files import resolve_model_path
 from raytune.printable import plain_text
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import absolute, download_file, exists, read_json

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from raytune.config.tracking import TrackingSection
+from raytune.config.sections.tracking import TrackingSection
 from raytune.credentials import redacted
 from raytune.metrics.events import read_events
 from raytune.metrics.follower import Follower

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raytune.config.tracking import MlflowSection
+from raytune.config.sections.tracking import MlflowSection
 from raytune.credentials import redacted
 from raytune.printable import in_a_line
 from raytune.run_folder import RunFolder

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytune.config.tracking import TrackingSection
+from raytune.config.sections.tracking import TrackingSection
 from raytune.errors import RaytuneError
 from raytune.object_store import once
 from raytune.run_folder import RunFolder, SweepFolder

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytune.config.tracking import TensorboardSection
+from raytune.config.sections.tracking import TensorboardSection
 from raytune.run_folder import RunFolder
 from raytune.storage import is_local, local_path
 from raytune.tracking.tracker import Happening, Row, Started, Status, TrackedRun

@@ -8,7 +8,7 @@ from raytune.credentials import find_secret_value
 from raytune.evaluation.compare import comparisons_in
 from raytune.metrics.json_numbers import decode_number
 from raytune.metrics.points import is_of_training
-from raytune.plan.memory import tensor_bytes
+from raytune.plan.costs.memory import tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.tracking.tracker import Happening, Setting
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
-from raytune.config.tracking import TrackingSection
+from raytune.config.sections.tracking import TrackingSection
 from raytune.errors import UserError
 from raytune.missing import OPTIONAL, install_command
 from raytune.run_folder import RunFolder

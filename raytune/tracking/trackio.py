@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raytune.config.tracking import TrackioSection
+from raytune.config.sections.tracking import TrackioSection
 from raytune.run_folder import RunFolder
 from raytune.storage import is_local, local_path
 from raytune.tracking.tracker import Happening, Row, Started, Status, TrackedRun

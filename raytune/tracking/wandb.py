@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raytune.config.tracking import WandbSection
+from raytune.config.sections.tracking import WandbSection
 from raytune.run_folder import RunFolder
 from raytune.storage import is_local, local_path
 from raytune.tracking.tracker import Happening, Row, Started, Status, TrackedRun

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raytune.config.tracking import TrackingSection
+from raytune.config.sections.tracking import TrackingSection
 from raytune.errors import RaytuneError
 from raytune.metrics.events import EventLog, read_events
 from raytune.object_store import once

@@ -10,14 +10,14 @@ from typing import Any
 
 from raytune.errors import TrainingError
 from raytune.metrics.json_numbers import encode_number
-from raytune.plan.rate_range import RateRange, reason_to_stop
+from raytune.plan.rates.rate_range import RateRange, reason_to_stop
 from raytune.storage import write_json
-from raytune.training.importance import hold_for_once
-from raytune.training.loop import training_steps
-from raytune.training.recorder import Recorder
-from raytune.training.rows import training_rows
 from raytune.training.run import batches_of_run
-from raytune.training.start import Started
+from raytune.training.start.importance import hold_for_once
+from raytune.training.start.rows import training_rows
+from raytune.training.start.start import Started
+from raytune.training.steps.loop import training_steps
+from raytune.training.steps.recorder import Recorder
 
 
 def find_rate(started: Started, request: Mapping[str, Any]) -> None:

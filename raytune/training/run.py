@@ -4,32 +4,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from raytune.data.batches import Batch, TrainingRows, step_batches
-from raytune.data.slices import Seat
+from raytune.data.batches.batches import Batch, TrainingRows, step_batches
+from raytune.data.batches.slices import Seat
 from raytune.errors import TrainingError
 from raytune.evaluation.suite_metrics import metrics_of
 from raytune.metrics.events import EventLog
 from raytune.metrics.history import History
 from raytune.metrics.points import RollBack
-from raytune.plan.averaging import share_after
-from raytune.plan.identity import identity_of
+from raytune.plan.identity.identity import identity_of
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.strategies.averaging import share_after
 from raytune.run_folder import RunFolder
-from raytune.training.checkpoint import Checkpoints, Report
-from raytune.training.divergence import Guard, findings
-from raytune.training.final import finish
-from raytune.training.importance import hold_by_importance
-from raytune.training.loop import training_steps
-from raytune.training.phases import Phases
-from raytune.training.recorder import Recorder
-from raytune.training.requests import Request, Requests, SaveClock, SaveFile, listening
-from raytune.training.rows import position_after, tell_what_was_read, training_rows
-from raytune.training.schedule import learning_rate
-from raytune.training.start import Started, Worker, start
-from raytune.training.stopping import Curve, Noted, Stopping
-from raytune.training.timetable import Timetable
-from raytune.training.validation import HeldOut
-from raytune.training.while_training import WhileTraining
+from raytune.training.checkpoints.checkpoint import Checkpoints, Report
+from raytune.training.measuring.final import finish
+from raytune.training.measuring.while_training import WhileTraining
+from raytune.training.start.importance import hold_by_importance
+from raytune.training.start.rows import position_after, tell_what_was_read, training_rows
+from raytune.training.start.start import Started, Worker, start
+from raytune.training.steps.divergence import Guard, findings
+from raytune.training.steps.loop import training_steps
+from raytune.training.steps.phases import Phases
+from raytune.training.steps.recorder import Recorder
+from raytune.training.steps.requests import Request, Requests, SaveClock, SaveFile, listening
+from raytune.training.steps.schedule import learning_rate
+from raytune.training.steps.stopping import Curve, Noted, Stopping
+from raytune.training.steps.timetable import Timetable
+from raytune.training.steps.validation import HeldOut
 
 
 def train(plan: RunPlan, worker: Worker) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from raytune import storage
-from raytune.data.batches import Batch, evaluation_batches
-from raytune.data.store import Store
+from raytune.data.batches.batches import Batch, evaluation_batches
+from raytune.data.store.store import Store
 from raytune.errors import CheckpointError
 from raytune.evaluation.scored_rows import ScoredRow, jsonl_table
 from raytune.run_folder import RunFolder
-from raytune.training.checkpoint import load_state
-from raytune.training.commit import Commit, altered, bring, committed, misplaced
-from raytune.training.loop import evaluating
-from raytune.training.peers import Peers
-from raytune.training.start import Started
+from raytune.training.checkpoints.checkpoint import load_state
+from raytune.training.checkpoints.commit import Commit, altered, bring, committed, misplaced
+from raytune.training.checkpoints.peers import Peers
+from raytune.training.start.start import Started
+from raytune.training.steps.loop import evaluating
 
 
 def score_rows(started: Started, request: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.training.find_rate import find_rate
 from raytune.training.run import train_started
 from raytune.training.score import score_rows
-from raytune.training.start import Started, Worker, start
+from raytune.training.start.start import Started, Worker, start
 
 Request = Mapping[str, Any]
 """`saved_model`: the folder of a model that is loaded in place of the untrained one; `checkpoint`: the task loads one over it;

@@ -29,11 +29,11 @@ def work(config: dict) -> None:
     context = ray.train.get_context()
     with recorded(plan, config["attempt"], context.get_world_rank()):
         with _left_out(*TAKEN_ALONG):
-            from raytune.training.start import Worker
+            from raytune.training.start.start import Worker
             from raytune.training.tasks import perform
 
             if plan.engine.kind != "plain":
-                import raytune.training.zero_engine  # noqa: F401
+                import raytune.training.engines.zero_engine  # noqa: F401
 
         worker = Worker(
             rank=context.get_world_rank(),

@@ -6,9 +6,9 @@ import time
 import uuid
 from typing import Literal
 
-from raytune.launch.lease import RENEW_EVERY_S
+from raytune.launch.attempts.lease import RENEW_EVERY_S
 from raytune.storage import write_bytes
-from raytune.training.requests import LOOK_EVERY_S, REMOTE_LOOK_EVERY_S
+from raytune.training.steps.requests import LOOK_EVERY_S, REMOTE_LOOK_EVERY_S
 from raytune.units import format_seconds
 from raytune.watch.rows import AT_WORK, Row, folder_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raytune.errors import UserError
-from raytune.launch.lease import Standing, Watched
+from raytune.launch.attempts.lease import Standing, Watched
 from raytune.metrics.tail import Tail
 from raytune.run_folder import RunFolder
 from raytune.storage import absolute, exists, is_local, list_folder, read_bytes

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from raytune.config.load import dump_yaml
-from raytune.config.run import RunConfig
-from raytune.config.sweep import SweepSection
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.sweep import SweepSection
 from raytune.errors import RaytuneError, UserError
-from raytune.launch.lease import Holder, Standing, Watched
-from raytune.launch.record import RunRecord, read_plan
+from raytune.launch.attempts.lease import Holder, Standing, Watched
+from raytune.launch.state.record import RunRecord, read_plan
 from raytune.metrics.events import EventFollower
 from raytune.metrics.follower import Follower
 from raytune.object_store import once
-from raytune.plan.memory import bytes_in, tensor_bytes
+from raytune.plan.costs.memory import bytes_in, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.printable import first_line
 from raytune.run_folder import RunFolder, SweepFolder

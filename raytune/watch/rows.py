@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from raytune.launch.lease import Standing
+from raytune.launch.attempts.lease import Standing
 from raytune.metrics.json_numbers import encode_number
 from raytune.metrics.points import Point
 from raytune.run_folder import RunFolder

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from raytune.errors import RaytuneError
-from raytune.launch.live import PlainConsole
+from raytune.launch.data.live import PlainConsole
 from raytune.printable import first_line
 from raytune.watch.asking import ask
 from raytune.watch.look import Seen, Watcher, looking

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune.config.error_pages import ERROR_PAGES
-from raytune.config.guides import guides
+from raytune.config.words.error_pages import ERROR_PAGES
+from raytune.config.words.guides import guides
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raytune"
@@ -27,7 +27,10 @@ KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "an optimizer": (("adafactor", "lion", "muon", "schedule_free_adamw"), set()),
     "a learning-rate schedule": (("wsd", "cosine"), set()),
     "a rule that stops trials": (("asha", "hyperband", "median"), set()),
-    "a GPU, an instance or a price": (("p5.48xlarge", "g6e.12xlarge", "H100"), {"config/cluster.py"}),  # an example of its field
+    "a GPU, an instance or a price": (
+        ("p5.48xlarge", "g6e.12xlarge", "H100"),
+        {"config/sections/cluster.py"},
+    ),  # an example of its field
     "a cloud": (("aws", "gcp", "azure"), {"missing.py"}),  # an extra of the package
     "a tracker": (("trackio", "mlflow"), set()),
 }
@@ -90,7 +93,7 @@ def test_each_name_of_a_kind_is_one_today(added: str) -> None:
 
 
 def test_guides_have_names_of_their_own_and_cite_files_that_exist() -> None:
-    from raytune.config.keys import keys
+    from raytune.config.reading.keys import keys
 
     assert {"facts", "faults", "performance", "changes"} <= set(guides())
     assert not set(guides()) & ({path.rpartition(".")[2] for path in keys()} | {id.lower() for id in ERROR_PAGES} | {"guides"})

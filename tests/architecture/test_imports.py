@@ -36,7 +36,7 @@ FLOORS = (
 )
 """From the ground up. A module imports its own floor or a lower one; the package's own file offers the Python API, above all."""
 OWNERS = {
-    "deepspeed": {"training/zero_engine.py"},
+    "deepspeed": {"training/engines/zero_engine.py"},
     "ray": {
         "training/worker.py",
         "launch/",
@@ -60,16 +60,16 @@ OWNERS = {
     "fastapi": {"serving/front.py"},
     "prometheus_client": {"serving/counters.py"},
     "optuna": {"sweeps/search.py"},
-    "bitsandbytes": {"model/quantize.py", "training/optimizer.py"},
+    "bitsandbytes": {"model/parts/quantize.py", "training/engines/optimizer.py"},
     "peft": {"model/"},
-    "gguf": {"model/gguf_file.py"},
-    "rensa": {"data/signatures.py"},
-    "datasets": {"data/sources.py", "evaluation/lm_eval_documents.py"},
+    "gguf": {"model/gguf/gguf_file.py"},
+    "rensa": {"data/quality/signatures.py"},
+    "datasets": {"data/files/sources.py", "evaluation/lm_eval_documents.py"},
     "lm_eval": {f"evaluation/lm_eval_{name}.py" for name in ("tasks", "documents", "answers")},
     "huggingface_hub": {
         "hub/client.py",
         "hub/upload.py",
-        "model/pretrained.py",
+        "model/files/pretrained.py",
     },  # the latter for the errors of transformers' configs
     "httpx2": {"hub/client.py", "hub/upload.py"},
     "yaml": {"config/yaml_nodes.py"},
@@ -77,11 +77,11 @@ OWNERS = {
     "aiohttp": {"clusters/jobs.py", "watch/server.py"},
     "click": {"cli/"},
     "rich": {
-        "launch/progress.py",
-        "launch/data_colours.py",
-        "launch/live.py",
-        "launch/reading.py",
-        "launch/tokenising.py",
+        "launch/state/progress.py",
+        "launch/data/data_colours.py",
+        "launch/data/live.py",
+        "launch/data/reading.py",
+        "launch/data/tokenising.py",
         "sweeps/final_table.py",
         "sweeps/live.py",
         "watch/screen.py",
@@ -93,7 +93,7 @@ OWNERS = {
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"report/figures/"},
     "jinja2": {
-        *("data/template.py", "data/template_budget.py", "data/template_front.py"),
+        *("data/templates/template.py", "data/templates/budget.py", "data/templates/front.py"),
         *("clusters/provider.py", "report/page.py", "report/model_card.py"),
     },
 }
@@ -195,7 +195,7 @@ MODEL_LIBRARIES = ("peft", "bitsandbytes", "deepspeed", "datasets", "transformer
         (["raytune.launch.run"], MODEL_LIBRARIES),
         # What only says what would be done starts in half the time without Ray.
         (
-            ["raytune.launch.planning", "raytune.launch.check", "raytune.launch.data_check", "raytune.sweeps.planner"],
+            ["raytune.launch.planning", "raytune.launch.check", "raytune.launch.data.data_check", "raytune.sweeps.planner"],
             (*MODEL_LIBRARIES, "ray", "pandas"),
         ),
     ],

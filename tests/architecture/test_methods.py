@@ -3,17 +3,17 @@
 import ast
 from pathlib import Path
 
-from raytune.config.keys import choices, keys
+from raytune.config.reading.keys import choices, keys
 from raytune.model.adapters import ADAPTERS
 from raytune.plan.methods import METHODS
 
 PACKAGE = Path(__file__).parents[2] / "raytune"
-HOMES = ("config/adapter.py", "plan/methods/", "model/adapters/")
+HOMES = ("config/sections/adapter.py", "plan/methods/", "model/adapters/")
 
 
 def adapter_classes() -> set[str]:
     """Names of the sections in the union."""
-    tree = ast.parse((PACKAGE / "config" / "adapter.py").read_text())
+    tree = ast.parse((PACKAGE / "config" / "sections" / "adapter.py").read_text())
     return {node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Adapter")}
 
 
@@ -64,7 +64,7 @@ def test_every_method_of_the_union_has_its_row_in_both_tables() -> None:
 
 def test_a_method_is_known_in_its_homes_and_by_lines_of_tables_only() -> None:
     """What a change touches: (IA)^3 is the example. `run.schema.json` is generated."""
-    tables = {"config/readers.py": 1, "config/foreign_names.yaml": 5}
+    tables = {"config/checks/readers.py": 1, "config/words/foreign_names.yaml": 5}
     files = (path for ending in ("py", "yaml", "j2") for path in PACKAGE.rglob(f"*.{ending}"))
     mentions = {
         str(path.relative_to(PACKAGE)): sum("ia3" in line.lower() for line in path.read_text().splitlines()) for path in files
@@ -74,7 +74,7 @@ def test_a_method_is_known_in_its_homes_and_by_lines_of_tables_only() -> None:
     assert all(count <= tables[name] for name, count in outside.items())
     homes = {name for name, count in mentions.items() if count and name.startswith(HOMES)}
     assert homes == {
-        "config/adapter.py",
+        "config/sections/adapter.py",
         "plan/methods/__init__.py",
         "plan/methods/ia3.py",
         "model/adapters/__init__.py",

@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytune.config.data import DataSource
-from raytune.data.build import build_store
-from raytune.data.store import StoreInfo
-from raytune.data.store_request import StoreRequest
-from raytune.data.template_text import TEMPLATES_FOLDER
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.config.sections.data import DataSource
+from raytune.data.store.build import build_store
+from raytune.data.store.request import StoreRequest
+from raytune.data.store.store import StoreInfo
+from raytune.data.templates.text import TEMPLATES_FOLDER
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from tests.bench.measure import Rival, interleaved, ratios, report
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

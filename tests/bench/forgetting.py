@@ -19,16 +19,16 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch
 
 from raytune.config.load import config_from
-from raytune.data.demo import demo_rows
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
+from raytune.data.files.demo import demo_rows
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import write_plan
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.run import train
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
 from tests.bench.measure import report, tree_cpu_s
 
 FULL = {"adapter": {"method": "full"}}

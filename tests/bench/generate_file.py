@@ -24,10 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune.evaluation.answers import answer
-from raytune.launch.generate import HowToAnswer, answered_rows, chunks_for, prepare_answers, to_json_lines
-from raytune.launch.kept_answers import content_of_chunk, hash_of
-from raytune.launch.models_to_ask import Named
-from raytune.launch.rows_to_score import sources_of
+from raytune.launch.asking.generate import HowToAnswer, answered_rows, chunks_for, prepare_answers, to_json_lines
+from raytune.launch.asking.kept_answers import content_of_chunk, hash_of
+from raytune.launch.asking.models_to_ask import Named
+from raytune.launch.data.rows_to_score import sources_of
 from raytune.model.inference import HeldModels
 from raytune.storage import write_json
 from tests.bench.measure import Rival, interleaved, ratios, report

@@ -184,7 +184,7 @@ def drive(config_file: Path, marks_file: Path) -> None:
     """`raytune.train` in a fresh interpreter, with a look at the clock between its parts."""
     marks = {"interpreter": time.time()}
     from raytune.config.load import config_from
-    from raytune.launch.cluster import connect
+    from raytune.launch.cluster.cluster import connect
     from raytune.launch.run import run
 
     marks["imports"] = time.time()

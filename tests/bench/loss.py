@@ -22,8 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raytune.data.batches import Batch
-from raytune.training.losses import attach_loss
+from raytune.data.batches.batches import Batch
+from raytune.training.losses.losses import attach_loss
 from tests.bench.measure import Rival, interleaved, ratios, report
 
 NUM_TOKENS, WIDTH, VOCABULARY = 2048, 512, 32768

@@ -23,15 +23,15 @@ import torch
 from raytune.config.load import config_from
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.text_metrics import exact_match
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import Prepared, prepare
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import Prepared, prepare
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
 from raytune.model.inference import HeldModels, asked_of_run
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.run import train
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
 from tests.bench.measure import report, tree_cpu_s
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"

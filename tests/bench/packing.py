@@ -21,8 +21,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from raytune.data.packing import PACKINGS
-from raytune.data.template_text import TEMPLATES_FOLDER
+from raytune.data.store.packing import PACKINGS
+from raytune.data.templates.text import TEMPLATES_FOLDER
 from tests.bench.data_preparation import GSM8K, as_turns, make_tokenizer
 from tests.bench.measure import report
 

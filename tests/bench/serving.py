@@ -28,7 +28,7 @@ import openai
 import psutil
 
 from raytune import serve
-from raytune.data.demo import demo_rows
+from raytune.data.files.demo import demo_rows
 from tests.bench.measure import report, tree_cpu_s
 from tests.tiny import save_tiny_model
 

@@ -24,8 +24,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from raytune.model.demo import demo_base_path
-from raytune.plan.asked_model import AskedModel, plain_model
-from raytune.plan.serving import EngineLimits
+from raytune.plan.saved.asked_model import AskedModel, plain_model
+from raytune.plan.saved.serving import EngineLimits
 from raytune.serving.engine import AnsweringEngine
 from raytune.serving.requests import Piece, Request
 from tests.bench.measure import Rival, interleaved, ratios, report

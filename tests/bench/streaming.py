@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raytune.data.readers import read_segment
-from raytune.data.sources import unread_parts
+from raytune.data.files.readers import read_segment
+from raytune.data.files.sources import unread_parts
 from raytune.units import MIB
 from tests.tiny import tiny_rows
 from tests.unit.test_data_stream import recipe

@@ -187,9 +187,9 @@ def drive_plain_tune(values: dict[str, Any]) -> None:
     from ray.tune.schedulers import ASHAScheduler
 
     from raytune.config.load import config_from
-    from raytune.launch.cluster import connect, map_on_cluster
-    from raytune.launch.prepare import Preparation
-    from raytune.launch.record import write_plan
+    from raytune.launch.cluster.cluster import connect, map_on_cluster
+    from raytune.launch.data.prepare import Preparation
+    from raytune.launch.state.record import write_plan
     from raytune.run_folder import RunFolder
 
     run = config_from(values)

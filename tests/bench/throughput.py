@@ -34,18 +34,18 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raytune.config.data import DataSource
-from raytune.config.model import Attention
-from raytune.data.batches import Batch, step_batches
-from raytune.data.build import build_store
-from raytune.data.store import Store
-from raytune.data.store_request import StoreRequest
-from raytune.data.template_text import resolve_template
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
-from raytune.plan.loss_chunks import smallest_chunk
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.model import Attention
+from raytune.data.batches.batches import Batch, step_batches
+from raytune.data.store.build import build_store
+from raytune.data.store.request import StoreRequest
+from raytune.data.store.store import Store
+from raytune.data.templates.text import resolve_template
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.plan.costs.loss_chunks import smallest_chunk
 from raytune.plan.run_plan import RunPlan
-from raytune.training.loop import training_steps
-from raytune.training.start import start_engine
+from raytune.training.start.start import start_engine
+from raytune.training.steps.loop import training_steps
 from tests.bench.measure import Rival, interleaved, ratios, report
 from tests.tiny import store_plan, tiny_plan
 

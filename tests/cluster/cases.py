@@ -7,7 +7,7 @@ from raytune.clusters.provider import KUBERAY, ClusterSpec, Target, cluster_spec
 from raytune.clusters.ray_up import ray_up_text
 from raytune.config.load import config_from
 from raytune.plan.ahead import compare
-from raytune.plan.hardware import load_catalogue
+from raytune.plan.costs.hardware import load_catalogue
 from tests.yaml_text import read_all_yaml, read_yaml
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from raytune.plan.hardware import load_catalogue
+from raytune.plan.costs.hardware import load_catalogue
 
 ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "cluster" / "image"

@@ -19,7 +19,7 @@ from raytune.cli import cli
 from raytune.clusters.provider import KUBERAY, cluster_name, cluster_spec
 from raytune.config.load import config_from
 from raytune.errors import UserError
-from raytune.plan.hardware import load_catalogue
+from raytune.plan.costs.hardware import load_catalogue
 from tests.cluster.cases import (
     A100S,
     CLOUDS,

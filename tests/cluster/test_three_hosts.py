@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 from raytune.run_folder import RunFolder
 from tests.cluster.hosts import Host, hosts, missing
 

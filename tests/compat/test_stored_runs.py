@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from raytune.config.load import load_config
-from raytune.config.run import RunConfig
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import RunRecord, write_plan
+from raytune.config.sections.run import RunConfig
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import RunRecord, write_plan
 from raytune.metrics.history import History
-from raytune.plan.identity import differences, identity_of
+from raytune.plan.identity.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
-from raytune.training.commit import Commit
+from raytune.training.checkpoints.commit import Commit
 from raytune.training.run import Worker, train
 
 STORED = Path(__file__).parent / "runs_of_02fb5b9"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 from raytune.run_folder import RunFolder
 from tests.ray.forking import forking_environment, forking_python
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune.plan.loss_chunks import smallest_chunk, wanted_chunk
-from raytune.training.losses import attach_loss
+from raytune.plan.costs.loss_chunks import smallest_chunk, wanted_chunk
+from raytune.training.losses.losses import attach_loss
 from tests.bench.loss import HeadOnly, make_batch
 from tests.bench.measure import report
 from tests.gpu.material import free_memory, name_of, skips

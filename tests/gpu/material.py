@@ -24,22 +24,22 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytune.config.load import config_from
-from raytune.data.batches import Batch, step_batches
-from raytune.data.build import build_store
-from raytune.data.store import Store
-from raytune.data.store_request import StoreRequest
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
-from raytune.model.attention import available_attention
+from raytune.data.batches.batches import Batch, step_batches
+from raytune.data.store.build import build_store
+from raytune.data.store.request import StoreRequest
+from raytune.data.store.store import Store
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.model.attention.attention import available_attention
 from raytune.model.demo import demo_tokenizer
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.choose import choose_plan
-from raytune.plan.data_facts import DataFacts
-from raytune.plan.machine import Machine
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.setting import settle
+from raytune.plan.facts.data_facts import DataFacts
+from raytune.plan.facts.machine import Machine
+from raytune.plan.model.base_model import read_model_shape
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
-from raytune.training.engine import Engine
-from raytune.training.loop import StepResult, training_steps
-from raytune.training.start import prepare_process, start_engine
+from raytune.training.engines.engine import Engine
+from raytune.training.start.start import prepare_process, start_engine
+from raytune.training.steps.loop import StepResult, training_steps
 from tests.tiny import store_plan
 
 

@@ -16,9 +16,9 @@ from itertools import product
 from typing import Any
 
 from raytune.errors import UserError
-from raytune.plan.memory import fullest_moment, tensor_bytes
-from raytune.training.engine import Engine
-from raytune.training.loop import StepResult
+from raytune.plan.costs.memory import fullest_moment, tensor_bytes
+from raytune.training.engines.engine import Engine
+from raytune.training.steps.loop import StepResult
 from tests.bench.measure import report
 from tests.gpu.material import Material, add_options, free_memory, make_plan, material_for, name_of, skips, start
 from tests.peak import held_bytes, peak_bytes

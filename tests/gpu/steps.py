@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from raytune.data.store import Store
+from raytune.data.store.store import Store
 from raytune.errors import UserError
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import tensor_bytes
+from raytune.plan.costs.memory import tensor_bytes
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import ModelShape
-from raytune.training.recorder import peak_memory_bytes
+from raytune.training.steps.recorder import peak_memory_bytes
 from raytune.units import GIB
 from tests.bench.measure import report
 from tests.gpu.material import Material, add_options, free_memory, make_plan, material_for, name_of, skips, start

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytune.training.projections import add_product
+from raytune.training.losses.projections import add_product
 from tests.gpu.conftest import Lines
 from tests.gpu.loss import main
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from raytune.training.engine import PlainEngine
-from raytune.training.snapshot import HostMemory, Snapshot
+from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
+from raytune.training.engines.engine import PlainEngine
 
 
 @pytest.mark.gpu

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune.config.training import Optimizer
-from raytune.data.batches import Batch
+from raytune.config.sections.training import Optimizer
+from raytune.data.batches.batches import Batch
 from raytune.model.adapters import adapting
+from raytune.plan.costs.workload import Workload
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained
-from raytune.plan.workload import Workload
-from raytune.training.engine import HeldBytes
-from raytune.training.start import prepare_process, start_engine
+from raytune.training.engines.engine import HeldBytes
+from raytune.training.start.start import prepare_process, start_engine
 from tests.numerics.runs import batches_of_rank, rank_and_world
 from tests.peak import held_bytes, peak_bytes
 

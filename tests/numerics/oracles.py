@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
 
-from raytune.config.adapter import LoraAdapter
-from raytune.data.batches import Batch, step_batches
-from raytune.data.store import Store
+from raytune.config.sections.adapter import LoraAdapter
+from raytune.data.batches.batches import Batch, step_batches
+from raytune.data.store.store import Store
 from raytune.plan.run_plan import RunPlan
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -17,10 +17,10 @@ import setuptools  # noqa: F401
 import transformers.integrations.bitsandbytes  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import raytune.launch.find_rate
-import raytune.launch.score
+import raytune.launch.asking.score
+import raytune.launch.rates.find_rate
+import raytune.training.engines.zero_engine  # noqa: F401
 import raytune.training.tasks
-import raytune.training.zero_engine  # noqa: F401
 import tests.numerics.measured_bytes
 import tests.numerics.oracles
 import tests.numerics.saved_models

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytune.data.batches import Batch, step_batches
-from raytune.data.slices import Seat
-from raytune.data.store import Store
+from raytune.data.batches.batches import Batch, step_batches
+from raytune.data.batches.slices import Seat
+from raytune.data.store.store import Store
 from raytune.errors import TrainingError
 from raytune.plan.run_plan import RunPlan, StorePlan
-from raytune.training.engine import Engine, HeldBytes
-from raytune.training.loop import LossSum, StepNumbers, StepResult, training_steps
-from raytune.training.schedule import learning_rate
-from raytune.training.start import prepare_process, start_engine
+from raytune.training.engines.engine import Engine, HeldBytes
+from raytune.training.start.start import prepare_process, start_engine
+from raytune.training.steps.loop import LossSum, StepNumbers, StepResult, training_steps
+from raytune.training.steps.schedule import learning_rate
 from tests.numerics.processes import run_on_ranks
 from tests.tiny import save_tiny_model, store_plan, tiny_model, tiny_plan, tiny_store
 

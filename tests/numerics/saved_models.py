@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune.data.store import Store
-from raytune.plan.base_model import model_files
+from raytune.data.store.store import Store
+from raytune.plan.model.base_model import model_files
 from raytune.plan.run_plan import RunPlan
 
 

@@ -9,18 +9,18 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from raytune.config.run import RunConfig
-from raytune.data.batches import step_batches
-from raytune.data.store import Store
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.distillation import distillation_plan, teacher_section
-from raytune.plan.freezing import frozen_names
-from raytune.plan.penalty import ewc_strength, l2_sp_strength
-from raytune.plan.phases import phase_plans
+from raytune.config.sections.run import RunConfig
+from raytune.data.batches.batches import step_batches
+from raytune.data.store.store import Store
+from raytune.plan.choosing.setting import Setting, settle
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import ModelPlan, RunPlan
-from raytune.plan.setting import Setting, settle
-from raytune.plan.shapes import ModelShape
-from raytune.plan.update_groups import update_groups
+from raytune.plan.strategies.distillation import distillation_plan, teacher_section
+from raytune.plan.strategies.freezing import frozen_names
+from raytune.plan.strategies.penalty import ewc_strength, l2_sp_strength
+from raytune.plan.strategies.phases import phase_plans
+from raytune.plan.strategies.update_groups import update_groups
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.runs import NUM_STEPS, Material, make_plan
 from tests.tiny import tiny_plan

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from raytune.errors import UserError
 from raytune.model.adapters.adalora import RankUpdates
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from tests.numerics.runs import NUM_STEPS, SAME_SUMS, Change, Material, start, steps_of
 from tests.numerics.test_peft_methods import IDS, logits, plan_of
 from tests.peft_methods import PROJECTIONS

@@ -8,9 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from raytune.data.batches import Batch
+from raytune.data.batches.batches import Batch
 from raytune.errors import ModelError
-from raytune.model.attention import available_attention, check_attention, implementation_name, model_inputs
+from raytune.model.attention.attention import available_attention, check_attention, implementation_name, model_inputs
 
 LENGTHS = [7, 1, 20, 12, 1]
 SMALL: dict[str, Any] = {
@@ -94,7 +94,7 @@ def small_model(name: str, attention: str) -> Any:
 
 
 def packed_batch(lengths: list[int] = LENGTHS, vocabulary: int = 61) -> Batch:
-    """A batch as data/batches.py makes it; the loss fields play no part here."""
+    """A batch as data/batches/batches.py makes it; the loss fields play no part here."""
     generator = torch.Generator().manual_seed(1)
     nothing = torch.zeros(0, dtype=torch.long)
     return Batch(

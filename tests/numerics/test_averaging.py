@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from raytune.plan.averaging import share_after
-from raytune.plan.memory import checkpoint_bytes, memory_parts
+from raytune.plan.costs.memory import checkpoint_bytes, memory_parts
 from raytune.plan.run_plan import RunPlan, ZeroStage
-from raytune.training.phases import Phases
+from raytune.plan.strategies.averaging import share_after
+from raytune.training.steps.phases import Phases
 from tests.numerics.oracles import PROJECTIONS
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
-from raytune.config.data import DataSource
 from raytune.config.load import config_from
+from raytune.config.sections.data import DataSource
 from raytune.evaluation.scored_rows import read_jsonl_table
-from raytune.launch.find_rate import range_test_plan
-from raytune.launch.host import this_machine
-from raytune.launch.result import RunResult
-from raytune.launch.rows_to_score import tokenised
-from raytune.launch.score import standing_alone
-from raytune.launch.stores import store_plan_of
-from raytune.plan.rate_range import RateRange
+from raytune.launch.asking.score import standing_alone
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.rows_to_score import tokenised
+from raytune.launch.data.stores import store_plan_of
+from raytune.launch.rates.find_rate import range_test_plan
+from raytune.launch.state.result import RunResult
+from raytune.plan.rates.rate_range import RateRange
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_bytes, read_json
 from raytune.training.run import train
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
 from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, rank_and_world

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from raytune.data.template_text import resolve_template
+from raytune.data.templates.text import resolve_template
 from raytune.plan.run_plan import RunPlan
 from raytune.storage import list_folder
 from raytune.training.run import Worker, train

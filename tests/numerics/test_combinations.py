@@ -13,14 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from raytune.config.adapter import QloraAdapter
+from raytune.config.sections.adapter import QloraAdapter
 from raytune.errors import ModelError, UserError
-from raytune.model.base_content import base_content, save_content
-from raytune.model.combine import merge_adapters
-from raytune.model.export import save_adapter
+from raytune.model.files.base_content import base_content, save_content
+from raytune.model.files.export import save_adapter
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
-from raytune.plan.combination import Combination, asked_combination
+from raytune.model.merging.combine import merge_adapters
+from raytune.model.merging.merge import merge_adapter
+from raytune.plan.saved.combination import Combination, asked_combination
 from tests.tiny import save_tiny_model, tiny_plan, tiny_tokenizer
 
 ONE_ULP_OF_SUMS = 1e-6

@@ -12,15 +12,15 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from raytune.config.training import Precision
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import memory_parts, tensor_bytes
+from raytune.config.sections.training import Precision
+from raytune.plan.costs.memory import memory_parts, tensor_bytes
+from raytune.plan.model.base_model import read_model_shape
 from raytune.plan.run_plan import DistillationPlan, RunPlan, ZeroStage
-from raytune.training.loop import training_steps
-from raytune.training.objectives import TEACHER, CrossEntropy, Distillation, TokenTargets
-from raytune.training.schedule import learning_rate
-from raytune.training.start import BatchLoss
-from raytune.training.teacher import base_beneath
+from raytune.training.losses.objectives import TEACHER, CrossEntropy, Distillation, TokenTargets
+from raytune.training.losses.teacher import base_beneath
+from raytune.training.start.start import BatchLoss
+from raytune.training.steps.loop import training_steps
+from raytune.training.steps.schedule import learning_rate
 from tests.numerics.measured_bytes import measure_peak
 from tests.numerics.oracles import PROJECTIONS, documents
 from tests.numerics.processes import run_on_ranks

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from raytune.data.batches import step_batches
-from raytune.data.store import Store
+from raytune.data.batches.batches import step_batches
+from raytune.data.store.store import Store
 from raytune.errors import TrainingError
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
 from raytune.training.run import Worker, train
-from raytune.training.stopping import Findings
+from raytune.training.steps.stopping import Findings
 from tests.numerics.oracles import PROJECTIONS, document_loss, documents
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, QLORA, SAME_SUMS, Material, make_plan

@@ -10,12 +10,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config, get_scheduler
 
-from raytune.data.batches import step_batches
-from raytune.data.store import Store
+from raytune.data.batches.batches import step_batches
+from raytune.data.store.store import Store
 from raytune.model.demo import demo_config
-from raytune.model.export import save_model
+from raytune.model.files.export import save_model
 from raytune.plan.run_plan import RunPlan
-from raytune.training.loop import evaluate_loss, step_seed
+from raytune.training.steps.loop import evaluate_loss, step_seed
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.runs import SAME_SUMS, Change, Material, make_plan, relative_difference, start, steps_of, train
 from tests.numerics.strategies import FULL, settled

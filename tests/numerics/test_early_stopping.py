@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.launch.attempts import Failure
-from raytune.launch.finished import answer
-from raytune.launch.record import RunRecord
-from raytune.launch.result import RunResult
+from raytune.config.sections.run import RunConfig
+from raytune.launch.attempts.attempts import Failure
 from raytune.launch.run import RunFailedError, train_plan
+from raytune.launch.state.finished import answer
+from raytune.launch.state.record import RunRecord
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import read_events
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.stopping import rules_of
+from raytune.plan.strategies.stopping import rules_of
 from raytune.run_folder import RunFolder
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
 from raytune.training.run import Worker, train
 from tests.tiny import store_plan, tiny_plan, tiny_store
 

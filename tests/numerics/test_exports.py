@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Pre
 
 import raytune
 from raytune.errors import ModelError, RaytuneError, StorageFullError, UserError
-from raytune.launch.export import ExportOptions, export
+from raytune.launch.export.export import ExportOptions, export
 from raytune.missing import missing_package
-from raytune.model.gguf_file import GgufModel
-from raytune.model.whole_folder import require_room
-from raytune.model.whole_model import whole_model
+from raytune.model.files.whole_folder import require_room
+from raytune.model.files.whole_model import whole_model
+from raytune.model.gguf.gguf_file import GgufModel
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 IDS = torch.randint(3, 60, (2, 25), generator=torch.Generator().manual_seed(3))
@@ -251,7 +251,7 @@ def test_numbers_that_fp16_does_not_hold_and_a_full_disk_leave_nothing(models: d
 
 def test_a_missing_package_is_named_with_what_installs_it(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "raytune.model.gguf_file")
+    monkeypatch.delitem(sys.modules, "raytune.model.gguf.gguf_file")
     with pytest.raises(ModuleNotFoundError) as missing:
         export(str(adapter), tmp_path / "out", ExportOptions(format="gguf"))
     assert "[gguf]" in missing_package(missing.value)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune.data.batches import step_batches
-from raytune.data.store import Store
-from raytune.plan.rate_range import RateRange
+from raytune.data.batches.batches import step_batches
+from raytune.data.store.store import Store
+from raytune.plan.rates.rate_range import RateRange
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
 from raytune.training.tasks import perform
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.processes import run_on_ranks

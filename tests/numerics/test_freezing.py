@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from raytune.model.export import save_adapter, save_model
-from raytune.model.layers import layers_of
+from raytune.model.files.export import save_adapter, save_model
+from raytune.model.parts.layers import layers_of
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

@@ -8,10 +8,10 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM
 
-from raytune.plan.activations import layer_activation_bytes
-from raytune.plan.memory import checkpoint_bytes, memory_parts, tensor_bytes
+from raytune.plan.costs.activations import layer_activation_bytes
+from raytune.plan.costs.memory import checkpoint_bytes, memory_parts, tensor_bytes
+from raytune.plan.costs.workload import BYTES, Workload
 from raytune.plan.run_plan import RunPlan, ZeroStage
-from raytune.plan.workload import BYTES, Workload
 from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import Change, Material, run

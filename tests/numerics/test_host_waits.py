@@ -32,7 +32,7 @@ READING_IN_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 COPYING = {torch.tensor, torch.as_tensor}
 """Where a device is named, they copy to it from memory that is not pinned."""
 
-LOOKING = "raytune/training/loop.py: look"
+LOOKING = "raytune/training/steps/loop.py: look"
 """On a CPU every step is looked at, on a GPU those that are logged."""
 IS_INVALID = "deepspeed/runtime/utils.py: is_invalid_grad_norm"
 MASKS = "deepspeed/runtime/utils.py: mask_nan_or_inf_with_val_inplace"

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.model.adapters.lora import lora_config
-from raytune.model.attention import lone_attention
-from raytune.plan.activations import layer_activation_bytes
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import memory_parts
+from raytune.model.attention.attention import lone_attention
+from raytune.plan.costs.activations import layer_activation_bytes
+from raytune.plan.costs.memory import memory_parts
+from raytune.plan.costs.workload import Workload
 from raytune.plan.methods import trained_by
-from raytune.plan.workload import Workload
+from raytune.plan.model.base_model import read_model_shape
 from tests.hybrids import HYBRIDS
 from tests.numerics.measured_bytes import measure
 from tests.numerics.oracles import plain_losses

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from raytune.data.batches import lone_batches
-from raytune.data.order import rows_at
-from raytune.data.store import Store
+from raytune.data.batches.batches import lone_batches
+from raytune.data.store.order import rows_at
+from raytune.data.store.store import Store
 from raytune.errors import TrainingError
 from raytune.metrics.events import read_events
-from raytune.plan.memory import memory_parts
-from raytune.plan.penalty import importance_bytes
+from raytune.plan.costs.memory import memory_parts
 from raytune.plan.run_plan import RunPlan, StorePlan, ZeroStage
 from raytune.plan.scoring import Weights, scoring_plan
+from raytune.plan.strategies.penalty import importance_bytes
 from raytune.run_folder import RunFolder
 from raytune.storage import file_sizes
-from raytune.training.importance import estimated, hold_by_importance
-from raytune.training.start import Started, Worker
+from raytune.training.start.importance import estimated, hold_by_importance
+from raytune.training.start.start import Started, Worker
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

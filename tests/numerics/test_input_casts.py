@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

@@ -7,10 +7,10 @@ import pytest
 from safetensors.torch import load_file
 
 from raytune.config.load import config_from
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
 from raytune.model.kept_base import KeptBase
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train

@@ -9,17 +9,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from raytune.config.evaluation import SuiteSection
+from raytune.config.sections.evaluation import SuiteSection
 from raytune.errors import RaytuneError
 from raytune.evaluation.answers import all_chunks, together
 from raytune.evaluation.lm_eval_documents import read_task
 from raytune.evaluation.questions import Question, from_json_lines, to_json_lines
 from raytune.evaluation.suite_metrics import Given, metrics_of
 from raytune.model.inference import HeldModels
-from raytune.plan.asked_model import AskedModel, plain_model
+from raytune.plan.choosing.suites import suite_plan
 from raytune.plan.run_plan import SuitePlan
-from raytune.plan.suites import suite_plan
-from raytune.training.suites import of_model
+from raytune.plan.saved.asked_model import AskedModel, plain_model
+from raytune.training.measuring.suites import of_model
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra lm-eval)")

@@ -30,12 +30,12 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from raytune.data.batches import Batch
+from raytune.data.batches.batches import Batch
 from raytune.errors import ModelError
-from raytune.plan.memory import bytes_per_target
-from raytune.plan.references import planned_shape
-from raytune.training.losses import attach_loss
-from raytune.training.projections import add_product
+from raytune.plan.costs.memory import bytes_per_target
+from raytune.plan.model.references import planned_shape
+from raytune.training.losses.losses import attach_loss
+from raytune.training.losses.projections import add_product
 from tests.bench.loss import PeakMemory
 from tests.numerics.processes import run_on_ranks
 from tests.unit.test_plan_memory import workload

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from raytune.model.rewriting import merging_of
+from raytune.model.files.rewriting import merging_of
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 SHARD_BYTES = 40 * 2**20
@@ -20,8 +20,8 @@ SIZES: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_at
 LAYERS = 14
 WORK = """
 import json, sys, threading, torch
-import raytune.model.gguf_file
-from raytune.launch.export import ExportOptions, export
+import raytune.model.gguf.gguf_file
+from raytune.launch.export.export import ExportOptions, export
 from pathlib import Path
 
 def resident(name):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from raytune.config.data import DataSource
-from raytune.plan.mixing import Mixture
+from raytune.config.sections.data import DataSource
+from raytune.plan.data.mixing import Mixture
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.runs import (
     LORA,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from raytune.plan.memory import memory_parts
+from raytune.plan.costs.memory import memory_parts
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.measured_bytes import of_one_process
 from tests.numerics.oracles import PROJECTIONS

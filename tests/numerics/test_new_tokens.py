@@ -13,22 +13,22 @@ from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from raytune.config.data import DataSource
-from raytune.config.model import ModelSection
-from raytune.config.run import RunConfig
-from raytune.data.build import build_store
-from raytune.data.store import Store
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint, vocabulary_of
-from raytune.model.export import save_adapter, save_model
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.model import ModelSection
+from raytune.config.sections.run import RunConfig
+from raytune.data.store.build import build_store
+from raytune.data.store.store import Store
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint, vocabulary_of
+from raytune.model.files.export import save_adapter, save_model
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.new_tokens import with_new_tokens
+from raytune.model.merging.merge import merge_adapter
+from raytune.plan.choosing.setting import settle
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
-from raytune.plan.shapes import ModelShape
+from raytune.plan.strategies.new_tokens import with_new_tokens
 from tests.numerics.oracles import peft_losses
 from tests.numerics.runs import (
     SAME_SUMS,

@@ -17,15 +17,15 @@ from transformers.models.llama import configuration_llama, modeling_llama
 from raytune.cli import cli
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
-from raytune.config.run import RunConfig
-from raytune.data.tokenizers import load_tokenizer, open_tokenizer
+from raytune.config.sections.run import RunConfig
+from raytune.data.templates.tokenizers import load_tokenizer, open_tokenizer
 from raytune.errors import ModelError, UserError
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import refuse_another_run, write_plan
-from raytune.launch.result import RunResult
-from raytune.model.base_content import base_content, content_changes
-from raytune.model.merge import merge_adapter
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import refuse_another_run, write_plan
+from raytune.launch.state.result import RunResult
+from raytune.model.files.base_content import base_content, content_changes
+from raytune.model.merging.merge import merge_adapter
 from raytune.model.meta_shape import meta_model
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from raytune.data.batches import Batch
+from raytune.data.batches.batches import Batch
 from tests.numerics.oracles import document_loss, documents, plain_lora_losses
 from tests.numerics.runs import LORA, SAME_SUMS, Material, make_plan, relative_difference, start, train
 

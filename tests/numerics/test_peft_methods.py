@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raytune.errors import ModelError
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from raytune.model.inference import load_saved
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import checkpoint_bytes, memory_parts, tensor_bytes
+from raytune.model.merging.merge import merge_adapter
+from raytune.plan.costs.memory import checkpoint_bytes, memory_parts, tensor_bytes
 from raytune.plan.methods import trained_by
+from raytune.plan.model.base_model import read_model_shape
 from raytune.plan.run_plan import RunPlan, ZeroStage
-from raytune.training.engine import HeldBytes
+from raytune.training.engines.engine import HeldBytes
 from tests.numerics.measured_bytes import measure_all, measure_peaks, of_one_process
 from tests.numerics.oracles import adapted_losses
 from tests.numerics.processes import run_on_ranks

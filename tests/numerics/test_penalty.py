@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from raytune.plan.memory import memory_parts
+from raytune.plan.costs.memory import memory_parts
+from raytune.plan.costs.workload import Workload
 from raytune.plan.run_plan import RunPlan, ZeroStage
 from raytune.plan.scoring import Weights, scoring_plan
-from raytune.plan.workload import Workload
 from raytune.run_folder import RunFolder
-from raytune.training.loop import StepNumbers
-from raytune.training.phases import Phases
+from raytune.training.steps.loop import StepNumbers
+from raytune.training.steps.phases import Phases
 from tests.numerics.measured_bytes import measure_updates
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

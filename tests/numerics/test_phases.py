@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from raytune.config.load import config_from
-from raytune.config.training import SCHEDULE_FREE, Optimizer
-from raytune.data.batches import step_batches
-from raytune.data.store import Store
-from raytune.launch.host import this_machine
-from raytune.launch.result import RunResult
-from raytune.model.layers import layers_of
-from raytune.plan.memory import memory_parts
-from raytune.plan.phases import in_phase, phase_of_state
+from raytune.config.sections.training import SCHEDULE_FREE, Optimizer
+from raytune.data.batches.batches import step_batches
+from raytune.data.store.store import Store
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.state.result import RunResult
+from raytune.model.parts.layers import layers_of
+from raytune.plan.choosing.stages import WITHOUT_SHARDS
+from raytune.plan.costs.memory import memory_parts
+from raytune.plan.costs.workload import Workload
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
-from raytune.plan.stages import WITHOUT_SHARDS
-from raytune.plan.workload import Workload
+from raytune.plan.strategies.phases import in_phase, phase_of_state
 from raytune.run_folder import RunFolder
-from raytune.training.commit import committed
-from raytune.training.engine import Engine, HeldBytes
-from raytune.training.loop import StepNumbers
-from raytune.training.phases import Phases
+from raytune.training.checkpoints.commit import committed
+from raytune.training.engines.engine import Engine, HeldBytes
 from raytune.training.run import Worker, train
-from raytune.training.start import prepare_process, start_engine
+from raytune.training.start.start import prepare_process, start_engine
+from raytune.training.steps.loop import StepNumbers
+from raytune.training.steps.phases import Phases
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

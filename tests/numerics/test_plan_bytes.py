@@ -9,15 +9,15 @@ import transformers
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from raytune.config.adapter import Adapter, FullAdapter, own_quantization
-from raytune.plan.activations import layer_activation_bytes
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.memory import checkpoint_bytes, memory_parts, saved_by_ranks, tensor_bytes
+from raytune.config.sections.adapter import Adapter, FullAdapter, own_quantization
+from raytune.plan.choosing.stages import STAGES
+from raytune.plan.costs.activations import layer_activation_bytes
+from raytune.plan.costs.memory import checkpoint_bytes, memory_parts, saved_by_ranks, tensor_bytes
+from raytune.plan.costs.workload import BYTES, Workload
 from raytune.plan.methods import trained_by
-from raytune.plan.references import planned_shape
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.references import planned_shape
 from raytune.plan.run_plan import MemoryPart, RunPlan, ZeroStage
-from raytune.plan.stages import STAGES
-from raytune.plan.workload import BYTES, Workload
 from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, Change, Material, make_material, make_plan, run

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytune.data.batches import Batch
+from raytune.data.batches.batches import Batch
 from raytune.errors import TrainingError
-from raytune.model.attention import model_inputs
+from raytune.model.attention.attention import model_inputs
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
-from raytune.training.engine import INITIAL_LOSS_SCALE
-from raytune.training.loop import evaluate_loss, step_seed
-from raytune.training.losses import attach_loss
-from raytune.training.optimizer import build_optimizer
+from raytune.training.engines.engine import INITIAL_LOSS_SCALE
+from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.losses.losses import attach_loss
+from raytune.training.steps.loop import evaluate_loss, step_seed
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (
     LORA,
@@ -63,8 +63,8 @@ def train_fp16_shards(plan: RunPlan, stage: int, spoil: Spoil) -> tuple[str, Out
     """The same on shards. DeepSpeed believes that no CPU computes in fp16; PyTorch does."""
     from deepspeed.accelerator import get_accelerator
 
-    from raytune.training.deepspeed_json import deepspeed_config
-    from raytune.training.zero_engine import ZeroEngine
+    from raytune.training.engines.deepspeed_json import deepspeed_config
+    from raytune.training.engines.zero_engine import ZeroEngine
 
     get_accelerator().is_fp16_supported = lambda: True
     zero = plan.model_copy(update={"engine": plan.engine.model_copy(update={"kind": "zero", "zero_stage": stage})})

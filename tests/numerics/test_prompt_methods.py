@@ -11,17 +11,17 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raytune.config.adapter import Adapter
+from raytune.config.sections.adapter import Adapter
 from raytune.errors import ModelError
 from raytune.evaluation.generation import write_answers
 from raytune.model.adapters import adapting
-from raytune.model.attention import implementation_name, model_inputs
-from raytune.model.export import save_adapter
+from raytune.model.attention.attention import implementation_name, model_inputs
+from raytune.model.files.export import save_adapter
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
-from raytune.training.start import BatchLoss
+from raytune.model.merging.merge import merge_adapter
+from raytune.training.start.start import BatchLoss
 from tests.numerics.runs import SAME_SUMS, Material, batches_of_rank
 from tests.numerics.test_attention import CONFIGS, packed_batch, small_model
 from tests.numerics.test_peft_methods import CPU, IDS, logits, plan_of, run_alone

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune.config.load import load_config
-from raytune.config.run import RunConfig
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
-from raytune.plan.references import REFERENCES
+from raytune.config.sections.run import RunConfig
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
+from raytune.plan.model.references import REFERENCES
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train
 from tests.recipes import RECIPES, recipe

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from raytune.config.training import Optimizer
+from raytune.config.sections.training import Optimizer
 from raytune.errors import CheckpointError, UnfitCheckpointError
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.runs import (

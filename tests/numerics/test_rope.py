@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from raytune.config.model import ModelSection
-from raytune.model.merge import merge_adapter
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.rope import resolve_rope
+from raytune.config.sections.model import ModelSection
+from raytune.model.merging.merge import merge_adapter
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.rope import resolve_rope
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.oracles import document_loss, documents
 from tests.numerics.runs import LORA, SAME_SUMS, Material, make_plan, relative_difference, run, start, train

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
-from raytune.training.start import prepare_process, start_engine
+from raytune.training.start.start import prepare_process, start_engine
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, Material, make_plan, rank_and_world
 from tests.tiny import save_tiny_model

@@ -12,14 +12,14 @@ from peft import LoraConfig
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
-from raytune.config.training import Optimizer
-from raytune.plan.memory import memory_parts
+from raytune.config.sections.training import Optimizer
+from raytune.plan.costs.memory import memory_parts
 from raytune.plan.run_plan import RunPlan
-from raytune.training.engine import set_learning_rate
-from raytune.training.loop import StepNumbers
-from raytune.training.optimizer import build_optimizer
-from raytune.training.schedule import learning_rate
-from raytune.training.schedule_free import at_average
+from raytune.training.engines.engine import set_learning_rate
+from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.engines.schedule_free import at_average
+from raytune.training.steps.loop import StepNumbers
+from raytune.training.steps.schedule import learning_rate
 from tests.numerics.measured_bytes import measure_update, of_one_process
 from tests.numerics.oracles import PROJECTIONS
 from tests.numerics.processes import run_on_ranks

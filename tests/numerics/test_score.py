@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from raytune.config.data import DataSource
 from raytune.config.load import config_from
+from raytune.config.sections.data import DataSource
 from raytune.errors import CheckpointError, UserError
 from raytune.evaluation.scored_rows import ScoredRow, read_jsonl_table
-from raytune.launch.base_here import refuse_changed_base
-from raytune.launch.host import this_machine
-from raytune.launch.result import RunResult
-from raytune.launch.rows_to_score import as_text, sources_of, tokenised
-from raytune.launch.score import standing_alone
-from raytune.launch.stores import store_plan_of
-from raytune.plan.data_report import StoreReport
+from raytune.launch.asking.score import standing_alone
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.base_here import refuse_changed_base
+from raytune.launch.data.rows_to_score import as_text, sources_of, tokenised
+from raytune.launch.data.stores import store_plan_of
+from raytune.launch.state.result import RunResult
+from raytune.plan.data.data_report import StoreReport
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
 from raytune.run_folder import RunFolder
 from raytune.storage import read_bytes
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
 from raytune.training.tasks import perform
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import rank_and_world

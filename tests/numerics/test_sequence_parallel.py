@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 from raytune.plan.run_plan import RunPlan, ZeroStage
 from tests.numerics.measured_bytes import measure_all
 from tests.numerics.processes import run_on_ranks

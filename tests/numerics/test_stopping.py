@@ -18,12 +18,12 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from raytune.config.load import config_from
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.questions import to_json_lines
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
 from raytune.model.demo import TURN_END, TURN_END_ID, demo_base_path
-from raytune.model.merge import merge_adapter
+from raytune.model.merging.merge import merge_adapter
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
 from raytune.training.run import Worker, train

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 
 from raytune.config.load import config_from
 from raytune.errors import DataError
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
 from raytune.training.run import Worker, train
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import SAME_SUMS, relative_difference

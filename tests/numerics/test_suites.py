@@ -15,7 +15,7 @@ from raytune.evaluation.compare import comparisons_in
 from raytune.evaluation.generation import write_answers
 from raytune.evaluation.likelihood import Scored, log_likelihoods
 from raytune.evaluation.questions import from_json_lines
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 from raytune.model.demo import demo_base_path
 from raytune.plan.run_plan import SamplingPlan
 from raytune.run_folder import RunFolder

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytune.config.adapter import LoraAdapter
-from raytune.data.batches import Batch, step_batches
-from raytune.data.store import Store
+from raytune.config.sections.adapter import LoraAdapter
+from raytune.data.batches.batches import Batch, step_batches
+from raytune.data.store.store import Store
 from raytune.plan.run_plan import RunPlan
-from raytune.training.losses import attach_loss
-from raytune.training.objectives import TokenTargets
+from raytune.training.losses.losses import attach_loss
+from raytune.training.losses.objectives import TokenTargets
 from tests.numerics.oracles import PROJECTIONS
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import (

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 from raytune.metrics.history import History
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.saved_models import loss_by_plain_transformers

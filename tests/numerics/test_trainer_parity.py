@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from raytune.data.batches import Batch
-from raytune.model.attention import model_inputs
+from raytune.data.batches.batches import Batch
+from raytune.model.attention.attention import model_inputs
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
-from raytune.training.engine import PlainEngine
-from raytune.training.loop import LossSum, training_steps
-from raytune.training.losses import attach_loss
-from raytune.training.optimizer import build_optimizer
-from raytune.training.schedule import learning_rate
+from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.losses.losses import attach_loss
+from raytune.training.steps.loop import LossSum, training_steps
+from raytune.training.steps.schedule import learning_rate
 from tests.numerics.runs import SAME_SUMS, Material, make_plan
 
 NUM_STEPS, ACCUMULATION, NUM_WARMUP_STEPS = 12, 3, 3

@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from raytune.config.strategy import ObjectiveSection
+from raytune.config.sections.strategy import ObjectiveSection
 from raytune.errors import UserError
-from raytune.plan.objective import objective_of
 from raytune.plan.run_plan import ObjectivePlan, RunPlan
 from raytune.plan.scoring import Weights, scoring_plan
+from raytune.plan.strategies.objective import objective_of
 from raytune.run_folder import RunFolder
-from raytune.training.losses import attach_loss
-from raytune.training.objectives import TokenTargets
-from raytune.training.user_objective import objective_from, tried
+from raytune.training.losses.losses import attach_loss
+from raytune.training.losses.objectives import TokenTargets
+from raytune.training.losses.user_objective import objective_from, tried
 from tests.numerics.runs import LORA, SAME_SUMS, Change, Material, largest_difference, relative_difference, run, start, train
 from tests.numerics.strategies import FULL, plain_training, strategy_plan
 from tests.numerics.test_losses import assert_same_gradients, build, gradients, inputs_of, make_batch

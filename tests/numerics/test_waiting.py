@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from raytune.data.batches import Batch
+from raytune.data.batches.batches import Batch
 from raytune.plan.run_plan import RunPlan
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import Change, Material, make_plan, start, steps_of

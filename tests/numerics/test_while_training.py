@@ -15,17 +15,18 @@ from safetensors.torch import load_file
 
 from raytune.evaluation.answers import Chunk
 from raytune.evaluation.suite_metrics import Given
-from raytune.launch.answering import Answerer, AnsweringPlan
-from raytune.launch.evaluator import MOST_FAILURES, Evaluator
-from raytune.launch.result import RunResult
+from raytune.launch.asking.answering import Answerer, AnsweringPlan
+from raytune.launch.asking.evaluator import MOST_FAILURES, Evaluator
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import EventLog, read_events
 from raytune.metrics.history import History
-from raytune.plan.asked_model import AskedModel
 from raytune.plan.run_plan import RunPlan
+from raytune.plan.saved.asked_model import AskedModel
 from raytune.run_folder import RunFolder
-from raytune.training import exports, requests
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
+from raytune.training.measuring import exports
 from raytune.training.run import Worker, train
+from raytune.training.steps import requests
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.test_whole_run import prepared_run, train_rank
 from tests.variants import variants

@@ -18,19 +18,19 @@ from torch import nn
 from raytune.config.load import config_from
 from raytune.errors import RaytuneError, TrainingError
 from raytune.evaluation.questions import to_json_lines
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.launch.run import train_plan
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import EventLog, read_events
 from raytune.metrics.history import History
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
-from raytune.training import final
-from raytune.training.commit import committed
-from raytune.training.engine import PlainEngine
+from raytune.training.checkpoints.commit import committed
+from raytune.training.engines.engine import PlainEngine
+from raytune.training.measuring import final
 from raytune.training.run import Worker, train
 from raytune.training.whereabouts import findable, whereabouts
 from tests.numerics.processes import run_on_ranks

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from raytune.errors import CheckpointError, ModelError
 from raytune.plan.run_plan import RunPlan
-from raytune.training.engine import HeldBytes
+from raytune.training.engines.engine import HeldBytes
 from tests.numerics.processes import RankError, run_on_ranks
 from tests.numerics.runs import (
     LORA,

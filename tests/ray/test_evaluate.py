@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from raytune import data_rank, evaluate, train
 from raytune.evaluation.side_by_side import Evaluation
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

@@ -13,8 +13,8 @@ from ray.cluster_utils import Cluster
 
 from raytune import train
 from raytune.errors import DataError, RaytuneError, UserError
-from raytune.launch.result import RunResult
 from raytune.launch.run import RunFailedError
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 
@@ -100,7 +100,7 @@ def test_what_cannot_work_is_refused_before_any_worker_starts(
 def test_an_error_of_a_run_survives_pickling() -> None:
     import pickle
 
-    from raytune.launch.attempts import Failure
+    from raytune.launch.attempts.attempts import Failure
 
     failure = Failure(attempt=1, rank=0, node="n", kind="WorkerDied", message="gone", traceback="")
     error: RaytuneError = pickle.loads(pickle.dumps(RunFailedError("message", failure)))

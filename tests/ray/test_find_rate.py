@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from raytune.config.load import load_config
-from raytune.launch.find_rate import range_test_plan
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.plan.rate_advice import advise_rate
-from raytune.plan.rate_range import RateRange
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.rates.find_rate import range_test_plan
+from raytune.plan.rates.rate_advice import advise_rate
+from raytune.plan.rates.rate_range import RateRange
 from raytune.run_folder import RunFolder
 from raytune.storage import read_json
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
 from raytune.training.tasks import perform
 from tests.ray.forking import forking_environment
 

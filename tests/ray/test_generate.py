@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM
 
 import raytune
-from raytune.launch.generate import Answers
+from raytune.launch.asking.generate import Answers
 from tests.ray.interrupting import interrupted_in
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raytune.metrics.events import read_events
-from raytune.plan.base_model import DEMO_BASE
+from raytune.plan.model.base_model import DEMO_BASE
 from tests.hub_stand_in import Refusal, StandIn, serving
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import exists
 from raytune.sweeps.ledger import read_ledger
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
 from raytune.watch.asking import ask
 from raytune.watch.logs import logs_of, printed
 from raytune.watch.look import Watcher

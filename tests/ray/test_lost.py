@@ -21,10 +21,10 @@ import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
 from raytune import train
-from raytune.launch import cluster as launch_cluster
-from raytune.launch.attempts import NODE_LOST, WORKER_DIED, Failure
-from raytune.launch.causes import first_failure
-from raytune.launch.places import Place, write_places
+from raytune.launch.attempts.attempts import NODE_LOST, WORKER_DIED, Failure
+from raytune.launch.attempts.causes import first_failure
+from raytune.launch.attempts.places import Place, write_places
+from raytune.launch.cluster import cluster as launch_cluster
 from raytune.launch.run import RunFailedError
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History

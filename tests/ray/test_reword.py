@@ -8,7 +8,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import raytune
-from raytune.launch.reword import Rewording
+from raytune.launch.asking.reword import Rewording
 from tests.ray.interrupting import interrupted_in
 from tests.tiny import save_tiny_model
 

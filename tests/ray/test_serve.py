@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from transformers import GenerationConfig
 
 from raytune import serve
-from raytune.config.cluster import ClusterSection
+from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.serving.endpoint import Endpoint, _wait_for_room
 from raytune.serving.front import MOST_BODY

@@ -18,10 +18,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune import train
-from raytune.config.cluster import ClusterSection
+from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import ClusterError, TakenOverError, UserError
-from raytune.launch.cluster import connect, map_on_cluster
-from raytune.launch.lease import Lease, this_process
+from raytune.launch.attempts.lease import Lease, this_process
+from raytune.launch.cluster.cluster import connect, map_on_cluster
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes, write_json

@@ -25,7 +25,7 @@ from ray.util import placement_group_table
 
 from raytune import sweep, train
 from raytune.errors import TrainingError, UserError
-from raytune.launch.record import RunRecord, write_plan
+from raytune.launch.state.record import RunRecord, write_plan
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder
@@ -34,7 +34,7 @@ from raytune.sweeps.ledger import Ledger, read_ledger
 from raytune.sweeps.results import SweepResult
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import against_trial, winner_config
-from raytune.training.commit import committed
+from raytune.training.checkpoints.commit import committed
 from tests.tiny import tiny_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

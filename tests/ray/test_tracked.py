@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 
 from raytune import sweep, train
-from raytune.launch.callbacks import RunEvent
+from raytune.launch.state.callbacks import RunEvent
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder, SweepFolder
 from raytune.storage import read_json

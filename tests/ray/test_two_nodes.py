@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_placement_groups
 
 from raytune import train
-from raytune.launch.result import RunResult
+from raytune.launch.state.result import RunResult
 from tests.numerics.saved_models import loss_by_plain_transformers
 from tests.variants import variants
 

@@ -13,8 +13,8 @@ from ray.cluster_utils import Cluster
 
 from raytune import train
 from raytune.config.load import config_from
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.metrics.events import read_events
 from raytune.metrics.history import History
 from raytune.run_folder import RunFolder

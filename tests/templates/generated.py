@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-from raytune.data.conversation import Conversation, Message, Origin
+from raytune.data.conversations.conversation import Conversation, Message, Origin
 
 BOS, EOS = "<s>", "</s>"
 SPECIAL = (

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raytune.data.conversation import Conversation, Message, Origin
+from raytune.data.conversations.conversation import Conversation, Message, Origin
 from tests.tiny import tiny_tokenizer
 
 BOS, EOS = "<s>", "</s>"

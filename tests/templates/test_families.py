@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 
-from raytune.data.conversation import RowError
-from raytune.data.template import ChatTemplate, Rendered
+from raytune.data.conversations.conversation import RowError
+from raytune.data.templates.template import ChatTemplate, Rendered
 from raytune.errors import DataError
 from tests.templates.shapes import SHAPES, tokenizer_for
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raytune.data.conversation import Conversation, Message, RowError
-from raytune.data.template import ChatTemplate, Rendered
+from raytune.data.conversations.conversation import Conversation, Message, RowError
+from raytune.data.templates.template import ChatTemplate, Rendered
 from raytune.errors import DataError
 from tests.templates.generated import (
     BOS,

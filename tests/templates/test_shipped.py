@@ -8,9 +8,9 @@ from datetime import date
 
 import pytest
 
-from raytune.data.conversation import RowError
-from raytune.data.template import ChatTemplate, Rendered
-from raytune.data.template_text import SHIPPED, TEMPLATES_FOLDER
+from raytune.data.conversations.conversation import RowError
+from raytune.data.templates.template import ChatTemplate, Rendered
+from raytune.data.templates.text import SHIPPED, TEMPLATES_FOLDER
 from tests.templates.shapes import SHAPES, Unrendered, plainly_rendered, tokenizer_for
 from tests.templates.twins import twins_folder
 from tests.unit.test_data_template import EXPECTED

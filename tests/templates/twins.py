@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from raytune.data.conversation import Conversation, RowError
-from raytune.data.template import ChatTemplate, Rendered
+from raytune.data.conversations.conversation import Conversation, RowError
+from raytune.data.templates.template import ChatTemplate, Rendered
 from raytune.errors import DataError
 from tests.templates.shapes import SHAPES, SPECIAL, Unrendered, lost_fields, pieces_of, placed, plainly_rendered, tokenizer_for
 

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from raytune.config.run import RunConfig
-from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.choose import choose_plan
-from raytune.plan.data_facts import DataFacts
-from raytune.plan.machine import Machine
+from raytune.config.sections.run import RunConfig
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.setting import settle
+from raytune.plan.facts.data_facts import DataFacts
+from raytune.plan.facts.machine import Machine
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan, StorePlan
-from raytune.plan.setting import settle
-from raytune.plan.shapes import ModelShape
 from raytune.units import GIB
 
 CPU = Machine(

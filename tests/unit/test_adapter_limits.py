@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from raytune.config.adapter import LoraAdapter, QloraAdapter
+from raytune.config.sections.adapter import LoraAdapter, QloraAdapter
 from raytune.errors import ModelError, UserError
 from raytune.model.adapters import add_adapter
 from raytune.model.adapters.lora import initialise_eva
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from raytune.model.load import load_model
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.setting import settle
+from raytune.plan.choosing.setting import settle
+from raytune.plan.model.base_model import read_model_shape
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
 from tests.unit.plan_cases import CPU, config, gpus, planned
 

@@ -12,7 +12,7 @@ from raytune.cli import cli
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
 from raytune.errors import ModelError, UserError
-from raytune.launch.host import this_machine
+from raytune.launch.cluster.host import this_machine
 from raytune.plan.advise import advise
 from raytune.plan.ahead import plan_ahead
 from raytune.plan.describe import advice_text

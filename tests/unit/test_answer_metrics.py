@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from raytune.config.evaluation import AnswerMetricName
+from raytune.config.sections.evaluation import AnswerMetricName
 from raytune.evaluation.answer_metrics import ANSWER_METRICS
 from raytune.evaluation.bootstrap import difference_interval
 from raytune.evaluation.text_metrics import exact_match, json_fields, json_valid, numeric_match, token_f1

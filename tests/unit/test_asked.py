@@ -8,7 +8,7 @@ from click.testing import CliRunner
 import raytune
 from raytune.api.asked import resolved_config
 from raytune.cli import cli
-from raytune.config.asked import NEITHER, named_values
+from raytune.config.checks.asked import NEITHER, named_values
 from raytune.config.load import ConfigError, config_from, dump_yaml, load_config
 
 FORGOTTEN = {

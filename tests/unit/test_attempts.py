@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune.launch.attempts import Decision, Failure, cause_line, decide, details
+from raytune.launch.attempts.attempts import Decision, Failure, cause_line, decide, details
 from raytune.launch.run import RunFailedError, explanation
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.config.load import config_from, load_with_places
-from raytune.config.places import errors_at
+from raytune.config.words.places import errors_at
 from raytune.errors import UserError
-from raytune.plan.averaging import share_after
+from raytune.plan.choosing.setting import settle
 from raytune.plan.describe import plan_table
-from raytune.plan.identity import differences, identity_of
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import changes_in_keys
 from raytune.plan.run_plan import AveragingPlan, RunPlan
-from raytune.plan.setting import settle
-from raytune.plan.settings import changes_in_keys
+from raytune.plan.strategies.averaging import share_after
 from tests.unit.plan_cases import CPU, DEMO, config, data, gpus, planned
 
 

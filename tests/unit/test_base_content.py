@@ -13,16 +13,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from raytune.config.load import config_from, config_with, dump_yaml
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError, PlanError, UserError
-from raytune.launch.attempts import Failure
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import Preparation, prepare
-from raytune.launch.reading import show_reading
-from raytune.launch.record import RunRecord, refuse_another_run, write_plan
+from raytune.launch.attempts.attempts import Failure
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import Preparation, prepare
+from raytune.launch.data.reading import show_reading
 from raytune.launch.run import train_plan
-from raytune.model.base_content import base_content
-from raytune.plan.division import Layout
+from raytune.launch.state.record import RunRecord, refuse_another_run, write_plan
+from raytune.model.files.base_content import base_content
+from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import LAYOUT_FILE, RunFolder, SweepFolder
 from raytune.storage import write_bytes, write_json
@@ -31,8 +31,8 @@ from raytune.sweeps.planner import Planner
 from raytune.sweeps.run import COMPARED_BY_CONTENT, MAY_CHANGE, _refuse_another_sweep, _refuse_other_bases, _refuse_other_trials
 from raytune.sweeps.trial import Trial
 from raytune.sweeps.winner import winner_config
-from raytune.training.commit import Commit
-from raytune.training.layout import fill_with_layout
+from raytune.training.checkpoints.commit import Commit
+from raytune.training.engines.layout import fill_with_layout
 from raytune.units import GIB
 from tests.sweep_cases import sweep_result, trial_result
 from tests.tiny import save_tiny_model

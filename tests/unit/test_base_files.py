@@ -30,17 +30,17 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.config.load import config_from
+from raytune.config.sections.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter
 from raytune.errors import DataError, ModelError, UserError
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.model.adapters import add_adapter
-from raytune.model.base_check import check_base
-from raytune.model.files import resolve_model_path
+from raytune.model.files.base_check import check_base
+from raytune.model.files.files import resolve_model_path
+from raytune.model.files.stopping import saved_config
 from raytune.model.load import load_model
-from raytune.model.stopping import saved_config
-from raytune.plan.base_model import read_model_shape
+from raytune.plan.model.base_model import read_model_shape
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan, tiny_tokenizer
 
 CPU = torch.device("cpu")

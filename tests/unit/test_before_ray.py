@@ -18,9 +18,9 @@ from raytune.clusters.dashboard import refuse_what_is_no_dashboard
 from raytune.config.load import load_with_places
 from raytune.config.problems import ConfigError
 from raytune.errors import ClusterError, RaytuneError, UserError
-from raytune.launch import reach
-from raytune.launch.cluster import refuse_long_folder
-from raytune.launch.lease import hold
+from raytune.launch.attempts.lease import hold
+from raytune.launch.cluster import reach
+from raytune.launch.cluster.cluster import refuse_long_folder
 from raytune.run_folder import RunFolder
 from raytune.sweeps.space import check_space
 
@@ -152,7 +152,7 @@ def test_a_head_that_wants_a_token_gets_it_or_a_message_says_where_it_lies(
 ) -> None:
     address, token = guarded_head
     code = (
-        f"import os\nfrom raytune.errors import UserError\nfrom raytune.launch.reach import ready_for\n"
+        f"import os\nfrom raytune.errors import UserError\nfrom raytune.launch.cluster.reach import ready_for\n"
         f"try: ready_for({address!r}); print('let in, RAY_AUTH_MODE=' + os.environ['RAY_AUTH_MODE'])\n"
         f"except UserError as error: print(error)"
     )

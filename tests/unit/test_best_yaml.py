@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from raytune.config.load import load_config
-from raytune.config.run import RunConfig
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.plan.identity import identity_of
+from raytune.config.sections.run import RunConfig
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.plan.identity.identity import identity_of
 from raytune.run_folder import SweepFolder
 from raytune.sweeps.planner import Planner
 from raytune.sweeps.space import run_value

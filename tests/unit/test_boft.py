@@ -9,14 +9,14 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import Adapter
+from raytune.config.sections.adapter import Adapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
-from raytune.model.export import save_adapter
-from raytune.model.merge import merge_adapter
-from raytune.plan.memory import memory_parts
+from raytune.model.files.export import save_adapter
+from raytune.model.merging.merge import merge_adapter
+from raytune.plan.costs.memory import memory_parts
+from raytune.plan.costs.throughput import flops_per_micro_batch
 from raytune.plan.methods import trained_by
-from raytune.plan.throughput import flops_per_micro_batch
 from tests.tiny import save_tiny_model
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, gpus, planned
 from tests.unit.test_plan_memory import workload

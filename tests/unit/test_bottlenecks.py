@@ -6,13 +6,13 @@ import pytest
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import Adapter
-from raytune.config.strategy import FreezeSection
+from raytune.config.sections.adapter import Adapter
+from raytune.config.sections.strategy import FreezeSection
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
-from raytune.plan.architectures import model_shape
-from raytune.plan.freezing import narrowed
 from raytune.plan.methods import trained_by
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.strategies.freezing import narrowed
 from tests.unit.plan_cases import CPU, DEMO, planned
 from tests.unit.test_plan_shapes import CONFIGS
 

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import ray
 
-from raytune.config.keys import keys
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
+from raytune.config.reading.keys import keys
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
-from raytune.launch.begun import begun_for
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.launch.run import run
-from raytune.plan.identity import identity_of, leaves
+from raytune.launch.state.begun import begun_for
+from raytune.launch.state.record import RunRecord, refuse_another_run, refuse_changed_settings, write_plan
+from raytune.plan.identity.identity import identity_of, leaves
+from raytune.plan.identity.settings import KEY_OF, certain_changes, changes_in_keys, key_of
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.settings import KEY_OF, certain_changes, changes_in_keys, key_of
 from raytune.run_folder import RunFolder
 
 RUN = {

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 import raytune
 from raytune.cli import cli
 from raytune.cli.terminal import converse
-from raytune.config.data import DataSource
-from raytune.data.shards import Tally
-from raytune.data.source_rows import read_conversations
+from raytune.config.sections.data import DataSource
+from raytune.data.rows.shards import Tally
+from raytune.data.rows.source_rows import read_conversations
 from raytune.errors import UserError
 from raytune.evaluation.generation import without_position_warnings
 from raytune.printable import printable

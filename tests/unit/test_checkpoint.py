@@ -27,8 +27,8 @@ from raytune.errors import CheckpointError, PlanError, RaytuneError, StorageFull
 from raytune.metrics.events import EventLog, read_events
 from raytune.plan.run_plan import CheckpointPlan, SnapshotPlan
 from raytune.run_folder import MANIFEST, RunFolder
-from raytune.training.checkpoint import Checkpoints
-from raytune.training.commit import (
+from raytune.training.checkpoints.checkpoint import Checkpoints
+from raytune.training.checkpoints.commit import (
     Commit,
     SavedFile,
     best_commit,
@@ -38,9 +38,9 @@ from raytune.training.commit import (
     required_bytes,
     retain,
 )
-from raytune.training.engine import PlainEngine
-from raytune.training.snapshot import HostMemory, Snapshot
-from raytune.training.state_files import Write, write_now
+from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
+from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.state_files import Write, write_now
 from tests.numerics.processes import run_on_ranks
 
 WAITING = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
@@ -314,7 +314,7 @@ def test_a_file_name_cannot_lead_out_of_a_checkpoint(name: str) -> None:
 
 
 def test_a_checkpoint_of_a_newer_raytune_is_not_called_damaged(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytune.training.commit.FORMAT", 2)
+    monkeypatch.setattr("raytune.training.checkpoints.commit.FORMAT", 2)
     save_steps(folder, {1: 1.0})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="format 2"):
@@ -766,7 +766,7 @@ def assert_copies_equal(engine: Any, folder: Path, train: Callable[[], None]) ->
 
 
 def zero_engine(stage: int) -> Any:
-    from raytune.training.zero_engine import ZeroEngine
+    from raytune.training.engines.zero_engine import ZeroEngine
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))

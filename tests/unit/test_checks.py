@@ -31,7 +31,7 @@ from raytune.clusters.checks.seat import SeatFacts, seat_facts
 from raytune.clusters.preflight import instance_of
 from raytune.config.load import config_from
 from raytune.errors import UserError
-from raytune.plan.hardware import load_catalogue
+from raytune.plan.costs.hardware import load_catalogue
 from raytune.units import GIB, MIB
 
 H100 = GpuFacts(name="NVIDIA H100 80GB HBM3", memory_bytes=80 * GIB)

@@ -44,7 +44,7 @@ def test_the_help_of_a_verb_shows_commands_that_it_takes(path: tuple[str, ...], 
 def test_what_libraries_say_to_their_callers_is_not_said_to_who_types_a_command() -> None:
     code = (
         "from raytune.cli import quiet_libraries; quiet_libraries()\n"
-        "import raytune.model.quantize, warnings\n"
+        "import raytune.model.parts.quantize, warnings\n"
         "warnings.warn_explicit('old', FutureWarning, 'x.py', 1, module='transformers.modeling_utils')"
     )
     done = subprocess.run(

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 
 from raytune.cli import cli
 from raytune.config import problems
-from raytune.config.document import SCHEMA_FILE, explain, explanation_facts, json_schema, markdown_tables, schema_text
-from raytune.config.error_pages import ERROR_PAGES
-from raytune.config.keys import example_of, keys, keys_in
 from raytune.config.load import ConfigError, config_from, dump_yaml, load_config
+from raytune.config.reading.keys import example_of, keys, keys_in
+from raytune.config.words.document import SCHEMA_FILE, explain, explanation_facts, json_schema, markdown_tables, schema_text
+from raytune.config.words.error_pages import ERROR_PAGES
 from raytune.errors import UserError
 from tests.yaml_text import read_yaml
 
@@ -74,7 +74,7 @@ def test_the_examples_of_an_error_page_are_refused_and_accepted_as_it_says(id: s
 
 
 def test_the_shipped_schema_is_the_generated_one():
-    """Run `python -m raytune.config.document --write` after a change of a field."""
+    """Run `python -m raytune.config.words.document --write` after a change of a field."""
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text()
 
 

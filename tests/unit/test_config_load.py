@@ -12,11 +12,11 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from raytune.config.adapter import FullAdapter, QloraAdapter
-from raytune.config.keys import example_of, keys, keys_in
+from raytune.config.checks.validate import MAX_PROBLEMS
 from raytune.config.load import ConfigError, config_diff, config_from, dump_yaml, load_config
-from raytune.config.run import RunConfig
-from raytune.config.validate import MAX_PROBLEMS
+from raytune.config.reading.keys import example_of, keys, keys_in
+from raytune.config.sections.adapter import FullAdapter, QloraAdapter
+from raytune.config.sections.run import RunConfig
 from raytune.config.yaml_nodes import write_yaml
 from tests.yaml_text import read_yaml
 

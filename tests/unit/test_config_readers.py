@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from raytune.config.keys import keys
+from raytune.config.checks.readers import READERS, unread
 from raytune.config.load import ConfigError, config_from, dump_yaml, load_config, load_with_places
-from raytune.config.readers import READERS, unread
-from raytune.config.run import RunConfig
+from raytune.config.reading.keys import keys
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.ahead import plan_ahead
 from raytune.sweeps.space import check_space, trial_config, trials_of

@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 import raytune
 from raytune.cli import cli
-from raytune.config.keys import keys, type_at, unions
 from raytune.config.load import ConfigError, as_one_run, config_from, config_with, dump_yaml, load_config, load_with_places
-from raytune.config.sweep import AshaStopping, MedianStopping
+from raytune.config.reading.keys import keys, type_at, unions
+from raytune.config.sections.sweep import AshaStopping, MedianStopping
 from raytune.errors import UserError
 
 ROOT = Path(__file__).parents[2]

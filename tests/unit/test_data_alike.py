@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data.alike import contradicted, equal_to_earlier, found_in, near_in, near_to_earlier
-from raytune.data.passages import hashes_of, only_words, runs_of, script_of, shingles_of, words_and_signs
-from raytune.data.signatures import NUM_OF_ROW, bands_for, bands_of, signatures_of
+from raytune.data.quality.alike import contradicted, equal_to_earlier, found_in, near_in, near_to_earlier
+from raytune.data.quality.passages import hashes_of, only_words, runs_of, script_of, shingles_of, words_and_signs
+from raytune.data.quality.signatures import NUM_OF_ROW, bands_for, bands_of, signatures_of
 from tests.tiny import PATIENT
 
 FEW = st.lists(st.integers(0, 4), max_size=30)
@@ -127,7 +127,7 @@ def test_signatures_do_not_depend_on_what_else_is_signed_nor_on_the_process() ->
     together = signatures_of(rows, NUM_OF_ROW)
     assert all((signatures_of([row], NUM_OF_ROW)[0] == signature).all() for row, signature in zip(rows, together))
     code = (
-        "from raytune.data.passages import *\nfrom raytune.data.signatures import *\n"
+        "from raytune.data.quality.passages import *\nfrom raytune.data.quality.signatures import *\n"
         "print(signatures_of([shingles_of(hashes_of('a b c d e f'.split()), 5)], 8).tolist())"
     )
     told = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.augment import AugmentSection
 from raytune.config.load import config_from
-from raytune.data.augmenting import Augmentation, copies_of, misspelt
-from raytune.data.conversation import Conversation, Origin
-from raytune.data.recognising import AS_MESSAGES, Reading, read_row
-from raytune.data.store import Store
+from raytune.config.sections.augment import AugmentSection
+from raytune.data.conversations.conversation import Conversation, Origin
+from raytune.data.formats.augmenting import Augmentation, copies_of, misspelt
+from raytune.data.formats.recognising import AS_MESSAGES, Reading, read_row
+from raytune.data.store.store import Store
 from raytune.errors import DataError, UserError
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import Prepared, prepare
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import Prepared, prepare
 from raytune.model.demo import demo_tokenizer
 from raytune.plan.run_plan import StorePlan
 from raytune.user_code import UserCode

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from raytune.data.batches import Batch, evaluation_batches, num_evaluation_batches, step_batches
-from raytune.data.store import Store
+from raytune.data.batches.batches import Batch, evaluation_batches, num_evaluation_batches, step_batches
+from raytune.data.store.store import Store
 from tests.tiny import tiny_store
 
 
@@ -116,8 +116,8 @@ def test_a_worker_reads_stores_without_datasets_pandas_or_transformers(tmp_path:
     info = tiny_store(tmp_path)
     code = (
         "import sys\n"
-        "from raytune.data.batches import step_batches\n"
-        "from raytune.data.store import Store\n"
+        "from raytune.data.batches.batches import step_batches\n"
+        "from raytune.data.store.store import Store\n"
         f"store = Store.open({info.path!r})\n"
         "step_batches(store, step=0, rank=0, world=1, micro_batch_size=1, accumulation=1, num_rows_in_run=1, seed=0)\n"
         "print([name for name in ('datasets', 'pandas', 'transformers') if name in sys.modules])\n"

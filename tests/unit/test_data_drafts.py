@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from raytune.config.data import DataSource
-from raytune.data import drafts, sources
-from raytune.data.build import build_store
-from raytune.data.drafts import BuildProgress
-from raytune.data.shards import ShardResult, ShardTask
-from raytune.data.store import Store, StoreInfo
+from raytune.config.sections.data import DataSource
+from raytune.data.files import sources
+from raytune.data.rows.shards import ShardResult, ShardTask
+from raytune.data.store import drafts
+from raytune.data.store.build import build_store
+from raytune.data.store.drafts import BuildProgress
+from raytune.data.store.store import Store, StoreInfo
 from raytune.errors import DataError, StorageFullError
-from raytune.launch.tokenising import progress_text, show_tokenising
+from raytune.launch.data.tokenising import progress_text, show_tokenising
 from raytune.model.demo import demo_base_path
 from raytune.units import GIB
 from tests.tiny import tiny_request, tiny_rows, tiny_split
@@ -32,8 +33,10 @@ SEGMENT_BYTES = 2500
 KILLED = f"""
 import sys, time
 from pathlib import Path
-from raytune.data import build, sources, tokenising
-from raytune.data.build import build_store
+from raytune.data.store import build
+from raytune.data.files import sources
+from raytune.data.store import tokenising
+from raytune.data.store.build import build_store
 from raytune.model.demo import demo_base_path
 from tests.tiny import tiny_request, tiny_split
 

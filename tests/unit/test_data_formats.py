@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSource
-from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import FORMATS
-from raytune.data.masking import trained_turns
-from raytune.data.recognising import Reading, read_row, reading_of
-from raytune.data.row_fields import Mapped
+from raytune.config.sections.data import DataSource
+from raytune.data.conversations.conversation import Conversation, Origin, RowError
+from raytune.data.conversations.masking import trained_turns
+from raytune.data.formats.formats import FORMATS
+from raytune.data.formats.recognising import Reading, read_row, reading_of
+from raytune.data.formats.row_fields import Mapped
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 

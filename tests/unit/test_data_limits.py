@@ -13,22 +13,22 @@ from tokenizers.processors import TemplateProcessing
 
 import raytune
 from raytune.cli import cli
-from raytune.config.data import DataSection, DataSource
-from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.data.build import build_store
-from raytune.data.store import StoreInfo
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.config.sections.data import DataSection, DataSource
+from raytune.config.sections.data_limits import LimitsSection
+from raytune.config.sections.run import RunConfig
+from raytune.data.store.build import build_store
+from raytune.data.store.store import StoreInfo
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, UserError
-from raytune.launch.data_check import data_builder
+from raytune.launch.data.data_check import data_builder
+from raytune.launch.data.prepare import Base
 from raytune.launch.planning import plan_run
-from raytune.launch.prepare import Base
-from raytune.plan.data_facts import DataFacts
-from raytune.plan.data_limits import RULES, Verdict, refuse_exceeded, verdicts_of
-from raytune.plan.data_report import SourceReport
-from raytune.plan.identity import identity_of
-from raytune.plan.row_lengths import LONGEST, added, bucket_of, length_lines, length_of_share
+from raytune.plan.data.data_limits import RULES, Verdict, refuse_exceeded, verdicts_of
+from raytune.plan.data.data_report import SourceReport
+from raytune.plan.data.row_lengths import LONGEST, added, bucket_of, length_lines, length_of_share
+from raytune.plan.facts.data_facts import DataFacts
+from raytune.plan.identity.identity import identity_of
 from tests.tiny import tiny_request, tiny_store, tiny_tokenizer
 
 SHORT = "who is it, and why is it?"

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from raytune.config.data import DataSource
-from raytune.config.evaluation import SuiteSection
-from raytune.data.shards import Tally
-from raytune.data.source_rows import read_conversations
-from raytune.data.template import ChatTemplate
-from raytune.data.template_text import resolve_template
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.evaluation import SuiteSection
+from raytune.data.rows.shards import Tally
+from raytune.data.rows.source_rows import read_conversations
+from raytune.data.templates.template import ChatTemplate
+from raytune.data.templates.text import resolve_template
 from raytune.errors import DataError
 from raytune.evaluation.questions import read_questions
 from raytune.evaluation.suite_metrics import METRICS

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytune.data.store import Store, StoreInfo
+from raytune.data.store.store import Store, StoreInfo
 from raytune.errors import DataError
 from tests.tiny import tiny_store, tiny_tokenizer
 from tests.unit.test_data_report import CHATML
@@ -332,7 +332,7 @@ def test_a_line_of_200_mb_needs_no_memory_of_its_size(name: str, tmp_path: Path)
         "from tests.unit.test_data_nasty_files import GOOD, build\n"
         "from tests.tiny import tiny_store\n"
         "from tests.unit.test_data_report import CHATML\n"
-        "from raytune.config.data import QualitySection\n"
+        "from raytune.config.sections.data import QualitySection\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "fields = dict(max_rows=None, template=CHATML, on_bad_row='skip', quality=QualitySection())\n"
         "build(folder, 'small.jsonl', GOOD, quality=QualitySection())\n"

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data.order import positions_of_step, row_at, rows_at, share_of_rank
+from raytune.data.store.order import positions_of_step, row_at, rows_at, share_of_rank
 from tests.tiny import PATIENT
 
 ROWS = st.integers(1, 300)

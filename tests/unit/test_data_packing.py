@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data.packing import PACKINGS, pack, pack_rows
+from raytune.data.store.packing import PACKINGS, pack, pack_rows
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 

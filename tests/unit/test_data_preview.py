@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import raytune
 from raytune.cli import cli
-from raytune.data.pieces import Piece, TokenKind, pieces_of
 from raytune.data.preview import RowPlace, ShownDocument
-from raytune.data.store import Store
+from raytune.data.store.store import Store
+from raytune.data.templates.pieces import Piece, TokenKind, pieces_of
 from raytune.errors import UserError
-from raytune.launch.data_preview import DataPreview
+from raytune.launch.data.data_preview import DataPreview
 from tests.tiny import tiny_tokenizer
 
 HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\u202e\r\n\x1b[31m"

@@ -12,19 +12,19 @@ from typing import Any, get_args
 
 import pytest
 
-from raytune.config.data import DataSource, QualitySection
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
-from raytune.config.quality import FINDINGS, Policy, QualityPolicies
-from raytune.data import sources
-from raytune.data.build import build_store
-from raytune.data.quality import ParallelMap
-from raytune.data.same_rows import have_same_rows
-from raytune.data.store import Store, StoreInfo
+from raytune.config.sections.data import DataSource, QualitySection
+from raytune.config.sections.quality import FINDINGS, Policy, QualityPolicies
+from raytune.data.files import sources
+from raytune.data.quality.quality import ParallelMap
+from raytune.data.store.build import build_store
+from raytune.data.store.same_rows import have_same_rows
+from raytune.data.store.store import Store, StoreInfo
 from raytune.errors import DataError
 from raytune.launch.planning import plan_run
 from raytune.model.demo import demo_base_path
-from raytune.plan.data_report import losses_text
+from raytune.plan.data.data_report import losses_text
 from raytune.plan.describe import plan_text
 from tests.tiny import tiny_request, tiny_split, tiny_store
 from tests.unit.test_data_report import CHATML, OUTCOMES
@@ -433,7 +433,7 @@ def test_without_the_package_the_extra_is_named(files: Path) -> None:
     code = (
         "import sys\n"
         "sys.modules['rensa'] = None\n"
-        "from raytune.data.signatures import signatures_of\n"
+        "from raytune.data.quality.signatures import signatures_of\n"
         "from raytune.missing import missing_package\n"
         "import numpy as np\n"
         "try:\n    signatures_of([np.ones(1, np.uint64)], 8)\n"

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import COMPRESSED_ENDINGS, FILE_ENDINGS, DataFormat, DataSource
-from raytune.config.guides import guides
-from raytune.data.choices import read_choices
-from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.formats import FORMATS
-from raytune.data.masking import trained_turns
-from raytune.data.recognising import read_row, reading_of
-from raytune.data.shards import Tally
+from raytune.config.sections.data import COMPRESSED_ENDINGS, FILE_ENDINGS, DataFormat, DataSource
+from raytune.config.words.guides import guides
+from raytune.data.conversations.conversation import Conversation, Origin, RowError
+from raytune.data.conversations.masking import trained_turns
+from raytune.data.formats.formats import FORMATS
+from raytune.data.formats.recognising import read_row, reading_of
+from raytune.data.rows.choices import read_choices
+from raytune.data.rows.shards import Tally
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 

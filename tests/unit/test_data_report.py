@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from raytune.config.data import DataSource, measured_sets
-from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.data.store import StoreInfo
-from raytune.data.template_text import resolve_template
+from raytune.config.sections.data import DataSource, measured_sets
+from raytune.config.sections.data_limits import LimitsSection
+from raytune.config.sections.run import RunConfig
+from raytune.data.store.store import StoreInfo
+from raytune.data.templates.text import resolve_template
 from raytune.errors import DataError
 from raytune.launch.planning import plan_run
-from raytune.launch.progress import show_result
-from raytune.launch.record import write_plan
-from raytune.launch.result import RunResult
-from raytune.plan.data_report import COUNTS, DataReport, SourceReport, losses_text, report_table, store_text
+from raytune.launch.state.progress import show_result
+from raytune.launch.state.record import write_plan
+from raytune.launch.state.result import RunResult
+from raytune.plan.data.data_report import COUNTS, DataReport, SourceReport, losses_text, report_table, store_text
 from raytune.plan.describe import plan_text
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder

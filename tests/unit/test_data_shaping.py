@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSection, TrainSource
-from raytune.data.build import build_store
-from raytune.data.conversation import Conversation, Message, Origin
-from raytune.data.long_chats import split_at_turns, without_beginning
-from raytune.data.shaping import AS_IT_IS, Shape, exchanges_of, shaped
-from raytune.data.store import Store, StoreInfo
-from raytune.data.template_front import template_of
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.config.sections.data import DataSection, TrainSource
+from raytune.data.conversations.conversation import Conversation, Message, Origin
+from raytune.data.conversations.long_chats import split_at_turns, without_beginning
+from raytune.data.conversations.shaping import AS_IT_IS, Shape, exchanges_of, shaped
+from raytune.data.store.build import build_store
+from raytune.data.store.store import Store, StoreInfo
+from raytune.data.templates.front import template_of
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
-from raytune.plan.data_report import store_text
+from raytune.plan.data.data_report import store_text
 from tests.templates.shapes import tokenizer_for
 from tests.tiny import PATIENT, tiny_request
 

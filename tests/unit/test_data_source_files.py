@@ -13,13 +13,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, ipc
 
-from raytune.config.data import DataSource, ending_of, source_name
-from raytune.data.compression import compression_of
-from raytune.data.readers import BadRow, FileRow, read_segment
-from raytune.data.shards import Tally
-from raytune.data.source_files import find_files
-from raytune.data.source_rows import read_conversations
-from raytune.data.sources import COMPRESSED_SEGMENTS, scan
+from raytune.config.sections.data import DataSource, ending_of, source_name
+from raytune.data.files.compression import compression_of
+from raytune.data.files.readers import BadRow, FileRow, read_segment
+from raytune.data.files.source_files import find_files
+from raytune.data.files.sources import COMPRESSED_SEGMENTS, scan
+from raytune.data.rows.shards import Tally
+from raytune.data.rows.source_rows import read_conversations
 from raytune.errors import DataError
 from raytune.storage import write_bytes
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from raytune.config.data import DataSource, source_name
-from raytune.data import readers
-from raytune.data.readers import BadRow, FileRow, read_segment
-from raytune.data.recognising import reading_of
-from raytune.data.source_files import find_files
-from raytune.data.sources import scan
+from raytune.config.sections.data import DataSource, source_name
+from raytune.data.files import readers
+from raytune.data.files.readers import BadRow, FileRow, read_segment
+from raytune.data.files.source_files import find_files
+from raytune.data.files.sources import scan
+from raytune.data.formats.recognising import reading_of
 from raytune.errors import DataError
 from tests.tiny import PATIENT
 
@@ -154,10 +154,10 @@ def test_a_huge_line_is_refused_in_constant_memory(tmp_path: Path) -> None:
         file.write(b'"}\n' + GOOD)
     code = (
         "import resource\n"
-        "from raytune.config.data import DataSource\n"
-        "from raytune.data.readers import read_segment\n"
-        "from raytune.data.source_files import find_files\n"
-        "from raytune.data.sources import scan\n"
+        "from raytune.config.sections.data import DataSource\n"
+        "from raytune.data.files.readers import read_segment\n"
+        "from raytune.data.files.source_files import find_files\n"
+        "from raytune.data.files.sources import scan\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"(file,) = find_files(DataSource(path={str(path)!r}), None)\n"
         "rows = [row for segment in scan(file, None).segments for row in read_segment(segment)]\n"

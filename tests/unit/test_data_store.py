@@ -16,17 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSource
-from raytune.config.split import SplitSection
-from raytune.data import sources, tokenising
-from raytune.data.build import build_store
-from raytune.data.shards import ShardResult, ShardTask, Tally, resolved_too_long
-from raytune.data.source_rows import read_conversations
-from raytune.data.store import Store, StoreInfo
-from raytune.data.store_request import StoreRequest
-from raytune.data.template_text import resolve_template
-from raytune.data.text_encoder import TextEncoder
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.split import SplitSection
+from raytune.data.files import sources
+from raytune.data.rows.shards import ShardResult, ShardTask, Tally, resolved_too_long
+from raytune.data.rows.source_rows import read_conversations
+from raytune.data.store import tokenising
+from raytune.data.store.build import build_store
+from raytune.data.store.request import StoreRequest
+from raytune.data.store.store import Store, StoreInfo
+from raytune.data.templates.text import resolve_template
+from raytune.data.templates.text_encoder import TextEncoder
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.model.demo import demo_base_path
 from tests.tiny import PATIENT, tiny_request, tiny_rows, tiny_split, tiny_store, tiny_tokenizer

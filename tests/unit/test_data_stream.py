@@ -19,27 +19,27 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from raytune.config.augment import AugmentSection
-from raytune.config.data import TokenWeightsSection, TrainSource
-from raytune.config.data_limits import LimitsSection
 from raytune.config.load import config_from
-from raytune.data.augmenting import augmentation_of
-from raytune.data.origins import MADE_BY, ORIGIN, content_of
-from raytune.data.readers import read_segment
-from raytune.data.shaping import Shape
-from raytune.data.source_files import find_files
-from raytune.data.sources import unread_parts
-from raytune.data.store import Store
-from raytune.data.stream import Position, Stream, windows_from
-from raytune.data.stream_recipe import Recipe, with_files
+from raytune.config.sections.augment import AugmentSection
+from raytune.config.sections.data import TokenWeightsSection, TrainSource
+from raytune.config.sections.data_limits import LimitsSection
+from raytune.data.conversations.shaping import Shape
+from raytune.data.files.readers import read_segment
+from raytune.data.files.source_files import find_files
+from raytune.data.files.sources import unread_parts
+from raytune.data.formats.augmenting import augmentation_of
+from raytune.data.formats.origins import MADE_BY, ORIGIN, content_of
+from raytune.data.store.store import Store
+from raytune.data.stream.recipe import Recipe, with_files
+from raytune.data.stream.stream import Position, Stream, windows_from
 from raytune.errors import DataError, PlanError
-from raytune.launch.data_check import check_data
-from raytune.launch.data_preview import preview_data
-from raytune.launch.first_window import first_window
+from raytune.launch.data.data_check import check_data
+from raytune.launch.data.data_preview import preview_data
+from raytune.launch.data.first_window import first_window
 from raytune.model.demo import demo_base_path
-from raytune.plan.augmenting import code_of
-from raytune.plan.memory import STREAM_BYTES, STREAMED_TOKEN_BYTES
-from raytune.plan.streaming import StreamedSource, StreamPlan, check_streaming
+from raytune.plan.costs.memory import STREAM_BYTES, STREAMED_TOKEN_BYTES
+from raytune.plan.data.augmenting import code_of
+from raytune.plan.data.streaming import StreamedSource, StreamPlan, check_streaming
 from raytune.units import MIB
 from tests.tiny import tiny_request, tiny_rows, tiny_store, tiny_tokenizer
 
@@ -451,7 +451,7 @@ import sys
 from itertools import islice
 import numpy as np
 from pathlib import Path
-from raytune.data.stream import Stream
+from raytune.data.stream.stream import Stream
 from tests.unit.test_data_stream import SEED, recipe
 
 def resident_bytes():

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from raytune.config.load import config_from
-from raytune.data import file_pieces
-from raytune.data.file_pieces import KEPT_PIECES, FilesAhead, Version, version_of
-from raytune.data.stream import Position, Stream, Window, windows_from
+from raytune.data.files import pieces as file_pieces
+from raytune.data.files.pieces import KEPT_PIECES, FilesAhead, Version, version_of
+from raytune.data.stream.stream import Position, Stream, Window, windows_from
 from raytune.errors import ClusterError, DataError, RaytuneError
-from raytune.launch.data_preview import preview_data
-from raytune.launch.first_window import first_window
+from raytune.launch.data.data_preview import preview_data
+from raytune.launch.data.first_window import first_window
 from tests.bad_store import Fault, bad_store
 from tests.hub_stand_in import StandIn
 from tests.tiny import tiny_tokenizer

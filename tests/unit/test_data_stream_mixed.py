@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytune.config.data import TrainSource
-from raytune.config.data_limits import LimitsSection
-from raytune.data.store import Store
-from raytune.data.stream import Position, Stream, Window, rows_per_turn, windows_from
-from raytune.data.stream_recipe import Recipe
+from raytune.config.sections.data import TrainSource
+from raytune.config.sections.data_limits import LimitsSection
+from raytune.data.store.store import Store
+from raytune.data.stream.recipe import Recipe
+from raytune.data.stream.stream import Position, Stream, Window, rows_per_turn, windows_from
 from raytune.errors import DataError
-from raytune.plan.streaming import StreamedSource
+from raytune.plan.data.streaming import StreamedSource
 from tests.tiny import tiny_rows, tiny_store, tiny_tokenizer
 from tests.unit.test_data_stream import SEED, recipe
 

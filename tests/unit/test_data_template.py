@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytune.data.conversation import Conversation, Message, Origin, RowError
-from raytune.data.documents import Document, encoded_chats
-from raytune.data.masking import Targets
-from raytune.data.template import ChatTemplate, Rendered
-from raytune.data.template_text import TEMPLATES_FOLDER, resolve_template
-from raytune.data.text_encoder import TextEncoder
-from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
+from raytune.data.conversations.conversation import Conversation, Message, Origin, RowError
+from raytune.data.conversations.masking import Targets
+from raytune.data.rows.documents import Document, encoded_chats
+from raytune.data.templates.template import ChatTemplate, Rendered
+from raytune.data.templates.text import TEMPLATES_FOLDER, resolve_template
+from raytune.data.templates.text_encoder import TextEncoder
+from raytune.data.templates.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError, ModelError
 from tests.tiny import PATIENT, tiny_rows, tiny_tokenizer
 

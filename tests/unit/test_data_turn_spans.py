@@ -8,18 +8,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytune.config.data import DataSection, DataSource
-from raytune.config.evaluation import SuiteSection
-from raytune.data.build import build_store
-from raytune.data.conversation import Conversation, Message, Origin, RowError
-from raytune.data.masking import Targets
-from raytune.data.store import StoreInfo
-from raytune.data.template import ChatTemplate, Rendered
-from raytune.data.template_text import resolve_template
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.config.sections.data import DataSection, DataSource
+from raytune.config.sections.evaluation import SuiteSection
+from raytune.data.conversations.conversation import Conversation, Message, Origin, RowError
+from raytune.data.conversations.masking import Targets
+from raytune.data.store.build import build_store
+from raytune.data.store.store import StoreInfo
+from raytune.data.templates.template import ChatTemplate, Rendered
+from raytune.data.templates.text import resolve_template
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from raytune.errors import DataError
 from raytune.evaluation.questions import read_questions
-from raytune.plan.data_limits import refuse_exceeded, verdicts_of
+from raytune.plan.data.data_limits import refuse_exceeded, verdicts_of
 from tests.tiny import tiny_request, tiny_store, tiny_tokenizer
 
 CASES = Path(__file__).parents[1] / "cases"

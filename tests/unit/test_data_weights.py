@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data import row_file
-from raytune.data.batches import Batch, evaluation_batches, step_batches
-from raytune.data.shaping import Shape
-from raytune.data.store import WEIGHTS_COLUMN, Store, batches_of
-from raytune.data.template_text import resolve_template
+from raytune.data.batches.batches import Batch, evaluation_batches, step_batches
+from raytune.data.conversations.shaping import Shape
+from raytune.data.store import row_file
+from raytune.data.store.store import WEIGHTS_COLUMN, Store, batches_of
+from raytune.data.templates.text import resolve_template
 from tests.tiny import PATIENT, tiny_rows, tiny_store, tiny_tokenizer
 
 CHATML = resolve_template("chatml", tiny_tokenizer())
@@ -134,7 +134,7 @@ def test_packing_shards_and_division_change_no_weight(
     chats = [chat(said[0]), *(chat(*((f"r{row}a{at}", w) for at, w in enumerate(answers))) for row, answers in enumerate(rows))]
     with pytest.MonkeyPatch.context() as patch:
         if shards:  # so that weighted rows and others come from different shards, in record batches of their own
-            patch.setattr("raytune.data.tokenising._DOCUMENTS_AT_ONCE", 1)
+            patch.setattr("raytune.data.store.tokenising._DOCUMENTS_AT_ONCE", 1)
             patch.setattr(row_file, "_TOKENS_PER_RECORD_BATCH", 1)
         store = opened(folder, chats, packing=packing, max_length=128)
         found = {text.removesuffix("<|im_end|>"): weight for text, weight in weighed_text(store)}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from raytune.data.demo import INSTRUCTION, SPLIT_SHARES, demo_rows, echo_rows
+from raytune.data.files.demo import INSTRUCTION, SPLIT_SHARES, demo_rows, echo_rows
 from raytune.errors import DataError
 from raytune.model.demo import answer_batch, demo_base_path, demo_config, demo_tokenizer, train_demo_base
 

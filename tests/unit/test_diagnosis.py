@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 import raytune
-from raytune.config.data_limits import waived
-from raytune.config.keys import keys
-from raytune.launch.diagnosis import Evidence, Symptom, diagnose
-from raytune.launch.host import this_machine
-from raytune.launch.outcome import Change, Spent
-from raytune.launch.prepare import prepare
+from raytune.config.reading.keys import keys
+from raytune.config.sections.data_limits import waived
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.diagnosis import Evidence, Symptom, diagnose
+from raytune.launch.state.outcome import Change, Spent
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
-from raytune.plan.data_report import COUNTS, DataReport, SourceReport, StoreReport
+from raytune.plan.data.data_report import COUNTS, DataReport, SourceReport, StoreReport
 from raytune.plan.run_plan import RunPlan, StepTimePlan
 from tests.diagnosis_cases import CASES, STORED, Case, config_of, evidence_of, stored_evidence, train_case
 from tests.tiny import tiny_plan
@@ -163,7 +163,7 @@ def test_what_may_be_chance_is_not_forgotten(change: Change, is_forgetting: bool
 
 
 def test_every_key_that_is_named_is_one_of_a_config() -> None:
-    text = (Path(raytune.__file__).parent / "launch/diagnosis.py").read_text().replace('"\n            "', "")
+    text = (Path(raytune.__file__).parent / "launch/state/diagnosis.py").read_text().replace('"\n            "', "")
     sections = "|".join(name for name in keys() if "." not in name)
     named = set(re.findall(rf"(?<!\w)(?<!plan\.)(?<!raytune\.)(?<!\.)(?:{sections})(?:\.[a-z_0-9]+)+", text))
     named = {name for name in named if not name.startswith(("data.train.", "cluster.device", "checkpoint.keep_best"))}

@@ -7,17 +7,17 @@ import pytest
 
 from raytune.config.load import load_config
 from raytune.errors import ModelError, PlanError, UserError
-from raytune.launch.prepare import refuse_without_cluster
+from raytune.launch.data.prepare import refuse_without_cluster
 from raytune.plan.ahead import plan_ahead
-from raytune.plan.architectures import model_shape
-from raytune.plan.choose import choose_plan
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.setting import settle
 from raytune.plan.describe import plan_table
-from raytune.plan.distillation import TeacherFiles, check_vocabularies, teacher_section
-from raytune.plan.identity import differences, identity_of
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import changes_in_keys
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
-from raytune.plan.settings import changes_in_keys
-from raytune.plan.shapes import ModelShape
+from raytune.plan.strategies.distillation import TeacherFiles, check_vocabularies, teacher_section
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, LLAMA_3_70B, config, data, gpus
 

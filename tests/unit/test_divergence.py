@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raytune.config.divergence import DivergenceSection
-from raytune.config.run import RunConfig
+from raytune.config.sections.divergence import DivergenceSection
+from raytune.config.sections.run import RunConfig
 from raytune.errors import PlanError, UserError
 from raytune.metrics.follower import Follower
 from raytune.metrics.history import History
 from raytune.metrics.points import Point, RollBack, standing
 from raytune.metrics.writer import MetricsWriter
-from raytune.plan.divergence import guard_in_words, guard_notes, guard_of
+from raytune.plan.choosing.stages import possible_stages
 from raytune.plan.run_plan import CheckpointPlan
-from raytune.plan.stages import possible_stages
-from raytune.training.divergence import findings, logged_steps, rate_scale
-from raytune.training.spikes import Logged, highest_ordinary, spike_at, spikes_in_a_row, where_it_diverged
-from raytune.training.stopping import Findings
+from raytune.plan.strategies.divergence import guard_in_words, guard_notes, guard_of
+from raytune.training.steps.divergence import findings, logged_steps, rate_scale
+from raytune.training.steps.spikes import Logged, highest_ordinary, spike_at, spikes_in_a_row, where_it_diverged
+from raytune.training.steps.stopping import Findings
 from tests.tiny import PATIENT, tiny_plan
 
 values = st.floats(0.01, 100, allow_nan=False)

@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from raytune.config.problems import ConfigError
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.config.suite_file import read_suites
 from raytune.errors import ModelError, UserError
 from raytune.evaluation import judging
@@ -16,10 +16,10 @@ from raytune.evaluation.answers import all_chunks, together
 from raytune.evaluation.questions import Question
 from raytune.evaluation.side_by_side import Evaluation, paired, samples_of_models, values_of
 from raytune.evaluation.suite_metrics import Given
-from raytune.launch.evaluate import Prepared, folder_for, identity_of, prepare_evaluation
-from raytune.launch.models_to_ask import Named
-from raytune.launch.record import RunRecord, State, write_plan
-from raytune.model.base_content import base_content, save_content
+from raytune.launch.asking.evaluate import Prepared, folder_for, identity_of, prepare_evaluation
+from raytune.launch.asking.models_to_ask import Named
+from raytune.launch.state.record import RunRecord, State, write_plan
+from raytune.model.files.base_content import base_content, save_content
 from raytune.plan.run_plan import CodePlan, SuitePlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json

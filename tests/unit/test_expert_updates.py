@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.model.adapters import add_adapter
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
+from raytune.model.merging.merge import merge_adapter
 from tests.tiny import tiny_plan, tiny_tokenizer
 from tests.unit.test_model_export import CPU, logits, logits_without_raytune, state, trained
 from tests.variants import variants

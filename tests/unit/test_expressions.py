@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from raytune.config.expressions import ExpressionError, parse_expression
+from raytune.config.reading.expressions import ExpressionError, parse_expression
 
 RUN = {
     "adapter.rank": 8,

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.config.load import load_with_places
-from raytune.config.rate_in_file import file_for_rate, write_rate
-from raytune.config.run import RunConfig
+from raytune.config.reading.rate_in_file import file_for_rate, write_rate
+from raytune.config.sections.run import RunConfig
 from raytune.config.yaml_nodes import with_value
 from raytune.errors import UserError
-from raytune.plan.rate_advice import advise_rate
-from raytune.plan.rate_range import RangeOptions, RateRange, cautions, reason_to_stop, smoothed
+from raytune.plan.rates.rate_advice import advise_rate
+from raytune.plan.rates.rate_range import RangeOptions, RateRange, cautions, reason_to_stop, smoothed
 from tests.tiny import PATIENT
 
 TRIED = RateRange(low=1e-6, high=1.0, num_steps=100)

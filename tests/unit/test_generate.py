@@ -8,15 +8,15 @@ import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import raytune
-from raytune.config.data import DataSource
-from raytune.data.shards import Tally
-from raytune.data.template_text import resolve_template
+from raytune.config.sections.data import DataSource
+from raytune.data.rows.shards import Tally
+from raytune.data.templates.text import resolve_template
 from raytune.errors import DataError, UserError
 from raytune.evaluation.asked_rows import AskedRow, Prompter, TooLong, read_asked_rows
 from raytune.evaluation.sampling import sampling_plan
-from raytune.launch.generate import HowToAnswer, ToAnswer, generate, prepare_answers
-from raytune.launch.models_to_ask import Named
-from raytune.launch.rows_to_score import sources_of
+from raytune.launch.asking.generate import HowToAnswer, ToAnswer, generate, prepare_answers
+from raytune.launch.asking.models_to_ask import Named
+from raytune.launch.data.rows_to_score import sources_of
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 POSITIONS = 64

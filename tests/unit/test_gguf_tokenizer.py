@@ -8,9 +8,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from raytune.errors import ModelError
-from raytune.model.gguf_file import GgufModel
-from raytune.model.gguf_tokenizer import SPLITS, gguf_tokenizer
-from raytune.model.whole_model import whole_model
+from raytune.model.files.whole_model import whole_model
+from raytune.model.gguf.gguf_file import GgufModel
+from raytune.model.gguf.gguf_tokenizer import SPLITS, gguf_tokenizer
 from tests.tiny import tiny_model
 
 CORPUS = [

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytune.errors import ModelError
+from raytune.model.files.saved_adapter import refuse_unfit_adapter
 from raytune.model.inference import MOST_ADAPTERS, HeldModels
-from raytune.model.saved_adapter import refuse_unfit_adapter
-from raytune.plan.asked_model import AskedModel, plain_model
+from raytune.plan.saved.asked_model import AskedModel, plain_model
 from tests.tiny import save_tiny_model, tiny_model
 
 CPU = torch.device("cpu")

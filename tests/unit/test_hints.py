@@ -9,12 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.document import explain
-from raytune.config.foreign_names import FILE, answer_for_name, answer_for_value, table
-from raytune.config.hints import hint_for_key, hint_for_value
-from raytune.config.keys import choices, keys, type_at
 from raytune.config.load import ConfigError, load_config
-from raytune.config.near_words import are_opposite, near_words
+from raytune.config.reading.keys import choices, keys, type_at
+from raytune.config.words.document import explain
+from raytune.config.words.foreign_names import FILE, answer_for_name, answer_for_value, table
+from raytune.config.words.hints import hint_for_key, hint_for_value
+from raytune.config.words.near_words import are_opposite, near_words
 from raytune.errors import UserError
 
 ANSWERS = sorted({answer.ours for answer in table().names.values() if answer.ours})

@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 
 from raytune.config.load import config_from
-from raytune.data.template import ChatTemplate
-from raytune.data.template_text import resolve_template
-from raytune.data.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
+from raytune.data.templates.template import ChatTemplate
+from raytune.data.templates.text import resolve_template
+from raytune.data.templates.tokenizers import adds_bos, open_tokenizer, tokenizer_fingerprint
 from raytune.errors import ModelError, RaytuneError
-from raytune.model.base_check import check_base
-from raytune.model.files import resolve_model_path
-from raytune.model.pretrained import load_config
-from raytune.model.stopping import base_config, stopping_config
+from raytune.model.files.base_check import check_base
+from raytune.model.files.files import resolve_model_path
+from raytune.model.files.pretrained import load_config
+from raytune.model.files.stopping import base_config, stopping_config
 from raytune.plan.ahead import plan_ahead
-from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.model_folder import check_numbers
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.model_folder import check_numbers
 from tests.tiny import save_tiny_model
 
 SECONDS = 1.0

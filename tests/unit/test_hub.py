@@ -18,17 +18,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from raytune.data.tokenizers import load_tokenizer
+from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.errors import EXIT_REFUSED, EXIT_RETRY_LATER, ClusterError, ModelError, RaytuneError
 from raytune.hub import cache as hub_cache
 from raytune.hub import snapshot as hub_snapshot
 from raytune.hub.cache import ADOPT_AFTER_S, beginning_of, cached_snapshot, held, repository
 from raytune.hub.client import Patience
 from raytune.hub.snapshot import Progress, described, in_lines
-from raytune.model.files import local_files
-from raytune.model.hub import download_base
-from raytune.model.pretrained import load_config
-from raytune.plan.base_model import model_files, read_model_shape
+from raytune.model.files.files import local_files
+from raytune.model.files.hub import download_base
+from raytune.model.files.pretrained import load_config
+from raytune.plan.model.base_model import model_files, read_model_shape
 from tests.hub_stand_in import Refusal, StandIn
 from tests.tiny import save_tiny_model
 
@@ -464,7 +464,7 @@ def test_what_a_killed_download_left_is_not_asked_for_again(hub: StandIn, tiny: 
     hub.add(NAME, files)
     hub.bytes_per_s = 1e6
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", f"from raytune.model.hub import download_base; download_base({NAME!r}, None)"]
+    command = [sys.executable, "-c", f"from raytune.model.files.hub import download_base; download_base({NAME!r}, None)"]
     process = subprocess.Popen(command, env=environment)
     digest = hashlib.sha256(files[WEIGHTS]).hexdigest()
     beginning = beginning_of(NAME, digest)

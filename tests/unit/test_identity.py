@@ -12,25 +12,25 @@ import pytest
 import ray
 
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import PlanError, UserError
-from raytune.launch.begun import known_rows, read_begun
-from raytune.launch.finished import _has_changed, answer
-from raytune.launch.host import this_machine
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import Prepared, prepare
 from raytune.launch.planning import plan_run
-from raytune.launch.prepare import Prepared, prepare
-from raytune.launch.record import RunRecord, read_plan, refuse_another_run
 from raytune.launch.run import RunFailedError, run, train_plan
-from raytune.plan.choose import choose_plan
-from raytune.plan.deepspeed_keys import computing_overrides
-from raytune.plan.division import Begun, Division, Layout, continued
-from raytune.plan.identity import identity_of
-from raytune.plan.machine import Machine
+from raytune.launch.state.begun import known_rows, read_begun
+from raytune.launch.state.finished import _has_changed, answer
+from raytune.launch.state.record import RunRecord, read_plan, refuse_another_run
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.setting import settle
+from raytune.plan.facts.machine import Machine
+from raytune.plan.identity.deepspeed_keys import computing_overrides
+from raytune.plan.identity.division import Begun, Division, Layout, continued
+from raytune.plan.identity.identity import identity_of
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
 from raytune.run_folder import LAYOUT_FILE, RunFolder
-from raytune.training.commit import committed
-from raytune.training.layout import fill_with_layout
+from raytune.training.checkpoints.commit import committed
+from raytune.training.engines.layout import fill_with_layout
 from raytune.training.run import Worker, train
 from raytune.training.worker import recorded
 from tests.compat.identity.make import config as stored_config
@@ -43,7 +43,7 @@ STORED = Path(__file__).parents[1] / "compat" / "identity"
 
 
 def planned(machine: Machine, begun: Begun | None = None, **sections: Any) -> RunPlan:
-    """A plan of Llama 3 8B; of a run that is there, as `launch.prepare` makes it."""
+    """A plan of Llama 3 8B; of a run that is there, as `launch.data.prepare` makes it."""
     asked = config(name="r", **sections)
     asked = continued(asked, begun) if begun else asked
     setting = settle(asked, LLAMA_3_8B, machine, begun)
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_does_not_fit_after_all_ends_the_run_at_once_and_promi
     attempts: list[int] = []
 
     def attempt(plan: RunPlan, number: int, check: Callable[[], None]) -> Any:
-        from raytune.launch.causes import first_failure
+        from raytune.launch.attempts.causes import first_failure
 
         attempts.append(number)
         try:

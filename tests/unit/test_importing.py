@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 import raytune
 from raytune.cli import cli
-from raytune.config.files import read_file
-from raytune.config.keys import keys
 from raytune.config.load import config_from, load_config
 from raytune.config.problems import ConfigError
+from raytune.config.reading.files import read_file
+from raytune.config.reading.keys import keys
 from raytune.config.yaml_nodes import write_yaml
 from raytune.errors import UserError
 from raytune.importing.facts import counterpart, facts, projects
 from raytune.importing.imported import Imported
-from raytune.training.schedule import learning_rate
+from raytune.training.steps.schedule import learning_rate
 from tests.tiny import tiny_plan
 
 FULL = """

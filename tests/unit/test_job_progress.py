@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raytune.clusters.job import Job
 from raytune.clusters.job_progress import Progress, SweepProgress, progress_of
-from raytune.launch.record import RunRecord, write_plan
+from raytune.launch.state.record import RunRecord, write_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
 from raytune.run_folder import RunFolder, SweepFolder

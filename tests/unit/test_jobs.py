@@ -19,7 +19,7 @@ from raytune.clusters.jobs import Jobs, entrypoint_place, last_lines
 from raytune.clusters.submission import Submission, prepare_submission
 from raytune.config.load import load_config
 from raytune.errors import ClusterError, UserError
-from raytune.launch.record import RunRecord
+from raytune.launch.state.record import RunRecord
 from raytune.run_folder import RunFolder
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"

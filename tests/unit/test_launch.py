@@ -15,18 +15,18 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from raytune.cli import cli
-from raytune.config.cluster import ClusterSection
 from raytune.config.load import config_from, load_config
-from raytune.config.run import RunConfig
+from raytune.config.sections.cluster import ClusterSection
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ClusterError, UserError
-from raytune.launch.cluster import nodes_for_workers
-from raytune.launch.finished import answer, damage, damage_text, is_finished
-from raytune.launch.progress import show_result
-from raytune.launch.record import RunRecord, read_plan, write_plan
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.cluster import nodes_for_workers
 from raytune.launch.run import run
+from raytune.launch.state.finished import answer, damage, damage_text, is_finished
+from raytune.launch.state.progress import show_result
+from raytune.launch.state.record import RunRecord, read_plan, write_plan
+from raytune.launch.state.result import RunResult
 from raytune.run_folder import RunFolder
-from raytune.training.commit import Commit
+from raytune.training.checkpoints.commit import Commit
 from raytune.units import GIB
 from tests.tiny import tiny_plan
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from raytune import storage
 from raytune.errors import RunHeldError, TakenOverError
-from raytune.launch.lease import (
+from raytune.launch.attempts.lease import (
     EXPIRES_S,
     Holder,
     Holding,
@@ -212,7 +212,7 @@ def test_a_claim_that_was_written_over_is_lost() -> None:
 
 HOLD = """
 import sys, time
-from raytune.launch.lease import hold
+from raytune.launch.attempts.lease import hold
 from raytune.run_folder import RunFolder
 with hold(RunFolder(sys.argv[1], "run")):
     print("held", flush=True)

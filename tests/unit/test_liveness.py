@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from raytune.launch.liveness import is_at_work
-from raytune.training.loop import training_steps
+from raytune.launch.attempts.liveness import is_at_work
+from raytune.training.steps.loop import training_steps
 from raytune.training.whereabouts import findable, whereabouts
 
 BUSY = "while True: pass"

@@ -8,15 +8,15 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
 from raytune.model.meta_shape import UNBOUNDED_POSITIONS, meta_model, shape_of
-from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import read_model_shape
 from raytune.plan.methods import trained_by
 from raytune.plan.methods.lora_updates import updated_layers, updated_parameters
-from raytune.plan.shapes import ModelShape
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.shapes import ModelShape
 from tests.unit.test_plan_shapes import CONFIGS, SMALL
 from tests.unit.test_plan_shapes import meta_model as model_of
 

@@ -12,22 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSource
 from raytune.config.load import config_from, load_with_places
-from raytune.config.metric_names import measured
-from raytune.config.places import errors_at
-from raytune.config.row_sources import trained_sources
-from raytune.data.batches import step_batches
-from raytune.data.mixing import DrawnRows, EpochRows, balanced_order
-from raytune.data.store import Store
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.row_sources import trained_sources
+from raytune.config.words.metric_names import measured
+from raytune.config.words.places import errors_at
+from raytune.data.batches.batches import step_batches
+from raytune.data.store.mixing import DrawnRows, EpochRows, balanced_order
+from raytune.data.store.store import Store
 from raytune.errors import UserError
 from raytune.launch.planning import plan_run
 from raytune.plan.ahead import assumed_data
+from raytune.plan.data.mixing import EACH_ROW_ONCE, Mixture, mixture_of, passes_of_epoch
 from raytune.plan.describe import plan_text
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.mixing import EACH_ROW_ONCE, Mixture, mixture_of, passes_of_epoch
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import key_of
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.settings import key_of
 from raytune.storage import file_digest
 from tests.tiny import PATIENT, tiny_rows, tiny_store
 

@@ -15,11 +15,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from raytune.cli import cli
-from raytune.launch.finished import damage
-from raytune.launch.kept_answers import _files
-from raytune.launch.record import RunRecord
-from raytune.model.base_content import base_content
+from raytune.launch.asking.kept_answers import _files
+from raytune.launch.state.finished import damage
+from raytune.launch.state.record import RunRecord
 from raytune.model.card import is_ours, save_merged_card
+from raytune.model.files.base_content import base_content
 from raytune.report.at_end import leave_page
 from raytune.report.model_card import write_model_card
 from raytune.report.run_seen import RunSeen

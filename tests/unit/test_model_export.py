@@ -22,12 +22,12 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from raytune.config.adapter import Adapter, FullAdapter, Ia3Adapter, LoraAdapter, QloraAdapter
+from raytune.config.sections.adapter import Adapter, FullAdapter, Ia3Adapter, LoraAdapter, QloraAdapter
 from raytune.errors import ModelError
-from raytune.model.base_content import base_content, save_content
-from raytune.model.export import save_adapter, save_model
+from raytune.model.files.base_content import base_content, save_content
+from raytune.model.files.export import save_adapter, save_model
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
+from raytune.model.merging.merge import merge_adapter
 from tests.tiny import save_tiny_model, tiny_plan, tiny_tokenizer
 
 CPU = torch.device("cpu")

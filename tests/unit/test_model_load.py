@@ -10,18 +10,18 @@ import torch
 from transformers import AutoTokenizer
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from raytune.config.adapter import FullAdapter, LoraAdapter
-from raytune.config.model import Quantization
-from raytune.data.batches import Batch
-from raytune.data.tokenizers import load_tokenizer
+from raytune.config.sections.adapter import FullAdapter, LoraAdapter
+from raytune.config.sections.model import Quantization
+from raytune.data.batches.batches import Batch
+from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.errors import ModelError
-from raytune.model.attention import model_inputs
+from raytune.model.attention.attention import model_inputs
 from raytune.model.demo import demo_base_path
-from raytune.model.files import resolve_model_path
+from raytune.model.files.files import resolve_model_path
+from raytune.model.files.pretrained import load_config
 from raytune.model.load import load_model
-from raytune.model.pretrained import load_config
-from raytune.model.quantize import quantized_modules
-from raytune.plan.base_model import DEMO, DEMO_BASE, model_files
+from raytune.model.parts.quantize import quantized_modules
+from raytune.plan.model.base_model import DEMO, DEMO_BASE, model_files
 from raytune.plan.run_plan import ModelPlan
 from tests.tiny import save_tiny_model, tiny_model, tiny_plan
 

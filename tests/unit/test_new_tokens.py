@@ -12,20 +12,20 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raytune.config.load import config_from, load_config
-from raytune.config.model import ModelSection
-from raytune.data.template_text import resolve_template
-from raytune.data.tokenizers import open_tokenizer, tokenizer_fingerprint, vocabulary_of
+from raytune.config.sections.model import ModelSection
+from raytune.data.templates.text import resolve_template
+from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint, vocabulary_of
 from raytune.errors import UserError
 from raytune.evaluation.generation import write_answers
 from raytune.launch.check import check_run
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import Base, Preparation, prepare
-from raytune.model.stopping import stopping_config
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import Base, Preparation, prepare
+from raytune.model.files.stopping import stopping_config
 from raytune.plan.ahead import plan_ahead
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.new_tokens import Vocabulary, stored_vocabulary, with_new_tokens
-from raytune.plan.shapes import ModelShape
-from raytune.training.loop import evaluating
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.strategies.new_tokens import Vocabulary, stored_vocabulary, with_new_tokens
+from raytune.training.steps.loop import evaluating
 from tests.tiny import save_tiny_model, tiny_model
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, gpus, planned
 

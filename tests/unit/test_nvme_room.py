@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from raytune.errors import PlanError, UserError
 from raytune.plan.run_plan import RunPlan
-from raytune.training.nvme_room import SWAP_FOLDER, refuse_small_nvme
-from raytune.training.start import start_engine
+from raytune.training.start.nvme_room import SWAP_FOLDER, refuse_small_nvme
+from raytune.training.start.start import start_engine
 from raytune.units import MIB
 from tests.numerics.processes import run_on_ranks
 from tests.tiny import tiny_plan

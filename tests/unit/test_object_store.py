@@ -16,7 +16,7 @@ import pytest
 
 from raytune import object_store, storage
 from raytune.errors import EXIT_REFUSED, EXIT_RETRY_LATER, ClusterError, UserError
-from raytune.launch.record import read_plan
+from raytune.launch.state.record import read_plan
 from raytune.metrics.history import History
 from raytune.object_store import in_time, moved, once, retry
 from raytune.run_folder import RunFolder

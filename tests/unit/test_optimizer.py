@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from transformers.optimization import Adafactor
 
-from raytune.config.training import Optimizer
+from raytune.config.sections.training import Optimizer
 from raytune.plan.run_plan import OptimizationPlan
-from raytune.training.optimizer import build_optimizer, parameter_groups
+from raytune.training.engines.optimizer import build_optimizer, parameter_groups
 from tests.tiny import tiny_model, tiny_plan
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raytune.evaluation.compare import comparisons_in
-from raytune.launch.outcome import Change, Spent, changes, in_words, outcome_record, spent
+from raytune.launch.state.outcome import Change, Spent, changes, in_words, outcome_record, spent
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
 from raytune.plan.run_plan import CostPlan

@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import LoraAdapter, QloraAdapter, own_quantization
+from raytune.config.sections.adapter import LoraAdapter, QloraAdapter, own_quantization
 from raytune.errors import ModelError
-from raytune.model.export import save_adapter
+from raytune.model.files.export import save_adapter
 from raytune.model.inference import HeldModels, asked_of_run
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model
-from raytune.model.merge import merge_adapter
+from raytune.model.merging.merge import merge_adapter
 from raytune.model.packed_experts import packed_experts
-from raytune.model.quantize import quantized_modules
-from raytune.plan.base_model import read_model_shape
+from raytune.model.parts.quantize import quantized_modules
 from raytune.plan.methods import experts
 from raytune.plan.methods.lora_updates import updated_parameters
+from raytune.plan.model.base_model import read_model_shape
 from raytune.plan.run_plan import RunPlan
 from tests.tiny import tiny_plan, tiny_tokenizer
 from tests.unit.test_expert_updates import FUSED, saved_base

@@ -7,17 +7,17 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import Adapter
 from raytune.config.load import config_from
-from raytune.config.quantization import HeldBase
+from raytune.config.sections.adapter import Adapter
+from raytune.config.sections.quantization import HeldBase
 from raytune.errors import ModelError, UserError
 from raytune.model.adapters import add_adapter
-from raytune.plan.activations import layer_activation_bytes
-from raytune.plan.architectures import model_shape
+from raytune.plan.costs.activations import layer_activation_bytes
+from raytune.plan.costs.memory import memory_parts
 from raytune.plan.describe import plan_table
-from raytune.plan.memory import memory_parts
 from raytune.plan.methods import METHODS as METHOD_ROWS
 from raytune.plan.methods import expert_notes, trained_by
+from raytune.plan.model.architectures import model_shape
 from tests.peft_methods import METHODS
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, gpus, planned
 from tests.unit.test_plan_memory import saved_bytes, workload

@@ -9,22 +9,22 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from raytune.config.load import load_with_places
-from raytune.config.places import errors_at
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.places import errors_at
 from raytune.errors import PlanError, UserError
 from raytune.plan.ahead import plan_ahead
-from raytune.plan.choose import choose_plan
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.setting import settle
+from raytune.plan.choosing.snapshot import COPY
+from raytune.plan.costs.memory import bytes_in
 from raytune.plan.describe import plan_table
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.machine import Machine
-from raytune.plan.memory import bytes_in
-from raytune.plan.phases import age, in_phase, phase_at, phase_of_state
+from raytune.plan.facts.machine import Machine
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import changes_in_keys
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
-from raytune.plan.settings import changes_in_keys
-from raytune.plan.shapes import ModelShape
-from raytune.plan.snapshot import COPY
-from raytune.training.schedule import learning_rate
+from raytune.plan.strategies.phases import age, in_phase, phase_at, phase_of_state
+from raytune.training.steps.schedule import learning_rate
 from tests.tiny import PATIENT
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, data, gpus, planned
 

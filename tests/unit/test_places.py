@@ -7,7 +7,7 @@ import pytest
 
 import raytune
 from raytune.config.load import load_with_places
-from raytune.config.places import errors_at
+from raytune.config.words.places import errors_at
 from raytune.errors import ClusterError, DataError, ModelError, PlanError, UserError
 
 TEXT = """\

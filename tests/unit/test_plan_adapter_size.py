@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import FullAdapter, LoraAdapter
+from raytune.config.sections.adapter import FullAdapter, LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters import add_adapter
-from raytune.plan.architectures import model_shape
 from raytune.plan.methods import trained_by
 from raytune.plan.methods.targets import target_modules
+from raytune.plan.model.architectures import model_shape
 from tests.unit.test_plan_shapes import CONFIGS
 
 FAMILIES = ["llama with biases", "gemma3", "phi3", "gpt2", "gpt_neox", "qwen2"]

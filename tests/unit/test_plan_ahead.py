@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from raytune.config.augment import AugmentSection
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.data.demo import demo_rows
-from raytune.data.source_files import DEMO_ROWS
-from raytune.data.tokenizers import load_tokenizer
+from raytune.config.sections.augment import AugmentSection
+from raytune.config.sections.run import RunConfig
+from raytune.data.files.demo import demo_rows
+from raytune.data.files.source_files import DEMO_ROWS
+from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.errors import ModelError, PlanError, UserError
 from raytune.plan.advise import advise
 from raytune.plan.ahead import BYTES_PER_TOKEN, assumed_data, compare, named_instances, plan_ahead
-from raytune.plan.built_in_rows import SPLITS
+from raytune.plan.choosing.fitting import WORTH_CHOOSING
+from raytune.plan.costs.hardware import load_catalogue
+from raytune.plan.costs.memory import bytes_in
+from raytune.plan.data.built_in_rows import SPLITS
 from raytune.plan.describe import comparison_text, plan_text
-from raytune.plan.fitting import WORTH_CHOOSING
-from raytune.plan.hardware import load_catalogue
-from raytune.plan.memory import bytes_in
-from raytune.plan.references import REFERENCES, planned_shape
+from raytune.plan.model.references import REFERENCES, planned_shape
 from raytune.plan.run_plan import RunPlan
 from tests.unit.plan_cases import CPU
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.training import TrainingSection
+from raytune.config.sections.training import TrainingSection
 from raytune.errors import UserError
-from raytune.plan.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step, possible_batches
+from raytune.plan.choosing.batch import DEFAULT_ROWS, MIN_STEPS, default_rows_per_step, possible_batches
 
 SIZES = st.integers(1, 64)
 

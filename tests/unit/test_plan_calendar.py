@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raytune.config.load import ConfigError, config_from
 from raytune.errors import UserError
 from raytune.plan.calendar import Epoch, divides, is_due
-from raytune.training.timetable import Timetable
+from raytune.training.steps.timetable import Timetable
 from tests.tiny import PATIENT
 from tests.unit.plan_cases import data, planned
 

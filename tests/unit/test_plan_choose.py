@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raytune.config.load import load_config
-from raytune.config.training import Schedule
+from raytune.config.sections.training import Schedule
 from raytune.errors import DataError, PlanError, UserError
-from raytune.plan.architectures import model_shape
-from raytune.plan.choose import choose_plan
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.requirements import choose_row_length
+from raytune.plan.choosing.setting import settle
+from raytune.plan.costs.hardware import load_catalogue
+from raytune.plan.costs.memory import bytes_in
 from raytune.plan.describe import plan_text
-from raytune.plan.hardware import load_catalogue
-from raytune.plan.machine import Machine
-from raytune.plan.memory import bytes_in
-from raytune.plan.requirements import choose_row_length
+from raytune.plan.facts.machine import Machine
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
-from raytune.plan.shapes import ModelShape
-from raytune.training.schedule import learning_rate
-from raytune.training.timetable import Timetable
+from raytune.training.steps.schedule import learning_rate
+from raytune.training.steps.timetable import Timetable
 from raytune.units import GIB
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, LLAMA_3_70B, config, data, gpus, planned
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from raytune.errors import UserError
-from raytune.plan.deepspeed_keys import KNOWN_KEYS, OWNED_KEYS, REMOVED_KEYS, UNREAD_KEYS
-from raytune.plan.setting import settle
+from raytune.plan.choosing.setting import settle
+from raytune.plan.identity.deepspeed_keys import KNOWN_KEYS, OWNED_KEYS, REMOVED_KEYS, UNREAD_KEYS
 from tests.unit.plan_cases import CPU, DEMO, config, gpus, planned
 
 

@@ -6,11 +6,11 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import RaytuneError
 from raytune.model.adapters import add_adapter
-from raytune.plan.architectures import model_shape
 from raytune.plan.describe import plan_table, plan_text
+from raytune.plan.model.architectures import model_shape
 from tests.unit.plan_cases import gpus, planned
 from tests.unit.test_plan_shapes import CONFIGS
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from raytune.config.provider import KubernetesSection, ProviderSection
-from raytune.plan.fabric import fabric_notes
-from raytune.plan.hardware import load_catalogue
+from raytune.config.sections.provider import KubernetesSection, ProviderSection
+from raytune.plan.costs.fabric import fabric_notes
+from raytune.plan.costs.hardware import load_catalogue
 
 NOBODY_KNOWS = ProviderSection()
 

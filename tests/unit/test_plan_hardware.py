@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raytune.errors import UserError
-from raytune.plan.hardware import HARDWARE, load_catalogue
+from raytune.plan.costs.hardware import HARDWARE, load_catalogue
 
 CATALOGUE = load_catalogue()
 REQUIRED = (

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import Adapter
 from raytune.config.load import config_from
-from raytune.config.quantization import HeldBase
-from raytune.data.packing import PACKINGS, pack
+from raytune.config.sections.adapter import Adapter
+from raytune.config.sections.quantization import HeldBase
+from raytune.data.store.packing import PACKINGS, pack
 from raytune.errors import ModelError, PlanError, UserError
-from raytune.launch.prepare import Preparation
+from raytune.launch.data.prepare import Preparation
 from raytune.model.adapters import add_adapter
-from raytune.plan.architectures import model_shape
+from raytune.plan.choosing.requirements import choose_row_length
 from raytune.plan.describe import plan_table, plan_text
 from raytune.plan.methods import METHODS, expert_notes, trained_by
-from raytune.plan.requirements import choose_row_length
+from raytune.plan.model.architectures import model_shape
 from tests.hybrids import HYBRIDS
 from tests.peft_methods import IN_FRONT
 from tests.tiny import PATIENT

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import RaytuneError
 from raytune.model.adapters import add_adapter
 from raytune.model.meta_shape import shape_of
 from raytune.plan.describe import plan_text
 from raytune.plan.methods import trained_by
-from raytune.plan.shapes import ModelShape
+from raytune.plan.model.shapes import ModelShape
 from tests.hybrids import HYBRIDS
 from tests.unit.plan_cases import gpus, planned
 

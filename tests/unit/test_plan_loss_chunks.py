@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.plan.loss_chunks import (
+from raytune.plan.costs.loss_chunks import (
     FEWEST,
     MOST,
     SHARE_OF_PRODUCTS,
@@ -18,7 +18,7 @@ from raytune.plan.loss_chunks import (
     smallest_chunk,
     wanted_chunk,
 )
-from raytune.plan.memory import bytes_in
+from raytune.plan.costs.memory import bytes_in
 from raytune.units import GIB, MIB
 from tests.tiny import PATIENT
 from tests.unit.plan_cases import CPU, LLAMA_3_8B, gpus, planned

@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune.config.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter, own_quantization
-from raytune.config.training import Optimizer, Precision
+from raytune.config.sections.adapter import Adapter, FullAdapter, LoraAdapter, QloraAdapter, own_quantization
+from raytune.config.sections.training import Optimizer, Precision
 from raytune.model.adapters import add_adapter
 from raytune.model.demo import demo_config
-from raytune.plan.activations import layer_activation_bytes
-from raytune.plan.architectures import model_shape
-from raytune.plan.memory import bytes_in, checkpoint_bytes, memory_parts, saved_by_ranks
+from raytune.plan.choosing.snapshot import SPARE
+from raytune.plan.costs.activations import layer_activation_bytes
+from raytune.plan.costs.memory import bytes_in, checkpoint_bytes, memory_parts, saved_by_ranks
+from raytune.plan.costs.workload import Workload
 from raytune.plan.methods import trained_by
-from raytune.plan.shapes import ModelShape
-from raytune.plan.snapshot import SPARE
-from raytune.plan.workload import Workload
-from raytune.training.engine import PlainEngine
-from raytune.training.optimizer import build_optimizer
-from raytune.training.snapshot import HostMemory, Snapshot
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.shapes import ModelShape
+from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
+from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.optimizer import build_optimizer
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, LLAMA_3_70B
 from tests.unit.test_meta_shape import OTHERS, shape_by_building

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from raytune.config.load import ConfigError, load_config
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
-from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import read_model_shape
+from raytune.plan.choosing.requirements import choose_row_length
 from raytune.plan.describe import plan_table
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.references import REFERENCES
-from raytune.plan.requirements import choose_row_length
-from raytune.plan.rope import positions_of, resolve_rope
-from raytune.plan.settings import key_of
-from raytune.plan.shapes import ModelShape
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import key_of
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.model.references import REFERENCES
+from raytune.plan.model.rope import positions_of, resolve_rope
+from raytune.plan.model.shapes import ModelShape
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, gpus, planned
 

@@ -8,17 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.run import RunConfig
-from raytune.config.training import TrainingSection
-from raytune.data.batches import Batch
-from raytune.data.slices import Seat, slice_of
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.training import TrainingSection
+from raytune.data.batches.batches import Batch
+from raytune.data.batches.slices import Seat, slice_of
 from raytune.errors import PlanError, UserError
-from raytune.plan.architectures import model_shape
-from raytune.plan.division import most_that_divide
-from raytune.plan.identity import identity_of
+from raytune.plan.identity.division import most_that_divide
+from raytune.plan.identity.identity import identity_of
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.shapes import Rope
 from raytune.plan.run_plan import BatchPlan, RunPlan
-from raytune.plan.sequence import check_groups, check_sequence
-from raytune.plan.shapes import Rope
+from raytune.plan.strategies.sequence import check_groups, check_sequence
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, data, gpus, planned
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune.errors import ModelError
 from raytune.model.demo import demo_config
-from raytune.plan.architectures import model_shape
-from raytune.plan.base_model import find_config, read_model_shape
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.base_model import find_config, read_model_shape
 
 SMALL: dict[str, Any] = {
     "vocab_size": 101,

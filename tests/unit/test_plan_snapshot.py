@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from raytune.errors import PlanError
+from raytune.plan.choosing.snapshot import COPY, SPARE
+from raytune.plan.costs.memory import bytes_in
 from raytune.plan.describe import plan_table
-from raytune.plan.identity import identity_of
-from raytune.plan.memory import bytes_in
+from raytune.plan.identity.identity import identity_of
 from raytune.plan.run_plan import RunPlan, SnapshotPlan
-from raytune.plan.snapshot import COPY, SPARE
 from tests.unit.plan_cases import CPU, LLAMA_3_8B, gpus, planned
 
 FULL: dict[str, Any] = {"adapter": {"method": "full"}, "training": {"precision": "bf16"}}

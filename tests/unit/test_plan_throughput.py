@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from raytune.config.adapter import LoraAdapter, QloraAdapter
-from raytune.config.model import Quantization
-from raytune.plan.cost import best_save_interval_s, cost_of
-from raytune.plan.hardware import load_catalogue
+from raytune.config.sections.adapter import LoraAdapter, QloraAdapter
+from raytune.config.sections.model import Quantization
+from raytune.plan.costs.cost import best_save_interval_s, cost_of
+from raytune.plan.costs.hardware import load_catalogue
+from raytune.plan.costs.throughput import Speed, flops_per_micro_batch, step_time
 from raytune.plan.methods import trained_by
-from raytune.plan.quantization import quantized_bytes
+from raytune.plan.model.quantization import quantized_bytes
 from raytune.plan.run_plan import StepTimePlan
-from raytune.plan.throughput import Speed, flops_per_micro_batch, step_time
 from tests.unit.plan_cases import LLAMA_3_8B, LLAMA_3_70B
 from tests.unit.test_plan_memory import workload
 

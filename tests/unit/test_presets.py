@@ -5,11 +5,11 @@ from typing import get_args
 
 import pytest
 
-from raytune.config.guides import guides
 from raytune.config.load import config_diff, config_from, config_with, dump_written, dump_yaml, load_config
-from raytune.config.presets import preset_reasons, presets
 from raytune.config.problems import ConfigError
-from raytune.config.run import Preset, RunConfig
+from raytune.config.reading.presets import preset_reasons, presets
+from raytune.config.sections.run import Preset, RunConfig
+from raytune.config.words.guides import guides
 from raytune.plan.methods import METHODS
 from raytune.sweeps.space import trial_config, trials_of
 from tests.unit.plan_cases import planned

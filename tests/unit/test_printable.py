@@ -14,7 +14,7 @@ from rich.table import Table
 from raytune.cli import cli
 from raytune.cli.group import Verbs
 from raytune.errors import UserError
-from raytune.launch.live import PlainConsole
+from raytune.launch.data.live import PlainConsole
 from raytune.printable import PrintableFormatter, printable, printable_log
 
 PACKAGE = Path(__file__).parents[2] / "raytune"

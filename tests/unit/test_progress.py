@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from raytune.config.load import config_from
-from raytune.launch.progress import RunView, show_result
-from raytune.launch.record import RunRecord, write_plan
-from raytune.launch.result import RunResult
 from raytune.launch.run import train_plan
+from raytune.launch.state.progress import RunView, show_result
+from raytune.launch.state.record import RunRecord, write_plan
+from raytune.launch.state.result import RunResult
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import RunPlan

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import raytune
 from raytune.errors import ClusterError, ModelError, UserError
-from raytune.launch.push_targets import MANIFEST
+from raytune.launch.export.push_targets import MANIFEST
 from raytune.model.card import is_ours
 from raytune.storage import file_sizes, read_json, write_json
 from tests.hub_stand_in import Refusal, StandIn

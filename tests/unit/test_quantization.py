@@ -6,11 +6,11 @@ import pytest
 
 from raytune.config.load import config_from, dump_yaml
 from raytune.config.problems import ConfigError
-from raytune.config.quantization import held_base
+from raytune.config.sections.quantization import held_base
 from raytune.errors import UserError
 from raytune.plan.describe import plan_table
+from raytune.plan.identity.settings import certain_changes, changes_in_keys
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.settings import certain_changes, changes_in_keys
 from tests.unit.plan_cases import LLAMA_3_8B, config, gpus, planned
 from tests.yaml_text import read_yaml
 

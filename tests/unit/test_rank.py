@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSource
-from raytune.data.conversation import Origin
-from raytune.data.masking import trained_turns
-from raytune.data.recognising import AS_MESSAGES, read_row
-from raytune.data.shaping import AS_IT_IS, Shape
+from raytune.config.sections.data import DataSource
+from raytune.data.conversations.conversation import Origin
+from raytune.data.conversations.masking import trained_turns
+from raytune.data.conversations.shaping import AS_IT_IS, Shape
+from raytune.data.formats.recognising import AS_MESSAGES, read_row
 from raytune.errors import UserError
 from raytune.evaluation.scored_rows import ScoredRow
-from raytune.launch.generate import AnsweredRow
-from raytune.launch.rank import Ranking, as_asked, as_pair, rank, ranked_rows
-from raytune.launch.record import RunRecord, write_plan
-from raytune.launch.score import RunToScore, run_to_score
+from raytune.launch.asking.generate import AnsweredRow
+from raytune.launch.asking.rank import Ranking, as_asked, as_pair, rank, ranked_rows
+from raytune.launch.asking.score import RunToScore, run_to_score
+from raytune.launch.state.record import RunRecord, write_plan
 from raytune.run_folder import RunFolder
 from tests.tiny import tiny_plan
 

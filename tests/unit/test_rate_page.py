@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune.launch.found_rate import FoundRate
-from raytune.plan.rate_advice import advise_rate
-from raytune.plan.rate_range import RateRange, cautions
+from raytune.launch.rates.found_rate import FoundRate
+from raytune.plan.rates.rate_advice import advise_rate
+from raytune.plan.rates.rate_range import RateRange, cautions
 from raytune.report.figures.canvas import LIGHT, png
 from raytune.report.figures.rates import rate_curve
 from raytune.report.rate_page import rate_page, write_rate_page

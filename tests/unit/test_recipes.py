@@ -2,12 +2,12 @@
 
 import pytest
 
-from raytune.launch.host import this_machine
+from raytune.launch.cluster.host import this_machine
 from raytune.plan.ahead import assumed_data, plan_ahead
-from raytune.plan.choose import choose_plan
-from raytune.plan.references import planned_shape
-from raytune.plan.requirements import choose_row_length
-from raytune.plan.setting import settle
+from raytune.plan.choosing.choose import choose_plan
+from raytune.plan.choosing.requirements import choose_row_length
+from raytune.plan.choosing.setting import settle
+from raytune.plan.model.references import planned_shape
 from tests.recipes import FOLDER, RECIPES, recipe
 
 TOKENS = 20_000_000

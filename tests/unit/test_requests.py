@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from raytune.training.requests import Request, Requests, SaveClock
+from raytune.training.steps.requests import Request, Requests, SaveClock
 
 
 class Gather:

@@ -15,28 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import raytune
-from raytune.config.data import DataSection, DataSource
 from raytune.config.load import config_from
-from raytune.config.split import SplitSection
-from raytune.data.borders import measured
-from raytune.data.conversation import Conversation, Origin, RowError
-from raytune.data.origins import MADE_BY, ORIGIN
-from raytune.data.recognising import AS_MESSAGES, read_row
-from raytune.data.rewording import RowToReword, Written, turns_to_reword, versions_of
-from raytune.data.shards import Tally
-from raytune.data.source_files import find_files
-from raytune.data.source_rows import read_conversations
-from raytune.data.sources import scan
-from raytune.data.split import Split, place_of, side_of
+from raytune.config.sections.data import DataSection, DataSource
+from raytune.config.sections.split import SplitSection
+from raytune.data.conversations.conversation import Conversation, Origin, RowError
+from raytune.data.files.source_files import find_files
+from raytune.data.files.sources import scan
+from raytune.data.formats.origins import MADE_BY, ORIGIN
+from raytune.data.formats.recognising import AS_MESSAGES, read_row
+from raytune.data.rows.rewording import RowToReword, Written, turns_to_reword, versions_of
+from raytune.data.rows.shards import Tally
+from raytune.data.rows.source_rows import read_conversations
+from raytune.data.rows.split import Split, place_of, side_of
+from raytune.data.store.borders import measured
 from raytune.errors import DataError, UserError
 from raytune.evaluation.sampling import sampling_plan
-from raytune.launch.data_check import check_data
-from raytune.launch.data_preview import preview_data
-from raytune.launch.generate import HowToAnswer
-from raytune.launch.models_to_ask import Named, models_to_ask
+from raytune.launch.asking.generate import HowToAnswer
+from raytune.launch.asking.models_to_ask import Named, models_to_ask
+from raytune.launch.asking.reword import HowToReword, ToReword, prepare_rewording
+from raytune.launch.data.data_check import check_data
+from raytune.launch.data.data_preview import preview_data
 from raytune.launch.planning import plan_run
-from raytune.launch.reword import HowToReword, ToReword, prepare_rewording
-from raytune.plan.split import asked_split
+from raytune.plan.data.split import asked_split
 from tests.tiny import PATIENT, save_tiny_model
 
 ASK = "In other words: {content}"
@@ -163,7 +163,7 @@ def test_rows_of_typed_files_keep_their_place_in_the_text_that_carries_them(
 
 
 def values_of(path: Path) -> list[tuple[Any, int]]:
-    from raytune.data.readers import BadRow, read_segment
+    from raytune.data.files.readers import BadRow, read_segment
 
     (file,) = find_files(DataSource(path=str(path)), path.parent)
     rows = [row for segment in scan(file, None).segments for row in read_segment(segment)]

@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from raytune.config.guides import guides
+from raytune.config.words.guides import guides
 from raytune.errors import ModelError
-from raytune.model.rewriting import merging_of, rewriting_of
-from raytune.model.stored_weights import StoredWeights
-from raytune.plan.rewriting import Rewriting
+from raytune.model.files.rewriting import merging_of, rewriting_of
+from raytune.model.files.stored_weights import StoredWeights
+from raytune.plan.saved.rewriting import Rewriting
 from raytune.units import GIB
 from tests.tiny import save_tiny_model
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.data import row_file, shard_documents
-from raytune.data.batches import step_batches
-from raytune.data.build import build_store
-from raytune.data.row_file import write_rows
-from raytune.data.same_rows import have_same_rows
-from raytune.data.shard_documents import SourceUse, in_buffers
-from raytune.data.store import Store, batches_of
+from raytune.data.batches.batches import step_batches
+from raytune.data.store import row_file, shard_documents
+from raytune.data.store.build import build_store
+from raytune.data.store.row_file import write_rows
+from raytune.data.store.same_rows import have_same_rows
+from raytune.data.store.shard_documents import SourceUse, in_buffers
+from raytune.data.store.store import Store, batches_of
 from raytune.errors import DataError
 from raytune.model.demo import demo_base_path
 from tests.synthetic_shards import short_lengths, write_shard

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from raytune.errors import PlanError
 from raytune.evaluation.answer_text import AnswerText
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.serving import LEAST_CACHED, MOST_UNUSED, SPARE_COLUMNS, most_cached_tokens
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.saved.serving import LEAST_CACHED, MOST_UNUSED, SPARE_COLUMNS, most_cached_tokens
 from raytune.serving.batches import PaddedBatch, Row
 from raytune.serving.requests import Request
 from raytune.serving.rows_cache import RowsCache, windows_of

@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from raytune.cli import cli
-from raytune.launch.record import RunRecord
+from raytune.launch.state.record import RunRecord
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
-from raytune.plan.data_report import DataReport
-from raytune.plan.row_lengths import length_lines
+from raytune.plan.data.data_report import DataReport
+from raytune.plan.data.row_lengths import length_lines
 from raytune.report.at_end import leave_page
 from raytune.report.figures.canvas import DARK, LIGHT, Theme, png
 from raytune.report.figures.run_curves import Curves, Mark, run_curves, set_losses

@@ -3,9 +3,9 @@
 import pytest
 from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
-from raytune.config.cluster import ClusterSection
+from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import UserError
-from raytune.launch.scaling import Need, Scaling, need_of, read_scaling
+from raytune.launch.cluster.scaling import Need, Scaling, need_of, read_scaling
 
 HEAD = {"memory": 1e9}
 P5 = {"CPU": 192.0, "GPU": 8.0}

@@ -15,9 +15,9 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from raytune.config.training import Schedule
+from raytune.config.sections.training import Schedule
 from raytune.plan.run_plan import OptimizationPlan
-from raytune.training.schedule import learning_rate
+from raytune.training.steps.schedule import learning_rate
 from tests.tiny import tiny_plan
 
 PEAK = 3e-4

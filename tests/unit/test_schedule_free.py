@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from raytune.config.load import config_from, load_with_places
-from raytune.config.places import errors_at
+from raytune.config.words.places import errors_at
 from raytune.errors import PlanError, UserError
+from raytune.plan.choosing.setting import settle
 from raytune.plan.describe import plan_table
-from raytune.plan.identity import differences, identity_of
+from raytune.plan.identity.identity import differences, identity_of
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.setting import settle
 from tests.unit.plan_cases import CPU, DEMO, data, gpus, planned
 
 NAME = "schedule_free_adamw"

@@ -11,14 +11,14 @@ import ray
 from click.testing import CliRunner
 
 from raytune.cli import cli
-from raytune.config.data import DataSource
-from raytune.config.run import RunConfig
+from raytune.config.sections.data import DataSource
+from raytune.config.sections.run import RunConfig
 from raytune.errors import DataError, UserError
 from raytune.evaluation.scored_rows import ScoredRow, csv_table, jsonl_table, read_jsonl_table
-from raytune.launch.record import RunRecord, write_plan
-from raytune.launch.rows_to_score import columns_of, look_at_rows, sources_of
-from raytune.launch.score import Scores, _table_for, run_to_score, score
-from raytune.plan.data_report import COUNTS, SourceReport, StoreReport
+from raytune.launch.asking.score import Scores, _table_for, run_to_score, score
+from raytune.launch.data.rows_to_score import columns_of, look_at_rows, sources_of
+from raytune.launch.state.record import RunRecord, write_plan
+from raytune.plan.data.data_report import COUNTS, SourceReport, StoreReport
 from raytune.run_folder import RunFolder
 from tests.tiny import tiny_plan
 

@@ -6,11 +6,11 @@ import pytest
 
 from raytune.errors import PlanError
 from raytune.model.demo import demo_base_path
-from raytune.plan.asked_model import AskedModel, plain_model
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.machine import USABLE_SHARE, Machine
-from raytune.plan.served_memory import engine_limits
-from raytune.plan.serving import SPARE_COLUMNS, most_cached_tokens
+from raytune.plan.facts.machine import USABLE_SHARE, Machine
+from raytune.plan.model.base_model import read_model_shape
+from raytune.plan.saved.asked_model import AskedModel, plain_model
+from raytune.plan.saved.served_memory import engine_limits
+from raytune.plan.saved.serving import SPARE_COLUMNS, most_cached_tokens
 from raytune.units import MIB
 
 SHAPE = read_model_shape(str(demo_base_path()))

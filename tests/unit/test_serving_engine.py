@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from raytune.errors import ModelError, UserError
 from raytune.evaluation.generation import write_answers
 from raytune.plan.run_plan import SamplingPlan
-from raytune.plan.serving import SPARE_COLUMNS, EngineLimits
+from raytune.plan.saved.serving import SPARE_COLUMNS, EngineLimits
 from raytune.serving.engine import AnsweringEngine
 from raytune.serving.refusals import (
     AnswerFailedError,
@@ -463,7 +463,7 @@ def test_a_text_of_stop_ends_an_answer_and_is_no_part_of_it(engine: AnsweringEng
 _LITTLE_MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from raytune.plan.serving import EngineLimits
+from raytune.plan.saved.serving import EngineLimits
 from raytune.serving.engine import AnsweringEngine
 from raytune.serving.requests import Request
 from tests.served import Heard, asked

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from raytune.launch.models_to_ask import Named, models_to_ask
-from raytune.plan.serving import EngineLimits
+from raytune.launch.asking.models_to_ask import Named, models_to_ask
+from raytune.plan.saved.serving import EngineLimits
 from raytune.serving.access import fingerprint
 from raytune.serving.answers import Told
 from raytune.serving.front import Front, FrontPlan, Lost

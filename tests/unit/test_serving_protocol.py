@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raytune.data.template_text import resolve_template
+from raytune.data.templates.text import resolve_template
 from raytune.errors import UserError
 from raytune.serving.access import chosen_token, fingerprint, is_allowed, is_loopback, token_in
 from raytune.serving.answers import Answer, Begun

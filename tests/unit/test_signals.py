@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import os, signal, sys, time
-from raytune.launch.signals import unwind_at
+from raytune.launch.cluster.signals import unwind_at
 
 class Last:
     def __del__(self):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytune.config.training import Optimizer
+from raytune.config.sections.training import Optimizer
 from raytune.errors import CheckpointError
-from raytune.training.engine import PlainEngine
-from raytune.training.optimizer import build_optimizer
-from raytune.training.snapshot import ALIGNMENT, LEAST_BLOCK_BYTES, HostMemory, Snapshot
-from raytune.training.state_files import fill_with_tensors
+from raytune.training.checkpoints.snapshot import ALIGNMENT, LEAST_BLOCK_BYTES, HostMemory, Snapshot
+from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.engines.state_files import fill_with_tensors
 from tests.tiny import tiny_plan
 
 CPU = torch.device("cpu")

@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.config.data import DataSection, DataSource
 from raytune.config.load import config_from
-from raytune.config.split import FoldSection, SplitSection, overrides_of
-from raytune.data.borders import measured
-from raytune.data.conversation import RowError
-from raytune.data.split import Split, side_of, split_by_hash, text_of, time_of
+from raytune.config.sections.data import DataSection, DataSource
+from raytune.config.sections.split import FoldSection, SplitSection, overrides_of
+from raytune.data.conversations.conversation import RowError
+from raytune.data.rows.split import Split, side_of, split_by_hash, text_of, time_of
+from raytune.data.store.borders import measured
 from raytune.errors import DataError, PlanError, UserError
 from raytune.launch.check import check_run
 from raytune.launch.folds import Spread, config_of_fold, train_folds
 from raytune.launch.planning import plan_run
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.split import asked_split, check_test
+from raytune.plan.data.split import asked_split, check_test
+from raytune.plan.identity.identity import differences, identity_of
 from raytune.sweeps.planner import plan_of_sweep
 from tests.tiny import PATIENT, tiny_split
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.config.load import config_from
-from raytune.config.stopping import EarlyStoppingSection, OverfittingSection
+from raytune.config.sections.stopping import EarlyStoppingSection, OverfittingSection
 from raytune.errors import PlanError
 from raytune.metrics.history import History
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.run_plan import StoppingPlan
-from raytune.plan.stopping import check_gap
-from raytune.training.stopping import (
+from raytune.plan.strategies.stopping import check_gap
+from raytune.training.steps.stopping import (
     Curve,
     Evaluated,
     Findings,

@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from raytune.config.adapter import FullAdapter, LoraAdapter, QloraAdapter, own_quantization
 from raytune.config.load import config_from, config_with
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import FullAdapter, LoraAdapter, QloraAdapter, own_quantization
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.model.load import load_model
 from raytune.plan.ahead import plan_ahead
+from raytune.plan.model.stored_quantization import check_stored_quantization, stored_quantization
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.stored_quantization import check_stored_quantization, stored_quantization
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

@@ -10,21 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune.config.load import load_with_places
-from raytune.config.places import errors_at
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.places import errors_at
 from raytune.errors import PlanError, UserError
 from raytune.plan.ahead import plan_ahead
-from raytune.plan.architectures import model_shape
-from raytune.plan.data_facts import DataFacts
+from raytune.plan.choosing.setting import settle
+from raytune.plan.costs.memory import bytes_in
 from raytune.plan.describe import plan_table
-from raytune.plan.freezing import folded
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.memory import bytes_in
+from raytune.plan.facts.data_facts import DataFacts
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import changes_in_keys
+from raytune.plan.model.architectures import model_shape
+from raytune.plan.model.shapes import ModelShape
 from raytune.plan.run_plan import OptimizationPlan, RunPlan, StorePlan
-from raytune.plan.setting import settle
-from raytune.plan.settings import changes_in_keys
-from raytune.plan.shapes import ModelShape
-from raytune.plan.update_groups import rate_scale, weight_decay
+from raytune.plan.strategies.freezing import folded
+from raytune.plan.strategies.update_groups import rate_scale, weight_decay
 from tests.tiny import PATIENT, tiny_plan
 from tests.unit.plan_cases import CPU, DEMO, LLAMA_3_8B, config, data, gpus, planned
 

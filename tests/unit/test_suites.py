@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from raytune.clusters.working_dir import named_by
-from raytune.config.evaluation import METRICS_OF, SuiteKind, SuiteSection, suites_of
 from raytune.config.load import ConfigError, config_from, load_config
-from raytune.data.choices import choice_row
-from raytune.data.conversation import Origin, RowError
-from raytune.data.template import ChatTemplate
-from raytune.data.template_text import resolve_template
+from raytune.config.sections.evaluation import METRICS_OF, SuiteKind, SuiteSection, suites_of
+from raytune.data.conversations.conversation import Origin, RowError
+from raytune.data.rows.choices import choice_row
+from raytune.data.templates.template import ChatTemplate
+from raytune.data.templates.text import resolve_template
 from raytune.errors import UserError
 from raytune.evaluation import lm_eval_tasks, suite_metrics
 from raytune.evaluation.answers import chosen
@@ -23,12 +23,12 @@ from raytune.evaluation.compare import Comparison, Sample, Score, compare, compa
 from raytune.evaluation.questions import Question, from_json_lines, read_questions, to_json_lines
 from raytune.evaluation.sampling import DrawnTokens
 from raytune.evaluation.suite_metrics import METRICS, Given, metrics_of, of_user
-from raytune.launch.diagnosis import Evidence, diagnose
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
+from raytune.launch.state.diagnosis import Evidence, diagnose
 from raytune.metrics.history import History
+from raytune.plan.choosing.suites import MOST_TASK_BYTES, suite_in_words, suite_plan
 from raytune.plan.run_plan import EvaluationPlan, SamplingPlan, SuitePlan, TaskPlan
-from raytune.plan.suites import MOST_TASK_BYTES, suite_in_words, suite_plan
 from raytune.report.chosen_samples import choose_samples
 from raytune.user_code import UserCode
 from tests.tiny import tiny_plan, tiny_tokenizer

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from raytune.launch.lease import claim, this_process
-from raytune.launch.lost import Driver, driver_lost
-from raytune.launch.places import Place, write_places
-from raytune.launch.record import RunRecord
+from raytune.launch.attempts.lease import claim, this_process
+from raytune.launch.attempts.lost import Driver, driver_lost
+from raytune.launch.attempts.places import Place, write_places
+from raytune.launch.state.record import RunRecord
 from raytune.metrics.events import read_events
 from raytune.run_folder import RunFolder
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, signal, sys, time
 from raytune.cli.supervise import supervised
-from raytune.launch.signals import end_in_order
+from raytune.launch.cluster.signals import end_in_order
 def answer(notes):
     signal.signal(signal.SIGTERM, end_in_order)
     signal.signal(signal.SIGINT, end_in_order)
@@ -113,7 +113,7 @@ def test_a_lost_driver_leaves_an_event_a_cause_and_a_run_that_others_may_claim(t
         [
             sys.executable,
             "-c",
-            "import sys\nfrom raytune.launch.lease import *\nfrom raytune.run_folder import RunFolder\n"
+            "import sys\nfrom raytune.launch.attempts.lease import *\nfrom raytune.run_folder import RunFolder\n"
             f"claim(RunFolder({str(tmp_path)!r}, 'lost'), this_process())",
         ],
         cwd=ROOT,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune.launch.record import write_plan
+from raytune.launch.state.record import write_plan
 from raytune.metrics.events import EventLog
 from raytune.metrics.writer import MetricsWriter
 from raytune.run_folder import SweepFolder

@@ -8,7 +8,7 @@ from hypothesis import given
 
 from raytune.config.load import config_from
 from raytune.errors import UserError
-from raytune.plan.machine import Machine
+from raytune.plan.facts.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of, units_per_step
 from tests.tiny import PATIENT, tiny_plan

@@ -7,7 +7,7 @@ import pytest
 from ray.tune.search import Searcher
 
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.sweeps.search import Listed, Optuna, Source, TrialSearch
 from raytune.sweeps.space import trials_of
 from raytune.sweeps.trial import Trial

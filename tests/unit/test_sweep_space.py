@@ -12,11 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raytune.cli import cli
-from raytune.config.keys import keys
+from raytune.config.checks.space import holds
 from raytune.config.load import ConfigError, config_from, load_with_places
-from raytune.config.run import RunConfig
-from raytune.config.space import holds
-from raytune.config.sweep import KINDS
+from raytune.config.reading.keys import keys
+from raytune.config.sections.run import RunConfig
+from raytune.config.sections.sweep import KINDS
 from raytune.sweeps.axes import RandomChooser
 from raytune.sweeps.space import (
     MAX_CORNERS,

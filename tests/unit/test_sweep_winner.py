@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from raytune.errors import ClusterError, TrainingError, UserError
-from raytune.launch.diagnosis import Evidence
-from raytune.launch.outcome import Spent
-from raytune.launch.result import RunResult
+from raytune.launch.state.diagnosis import Evidence
+from raytune.launch.state.outcome import Spent
+from raytune.launch.state.result import RunResult
 from raytune.metrics.history import History
 from raytune.metrics.points import Point
 from raytune.run_folder import SweepFolder

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from raytune.data.rendering import Job, Renderer
-from raytune.data.template import ChatTemplate
-from raytune.data.template_budget import SECONDS, within_budget
+from raytune.data.templates.budget import SECONDS, within_budget
+from raytune.data.templates.rendering import Job, Renderer
+from raytune.data.templates.template import ChatTemplate
 from raytune.errors import DataError
 from tests.tiny import tiny_tokenizer
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from raytune.config.data import DataSection, TrainSource
 from raytune.config.load import config_from
-from raytune.data.rendering import Job, Renderer
-from raytune.data.template_front import template_of, variables_of
+from raytune.config.sections.data import DataSection, TrainSource
+from raytune.data.templates.front import template_of, variables_of
+from raytune.data.templates.rendering import Job, Renderer
 from raytune.errors import DataError, UserError
 from tests.templates.shapes import tokenizer_for
 from tests.tiny import tiny_tokenizer

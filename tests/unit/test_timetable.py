@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune.training.timetable import Timetable
+from raytune.training.steps.timetable import Timetable
 
 
 def table(**changes: object) -> Timetable:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from raytune.config.data import TokenWeightsSection
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
-from raytune.data.store import Store
-from raytune.data.token_classes import TokenClass, token_classes
-from raytune.launch.stores import DataBuilder
+from raytune.config.sections.data import TokenWeightsSection
+from raytune.data.conversations.token_classes import TokenClass, token_classes
+from raytune.data.store.store import Store
+from raytune.launch.data.stores import DataBuilder
 from raytune.model.demo import demo_base_path
-from raytune.plan.data_report import store_text
+from raytune.plan.data.data_report import store_text
 from tests.tiny import tiny_store
 from tests.unit.test_data_weights import chat, opened, weighed_text
 

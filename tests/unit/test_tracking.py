@@ -12,11 +12,11 @@ import pytest
 
 import raytune
 from raytune.config.load import config_from, load_config
-from raytune.config.tracking import TrackingSection
+from raytune.config.sections.tracking import TrackingSection
 from raytune.errors import UserError
-from raytune.launch.gauges import METRIC, RUNNING, STEP, STEPS, refuse_unseen
-from raytune.launch.record import RunRecord, write_plan
 from raytune.launch.run import train_plan
+from raytune.launch.state.gauges import METRIC, RUNNING, STEP, STEPS, refuse_unseen
+from raytune.launch.state.record import RunRecord, write_plan
 from raytune.launch.track import TrackersAwayError, track
 from raytune.metrics.events import EventLog, read_events
 from raytune.metrics.history import History
@@ -28,9 +28,9 @@ from raytune.storage import read_json, write_bytes, write_json
 from raytune.tracking.told import page_mark, settings_of
 from raytune.tracking.trackers import LIBRARIES, away, refuse_unready
 from raytune.tracking.watching import tracking
-from raytune.training.recorder import Recorder
 from raytune.training.run import train
-from raytune.training.start import Worker
+from raytune.training.start.start import Worker
+from raytune.training.steps.recorder import Recorder
 from tests.tiny import store_plan, tiny_plan, tiny_store
 from tests.trackers import READERS, Kept, MlflowServer, Points, RealMlflowServer, at_mlflow, mlflow_server
 from tests.variants import variants

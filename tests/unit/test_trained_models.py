@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune.model.adapters import add_adapter
-from raytune.model.freezing import freeze
 from raytune.model.meta_shape import shape_of
-from raytune.training.optimizer import parameter_groups
+from raytune.model.parts.freezing import freeze
+from raytune.training.engines.optimizer import parameter_groups
 from tests.hybrids import HYBRIDS
 from tests.peft_methods import METHODS
 from tests.unit.plan_cases import planned

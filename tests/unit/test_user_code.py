@@ -12,30 +12,30 @@ from typing import Any
 import pytest
 
 from raytune.clusters.working_dir import named_by
-from raytune.config.guides import guides
 from raytune.config.load import config_from, load_config
 from raytune.config.problems import ConfigError
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
+from raytune.config.words.guides import guides
 from raytune.errors import PlanError, UserError
-from raytune.launch import callbacks
-from raytune.launch.attempts import Failure
-from raytune.launch.callbacks import RunEvent, calling, check_callback, load_callbacks
-from raytune.launch.host import this_machine
+from raytune.launch.attempts.attempts import Failure
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.launch.planning import plan_run
-from raytune.launch.prepare import prepare
 from raytune.launch.run import train_plan
+from raytune.launch.state import callbacks
+from raytune.launch.state.callbacks import RunEvent, calling, check_callback, load_callbacks
 from raytune.metrics.events import EventLog
 from raytune.metrics.points import RollBack
 from raytune.metrics.writer import MetricsWriter
 from raytune.plan.describe import plan_text
-from raytune.plan.identity import differences, identity_of
-from raytune.plan.objective import ASSUMED_BYTES_PER_LOGIT, objective_of
+from raytune.plan.identity.identity import differences, identity_of
+from raytune.plan.identity.settings import changes_in_keys
 from raytune.plan.run_plan import RunPlan
-from raytune.plan.settings import changes_in_keys
+from raytune.plan.strategies.objective import ASSUMED_BYTES_PER_LOGIT, objective_of
 from raytune.run_folder import RunFolder
+from raytune.training.losses.user_objective import tried
 from raytune.training.run import train
-from raytune.training.start import Worker
-from raytune.training.user_objective import tried
+from raytune.training.start.start import Worker
 from raytune.user_code import load, read_code
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import config

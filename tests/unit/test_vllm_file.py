@@ -10,12 +10,12 @@ from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 from ray.serve.schema import ServeDeploySchema
 
 from raytune.errors import PlanError, UserError
-from raytune.launch.models_to_ask import Named
-from raytune.plan.asked_model import AskedModel, plain_model
-from raytune.plan.base_model import read_model_shape
-from raytune.plan.hardware import load_catalogue
+from raytune.launch.asking.models_to_ask import Named
+from raytune.plan.costs.hardware import load_catalogue
+from raytune.plan.model.base_model import read_model_shape
 from raytune.plan.run_plan import RopePlan
-from raytune.plan.vllm import BESIDE_BYTES, MEMORY_SHARE, OnGpus, on_gpus, vllm_file
+from raytune.plan.saved.asked_model import AskedModel, plain_model
+from raytune.plan.saved.vllm import BESIDE_BYTES, MEMORY_SHARE, OnGpus, on_gpus, vllm_file
 from raytune.serving.vllm import vllm_yaml
 from raytune.units import GIB
 from tests.tiny import save_tiny_model

@@ -13,11 +13,11 @@ from rich.cells import cell_len
 
 from raytune.cli import cli
 from raytune.errors import UserError
-from raytune.launch.lease import EXPIRES_S, Standing, StopAsked, Watched, hold, this_process
+from raytune.launch.attempts.lease import EXPIRES_S, Standing, StopAsked, Watched, hold, this_process
 from raytune.metrics.events import EventFollower, EventLog
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, write_bytes
-from raytune.training.requests import Request, SaveFile
+from raytune.training.steps.requests import Request, SaveFile
 from raytune.watch.asking import ask, refusal
 from raytune.watch.blocks import chart, sampled, spark, stretched
 from raytune.watch.look import Watcher

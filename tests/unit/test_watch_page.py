@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from raytune.launch.lease import this_process
+from raytune.launch.attempts.lease import this_process
 from raytune.run_folder import RunFolder
 from raytune.storage import exists, read_bytes, write_bytes
 from raytune.watch.look import Watcher

@@ -10,15 +10,15 @@ import pytest
 from raytune.config.load import config_from
 from raytune.config.problems import ConfigError
 from raytune.errors import PlanError
+from raytune.plan.choosing.while_training import room_for_exports
 from raytune.plan.describe import plan_table
-from raytune.plan.identity import identity_of
-from raytune.plan.while_training import room_for_exports
+from raytune.plan.identity.identity import identity_of
 from raytune.run_folder import RunFolder
-from raytune.training import exports
-from raytune.training.exports import Export, SuiteResult
-from raytune.training.requests import Request
-from raytune.training.timetable import Timetable
-from raytune.training.while_training import Results
+from raytune.training.measuring import exports
+from raytune.training.measuring.exports import Export, SuiteResult
+from raytune.training.measuring.while_training import Results
+from raytune.training.steps.requests import Request
+from raytune.training.steps.timetable import Timetable
 from tests.unit.plan_cases import CPU, LLAMA_3_8B, data, gpus, planned
 
 SUITES = [

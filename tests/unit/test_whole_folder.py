@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from raytune.errors import ModelError, RaytuneError, StorageFullError, UserError
-from raytune.model.whole_folder import refuse_taken, scratch_beside, written_whole
+from raytune.model.files.whole_folder import refuse_taken, scratch_beside, written_whole
 
 
 def test_a_folder_behind_a_link_is_written_and_the_link_stays(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from raytune.errors import PlanError
-from raytune.training.deepspeed_json import deepspeed_config
-from raytune.training.zero_engine import check_offload
+from raytune.training.engines.deepspeed_json import deepspeed_config
+from raytune.training.engines.zero_engine import check_offload
 from tests.tiny import tiny_plan
 
 

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytune.clusters.checks.network import GLOO, LOG_SETTINGS, Network, network_of
 from raytune.clusters.checks.nodes import Reduction
 from raytune.errors import ClusterError
-from raytune.launch.waiting import wait_for
+from raytune.launch.cluster.waiting import wait_for
 from raytune.printable import first_line
 from raytune.units import GIB, MIB, format_seconds
 

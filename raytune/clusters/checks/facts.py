@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from raytune.errors import RaytuneError
-from raytune.launch.host import memory_bytes_here
+from raytune.launch.cluster.host import memory_bytes_here
 from raytune.storage import free_bytes, is_local
 from raytune.token_file import token_path
 from raytune.units import MIB

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raytune.clusters.checks.finding import Finding, fail, ok, warn
-from raytune.plan.fabric import NAMES
-from raytune.plan.hardware import Fabric, Gpu, Instance
-from raytune.plan.throughput import LINK_SHARE, Speed
+from raytune.plan.costs.fabric import NAMES
+from raytune.plan.costs.hardware import Fabric, Gpu, Instance
+from raytune.plan.costs.throughput import LINK_SHARE, Speed
 from raytune.units import format_rate
 
 LOG_SETTINGS = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET"}

@@ -6,7 +6,7 @@ A row says what PEFT makes of a section, how that starts, and how it is saved. I
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import Adapter
+from raytune.config.sections.adapter import Adapter
 from raytune.model.adapters import (
     adalora,
     boft,

@@ -14,7 +14,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import AdaLoraAdapter
+from raytune.config.sections.adapter import AdaLoraAdapter
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import peft_names, unchanged_experts
 from raytune.plan.methods.adalora import initial_rank, rank_schedule

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from raytune.data.batches import Batch
+from raytune.data.batches.batches import Batch
 from raytune.errors import ModelError
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.adapters.token_rows import rows_of_shards
-from raytune.model.quantize import quantized_modules
+from raytune.model.parts.quantize import quantized_modules
 from raytune.plan.methods.targets import NamesTargets
-from raytune.plan.module_names import has_name
+from raytune.plan.model.module_names import has_name
 
 
 def as_it_is(model: PeftModel, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:

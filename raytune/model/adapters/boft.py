@@ -8,7 +8,7 @@ from peft.tuners.boft.layer import BOFTLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import BoftAdapter
+from raytune.config.sections.adapter import BoftAdapter
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import peft_names, unchanged_experts
 

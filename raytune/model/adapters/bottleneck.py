@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from raytune.config.adapter import BottleneckAdapter
+from raytune.config.sections.adapter import BottleneckAdapter
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import (
     check_matches,
@@ -23,9 +23,9 @@ from raytune.model.adapters.targets import (
     target_layers,
     unchanged_experts,
 )
-from raytune.model.experts import expert_parameters
+from raytune.model.parts.experts import expert_parameters
 from raytune.plan.methods.bottleneck import PLACES, block_of, places, width_behind
-from raytune.plan.module_names import has_name, matches
+from raytune.plan.model.module_names import has_name, matches
 
 KIND: Any = "RAYTUNE_BOTTLENECK"
 """In the place of one of PEFT's types, which it would not find without raytune."""

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import FullAdapter
+from raytune.config.sections.adapter import FullAdapter
 from raytune.model.adapters.adapting import Adapting
 
 

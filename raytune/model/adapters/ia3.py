@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from raytune.config.adapter import Ia3Adapter
+from raytune.config.sections.adapter import Ia3Adapter
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import (

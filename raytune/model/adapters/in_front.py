@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from raytune.data.in_front import laid_out, virtual_positions
+from raytune.data.batches.in_front import laid_out, virtual_positions
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import as_asked
 

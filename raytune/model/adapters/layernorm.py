@@ -3,12 +3,12 @@
 from peft import LNTuningConfig, PeftModel
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import LayerNormAdapter
+from raytune.config.sections.adapter import LayerNormAdapter
 from raytune.model.adapters.adapting import Adapting, added, whole_targets
 from raytune.model.adapters.targets import check_matches, check_named, shortest_suffixes, unchanged_experts
-from raytune.model.attention import keeps_state
-from raytune.model.kernels import bypassed_norms
-from raytune.model.norms import is_norm
+from raytune.model.attention.attention import keeps_state
+from raytune.model.parts.kernels import bypassed_norms
+from raytune.model.parts.norms import is_norm
 from raytune.plan.methods.layernorm import is_tuned
 
 

@@ -3,7 +3,7 @@
 from peft import LoHaConfig, PeftModel
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import LohaAdapter
+from raytune.config.sections.adapter import LohaAdapter
 from raytune.model.adapters.adapting import Adapting, added, whole_targets
 from raytune.model.adapters.targets import peft_names, unchanged_experts
 

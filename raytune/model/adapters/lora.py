@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.input_casts import leave_out_casts
@@ -22,11 +22,11 @@ from raytune.model.adapters.targets import (
     unchanged_experts,
 )
 from raytune.model.adapters.token_rows import compute_rows_alone, trained_rows
-from raytune.model.experts import bare_parameters, expert_parameters
+from raytune.model.parts.experts import bare_parameters, expert_parameters
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.lora_limits import FROM_BASE
 from raytune.plan.methods.targets import is_left_out
-from raytune.plan.module_names import has_name, matches_end
+from raytune.plan.model.module_names import has_name, matches_end
 
 INITIALISATIONS: dict[str, bool | str] = {
     "default": True,

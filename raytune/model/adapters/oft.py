@@ -3,7 +3,7 @@
 from peft import OFTConfig, PeftModel
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import OftAdapter
+from raytune.config.sections.adapter import OftAdapter
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import peft_names, unchanged_experts
 

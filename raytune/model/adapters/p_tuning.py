@@ -3,11 +3,11 @@
 from peft import PeftModel, PromptEncoder, PromptEncoderConfig
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import PTuningAdapter
-from raytune.data.in_front import with_tokens_in_front
+from raytune.config.sections.adapter import PTuningAdapter
+from raytune.data.batches.in_front import with_tokens_in_front
 from raytune.model.adapters.adapting import Adapting
 from raytune.model.adapters.in_front import added_in_front, encoded_by, loaded_in_front, sees_tokens, taken_off
-from raytune.model.experts import expert_parameters
+from raytune.model.parts.experts import expert_parameters
 
 
 def _add(model: PreTrainedModel, adapter: PTuningAdapter, revision: str | None, seed: int) -> PeftModel:

@@ -3,11 +3,11 @@
 from peft import PeftModel, PrefixEncoder, PrefixTuningConfig
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import PrefixTuningAdapter
-from raytune.data.in_front import with_keys_in_front
+from raytune.config.sections.adapter import PrefixTuningAdapter
+from raytune.data.batches.in_front import with_keys_in_front
 from raytune.model.adapters.adapting import Adapting
 from raytune.model.adapters.in_front import added_in_front, encoded_by, loaded_in_front, sees_keys, taken_off
-from raytune.model.experts import expert_parameters
+from raytune.model.parts.experts import expert_parameters
 
 
 def _add(model: PreTrainedModel, adapter: PrefixTuningAdapter, revision: str | None, seed: int) -> PeftModel:

@@ -10,12 +10,12 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import PromptTuningAdapter
-from raytune.data.in_front import with_tokens_in_front
+from raytune.config.sections.adapter import PromptTuningAdapter
+from raytune.data.batches.in_front import with_tokens_in_front
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import Adapting
 from raytune.model.adapters.in_front import ENCODER, NAME, added_in_front, loaded_in_front, sees_tokens, taken_off
-from raytune.model.experts import expert_parameters
+from raytune.model.parts.experts import expert_parameters
 
 STARTS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raytune.errors import ModelError
-from raytune.model.attention import keeps_state
-from raytune.model.experts import expert_parameters, linear_routers, names_of_experts
-from raytune.model.kernels import bypassed_layers
+from raytune.model.attention.attention import keeps_state
+from raytune.model.parts.experts import expert_parameters, linear_routers, names_of_experts
+from raytune.model.parts.kernels import bypassed_layers
 from raytune.plan.methods.targets import NamesTargets, check_is_seen, is_within_saved
-from raytune.plan.module_names import has_name, matches
+from raytune.plan.model.module_names import has_name, matches
 
 ATTENTION = re.compile(r"attn|attention")
 MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert")

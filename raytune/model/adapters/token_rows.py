@@ -15,9 +15,9 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune.data.tokenizers import token_numbers
-from raytune.model.new_tokens import added_rows, added_texts
-from raytune.plan.module_names import is_saved
+from raytune.data.templates.tokenizers import token_numbers
+from raytune.model.parts.new_tokens import added_rows, added_texts
+from raytune.plan.model.module_names import is_saved
 
 # Shapes: T tokens, D width, V vocabulary, R trained rows.
 

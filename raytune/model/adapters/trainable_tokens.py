@@ -7,7 +7,7 @@ from peft import PeftModel, TrainableTokensConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune.config.adapter import TrainableTokensAdapter
+from raytune.config.sections.adapter import TrainableTokensAdapter
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import check_matches, unchanged_experts
 from raytune.model.adapters.token_rows import compute_rows_alone, trained_rows

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from raytune.config.adapter import VeraAdapter
+from raytune.config.sections.adapter import VeraAdapter
 from raytune.model.adapters.adapting import Adapting, added
 from raytune.model.adapters.targets import check_named, shortest_suffixes, target_names, unchanged_experts
-from raytune.plan.module_names import has_name
+from raytune.plan.model.module_names import has_name
 
 
 def _add(model: PreTrainedModel, adapter: VeraAdapter, revision: str | None, seed: int) -> PeftModel:

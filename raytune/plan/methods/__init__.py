@@ -1,14 +1,14 @@
-"""Methods of training: a file for each with its row, and the table. `config/adapter.py` has their sections, `model/adapters` what
+"""Methods of training: a file for each with its row, and the table. `config/sections/adapter.py` has their sections, `model/adapters` what
 PEFT makes of them.
 
-A plan asks a row what is trained (`raytune.plan.trained`), what cannot be done, and for the words; nobody else asks of which
+A plan asks a row what is trained (`raytune.plan.model.trained`), what cannot be done, and for the words; nobody else asks of which
 class a section is. Imports: config, and the plan's shapes and quantisation.
 """
 
 from dataclasses import replace
 
-from raytune.config.adapter import Adapter
-from raytune.config.model import Quantization
+from raytune.config.sections.adapter import Adapter
+from raytune.config.sections.model import Quantization
 from raytune.plan.methods import (
     adalora,
     boft,
@@ -28,8 +28,8 @@ from raytune.plan.methods import (
 )
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters
-from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained
 
 METHODS: dict[str, Method] = {
     "full": full.METHOD,

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from raytune.config.adapter import AdaLoraAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import AdaLoraAdapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.layers import (
@@ -18,8 +18,8 @@ from raytune.plan.methods.layers import (
 )
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import check_names, target_modules
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained
 
 MAX_RATE = 1e-2
 

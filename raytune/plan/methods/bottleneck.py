@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from raytune.config.adapter import BottleneckAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import BottleneckAdapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import how_experts_are_held, of_experts, packed_experts
 from raytune.plan.methods.layers import Addition, named_targets, trained_in_layers, unread_names, ways_back
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import check_names, target_modules
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained
 
 PLACES = ("attention-mlp", "attention", "mlp")
 WAYS_OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj_out", "out_lin")

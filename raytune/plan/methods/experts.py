@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from raytune.config.model import Quantization
+from raytune.config.sections.model import Quantization
 from raytune.plan.methods.targets import NamesTargets, all_parameters, expert_parameters, is_within_saved
-from raytune.plan.quantization import num_quantised
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.model.quantization import num_quantised
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained
 from raytune.units import format_count
 
 GROUPS_WITH_EXPERTS = ("all-linear", "mlp")

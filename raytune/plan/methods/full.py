@@ -1,15 +1,15 @@
 """Full fine-tuning in a plan: every weight of the base is trained, in place."""
 
-from raytune.config.adapter import FullAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import FullAdapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.defaults import full_epochs, full_rate
 from raytune.plan.methods.experts import of_experts
 from raytune.plan.methods.method import Method
-from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained, num_sides, whole_part
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained, num_sides, whole_part
 
 
 def _trained(adapter: FullAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:

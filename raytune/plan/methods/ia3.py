@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from raytune.config.adapter import Ia3Adapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import Ia3Adapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.layers import (
@@ -20,9 +20,9 @@ from raytune.plan.methods.layers import (
 )
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import check_names, target_modules
-from raytune.plan.module_names import has_name
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.model.module_names import has_name
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained
 
 PAPER = "keys-values-mlp"
 KEYS_AND_VALUES = (

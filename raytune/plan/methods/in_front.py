@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from raytune.config.adapter import Adapter, num_virtual_tokens
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import Adapter, num_virtual_tokens
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError, UserError
 from raytune.plan.defaults import adapter_rate
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
-from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained, TrainedPart
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained, TrainedPart
 
 MAX_RATE = 1e-2
 ENCODER = "prompt_encoder.default"

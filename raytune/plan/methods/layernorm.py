@@ -2,19 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 
-from raytune.config.adapter import LayerNormAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import LayerNormAdapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import most_in_a_module, packed_experts
 from raytune.plan.methods.layers import named_targets, unread_names, without_experts
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import check_names, saved_modules
-from raytune.plan.module_names import has_name, is_left_to_saving, is_saved, matches
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained, lowest_layer, whole_parts
+from raytune.plan.model.module_names import has_name, is_left_to_saving, is_saved, matches
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained, lowest_layer, whole_parts
 
 ALL = "all-norms"
 

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError, UserError
 from raytune.plan.methods.experts import how_experts_are_held, most_in_a_module, of_experts, packed_experts
 from raytune.plan.methods.targets import NamesTargets, check_names, in_short, saved_modules, target_modules, unread_exclusions
-from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
-from raytune.plan.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
+from raytune.plan.model.shapes import LINEAR_KINDS, ModelShape, Module
+from raytune.plan.model.trained import How, Trained, TrainedPart, lowest_layer, whole_parts
 
 WAYS_BACK = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "linear_out")
 """Last parts of names of an MLP's last layer."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from raytune.config.adapter import LohaAdapter
-from raytune.config.model import Quantization
+from raytune.config.sections.adapter import LohaAdapter
+from raytune.config.sections.model import Quantization
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.layers import (
     Addition,
@@ -15,8 +15,8 @@ from raytune.plan.methods.layers import (
 )
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import target_modules
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained
 
 
 def _trained(adapter: LohaAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from raytune.config.adapter import Adapter, LoraAdapter
-from raytune.config.model import Quantization
+from raytune.config.sections.adapter import Adapter, LoraAdapter
+from raytune.config.sections.model import Quantization
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import (
     how_experts_are_held,
@@ -17,9 +17,9 @@ from raytune.plan.methods.lora_updates import UpdateSize, all_updated, biases_of
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import expert_parameters, in_short, saved_modules
 from raytune.plan.methods.token_rows import num_rows, row_parts
-from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
-from raytune.plan.stage_limit import StageLimit
-from raytune.plan.trained import Trained, TrainedPart, lowest_layer, whole_parts
+from raytune.plan.model.shapes import LINEAR_KINDS, ModelShape, Module
+from raytune.plan.model.stage_limit import StageLimit
+from raytune.plan.model.trained import Trained, TrainedPart, lowest_layer, whole_parts
 from raytune.units import format_count
 
 WEIGHT_BASED_INITS = ("pissa", "olora", "eva")

@@ -5,16 +5,16 @@ Each limit was seen to fail on a small model: `tests/unit/test_adapter_limits.py
 
 from collections.abc import Iterator
 
-from raytune.config.adapter import LoraAdapter
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import LoraAdapter
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError, PlanError, UserError, capitalised
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.lora_updates import all_updated, biases_of, rank_of
 from raytune.plan.methods.targets import check_names, expert_parameters, names_in, own_names, saved_modules, unread_exclusions
 from raytune.plan.methods.token_rows import check_rows
-from raytune.plan.module_names import matches_end
-from raytune.plan.shapes import LINEAR_KINDS, ModelShape, Module
+from raytune.plan.model.module_names import matches_end
+from raytune.plan.model.shapes import LINEAR_KINDS, ModelShape, Module
 
 FROM_BASE = ("pissa", "olora")
 """Starts that take their share out of the base weights; saving makes an adapter of twice the rank out of them."""

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from raytune.config.adapter import LoraAdapter
+from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.plan.methods.experts import takes_experts
 from raytune.plan.methods.targets import all_parameters, is_left_out, target_modules
-from raytune.plan.module_names import has_name, is_saved, matches_end
-from raytune.plan.shapes import ModelShape, Module
+from raytune.plan.model.module_names import has_name, is_saved, matches_end
+from raytune.plan.model.shapes import ModelShape, Module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

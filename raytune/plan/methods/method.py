@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
-from raytune.plan.shapes import ModelShape
-from raytune.plan.stage_limit import StageLimit
-from raytune.plan.trained import Trained
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.stage_limit import StageLimit
+from raytune.plan.model.trained import Trained
 
 
 def no_limits(adapter: Any, shape: ModelShape, quantization: Quantization | None) -> list[StageLimit]:

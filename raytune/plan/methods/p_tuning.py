@@ -1,12 +1,12 @@
 """P-tuning in a plan: embeddings of virtual tokens, and the MLP that they pass through."""
 
-from raytune.config.adapter import PTuningAdapter
-from raytune.config.model import Quantization
+from raytune.config.sections.adapter import PTuningAdapter
+from raytune.config.sections.model import Quantization
 from raytune.plan.defaults import adapter_epochs
 from raytune.plan.methods.in_front import check_embeds, frozen_experts, rate_in_front, trained_in_front, words_in_front
 from raytune.plan.methods.method import Method
-from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained
 
 
 def _trained(adapter: PTuningAdapter, shape: ModelShape, quantization: Quantization | None) -> Trained:

@@ -1,15 +1,15 @@
 """Prefix tuning in a plan: keys and values of virtual tokens in each layer, and which models have room for them."""
 
-from raytune.config.adapter import PrefixTuningAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import PrefixTuningAdapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError, UserError
 from raytune.plan.defaults import adapter_epochs
 from raytune.plan.methods.in_front import frozen_experts, rate_in_front, trained_in_front, words_in_front
 from raytune.plan.methods.method import Method
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import Trained
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained
 
 KEYS, VALUES = ("k_proj", "key", "key_proj", "k_lin"), ("v_proj", "value", "value_proj", "v_lin")
 """Last parts of names of layers that give keys, and values."""

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Protocol
 
 from raytune.errors import ModelError
-from raytune.plan.module_names import has_name, is_left_to_saving, is_saved, matches, paths_to
-from raytune.plan.shapes import LINEAR_KINDS, Matrix, ModelShape, Module
+from raytune.plan.model.module_names import has_name, is_left_to_saving, is_saved, matches, paths_to
+from raytune.plan.model.shapes import LINEAR_KINDS, Matrix, ModelShape, Module
 
 WITHOUT_UPDATE = ("norm", "experts", "router", "state")
 """Kinds of modules that are no layers of PEFT's."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import ModelError, UserError
-from raytune.plan.module_names import is_saved
-from raytune.plan.shapes import ModelShape, Module
-from raytune.plan.trained import TrainedPart
+from raytune.plan.model.module_names import is_saved
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import TrainedPart
 
 TRAINABLE = "adapter.trainable_tokens"
 

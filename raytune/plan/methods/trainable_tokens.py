@@ -1,9 +1,9 @@
 """Trainable tokens in a plan: rows of embedding and head are trained, and nothing else."""
 
-from raytune.config.adapter import TrainableTokensAdapter
-from raytune.config.model import Quantization
-from raytune.config.quantization import HeldBase
-from raytune.config.run import RunConfig
+from raytune.config.sections.adapter import TrainableTokensAdapter
+from raytune.config.sections.model import Quantization
+from raytune.config.sections.quantization import HeldBase
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
 from raytune.plan.defaults import adapter_epochs, adapter_rate
 from raytune.plan.methods.experts import most_in_a_module, packed_experts
@@ -11,8 +11,8 @@ from raytune.plan.methods.layers import without_experts
 from raytune.plan.methods.method import Method
 from raytune.plan.methods.targets import NO_TARGETS
 from raytune.plan.methods.token_rows import TRAINABLE, check_rows, num_rows, row_parts
-from raytune.plan.shapes import ModelShape
-from raytune.plan.trained import Trained, lowest_layer
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained, lowest_layer
 
 MAX_RATE = 1e-2
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raytune.launch.found_rate import FoundRate
-from raytune.plan.rate_advice import opening_of, trend
+from raytune.launch.rates.found_rate import FoundRate
+from raytune.plan.rates.rate_advice import opening_of, trend
 from raytune.report.figures.canvas import LIGHT, Theme, empty, finished, legend, log_ticks, new_figure
 
 HEADROOM = 0.4

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from raytune.config.load import config_from
-from raytune.config.run import RunConfig
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
+from raytune.config.sections.run import RunConfig
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.launch.run import train_plan
 from raytune.plan.run_plan import RunPlan
 from raytune.training.run import Worker, train

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from raytune.config.run import RunConfig
+from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
-from raytune.launch.begun import read_begun
-from raytune.launch.finished import answer
-from raytune.launch.host import this_machine
-from raytune.launch.prepare import prepare
-from raytune.launch.record import RunRecord
-from raytune.launch.result import RunResult
+from raytune.launch.cluster.host import this_machine
+from raytune.launch.data.prepare import prepare
 from raytune.launch.run import train_plan
+from raytune.launch.state.begun import read_begun
+from raytune.launch.state.finished import answer
+from raytune.launch.state.record import RunRecord
+from raytune.launch.state.result import RunResult
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.run import Worker, train

@@ -1,0 +1,1 @@
+"""From rows of a store or a stream to tensors of a step, on each rank."""

@@ -1,0 +1,1 @@
+"""What is wrong with rows among each other: doubles, leaks, contradictions, imbalance."""

@@ -1,0 +1,1 @@
+"""Rows that are tokenised while training goes on, of inputs larger than memory and disk."""

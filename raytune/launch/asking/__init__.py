@@ -1,0 +1,1 @@
+"""Models that are asked on the workers of a cluster: answers, scores, suites."""

@@ -1,0 +1,1 @@
+"""Attention in packed rows, and in rows that are divided among ranks."""

@@ -1,7 +1,0 @@
-"""The words of a config for precisions, as torch knows them."""
-
-import torch
-
-from raytune.config.training import Precision
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,1 @@
+"""A model as files: looked at, checked, and written whole or not at all."""

@@ -1,0 +1,103 @@
+"""A saved adapter, told by its files: what it lies over, and whether it fits a base. No weight of a base is read."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from raytune.errors import ModelError
+from raytune.model.adapters import adapting_with
+from raytune.model.adapters.adapting import as_asked
+from raytune.model.files.base_content import COMMIT, base_content, changes_text, computing_part, content_changes, saved_content
+from raytune.model.files.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from raytune.model.files.pretrained import load_config
+from raytune.model.parts.rope import stretch
+from raytune.plan.saved.asked_model import AskedModel
+from raytune.printable import in_a_line
+
+
+def adapter_config(folder: Path) -> PeftConfig:
+    """What PEFT says of an adapter in its format.
+
+    Raises:
+        ModelError: if it is none, or cannot be read.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no {name}, so it is not an adapter in the format of PEFT.")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+
+
+def answers_padded(config: PeftConfig) -> bool:
+    """Whether prompts of different lengths may share a batch under an adapter."""
+    row = adapting_with(config)
+    return row.can_pad if row else not config.is_prompt_learning
+
+
+def changes_of_base(folder: Path, path: str, revision: str | None) -> str:
+    """Files in which a base differs from that which an adapter was trained on, a line for each, as far as the adapter's folder
+    tells what that was; empty: in none.
+
+    Of a hub model that is told by its commit, which `revision` asks for; a copy of it in a folder has no commit to compare.
+
+    Args:
+        path: of the base, a folder or a hub id.
+
+    Raises:
+        ModelError: if files cannot be read.
+    """
+    was = saved_content(folder)
+    if was is None or (COMMIT in was) == Path(path).is_dir():
+        return ""
+    has_code = any(name.endswith(".py") for name in was)
+    now = {COMMIT: revision or ""} if COMMIT in was else base_content(path, None, trust_remote_code=has_code)
+    return changes_text(content_changes(computing_part(was), computing_part(now)))
+
+
+def refuse_unfit_adapter(one: AskedModel) -> None:
+    """Refuse an adapter that does not fit its base, by the shapes of both.
+
+    Raises:
+        ModelError: with what does not fit.
+    """
+    model, folder = one.model, one.adapter
+    assert folder is not None
+    config = load_config(model.path, model.revision, model.trust_remote_code)
+    stretch(config, model.rope)
+    try:
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        with as_asked(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            own: Any = PeftModel.from_pretrained(whole, folder, torch_device="cpu").active_peft_config
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _unfit(folder, model.path, in_a_line(error)) from error
+    if missing := next((str(each.message) for each in told if "missing adapter keys" in str(each.message)), None):
+        raise _unfit(folder, model.path, in_a_line(missing))
+    text: Any = config.get_text_config()
+    width = own.token_dim if own.peft_type in ("PROMPT_TUNING", "P_TUNING") else text.hidden_size
+    if width != text.hidden_size:  # PEFT notices when it lays the tokens before others
+        raise _unfit(folder, model.path, f"its virtual tokens are {width} wide, and those of the base {text.hidden_size}")
+    largest = max(_trained_tokens(own), default=0)
+    if largest >= text.vocab_size:  # which weights without values let pass
+        raise _unfit(folder, model.path, f"it trained the row of token {largest}, and the base has {text.vocab_size} rows")
+
+
+def _trained_tokens(config: Any) -> list[int]:
+    """Numbers of the tokens whose rows an adapter trained."""
+    named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    return [number for numbers in (named.values() if isinstance(named, dict) else [named]) for number in numbers]
+
+
+def _unfit(folder: str, base: str, why: str) -> ModelError:
+    return ModelError(
+        f"The adapter in {folder} cannot be put on {base}: {why}. It was trained on another base, or its file is damaged. Name "
+        f"the base that it was trained on with --base; of an adapter with new tokens, which no base has, name the run."
+    )

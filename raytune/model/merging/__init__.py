@@ -1,0 +1,1 @@
+"""Adapters laid into a base or into one another, tensor by tensor."""

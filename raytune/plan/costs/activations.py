@@ -1,0 +1,314 @@
+"""Bytes of what passes through the layers of a model: what autograd keeps, what a layer takes while it computes, and the
+gradients that come back. Every formula names its source."""
+
+from functools import lru_cache
+
+from raytune.plan.costs.workload import BYTES, Workload
+from raytune.plan.model.kept_by_weights import kept_by_weights
+from raytune.plan.model.shapes import ModelShape, Module
+from raytune.plan.model.trained import Trained, TrainedPart, layer_of
+
+KEPT_STEPS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 2}
+"""Tensors that autograd keeps of an activation in few kernels: of relu the output, of one kernel else its input and, for what
+comes next, its output."""
+MOST_STEPS = 5
+"""Of one in elementary steps, such as GPT-2's gelu_new."""
+STATE_STEPS = 8
+"""Numbers kept for each that a layer with a state computes around it: projected, convolved, gated, scanned. An estimate for
+transformers' elementary steps, within a factor of 5 for tiny models (test_hybrids.py); kernels keep less."""
+
+
+def kept_bytes(work: Workload) -> float:
+    """What autograd keeps of layers for the backward pass, beside the layer that this pass is in.
+
+    With checkpointing only the input of each layer is kept, and one layer at a time whole.
+    """
+    if work.has_checkpointing:
+        return work.num_reached * work.num_tokens * work.shape.hidden * BYTES[work.weight_dtype]
+    return max(0, work.num_reached - 1) * layer_activation_bytes(work)
+
+
+def around_bytes(work: Workload) -> float:
+    """What it keeps around the layers: what the embedding gives, if a layer is reached, and what the last norm computes in fp32
+    and gives. The last norm's backward pass lets go of it."""
+    return work.num_tokens * work.shape.hidden * (4 + (1 + (work.num_reached > 0)) * BYTES[work.weight_dtype])
+
+
+def passing_bytes(work: Workload, shape: ModelShape) -> float:
+    """What a layer without a backward pass holds while it computes: branches of the MLP and their product, beside the stream."""
+    return work.num_tokens * BYTES[work.weight_dtype] * ((2 + shape.has_gate) * shape.intermediate + 3 * shape.hidden)
+
+
+def last_norm_bytes(work: Workload) -> float:
+    """The backward pass of the norm behind the layers: what is kept around these, three gradients in fp32, and, where the stream
+    is in 16 bits, what comes and what goes."""
+    in_16_bits = 0 if work.weight_dtype == "fp32" else 2 * BYTES[work.weight_dtype]
+    return around_bytes(work) + work.num_tokens * work.shape.hidden * (12 + in_16_bits)
+
+
+def in_layer_bytes(work: Workload) -> float:
+    """What lives beside what is kept at the fullest moment of a layer's backward pass: the stream's gradient, and the most of
+
+    - gradients of an MLP's product and of both its branches, when what entered its last layer is no longer kept;
+    - gradients of that layer's weight and of what entered it, which is still kept;
+    - what passes where the widest update is, in the dtype of what is trained: on the way back, or while it is computed again.
+
+    Experts have the stream's gradient beside it once for each that a token passes through. The gradient of an update of fused
+    experts comes out of that of all their weights.
+    """
+    shape, trained, width = work.shape, work.trained, BYTES[work.precision]
+    stream = work.num_tokens * shape.hidden * BYTES[work.weight_dtype]
+    product = work.num_tokens * shape.intermediate * width
+    kept_product = _share_of_products(work) * work.num_tokens * (shape.intermediate - shape.expert_width) * width
+    # Where the stream is in fp32, autocast casts its gradient on the way into a layer.
+    cast = work.num_tokens * shape.hidden * width if work.weight_dtype != work.precision else 0
+    ways = (
+        3 * product - kept_product,
+        cast + product + width * _largest_in_mlp(trained, shape),
+        _back_through_update_bytes(work, kept_product),
+        _computing_update_bytes(work, product - (0 if _casts_inputs(work) else kept_product)) if work.has_checkpointing else 0,
+    )
+    routed = sum(module.copies_per_token * module.inputs for module in shape.layer if module.kind == "experts")
+    return stream + max(ways) + width * (work.num_tokens * routed + trained.largest_updated)
+
+
+def _back_through_update_bytes(work: Workload, kept_product: float) -> float:
+    """Most of what passes where an update of a layer is on the way back.
+
+    An update of what the MLP's branches give has its turn when the product's last layer has had it, and so does one that is made
+    as a whole: its gradient, and what that goes through.
+    """
+    trained, width = work.trained, BYTES[work.trained_dtype]
+    passing = trained.passing_back if work.trained_dtype != work.precision else trained.passing_back_as_it_is
+    tokens = work.num_tokens * width * passing
+    return max(tokens - (0 if trained.changed_inputs else kept_product), width * trained.making_back)
+
+
+def _computing_update_bytes(work: Workload, product: float) -> float:
+    """Most of what passes while an update of a layer is computed again: casts and sums of the update, beside the stream, what
+    entered the MLP and left it, the gradient that waits for the update, and the product.
+
+    Args:
+        product: of the MLP's branches, where no layer keeps it as it is.
+    """
+    trained, width = work.trained, BYTES[work.precision]
+    if not trained.passing_ahead and not trained.making_ahead:
+        return 0
+    casts = BYTES[work.trained_dtype] * trained.passing_ahead if work.trained_dtype != work.precision else 0
+    return work.num_tokens * (4 * work.shape.hidden * width + casts) + product + width * trained.making_ahead
+
+
+def layer_activation_bytes(work: Workload) -> float:
+    """One layer: norms, inputs of linear layers, queries, keys, values and output of attention, branches of the MLP.
+
+    Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's; a test
+    holds it against what autograd saves. What is kept once per model (tables of rotary embeddings) counts by its share.
+    """
+    shape, width = work.shape, BYTES[work.precision]
+    trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
+    # Of what is kept once, a layer has its share; computed again with checkpointing, it has all.
+    sharing = 1 if work.has_checkpointing else num_layers
+    kept = kept_by_weights(work.trained, shape, work.zero_stage == 3)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    shares_rows = work.sequence_parallel > 1
+    # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
+    per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
+    width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
+    normalised = sum(
+        per_head.get(module.name, module.outputs)
+        * (4 + width_of_normalised * (kept.norms if trains_base else _share_trained(module, work)))
+        for module in shape.layer
+        if module.kind == "norm"
+    )
+    # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens.
+    is_below = _is_below(work.trained)
+    if work.has_checkpointing:
+        # A layer computed again has gradients for its input, which is kept anyway: where it is in fp32, the norm keeps no other.
+        normalised -= 4 * shape.hidden * (work.weight_dtype == "fp32")
+    elif not is_below:
+        normalised -= 4 * shape.hidden / num_layers
+    rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
+    normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
+    keeps_inputs = _keeps_inputs(work)
+    keeps_products = keeps_inputs or (work.trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
+    # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
+    is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
+    # Where there are more ranks than heads of keys and values, each head lies on several.
+    read = keys * max(1.0, work.sequence_parallel / max(1, shape.kv_heads))
+    attention = width * (2 * queries + 2 * read + is_fused * (not shares_rows) * (queries + 2 * keys))
+    if work.attention != "eager":
+        attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
+    if ((work.attention == "varlen" and not work.is_on_gpu) or shares_rows) and keeps_inputs:
+        attention += width * queries  # outputs document by document, or of own heads, and end to end
+    has_rotary = len(shape.embeddings) == 1
+    attention = _share_through_attention(work) * max(attention, STATE_STEPS * width * shape.state_width)
+    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / sharing if has_rotary else 0
+    # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
+    num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
+    num_steps -= 0 if kept.ways_back is None else 1 - kept.ways_back
+    branches = width * (shape.intermediate - shape.expert_width) * (num_steps - (not keeps_products))
+    per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
+    made = BYTES[work.precision] * work.trained.num_made / num_layers
+    kept = work.num_tokens * per_token + _virtual_key_bytes(work)
+    return kept + _score_bytes(work) + _mask_bytes(work) + _updated_expert_bytes(work) + made
+
+
+def _virtual_key_bytes(work: Workload) -> float:
+    """Keys and values of virtual tokens; with one call per document queries for them too, and what attention gives these."""
+    shape = work.shape
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    per_document = work.attention == "varlen" and not work.is_on_gpu
+    numbers = 2 * keys + (2 * queries if per_document else 0)
+    return work.num_virtual_keys * (BYTES[work.precision] * numbers + (4 * shape.heads if per_document else 0))
+
+
+def _keeps_inputs(work: Workload) -> bool:
+    """Whether the inputs of linear layers are kept as they are: by layers that are trained or whose update computes with them,
+    unless that is in another dtype and keeps casts of them; by every layer at stage 3, whose linear function keeps its own."""
+    reads = work.trained.reads_inputs and not _casts_inputs(work)
+    return work.trained.is_base or work.zero_stage == 3 or reads
+
+
+def _share_of_products(work: Workload) -> float:
+    """The share of MLPs that keep what enters their last layer, as it is or cast."""
+    trained, shape = work.trained, work.shape
+    if trained.is_base:
+        return kept_by_weights(trained, shape, work.zero_stage == 3).ways_back or 0.0
+    if work.zero_stage == 3:
+        return 1.0
+    is_read = trained.reads_inputs or (trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
+    return float(is_read and _updates_ways_back(trained, shape))
+
+
+@lru_cache(maxsize=4)
+def _updates_ways_back(trained: Trained, shape: ModelShape) -> bool:
+    """Whether an update is at the last layer of MLPs."""
+    ways_back = [f".{module.name}" for module in shape.layer if module.kind == "mlp"][-1:]
+    return any(part.kind == "mlp" and part.name.endswith(tuple(ways_back)) for part in trained.parts)
+
+
+@lru_cache(maxsize=4)
+def _largest_in_mlp(trained: Trained, shape: ModelShape) -> int:
+    """Numbers of the largest weight of an MLP that is trained whole."""
+    whole = {shape.name_in_layer(name) for name in trained.whole}
+    mlp = [module for module in shape.layer if module.kind in ("mlp", "experts") and module.name in whole]
+    matrices = [(module.copies, one) for module in mlp for one in module.matrices or (module,)]
+    return max((copies * one.inputs * one.outputs for copies, one in matrices), default=0)
+
+
+def _casts_inputs(work: Workload) -> bool:
+    """Whether updates compute with inputs in another dtype than the layers do."""
+    return not work.trained.is_base and work.trained.casts_inputs and work.trained_dtype != work.precision
+
+
+def _share_trained(norm: Module, work: Workload) -> float:
+    """The share of layers in which an adapter trains a norm, of those that a backward pass reaches."""
+    return work.trained.whole_norms[f"{work.shape.layers_name}.{norm.name}"] / max(1, work.num_reached)
+
+
+def _expert_bytes(work: Workload, num_steps: float) -> float:
+    """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
+    trains_experts = work.trained.is_base or work.trained.num_updated_per_layer > 0
+    gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
+    numbers = work.shape.expert_width * (num_steps - (not trains_experts)) + gathered * (1 + trains_experts)
+    return BYTES[work.weight_dtype] * numbers
+
+
+def _updated_expert_bytes(work: Workload) -> float:
+    """What PEFT computes of fused experts that get an update: W + B A as a whole, which their products keep.
+
+    The update itself is cast to the weights' dtype if it has another.
+    """
+    casts = work.trained.num_in_experts / max(1, work.num_reached) if work.trained_dtype != work.weight_dtype else 0
+    return BYTES[work.weight_dtype] * (work.trained.num_updated_per_layer + casts)
+
+
+def _linear_input_bytes(work: Workload) -> float:
+    """Inputs of linear layers that no other part keeps, per token.
+
+    Layers that read the same values share them, except where each casts them anew: autocast from an fp32 stream, and PEFT for
+    each target in another dtype, which also keeps the update's inner activations and, with dropout, what was dropped. Frozen
+    layers that only get factors keep no inputs, but what is multiplied.
+    """
+    shape, width = work.shape, BYTES[work.precision]
+    trained = work.trained
+    shared = (1 + _share_through_attention(work)) * shape.hidden * width
+    num_layers = max(1, work.num_reached)
+    if trained.is_base:
+        kept = kept_by_weights(trained, shape, work.zero_stage == 3)
+        return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
+    inner_width = trained.inner_width + (trained.width_in_16_bits if work.precision != "fp32" else 0)
+    inner = inner_width * width / num_layers
+    casts = _casts_inputs(work)
+    # What layers are given in place of their inputs, which stage 3 has them keep too.
+    inner += trained.changed_inputs * width / num_layers if work.zero_stage == 3 else 0
+    if not trained.reads_inputs:
+        scaled = trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0
+        return inner + scaled + (shared if work.zero_stage == 3 else 0)
+    cast = trained.target_inputs * width / num_layers
+    # Beside what was dropped: a mask, on a CPU in the dtype of what is dropped.
+    mask = cast if work.is_on_gpu else trained.target_inputs * BYTES[work.trained_dtype] / num_layers
+    return inner + (cast if casts or trained.drops_inputs else shared) + (mask if trained.drops_inputs else 0)
+
+
+def _is_below(trained: Trained) -> bool:
+    """Whether something is trained in front of the layers."""
+    return trained.lengthens_rows or bool(trained.is_base and trained.num_whole_embeddings)
+
+
+def _share_through_attention(work: Workload) -> float:
+    """The share of layers whose attention a backward pass comes through: not the lowest one's, where it is in front of all that
+    is trained there. With checkpointing it is of the layers that are computed again, where one is whole."""
+    if work.has_checkpointing or _is_below(work.trained) or not _begins_behind_attention(work.trained, work.shape):
+        return 1.0
+    return 1 - 1 / max(1, work.num_reached)
+
+
+@lru_cache(maxsize=4)
+def _begins_behind_attention(trained: Trained, shape: ModelShape) -> bool:
+    """Whether the lowest layer that is trained begins with networks behind its attention, or with its MLP."""
+    lowest = [part for part in trained.parts if layer_of(part.name, shape) == trained.lowest_layer]
+    ways_out = [f".{module.name}" for module in shape.layer if module.kind == "attention"][-1:]
+
+    def is_behind(part: TrainedPart) -> bool:
+        return part.kind in ("mlp", "experts", "router") or (part.how == "network" and part.name.endswith(tuple(ways_out)))
+
+    return bool(lowest) and all(map(is_behind, lowest))
+
+
+def _score_bytes(work: Workload) -> float:
+    """`sdpa` holds a mask over the packed row, `eager` scores and probabilities of every head too; the others hold neither."""
+    pairs = work.num_tokens * (work.num_tokens + work.num_virtual_keys)
+    if work.attention == "eager":
+        return _share_through_attention(work) * pairs * work.shape.heads * 3 * BYTES[work.precision]
+    return pairs / (1 if work.has_checkpointing else work.shape.num_layers) if work.attention == "sdpa" else 0
+
+
+def _mask_bytes(work: Workload) -> float:
+    """What dropout keeps of a layer: a mask of what attention and MLP add to the stream, in a byte each where one kernel drops,
+    else as wide as they are. Of attention's probabilities, `eager` keeps the mask and what was dropped, and `sdpa` on a CPU its
+    steps in fp32; kernels of GPUs draw the mask again. Not in here: `varlen` on a CPU, whose documents' lengths are not known.
+    """
+    width, pairs = BYTES[work.precision], work.num_tokens**2 * work.shape.heads
+    of_mask = 1 if work.is_on_gpu else width
+    kept = 2 * work.num_tokens * work.shape.hidden * of_mask if "hidden" in work.drops else 0
+    if "attention" in work.drops:
+        on_cpu = 12 * pairs if work.attention == "sdpa" and not work.is_on_gpu else 0
+        kept += pairs * (of_mask + width) if work.attention == "eager" else on_cpu
+    return kept
+
+
+def dequantized_bytes(work: Workload) -> float:
+    """bitsandbytes multiplies by a weight in the run's precision, which it makes anew in each pass.
+
+    So does model.packed_experts with the experts of a layer, one parameter after the other on the way back.
+    """
+    if work.quantization is None:
+        return 0
+    linear = (module.num_parameters for layer in work.shape.layers() for module in layer if module.is_linear)
+    return BYTES[work.precision] * max(*linear, 0 if work.has_checkpointing else work.trained.largest_packed)
+
+
+def expanded_expert_bytes(work: Workload) -> float:
+    """All parameters of a layer's experts at once: while they compute, and what autograd keeps of them in a recomputation."""
+    return BYTES[work.weight_dtype] * work.trained.num_packed_per_layer

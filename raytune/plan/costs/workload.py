@@ -1,0 +1,92 @@
+"""All that decides the bytes and the seconds of a rank's step: what is trained of which model, how it is divided, and how much of
+what passes through it at a time."""
+
+from dataclasses import dataclass
+
+from raytune.config.sections.model import Attention, Quantization
+from raytune.config.sections.training import Offload, Optimizer, Precision
+from raytune.plan.model.quantization import num_quantised, packed_bytes
+from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.trained import Trained
+from raytune.plan.run_plan import ZeroStage
+
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """All that decides the bytes of a rank."""
+
+    shape: ModelShape
+    trained: Trained
+    quantization: Quantization | None = None
+    """How a frozen base is held; None: as it is."""
+    engine: str
+    """"plain" or "zero"."""
+    zero_stage: ZeroStage
+    workers: int
+    offload_optimizer: Offload
+    offload_parameters: Offload
+    precision: Precision
+    optimizer: Optimizer
+    attention: Attention
+    has_checkpointing: bool
+    accumulation: int
+    num_tokens: int
+    """Tokens of a micro-batch, with virtual ones that pass through the layers."""
+    num_targets: int
+    """Target tokens of a micro-batch, at most."""
+    chunk_tokens: int | None
+    is_on_gpu: bool
+    drops: frozenset[str] = frozenset()
+    """Kinds of `model.dropout` that the config asks for."""
+    num_virtual_keys: int = 0
+    """Virtual tokens of a micro-batch that only keys and values have."""
+    sequence_parallel: int = 1
+    """Workers that share each row, each with the tokens above."""
+    holds_weights: bool = False
+    """Whether a penalty holds what is trained near the base (training.penalty)."""
+    weighs_importance: bool = False
+    """Whether it does so by the importance of each weight."""
+    teacher: ModelShape | None = None
+    """Whom the model learns from (training.teacher)."""
+    teacher_is_beside: bool = False
+    """Whether that is a model of its own, and not the base beneath what is trained."""
+    averages_every: int | None = None
+    """Steps between two of which the trained weights are averaged (training.averaging); None: they are not."""
+    objective_bytes: float | None = None
+    """Per logit, of a loss of the user's and its gradient beside logits in fp32; None: cross-entropy."""
+    streamed_tokens: int = 0
+    """Of a window of streamed rows; 0: rows have a store."""
+    streamed_ahead_bytes: int = 0
+    """Of pieces of files that are fetched ahead of what is read of them."""
+
+    @property
+    def weight_dtype(self) -> Precision:
+        """Of weights as they are loaded (`ModelPlan.dtype`)."""
+        return "fp32" if self.trained.is_base and self.engine == "plain" else self.precision
+
+    @property
+    def trained_dtype(self) -> Precision:
+        """Of trained weights: PlainEngine keeps them in fp32, DeepSpeed has fp32 masters beside them."""
+        return "fp32" if self.engine == "plain" else self.precision
+
+    @property
+    def all_weight_bytes(self) -> float:
+        """Weights that ZeRO-3 would share out, each counted once."""
+        dtype, trained = BYTES[self.weight_dtype], BYTES[self.trained_dtype] * self.trained.num_trainable
+        if self.trained.is_base:
+            return dtype * self.shape.num_parameters
+        if self.quantization is None:
+            return dtype * self.shape.num_parameters + trained
+        whole = self.shape.num_parameters - num_quantised(self.shape, self.trained)
+        return packed_bytes(self.quantization, self.shape, self.trained) + dtype * whole + trained
+
+    @property
+    def num_reached(self) -> int:
+        """Layers that a backward pass runs through."""
+        return self.shape.num_layers - self.trained.lowest_layer
+
+    def share(self, from_stage: int) -> int:
+        """Ranks that divide what ZeRO shards from this stage on."""
+        return self.workers if self.zero_stage >= from_stage else 1

@@ -1,0 +1,1 @@
+"""Optimizers and learning rates: what they need, and what is advised."""

@@ -1,0 +1,1 @@
+"""What is planned of models that were saved: to be asked, served, written anew, combined."""

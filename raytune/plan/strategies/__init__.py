@@ -1,0 +1,1 @@
+"""What changes how a method learns, each with its meaning, its refusals and its words."""

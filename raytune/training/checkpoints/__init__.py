@@ -1,0 +1,1 @@
+"""How a checkpoint comes to count, is found again and goes."""

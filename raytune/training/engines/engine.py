@@ -1,0 +1,541 @@
+"""What the loop needs of an engine, and the engine that keeps whole weights on every rank.
+
+An engine owns the arithmetic around the model: precision, gradients over the ranks, clipping, the update, and its share of a
+checkpoint. It never looks at a batch.
+"""
+
+import gc
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from raytune.config.sections.training import Precision
+from raytune.errors import UnfitCheckpointError
+from raytune.model.adapters.adapting import constant_matrices
+from raytune.model.adapters.beside_updates import BesideUpdates
+from raytune.model.parts.dtypes import DTYPES
+from raytune.plan.costs.memory import PLAIN_BUCKET_BYTES
+from raytune.plan.identity.division import Layout
+from raytune.plan.run_plan import RunPlan
+from raytune.run_folder import LAYOUT_FILE
+from raytune.training.engines.averaging import Average
+from raytune.training.engines.layout import fill_with_layout, refuse_other_layout
+from raytune.training.engines.penalty import Held, Penalty
+from raytune.training.engines.schedule_free import at_average, counts, take_counts
+from raytune.training.engines.squares import squaring
+from raytune.training.engines.state_files import Write, fill_with_tensors, fill_with_tensors_and_values, write_now
+
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
+METHOD_FILE = "method.safetensors"
+"""State of what a method does beside updates; the same on every rank."""
+
+INITIAL_LOSS_SCALE = 2.0**16
+STEPS_BEFORE_GROWTH = 2000
+"""Steps without overflow after which fp16's loss scale is doubled; an overflow halves it at once."""
+
+
+class Engine(Protocol):
+    """One rank's view of a model in training."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    model: nn.Module
+    """The model as it was loaded; its parameter names are those of an exported model."""
+    module: nn.Module
+    """What a forward pass calls."""
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of a forward pass: products in the run's precision."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN."""
+        ...
+
+    def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
+        """Update the weights and clear the gradients.
+
+        Args:
+            norm_limit: largest norm that is updated with; the same on every rank.
+
+        Returns:
+            Norm of the gradient over all ranks before clipping, the same on every rank. If it is not finite or above the limit,
+            nothing was updated, neither weights nor the optimizer's state.
+        """
+        ...
+
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies the loss by at present; None in other precisions."""
+        ...
+
+    def penalty(self) -> float | None:
+        """What the penalty on weights added to the loss of the last step; None without one. Every rank calls it."""
+        ...
+
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Square the gradient of each loss by itself, and sum over all losses of all ranks. Nothing is updated.
+
+        Args:
+            losses: made one after the other; as many on every rank.
+
+        Returns:
+            This rank's shares of the sums, in fp32, by names of their own; whole where the engine holds whole weights.
+        """
+        ...
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        """Let the penalty count what each weight has moved by its importance, in shares as `sum_squared_gradients` gives them."""
+
+    def average(self, share: float) -> None:
+        """Draw the average of the trained weights to what they are now, by a share of the way; between steps, on every rank.
+
+        Args:
+            share: 1 the first time (plan.averaging).
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager:
+        """Context in which the weights are their average, or that of an optimizer which makes one itself, and nothing is trained
+        or saved; without an average, as they are. Every rank enters it, between steps."""
+        ...
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+        """Context in which `parameters` are whole on every rank. Every rank enters it."""
+        ...
+
+    def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        """Name and whole value of each trained parameter, one after the other: a model larger than a device passes through.
+
+        Every rank iterates; the value is on the CPU of rank 0, cast to `dtype` if given, and None on the others.
+        """
+        ...
+
+    def model_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        """As `trainable_state`, of every parameter of the model, frozen ones as well."""
+        ...
+
+    def save(self, folder: Path, write: Write = write_now) -> None:
+        """Write this rank's share of the training state into `folder`, local and its own or shared. Every rank calls it.
+
+        Args:
+            write: takes each file as the state is now, and may write it when this has returned.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Continue from what all ranks saved, once together in `folder`, whatever was trained since. Every rank calls it, between
+        steps.
+
+        Raises:
+            CheckpointError: if it was saved by another kind of engine or number of workers, or does not fit the model.
+        """
+        ...
+
+    def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
+        """Train from now on what requires a gradient now, which is all that did and more; between steps, on every rank.
+
+        What was trained keeps its optimizer state, weights that are updated in fp32 among it.
+
+        Args:
+            optimizer: over all that is trained; each group has parameters of one age (plan.phases).
+            plan: in the phase that begins.
+        """
+        ...
+
+    def held_bytes(self) -> "HeldBytes":
+        """Bytes that this rank holds now."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the model and of everything that was made to train it; the memory is free if nobody else refers to them.
+
+        Afterwards `rank`, `world_size`, `device` and the collectives are all that is left of the engine.
+        """
+        ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on every rank. For rare and small things."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldBytes:
+    """Bytes of tensors on one rank, wherever they lie."""
+
+    weights: int
+    """Weights that forward passes read, frozen ones included."""
+    gradients: int
+    """Between backward and step."""
+    optimizer: int
+    """Optimizer state, and fp32 master weights that exist beside the weights."""
+    penalty: int = 0
+    """What weights are held to, and by how much each is."""
+    average: int = 0
+    """Of the weights, beside them."""
+
+
+class PlainEngine:
+    """Whole weights, gradients and optimizer state on every rank; gradients are summed over the ranks once per step.
+
+    Trained weights are fp32 and are updated in fp32; autocast makes the 16-bit products. Frozen weights stay as they were loaded.
+    With several ranks this is ZeRO stage 0, without DeepSpeed, whose own stage 0 reports no gradient norm and updates with NaN in
+    fp32. What is saved here fits any number of ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        max_grad_norm: float,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        compile_model: bool = False,
+        beside: BesideUpdates | None = None,
+        penalty: Penalty | None = None,
+    ) -> None:
+        """Take a model whose trained weights become fp32, in place, so that `optimizer` keeps its parameters.
+
+        Args:
+            model: on `device`; its `requires_grad` says what is trained.
+            optimizer: over the trained parameters; a group's rate is the step's rate times its "lr_scale", if it has one.
+            precision: of products in forward and backward.
+            max_grad_norm: norm that the gradient is scaled down to; 0: it is left as it is.
+            device: of weights and batches.
+            rank: of this process in the default process group, which must exist if there are several.
+            world_size: number of processes.
+            compile_model: by torch.compile, in place, so that names stay.
+            beside: what the method does in each step beside updates; then each step waits for the norm of its gradient.
+            penalty: on the way of trained weights from those that they have now.
+        """
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.model = self.module = model
+        self._precision: Precision = precision
+        self._max_grad_norm = max_grad_norm
+        self._optimizer = optimizer
+        self._beside, self._penalty = beside, penalty
+        self._held: dict[str, Held] = {}
+        self._average: Average[str] = Average()
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
+        )
+        self._trained = self._take_trained()
+        if compile_model:
+            model.compile()
+
+    def _take_trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name, in fp32."""
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+        if self._penalty:
+            # What was trained before began elsewhere; what is trained from now on is still as in the base.
+            for name, parameter in trained.items():
+                if name not in self._held:
+                    self._held[name] = Held(parameter.detach().clone())
+        return trained
+
+    def autocast(self) -> AbstractContextManager:
+        if self._precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self._precision])
+
+    def backward(self, loss: Tensor) -> None:
+        self._scaler.scale(poisoned(loss)).backward()
+
+    def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
+        set_learning_rate(self._optimizer, learning_rate)
+        self._sum_gradients_over_ranks()
+        self._scaler.unscale_(self._optimizer)
+        if self._beside:
+            self._beside.add_gradients(*self._followed(self._beside))
+        if self._penalty:
+            self._add_penalty(self._penalty)
+        # The operations of clip_grad_norm_, in its order, so that weights equal those of transformers.Trainer bit for bit.
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if self._max_grad_norm > 0:
+            clip_grads_with_norm_(self._trained.values(), self._max_grad_norm, norm)
+        self._update(norm, norm_limit)
+        if self._beside:
+            if is_updated_with(norm.item(), norm_limit):
+                self._beside.after_update(*self._followed(self._beside))
+            else:
+                self._beside.skipped()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _followed(self, beside: BesideUpdates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values and gradients of what a method follows."""
+        gradients = {}
+        for name, parameter in beside.parameters.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients[name] = parameter.grad
+        return {name: parameter.data for name, parameter in beside.parameters.items()}, gradients
+
+    @torch.no_grad()
+    def _add_penalty(self, penalty: Penalty) -> None:
+        penalty.begin_step()
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            penalty.add_gradient(parameter.grad, parameter, self._held[name])
+
+    def _update(self, norm: Tensor, norm_limit: float) -> None:
+        """Let the optimizer step unless `norm` is not finite or above the limit; on a GPU without asking, where the optimizer can
+        decide there."""
+        if self._scaler.is_enabled():
+            # What is not finite is the scaler's to see; a norm that is finite and too large is none of its business.
+            if norm_limit == math.inf or not norm_limit < norm.item() < math.inf:
+                self._scaler.step(self._optimizer)
+            self._scaler.update()
+        elif getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            # How torch.amp.GradScaler tells a fused optimizer that a step is to be skipped.
+            is_updated = norm.isfinite() & (norm <= norm_limit)
+            self._optimizer.found_inf = (~is_updated).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self._optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+            self._optimizer.step()
+        elif is_updated_with(norm.item(), norm_limit):
+            self._optimizer.step()
+
+    def _sum_gradients_over_ranks(self) -> None:
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(self._trained.values()):
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+
+    def loss_scale(self) -> float | None:
+        return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
+    def penalty(self) -> float | None:
+        return None if self._penalty is None or self._penalty.value is None else self._penalty.value.item()
+
+    def sum_squared_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        with squaring(self._trained.values()):
+            for loss in losses:
+                loss.backward()
+        self._sum_gradients_over_ranks()
+        sums = {
+            name: torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
+            for name, parameter in self._trained.items()
+        }
+        self._optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def weigh(self, importance: Mapping[str, Tensor]) -> None:
+        for name, held in self._held.items():
+            self._held[name] = replace(held, importance=importance[name].to(self.device))
+
+    def average(self, share: float) -> None:
+        self._average.add(self._trained, share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if not self._average:
+            with at_average(self._optimizer):
+                yield
+            return
+        self._average.exchange(self._trained)
+        try:
+            yield
+        finally:
+            self._average.exchange(self._trained)
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+        return nullcontext()
+
+    def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        return self._values(self._trained.items(), dtype)
+
+    def model_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        return self._values(self.model.named_parameters(), dtype)
+
+    def _values(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in parameters:
+            yield name, parameter.detach().to("cpu", dtype) if self.rank == 0 else None
+
+    def save(self, folder: Path, write: Write = write_now) -> None:
+        # Every rank holds the same state, so one writes it.
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            layout = Layout(zero_stage=0, world_size=self.world_size, precision=self._precision)
+            write(folder / LAYOUT_FILE, layout, fill_with_layout)
+            weights = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
+            write(folder / WEIGHTS_FILE, weights, fill_with_tensors)
+            tensors, values = self._optimizer_state()
+            state = {"optimizer": values, "groups": counts(self._optimizer), "scaler": self._scaler.state_dict()}
+            write(folder / OPTIMIZER_FILE, (tensors, {"state": json.dumps(state)}), fill_with_tensors_and_values)
+            save_method(self._beside, folder, write)
+            self._average.save(self._trained, folder / AVERAGE_FILE, write)
+
+    def load(self, folder: Path) -> None:
+        refuse_other_layout(Layout(zero_stage=0, world_size=self.world_size, precision=self._precision), folder)
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            saved_shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            own_shapes = {name: list(parameter.shape) for name, parameter in self._trained.items()}
+            if saved_shapes != own_shapes:
+                different = sorted(
+                    name for name in {*saved_shapes, *own_shapes} if saved_shapes.get(name) != own_shapes.get(name)
+                )
+                saved, own = saved_shapes.get(different[0]), own_shapes.get(different[0])
+                raise UnfitCheckpointError(
+                    f"{folder / WEIGHTS_FILE} does not fit the model: {len(different)} trained parameters differ in name or "
+                    f"shape, first {different[0]} ({saved} saved, {own} in the model)."
+                )
+            for name, parameter in self._trained.items():
+                parameter.data.copy_(file.get_tensor(name))
+        self._load_optimizer(folder / OPTIMIZER_FILE)
+        load_method(self._beside, folder)
+        self._average.load(self._trained, folder / AVERAGE_FILE)
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """Tensors as `<parameter>/<entry>`, and the entries that are plain values, by parameter."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
+        tensors, values, seen = {}, {}, set()
+        for parameter, state in self._optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    # Entries that parameters share (the code tables of 8-bit Adam) are written for each, as safetensors wants it.
+                    shared = value.data_ptr() in seen
+                    seen.add(value.data_ptr())
+                    tensors[f"{names[parameter]}/{key}"] = value.clone() if shared else value.contiguous()
+                else:
+                    values.setdefault(names[parameter], {})[key] = value
+        return tensors, values
+
+    def _load_optimizer(self, path: Path) -> None:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
+        in_order = [names[parameter] for group in self._optimizer.param_groups for parameter in group["params"]]
+        indices = {name: index for index, name in enumerate(in_order)}
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads(file.metadata()["state"])
+            state = {indices[name]: dict(entries) for name, entries in saved["optimizer"].items()}
+            for key in file.keys():  # noqa: SIM118
+                name, _, entry = key.rpartition("/")
+                state.setdefault(indices[name], {})[entry] = file.get_tensor(key)
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        take_counts(self._optimizer, saved.get("groups", []))  # of which a checkpoint of an earlier raytune has none
+        self._scaler.load_state_dict(saved["scaler"])
+
+    def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
+        optimizer.state.update(self._optimizer.state)
+        self._optimizer, self._trained = optimizer, self._take_trained()
+        if self._average:
+            self._average.begin(self._trained)
+
+    def held_bytes(self) -> HeldBytes:
+        return HeldBytes(
+            weights=num_bytes(self.model.parameters()) + constant_bytes(self.model),
+            gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
+            optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
+            penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
+            average=num_bytes(self._average.values),
+        )
+
+    def release(self) -> None:
+        del self.model, self.module, self._trained, self._optimizer, self._beside, self._held, self._average
+        free_memory(self.device)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return gather_objects(value, self.world_size)
+
+
+def save_method(beside: BesideUpdates | None, folder: Path, write: Write) -> None:
+    """Write what a method needs to go on exactly; rank 0."""
+    if beside:
+        state = {name: value.detach().cpu().contiguous() for name, value in beside.state().items()}
+        write(folder / METHOD_FILE, state, fill_with_tensors)
+
+
+def load_method(beside: BesideUpdates | None, folder: Path) -> None:
+    if beside:
+        beside.load_state(load_file(folder / METHOD_FILE))
+
+
+def constant_bytes(model: nn.Module) -> int:
+    """Bytes of what is no parameter and lies whole on every rank: scales of 4-bit weights, matrices of methods."""
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    nested = [getattr(state, "state2", None) for state in states]
+    scales = num_bytes(getattr(state, "absmax", None) for state in (*states, *nested))
+    return scales + num_bytes(constant_matrices(model))
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is NaN if it is not finite: so it cannot get lost on the way to the norm, which every rank sees."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def is_updated_with(norm: float, norm_limit: float) -> bool:
+    """Whether a step with a gradient of this norm updates the weights."""
+    return math.isfinite(norm) and norm <= norm_limit
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
+def gather_objects(value: Any, world_size: int) -> list[Any]:
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back the memory of tensors that nobody refers to; models and their layers refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def num_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among `values`."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        bucket.append(parameter)
+        if num_bytes(bucket) >= PLAIN_BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,1 @@
+"""What is measured of a run beside its loss, and what it leaves behind."""
