@@ -1,6 +1,6 @@
 """Text as a terminal and a page may show it: what strangers wrote in rows and names moves no cursor and turns no line round.
 
-Escapes are those of JSON, so that JSON stays JSON. The rims that use it: `cli.say`, the consoles of `launch.data.live`, the pages.
+Escapes are those of JSON, so that JSON stays JSON. Used at the rims: `cli.say`, the consoles of `launch.data.live`, pages.
 """
 
 import logging

@@ -182,8 +182,8 @@ def export(
     MODEL is the folder of a finished run, of a whole model, or of an adapter, which is merged into its base first. `raytune
     explain exporting` says what each format holds, and of which models.
     """
-    from raytune.launch.export import export as export_model
     from raytune.launch.export.export import ExportOptions, export_need
+    from raytune.launch.export.export import export as export_model
 
     options = ExportOptions(
         format=file_format,

@@ -1,6 +1,9 @@
 """What the user wrote: the schema of a run and its loading. Imports pydantic and yaml only, never torch, ray or transformers.
 
-`load.load_config(paths, overrides)` -> `run.RunConfig`. Each section of the YAML is one file here; `document` turns the same
-fields into tables, JSON Schema and `explain`. A default and its sentence exist once, on the field. `expressions` is the small
-language of search spaces, `space` says what is wrong with one as it is written.
+`load.load_config(paths, overrides)` -> `sections.run.RunConfig`. Rooms, from the ground up; each imports those before it:
+
+    sections    the schema: a file per section of the YAML; a default and its sentence exist once, on the field
+    reading     files and overrides -> nodes with places (`yaml_nodes`), laid over each other; presets
+    words       the same fields as tables, JSON Schema and `explain`; hints for misspelt and foreign names; pages of errors
+    checks      what no field can refuse by itself: keys that nothing reads, settings that do not go together, spaces of sweeps
 """

@@ -1,6 +1,6 @@
 """Files and overrides -> `RunConfig`. All that is wrong is reported at once, with its place.
 
-`config.reading.files` reads what was written, `config.reading.overlays` lays it over each other, `config.checks.validate` makes a config of it.
+`reading.files` reads what was written, `reading.overlays` lays it over each other, `checks.validate` makes a config of it.
 """
 
 import os

@@ -167,6 +167,26 @@ def test_there_are_no_circles() -> None:
         visit(module, ())
 
 
+@pytest.mark.parametrize("floor_name", [name for names in FLOORS for name in names if (PACKAGE / name).is_dir()])
+def test_rooms_of_a_floor_import_one_way_in_the_order_that_its_first_page_gives(floor_name: str) -> None:
+    """Files that lie in no room may import any: they are the floor's own entry, or what all rooms stand on."""
+    known = modules()
+    rooms = [path.name for path in (PACKAGE / floor_name).iterdir() if (path / "__init__.py").exists()]
+    page = known[f"raytune.{floor_name}"].read_text()
+    order = sorted(rooms, key=lambda room: page.find(f"\n    {room} "))
+    assert len(rooms) < 2 or all(f"\n    {room} " in page for room in rooms)
+    upward = [
+        f"{module} -> {name}"
+        for module, path in known.items()
+        for name in own_imports(module, path, known)
+        if len(module.split(".")) > 3
+        and module.split(".")[1] == floor_name == name.split(".")[1]
+        and name.split(".")[2] in rooms
+        and order.index(name.split(".")[2]) > order.index(module.split(".")[2])
+    ]
+    assert not upward
+
+
 @pytest.mark.parametrize("library", OWNERS)
 def test_a_heavy_library_is_imported_by_its_owners_only(library: str) -> None:
     strangers = [

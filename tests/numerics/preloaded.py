@@ -19,8 +19,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import raytune.launch.asking.score
 import raytune.launch.rates.find_rate
-import raytune.training.engines.zero_engine  # noqa: F401
-import raytune.training.tasks
+import raytune.training.engines.zero_engine
+import raytune.training.tasks  # noqa: F401
 import tests.numerics.measured_bytes
 import tests.numerics.oracles
 import tests.numerics.saved_models

@@ -1,6 +1,6 @@
 """The schema's fields -> `explain`, tables and the JSON Schema. Options are documented nowhere else.
 
-`python -m raytune.config.words.document` prints the tables as Markdown; with `--write` it writes `run.schema.json` beside this file.
+`python -m raytune.config.words.document` prints the tables as Markdown; with `--write` it writes `config/run.schema.json`.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Faults that a row can have and that training would not show, looked for while rows become tokens. `plan.data.data_limits` says how
-many of them a run may have."""
+"""Faults that a row can have and that training would not show, looked for while rows become tokens. How many of them a run may
+have, `plan.data.data_limits` says."""
 
 from collections.abc import Sequence
 

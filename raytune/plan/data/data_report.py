@@ -134,7 +134,7 @@ class SourceReport(Plan):
     examples: dict[str, list[str]]
     """For some of these counts, by name, the first few rows with file and line."""
     lengths: list[int] = []
-    """Rows that became tokens by their length, before they were cut, split or dropped: counts by bucket of `plan.data.row_lengths`."""
+    """Rows that became tokens by their length, before they were cut, split or dropped: counts by bucket of `row_lengths`."""
     loss_weight: float = 1.0
     """How much each of its targets counts in the loss, times what its row says."""
     passes: float = 1.0

@@ -1,6 +1,6 @@
 """What a run is: the part of a plan that decides which numbers its steps compute. A run is continued only under an equal one.
 
-How that is divided over machines (`plan.identity.division`), where things lie, are logged and saved, is none of it: data count by the
+How that is divided over machines (`division`), where things lie, are logged and saved, is none of it: data count by the
 fingerprints of their stores, a base by its content. Pure.
 """
 

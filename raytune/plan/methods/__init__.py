@@ -1,8 +1,8 @@
-"""Methods of training: a file for each with its row, and the table. `config/sections/adapter.py` has their sections, `model/adapters` what
-PEFT makes of them.
+"""Methods of training: a file for each with its row, and the table. `config/sections/adapter.py` has their sections,
+`model/adapters` what PEFT makes of them.
 
-A plan asks a row what is trained (`raytune.plan.model.trained`), what cannot be done, and for the words; nobody else asks of which
-class a section is. Imports: config, and the plan's shapes and quantisation.
+A plan asks a row what is trained (`plan.model.trained`), what cannot be done, and for the words; nobody else asks of which class
+a section is. Imports: config, and the plan's shapes and quantisation.
 """
 
 from dataclasses import replace

@@ -36,8 +36,8 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
             "hysteresis": 1,
         },
         "zero_optimization": _zero_section(plan),
-        # Optimizers are built by training/engines/optimizer.py; DeepSpeed's list of tested ones does not know bitsandbytes', and its own
-        # CPU Adam would be compiled inside the worker.
+        # Optimizers are built beside this file; DeepSpeed's list of tested ones does not know bitsandbytes', and its own CPU Adam
+        # would be compiled inside the worker.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
