@@ -3,7 +3,7 @@
 import copy
 import gc
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raytune.config.sections.adapter import Adapter
@@ -20,7 +19,7 @@ from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.model.adapters import adapting
 from raytune.model.adapters.adapting import as_asked, whole_targets
 from raytune.model.files.pretrained import load_config, without_bars
-from raytune.model.load import load_base, load_model
+from raytune.model.load import Shares, load_base, load_model
 from raytune.model.packed_experts import expand_packed_experts, packing_experts
 from raytune.model.parts.adapter_switch import AdapterSwitch
 from raytune.model.parts.dtypes import DTYPES
@@ -271,21 +270,19 @@ def asked_of_run(plan: RunPlan, folder: str, *, base: str = "base", tuned: str =
     return asked, asked.model_copy(update={"name": tuned, "model": whole, "stops": None})
 
 
-def load_saved(
-    plan: RunPlan, folder: Path, *, device: torch.device, shard: Callable[[nn.Parameter], None] | None = None
-) -> PreTrainedModel | PeftModel:
+def load_saved(plan: RunPlan, folder: Path, *, device: torch.device, shares: Shares | None = None) -> PreTrainedModel | PeftModel:
     """The model that a run saved, as `load_model` gives an engine the untrained one: documents kept apart, base as planned.
 
     Args:
         folder: local, with the files of `RunFolder.model`.
-        device, shard: as for `load_model`.
+        device, shares: as for `load_model`.
     """
     if adapting(plan.adapter).is_whole:
         saved = plan.model.model_copy(update={"path": str(folder), "revision": None, "new_tokens": []})
-        return load_model(saved, plan.adapter, device=device, seed=plan.seed, shard=shard)
-    base = load_base(plan.model, plan.adapter, device, shard)  # as published, which is what the saved adapter fits
+        return load_model(saved, plan.adapter, device=device, seed=plan.seed, shares=shares)
+    base = load_base(plan.model, plan.adapter, device, shares)  # as published, which is what the saved adapter fits
     row = adapting(plan.adapter)
-    with as_asked(), whole_targets(row.peft_type) if row.needs_whole_targets else nullcontext():
+    with as_asked(), whole_targets(row.peft_type) if row.needs_whole_targets(plan.adapter) else nullcontext():
         loaded = row.load(base, folder).train()
     row.mend(loaded)
     return loaded

@@ -5,10 +5,11 @@ configuration of transformers exists (training/engines/zero_engine.py makes it),
 transformers itself.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -34,11 +35,26 @@ from raytune.model.parts.dtypes import DTYPES
 from raytune.model.parts.freezing import freeze, recompute_from
 from raytune.model.parts.neftune import add_neftune
 from raytune.model.parts.new_tokens import add_new_tokens
-from raytune.model.parts.quantize import is_quantized, quantization_config
+from raytune.model.parts.quantize import quantization_config
 from raytune.model.parts.rope import scale_each_document, stretch
 from raytune.plan.model.base_model import is_on_hub, model_files
 from raytune.plan.model.stored_quantization import check_stored_quantization, stored_quantization
 from raytune.plan.run_plan import ModelPlan
+
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+"""Tells transformers 5 to read a weight when its turn comes. Else threads read ahead, up to all of them."""
+
+
+class Shares(Protocol):
+    """What a rank keeps of the weights of a base. Every rank loads the same base, weight after weight."""
+
+    def keep_share(self, parameter: nn.Parameter) -> None:
+        """Called for each weight that transformers has not divided itself, as soon as it is part of a module."""
+        ...
+
+    def loaded(self, model: nn.Module) -> None:
+        """Called when all weights are there, and before anything is added."""
+        ...
 
 
 def load_model(
@@ -47,7 +63,7 @@ def load_model(
     *,
     device: torch.device,
     seed: int,
-    shard: Callable[[nn.Parameter], None] | None = None,
+    shares: Shares | None = None,
     kept: KeptBase | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model ready to train: in training mode, adapter added, `requires_grad` set, documents kept apart.
@@ -55,16 +71,14 @@ def load_model(
     Args:
         device: where it lies afterwards. Ignored where ZeRO-3 places the weights.
         seed: of the adapter's start. Equal on every rank, and the same as plain PEFT's under `torch.manual_seed(seed)`.
-        shard: called for each quantised weight as soon as it exists, in the same order on every rank. transformers does not shard
-            quantised models as it loads them, so that each rank would hold a whole one; ZeRO-3 gives a function that keeps a
-            share.
+        shares: what each rank keeps of weights, where they are divided.
         kept: where the base may still be, and is kept for the next model.
 
     Raises:
         ModelError: if the model cannot be found, read, or trained as asked.
     """
     base = kept.take(model, adapter) if kept else None
-    base = load_base(model, adapter, device, shard) if base is None else base
+    base = load_base(model, adapter, device, shares) if base is None else base
     adapted = add_adapter(base, adapter, revision=model.revision, seed=seed).train()
     if isinstance(adapted, PeftModel):
         adapting(adapter).start_from_text(adapted, adapter, partial(_tokens_of, model))
@@ -81,9 +95,7 @@ def _tokens_of(model: ModelPlan, text: str) -> list[int]:
     return load_tokenizer(model.path, model.revision, model.trust_remote_code)(text)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-def load_base(
-    model: ModelPlan, adapter: Adapter, device: torch.device, shard: Callable[[nn.Parameter], None] | None
-) -> PreTrainedModel:
+def load_base(model: ModelPlan, adapter: Adapter, device: torch.device, shares: Shares | None) -> PreTrainedModel:
     """A base ready for an adapter: as `load_model`, but for what that adds, freezes and trains."""
     config = load_config(model.path, model.revision, model.trust_remote_code)
     own_class = model_class(model.path, config, revision=model.revision, trust_remote_code=model.trust_remote_code)
@@ -100,7 +112,7 @@ def load_base(
     load: Any = AutoModelForCausalLM.from_pretrained  # whose declared result knows no report
     own_dropouts = set_dropouts(config, model.dropout)
     stretch(config, model.rope)
-    with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _sharding(shard):
+    with explained(model.path, model.revision, "weights"), packing_experts(adapter, quantization), _dividing(shares):
         loaded, report = load(
             model_files(model.path, model.revision, with_code=model.trust_remote_code),
             revision=model.revision,
@@ -115,6 +127,8 @@ def load_base(
         )
     check_report(LoadingReport.of(report), loaded, model.path)
     check_finite(loaded, model.path)
+    if shares:
+        shares.loaded(loaded)
     loaded.base_tokenizer = partial(load_tokenizer, model.path, model.revision, model.trust_remote_code)
     add_new_tokens(loaded, model)
     scale_each_document(loaded)
@@ -148,25 +162,31 @@ def load_teacher(model: ModelPlan, device: torch.device) -> PreTrainedModel:
 
 
 @contextmanager
-def _sharding(shard: Callable[[nn.Parameter], None] | None) -> Iterator[None]:
-    """Context in which each quantised weight is handed to `shard` when it becomes part of a module, before the next is made."""
-    if shard is None:
+def _dividing(shares: Shares | None) -> Iterator[None]:
+    """Context in which a rank keeps its share of each weight when it becomes part of a module, before the next is made."""
+    if shares is None:
         yield
         return
 
     seen: set[int] = set()
 
     def keep_share(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is None or parameter.is_meta or not is_quantized(parameter) or id(parameter) in seen:
+        if parameter is None or parameter.is_meta or id(parameter) in seen:
             return
-        seen.add(id(parameter))  # `shard` may itself put it into a module, which comes back to here
-        shard(parameter)
+        seen.add(id(parameter))  # `shares` may itself put it into a module, which comes back to here
+        shares.keep_share(parameter)
 
     handle = register_module_parameter_registration_hook(keep_share)
+    before = os.environ.get(_ONE_BY_ONE)
+    os.environ[_ONE_BY_ONE] = "1"
     try:
         yield
     finally:
         handle.remove()
+        if before is None:
+            del os.environ[_ONE_BY_ONE]
+        else:
+            os.environ[_ONE_BY_ONE] = before
 
 
 def _apply_liger(model: PreTrainedModel, device: torch.device) -> None:

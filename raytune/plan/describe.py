@@ -128,7 +128,7 @@ def _advice_row(one: Advice, plan: RunPlan, has_cost: bool) -> tuple[str, ...]:
         one.method,
         f"{format_count(plan.num_trainable)} ({100 * plan.num_trainable / plan.num_parameters:.3g} %)",
         format_bytes(bytes_in(plan.memory, place)),
-        f"{plan.engine.zero_stage}{' +ckpt' * plan.model.gradient_checkpointing}",
+        _zero(plan),
         format_bytes(plan.checkpoint_bytes),
         *(money if has_cost else ()),
         one.when,
@@ -143,7 +143,7 @@ def _candidate_row(plan: RunPlan) -> tuple[str, ...]:
         cost.instance,
         str(cost.num_nodes),
         str(plan.batch.workers),
-        f"{plan.engine.zero_stage}{' +ckpt' * plan.model.gradient_checkpointing}",
+        _zero(plan),
         format_bytes(bytes_in(plan.memory, "device")),
         _short_time(step.seconds),
         format_count(step.tokens_per_s),
@@ -152,6 +152,11 @@ def _candidate_row(plan: RunPlan) -> tuple[str, ...]:
         format_dollars(cost.usd) if cost.usd else "-",
         "-" if cost.spot_usd is None else format_dollars(cost.spot_usd),
     )
+
+
+def _zero(plan: RunPlan) -> str:
+    """What ZeRO shards, or the workers without it, and whether activations are computed again."""
+    return f"{plan.engine.zero_stage}{' +base' * plan.engine.shards_base}{' +ckpt' * plan.model.gradient_checkpointing}"
 
 
 def _first_sentence(text: str) -> str:
@@ -286,7 +291,8 @@ def _warmup_text(steps: int) -> str:
 
 def _engine(plan: RunPlan) -> str:
     engine = plan.engine
-    words = ["PyTorch, whole weights on every worker" if engine.kind == "plain" else f"DeepSpeed ZeRO stage {engine.zero_stage}"]
+    held = "layers of the base divided among the workers" if engine.shards_base else "whole weights on every worker"
+    words = [f"PyTorch, {held}" if engine.kind == "plain" else f"DeepSpeed ZeRO stage {engine.zero_stage}"]
     words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer != "none" else []
     words += [f"weights on {engine.offload_parameters}"] if engine.offload_parameters != "none" else []
     words += ["activation checkpointing"] if plan.model.gradient_checkpointing else []

@@ -247,6 +247,8 @@ class DistillationPlan(Plan):
 class EnginePlan(Plan):
     kind: Literal["plain", "zero"]
     zero_stage: ZeroStage
+    shards_base: bool = False
+    """Whether several workers divide the layers of a frozen base (model.sharded_base); with kind "plain" only."""
     offload_optimizer: Offload
     offload_parameters: Offload
     nvme_path: str | None

@@ -155,12 +155,26 @@ def test_packed_numbers_in_another_dtype_than_the_model_are_refused(base: Path) 
         load_model(model_plan(base, dtype="bf16", **quantised(quant_storage="fp32")), LoraAdapter(), device=CPU, seed=0)
 
 
-def test_shards_are_taken_of_each_quantised_weight_as_it_is_loaded(base: Path) -> None:
-    taken: list[torch.nn.Parameter] = []
-    model = load_model(model_plan(base, **quantised()), LoraAdapter(), device=CPU, seed=0, shard=taken.append)
-    assert {id(parameter) for parameter in taken} == {
-        id(model.get_parameter(f"{name}.weight")) for name in quantized_modules(model)
-    }
+class Taken:
+    """Weights of which a share is asked."""
+
+    def __init__(self) -> None:
+        self.parameters: list[torch.nn.Parameter] = []
+        self.at_end = 0
+
+    def keep_share(self, parameter: torch.nn.Parameter) -> None:
+        self.parameters.append(parameter)
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        self.at_end = len(self.parameters)
+
+
+def test_shares_are_taken_of_each_weight_of_a_base_once_as_it_is_loaded(base: Path) -> None:
+    shares = Taken()
+    model = load_model(model_plan(base, **quantised()), LoraAdapter(), device=CPU, seed=0, shares=shares)
+    of_base = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
+    assert sorted(map(id, shares.parameters)) == sorted(map(id, of_base))
+    assert shares.at_end == len(of_base)
 
 
 def test_liger_on_a_cpu_is_refused(base: Path) -> None:

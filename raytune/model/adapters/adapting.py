@@ -15,13 +15,13 @@ from peft.tuners.boft.layer import BOFTLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from raytune.data.batches.batches import Batch
 from raytune.errors import ModelError
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.adapters.token_rows import rows_of_shards
 from raytune.model.parts.quantize import quantized_modules
+from raytune.model.sharded_base import whole
 from raytune.plan.methods.targets import NamesTargets
 from raytune.plan.model.module_names import has_name
 
@@ -125,8 +125,8 @@ class Adapting:
     """Why it cannot, and what to do, in sentences; empty: it is only not done, and PEFT loads the adapter beside its base."""
     merged_bias: Callable[[Any, Tensor], Tensor] = same_bias
     """The bias of a layer once the adapter lies in it: of PEFT's layer and the base's bias."""
-    needs_whole_targets: bool = False
-    """Whether PEFT looks at the weights of a layer when it adds something to it, which ZeRO-3 may have divided."""
+    needs_whole_targets: Callable[[Any], bool] = lambda adapter: False
+    """Whether PEFT looks at the weights of a layer when it adds something to it, which the ranks may have divided."""
     starts_from_data: Callable[[Any], bool] = lambda adapter: False
     """Whether the start looks at the first batches."""
     start_from_data: Callable[[PeftModel, Iterable[dict[str, Any]]], None] = no_start_from_data
@@ -176,18 +176,16 @@ def as_asked() -> Iterator[None]:
 
 @contextmanager
 def whole_targets(peft_type: str) -> Iterator[None]:
-    """Context in which PEFT finds each layer whole that it adds something to, one after the other, though ZeRO-3 divided them.
+    """Context in which PEFT finds each layer whole that it adds something to, one after the other, though the ranks divide them.
 
-    In the words of PEFT 0.21, whose LoHa reads the shape of a layer's weight, and whose norms copy it.
+    In the words of PEFT 0.21, whose LoHa reads the shape of a layer's weight, whose DoRA takes its norm, and whose norms copy it.
     """
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_type)]
     create = tuner._create_and_replace
 
     def create_on_whole(self: Any, config: PeftConfig, name: str, target: nn.Module, *rest: Any, **others: Any) -> None:
-        with gather_params_ctx(list(target.parameters()), modifier_rank=None):
+        weights = list(target.parameters())
+        with gather_params_ctx(weights, modifier_rank=None), whole(weights):
             create(self, config, name, target, *rest, **others)
 
     tuner._create_and_replace = create_on_whole

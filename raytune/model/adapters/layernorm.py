@@ -34,5 +34,5 @@ ADAPTING = Adapting(
     leaves_base_alone=lambda adapter, is_quantised: not adapter.modules_to_save,
     peft_type="LN_TUNING",
     merges=True,
-    needs_whole_targets=True,
+    needs_whole_targets=lambda adapter: True,
 )

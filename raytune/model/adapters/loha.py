@@ -27,5 +27,5 @@ ADAPTING = Adapting(
     leaves_base_alone=lambda adapter, is_quantised: not adapter.modules_to_save,
     peft_type="LOHA",
     merges=True,
-    needs_whole_targets=True,
+    needs_whole_targets=lambda adapter: True,
 )

@@ -1,6 +1,7 @@
 """LoRA on a model: PEFT's configuration of it, how it starts, and what of it belongs to the original base."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import ModelError
-from raytune.model.adapters.adapting import Adapting, added
+from raytune.model.adapters.adapting import Adapting, added, whole_targets
 from raytune.model.adapters.input_casts import leave_out_casts
 from raytune.model.adapters.targets import (
     check_matches,
@@ -40,13 +41,19 @@ INITIALISATIONS: dict[str, bool | str] = {
 
 def _add(model: PreTrainedModel, adapter: LoraAdapter, revision: str | None, seed: int) -> PeftModel:
     """Add a LoRA adapter, and keep what export needs of its start."""
-    peft_model = added(model, lora_config(model, adapter, revision=revision), adapter, seed=seed)
+    with whole_targets("LORA") if _looks_at_weights(adapter) else nullcontext():
+        peft_model = added(model, lora_config(model, adapter, revision=revision), adapter, seed=seed)
     _mend(peft_model)
     if adapter.init in FROM_BASE:
         # Both factors as they start, which export needs to make an adapter of the original base.
         start = {name: value.detach().to("cpu", copy=True) for name, value in peft_model.named_parameters() if ".lora_" in name}
         peft_model.initial_adapter = start  # pyright: ignore[reportArgumentType]
     return peft_model
+
+
+def _looks_at_weights(adapter: LoraAdapter) -> bool:
+    """Whether an update starts from norms of the weights that it changes."""
+    return adapter.use_dora
 
 
 def _mend(model: PeftModel) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from raytune.errors import ModelError
 from raytune.model.files.loading_report import in_file, listed
 from raytune.model.files.weight_files import StoredTensor
+from raytune.model.sharded_base import share_of
 
 NUMBERS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have as they are. Integers are packed, and like 8-bit floats need a scale."""
@@ -130,7 +131,7 @@ def _not_finite(names: Sequence[str], place: str) -> ModelError:
 def _floating(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What a model holds of weights as floating-point numbers: of quantised ones, their scales."""
     for name, parameter in model.named_parameters():
-        share = getattr(parameter, "ds_tensor", None)  # what ZeRO-3 leaves on this rank
+        share = getattr(parameter, "ds_tensor", share_of(parameter))  # what ZeRO-3, or a divided base, leaves on this rank
         tensors = _scales(parameter) if is_packed(parameter) else [parameter if share is None else share]
         for tensor in tensors:
             if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:

@@ -49,6 +49,7 @@ from raytune.plan.run_plan import (
     RunPlan,
     SnapshotPlan,
 )
+from raytune.plan.sharded_base import base_reasons
 from raytune.plan.strategies.averaging import averaging_notes
 from raytune.plan.strategies.distillation import TeacherFiles, distillation_notes, distillation_plan, teacher_section
 from raytune.plan.strategies.divergence import guard_notes, guard_of
@@ -101,6 +102,7 @@ def choose_plan(
     snapshot = snapshot_plan(setting, fit)
     fit = with_copy(fit, snapshot.value, setting)
     reasons += reasons_for_fit(fit, setting, wanted_rows, data)
+    reasons += base_reasons(config, is_sharded=fit.shards_base, workers=fit.batch.workers)
     reasons += [data.assumption] if data.assumption else []
     reasons += [key.sentence for key in unread(config) if not key.is_refused]
     reasons += method.unread(without_preset(config.adapter), shape)
@@ -282,6 +284,7 @@ def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
     return EnginePlan(
         kind="plain" if fit.zero_stage == 0 else "zero",
         zero_stage=fit.zero_stage,
+        shards_base=fit.shards_base,
         offload_optimizer=zero.offload_optimizer,
         offload_parameters=zero.offload_parameters,
         nvme_path=zero.nvme_path,

@@ -30,6 +30,7 @@ from raytune.plan.methods import method_of
 from raytune.plan.model.lone_documents import rows_of_a_pass
 from raytune.plan.model.trained import Trained
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
+from raytune.plan.sharded_base import Sharding
 from raytune.plan.strategies.distillation import is_beneath
 from raytune.plan.strategies.penalty import ewc_documents, ewc_strength, penalty_keys
 from raytune.units import format_bytes
@@ -69,6 +70,7 @@ class Fit:
 
     batch: BatchPlan
     zero_stage: ZeroStage
+    shards_base: bool
     has_checkpointing: bool
     chunk_tokens: int | None
     phases: tuple[Needs, ...]
@@ -153,9 +155,9 @@ def _ways(setting: Setting, rows_per_step: int, data: DataFacts, *, is_timed: bo
     either = (False, True) if method_of(setting.adapter).recomputes else (False,)
     room = room_of_worker(setting)
     for has_checkpointing in either if wanted == "auto" else (wanted,):
-        for stage in setting.stages:
+        for sharding in setting.shardings:
             for batch in batches:
-                yield _way(setting, speed, data, batch, stage, has_checkpointing, room)
+                yield _way(setting, speed, data, batch, sharding, has_checkpointing, room)
 
 
 def rows_of_enough_tokens(setting: Setting, data: DataFacts) -> int:
@@ -170,10 +172,11 @@ def _way(
     speed: Speed | None,
     data: DataFacts,
     batch: BatchPlan,
-    stage: ZeroStage,
+    sharding: Sharding,
     has_checkpointing: bool,
     room: Room,
 ) -> Fit:
+    stage, shards_base = sharding
     training, shape = setting.config.training, setting.shape
     row_tokens, trained = positions_of_row(setting, data), setting.trained
     num_tokens = tokens_of_worker(setting, data, batch)
@@ -190,6 +193,7 @@ def _way(
         quantization=setting.quantization,
         engine="plain" if stage == 0 else "zero",
         zero_stage=stage,
+        shards_base=shards_base,
         workers=setting.workers,
         offload_optimizer=training.zero.offload_optimizer,
         offload_parameters=training.zero.offload_parameters,
@@ -224,6 +228,7 @@ def _way(
     return Fit(
         batch=batch,
         zero_stage=stage,
+        shards_base=shards_base,
         has_checkpointing=has_checkpointing,
         chunk_tokens=work.chunk_tokens,
         phases=tuple(
@@ -345,6 +350,8 @@ def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
         yield [(text, changed, machine)]
     if zero.stage != "auto" and not (begun and begun.layout):
         yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
+    if training.shard_base is not True:
+        yield [with_training("training.shard_base=true", shard_base=True)]
     if setting.device == "cuda":
         larger = {setting.workers * 2**power for power in range(1, 10)} | {machine.num_gpus}
         if not is_bound:

@@ -35,7 +35,8 @@ from raytune.plan.model.shapes import ModelShape
 from raytune.plan.model.stored_quantization import check_stored_quantization
 from raytune.plan.model.trained import Trained
 from raytune.plan.rates.optimizers import check_optimizer
-from raytune.plan.run_plan import ObjectivePlan, ZeroStage
+from raytune.plan.run_plan import ObjectivePlan
+from raytune.plan.sharded_base import Sharding, limits_of_base, shardings_of
 from raytune.plan.strategies.averaging import check_averaging
 from raytune.plan.strategies.distillation import check_distillation, teacher_section
 from raytune.plan.strategies.freezing import narrowed, trained_with
@@ -85,8 +86,8 @@ class Setting:
     """Tokens that a packed row holds at most."""
     objective: ObjectivePlan | None
     """What is minimised; None: cross-entropy."""
-    stages: tuple[ZeroStage, ...]
-    """ZeRO stages that the settings leave, lowest first."""
+    shardings: tuple[Sharding, ...]
+    """Ways to divide the run that the settings leave, the fastest first."""
     reasons: tuple[str, ...]
     """Why each automatic choice was made, a sentence each."""
 
@@ -168,14 +169,16 @@ def look_at(
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
     base = resolve_quantization(asked, precision.value)
     limits = [*quantization_limits(base.value, precision.value), *method.stage_limits(adapter or section, shape, quantization)]
+    limits_by_base = limits_of_base(config, num_workers)
     if trained is not None:
         of(lambda: check_quantization(base.value, trained, precision.value))
     of(lambda: check_stored_quantization(shape.stored_quantization, base.value, config.adapter.method, config.model.base))
     of(lambda: check_importance(config, precision.value))
-    stages = of(lambda: possible_stages(config.training, limits, device, num_workers, precision.value))
-    if row_length is None or adapter is None or phases is None or trained is None:
+    stages = of(lambda: possible_stages(config.training, [*limits_by_base, *limits], device, num_workers, precision.value))
+    if row_length is None or adapter is None or phases is None or trained is None or stages is None:
         return None
-    if dropout is None or attention is None or stages is None:
+    shardings = of(lambda: shardings_of(stages, config, trained, shape, limits, device, num_workers))
+    if dropout is None or attention is None or shardings is None:
         return None
     reasons = [workers.reason, precision.reason, base.reason, attention.reason]
     if num_workers != workers.value and begun:
@@ -200,7 +203,7 @@ def look_at(
         attention=attention.value,
         row_length=row_length,
         objective=objective,
-        stages=tuple(stages),
+        shardings=tuple(shardings),
         reasons=tuple(reason for reason in reasons if reason),
     )
 

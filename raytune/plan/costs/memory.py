@@ -171,6 +171,8 @@ def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
     buckets = _bucket_bytes(work)
     if work.engine == "plain":
         yield _part("buckets of gradients", buckets, ("update",))
+        beneath: tuple[Moment, ...] = ("teacher",) if work.teacher and not work.teacher_is_beside else ()
+        yield _part("gathered weights", _gathered_layer_bytes(work), (*beneath, "forward", "last layer", "first layer"))
     elif work.zero_stage == 3:
         yield _part("buckets of gradients", buckets)
         yield _part("gathered weights", _gathered_bytes(work), PASSES)
@@ -240,10 +242,12 @@ def _saved_bytes(work: Workload) -> tuple[float, float]:
 
 
 def _weight_bytes(work: Workload) -> float:
-    """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks."""
+    """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks.
+    Without ZeRO, ranks may divide the layers of a frozen base."""
     constants = constant_bytes(work.quantization, work.shape, work.trained) if work.quantization else 0
     constants += BYTES[work.weight_dtype] * work.trained.num_constants
-    return work.all_weight_bytes / work.share(3) + constants
+    spared = work.sharded_layer_bytes * (1 - 1 / work.workers)
+    return work.all_weight_bytes / work.share(3) - spared + constants
 
 
 def _autocast_bytes(work: Workload) -> float:
@@ -432,6 +436,13 @@ def _gathered_bytes(work: Workload) -> float:
     Alone, a rank has them whole anyway.
     """
     return 0 if work.workers == 1 else _gathered_at_a_time(work.all_weight_bytes, work)
+
+
+def _gathered_layer_bytes(work: Workload) -> float:
+    """Of a base whose layers are divided without ZeRO: the layer that computes, and the next, which is on its way, and which gloo
+    gathers in a buffer of its own."""
+    num_layers = 2 if work.is_on_gpu else 3
+    return num_layers * work.largest_sharded_layer_bytes
 
 
 def _gathered_at_a_time(num_bytes: float, work: Workload) -> float:

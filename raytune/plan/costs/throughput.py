@@ -229,13 +229,17 @@ def _communication_s(work: Workload, speed: Speed) -> float:
 
     Rajbhandari et al. 2020, section 7: stages 0 and 1 move twice the gradients, stage 2 the gradients of each micro-batch and the
     updated weights, stage 3 gathers the weights forward and backward (and to recompute) and scatters gradients, per micro-batch.
-    PlainEngine sums fp32 gradients once per step, DeepSpeed's stage 1 those of the run's precision.
+    PlainEngine sums fp32 gradients once per step, DeepSpeed's stage 1 those of the run's precision. A base whose layers are
+    divided without ZeRO is gathered forward and, as far as gradients come, backward; what is computed again is whole by then.
     """
     if work.workers == 1:
         return 0.0
     trained = work.trained.num_trainable
     if work.engine == "plain":
-        return 2 * _collective_s(4 * trained, work.workers, speed)
+        taught = work.teacher is not None and not work.teacher_is_beside
+        passes = 1 + work.num_reached / max(1, work.shape.num_layers) + taught
+        gathered = work.accumulation * passes * _collective_s(work.sharded_layer_bytes, work.workers, speed)
+        return 2 * _collective_s(4 * trained, work.workers, speed) + gathered
     width = BYTES[work.precision]
     gradients = _collective_s(width * trained, work.workers, speed)
     if work.zero_stage == 1:

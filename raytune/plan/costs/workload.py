@@ -1,12 +1,13 @@
 """All that decides the bytes and the seconds of a rank's step: what is trained of which model, how it is divided, and how much of
 what passes through it at a time."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raytune.config.sections.model import Attention, Quantization
 from raytune.config.sections.training import Offload, Optimizer, Precision
 from raytune.plan.model.quantization import num_quantised, packed_bytes
-from raytune.plan.model.shapes import ModelShape
+from raytune.plan.model.shapes import ModelShape, Module
 from raytune.plan.model.trained import Trained
 from raytune.plan.run_plan import ZeroStage
 
@@ -24,6 +25,8 @@ class Workload:
     engine: str
     """"plain" or "zero"."""
     zero_stage: ZeroStage
+    shards_base: bool = False
+    """Whether the workers divide the layers of a frozen base without ZeRO (model.sharded_base)."""
     workers: int
     offload_optimizer: Offload
     offload_parameters: Offload
@@ -81,6 +84,28 @@ class Workload:
             return dtype * self.shape.num_parameters + trained
         whole = self.shape.num_parameters - num_quantised(self.shape, self.trained)
         return packed_bytes(self.quantization, self.shape, self.trained) + dtype * whole + trained
+
+    @property
+    def sharded_layer_bytes(self) -> float:
+        """Frozen weights of all layers, where workers divide these without ZeRO."""
+        return self._layer_bytes(self.shape.counted_layers()) if self.shards_base else 0.0
+
+    @property
+    def largest_sharded_layer_bytes(self) -> float:
+        """Of these, the weights of the largest layer."""
+        alone = ((layer, 1) for layer, _ in self.shape.counted_layers())
+        return max(self._layer_bytes([one]) for one in alone) if self.shards_base else 0.0
+
+    def _layer_bytes(self, layers: Iterable[tuple[tuple[Module, ...], int]]) -> float:
+        """Frozen weights of layers of each kind, so many of each, as they are held."""
+        num_whole = num_packed = 0
+        for layer, count in layers:
+            packed = sum(module.inputs * module.outputs for module in layer if module.is_linear) if self.quantization else 0
+            packed += self.trained.num_packed_per_layer * any(module.kind == "experts" for module in layer)
+            num_packed += count * packed
+            num_whole += count * (sum(module.num_parameters for module in layer) - packed)
+        per_packed = 0.5 if self.quantization and self.quantization.is_4_bit else 1.0
+        return BYTES[self.weight_dtype] * num_whole + per_packed * num_packed
 
     @property
     def num_reached(self) -> int:

@@ -107,6 +107,7 @@ DIVIDING = (
         "training.liger",
         "training.tf32",
         "training.gradient_checkpointing",
+        "training.shard_base",
         *_ROWS[1:],
     ),
 )

@@ -25,6 +25,7 @@ from raytune.errors import UnfitCheckpointError
 from raytune.model.adapters.adapting import constant_matrices
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.parts.dtypes import DTYPES
+from raytune.model.sharded_base import ShardedBase
 from raytune.plan.costs.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
@@ -197,7 +198,8 @@ class PlainEngine:
 
     Trained weights are fp32 and are updated in fp32; autocast makes the 16-bit products. Frozen weights stay as they were loaded.
     With several ranks this is ZeRO stage 0, without DeepSpeed, whose own stage 0 reports no gradient norm and updates with NaN in
-    fp32. What is saved here fits any number of ranks.
+    fp32. What is saved here fits any number of ranks. Layers of a frozen base may be divided among them
+    (model.sharded_base), which is the model's own affair.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class PlainEngine:
         compile_model: bool = False,
         beside: BesideUpdates | None = None,
         penalty: Penalty | None = None,
+        base: ShardedBase | None = None,
     ) -> None:
         """Take a model whose trained weights become fp32, in place, so that `optimizer` keeps its parameters.
 
@@ -227,9 +230,11 @@ class PlainEngine:
             compile_model: by torch.compile, in place, so that names stay.
             beside: what the method does in each step beside updates; then each step waits for the norm of its gradient.
             penalty: on the way of trained weights from those that they have now.
+            base: where the ranks have divided it.
         """
         self.rank, self.world_size, self.device = rank, world_size, device
         self.model = self.module = model
+        self._base = base
         self._precision: Precision = precision
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
@@ -370,7 +375,7 @@ class PlainEngine:
             self._average.exchange(self._trained)
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-        return nullcontext()
+        return self._base.gathered(parameters) if self._base else nullcontext()
 
     def trainable_state(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | None]]:
         return self._values(self._trained.items(), dtype)
@@ -382,7 +387,9 @@ class PlainEngine:
         self, parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in parameters:
-            yield name, parameter.detach().to("cpu", dtype) if self.rank == 0 else None
+            with self.gathered([parameter]):
+                value = parameter.detach().to("cpu", dtype, copy=self._base is not None) if self.rank == 0 else None
+            yield name, value
 
     def save(self, folder: Path, write: Write = write_now) -> None:
         # Every rank holds the same state, so one writes it.
@@ -454,8 +461,9 @@ class PlainEngine:
             self._average.begin(self._trained)
 
     def held_bytes(self) -> HeldBytes:
+        spared = self._base.num_bytes_spared if self._base else 0
         return HeldBytes(
-            weights=num_bytes(self.model.parameters()) + constant_bytes(self.model),
+            weights=num_bytes(self.model.parameters()) + constant_bytes(self.model) - spared,
             gradients=num_bytes(parameter.grad for parameter in self._trained.values()),
             optimizer=num_bytes(value for state in self._optimizer.state.values() for value in state.values()),
             penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
@@ -463,7 +471,7 @@ class PlainEngine:
         )
 
     def release(self) -> None:
-        del self.model, self.module, self._trained, self._optimizer, self._beside, self._held, self._average
+        del self.model, self.module, self._base, self._trained, self._optimizer, self._beside, self._held, self._average
         free_memory(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:

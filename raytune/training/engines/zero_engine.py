@@ -7,7 +7,7 @@ import copyreg
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,9 @@ from raytune.config.sections.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.files.weight_numbers import is_packed
+from raytune.model.load import Shares
 from raytune.model.parts.dtypes import DTYPES
+from raytune.model.parts.quantize import is_quantized
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import LAYOUT_FILE
@@ -122,12 +124,11 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 @contextmanager
-def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Callable[[nn.Parameter], None] | None]:
+def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Shares | None]:
     """Context in which transformers loads weights straight into their shards, if the plan shards weights (stage 3).
 
     Yields:
-        A function that leaves this rank its shard of a parameter, for weights that transformers does not shard itself: quantised
-        ones (https://github.com/huggingface/peft/issues/2016). None if weights are not sharded.
+        What keeps this rank's shards of weights that transformers does not shard itself; None if weights are not sharded.
     """
     if plan.engine.zero_stage != 3:
         yield None
@@ -136,11 +137,25 @@ def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Callable[[n
     config = deepspeed_config(plan)
     # transformers looks for this object through a weak reference, for as long as it lives.
     alive = HfDeepSpeedConfig(config)
-    shards = deepspeed.zero.Init(config_dict_or_path=config)
     try:
-        yield lambda parameter: shards._convert_to_zero_parameters([parameter])
+        yield _QuantisedShards(config)
     finally:
         del alive
+
+
+class _QuantisedShards:
+    """`Shares` of quantised weights, which transformers leaves whole on every rank
+    (https://github.com/huggingface/peft/issues/2016)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._shards = deepspeed.zero.Init(config_dict_or_path=config)
+
+    def keep_share(self, parameter: nn.Parameter) -> None:
+        if is_quantized(parameter):
+            self._shards._convert_to_zero_parameters([parameter])
+
+    def loaded(self, model: nn.Module) -> None:
+        pass
 
 
 def without_training(model: nn.Module, plan: RunPlan) -> nn.Module:

@@ -22,6 +22,7 @@ from raytune.model.files.base_check import check_base
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model, load_teacher
+from raytune.model.sharded_base import ShardedBase
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.strategies.phases import in_phase, phase_of_state
 from raytune.run_folder import RunFolder
@@ -280,10 +281,14 @@ def _beside_updates(plan: RunPlan, model: Any) -> BesideUpdates | None:
 def _plain_engine(
     plan: RunPlan, device: torch.device, rank: int, world_size: int, kept: KeptBase | None, saved: Path | None, look: Look | None
 ) -> Engine:
+    base = ShardedBase() if plan.engine.shards_base and world_size > 1 else None
     if saved is None:
-        model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, kept=kept)
+        kept = None if base else kept
+        model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shares=base, kept=kept)
     else:
-        model = load_saved(plan, saved, device=device)
+        model = load_saved(plan, saved, device=device, shares=base)
+    if base:
+        base.begin(model)
     if look:
         look(model)
     return PlainEngine(
@@ -297,6 +302,7 @@ def _plain_engine(
         compile_model=plan.model.compile,
         beside=_beside_updates(plan, model),
         penalty=penalty_of(plan.optimization),
+        base=base,
     )
 
 
@@ -307,11 +313,11 @@ def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None, look: 
     if plan.engine.zero_stage == 3:
         # Weights are sharded as they are loaded, so that rank 0 alone would see a wrong shape, and the others wait for it.
         check_base(plan.model.path, plan.model.revision, plan.model.trust_remote_code)
-    with sharded_loading(plan, device) as shard:
+    with sharded_loading(plan, device) as shares:
         if saved is None:
-            model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shard=shard)
+            model = load_model(plan.model, plan.adapter, device=device, seed=plan.seed, shares=shares)
         else:
-            model = load_saved(plan, saved, device=device, shard=shard)
+            model = load_saved(plan, saved, device=device, shares=shares)
     if look:
         look(model)
     return ZeroEngine(
