@@ -11,6 +11,7 @@ from raytune.errors import PlanError, UserError
 from raytune.plan.choosing.batch import possible_batches
 from raytune.plan.choosing.requirements import Device
 from raytune.plan.choosing.setting import Setting, settle
+from raytune.plan.choosing.sharded_base import Sharding
 from raytune.plan.costs.loss_chunks import chunk_within, exceeds_full_logits, smallest_chunk, wanted_chunk
 from raytune.plan.costs.memory import (
     LOSS_MOMENTS,
@@ -30,7 +31,6 @@ from raytune.plan.methods import method_of
 from raytune.plan.model.lone_documents import rows_of_a_pass
 from raytune.plan.model.trained import Trained
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
-from raytune.plan.sharded_base import Sharding
 from raytune.plan.strategies.distillation import is_beneath
 from raytune.plan.strategies.penalty import ewc_documents, ewc_strength, penalty_keys
 from raytune.units import format_bytes
