@@ -389,7 +389,7 @@ READERS: dict[str, Reader] = {
     **_read("training.averaging", "last_steps", "plan.strategies.averaging", needs=(average("last"),)),
     **_read("training", "precision", "plan.choosing.requirements"),
     **_read("training", "gradient_checkpointing loss", "plan.choosing.fitting"),
-    **_read("training", "shard_base", "plan.sharded_base"),
+    **_read("training", "shard_base", "plan.choosing.sharded_base"),
     **_read("training", "zero", "plan.choosing.stages"),
     **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.choosing.stages"),
     **_read("training.zero", "nvme_path", "plan.choosing.choose", needs=(NVME,)),

@@ -21,7 +21,7 @@ from raytune.errors import ModelError
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.adapters.token_rows import rows_of_shards
 from raytune.model.parts.quantize import quantized_modules
-from raytune.model.sharded_base import whole
+from raytune.model.parts.sharded_base import whole
 from raytune.plan.methods.targets import NamesTargets
 from raytune.plan.model.module_names import has_name
 

@@ -12,7 +12,7 @@ from torch import nn
 from raytune.errors import ModelError
 from raytune.model.files.loading_report import in_file, listed
 from raytune.model.files.weight_files import StoredTensor
-from raytune.model.sharded_base import share_of
+from raytune.model.parts.sharded_base import share_of
 
 NUMBERS = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have as they are. Integers are packed, and like 8-bit floats need a scale."""

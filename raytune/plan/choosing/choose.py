@@ -20,6 +20,7 @@ from raytune.plan.choosing.optimization import optimization_plan, rows_in_epochs
 from raytune.plan.choosing.reasons import Reasons, reasons_for_fit, reasons_of_cluster
 from raytune.plan.choosing.requirements import Device
 from raytune.plan.choosing.setting import Setting
+from raytune.plan.choosing.sharded_base import base_reasons
 from raytune.plan.choosing.snapshot import snapshot_plan, with_copy
 from raytune.plan.choosing.suites import check_room, suites_plan
 from raytune.plan.choosing.while_training import ranks_checkpoints, while_training_notes, while_training_plan
@@ -49,7 +50,6 @@ from raytune.plan.run_plan import (
     RunPlan,
     SnapshotPlan,
 )
-from raytune.plan.sharded_base import base_reasons
 from raytune.plan.strategies.averaging import averaging_notes
 from raytune.plan.strategies.distillation import TeacherFiles, distillation_notes, distillation_plan, teacher_section
 from raytune.plan.strategies.divergence import guard_notes, guard_of

@@ -11,6 +11,7 @@ from raytune.errors import PlanError, UserError
 from raytune.plan.choosing.batch import possible_batches
 from raytune.plan.choosing.requirements import Device
 from raytune.plan.choosing.setting import Setting, settle
+from raytune.plan.choosing.sharded_base import Sharding
 from raytune.plan.costs.loss_chunks import chunk_within, exceeds_full_logits, smallest_chunk, wanted_chunk
 from raytune.plan.costs.memory import (
     LOSS_MOMENTS,
@@ -30,7 +31,6 @@ from raytune.plan.methods import method_of
 from raytune.plan.model.lone_documents import rows_of_a_pass
 from raytune.plan.model.trained import Trained
 from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
-from raytune.plan.sharded_base import Sharding
 from raytune.plan.strategies.distillation import is_beneath
 from raytune.plan.strategies.penalty import ewc_documents, ewc_strength, penalty_keys
 from raytune.units import format_bytes
@@ -350,8 +350,8 @@ def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
         yield [(text, changed, machine)]
     if zero.stage != "auto" and not (begun and begun.layout):
         yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
-    if training.shard_base is not True:
-        yield [with_training("training.shard_base=true", shard_base=True)]
+    if training.shard_base is False:
+        yield [with_training("training.shard_base=auto", shard_base="auto")]
     if setting.device == "cuda":
         larger = {setting.workers * 2**power for power in range(1, 10)} | {machine.num_gpus}
         if not is_bound:

@@ -19,6 +19,7 @@ from raytune.plan.choosing.requirements import (
     choose_row_length,
     choose_workers,
 )
+from raytune.plan.choosing.sharded_base import Sharding, limits_of_base, shardings_of
 from raytune.plan.choosing.stages import possible_stages
 from raytune.plan.data.split import check_test
 from raytune.plan.data.streaming import check_streaming
@@ -36,7 +37,6 @@ from raytune.plan.model.stored_quantization import check_stored_quantization
 from raytune.plan.model.trained import Trained
 from raytune.plan.rates.optimizers import check_optimizer
 from raytune.plan.run_plan import ObjectivePlan
-from raytune.plan.sharded_base import Sharding, limits_of_base, shardings_of
 from raytune.plan.strategies.averaging import check_averaging
 from raytune.plan.strategies.distillation import check_distillation, teacher_section
 from raytune.plan.strategies.freezing import narrowed, trained_with

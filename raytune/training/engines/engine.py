@@ -25,7 +25,7 @@ from raytune.errors import UnfitCheckpointError
 from raytune.model.adapters.adapting import constant_matrices
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.parts.dtypes import DTYPES
-from raytune.model.sharded_base import ShardedBase
+from raytune.model.parts.sharded_base import ShardedBase
 from raytune.plan.costs.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan

@@ -22,7 +22,7 @@ from raytune.model.files.base_check import check_base
 from raytune.model.inference import load_saved
 from raytune.model.kept_base import KeptBase
 from raytune.model.load import load_model, load_teacher
-from raytune.model.sharded_base import ShardedBase
+from raytune.model.parts.sharded_base import ShardedBase
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.strategies.phases import in_phase, phase_of_state
 from raytune.run_folder import RunFolder
