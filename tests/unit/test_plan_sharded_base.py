@@ -103,3 +103,9 @@ def test_rows_are_scored_under_a_base_that_is_divided_as_in_training() -> None:
     plan = scoring_plan(sharded, CPU, Weights(folder=RunFolder("/runs", "one"), step=None))
     assert plan.engine.shards_base
     assert plan.batch.workers == 2
+
+
+def test_where_nothing_else_fits_it_is_named_as_a_way_out() -> None:
+    training = {"shard_base": False, "zero": {"stage": 0}}
+    with pytest.raises(PlanError, match=r"What would fit: .*training\.shard_base=auto"):
+        planned(host(64), LLAMA_3_8B, training=training, **ON_TWO)

@@ -350,8 +350,8 @@ def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
         yield [(text, changed, machine)]
     if zero.stage != "auto" and not (begun and begun.layout):
         yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
-    if training.shard_base is not True:
-        yield [with_training("training.shard_base=true", shard_base=True)]
+    if training.shard_base is False:
+        yield [with_training("training.shard_base=auto", shard_base="auto")]
     if setting.device == "cuda":
         larger = {setting.workers * 2**power for power in range(1, 10)} | {machine.num_gpus}
         if not is_bound:
