@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = "raytune"
@@ -24,6 +26,18 @@ def install_command(extra: str | None = None) -> str:
     suffix = f"[{extra}]" if extra else ""
     target = f"-e '{checkout}{suffix}'" if (checkout / "pyproject.toml").exists() else f"'{PACKAGE}{suffix}'"
     return f"{sys.executable} -m pip install {target}"
+
+
+@contextmanager
+def left_out(*names: str) -> Iterator[None]:
+    """Modules that are not loaded while the block imports what would take them along where they are installed."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # pyright: ignore[reportArgumentType, reportCallIssue]  (None: not to be found)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def missing_package(error: ModuleNotFoundError) -> str:

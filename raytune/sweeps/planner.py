@@ -12,7 +12,7 @@ from raytune.errors import PlanError, UserError
 from raytune.launch.data.prepare import Preparation, Prepared
 from raytune.launch.data.stores import STORES_FOLDER
 from raytune.launch.planning import looked_at
-from raytune.model.files.base_content import Content
+from raytune.model.files.base_content import Content, is_known_by_commit
 from raytune.plan.facts.machine import Machine
 from raytune.plan.run_plan import RunPlan
 from raytune.plan.strategies.distillation import teacher_section
@@ -21,7 +21,6 @@ from raytune.storage import absolute
 from raytune.sweeps.space import Places, check_space, corners, space_of, trial_config, trials_of
 from raytune.sweeps.sweep_plan import SweepPlan, num_slots, plan_sweep, share_of
 from raytune.sweeps.trial import Trial
-from raytune.training.start.fetched_base import is_known_by_commit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

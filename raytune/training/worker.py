@@ -1,7 +1,6 @@
 """The Ray side of one worker: from the plan's JSON to its task, and a record of whatever ends it."""
 
 import os
-import sys
 import time
 import traceback
 import warnings
@@ -11,7 +10,7 @@ from contextlib import contextmanager, suppress
 import ray.train
 import ray.train.torch
 
-from raytune.missing import TAKEN_ALONG, missing_package
+from raytune.missing import TAKEN_ALONG, left_out, missing_package
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_json
@@ -28,7 +27,7 @@ def work(config: dict) -> None:
     plan = RunPlan.model_validate_json(config["plan"])
     context = ray.train.get_context()
     with recorded(plan, config["attempt"], context.get_world_rank()):
-        with _left_out(*TAKEN_ALONG):
+        with left_out(*TAKEN_ALONG):
             from raytune.training.start.start import Worker
             from raytune.training.tasks import perform
 
@@ -43,18 +42,6 @@ def work(config: dict) -> None:
             report=ray.train.report,
         )
         perform(config["task"], plan, worker, config["request"])
-
-
-@contextmanager
-def _left_out(*names: str) -> Iterator[None]:
-    """Modules that are not loaded while the block imports what would take them along where they are installed."""
-    left_out = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(left_out))  # pyright: ignore[reportArgumentType, reportCallIssue]  (None: not to be found)
-    try:
-        yield
-    finally:
-        for name in left_out:
-            del sys.modules[name]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Any, TypeVar
@@ -98,9 +99,15 @@ def demo_rows(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
     """
     if split not in SPLIT_SHARES:
         raise DataError(f"The demo has no split '{split}'. Its splits are {', '.join(SPLIT_SHARES)}.")
+    return json.loads(_drawn(split, num_rows, seed))
+
+
+@lru_cache(maxsize=8)  # a plan alone reads most of them twice
+def _drawn(split: str, num_rows: int, seed: int) -> str:
+    """Rows of a split as JSON, so that whoever is given them may change them."""
     random = Random(f"raytune demo {split} {seed}")
     draw_row = _pretraining_row if split == "pretraining" else _extraction_row
-    return [draw_row(random, split) for _ in range(num_rows)]
+    return json.dumps([draw_row(random, split) for _ in range(num_rows)])
 
 
 def echo_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+from transformers import AddedToken, PreTrainedTokenizerBase, TokenizersBackend
 
 from raytune.config.sections.model import NewToken
 from raytune.errors import ModelError
@@ -59,6 +59,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         check_tokenizer_code(path, Path(model_files(path, revision, with_code=True)))
     if path == DEMO:  # whose class is known: AutoTokenizer asks the model's config for it too, and three seconds of imports
         return TokenizersBackend.from_pretrained(model_files(path, revision))
+    from transformers import AutoTokenizer  # loads torch
+
     with reading(f"There is no usable tokenizer at '{path}'"):
         return AutoTokenizer.from_pretrained(
             model_files(path, revision, with_code=trust_remote_code), revision=revision, trust_remote_code=trust_remote_code

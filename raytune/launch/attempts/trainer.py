@@ -21,6 +21,7 @@ from raytune.launch.attempts.attempts import Failure
 from raytune.launch.attempts.causes import first_failure
 from raytune.launch.attempts.worker_group import Controller, FixedGroup, RunOf, release_placement_groups
 from raytune.launch.cluster.loopback import LoopbackTorchConfig
+from raytune.launch.forking import load_for_ranks
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.worker import work
@@ -65,6 +66,8 @@ def fit(
             callbacks=[RunOf(folder, attempt)],  # pyright: ignore[reportArgumentType]  (Ray takes its own kinds too)
         ),
     )
+    if plan.engine.kind != "plain":
+        load_for_ranks("raytune.training.engines.zero_engine")
     try:
         error = _ended_with(trainer, check)
     finally:

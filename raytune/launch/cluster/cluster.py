@@ -5,13 +5,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import ray
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import utils as ray_utils
+from ray._private.ray_constants import RAY_WORKER_NICENESS
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RaySystemError, RayTaskError
 
@@ -25,6 +26,8 @@ from raytune.launch.cluster.reach import ready_for
 from raytune.launch.cluster.scaling import bring_machines
 from raytune.launch.cluster.signals import unwind_at
 from raytune.launch.cluster.waiting import wait_for
+from raytune.launch.forking import load_ray, python_of_workers
+from raytune.launch.processes import needed_alone, started_by
 from raytune.plan.facts.machine import Machine
 from raytune.printable import first_line
 from raytune.token_file import prepare_token
@@ -75,6 +78,7 @@ def joined(section: ClusterSection) -> Iterator[None]:
     joined_before = ray.is_initialized()
     environment = _worker_environment(section)
     os.environ.update(environment)
+    own_cluster = ExitStack()
     try:
         if joined_before:  # a notebook's own connection, or a trial of a sweep
             _refuse_another_cluster(section.address)
@@ -83,11 +87,12 @@ def joined(section: ClusterSection) -> Iterator[None]:
                 if address:
                     _join(address, environment)
                 else:
-                    _start(section)
+                    _start(section, own_cluster)
         yield
     finally:
         if not joined_before:
             ray.shutdown()
+        own_cluster.close()
 
 
 @contextmanager
@@ -131,24 +136,31 @@ def _refuse_another_cluster(address: str | None) -> None:
         )
 
 
-def _start(section: ClusterSection) -> None:
+def _start(section: ClusterSection, own_cluster: ExitStack) -> None:
+    """Start a cluster in this machine. `own_cluster` is closed when it has ended."""
     folder = get_default_system_temp_dir()
     refuse_long_folder(folder)
     prepare_token()
     # That a cluster asks for a token which only this command knows is nothing that a person has to do anything about.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    python = own_cluster.enter_context(python_of_workers(folder, section.cpus_per_worker))
     try:
-        with loopback_kept():
+        with loopback_kept(), needed_alone(), started_by(python):
             ray.init(
                 address="local",
                 num_cpus=embedded_cpus(section),
-                include_dashboard=False,  # its processes cost seconds, and nothing can leak from a cluster that ends with the run
+                include_dashboard=False,  # it costs seconds, and nothing can leak from a cluster that ends with the run
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                # A Python process per CPU would start at once, and none is of use: a run's have an environment of their own.
-                _system_config={"prestart_worker_first_driver": False},
+                _system_config={
+                    # A Python process per CPU would start at once, and none is of use: a run's have an environment of their own.
+                    "prestart_worker_first_driver": False,
+                    # By default 15: beside any other work of the machine ranks would have a thirtieth of a processor.
+                    "worker_niceness": int(os.environ.get(RAY_WORKER_NICENESS, "0")),
+                },
                 _node_ip_address=LOOPBACK,
             )
+        load_ray()
     except Exception as error:  # Ray raises plain ones here
         first = first_line(error)
         logs = f"{folder}/ray/session_latest/logs"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,20 @@ class Accelerator:
 NO_GPU = Accelerator(count=0, name=None, memory_bytes=None, supports_bf16=True, attention=("varlen", "sdpa", "eager"))
 
 
+DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")
+"""Devices by which Linux reaches GPUs: NVIDIA's cards and modules, those of a Windows around it, and AMD's."""
+
+
+def may_have_gpus() -> bool:
+    """Whether this machine has a driver of GPUs. It takes no time, where torch takes seconds until it can be asked."""
+    return sys.platform != "linux" or any(os.path.exists(f"/dev/{name}") for name in DRIVERS)
+
+
 def accelerator_here() -> Accelerator:
     """The GPUs that this process sees."""
+    if not may_have_gpus():
+        return NO_GPU
+
     import torch
 
     if not torch.cuda.is_available():

@@ -2,13 +2,11 @@
 
 from raytune.config.sections.model import ModelSection
 from raytune.hub.snapshot import Report
-from raytune.model.files.base_check import check_base
-from raytune.model.files.base_content import base_content, refuse_other_base
+from raytune.model.files.base_content import base_content, is_known_by_commit, refuse_other_base
 from raytune.model.files.files import local_files
 from raytune.model.files.hub import download_base
 from raytune.plan.model.base_model import DEMO
 from raytune.plan.run_plan import ModelPlan
-from raytune.training.start.fetched_base import is_known_by_commit
 
 
 def check_base_early(model: ModelSection, path: str) -> None:
@@ -20,6 +18,8 @@ def check_base_early(model: ModelSection, path: str) -> None:
         ModelError: naming the tensor or the file that is wrong.
     """
     if path != DEMO:
+        from raytune.model.files.base_check import check_base
+
         check_base(path, model.revision, model.trust_remote_code)
 
 
@@ -30,6 +30,8 @@ def bring_base(model: ModelPlan, report: Report) -> None:
         ModelError, ClusterError: if it cannot be downloaded, or is no whole model.
     """
     if is_known_by_commit(model) and local_files(model.path, model.revision) is None:  # else `prepare` held them already
+        from raytune.model.files.base_check import check_base
+
         download_base(model.path, model.revision, with_code=model.trust_remote_code, report=report)
         check_base(model.path, model.revision, model.trust_remote_code)
 

@@ -22,7 +22,6 @@ from raytune.launch.data.reading import show_reading
 from raytune.launch.data.stores import DataBuilder
 from raytune.model.files.base_content import Content, base_content, refuse_other_base
 from raytune.model.files.files import resolve_model_path
-from raytune.model.files.pretrained import load_config, model_class
 from raytune.plan.choosing.choose import choose_plan
 from raytune.plan.choosing.setting import Setting, look_at, settle
 from raytune.plan.costs.hardware import load_catalogue
@@ -163,7 +162,9 @@ def refuse_blind_teacher(teacher: Base, setting: Setting) -> None:
     Raises:
         ModelError: naming the kinds that it has.
     """
-    from raytune.model.attention.attention import check_attention  # two seconds more, for runs with a teacher
+    # These load torch, for runs with a teacher.
+    from raytune.model.attention.attention import check_attention
+    from raytune.model.files.pretrained import load_config, model_class
 
     section = teacher.section
     config = load_config(teacher.path, section.revision, section.trust_remote_code)

@@ -21,6 +21,7 @@ from raytune.errors import ModelError
 from raytune.hub.snapshot import described
 from raytune.model.files.weight_files import weight_files
 from raytune.plan.model.base_model import is_on_hub, model_files
+from raytune.plan.run_plan import ModelPlan
 from raytune.units import MIB
 
 Content = dict[str, str]
@@ -52,6 +53,11 @@ _CHUNK_BYTES = 8 * MIB
 SETTLED_S = 2.0
 """A file that changed less than this before it was hashed is hashed again next time: the clock of a file system is too coarse to
 tell two changes of one moment apart."""
+
+
+def is_known_by_commit(model: ModelPlan) -> bool:
+    """Whether a base is known by its commit, the same on every rank, whatever lies on its node."""
+    return COMMIT in (model.content or {})
 
 
 def base_content(

@@ -9,7 +9,7 @@ from functools import partial
 
 from raytune.errors import RaytuneError
 from raytune.hub.snapshot import Progress, Report
-from raytune.model.files.base_content import COMMIT
+from raytune.model.files.base_content import is_known_by_commit
 from raytune.model.files.hub import download_base
 from raytune.plan.run_plan import ModelPlan, RunPlan
 from raytune.run_folder import RunFolder
@@ -34,11 +34,6 @@ def fetch_base(plan: RunPlan, folder: RunFolder, rank: int, world_size: int) -> 
     peers = Peers(rank, gather_in_own_group(world_size, PATIENCE_S), RaytuneError)
     for model in models:
         peers.together(partial(_download, model, folder))
-
-
-def is_known_by_commit(model: ModelPlan) -> bool:
-    """Whether a base is known by its commit, the same on every rank, whatever lies on its node."""
-    return COMMIT in (model.content or {})
 
 
 def _download(model: ModelPlan, folder: RunFolder) -> None:
