@@ -210,6 +210,7 @@ def _machine(section: ClusterSection) -> Machine:
         gpu_memory_bytes=accelerator.memory_bytes,
         supports_bf16=accelerator.supports_bf16,
         attention=accelerator.attention,
+        packages=accelerator.packages,
     )
 
 

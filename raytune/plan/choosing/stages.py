@@ -53,6 +53,8 @@ def _stage_limits(training: TrainingSection, device: Device, precision: Precisio
         limits.append(StageLimit(lowest, 3, f"training.zero.offload_optimizer is {zero.offload_optimizer}"))
     if zero.offload_parameters != "none":
         limits.append(StageLimit(3, 3, f"training.zero.offload_parameters is {zero.offload_parameters}"))
+    if zero.copy_per_node is True:
+        limits.append(StageLimit(3, 3, "training.zero.copy_per_node is true"))
     if training.compile:
         limits.append(StageLimit(0, 2, "training.compile is true, and the hooks of stage 3 would break the graph"))
     if training.optimizer in WITHOUT_SHARDS:

@@ -20,6 +20,7 @@ class Division(Plan):
 
     workers: int
     zero_stage: ZeroStage
+    copy_over: int = 1
     micro_batch_size: int
     accumulation: int
     sequence_parallel: int = 1
@@ -39,6 +40,7 @@ class Division(Plan):
         return cls(
             workers=plan.batch.workers,
             zero_stage=plan.engine.zero_stage,
+            copy_over=plan.engine.copy_over,
             micro_batch_size=plan.batch.micro_batch_size,
             accumulation=plan.batch.accumulation,
             sequence_parallel=plan.batch.sequence_parallel,

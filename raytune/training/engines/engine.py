@@ -24,8 +24,8 @@ from raytune.config.sections.training import Precision
 from raytune.errors import UnfitCheckpointError
 from raytune.model.adapters.adapting import constant_matrices
 from raytune.model.adapters.beside_updates import BesideUpdates
+from raytune.model.compiling import compile_layers
 from raytune.model.parts.dtypes import DTYPES
-from raytune.plan.costs.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import LAYOUT_FILE
@@ -35,6 +35,8 @@ from raytune.training.engines.penalty import Held, Penalty
 from raytune.training.engines.schedule_free import at_average, counts, take_counts
 from raytune.training.engines.squares import squaring
 from raytune.training.engines.state_files import Write, fill_with_tensors, fill_with_tensors_and_values, write_now
+from raytune.training.gradient_sum import GradientSum
+from raytune.units import MIB
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -62,8 +64,12 @@ class Engine(Protocol):
         """Context of a forward pass: products in the run's precision."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN."""
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
+        """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN.
+
+        Args:
+            is_last: of the step, so that what is complete may go to the other ranks at once; the same on every rank.
+        """
         ...
 
     def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
@@ -210,6 +216,8 @@ class PlainEngine:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        bucket_bytes: int = 64 * MIB,
+        overlaps: bool = True,
         compile_model: bool = False,
         beside: BesideUpdates | None = None,
         penalty: Penalty | None = None,
@@ -224,7 +232,9 @@ class PlainEngine:
             device: of weights and batches.
             rank: of this process in the default process group, which must exist if there are several.
             world_size: number of processes.
-            compile_model: by torch.compile, in place, so that names stay.
+            bucket_bytes: of gradients that are summed over the ranks by one collective, at most.
+            overlaps: whether they may be while a backward pass goes on.
+            compile_model: its layers, by torch.compile.
             beside: what the method does in each step beside updates; then each step waits for the norm of its gradient.
             penalty: on the way of trained weights from those that they have now.
         """
@@ -240,8 +250,10 @@ class PlainEngine:
             device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
         )
         self._trained = self._take_trained()
+        self._bucket_bytes, self._overlaps = bucket_bytes, overlaps
+        self._summed = self._sum_of_trained()
         if compile_model:
-            model.compile()
+            compile_layers(model)
 
     def _take_trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name, in fp32."""
@@ -255,13 +267,19 @@ class PlainEngine:
                     self._held[name] = Held(parameter.detach().clone())
         return trained
 
+    def _sum_of_trained(self) -> GradientSum | None:
+        if self.world_size == 1:
+            return None
+        return GradientSum(self._trained.values(), bucket_bytes=self._bucket_bytes, overlaps=self._overlaps)
+
     def autocast(self) -> AbstractContextManager:
         if self._precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self._precision])
 
-    def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(poisoned(loss)).backward()
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
+        with self._summed.during(is_last=is_last) if self._summed else nullcontext():
+            self._scaler.scale(poisoned(loss)).backward()
 
     def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
         set_learning_rate(self._optimizer, learning_rate)
@@ -320,17 +338,8 @@ class PlainEngine:
             self._optimizer.step()
 
     def _sum_gradients_over_ranks(self) -> None:
-        if self.world_size == 1:
-            return
-        for bucket in _buckets(self._trained.values()):
-            for parameter in bucket:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+        if self._summed:
+            self._summed.finish()
 
     def loss_scale(self) -> float | None:
         return self._scaler.get_scale() if self._scaler.is_enabled() else None
@@ -450,6 +459,9 @@ class PlainEngine:
     def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
         optimizer.state.update(self._optimizer.state)
         self._optimizer, self._trained = optimizer, self._take_trained()
+        if self._summed:
+            self._summed.close()
+            self._summed = self._sum_of_trained()
         if self._average:
             self._average.begin(self._trained)
 
@@ -463,7 +475,9 @@ class PlainEngine:
         )
 
     def release(self) -> None:
-        del self.model, self.module, self._trained, self._optimizer, self._beside, self._held, self._average
+        if self._summed:
+            self._summed.close()  # the model may live on
+        del self.model, self.module, self._trained, self._summed, self._optimizer, self._beside, self._held, self._average
         free_memory(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -528,14 +542,3 @@ def free_memory(device: torch.device) -> None:
 def num_bytes(values: Iterable[Any]) -> int:
     """Bytes of the tensors among `values`."""
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        bucket.append(parameter)
-        if num_bytes(bucket) >= PLAIN_BUCKET_BYTES:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
