@@ -13,7 +13,7 @@ OPTIONAL = {
     **{"lm_eval": "lm-eval", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
     **{"starlette": "serve", "fastapi": "serve", "uvicorn": "serve"},
     **{"mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"},
-    **{"gguf": "gguf", "rensa": "quality"},
+    **{"gguf": "gguf", "rensa": "quality", "liger_kernel": "gpu"},
 }
 """Extra of raytune that brings a package which not everybody needs."""
 TAKEN_ALONG = ("mlflow", "boto3")

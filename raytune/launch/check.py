@@ -175,8 +175,12 @@ def _refuse_missing_packages(config: RunConfig) -> None:
             f"does not have. Install it on every node: {install_command(OPTIONAL['schedulefree'])}",
             keys=("training.optimizer",),
         )
-    if config.training.liger and find_spec("liger_kernel") is None:
-        raise UserError("training.liger needs the package liger-kernel, which is not installed here: pip install liger-kernel.")
+    if config.training.liger is True and find_spec("liger_kernel") is None:
+        raise UserError(
+            f"training.liger needs the package liger-kernel, which the Python of this process does not have. Install it on every "
+            f"node: {install_command(OPTIONAL['liger_kernel'])}",
+            keys=("training.liger",),
+        )
 
 
 def _machine(config: RunConfig) -> Machine:

@@ -22,6 +22,7 @@ from raytune.config.sections.adapter import Adapter, FullAdapter
 from raytune.config.sections.quantization import HeldBase
 from raytune.data.templates.tokenizers import load_tokenizer
 from raytune.errors import ModelError
+from raytune.missing import OPTIONAL, install_command
 from raytune.model.adapters import adapting, add_adapter
 from raytune.model.attention.attention import check_attention, implementation_name
 from raytune.model.files.base_check import check_base
@@ -195,6 +196,14 @@ def _apply_liger(model: PreTrainedModel, device: torch.device) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ModelError("training.liger needs the package liger-kernel: install it, or set training.liger to false.") from error
+        raise ModelError(
+            f"training.liger needs the package liger-kernel: {install_command(OPTIONAL['liger_kernel'])}, or set training.liger "
+            f"to false."
+        ) from error
     # Our loss layer never makes whole logits, so Liger's loss has no place.
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    if not any("liger_kernel" in getattr(module.forward, "__module__", "") for module in model.modules()):
+        raise ModelError(
+            f"liger-kernel has replaced nothing of a {model.config.model_type} model, and does not say so. Set training.liger to "
+            f"false."
+        )

@@ -60,6 +60,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("precision", plan.precision + (", TF32 products allowed" if plan.tf32 and plan.cluster.device == "cuda" else "")),
         ("engine", _engine(plan)),
         ("attention", plan.model.attention),
+        *([("kernels", "Liger's, where it has any for the model")] if plan.model.liger else []),
         ("loss", f"{plan.loss.chunk_tokens} targets at a time" if plan.loss.chunk_tokens else "all targets at once"),
         ("evaluation", _evaluation(plan)),
         *(("base and tuned", suite_in_words(suite)) for suite in plan.evaluation.suites),
@@ -293,6 +294,7 @@ def _engine(plan: RunPlan) -> str:
     engine = plan.engine
     held = "layers of the base divided among the workers" if engine.shards_base else "whole weights on every worker"
     words = [f"PyTorch, {held}" if engine.kind == "plain" else f"DeepSpeed ZeRO stage {engine.zero_stage}"]
+    words += ["a copy of the weights in each node"] if engine.copy_over > 1 else []
     words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer != "none" else []
     words += [f"weights on {engine.offload_parameters}"] if engine.offload_parameters != "none" else []
     words += ["activation checkpointing"] if plan.model.gradient_checkpointing else []

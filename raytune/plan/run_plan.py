@@ -244,6 +244,17 @@ class DistillationPlan(Plan):
     """A model beside the one that is trained; None: the frozen base beneath the adapter."""
 
 
+class BucketPlan(Plan):
+    """How much collectives carry at once, in numbers (plan.buckets)."""
+
+    reduce_elements: int = 200_000_000
+    """Gradients that are summed by one collective, at most."""
+    prefetch_elements: int = 50_000_000
+    """Weights that stage 3 gathers ahead of those that are computed with."""
+    persistent_elements: int = 100_000
+    """Of the largest parameter that stage 3 leaves whole on every rank."""
+
+
 class EnginePlan(Plan):
     kind: Literal["plain", "zero"]
     zero_stage: ZeroStage
@@ -254,6 +265,9 @@ class EnginePlan(Plan):
     nvme_path: str | None
     deepspeed_overrides: dict
     """Raw DeepSpeed JSON laid over what training/engines/deepspeed_json.py makes."""
+    buckets: BucketPlan = BucketPlan()
+    copy_over: int = 1
+    """Workers of a node that have a copy of the weights among them, beside that which all workers have (stage 3); 1: none."""
 
 
 class LossPlan(Plan):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "cluster" / "image"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["s3"] + EXTRAS["serve"]]
+DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["s3"] + EXTRAS["serve"] + EXTRAS["gpu"]]
 PINNED = dict(line.split("==") for line in (IMAGE / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 

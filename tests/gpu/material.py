@@ -29,6 +29,7 @@ from raytune.data.store.build import build_store
 from raytune.data.store.request import StoreRequest
 from raytune.data.store.store import Store
 from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
+from raytune.launch.cluster.host import kernel_packages
 from raytune.model.attention.attention import available_attention
 from raytune.model.demo import demo_tokenizer
 from raytune.plan.choosing.choose import choose_plan
@@ -250,4 +251,5 @@ def _this_machine(device: torch.device) -> Machine:
         gpu_memory_bytes=properties.total_memory if properties else None,
         supports_bf16=True,
         attention=tuple(option.name for option in available_attention(device, torch.bfloat16) if option.available),
+        packages=kernel_packages(),
     )

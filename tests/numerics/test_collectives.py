@@ -18,7 +18,7 @@ from tests.numerics.runs import LORA, Material, make_plan
 from tests.tiny import tiny_tokenizer
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "gather", "gather_object", "broadcast", "barrier")
-OF_THE_STEP = ("_sum_gradients_over_ranks", "backward", "step")
+OF_THE_STEP = ("_send", "backward", "step")
 """Functions of our engines that are the step's own arithmetic; the loop and the policy of a run have none."""
 
 

@@ -38,6 +38,7 @@ IS_INVALID = "deepspeed/runtime/utils.py: is_invalid_grad_norm"
 MASKS = "deepspeed/runtime/utils.py: mask_nan_or_inf_with_val_inplace"
 OVERFLOWS = "deepspeed/runtime/zero/stage_1_and_2.py: has_overflow"
 OF_DEEPSPEED = {
+    0: set(),
     1: {IS_INVALID, MASKS, OVERFLOWS},
     2: {IS_INVALID, MASKS, OVERFLOWS},
     3: {IS_INVALID, "deepspeed/runtime/zero/stage3.py: get_grad_norm_direct"},
@@ -130,12 +131,13 @@ def test_steps_of_whole_weights_ask_for_nothing(changes: dict[str, Any], materia
 
 
 def test_sharded_steps_ask_for_nothing_but_what_deepspeed_asks_for(material: Material) -> None:
-    stages = (1, 2, 3)
-    ways: tuple[dict[str, Any], ...] = (IN_CHUNKS | {"adapter": LORA}, {}, IN_CHUNKS)
+    stages = (0, 1, 2, 3)
+    buckets = {"engine": {"kind": "plain", "zero_stage": 0, "buckets": {"reduce_elements": 2000}}}
+    ways: tuple[dict[str, Any], ...] = (IN_CHUNKS | buckets | {"adapter": LORA}, IN_CHUNKS | {"adapter": LORA}, {}, IN_CHUNKS)
     plans = [make_plan(material, workers=2, stage=stage, **BF16 | way) for stage, way in zip(stages, ways)]
     for rank in run_on_ranks(askers_of, 2, plans):
         of_deepspeed = [{asker for asker in askers if asker.startswith("deepspeed/")} for askers in rank]
-        assert [{*askers} - of_library for askers, of_library in zip(rank, of_deepspeed)] == [{LOOKING}] * 3
+        assert [{*askers} - of_library for askers, of_library in zip(rank, of_deepspeed)] == [{LOOKING}] * 4
         assert dict(zip(stages, of_deepspeed)) == OF_DEEPSPEED
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from ray._private.workers import setup_worker
 
-from raytune.launch.forking import Server
+from raytune.launch.cluster.forking import Server
 
 OF_PYTEST = "PYTEST_CURRENT_TEST"
 """Another one in each phase of a test."""
@@ -119,7 +119,7 @@ def test_without_its_server_a_worker_starts_as_ray_starts_it(server: Server, tmp
 
 def test_it_ends_and_removes_its_folder_when_its_command_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from raytune.launch.forking import Server; server = Server(sys.argv[1], 1, ['wave'])\n"
+        "import os, sys; from raytune.launch.cluster.forking import Server; server = Server(sys.argv[1], 1, ['wave'])\n"
         "print(server.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60)

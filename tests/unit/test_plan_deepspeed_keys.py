@@ -65,7 +65,7 @@ def test_other_keys_are_left_to_deepspeed() -> None:
         ),
         ({"zero_optimization": {"stage3_max_live_parameters": 7}}, {"stage": 2}, "stage 3 alone reads, but .*stage is 2"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, {"stage": 1}, "stage 3 alone reads, but .*stage is 1"),
-        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, {"stage": 2}, "stage 3 alone reads, but .*stage is 2"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, {"stage": 3}, "Set training.zero.copy_per_node instead"),
     ],
 )
 def test_what_nothing_would_read_is_refused(overrides: dict[str, Any], zero: dict[str, Any], message: str) -> None:

@@ -36,6 +36,9 @@ class ZeroSection(Section):
     """Where the optimizer state lives: on the device, in host memory or on NVMe."""
     offload_parameters: Offload = "none"
     """Where sharded weights live (stage 3)."""
+    copy_per_node: bool | Auto = "auto"
+    """A second copy of sharded weights, divided among the workers of each node, so that passes gather them inside it (stage 3 on
+    several nodes; ZeRO++ hpZ). Equal results, for memory. `auto`: where the plan's arithmetic has it fit and save time."""
     nvme_path: Annotated[Text, Field(pattern="^/", title="an absolute path such as /nvme", examples=["/nvme"])] | None = None
     """Folder on a local NVMe disk, for `nvme` offload: an absolute path, since workers have working directories of their own."""
     overrides: dict[str, Any] = {}
@@ -47,6 +50,8 @@ class ZeroSection(Section):
             raise ValueError("nvme offload needs training.zero.nvme_path, a folder on a local disk")
         if self.offload_parameters != "none" and self.stage not in (3, "auto"):
             raise ValueError(f"offload_parameters needs ZeRO stage 3, got stage {self.stage}")
+        if self.copy_per_node is True and self.stage not in (3, "auto"):
+            raise ValueError(f"copy_per_node needs ZeRO stage 3, got stage {self.stage}")
         if self.offload_optimizer != "none" and self.stage == 0:
             raise ValueError("offload_optimizer needs ZeRO stage 1, 2 or 3, got stage 0")
         return self
@@ -113,10 +118,12 @@ class TrainingSection(Section):
     `auto`: chunked when the logits would exceed 256 MiB."""
     neftune_noise_alpha: NonNegativeFloat = 0.0
     """NEFTune: noise on the embeddings in training, scaled by alpha / sqrt(tokens * width). 0: none."""
-    liger: bool = False
-    """Liger kernels for norms, rotary embeddings and MLP (GPU, needs the liger-kernel package)."""
+    liger: bool | Auto = "auto"
+    """Liger's fused kernels for norms, rotary embeddings and gated MLPs (GPU, needs the package liger-kernel: raytune's extra
+    `gpu`). `auto`: where it is installed, for families whose results with it were those of transformers."""
     compile: bool = False
-    """Compile the model with torch.compile. Refused with ZeRO-3, whose hooks break the graph."""
+    """Compile each layer of the model with torch.compile, once for rows of any length. Refused with ZeRO-3, whose hooks break the
+    graph."""
     logging_steps: PositiveInt = 1
     """Steps between two lines of metrics.jsonl."""
     early_stopping: EarlyStoppingSection | None = None

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from raytune.config.sections.cluster import ClusterSection
@@ -38,10 +39,19 @@ class Accelerator:
     supports_bf16: bool
     attention: tuple[Attention, ...]
     """Kinds that work, the preferred one first."""
+    packages: frozenset[str] = frozenset()
+    """Of kernels, that the worker's Python has."""
 
 
+KERNEL_PACKAGES = {"liger-kernel": "liger_kernel"}
+"""Packages of kernels that a plan asks for, and their modules."""
 # What model.attention offers on every CPU (a test holds the two against each other).
 NO_GPU = Accelerator(count=0, name=None, memory_bytes=None, supports_bf16=True, attention=("varlen", "sdpa", "eager"))
+
+
+def kernel_packages() -> frozenset[str]:
+    """Packages of kernels that the Python of this process has."""
+    return frozenset(name for name, module in KERNEL_PACKAGES.items() if find_spec(module))
 
 
 DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")
@@ -75,6 +85,7 @@ def accelerator_here() -> Accelerator:
         memory_bytes=properties.total_memory,
         supports_bf16=supports_bf16,
         attention=tuple(option.name for option in options if option.available),
+        packages=kernel_packages(),
     )
 
 
@@ -90,4 +101,5 @@ def this_machine(section: ClusterSection) -> Machine:
         gpu_memory_bytes=accelerator.memory_bytes,
         supports_bf16=accelerator.supports_bf16,
         attention=accelerator.attention,
+        packages=accelerator.packages,
     )

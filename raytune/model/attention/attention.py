@@ -4,7 +4,6 @@
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +17,12 @@ from raytune.data.batches.batches import Batch
 from raytune.data.batches.in_front import document_of, longer
 from raytune.errors import ModelError
 from raytune.model.attention.packed_attention import DENSE, IN_STEPS, VARLEN
+from raytune.plan.attention_kinds import FLASH_2, FLASH_3, AttentionOption, attention_kinds
 
 # Shapes: H heads, T tokens of all documents, L tokens of one document, D head width.
 
 # Layers whose documents can be told apart by positions alone. State-space, linear and convolution layers carry state across.
 SEPARABLE_LAYERS = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionOption:
-    name: Attention
-    available: bool
-    reason: str
-    """Why it is chosen, or why it cannot be used."""
 
 
 def available_attention(device: torch.device, dtype: torch.dtype) -> list[AttentionOption]:
@@ -40,40 +32,12 @@ def available_attention(device: torch.device, dtype: torch.dtype) -> list[Attent
         device: where the model computes.
         dtype: dtype of its products.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
-    flash_needs = _missing_for_flash(device, half)
-    varlen = "PyTorch's variable-length FlashAttention" if flash_needs is None else "one PyTorch kernel call per document"
-    options = [
-        _flash_option("flash_attention_3", is_flash_attn_3_available(), "flash-attn-3", flash_needs, minimum_capability=9),
-        _flash_option("flash_attention_2", is_flash_attn_2_available(), "flash-attn", flash_needs, minimum_capability=8),
-        AttentionOption(name="varlen", available=True, reason=f"{varlen}; no mask, no padding"),
-        AttentionOption(
-            name="flex_attention",
-            available=device.type == "cuda",
-            reason="compiled block mask" if device.type == "cuda" else "PyTorch has no backward pass of it on this device",
-        ),
-        AttentionOption(name="sdpa", available=True, reason="dense mask over the packed row"),
-        AttentionOption(name="eager", available=True, reason="dense mask and all scores in memory"),
-    ]
-    return sorted(options, key=lambda option: not option.available)
-
-
-def _missing_for_flash(device: torch.device, half: bool) -> str | None:
-    if device.type != "cuda":
-        return "it runs on NVIDIA GPUs only"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return f"{torch.cuda.get_device_name(device)} is older than Ampere"
-    return None if half else "it computes in bf16 or fp16 only"
-
-
-def _flash_option(
-    name: Attention, installed: bool, package: str, missing: str | None, *, minimum_capability: int
-) -> AttentionOption:
-    if missing is None and torch.cuda.get_device_capability()[0] < minimum_capability:
-        missing = f"it needs compute capability {minimum_capability}.0"
-    if missing is None and not installed:
-        missing = f"the package {package} is not installed"
-    return AttentionOption(name=name, available=missing is None, reason=missing or f"{package} is installed")
+    installed = {FLASH_3: is_flash_attn_3_available(), FLASH_2: is_flash_attn_2_available()}
+    return attention_kinds(
+        torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        frozenset(name for name, is_there in installed.items() if is_there),
+        is_16_bit=dtype in (torch.bfloat16, torch.float16),
+    )
 
 
 def check_attention(

@@ -143,7 +143,7 @@ def choose_plan(
             quantization=quantization,
             gradient_checkpointing=fit.has_checkpointing,
             compile=training.compile,
-            liger=training.liger,
+            liger=setting.liger,
             neftune_noise_alpha=training.neftune_noise_alpha,
             frozen=frozen_names(setting.trained, shape),
             lowest_layer=setting.trained.lowest_layer,
@@ -289,6 +289,8 @@ def _engine(config: RunConfig, fit: Fit) -> EnginePlan:
         offload_parameters=zero.offload_parameters,
         nvme_path=zero.nvme_path,
         deepspeed_overrides=zero.overrides,
+        buckets=fit.buckets,
+        copy_over=fit.copy_over,
     )
 
 

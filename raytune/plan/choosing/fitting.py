@@ -11,7 +11,8 @@ from raytune.errors import PlanError, UserError
 from raytune.plan.choosing.batch import possible_batches
 from raytune.plan.choosing.requirements import Device
 from raytune.plan.choosing.setting import Setting, settle
-from raytune.plan.choosing.sharded_base import Sharding
+from raytune.plan.choosing.stages import Sharding
+from raytune.plan.costs.buckets import buckets_of
 from raytune.plan.costs.loss_chunks import chunk_within, exceeds_full_logits, smallest_chunk, wanted_chunk
 from raytune.plan.costs.memory import (
     LOSS_MOMENTS,
@@ -30,7 +31,7 @@ from raytune.plan.facts.machine import USABLE_SHARE, Machine
 from raytune.plan.methods import method_of
 from raytune.plan.model.lone_documents import rows_of_a_pass
 from raytune.plan.model.trained import Trained
-from raytune.plan.run_plan import BatchPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
+from raytune.plan.run_plan import BatchPlan, BucketPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
 from raytune.plan.strategies.distillation import is_beneath
 from raytune.plan.strategies.penalty import ewc_documents, ewc_strength, penalty_keys
 from raytune.units import format_bytes
@@ -74,6 +75,8 @@ class Fit:
     has_checkpointing: bool
     chunk_tokens: int | None
     phases: tuple[Needs, ...]
+    copy_over: int
+    buckets: BucketPlan
     importance_s: float | None = None
     """Seconds of estimating the importance of weights; None where none is, or the machines' speed is not known."""
 
@@ -176,7 +179,7 @@ def _way(
     has_checkpointing: bool,
     room: Room,
 ) -> Fit:
-    stage, shards_base = sharding
+    stage = sharding.stage
     training, shape = setting.config.training, setting.shape
     row_tokens, trained = positions_of_row(setting, data), setting.trained
     num_tokens = tokens_of_worker(setting, data, batch)
@@ -187,13 +190,15 @@ def _way(
     teacher = setting.teacher or (shape if is_beneath(setting.config) else None)
     num_logits = shape.vocab + (teacher.vocab if teacher else 0)
     is_chunked = training.loss == "chunked" or (training.loss == "auto" and exceeds_full_logits(num_targets, num_logits))
+    engine = "plain" if stage == 0 else "zero"
     work = Workload(
         shape=shape,
         trained=trained,
         quantization=setting.quantization,
-        engine="plain" if stage == 0 else "zero",
+        engine=engine,
         zero_stage=stage,
-        shards_base=shards_base,
+        shards_base=sharding.shards_base,
+        copy_over=sharding.copy_over,
         workers=setting.workers,
         offload_optimizer=training.zero.offload_optimizer,
         offload_parameters=training.zero.offload_parameters,
@@ -216,6 +221,15 @@ def _way(
         teacher_is_beside=setting.teacher is not None,
         streamed_tokens=data.train.num_tokens if data.stream else 0,
         streamed_ahead_bytes=data.stream.ahead_bytes if data.stream else 0,
+        buckets=buckets_of(
+            engine=engine,
+            width=4 if stage == 0 else BYTES[setting.precision],
+            workers=setting.workers,
+            shape=shape,
+            trained=trained,
+            quantization=setting.quantization,
+            ring=setting.machine.speed.ring(setting.workers) if setting.machine.speed and setting.device == "cuda" else None,
+        ),
         num_virtual_keys=0 if trained.lengthens_rows else batch.micro_batch_size * trained.num_virtual,
     )
     phases = [replace(work, trained=each) for each in setting.phases or (trained,)]
@@ -228,7 +242,7 @@ def _way(
     return Fit(
         batch=batch,
         zero_stage=stage,
-        shards_base=shards_base,
+        shards_base=sharding.shards_base,
         has_checkpointing=has_checkpointing,
         chunk_tokens=work.chunk_tokens,
         phases=tuple(
@@ -241,6 +255,8 @@ def _way(
             )
             for each, parts in zip(phases, memory)
         ),
+        copy_over=sharding.copy_over,
+        buckets=work.buckets,
         importance_s=_importance_s(work, speed, setting, data) if speed and has_rates else None,
     )
 
@@ -348,6 +364,8 @@ def _kinds_of_change(setting: Setting) -> Iterator[list[Change]]:
     if training.per_device_train_batch_size not in ("auto", 1):
         text, changed = _with_smallest_micro_batch(config)
         yield [(text, changed, machine)]
+    if zero.copy_per_node is True:
+        yield [with_zero("training.zero.copy_per_node=false", copy_per_node=False)]
     if zero.stage != "auto" and not (begun and begun.layout):
         yield [with_zero(f"training.zero.stage={stage}", stage=stage) for stage in range(zero.stage + 1, 4)]
     if training.shard_base is False:

@@ -5,17 +5,18 @@ from typing import TypeVar
 from raytune.config.sections.run import RunConfig
 from raytune.config.sections.training import TrainingSection
 from raytune.plan.choosing.batch import DEFAULT_ROWS, MIN_STEPS
-from raytune.plan.choosing.fitting import Fit, room_of_worker, tokens_of_worker
+from raytune.plan.choosing.fitting import TOKENS_PER_MICRO_BATCH, Fit, room_of_worker, rows_of_enough_tokens, tokens_of_worker
 from raytune.plan.choosing.setting import Setting
 from raytune.plan.costs.loss_chunks import FULL_LOGITS_BYTES, smallest_chunk
-from raytune.plan.costs.memory import bytes_in
+from raytune.plan.costs.memory import NODE_COPY, bytes_in
+from raytune.plan.costs.workload import BYTES
 from raytune.plan.defaults import Choice
 from raytune.plan.facts.data_facts import DataFacts
 from raytune.plan.facts.machine import Machine
 from raytune.plan.model.quantization import quantization_limits, quantized_bytes
 from raytune.plan.run_plan import BatchPlan
 from raytune.plan.strategies.distillation import distillation_of
-from raytune.units import format_bytes
+from raytune.units import format_bytes, format_rate
 
 Value = TypeVar("Value")
 
@@ -43,7 +44,8 @@ def reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFact
     if training.per_device_train_batch_size == "auto":
         tokens = tokens_of_worker(setting, data, fit.batch)
         reasons.append(
-            f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass."
+            f"training.per_device_train_batch_size is {fit.batch.micro_batch_size}: at most {tokens} tokens per forward pass"
+            f"{_too_few_rows(fit, setting, data, tokens)}."
         )
     if training.gradient_accumulation_steps == "auto":
         reasons.append(f"training.gradient_accumulation_steps is {fit.batch.accumulation}: {fit.batch.in_words(row)}.")
@@ -51,10 +53,19 @@ def reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFact
     if training.zero.stage == "auto":
         why = of_all if fit.step_time else "the lowest that fits and that the settings allow"
         reasons.append(f"training.zero.stage is {fit.zero_stage}, {why}: {compared}.")
+    if training.zero.copy_per_node == "auto" and fit.zero_stage == 3 and len(setting.copies) > 1:
+        reasons.append(_why_copies(fit, setting, of_all))
     if training.gradient_checkpointing == "auto":
         why = "it would not fit without" if fit.has_checkpointing else "it fits without"
         why = of_all if fit.step_time else why
         reasons.append(f"training.gradient_checkpointing is {str(fit.has_checkpointing).lower()}: {why}.")
+    ring = setting.machine.speed.ring(setting.workers) if fit.step_time and setting.machine.speed else None
+    if ring and setting.workers > 1:
+        width = 4 if fit.zero_stage == 0 else BYTES[setting.precision]
+        reasons.append(
+            f"Gradients are summed over the GPUs up to {format_bytes(width * fit.buckets.reduce_elements)} at a time: enough for "
+            f"{setting.workers} GPUs at {format_rate(ring.bytes_per_s)}, and little enough that most travel in the backward pass."
+        )
     logits = "all logits" if distillation_of(setting.config) is None else "all logits, with those of the teacher"
     if training.loss == "auto" and fit.chunk_tokens:
         more = fit.chunk_tokens > smallest_chunk(setting.shape.vocab)
@@ -69,6 +80,31 @@ def reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFact
         packed = quantized_bytes(setting.quantization, setting.shape, setting.trained)
         reasons.append(_quantised_and_zero_3(packed, fit))
     return reasons
+
+
+def _too_few_rows(fit: Fit, setting: Setting, data: DataFacts, tokens: int) -> str:
+    """What a GPU lacks where a step has no more rows for it, and how many rows would fill it."""
+    enough = rows_of_enough_tokens(setting, data)
+    if setting.device == "cpu" or fit.batch.accumulation > 1 or fit.batch.micro_batch_size >= enough:
+        return ""
+    return (
+        f", all that a step has for a worker; a GPU is busy with {TOKENS_PER_MICRO_BATCH['cuda']}: "
+        f"training.global_batch_size {enough * fit.batch.data_parallel}, if memory allows it"
+    )
+
+
+def _why_copies(fit: Fit, setting: Setting, of_all: str) -> str:
+    """Why a node has a copy of the weights of its own, or has none."""
+    speed, key = setting.machine.speed, "training.zero.copy_per_node"
+    if speed is None or fit.copy_over == 1:
+        return f"{key} is false: {'it would not fit, or save no time' if speed else 'how fast nodes talk is not known'}."
+    copy = next(part.num_bytes for part in fit.memory if part.name == NODE_COPY)
+    after_updates = ", trained ones once per step between nodes too" if setting.trained.is_base else ""
+    return (
+        f"{key} is true, {of_all}: the {fit.copy_over} workers of a node have {format_bytes(copy)} each of a copy of the weights "
+        f"and gather them at {format_rate(speed.intra_bytes_per_s)}, instead of all through the "
+        f"{format_rate(speed.inter_bytes_per_s)} between nodes{after_updates}."
+    )
 
 
 def _quantised_and_zero_3(num_bytes: float, fit: Fit) -> str:

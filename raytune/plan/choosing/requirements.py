@@ -19,8 +19,6 @@ from raytune.plan.strategies.sequence import check_groups
 Device = Literal["cpu", "cuda"]
 DEFAULT_ROW_LENGTH = 2048
 FLASH: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
-WITHOUT_LIGER = ("gpt2", "gpt_neox")
-"""Architectures that liger-kernel's table of models (MODEL_TYPE_TO_APPLY_LIGER_FN) lacks: it would log so and go on."""
 
 
 def choose_row_length(config: RunConfig, shape: ModelShape) -> int:
@@ -129,16 +127,6 @@ def choose_attention(
         in_fp32 = f" in {precision}" if wanted in machine.attention else ""
         raise PlanError(f"model.attention {wanted} does not work on this cluster{in_fp32}. Set it to {' or '.join(usable)}.")
     return Choice(wanted)
-
-
-def check_kernels(config: RunConfig, shape: ModelShape, device: Device) -> None:
-    """Refuse kernels that this model or these machines do not run."""
-    if not config.training.liger:
-        return
-    if device == "cpu":
-        raise PlanError("training.liger needs GPUs: its kernels are written in Triton. Set it to false.")
-    if shape.model_type in WITHOUT_LIGER:
-        raise PlanError(f"training.liger has no kernels for a {shape.model_type} model and would do nothing. Set it to false.")
 
 
 def check_cluster(section: ClusterSection) -> None:

@@ -9,22 +9,23 @@ from raytune.config.sections.model import Attention, Quantization
 from raytune.config.sections.quantization import HeldBase, held_base
 from raytune.config.sections.run import RunConfig
 from raytune.config.sections.training import Precision
+from raytune.plan.choosing.node_copies import copies_of, with_copies
 from raytune.plan.choosing.requirements import (
     Device,
     check_cluster,
-    check_kernels,
     choose_attention,
     choose_device,
     choose_precision,
     choose_row_length,
     choose_workers,
 )
-from raytune.plan.choosing.sharded_base import Sharding, limits_of_base, shardings_of
-from raytune.plan.choosing.stages import possible_stages
+from raytune.plan.choosing.sharded_base import limits_of_base, shardings_of
+from raytune.plan.choosing.stages import Sharding, possible_stages
 from raytune.plan.data.split import check_test
 from raytune.plan.data.streaming import check_streaming
 from raytune.plan.defaults import Choice
 from raytune.plan.facts.machine import Machine
+from raytune.plan.fused_kernels import choose_liger
 from raytune.plan.identity.deepspeed_keys import check_overrides
 from raytune.plan.identity.division import Begun, most_that_divide
 from raytune.plan.methods import method_of
@@ -82,6 +83,8 @@ class Setting:
     phases: tuple[Trained, ...]
     """What is trained in each phase of `strategy.unfreeze`; empty without."""
     attention: Attention
+    liger: bool
+    """Whether Liger's kernels compute what they can."""
     row_length: int
     """Tokens that a packed row holds at most."""
     objective: ObjectivePlan | None
@@ -163,7 +166,7 @@ def look_at(
     of(lambda: method.check(section, config, asked, shape))
     if machine is None or places is None:
         return None
-    device, workers, precision, attention = places
+    device, workers, precision, attention, liger = places
     num_workers = workers.value
     if begun and config.cluster.workers == "auto":
         num_workers = most_that_divide(begun.rows_per_step, num_workers, config.training)
@@ -175,12 +178,13 @@ def look_at(
     of(lambda: check_stored_quantization(shape.stored_quantization, base.value, config.adapter.method, config.model.base))
     of(lambda: check_importance(config, precision.value))
     stages = of(lambda: possible_stages(config.training, [*limits_by_base, *limits], device, num_workers, precision.value))
-    if row_length is None or adapter is None or phases is None or trained is None or stages is None:
+    copies = of(lambda: copies_of(config, machine, device, num_workers))
+    if row_length is None or adapter is None or phases is None or trained is None or stages is None or copies is None:
         return None
-    shardings = of(lambda: shardings_of(stages, config, trained, shape, limits, device, num_workers))
-    if dropout is None or attention is None or shardings is None:
+    shardings = of(lambda: with_copies(shardings_of(stages, config, trained, shape, limits, device, num_workers), copies))
+    if dropout is None or attention is None or liger is None or shardings is None:
         return None
-    reasons = [workers.reason, precision.reason, base.reason, attention.reason]
+    reasons = [workers.reason, precision.reason, base.reason, attention.reason, liger.reason]
     if num_workers != workers.value and begun:
         reasons[0] = f"cluster.workers is {num_workers}: the most that share the {begun.rows_per_step} rows of a step evenly."
     if config.data.max_length == "auto":
@@ -201,6 +205,7 @@ def look_at(
         trained=trained,
         phases=phases,
         attention=attention.value,
+        liger=liger.value,
         row_length=row_length,
         objective=objective,
         shardings=tuple(shardings),
@@ -208,20 +213,20 @@ def look_at(
     )
 
 
-_Places = tuple[Device, Choice[int], Choice[Precision], Choice[Attention] | None]
+_Places = tuple[Device, Choice[int], Choice[Precision], Choice[Attention] | None, Choice[bool] | None]
 
 
 def _places(config: RunConfig, shape: ModelShape, machine: Machine, of: Of) -> _Places | None:
-    """What the machines decide of a run: device, workers, precision and attention; None if one gave nothing that others need."""
+    """What the machines decide of a run: device, workers, precision and kernels; None if one gave nothing that others need."""
     device: Device | None = of(lambda: choose_device(config, machine))
     if device is None:
         return None
     workers = of(lambda: choose_workers(config, machine, device))
     precision = of(lambda: choose_precision(config, machine, device))
-    of(lambda: check_kernels(config, shape, device))
+    liger = of(lambda: choose_liger(config, shape, machine, device))
     if workers is None or precision is None:
         return None
-    return device, workers, precision, of(lambda: choose_attention(config, shape, machine, device, precision.value))
+    return device, workers, precision, of(lambda: choose_attention(config, shape, machine, device, precision.value)), liger
 
 
 def _at_once(look: Callable[[], Value], /) -> Value:

@@ -3,15 +3,13 @@
 from raytune.config.sections.run import RunConfig
 from raytune.errors import PlanError
 from raytune.plan.choosing.requirements import Device
+from raytune.plan.choosing.stages import Sharding
 from raytune.plan.model.shapes import ModelShape
 from raytune.plan.model.stage_limit import StageLimit
 from raytune.plan.model.trained import Trained, layer_of
 from raytune.plan.run_plan import ZeroStage
 
 KEY = "training.shard_base"
-
-Sharding = tuple[ZeroStage, bool]
-"""What ZeRO shards, and whether the layers of a frozen base are divided without it."""
 
 
 def limits_of_base(config: RunConfig, workers: int) -> list[StageLimit]:
@@ -41,17 +39,18 @@ def shardings_of(
     Raises:
         PlanError: if the base is to be divided and cannot be.
     """
-    asked, whole = config.training.shard_base, [(stage, False) for stage in stages]
+    divided = Sharding(0, shards_base=True)
+    asked, whole = config.training.shard_base, [Sharding(stage) for stage in stages]
     if asked is False or workers == 1:
         return whole
     why = _why_whole(config, trained, shape, of_method)
     if asked is True:
         if why:
             raise PlanError(f"{KEY} is true, but {why}. Set {KEY} to auto.", keys=(KEY,))
-        return [(0, True)]
+        return [divided]
     if why or 0 not in stages or device != "cpu":
         return whole
-    return [*(way for way in whole if way[0] < 3), (0, True), *(way for way in whole if way[0] == 3)]
+    return [*(way for way in whole if way.stage < 3), divided, *(way for way in whole if way.stage == 3)]
 
 
 def _why_whole(config: RunConfig, trained: Trained, shape: ModelShape, of_method: list[StageLimit]) -> str:

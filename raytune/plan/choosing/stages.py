@@ -1,10 +1,23 @@
 """Which ZeRO stages the settings of a run leave."""
 
+from typing import NamedTuple
+
 from raytune.config.sections.training import Optimizer, Precision, TrainingSection
 from raytune.errors import PlanError, capitalised
 from raytune.plan.choosing.requirements import Device
 from raytune.plan.model.stage_limit import StageLimit
 from raytune.plan.run_plan import ZeroStage
+
+
+class Sharding(NamedTuple):
+    """A way to divide a run among its workers."""
+
+    stage: ZeroStage
+    shards_base: bool = False
+    """Whether the layers of a frozen base are divided without ZeRO (`sharded_base`)."""
+    copy_over: int = 1
+    """Workers of a node that have a second copy of sharded weights among them (`node_copies`); 1: there is none."""
+
 
 STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
 WITHOUT_SHARDS: dict[Optimizer, str] = {
@@ -53,6 +66,8 @@ def _stage_limits(training: TrainingSection, device: Device, precision: Precisio
         limits.append(StageLimit(lowest, 3, f"training.zero.offload_optimizer is {zero.offload_optimizer}"))
     if zero.offload_parameters != "none":
         limits.append(StageLimit(3, 3, f"training.zero.offload_parameters is {zero.offload_parameters}"))
+    if zero.copy_per_node is True:
+        limits.append(StageLimit(3, 3, "training.zero.copy_per_node is true"))
     if training.compile:
         limits.append(StageLimit(0, 2, "training.compile is true, and the hooks of stage 3 would break the graph"))
     if training.optimizer in WITHOUT_SHARDS:

@@ -19,6 +19,7 @@ from raytune.plan.costs.activations import (
     layer_activation_bytes,
     passing_bytes,
 )
+from raytune.plan.costs.buckets import num_persistent
 from raytune.plan.costs.workload import BYTES, Workload
 from raytune.plan.model.quantization import constant_bytes
 from raytune.plan.model.shapes import ModelShape
@@ -50,15 +51,10 @@ they and the C library keep while they work. Measured on 2026-11-28 as resident 
 the demo base: 0.61 GiB (full, plain), 0.67 (full, ZeRO-3), 0.69 (QLoRA), 0.70 (LoRA, plain), 0.78 to 0.86 (LoRA, ZeRO-3)."""
 GPU_CONTEXT_BYTES = GIB
 """CUDA context, cuBLAS and NCCL buffers of a process; 0.5-1 GiB by driver and GPU, which the allocator's figures do not show."""
+NODE_COPY = "copy of the weights in the node"
 CUDA_CONTEXT, CPU_PROCESS = "CUDA context and libraries", "process and libraries"
-PLAIN_BUCKET_BYTES = 64 * MIB
-"""Gradients that PlainEngine sums over the ranks at once: large enough for bandwidth, small beside the gradients."""
-ZERO_BUCKET_ELEMENTS = 200_000_000
-"""Gradients that DeepSpeed reduces, or weights that it gathers, by one collective, as we ask it."""
 ZERO_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters, and of the distance within which gathered weights are kept for reuse."""
-ZERO_PREFETCH_ELEMENTS = 50_000_000
-"""Weights that stage 3 gathers at once, as we ask it (stage3_prefetch_bucket_size)."""
 ZERO_SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of sub_group_size: parameters that stage 3 updates at once."""
 PASSES: tuple[Moment, ...] = ("forward", "loss", "last layer", "first layer")
@@ -82,6 +78,8 @@ def _model_states(work: Workload) -> Iterator[MemoryPart]:
     # DeepSpeed keeps the gradients of a sharded optimizer where that optimizer computes.
     gradients_place = host if optimizer_place != "device" and work.zero_stage >= 2 else "device"
     yield _part("weights", _weight_bytes(work), place=_place(work.offload_parameters, work))
+    if work.copy_over > 1:
+        yield _part(NODE_COPY, work.all_weight_bytes / work.copy_over)
     yield _part("optimizer", _optimizer_bytes(work), place=optimizer_place)
     yield _part("gradients", _gradient_bytes(work), _gradient_moments(work), gradients_place)
     yield _part("update", _update_bytes(work), ("update",), gradients_place)
@@ -170,7 +168,8 @@ def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
     """What collectives and libraries hold."""
     buckets = _bucket_bytes(work)
     if work.engine == "plain":
-        yield _part("buckets of gradients", buckets, ("update",))
+        # Sent while the last backward pass goes on, and after it.
+        yield _part("buckets of gradients", buckets, ("first layer", "update"))
         beneath: tuple[Moment, ...] = ("teacher",) if work.teacher and not work.teacher_is_beside else ()
         yield _part("gathered weights", _gathered_layer_bytes(work), (*beneath, "forward", "last layer", "first layer"))
     elif work.zero_stage == 3:
@@ -242,12 +241,13 @@ def _saved_bytes(work: Workload) -> tuple[float, float]:
 
 
 def _weight_bytes(work: Workload) -> float:
-    """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides by the ranks.
-    Without ZeRO, ranks may divide the layers of a frozen base."""
+    """Rajbhandari et al. 2020 (ZeRO), section 3: 2 bytes per parameter in 16 bits, 4 in fp32; stage 3 divides them by the ranks,
+    but for small parameters. Without ZeRO, ranks may divide the layers of a frozen base."""
     constants = constant_bytes(work.quantization, work.shape, work.trained) if work.quantization else 0
     constants += BYTES[work.weight_dtype] * work.trained.num_constants
+    whole = BYTES[work.precision] * num_persistent(work.shape, work.trained, work.buckets)
     spared = work.sharded_layer_bytes * (1 - 1 / work.workers)
-    return work.all_weight_bytes / work.share(3) - spared + constants
+    return work.all_weight_bytes / work.share(3) + whole * (1 - 1 / work.share(3)) - spared + constants
 
 
 def _autocast_bytes(work: Workload) -> float:
@@ -300,7 +300,7 @@ def _gradient_moments(work: Workload) -> tuple[Moment, ...]:
     """Sums over micro-batches are there from the second one's beginning, stage 3's buffer always."""
     if work.accumulation > 1 or work.zero_stage == 3:
         return MOMENTS
-    if work.engine == "zero" and work.trained.num_trainable <= ZERO_BUCKET_ELEMENTS:
+    if work.engine == "zero" and work.trained.num_trainable <= work.buckets.reduce_elements:
         return ("update",)  # until then one bucket has them all
     return ("first layer", "update")
 
@@ -423,11 +423,12 @@ def _logit_gradient_bytes(work: Workload) -> float:
 
 def _bucket_bytes(work: Workload) -> float:
     """Gradients on their way to other ranks."""
+    in_bucket = min(work.buckets.reduce_elements, work.trained.num_trainable)
     if work.engine == "plain":
-        return min(2 * PLAIN_BUCKET_BYTES, 4 * work.trained.num_trainable) if work.workers > 1 else 0
+        return min(2 * 4 * in_bucket, 4 * work.trained.num_trainable) if work.workers > 1 else 0
     # One bucket fills while another travels (overlap_comm, on GPUs from stage 2).
     num_buckets = 2 if work.is_on_gpu and work.zero_stage >= 2 else 1
-    return num_buckets * BYTES[work.precision] * min(ZERO_BUCKET_ELEMENTS, work.trained.num_trainable)
+    return num_buckets * BYTES[work.precision] * in_bucket
 
 
 def _gathered_bytes(work: Workload) -> float:
@@ -448,4 +449,4 @@ def _gathered_layer_bytes(work: Workload) -> float:
 def _gathered_at_a_time(num_bytes: float, work: Workload) -> float:
     """Of the weights of one model."""
     width = BYTES[work.precision]
-    return min(num_bytes, ZERO_LIVE_ELEMENTS * width) + min(num_bytes, ZERO_PREFETCH_ELEMENTS * width)
+    return min(num_bytes, ZERO_LIVE_ELEMENTS * width) + min(num_bytes, work.buckets.prefetch_elements * width)

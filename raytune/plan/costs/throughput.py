@@ -9,6 +9,7 @@ from typing import Literal
 
 from raytune.config.sections.training import SCHEDULE_FREE
 from raytune.plan.costs.activations import layer_activation_bytes, passing_bytes
+from raytune.plan.costs.buckets import Ring
 from raytune.plan.costs.hardware import Fabric, Gpu, Instance
 from raytune.plan.costs.loss_chunks import bytes_per_weight, num_chunks
 from raytune.plan.costs.memory import ORTHOGONAL, teacher_weight_bytes
@@ -25,6 +26,18 @@ LINK_SHARE: dict[Fabric | Literal["intra"], float] = {
     "tcp": 0.6,
 }
 """Of a link's rate, what large collectives of NCCL reach; nccl-tests as published, not measured here."""
+HOP_S: dict[Fabric | Literal["NVLink", "PCIe"], float] = {
+    "NVLink": 3.4e-6,
+    "PCIe": 5.7e-6,
+    "efa": 14e-6,
+    "infiniband": 14e-6,
+    "tcpx": 14e-6,
+    "tcpxo": 14e-6,
+    "tcp": 50e-6,
+}
+"""Latency of a hop of a ring of NCCL's, as NCCL itself reckons (tuning.cc, protocol Simple); that of TCP is assumed."""
+FASTEST_PCIE = 64e9
+"""Bytes per second of 16 lanes of the fifth generation: what is faster between GPUs is NVLink."""
 LAYER_SHARE = 0.8
 """Of what the largest products reach, what a layer's reach, with all that is not counted here: so that full fine-tuning of an 8B
 model on H100s comes to the 40 to 58 % of the data sheet that are published (torchtitan's performance page)."""
@@ -49,6 +62,9 @@ class Speed:
     inter_bytes_per_s: float
     """Of a node to others, one direction."""
     gpus_per_node: int
+    intra_hop_s: float
+    """Latency between GPUs of a node."""
+    inter_hop_s: float
 
     @classmethod
     def of(cls, instance: Instance, gpu: Gpu) -> "Speed":
@@ -60,7 +76,18 @@ class Speed:
             intra_bytes_per_s=instance.intra_bytes_per_s * LINK_SHARE["intra"],
             inter_bytes_per_s=instance.inter_bytes_per_s * LINK_SHARE[instance.fabric],
             gpus_per_node=instance.num_gpus,
+            intra_hop_s=HOP_S["NVLink" if instance.intra_bytes_per_s > FASTEST_PCIE else "PCIe"],
+            inter_hop_s=HOP_S[instance.fabric],
         )
+
+    def ring(self, workers: int) -> Ring:
+        """What a collective of so many workers runs along: through all GPUs of a node, then into the next node."""
+        nodes = -(-workers // self.gpus_per_node)
+        if nodes == 1:
+            return Ring(self.intra_bytes_per_s, self.intra_hop_s)
+        hops_s = nodes * self.inter_hop_s + (workers - nodes) * self.intra_hop_s
+        inside = self.intra_bytes_per_s if self.gpus_per_node > 1 else self.inter_bytes_per_s
+        return Ring(min(inside, self.inter_bytes_per_s), hops_s / workers)
 
 
 def step_time(work: Workload, speed: Speed, row_tokens: int) -> StepTimePlan:
@@ -246,9 +273,23 @@ def _communication_s(work: Workload, speed: Speed) -> float:
         return 2 * gradients
     if work.zero_stage == 2:
         return (work.accumulation + 1) * gradients
-    gathers = 3 if work.has_checkpointing else 2
-    taught = _collective_s(teacher_weight_bytes(work), work.workers, speed) if work.teacher else 0.0
-    return work.accumulation * (gathers * _collective_s(work.all_weight_bytes, work.workers, speed) + gradients + taught)
+    return work.accumulation * gradients + _gather_s(work, speed)
+
+
+def _gather_s(work: Workload, speed: Speed) -> float:
+    """Seconds in which a step gathers sharded weights, a teacher's too.
+
+    Wang et al. 2023 (ZeRO++), section 3.2: where the workers of a node have a copy of the weights among them, gathers stay inside
+    it, but for the first of a trained weight after its update.
+    """
+    passes = work.accumulation * (3 if work.has_checkpointing else 2)
+    taught = work.accumulation * teacher_weight_bytes(work) if work.teacher else 0.0
+    gathered = passes * work.all_weight_bytes + taught
+    if work.copy_over == 1:
+        return _collective_s(gathered, work.workers, speed)
+    after_update = BYTES[work.trained_dtype] * work.trained.num_trainable
+    inside, everywhere = gathered - after_update, after_update
+    return _collective_s(inside, work.copy_over, speed) + _collective_s(everywhere, work.workers, speed)
 
 
 def _exchange_s(work: Workload, speed: Speed) -> float:

@@ -2,14 +2,14 @@
 what passes through it at a time."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raytune.config.sections.model import Attention, Quantization
 from raytune.config.sections.training import Offload, Optimizer, Precision
 from raytune.plan.model.quantization import num_quantised, packed_bytes
 from raytune.plan.model.shapes import ModelShape, Module
 from raytune.plan.model.trained import Trained
-from raytune.plan.run_plan import ZeroStage
+from raytune.plan.run_plan import BucketPlan, ZeroStage
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -59,6 +59,10 @@ class Workload:
     """Steps between two of which the trained weights are averaged (training.averaging); None: they are not."""
     objective_bytes: float | None = None
     """Per logit, of a loss of the user's and its gradient beside logits in fp32; None: cross-entropy."""
+    copy_over: int = 1
+    """Workers of a node that have a second copy of sharded weights among them; 1: there is none."""
+    buckets: BucketPlan = field(default_factory=BucketPlan)
+    """How much collectives carry at once."""
     streamed_tokens: int = 0
     """Of a window of streamed rows; 0: rows have a store."""
     streamed_ahead_bytes: int = 0

@@ -27,6 +27,8 @@ class Machine:
     supports_bf16: bool
     attention: tuple[Attention, ...]
     """Kinds that work, the preferred one first."""
+    packages: frozenset[str] | None = None
+    """Of kernels, that workers have; None: nobody looked."""
     instance: Instance | None = None
     """What its nodes are, by the hardware catalogue; None: not known, and so are time and money."""
     speed: Speed | None = None

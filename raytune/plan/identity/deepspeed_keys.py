@@ -17,6 +17,7 @@ OWNED_KEYS = {
     "optimizer": "training.optimizer",
     "scheduler": "training.lr_scheduler_type",
     "zero_optimization.stage": "training.zero.stage",
+    "zero_optimization.zero_hpz_partition_size": "training.zero.copy_per_node",
     "zero_optimization.offload_optimizer.device": "training.zero.offload_optimizer",
     "zero_optimization.offload_param.device": "training.zero.offload_parameters",
     "bf16.enabled": "training.precision",
@@ -61,8 +62,8 @@ UNREAD_KEYS = {
 }
 """What DeepSpeed knows, but what nothing reads in a run of raytune, and why."""
 
-OF_STAGE_3 = ("zero_optimization.stage3_", "zero_optimization.zero_quantized_", "zero_optimization.zero_hpz_")
-"""Beginnings of keys that are for sharded weights; the last two are ZeRO++'s."""
+OF_STAGE_3 = ("zero_optimization.stage3_", "zero_optimization.zero_quantized_")
+"""Beginnings of keys that are for sharded weights; the last is ZeRO++'s."""
 KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "": (
         "aio",
@@ -129,7 +130,6 @@ KNOWN_KEYS: dict[str, tuple[str, ...]] = {
         "sub_group_size",
         "use_multi_rank_bucket_allreduce",
         "zenflow",
-        "zero_hpz_partition_size",
         "zero_quantized_gradients",
         "zero_quantized_nontrainable_weights",
         "zero_quantized_weights",

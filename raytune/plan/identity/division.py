@@ -21,6 +21,7 @@ class Division(Plan):
     workers: int
     zero_stage: ZeroStage
     shards_base: bool = False
+    copy_over: int = 1
     micro_batch_size: int
     accumulation: int
     sequence_parallel: int = 1
@@ -41,6 +42,7 @@ class Division(Plan):
             workers=plan.batch.workers,
             zero_stage=plan.engine.zero_stage,
             shards_base=plan.engine.shards_base,
+            copy_over=plan.engine.copy_over,
             micro_batch_size=plan.batch.micro_batch_size,
             accumulation=plan.batch.accumulation,
             sequence_parallel=plan.batch.sequence_parallel,

@@ -52,7 +52,10 @@ def check_sequence(config: RunConfig, shape: ModelShape) -> None:
             "strategy.distillation has a teacher, which sees whole rows",
         ),
         "training.compile": (config.training.compile, "training.compile is true, and collectives would break its graph"),
-        "training.liger": (config.training.liger, "training.liger is true, and its kernels were not tried on parts of rows"),
+        "training.liger": (
+            config.training.liger is True,
+            "training.liger is true, and its kernels were not tried on parts of rows",
+        ),
         "training.neftune_noise_alpha": (
             config.training.neftune_noise_alpha > 0,
             "training.neftune_noise_alpha scales its noise by lengths that a rank with a part of the row does not see",

@@ -4,12 +4,9 @@ import math
 from typing import Any
 
 from raytune.errors import PlanError
-from raytune.plan.costs.memory import ZERO_BUCKET_ELEMENTS, ZERO_PREFETCH_ELEMENTS
+from raytune.plan.costs.buckets import largest_persistent
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engines.engine import INITIAL_LOSS_SCALE, STEPS_BEFORE_GROWTH
-
-PERSISTENT_ELEMENTS = 100_000
-"""Stage 3 leaves smaller parameters (norms, biases) whole on every rank: a gather of them costs more than it saves."""
 
 
 def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
@@ -49,8 +46,8 @@ def deepspeed_config(plan: RunPlan) -> dict[str, Any]:
 
 
 def _zero_section(plan: RunPlan) -> dict[str, Any]:
-    stage, on_gpu = plan.engine.zero_stage, plan.cluster.device == "cuda"
-    bucket = min(ZERO_BUCKET_ELEMENTS, max(plan.num_trainable, 1))
+    stage, on_gpu, buckets = plan.engine.zero_stage, plan.cluster.device == "cuda", plan.engine.buckets
+    bucket = min(buckets.reduce_elements, max(plan.num_trainable, 1))
     bucket += bucket % 2  # DeepSpeed refuses odd ones
     section: dict[str, Any] = {
         "stage": stage,
@@ -65,8 +62,10 @@ def _zero_section(plan: RunPlan) -> dict[str, Any]:
     if plan.engine.offload_parameters != "none":
         section["offload_param"] = _offload(plan.engine.offload_parameters, plan.engine.nvme_path, pin_memory=on_gpu)
     if stage == 3:
-        section["stage3_prefetch_bucket_size"] = min(ZERO_PREFETCH_ELEMENTS, plan.num_parameters)
-        section["stage3_param_persistence_threshold"] = min(PERSISTENT_ELEMENTS, plan.num_parameters // 1000)
+        if plan.engine.copy_over > 1:
+            section["zero_hpz_partition_size"] = plan.engine.copy_over
+        section["stage3_prefetch_bucket_size"] = min(buckets.prefetch_elements, plan.num_parameters)
+        section["stage3_param_persistence_threshold"] = largest_persistent(buckets, plan.num_parameters)
     return section
 
 

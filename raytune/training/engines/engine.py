@@ -24,18 +24,20 @@ from raytune.config.sections.training import Precision
 from raytune.errors import UnfitCheckpointError
 from raytune.model.adapters.adapting import constant_matrices
 from raytune.model.adapters.beside_updates import BesideUpdates
+from raytune.model.parts.compiling import compile_layers
 from raytune.model.parts.dtypes import DTYPES
 from raytune.model.parts.sharded_base import ShardedBase
-from raytune.plan.costs.memory import PLAIN_BUCKET_BYTES
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import LAYOUT_FILE
 from raytune.training.engines.averaging import Average
+from raytune.training.engines.gradient_sum import GradientSum
 from raytune.training.engines.layout import fill_with_layout, refuse_other_layout
 from raytune.training.engines.penalty import Held, Penalty
 from raytune.training.engines.schedule_free import at_average, counts, take_counts
 from raytune.training.engines.squares import squaring
 from raytune.training.engines.state_files import Write, fill_with_tensors, fill_with_tensors_and_values, write_now
+from raytune.units import MIB
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -63,8 +65,12 @@ class Engine(Protocol):
         """Context of a forward pass: products in the run's precision."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN."""
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
+        """Add the gradients of `loss`, this rank's share of the step's loss. A loss that is not finite makes them NaN.
+
+        Args:
+            is_last: of the step, so that what is complete may go to the other ranks at once; the same on every rank.
+        """
         ...
 
     def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
@@ -212,6 +218,8 @@ class PlainEngine:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        bucket_bytes: int = 64 * MIB,
+        overlaps: bool = True,
         compile_model: bool = False,
         beside: BesideUpdates | None = None,
         penalty: Penalty | None = None,
@@ -227,7 +235,9 @@ class PlainEngine:
             device: of weights and batches.
             rank: of this process in the default process group, which must exist if there are several.
             world_size: number of processes.
-            compile_model: by torch.compile, in place, so that names stay.
+            bucket_bytes: of gradients that are summed over the ranks by one collective, at most.
+            overlaps: whether they may be while a backward pass goes on.
+            compile_model: its layers, by torch.compile.
             beside: what the method does in each step beside updates; then each step waits for the norm of its gradient.
             penalty: on the way of trained weights from those that they have now.
             base: where the ranks have divided it.
@@ -245,8 +255,10 @@ class PlainEngine:
             device.type, init_scale=INITIAL_LOSS_SCALE, growth_interval=STEPS_BEFORE_GROWTH, enabled=precision == "fp16"
         )
         self._trained = self._take_trained()
+        self._bucket_bytes, self._overlaps = bucket_bytes, overlaps
+        self._summed = self._sum_of_trained()
         if compile_model:
-            model.compile()
+            compile_layers(model)
 
     def _take_trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name, in fp32."""
@@ -260,13 +272,19 @@ class PlainEngine:
                     self._held[name] = Held(parameter.detach().clone())
         return trained
 
+    def _sum_of_trained(self) -> GradientSum | None:
+        if self.world_size == 1:
+            return None
+        return GradientSum(self._trained.values(), bucket_bytes=self._bucket_bytes, overlaps=self._overlaps)
+
     def autocast(self) -> AbstractContextManager:
         if self._precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self._precision])
 
-    def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(poisoned(loss)).backward()
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
+        with self._summed.during(is_last=is_last) if self._summed else nullcontext():
+            self._scaler.scale(poisoned(loss)).backward()
 
     def step(self, learning_rate: float, norm_limit: float = math.inf) -> Tensor:
         set_learning_rate(self._optimizer, learning_rate)
@@ -325,17 +343,8 @@ class PlainEngine:
             self._optimizer.step()
 
     def _sum_gradients_over_ranks(self) -> None:
-        if self.world_size == 1:
-            return
-        for bucket in _buckets(self._trained.values()):
-            for parameter in bucket:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+        if self._summed:
+            self._summed.finish()
 
     def loss_scale(self) -> float | None:
         return self._scaler.get_scale() if self._scaler.is_enabled() else None
@@ -457,6 +466,9 @@ class PlainEngine:
     def train_more(self, optimizer: torch.optim.Optimizer, plan: RunPlan) -> None:
         optimizer.state.update(self._optimizer.state)
         self._optimizer, self._trained = optimizer, self._take_trained()
+        if self._summed:
+            self._summed.close()
+            self._summed = self._sum_of_trained()
         if self._average:
             self._average.begin(self._trained)
 
@@ -471,7 +483,10 @@ class PlainEngine:
         )
 
     def release(self) -> None:
-        del self.model, self.module, self._base, self._trained, self._optimizer, self._beside, self._held, self._average
+        if self._summed:
+            self._summed.close()  # the model may live on
+        del self.model, self.module, self._base, self._trained, self._summed, self._optimizer, self._beside, self._held
+        del self._average
         free_memory(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -536,14 +551,3 @@ def free_memory(device: torch.device) -> None:
 def num_bytes(values: Iterable[Any]) -> int:
     """Bytes of the tensors among `values`."""
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        bucket.append(parameter)
-        if num_bytes(bucket) >= PLAIN_BUCKET_BYTES:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket

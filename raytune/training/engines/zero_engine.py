@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO, stages 1 to 3: its engine behind our protocol, its checkpoints.
 
-Long because it is the only file that may import DeepSpeed.
+Long because it is nearly the only file that may import DeepSpeed.
 """
 
 import copyreg
@@ -39,6 +39,7 @@ from raytune.errors import CheckpointError, PlanError, TrainingError
 from raytune.model.adapters.beside_updates import BesideUpdates
 from raytune.model.files.weight_numbers import is_packed
 from raytune.model.load import Shares
+from raytune.model.parts.compiling import compile_layers
 from raytune.model.parts.dtypes import DTYPES
 from raytune.model.parts.quantize import is_quantized
 from raytune.plan.identity.division import Layout
@@ -60,6 +61,7 @@ from raytune.training.engines.engine import (
     set_learning_rate,
 )
 from raytune.training.engines.layout import fill_with_layout, refuse_other_layout
+from raytune.training.engines.node_groups import share_copies
 from raytune.training.engines.penalty import Held, Penalty
 from raytune.training.engines.squares import squaring
 from raytune.training.engines.state_files import Write, write_now
@@ -134,6 +136,7 @@ def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Shares | No
         yield None
         return
     prepare_deepspeed(device)
+    share_copies(plan.engine.copy_over, plan.cluster.collective_timeout_s)
     config = deepspeed_config(plan)
     # transformers looks for this object through a weak reference, for as long as it lives.
     alive = HfDeepSpeedConfig(config)
@@ -191,7 +194,7 @@ class ZeroEngine:
             config: DeepSpeed's JSON (`deepspeed_config`).
             precision: of weights and products.
             device: of weights and batches.
-            compile_model: by torch.compile, in place, so that names stay.
+            compile_model: its layers, by torch.compile.
             beside: what the method does in each step beside updates, for which all of what it follows is gathered twice.
             penalty: on the way of trained weights from those that they have now.
         """
@@ -207,7 +210,7 @@ class ZeroEngine:
         self._stage: int = config["zero_optimization"]["stage"]
         _cast_unsharded(model, DTYPES[precision])
         if compile_model:
-            model.compile()
+            compile_layers(model)
         self._begin(optimizer, config)
 
     def _begin(self, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
@@ -231,7 +234,7 @@ class ZeroEngine:
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
         # DeepSpeed averages over the ranks and the loss of a step is a sum over them, hence the factor (test_zero_parity.py).
         self._engine.backward(poisoned(loss) * self.world_size, scale_wrt_gas=False)
 
@@ -498,7 +501,8 @@ class ZeroEngine:
         whole = [parameter.grad for parameter in self._trained.values()]
         states = [value for state in optimizer.state.values() for value in state.values()]
         return HeldBytes(
-            weights=num_bytes(_held_weight(parameter) for parameter in self.model.parameters()) + constant_bytes(self.model),
+            weights=num_bytes(part(parameter) for parameter in self.model.parameters() for part in (_held_weight, _held_copy))
+            + constant_bytes(self.model),
             gradients=num_bytes([*shards, *whole]),
             optimizer=num_bytes([*states, *self._masters().values()]),
             penalty=num_bytes(tensor for held in self._held.values() for tensor in held.tensors),
@@ -606,3 +610,8 @@ def _held_weight(parameter: nn.Parameter) -> Tensor:
     """The part of a weight that this rank holds between steps."""
     is_sharded = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
     return parameter.ds_tensor if is_sharded else parameter  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _held_copy(parameter: nn.Parameter) -> Tensor | None:
+    """The part of a second copy that this rank holds (`EnginePlan.copy_over`); of a trained weight, until the next update."""
+    return getattr(parameter, "ds_secondary_tensor", None)

@@ -299,6 +299,9 @@ def _plain_engine(
         device=device,
         rank=rank,
         world_size=world_size,
+        bucket_bytes=4 * plan.engine.buckets.reduce_elements,
+        # Ranks that share rows exchange heads meanwhile, in another group: two that wait in another order wait for ever.
+        overlaps=plan.batch.sequence_parallel == 1,
         compile_model=plan.model.compile,
         beside=_beside_updates(plan, model),
         penalty=penalty_of(plan.optimization),

@@ -226,12 +226,12 @@ def training_steps(
         batches = batches_of(step)
         if _is_idle(engine.device):
             unread.waited_s += time.perf_counter() - asked_at
-        for batch in batches:
+        for index, batch in enumerate(batches, 1):
             batch = batch.to(engine.device)
             with engine.autocast():
                 loss = loss_sum(engine.module, batch)
             num_targets, weight = batch.num_targets_in_step, batch.step_weight
-            engine.backward(loss / weight)
+            engine.backward(loss / weight, is_last=index == len(batches))
             losses.append(loss.detach())
             rows.append(batch.rows)
         limit = norm_limit()

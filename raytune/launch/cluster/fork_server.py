@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytune.launch.fork_starter import EXIT_CODE, FORKED, REFUSED, SIZE
+from raytune.launch.cluster.fork_starter import EXIT_CODE, FORKED, REFUSED, SIZE
 from raytune.missing import TAKEN_ALONG, left_out
 
 OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT", "OMP_NUM_THREADS"}

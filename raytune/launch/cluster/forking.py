@@ -16,13 +16,13 @@ from pathlib import Path
 import ray
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
-from raytune.launch import fork_starter
+from raytune.launch.cluster import fork_starter
 from raytune.launch.cluster.host import may_have_gpus
 
 OF_EVERY_WORKER = ("ray._private.workers.setup_worker", "ray._private.workers.default_worker", "raytune.launch.attempts.trainer")
 OF_RANKS = ("raytune.training.start.start", "raytune.training.tasks")
 _SERVE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from raytune.launch.fork_server import main; "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from raytune.launch.cluster.fork_server import main; "
     "main(int(sys.argv[2]), sys.argv[3])"
 )
 _server: "Server | None" = None
