@@ -30,7 +30,7 @@ COLD, WARM, TORCHRUN = "raytune, cold cluster", "raytune, warm cluster", "torchr
 WORKERS = 2
 SETTLED_STEP = 5
 """Steps before it fill caches and are not measured."""
-MAX_STEP_RATIO = 1.03
+MAX_STEP_RATIO = 1.02
 MAX_WARM_START_RATIO = 1.3
 TIMEOUT_S = 600
 POLL_S = 0.02

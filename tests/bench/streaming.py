@@ -1,6 +1,6 @@
 """How fast rows are streamed from an object store that takes its time for each request, with and without reading ahead.
 
-    python -m tests.bench.streaming [--latency-ms 200] [--megabytes 32]
+    python -m tests.bench.streaming --output
 
 The store is moto's on this machine, behind a proxy that holds back each request. What is measured is rows as they are read, and
 nothing made of them: as fast as the quickest run could use them. A line each: how the same bytes are divided into files, and
@@ -21,6 +21,7 @@ from pathlib import Path
 from raytune.data.files.readers import read_segment
 from raytune.data.files.sources import unread_parts
 from raytune.units import MIB
+from tests.bench.measure import report
 from tests.tiny import tiny_rows
 from tests.unit.test_data_stream import recipe
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latency-ms", type=float, default=200.0)
     parser.add_argument("--megabytes", type=int, default=32)
+    parser.add_argument("--output", action="store_true", help="append the figures to tests/bench/baselines/streaming.jsonl")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, slow_store(asked.latency_ms / 1e3) as (bucket, put):
         for num_files in (1, asked.megabytes):
@@ -44,8 +46,9 @@ def main() -> None:
                 "nothing ahead": speed(far, 0, size),
                 "64 MiB ahead": speed(far, 64, size),
             }
-            words = ", ".join(f"{name} {number:.2f} MB/s" for name, number in speeds.items())
-            print(f"{num_files} file{'s' * (num_files > 1)}, {asked.latency_ms:g} ms per request: {words}", flush=True)
+            figures = {"files": num_files, "megabytes": asked.megabytes, "latency_ms": asked.latency_ms}
+            rounded = {name: round(number, 2) for name, number in speeds.items()}
+            report("streaming", figures | {"mb_per_s": rounded}, asked.output)
 
 
 def write_files(folder: Path, num_bytes: int, num_files: int) -> int:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 def leave_out_casts(model: nn.Module) -> None:
     """Have the layers that PEFT made for low-rank updates of linear layers read their inputs as they come, under autocast."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _reads_for_products_only(module):
+        if isinstance(module, LoraLayer) and reads_for_products_only(module):
             module._cast_input_dtype = _unless_autocast  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _reads_for_products_only(layer: Any) -> bool:
+def reads_for_products_only(layer: Any) -> bool:
     """Whether all that a layer's updates do with its input is to multiply it by a matrix."""
     drops = any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
     return bool(layer.lora_A) and not drops and not layer.lora_variant

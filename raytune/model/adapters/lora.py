@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from raytune.config.sections.adapter import LoraAdapter
 from raytune.errors import ModelError
 from raytune.model.adapters.adapting import Adapting, added, whole_targets
+from raytune.model.adapters.fused_updates import fuse_updates
 from raytune.model.adapters.input_casts import leave_out_casts
 from raytune.model.adapters.targets import (
     check_matches,
@@ -59,6 +60,7 @@ def _looks_at_weights(adapter: LoraAdapter) -> bool:
 def _mend(model: PeftModel) -> None:
     compute_rows_alone(model)
     leave_out_casts(model)
+    fuse_updates(model)
 
 
 def lora_config(model: PreTrainedModel, adapter: LoraAdapter, *, revision: str | None) -> LoraConfig:
