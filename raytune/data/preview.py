@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from raytune.config.sections.data import DataSource
 from raytune.data.conversations.conversation import Conversation, RowError
+from raytune.data.conversations.long_chats import AT_TURNS, made_to_fit
 from raytune.data.conversations.masking import target_mask
 from raytune.data.conversations.shaping import shaped
 from raytune.data.files.source_files import find_files
@@ -177,7 +178,8 @@ class Previewer:
             read = read_parts(parts, most, Tally(), options.side, options.split, augmentation=self.augmentation)
             rows: dict[tuple[int, int], list[Conversation]] = {}
             for row, file_index in read:
-                rows.setdefault((file_index, row.origin.line), []).extend(shaped(row, options.shape, options.targets).pieces)
+                for piece in shaped(row, options.shape, options.targets).pieces:
+                    rows.setdefault((file_index, row.origin.line), []).extend(self._made_of(piece, task.too_long))
             documents = [
                 self._shown(rows[document.place], name, loss_weight, document, task.too_long)
                 for document in _documents(made.path)
@@ -232,6 +234,31 @@ class Previewer:
             pieces=pieces_of(ids[:MOST_TOKENS].tolist(), kinds[:MOST_TOKENS], self.encoder.text_of),
             made_by=row.made_by,
         )
+
+    def _made_of(self, row: Conversation, too_long: TooLong) -> list[Conversation]:
+        """The conversations that documents are made of: of one that is too long its pieces, where turns divide it."""
+        if self.chat is None or row.text is not None or too_long not in AT_TURNS:
+            return [row]
+        try:
+            if self._length(row) <= self.options.max_length:
+                return [row]
+            return made_to_fit(
+                row,
+                self.options.max_length,
+                too_long,
+                self._length,
+                self.encoder.starts_of,
+                is_last_trained_alone=self.options.targets == "last",
+            )
+        except RowError:  # it has no document
+            return [row]
+
+    def _length(self, row: Conversation) -> int:
+        assert self.chat is not None
+        rendered = self.chat.render([row], self.options.targets)[0]
+        if isinstance(rendered, RowError):
+            raise rendered
+        return len(self.encoder.encode([rendered.text]).input_ids)
 
     def _turns_of(self, row: Conversation) -> tuple[np.ndarray, list[int | None]]:
         """The tokens of a whole chat, and the turn of each; without any of plain text, or if they cannot be told."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.data.files.demo import demo_rows, echo_rows
+from raytune.data.templates.known_words import byte_letters
 from raytune.plan.model.base_model import DEMO_BASE
 
 # Shapes: B rows, T tokens.
@@ -43,7 +44,7 @@ def demo_base_path() -> Path:
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer: a token per byte, whose id is the byte, and three special tokens above."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_letters())}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -138,13 +139,6 @@ def save_demo_base(model: LlamaForCausalLM, folder: Path, how_made: dict[str, An
     model.save_pretrained(folder)
     demo_tokenizer().save_pretrained(folder)
     (folder / "how_made.json").write_text(json.dumps(how_made, indent=2) + "\n")
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself where it prints, else the next character from U+0100 on."""
-    prints = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte if byte in prints else next(stand_ins)) for byte in range(NUM_BYTES)]
 
 
 def main() -> None:

@@ -1,15 +1,23 @@
 """Rows per CPU-second from a file to tokens and targets on disk: raytune's store against `datasets.map` with the same tokenizer.
 
     python -m tests.bench.data_preparation --output
+    python -m tests.bench.data_preparation --memory 10000 100000 1000000 --output
 
-Both read GSM8K's rows (made ones as long, without it) as chats from the same jsonl file, write the same token ids and the same
-mask to Arrow files, and start without a cache. The rivals get a template with `{% generation %}` markers, which `datasets.map` needs for a mask; raytune also
-hashes the file, checks every row and packs.
+All read GSM8K's rows (made ones as long, without it) as chats from the same jsonl file, write the same token ids and the same mask to Arrow files, and start
+without a cache. raytune also hashes the file, checks every row and packs. The rivals are row by row and in batches with
+`return_assistant_tokens_mask`, for which their template has `{% generation %}` markers; and what is fastest by hand where a chat
+has one answer behind a special token: question and answer are tokenised apart, so that the mask is a matter of lengths. What
+raytune keeps of words that it met is forgotten before each round; the tokenizer keeps what it has met.
+
+With `--memory`, instead: the peak of a process that builds a store of so many short rows.
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -20,6 +28,7 @@ import datasets
 import pyarrow.compute as pc
 
 from raytune.config.sections.data import DataSource
+from raytune.data.store import tokenising
 from raytune.data.store.build import build_store
 from raytune.data.store.request import StoreRequest
 from raytune.data.store.store import StoreInfo
@@ -29,6 +38,7 @@ from tests.bench.measure import Rival, interleaved, ratios, report
 from tests.bench.rows import GSM8K, short_rows, train_tokenizer
 
 OURS, ROWS, BATCHES = "raytune", "datasets.map", "datasets.map(batched=True)"
+APART = "datasets.map(batched=True), answers apart"
 EXPECTED = 1.3
 MARKED_CHATML = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}"
@@ -43,10 +53,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=7473)
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS", help="measure the peak of memory instead")
     parser.add_argument("--output", action="store_true", help="append the figures to baselines/data_preparation.jsonl")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        compare(Path(folder), options)
+        if options.memory:
+            measure_memory(Path(folder), options)
+        else:
+            compare(Path(folder), options)
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
@@ -56,10 +70,19 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     chats = folder / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": as_turns(row)}) + "\n" for row in rows))
     counts: dict[str, tuple[int, int]] = {}
+    one_chat = folder / "one.jsonl"
+    one_chat.write_text(chats.read_text().partition("\n")[0])
+
+    def forgetful() -> Callable[[], object]:
+        tokenising._encoder_and_template.cache_clear()
+        with_raytune(one_chat, tokenizer)
+        return lambda: counts.update({OURS: with_raytune(chats, tokenizer)})
+
     rivals: dict[str, Rival] = {
-        OURS: lambda: lambda: counts.update({OURS: with_raytune(chats, tokenizer)}),
-        ROWS: lambda: lambda: counts.update({ROWS: with_datasets(chats, tokenizer, batched=False)}),
-        BATCHES: lambda: lambda: counts.update({BATCHES: with_datasets(chats, tokenizer, batched=True)}),
+        OURS: forgetful,
+        ROWS: lambda: lambda: counts.update({ROWS: with_datasets(chats, by_markers(tokenizer), batched=False)}),
+        BATCHES: lambda: lambda: counts.update({BATCHES: with_datasets(chats, by_markers(tokenizer), batched=True)}),
+        APART: lambda: lambda: counts.update({APART: with_datasets(chats, answers_apart(tokenizer), batched=True)}),
     }
     interleaved(rivals, 1)  # loads what is loaded once per process
     assert len(set(counts.values())) == 1, counts
@@ -102,18 +125,71 @@ def with_raytune(chats: Path, tokenizer: Any) -> tuple[int, int]:
     return info.num_tokens, info.num_targets
 
 
-def with_datasets(chats: Path, tokenizer: Any, *, batched: bool) -> tuple[int, int]:
+def with_datasets(chats: Path, tokenise: Callable[[dict[str, Any]], dict[str, Any]], *, batched: bool) -> tuple[int, int]:
+    loaded = datasets.load_dataset("json", data_files=str(chats), split="train", cache_dir=mkdtemp(dir=chats.parent))
+    mapped = loaded.map(tokenise, batched=batched, remove_columns=["messages"], load_from_cache_file=False)
+    table = mapped.data
+    num_tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py()
+    return num_tokens, pc.sum(pc.list_flatten(table["is_target"])).as_py()
+
+
+def by_markers(tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def tokenise(row: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer.apply_chat_template(
             row["messages"], chat_template=MARKED_CHATML, return_dict=True, return_assistant_tokens_mask=True
         )
         return {"input_ids": encoded["input_ids"], "is_target": encoded["assistant_masks"]}
 
-    loaded = datasets.load_dataset("json", data_files=str(chats), split="train", cache_dir=mkdtemp(dir=chats.parent))
-    mapped = loaded.map(tokenise, batched=batched, remove_columns=["messages"], load_from_cache_file=False)
-    table = mapped.data
-    num_tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py()
-    return num_tokens, pc.sum(pc.list_flatten(table["is_target"])).as_py()
+    return tokenise
+
+
+def answers_apart(tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    template = (TEMPLATES_FOLDER / "chatml.jinja").read_text()
+    asked = {"chat_template": template, "tokenize": False}
+
+    def tokenise(rows: dict[str, Any]) -> dict[str, Any]:
+        texts = tokenizer.apply_chat_template(rows["messages"], **asked)
+        prompts = tokenizer.apply_chat_template([chat[:-1] for chat in rows["messages"]], add_generation_prompt=True, **asked)
+        answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
+        before, behind = (
+            tokenizer(pieces, add_special_tokens=False, return_attention_mask=False)["input_ids"] for pieces in (prompts, answers)
+        )
+        # The line break that ends a turn is no target.
+        masks = [[0] * len(one) + [1] * (len(other) - 1) + [0] for one, other in zip(before, behind)]
+        return {"input_ids": [one + other for one, other in zip(before, behind)], "is_target": masks}
+
+    return tokenise
+
+
+def measure_memory(folder: Path, options: argparse.Namespace) -> None:
+    """The peak of a process of its own for each number of rows, above that of one with a hundredth of the first."""
+    rows = [json.loads(line) for line in options.data.read_text().splitlines()]
+    make_tokenizer(folder / "tokenizer", rows, options.vocabulary)
+    for num_rows in [options.memory[0] // 100, *options.memory]:
+        chats = folder / f"{num_rows}.jsonl"
+        with chats.open("w") as file:
+            for number in range(num_rows):
+                row = rows[number % len(rows)]
+                short = {"question": f"{number}: {row['question'][:60]}", "answer": row["answer"][-20:]}
+                file.write(json.dumps({"messages": as_turns(short)}) + "\n")
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, str(chats), str(folder / "tokenizer")], capture_output=True, text=True, check=True
+        )
+        seconds, peak = run.stdout.split()[-2:]
+        chats.unlink()
+        figures = {"rows": num_rows, "rows_per_cpu_s": round(num_rows / float(seconds)), "peak_mib": round(int(peak) / 1024)}
+        report("data_preparation", {"rival": OURS, "rows_are": "short", **figures}, options.output)
+
+
+PEAK = """
+import resource, sys, time
+from pathlib import Path
+from tests.bench.data_preparation import open_tokenizer, with_raytune
+tokenizer = open_tokenizer(sys.argv[2])
+started = time.process_time()
+with_raytune(Path(sys.argv[1]), tokenizer)
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 
 
 if __name__ == "__main__":

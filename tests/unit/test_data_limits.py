@@ -85,7 +85,7 @@ def test_a_run_stops_above_a_limit_and_not_at_it(name: str, tmp_path: Path) -> N
     with pytest.raises(DataError, match=words) as refused:
         built(tmp_path, path, limits=others | {name: 0.24}, **settings)
     lines = str(refused.value).splitlines()
-    assert lines[0].startswith("training rows: 5 of 20 rows (25 %) ")
+    assert lines[0].startswith("training (rows): 5 of 20 rows (25 %) ")
     assert lines[0].endswith(f"more than 24 % (data.limits.{name}):")
     assert [line.split(":")[1] for line in lines[1:6]] == ["16", "17", "18", "19", "20"]
     assert lines[6].endswith(f"If it is as it should be, set data.limits.{name} to 0.25.")
@@ -182,7 +182,7 @@ def test_all_limits_that_are_exceeded_are_told_at_once_source_by_source(tmp_path
     with pytest.raises(DataError) as refused:
         built(tmp_path, "", train=[str(one), str(other)], validation=str(held_out))
     told = [line.split(":")[0] for line in str(refused.value).splitlines() if line.endswith("):")]
-    assert told == ["training one", "training one", "training other", "validation"[:10] + " held"]
+    assert told == ["training (one)", "training (one)", "training (other)", "validation (held)"]
     assert refused.value.keys == ("data.limits.lost", "data.limits.no_target", "data.limits.blank_answers", "data.limits.cut")
 
 
@@ -225,7 +225,7 @@ def test_a_check_that_saw_the_first_rows_only_says_what_would_stop_a_run_and_ref
     typed = ["check", "model.base=demo", f"data.train={path}", f"storage={tmp_path}", "data.max_length=64"]
     answer = CliRunner().invoke(cli, typed)
     assert answer.exit_code == 0, answer.output
-    told = "a run stops if all rows are as these: data.train rows: 150 of 2000 rows (7.5 %) have no target, more than 5 %"
+    told = "a run stops if all rows are as these: data.train (rows): 150 of 2000 rows (7.5 %) have no target, more than 5 %"
     assert told in answer.stdout
 
 

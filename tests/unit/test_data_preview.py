@@ -56,11 +56,17 @@ def stored(config: dict[str, Any]) -> Iterator[tuple[str, list[int], list[bool],
         yield store.origins(index)[0], row.input_ids.tolist(), row.is_target.tolist(), weights[row.is_target].tolist()
 
 
+LONG: dict[str, Any] = turns("Q1", "A" * 30, "Q2", "B", "Q3", "C" * 20, "Q4", "D")
+LONG["messages"].insert(0, {"role": "system", "content": "S"})
+
 SHAPES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "chats": ([turns("Q", "A"), turns("é 日本", "ü", "again", "no", train=False), turns("Q", "A", "Q", "B")], {}),
     "weights": ([turns("1 and 2", "12 of them", weight=0.5), turns("Q", "A")], {"token_weights": {"numbers": 3}}),
     "cut": ([turns("Q", "A" * 400), turns("Q" * 400, "A"), turns("Q", "A", weight=0)], {"max_length": 96}),
     "split": ([turns("Q", "abcdefghij" * 30, "Q", "B" * 90)], {"max_length": 64, "too_long": "split"}),
+    "split at turns": ([LONG, turns("Q", "A")], {"max_length": 96, "too_long": "split_turns"}),
+    "split for the last": ([LONG], {"max_length": 96, "too_long": "split_turns", "targets": "last"}),
+    "cut left": ([LONG, turns("Q" * 300, "A")], {"max_length": 96, "too_long": "truncate_left"}),
     "texts": ([{"text": "plain text, " * 30}, {"text": "short"}], {"max_length": 50}),
     "all": ([turns("Q", "A", "Q", "B")], {"targets": "all"}),
     "roles": ([turns("Q", "A", "Q", "B")], {"targets": ["user"]}),
@@ -109,6 +115,21 @@ def test_each_piece_of_a_split_chat_knows_its_turns(tmp_path: Path) -> None:
 
 
 # --- Which rows ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["split at turns", "split for the last", "cut left"])
+def test_each_piece_of_a_chat_that_turns_divide_knows_its_turns(shape: str, tmp_path: Path) -> None:
+    config = run(tmp_path, train=str(write(tmp_path / "rows.jsonl", [LONG])), **SHAPES[shape][1])
+    documents = raytune.data_preview(config).documents
+    said = {"S": "system", **{f"Q{number}": "user" for number in range(1, 5)}}
+    assert len(documents) == (2 if shape == "split at turns" else 1)
+    for document in documents:
+        found = [(role, "".join(piece.text for piece in pieces)) for role, pieces in document.turns]
+        assert len(found) >= 3
+        assert all(
+            role == next((of for said_text, of in said.items() if f"\n{said_text}<" in text), "assistant") for role, text in found
+        )
+        assert document.roles == [role for role, _ in found]
 
 
 def test_a_row_is_found_by_its_place_in_any_kind_of_file(tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_a_plan_tells_what_was_found_and_what_was_not(files: Path) -> None:
     said = plan_text(plan)
     rows, held_out = files / "rows.jsonl", files / "held_out.jsonl"
     assert "16 read as messages, 13 used: 3 rows left out by data.quality, 3 rows held out for validation too;" in said
-    told = [line.removeprefix("training rows: ") for line in losses_text(plan.data_report) if line.startswith("training")]
+    told = [line.removeprefix("training (rows): ") for line in losses_text(plan.data_report) if line.startswith("training")]
     assert told == [
         f"3 rows of 16 rows that are held out for validation too, whose loss is then too low (data.quality.leaks: drop); the "
         f"first is {rows}:4: equal to {held_out}:2",

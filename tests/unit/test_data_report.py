@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from raytune.config.load import config_from
-from raytune.config.sections.data import DataSource, measured_sets
+from raytune.config.sections.data import DataSource, measured_sets, named_sources
 from raytune.config.sections.data_limits import LimitsSection
 from raytune.config.sections.run import RunConfig
 from raytune.data.store.store import StoreInfo
@@ -200,8 +200,8 @@ def test_plain_text_is_split_and_chats_are_truncated_and_both_is_said(tmp_path: 
     assert (text.format, text.too_long, text.split, text.cut, text.targets) == ("text", "split", 1, 0, len(book))
     assert (talk.format, talk.too_long, talk.split, talk.cut, talk.documents) == ("messages", "truncate", 0, 1, 1)
     said = losses_text(DataReport(template=[], train=info.report, validation={}))
-    assert said[0].startswith("training book.txt: 1 document split at data.max_length, 64 tokens (data.too_long: split)")
-    assert said[1].startswith("training chats.jsonl: 1 answer cut at data.max_length, 64 tokens (data.too_long: truncate)")
+    assert said[0].startswith("training (book.txt): 1 document split at data.max_length, 64 tokens (data.too_long: split)")
+    assert said[1].startswith("training (chats.jsonl): 1 answer cut at data.max_length, 64 tokens (data.too_long: truncate)")
 
 
 def test_weights_of_turns_do_not_go_with_targets_that_are_all_of_the_text(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_sources_are_told_apart_and_validation_rows_are_told_too(tmp_path: Path)
     assert report.validation["held_out"].total("no_target") == 1
     labels = Counter(label for label, _ in report_table(report))
     assert labels == {"training rows": 3, "validation rows": 1}
-    assert [line.split(":")[0] for line in losses_text(report)] == ["training rows", "validation held_out"]
+    assert [line.split(":")[0] for line in losses_text(report)] == ["training (rows)", "validation (held_out)"]
 
 
 def test_both_sides_of_a_split_are_told(tmp_path: Path) -> None:
@@ -378,3 +378,24 @@ def test_a_turn_that_asks_for_what_the_targets_do_is_not_read_otherwise(tmp_path
     assert set(only(build(tmp_path, path)).unread_keys) == {"weight: 1 of user", "train: true of user"}
     for targets in (("user",), ("user", "assistant"), "all"):
         assert not only(build(tmp_path, path, targets=targets)).unread_keys
+
+
+def test_every_source_has_a_name_of_its_own_whatever_the_others_are_called() -> None:
+    for names in (["a-2", "a", "a"], ["a", "a", "a-2"], ["a", "a-b", "a"], ["a", "a", "a"]):
+        named = named_sources([DataSource(path="rows.jsonl", name=name) for name in names])
+        assert [source.name for source in named.values()] == names
+        assert next(iter(named)) == names[0]
+    assert list(named_sources([DataSource(path=path) for path in ("x/rows.jsonl", "y/rows.jsonl")])) == ["rows", "rows-2"]
+
+
+def test_a_file_for_validation_that_is_called_like_the_test_is_not_taken_for_it(tmp_path: Path) -> None:
+    held_out = write(tmp_path / "test.jsonl", [chat("Q"), chat("Q", "A")])
+    train = write(tmp_path / "rows.jsonl", [chat("Q", "A")])
+    report = plan_run(config(tmp_path, train=str(train), validation=str(held_out), template="chatml")).data_report
+    assert report is not None
+    assert [line.split(":")[0] for line in losses_text(report)] == ["validation (test)"]
+    other = write(tmp_path / "more.jsonl", [chat("Q"), chat("Q", "A")])
+    several = plan_run(config(tmp_path, train=str(train), validation=[str(held_out), str(other)], template="chatml")).data_report
+    assert several is not None
+    assert [line.split(":")[0] for line in losses_text(several)] == ["validation (test)", "validation (more)"]
+    assert [label for label, _ in report_table(several)] == ["training rows", "validation (test) rows", "validation (more) rows"]

@@ -423,8 +423,8 @@ def test_a_run_trains_on_both_and_says_what_it_left_out(tmp_path: Path) -> None:
     assert report.validation["rows"].total("used") == rows.other_side
     assert report.test["rows"].total("used") == rows.test_side
     lost = f"{made.origin_held_out} rows of 60 rows made of held-out rows: neither trained nor measured"
-    assert f"training made: {lost}" in str(report)
-    assert "training made: 60 rows of 60 rows made of others by a model" in str(report)
+    assert f"training (made): {lost}" in str(report)
+    assert "training (made): 60 rows of 60 rows made of others by a model" in str(report)
     without = plan_run(config(tmp_path, validation_fraction=0.2, test_fraction=0.1, split={"group": "patient"}))
     assert without.data_report is not None
     assert without.data_report.train.sources[0].other_side == rows.other_side

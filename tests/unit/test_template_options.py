@@ -57,7 +57,8 @@ def test_what_a_template_does_not_read_is_refused_with_what_it_reads() -> None:
     own = "{% set a = b %}{% if c is not defined %}{% set c = 1 %}{% endif %}"
     own += "{% for d in messages %}{{ d.x + e | default('') }}{% endfor %}"
     own += (
-        "{% macro f(g) %}{{ g + h + bos_token }}{% endmacro %}{{ raise_exception }}{{ strftime_now }}{{ add_generation_prompt }}"
+        "{% macro f(g) %}{{ g + h + bos_token }}{% endmacro %}{{ raise_exception }}{{ strftime_now('%Y') }}"
+        "{{ add_generation_prompt }}"
     )
     own += "{% for m in messages %}{% if m %}{% set i = 1 %}{% endif %}{{ i }}{% endfor %}"
     assert variables_of(own) == ["b", "c", "e", "h"]

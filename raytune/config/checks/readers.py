@@ -261,6 +261,7 @@ READERS: dict[str, Reader] = {
     **_read("data", "max_length", "plan.choosing.requirements"),
     **_read("data", "template", "data.templates.front", needs=(CHAT,)),
     **_read("data", "template_options", "data.templates.front", needs=(CHAT,), idle=({},)),
+    **_read("data", "template_date", "data.templates.date", needs=(CHAT,)),
     **_read("data", "system", "data.templates.front", "data.conversations.shaping", needs=(CHAT,)),
     **_read(
         "data",
@@ -369,7 +370,7 @@ READERS: dict[str, Reader] = {
     ),
     **_read("training", "adam_epsilon", "plan.choosing.optimization", needs=(choice("training.optimizer", ADAMW),)),
     **_read("training", "tf32 neftune_noise_alpha compile logging_steps seed", "plan.choosing.choose"),
-    **_read("training", "liger", "plan.fused_kernels"),
+    **_read("training", "liger", "plan.choosing.fused_kernels"),
     **_read("training", "early_stopping", "plan.strategies.stopping", needs=(VALIDATION_OR_SUITES,)),
     **_read("training", "overfitting", "plan.strategies.stopping", needs=(VALIDATION,)),
     **_read(

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from datetime import date
+from itertools import count
 from math import isfinite
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -197,6 +199,14 @@ def _says_something(text: str | None) -> str | None:
     return text
 
 
+def _a_date(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise ValueError(f"expected a date as in 2026-11-30, or auto, got {text!r}")
+    if text != "auto":
+        date.fromisoformat(text)
+    return text
+
+
 def _within(value: Any) -> Iterator[Any]:
     """All that lists and mappings hold, keys too."""
     if isinstance(value, list):
@@ -242,6 +252,9 @@ class DataSection(Section):
     """Variables of the chat template and their values, for example `{enable_thinking: false}`; one that it does not read is
     refused with those that it reads. They are saved with the model, in its template, so that it is asked as it was trained: by
     raytune and by whoever reads that template. A caller who passes a variable of his own has his way."""
+    template_date: Annotated[Text, AfterValidator(_a_date), Field(examples=["2026-11-30"])] = "auto"
+    """Date that a chat template writes which asks for today's, as in `2026-11-30`: rows, and whoever reads the template from a
+    saved model, have this one whatever the day. `auto`: 2024-07-26, or the date that the template was saved with."""
     system: Annotated[Text | None, AfterValidator(_says_something), Field(examples=["Answer in one sentence."])] = None
     """System prompt of conversations: of those that have none, or of all (`system_when`). It is saved with the model, in its
     template, as that of chats that have none."""
@@ -347,9 +360,9 @@ def named_sources(sources: Sequence[DataSource]) -> dict[str, DataSource]:
     """Sources by their name in metrics; later ones of the same name get a number."""
     named: dict[str, DataSource] = {}
     for source in sources:
-        name = source_name(source)
-        number = sum(other == name or other.startswith(f"{name}-") for other in named)
-        named[f"{name}-{number + 1}" if number else name] = source
+        own = source_name(source)
+        others = (f"{own}-{number}" for number in count(2))
+        named[own if own not in named else next(other for other in others if other not in named)] = source
     return named
 
 

@@ -14,6 +14,34 @@ _MOST_CUTS = 16
 """Attempts to cut a question. Each takes off what the last one was too long by, so that few are needed."""
 
 
+AT_TURNS = ("split_turns", "truncate_left")
+"""Policies for long documents that make other conversations of them."""
+
+
+def made_to_fit(
+    row: Conversation,
+    limit: int,
+    too_long: str,
+    length: Length,
+    starts: Callable[[str], list[int]],
+    *,
+    is_last_trained_alone: bool,
+) -> list[Conversation]:
+    """The conversations that a policy of `AT_TURNS` makes of one that is too long; that one itself where it can do nothing.
+
+    Args:
+        starts: where the tokens of a text begin, in characters.
+        is_last_trained_alone: whether nothing but its last answer is a target.
+    """
+    if too_long == "truncate_left":
+        return [without_beginning(row, limit, length, starts) or row]
+    pieces = split_at_turns(row, limit, length)
+    if len(pieces) == 1:
+        return [row]
+    # That an answer is the last one is true of the conversation, not of each of its pieces.
+    return pieces[-1:] if is_last_trained_alone else pieces
+
+
 def split_at_turns(row: Conversation, limit: int, length: Length) -> list[Conversation]:
     """Pieces of whole exchanges, in order, each with as many as fit; one that does not fit alone is a piece too."""
     head, exchanges = exchanges_of(row.messages)

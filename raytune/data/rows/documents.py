@@ -10,7 +10,7 @@ import numpy as np
 
 from raytune.data.conversations.conversation import Conversation, Message, Origin, RowError
 from raytune.data.conversations.fields import REASONING
-from raytune.data.conversations.long_chats import split_at_turns, without_beginning
+from raytune.data.conversations.long_chats import AT_TURNS, made_to_fit
 from raytune.data.conversations.masking import Targets, excepted_turns, target_mask, target_weights, trained_turns, weight_of
 from raytune.data.conversations.shaping import shaped
 from raytune.data.conversations.token_classes import Span, TokenClass, spans_in, weights_of
@@ -21,8 +21,6 @@ from raytune.data.templates.template import ChatTemplate, Rendered, behind_empty
 from raytune.data.templates.text_encoder import EncodedTexts, TextEncoder, bytes_before
 
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")
-_AT_TURNS = ("split_turns", "truncate_left")
-"""Policies for long documents that make other conversations of them."""
 # Answers of a shard whose prompts are compared with what is trained, about.
 _PROMPTS_COMPARED = 64
 
@@ -80,7 +78,7 @@ def chat_documents(
         found = list(islice(encoded, len(each.pieces)))
         try:
             fitted = documents = [_usable(one) for one in found]
-            if too_long in _AT_TURNS:
+            if too_long in AT_TURNS:
                 fitted = [
                     one
                     for piece, document in zip(each.pieces, documents)
@@ -186,17 +184,13 @@ def _fitted_at_turns(
     def length(piece: Conversation) -> int:
         return len(of(piece).input_ids)
 
-    if too_long == "split_turns":
-        pieces = split_at_turns(row, limit, length)
-        if len(pieces) == 1:
-            return [document]
-        # That an answer is the last one is true of the conversation, not of each of its pieces.
-        return [replace(of(piece), num_whole=num_whole) for piece in (pieces[-1:] if options.targets == "last" else pieces)]
-    shorter = without_beginning(row, limit, length, encoder.starts_of)
-    if shorter is None:
+    pieces = made_to_fit(row, limit, too_long, length, encoder.starts_of, is_last_trained_alone=options.targets == "last")
+    if pieces == [row]:
         return [document]
-    kept = of(shorter)
-    return [replace(kept, num_whole=num_whole, lost_targets=kept.num_targets < document.num_targets)]
+    fitted = [replace(of(piece), num_whole=num_whole) for piece in pieces]
+    if too_long == "split_turns":
+        return fitted
+    return [replace(kept, lost_targets=kept.num_targets < document.num_targets) for kept in fitted]
 
 
 def _tokens_of_classes(
@@ -236,11 +230,11 @@ def _tally_turns(row: Conversation, targets: Targets, tally: Tally) -> None:
     if targets != "all" and (excepted := excepted_turns(row.messages, targets)):
         tally.counts["skipped_turns"] += len(excepted)
     turns = range(len(row.messages)) if targets == "all" else trained_turns(row.messages, targets)
-    weighted = {turn for turn, message in enumerate(row.messages) if weight_of(message) != 1}
-    tally.counts["weighted_turns"] += len(weighted.intersection(turns))
-    tally.unread_keys.update(
-        f"weight of {row.messages[turn]['role']}, which is not trained" for turn in weighted.difference(turns)
-    )
+    if weighted := {turn for turn, message in enumerate(row.messages) if weight_of(message) != 1}:
+        tally.counts["weighted_turns"] += len(weighted.intersection(turns))
+        tally.unread_keys.update(
+            f"weight of {row.messages[turn]['role']}, which is not trained" for turn in weighted.difference(turns)
+        )
     tally_question(row, turns, targets, tally)
     blank = [turn for turn in turns if _is_blank_answer(row.messages[turn])]
     if blank:

@@ -63,6 +63,8 @@ _CODE = (
     "stream/recipe",
     "stream/source",
     "stream/stream",
+    "templates/date",
+    "templates/known_words",
     "templates/prompts",
     "templates/rendering",
     "templates/template",

@@ -104,7 +104,8 @@ def documents_of(
                 tally_document(first.input_ids, num_tokens, encoder.bos, first.origin, tally)
                 pieces += fitted(of_row, options.max_length, too_long, tally)
             for piece in pieces:
-                _tally_classes(piece, options.token_classes, tally)
+                if options.token_classes:
+                    _tally_classes(piece, options.token_classes, tally)
                 if not piece.is_cut and not _ends_with_special(piece, encoder):
                     tally.add("unending", piece.origin)
             if pieces:

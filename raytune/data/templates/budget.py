@@ -275,8 +275,8 @@ _OF_FILTERS = {
 
 
 def _check_sum(left: Any, right: Any) -> None:
-    if isinstance(left, str) and isinstance(right, str):
-        _check_pieces((left, right))
+    if isinstance(left, str) and isinstance(right, str) and (letters := len(left) + len(right)) > TEXT_UP_TO:
+        _refuse(f"a text of {letters} letters")
 
 
 def _check_pieces(pieces: Iterable[str]) -> None:

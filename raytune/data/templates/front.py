@@ -1,5 +1,5 @@
-"""What a config puts in front of a chat template's own text: variables of the template (`data.template_options`) and the system
-prompt of chats that have none (`data.system`).
+"""What a config puts in front of a chat template's own text: the date that it writes (`template_date`), variables of the template
+(`data.template_options`) and the system prompt of chats that have none (`data.system`).
 
 As text of the template, so that whoever renders it asks as was trained: evaluation, `generate`, `chat` and `serve`, and plain
 transformers or vLLM, which read the template that a model is saved with. A caller who passes a variable of his own, or a system
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from raytune.config.sections.data import DataSection
+from raytune.data.templates.date import date_front, without_date
 from raytune.data.templates.text import resolve_template
 from raytune.errors import DataError
 
@@ -30,14 +31,15 @@ def template_of(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja text that conversations are written with: `data.template` behind the variables and the system prompt of `data`.
 
     Raises:
-        DataError: if there is no such template, or it does not read a variable.
+        DataError: if there is no such template, it does not read a variable, or its date cannot be told.
     """
-    text = resolve_template(data.template, tokenizer)
+    resolved = resolve_template(data.template, tokenizer)
+    date, text = date_front(resolved, data.template_date), without_date(resolved)
     front = _system(data.system) if data.system is not None else ""
     if data.template_options:
         _refuse_unread(data.template_options, text)
         front += "".join(_variable(name, value) for name, value in data.template_options.items())
-    return text if text.startswith(front) else front + text  # a saved template has it
+    return date + (text if text.startswith(front) else front + text)  # a saved template has it
 
 
 def variables_of(text: str) -> list[str]:

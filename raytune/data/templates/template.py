@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune.data.conversations.conversation import NOT_FOR_TEMPLATES, Conversation, Message, Origin, RowError
 from raytune.data.conversations.fields import EMPTY_THOUGHT, Field, Marks, Span, fields_of, has_reasoning, has_thought
 from raytune.data.conversations.masking import Targets, trained_turns, weight_of
+from raytune.data.templates.date import date_notes
 from raytune.data.templates.rendering import Job, Renderer
 from raytune.data.templates.text import SHIPPED, name_of
 from raytune.data.templates.turn_ends import TurnEnds
@@ -132,6 +133,7 @@ class ChatTemplate:
         notes = []
         text = self._renderer.one(Job(_PROBE))
         written = self._ends.markers_in(text) if isinstance(text, str) else []
+        notes += date_notes(self.text, text) if isinstance(text, str) else []
         foreign = {marker: len(ids) for marker in written if len(ids := self._ids(marker)) > 1}
         cannot_stop = "" if self.stop_ids else " No token ends an answer, so that generation cannot stop where it ends."
         if foreign:

@@ -1,13 +1,13 @@
 """A tokenizer, and where its tokens lie in the text: by the tokens' own lengths where they tell, else as the tokenizer tracks it.
 
 For byte-level BPE the place of a token follows from the lengths of those before it, and the tokenizer need not track offsets,
-which takes it twice as long.
+which takes it twice as long; most of its words it need not see at all (`known_words`).
 """
 
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from raytune.data.templates.known_words import KnownWords
 from raytune.data.templates.tokenizers import adds_bos
 from raytune.errors import DataError
 
@@ -53,8 +54,10 @@ class TextEncoder:
         self.is_special[tokenizer.all_special_ids] = True
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self._specials = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self._normaliser, is_byte_level = _byte_level_bpe(self._backend)
+        description = json.loads(self._backend.to_str())
+        self._normaliser, is_byte_level = _byte_level_bpe(description)
         self._lengths: np.ndarray | None = None
+        self._words = KnownWords.of(self._backend, description) if is_byte_level else None
         if is_byte_level:
             self._lengths = np.zeros(size, np.int64)
             self._lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
@@ -103,7 +106,7 @@ class TextEncoder:
             return None
         if self._normaliser == "NFC" and not all(unicodedata.is_normalized("NFC", text) for text in texts):
             return None
-        input_ids, first_tokens = _flat_ids(self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
+        input_ids, first_tokens = _flat(self._ids(texts))
         lengths = self._lengths[input_ids]
         ends = np.cumsum(lengths)
         # A token that swallows white space beside it, for one, makes the sums differ.
@@ -112,10 +115,17 @@ class TextEncoder:
         token_bytes = np.where(self.is_special[input_ids], 0, lengths)
         return EncodedTexts(input_ids, first_tokens, ends - lengths, ends, first_bytes, token_bytes)
 
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts that are normalised."""
+        found = self._words.tokens_of(texts) if self._words else [None] * len(texts)
+        others = [text for text, ids in zip(texts, found) if ids is None]
+        asked = iter(self._backend.encode_batch_fast(others, add_special_tokens=False))
+        return [next(asked).ids if ids is None else ids for ids in found]
+
     def _encode_by_offset(self, texts: Sequence[str], first_bytes: np.ndarray) -> EncodedTexts:
         """Places that the tokenizer has tracked, from characters to bytes."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        input_ids, first_tokens = _flat_ids(encodings)
+        input_ids, first_tokens = _flat([encoding.ids for encoding in encodings])
         numbers = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
         places = np.fromiter(numbers, np.int64, 2 * len(input_ids)).reshape(-1, 2)
         for index, text in enumerate(texts):
@@ -130,8 +140,8 @@ class TextEncoder:
         return EncodedTexts(input_ids, first_tokens, starts, ends, first_bytes, token_bytes)
 
 
-def _flat_ids(encodings: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    ids = [encoding.ids for encoding in encodings]
+def _flat(ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of texts, one after the other, and where each text's begin."""
     first_tokens = np.concatenate([[0], np.cumsum([len(one) for one in ids], dtype=np.int64)])
     return np.fromiter(chain.from_iterable(ids), np.int32, int(first_tokens[-1])), first_tokens
 
@@ -143,9 +153,12 @@ def bytes_before(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def _byte_level_bpe(backend: Any) -> tuple[str | None, bool]:
-    """The normaliser's name, and whether a token's characters are the bytes of the text that it stands for."""
-    description = json.loads(backend.to_str())
+def _byte_level_bpe(description: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """The normaliser's name, and whether a token's characters are the bytes of the text that it stands for.
+
+    Args:
+        description: what a tokenizer writes of itself.
+    """
     normaliser = (description["normalizer"] or {}).get("type")
     before = description["pre_tokenizer"] or {}
     steps = before.get("pretokenizers", [before])
@@ -154,7 +167,9 @@ def _byte_level_bpe(backend: Any) -> tuple[str | None, bool]:
         and normaliser in (None, "NFC")
         and sum(step.get("type") == "ByteLevel" for step in steps) == 1
         and all(
-            not step.get("add_prefix_space") if step.get("type") == "ByteLevel" else step.get("behavior") == "Isolated"
+            not step.get("add_prefix_space")
+            if step.get("type") == "ByteLevel"
+            else step.get("type") == "Digits" or step.get("behavior") == "Isolated"
             for step in steps
         )
     )

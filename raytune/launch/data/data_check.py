@@ -16,7 +16,7 @@ from raytune.launch.data.prepare import Base
 from raytune.launch.data.stores import DataBuilder
 from raytune.plan.choosing.requirements import choose_row_length
 from raytune.plan.data.data_limits import Verdict, verdicts, without_limits
-from raytune.plan.data.data_report import DataReport, StoreReport, losses_text, report_table, stores_of
+from raytune.plan.data.data_report import DataReport, StoreReport, losses_text, report_table, source_label, stores_of
 from raytune.plan.data.row_lengths import added, length_lines, length_of_share
 from raytune.plan.data.streaming import check_streaming
 from raytune.storage import absolute
@@ -64,7 +64,7 @@ class DataCheck:
         for number, verdict in enumerate(self.verdicts):
             before = self.verdicts[number - 1]
             if several and (number == 0 or (verdict.use, verdict.source) != (before.use, before.source)):
-                lines.append(f"  {verdict.use} {verdict.source}")
+                lines.append(f"  {source_label(verdict.use, verdict.source)}")
             lines.append(f"  {verdict.line}")
         exceeded = [verdict for verdict in self.verdicts if verdict.is_exceeded]
         lines += [line for verdict in exceeded for line in ("", verdict.text)]
@@ -152,7 +152,7 @@ def _tokens_lines(use: str, store: StoreReport) -> list[str]:
     tokens, targets = sum(part.tokens for _, part in parts), sum(part.targets for _, part in parts)
     width = max(len("source"), *(len(name) for name, _ in parts))
     lines = [
-        f"In {store.num_rows} packed rows of {store.row_length} tokens, {store.fill:.1%} full ({use}):",
+        f"In {store.num_rows} packed rows of {store.row_length} tokens, {store.fill:.1%} full, of {use}:",
         f"  {'source':{width}} {'documents':>10} {'tokens':>9} {'share':>7} {'targets':>9} {'share':>7}",
     ]
     return lines + [
@@ -164,7 +164,7 @@ def _tokens_lines(use: str, store: StoreReport) -> list[str]:
 
 def _lengths_lines(use: str, store: StoreReport) -> list[str]:
     """How long rows are, source by source."""
-    lines = [f"Tokens of a row, before data.max_length ({use}):"]
+    lines = [f"Tokens of a row of {use}, before data.max_length:"]
     for source in store.sources:
         half, most = (length_of_share(source.lengths, share) for share in (0.5, 0.95))
         lines.append(f"  {source.name}: half of them have at most {half}, 95 % at most {most}")

@@ -9,6 +9,7 @@ from raytune.config.sections.model import Attention, Quantization
 from raytune.config.sections.quantization import HeldBase, held_base
 from raytune.config.sections.run import RunConfig
 from raytune.config.sections.training import Precision
+from raytune.plan.choosing.fused_kernels import choose_liger
 from raytune.plan.choosing.node_copies import copies_of, with_copies
 from raytune.plan.choosing.requirements import (
     Device,
@@ -25,7 +26,6 @@ from raytune.plan.data.split import check_test
 from raytune.plan.data.streaming import check_streaming
 from raytune.plan.defaults import Choice
 from raytune.plan.facts.machine import Machine
-from raytune.plan.fused_kernels import choose_liger
 from raytune.plan.identity.deepspeed_keys import check_overrides
 from raytune.plan.identity.division import Begun, most_that_divide
 from raytune.plan.methods import method_of

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from raytune.config.sections.data import DataSection
 from raytune.config.sections.data_limits import LimitsSection, waived
 from raytune.errors import DataError
-from raytune.plan.data.data_report import DataReport, SourceReport, StoreReport, stores_of
+from raytune.plan.data.data_report import DataReport, SourceReport, StoreReport, source_label, stores_of
 from raytune.plan.data.row_lengths import length_of_share
 
 PROMPT_MISMATCH = 0.02
@@ -213,8 +213,8 @@ class Verdict:
         fix = rule.fix.format(most=self.most)
         return "\n".join(
             [
-                f"{self.use} {self.source}: {self.count} of {self.of} {rule.unit} ({_percent(self.share)}) {rule.are}, more than "
-                f"{_percent(self.limit)} ({rule.key}):",
+                f"{source_label(self.use, self.source)}: {self.count} of {self.of} {rule.unit} ({_percent(self.share)}) "
+                f"{rule.are}, more than {_percent(self.limit)} ({rule.key}):",
                 *(f"  {row}" for row in [*rows, *more]),
                 f"{rule.why} {fix} If it is as it should be, set {waiver}.",
             ]

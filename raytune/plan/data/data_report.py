@@ -220,7 +220,7 @@ def losses_text(report: DataReport) -> list[str]:
     for what, store in stores_of(report):
         lines += store.notes
         for source in store.sources:
-            of = f"{what} {source.name}" if len(stores_of(report)) > 1 or len(store.sources) > 1 else source.name
+            of = source_label(what, source.name) if len(stores_of(report)) > 1 or len(store.sources) > 1 else source.name
             lines += [f"{of}: {line}" for line in _losses(source, store.row_length)]
     is_split = any(source.other_side for source in report.train.sources)
     kept = [source.name for source in report.train.sources if is_split and not source.other_side]
@@ -238,10 +238,17 @@ def store_text(report: StoreReport) -> list[str]:
 
 def stores_of(report: DataReport) -> list[tuple[str, StoreReport]]:
     """All stores, by what their rows are read for."""
-    several = len(report.validation) > 1
-    held_out = [(f"validation {name}" if several else "validation", store) for name, store in report.validation.items()]
-    held_out += [(f"test {name}" if len(report.test) > 1 else "test", store) for name, store in report.test.items()]
+    held_out = [
+        (source_label(what, name) if len(stores) > 1 else what, store)
+        for what, stores in (("validation", report.validation), ("test", report.test))
+        for name, store in stores.items()
+    ]
     return [("training", report.train), *held_out, *([("EWC", report.ewc)] if report.ewc else [])]
+
+
+def source_label(what: str, name: str) -> str:
+    """A source and what its rows are read for, so that neither is taken for the other: what is validated may be test.jsonl."""
+    return what if what.endswith(f" ({name})") else f"{what} ({name})"
 
 
 def _source_lines(store: StoreReport, *, is_packed: bool = True) -> list[str]:
