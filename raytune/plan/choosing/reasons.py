@@ -53,7 +53,7 @@ def reasons_for_fit(fit: Fit, setting: Setting, wanted_rows: int, data: DataFact
     if training.zero.stage == "auto":
         why = of_all if fit.step_time else "the lowest that fits and that the settings allow"
         reasons.append(f"training.zero.stage is {fit.zero_stage}, {why}: {compared}.")
-    if training.zero.copy_per_node == "auto" and fit.zero_stage == 3 and len(setting.copies) > 1:
+    if training.zero.copy_per_node == "auto" and fit.zero_stage == 3 and any(way.copy_over > 1 for way in setting.shardings):
         reasons.append(_why_copies(fit, setting, of_all))
     if training.gradient_checkpointing == "auto":
         why = "it would not fit without" if fit.has_checkpointing else "it fits without"
