@@ -69,7 +69,8 @@ def _serve(listener: socket.socket, path: Path) -> None:
         for source in (listener, ended, 0):
             selector.register(source, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
+            # What is to be loaded comes first: who was told that it would be may ask for a worker in the same moment.
+            for key, _ in sorted(selector.select(), key=lambda ready: ready[0].fileobj != 0):
                 if key.fileobj == 0:
                     if not (lines := os.read(0, 1 << 16)):
                         return
