@@ -300,8 +300,9 @@ def _plain_engine(
         rank=rank,
         world_size=world_size,
         bucket_bytes=4 * plan.engine.buckets.reduce_elements,
-        # Ranks that share rows exchange heads meanwhile, in another group: two that wait in another order wait for ever.
-        overlaps=plan.batch.sequence_parallel == 1,
+        # Ranks that share rows exchange heads meanwhile, and those that divide a base bring its layers: two of which one has no
+        # gradient for some weight would wait for each other in another order, for ever.
+        overlaps=plan.batch.sequence_parallel == 1 and not base,
         compile_model=plan.model.compile,
         beside=_beside_updates(plan, model),
         penalty=penalty_of(plan.optimization),
