@@ -158,8 +158,8 @@ def test_every_rank_takes_the_planned_bytes(methods: list[str], tmp_path: Path) 
     """Of its weights within 2 %. At the fullest moment of a step within 7 %, but that of the layers which may be whole then, some
     are."""
     material = replace(make_material(tmp_path), model=tmp_path / "model")
-    wider = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**(WIDE | wider))).save_pretrained(material.model)
+    wider: dict[str, Any] = WIDE | {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**wider)).save_pretrained(material.model)
     cases = [
         (replace(work, shards_base=True), sharded(plan))
         for method in methods
@@ -189,8 +189,8 @@ def bytes_of_loading(plan: RunPlan) -> tuple[int, int]:
 
 def test_a_base_is_whole_on_no_rank_while_it_is_loaded(tmp_path: Path) -> None:
     material = replace(make_material(tmp_path), model=tmp_path / "model")
-    config = transformers.LlamaConfig(**(WIDE | {"num_hidden_layers": 16}))
-    AutoModelForCausalLM.from_config(config).save_pretrained(material.model)
+    deep: dict[str, Any] = WIDE | {"num_hidden_layers": 16}
+    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**deep)).save_pretrained(material.model)
     plan = make_plan(material, workers=2, adapter=LORA)
     whole = bytes_of_loading(plan.model_copy(update={"batch": plan.batch.model_copy(update={"workers": 1})}))[1]
     of_file = (material.model / "model.safetensors").stat().st_size  # mapped meanwhile, which the trace takes for memory
