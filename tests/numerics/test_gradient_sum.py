@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raytune.training.gradient_sum import ON_THE_WAY, GradientSum
+from raytune.training.engines.gradient_sum import ON_THE_WAY, GradientSum
 from tests.numerics.processes import run_on_ranks
 from tests.numerics.runs import LORA, SAME_SUMS, Material, largest_difference, make_plan, relative_difference, run, train
 from tests.variants import variants

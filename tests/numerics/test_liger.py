@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytune.plan.fused_kernels import HELD_AGAINST_TRANSFORMERS, OTHERS
+from raytune.plan.choosing.fused_kernels import HELD_AGAINST_TRANSFORMERS, OTHERS
 
 pytestmark = [
     pytest.mark.slow,

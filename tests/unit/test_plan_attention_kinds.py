@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytune.plan.attention_kinds import FLASH_2, FLASH_3, attention_kinds
+from raytune.plan.choosing.attention_kinds import FLASH_2, FLASH_3, attention_kinds
 
 BOTH = frozenset({FLASH_2, FLASH_3})
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from raytune.config.sections.adapter import FullAdapter, LoraAdapter
-from raytune.plan.buckets import (
+from raytune.plan.costs.buckets import (
     LARGEST_BYTES,
     LATENCY_SHARE,
     PERSISTENT_BYTES,

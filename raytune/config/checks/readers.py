@@ -369,7 +369,7 @@ READERS: dict[str, Reader] = {
     ),
     **_read("training", "adam_epsilon", "plan.choosing.optimization", needs=(choice("training.optimizer", ADAMW),)),
     **_read("training", "tf32 neftune_noise_alpha compile logging_steps seed", "plan.choosing.choose"),
-    **_read("training", "liger", "plan.fused_kernels"),
+    **_read("training", "liger", "plan.choosing.fused_kernels"),
     **_read("training", "early_stopping", "plan.strategies.stopping", needs=(VALIDATION_OR_SUITES,)),
     **_read("training", "overfitting", "plan.strategies.stopping", needs=(VALIDATION,)),
     **_read(
@@ -392,7 +392,7 @@ READERS: dict[str, Reader] = {
     **_read("training", "gradient_checkpointing loss", "plan.choosing.fitting"),
     **_read("training", "zero", "plan.choosing.stages"),
     **_read("training.zero", "stage offload_optimizer offload_parameters overrides", "plan.choosing.stages"),
-    **_read("training.zero", "copy_per_node", "plan.node_copies"),
+    **_read("training.zero", "copy_per_node", "plan.choosing.node_copies"),
     **_read("training.zero", "nvme_path", "plan.choosing.choose", needs=(NVME,)),
     # evaluation
     **_read("evaluation", "every_steps", "plan.choosing.choose", needs=(VALIDATION, instead_of("evaluation.every_epochs"))),

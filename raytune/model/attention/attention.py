@@ -17,7 +17,7 @@ from raytune.data.batches.batches import Batch
 from raytune.data.batches.in_front import document_of, longer
 from raytune.errors import ModelError
 from raytune.model.attention.packed_attention import DENSE, IN_STEPS, VARLEN
-from raytune.plan.attention_kinds import FLASH_2, FLASH_3, AttentionOption, attention_kinds
+from raytune.plan.choosing.attention_kinds import FLASH_2, FLASH_3, AttentionOption, attention_kinds
 
 # Shapes: H heads, T tokens of all documents, L tokens of one document, D head width.
 

@@ -8,10 +8,11 @@ from itertools import islice
 from raytune.config.sections.adapter import LoraAdapter, preset_of
 from raytune.config.sections.run import RunConfig
 from raytune.errors import PlanError, UserError
-from raytune.plan.buckets import buckets_of
 from raytune.plan.choosing.batch import possible_batches
+from raytune.plan.choosing.node_copies import possible_copies
 from raytune.plan.choosing.requirements import Device
 from raytune.plan.choosing.setting import Setting, settle
+from raytune.plan.costs.buckets import buckets_of
 from raytune.plan.costs.loss_chunks import chunk_within, exceeds_full_logits, smallest_chunk, wanted_chunk
 from raytune.plan.costs.memory import (
     LOSS_MOMENTS,
@@ -30,7 +31,6 @@ from raytune.plan.facts.machine import USABLE_SHARE, Machine
 from raytune.plan.methods import method_of
 from raytune.plan.model.lone_documents import rows_of_a_pass
 from raytune.plan.model.trained import Trained
-from raytune.plan.node_copies import possible_copies
 from raytune.plan.run_plan import BatchPlan, BucketPlan, MemoryPart, StepTimePlan, StorePlan, ZeroStage
 from raytune.plan.strategies.distillation import is_beneath
 from raytune.plan.strategies.penalty import ewc_documents, ewc_strength, penalty_keys

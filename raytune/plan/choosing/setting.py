@@ -9,6 +9,8 @@ from raytune.config.sections.model import Attention, Quantization
 from raytune.config.sections.quantization import HeldBase, held_base
 from raytune.config.sections.run import RunConfig
 from raytune.config.sections.training import Precision
+from raytune.plan.choosing.fused_kernels import choose_liger
+from raytune.plan.choosing.node_copies import copies_of
 from raytune.plan.choosing.requirements import (
     Device,
     check_cluster,
@@ -23,7 +25,6 @@ from raytune.plan.data.split import check_test
 from raytune.plan.data.streaming import check_streaming
 from raytune.plan.defaults import Choice
 from raytune.plan.facts.machine import Machine
-from raytune.plan.fused_kernels import choose_liger
 from raytune.plan.identity.deepspeed_keys import check_overrides
 from raytune.plan.identity.division import Begun, most_that_divide
 from raytune.plan.methods import method_of
@@ -34,7 +35,6 @@ from raytune.plan.model.rope import positions_of, resolve_rope
 from raytune.plan.model.shapes import ModelShape
 from raytune.plan.model.stored_quantization import check_stored_quantization
 from raytune.plan.model.trained import Trained
-from raytune.plan.node_copies import copies_of
 from raytune.plan.rates.optimizers import check_optimizer
 from raytune.plan.run_plan import ObjectivePlan, ZeroStage
 from raytune.plan.strategies.averaging import check_averaging

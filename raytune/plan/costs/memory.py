@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from raytune.config.sections.training import SCHEDULE_FREE, Offload, Optimizer
-from raytune.plan.buckets import num_persistent
 from raytune.plan.costs.activations import (
     around_bytes,
     dequantized_bytes,
@@ -20,6 +19,7 @@ from raytune.plan.costs.activations import (
     layer_activation_bytes,
     passing_bytes,
 )
+from raytune.plan.costs.buckets import num_persistent
 from raytune.plan.costs.workload import BYTES, Workload
 from raytune.plan.model.quantization import constant_bytes
 from raytune.plan.model.shapes import ModelShape

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune.config.sections.training import SCHEDULE_FREE
-from raytune.plan.buckets import Ring
 from raytune.plan.costs.activations import layer_activation_bytes, passing_bytes
+from raytune.plan.costs.buckets import Ring
 from raytune.plan.costs.hardware import Fabric, Gpu, Instance
 from raytune.plan.costs.loss_chunks import bytes_per_weight, num_chunks
 from raytune.plan.costs.memory import ORTHOGONAL, teacher_weight_bytes

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from raytune.errors import PlanError
-from raytune.plan.buckets import largest_persistent
+from raytune.plan.costs.buckets import largest_persistent
 from raytune.plan.run_plan import RunPlan
 from raytune.training.engines.engine import INITIAL_LOSS_SCALE, STEPS_BEFORE_GROWTH
 

@@ -24,18 +24,18 @@ from raytune.config.sections.training import Precision
 from raytune.errors import UnfitCheckpointError
 from raytune.model.adapters.adapting import constant_matrices
 from raytune.model.adapters.beside_updates import BesideUpdates
-from raytune.model.compiling import compile_layers
+from raytune.model.parts.compiling import compile_layers
 from raytune.model.parts.dtypes import DTYPES
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import LAYOUT_FILE
 from raytune.training.engines.averaging import Average
+from raytune.training.engines.gradient_sum import GradientSum
 from raytune.training.engines.layout import fill_with_layout, refuse_other_layout
 from raytune.training.engines.penalty import Held, Penalty
 from raytune.training.engines.schedule_free import at_average, counts, take_counts
 from raytune.training.engines.squares import squaring
 from raytune.training.engines.state_files import Write, fill_with_tensors, fill_with_tensors_and_values, write_now
-from raytune.training.gradient_sum import GradientSum
 from raytune.units import MIB
 
 WEIGHTS_FILE = "weights.safetensors"

@@ -37,8 +37,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from raytune.config.sections.training import Precision
 from raytune.errors import CheckpointError, PlanError, TrainingError
 from raytune.model.adapters.beside_updates import BesideUpdates
-from raytune.model.compiling import compile_layers
 from raytune.model.files.weight_numbers import is_packed
+from raytune.model.parts.compiling import compile_layers
 from raytune.model.parts.dtypes import DTYPES
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
@@ -59,11 +59,11 @@ from raytune.training.engines.engine import (
     set_learning_rate,
 )
 from raytune.training.engines.layout import fill_with_layout, refuse_other_layout
+from raytune.training.engines.node_groups import share_copies
 from raytune.training.engines.penalty import Held, Penalty
 from raytune.training.engines.squares import squaring
 from raytune.training.engines.state_files import Write, write_now
 from raytune.training.engines.zero_shares import Group, masters, own_gradients
-from raytune.training.node_groups import share_copies
 
 TAG = "zero"
 """Folder of DeepSpeed's files inside a checkpoint."""
