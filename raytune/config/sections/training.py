@@ -119,8 +119,8 @@ class TrainingSection(Section):
     neftune_noise_alpha: NonNegativeFloat = 0.0
     """NEFTune: noise on the embeddings in training, scaled by alpha / sqrt(tokens * width). 0: none."""
     liger: bool | Auto = "auto"
-    """Liger's fused kernels for norms, rotary embeddings and gated MLPs (on GPUs, with raytune's extra
-    `gpu`). `auto`: where it is installed, for families whose results with it were those of transformers."""
+    """Liger's fused kernels for norms, rotary embeddings and gated MLPs, on GPUs (raytune's extra `gpu`). `auto`: where the
+    package is installed, for families whose results with it were those of transformers."""
     compile: bool = False
     """Compile each layer of the model with torch.compile, once for rows of any length. Refused with ZeRO-3, whose hooks break the
     graph."""
