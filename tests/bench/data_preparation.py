@@ -27,6 +27,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DAT
 
 import datasets
 import pyarrow.compute as pc
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from raytune.config.sections.data import DataSource
 from raytune.data.store import tokenising
@@ -36,8 +38,8 @@ from raytune.data.store.store import StoreInfo
 from raytune.data.templates.text import TEMPLATES_FOLDER
 from raytune.data.templates.tokenizers import open_tokenizer, tokenizer_fingerprint
 from tests.bench.measure import Rival, interleaved, ratios, report
-from tests.bench.rows import GSM8K, short_rows, train_tokenizer
 
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 OURS, ROWS, BATCHES = "raytune", "datasets.map", "datasets.map(batched=True)"
 APART = "datasets.map(batched=True), answers apart"
 EXPECTED = 1.3
@@ -50,8 +52,7 @@ MARKED_CHATML = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl")
-    parser.add_argument("--rows", type=int, default=7473)
+    parser.add_argument("--data", type=Path, default=GSM8K, help="GSM8K's train.jsonl")
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS", help="measure the peak of memory instead")
@@ -65,9 +66,8 @@ def main() -> None:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    rows, source = short_rows(options.rows, options.data)
-    train_tokenizer(folder / "tokenizer", rows, options.vocabulary)
-    tokenizer = open_tokenizer(str(folder / "tokenizer"))
+    rows = [json.loads(line) for line in options.data.read_text().splitlines()]
+    tokenizer = make_tokenizer(folder / "tokenizer", rows, options.vocabulary)
     chats = folder / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": as_turns(row)}) + "\n" for row in rows))
     counts: dict[str, tuple[int, int]] = {}
@@ -94,7 +94,6 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
             "cpu_s": [round(second, 2) for second in seconds[name]],
             "rows_per_cpu_s": round(len(rows) / min(seconds[name])),
             "rows": len(rows),
-            "source": source,
             "tokens": counts[name][0],
             "targets": counts[name][1],
             "vocabulary": options.vocabulary,
@@ -109,6 +108,22 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
 
 def as_turns(row: dict[str, str]) -> list[dict[str, str]]:
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+
+def make_tokenizer(folder: Path, rows: list[dict[str, str]], vocabulary: int) -> Any:
+    """Train a byte-level BPE tokenizer, of the kind of Llama 3 and Qwen, on the rows."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((row["question"] + row["answer"] for row in rows), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(folder)
+    return open_tokenizer(str(folder))
 
 
 def with_raytune(chats: Path, tokenizer: Any) -> tuple[int, int]:

@@ -31,12 +31,13 @@ IGNORED = -100
 
 
 def packed(documents, row_length, pad):
-    """Rows as its PackedSupervisedDatasetProcessor makes them of documents."""
+    """Rows as its PackedSupervisedDatasetProcessor makes them of documents, a token longer than what it packs into. Its collator
+    pads tokens to a multiple of eight, but not their positions; so the rows are of one."""
     by_length = {}
     for document in documents:
         by_length.setdefault(len(document["input_ids"]), []).append(document)
     rows = []
-    for lengths in greedy_knapsack([len(document["input_ids"]) for document in documents], row_length):
+    for lengths in greedy_knapsack([len(document["input_ids"]) for document in documents], row_length - 1):
         row = {"input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
         for number, length in enumerate(lengths):
             document = by_length[length].pop()
@@ -44,7 +45,7 @@ def packed(documents, row_length, pad):
             row["labels"] += document["labels"]
             row["attention_mask"] += [number + 1] * length
             row["position_ids"] += range(length)
-        missing = row_length + 1 - len(row["input_ids"])
+        missing = row_length - len(row["input_ids"])
         for name, value in (("input_ids", pad), ("labels", IGNORED), ("attention_mask", 0), ("position_ids", 0)):
             row[name] += [value] * missing
         rows.append(row)
@@ -74,7 +75,7 @@ def main():
                 "tokenized_path": f"{folder}/rows",
                 "output_dir": f"{folder}/output",
                 "gradient_accumulation_steps": len(rows),
-                "cutoff_len": settings["row_length"],
+                "cutoff_len": settings["row_length"] - 1,
             }
         )
     print(json.dumps(found), flush=True)

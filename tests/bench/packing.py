@@ -23,9 +23,8 @@ import numpy as np
 
 from raytune.data.store.packing import PACKINGS
 from raytune.data.templates.text import TEMPLATES_FOLDER
-from tests.bench.data_preparation import as_turns
+from tests.bench.data_preparation import GSM8K, as_turns, make_tokenizer
 from tests.bench.measure import report
-from tests.bench.rows import GSM8K, short_rows, train_tokenizer
 
 ROW_LENGTH = 2048
 EXPECTED_FILL = 0.98
@@ -34,7 +33,7 @@ DOCUMENTS = (10_000, 100_000, 1_000_000)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl")
+    parser.add_argument("--data", type=Path, default=GSM8K, help="GSM8K's train.jsonl")
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--output", action="store_true", help="append the figures to baselines/packing.jsonl")
     options = parser.parse_args()
@@ -44,8 +43,8 @@ def main() -> None:
 
 
 def compare_fill(folder: Path, options: argparse.Namespace) -> None:
-    rows, _ = short_rows(7473, options.data)
-    tokenizer = train_tokenizer(folder / "tokenizer", rows, options.vocabulary)
+    rows = [json.loads(line) for line in options.data.read_text().splitlines()]
+    tokenizer = make_tokenizer(folder / "tokenizer", rows, options.vocabulary)
     template = (TEMPLATES_FOLDER / "chatml.jinja").read_text()
     chats = [as_turns(row) for row in rows]
     ids = tokenizer.apply_chat_template(chats, chat_template=template, return_dict=True)["input_ids"]
