@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytune.data.files.demo import demo_rows, echo_rows
-from raytune.data.known_words import byte_letters
+from raytune.data.templates.known_words import byte_letters
 from raytune.plan.model.base_model import DEMO_BASE
 
 # Shapes: B rows, T tokens.

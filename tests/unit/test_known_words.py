@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from raytune.data import known_words
-from raytune.data.known_words import KnownWords
+from raytune.data.templates import known_words
+from raytune.data.templates.known_words import KnownWords
 from tests.tiny import PATIENT
 
 SPECIAL = ["<s>", "<|end|>", "<|end|>er"]

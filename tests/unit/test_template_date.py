@@ -11,7 +11,7 @@ from transformers.utils import chat_template_utils
 import raytune
 from raytune.config.load import config_from
 from raytune.config.sections.data import DataSection, TrainSource
-from raytune.data.template_date import USUAL_DATE
+from raytune.data.templates.date import USUAL_DATE
 from raytune.data.templates.front import template_of
 from raytune.data.templates.template import ChatTemplate
 from raytune.errors import DataError, UserError

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from raytune.config.sections.data import DataSection
-from raytune.data.template_date import date_front, without_date
+from raytune.data.templates.date import date_front, without_date
 from raytune.data.templates.text import resolve_template
 from raytune.errors import DataError
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune.data.conversations.conversation import NOT_FOR_TEMPLATES, Conversation, Message, Origin, RowError
 from raytune.data.conversations.fields import EMPTY_THOUGHT, Field, Marks, Span, fields_of, has_reasoning, has_thought
 from raytune.data.conversations.masking import Targets, trained_turns, weight_of
-from raytune.data.template_date import date_notes
+from raytune.data.templates.date import date_notes
 from raytune.data.templates.rendering import Job, Renderer
 from raytune.data.templates.text import SHIPPED, name_of
 from raytune.data.templates.turn_ends import TurnEnds

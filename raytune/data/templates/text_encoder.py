@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from raytune.data.known_words import KnownWords
+from raytune.data.templates.known_words import KnownWords
 from raytune.data.templates.tokenizers import adds_bos
 from raytune.errors import DataError
 
