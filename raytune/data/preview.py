@@ -16,8 +16,8 @@ from raytune.data.conversations.conversation import Conversation, RowError
 from raytune.data.conversations.long_chats import AT_TURNS, made_to_fit
 from raytune.data.conversations.masking import target_mask
 from raytune.data.conversations.shaping import shaped
-from raytune.data.files.source_files import find_files
 from raytune.data.files.sources import ScannedFile, Segment, scan, unscanned
+from raytune.data.first_rows import find_first_files
 from raytune.data.formats.augmenting import Augmentation
 from raytune.data.rows.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong, resolved_too_long
 from raytune.data.rows.source_rows import read_parts, readings_of
@@ -192,7 +192,9 @@ class Previewer:
             with looked_into(source) as files:
                 yield [unscanned(file) for file in files]
         else:
-            yield [scan(file, source.max_rows) for file in find_files(source, downloads)]
+            first = min(wanted, source.max_rows or wanted) if isinstance(wanted, int) else source.max_rows
+            files = find_first_files(source.model_copy(update={"max_rows": first}), downloads)
+            yield [scan(file, source.max_rows) for file in files]
 
     def _shown(
         self,

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from raytune.config.sections.data import DataSource
-from raytune.data.files.source_files import SourceFile, find_files
+from raytune.data.files.source_files import SourceFile
 from raytune.data.files.sources import ScannedFile, scan
+from raytune.data.first_rows import find_first_files
 from raytune.data.store.drafts import BEAT_S, BuildProgress, Report, this_builder
 
 _FILES_AT_ONCE = 8
@@ -26,7 +27,7 @@ def scan_sources(sources: Sequence[DataSource], downloads: Path, report: Report)
     Raises:
         DataError: about the first file that cannot be read.
     """
-    files = [find_files(source, downloads) for source in sources]
+    files = [find_first_files(source, downloads) for source in sources]
     total = sum(os.stat(file.path).st_size for of_source in files for file in of_source if os.path.isfile(file.path))
     advance = _told(report, total)
 

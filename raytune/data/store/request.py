@@ -33,6 +33,7 @@ _CODE = (
     "files/readers",
     "files/source_files",
     "files/sources",
+    "first_rows",
     "formats/augmenting",
     "formats/formats",
     "formats/origins",
