@@ -13,7 +13,7 @@ import psutil
 import pytest
 from ray._private.workers import setup_worker
 
-from raytune.launch.forking import Server
+from raytune.launch.cluster.forking import Server
 
 OF_PYTEST = "PYTEST_CURRENT_TEST"
 """Another one in each phase of a test."""
@@ -43,9 +43,10 @@ sys.exit(7)
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.delenv(OF_PYTEST)
     (tmp_path / "work.py").write_text(WORK)
-    server = Server("/tmp", threads=3, modules=[LOADED])
+    server = Server("/tmp", threads=3, modules=[LOADED, "numpy"])
     yield server
     server.end()
     assert not Path(server.program).exists()
@@ -82,7 +83,9 @@ def test_a_forked_worker_begins_as_ray_would_have_started_it(server: Server, tmp
         assert (fact["folder"], fact["path"]) == (str(tmp_path), str(tmp_path))
         assert (fact["group"], fact["child_handler"], fact["is_loaded"], fact["open"]) == (fact["pid"], True, True, 4)
         assert fact["parent"] == server.pid != worker.pid
-        assert "OMP_NUM_THREADS" not in fact["environment"], "Ray's to set"
+        assert not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(fact["environment"]), (
+            "which are the server's, and Ray's to set"
+        )
     assert facts[0]["random"] != facts[1]["random"]
 
 
@@ -119,7 +122,7 @@ def test_without_its_server_a_worker_starts_as_ray_starts_it(server: Server, tmp
 
 def test_it_ends_and_removes_its_folder_when_its_command_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from raytune.launch.forking import Server; server = Server(sys.argv[1], 1, ['wave'])\n"
+        "import os, sys; from raytune.launch.cluster.forking import Server; server = Server(sys.argv[1], 1, ['wave'])\n"
         "print(server.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60)

@@ -20,8 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytune.launch.attempts.attempts import Failure
 from raytune.launch.attempts.causes import first_failure
 from raytune.launch.attempts.worker_group import Controller, FixedGroup, RunOf, release_placement_groups
+from raytune.launch.cluster.forking import load_for_ranks
 from raytune.launch.cluster.loopback import LoopbackTorchConfig
-from raytune.launch.forking import load_for_ranks
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.worker import work

@@ -19,15 +19,15 @@ from ray.exceptions import RaySystemError, RayTaskError
 from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster.address import named_address
+from raytune.launch.cluster.forking import load_ray, python_of_workers
 from raytune.launch.cluster.host import embedded_cpus
 from raytune.launch.cluster.loopback import LOOPBACK, loopback_kept
 from raytune.launch.cluster.probe import probe_accelerator
+from raytune.launch.cluster.processes import needed_alone, started_by
 from raytune.launch.cluster.reach import ready_for
 from raytune.launch.cluster.scaling import bring_machines
 from raytune.launch.cluster.signals import unwind_at
 from raytune.launch.cluster.waiting import wait_for
-from raytune.launch.forking import load_ray, python_of_workers
-from raytune.launch.processes import needed_alone, started_by
 from raytune.plan.facts.machine import Machine
 from raytune.printable import first_line
 from raytune.token_file import prepare_token
@@ -90,9 +90,11 @@ def joined(section: ClusterSection) -> Iterator[None]:
                     _start(section, own_cluster)
         yield
     finally:
-        if not joined_before:
-            ray.shutdown()
-        own_cluster.close()
+        try:
+            if not joined_before:
+                ray.shutdown()
+        finally:
+            own_cluster.close()
 
 
 @contextmanager
