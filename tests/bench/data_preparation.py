@@ -3,12 +3,11 @@
     python -m tests.bench.data_preparation --output
     python -m tests.bench.data_preparation --memory 10000 100000 1000000 --output
 
-All read GSM8K's rows (made ones as long, without it) as chats from the same jsonl file, write the same token ids and the same
-mask to Arrow files, and start without a cache. raytune also hashes the file, checks every row and packs. The rivals are row by
-row and in batches with `return_assistant_tokens_mask`, for which their template has `{% generation %}` markers; and what is
-fastest by hand where a chat has one answer behind a special token: question and answer are tokenised apart, so that the mask is
-a matter of lengths. What raytune keeps of words that it met is forgotten before each round; the tokenizer keeps what it has
-met.
+All read GSM8K's rows as chats from the same jsonl file, write the same token ids and the same mask to Arrow files, and start
+without a cache. raytune also hashes the file, checks every row and packs. The rivals are row by row and in batches with
+`return_assistant_tokens_mask`, for which their template has `{% generation %}` markers; and what is fastest by hand where a chat
+has one answer behind a special token: question and answer are tokenised apart, so that the mask is a matter of lengths. What
+raytune keeps of words that it met is forgotten before each round; the tokenizer keeps what it has met.
 
 With `--memory`, instead: the peak of a process that builds a store of so many short rows.
 """
@@ -179,8 +178,8 @@ def answers_apart(tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 def measure_memory(folder: Path, options: argparse.Namespace) -> None:
     """The peak of a process of its own for each number of rows, above that of one with a hundredth of the first."""
-    rows, _ = short_rows(options.rows, options.data)
-    train_tokenizer(folder / "tokenizer", rows, options.vocabulary)
+    rows = [json.loads(line) for line in options.data.read_text().splitlines()]
+    make_tokenizer(folder / "tokenizer", rows, options.vocabulary)
     for num_rows in [options.memory[0] // 100, *options.memory]:
         chats = folder / f"{num_rows}.jsonl"
         with chats.open("w") as file:

@@ -9,11 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+from raytune.launch.cluster.host import may_have_gpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -33,6 +36,8 @@ class Seen:
     output: str
     listeners: set[tuple[str, str]]
     """Process and address of every port that was open at some time."""
+    parents: dict[str, set[str]]
+    """Command lines of the parents of every kind of process, by the process's name."""
     home: Path
     storage: Path
     session: Path
@@ -66,13 +71,15 @@ def seen() -> Iterator[Seen]:
         command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     )
     listeners: set[tuple[str, str]] = set()
+    parents: dict[str, set[str]] = {}
     try:
         deadline = time.monotonic() + 500
         while process.poll() is None and time.monotonic() < deadline:
             listeners |= open_ports(process.pid)
+            note_parents(process.pid, parents)
             time.sleep(0.3)
         output, _ = process.communicate(timeout=30)
-        yield Seen(process.returncode, output, listeners, home, storage, session)
+        yield Seen(process.returncode, output, listeners, parents, home, storage, session)
     finally:
         process.kill()
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,6 +94,21 @@ def open_ports(pid: int) -> set[tuple[str, str]]:
     except psutil.Error:  # one of them has just ended
         pass
     return found
+
+
+def note_parents(pid: int, parents: dict[str, set[str]]) -> None:
+    with suppress(psutil.Error):  # one of them has just ended
+        for process in psutil.Process(pid).children(recursive=True):
+            parents.setdefault(process.name(), set()).add(" ".join(psutil.Process(process.ppid()).cmdline()))
+
+
+@pytest.mark.skipif(may_have_gpus(), reason="what libraries ask a GPU's driver while they are loaded forbids it")
+def test_workers_are_forked_from_one_process_that_goes_with_the_run(seen: Seen) -> None:
+    assert seen.exit_code == 0, seen.output
+    (server,) = seen.parents["ray::RayTrainWorker"[:15]]
+    assert "raytune.launch.cluster.fork_server" in server
+    assert any("raytune.launch.cluster.fork_server" in parent for parent in seen.parents["ray::Controller.run"[:15]])
+    assert not list(seen.session.glob("raytune-*")), "its folder"
 
 
 def test_every_port_of_an_embedded_cluster_and_its_workers_is_on_loopback(seen: Seen) -> None:

@@ -43,9 +43,10 @@ sys.exit(7)
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.delenv(OF_PYTEST)
     (tmp_path / "work.py").write_text(WORK)
-    server = Server("/tmp", threads=3, modules=[LOADED])
+    server = Server("/tmp", threads=3, modules=[LOADED, "numpy"])
     yield server
     server.end()
     assert not Path(server.program).exists()
@@ -82,7 +83,9 @@ def test_a_forked_worker_begins_as_ray_would_have_started_it(server: Server, tmp
         assert (fact["folder"], fact["path"]) == (str(tmp_path), str(tmp_path))
         assert (fact["group"], fact["child_handler"], fact["is_loaded"], fact["open"]) == (fact["pid"], True, True, 4)
         assert fact["parent"] == server.pid != worker.pid
-        assert "OMP_NUM_THREADS" not in fact["environment"], "Ray's to set"
+        assert not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(fact["environment"]), (
+            "which are the server's, and Ray's to set"
+        )
     assert facts[0]["random"] != facts[1]["random"]
 
 

@@ -90,9 +90,11 @@ def joined(section: ClusterSection) -> Iterator[None]:
                     _start(section, own_cluster)
         yield
     finally:
-        if not joined_before:
-            ray.shutdown()
-        own_cluster.close()
+        try:
+            if not joined_before:
+                ray.shutdown()
+        finally:
+            own_cluster.close()
 
 
 @contextmanager

@@ -28,8 +28,10 @@ from typing import Any, NoReturn
 from raytune.launch.cluster.fork_starter import EXIT_CODE, FORKED, REFUSED, SIZE
 from raytune.missing import TAKEN_ALONG, left_out
 
-OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT", "OMP_NUM_THREADS"}
-"""Variables that Ray sets for workers, and that no library reads while it is loaded but OMP_NUM_THREADS, which is set here."""
+OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT"}
+"""Variables that Ray sets for workers, and that no library reads while it is loaded."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What this process was given for its own sake, where its command has none: workers do without, or get it from Ray later."""
 OF_SHELLS = {"PWD", "OLDPWD", "SHLVL", "_"}
 READ_WHEN_NEEDED = ("RAY_TRAIN_", "RAY_WARN_")
 """How names begin of what Ray's Python reads. All other RAY_ ones Ray's C++ keeps as they were when it was loaded."""
@@ -158,7 +160,7 @@ def _context(asked: Asked) -> dict[str, Any]:
 
 
 def _as_libraries_see(environment: dict[str, str]) -> dict[str, str]:
-    unread = OF_WORKERS | OF_SHELLS
+    unread = {*OF_WORKERS, *OF_SHELLS, *THREADS}
     return {name: value for name, value in environment.items() if name not in unread and not name.startswith(READ_WHEN_NEEDED)}
 
 
@@ -197,8 +199,8 @@ def _be_new(asked: Asked, descriptors: list[int]) -> None:
     os.nice(max(asked["niceness"] - os.nice(0), 0))
     Path("/proc/self/oom_score_adj").write_text(asked["oom_score"])
     signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked_signals"])
-    if "OMP_NUM_THREADS" not in asked["environment"]:
-        os.environ.pop("OMP_NUM_THREADS", None)
+    for name in THREADS:
+        os.environ.pop(name, None)
     os.environ.update(asked["environment"])  # beside what libraries have set while they were loaded
     os.chdir(asked["folder"])
     random.seed()

@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import worker
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from raytune.launch.cluster import fork_starter
@@ -57,7 +59,8 @@ def _is_script(program: str) -> bool:
 def load_ray() -> None:
     """Have Ray loaded too, now that it has been started here: its C++ keeps the environment that it is loaded in."""
     if _server:
-        raylet = ray._private.worker._global_node.all_processes[PROCESS_TYPE_RAYLET][0].process
+        node: Any = worker._global_node
+        raylet = node.all_processes[PROCESS_TYPE_RAYLET][0].process
         job = ray.get_runtime_context().get_job_id()
         _server.load(*OF_EVERY_WORKER, RAY_JOB_ID=job, RAY_RAYLET_PID=str(raylet.pid))
 
@@ -88,7 +91,8 @@ class Server:
             listener.listen(128)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _SERVE, json.dumps(sys.path), str(listener.fileno()), path],
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+                # numpy would have its threads at once, which nothing can be forked from, and uses none for what ranks do with it.
+                env={"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"} | os.environ,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
