@@ -41,7 +41,8 @@ def shardings_of(
     Raises:
         PlanError: if the base is to be divided and cannot be.
     """
-    asked, whole = config.training.shard_base, [(stage, False) for stage in stages]
+    asked = config.training.shard_base
+    whole: list[Sharding] = [(stage, False) for stage in stages]
     if asked is False or workers == 1:
         return whole
     why = _why_whole(config, trained, shape, of_method)
