@@ -114,6 +114,39 @@ def test_nor_do_updates_of_experts_a_teacher_beneath_and_shared_rows(material: M
     assert_same_bits(plans, 2)
 
 
+OTHERS: dict[str, transformers.PretrainedConfig] = {
+    "qwen2": FAMILIES["qwen2"],
+    "gemma": FAMILIES["gemma"],
+    "gpt2": transformers.GPT2Config(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=512),
+    "gpt_neox": transformers.GPTNeoXConfig(**(WIDE | {"max_position_embeddings": 512})),
+    "phi3": transformers.Phi3Config(**(WIDE | {"pad_token_id": 0})),
+    "opt": transformers.OPTConfig(
+        vocab_size=512,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        dropout=0.0,
+    ),
+}
+
+
+@pytest.mark.slow  # six models
+def test_nor_does_another_architecture(material: Material, tmp_path: Path) -> None:
+    adapter = LORA | {"target_modules": "all-linear"}
+    for name, config in OTHERS.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    plans = {name: make_plan(material, workers=2, adapter=adapter, model={"path": str(tmp_path / name)}) for name in OTHERS}
+    recomputed = {
+        f"{name}, recomputed": make_plan(
+            material, workers=2, adapter=adapter, model={"path": str(tmp_path / name), "gradient_checkpointing": True}
+        )
+        for name in OTHERS
+    }
+    assert_same_bits(plans | recomputed, 2)
+
+
 def resume(plan: RunPlan, folder: Path) -> Outcome:
     return train(plan, Change(start=3, load=folder))
 
