@@ -145,8 +145,8 @@ def _start(section: ClusterSection, own_cluster: ExitStack) -> None:
     prepare_token()
     # That a cluster asks for a token which only this command knows is nothing that a person has to do anything about.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    python = own_cluster.enter_context(python_of_workers(folder, section.cpus_per_worker))
     try:
+        python = own_cluster.enter_context(python_of_workers(folder, section.cpus_per_worker))
         with loopback_kept(), needed_alone(), started_by(python):
             ray.init(
                 address="local",

@@ -61,8 +61,9 @@ def load_ray() -> None:
     if _server:
         node: Any = worker._global_node
         raylet = node.all_processes[PROCESS_TYPE_RAYLET][0].process
-        job = ray.get_runtime_context().get_job_id()
-        _server.load(*OF_EVERY_WORKER, RAY_JOB_ID=job, RAY_RAYLET_PID=str(raylet.pid))
+        own = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # it has set some while it started
+        of_workers = {"RAY_JOB_ID": ray.get_runtime_context().get_job_id(), "RAY_RAYLET_PID": str(raylet.pid)}
+        _server.load(*OF_EVERY_WORKER, **own | of_workers)
 
 
 def load_for_ranks(*modules: str) -> None:
