@@ -153,7 +153,7 @@ def of_length(length: int, folder: Path) -> Figures:
     file = folder / "rows.jsonl"
     texts = ["".join(letters.choices("abcdefghij", k=length - 1)) for _ in range(num_rows)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    shape = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 65536}
+    shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 65536}
     request = request_for(file, "text", length, template="", targets="all")
     info = build_store(request, tokenizer_path=str(model := save_tiny_model(folder / "model", **shape)), folder=str(folder / "s"))
     plan = tiny_plan(
@@ -260,7 +260,7 @@ def of_trials(num_trials: int, folder: Path) -> Figures:
 
 def of_workers(num_workers: int, folder: Path) -> Figures:
     """Updates of the same global batch, divided among ranks on gloo."""
-    shape = {"hidden_size": 128, "intermediate_size": 384}
+    shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384}
     model = save_tiny_model(folder / "model", **shape)
     info = build_store(tiny_request(max_rows=200), tokenizer_path=str(model), folder=str(folder / "stores"))
     plan = tiny_plan(

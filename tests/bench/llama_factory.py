@@ -66,7 +66,7 @@ def main():
         found["losses"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         return result
 
-    transformers.Trainer.train = timed
+    transformers.Trainer.train = timed  # pyright: ignore[reportAttributeAccessIssue]
     with TemporaryDirectory() as folder:
         DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(f"{folder}/rows")
         run_exp(

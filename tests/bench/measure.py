@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -130,12 +130,15 @@ class Series:
     """Why it was not measured in every round."""
 
 
-def rounds_apart(rivals: Mapping[str, Rival], rounds: int, *, limit_s: float, hopeless: float) -> dict[str, Series]:
+def rounds_apart(
+    rivals: Mapping[str, Rival], rounds: int, *, limit_s: float, hopeless: float, always: Collection[str] = ()
+) -> dict[str, Series]:
     """As `interleaved`, each in a process of its own.
 
     Args:
         limit_s: as for `in_own_process`; who exceeds it once is not asked again.
         hopeless: times the least CPU seconds of a round, beyond which a rival cannot be the best and is not asked again.
+        always: those who are asked in every round, and whom nobody is held to.
     """
     found = {name: Series() for name in rivals}
     for number in range(rounds):
@@ -151,10 +154,11 @@ def rounds_apart(rivals: Mapping[str, Rival], rounds: int, *, limit_s: float, ho
             series.cpu_s.append(outcome.cpu_s)
             series.peak_mib = max(series.peak_mib, outcome.peak_mib)
             series.value = outcome.value
-        least = min((series.cpu_s[-1] for series in found.values() if series.cpu_s and not series.ended), default=0.0)
-        for series in found.values():
-            if not series.ended and series.cpu_s[-1] > hopeless * least and number + 1 < rounds:
-                series.ended = f"{series.cpu_s[-1] / least:.1f} times the fastest of round {number + 1}: not repeated"
+        others = [series for name, series in found.items() if name not in always and not series.ended]
+        least = min((series.cpu_s[-1] for series in others), default=0.0)
+        for series in others:
+            if series.cpu_s[-1] > hopeless * least and number + 1 < rounds:
+                series.ended = f"{series.cpu_s[-1] / least:.1f} times the fastest rival of round {number + 1}: not repeated"
     return found
 
 

@@ -118,7 +118,7 @@ def make_material(folder: Path, cell: Cell, options: argparse.Namespace) -> Mate
 
 def make_model(folder: Path, shape: Shape, rows: Sequence[dict[str, str]]) -> str:
     """A Llama with random weights, and a tokenizer learned from rows."""
-    tokenizer = train_tokenizer(folder, rows, shape.vocabulary)
+    tokenizer: Any = train_tokenizer(folder, rows, shape.vocabulary)
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(

@@ -124,7 +124,8 @@ def test_nothing_changes_for_who_answers_with_an_adapter() -> None:
 def _as_peft_does(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, Linear):
-            assert module.__dict__.pop("forward", None) is not None
+            assert "forward" in vars(module)
+            del module.forward
             yield module
 
 

@@ -29,7 +29,7 @@ def fuse_updates(model: nn.Module) -> None:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of the layer's own way."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if args or kwargs or name not in layer.lora_A or not _is_plain(layer, name, x):
+    if args or kwargs or name is None or name not in layer.lora_A or not _is_plain(layer, name, x):
         return type(layer).forward(layer, x, *args, **kwargs)
     base, first, second = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
     output = _UpdatedProduct.apply(x.flatten(0, -2), base.weight, base.bias, first, second, layer.scaling[name])
