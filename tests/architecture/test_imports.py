@@ -93,7 +93,7 @@ OWNERS = {
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"report/figures/"},
     "jinja2": {
-        *("data/templates/template.py", "data/templates/budget.py", "data/templates/front.py"),
+        *("data/templates/template.py", "data/templates/budget.py", "data/templates/date.py", "data/templates/front.py"),
         *("clusters/provider.py", "report/page.py", "report/model_card.py"),
     },
 }

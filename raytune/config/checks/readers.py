@@ -261,7 +261,7 @@ READERS: dict[str, Reader] = {
     **_read("data", "max_length", "plan.choosing.requirements"),
     **_read("data", "template", "data.templates.front", needs=(CHAT,)),
     **_read("data", "template_options", "data.templates.front", needs=(CHAT,), idle=({},)),
-    **_read("data", "template_date", "data.templates.date", needs=(CHAT,)),
+    **_read("data", "template_date", "data.templates.front", needs=(CHAT,)),
     **_read("data", "system", "data.templates.front", "data.conversations.shaping", needs=(CHAT,)),
     **_read(
         "data",
