@@ -29,11 +29,11 @@ ASKED = [{"role": "user", "content": "Q"}]
 class Clock(datetime):
     """A day that a test sets."""
 
-    day = datetime(2031, 5, 6)
+    is_now = datetime(2031, 5, 6)
 
     @classmethod
     def now(cls, tz: Any = None) -> datetime:
-        return cls.day
+        return cls.is_now
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_rows_are_tokenised_once_whatever_the_day(tmp_path: Path, clock: type[Cl
         "training": {"max_steps": 1, "global_batch_size": 1},
     }
     first = raytune.make_plan(config)
-    monkeypatch.setattr(clock, "day", datetime(2031, 5, 7))
+    monkeypatch.setattr(clock, "is_now", datetime(2031, 5, 7))
     assert raytune.make_plan(config).data.train.path == first.data.train.path
     other = raytune.make_plan(config, data={"template_date": "2026-11-30"})
     assert other.data.train.path != first.data.train.path
