@@ -242,8 +242,8 @@ def of_rows(num_rows: int, folder: Path) -> Figures:
 
 
 def of_trials(num_trials: int, folder: Path) -> Figures:
-    """A sweep of so many trials of three updates, on a cluster of its own."""
-    options = argparse.Namespace(trials=num_trials, steps=3, limit=1800.0)
+    """A sweep of so many trials of three or four updates (ASHA), on a cluster of its own."""
+    options = argparse.Namespace(trials=num_trials, steps=4, limit=1800.0)
     with running_cluster(folder / "ray", dashboard=True) as (address, pids):
         figures = measure(SWEEP, folder, "sweep", address, pids, options)
     ledger = folder / "sweep" / "ledger.jsonl"
@@ -359,7 +359,7 @@ AXES = {
     "trials": Axis(
         sizes=(4, 16),
         largest=(64,),
-        unit="trials of three updates",
+        unit="trials of three or four updates",
         powers={"cpu_s": 1, "ledger_bytes": 1},
         why="a trial costs what the one before it did",
         measure=of_trials,
