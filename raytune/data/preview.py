@@ -16,8 +16,8 @@ from raytune.data.conversations.conversation import Conversation, RowError
 from raytune.data.conversations.long_chats import AT_TURNS, made_to_fit
 from raytune.data.conversations.masking import target_mask
 from raytune.data.conversations.shaping import shaped
+from raytune.data.files.first_rows import find_first_files
 from raytune.data.files.sources import ScannedFile, Segment, scan, unscanned
-from raytune.data.first_rows import find_first_files
 from raytune.data.formats.augmenting import Augmentation
 from raytune.data.rows.shards import ShardPart, ShardTask, Tally, TokenisingOptions, TooLong, resolved_too_long
 from raytune.data.rows.source_rows import read_parts, readings_of

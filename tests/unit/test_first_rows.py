@@ -17,10 +17,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import raytune
 from raytune.config.sections.data import DataSource
+from raytune.data.files.first_rows import find_first_files
 from raytune.data.files.readers import read_segment
 from raytune.data.files.source_files import find_files
 from raytune.data.files.sources import scan
-from raytune.data.first_rows import find_first_files
 from raytune.units import MIB
 
 ROWS = [{"prompt": f"question {number}, " + "words\n\n" * 1500, "completion": f"answer {number}"} for number in range(1500)]

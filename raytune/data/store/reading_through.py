@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from raytune.config.sections.data import DataSource
+from raytune.data.files.first_rows import find_first_files
 from raytune.data.files.source_files import SourceFile
 from raytune.data.files.sources import ScannedFile, scan
-from raytune.data.first_rows import find_first_files
 from raytune.data.store.drafts import BEAT_S, BuildProgress, Report, this_builder
 
 _FILES_AT_ONCE = 8
