@@ -313,6 +313,6 @@ def _is_output(folder: Path) -> bool:
         (folder / "pyvenv.cfg").exists()
         or (folder / "MANIFEST.json").exists()
         or ((folder / "run.json").exists() and (folder / "plan.json").exists())
-        or folder.name in ("checkpoints", "runs")
+        or (folder.name in ("checkpoints", "runs") and not (folder / "__init__.py").exists())
         or re.fullmatch(r"(checkpoint-\d+|step-\d{8}(\..*)?)", folder.name) is not None
     )

@@ -40,6 +40,8 @@ def test_configs_and_data_are_taken_and_runs_caches_and_environments_are_not(tmp
             "out/a/plan.json": "{}",
             "out/a/model/model.safetensors": "w",
             "runs/b/metrics.jsonl": "",
+            "mine/checkpoints/__init__.py": "",
+            "mine/checkpoints/rules.py": "",
             "kept/checkpoint-100/model.safetensors": "w",
             "env/pyvenv.cfg": "",
             "env/lib/huge.py": "x",
@@ -48,7 +50,8 @@ def test_configs_and_data_are_taken_and_runs_caches_and_environments_are_not(tmp
             ".pytest_cache/x.py": "",
         },
     )
-    assert own(folder, "data") == ["data/rows.jsonl", "run.yaml"]
+    code = ["mine/checkpoints/__init__.py", "mine/checkpoints/rules.py"]
+    assert own(folder, "data") == ["data/rows.jsonl", *code, "run.yaml"]
     assert contents(folder, ["data"]).runs == ("env/", "kept/checkpoint-100/", "out/a/", "runs/")
 
 
@@ -308,12 +311,14 @@ def test_a_circle_of_links_ends(tmp_path: Path):
 
 def test_a_folder_without_the_package_gets_it_and_a_checkout_takes_its_own(tmp_path: Path):
     alone = contents(write(tmp_path, **{"run.yaml": ""}), [])
-    assert {"raytune/cli/__main__.py", "raytune/model/demo_base/model.safetensors"} <= alone.files.keys()
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "raytune").rglob("*.py")}
+    assert {*modules, "raytune/model/demo_base/model.safetensors"} <= alone.files.keys()
     catalogue = {name.rpartition("/")[2] for name in alone.files if name.startswith("raytune/plan/hardware_files/")}
     assert catalogue == {"gpus.yaml", "instances.yaml"}
     assert alone.command == ("python", "-m", "raytune.cli")
     checkout = contents(ROOT, [])
     assert checkout.files["raytune/cli/__main__.py"] == ROOT / "raytune" / "cli" / "__main__.py"
+    assert modules <= checkout.files.keys()
     assert checkout.command == ("python", "launch.py")
 
 
