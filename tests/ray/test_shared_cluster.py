@@ -111,6 +111,8 @@ def test_ctrl_c_ends_the_run_and_leaves_a_connection_that_was_there_before(conne
             return True
 
     other = Other.remote()
+    ray.get(other.ready.remote())
+    before = ray._private.state.actors().keys()  # of other tests too, also those that have ended
 
     def interrupt() -> None:
         while History.read(tmp_path / "stopped/metrics.jsonl").last_step < 2:
@@ -128,7 +130,8 @@ def test_ctrl_c_ends_the_run_and_leaves_a_connection_that_was_there_before(conne
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert ray.available_resources().get("CPU") == 2, "the workers are gone"
-    ours = {actor["ActorClassName"].rpartition(".")[2] for actor in ray._private.state.actors().values()} - {"Other"}
+    begun = [actor for key, actor in ray._private.state.actors().items() if key not in before]
+    ours = {actor["ActorClassName"].rpartition(".")[2] for actor in begun}
     assert ours == {"Controller", "SynchronizationActor", "RayTrainWorker"}, "each is a process that takes seconds to start"
 
 
