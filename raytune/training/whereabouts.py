@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import raytune
+from raytune.model.parts.collectives import arrived
 
 _PACKAGE = str(Path(raytune.__file__).parent)
 _STEPS = "training_steps"
@@ -69,7 +70,7 @@ def _read(frames: list[FrameType]) -> Whereabouts:
         frames: the innermost first.
     """
     innermost = frames[0]
-    own = next((frame for frame in frames if frame.f_code.co_filename.startswith(_PACKAGE)), innermost)
+    own = next((frame for frame in frames if frame.f_code.co_filename.startswith(_PACKAGE) and not _is_arrived(frame)), innermost)
     within = frames[: frames.index(own)]
     place = f"{Path(own.f_code.co_filename).name}:{own.f_lineno} {own.f_code.co_name}"
     if within:
@@ -79,8 +80,12 @@ def _read(frames: list[FrameType]) -> Whereabouts:
         step=made if being_made is None else being_made + 1,
         is_made=being_made is None and made is not None,
         place=place,
-        waits=any(part in frame.f_code.co_filename for frame in within for part in _COLLECTIVES),
+        waits=any(_is_arrived(frame) or part in frame.f_code.co_filename for frame in within for part in _COLLECTIVES),
     )
+
+
+def _is_arrived(frame: FrameType) -> bool:
+    return frame.f_code is arrived.__code__
 
 
 def _step_of(function: str, frames: list[FrameType]) -> int | None:

@@ -340,7 +340,7 @@ def test_limits_are_held_against_all_that_was_read_so_far(tmp_path: Path) -> Non
     path = write_unanswered(tmp_path / "many.jsonl", 60, 4)
     windows = windows_from(recipe(path, 20), Position())
     second = list(islice(windows, 2))[-1]
-    exceeded = r"as far as it was read: 4 of 60 rows \(6\.67 %\) have no target, more than 5 % .*\n.*many\.jsonl:57"
+    exceeded = r"as far as it was read\): 4 of 60 rows \(6\.67 %\) have no target, more than 5 % .*\n.*many\.jsonl:57"
     with pytest.raises(DataError, match=exceeded):
         next(windows)
     position = Position.of(json.loads(json.dumps(second.after.to_json())))

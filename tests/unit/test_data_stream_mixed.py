@@ -129,7 +129,7 @@ def test_limits_are_held_against_each_source_by_itself(tmp_path: Path) -> None:
         TrainSource(path=str(tmp_path / f"{name}.jsonl"), proportion=part) for name, part in (("good", 30.0), ("bad", 1.0))
     ]
     windows = windows_from(recipe(tmp_path, 100, sources=[StreamedSource(source=one) for one in sources]), Position())
-    with pytest.raises(DataError, match=r"bad, as far as it was read: \d+ of \d+ rows .* have no target.*\n.*bad\.jsonl:11"):
+    with pytest.raises(DataError, match=r"bad, as far as it was read\): \d+ of \d+ rows .* have no target.*\n.*bad\.jsonl:11"):
         list(islice(windows, 20))
 
 

@@ -485,7 +485,7 @@ def test_answers_behind_other_tokens_than_their_prompts_stop_the_run_with_an_exa
     with pytest.raises(DataError) as refused:
         admit(case_12("space_in_prompt", tmp_path))
     message = str(refused.value)
-    assert "space_in_prompt.jsonl: 8 of 8 compared answers (100 %) are trained behind other tokens" in message
+    assert "(space_in_prompt.jsonl): 8 of 8 compared answers (100 %) are trained behind other tokens" in message
     assert "space_in_prompt.jsonl:1: asked with the tokens ' Answer|:| ', trained behind ' Answer|:| red" in message
     assert "data.on_prompt_mismatch to accept" in message
 

@@ -75,7 +75,7 @@ MISTAKES = {
     # values
     "a number in quotes": Mistake(RUN + 'training: {learning_rate: "2e-4"}\n', "3:27", "must be a number > 0 or auto"),
     "a rank of zero": Mistake(RUN + "adapter: {rank: 0}\n", "3:17", "must be an integer >= 1, got 0"),
-    "yes for true": Mistake(RUN + "training: {liger: yes}\n", "3:19", 'must be true or false, got "yes"'),
+    "yes for true": Mistake(RUN + "training: {liger: yes}\n", "3:19", 'must be true or false or auto, got "yes"'),
     "not a number": Mistake(RUN + "training: {weight_decay: .nan}\n", "3:26", "must be a finite number"),
     "transformers' optimizer": Mistake(RUN + "training: {optimizer: adamw_torch}\n", "3:23", 'Did you mean "adamw"?'),
     "transformers' schedule": Mistake(RUN + "training: {lr_scheduler_type: constant_with_warmup}\n", "3:31", "The warm-up is"),

@@ -52,12 +52,12 @@ def main(listener: int, path: str) -> NoReturn:
 
     Args:
         listener: descriptor of the socket that they connect to.
-        path: of that socket, in a folder that is removed at the end.
+        path: of that socket, in a folder that is removed when the command has ended.
     """
     try:
         _serve(socket.socket(fileno=listener), Path(path))
+        shutil.rmtree(Path(path).parent, ignore_errors=True)  # else the command goes on, and what is in there starts its workers
     finally:
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
         os._exit(0)  # what libraries do when they end is the business of processes that have worked with them
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from raytune.errors import ModelError
+from raytune.model.parts.collectives import arrived
 from raytune.model.parts.layers import layers_of
 
 _SHARE = "share_of_rank"
@@ -182,7 +183,7 @@ class _ShardedLayer:
         """Wait until the weights are here: the host on a CPU, the stream that computes on a GPU."""
         self._fetch()
         if self._arriving is not None:
-            self._arriving.wait()
+            arrived(self._arriving)
             self._arriving, self._is_whole = None, True
 
     def _let_go(self) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytune.errors import TrainingError
+from raytune.model.parts.collectives import arrived
 
 ON_THE_WAY = 2
 """Buckets that are summed at once: one travels while the next is made. So many lie beside the gradients."""
@@ -116,7 +117,7 @@ class GradientSum:
 
     def _take(self) -> None:
         sent = self._on_the_way.popleft()
-        sent.work.wait()
+        arrived(sent.work)
         if sent.is_copy:
             parts = sent.flat.split([gradient.numel() for gradient in sent.gradients])
             torch._foreach_copy_(sent.gradients, [part.view_as(gradient) for part, gradient in zip(parts, sent.gradients)])
