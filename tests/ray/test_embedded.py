@@ -25,7 +25,7 @@ CANARY = "CANARY0b7e1f0c2d9A8"
 RUN = """
 name: private
 data: {train: {path: "demo:train", max_rows: 16}, validation: {path: "demo:validation", max_rows: 4}, max_length: 512}
-training: {max_steps: 3, warmup_steps: 0, global_batch_size: 2}
+training: {max_steps: 10, warmup_steps: 0, global_batch_size: 2}
 cluster: {workers: 2}
 """
 
@@ -37,7 +37,7 @@ class Seen:
     listeners: set[tuple[str, str]]
     """Process and address of every port that was open at some time."""
     parents: dict[str, set[str]]
-    """Command lines of the parents of every kind of process, by the process's name."""
+    """Command lines of the parents of every kind of process, by the process's name, as far as Linux always has it."""
     home: Path
     storage: Path
     session: Path
@@ -77,7 +77,7 @@ def seen() -> Iterator[Seen]:
         while process.poll() is None and time.monotonic() < deadline:
             listeners |= open_ports(process.pid)
             note_parents(process.pid, parents)
-            time.sleep(0.3)
+            time.sleep(0.1)
         output, _ = process.communicate(timeout=30)
         yield Seen(process.returncode, output, listeners, parents, home, storage, session)
     finally:
@@ -87,19 +87,23 @@ def seen() -> Iterator[Seen]:
 
 def open_ports(pid: int) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
-    try:
-        for process in [root := psutil.Process(pid), *root.children(recursive=True)]:
+    for process in processes_of(pid):
+        with suppress(psutil.Error):  # it has just ended
             connections = process.net_connections(kind="inet")
             found |= {(process.name(), port.laddr.ip) for port in connections if port.status == psutil.CONN_LISTEN}
-    except psutil.Error:  # one of them has just ended
-        pass
     return found
 
 
 def note_parents(pid: int, parents: dict[str, set[str]]) -> None:
-    with suppress(psutil.Error):  # one of them has just ended
-        for process in psutil.Process(pid).children(recursive=True):
-            parents.setdefault(process.name(), set()).add(" ".join(psutil.Process(process.ppid()).cmdline()))
+    for process in processes_of(pid):
+        with suppress(psutil.Error):
+            parents.setdefault(process.name()[:15], set()).add(" ".join(psutil.Process(process.ppid()).cmdline()))
+
+
+def processes_of(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return [root := psutil.Process(pid), *root.children(recursive=True)]
+    return []
 
 
 @pytest.mark.skipif(may_have_gpus(), reason="what libraries ask a GPU's driver while they are loaded forbids it")
