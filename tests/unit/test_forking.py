@@ -98,10 +98,10 @@ def test_where_libraries_would_have_read_other_settings_a_worker_starts_as_ray_s
 
 
 def test_it_is_forked_once_the_server_has_those_settings_too(server: Server, tmp_path: Path) -> None:
-    server.load("colorsys", RAY_JOB_ID="01000000")
-    lines = started(server, tmp_path, RAY_JOB_ID="01000000").communicate(timeout=60)[0].splitlines()
+    server.load("colorsys", HF_HOME="/elsewhere")
+    lines = started(server, tmp_path, HF_HOME="/elsewhere", RAY_JOB_ID="01000000").communicate(timeout=60)[0].splitlines()
     assert json.loads(lines[0])["parent"] == server.pid
-    lines = started(server, tmp_path, RAY_JOB_ID="02000000").communicate(timeout=60)[0].splitlines()
+    lines = started(server, tmp_path, HF_HOME="/here").communicate(timeout=60)[0].splitlines()
     assert json.loads(lines[0])["parent"] == os.getpid()
 
 

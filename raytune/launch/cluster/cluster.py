@@ -19,7 +19,7 @@ from ray.exceptions import RaySystemError, RayTaskError
 from raytune.config.sections.cluster import ClusterSection
 from raytune.errors import ClusterError, UserError
 from raytune.launch.cluster.address import named_address
-from raytune.launch.cluster.forking import load_ray, python_of_workers
+from raytune.launch.cluster.forking import python_of_workers
 from raytune.launch.cluster.host import embedded_cpus
 from raytune.launch.cluster.loopback import LOOPBACK, loopback_kept
 from raytune.launch.cluster.probe import probe_accelerator
@@ -162,7 +162,6 @@ def _start(section: ClusterSection, own_cluster: ExitStack) -> None:
                 },
                 _node_ip_address=LOOPBACK,
             )
-        load_ray()
     except Exception as error:  # Ray raises plain ones here
         first = first_line(error)
         logs = f"{folder}/ray/session_latest/logs"

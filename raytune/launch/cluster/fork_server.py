@@ -33,8 +33,9 @@ OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT"}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """What this process was given for its own sake, where its command has none: workers do without, or get it from Ray later."""
 OF_SHELLS = {"PWD", "OLDPWD", "SHLVL", "_"}
-READ_WHEN_NEEDED = ("RAY_TRAIN_", "RAY_WARN_")
-"""How names begin of what Ray's Python reads. All other RAY_ ones Ray's C++ keeps as they were when it was loaded."""
+OF_RAY = "RAY_"
+"""How names begin of what Ray alone reads, when a worker loads it. It is not loaded here: its C++ keeps the environment as it was
+then, and processes that were forked with it (2.60) died of segmentation faults, one run in some ten."""
 FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
 """Of pyarrow's allocator, which ends and begins it around a fork."""
 CONTEXT = "--serialized-runtime-env-context="
@@ -99,6 +100,7 @@ def _load(modules: list[str], environment: dict[str, str]) -> None:
     with left_out(*TAKEN_ALONG):
         for module in modules:
             importlib.import_module(module)
+    assert "ray" not in sys.modules
     gc.collect()
     gc.freeze()  # so that no collection of a worker writes into what all of them share
 
@@ -161,7 +163,7 @@ def _context(asked: Asked) -> dict[str, Any]:
 
 def _as_libraries_see(environment: dict[str, str]) -> dict[str, str]:
     unread = {*OF_WORKERS, *OF_SHELLS, *THREADS}
-    return {name: value for name, value in environment.items() if name not in unread and not name.startswith(READ_WHEN_NEEDED)}
+    return {name: value for name, value in environment.items() if name not in unread and not name.startswith(OF_RAY)}
 
 
 def _work(asked: Asked, descriptors: list[int]) -> NoReturn:

@@ -12,16 +12,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import ray
-from ray._private import worker
-from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from raytune.launch.cluster import fork_starter
 from raytune.launch.cluster.host import may_have_gpus
 
-OF_EVERY_WORKER = ("ray._private.workers.setup_worker", "ray._private.workers.default_worker", "raytune.launch.attempts.trainer")
 OF_RANKS = ("raytune.training.start.start", "raytune.training.tasks")
 _SERVE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from raytune.launch.cluster.fork_server import main; "
@@ -54,16 +48,6 @@ def _is_script(program: str) -> bool:
     """Whether something stands in Python's place, such as what profiles each process: then that is how workers are to start."""
     with open(program, "rb") as file:
         return file.read(2) == b"#!"
-
-
-def load_ray() -> None:
-    """Have Ray loaded too, now that it has been started here: its C++ keeps the environment that it is loaded in."""
-    if _server:
-        node: Any = worker._global_node
-        raylet = node.all_processes[PROCESS_TYPE_RAYLET][0].process
-        own = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # it has set some while it started
-        of_workers = {"RAY_JOB_ID": ray.get_runtime_context().get_job_id(), "RAY_RAYLET_PID": str(raylet.pid)}
-        _server.load(*OF_EVERY_WORKER, **own | of_workers)
 
 
 def load_for_ranks(*modules: str) -> None:
