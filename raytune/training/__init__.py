@@ -1,4 +1,4 @@
-"""Optimisation. Imports lower floors; deepspeed in `engines.zero_engine` only, ray.train in `worker` only.
+"""Optimisation. Imports lower floors; deepspeed in `engines.zero_*` only, ray.train in `worker` only.
 
 One run on one rank, from the rim inwards: `worker` is what Ray Train calls (the plan's JSON in, a record of failure out), `tasks`
 says what a worker can do (train, `score`, `find_rate`), each given what `start` has started, and `run` is the policy of a run:

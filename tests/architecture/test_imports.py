@@ -36,7 +36,10 @@ FLOORS = (
 )
 """From the ground up. A module imports its own floor or a lower one; the package's own file offers the Python API, above all."""
 OWNERS = {
-    "deepspeed": {"training/engines/zero_engine.py", "training/engines/node_groups.py"},
+    "deepspeed": {
+        *(f"training/engines/zero_{name}.py" for name in ("engine", "loading", "files")),
+        "training/engines/node_groups.py",
+    },
     "ray": {
         "training/worker.py",
         "launch/",

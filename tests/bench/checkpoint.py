@@ -49,7 +49,7 @@ def arm(name: str, megabytes: int, storage: str) -> dict[str, list[float]]:
     from raytune.plan.run_plan import CheckpointPlan, SnapshotPlan
     from raytune.run_folder import RunFolder
     from raytune.training.checkpoints.checkpoint import Checkpoints
-    from raytune.training.engines.engine import PlainEngine
+    from raytune.training.engines.plain_engine import PlainEngine
 
     torch.set_num_threads(1)
     width = round((1e6 * megabytes / BYTES_PER_WEIGHT / NUM_LAYERS) ** 0.5)

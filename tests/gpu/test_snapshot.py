@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
-from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.plain_engine import PlainEngine
 
 
 @pytest.mark.gpu

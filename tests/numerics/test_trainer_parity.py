@@ -14,8 +14,8 @@ from raytune.data.batches.batches import Batch
 from raytune.model.attention.attention import model_inputs
 from raytune.model.load import load_model
 from raytune.plan.run_plan import RunPlan
-from raytune.training.engines.engine import PlainEngine
 from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.losses.losses import attach_loss
 from raytune.training.steps.loop import LossSum, training_steps
 from raytune.training.steps.schedule import learning_rate

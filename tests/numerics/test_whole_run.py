@@ -29,7 +29,7 @@ from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.storage import write_bytes
 from raytune.training.checkpoints.commit import committed
-from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.measuring import final
 from raytune.training.run import Worker, train
 from raytune.training.whereabouts import findable, whereabouts

@@ -39,7 +39,7 @@ from raytune.training.checkpoints.commit import (
     retain,
 )
 from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
-from raytune.training.engines.engine import PlainEngine
+from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.engines.state_files import Write, write_now
 from tests.numerics.processes import run_on_ranks
 

@@ -19,8 +19,8 @@ from raytune.plan.methods import trained_by
 from raytune.plan.model.architectures import model_shape
 from raytune.plan.model.shapes import ModelShape
 from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
-from raytune.training.engines.engine import PlainEngine
 from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.engines.plain_engine import PlainEngine
 from tests.tiny import tiny_plan
 from tests.unit.plan_cases import DEMO, LLAMA_3_8B, LLAMA_3_70B
 from tests.unit.test_meta_shape import OTHERS, shape_by_building

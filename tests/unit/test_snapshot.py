@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from raytune.config.sections.training import Optimizer
 from raytune.errors import CheckpointError
 from raytune.training.checkpoints.snapshot import ALIGNMENT, LEAST_BLOCK_BYTES, HostMemory, Snapshot
-from raytune.training.engines.engine import PlainEngine
 from raytune.training.engines.optimizer import build_optimizer
+from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.engines.state_files import fill_with_tensors
 from tests.tiny import tiny_plan
 

@@ -106,7 +106,7 @@ def test_a_format_that_only_rendering_tells_is_refused(call: str) -> None:
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-13-01", "20261130", "2026-1-1", "2026-02-30"])
 def test_what_is_no_date_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"data\.template_date"):
+    with pytest.raises(UserError, match=r"data\.template_date  must be a date that there is"):
         config_from({"data": {"template_date": text}})
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from raytune.errors import PlanError
 from raytune.training.engines.deepspeed_json import deepspeed_config
-from raytune.training.engines.zero_engine import check_offload
+from raytune.training.engines.zero_loading import check_offload
 from tests.tiny import tiny_plan
 
 

@@ -200,10 +200,14 @@ def _says_something(text: str | None) -> str | None:
 
 
 def _a_date(text: str) -> str:
-    if text != "auto" and not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
-        raise ValueError(f"expected a date as in 2026-11-30, or auto, got {text!r}")
-    if text != "auto":
-        date.fromisoformat(text)
+    is_written = text == "auto" or re.fullmatch(r"\d{4}-\d\d-\d\d", text)  # `fromisoformat` reads other forms too
+    try:
+        if is_written and text != "auto":
+            date.fromisoformat(text)
+    except ValueError:
+        is_written = False
+    if not is_written:
+        raise ValueError("must be a date that there is, as in 2026-11-30, or auto")
     return text
 
 

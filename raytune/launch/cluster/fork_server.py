@@ -2,8 +2,9 @@
 load for itself, and has done nothing else.
 
 A fork is as good as a process of its own as long as this one has no threads and has not touched a device. It loads what it is
-told on its standard input, one line of JSON after the other, and ends with it. A worker whose environment is not that of this
-process, beyond what Ray sets for each, is left to start as Ray starts it: libraries read the environment when they are loaded.
+told on its standard input, a line with a list in JSON after the other, and ends with it. A worker whose environment is not
+that of this process, beyond what Ray sets for each, is left to start as Ray starts it: libraries read the environment when
+they are loaded.
 """
 
 import atexit
@@ -35,7 +36,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 OF_SHELLS = {"PWD", "OLDPWD", "SHLVL", "_"}
 OF_RAY = "RAY_"
 """How names begin of what Ray alone reads, when a worker loads it. It is not loaded here: its C++ keeps the environment as it was
-then, and processes that were forked with it (2.60) died of segmentation faults, one run in some ten."""
+then, and processes that were forked with it (2.60) died now and then of segmentation faults, in the middle of a run."""
 FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
 """Of pyarrow's allocator, which ends and begins it around a fork."""
 CONTEXT = "--serialized-runtime-env-context="
@@ -78,7 +79,7 @@ def _serve(listener: socket.socket, path: Path) -> None:
                     if not (lines := os.read(0, 1 << 16)):
                         return
                     for line in lines.splitlines():
-                        _load(**json.loads(line))
+                        _load(json.loads(line))
                 elif key.fileobj is listener:
                     starter, _ = listener.accept()
                     if (pid := _forked_for(starter)) is None:
@@ -94,9 +95,7 @@ def _serve(listener: socket.socket, path: Path) -> None:
                     os.kill(key.data, signal.SIGKILL)
 
 
-def _load(modules: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    _environment.update(environment)
+def _load(modules: list[str]) -> None:
     with left_out(*TAKEN_ALONG):
         for module in modules:
             importlib.import_module(module)

@@ -90,12 +90,11 @@ class Server:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, *modules: str, **environment: str) -> None:
-        """Have modules loaded, with variables added to the environment, before workers that ask from now on are forked."""
+    def load(self, *modules: str) -> None:
+        """Have modules loaded before workers that ask from now on are forked."""
         assert self._process.stdin is not None
-        line = json.dumps({"modules": modules, "environment": environment})
         with suppress(OSError):  # it has died, and workers start as Ray starts them
-            os.write(self._process.stdin.fileno(), f"{line}\n".encode())
+            os.write(self._process.stdin.fileno(), f"{json.dumps(modules)}\n".encode())
 
     def end(self) -> None:
         """End it, whatever it is at; processes that were forked from it live on."""

@@ -1,9 +1,5 @@
-"""DeepSpeed ZeRO, stages 1 to 3: its engine behind our protocol, its checkpoints.
+"""DeepSpeed ZeRO, stages 1 to 3: its engine behind our protocol."""
 
-Long because it is nearly the only file that may import DeepSpeed.
-"""
-
-import copyreg
 import inspect
 import logging
 import math
@@ -21,27 +17,18 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_fp32_param, safe_set_full_grad
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
 
 from raytune.config.sections.training import Precision
-from raytune.errors import CheckpointError, PlanError, TrainingError
+from raytune.errors import CheckpointError, TrainingError
 from raytune.model.adapters.beside_updates import BesideUpdates
-from raytune.model.files.weight_numbers import is_packed
-from raytune.model.load import Shares
 from raytune.model.parts.compiling import compile_layers
 from raytune.model.parts.dtypes import DTYPES
-from raytune.model.parts.quantize import is_quantized
 from raytune.plan.identity.division import Layout
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import LAYOUT_FILE
@@ -61,10 +48,11 @@ from raytune.training.engines.engine import (
     set_learning_rate,
 )
 from raytune.training.engines.layout import fill_with_layout, refuse_other_layout
-from raytune.training.engines.node_groups import share_copies
 from raytune.training.engines.penalty import Held, Penalty
 from raytune.training.engines.squares import squaring
 from raytune.training.engines.state_files import Write, write_now
+from raytune.training.engines.zero_files import Files
+from raytune.training.engines.zero_loading import cast_unsharded, prepare_deepspeed
 from raytune.training.engines.zero_shares import Group, masters, own_gradients
 
 TAG = "zero"
@@ -78,93 +66,6 @@ UPDATE_WITH_NONE = -1.0
 
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """Programs that DeepSpeed puts into every checkpoint; a checkpoint of ours holds data only."""
-
-
-def check_offload(plan: RunPlan) -> None:
-    """Refuse NVMe offload on a machine where its kernel is not built.
-
-    Raises:
-        PlanError: with what to install. Compiling inside a worker takes minutes, and a worker killed meanwhile leaves a lock file
-            that makes every later one wait for ever.
-    """
-    if "nvme" not in (plan.engine.offload_optimizer, plan.engine.offload_parameters):
-        return
-    builder = AsyncIOBuilder()
-    if _is_built(builder):
-        return
-    if builder.is_compatible(verbose=False):
-        why = "this machine could compile it, but has not"
-        fix = "Build it into the image: DS_BUILD_AIO=1 pip install --no-build-isolation --no-binary deepspeed deepspeed"
-    else:
-        why = "libaio's library and headers, or a compiler, are missing"
-        fix = "Install libaio-dev and build it into the image with DS_BUILD_AIO=1"
-    raise PlanError(
-        f"NVMe offload to {plan.engine.nvme_path} needs DeepSpeed's async_io kernel, and {why}. {fix}, or set "
-        f"training.zero.offload_optimizer and offload_parameters to cpu."
-    )
-
-
-def _is_built(builder: Any) -> bool:
-    from deepspeed.git_version_info import installed_ops  # its content is made by DeepSpeed's build
-
-    if installed_ops.get(builder.name, False):
-        return True
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    return (folder / f"{builder.name}.so").exists() and not (folder / "lock").exists()
-
-
-def prepare_deepspeed(device: torch.device) -> None:
-    """Settings of the process that must hold before DeepSpeed touches the process group, which has to exist."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if device.type == "cpu":
-        # Its shared-memory collectives would be compiled now, in every worker; gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-
-
-@contextmanager
-def sharded_loading(plan: RunPlan, device: torch.device) -> Iterator[Shares | None]:
-    """Context in which transformers loads weights straight into their shards, if the plan shards weights (stage 3).
-
-    Yields:
-        What keeps this rank's shards of weights that transformers does not shard itself; None if weights are not sharded.
-    """
-    if plan.engine.zero_stage != 3:
-        yield None
-        return
-    prepare_deepspeed(device)
-    share_copies(plan.engine.copy_over, plan.cluster.collective_timeout_s)
-    config = deepspeed_config(plan)
-    # transformers looks for this object through a weak reference, for as long as it lives.
-    alive = HfDeepSpeedConfig(config)
-    try:
-        yield _QuantisedShards(config)
-    finally:
-        del alive
-
-
-class _QuantisedShards:
-    """`Shares` of quantised weights, which transformers leaves whole on every rank
-    (https://github.com/huggingface/peft/issues/2016)."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._shards = deepspeed.zero.Init(config_dict_or_path=config)
-
-    def keep_share(self, parameter: nn.Parameter) -> None:
-        if is_quantized(parameter):
-            self._shards._convert_to_zero_parameters([parameter])
-
-    def loaded(self, model: nn.Module) -> None:
-        pass
-
-
-def without_training(model: nn.Module, plan: RunPlan) -> nn.Module:
-    """What to call for a forward pass of a model beside the one in training, whose weights were sharded as they were loaded."""
-    _cast_unsharded(model, DTYPES[plan.precision])
-    return deepspeed.initialize(model=model, config=deepspeed_config(plan))[0]
 
 
 class ZeroEngine:
@@ -208,7 +109,7 @@ class ZeroEngine:
         self._norm_limit, self._norm_above_limit = math.inf, math.nan
         self._precision: Precision = precision
         self._stage: int = config["zero_optimization"]["stage"]
-        _cast_unsharded(model, DTYPES[precision])
+        cast_unsharded(model, DTYPES[precision])
         if compile_model:
             compile_layers(model)
         self._begin(optimizer, config)
@@ -229,7 +130,7 @@ class ZeroEngine:
             self._ask_before_updates(self._beside)
         if self._penalty:
             self._penalise_updates(self._penalty)
-        self._engine.checkpoint_engine = _Files(config_params=self._engine._config)
+        self._engine.checkpoint_engine = Files(config_params=self._engine._config)
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
@@ -533,37 +434,6 @@ class ZeroEngine:
         return gather_objects(value, self.world_size)
 
 
-# Before 3.11.4, Python writes a member of such a class as a call of `getattr`, which the reader below does not run.
-copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))  # pyright: ignore[reportArgumentType]
-
-
-class _Files(TorchCheckpointEngine):
-    """DeepSpeed's files: given to whoever decides when they are written, and read without running code from them; DeepSpeed's own
-    reader executes what a pickle says."""
-
-    def __init__(self, config_params: Any) -> None:
-        super().__init__(config_params)
-        self._write: Write = write_now
-
-    @contextmanager
-    def given_to(self, write: Write) -> Iterator[None]:
-        self._write = write
-        try:
-            yield
-        finally:
-            self._write = write_now
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self._write(Path(path), state_dict, self._fill)
-
-    def _fill(self, content: Any, path: Path) -> None:
-        super().save(content, str(path))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Context in which DeepSpeed says nothing of updates that it does not make, which it takes for overflows."""
@@ -581,13 +451,6 @@ def _forget_modules() -> None:
     parameter_offload.FWD_MODULE_STACK.clear()
     cached: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # pyright: ignore[reportAttributeAccessIssue]
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
-
-
-def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what DeepSpeed leaves alone once some weights are sharded: adapters and norms that are not in the run's precision."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not is_packed(parameter) and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _on_device(norm: Tensor | float, device: torch.device) -> Tensor:

@@ -29,9 +29,10 @@ from raytune.run_folder import RunFolder
 from raytune.storage import download_folder, is_local, local_path
 from raytune.training.checkpoints.peers import Peers, gather_in_own_group
 from raytune.training.engines.deepspeed_json import deepspeed_config
-from raytune.training.engines.engine import Engine, PlainEngine
+from raytune.training.engines.engine import Engine
 from raytune.training.engines.optimizer import build_optimizer
 from raytune.training.engines.penalty import penalty_of
+from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.losses.losses import LossLayer, attach_loss
 from raytune.training.losses.objectives import TokenLoss
 from raytune.training.losses.teacher import Teacher, base_beneath
@@ -244,7 +245,7 @@ def _teacher(plan: RunPlan, engine: Engine, device: torch.device) -> Teacher | N
     if plan.engine.zero_stage < 3:
         model = load_teacher(seen, device)
         return Teacher(plan.distillation, seen, model, model)
-    from raytune.training.engines.zero_engine import sharded_loading, without_training
+    from raytune.training.engines.zero_loading import sharded_loading, without_training
 
     check_base(seen.path, seen.revision, seen.trust_remote_code)
     with sharded_loading(plan, device):
@@ -311,7 +312,8 @@ def _plain_engine(
 
 
 def _zero_engine(plan: RunPlan, device: torch.device, saved: Path | None, look: Look | None) -> Engine:
-    from raytune.training.engines.zero_engine import ZeroEngine, check_offload, sharded_loading
+    from raytune.training.engines.zero_engine import ZeroEngine
+    from raytune.training.engines.zero_loading import check_offload, sharded_loading
 
     check_offload(plan)
     if plan.engine.zero_stage == 3:
