@@ -92,7 +92,7 @@ def compare(material: Material, options: argparse.Namespace) -> dict[str, Any]:
             figures["peak_of_ours_against_it"] = round(ours.peak_mib / whole[best].peak_mib, 2)
     figures |= {
         "expected": EXPECTED,
-        "verdict": "met" if best and min(figures["ours_is_faster"].values()) >= EXPECTED else "missed",
+        "verdict": verdict_of(figures, options.only),
         "useful_tokens_per_cpu_s": round(useful / min(ours.cpu_s)),
         "rivals": {name: of_rival(series, ours) for name, series in found.items()},
         "losses": ours.value[0],
@@ -102,6 +102,13 @@ def compare(material: Material, options: argparse.Namespace) -> dict[str, Any]:
         "asked_for": options.only or "all",
     }
     return figures | described(material)
+
+
+def verdict_of(figures: dict[str, Any], only: list[str] | None) -> str:
+    """Whether the goal is met; the best of some rivals says less than the best of all."""
+    if min(figures.get("ours_is_faster", {"no rival": 0.0}).values()) < EXPECTED:
+        return "missed"
+    return "met against those asked for alone" if only else "met"
 
 
 def of_rival(series: Series, ours: Series) -> dict[str, Any]:
