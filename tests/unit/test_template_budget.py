@@ -1,5 +1,6 @@
 """Claims about chat templates of strangers: too much time, memory or text is a typed error within moments, in any thread."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -131,3 +132,28 @@ def test_ordinary_steps_are_as_they_were():
     )
     rendered = Renderer(tiny_tokenizer(), template).one(Job([]))
     assert rendered == 'ababab|1024|1|    7|   x| x |{\n  "a": "é"\n}|a+b|a, b|a\n  b|until 20240630 x|id 20240630: x|abc'
+
+
+def test_marks_of_a_rendering_are_its_own_while_another_thread_renders_by_the_same_template() -> None:
+    marked = "{% for m in messages %}{% generation %}{{ m.content }};{% endgeneration %}{% endfor %}"
+    one, other = Renderer(tiny_tokenizer(), marked), Renderer(tiny_tokenizer(), marked)
+    chat = [{"role": "assistant", "content": str(number)} for number in range(100)]
+    alone = one.generation_blocks(chat, None)
+    assert len(alone) == 100
+    are_found = threading.Event()
+
+    def render() -> None:
+        while not are_found.is_set():
+            other.texts([Job(chat)])
+
+    thread = threading.Thread(target=render)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        found = [one.generation_blocks(chat, None) for _ in range(30)]
+    finally:
+        are_found.set()
+        thread.join()
+        sys.setswitchinterval(usual)
+    assert found == [alone] * 30

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -26,7 +27,11 @@ PROBE_TOOL: dict[str, Any] = {
 }
 """Offered to templates while they are being asked what they do."""
 
-# transformers keeps one compiled template per text, which can follow the markers of one rendering only.
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""With which a template says what of its text is to be trained."""
+
+# transformers keeps one compiled template per text. While it notes where the markers of one rendering lie, it takes those of any
+# other thread's rendering for the same text's.
 _ONE_AT_A_TIME = Lock()
 
 
@@ -73,6 +78,8 @@ class Renderer:
         self.text = text
         self._tokenizer = tokenizer
         self._name = name
+        self.has_markers = MARKERS.search(text) is not None
+        self._in_turn: AbstractContextManager[Any] = _ONE_AT_A_TIME if self.has_markers else nullcontext()
         check_length(text, name)
 
     def texts(self, jobs: Sequence[Job]) -> list[str | RowError]:
@@ -115,7 +122,7 @@ class Renderer:
         """Where the text lies that stands in `{% generation %}` blocks."""
         variables: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
         chat = [{key: value for key, value in self._prepared(message).items() if value is not None} for message in messages]
-        with _ONE_AT_A_TIME:
+        with self._in_turn:
             rendered: Any = within_budget(
                 lambda: render_jinja_template(
                     conversations=[chat], tools=tools, chat_template=self.text, return_assistant_tokens_mask=True, **variables
@@ -125,13 +132,14 @@ class Renderer:
         return rendered[1][0]
 
     def _apply(self, chats: list[list[Message]], tools: list[Any] | None, opens_answer: bool) -> list[str]:
-        texts: Any = within_budget(
-            lambda: self._tokenizer.apply_chat_template(
-                chats, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=opens_answer
-            ),
-            self._name,
-            len(chats),
-        )
+        with self._in_turn:
+            texts: Any = within_budget(
+                lambda: self._tokenizer.apply_chat_template(
+                    chats, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=opens_answer
+                ),
+                self._name,
+                len(chats),
+            )
         check_rendered(max(map(len, texts), default=0), self._name)
         return texts
 

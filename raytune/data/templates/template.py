@@ -30,7 +30,6 @@ from raytune.data.templates.turn_spans import Answer, TurnSpans, Undelimited
 from raytune.errors import DataError
 
 _PLAIN_KEYS = {"role", "content"} | NOT_FOR_TEMPLATES
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [{"role": "user", "content": "Probe0user"}, {"role": "assistant", "content": "Probe1assistant"}]
 _LONGER_PROBE: list[Message] = [
     *_PROBE,
@@ -94,7 +93,6 @@ class ChatTemplate:
         self.text = text
         self._name = name_of(text, tokenizer)
         self._tokenizer = tokenizer
-        self._has_markers = _MARKERS.search(text) is not None
         self._renderer = Renderer(tokenizer, text, self._name)
         self._ends = TurnEnds(self._renderer, tokenizer)
         try:
@@ -292,7 +290,7 @@ class ChatTemplate:
         """What stands around the turns of a probe; None if the template has no such frame or its last answer is left open."""
         end = self._ends.behind("assistant", "user", False)
         text, prompt = self._renderer.texts([Job(_LONGER_PROBE), Job(_LONGER_PROBE[:1], None, True)])
-        if self._has_markers or end is None or not end.stop or not (isinstance(text, str) and isinstance(prompt, str)):
+        if self._renderer.has_markers or end is None or not end.stop or not (isinstance(text, str) and isinstance(prompt, str)):
             return None
         pieces = re.split("|".join(message["content"] for message in _LONGER_PROBE), text)
         _, found, asked = prompt.rpartition(_LONGER_PROBE[0]["content"])
@@ -314,7 +312,7 @@ class ChatTemplate:
         Raises:
             RowError: if a turn cannot be told apart, or something that the row has is not shown.
         """
-        blocks = self._renderer.generation_blocks(row.messages, row.tools) if self._has_markers else []
+        blocks = self._renderer.generation_blocks(row.messages, row.tools) if self._renderer.has_markers else []
         try:
             places = self._places(row, text, turns)
         except Undelimited:
@@ -331,7 +329,7 @@ class ChatTemplate:
         for turn in turns:
             if row.messages[turn]["role"] != "assistant":
                 answers[turn] = [Answer(*found.other(turn))]
-            elif self._has_markers:
+            elif self._renderer.has_markers:
                 answers[turn] = found.marked(turn, blocks, prompts[turn])
             else:
                 answers[turn] = [found.answer(turn, prompts[turn])]
