@@ -97,6 +97,9 @@ def test_packed_experts_compute_what_their_expanded_weights_do(family: str, tmp_
     base = saved_base(family, tmp_path)
     model = loaded(base)
     assert suffixes(model) == BOTH
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            module.eval()  # that of Phi-3.5-MoE draws between experts while it is trained
     plain = with_expanded_weights(base, model)
     assert (logits(plain) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-3
     # Equal weights, whose fp32 products are summed in another order.
