@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 SETTLE_S = 0.2
-"""In which the threads of a finished gloo collective get Python's lock, and let go of its tensors."""
+"""In which threads of a finished gloo collective get Python's lock and let go of its tensors: on a busy machine not always."""
+SETTLED_WITHIN_S = 5
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
@@ -31,12 +32,20 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes of all tensors on the device now. On a CPU: of those that Python knows."""
-    if device.type == "cpu":
-        time.sleep(SETTLE_S)
+    """Bytes of all tensors on the device now. On a CPU: of those that Python knows, once they are as many as a moment before."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated()
+    until = time.monotonic() + SETTLED_WITHIN_S
+    found, before = _bytes_of_python(), -1
+    while found != before and time.monotonic() < until:
+        time.sleep(SETTLE_S)
+        gc.collect()
+        found, before = _bytes_of_python(), found
+    return found
+
+
+def _bytes_of_python() -> int:
     storages = {}
     for value in gc.get_objects():
         # Tensors of a trace, which another test may have left, have no memory.

@@ -37,7 +37,8 @@ def test_a_step_takes_the_planned_memory_of_a_cpu_in_every_way(options: tuple[st
     command = [sys.executable, "-m", "tests.gpu.plan", *SMALL, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     measured = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, [line for line in measured if not line["is_within"]] or done.stderr
+    wrong = [json.dumps(line) for line in measured if not line["is_within"]]
+    assert done.returncode == 0, "\n".join(wrong) or done.stderr  # in text, of which pytest shows all
     for line in measured:
         ratios = line["planned_over_measured"]
         assert abs(ratios["weights"] - 1) < 0.02, line
