@@ -226,7 +226,7 @@ GENTLE: dict[str, Any] = SKIP | {"threshold": 0.5}
             (SKIP, FULL, 1e-2, 16),
             (GENTLE, LORA, 3e-3, 10),
             (BACK, FULL, 1e-2, 16),
-            (GENTLE, QLORA, 3e-3, 10),
+            (GENTLE | {"threshold": 0.2}, QLORA, 3e-3, 10),
             (BACK | {"rate_factor": 0.1}, QLORA, 0.1, 11),
         ],
     ),
