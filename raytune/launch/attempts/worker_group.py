@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune.errors import RaytuneError
 from raytune.launch.attempts.liveness import is_at_work
+from raytune.launch.attempts.no_barrier import without_barrier
 from raytune.launch.attempts.places import Place, write_places
 from raytune.run_folder import RunFolder
 from raytune.storage import list_folder, remove_folder, write_json
@@ -108,6 +109,10 @@ class _Group(WorkerGroup):
 
 class Controller(TrainController):
     worker_group_cls = _Group
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        without_barrier()
+        super().__init__(*arguments, **named)
 
 
 class FixedGroup(FixedScalingPolicy):
