@@ -1,7 +1,8 @@
 """A conversation with models, for a terminal, a script or a notebook."""
 
 import json
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from raytune.serving.talk import Style, Talk
 class Chat:
     """A conversation. Its models are loaded when they are first asked, and its end lets go of them.
 
+    One answer is written at a time: who asks on, or changes what was said, ends the one that is not read to its end.
+
     Attributes:
         model: name of the one that is asked.
         style: how answers are written.
@@ -29,6 +32,8 @@ class Chat:
         self._speaker = speaker
         self._talk = Talk(system=system)
         self._num_answers = 0
+        self._answer: Callable[[], Generator[str] | None] = lambda: None
+        """The last one, as long as somebody may read on in it."""
 
     def __enter__(self) -> "Chat":
         return self
@@ -38,6 +43,7 @@ class Chat:
 
     def close(self) -> None:
         """Let go of the models."""
+        self._end_answer()
         self._speaker.close()
 
     @property
@@ -57,6 +63,7 @@ class Chat:
 
     @system.setter
     def system(self, text: str | None) -> None:
+        self._end_answer()
         self._talk = replace(self._talk, system=text or None)
 
     def use(self, model: str) -> None:
@@ -83,7 +90,8 @@ class Chat:
         Raises:
             UserError: as `ask`.
         """
-        return self._answers(self._talk.asked(text))
+        self._end_answer()
+        return self._begun(self._talk.asked(text))
 
     def retry(self) -> Iterator[str]:
         """Ask the last question again, as `stream`; another answer takes the place of the one that there was.
@@ -91,10 +99,12 @@ class Chat:
         Raises:
             UserError: if nothing was asked, or as `ask`.
         """
-        return self._answers(self._talk.without_last_answer())
+        self._end_answer()
+        return self._begun(self._talk.without_last_answer())
 
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
+        self._end_answer()
         self._talk = Talk(system=self._talk.system)
 
     def save(self, path: str) -> None:
@@ -112,7 +122,18 @@ class Chat:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
-    def _answers(self, asked: Talk) -> Iterator[str]:
+    def _end_answer(self) -> None:
+        """Have no model write on whose adapter the next one switches, and no answer come to a conversation that has gone on. A
+        notebook keeps one alive that was interrupted."""
+        if (answer := self._answer()) is not None:
+            answer.close()
+
+    def _begun(self, asked: Talk) -> Iterator[str]:
+        answer = self._answers(asked)
+        self._answer = weakref.ref(answer)  # what nobody reads any more ends by itself
+        return answer
+
+    def _answers(self, asked: Talk) -> Generator[str]:
         read: list[str] = []
         self.last, number = None, self._num_answers
         self._num_answers += 1

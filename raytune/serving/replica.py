@@ -113,9 +113,16 @@ class Replica:
         requests: list[Request] = []
         left: set[int] = set()
         try:
-            if asked.adapter is not None:
+            while asked.adapter is not None:
                 await self._have(asked.adapter)
-            requests = await loop.run_in_executor(self._reading, self._requests_of, asked)
+                requests = await loop.run_in_executor(self._reading, self._requests_of, asked)
+                there = self._loaded.get(asked.adapter.name)
+                if there is None:
+                    raise Refused(errors.unknown_model(asked.model, [*self._prompts]))
+                if there == asked.adapter:
+                    break  # else another one has taken its name meanwhile, and would answer
+            else:
+                requests = await loop.run_in_executor(self._reading, self._requests_of, asked)
             for number, request in enumerate(requests):
                 self._engine.submit(request, deliver_to(number))
                 left.add(number)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import raytune
@@ -37,6 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapters: dict[str, Any] = {
         "lora": LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False),
         "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "ia3": IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=["k_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            init_ia3_weights=False,
+        ),
     }
     for seed, (name, config) in enumerate(adapters.items()):
         torch.manual_seed(seed)
@@ -92,6 +98,31 @@ def test_what_was_read_of_an_answer_stays_and_a_question_without_answer_goes(cha
     with pytest.raises(UserError, match=r"lora cannot be asked that: the prompt has 3\d\d tokens, and .* 256 positions"):
         chat.ask("x" * 300)
     assert chat.messages == before
+
+
+@pytest.mark.parametrize("kept_as", ["ia3", "lora"])
+def test_who_asks_on_ends_an_answer_that_was_left_and_gets_that_of_the_model_that_is_asked(folder: Path, kept_as: str) -> None:
+    with raytune.chat(folder / kept_as, max_new_tokens=LIMIT) as chat:
+        tuned = chat.model
+        wanted = {name: plain_answer(folder, name, [{"role": "user", "content": "Who?"}]) for name in ("base", kept_as)}
+        assert wanted["base"] != wanted[kept_as]
+        for left, asked in (("base", tuned), (tuned, "base")):
+            chat.use(left)
+            answer = chat.stream("Who?")
+            next(answer)
+            assert chat.messages == []
+            chat.reset()
+            chat.use(asked)
+            assert chat.ask("Who?") == wanted["base" if asked == "base" else kept_as]
+            said = chat.messages
+            assert list(answer) == [], "it has ended"
+            assert chat.messages == said
+            assert "".join(chat.retry()) == wanted["base" if asked == "base" else kept_as]
+            chat.reset()
+        answer = chat.stream("Who?")
+        read = next(answer)
+        chat.ask("And why?")
+        assert [turn["content"] for turn in chat.messages][:3] == ["Who?", read, "And why?"]
 
 
 def test_another_answer_takes_the_place_of_the_last_one(chat: Any) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import numpy as np
@@ -307,6 +308,28 @@ def test_a_bad_row_stops_with_its_line_when_it_is_reached_or_is_counted(tmp_path
         "bad": 1,
         "documents": 51,
     }
+
+
+def test_what_ends_a_stream_is_told_though_the_wait_for_it_had_just_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Queue):
+        """Gives up no wait before the thread that was waited for has ended."""
+
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            try:
+                return super().get(block, timeout)
+            except Empty:
+                stream._thread.join()
+                raise
+
+    monkeypatch.setattr("raytune.data.stream.stream.Queue", Late)
+    monkeypatch.setattr("raytune.data.stream.stream._PASS_S", 1e-3)
+    path = write_chats(tmp_path / "a.jsonl", 50)
+    path.write_text(path.read_text() + "{torn\n")
+    stream = Stream(recipe(path, 100))
+    with pytest.raises(DataError, match=r"a\.jsonl:51: not JSON"):
+        steps(stream, 0, 1)
 
 
 def test_made_rows_that_were_not_seen_before_the_run_end_it_and_those_that_were_go_on(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +167,28 @@ def test_words_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch
         assert words.tokens_of(texts) == asked(backend, texts)
         assert len(words._known) <= 50 + 21 + len(SPECIAL)
         assert "x" * 60 not in words._known
+
+
+def test_words_that_one_thread_forgets_are_known_to_another_to_the_end_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_words, "MOST_WORDS", 10)
+    backend, chance = trained(to_bytes(True)), random.Random(0)
+    words = words_of(backend)
+    assert words is not None
+    texts = ["<|end|>".join("".join(chance.choices("abcd", k=4)) for _ in range(20)) for _ in range(40)]
+    right, wrong = asked(backend, texts), []
+
+    def encode(number: int) -> None:
+        found = [words.tokens_of(texts[number:]) for _ in range(100)]
+        wrong.extend(tokens for tokens in found if tokens != right[number:])
+
+    threads = [threading.Thread(target=encode, args=(number,)) for number in range(3)]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
+    assert not wrong

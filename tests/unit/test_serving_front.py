@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,47 @@ def test_who_asks_as_a_model_goes_or_the_engine_dies_is_told_which(folder: Path)
     one.close()
     with pytest.raises(EngineDeadError):  # another replica may load it: nothing is wrong with the folder
         asyncio.run(one.load(AdapterAt(name="first", path="first")))
+
+
+def test_an_adapter_that_has_taken_anothers_name_meanwhile_does_not_answer_for_it(folder: Path) -> None:
+    for name in ("first", "second"):
+        save_adapter(folder.parent / name, folder, name)
+    one = Replica(plan_of(str(folder)))
+
+    async def answer(path: str) -> list[int]:
+        asked = Asked(
+            id=path,
+            model="mine",
+            adapter=AdapterAt(name="mine", path=path),
+            prompts=((5, 6),),
+            num_choices=1,
+            max_new_tokens=20,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=None,
+            seed=None,
+            stop=(),
+            num_logprobs=0,
+        )
+        told = [piece async for batch in one.answer(asked) for piece in batch]
+        return [token.id for piece in told if isinstance(piece, tuple) for token in piece[1].tokens]
+
+    async def beside_another() -> None:
+        first, second = await answer("first"), await answer("second")
+        assert first != second
+        await one.load(AdapterAt(name="mine", path="first"))
+        may_read = threading.Event()
+        one._reading.submit(may_read.wait)
+        answering = asyncio.create_task(answer("first"))
+        await asyncio.sleep(0)  # it has its adapter, and waits for its prompt to be read
+        await one.load(AdapterAt(name="mine", path="second"))
+        may_read.set()
+        assert await answering == first
+
+    try:
+        asyncio.run(beside_another())
+    finally:
+        one.close()
 
 
 @pytest.mark.parametrize("asked", [{"n": 9}, {"n": 3, "prompt": ["a", "b", "c"]}])

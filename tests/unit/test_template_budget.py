@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
+from raytune.data.templates import budget
 from raytune.data.templates.budget import SECONDS, within_budget
 from raytune.data.templates.rendering import Job, Renderer
 from raytune.data.templates.template import ChatTemplate
 from raytune.errors import DataError
+from raytune.units import MIB
 from tests.tiny import tiny_tokenizer
 
 USUAL = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -122,6 +124,39 @@ def test_threads_are_ended_each_for_itself_and_go_on_afterwards():
         thread.join(timeout=60)
     assert sorted(str(result) for result in results if not isinstance(result, DataError)) == ["patient"] * 2 + ["quick"] * 2
     assert sum(isinstance(result, DataError) for result in results) == 2
+
+
+def test_memory_that_another_thread_takes_is_not_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MEMORY", 32 * MIB)
+    taken: list[bytes] = []
+    num_begun = 0
+
+    def render() -> str:
+        nonlocal num_begun
+        num_begun += 1
+        other = threading.Timer(0.3, lambda: taken.append(b"x" * (64 * MIB)))
+        if num_begun == 1:
+            other.start()
+        until = time.monotonic() + 0.8
+        while time.monotonic() < until:
+            pass
+        return "rendered"
+
+    assert within_budget(render, "x") == "rendered"
+    assert num_begun == 2, "ended once"
+
+
+def test_a_template_that_takes_memory_each_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MEMORY", 32 * MIB)
+
+    def render() -> None:
+        taken = []
+        while True:
+            time.sleep(0.01)
+            taken.append(b"x" * (2 * MIB))
+
+    with pytest.raises(DataError, match=r"^x takes more than 32 MiB of memory to render a chat"):
+        within_budget(render, "x")
 
 
 def test_ordinary_steps_are_as_they_were():

@@ -1,6 +1,8 @@
 """Suites that are measured while training goes on: where and when that is planned, what is refused, and the files between a run
 and those who measure it."""
 
+import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,28 @@ def test_results_are_heard_once_and_a_newer_one_says_that_older_ones_never_come(
     Path(folder.suite_result(3)).write_text("{")
     results.look()
     assert not results(), "a torn file is none"
+
+
+def test_training_does_not_wait_for_a_storage_that_keeps_the_thread_that_looks_waiting(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    results, one, two = Results(folder), written(folder, 1), written(folder, 2)
+    results.expect(one)
+    slow = Path(folder.suite_result(1))
+    slow.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(slow)  # who opens it waits for who writes
+    looks = threading.Thread(target=results.look, daemon=True)
+    looks.start()
+    writer = os.open(slow, os.O_WRONLY)  # returns when it is being read
+    trains = threading.Thread(target=lambda: (results.expect(two), results.take()), daemon=True)
+    trains.start()
+    trains.join(5)
+    has_waited = trains.is_alive()
+    os.write(writer, json.dumps(result_of(one).to_json()).encode())
+    os.close(writer)
+    looks.join()
+    assert not has_waited
+    assert [result.export for result in results.take()] == [one]
+    assert results.awaits == 2
 
 
 def test_a_reader_and_a_writer_of_exports_do_not_trip_over_each_other(tmp_path: Path) -> None:

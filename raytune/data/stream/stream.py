@@ -153,10 +153,11 @@ class Stream:
 
     def _next(self) -> Window:
         while True:
+            is_alive = self._thread.is_alive()  # asked first: behind the wait it may have said why it ends, and ended
             try:
                 ready = self._ready.get(timeout=_PASS_S)
             except Empty:
-                assert self._thread.is_alive(), "who reads ahead says why it ends"
+                assert is_alive, "who reads ahead says why it ends"
                 continue
             if isinstance(ready, BaseException):
                 raise ready

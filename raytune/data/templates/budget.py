@@ -36,6 +36,10 @@ SECONDS_PER_CHAT = 0.01
 """On top, for each chat of a call that renders many."""
 MEMORY = GIB
 """By how much the process may grow while a rendering has gone on for longer than any takes."""
+_TIMES = 3
+"""That the process has to grow so before it is the template's doing: other threads of it load models, or copy states."""
+_REST_S = 60.0
+"""For which others are waited for, at most, to grow no more."""
 TEXT_UP_TO = 256 * MIB
 TEMPLATE_UP_TO = MIB
 """In characters; the largest known have 20,000."""
@@ -56,25 +60,30 @@ def within_budget(render: Callable[[], Result], name: str, num_chats: int = 1) -
     """What `render` gives, unless the template takes more than it may.
 
     Args:
+        render: is called again where the memory that was taken may be another thread's.
         name: of the template, in messages.
         num_chats: that are rendered.
 
     Raises:
         DataError: naming the template and what it took too much of.
     """
-    watched = _Watched(threading.get_ident(), threading.get_native_id(), SECONDS + SECONDS_PER_CHAT * num_chats)
-    try:
+    for number in range(1, _TIMES + 1):
+        watched = _Watched(threading.get_ident(), threading.get_native_id(), SECONDS + SECONDS_PER_CHAT * num_chats)
         try:
-            _watchdog.watch(watched)
-            result = render()
-        finally:
-            _watchdog.leave(watched)
-        if not watched.spent:
-            return result
-    except _SpentError:
-        _watchdog.leave(watched)  # it may have come while the first was at work
-    except _TooMuchError as error:
-        raise DataError(f"{name} {error}. {_OTHER}") from None
+            try:
+                _watchdog.watch(watched)
+                result = render()
+            finally:
+                _watchdog.leave(watched)
+            if not watched.spent:
+                return result
+        except _SpentError:
+            _watchdog.leave(watched)  # it may have come while the first was at work
+        except _TooMuchError as error:
+            raise DataError(f"{name} {error}. {_OTHER}") from None
+        if not watched.may_be_anothers or number == _TIMES:
+            break
+        _wait_for_rest()
     raise DataError(
         f"{name} takes more than {watched.spent} to render {'a chat' if num_chats == 1 else f'{num_chats} chats'}. {_OTHER}"
     )
@@ -127,6 +136,8 @@ class _Watched:
     started_bytes: int = 0
     spent: str = ""
     """Of what there was too much, once that is known."""
+    may_be_anothers: bool = False
+    """Whether another thread may have taken it: memory is known of the whole process only."""
 
 
 class _Watchdog:
@@ -181,7 +192,7 @@ class _Watchdog:
         if used_s - watched.started_s > watched.seconds:
             watched.spent = f"{watched.seconds:.3g} seconds"
         elif used_bytes - watched.started_bytes > MEMORY:
-            watched.spent = f"{format_bytes(MEMORY)} of memory"
+            watched.spent, watched.may_be_anothers = f"{format_bytes(MEMORY)} of memory", True
         else:
             return
         with self._lock:
@@ -205,6 +216,16 @@ def _memory_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 1  # not known here: time alone counts
+
+
+def _wait_for_rest() -> None:
+    """Until the process grows no more."""
+    deadline, before = time.monotonic() + _REST_S, _memory_bytes()
+    while time.monotonic() < deadline:
+        time.sleep(_LOOKS_EVERY_S)
+        if (now := _memory_bytes()) - before < MEMORY / 64:
+            return
+        before = now
 
 
 _watchdog = _Watchdog()

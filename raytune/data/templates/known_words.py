@@ -61,17 +61,19 @@ class KnownWords:
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int] | None]:
         """Tokens of each text without any put before or behind; None where the tokenizer has to be asked for them."""
-        self._known.forget_if_full()
-        return [self._tokens(text) if self._is_plain(text) else None for text in texts]
+        known = self._known
+        if len(known) > MOST_WORDS:  # not emptied: another thread may be in the middle of a text
+            known = self._known = known.anew()
+        return [self._tokens(text, known) if self._is_plain(text) else None for text in texts]
 
     def _is_plain(self, text: str) -> bool:
         return (text.isascii() or _known_characters().fullmatch(text) is not None) and self._asked.search(text) is None
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, text: str, known: "_Known") -> list[int]:
         words: list[str] = []
         for number, part in enumerate(self._added.split(text)):
             words += [part] if number % 2 else self._cut(part)
-        return list(chain.from_iterable(map(self._known.__getitem__, words)))
+        return list(chain.from_iterable(map(known.__getitem__, words)))
 
     def _cut(self, text: str) -> list[str]:
         first, *others = self._cuts
@@ -101,10 +103,9 @@ class _Known(dict[str, list[int]]):
             self[word] = tokens
         return tokens
 
-    def forget_if_full(self) -> None:
-        if len(self) > MOST_WORDS:
-            self.clear()
-            self.update(self._always)
+    def anew(self) -> Self:
+        """The same, as it was when no word had been met."""
+        return type(self)(self._model, self._always)
 
 
 # --- Cuts --------------------------------------------------------------------------------------------------------------------

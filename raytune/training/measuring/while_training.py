@@ -59,12 +59,15 @@ class Results:
 
     def look(self) -> None:
         """See what is there by now. A newer result says that older exports have been left out."""
-        with self._lock, suppress(RaytuneError, OSError, ValueError, KeyError, TypeError), once():  # a later look will tell
-            for step in sorted(self._awaited) if self._awaited else ():
-                result = exports.read_result(self._folder, step)
-                if result is not None and result.export == self._awaited.get(step):
-                    self._found.append(result)
-                    self._awaited = {other: export for other, export in self._awaited.items() if other > step}
+        with self._lock:
+            steps = sorted(self._awaited)
+        with suppress(RaytuneError, OSError, ValueError, KeyError, TypeError), once():  # a later look will tell
+            for step in steps:
+                result = exports.read_result(self._folder, step)  # without the lock: training would wait with it for a storage
+                with self._lock:
+                    if result is not None and result.export == self._awaited.get(step):
+                        self._found.append(result)
+                        self._awaited = {other: export for other, export in self._awaited.items() if other > step}
 
     def take(self) -> list[SuiteResult]:
         """What was found since the last time."""
