@@ -24,7 +24,7 @@ class RankError(AssertionError):
     """A rank failed, died or did not answer in time; the message has what each rank said."""
 
 
-def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout_s: float = 500.0) -> list[Any]:
     """Call `function(*arguments)` on every rank of a new gloo group.
 
     Args:
@@ -82,6 +82,8 @@ def _outcomes(function: Callable[..., Any], num_ranks: int, arguments: tuple, ti
                 process.kill()
                 process.join()
                 outcomes.setdefault(rank, (False, f"still running when its time was over\n{_log(folder, rank)}"))
+            elif rank not in outcomes:  # it ended in the moment in which its time was over
+                outcomes[rank] = _received(next(reader for reader, number in readers.items() if number == rank), process)
     return [outcomes[rank] for rank in range(num_ranks)]
 
 
