@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from raytune.model.files.export import save_adapter
 from raytune.plan.costs.memory import memory_parts, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.training.start.start import prepare_process, start_engine
+from raytune.training.steps.loop import evaluate_loss
 from tests.numerics.measured_bytes import measure_all, measure_peaks
 from tests.numerics.oracles import plain_lora_losses
 from tests.numerics.processes import run_on_ranks
@@ -28,6 +31,8 @@ from tests.numerics.runs import (
     make_plan,
     rank_and_world,
     relative_difference,
+    start,
+    steps_of,
     train,
 )
 from tests.numerics.strategies import strategy_plan
@@ -145,6 +150,33 @@ def test_nor_does_another_architecture(material: Material, tmp_path: Path) -> No
         for name in OTHERS
     }
     assert_same_bits(plans | recomputed, 2)
+
+
+def losses_before_and_after(plan: RunPlan, folder: Path) -> tuple[list[float], list[float]]:
+    """Losses of three steps; and that of rows under what they left, and under what was loaded from the files of that."""
+    engine, loss_sum, batches_of = start(plan)
+    losses = [result.read(engine).loss for result in steps_of(plan, engine, loss_sum, batches_of, Change(stop=3))]
+    found = [evaluate_loss(engine, batches_of(0), loss_sum).loss]
+    tensors = {name: value for name, value in engine.trainable_state() if value is not None}
+    if engine.rank == 0:
+        save_adapter(engine.model, tensors, folder)
+    dist.barrier()
+    engine.release()
+    rank, world = rank_and_world()
+    again, loss_sum = start_engine(plan, prepare_process(plan, rank), rank, world, saved=folder)
+    return losses, [*found, evaluate_loss(again, batches_of(0), loss_sum).loss]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_dora_finds_norms_of_layers_that_are_divided_when_it_starts_and_when_it_is_loaded(
+    stage: int, material: Material, tmp_path: Path
+) -> None:
+    adapter = LORA | {"use_dora": True}
+    plan = make_plan(material, workers=2, stage=stage, adapter=adapter)
+    plan = plan if stage else sharded(plan)
+    losses, (left, loaded) = run_on_ranks(losses_before_and_after, 2, plan, tmp_path / "adapter")[0]
+    assert relative_difference(losses, train(make_plan(material, adapter=adapter), Change(stop=3)).losses) <= SAME_SUMS
+    assert loaded == pytest.approx(left, rel=SAME_SUMS)
 
 
 def resume(plan: RunPlan, folder: Path) -> Outcome:

@@ -166,6 +166,22 @@ def test_the_best_can_be_loaded_at_the_end(folder: RunFolder) -> None:
     assert equal(engine, engine_at(2))
 
 
+def test_what_was_learned_of_steps_that_a_run_went_back_behind_is_forgotten(local_folder: RunFolder) -> None:
+    """They are made again, from there to other weights."""
+    engine = save_steps(local_folder, {1: 3.0, 2: 2.5, 3: 2.0})
+    checkpoints, _ = open_checkpoints(local_folder, engine)
+    for step, loss in ((1, 2.9), (2, 2.4), (3, 0.1)):
+        checkpoints.learn(step, {"validation/loss": loss})
+    back = checkpoints.go_back(4)
+    assert back is not None
+    assert back.step == 2
+    checkpoints.save(3, metrics={"validation/loss": 2.7})
+    checkpoints.wait()
+    best = checkpoints.best()
+    assert best is not None
+    assert (best.step, best.metrics) == (2, {"validation/loss": 2.4})
+
+
 def test_nothing_but_what_is_kept_remains(folder: RunFolder, tmp_path: Path) -> None:
     save_steps(folder, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}, scratch=tmp_path / "scratch")
     names = storage.list_folder(folder.checkpoints)

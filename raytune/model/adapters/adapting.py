@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,15 @@ def whole_targets(peft_type: str) -> Iterator[None]:
     """Context in which PEFT finds each layer whole that it adds something to, one after the other, though the ranks divide them.
 
     In the words of PEFT 0.21, whose LoHa reads the shape of a layer's weight, whose DoRA takes its norm, and whose norms copy it.
+    DoRA gathers shards of ZeRO-3 itself, which DeepSpeed refuses to gather twice.
     """
+    gathered = nullcontext if peft_type == "LORA" else partial(gather_params_ctx, modifier_rank=None)
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_type)]
     create = tuner._create_and_replace
 
     def create_on_whole(self: Any, config: PeftConfig, name: str, target: nn.Module, *rest: Any, **others: Any) -> None:
         weights = list(target.parameters())
-        with gather_params_ctx(weights, modifier_rank=None), whole(weights):
+        with gathered(weights), whole(weights):
             create(self, config, name, target, *rest, **others)
 
     tuner._create_and_replace = create_on_whole

@@ -192,6 +192,7 @@ ADAPTING = Adapting(
     merges=True,
     mend=_mend,
     for_original_base=_for_original_base,
+    needs_whole_targets=_looks_at_weights,
     starts_from_data=lambda adapter: adapter.init == "eva",
     start_from_data=initialise_eva,
 )

@@ -191,7 +191,11 @@ class Checkpoints:
         if not self._peers.decide(lambda: any(commit.step < bad_step - 1 for commit in committed(self._folder))):
             return None
         self._peers.decide(lambda: self._uncommit_from(bad_step - 1))
-        return self.load_newest()
+        commit = self.load_newest()
+        reached = commit.step if commit else -1
+        # Later steps are made again, to other weights.
+        self._known_later = {step: values for step, values in self._known_later.items() if step <= reached}
+        return commit
 
     def _uncommit_from(self, step: int) -> None:
         """Remove the commits from a step on, the newest first; rank 0."""
