@@ -232,11 +232,12 @@ def _linear_input_bytes(work: Workload) -> float:
     """
     shape, width = work.shape, BYTES[work.precision]
     trained = work.trained
-    shared = (1 + _share_through_attention(work)) * shape.hidden * width
     num_layers = max(1, work.num_reached)
+    kept = kept_by_weights(trained, shape, work.zero_stage == 3)
     if trained.is_base:
-        kept = kept_by_weights(trained, shape, work.zero_stage == 3)
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
+    streams = 1 + _share_through_attention(work) if work.zero_stage == 3 else kept.streams
+    shared = streams * shape.hidden * width
     inner_width = trained.inner_width + (trained.width_in_16_bits if work.precision != "fp32" else 0)
     inner = inner_width * width / num_layers
     casts = _casts_inputs(work)

@@ -1,4 +1,4 @@
-"""What trained weights of the base keep of the numbers that enter them, for their gradients. Pure."""
+"""What trained weights, or updates of frozen ones, keep of the numbers that enter them, for their gradients. Pure."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,10 +9,10 @@ from raytune.plan.model.trained import Trained
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptByWeights:
-    """What trained weights of the base keep in a layer that a backward pass runs through, on the average of these layers."""
+    """What is kept in a layer that a backward pass runs through, on the average of these layers."""
 
     norms: float
-    """Share of the norms that keep what they normalised."""
+    """Share of the norms that keep what they normalised, to train themselves in place."""
     readers: float
     """Linear layers that keep what they read from the stream."""
     streams: float
@@ -28,8 +28,6 @@ def kept_by_weights(trained: Trained, shape: ModelShape, keeps_all_inputs: bool)
     Args:
         keeps_all_inputs: whether frozen linear layers keep their inputs too, as DeepSpeed's linear function of stage 3 does.
     """
-    if not trained.is_base:
-        return KeptByWeights(norms=0.0, readers=0.0, streams=2.0, ways_back=None)
     # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
     linear = [module.name for module in shape.layer if module.is_linear or module.kind == "router"]
     mlp = [module.name for module in shape.layer if module.kind == "mlp"]
@@ -38,7 +36,7 @@ def kept_by_weights(trained: Trained, shape: ModelShape, keeps_all_inputs: bool)
     readers = [name for name in linear if name not in (*ways_back, *attention[-1:])]
     norms = [module.name for module in shape.layer if module.kind == "norm"]
     layers = range(trained.lowest_layer, shape.num_layers)
-    names = trained.whole
+    names = trained.whole if trained.is_base else {part.name for part in trained.parts}
 
     def is_kept(layer: int, name: str) -> bool:
         return (keeps_all_inputs and name in linear) or f"{shape.layers_name}.{layer}.{name}" in names
@@ -55,8 +53,8 @@ def kept_by_weights(trained: Trained, shape: ModelShape, keeps_all_inputs: bool)
 
     before_attention = [name for name in readers if name in attention]
     return KeptByWeights(
-        norms=share(norms),
+        norms=share(norms) if trained.is_base else 0.0,
         readers=len(readers) * share(readers),
         streams=any_share(before_attention) + any_share([name for name in readers if name not in before_attention]),
-        ways_back=share(ways_back),
+        ways_back=share(ways_back) if trained.is_base else None,
     )
