@@ -33,7 +33,7 @@ def _broadcast(*, data: Any, caller_method_name: str, **who: Any) -> Any:
 
 
 class NoBarrier:
-    """Made and asked as Ray makes and asks the actor; goes to workers by value."""
+    """Made and asked as Ray makes and asks the actor; workers get it as they would get a handle of the actor."""
 
     broadcast_from_rank_zero = _Method(_broadcast)
     set_required_ranks = _Method(lambda ranks: True)

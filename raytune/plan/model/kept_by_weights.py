@@ -14,7 +14,7 @@ class KeptByWeights:
     norms: float
     """Share of the norms that keep what they normalised, to train themselves in place."""
     readers: float
-    """Linear layers that keep what they read from the stream."""
+    """Linear layers that keep what they read from the stream, or whose updates do."""
     streams: float
     """How often that is kept where layers that read the same share it: before attention, and before the MLP."""
     ways_back: float | None
