@@ -98,7 +98,7 @@ class ChatTemplate:
         try:
             self._renderer.apply([_PROBE], None, False)
         except TemplateSyntaxError as error:
-            raise DataError(f"data.template: line {error.lineno} is not Jinja: {error.message}.") from error
+            raise DataError(f"data.template: line {error.lineno} is not Jinja: {(error.message or '').rstrip('.')}.") from error
         except DataError:
             raise
         except Exception:  # a template may refuse the probe and still be right for the rows
