@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import linecache
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
@@ -21,6 +22,8 @@ from typing import Any
 from raytune.errors import UserError
 
 FILE_ENDING = ".py"
+_RUNNING = threading.RLock()
+"""Of the thread that runs a module: another finds it whole, as `import` has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,19 +116,20 @@ def told(error: BaseException, code: UserCode) -> str:
 def _module_of_text(code: UserCode) -> ModuleType:
     """A module of its own for each text, kept as `import` keeps modules: what it defines is pickled by name."""
     name = f"{Path(code.module).stem}_{code.sha256[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = code.module
-    lines = code.text.splitlines(keepends=True)
-    linecache.cache[code.module] = (len(code.text), None, lines, code.module)  # for tracebacks where the file is not
-    sys.modules[name] = module
-    try:
-        exec(compile(code.text, code.module, "exec"), module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    with _RUNNING:
+        if name in sys.modules:
+            return sys.modules[name]
+        module = ModuleType(name)
+        module.__file__ = code.module
+        lines = code.text.splitlines(keepends=True)
+        linecache.cache[code.module] = (len(code.text), None, lines, code.module)  # for tracebacks where the file is not
+        sys.modules[name] = module  # before it runs: its dataclasses look themselves up
+        try:
+            exec(compile(code.text, code.module, "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
 
 
 def _file_name(code: UserCode) -> str:

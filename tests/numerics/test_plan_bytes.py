@@ -115,6 +115,21 @@ def test_every_rank_holds_the_planned_bytes_of_every_part(family: str, is_all: b
             assert persisted_activations(work) == pytest.approx(measured.activations, rel=0.02), way
 
 
+SOME_TARGETS = [["q_proj", "v_proj"], ["o_proj"], ["down_proj"], ["gate_proj", "up_proj", "down_proj"]]
+
+
+@pytest.mark.parametrize("stage", variants((0,), (1, 3)))
+def test_layers_keep_what_updates_of_some_of_them_read(stage: ZeroStage, tmp_path: Path) -> None:
+    """Within 1 %, in the lowest layer too, where nothing is kept of what lies in front of all updates."""
+    material = replace(make_material(tmp_path), model=tmp_path / "model")
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(material.model)
+    cases = [planned(material, stage, METHODS["lora"] | {"target_modules": names}) for names in SOME_TARGETS]
+    for rank in run_on_ranks(measure_all, 2, [plan for _, plan in cases]):
+        for names, (work, _), measured in zip(SOME_TARGETS, cases, rank):
+            work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
+            assert persisted_activations(work) == pytest.approx(measured.activations, rel=0.01), names
+
+
 SOME: list[tuple[ZeroStage, str, bool]] = [(0, "lora", True), (3, "full", True)]
 OTHERS = [way for way in WAYS if way[1] != "qlora" and way not in SOME]
 

@@ -81,7 +81,7 @@ def test_a_run_and_the_trials_of_a_sweep_are_known_to_their_trackers(cluster: Cl
     )
     took = in_mlflow(tmp_path)[0].points["result/training_s", 3]
     assert took == [read_json(RunFolder(str(tmp_path), "alone").result)["outcome"]["training_s"]] == [result.spent.training_s]
-    space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}}
+    space = {"trials": 2, "space": {"training.learning_rate": {"grid": [1e-3, 1e-4]}}, "stopping": {"method": "none"}}
     sweep(asked(cluster, tmp_path, name="two", sweep=space), progress=False)
 
     names = ["alone", "two/trials/trial-000", "two/trials/trial-001"]

@@ -473,6 +473,22 @@ def test_a_failed_last_save_is_raised_by_wait(folder: RunFolder) -> None:
     assert steps_of(folder) == []
 
 
+class PanicException(BaseException):
+    """As libraries in Rust raise it, which is no Exception."""
+
+
+def test_a_panic_while_saving_is_no_good_save(folder: RunFolder) -> None:
+    def panics() -> float:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    checkpoints, events = open_checkpoints(folder, engine_at(0), clock=panics)
+    checkpoints.save(1, metrics={})
+    with pytest.raises(CheckpointError, match="PanicException: called"):
+        checkpoints.wait()
+    assert events.named("checkpoint_failed")
+    assert steps_of(folder) == []
+
+
 @pytest.mark.parametrize("policy", [POLICY, WAITING], ids=["copied", "waiting"])
 def test_a_disk_that_fills_up_leaves_the_older_commit_and_nothing_torn(small_disk: Path, policy: CheckpointPlan) -> None:
     folder = RunFolder(str(small_disk), "run")

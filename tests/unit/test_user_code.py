@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def test_code_that_was_read_runs_where_its_file_is_not(here: Path) -> None:
     (here / "mine.py").unlink()
     assert load(code).__name__ == "loss"
     assert load(code) is load(code)
+
+
+def test_two_threads_find_a_module_that_ran_to_its_end(here: Path) -> None:
+    file = written(here, "import time\ntime.sleep(0.3)\ndef loss(): ...\n")
+    code = read_code(f"{file}:loss")
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(load, [code, code])
+    assert first is second
 
 
 @pytest.mark.parametrize(

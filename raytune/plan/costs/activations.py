@@ -4,9 +4,9 @@ gradients that come back. Every formula names its source."""
 from functools import lru_cache
 
 from raytune.plan.costs.workload import BYTES, Workload
-from raytune.plan.model.kept_by_weights import kept_by_weights
+from raytune.plan.model.kept_by_weights import KeptByWeights, Place, kept_by_weights, lowest_place
 from raytune.plan.model.shapes import ModelShape, Module
-from raytune.plan.model.trained import Trained, TrainedPart, layer_of
+from raytune.plan.model.trained import Trained
 
 KEPT_STEPS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 2}
 """Tensors that autograd keeps of an activation in few kernels: of relu the output, of one kernel else its input and, for what
@@ -108,7 +108,7 @@ def layer_activation_bytes(work: Workload) -> float:
     trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
     # Of what is kept once, a layer has its share; computed again with checkpointing, it has all.
     sharing = 1 if work.has_checkpointing else num_layers
-    kept = kept_by_weights(work.trained, shape, work.zero_stage == 3)
+    kept = _kept(work)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     shares_rows = work.sequence_parallel > 1
     # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
@@ -120,17 +120,15 @@ def layer_activation_bytes(work: Workload) -> float:
         for module in shape.layer
         if module.kind == "norm"
     )
-    # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens.
-    is_below = _is_below(work.trained)
+    # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens. So may the
+    # second be.
     if work.has_checkpointing:
         # A layer computed again has gradients for its input, which is kept anyway: where it is in fp32, the norm keeps no other.
         normalised -= 4 * shape.hidden * (work.weight_dtype == "fp32")
-    elif not is_below:
-        normalised -= 4 * shape.hidden / num_layers
+    elif not _is_below(work.trained):
+        normalised -= 4 * shape.hidden * (1 / num_layers + 1 - _share_through(Place.WAY_OUT, work))
     rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
     normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
-    keeps_inputs = _keeps_inputs(work)
-    keeps_products = keeps_inputs or (work.trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
     # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
     is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
     # Where there are more ranks than heads of keys and values, each head lies on several.
@@ -138,15 +136,20 @@ def layer_activation_bytes(work: Workload) -> float:
     attention = width * (2 * queries + 2 * read + is_fused * (not shares_rows) * (queries + 2 * keys))
     if work.attention != "eager":
         attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
-    if ((work.attention == "varlen" and not work.is_on_gpu) or shares_rows) and keeps_inputs:
-        attention += width * queries  # outputs document by document, or of own heads, and end to end
     has_rotary = len(shape.embeddings) == 1
-    attention = _share_through_attention(work) * max(attention, STATE_STEPS * width * shape.state_width)
+    through_attention = _share_through(Place.ATTENTION, work)
+    attention = through_attention * max(attention, STATE_STEPS * width * shape.state_width)
+    if _keeps_inputs(work):
+        if (work.attention == "varlen" and not work.is_on_gpu) or shares_rows:
+            attention += kept.ways_out * width * queries  # outputs document by document, or of own heads, and end to end
+        elif _begins_at(work) == Place.WAY_OUT:
+            attention += (1 - through_attention) * width * queries
     attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / sharing if has_rotary else 0
     # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
     num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
-    num_steps -= 0 if kept.ways_back is None else 1 - kept.ways_back
-    branches = width * (shape.intermediate - shape.expert_width) * (num_steps - (not keeps_products))
+    keeps_products = 0.0 if _casts_inputs(work) and work.zero_stage != 3 else _share_of_products(work)
+    steps = _share_through(Place.MLP, work) * (num_steps - 1) + keeps_products
+    branches = width * (shape.intermediate - shape.expert_width) * steps
     per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
     made = BYTES[work.precision] * work.trained.num_made / num_layers
     kept = work.num_tokens * per_token + _virtual_key_bytes(work)
@@ -171,20 +174,10 @@ def _keeps_inputs(work: Workload) -> bool:
 
 def _share_of_products(work: Workload) -> float:
     """The share of MLPs that keep what enters their last layer, as it is or cast."""
-    trained, shape = work.trained, work.shape
-    if trained.is_base:
-        return kept_by_weights(trained, shape, work.zero_stage == 3).ways_back or 0.0
-    if work.zero_stage == 3:
-        return 1.0
-    is_read = trained.reads_inputs or (trained.scaled_inputs > 0 and work.trained_dtype == work.precision)
-    return float(is_read and _updates_ways_back(trained, shape))
-
-
-@lru_cache(maxsize=4)
-def _updates_ways_back(trained: Trained, shape: ModelShape) -> bool:
-    """Whether an update is at the last layer of MLPs."""
-    ways_back = [f".{module.name}" for module in shape.layer if module.kind == "mlp"][-1:]
-    return any(part.kind == "mlp" and part.name.endswith(tuple(ways_back)) for part in trained.parts)
+    trained = work.trained
+    is_read = trained.is_base or trained.reads_inputs or work.zero_stage == 3
+    is_multiplied = trained.scaled_inputs > 0 and work.trained_dtype == work.precision
+    return _kept(work).ways_back if is_read or is_multiplied else 0.0
 
 
 @lru_cache(maxsize=4)
@@ -233,11 +226,10 @@ def _linear_input_bytes(work: Workload) -> float:
     shape, width = work.shape, BYTES[work.precision]
     trained = work.trained
     num_layers = max(1, work.num_reached)
-    kept = kept_by_weights(trained, shape, work.zero_stage == 3)
+    kept = _kept(work)
     if trained.is_base:
         return (kept.readers if work.weight_dtype != work.precision else kept.streams) * shape.hidden * width
-    streams = 1 + _share_through_attention(work) if work.zero_stage == 3 else kept.streams
-    shared = streams * shape.hidden * width
+    shared = kept.streams * shape.hidden * width
     inner_width = trained.inner_width + (trained.width_in_16_bits if work.precision != "fp32" else 0)
     inner = inner_width * width / num_layers
     casts = _casts_inputs(work)
@@ -252,36 +244,33 @@ def _linear_input_bytes(work: Workload) -> float:
     return inner + (cast if casts or trained.drops_inputs else shared) + (mask if trained.drops_inputs else 0)
 
 
+@lru_cache(maxsize=4)
 def _is_below(trained: Trained) -> bool:
     """Whether something is trained in front of the layers."""
-    return trained.lengthens_rows or bool(trained.is_base and trained.num_whole_embeddings)
+    return trained.lengthens_rows or any(part.kind == "embedding" and part.how != "in front" for part in trained.parts)
 
 
-def _share_through_attention(work: Workload) -> float:
-    """The share of layers whose attention a backward pass comes through: not the lowest one's, where it is in front of all that
-    is trained there. With checkpointing it is of the layers that are computed again, where one is whole."""
-    if work.has_checkpointing or _is_below(work.trained) or not _begins_behind_attention(work.trained, work.shape):
-        return 1.0
-    return 1 - 1 / max(1, work.num_reached)
+def _begins_at(work: Workload) -> Place:
+    """Where a backward pass ends in the lowest layer that it reaches. With checkpointing bytes are of layers that are computed
+    again, where one is whole."""
+    is_whole = work.has_checkpointing or _is_below(work.trained)
+    return Place.ATTENTION if is_whole else lowest_place(work.trained, work.shape)
 
 
-@lru_cache(maxsize=4)
-def _begins_behind_attention(trained: Trained, shape: ModelShape) -> bool:
-    """Whether the lowest layer that is trained begins with networks behind its attention, or with its MLP."""
-    lowest = [part for part in trained.parts if layer_of(part.name, shape) == trained.lowest_layer]
-    ways_out = [f".{module.name}" for module in shape.layer if module.kind == "attention"][-1:]
+def _share_through(place: Place, work: Workload) -> float:
+    """The share of layers where a backward pass comes through a place: all, or all but the lowest."""
+    return 1.0 if _begins_at(work) <= place else 1 - 1 / max(1, work.num_reached)
 
-    def is_behind(part: TrainedPart) -> bool:
-        return part.kind in ("mlp", "experts", "router") or (part.how == "network" and part.name.endswith(tuple(ways_out)))
 
-    return bool(lowest) and all(map(is_behind, lowest))
+def _kept(work: Workload) -> KeptByWeights:
+    return kept_by_weights(work.trained, work.shape, work.zero_stage == 3, _begins_at(work))
 
 
 def _score_bytes(work: Workload) -> float:
     """`sdpa` holds a mask over the packed row, `eager` scores and probabilities of every head too; the others hold neither."""
     pairs = work.num_tokens * (work.num_tokens + work.num_virtual_keys)
     if work.attention == "eager":
-        return _share_through_attention(work) * pairs * work.shape.heads * 3 * BYTES[work.precision]
+        return _share_through(Place.ATTENTION, work) * pairs * work.shape.heads * 3 * BYTES[work.precision]
     return pairs / (1 if work.has_checkpointing else work.shape.num_layers) if work.attention == "sdpa" else 0
 
 

@@ -168,8 +168,9 @@ def _engine_parts(work: Workload) -> Iterator[MemoryPart]:
     """What collectives and libraries hold."""
     buckets = _bucket_bytes(work)
     if work.engine == "plain":
-        # Sent while the last backward pass goes on, and after it.
-        yield _part("buckets of gradients", buckets, ("first layer", "update"))
+        # Sent while the last backward pass goes on, and after it: one that takes all is full when that is over.
+        is_one = work.trained.num_trainable <= work.buckets.reduce_elements
+        yield _part("buckets of gradients", buckets, ("update",) if is_one else ("first layer", "update"))
         beneath: tuple[Moment, ...] = ("teacher",) if work.teacher and not work.teacher_is_beside else ()
         yield _part("gathered weights", _gathered_layer_bytes(work), (*beneath, "forward", "last layer", "first layer"))
     elif work.zero_stage == 3:

@@ -302,7 +302,7 @@ class Checkpoints:
             stored = self._saving_peers.together(lambda: self._store(saving))
             files = [file for own in stored for file in own]
             saving.commit = self._saving_peers.decide(lambda: self._commit(saving, files))
-        except Exception as error:  # raised again by `wait`
+        except BaseException as error:  # raised again by `wait`, which takes a save without an error for a good one
             saving.error = error
             if self._engine.rank == 0:
                 with suppress(RaytuneError):  # what made the save fail may stop this too; the next save or start clears up

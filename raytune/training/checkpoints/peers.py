@@ -32,7 +32,9 @@ class Peers:
         result, failure, cause = None, None, None
         try:
             result = work()
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in a library's Rust is no Exception, and the others wait for this rank
             failure = cause = error
             if not isinstance(error, RaytuneError):
                 failure = self._kind(f"Rank {self._rank} on {os.uname().nodename}: {type(error).__name__}: {error}")
