@@ -35,8 +35,8 @@ def wide(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Materi
     folder = tmp_path_factory.mktemp("wide")
     config = transformers.LlamaConfig(
         vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,

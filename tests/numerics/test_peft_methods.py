@@ -233,7 +233,7 @@ WAYS: list[tuple[str, bool]] = [
 def test_every_rank_takes_the_planned_bytes(stage: ZeroStage, material: Material, tmp_path: Path) -> None:
     """Within 5 %, activations and the fullest moment of a step, but at stage 3, which gathers weights when it likes."""
     wide = replace(material, model=tmp_path / "model")
-    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 32}
+    sizes = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "head_dim": 16}
     save_tiny_model(wide.model, tied=False, **sizes | {"num_attention_heads": 8, "num_key_value_heads": 4})
     cases = [
         planned_bytes(wide, stage, EVERY[method].section | LARGER.get(method, {}), has_checkpointing=checkpointing)

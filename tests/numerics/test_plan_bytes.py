@@ -145,7 +145,7 @@ def test_every_rank_takes_the_planned_bytes_at_the_fullest_moment_of_a_step(
     gloo's thread lets it go, while DeepSpeed fills the next.
     """
     material = replace(make_material(tmp_path), model=tmp_path / "model")
-    wider = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    wider = {"vocab_size": 2048, "num_hidden_layers": 4}
     config = transformers.LlamaConfig(**(WIDE | wider))
     AutoModelForCausalLM.from_config(config).save_pretrained(material.model)
     cases = [planned(material, stage, METHODS[method], has_checkpointing=checkpointing) for stage, method, checkpointing in ways]
@@ -168,7 +168,7 @@ PACKED = METHODS["qlora"] | {"target_modules": "attention", "rank": 1}
 @pytest.fixture
 def over_experts(tmp_path: Path) -> Material:
     """Nine tenths of the weights in experts, of which one layer's fill more in 16 bits than all in 4."""
-    wider: dict[str, Any] = WIDE | {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 8}
+    wider: dict[str, Any] = WIDE | {"num_key_value_heads": 8}
     config = transformers.MixtralConfig(**wider, num_local_experts=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
     return replace(make_material(tmp_path), model=tmp_path / "mixtral")
