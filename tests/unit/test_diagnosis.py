@@ -44,6 +44,16 @@ def test_the_same_run_trained_again_is_told_the_same(name: str, tmp_path: Path) 
     assert tuple(symptoms) == CASES[name].symptoms, "rows of documents alone, and other tests of this process, aside"
 
 
+@pytest.mark.parametrize(("fall", "symptom"), [(1e-7, "not_falling"), (0.005, "rate_too_low")])
+def test_a_validation_loss_that_falls_by_rounding_does_not_fall(fall: float, symptom: str) -> None:
+    evidence = stored_evidence("no_rate")
+    changed = (
+        replace(point, values={**point.values, "validation/loss": 6.5 * (1 - fall * point.step / 20)})
+        for point in evidence.history.points
+    )
+    assert [*told(replace(evidence, history=History(tuple(changed))))] == [symptom]
+
+
 def test_a_part_of_a_healthy_run_is_healthy() -> None:
     """The page of a run that goes on does not cry wolf."""
     evidence = stored_evidence("healthy")

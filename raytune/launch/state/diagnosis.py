@@ -217,7 +217,11 @@ def not_falling(evidence: Evidence) -> Iterator[Symptom]:
         return
     fall = (first - last) / first
     validation = [loss for _, loss in evidence.history.series(VALIDATION_LOSS)]
-    falls_steadily = len(validation) >= 3 and all(after < before for before, after in pairwise(validation))
+    falls_steadily = (
+        len(validation) >= 3
+        and all(after < before for before, after in pairwise(validation))
+        and validation[0] - validation[-1] >= FLAT / 10 * validation[0]  # else ten times the rate would not do either
+    )
     rate = evidence.plan.optimization.learning_rate
     if (FLAT <= fall < SLOW and late_share(evidence) >= STILL_FALLING) or (fall < FLAT and falls_steadily):
         yield Symptom(
