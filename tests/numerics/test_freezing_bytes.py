@@ -34,7 +34,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def wide(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Material:
     folder = tmp_path_factory.mktemp("wide")
     config = transformers.LlamaConfig(
-        vocab_size=2048,
+        vocab_size=1024,
         hidden_size=128,
         intermediate_size=352,
         num_hidden_layers=4,

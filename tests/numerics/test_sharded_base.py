@@ -1,5 +1,7 @@
 """A base whose layers the ranks divide computes what a whole one does, to the last bit, and is whole on no rank."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytune.model.files.export import save_adapter
+from raytune.model.parts.layers import layers_of
 from raytune.plan.costs.memory import memory_parts, tensor_bytes
 from raytune.plan.run_plan import RunPlan
 from raytune.training.start.start import prepare_process, start_engine
@@ -26,6 +30,7 @@ from tests.numerics.runs import (
     Change,
     Material,
     Outcome,
+    batches_of_rank,
     largest_difference,
     make_material,
     make_plan,
@@ -240,6 +245,35 @@ def test_every_rank_takes_the_planned_bytes(methods: list[str], tmp_path: Path) 
             least = tensor_bytes([part for part in parts if part.name != "gathered weights"])
             assert least < 1.07 * peak.num_bytes
             assert tensor_bytes(parts) > 0.95 * peak.num_bytes
+
+
+def streams_left(plan: RunPlan) -> tuple[int, int]:
+    """Of what layers got in a step, tensors that are there after it; and how many they got."""
+    rank, world = rank_and_world()
+    engine, loss_sum = start_engine(plan, prepare_process(plan, rank), rank, world)
+    got: list[weakref.ref[Tensor]] = []
+    found = layers_of(engine.model)
+    assert found is not None
+    for layer in found[1]:
+        layer.register_forward_pre_hook(lambda module, args: got.append(weakref.ref(args[0])))
+    gc.disable()
+    for batch in batches_of_rank(plan)(0):
+        with engine.autocast():
+            loss = loss_sum(engine.module, batch)
+        engine.backward(loss / 1000)
+        del loss
+    left = sum(one() is not None for one in got)
+    gc.enable()
+    return left, len(got)
+
+
+def test_nothing_of_a_pass_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+    material = make_material(tmp_path)
+    for recomputes in (False, True):
+        _, plan = planned(material, 0, METHODS["lora"], has_checkpointing=recomputes)
+        for left, got in run_on_ranks(streams_left, 2, sharded(plan)):
+            assert got >= 4
+            assert left == 0
 
 
 def bytes_of_loading(plan: RunPlan) -> tuple[int, int]:

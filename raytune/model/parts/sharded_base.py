@@ -216,8 +216,15 @@ class _ShardedLayer:
         # Gradients of what entered the layer are complete when all that computes with its weights is done: autograd takes what
         # was computed last first. Where nothing that entered has one, the end of the backward pass has to do.
         enters = [tensor for tensor in _tensors((arguments, named)) if tensor.requires_grad]
-        if enters:
-            register_multi_grad_hook(enters, self._after_backward)
+        if not enters:
+            return
+        handles: list[Any] = []
+
+        def after_backward(gradients: Any) -> None:
+            handles.pop().remove()  # it and the graph hold each other, and with it what passed here, until garbage is collected
+            self._after_backward()
+
+        handles.append(register_multi_grad_hook(enters, after_backward))
 
     def _before_backward(self, gradient: Tensor) -> None:
         self._note_backward()
@@ -226,7 +233,7 @@ class _ShardedLayer:
         if self._after is None or not self._after._is_in_backward:
             self._fetch_before()
 
-    def _after_backward(self, gradients: Any) -> None:
+    def _after_backward(self) -> None:
         self.end()
         if self._before is not None and self._before._is_in_backward:
             self._before._fetch_before()  # only now, so that two layers are whole, and not three

@@ -233,8 +233,8 @@ def _linear_input_bytes(work: Workload) -> float:
     inner_width = trained.inner_width + (trained.width_in_16_bits if work.precision != "fp32" else 0)
     inner = inner_width * width / num_layers
     casts = _casts_inputs(work)
-    # What layers are given in place of their inputs, which stage 3 has them keep too.
-    inner += trained.changed_inputs * width / num_layers if work.zero_stage == 3 else 0
+    # What layers are given in place of their inputs, and what frozen matrices of updates read, stage 3 has them keep too.
+    inner += (trained.changed_inputs + trained.frozen_inputs) * width / num_layers if work.zero_stage == 3 else 0
     if not trained.reads_inputs:
         scaled = trained.scaled_inputs * BYTES[work.trained_dtype] / num_layers if casts else 0
         return inner + scaled + (shared if work.zero_stage == 3 else 0)

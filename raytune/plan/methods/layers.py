@@ -39,6 +39,8 @@ class Addition:
     """Of these, as many as pass where nothing is cast."""
     changed_inputs: int = 0
     """Width of what it has the layer compute with in place of its inputs."""
+    frozen_inputs: int = 0
+    """Width of what a frozen matrix of its own reads."""
     num_made: int = 0
     """Numbers of matrices that it makes of these in each pass."""
     making_ahead: int = 0
@@ -87,6 +89,7 @@ def trained_in_layers(
         scaled_inputs=sum(added[module.name].scaled_inputs for module in inside),
         casts_inputs=casts_inputs,
         changed_inputs=sum(added[module.name].changed_inputs for module in inside),
+        frozen_inputs=sum(added[module.name].frozen_inputs for module in inside),
         passing_ahead=max((one.passing_ahead for one in added.values()), default=0),
         passing_back=max((one.passing_back for one in added.values()), default=0),
         passing_back_as_it_is=max((one.passing_back_as_it_is for one in added.values()), default=0),

@@ -31,6 +31,7 @@ def _trained(adapter: VeraAdapter, shape: ModelShape, quantization: Quantization
             num_parameters=width,
             num_sides=width + 2,
             inner_width=width,
+            frozen_inputs=adapter.rank,
             # What a layer gives in fp32, the update, and their sum.
             passing_ahead=3 * module.outputs,
             # The gradient of that sum, those of the factors before they are summed and of what they multiply, and this, cast.

@@ -62,6 +62,8 @@ class Trained:
     """Whether what is trained computes with inputs in its own dtype."""
     changed_inputs: int = 0
     """Widths of the inputs that layers get changed: rotated or multiplied."""
+    frozen_inputs: int = 0
+    """Widths of what frozen matrices of updates read beside the layers' inputs, which nobody keeps below stage 3."""
     passing_ahead: int = 0
     """Numbers per token that pass in the dtype of what is trained, where this is not the layers', while the widest update is
     computed: casts of what it reads or gives, and sums of these. What is kept is not among them."""
