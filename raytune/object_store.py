@@ -82,6 +82,11 @@ def file_system(path: str | Path) -> tuple[Any, str]:
             f"Install it on every node: {install_command(OPTIONAL[package])}"
         ) from error
     except ValueError as error:
+        if _PACKAGES.get(protocol) == "adlfs":  # which takes its account and credentials when it is made
+            raise UserError(
+                f"Cannot use {shown(path)} on {os.uname().nodename}: {_quoted(error)}. Set AZURE_STORAGE_CONNECTION_STRING, or "
+                f"AZURE_STORAGE_ACCOUNT_NAME and its credentials, on every node."
+            ) from error
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "abfs"))
         raise UserError(f"Cannot use {shown(path)}: {error}. Use a local folder or one of {known}.") from error
     if protocol in ("s3", "s3a"):
@@ -248,7 +253,7 @@ def retry(
                 raise disk_full(what, error) from error
             if progress.moves > moves_before:
                 failing_since = clock()
-            refused, cause, elapsed = isinstance(error, PermissionError), _quoted(error), clock() - failing_since
+            refused, cause, elapsed = _is_refusal(error), _quoted(error), clock() - failing_since
             patience = patience_after_refusal_s if refused else patience_s
             if attempt == most_attempts or elapsed + wait > patience:
                 if refused:
@@ -271,6 +276,20 @@ def retry(
         sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT_S)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the storage refused access. adlfs passes on what azure-core raises, and gcsfs says it in words."""
+    is_forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden: ")
+    return isinstance(error, PermissionError) or is_forbidden or _status(error) in (401, 403)
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of the answer that an error, or what it was raised from, stands for, where its client tells."""
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    if isinstance(status, int):
+        return status
+    return None if error.__cause__ is None else _status(error.__cause__)
 
 
 def _quoted(error: Exception) -> str:
@@ -300,8 +319,12 @@ def bucket_must_exist(path: str | Path) -> Iterator[None]:
     """A write finds nothing missing but the bucket."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"Cannot write {shown(path)}: {error}. Does the bucket exist, and is its name spelled right?") from error
+    except Exception as error:
+        if not isinstance(error, FileNotFoundError) and _status(error) != 404:
+            raise
+        raise UserError(
+            f"Cannot write {shown(path)}: {_quoted(error)}. Does the bucket exist, and is its name spelled right?"
+        ) from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ray.tune.stopper import NoopStopper, Stopper
 
 from raytune.errors import ClusterError, RaytuneError
 from raytune.launch.attempts.worker_group import release_placement_groups
+from raytune.launch.cluster.ray_storage import ray_storage
 from raytune.launch.state.record import RunRecord
 from raytune.plan.run_plan import ClusterPlan
 from raytune.run_folder import SweepFolder
@@ -79,7 +80,7 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"command-{ledger.command}",
-            storage_path=folder.tune,
+            **ray_storage(folder.tune),
             callbacks=[JsonLoggerCallback(), ending],
             stop=stop,
             # Actors that die with their node; what fails inside a trial is retried there, or not.

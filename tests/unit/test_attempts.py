@@ -53,6 +53,8 @@ RAYS = '\x1b[36mray::execute()\x1b[39m (pid=7, ip=10.0.0.1)\n  File "a.py", line
 def test_the_cause_of_a_traceback_is_its_last_line_without_colours_and_of_a_message_its_first() -> None:
     assert cause_line(RAYS) == "RuntimeError: no NCCL"
     assert cause_line("Traceback (most recent call last):\n  File x\nValueError: bad\n") == "ValueError: bad"
+    created = "The actor died because of an error raised in its creation task, ray::Controller.__init__() (pid=7)"
+    assert cause_line(f"{created}\n  File x\nOSError: bad") == "OSError: bad"
     assert cause_line("too long\nlower it") == "too long"
     assert details("too long\nlower it") == ["lower it"]
     assert "\x1b" not in failure("RuntimeError", RAYS).headline

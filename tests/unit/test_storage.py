@@ -20,6 +20,14 @@ from raytune.object_store import retry
 from raytune.storage import Digest
 
 
+class HttpResponseError(Exception):
+    """As azure-core raises it, and adlfs passes it on: what Azurite 3.35 had answered to adlfs 2026.8 on 2026-11-30."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(f"The answer was {fault}")
+        self.status_code = int(fault[-3:])
+
+
 class FaultyFileSystem(MemoryFileSystem):
     """An object store that misbehaves as real ones were seen to do. Its files are those of `memory://`."""
 
@@ -38,6 +46,12 @@ class FaultyFileSystem(MemoryFileSystem):
                 raise PermissionError(errno.EACCES, "Forbidden")
             case "timeout":
                 raise TimeoutError("read timed out")
+            case "azure 403" | "azure 404":
+                raise HttpResponseError(fault)
+            case "azure 404 in an upload":
+                raise RuntimeError("Failed to upload block") from HttpResponseError(fault[:9])
+            case "google 403":
+                raise OSError("Forbidden: runs\nThe account has no right to do this.")
         return fault
 
     def pipe_file(self, path, value, mode="overwrite", **kwargs):  # type: ignore[override]
@@ -260,11 +274,20 @@ def test_a_store_that_comes_back_is_used(no_waiting: list[float]) -> None:
     assert len(no_waiting) == 8
 
 
-def test_a_refusal_is_the_users_matter_after_a_few_seconds(no_waiting: list[float]) -> None:
-    FaultyFileSystem.faults = ["403"] * 100
+@pytest.mark.parametrize("fault", ["403", "azure 403", "google 403"])
+def test_a_refusal_is_the_users_matter_after_a_few_seconds(fault: str, no_waiting: list[float]) -> None:
+    FaultyFileSystem.faults = [fault] * 100
     with pytest.raises(UserError, match="refuses access"):
         storage.read_bytes(f"faulty://{uuid.uuid4().hex}/x")
     assert sum(no_waiting) < 10
+
+
+@pytest.mark.parametrize("fault", ["azure 404", "azure 404 in an upload"])
+def test_a_missing_container_is_the_users_matter_too(fault: str, no_waiting: list[float]) -> None:
+    FaultyFileSystem.faults = [fault]
+    with pytest.raises(UserError, match="Does the bucket exist"):
+        storage.write_bytes(f"faulty://{uuid.uuid4().hex}/x", b"x")
+    assert no_waiting == []
 
 
 def test_a_missing_file_is_not_asked_for_again(no_waiting: list[float]) -> None:

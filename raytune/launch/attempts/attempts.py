@@ -72,7 +72,7 @@ def cause_line(message: str) -> str:
     lines = [line for line in plain(message).splitlines() if line.strip()]
     if not lines:
         return "no message"
-    if any(line.lstrip().startswith("Traceback (most recent call last)") for line in lines) or lines[0].startswith("ray::"):
+    if any(line.lstrip().startswith("Traceback (most recent call last)") for line in lines) or "ray::" in lines[0]:
         return next((line for line in reversed(lines) if not line[0].isspace()), lines[-1])
     return lines[0]
 

@@ -22,6 +22,7 @@ from raytune.launch.attempts.causes import first_failure
 from raytune.launch.attempts.worker_group import Controller, FixedGroup, RunOf, release_placement_groups
 from raytune.launch.cluster.forking import load_for_ranks
 from raytune.launch.cluster.loopback import LoopbackTorchConfig
+from raytune.launch.cluster.ray_storage import ray_storage
 from raytune.plan.run_plan import RunPlan
 from raytune.run_folder import RunFolder
 from raytune.training.worker import work
@@ -61,7 +62,7 @@ def fit(
         ),
         run_config=RunConfig(
             name=f"attempt-{attempt}",
-            storage_path=folder.ray,
+            **ray_storage(folder.ray),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             callbacks=[RunOf(folder, attempt)],  # pyright: ignore[reportArgumentType]  (Ray takes its own kinds too)
         ),

@@ -221,7 +221,7 @@ class _ShardedLayer:
         handles: list[Any] = []
 
         def after_backward(gradients: Any) -> None:
-            handles.pop().remove()  # it and the graph hold each other, and with it what passed here, until garbage is collected
+            handles.pop().remove()  # hook and graph hold each other: what passed here would wait for the garbage collector
             self._after_backward()
 
         handles.append(register_multi_grad_hook(enters, after_backward))
