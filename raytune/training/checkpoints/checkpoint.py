@@ -471,7 +471,7 @@ class _Saving:
     engine_error: Exception | None = None
     finished: threading.Event = field(default_factory=threading.Event)
     commit: Commit | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def _explained(error: Exception, saving: _Saving) -> RaytuneError:
