@@ -104,31 +104,43 @@ def layer_activation_bytes(work: Workload) -> float:
     Counted on transformers' own layers, as Korthikanti et al. 2022 (Reducing Activation Recomputation) count Megatron's; a test
     holds it against what autograd saves. What is kept once per model (tables of rotary embeddings) counts by its share.
     """
-    shape, width = work.shape, BYTES[work.precision]
-    trains_base, num_layers = work.trained.is_base, max(1, work.num_reached)
-    # Of what is kept once, a layer has its share; computed again with checkpointing, it has all.
-    sharing = 1 if work.has_checkpointing else num_layers
+    num_layers = max(1, work.num_reached)
+    # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
+    num_steps = KEPT_STEPS.get(work.shape.activation, MOST_STEPS) + (2 if work.shape.has_gate else 0)
+    per_token = _norm_bytes(work) + _attention_bytes(work) + _branch_bytes(work, num_steps)
+    per_token += _linear_input_bytes(work) + _expert_bytes(work, num_steps)
+    made = BYTES[work.precision] * work.trained.num_made / num_layers
+    kept = work.num_tokens * per_token + _virtual_key_bytes(work)
+    return kept + _score_bytes(work) + _mask_bytes(work) + _updated_expert_bytes(work) + made
+
+
+def _norm_bytes(work: Workload) -> float:
+    """A norm computes in fp32 and keeps its input so, per token; to train its weight it keeps the normalised values as well."""
+    shape, num_layers = work.shape, max(1, work.num_reached)
+    per_head = {"self_attn.q_norm": shape.heads * shape.head_dim, "self_attn.k_norm": shape.kv_heads * shape.head_dim}
+    rows_of = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
+    width = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
     kept = _kept(work)
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    shares_rows = work.sequence_parallel > 1
-    # A norm computes in fp32 and keeps its input so; to train its weight it keeps the normalised values as well.
-    per_head = {"self_attn.q_norm": queries, "self_attn.k_norm": keys}
-    width_of_normalised = 4 if shape.scales_norms_in_fp32 else BYTES[work.weight_dtype]
+    norms = [module for module in shape.layer if module.kind == "norm"]
     normalised = sum(
-        per_head.get(module.name, module.outputs)
-        * (4 + width_of_normalised * (kept.norms if trains_base else _share_trained(module, work)))
-        for module in shape.layer
-        if module.kind == "norm"
+        per_head.get(norm.name, norm.outputs) * (4 + width * (kept.norms if work.trained.is_base else _share_trained(norm, work)))
+        for norm in norms
     )
-    # The first norm is in front of everything that is trained, unless embeddings are, or those of virtual tokens. So may the
-    # second be.
     if work.has_checkpointing:
         # A layer computed again has gradients for its input, which is kept anyway: where it is in fp32, the norm keeps no other.
         normalised -= 4 * shape.hidden * (work.weight_dtype == "fp32")
     elif not _is_below(work.trained):
+        # The lowest layer's first norm is in front of everything that is trained, and so may its second be.
         normalised -= 4 * shape.hidden * (1 / num_layers + 1 - _share_through(Place.WAY_OUT, work))
-    rows_of_norms = {"self_attn.q_norm": shape.heads, "self_attn.k_norm": shape.kv_heads}
-    normalised += 4 * sum(rows_of_norms.get(module.name, 1) for module in shape.layer if module.kind == "norm")
+    return normalised + 4 * sum(rows_of.get(norm.name, 1) for norm in norms)
+
+
+def _attention_bytes(work: Workload) -> float:
+    """Queries, keys, values and output of attention, or what a layer with a state keeps, per token; and a share of the tables of
+    rotary embeddings."""
+    shape, width = work.shape, BYTES[work.precision]
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    shares_rows = work.sequence_parallel > 1
     # Queries, keys and values that come from one matrix are slices which keep the whole of its output alive.
     is_fused = any(module.name.endswith("qkv_proj") for module in shape.layer)
     # Where there are more ranks than heads of keys and values, each head lies on several.
@@ -136,24 +148,24 @@ def layer_activation_bytes(work: Workload) -> float:
     attention = width * (2 * queries + 2 * read + is_fused * (not shares_rows) * (queries + 2 * keys))
     if work.attention != "eager":
         attention += 4 * shape.heads  # the logarithm of the sum that scores were divided by
-    has_rotary = len(shape.embeddings) == 1
-    through_attention = _share_through(Place.ATTENTION, work)
-    attention = through_attention * max(attention, STATE_STEPS * width * shape.state_width)
+    through = _share_through(Place.ATTENTION, work)
+    kept = through * max(attention, STATE_STEPS * width * shape.state_width)
     if _keeps_inputs(work):
         if (work.attention == "varlen" and not work.is_on_gpu) or shares_rows:
-            attention += kept.ways_out * width * queries  # outputs document by document, or of own heads, and end to end
+            kept += _kept(work).ways_out * width * queries  # outputs document by document, or of own heads, and end to end
         elif _begins_at(work) == Place.WAY_OUT:
-            attention += (1 - through_attention) * width * queries
-    attention += 2 * shape.head_dim * BYTES[work.weight_dtype] / sharing if has_rotary else 0
-    # An activation's steps, the last of which enters the way back; with a gate, the other branch and the product.
-    num_steps = KEPT_STEPS.get(shape.activation, MOST_STEPS) + (2 if shape.has_gate else 0)
+            kept += (1 - through) * width * queries
+    has_rotary = len(shape.embeddings) == 1
+    # Of what is kept once, a layer has its share; computed again with checkpointing, it has all.
+    sharing = 1 if work.has_checkpointing else max(1, work.num_reached)
+    return kept + has_rotary * 2 * shape.head_dim * BYTES[work.weight_dtype] / sharing
+
+
+def _branch_bytes(work: Workload, num_steps: int) -> float:
+    """Branches of the MLP, per token, and what enters its last layer where that is kept as it is."""
     keeps_products = 0.0 if _casts_inputs(work) and work.zero_stage != 3 else _share_of_products(work)
     steps = _share_through(Place.MLP, work) * (num_steps - 1) + keeps_products
-    branches = width * (shape.intermediate - shape.expert_width) * steps
-    per_token = normalised + attention + branches + _linear_input_bytes(work) + _expert_bytes(work, num_steps)
-    made = BYTES[work.precision] * work.trained.num_made / num_layers
-    kept = work.num_tokens * per_token + _virtual_key_bytes(work)
-    return kept + _score_bytes(work) + _mask_bytes(work) + _updated_expert_bytes(work) + made
+    return BYTES[work.precision] * (work.shape.intermediate - work.shape.expert_width) * steps
 
 
 def _virtual_key_bytes(work: Workload) -> float:
@@ -199,7 +211,7 @@ def _share_trained(norm: Module, work: Workload) -> float:
     return work.trained.whole_norms[f"{work.shape.layers_name}.{norm.name}"] / max(1, work.num_reached)
 
 
-def _expert_bytes(work: Workload, num_steps: float) -> float:
+def _expert_bytes(work: Workload, num_steps: int) -> float:
     """Experts, per token: autocast leaves their products as they are, and only trained ones keep what enters each product."""
     trains_experts = work.trained.is_base or work.trained.num_updated_per_layer > 0
     gathered = sum(module.copies_per_token * module.inputs for module in work.shape.layer if module.kind == "experts")
