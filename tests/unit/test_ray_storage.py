@@ -13,10 +13,11 @@ from raytune.errors import UserError
 from raytune.launch.cluster.ray_storage import ray_storage
 
 
-@pytest.mark.parametrize("kind", ["local", "s3", "memory"])
+@pytest.mark.parametrize("kind", ["local", "s3", "s3a", "memory"])
 def test_ray_finds_its_folder_where_we_do(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folders = {"local": lambda: str(tmp_path), "s3": lambda: request.getfixturevalue("s3"), "memory": lambda: "memory://runs"}
-    folder = f"{folders[kind]()}/{uuid.uuid4().hex}/ray"
+    roots = {"local": str(tmp_path), "memory": "memory://runs"}
+    root = roots.get(kind) or request.getfixturevalue("s3").replace("s3:", f"{kind}:")
+    folder = f"{root}/{uuid.uuid4().hex}/ray"
     context = StorageContext(**ray_storage(folder), experiment_dir_name="attempt-1")
     context._check_validation_file()  # as every worker does
     assert "attempt-1/.validate_storage_marker" in storage.file_sizes(folder)

@@ -15,8 +15,8 @@ def ray_storage(folder: str) -> dict[str, Any]:
     Raises:
         UserError: if the kind of URL is unknown, or its package is not installed.
     """
-    if is_local(folder) or folder.startswith("s3://"):
-        return {"storage_path": folder}
+    if is_local(folder) or folder.startswith(("s3://", "s3a://")):
+        return {"storage_path": folder.replace("s3a://", "s3://", 1)}
     from pyarrow.fs import FSSpecHandler, PyFileSystem  # only runs on other object stores pay for it
 
     files, name = file_system(folder)
