@@ -40,6 +40,8 @@ SLOWEST_BYTES_PER_S = MIB / 16
 """A link that moves less is taken for a dead one."""
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
+_NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "ClientAuthenticationError", "CredentialUnavailableError")
+"""Names of what botocore, google-auth and azure-identity raise where they find none. With a status, a store has refused some."""
 _OF_A_COMMIT = re.compile(r"hf://\w+/[^@]+@[0-9a-f]{40}/")
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 
@@ -247,7 +249,7 @@ def retry(
         except (FileNotFoundError, RaytuneError):
             raise
         except Exception as error:  # every backend has its own kinds; what cannot pass is sorted out here
-            if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
+            if type(error).__name__ in _NO_CREDENTIALS and _status(error) is None:
                 raise UserError(f"Could not {what}: no credentials for this storage on {os.uname().nodename}. {error}") from error
             if isinstance(error, OSError) and error.errno in FULL:
                 raise disk_full(what, error) from error

@@ -28,6 +28,12 @@ class HttpResponseError(Exception):
         self.status_code = int(fault[-3:])
 
 
+class ClientAuthenticationError(Exception):
+    """As azure-identity raises it, where nobody was asked."""
+
+    status_code = None
+
+
 class FaultyFileSystem(MemoryFileSystem):
     """An object store that misbehaves as real ones were seen to do. Its files are those of `memory://`."""
 
@@ -50,6 +56,8 @@ class FaultyFileSystem(MemoryFileSystem):
                 raise HttpResponseError(fault)
             case "azure 404 in an upload":
                 raise RuntimeError("Failed to upload block") from HttpResponseError(fault[:9])
+            case "no credentials":
+                raise ClientAuthenticationError("DefaultAzureCredential failed to retrieve a token")
             case "google 403":
                 raise OSError("Forbidden: runs\nThe account has no right to do this.")
         return fault
@@ -280,6 +288,13 @@ def test_a_refusal_is_the_users_matter_after_a_few_seconds(fault: str, no_waitin
     with pytest.raises(UserError, match="refuses access"):
         storage.read_bytes(f"faulty://{uuid.uuid4().hex}/x")
     assert sum(no_waiting) < 10
+
+
+def test_missing_credentials_are_the_users_matter_at_once(no_waiting: list[float]) -> None:
+    FaultyFileSystem.faults = ["no credentials"]
+    with pytest.raises(UserError, match="no credentials for this storage on"):
+        storage.read_bytes(f"faulty://{uuid.uuid4().hex}/x")
+    assert no_waiting == []
 
 
 @pytest.mark.parametrize("fault", ["azure 404", "azure 404 in an upload"])
