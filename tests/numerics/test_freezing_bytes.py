@@ -37,7 +37,7 @@ def wide(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Materi
 
 @pytest.fixture(scope="module")
 def narrow(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """Where products in 16 bits take sixteen times those in 32, a quarter of them."""
+    """A quarter of the products, which in 16 bits take thirty times those in 32 where a processor has none."""
     return _with_base(material, tmp_path_factory.mktemp("narrow"), hidden_size=128, intermediate_size=352)
 
 

@@ -130,6 +130,43 @@ def test_layers_keep_what_updates_of_some_of_them_read(stage: ZeroStage, tmp_pat
             assert persisted_activations(work) == pytest.approx(measured.activations, rel=0.01), names
 
 
+OTHER_LAYERS: dict[str, tuple[PretrainedConfig, list[list[str]]]] = {
+    "opt": (
+        transformers.OPTConfig(
+            vocab_size=512,
+            hidden_size=128,
+            ffn_dim=352,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            dropout=0.0,
+            word_embed_proj_dim=128,
+        ),
+        [["q_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    ),
+    "gpt2": (
+        transformers.GPT2Config(vocab_size=512, n_embd=128, n_layer=3, n_head=8, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+        [["c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    ),
+    "phi3": (transformers.Phi3Config(**WIDE, pad_token_id=0), [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
+    "qwen3": (transformers.Qwen3Config(**WIDE, head_dim=16), [["q_proj", "v_proj"], ["o_proj"], ["down_proj"]]),
+}
+"""With targets, of each kind of layer."""
+
+
+@pytest.mark.parametrize("family", variants(["opt"], [family for family in OTHER_LAYERS if family != "opt"]))
+def test_no_family_s_layers_keep_more_than_planned(family: str, tmp_path: Path) -> None:
+    """At least what they keep, and at most a quarter more: torch's LayerNorm keeps its input as wide as the stream on a CPU, and
+    in fp32 under autocast on a GPU, which is what counts."""
+    config, targets = OTHER_LAYERS[family]
+    material = replace(make_material(tmp_path), model=tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(material.model)
+    cases = [planned(material, 0, METHODS["lora"] | {"target_modules": names}) for names in targets]
+    for rank in run_on_ranks(measure_all, 2, [plan for _, plan in cases]):
+        for names, (work, _), measured in zip(targets, cases, rank):
+            work = replace(work, num_tokens=measured.num_tokens, num_targets=measured.num_targets)
+            assert measured.activations <= persisted_activations(work) <= 1.25 * measured.activations, names
+
+
 SOME: list[tuple[ZeroStage, str, bool]] = [(0, "lora", True), (3, "full", True)]
 OTHERS = [way for way in WAYS if way[1] != "qlora" and way not in SOME]
 

@@ -419,13 +419,14 @@ class Stumbling(PlainEngine):
     """An engine whose next saves fail after half of the work."""
 
     failures = 0
+    failure: type[BaseException] = RuntimeError
 
     def save(self, folder: Path, write: Write = write_now) -> None:
         super().save(folder, write)
         if self.failures:
             self.failures -= 1
             (folder / "weights.safetensors").write_bytes(b"half")
-            raise RuntimeError("the GPU fell off the bus")
+            raise self.failure("the GPU fell off the bus")
 
 
 def stumbling() -> Stumbling:
@@ -486,6 +487,16 @@ def test_a_panic_while_saving_is_no_good_save(folder: RunFolder) -> None:
     with pytest.raises(CheckpointError, match="PanicException: called"):
         checkpoints.wait()
     assert events.named("checkpoint_failed")
+    assert steps_of(folder) == []
+
+
+def test_nor_is_one_while_the_engine_gives_its_state(folder: RunFolder) -> None:
+    engine = stumbling()
+    engine.failures, engine.failure = 1, PanicException
+    checkpoints, _ = open_checkpoints(folder, engine)
+    checkpoints.save(1, metrics={})
+    with pytest.raises(CheckpointError, match="PanicException: the GPU fell off the bus"):
+        checkpoints.wait()
     assert steps_of(folder) == []
 
 

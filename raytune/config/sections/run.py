@@ -1,8 +1,9 @@
 """`RunConfig`: everything a user can say about a run. Sections only; each lives in its own file."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from raytune.config.sections.adapter import Adapter, LoraAdapter
 from raytune.config.sections.checkpoint import CheckpointSection
@@ -23,6 +24,15 @@ Preset = Literal["chat", "code", "domain", "style", "task", "qa", "classificatio
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 
+def _a_place(storage: str) -> str:
+    kind, slashes, place = storage.partition("://")
+    if slashes and kind != "file" and not place.partition("/")[0]:
+        raise ValueError("must name a bucket, as s3://bucket/folder does")
+    if re.match(r"(s3a?|gs|gcs|abfss?|az|memory):(?!//)", storage):  # would be a folder of this machine
+        raise ValueError("must have two slashes, as s3://bucket/folder has")
+    return storage
+
+
 class RunConfig(Section):
     version: Literal[1] = 1
     """Version of this file format."""
@@ -32,7 +42,7 @@ class RunConfig(Section):
     preset: Preset | None = None
     """Documented defaults for a kind of training, below all that is written here; the plan says what it set and why
     (`raytune explain presets`)."""
-    storage: Text = "runs"
+    storage: Annotated[Text, AfterValidator(_a_place)] = "runs"
     """Where run folders live: a folder that every node sees, or an s3:// gs:// abfs:// URL. Relative paths start at the
     working directory."""
     model: ModelSection = ModelSection()

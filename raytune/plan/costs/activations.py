@@ -164,7 +164,10 @@ def _attention_bytes(work: Workload) -> float:
 def _branch_bytes(work: Workload, num_steps: int) -> float:
     """Branches of the MLP, per token, and what enters its last layer where that is kept as it is."""
     keeps_products = 0.0 if _casts_inputs(work) and work.zero_stage != 3 else _share_of_products(work)
-    steps = _share_through(Place.MLP, work) * (num_steps - 1) + keeps_products
+    through = _share_through(Place.MLP, work)
+    # What relu gives it keeps itself, and without a gate that is what enters the last layer.
+    is_product = work.shape.activation == "relu" and not work.shape.has_gate
+    steps = max(through, keeps_products) if is_product else through * (num_steps - 1) + keeps_products
     return BYTES[work.precision] * (work.shape.intermediate - work.shape.expert_width) * steps
 
 

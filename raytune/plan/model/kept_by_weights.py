@@ -61,16 +61,15 @@ def kept_by_weights(trained: Trained, shape: ModelShape, keeps_all_inputs: bool,
     """
     # All but the last of attention and of the MLP, if there is one beside experts, read from the stream.
     linear = [module.name for module in shape.layer if module.is_linear or module.kind == "router"]
-    mlp = [module.name for module in shape.layer if module.kind == "mlp"]
-    ways_back = mlp[-1:] if shape.intermediate > shape.expert_width else []
+    places = {module.name: _place(module, shape) for module in shape.layer}
+    has_mlp = shape.intermediate > shape.expert_width
+    ways_back = [name for name, place in places.items() if place is Place.WAY_BACK and has_mlp]
+    ways_out = [name for name, place in places.items() if place is Place.WAY_OUT]
     attention = [module.name for module in shape.layer if module.kind == "attention"]
-    ways_out = attention[-1:]
     readers = [name for name in linear if name not in (*ways_back, *ways_out)]
     norms = [module.name for module in shape.layer if module.kind == "norm"]
     layers = range(trained.lowest_layer, shape.num_layers)
     names = trained.whole if trained.is_base else {part.name for part in trained.parts}
-
-    places = {module.name: _place(module, shape) for module in shape.layer}
 
     def is_kept(layer: int, name: str) -> bool:
         is_reached = layer > trained.lowest_layer or places[name] >= begins_at

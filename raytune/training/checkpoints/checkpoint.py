@@ -242,7 +242,9 @@ class Checkpoints:
                 saving.draft.mkdir(parents=True)
                 saving.snapshot = Snapshot(self._memory) if self._memory else None
                 self._engine.save(saving.draft, saving.snapshot or write_now)
-        except Exception as error:  # the thread tells the other ranks and raises it on all of them
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the thread tells the other ranks and raises it on all of them
             saving.engine_error = error
         self._saving = saving
         threading.Thread(target=self._finish, args=(saving,), name=f"checkpoint {step}", daemon=True).start()
@@ -468,13 +470,13 @@ class _Saving:
     position: dict[str, Any] | None = None
     snapshot: Snapshot | None = None
     """What this rank's engine gave, until it is written there."""
-    engine_error: Exception | None = None
+    engine_error: BaseException | None = None
     finished: threading.Event = field(default_factory=threading.Event)
     commit: Commit | None = None
     error: BaseException | None = None
 
 
-def _explained(error: Exception, saving: _Saving) -> RaytuneError:
+def _explained(error: BaseException, saving: _Saving) -> RaytuneError:
     """What an engine raised while saving, as an error that says where and why."""
     if isinstance(error, RaytuneError):
         return error
