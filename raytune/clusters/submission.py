@@ -15,6 +15,7 @@ from raytune.clusters.working_dir import contents, named_by, path_in_job, rows_n
 from raytune.config.load import as_one_run
 from raytune.config.sections.run import RunConfig
 from raytune.errors import UserError
+from raytune.launch.cluster.warm import refuse_another_python
 from raytune.storage import is_local
 
 
@@ -76,6 +77,7 @@ def prepare_submission(
             f"storage is {config.storage!r}, relative to a working directory that ends with the job. Name a folder that every "
             f"node sees, or a bucket: storage=/shared/runs, storage=s3://bucket/runs."
         )
+    refuse_another_python(config.cluster, runtime_env or {})
     inside = [path_in_job(working_dir, file) for file in files]
     packed = contents(working_dir, named_by(config), rows_named_by(config))
     missing = [file for file in inside if file not in packed.files]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raytune.launch.cluster.host import may_have_gpus
+from raytune.launch.cluster.drivers import may_have_gpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -26,7 +26,7 @@ RUN = """
 name: private
 data: {train: {path: "demo:train", max_rows: 16}, validation: {path: "demo:validation", max_rows: 4}, max_length: 512}
 training: {max_steps: 10, warmup_steps: 0, global_batch_size: 2}
-cluster: {workers: 2}
+cluster: {workers: 2, keep_warm: 1m}
 """
 
 
@@ -113,6 +113,10 @@ def test_workers_are_forked_from_one_process_that_goes_with_the_run(seen: Seen) 
     assert "raytune.launch.cluster.fork_server" in server
     assert any("raytune.launch.cluster.fork_server" in parent for parent in seen.parents["ray::Controller.run"[:15]])
     assert not list(seen.session.glob("raytune-*")), "its folder"
+
+
+def test_that_nothing_of_a_cluster_inside_this_machine_stays_is_said(seen: Seen) -> None:
+    assert "cluster.keep_warm has no effect: the cluster inside this machine ends with the command" in seen.output
 
 
 def test_every_port_of_an_embedded_cluster_and_its_workers_is_on_loopback(seen: Seen) -> None:

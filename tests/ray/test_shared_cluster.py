@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -73,6 +75,45 @@ def test_of_two_commands_on_one_run_one_trains_and_the_other_is_refused_with_its
     assert History.read(tmp_path / "twice/metrics.jsonl").last_step == 20
     assert json.loads((tmp_path / "twice/run.json").read_text())["attempts"] == 1
     assert not (tmp_path / "twice/lease").exists()
+
+
+def test_workers_that_are_kept_warm_are_forked_run_after_run_and_train_alike(one_node: Cluster, tmp_path: Path) -> None:
+    def trained(name: str, **cluster: Any) -> list[tuple[int, float]]:
+        asked = config(tmp_path, name, cluster={"workers": 2, "address": one_node.address, **cluster})
+        train(asked | {"training": asked["training"] | {"max_steps": 3}})
+        return History.read(tmp_path / name / "metrics.jsonl").series("train/loss")
+
+    def watched(name: str) -> tuple[list[tuple[int, float]], set[int]]:
+        """Losses of a run, and parents of its workers."""
+        parents: set[int] = set()
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(0.1):
+                workers = {
+                    one.pid: one for one in psutil.process_iter(["name"]) if one.info["name"].startswith("ray::RayTrainWo")
+                }
+                for worker in workers.values():
+                    with suppress(psutil.Error):
+                        parents.add(worker.ppid())
+                parents.difference_update(workers)  # a program that a worker is about to start has its name for a moment
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            return trained(name, keep_warm=60), parents
+        finally:
+            is_over.set()
+            watcher.join()
+
+    (first, parents), (second, same_parents) = watched("first"), watched("second")
+    (server,) = parents
+    try:
+        assert same_parents == parents
+        assert "raytune.launch.cluster.fork_server" in " ".join(psutil.Process(server).cmdline())
+        assert first == second == trained("as-ever")
+    finally:
+        os.kill(server, signal.SIGKILL)
 
 
 def double(number: int) -> int:

@@ -453,6 +453,7 @@ READERS: dict[str, Reader] = {
     **_read("cluster", "spot", "plan.choosing.choose", "clusters.provider"),
     **_read("cluster", "workers gpus_per_worker cpus_per_worker", "plan.choosing.requirements"),
     **_read("cluster", "threads_per_worker placement max_failures", "plan.choosing.choose"),
+    **_read("cluster", "keep_warm", "launch.cluster.warm"),
     **_read("cluster", "start_timeout collective_timeout", "launch.cluster.cluster"),
     # sweep
     **_read("sweep", "run", "config.reading.files"),

@@ -30,6 +30,10 @@ class ClusterSection(Section):
     """How workers lie on nodes: close together (`pack`) or one per node (`strict_spread`)."""
     max_failures: NonNegativeInt = 3
     """How often a failed worker group is started again from the newest checkpoint."""
+    keep_warm: Duration | None = None
+    """Keep what workers load (torch, transformers, DeepSpeed) loaded on each node of a cluster that is joined, until no command
+    has used it for so long, such as `15m`: the next command's workers start in a moment. It takes 0.5 GB of a node's memory.
+    Workers on nodes with GPUs start as ever. Default: nothing stays."""
     start_timeout: Duration = 600.0
     """Longest wait for all workers to be placed and started."""
     collective_timeout: Duration = 600.0

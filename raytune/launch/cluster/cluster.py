@@ -28,6 +28,7 @@ from raytune.launch.cluster.reach import ready_for
 from raytune.launch.cluster.scaling import bring_machines
 from raytune.launch.cluster.signals import unwind_at
 from raytune.launch.cluster.waiting import wait_for
+from raytune.launch.cluster.warm import python_kept_warm, say_that_nothing_stays
 from raytune.plan.facts.machine import Machine
 from raytune.printable import first_line
 from raytune.token_file import prepare_token
@@ -60,7 +61,10 @@ def connect(section: ClusterSection, *, scales: bool = True) -> Iterator[Machine
     with joined(section):
         if scales:
             bring_machines(section)
-        yield _machine(section)
+        machine = _machine(section)
+        if machine.num_gpus:
+            say_that_nothing_stays(section, "workers beside GPUs start as Ray starts them")
+        yield machine
 
 
 @contextmanager
@@ -82,11 +86,13 @@ def joined(section: ClusterSection) -> Iterator[None]:
     try:
         if joined_before:  # a notebook's own connection, or a trial of a sweep
             _refuse_another_cluster(section.address)
+            say_that_nothing_stays(section, "workers start as the connection says that this process had before")
         else:
             with _own_signals():
                 if address:
-                    _join(address, environment)
+                    _join(address, environment, section)
                 else:
+                    say_that_nothing_stays(section, "the cluster inside this machine ends with the command")
                     _start(section, own_cluster)
         yield
     finally:
@@ -112,11 +118,11 @@ def _own_signals() -> Iterator[None]:
         unwind_at(signal.SIGTERM)  # Ray's C++ has just set one that prints its stack
 
 
-def _join(address: str, environment: dict[str, str]) -> None:
+def _join(address: str, environment: dict[str, str], section: ClusterSection) -> None:
     ready_for(address)
     # Inside a job the working directory carries this package already; from outside, the cluster gets the code that plans the run.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    runtime_env: dict = {"env_vars": environment} if in_job else {"env_vars": environment, "py_modules": [str(PACKAGE)]}
+    runtime_env: dict = {"env_vars": environment} | python_kept_warm(section) | ({} if in_job else {"py_modules": [str(PACKAGE)]})
     try:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RaySystemError, RuntimeError, TimeoutError) as error:

@@ -1,10 +1,10 @@
-"""The process that workers of a cluster inside this machine are forked from: it has loaded the libraries that each of them would
+"""The process that workers of a cluster are forked from: it has loaded the libraries that each of them would
 load for itself, and has done nothing else.
 
-A fork is as good as a process of its own as long as this one has no threads and has not touched a device. It loads what it is
-told on its standard input, a line with a list in JSON after the other, and ends with it. A worker whose environment is not
-that of this process, beyond what Ray sets for each, is left to start as Ray starts it: libraries read the environment when
-they are loaded.
+A fork is as good as a process of its own as long as this one has no threads and has not touched a device. A command's own one
+(`main`) loads what it is told on its standard input, a line with a list in JSON after the other, and ends with it; one that is
+kept between commands (`stay`) goes with the raylet that it works for. A worker whose environment is not that of this process,
+beyond what Ray sets for each, is left to start as Ray starts it: libraries read the environment when they are loaded.
 """
 
 import atexit
@@ -22,21 +22,14 @@ import struct
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytune.launch.cluster.fork_starter import EXIT_CODE, FORKED, REFUSED, SIZE
+from raytune.launch.cluster.fork_starter import EXIT_CODE, FORKED, REFUSED, SETS_UP, SIZE, THREADS, as_libraries_see
 from raytune.missing import TAKEN_ALONG, left_out
 
-OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT"}
-"""Variables that Ray sets for workers, and that no library reads while it is loaded."""
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What this process was given for its own sake, where its command has none: workers do without, or get it from Ray later."""
-OF_SHELLS = {"PWD", "OLDPWD", "SHLVL", "_"}
-OF_RAY = "RAY_"
-"""How names begin of what Ray alone reads, when a worker loads it. It is not loaded here: its C++ keeps the environment as it was
-then, and processes that were forked with it (2.60) died now and then of segmentation faults, in the middle of a run."""
 FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
 """Of pyarrow's allocator, which ends and begins it around a fork."""
 CONTEXT = "--serialized-runtime-env-context="
@@ -57,32 +50,99 @@ def main(listener: int, path: str) -> NoReturn:
         path: of that socket, in a folder that is removed when the command has ended.
     """
     try:
-        _serve(socket.socket(fileno=listener), Path(path))
+        _serve(listener, Path(path), 0, _asked_to_load)
         shutil.rmtree(Path(path).parent, ignore_errors=True)  # else the command goes on, and what is in there starts its workers
     finally:
         os._exit(0)  # what libraries do when they end is the business of processes that have worked with them
 
 
-def _serve(listener: socket.socket, path: Path) -> None:
+def stay(listener: int, path: str, modules: Sequence[str], raylet: int, idle_s: float) -> NoReturn:
+    """Answer starters of one raylet, for command after command, until that raylet ends, or for `idle_s` none of them has had a
+    worker, or a file of what is loaded is not what it was.
+
+    Args:
+        listener, path: as for `main`; the socket is removed.
+        modules: what it loads.
+        raylet: its process.
+    """
+    try:
+        lifeline = os.pidfd_open(raylet)
+        _load(modules)
+        files = [file for module in list(sys.modules.values()) if (file := vars(module).get("__file__"))]
+        as_loaded = _changes(files)
+        _serve(listener, Path(path), lifeline, lambda: False, idle_s=idle_s, is_current=lambda: _changes(files) == as_loaded)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(0)
+
+
+def _changes(files: Sequence[str]) -> list[int | None]:
+    """When each was changed; None where it is not there any more."""
+    changes: list[int | None] = []
+    for file in files:
+        try:
+            changes.append(os.stat(file).st_mtime_ns)
+        except OSError:
+            changes.append(None)
+    return changes
+
+
+def _asked_to_load() -> bool:
+    """Load what the standard input says, a list in JSON on each line. False once it has ended."""
+    lines = os.read(0, 1 << 16)
+    for line in lines.splitlines():
+        _load(json.loads(line))
+    return bool(lines)
+
+
+def _serve(
+    listening: int,
+    path: Path,
+    lifeline: int,
+    goes_on: Callable[[], bool],
+    *,
+    idle_s: float | None = None,
+    is_current: Callable[[], bool] = lambda: True,
+) -> None:
+    """Fork for whoever connects.
+
+    Args:
+        listening: descriptor of the socket whose path it is.
+        lifeline: descriptor; when something can be read from it, `goes_on` reads it and says whether this is to go on.
+        idle_s: after which it ends where nobody has a process; None: never.
+        is_current: whether it may be forked from still. Once it may not, the socket is given up, and this ends with its last
+            process.
+    """
     ended, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     starters: dict[int, socket.socket] = {}  # by the process that was forked for them
-    with selectors.DefaultSelector() as selector:
-        for source in (listener, ended, 0):
+    listens = True
+    with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as selector:
+        for source in (listener, ended, lifeline):
             selector.register(source, selectors.EVENT_READ)
-        while True:
+        while listens or starters:
+            ready = selector.select(None if starters else idle_s)
+            if not ready:
+                break
             # What is to be loaded comes first: who was told that it would be may ask for a worker in the same moment.
-            for key, _ in sorted(selector.select(), key=lambda ready: ready[0].fileobj != 0):
-                if key.fileobj == 0:
-                    if not (lines := os.read(0, 1 << 16)):
+            for key, _ in sorted(ready, key=lambda one: one[0].fileobj != lifeline):
+                if key.fileobj == lifeline:
+                    if not goes_on():
+                        path.unlink(missing_ok=True)
                         return
-                    for line in lines.splitlines():
-                        _load(json.loads(line))
                 elif key.fileobj is listener:
                     starter, _ = listener.accept()
-                    if (pid := _forked_for(starter)) is None:
+                    if not is_current():
+                        listens = False
+                        path.unlink(missing_ok=True)  # the next starter has another one made; who is here by now starts by itself
+                        selector.unregister(listener)
+                        listener.close()
+                        starter.close()
+                    elif (pid := _forked_for(starter)) is None:
                         starter.close()
                     else:
                         starters[pid] = starter
@@ -93,9 +153,11 @@ def _serve(listener: socket.socket, path: Path) -> None:
                 elif key.data in starters:  # the starter was killed; one whose process has ended in this round is closed by now
                     selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
+        if listens:
+            path.unlink(missing_ok=True)  # before it is closed: whoever finds it closed has another one made at this path
 
 
-def _load(modules: list[str]) -> None:
+def _load(modules: Sequence[str]) -> None:
     with left_out(*TAKEN_ALONG):
         for module in modules:
             importlib.import_module(module)
@@ -150,7 +212,7 @@ def _can_fork(asked: Asked) -> bool:
         not context.get("command_prefix")
         and context.get("py_executable", sys.executable) == sys.executable
         and context.get("override_worker_entrypoint") is None
-        and _as_libraries_see(asked["environment"] | context.get("env_vars", {})) == _as_libraries_see(_environment)
+        and as_libraries_see(asked["environment"] | context.get("env_vars", {})) == as_libraries_see(_environment)
         and sum(name not in FORK_SAFE_THREADS for name in threads) == 1
     )
 
@@ -160,17 +222,12 @@ def _context(asked: Asked) -> dict[str, Any]:
     return json.loads(next(words, "{}"))
 
 
-def _as_libraries_see(environment: dict[str, str]) -> dict[str, str]:
-    unread = {*OF_WORKERS, *OF_SHELLS, *THREADS}
-    return {name: value for name, value in environment.items() if name not in unread and not name.startswith(OF_RAY)}
-
-
 def _work(asked: Asked, descriptors: list[int]) -> NoReturn:
     """Be the worker, in the process that was forked for it: what Ray's setup_worker.py and default_worker.py do in a new one."""
     code = 1
     try:
         _be_new(asked, descriptors)
-        arguments = _arguments_of_worker(asked["arguments"][1:])
+        arguments = _arguments_of_worker(asked["arguments"])
         sys.argv, sys.path[0] = arguments, os.path.dirname(arguments[0])
         runpy.run_path(arguments[0], run_name="__main__")
         code = 0
@@ -211,10 +268,12 @@ def _be_new(asked: Asked, descriptors: list[int]) -> None:
 
 def _arguments_of_worker(words: list[str]) -> list[str]:
     """What Ray's setup_worker.py makes of its own: it sets the environment, and calls a script with the rest."""
+    if not words[0].endswith(SETS_UP):  # it has done so
+        return words
     from ray._private.runtime_env.context import RuntimeEnvContext
     from ray._private.utils import update_envs
     from ray._private.workers.setup_worker import parser
 
-    known, arguments = parser.parse_known_args(words)
+    known, arguments = parser.parse_known_args(words[1:])
     update_envs(RuntimeEnvContext.deserialize(known.serialized_runtime_env_context or "{}").env_vars)
     return arguments

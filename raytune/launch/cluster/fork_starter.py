@@ -15,14 +15,23 @@ import sys
 FORKED, REFUSED = b"f", b"r"
 EXIT_CODE = struct.Struct("!i")
 SIZE = struct.Struct("!I")
-WORKER = "/setup_worker.py"
+SETS_UP = "/setup_worker.py"
+"""Ray's script that sets the environment of a worker, and then calls the worker's own."""
+OF_WORKERS = {"RAY_LD_PRELOAD_ON_WORKERS", "SPT_NOENV", "PYTHONBREAKPOINT"}
+"""Variables that Ray sets for workers, and that no library reads while it is loaded."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What the server was given for its own sake, where its command has none: workers do without, or get it from Ray later."""
+OF_SHELLS = {"PWD", "OLDPWD", "SHLVL", "_"}
+OF_RAY = "RAY_"
+"""How names begin of what Ray alone reads, when a worker loads it. The server does not: Ray's C++ keeps the environment as it was
+then, and processes that were forked with it (2.60) died now and then of segmentation faults, in the middle of a run."""
 
 
 def main() -> None:
     python, server, *arguments = sys.argv[1:]
-    if arguments and arguments[0].endswith(WORKER):
+    if arguments and arguments[0].endswith(SETS_UP):
         try:
-            code = _forked(server, arguments)
+            code = forked(server, arguments)
         except OSError:  # no server any more: it starts as Ray would start it
             code = None
         if code is not None:
@@ -30,8 +39,22 @@ def main() -> None:
     os.execv(python, [python, *arguments])
 
 
-def _forked(server: str, arguments: list[str]) -> int | None:
-    """The exit code of the worker once it has ended; None if it has to be started here."""
+def as_libraries_see(environment: dict[str, str]) -> dict[str, str]:
+    """What a library may read of an environment while it is loaded."""
+    unread = {*OF_WORKERS, *OF_SHELLS, *THREADS}
+    return {name: value for name, value in environment.items() if name not in unread and not name.startswith(OF_RAY)}
+
+
+def forked(server: str, arguments: list[str]) -> int | None:
+    """Have a worker forked.
+
+    Args:
+        server: path of its socket.
+        arguments: that Python was to be called with.
+
+    Returns:
+        The exit code of the worker, once it has ended; None if it has to be started here.
+    """
     with open("/proc/self/oom_score_adj") as file:
         oom_score = file.read()
     asked = {

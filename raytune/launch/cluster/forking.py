@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raytune.launch.cluster import fork_starter
-from raytune.launch.cluster.host import may_have_gpus
+from raytune.launch.cluster.drivers import may_have_gpus
 
 OF_RANKS = ("raytune.training.start.start", "raytune.training.tasks")
+"""What each rank loads, whatever it is about to train."""
 _SERVE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from raytune.launch.cluster.fork_server import main; "
     "main(int(sys.argv[2]), sys.argv[3])"
@@ -33,7 +34,7 @@ def python_of_workers(folder: str, cpus_per_worker: float) -> Iterator[str]:
     """
     global _server
     # Libraries ask a GPU's driver while they are loaded, and a process that has asked it cannot be forked from.
-    if sys.platform != "linux" or may_have_gpus() or _is_script(sys.executable):
+    if may_have_gpus() or _is_script(sys.executable):
         yield sys.executable
         return
     _server = Server(folder, threads=max(int(cpus_per_worker), 1))

@@ -2,13 +2,13 @@
 
 import math
 import os
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from raytune.config.sections.cluster import ClusterSection
 from raytune.config.sections.model import Attention
+from raytune.launch.cluster.drivers import may_have_gpus
 from raytune.plan.facts.machine import Machine
 
 
@@ -52,15 +52,6 @@ NO_GPU = Accelerator(count=0, name=None, memory_bytes=None, supports_bf16=True, 
 def kernel_packages() -> frozenset[str]:
     """Packages of kernels that the Python of this process has."""
     return frozenset(name for name, module in KERNEL_PACKAGES.items() if find_spec(module))
-
-
-DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")
-"""Devices by which Linux reaches GPUs: NVIDIA's cards and modules, those of a Windows around it, and AMD's."""
-
-
-def may_have_gpus() -> bool:
-    """Whether this machine has a driver of GPUs. It takes no time, where torch takes seconds until it can be asked."""
-    return sys.platform != "linux" or any(os.path.exists(f"/dev/{name}") for name in DRIVERS)
 
 
 def accelerator_here() -> Accelerator:
