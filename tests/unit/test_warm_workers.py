@@ -198,6 +198,15 @@ def test_what_cannot_be_loaded_leaves_workers_to_start_as_ray_starts_them(node: 
     assert "no_module_is_called_so" in node.log.read_text()
 
 
+@on_nodes_without_gpus
+def test_where_it_cannot_be_started_one_worker_starts_as_ray_starts_it(node: Node) -> None:
+    node.log.parent.rmdir()
+    worker = node.started()
+    first, _ = worker.communicate(timeout=60)
+    (line,) = first.splitlines()  # not two: what was to become the server is no worker
+    assert json.loads(line)["parent"] == os.getpid()
+
+
 def test_what_is_no_worker_is_python_with_its_words(node: Node) -> None:
     command = [*node.command()[:7], "-c", "import sys; print(sys.argv[1:], sys.flags.safe_path)", "a b", "c"]
     done = subprocess.run(command, env=node.environment(), capture_output=True, text=True, check=True, timeout=60)

@@ -76,15 +76,17 @@ def _start(listener: socket.socket, environment: dict[str, str], words: list[str
     if child := os.fork():
         os.waitpid(child, 0)
         return
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    listener.set_inheritable(True)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for standard, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
-        os.dup2(descriptor, standard)
-    os.execve(sys.executable, [sys.executable, "-P", "-c", _SERVE, str(listener.fileno()), *words], environment)
+    try:
+        os.setsid()
+        if not os.fork():
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            listener.set_inheritable(True)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            for standard, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+                os.dup2(descriptor, standard)
+            os.execve(sys.executable, [sys.executable, "-P", "-c", _SERVE, str(listener.fileno()), *words], environment)
+    finally:
+        os._exit(0)  # this is no worker, whatever failed
 
 
 if __name__ == "__main__":
