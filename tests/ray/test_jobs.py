@@ -45,6 +45,7 @@ def test_a_submitted_run_trains_on_the_cluster_and_brings_its_logs_back(one_node
     assert (tmp_path / "quickstart" / "model" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow  # the same
 def test_a_submitted_run_that_is_refused_fails_its_job_with_the_message(one_node: Cluster, tmp_path: Path) -> None:
     done = submit(one_node, "train", "configs/recipes/quickstart.yaml", f"storage={tmp_path}", "training.lr=1")
     assert done.returncode == 1, done.stdout + done.stderr
