@@ -63,7 +63,12 @@ class Base:
     tied: bool
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", pytest.param("room", marks=SLOW), pytest.param("padded", marks=SLOW)])
+OTHER_BASES = ("room", "padded")
+ONE_BASE = pytest.mark.parametrize("base", variants(["tied"], ["untied", *OTHER_BASES]), indirect=True, scope="module")
+"""For what has been held against plain transformers and PEFT over both."""
+
+
+@pytest.fixture(scope="module", params=variants(["tied", "untied"], OTHER_BASES))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
     """`room`: more rows than the tokenizer has tokens, as Qwen's bases have."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -215,6 +220,7 @@ def test_full_fine_tuning_is_plain_torch_s(base: Base, alone: Callable[[str], Ou
     assert plan.num_trainable == sum(value.numel() for value in weights.values())
 
 
+@ONE_BASE
 @pytest.mark.parametrize(("chunk_tokens", "checkpointing"), variants([(16, False), (16, True)], [(None, True)]))
 def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
     chunk_tokens: int | None, checkpointing: bool, base: Base, alone: Callable[[str], Outcome]
@@ -223,6 +229,7 @@ def test_rows_learn_the_same_by_any_loss_and_with_checkpointing(
     assert relative_difference(train(other).losses, alone("lora with rows").losses) <= SAME_SUMS
 
 
+@ONE_BASE
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_every_stage_on_two_ranks_equals_one_plain_process(
@@ -234,6 +241,7 @@ def test_every_stage_on_two_ranks_equals_one_plain_process(
     assert largest_difference(sharded[0], alone(name)) <= 3e-6
 
 
+@ONE_BASE
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
 @pytest.mark.parametrize("name", variants(OFTEN, [name for name in ADAPTERS if name not in OFTEN]))
 def test_resumed_equals_unbroken(name: str, stage: int, base: Base, alone: Callable[[str], Outcome], tmp_path: Path) -> None:
@@ -292,6 +300,7 @@ def test_a_whole_model_is_loaded_by_plain_transformers_and_not_given_rows_again(
     assert (ours - logits(again.eval(), plan)).abs().max() <= SAME_SUMS
 
 
+@ONE_BASE
 @pytest.mark.parametrize("kind", variants(["nf4"], ["int8"]))
 def test_over_a_quantised_base_rows_are_those_of_plain_peft(kind: str, base: Base) -> None:
     quantization = {"format": kind, "compute_dtype": "fp32", "quant_storage": "uint8"}
@@ -317,6 +326,7 @@ def test_rows_of_tokens_that_are_there_are_trained_by_name(base: Base) -> None:
     assert plan.num_trainable == sum(value.numel() for value in ours.weights.values())
 
 
+@ONE_BASE
 def test_a_kept_base_is_not_given_to_a_trial_with_other_tokens(base: Base) -> None:
     kept = KeptBase()
     plans = [plan_of(base, LORA), plan_of(base, LORA | {"trainable_tokens": ["a"]})]

@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from raytune.cli import cli
 from raytune.clusters.dashboard import named_target, refuse_open
 from raytune.clusters.job import Job, meant
 from raytune.clusters.job_progress import progress_of, status_text
@@ -73,14 +75,18 @@ def test_this_machine_and_https_are_not_refused(url: str):
     assert refuse_open(url, has_token=False, insecure=False) is None
 
 
-def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path):
+def test_the_verbs_refuse_an_open_dashboard_before_they_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = tmp_path / "a.yaml"
     config.write_text("storage: /shared\nmodel: {base: demo}\n")
+    without = without_token(tmp_path)
+    for name in os.environ.keys() - without.keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", without["HOME"])
     for words in (["submit", str(config), "--working-dir", str(tmp_path)], ["status"], ["logs"], ["stop", "x"]):
         # TEST-NET: a connection would take its time-out.
-        done = launch(*words, "--target", "http://192.0.2.99:8265", "--json", environment=without_token(tmp_path))
+        done = CliRunner().invoke(cli, [*words, "--target", "http://192.0.2.99:8265", "--json"])
         facts = json.loads(done.stdout)
-        assert (done.returncode, facts["error"]) == (2, "UserError"), done.stderr
+        assert (done.exit_code, facts["error"]) == (2, "UserError"), done.output
         assert "Nothing was sent" in facts["message"]
 
 
