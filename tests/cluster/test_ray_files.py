@@ -21,15 +21,13 @@ from raytune.config.load import config_from
 from raytune.errors import UserError
 from raytune.plan.costs.hardware import load_catalogue
 from tests.cluster.cases import (
-    A100S,
     CLOUDS,
     FACTS,
     FAMILIES,
-    H100S,
     INSTANCES,
     MARKETS,
     OFFERS,
-    SIZES,
+    PLANNED,
     data_of,
     nodes_by_plan,
     spec_of,
@@ -85,8 +83,7 @@ def test_ray_accepts_every_file(instance: str, market: str) -> None:
     assert config["max_workers"] == 2
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("instance", A100S + H100S)
+@pytest.mark.parametrize(("instance", "size"), PLANNED)
 def test_files_for_7b_to_70b_on_a100_and_h100_start_their_nodes_and_a_head_that_does_no_work(instance: str, size: str) -> None:
     nodes = nodes_by_plan(size, instance)
     assert nodes == {"7b": 1, "13b": 1, "34b": 2, "70b": 4}[size]
