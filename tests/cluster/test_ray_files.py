@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -118,19 +119,24 @@ def test_a_file_has_no_key_that_ray_would_silently_ignore(instance: str) -> None
     assert "min_workers" not in config or config["provider"]["type"] == "local"
 
 
+@cache
+def shape_of_ec2s_parameters() -> Any:
+    """As boto3 knows it: megabytes of JSON."""
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+
+
 @pytest.mark.parametrize("market", [*MARKETS, "capacity-block"])
 @pytest.mark.parametrize("instance", AWS)
 def test_aws_accepts_the_parameters_of_head_and_workers(instance: str, market: str) -> None:
-    import botocore.session
     from botocore.validate import ParamValidator
 
     block = {"provider": {"reservation": "cr-0a1b2c3d4e5f60718", "capacity_block": True}}
     config = data_of(instance, **copy.deepcopy(MARKETS.get(market, block)))
-    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    assert shape is not None
     for node in config["available_node_types"].values():
         parameters = {key: value for key, value in node["node_config"].items() if key != "SubnetIds"}  # Ray's own key
-        report = ParamValidator().validate(parameters | {"MinCount": 1, "MaxCount": 1}, shape)
+        report = ParamValidator().validate(parameters | {"MinCount": 1, "MaxCount": 1}, shape_of_ec2s_parameters())
         assert not report.has_errors(), report.generate_report()
     wanted = {"spot": "spot", "capacity-block": "capacity-block"}.get(market)
     options = config["available_node_types"]["gpu"]["node_config"].get("InstanceMarketOptions", {})

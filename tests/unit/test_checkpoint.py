@@ -41,6 +41,7 @@ from raytune.training.checkpoints.snapshot import HostMemory, Snapshot
 from raytune.training.engines.plain_engine import PlainEngine
 from raytune.training.engines.state_files import Write, write_now
 from tests.numerics.processes import run_on_ranks
+from tests.variants import chequered
 
 WAITING = CheckpointPlan(every_steps=1, every_s=None, keep_last=2, keep_best=1, metric="validation/loss", mode="min")
 """Training waits for the files."""
@@ -237,8 +238,10 @@ INJURIES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("injury", [*INJURIES, "deleted"])
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "engine.json", MANIFEST])
+FILES = [MANIFEST, "weights.safetensors", "optimizer.safetensors", "engine.json"]
+
+
+@pytest.mark.parametrize(("file", "injury"), chequered(FILES, [*INJURIES, "deleted"]))
 def test_a_damaged_checkpoint_is_set_aside_for_the_older_intact_one(folder: RunFolder, file: str, injury: str) -> None:
     save_steps(folder, {3: 2.0, 5: 1.0})
     newest = committed(folder)[-1]
