@@ -84,8 +84,11 @@ SAVED_AS_OTHERS = (
     "8-bit adam",
     "wsd",
     "eva",
+    "dora",
+    "pissa",
 )
-"""Trained in another way, and saved as a variant that is not among these."""
+"""Trained in another way, and saved as a variant that is not among these; what plain PEFT computes of DoRA's and PiSSA's files is
+held in unit/test_model_export.py."""
 
 
 def config(storage: Path, changes: dict[str, Any]) -> dict[str, Any]:
